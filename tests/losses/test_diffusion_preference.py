@@ -163,7 +163,7 @@ def test_unknown_names_are_refused_with_those_there_are(seeded_pairs):
 @pytest.mark.parametrize(
     ("changed", "rule"),
     [
-        ({"safeguard": "parameter"}, "`safeguard` must be one of none, output; got 'parameter'"),
+        ({"safeguard": "weights"}, "`safeguard` must be one of none, output, parameter; got 'weights'"),
         ({"mu": -0.1}, r"`safeguard_mu` must be in \[0, 1\], got -0.1"),
         ({"mu": 1.1}, r"`safeguard_mu` must be in \[0, 1\], got 1.1"),
         ({"mu": math.nan}, r"`safeguard_mu` must be in \[0, 1\], got nan"),

@@ -1,11 +1,26 @@
 """Preference losses and the safeguard, on tensors alone."""
 
-from .diffusion_preference import SAFEGUARDS, DiffusionPreferenceLoss, check_safeguard, diffusion_preference_loss
+from .diffusion_preference import (
+    SAFEGUARDS,
+    DiffusionPreferenceLoss,
+    check_safeguard,
+    diffusion_preference_loss,
+    order_by_scores,
+)
 from .pair_terms import PairTerms, pair_terms
 from .preference import LOSSES, LossSpec, check_knobs, loss_spec
-from .safeguard import GRANULARITIES, loser_scale, output_scale, scale_gradient
+from .safeguard import (
+    ANCHORS,
+    GRANULARITIES,
+    loser_scale,
+    output_scale,
+    parameter_scale,
+    scale_gradient,
+    winner_error_gradient,
+)
 
 __all__ = [
+    "ANCHORS",
     "GRANULARITIES",
     "LOSSES",
     "SAFEGUARDS",
@@ -17,7 +32,10 @@ __all__ = [
     "diffusion_preference_loss",
     "loser_scale",
     "loss_spec",
+    "order_by_scores",
     "output_scale",
     "pair_terms",
+    "parameter_scale",
     "scale_gradient",
+    "winner_error_gradient",
 ]

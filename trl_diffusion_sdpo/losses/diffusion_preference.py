@@ -11,7 +11,7 @@ from .pair_terms import PairTerms, pair_terms
 from .preference import LossSpec, check_knobs, loss_spec, pair_losses, past_target
 from .safeguard import GRANULARITIES, output_cosine, output_scale, scale_gradient
 
-SAFEGUARDS = ("none", "output")
+SAFEGUARDS = ("none", "output", "parameter")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,18 @@ def diffusion_preference_loss(
     spec = loss_spec(loss_type)
     check_knobs(loss_type, beta, knobs)
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
+    if safeguard == "parameter":
+        raise ValueError(
+            "`safeguard='parameter'` needs the model's gradients, which one loss does not have. Use the trainer, or "
+            "`parameter_scale` on gradients of your own; here 'output' or 'none'."
+        )
     _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores)
     for name, weights in (("pair_weights", pair_weights), ("timestep_weights", timestep_weights)):
         _check_weights(name, weights, len(model_pred) // 2)
     if spec.needs_scores:
-        model_pred, target, ref_pred, scores = _relabel_by_scores(model_pred, target, ref_pred, scores)
+        order = order_by_scores(scores).to(model_pred.device)
+        model_pred, target, scores = model_pred[order], target[order], scores.to(model_pred.device)[order]
+        ref_pred = None if ref_pred is None else ref_pred[order]
 
     def terms_of(prediction: torch.Tensor) -> PairTerms:
         return pair_terms(prediction, target, ref_pred, timestep_weights=timestep_weights, scores=scores)
@@ -175,13 +182,11 @@ def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.cat([winner, scale_gradient(loser, per_pair)])
 
 
-def _relabel_by_scores(model_pred, target, ref_pred, scores):
-    """Swap winner and loser of the pairs that the scores rank the other way, on the device."""
+def order_by_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Where each row of a batch goes so that the scores `(2B,)` rank every winner first: indices `(2B,)`, in which the
+    pairs that the scores rank the other way have their two rows swapped. A tie stays as it is."""
     winner_score, loser_score = scores.chunk(2)
     pairs = len(winner_score)
-    index = torch.arange(pairs, device=model_pred.device)
-    swap = (loser_score > winner_score).to(model_pred.device)
-    winner_index = torch.where(swap, index + pairs, index)
-    order = torch.cat([winner_index, (winner_index + pairs) % (2 * pairs)])
-    reordered = [None if tensor is None else tensor[order] for tensor in (model_pred, target, ref_pred)]
-    return *reordered, scores.to(model_pred.device)[order]
+    index = torch.arange(pairs, device=scores.device)
+    winner_index = torch.where(loser_score > winner_score, index + pairs, index)
+    return torch.cat([winner_index, (winner_index + pairs) % (2 * pairs)])

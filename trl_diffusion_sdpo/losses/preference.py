@@ -155,6 +155,8 @@ class LossSpec:
             the bound of the `"pair"` lambda.
         target_logit (`Callable`, *optional*): The finite logit at which the loss is smallest, from its knobs. Past it
             the loss itself raises the winner's error, whatever the safeguard does.
+        anchor (`str`): What the parameter-space safeguard protects unless told otherwise: `"branch"` where the gradient
+            of the winner's branch is a non-negative multiple of each pair's winner error's, `"error"` where it is not.
         default_beta (`float`): Used where neither the user nor the model family says otherwise.
     """
 
@@ -167,6 +169,7 @@ class LossSpec:
     equal_weights: bool = True
     positive_weights: bool = True
     target_logit: Callable[..., float] | None = field(default=None)
+    anchor: str = "branch"
     default_beta: float = 5000.0
 
 
@@ -182,15 +185,16 @@ def _dmpo_target_logit(dmpo_alpha: float = 0.01) -> float:
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss),
     "hinge": LossSpec(hinge_loss),
-    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=_ipo_target),
+    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=_ipo_target, anchor="error"),
     "robust": LossSpec(robust_loss, knobs=("label_smoothing",)),
-    "dspo": LossSpec(dspo_loss, positive_weights=False, default_beta=0.001),
-    "dspo_sdxl": LossSpec(dspo_sdxl_loss, knobs=("dspo_threshold",), positive_weights=False),
+    "dspo": LossSpec(dspo_loss, positive_weights=False, anchor="error", default_beta=0.001),
+    "dspo_sdxl": LossSpec(dspo_sdxl_loss, knobs=("dspo_threshold",), positive_weights=False, anchor="error"),
     "dmpo": LossSpec(
         dmpo_loss,
         knobs=("dmpo_alpha",),
         positive_weights=False,
         target_logit=_dmpo_target_logit,
+        anchor="error",
         default_beta=2000.0,
     ),
     "sft": LossSpec(sft_loss, needs_reference=False, uses_beta=False, uses_loser=False),

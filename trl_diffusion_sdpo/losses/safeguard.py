@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 GRANULARITIES = ("batch", "pair", "weighted")
+ANCHORS = ("branch", "error")
 
 
 def loser_scale(winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: float = 0.0) -> torch.Tensor:
@@ -36,6 +37,46 @@ def loser_scale(winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: fl
     return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
 
 
+def parameter_scale(
+    products: torch.Tensor, mu: float, *, anchor: str = "branch"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""Lambda from the true gradients of an optimizer step.
+
+    Args:
+        products (`torch.Tensor` of shape `(2, 2)` or `(3, 3)`): Inner products of the gradients `W` of the winner's
+            branch, `L` (which points up the loser's branch: the loss's gradient is `W - L`) and, third, `a` of the
+            mean winner error; over all trained weights, the whole batch and all processes.
+        mu (`float`): Margin in `[0, 1]`.
+        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` protects the winner error as the loss weighs it,
+            `a = W`; `"error"` protects the plain mean, and needs the third gradient.
+
+    Returns:
+        Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
+        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`: 1 where `<a, W> <= 0`, so that the winner's own
+        branch does not lower the error that is to be kept. Lambda is 0 there.
+
+    Source: https://huggingface.co/papers/2511.03317, closed form.
+    """
+    products = products.detach()
+    a = {"branch": 0, "error": 2}[anchor]
+    winner_gain, dot = products[a, 0], products[a, 1]
+    opposed = winner_gain <= 0
+    scale = torch.where(opposed, 0, loser_scale(winner_gain, dot, mu))
+    norms = (products[0, 0] * products[1, 1]).sqrt()
+    metrics = {
+        "safeguard/scale": scale,
+        "safeguard/active": (scale < 1).to(scale),
+        "safeguard/cosine": torch.where(norms > 0, products[0, 1] / norms, 0),
+        "safeguard/opposed": opposed.to(scale),
+    }
+    return scale, metrics
+
+
+def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
+    """Gradient of a batch's mean winner error at the model's output, `2/N r` with `N` elements; detached."""
+    return 2 / winner_residual.numel() * winner_residual.detach().float()
+
+
 def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The same values bit for bit, with the gradient times `scale` (broadcastable, detached)."""
     still = tensor.detach()
@@ -60,10 +101,9 @@ def output_products(
         `<a, W>` and `<a, L>`, each `(B,)`, where `a = 2/N r_w` is the gradient of the batch's mean winner error, `N`
         the number of elements of all winners, and `L` points up the loser's error.
     """
-    factor = 2 / winner_residual.numel()
-    anchor = factor * winner_residual.detach().float().flatten(1)  # (B, N)
+    anchor = winner_error_gradient(winner_residual).flatten(1)  # (B, N)
     if branch_gradients is None:
-        winner, loser = anchor, factor * loser_residual.detach().float().flatten(1)
+        winner, loser = anchor, winner_error_gradient(loser_residual).flatten(1)
     else:
         winner, loser = branch_gradients[0].float().flatten(1), -branch_gradients[1].float().flatten(1)
     return (anchor * winner).sum(1), (anchor * loser).sum(1)

@@ -171,20 +171,24 @@ def adapter_on(denoiser: nn.Module, name: str, back: str) -> Iterator[None]:
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """An adapter's weights under their PEFT names without the adapter's own, sharing memory with the model."""
-    return get_peft_model_state_dict(denoiser, adapter_name=name)
+    """An adapter's own parameters under their PEFT names, without the adapter's name in them."""
+    state = denoiser.state_dict(keep_vars=True)  # parameters, not copies: an engine may hold a part of each only
+    return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=name)
 
 
 def save_adapter(
-    pipeline_class: type[DiffusionPipeline], denoiser: nn.Module, denoiser_name: str, adapter: str, folder: Path
+    weights: dict[str, torch.Tensor],
+    config: LoraConfig,
+    pipeline_class: type[DiffusionPipeline],
+    denoiser_name: str,
+    folder: Path,
 ) -> None:
-    """Write an adapter for both `pipeline.load_lora_weights` and [`~peft.PeftModel.from_pretrained`].
+    """Write an adapter's weights for both `pipeline.load_lora_weights` and [`~peft.PeftModel.from_pretrained`].
 
     The PEFT names are kept as they are: the renaming of older diffusers formats knows attention layers only and would
     drop the rest. The LoRA's settings go along as metadata, without which `lora_alpha != r` would be lost.
     """
-    config = denoiser.peft_config[adapter]
-    weights = {key: value.detach().contiguous().cpu() for key, value in adapter_state(denoiser, adapter).items()}
+    weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     pipeline_class.save_lora_weights(
         folder,
         **{f"{denoiser_name}_lora_layers": weights, f"{denoiser_name}_lora_adapter_metadata": config.to_dict()},
@@ -193,8 +197,8 @@ def save_adapter(
     config.save_pretrained(str(folder))
 
 
-def load_adapter(denoiser: nn.Module, denoiser_name: str, adapter: str, folder: Path) -> None:
-    """Read what [`save_adapter`] wrote into an adapter that is there.
+def read_adapter(shapes: dict[str, tuple[int, ...]], denoiser_name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes.
 
     Raises:
         `ValueError`: If the file is missing or its tensors are not the adapter's.
@@ -204,8 +208,6 @@ def load_adapter(denoiser: nn.Module, denoiser_name: str, adapter: str, folder: 
         raise ValueError(f"A LoRA checkpoint must hold {LORA_FILE}; {folder} does not. Was it tuned in full?")
     prefix = f"{denoiser_name}."
     state = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
-    present = adapter_state(denoiser, adapter)
-    shapes = {key: tuple(value.shape) for key, value in present.items()}
     stored = {key: tuple(value.shape) for key, value in state.items()}
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
@@ -213,8 +215,7 @@ def load_adapter(denoiser: nn.Module, denoiser_name: str, adapter: str, folder: 
             f"{file} holds a LoRA of another set-up: {len(stored)} tensors for {len(shapes)}, such as {differing}. "
             "Resume with the `peft_config` of the run that wrote it."
         )
-    for key, value in present.items():
-        value.detach().copy_(state[key])
+    return state
 
 
 def _check_lora(config: PeftConfig) -> None:

@@ -22,6 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .sharding import DenoiserView
+
 logger = logging.getLogger(__name__)
 
 SAMPLES_FOLDER = "samples"
@@ -58,6 +60,8 @@ class SampleImagesCallback(TrainerCallback):
             the model's own if unset.
         denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs
             under the autocast of training, while frozen components run in their stored precision.
+        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must draw, as each holds a part
+            of the denoiser; it then is called through the `model` that the Trainer hands to callbacks.
 
     Raises:
         `ValueError`: If there are no prompts, or `every_n_steps` is less than 1.
@@ -74,6 +78,7 @@ class SampleImagesCallback(TrainerCallback):
         seed: int,
         resolution: int | tuple[int, int] | None,
         denoiser_name: str = "unet",
+        every_process: bool = False,
     ):
         if not prompts:
             raise ValueError("`prompts` must name at least one prompt, got none. Leave the callback out instead.")
@@ -84,6 +89,7 @@ class SampleImagesCallback(TrainerCallback):
         self.every_n_steps = every_n_steps
         self.seed = seed
         self.denoiser_name = denoiser_name
+        self.every_process = every_process
         self.drawing = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -93,17 +99,18 @@ class SampleImagesCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
         self._last_step = None
-        if resumed and grid_path(args.output_dir, state.global_step).exists():
+        drawn = resumed and grid_path(args.output_dir, state.global_step).exists()
+        if in_any_process(drawn, args.device):
             self._last_step = state.global_step  # drawn by the run that wrote the checkpoint, from the same weights
-        self._draw_once(args, state, state.global_step)
+        self._draw_once(args, state, state.global_step, kwargs.get("model"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
-            self._draw_once(args, state, state.global_step)
+            self._draw_once(args, state, state.global_step, kwargs.get("model"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         best = state.best_global_step if args.load_best_model_at_end else None
-        self._draw_once(args, state, best or state.global_step)
+        self._draw_once(args, state, best or state.global_step, kwargs.get("model"))
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
         """Image paths relative to the output folder, each with its prompt, as the model card takes them."""
@@ -114,10 +121,13 @@ class SampleImagesCallback(TrainerCallback):
         """Step of the newest images; `None` before the first."""
         return self._last_step
 
-    def _draw_once(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        if not state.is_world_process_zero or step == self._last_step:
+    def _draw_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
+        if step == self._last_step or not (self.every_process or state.is_world_process_zero):
             return
-        images = self.draw(_autocast(args))
+        images = self.draw(_autocast(args), through=model if self.every_process else None)
+        self._last_step = step
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir)
         grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
         for i, (image, (path, prompt)) in enumerate(zip(images, self.gallery(step), strict=True)):
@@ -126,13 +136,17 @@ class SampleImagesCallback(TrainerCallback):
             note.add_itxt("seed", str(self.seed + i))
             image.save(folder / path, pnginfo=note)
         labelled_grid(images, self.prompts).save(grid_path(folder, step))
-        self._last_step = step
 
-    def draw(self, autocast: contextlib.AbstractContextManager | None = None) -> list[Image.Image]:
+    def draw(
+        self,
+        autocast: contextlib.AbstractContextManager | None = None,
+        through: nn.Module | None = None,
+    ) -> list[Image.Image]:
         """One image for each prompt, from the model as it stands.
 
         Args:
             autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
+            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
 
         Returns:
             `list[Image.Image]`: In the order of the prompts.
@@ -145,6 +159,8 @@ class SampleImagesCallback(TrainerCallback):
         _hold_frozen_parts_alike(pipeline, self.denoiser_name)
         networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
+        if through is not None:
+            pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
         with torch.no_grad(), evaluating(networks), _kept_random_state(pipeline.device):
             with _in_training_precision(denoiser, autocast or contextlib.nullcontext()):
                 return [self._draw_one(pipeline, i) for i in range(len(self.prompts))]
@@ -179,7 +195,7 @@ class CheckpointOnInterrupt(TrainerCallback):
             self._previous = {number: signal.signal(number, self._on_signal) for number in INTERRUPTS}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if _in_any_process(self.interrupted is not None, args.device):
+        if in_any_process(self.interrupted is not None, args.device):
             self.interrupted = self.interrupted or signal.SIGINT  # all processes end alike
             control.should_save = True
             control.should_training_stop = True
@@ -371,8 +387,8 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    """The autocast that training runs under."""
-    if not args.bf16 and not args.fp16:
+    """The autocast that training runs under; DeepSpeed rounds the weights instead."""
+    if args.deepspeed_plugin is not None or not (args.bf16 or args.fp16):
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
 
@@ -384,7 +400,7 @@ def _kept_random_state(device: torch.device) -> contextlib.AbstractContextManage
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
-def _in_any_process(flag: bool, device: torch.device) -> bool:
+def in_any_process(flag: bool, device: torch.device) -> bool:
     """True in all processes if it is in one."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return flag

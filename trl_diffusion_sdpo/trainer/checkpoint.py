@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -11,44 +12,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapters import LORA_FILE, load_adapter, save_adapter
+from .adapters import LORA_FILE, adapter_state, read_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
-STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training")
+STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
+
+
+def own_weights(denoiser: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
+    """What a run saves: the adapter's parameters, or all parameters and buffers of the denoiser; not copied."""
+    return denoiser.state_dict(keep_vars=True) if adapter is None else adapter_state(denoiser, adapter)
 
 
 def save_weights(
-    folder: Path, *, pipeline: DiffusionPipeline, denoiser: nn.Module, denoiser_name: str, adapter: str | None
+    folder: Path,
+    *,
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    denoiser_name: str,
+    adapter: str | None,
+    whole: dict[str, torch.Tensor] | None = None,
+    full_pipeline: bool = False,
 ) -> None:
-    """Write the LoRA as `pytorch_lora_weights.safetensors` (and for PEFT), or the denoiser as its own folder."""
+    """Write the LoRA as `pytorch_lora_weights.safetensors` (and for PEFT), or the denoiser as its own folder.
+
+    Args:
+        whole (`dict[str, torch.Tensor]`, *optional*): The tensors of [`own_weights`] where the denoiser itself holds
+            parts of them only.
+        full_pipeline (`bool`): Whether to write the pipeline's other parts as well; not with a LoRA.
+    """
     if adapter is not None:
-        save_adapter(type(pipeline), denoiser, denoiser_name, adapter, folder)
+        weights = own_weights(denoiser, adapter) if whole is None else whole
+        save_adapter(weights, denoiser.peft_config[adapter], type(pipeline), denoiser_name, folder)
+        return
+    if whole is not None:
+        denoiser = with_weights(denoiser, whole)
+        pipeline = copy.copy(pipeline)
+        pipeline.register_modules(**{denoiser_name: denoiser})
+    if full_pipeline:
+        pipeline.save_pretrained(folder, safe_serialization=True)
     else:
         denoiser.save_pretrained(folder / denoiser_name, safe_serialization=True)
 
 
-def load_weights(folder: Path, *, denoiser: nn.Module, denoiser_name: str, adapter: str | None) -> None:
-    """Read what [`save_weights`] wrote into the model, exactly.
+def with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A denoiser of the same architecture that holds these tensors, which are not copied."""
+    with init_empty_weights():
+        twin = type(denoiser).from_config(denoiser.config)
+    twin.load_state_dict(weights, strict=True, assign=True)
+    return twin
+
+
+def read_weights(
+    folder: Path, *, denoiser: nn.Module, denoiser_name: str, adapter: str | None, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """Read what [`save_weights`] wrote, exactly.
+
+    Args:
+        shapes (`dict[str, tuple[int, ...]]`): Of the tensors of [`own_weights`], whole.
 
     Raises:
         `ValueError`: If the folder holds no such weights, or those of another model.
     """
     if adapter is not None:
-        load_adapter(denoiser, denoiser_name, adapter, folder)
-        return
+        return read_adapter(shapes, denoiser_name, folder)
     source = folder / denoiser_name
     if not source.is_dir():
         hint = " It holds a LoRA: resume with `peft_config`." if (folder / LORA_FILE).is_file() else ""
         raise ValueError(f"A checkpoint of full tuning must hold the folder {denoiser_name}; {folder} does not.{hint}")
-    stored = type(denoiser).from_pretrained(source, use_safetensors=True)
-    denoiser.load_state_dict(stored.state_dict(), strict=True)
+    return type(denoiser).from_pretrained(source, use_safetensors=True).state_dict()
 
 
 def forget_local_origins(configs: Iterable[Path]) -> None:
@@ -91,6 +130,7 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
         )
     stored = json.loads(file.read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(setup))
+    stored.setdefault("engine", ours["engine"])  # checkpoints of the first release do not name theirs
     differing = [name for name in ours if stored.get(name) != ours[name]]
     broken = [name for name in differing if name in STRUCTURE]
     if broken:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..losses import LOSSES, check_knobs, check_safeguard, loss_spec
+from ..losses import ANCHORS, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
+from .setting_checks import check_inherited, check_parameter_safeguard
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 ON_BAD_ROW = ("drop", "raise")
@@ -92,8 +93,9 @@ class DiffusionSDPOConfig(TrainingArguments):
             Strength of the tie to the reference, in the half form: the logit is `-(beta / 2)` times the margin of the
             mean squared errors.
         safeguard (`str`, *optional*, defaults to `"output"`):
-            `"output"` scales the loser's gradient so that the winner's error does not rise to first order, measured
-            from the residuals; `"none"` is the plain loss.
+            Scales the loser's gradient so that the winner's error does not rise to first order. `"output"` measures
+            at the model's output, from the residuals, which costs nothing; `"parameter"` from the true gradients, one
+            backward pass per branch and one lambda per optimizer step; `"none"` is the plain loss.
         safeguard_mu (`float`, *optional*):
             Share of the winner's descent that must remain, in `[0, 1]`.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
@@ -101,6 +103,18 @@ class DiffusionSDPOConfig(TrainingArguments):
             on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights.
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
             Added to the dot product; 1e-9 reproduces the authors' code.
+        safeguard_anchor (`str`, *optional*):
+            What the parameter-space safeguard protects: `"branch"`, the winners' errors as the loss weighs them, or
+            `"error"`, their plain mean, at the price of one more backward pass of the winners. The loss's own if
+            unset: `"error"` for `ipo`, `dspo`, `dspo_sdxl` and `dmpo`, whose winner branch can raise the winner's
+            error, `"branch"` for the others.
+        safeguard_low_memory (`bool`, *optional*, defaults to `False`):
+            Whether the parameter-space safeguard holds one branch's activations at a time, at the price of one more
+            forward pass of the losers. Not with dropout.
+        safeguard_diagnostics_steps (`int`, *optional*):
+            Optimizer steps between two measurements of the parameter-space safeguard: lambda of output space beside
+            its own, and the change of the winners' error on the same batch, noise and timesteps, predicted from its
+            gradient and realised by the optimizer. None if unset.
         label_smoothing (`float`, *optional*): Share of flipped labels that `robust` assumes, 0.1 if unset.
         dspo_threshold (`float`, *optional*): Mean squared shift from which `dspo_sdxl` weighs it, 0.1 if unset.
         dmpo_alpha (`float`, *optional*): Distance of `dmpo`'s target preference from 1, 0.01 if unset.
@@ -246,8 +260,8 @@ class DiffusionSDPOConfig(TrainingArguments):
         default="output",
         metadata={
             "help": "`output` keeps the winner's error from rising to first order, measured from the residuals; "
-            "`none` is the plain loss.",
-            "choices": ["none", "output"],
+            "`parameter` measures from the true gradients, one backward pass per branch; `none` is the plain loss.",
+            "choices": list(SAFEGUARDS),
         },
     )
     safeguard_mu: float | None = field(
@@ -263,6 +277,22 @@ class DiffusionSDPOConfig(TrainingArguments):
     )
     safeguard_eps: float = field(
         default=0.0, metadata={"help": "Added to the dot product; 1e-9 reproduces the authors' code."}
+    )
+    safeguard_anchor: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the parameter-space safeguard protects: the winners' errors as the loss weighs them "
+            "(`branch`) or their plain mean (`error`); the loss's own if unset.",
+            "choices": list(ANCHORS),
+        },
+    )
+    safeguard_low_memory: bool = field(
+        default=False,
+        metadata={"help": "Hold one branch's activations at a time, for one more forward pass of the losers."},
+    )
+    safeguard_diagnostics_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between two measurements of the parameter-space safeguard."},
     )
     label_smoothing: float | None = field(
         default=None, metadata={"help": "Share of flipped labels that `robust` assumes, in [0, 0.5)."}
@@ -309,7 +339,7 @@ class DiffusionSDPOConfig(TrainingArguments):
         for name in ("beta", "safeguard_mu", *KNOB_RANGES):  # YAML reads 2e3 as text
             if isinstance(getattr(self, name), str):
                 setattr(self, name, float(getattr(self, name)))
-        self._check_inherited()
+        check_inherited(self)
         self._check_loss()
         self._check_data()
         self._check_noise()
@@ -351,41 +381,7 @@ class DiffusionSDPOConfig(TrainingArguments):
         if unsafe and (self.safeguard_mu is not None or self.safeguard_eps or self.safeguard_granularity != "batch"):
             reason = "`safeguard='none'`" if spec.uses_loser else f"the loss {self.loss_type!r} has no loser"
             warnings.warn(f"The `safeguard_*` settings have no effect: {reason}.", stacklevel=3)
-
-    def _check_inherited(self) -> None:
-        """Settings of language models and classifiers that cannot act on a diffusion model."""
-        if self.remove_unused_columns:
-            warnings.warn("`remove_unused_columns=True` has no effect: formats know their columns.", stacklevel=3)
-            self.remove_unused_columns = False
-        checkpointing = self.activation_checkpointing_kwargs or {}
-        refused = {
-            "neftune_noise_alpha": (self.neftune_noise_alpha is not None, "there are no embeddings to disturb"),
-            "use_liger_kernel": (self.use_liger_kernel, "its kernels are those of language models"),
-            "label_smoothing_factor": (bool(self.label_smoothing_factor), "use `loss_type='robust'`"),
-            "train_sampling_strategy": (
-                "length" in str(self.train_sampling_strategy),
-                "images have one size; use 'random'",
-            ),
-            "include_for_metrics": (bool(self.include_for_metrics), "`compute_metrics` receives rewards alone"),
-            "include_num_input_tokens_seen": (
-                self.include_num_input_tokens_seen not in ("no", False),
-                "images have no tokens",
-            ),
-            "bf16_full_eval": (self.bf16_full_eval, "it would round the policy and not the reference; use `bf16`"),
-            "fp16_full_eval": (self.fp16_full_eval, "it would round the policy and not the reference; use `fp16`"),
-            "fp16": (self.fp16 and self.device.type == "cpu", "a CPU has no fp16 autocast; use `bf16`"),
-            "accelerator_config": (
-                bool(self.accelerator_config.dispatch_batches),
-                "`dispatch_batches` cannot send prompts and seeds between processes; leave it off",
-            ),
-            "activation_checkpointing_kwargs": (
-                bool(checkpointing.get("use_reentrant")),
-                "`use_reentrant=True` loses the gradients of a LoRA; leave it out",
-            ),
-        }
-        for name, (is_refused, advice) in refused.items():
-            if is_refused:
-                raise ValueError(f"`{name}={getattr(self, name)}` cannot act on a diffusion model: {advice}.")
+        check_parameter_safeguard(self, spec)
 
     def _check_data(self) -> None:
         _check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)

@@ -14,19 +14,23 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalPrediction
 
 from .._compat import compile_with_eager_rounding
 from ..data.collator import PreferenceCollator
 from ..data.pairs import PreferenceDataset
 from ..losses import DiffusionPreferenceLoss, diffusion_preference_loss, loss_spec
+from . import sharding
 from .adapters import active_adapter, add_lora, base_tensors, check_adapter_weight, train_only_adapter
+from .branch_training import BranchTrainingMixin, MeasureStepCallback
 from .callbacks import EpochCallback, SampleImagesCallback, SyncReferenceCallback
-from .checkpoint import fingerprint
+from .checkpoint import fingerprint, own_weights
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .evaluating import EvaluationMixin
 from .finite import FiniteCheck
 from .loading import LoadedModel, load_model
 from .metrics import MetricMeter
+from .noisy_batch import NoisyBatch
 from .policy import PolicyModel
 from .preparing import (
     autocast_dtype,
@@ -35,13 +39,13 @@ from .preparing import (
     checked_timestep_range,
     complete_args,
     disable_dropout,
-    first_pairs,
     own_args,
     prepare_pairs,
     working_pipeline,
 )
 from .reference import Reference, build_reference
 from .saving import SavingMixin
+from .setting_checks import check_without_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ VAE_STREAM = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that o
 BATCH_COLUMNS = ["rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores"]
 
 
-class DiffusionSDPOTrainer(SavingMixin, Trainer):
+class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Trainer):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -123,12 +127,13 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
                 "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, "
                 "or leave the quantization out."
             )
-        loaded = load_model(
-            model,
-            processing_class=processing_class,
-            model_init_kwargs=args.model_init_kwargs,
-            quantization_config=quantization_config,
-        )
+        with sharding.loading_whole(args):
+            loaded = load_model(
+                model,
+                processing_class=processing_class,
+                model_init_kwargs=args.model_init_kwargs,
+                quantization_config=quantization_config,
+            )
         self._set_up(loaded, ref_model, args, peft_config)
         train_dataset = self._prepare(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval(eval_dataset, args)
@@ -144,6 +149,7 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
+        self.reference.accelerator = self.accelerator
 
     @property
     def denoiser(self) -> nn.Module:
@@ -160,34 +166,53 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, DiffusionPreferenceLoss]:
         """Loss of a batch of B pairs, a scalar; with `return_outputs` also what came with it."""
-        with torch.no_grad():
-            latents, conditioning = self._encode(inputs)
-            timesteps, noise, extra = self._draw(inputs["seeds"], latents)
-            process = self.family.noise_process
-            noisy = process.add_noise(latents, noise + extra, timesteps)
-            target = process.target(latents, noise, timesteps)
-            # The reference goes first: its activations are gone before the policy's are kept.
-            with self.reference.active(model) as reference:
-                ref_pred = self._predict(reference, noisy, timesteps, conditioning)
-        model_pred = self._predict(model, noisy, timesteps, conditioning)
-        outputs = diffusion_preference_loss(
-            model_pred,
-            target,
-            ref_pred,
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            safeguard=self.args.safeguard,
-            safeguard_mu=self.args.safeguard_mu,
-            safeguard_granularity=self.args.safeguard_granularity,
-            safeguard_eps=self.args.safeguard_eps,
-            timestep_weights=self._timestep_weights(timesteps),
-            scores=inputs.get("scores"),
-            **self.args.loss_knobs,
-        )
+        batch = self._noisy_batch(inputs)
+        # The reference goes first: its activations are gone before the policy's are kept.
+        with torch.no_grad(), self.reference.active(model) as reference:
+            ref_pred = self._predict(reference, batch)
+        model_pred = self._predict(model, batch)
+        outputs = self._loss_of(model_pred, batch, ref_pred, inputs.get("scores"))
         if model.training:
             self._finite.watch(outputs.pair_losses, inputs["rows"])
             self._meter["train"].add(outputs.metrics, len(inputs["seeds"]))
+            if self.is_deepspeed_enabled:  # whose backward pass ends with the optimizer's step
+                self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @torch.no_grad()
+    def _noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:
+        """Images and prompts, encoded, at the timestep and with the noise of their pair."""
+        latents, conditioning = self._encode(inputs)
+        timesteps, noise, extra = self._draw(inputs["seeds"], latents)
+        process = self.family.noise_process
+        noisy = process.add_noise(latents, noise + extra, timesteps)
+        return NoisyBatch(noisy, process.target(latents, noise, timesteps), timesteps, conditioning)
+
+    def _loss_of(
+        self,
+        model_pred: torch.Tensor,
+        batch: NoisyBatch,
+        ref_pred: torch.Tensor | None,
+        scores: torch.Tensor | None,
+        safeguard: str | None = None,
+    ) -> DiffusionPreferenceLoss:
+        """The loss of predictions `(2B, ...)`, with the safeguard in output space if that is the one."""
+        if safeguard is None:
+            safeguard = "none" if self.args.safeguard == "parameter" else self.args.safeguard
+        return diffusion_preference_loss(
+            model_pred,
+            batch.target,
+            ref_pred,
+            loss_type=self.args.loss_type,
+            beta=self.args.beta,
+            safeguard=safeguard,
+            safeguard_mu=self.args.safeguard_mu,
+            safeguard_granularity=self.args.safeguard_granularity,
+            safeguard_eps=self.args.safeguard_eps,
+            timestep_weights=self._timestep_weights(batch.timesteps),
+            scores=scores,
+            **self.args.loss_knobs,
+        )
 
     def _encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
@@ -225,18 +250,14 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
         timesteps = self.family.noise_process.timesteps(uniform, timestep_range=self._timestep_range)
         return torch.cat([timesteps, timesteps]), torch.cat([noise, noise]), extra
 
-    def _predict(
-        self,
-        denoiser: nn.Module | None,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: dict[str, torch.Tensor],
-    ) -> torch.Tensor | None:
-        """A denoiser's prediction `(2B, ...)` in float32, in the precision of training; `None` of no denoiser."""
+    def _predict(self, denoiser: nn.Module | None, batch: NoisyBatch) -> torch.Tensor | None:
+        """A denoiser's prediction `(N, ...)` in float32, in the precision of training; `None` of no denoiser."""
         if denoiser is None:
             return None
+        if self._engine_dtype is not None:  # the engine has rounded the weights, and nothing casts for them
+            batch = batch.to(self._engine_dtype)
         with self.accelerator.autocast():
-            return self.family.predict(denoiser, noisy, timesteps, conditioning).float()
+            return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
 
     def _timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         if self.args.snr_gamma is None:
@@ -247,64 +268,29 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
         """One random stream a pair: its draws depend on neither its place in the batch nor the batch's size."""
         return [torch.Generator(self.args.device).manual_seed(seed) for seed in seeds]
 
-    # ---- Steps, evaluation, logs ----------------------------------------------------------------------------------
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite.verify(self.state.global_step + 1)
-        return loss
+    # ---- Steps, logs, data ----------------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         # With fp16 an overflow is everyday, and the scaler leaves that step out by itself.
-        if isinstance(norm, torch.Tensor) and self.accelerator.scaler is None:
-            self._finite.watch_gradient(norm, self.state.global_step + 1)
+        if norm is not None and not self.args.fp16:
+            self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
         return norm
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
-        pairs = len(inputs["seeds"])
-        real = self._real_pairs(pairs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            measured = outputs
-            if 0 < real < pairs:
-                measured = self.compute_loss(model, first_pairs(inputs, real), return_outputs=True)[1]
-        if real:
-            self._meter["eval"].add({**measured.metrics, "loss": measured.loss}, real)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        rewards = outputs.pair_rewards
-        return loss.detach(), rewards, torch.zeros(len(rewards), device=rewards.device)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._meter["eval"].drain(self.accelerator)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        measured = self._meter["eval"].drain(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
-        return output
-
-    def _real_pairs(self, pairs: int) -> int:
-        """How many of a batch's pairs are not repetitions that fill up the last batch of several processes."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return pairs
-        return max(0, min(pairs, state.remainder - self.args.process_index * pairs))
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        """As the Trainer does it; then what must live as the engine has the policy live."""
+        if self.is_deepspeed_enabled and self.args.safeguard == "parameter":
+            sharding.keep_gradients_in_float32(self.accelerator)
+        deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
+        )
+        self._engine_dtype = sharding.engine_dtype(self.accelerator)
+        self.reference.prepare()
+        if deepspeed_resumes:
+            self._load_engine_checkpoint(resume_from_checkpoint)
+        self._set_up_branches(self.model_wrapped)
+        return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -338,6 +324,10 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
         complete_args(args, self.family, self.loss, full=self.adapter is None)
         check_resolution(args, self.family)
         self._timestep_range = checked_timestep_range(args, self.family)
+        check_without_dropout(args, loaded.denoiser)
+        self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}
+        self._engine_dtype: torch.dtype | None = None
+        self._branches, self._probe = None, None
         self._finite = FiniteCheck()
         self._meter = {"train": MetricMeter(), "eval": MetricMeter()}
         # The family gets a pipeline of its own where parts run in half precision; the user's stays as it was loaded.
@@ -381,12 +371,13 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
     ) -> Reference:
         given = None
         if ref_model is not None:
-            given = load_model(
-                ref_model,
-                processing_class=loaded.pipeline,
-                model_init_kwargs=args.model_init_kwargs,
-                role="ref_model",
-            ).denoiser
+            with sharding.loading_whole(args):
+                given = load_model(
+                    ref_model,
+                    processing_class=loaded.pipeline,
+                    model_init_kwargs=args.model_init_kwargs,
+                    role="ref_model",
+                ).denoiser
             if args.disable_dropout:
                 disable_dropout(given)
             if not self.loss.needs_reference:
@@ -402,7 +393,9 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
             fresh_adapter=self.adapter if fresh_adapter else None,
             started_adapter=None if fresh_adapter else self.adapter,
             follows=args.sync_ref_model,
-            half_dtype=autocast_dtype(args) if args.ref_model_half_precision else None,
+            half_dtype=autocast_dtype(args)
+            if args.ref_model_half_precision and not sharding.by_engine(args)
+            else None,
         )
 
     def _prepare(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
@@ -434,6 +427,9 @@ class DiffusionSDPOTrainer(SavingMixin, Trainer):
                     seed=args.seed,
                     resolution=args.resolution,
                     denoiser_name=self.family.denoiser_name,
+                    every_process=sharding.by_engine(args),
                 )
             )
+        if args.safeguard_diagnostics_steps is not None:
+            callbacks.append(MeasureStepCallback(self))
         return callbacks

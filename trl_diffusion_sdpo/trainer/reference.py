@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import sharding
 from .adapters import (
     REFERENCE_ADAPTER,
     adapter_layers,
@@ -21,6 +23,7 @@ from .adapters import (
     base_tensors,
     copy_adapter,
 )
+from .policy import PolicyModel
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -30,22 +33,35 @@ class Reference(ABC):
 
     kind: str
     has_state = False  # whether it moves during training, so that a checkpoint must hold it
+    accelerator: Accelerator  # given by the trainer as soon as there is one
 
     @abstractmethod
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
         """Lend the module that predicts as the old policy; `model` is the policy as the engine wrapped it."""
 
+    def prepare(self) -> None:
+        """Live as the policy does under the engine that has just taken it, before the first batch."""
+        return None
+
     def sync(self, alpha: float) -> None:
         """Move the reference towards the policy, `ref = alpha * policy + (1 - alpha) * ref`."""
         raise ValueError(f"A reference of the kind {self.kind!r} cannot follow the policy.")
 
-    def save(self, folder: Path) -> None:
-        """Write what a resumed run needs; nothing where the reference stands still."""
-        return None
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of it, not copied; nothing where the reference stands still."""
+        return {}
+
+    def save(self, folder: Path, *, write: bool) -> None:
+        """Write what a resumed run needs. All processes take part, and those with `write` write."""
+        whole = sharding.gather(self.weights(), self.accelerator, keep=write)
+        if write and whole:
+            save_file(whole, folder / REFERENCE_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what [`Reference.save`] wrote."""
-        return None
+        weights = self.weights()
+        if weights:
+            sharding.scatter(_read(weights, folder), weights, self.accelerator)
 
     def to(self, device: torch.device) -> None:
         """Move what the policy does not carry along."""
@@ -104,17 +120,12 @@ class AdapterReference(Reference):
         with adapter_on(self._denoiser, REFERENCE_ADAPTER, back=self._policy):
             yield model
 
-    @torch.no_grad()
     def sync(self, alpha: float) -> None:
-        policy = adapter_state(self._denoiser, self._policy)
-        for name, tensor in adapter_state(self._denoiser, REFERENCE_ADAPTER).items():
-            tensor.lerp_(policy[name], alpha)
+        reference, policy = self.weights(), adapter_state(self._denoiser, self._policy)
+        sharding.mix(reference.values(), (policy[name] for name in reference), alpha, self.accelerator)
 
-    def save(self, folder: Path) -> None:
-        _write(adapter_state(self._denoiser, REFERENCE_ADAPTER), folder)
-
-    def load(self, folder: Path) -> None:
-        _read_into(adapter_state(self._denoiser, REFERENCE_ADAPTER), folder)
+    def weights(self) -> dict[str, torch.Tensor]:
+        return adapter_state(self._denoiser, REFERENCE_ADAPTER)
 
 
 class FrozenReference(Reference):
@@ -140,27 +151,25 @@ class FrozenReference(Reference):
     ):
         check_same_architecture(policy, module)
         self.module = module.requires_grad_(False).eval()
+        self._running = self.module
         self._policy = policy
         self.has_state = self.follows = follows
         if half_dtype is not None and not follows:
             halve_autocast_weights(self.module, half_dtype)
 
+    def prepare(self) -> None:
+        if self._running is self.module:
+            self._running = sharding.shard_like_policy(PolicyModel(self.module).eval(), self.accelerator)
+
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        yield self.module
+        yield self._running
 
-    @torch.no_grad()
     def sync(self, alpha: float) -> None:
-        for reference, policy in zip(self.module.parameters(), self._policy.parameters(), strict=True):
-            reference.lerp_(policy.to(reference.dtype), alpha)
+        sharding.mix(self.module.parameters(), self._policy.parameters(), alpha, self.accelerator)
 
-    def save(self, folder: Path) -> None:
-        if self.has_state:
-            _write(self.module.state_dict(), folder)
-
-    def load(self, folder: Path) -> None:
-        if self.has_state:
-            _read_into(self.module.state_dict(), folder)
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.module.state_dict(keep_vars=True) if self.has_state else {}
 
     def to(self, device: torch.device) -> None:
         self.module.to(device)
@@ -240,16 +249,11 @@ def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
             layer.to(dtype)
 
 
-def _write(state: dict[str, torch.Tensor], folder: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, folder / REFERENCE_FILE)
-
-
-def _read_into(present: dict[str, torch.Tensor], folder: Path) -> None:
+def _read(weights: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     file = folder / REFERENCE_FILE
     if not file.is_file():
         raise ValueError(f"A checkpoint with a moving reference must hold {REFERENCE_FILE}; {folder} does not.")
     stored = load_file(file)
-    if stored.keys() != present.keys():
+    if stored.keys() != weights.keys():
         raise ValueError(f"{file} holds the reference of another set-up. Resume with the settings that wrote it.")
-    for name, tensor in present.items():
-        tensor.detach().copy_(stored[name])
+    return stored

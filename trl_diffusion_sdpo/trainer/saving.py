@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from huggingface_hub import HfApi
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from .._compat import PushInProgress
 from ..losses.preference import KNOB_RANGES
-from .callbacks import SampleImagesCallback
+from . import sharding
+from .callbacks import SampleImagesCallback, in_any_process
 from .checkpoint import (
     check_setup,
     forget_local_origins,
     is_complete,
     last_complete_checkpoint,
-    load_weights,
+    own_weights,
+    read_weights,
     save_weights,
     write_setup,
 )
@@ -31,6 +35,8 @@ ARGS_FILE = "training_args.json"
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 # Checkpoints, pickles, logs, and the arguments, which name folders of the machine; the card has the settings.
 NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE]
+# Of one process or DDP, FSDP2 (whole or in shards), DeepSpeed.
+OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 # What decides where training goes; a run that resumes with other values is told so.
 SETTINGS_OF_THE_PATH = (
     "loss_type",
@@ -96,12 +102,12 @@ class SavingMixin:
                     f"A checkpoint to resume from must have been written to its end; {folder} was not, or is none. "
                     "Pass an earlier one, or True to have it found."
                 )
-            if not ((folder / "optimizer.pt").is_file() or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_setup(folder, self._setup())
+            if not any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern)):
                 raise ValueError(
                     f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
                     "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
                 )
-            check_setup(folder, self._setup())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _setup(self) -> dict[str, Any]:
@@ -124,37 +130,75 @@ class SavingMixin:
             "tuning": "full" if self.adapter is None else "lora",
             "lora": lora,
             "reference": self.reference.kind,
+            "engine": sharding.engine_name(self.accelerator),
             "weights_before_training": self.fingerprint,
             **{name: getattr(self.args, name) for name in (*SETTINGS_OF_THE_PATH, *KNOB_RANGES)},
         }
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what was tuned, as plain diffusers and PEFT read it; under every engine, all processes must call it.
+
+        Args:
+            output_dir (`str`, *optional*): `args.output_dir` if unset.
+        """
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._is_checkpoint(folder):
+        writes, checkpoint = self.args.should_save, self._is_checkpoint(folder)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        if writes and checkpoint:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # marks a whole checkpoint; written last
+        whole = None
+        if self._holds_parts():
+            whole = sharding.gather(own_weights(self.denoiser, self.adapter), self.accelerator, keep=writes)
+        if checkpoint:
+            self.reference.save(folder, write=writes)
+        if not writes:
+            return
         save_weights(
             folder,
             pipeline=self.pipeline,
             denoiser=self.denoiser,
             denoiser_name=self.family.denoiser_name,
             adapter=self.adapter,
+            whole=whole,
+            full_pipeline=self.args.save_full_pipeline and not checkpoint,
         )
         write_setup(folder, self._setup())
         # Readable, without tokens, and no pickle: the Trainer's own training_args.bin is all three the other way.
         (folder / ARGS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-        if self._is_checkpoint(folder):
-            self.reference.save(folder)
-        elif self.args.save_full_pipeline:
-            self.pipeline.save_pretrained(folder, safe_serialization=True)
         forget_local_origins([folder / "model_index.json"])
         forget_local_origins(folder / name / file for name in self.pipeline.components for file in COMPONENT_CONFIGS)
+
+    def _holds_parts(self) -> bool:
+        """Whether the engine keeps the weights, or their float32 form, in shards."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._finite.verify_gradient()
         super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Beside the tuned weights, which are there already: an engine's own form of them, without what is frozen."""
+        if not self._holds_parts():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            save_fsdp_optimizer(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+            )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the trainer's state, written next, says that all of it is there
 
     def _finalize_training(self, *args: Any) -> Any:
         self._finite.verify_gradient()
@@ -163,14 +207,29 @@ class SavingMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._read_weights(folder)
-        if self.reference.has_state:
-            self.reference.load(folder)
+        self.reference.load(folder)
+
+    def _load_engine_checkpoint(self, resume_from_checkpoint: str) -> None:
+        """DeepSpeed's own state, without what is frozen; transformers would ask for all of it."""
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self.reference.load(Path(resume_from_checkpoint))
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._read_weights(Path(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint, load_module_strict=False)
+        else:
+            self._read_weights(Path(self.state.best_model_checkpoint))
 
     def _read_weights(self, folder: Path) -> None:
-        load_weights(folder, denoiser=self.denoiser, denoiser_name=self.family.denoiser_name, adapter=self.adapter)
+        weights = read_weights(
+            folder,
+            denoiser=self.denoiser,
+            denoiser_name=self.family.denoiser_name,
+            adapter=self.adapter,
+            shapes=self._shapes,
+        )
+        sharding.scatter(weights, own_weights(self.denoiser, self.adapter), self.accelerator)
 
     def _is_checkpoint(self, folder: Path) -> bool:
         return folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -253,14 +312,17 @@ class SavingMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish while training goes on; the Trainer's own looks for transformers' files and uploads pickles."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        busy = in_any_process(uploading, self.args.device)  # the first process knows, and all write together
         if busy and not self.args.hub_always_push:
+            return
+        self._save(self.args.output_dir)
+        if not self.is_world_process_zero():
             return
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
-        self._save(self.args.output_dir)
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         jobs = [self._upload(self.args.output_dir, f"Training in progress, {moment}", later=True)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

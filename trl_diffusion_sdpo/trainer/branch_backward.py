@@ -1,0 +1,392 @@
+"""One backward pass per branch, and the safeguard hook after both: the only place that knows how engines differ.
+
+The graph is cut at the predictions, so that each branch is a scalar `(prediction * gradient).sum()` of its own. Every
+backward pass goes into the branch's own accumulator; after the last micro-batch of an optimizer step, a few inner
+products give lambda, and the engine is handed the gradient `W - lambda L` before it clips and steps.
+
+Where the engine shards gradients, an accumulator is a shard: nothing of full size is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from ..losses import parameter_scale
+
+WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
+REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
+CHUNK = 1 << 22  # elements that are in float64 at once, for each branch
+REDUCE_BUCKET = 1 << 25  # elements that one all-reduce takes
+
+Gradient = list[torch.Tensor | None]
+
+
+class BranchBackward:
+    """The gradients of an optimizer step, branch by branch, and the lambda that joins them.
+
+    Args:
+        engine ([`GradientEngine`]): How gradients are taken and given back.
+        mu (`float`): Margin in `[0, 1]`.
+        anchor (`str`): `"branch"` or `"error"`, what lambda protects, as
+            [`~trl_diffusion_sdpo.losses.parameter_scale`] has it.
+    """
+
+    def __init__(self, engine: GradientEngine, *, mu: float, anchor: str):
+        self.engine = engine
+        self.mu = mu
+        self.anchor = anchor
+        self.gradients: dict[str, Gradient] = {}
+
+    def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
+        """Add a micro-batch's gradient to a branch.
+
+        Args:
+            branch (`str`): `"winner"`, `"loser"` or `"anchor"`. The loser's objective must point up the loser's
+                branch, so that the gradient of the loss is winner minus loser.
+            objective (`torch.Tensor` of shape `()`): Already divided by the accumulation steps.
+            retain_graph (`bool`): Whether another pass through the same graph follows.
+        """
+        self.gradients[branch] = self.engine.backward(objective, self.gradients.get(branch), retain_graph=retain_graph)
+
+    @torch.no_grad()
+    def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, Gradient | None]:
+        """The safeguard hook: leave `W - lambda L` with the engine as the gradient of the step.
+
+        Returns:
+            The metrics of [`~trl_diffusion_sdpo.losses.parameter_scale`]; whether the gradients were finite, a boolean
+            scalar on the device (with fp16 they are not now and then, and the scaler leaves that step out); and the
+            anchor's gradient where there is one.
+
+        Raises:
+            `RuntimeError`: If a branch reached no trained weight.
+        """
+        gradients, self.gradients = self.gradients, {}
+        for name, gradient in gradients.items():
+            if all(part is None for part in gradient):
+                raise RuntimeError(f"The {name}'s backward pass reached no trained weight. Does the denoiser use any?")
+            gradients[name] = self.engine.reduced(gradient)
+        ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
+        products = self.engine.total(inner_products(ordered))
+        scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
+        subtract_scaled(ordered[0], ordered[1], scale)
+        self.engine.put(ordered[0])
+        finite = products.isfinite().all()
+        return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
+
+
+class GradientEngine(ABC):
+    """How one engine accumulates, reduces and receives gradients.
+
+    A gradient is a list with one tensor for each trained weight (or shard of it), `None` for a weight that took no
+    part. Lists of one engine always have the same order.
+    """
+
+    @abstractmethod
+    def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
+        """Add the gradient of `objective` to `into`, which may be changed in place; a new one where it is `None`."""
+
+    @abstractmethod
+    def put(self, gradient: Gradient) -> None:
+        """Make this the gradient that is clipped and stepped with."""
+
+    def reduced(self, gradient: Gradient) -> Gradient:
+        """The gradient averaged over the processes, where `backward` has not done so."""
+        return gradient
+
+    def total(self, products: torch.Tensor) -> torch.Tensor:
+        """Inner products over all shards, from those of this process."""
+        return products
+
+    def step(self) -> None:
+        """Take the optimizer's step, where the engine does it by itself."""
+        return None
+
+    def accumulating(self) -> contextlib.AbstractContextManager:
+        """Entered around the forward and backward passes of a micro-batch."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def weights(self) -> list[torch.Tensor]:
+        """The float32 weights, or shards of them, that a gradient belongs to, in its order."""
+
+    @property
+    def loss_scale(self) -> float:
+        """By which gradients are multiplied, against underflow in fp16."""
+        return 1.0
+
+
+class ReplicatedGradients(GradientEngine):
+    """One process, or DDP: every process holds whole gradients, and averages them once an optimizer step."""
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator):
+        self._model, self._accelerator = model, accelerator
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
+        # Autograd adds to the gradient that it finds, in place.
+        for weight, gradient in zip(self._weights, into or [None] * len(self._weights), strict=True):
+            weight.grad = gradient
+        scaler = self._accelerator.scaler
+        scaled = objective if scaler is None else scaler.scale(objective)
+        scaled.backward(retain_graph=retain_graph)
+        return [self._take(weight) for weight in self._weights]
+
+    @staticmethod
+    def _take(weight: nn.Parameter) -> torch.Tensor | None:
+        gradient, weight.grad = weight.grad, None
+        return gradient
+
+    def reduced(self, gradient: Gradient) -> Gradient:
+        if self._accelerator.num_processes > 1:
+            all_reduce_mean([part for part in gradient if part is not None])
+        return gradient
+
+    def put(self, gradient: Gradient) -> None:
+        for weight, part in zip(self._weights, gradient, strict=True):
+            weight.grad = part
+
+    def accumulating(self) -> contextlib.AbstractContextManager:
+        # DDP would average one branch's gradient and then, its work done, leave the other's as it is.
+        return self._accelerator.no_sync(self._model)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [weight.detach() for weight in self._weights]
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0 if self._accelerator.scaler is None else self._accelerator.scaler.get_scale()
+
+
+class Fsdp2Gradients(ReplicatedGradients):
+    """FSDP2: the backward pass itself averages gradients and leaves this process its shard."""
+
+    def accumulating(self) -> contextlib.AbstractContextManager:
+        # Without this, gradients of all but the last micro-batch wait whole, outside of `.grad`, branches mixed.
+        self._model.set_requires_gradient_sync(True)
+        return contextlib.nullcontext()
+
+    def reduced(self, gradient: Gradient) -> Gradient:
+        return gradient
+
+    def total(self, products: torch.Tensor) -> torch.Tensor:
+        return sum_over_processes(products)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [local(weight.detach()) for weight in self._weights]
+
+
+class ZeroGradients(GradientEngine):
+    """DeepSpeed: the engine's optimizer averages gradients into shards during the backward pass."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
+        # Without the flag, the engine keeps whole gradients until the last micro-batch, branches mixed, and counts
+        # backward passes where it should count micro-batches.
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
+        taken = self.take()
+        self.clear()
+        if into is None:
+            return taken
+        for total, part in zip(into, taken, strict=True):
+            total.add_(part)
+        return into
+
+    @abstractmethod
+    def take(self) -> Gradient:
+        """The shards of the latest backward pass, no longer the engine's."""
+
+    def clear(self) -> None:
+        """Leave nothing of one branch for the other."""
+        self._engine.optimizer.zero_grad()
+
+    def total(self, products: torch.Tensor) -> torch.Tensor:
+        return sum_over_processes(products)
+
+    def step(self) -> None:
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._engine.optimizer.loss_scale)
+
+
+class Zero12Gradients(ZeroGradients):
+    """ZeRO-1 and ZeRO-2: a flat shard for each group of parameters, in `averaged_gradients`."""
+
+    def __init__(self, engine: Any):
+        super().__init__(engine)
+        self._groups: dict[int, list[torch.Tensor]] = {}  # DeepSpeed's own lists, those of the latest pass
+        self._sizes: dict[int, list[int]] = {}
+
+    def take(self) -> Gradient:
+        averaged = self._engine.optimizer.averaged_gradients
+        for group in sorted(averaged):
+            self._groups[group], averaged[group] = averaged[group], None
+            self._sizes[group] = [part.numel() for part in self._groups[group]]
+        return [part for group in self._groups.values() for part in group]
+
+    def put(self, gradient: Gradient) -> None:
+        # A list may carry the flat tensor that its parts are views of, so the parts are filled and not replaced. The
+        # latest pass was the loser's, which is not needed any more.
+        parts = iter(gradient)
+        for group, own in self._groups.items():
+            for part in own:
+                part.copy_(next(parts))
+            self._engine.optimizer.averaged_gradients[group] = own
+        self._groups = {}
+
+    def weights(self) -> list[torch.Tensor]:
+        shards: list[torch.Tensor] = []
+        for group, flat in enumerate(self._engine.optimizer.single_partition_of_fp32_groups):
+            sizes = self._sizes[group]
+            shards += flat.detach()[: sum(sizes)].split(sizes)
+        return shards
+
+
+class Zero3Gradients(ZeroGradients):
+    """ZeRO-3: a shard of each parameter."""
+
+    def __init__(self, engine: Any):
+        super().__init__(engine)
+        self._weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+
+    def take(self) -> Gradient:
+        from deepspeed.utils import safe_get_local_grad
+
+        return [safe_get_local_grad(weight).clone() for weight in self._weights]
+
+    def put(self, gradient: Gradient) -> None:
+        from deepspeed.utils import safe_set_local_grad
+
+        for weight, part in zip(self._weights, gradient, strict=True):
+            safe_set_local_grad(weight, part)
+
+    def weights(self) -> list[torch.Tensor]:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return [safe_get_local_fp32_param(weight) for weight in self._weights]
+
+
+def gradient_engine(model: nn.Module, accelerator: Accelerator) -> GradientEngine:
+    """The engine that `accelerator` trains `model` with; both as they are after `accelerator.prepare`.
+
+    Raises:
+        `ValueError`: If gradients of two branches cannot be kept apart under it.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_gradients(model)
+    if accelerator.is_fsdp2:
+        return Fsdp2Gradients(model, accelerator)
+    if accelerator.distributed_type.value not in REPLICATED:
+        raise ValueError(
+            "`safeguard='parameter'` trains on one device, or with DDP, FSDP2 or DeepSpeed ZeRO-1, 2 and 3; got "
+            f"{accelerator.distributed_type.value} (FSDP1, if FSDP: set `fsdp_version: 2`). Use one of these, or "
+            "`safeguard='output'`."
+        )
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "`safeguard='parameter'` needs one process for each GPU, and this process has several. Start it with "
+            "`accelerate launch` or `torchrun`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    return ReplicatedGradients(model, accelerator)
+
+
+def _deepspeed_gradients(engine: Any) -> GradientEngine:
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3, got {stage}. Set `zero_stage` to 1, or "
+            "train without DeepSpeed, which costs the same memory."
+        )
+    if engine.zero_use_cpu_optimizer():
+        raise ValueError(
+            "`safeguard='parameter'` cannot act with the optimizer offloaded: DeepSpeed then moves each gradient away "
+            "while the backward pass runs, before the two branches can be told apart. Set `offload_optimizer_device: "
+            "none`, or use `safeguard='output'`."
+        )
+    return Zero3Gradients(engine) if stage == 3 else Zero12Gradients(engine)
+
+
+def inner_products(gradients: list[Gradient]) -> torch.Tensor:
+    """All inner products of a few gradients, in float64: `(n, n)` for `n` of them, of this process's parts."""
+    first = next(part for part in gradients[0] if part is not None)
+    # Apple's GPUs have no float64.
+    dtype = torch.float32 if first.device.type == "mps" else torch.float64
+    products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
+    for pieces in _chunks(gradients):
+        rows = torch.stack([torch.cat(row).to(dtype) for row in pieces])  # (n, at most CHUNK)
+        products += rows @ rows.T
+    return products
+
+
+def _chunks(gradients: list[Gradient]):
+    """The gradients' elements side by side, at most `CHUNK` at a time; a missing part counts as zeros."""
+    pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
+    size = 0
+    for parts in zip(*gradients, strict=True):
+        flats = [None if part is None else local(part).flatten() for part in parts]
+        present = next((flat for flat in flats if flat is not None), None)
+        if present is None:
+            continue
+        flats = [torch.zeros_like(present) if flat is None else flat for flat in flats]
+        for cut in zip(*(flat.split(CHUNK) for flat in flats), strict=True):
+            if size and size + len(cut[0]) > CHUNK:
+                yield pieces
+                pieces, size = [[] for _ in gradients], 0
+            for row, piece in zip(pieces, cut, strict=True):
+                row.append(piece)
+            size += len(cut[0])
+    if size:
+        yield pieces
+
+
+def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
+    """`W - lambda L` in place of `W`."""
+    for i, (w, part) in enumerate(zip(winner, loser, strict=True)):
+        if part is None:
+            continue
+        if w is None:
+            winner[i] = w = torch.zeros_like(part)
+        local(w).addcmul_(local(part), scale.to(w.dtype), value=-1)
+
+
+def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
+    """Average tensors over all processes, in place, some at a time as one message."""
+    world = dist.get_world_size()
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in [*tensors, None]:
+        if bucket and (tensor is None or size + tensor.numel() > REDUCE_BUCKET):
+            flat = torch.cat([part.flatten() for part in bucket]).div_(world)
+            dist.all_reduce(flat)
+            for part, piece in zip(bucket, flat.split([part.numel() for part in bucket]), strict=True):
+                part.copy_(piece.view_as(part))
+            bucket, size = [], 0
+        if tensor is not None:
+            bucket.append(tensor)
+            size += tensor.numel()
+
+
+def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
+    """The sum of a small tensor over all processes."""
+    dist.all_reduce(products)
+    return products
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds; all of one that is not distributed."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

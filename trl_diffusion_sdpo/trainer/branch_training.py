@@ -1,0 +1,200 @@
+"""Training with the parameter-space safeguard: a step in which winners and losers are back-propagated apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..losses import DiffusionPreferenceLoss, order_by_scores, winner_error_gradient
+from .branch_backward import ANCHOR, LOSER, WINNER, BranchBackward, Gradient, gradient_engine, inner_products, local
+from .noisy_batch import NoisyBatch
+
+# Measured on the joint prediction; with the parameter-space safeguard these names mean its own lambda.
+OUTPUT_SPACE = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
+
+
+@dataclass
+class StepProbe:
+    """What a diagnostic step remembers until the weights have moved.
+
+    Args:
+        winners (`list[NoisyBatch]`): Those of each micro-batch.
+        errors (`list[torch.Tensor]`): Their mean errors before the step, `()` each.
+        weights (`list[torch.Tensor]`): The trained weights, or this process's shards, before the step.
+        gradient (`list[torch.Tensor]`): The mean winner error's, over the whole batch of the step.
+    """
+
+    winners: list[NoisyBatch] = field(default_factory=list)
+    errors: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    gradient: Gradient = field(default_factory=list)
+
+
+class BranchTrainingMixin:
+    """The overrides of [`~transformers.Trainer`] with which a step has two branches."""
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self._branches is not None:
+            return self._branch_step(model, inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.verify(self.state.global_step + 1)
+        return loss
+
+    def _set_up_branches(self, model: nn.Module) -> None:
+        """Once the engine has taken the model."""
+        self._branches, self._probe = None, None
+        if self.args.safeguard != "parameter":
+            return
+        engine = gradient_engine(model, self.accelerator)
+        anchor = self.args.safeguard_anchor or self.loss.anchor
+        self._branches = BranchBackward(engine, mu=self.args.safeguard_mu, anchor=anchor)
+
+    def _shown(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch's metrics without names that are another safeguard's."""
+        if self.args.safeguard != "parameter":
+            return metrics
+        return {name: value for name, value in metrics.items() if name not in OUTPUT_SPACE}
+
+    def _branch_step(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """One micro-batch; after the last of an optimizer step, the safeguard hook."""
+        model.train()
+        self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        probing = self._probes(self.state.global_step + 1)
+        if probing and self._probe is None:
+            self._probe = StepProbe()
+        with self.compute_loss_context_manager(), self._branches.engine.accumulating():
+            outputs = self._backward_by_branch(model, inputs, probing)
+        self._finite.watch(outputs.pair_losses, inputs["rows"])
+        self._meter["train"].add(self._shown(outputs.metrics), len(inputs["seeds"]))
+        self._finite.verify(self.state.global_step + 1)
+        if self.accelerator.sync_gradients:
+            self._combine_branches()
+        return outputs.loss.detach() / self.current_gradient_accumulation_steps
+
+    def _combine_branches(self) -> None:
+        engine = self._branches.engine
+        metrics, finite, anchor = self._branches.combine()
+        self._meter["train"].add(metrics, finite)
+        self._meter["train"].add({"safeguard/skipped": 1 - finite.float()}, 1)
+        if self._probe is not None:
+            self._probe.gradient = anchor
+            self._probe.weights = [weight.clone() for weight in engine.weights()]
+        engine.step()
+
+    def _backward_by_branch(self, model: nn.Module, inputs: dict[str, Any], probing: bool) -> DiffusionPreferenceLoss:
+        """A backward pass for each branch, from the gradients of the loss at the two predictions."""
+        batch, scores = self._noisy_batch(inputs), inputs.get("scores")
+        if self.loss.needs_scores:
+            order = order_by_scores(scores)
+            batch, scores = batch.take(order), scores[order]
+        winners, losers = batch.halves()
+        with torch.no_grad(), self.reference.active(model) as reference:
+            ref_pred = [self._predict(reference, half) for half in (winners, losers)]
+        low_memory = self.args.safeguard_low_memory
+        with torch.set_grad_enabled(not low_memory):
+            loser_pred = self._predict(model, losers)
+        winner_pred = self._predict(model, winners)
+        # The graph is cut here: what follows is a tiny one, from the predictions to the loss.
+        prediction = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
+        ref_pred = None if ref_pred[0] is None else torch.cat(ref_pred)
+        outputs = self._loss_of(prediction, batch, ref_pred, scores, safeguard="none")
+        winner_push, loser_push = torch.autograd.grad(outputs.loss, prediction)[0].chunk(2)
+        if probing:
+            self._remember(prediction.detach(), batch, winners, ref_pred, scores)
+        self._send_back(model, losers, winner_pred, loser_pred, (winner_push, loser_push), winners.target)
+        return outputs
+
+    def _send_back(
+        self,
+        model: nn.Module,
+        losers: NoisyBatch,
+        winner_pred: torch.Tensor,
+        loser_pred: torch.Tensor,
+        pushes: tuple[torch.Tensor, torch.Tensor],
+        winner_target: torch.Tensor,
+    ) -> None:
+        """The passes in an order that lets the winners' graph go before the losers' is walked, or even made."""
+        branches, share = self._branches, 1 / self.current_gradient_accumulation_steps
+        anchored = branches.anchor == "error" or self._probe is not None
+        branches.backward(WINNER, share * (winner_pred * pushes[0]).sum(), retain_graph=anchored)
+        if anchored:
+            push = winner_error_gradient(winner_pred - winner_target.float())
+            branches.backward(ANCHOR, share * (winner_pred * push).sum())
+        del winner_pred
+        if self.args.safeguard_low_memory:
+            loser_pred = self._predict(model, losers)
+        branches.backward(LOSER, -share * (loser_pred * pushes[1]).sum())
+
+    # ---- Diagnostics ----------------------------------------------------------------------------------------------
+
+    def _probes(self, step: int) -> bool:
+        every = self.args.safeguard_diagnostics_steps
+        return every is not None and step % every == 0
+
+    def _remember(
+        self,
+        prediction: torch.Tensor,
+        batch: NoisyBatch,
+        winners: NoisyBatch,
+        ref_pred: torch.Tensor | None,
+        scores: torch.Tensor | None,
+    ) -> None:
+        """A micro-batch's winners and their error, and what output space would have made of it."""
+        self._probe.winners.append(winners)
+        self._probe.errors.append(_mean_error(prediction.chunk(2)[0], winners))
+        output = self._loss_of(prediction, batch, ref_pred, scores, safeguard="output").metrics
+        shown = {
+            "safeguard/output_scale": output["safeguard/scale"],
+            "safeguard/output_cosine": output["safeguard/cosine"],
+        }
+        self._meter["train"].add(shown, len(winners.noisy))
+
+    @torch.no_grad()
+    def measure_step(self) -> None:
+        """After the weights have moved in a diagnostic step: what that did to the winners' error, and what the error's
+        gradient made of the same move."""
+        probe, self._probe = self._probe, None
+        if probe is None:
+            return
+        engine = self._branches.engine
+        model = self.model_wrapped
+        for winners, before in zip(probe.winners, probe.errors, strict=True):
+            realised = _mean_error(self._predict(model, winners), winners) - before
+            self._meter["train"].add({"safeguard/realised_winner_change": realised}, len(winners.noisy))
+        moves = [now - before for now, before in zip(engine.weights(), probe.weights, strict=True)]
+        taken = [None if part is None else local(part) for part in probe.gradient]
+        predicted = engine.total(inner_products([_fitting(taken, moves), moves]))[0, 1] / engine.loss_scale
+        self._meter["train"].add({"safeguard/predicted_winner_change": predicted}, 1)
+
+
+class MeasureStepCallback(TrainerCallback):
+    """Has diagnostic steps measured once the optimizer has moved the weights, whoever called it.
+
+    Args:
+        trainer ([`BranchTrainingMixin`]): Its `measure_step` is called.
+    """
+
+    def __init__(self, trainer: BranchTrainingMixin):
+        self._trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._trainer.measure_step()
+
+
+def _mean_error(prediction: torch.Tensor, winners: NoisyBatch) -> torch.Tensor:
+    return (prediction - winners.target.float()).square().mean()
+
+
+def _fitting(gradient: Gradient, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A gradient in float32 and in the shapes of the weights; zeros for weights that took no part."""
+    return [
+        torch.zeros_like(move) if part is None else part.float().reshape(move.shape)
+        for part, move in zip(gradient, like, strict=True)
+    ]

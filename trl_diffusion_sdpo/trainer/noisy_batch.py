@@ -1,0 +1,41 @@
+"""A batch of pairs as the denoiser meets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """B pairs at their timesteps, the winners first.
+
+    Args:
+        noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
+        target (`torch.Tensor` of shape `(2B, ...)`): What is to be predicted.
+        timesteps (`torch.Tensor` of shape `(2B,)`): Equal for the two images of a pair.
+        conditioning (`dict[str, torch.Tensor]`): Each of shape `(2B, ...)`.
+    """
+
+    noisy: torch.Tensor
+    target: torch.Tensor
+    timesteps: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+
+    def take(self, index: torch.Tensor | slice) -> NoisyBatch:
+        """The rows that `index` names, in its order."""
+        conditioning = {name: value[index] for name, value in self.conditioning.items()}
+        return NoisyBatch(self.noisy[index], self.target[index], self.timesteps[index], conditioning)
+
+    def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
+        """Winners and losers."""
+        pairs = len(self.noisy) // 2
+        return self.take(slice(None, pairs)), self.take(slice(pairs, None))
+
+    def to(self, dtype: torch.dtype) -> NoisyBatch:
+        """What the denoiser reads, in another precision. Timesteps stay as they are, and the target too."""
+        conditioning = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in self.conditioning.items()
+        }
+        return NoisyBatch(self.noisy.to(dtype), self.target, self.timesteps, conditioning)

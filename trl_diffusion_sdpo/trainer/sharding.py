@@ -1,0 +1,213 @@
+"""Weights of which a process holds a part: gathered to be written, scattered when read, and a second module sharded as
+the policy is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainingArguments
+
+
+def runs_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed will train, by the arguments or by how the process was launched."""
+    return args.deepspeed_plugin is not None
+
+
+def by_engine(args: TrainingArguments) -> bool:
+    """Whether an engine will hold the weights its own way, in shards or rounded: DeepSpeed or FSDP."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
+
+
+@contextlib.contextmanager
+def loading_whole(args: TrainingArguments) -> Iterator[None]:
+    """Load pipelines as they are: transformers would create text encoders as ZeRO-3's shards, which only the engine
+    that owns them could run."""
+    if not runs_deepspeed(args):
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    config = args.deepspeed_plugin.hf_ds_config
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+def check_whole(module: nn.Module, name: str) -> None:
+    """Raise `ValueError` where a module was loaded as ZeRO-3's shards."""
+    if any(weight.numel() == 0 for weight in module.parameters()):
+        raise ValueError(
+            f"The pipeline's {name} must be whole, but it was loaded as shards of ZeRO-3. Pass the Hub id or folder, "
+            "or load the pipeline before making the configuration with `deepspeed`."
+        )
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return accelerator.state.deepspeed_plugin.zero_stage
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """What a checkpoint depends on: `"plain"`, one process or DDP, `"fsdp"`, or `"zero1"` and so on."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{zero_stage(accelerator)}"
+    return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "plain"
+
+
+def weights_are_sharded(accelerator: Accelerator) -> bool:
+    """Whether running the model takes all processes."""
+    return zero_stage(accelerator) == 3 or accelerator.distributed_type == DistributedType.FSDP
+
+
+def keep_gradients_in_float32(accelerator: Accelerator) -> None:
+    """Have DeepSpeed average half precision gradients into float32, unless its configuration says otherwise: the
+    difference of two branches loses what their sum would not."""
+    plugin = accelerator.state.deepspeed_plugin
+    plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def shard_like_policy(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A frozen module held as the engine holds the policy's weights: sharded under ZeRO-3 and FSDP2, whole elsewhere;
+    in the precision in which the policy runs.
+
+    Args:
+        module (`nn.Module`): In evaluation mode; changed in place.
+        accelerator (`Accelerator`): After it has prepared the policy.
+
+    Returns:
+        `nn.Module`: To be called in place of `module`.
+    """
+    if accelerator.is_fsdp2:
+        from accelerate.utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, module).eval()
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return module
+    dtype = engine_dtype(accelerator)
+    if zero_stage(accelerator) < 3:
+        return module if dtype is None else module.to(dtype)
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine.eval()
+
+
+def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The half precision that DeepSpeed turns all weights into; `None` where it leaves them alone."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(name, {}).get("enabled") is True:
+            return dtype
+    return None
+
+
+def gather(tensors: dict[str, torch.Tensor], accelerator: Accelerator, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Named weights whole and on the CPU, one after the other; all processes take part.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): The module's own parameters and buffers, not detached.
+        accelerator (`Accelerator`): Tells how they are sharded.
+        keep (`bool`): Whether this process wants them; the others give their parts and get nothing.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Trained weights in float32, as the optimizer holds them.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        value = _gather_one(tensor, accelerator)
+        if keep:
+            whole[name] = value.detach().to("cpu", copy=True).contiguous()
+    return whole
+
+
+def _gather_one(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    stage = zero_stage(accelerator)
+    if stage == 0:
+        return tensor
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    trained = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    if trained is not None or stage < 3:
+        return tensor if trained is None else trained.view(tensor.shape if stage < 3 else tensor.ds_shape)
+    with _gathered([tensor]):
+        return tensor.detach().clone()
+
+
+@torch.no_grad()
+def scatter(values: dict[str, torch.Tensor], into: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
+    """Copy whole tensors into named weights, of which each process may hold a part; all processes take part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for name, tensor in into.items():
+        value = values[name]
+        if isinstance(tensor, DTensor):
+            device = tensor.device_mesh.device_type
+            value = distribute_tensor(value.to(device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        with _gathered([tensor] if zero_stage(accelerator) == 3 else [], write=True):
+            tensor.detach().copy_(value)
+
+
+@torch.no_grad()
+def mix(
+    references: Iterable[torch.Tensor], policies: Iterable[torch.Tensor], alpha: float, accelerator: Accelerator
+) -> None:
+    """`ref = alpha * policy + (1 - alpha) * ref`, weight by weight; all processes take part."""
+    stage3 = zero_stage(accelerator) == 3
+    for reference, policy in zip(references, policies, strict=True):
+        with _gathered([reference, policy] if stage3 else [], write=True):
+            reference.lerp_(policy.to(reference.dtype), alpha)
+
+
+@contextlib.contextmanager
+def _gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[None]:
+    """ZeRO-3 weights whole for a moment, and if `write` with what the first process has made of them."""
+    if not tensors:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(tensors, modifier_rank=0 if write else None):
+        yield
+
+
+class DenoiserView(nn.Module):
+    """The denoiser for a pipeline that draws during training: calls go through the engine's module, which gathers what
+    is sharded; everything else is the denoiser's own.
+
+    Args:
+        denoiser (`nn.Module`): The one that trains.
+        engine_model (`nn.Module`): It as the engine wrapped it.
+    """
+
+    def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
+        super().__init__()
+        self.__dict__["_pair"] = (denoiser, engine_model)  # not as children: they are not this view's to move or save
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return self._pair[1](*args, **inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_pair"][0], name)
