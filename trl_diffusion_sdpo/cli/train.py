@@ -1,5 +1,5 @@
 """`trl-diffusion-sdpo train`: TRL's arguments and the trainer's, from a YAML file and the command line, into one
-run. The examples call `train` with arguments of their own parser."""
+run, in this process or under accelerate."""
 
 import logging
 from pathlib import Path
@@ -10,6 +10,7 @@ import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
+from . import launch
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOTrainer
@@ -30,15 +31,26 @@ def make_parser(prog: str | None = None) -> TrlParser:
     parser = TrlParser(
         (ScriptArguments, DiffusionSDPOConfig, ModelConfig),
         prog=prog,
-        usage="%(prog)s [--config FILE.yaml] --model_name_or_path ID --dataset_name ID [--OPTION VALUE ...]",
+        usage="%(prog)s [--config FILE.yaml] [--accelerate_config NAME] --model_name_or_path ID --dataset_name ID "
+        "[--OPTION VALUE ...]",
         description="Tune a pipeline on preference pairs. The command line overrides the YAML file of --config.",
+        epilog=f"--accelerate_config starts the training under accelerate: {', '.join(launch.config_names())}, or the "
+        "path of a file; options of `accelerate launch`, such as --num_processes, may follow.",
     )
     parser.set_defaults(lora_dropout=0.0)  # dropout would part the policy from its reference at the first step
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
-    return train(*parse(arguments, prog))
+    arguments = _with_one_config(arguments)
+    parser = make_parser(prog)
+    asks_for_help = {"-h", "--help"} & set(arguments)
+    planned = None if asks_for_help else launch.plan(arguments, {action.dest for action in parser._actions})
+    if planned is None:
+        return train(*parse(arguments, prog))
+    _, own = launch.take_option(planned.arguments, "config")
+    _refuse_unknown(parser.parse_known_args(own)[1])  # once here, not in every process
+    return launch.start(planned, "train")
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[ScriptArguments, DiffusionSDPOConfig, ModelConfig]:
@@ -47,13 +59,13 @@ def parse(arguments: list[str], prog: str | None = None) -> tuple[ScriptArgument
     Raises:
         ValueError: If an argument or the YAML file is not as it must be.
     """
-    arguments = [part for argument in arguments for part in _split_config(argument)]
-    if arguments.count("--config") > 1 or arguments[-1:] == ["--config"]:
-        raise ValueError("`--config` takes one YAML file, once. Put the settings into one file.")
+    arguments = _with_one_config(arguments)
     try:
-        return make_parser(prog).parse_args_and_config(arguments)
+        *parsed, unknown = make_parser(prog).parse_args_and_config(arguments, return_remaining_strings=True)
     except yaml.YAMLError as error:
         raise ValueError(f"The file of `--config` must be YAML: {error}") from error
+    _refuse_unknown(_without_options(unknown, launch.keys_used_by_the_launcher()))
+    return tuple(parsed)
 
 
 def train(script_args: ScriptArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
@@ -86,9 +98,11 @@ def train(script_args: ScriptArguments, training_args: DiffusionSDPOConfig, mode
         interrupt.restore_handlers()
     if interrupt.interrupted:
         _say_how_to_resume(trainer)
-        return EXIT_INTERRUPTED
-    _finish(trainer, script_args, training_args)
-    return EXIT_OK
+    else:
+        _finish(trainer, script_args, training_args)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first is gone: all have written
+    trainer.accelerator.end_training()
+    return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
 
 
 def load_datasets(script_args: ScriptArguments, *, with_eval: bool) -> tuple[Any, Any]:
@@ -123,9 +137,28 @@ def resume_point(value: str | bool | None) -> str | bool | None:
     return value
 
 
-def _split_config(argument: str) -> list[str]:
-    """`--config=FILE` in the two words that TRL's parser looks for."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+def _with_one_config(arguments: list[str]) -> list[str]:
+    """With `--config=FILE` in the two words that TRL's parser looks for, at most once."""
+    split = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if split.count("--config") > 1 or split[-1:] == ["--config"]:
+        raise ValueError("`--config` takes one YAML file, once. Put the settings into one file.")
+    return split
+
+
+def _without_options(words: list[str], names: list[str]) -> list[str]:
+    """Without `--name value` for the names, as TRL's parser gives what it does not know of a file."""
+    flags = {f"--{name}" for name in names}
+    starts = [index for index, word in enumerate(words) if word in flags]
+    dropped = {index + offset for index in starts for offset in (0, 1)}
+    return [word for index, word in enumerate(words) if index not in dropped]
+
+
+def _refuse_unknown(words: list[str]) -> None:
+    if words:
+        raise ValueError(
+            f"These arguments are unknown: {' '.join(words)}. `--help` lists those that there are; those of "
+            f"`accelerate launch` need `--{launch.OPTION}`."
+        )
 
 
 def _check(script_args: ScriptArguments, model_args: ModelConfig) -> None:

@@ -1,0 +1,313 @@
+"""Training by `--accelerate_config`: which arguments go where, what the configurations make of themselves in accelerate
+and transformers, what is refused before anything starts, and one launch of two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from trl_diffusion_sdpo import import_utils
+from trl_diffusion_sdpo.cli import launch, train
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.trainer.policy import PolicyModel
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "accelerate_configs"
+NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
+OWN = {action.dest for action in train.make_parser()._actions}
+SETTINGS = {name: yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")) for name in NAMES}
+TWO_CPUS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",  # accelerate's word for processes of torch's launcher
+    "mixed_precision": "no",
+    "num_machines": 1,
+    "num_processes": 2,
+    "use_cpu": True,
+}
+TRAIN = [sys.executable, "-m", "trl_diffusion_sdpo.cli.main", "train"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+ONE_CPU = {**TWO_CPUS, "distributed_type": "NO", "num_processes": 1}
+
+
+@pytest.fixture(autouse=True)
+def not_launched(monkeypatch):
+    for name in (launch.LAUNCHED_VARIABLE, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def two_cpus(tmp_path) -> str:
+    """An accelerate configuration for two processes on the CPU."""
+    return write_yaml(tmp_path / "two_cpus.yaml", TWO_CPUS)
+
+
+def write_yaml(path: Path, settings: dict) -> str:
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return str(path)
+
+
+def test_the_examples_are_the_configurations_that_the_command_knows_by_name():
+    assert launch.config_names() == NAMES
+    for name in NAMES:
+        assert (EXAMPLES / f"{name}.yaml").read_bytes() == launch.config_path(name).read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_is_bf16_explains_itself_and_stands_in_the_readme(name):
+    assert SETTINGS[name]["mixed_precision"] == "bf16"
+    assert (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8").startswith("# ")
+    assert f"{name}.yaml" in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_launch_reads_a_configuration(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    expected = {"single_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")
+    assert load_config_from_file(str(launch.config_path(name))).distributed_type.value == expected
+
+
+def test_arguments_of_accelerate_launch_are_parted_from_those_of_the_command():
+    takes_value = launch.launch_options(OWN)
+    arguments = ["--config", "run.yaml", "--num_processes", "4", "--beta", "5", "--main-process-ip=10.0.0.1"]
+    arguments += ["--sample_prompts", "a dog", "a cat", "--enable_cpu_affinity", "--learning_rate", "-1"]
+    options, own = launch.separate(arguments, takes_value)
+    assert options == ["--num_processes", "4", "--main-process-ip=10.0.0.1", "--enable_cpu_affinity"]
+    assert own == [
+        *("--config", "run.yaml", "--beta", "5", "--sample_prompts", "a dog", "a cat", "--learning_rate", "-1")
+    ]
+
+
+def test_an_option_that_both_have_is_the_commands():
+    options, own = launch.separate(["--gradient_accumulation_steps", "8"], launch.launch_options(OWN))
+    assert (options, own) == ([], ["--gradient_accumulation_steps", "8"])
+
+
+def test_the_options_of_several_machines_are_accelerates():
+    named = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend"}
+    assert named <= {name for name, takes_value in launch.launch_options(OWN).items() if takes_value}
+
+
+def test_the_plan_holds_the_file_the_options_and_the_rest():
+    given = ["--accelerate_config", "multi_gpu", "--num_processes", "4", "--model_name_or_path", "folder"]
+    planned = launch.plan(given, OWN)
+    assert planned.config_file == launch.config_path("multi_gpu")
+    assert planned.options == ["--num_processes", "4"]
+    assert planned.arguments == ["--model_name_or_path", "folder"]
+
+
+def test_without_a_configuration_nothing_is_launched(tmp_path):
+    file = write_yaml(tmp_path / "run.yaml", {"beta": 5.0})
+    assert launch.plan(["--config", file, "--beta", "5"], OWN) is None
+
+
+def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins(tmp_path):
+    settings = {"accelerate_config": "zero2", "num_processes": 4, "enable_cpu_affinity": True, "beta": 5.0}
+    file = write_yaml(tmp_path / "run.yaml", settings)
+    planned = launch.plan(["--config", file, "--num_processes", "2", "--accelerate_config=multi_gpu"], OWN)
+    assert planned.config_file == launch.config_path("multi_gpu")
+    script = ["-m", "module"]
+    parsed = launch_command_parser().parse_args([*planned.options, *script])
+    assert (parsed.num_processes, parsed.enable_cpu_affinity) == (2, True)
+    assert planned.arguments == ["--config", file]
+    assert set(planned.used_keys) == {"accelerate_config", "num_processes", "enable_cpu_affinity"}
+
+
+def test_a_started_process_launches_nothing_and_drops_what_the_launcher_used(tmp_path, monkeypatch):
+    file = write_yaml(tmp_path / "run.yaml", {"accelerate_config": "zero2", "num_processes": 4, "beta": 7.0})
+    monkeypatch.setenv(launch.LAUNCHED_VARIABLE, "accelerate_config,num_processes")
+    arguments = ["--config", file, "--use_cpu", "--output_dir", str(tmp_path / "run")]
+    assert launch.plan(arguments, OWN) is None
+    assert train.parse(arguments)[1].beta == 7.0
+
+
+def test_every_accelerator_of_every_machine_gets_a_process_if_nothing_else_is_said(monkeypatch):
+    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 8)
+    assert launch.plan(["--accelerate_config", "multi_gpu"], OWN).options == ["--num_processes", "8"]
+    planned = launch.plan(["--accelerate_config", "multi_gpu", "--num_machines", "4"], OWN)
+    assert planned.options == ["--num_processes", "32", "--num_machines", "4"]
+    assert launch.plan(["--accelerate_config", "single_gpu"], OWN).options == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--accelerate_config", "zero9"], "fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3, or the path"),
+        (["--accelerate_config"], "`--accelerate_config` takes one value"),
+        (["--accelerate_config", "zero2", "--accelerate_config", "zero3"], "`--accelerate_config` takes one value"),
+        (["--accelerate_config", "TWO", "--num_processes"], "`--num_processes` takes a value"),
+        (["--accelerate_config", "TWO", "--betta", "5"], "--betta 5"),
+        (["--accelerate_config", "TWO", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "got betta"),
+        (["--accelerate_config", "UNREADABLE"], "must be YAML"),
+        (["--num_processes", "2"], "need `--accelerate_config`"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_starts(arguments, said, two_cpus, tmp_path, capsys):
+    unreadable = tmp_path / "unreadable.yaml"
+    unreadable.write_text("distributed_type: [1, 2\n")
+    unknown = write_yaml(tmp_path / "unknown.yaml", {"betta": 5})
+    places = {"TWO": two_cpus, "UNKNOWN": unknown, "UNREADABLE": str(unreadable)}
+    assert main(["train", "--use_cpu", *[places.get(word, word) for word in arguments]]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and error.count("error: ") == 1
+
+
+def test_a_process_of_another_launcher_is_not_to_launch_again(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "--accelerate_config", "multi_gpu"]) == 2
+    assert "started by torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_without_deepspeed_the_extra_is_named(name, monkeypatch, capsys):
+    monkeypatch.setitem(import_utils.EXTRAS, "deepspeed", "no_such_module")
+    assert main(["train", "--accelerate_config", name, "--num_processes", "2"]) == 2
+    assert "pip install 'trl-diffusion-sdpo[deepspeed]'" in capsys.readouterr().err
+
+
+def test_help_is_the_commands_and_names_the_configurations(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--accelerate_config", "zero2", "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--accelerate_config starts the training under accelerate: fsdp2, multi_gpu" in text
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_takes_what_transformers_makes_of_a_configuration(stage, make_args, sd_pipeline):
+    """Through the environment that `accelerate launch` sets, into the dictionary that DeepSpeed's engine gets."""
+    given = SETTINGS[f"zero{stage}"]["deepspeed_config"]
+    names = {
+        "zero_stage": "DEEPSPEED_ZERO_STAGE",
+        "zero3_init_flag": "DEEPSPEED_ZERO3_INIT",
+        "zero3_save_16bit_model": "DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
+        "offload_optimizer_device": "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+        "offload_param_device": "DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    }
+    assert set(given) == {*names, "deepspeed_multinode_launcher"} - (
+        {"zero3_save_16bit_model"} if stage < 3 else set()
+    )
+    environment = {f"ACCELERATE_{names[key]}": str(value).lower() for key, value in given.items() if key in names}
+    args = make_args(gradient_accumulation_steps=8, max_grad_norm=0.5, bf16=True)
+    with patch_environment(**environment):
+        plugin = DeepSpeedPlugin()
+        plugin.set_mixed_precision("bf16")
+    config = HfTrainerDeepSpeedConfig(plugin.deepspeed_config)
+    config.trainer_config_process(args)
+    config.trainer_config_finalize(args, PolicyModel(sd_pipeline.unet), num_training_steps=2)
+    unset_hf_deepspeed_config()
+    assert "auto" not in str(config.config)
+    assert config.config["gradient_accumulation_steps"] == 8
+    assert config.config["gradient_clipping"] == 0.5
+    assert config.config["train_micro_batch_size_per_gpu"] == 4
+    assert config.config["bf16"] == {"enabled": True}
+    assert config.config["zero_optimization"]["stage"] == stage
+    assert config.config["zero_optimization"]["offload_optimizer"]["device"] == "none"
+    assert plugin.zero3_init_flag is False
+
+
+def test_a_width_that_is_left_to_be_filled_in_is_what_diffusers_models_do_not_have(make_args, sd_pipeline):
+    """The error that the configurations above avoid."""
+    config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
+    with pytest.raises(ValueError, match="neither `hidden_size` nor `hidden_sizes`"):
+        config.trainer_config_finalize(make_args(), PolicyModel(sd_pipeline.unet), num_training_steps=2)
+    unset_hf_deepspeed_config()
+
+
+def test_the_fsdp_plugin_is_of_version_2_and_leaves_text_encoders_whole():
+    given = SETTINGS["fsdp2"]["fsdp_config"]
+    with patch_environment(**{key: str(value) for key, value in given.items()}):
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False  # else transformers fills weights on the first process only
+    assert plugin.activation_checkpointing is False
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.transformer_cls_names_to_wrap is None, "left to the model"
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+
+
+def run_cli(arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    command = [*TRAIN, *arguments]
+    return subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, cwd=folder, timeout=300, check=False
+    )
+
+
+def tiny_run(sd_folder: str, pairs: Path, output: Path) -> dict:
+    return {
+        **{"model_name_or_path": sd_folder, "dataset_name": str(pairs), "output_dir": str(output)},
+        **{"use_cpu": True, "resolution": 16, "max_steps": 2, "per_device_train_batch_size": 2},
+        **{"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
+    }
+
+
+def test_two_processes_train_and_write_one_artefact(sd_folder, make_pairs, two_cpus, tmp_path):
+    """The file of `--config` names the configuration, so a process that launched again would be seen."""
+    make_pairs(8).save_to_disk(tmp_path / "pairs")
+    settings = {**tiny_run(sd_folder, tmp_path / "pairs", tmp_path / "run"), "accelerate_config": two_cpus}
+    file = write_yaml(tmp_path / "run.yaml", {**settings, "main_process_port": 0})
+    done = run_cli(["--config", file, "--learning_rate", "1e-3"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The tuned weights are in") == 1, "said once: the processes know of one another"
+    tuned = load_file(tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors")
+    before = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet").state_dict()
+    assert set(tuned) == set(before)
+    assert any((tuned[name] != before[name]).any() for name in tuned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
+def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
+    """A mistake that only the training sees: a data set that is not there."""
+    config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
+    file = write_yaml(tmp_path / "run.yaml", tiny_run(sd_folder, tmp_path / "nothing.parquet", tmp_path / "run"))
+    done = run_cli(["--accelerate_config", config, "--config", file], tmp_path)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "nothing.parquet" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
+def test_ctrl_c_ends_all_processes_with_a_checkpoint(settings, sd_folder, make_pairs, tmp_path):
+    """Sent to the launcher and to all that a terminal would send it to, after the first logged step."""
+    make_pairs(8).save_to_disk(tmp_path / "pairs")
+    config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
+    endless = {**tiny_run(sd_folder, tmp_path / "pairs", tmp_path / "run"), "max_steps": 100000}
+    command = [*TRAIN, "--accelerate_config", config, "--config", write_yaml(tmp_path / "run.yaml", endless)]
+    with subprocess.Popen(
+        command,
+        **{"env": ENVIRONMENT, "cwd": tmp_path, "text": True, "start_new_session": True},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        watchdog = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
+        watchdog.start()
+        lines = []
+        for line in process.stdout:
+            if "rewards/margins" in line and not any("rewards/margins" in earlier for earlier in lines):
+                os.killpg(process.pid, signal.SIGINT)
+            lines.append(line)
+        watchdog.cancel()
+    text = "".join(lines)
+    assert process.returncode == 130, text[-2000:]
+    assert text.count("--resume_from_checkpoint true") == 1 and "Traceback" not in text
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (checkpoint / "trainer_state.json").is_file()
+
+
+def test_the_configurations_are_in_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert text.count('"trl_diffusion_sdpo/cli/accelerate_configs/**"') == 2  # wheel and source distribution

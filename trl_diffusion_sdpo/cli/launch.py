@@ -1,0 +1,289 @@
+"""`trl-diffusion-sdpo train --accelerate_config NAME`: the same command once more, in as many processes as a
+configuration of accelerate says, by `accelerate launch`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from ..import_utils import require
+
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+OPTION = "accelerate_config"
+MODULE = f"{__package__}.main"
+
+# Set in the processes that are started here: which keys of the file of `--config` the launcher has used.
+LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
+
+# What torch's launcher waits between Ctrl-C and killing its processes, in seconds; 30 if unset, in which a large model
+# does not end its step and write its checkpoint.
+SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# Options of `accelerate launch` that are given here and by nobody else.
+_RESERVED = {"config_file", "module", "no_python", "help"}
+_ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it
+
+
+class Launch(NamedTuple):
+    """What is to be started.
+
+    Attributes:
+        config_file (`Path`): The configuration of accelerate.
+        options (`list[str]`): Arguments of `accelerate launch`.
+        arguments (`list[str]`): Arguments of the command, without those that the launcher has used.
+        used_keys (`list[str]`): Keys of the file of `--config` that the launcher has used.
+    """
+
+    config_file: Path
+    options: list[str]
+    arguments: list[str]
+    used_keys: list[str]
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that come with this package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def config_path(name: str) -> Path:
+    """The file of a configuration, by its name or by its path.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if name in config_names():
+        return CONFIGS / f"{name}.yaml"
+    if not Path(name).expanduser().is_file():
+        raise ValueError(
+            f"`--{OPTION}` must be one of {', '.join(config_names())}, or the path of a file, got {name!r}."
+        )
+    return Path(name).expanduser()
+
+
+def keys_used_by_the_launcher() -> list[str]:
+    """In a process that was started here: keys of the file of `--config` that are not the command's."""
+    return os.environ.get(LAUNCHED_VARIABLE, "").split(",")
+
+
+def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
+    """Which processes the arguments ask for.
+
+    Args:
+        arguments (`list[str]`): Of the command: its own and those of `accelerate launch`.
+        own_options (`Collection[str]`): The command's options, without dashes. They win over accelerate's of the same
+            name, such as `gradient_accumulation_steps`.
+
+    Returns:
+        `Launch` or `None`: `None` if the command runs in this process: without `accelerate_config`, or in a process
+        that was started here.
+
+    Raises:
+        ValueError: If there is no such configuration, an argument is unknown, or another launcher started this
+            process.
+        MissingExtraError: If the configuration needs DeepSpeed, which is not installed.
+    """
+    if LAUNCHED_VARIABLE in os.environ:
+        return None
+    in_file = read_file(arguments)
+    named, rest = take_option(arguments, OPTION)
+    chosen = named or in_file.get(OPTION)
+    if chosen is None:
+        return None
+    _refuse_a_second_launcher()
+    takes_value = launch_options(own_options)
+    options, own = separate(rest, takes_value)
+    used = {key: value for key, value in in_file.items() if key in takes_value}
+    _refuse_unknown([key for key in in_file if key not in {*own_options, *used, OPTION, _ENVIRONMENT_KEY}])
+    file = config_path(str(chosen))
+    settings = _read_yaml(file)
+    if settings.get("distributed_type") == "DEEPSPEED":
+        require("deepspeed", f"The configuration {chosen}")
+    options = [*_as_words(used, takes_value), *options]  # the later one wins
+    return Launch(file, [*_processes(settings, options), *options], own, [OPTION, *used])
+
+
+def start(launch: Launch, command: str) -> int:
+    """Start a command under accelerate and wait for its end.
+
+    Args:
+        launch (`Launch`): What is to be started.
+        command (`str`): Name of the command.
+
+    Returns:
+        `int`: The exit code: 0; that of the first process that failed, with 128 added to the number of a signal; 130
+        after an interruption.
+    """
+    from accelerate.commands.launch import launch_command
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    words = ["--config_file", str(launch.config_file), *launch.options, "-m", MODULE, command, *launch.arguments]
+    parsed = _launch_parser().parse_args(words)
+    environment = {LAUNCHED_VARIABLE: ",".join(launch.used_keys)}
+    environment[SHUTDOWN_VARIABLE] = os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS)
+    try:
+        with patch_environment(**environment), _interrupts_are_the_childs(launch.config_file):
+            launch_command(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != EXIT_INTERRUPTED:
+            print(f"Process {rank} was the first to fail, with exit code {failure.exitcode}.", file=sys.stderr)
+        return _exit_code(failure.exitcode)
+    except subprocess.CalledProcessError as error:
+        return _exit_code(error.returncode)
+    except SignalException:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def read_file(arguments: list[str]) -> dict[str, Any]:
+    """What stands in the file of `--config`; nothing without one.
+
+    Raises:
+        ValueError: If it is not YAML that maps names to values, or is named twice.
+    """
+    name, _ = take_option(arguments, "config")
+    return {} if name is None else _read_yaml(Path(name))
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, and the other arguments.
+
+    Raises:
+        ValueError: If it is given twice or without a value.
+    """
+    values, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        if _option_of(word) != name:
+            rest.append(word)
+            continue
+        values.append(word.partition("=")[2] if "=" in word else next(words, ""))
+    if len(values) > 1 or "" in values:
+        raise ValueError(f"`--{name}` takes one value, once, got {len(values)}: {' '.join(values) or 'none'}.")
+    return (values[0] if values else None), rest
+
+
+def launch_options(own_options: Collection[str]) -> dict[str, bool]:
+    """The options of `accelerate launch` that may be given, and whether each takes a value."""
+    actions = [action for action in _launch_parser()._actions if action.option_strings]
+    taken = {*own_options, *_RESERVED}
+    return {action.dest: action.nargs != 0 for action in actions if action.dest not in taken}
+
+
+def separate(arguments: list[str], takes_value: dict[str, bool]) -> tuple[list[str], list[str]]:
+    """Part the arguments of `accelerate launch` from the others; both keep their order.
+
+    Args:
+        arguments (`list[str]`): All of them.
+        takes_value (`dict[str, bool]`): Those of `accelerate launch`, as of [`launch_options`].
+
+    Raises:
+        ValueError: If a value is missing.
+    """
+    options, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        name = _option_of(word)
+        if name not in takes_value:
+            rest.append(word)
+            continue
+        options.append(word)
+        if takes_value[name] and "=" not in word:
+            value = next(words, None)
+            if value is None:
+                raise ValueError(f"`--{name}` takes a value, got none.")
+            options.append(value)
+    return options, rest
+
+
+def _launch_parser() -> argparse.ArgumentParser:
+    from accelerate.commands.launch import launch_command_parser  # sets up logging: only where it is needed
+
+    return launch_command_parser()
+
+
+def _option_of(word: str) -> str | None:
+    """`num_processes` of `--num_processes`, `--num-processes` and `--num_processes=4`."""
+    return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else None
+
+
+def _as_words(settings: dict[str, Any], takes_value: dict[str, bool]) -> list[str]:
+    """Keys and values of a file as arguments; a switch stands alone, and only if it is on."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", str(value)] if takes_value[name] else [f"--{name}"] * bool(value)
+    return words
+
+
+def _processes(settings: dict[str, Any], options: list[str]) -> list[str]:
+    """One process for each accelerator of each machine, where neither the file nor the arguments say how many."""
+    if "num_processes" in settings or settings.get("distributed_type") == "NO":
+        return []
+    given = _launch_parser().parse_args([*options, MODULE])
+    if given.num_processes is not None:
+        return []
+    machines = given.num_machines or settings.get("num_machines", 1)
+    devices = torch.accelerator.device_count()
+    if devices == 0:
+        raise ValueError(
+            "`--num_processes` must say how many processes to start where no accelerator is seen, and got nothing."
+        )
+    return ["--num_processes", str(devices * machines)]
+
+
+def _refuse_a_second_launcher() -> None:
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            f"`{OPTION}` starts the processes itself, and this one was started by torchrun or `accelerate launch` "
+            f"already. Leave out one of the two: with `accelerate launch`, pass the file as `--config_file`."
+        )
+
+
+def _refuse_unknown(keys: list[str]) -> None:
+    if keys:
+        raise ValueError(
+            f"The file of `--config` must hold options of the command or of `accelerate launch`, got {', '.join(keys)}."
+        )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file {path} must be YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
+    return settings
+
+
+@contextlib.contextmanager
+def _interrupts_are_the_childs(config_file: Path) -> Iterator[None]:
+    """A single process is a plain child, which gets a terminal's Ctrl-C itself: wait until it has written its
+    checkpoint. torch's launcher has handlers of its own."""
+    if _read_yaml(config_file).get("distributed_type") != "NO":
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)  # is the default again in the child
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _exit_code(code: int) -> int:
+    """As shells have it: 128 and the number of the signal, which Python gives as a negative code."""
+    return 128 - code if code < 0 else code
