@@ -86,13 +86,14 @@ def check_adapter_weight(denoiser: nn.Module, name: str) -> None:
             raise ValueError(f"The adapter {name!r} must act, but adapters are off. Call `enable_adapters()` first.")
 
 
-def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tuple[str, ...]) -> str:
+def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tuple[str, ...], seed: int) -> str:
     """Put a fresh LoRA on a frozen denoiser, in float32 whatever the base is held in.
 
     Args:
         denoiser (`nn.Module`): Without adapters.
         peft_config ([`~peft.LoraConfig`]): Its `target_modules` may be `None`; left as it is, a copy is used.
         default_targets (`tuple[str, ...]`): What the family's own scripts train.
+        seed (`int`): Of the LoRA's random half, the same in all processes.
 
     Returns:
         `str`: The adapter's name.
@@ -117,7 +118,9 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     if config.target_modules is None:
         config.target_modules = list(default_targets)
     denoiser.requires_grad_(False)
-    denoiser.add_adapter(config, adapter_name=POLICY_ADAPTER)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser.add_adapter(config, adapter_name=POLICY_ADAPTER)
     cast_training_params(denoiser, dtype=torch.float32)
     return POLICY_ADAPTER
 
@@ -151,8 +154,9 @@ def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
 def adapters_off(denoiser: nn.Module) -> Iterator[None]:
     """Run the base model alone, then give the active adapter back."""
     layers = adapter_layers(denoiser)
-    for layer in layers:
-        layer.enable_adapters(False)
+    with _trained_kept(denoiser):
+        for layer in layers:
+            layer.enable_adapters(False)
     try:
         yield
     finally:
@@ -163,11 +167,22 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def adapter_on(denoiser: nn.Module, name: str, back: str) -> Iterator[None]:
     """Run under the frozen adapter `name`, then train `back` again."""
-    set_adapter(denoiser, name, inference_mode=True)
+    with _trained_kept(denoiser):
+        set_adapter(denoiser, name, inference_mode=True)
     try:
         yield
     finally:
         set_adapter(denoiser, back)
+
+
+@contextlib.contextmanager
+def _trained_kept(denoiser: nn.Module) -> Iterator[None]:
+    """Leave marked as trained what is, though PEFT freezes adapters that it switches off: FSDP2 settles for good, in
+    the first forward pass, in which precision it keeps the gradients of what is trained."""
+    trained = [weight for weight in denoiser.parameters() if weight.requires_grad]
+    yield
+    for weight in trained:
+        weight.requires_grad_(True)
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:

@@ -89,6 +89,8 @@ class GradientEngine(ABC):
     part. Lists of one engine always have the same order.
     """
 
+    retains_graph = True  # whether one forward pass may be walked back twice
+
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
         """Add the gradient of `objective` to `into`, which may be changed in place; a new one where it is `None`."""
@@ -257,6 +259,8 @@ class Zero12Gradients(ZeroGradients):
 
 class Zero3Gradients(ZeroGradients):
     """ZeRO-3: a shard of each parameter."""
+
+    retains_graph = False  # weights are gathered for one backward pass a forward pass, and gone in the next
 
     def __init__(self, engine: Any):
         super().__init__(engine)

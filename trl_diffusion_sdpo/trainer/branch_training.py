@@ -108,29 +108,20 @@ class BranchTrainingMixin:
         winner_push, loser_push = torch.autograd.grad(outputs.loss, prediction)[0].chunk(2)
         if probing:
             self._remember(prediction.detach(), batch, winners, ref_pred, scores)
-        self._send_back(model, losers, winner_pred, loser_pred, (winner_push, loser_push), winners.target)
-        return outputs
-
-    def _send_back(
-        self,
-        model: nn.Module,
-        losers: NoisyBatch,
-        winner_pred: torch.Tensor,
-        loser_pred: torch.Tensor,
-        pushes: tuple[torch.Tensor, torch.Tensor],
-        winner_target: torch.Tensor,
-    ) -> None:
-        """The passes in an order that lets the winners' graph go before the losers' is walked, or even made."""
         branches, share = self._branches, 1 / self.current_gradient_accumulation_steps
-        anchored = branches.anchor == "error" or self._probe is not None
-        branches.backward(WINNER, share * (winner_pred * pushes[0]).sum(), retain_graph=anchored)
+        # In this order the winners' graph is gone before the losers' is walked, or even made.
+        anchored = branches.anchor == "error" or probing
+        retained = anchored and branches.engine.retains_graph
+        branches.backward(WINNER, share * (winner_pred * winner_push).sum(), retain_graph=retained)
         if anchored:
-            push = winner_error_gradient(winner_pred - winner_target.float())
-            branches.backward(ANCHOR, share * (winner_pred * push).sum())
+            winner_pred = winner_pred if retained else self._predict(model, winners)
+            error_push = winner_error_gradient(winner_pred - winners.target.float())
+            branches.backward(ANCHOR, share * (winner_pred * error_push).sum())
         del winner_pred
-        if self.args.safeguard_low_memory:
+        if low_memory:
             loser_pred = self._predict(model, losers)
-        branches.backward(LOSER, -share * (loser_pred * pushes[1]).sum())
+        branches.backward(LOSER, -share * (loser_pred * loser_push).sum())
+        return outputs
 
     # ---- Diagnostics ----------------------------------------------------------------------------------------------
 

@@ -279,14 +279,13 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As the Trainer does it; then what must live as the engine has the policy live."""
-        if self.is_deepspeed_enabled and self.args.safeguard == "parameter":
-            sharding.keep_gradients_in_float32(self.accelerator)
+        sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
         deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
         )
         self._engine_dtype = sharding.engine_dtype(self.accelerator)
-        self.reference.prepare()
+        self.reference.prepare(self.model_wrapped)
         if deepspeed_resumes:
             self._load_engine_checkpoint(resume_from_checkpoint)
         self._set_up_branches(self.model_wrapped)
@@ -347,7 +346,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         for name in loaded.family.frozen_components:
             getattr(loaded.pipeline, name).requires_grad_(False).eval()
         if peft_config is not None:
-            adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules)
+            adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
             if args.disable_dropout:
                 disable_dropout(denoiser)
         else:

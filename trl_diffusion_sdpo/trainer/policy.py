@@ -30,6 +30,13 @@ class PolicyModel(nn.Module):
     def forward(self, *args: Any, **inputs: Any) -> Any:
         return self.denoiser(*args, **inputs)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The denoiser's blocks that FSDP shards as units; accelerate looks for them here, under this name, and wants
+        only such as are there."""
+        present = {type(module).__name__ for module in self.denoiser.modules()}
+        return [name for name in self.denoiser._no_split_modules or () if name in present]
+
     def activation_checkpointing_enable(
         self,
         activation_checkpointing_kwargs: dict[str, Any] | None = None,

@@ -34,14 +34,20 @@ class Reference(ABC):
     kind: str
     has_state = False  # whether it moves during training, so that a checkpoint must hold it
     accelerator: Accelerator  # given by the trainer as soon as there is one
+    engine_models: tuple[nn.Module, ...] = ()  # what the engine wrapped: the policy, and the reference if it is whole
 
     @abstractmethod
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
         """Lend the module that predicts as the old policy; `model` is the policy as the engine wrapped it."""
 
-    def prepare(self) -> None:
-        """Live as the policy does under the engine that has just taken it, before the first batch."""
-        return None
+    def prepare(self, engine_model: nn.Module) -> None:
+        """Live as the policy does under the engine, which has just made `engine_model` of it."""
+        self.engine_models = (engine_model,)
+
+    def settle(self) -> None:
+        """Before weights are read or written outside of a forward pass."""
+        for model in self.engine_models:
+            sharding.shard_again(model)
 
     def sync(self, alpha: float) -> None:
         """Move the reference towards the policy, `ref = alpha * policy + (1 - alpha) * ref`."""
@@ -53,12 +59,14 @@ class Reference(ABC):
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Write what a resumed run needs. All processes take part, and those with `write` write."""
+        self.settle()
         whole = sharding.gather(self.weights(), self.accelerator, keep=write)
         if write and whole:
             save_file(whole, folder / REFERENCE_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what [`Reference.save`] wrote."""
+        self.settle()
         weights = self.weights()
         if weights:
             sharding.scatter(_read(weights, folder), weights, self.accelerator)
@@ -121,6 +129,7 @@ class AdapterReference(Reference):
             yield model
 
     def sync(self, alpha: float) -> None:
+        self.settle()
         reference, policy = self.weights(), adapter_state(self._denoiser, self._policy)
         sharding.mix(reference.values(), (policy[name] for name in reference), alpha, self.accelerator)
 
@@ -157,15 +166,17 @@ class FrozenReference(Reference):
         if half_dtype is not None and not follows:
             halve_autocast_weights(self.module, half_dtype)
 
-    def prepare(self) -> None:
+    def prepare(self, engine_model: nn.Module) -> None:
         if self._running is self.module:
             self._running = sharding.shard_like_policy(PolicyModel(self.module).eval(), self.accelerator)
+        self.engine_models = (engine_model, self._running)
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         yield self._running
 
     def sync(self, alpha: float) -> None:
+        self.settle()
         sharding.mix(self.module.parameters(), self._policy.parameters(), alpha, self.accelerator)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -154,6 +154,7 @@ class SavingMixin:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # marks a whole checkpoint; written last
         whole = None
         if self._holds_parts():
+            sharding.shard_again(self.model_wrapped)
             whole = sharding.gather(own_weights(self.denoiser, self.adapter), self.accelerator, keep=writes)
         if checkpoint:
             self.reference.save(folder, write=writes)
@@ -229,6 +230,7 @@ class SavingMixin:
             adapter=self.adapter,
             shapes=self._shapes,
         )
+        sharding.shard_again(self.model_wrapped)
         sharding.scatter(weights, own_weights(self.denoiser, self.adapter), self.accelerator)
 
     def _is_checkpoint(self, folder: Path) -> bool:

@@ -5,15 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import (
+    DistributedType,
+    disable_fsdp_ram_efficient_loading,
+    enable_fsdp_ram_efficient_loading,
+    fsdp2_prepare_model,
+)
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
@@ -29,19 +37,20 @@ def by_engine(args: TrainingArguments) -> bool:
 
 @contextlib.contextmanager
 def loading_whole(args: TrainingArguments) -> Iterator[None]:
-    """Load pipelines as they are: transformers would create text encoders as ZeRO-3's shards, which only the engine
-    that owns them could run."""
-    if not runs_deepspeed(args):
-        yield
-        return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    config = args.deepspeed_plugin.hf_ds_config
-    unset_hf_deepspeed_config()
+    """Load pipelines as they are. Under ZeRO-3, transformers would create text encoders as shards, which only the
+    engine that owns them could run; under FSDP, it would read them in the first process only."""
+    by_first_process = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    if by_first_process:
+        disable_fsdp_ram_efficient_loading()
+    if runs_deepspeed(args):
+        unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(config)
+        if by_first_process:
+            enable_fsdp_ram_efficient_loading()
+        if runs_deepspeed(args):
+            set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
 
 
 def check_whole(module: nn.Module, name: str) -> None:
@@ -72,11 +81,24 @@ def weights_are_sharded(accelerator: Accelerator) -> bool:
     return zero_stage(accelerator) == 3 or accelerator.distributed_type == DistributedType.FSDP
 
 
-def keep_gradients_in_float32(accelerator: Accelerator) -> None:
-    """Have DeepSpeed average half precision gradients into float32, unless its configuration says otherwise: the
-    difference of two branches loses what their sum would not."""
-    plugin = accelerator.state.deepspeed_plugin
-    plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+def set_precision(accelerator: Accelerator, *, exact_gradients: bool) -> None:
+    """Settle, before the engine takes the model, what it rounds to half precision.
+
+    Args:
+        accelerator (`Accelerator`): Its plugin's settings are completed.
+        exact_gradients (`bool`): Whether gradients are averaged in float32: the difference of two branches loses what
+            their sum would not.
+    """
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        policy = plugin.mixed_precision_policy
+        if policy is not None and policy.param_dtype is not None:
+            # FSDP would round every input, timesteps too; the trainer rounds those that weights are multiplied with.
+            settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
+            plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
+    elif zero_stage(accelerator) >= 2 and exact_gradients:  # ZeRO-1 has no such setting
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 def shard_like_policy(module: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -90,27 +112,29 @@ def shard_like_policy(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     Returns:
         `nn.Module`: To be called in place of `module`.
     """
+    dtype = engine_dtype(accelerator)
     if accelerator.is_fsdp2:
-        from accelerate.utils import fsdp2_prepare_model
-
         return fsdp2_prepare_model(accelerator, module).eval()
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return module
-    dtype = engine_dtype(accelerator)
     if zero_stage(accelerator) < 3:
         return module if dtype is None else module.to(dtype)
-    import deepspeed
+    import deepspeed  # seconds
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The half precision that DeepSpeed turns all weights into; `None` where it leaves them alone."""
+    """The half precision in which the engine has all weights act; `None` where it leaves that to autocast."""
+    if accelerator.is_fsdp2:
+        policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+        return None if policy is None else policy.param_dtype
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
     config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -118,6 +142,14 @@ def engine_dtype(accelerator: Accelerator) -> torch.dtype | None:
         if config.get(name, {}).get("enabled") is True:
             return dtype
     return None
+
+
+def shard_again(engine_model: nn.Module) -> None:
+    """Put away what FSDP2 has left gathered after a forward pass without gradients, so that a module's weights are
+    those that count."""
+    for module in engine_model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(tensors: dict[str, torch.Tensor], accelerator: Accelerator, *, keep: bool) -> dict[str, torch.Tensor]:
@@ -187,7 +219,7 @@ def _gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[N
     if not tensors:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(tensors, modifier_rank=0 if write else None):
         yield
