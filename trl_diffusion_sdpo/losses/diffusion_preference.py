@@ -91,18 +91,14 @@ def diffusion_preference_loss(
     spec = loss_spec(loss_type)
     check_knobs(loss_type, beta, knobs)
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
-    if safeguard == "parameter":
-        raise ValueError(
-            "`safeguard='parameter'` needs the model's gradients, which one loss does not have. Use the trainer, or "
-            "`parameter_scale` on gradients of your own; here 'output' or 'none'."
-        )
+    _check_at_output(safeguard)
     _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores)
     for name, weights in (("pair_weights", pair_weights), ("timestep_weights", timestep_weights)):
         _check_weights(name, weights, len(model_pred) // 2)
     if spec.needs_scores:
         order = order_by_scores(scores).to(model_pred.device)
-        model_pred, target, scores = model_pred[order], target[order], scores.to(model_pred.device)[order]
-        ref_pred = None if ref_pred is None else ref_pred[order]
+        scores = scores.to(model_pred.device)[order]
+        model_pred, target, ref_pred = (None if t is None else t[order] for t in (model_pred, target, ref_pred))
 
     def terms_of(prediction: torch.Tensor) -> PairTerms:
         return pair_terms(prediction, target, ref_pred, timestep_weights=timestep_weights, scores=scores)
@@ -150,6 +146,14 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
         raise ValueError(f"`safeguard_granularity` must be one of {', '.join(GRANULARITIES)}; got {granularity!r}.")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. The authors' code has 1e-9; 0 is exact.")
+
+
+def _check_at_output(safeguard: str) -> None:
+    if safeguard == "parameter":
+        raise ValueError(
+            "`safeguard='parameter'` needs the model's gradients, which one loss does not have. Use the trainer, or "
+            "`parameter_scale` on gradients of your own; here 'output' or 'none'."
+        )
 
 
 def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta, scores) -> None:

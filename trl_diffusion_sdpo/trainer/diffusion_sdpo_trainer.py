@@ -149,6 +149,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
+        sharding.check_engine(self.accelerator)
         self.reference.accelerator = self.accelerator
 
     @property

@@ -168,7 +168,8 @@ class FrozenReference(Reference):
 
     def prepare(self, engine_model: nn.Module) -> None:
         if self._running is self.module:
-            self._running = sharding.shard_like_policy(PolicyModel(self.module).eval(), self.accelerator)
+            model = PolicyModel(self.module).eval()
+            self._running = sharding.shard_like_policy(model, self.accelerator, moves=self.has_state)
         self.engine_models = (engine_model, self._running)
 
     @contextlib.contextmanager

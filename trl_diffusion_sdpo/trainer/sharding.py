@@ -81,6 +81,34 @@ def weights_are_sharded(accelerator: Accelerator) -> bool:
     return zero_stage(accelerator) == 3 or accelerator.distributed_type == DistributedType.FSDP
 
 
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise `ValueError` where one image would be spread over several processes, or gradients be rounded on the way."""
+    parallel = accelerator.parallelism_config
+    spread = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        spread = spread or config.get("tensor_parallel", {}).get("autotp_size", 0) > 1
+        _check_plain_zero(config.get("zero_optimization", {}))
+    if spread:
+        raise ValueError(
+            "Tensor, context and sequence parallelism spread one image over several processes, and the errors of this "
+            "trainer are means over whole images. Use data parallelism: DDP, FSDP2 or ZeRO."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (`fsdp_config={'version': 2}`).")
+
+
+def _check_plain_zero(config: dict[str, Any]) -> None:
+    """ZeRO++ rounds gradients and keeps second shards of the weights."""
+    changed = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
+    given = {name: config[name] for name, off in changed.items() if config.get(name, off) != off}
+    if given:
+        raise ValueError(
+            f"DeepSpeed's ZeRO++ cannot act here, got {given}: policy and reference would be rounded apart, and "
+            "gradients are rounded before they are compared. Leave these settings out."
+        )
+
+
 def set_precision(accelerator: Accelerator, *, exact_gradients: bool) -> None:
     """Settle, before the engine takes the model, what it rounds to half precision.
 
@@ -101,19 +129,22 @@ def set_precision(accelerator: Accelerator, *, exact_gradients: bool) -> None:
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def shard_like_policy(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+def shard_like_policy(module: nn.Module, accelerator: Accelerator, *, moves: bool) -> nn.Module:
     """A frozen module held as the engine holds the policy's weights: sharded under ZeRO-3 and FSDP2, whole elsewhere;
     in the precision in which the policy runs.
 
     Args:
         module (`nn.Module`): In evaluation mode; changed in place.
         accelerator (`Accelerator`): After it has prepared the policy.
+        moves (`bool`): Whether the module will follow the policy, in steps that half precision would lose.
 
     Returns:
         `nn.Module`: To be called in place of `module`.
     """
     dtype = engine_dtype(accelerator)
     if accelerator.is_fsdp2:
+        for weight in module.parameters() if dtype is not None and not moves else ():
+            weight.data = weight.data.to(dtype)  # FSDP rounds them to it at every use
         return fsdp2_prepare_model(accelerator, module).eval()
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return module
