@@ -281,10 +281,12 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As the Trainer does it; then what must live as the engine has the policy live."""
         sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
+        unrounded = sharding.unrounded(self.denoiser, self.accelerator)
         deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
         )
+        sharding.restore_unrounded(unrounded)
         self._engine_dtype = sharding.engine_dtype(self.accelerator)
         self.reference.prepare(self.model_wrapped)
         if deepspeed_resumes:

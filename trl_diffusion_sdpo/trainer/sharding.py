@@ -129,6 +129,23 @@ def set_precision(accelerator: Accelerator, *, exact_gradients: bool) -> None:
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
+def unrounded(module: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter, torch.Tensor]:
+    """The trained weights as they are before DeepSpeed rounds them; none where it does not."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or engine_dtype(accelerator) is None:
+        return {}
+    return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
+
+
+def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
+    """Let the optimizer start from them: DeepSpeed makes its float32 weights of those that it has rounded already, and
+    the rounding would be a larger change than many steps of training."""
+    if weights:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for weight, value in weights.items():
+            safe_set_full_fp32_param(weight, value.float())
+
+
 def shard_like_policy(module: nn.Module, accelerator: Accelerator, *, moves: bool) -> nn.Module:
     """A frozen module held as the engine holds the policy's weights: sharded under ZeRO-3 and FSDP2, whole elsewhere;
     in the precision in which the policy runs.

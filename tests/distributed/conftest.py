@@ -1,0 +1,311 @@
+"""Two processes on the CPU train every case of the tests that ask for one; a walk in float64, written out by hand and
+sharing no code with the trainer's losses, says where they must arrive."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+WORKER = Path(__file__).with_name("worker.py")
+# One level instead of two: engines take their time for every tensor.
+UNET = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+SECONDS_A_CASE = 30  # a hundred times what one takes
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+COMMON_ARGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "beta": 500.0,
+}
+
+
+# ---- The cases, trained -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def start(make_sd_pipeline, make_pairs, tmp_path_factory) -> dict[str, str]:
+    """Folders of what training starts from: `base`, the moved `policy`, a `lora` that is not zero, and `pairs`."""
+    folder = tmp_path_factory.mktemp("engines")
+    generator = torch.Generator().manual_seed(1)
+    make_sd_pipeline(**UNET).save_pretrained(folder / "base")
+    policy = make_sd_pipeline(**UNET)
+    for parameter in policy.unet.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    policy.save_pretrained(folder / "policy")
+    unet = make_sd_pipeline(**UNET).unet
+    unet.add_adapter(LoraConfig(**LORA))
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    StableDiffusionPipeline.save_lora_weights(
+        folder / "lora",
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    make_pairs(16).save_to_disk(str(folder / "pairs"))
+    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs")}
+
+
+@pytest.fixture(scope="session")
+def trained(request, start, tmp_path_factory):
+    """`trained(case)`: the folder in which a case was trained; all selected cases share their processes."""
+    folder = tmp_path_factory.mktemp("trained")
+    selected = (item for item in request.session.items if item.path.parent == WORKER.parent)
+    cases = [item.callspec.params["case"] for item in selected if "case" in item.fixturenames]
+    # By engine: what ZeRO-3 leaves behind in a process makes all that follows slower.
+    pending, outputs = [whole(case, start) for case in sorted(cases, key=lambda case: case["engine"])], {}
+    while pending:
+        output = launch(pending, folder)
+        reached = [case for case in pending if (folder / case["name"]).is_dir()]
+        assert reached, f"The processes did not start:\n{output[-3000:]}"
+        outputs.update({case["name"]: output for case in reached})
+        pending = pending[len(reached) :]  # one that failed has ended its processes
+
+    def result(case: dict) -> Path:
+        place = folder / case["name"]
+        errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
+        assert not errors, "\n".join(errors)
+        done = [(place / f"done{rank}").is_file() for rank in (0, 1)]
+        assert all(done), f"A process ended without an exception:\n{outputs[case['name']][-3000:]}"
+        return place
+
+    return result
+
+
+def whole(case: dict, start: dict[str, str]) -> dict:
+    """A case with what the worker needs to build its trainer."""
+    full = case["tuning"] == "full"
+    return {
+        **case,
+        "model": start["policy" if full else "base"],
+        "ref_model": start["base"] if full else None,
+        "lora": start["lora"] if case["tuning"] == "started" else None,
+        "peft": LORA if case["tuning"] == "fresh" else None,
+        "data": start["pairs"],
+        "args": {**COMMON_ARGS, **case["args"]},
+    }
+
+
+def launch(cases: list[dict], folder: Path) -> str:
+    """Train cases one after the other in two processes; what these printed."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *LAUNCH, str(WORKER), str(folder / "cases.json"), str(folder)]
+    with open(folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            process.wait(timeout=60 + SECONDS_A_CASE * len(cases))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return (folder / "output.txt").read_text()
+
+
+# ---- The same by hand ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def compared(trained, start, encoded):
+    """`compared(case)`: lambdas and norms as logged and by hand, and the update's relative distance from that by
+    hand."""
+    walks = {}
+
+    def compare(case: dict) -> dict:
+        folder = trained(case)
+        steps = optimizer_steps(folder, case["args"].get("gradient_accumulation_steps", 1))
+        settings = {name: value for name, value in case.items() if name not in ("name", "engine", "fault")}
+        seeds = [batch["seeds"] for step in steps for batch in step]
+        key = json.dumps([settings, seeds], sort_keys=True)
+        if key not in walks:
+            walk = WalkByHand(whole(case, start), start, folder)
+            walks[key] = walk.run([[encoded(batch) for batch in step] for step in steps])
+        lambdas, norms, before, after = walks[key]
+        saved = read_saved(folder / "saved", case["tuning"])
+        assert saved.keys() == before.keys()
+        logged = [entry for entry in json.loads((folder / "log.json").read_text()) if "safeguard/scale" in entry]
+        return {
+            "lambdas": lambdas,
+            "logged": [entry["safeguard/scale"] for entry in logged],
+            "norms": [entry["grad_norm"] for entry in logged],
+            "norms_by_hand": norms,
+            "update_error": distance({name: saved[name].double() for name in before}, before, after),
+        }
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def encoded(start, tmp_path_factory):
+    """`encoded(batch)`: a collated batch's noisy latents, timesteps, prompt embeddings and targets, in float64.
+
+    A pair's draws come from its own seed: the trainer of one process makes those that two have made.
+    """
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    args = DiffusionSDPOConfig(str(tmp_path_factory.mktemp("single")), max_steps=1, report_to="none", use_cpu=True)
+    trainer = DiffusionSDPOTrainer(start["base"], None, args)
+
+    @torch.no_grad()
+    def encode(batch: dict) -> dict[str, torch.Tensor]:
+        latents, conditioning = trainer._encode(batch)
+        timesteps, noise, _ = trainer._draw(batch["seeds"], latents)
+        process = trainer.family.noise_process
+        return {
+            "noisy": process.add_noise(latents, noise, timesteps).double(),
+            "timesteps": timesteps,
+            "prompts": conditioning["prompt_embeds"].double(),
+            "target": process.target(latents, noise, timesteps).double(),
+        }
+
+    return encode
+
+
+def optimizer_steps(folder: Path, accumulation: int) -> list[list[dict]]:
+    """The batches of every optimizer step, of all processes together: no pair may come twice in a step."""
+    ranks = [torch.load(folder / f"batches{rank}.pt", weights_only=False) for rank in (0, 1)]
+    count = len(ranks[0]) // accumulation
+    steps = [
+        [batch for batches in ranks for batch in batches[index * accumulation : (index + 1) * accumulation]]
+        for index in range(count)
+    ]
+    for step in steps:
+        rows = torch.cat([batch["rows"] for batch in step]).tolist()
+        assert len(set(rows)) == len(rows) == 2 * 2 * accumulation, rows
+    return steps
+
+
+def read_saved(folder: Path, tuning: str) -> dict[str, torch.Tensor]:
+    """The weights as a user finds them."""
+    if tuning == "full":
+        return UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
+
+
+def distance(saved: dict, before: dict, after: dict) -> float:
+    """`|saved - after| / |after - before|` over all weights."""
+    off = sum((saved[name] - after[name]).square().sum() for name in before)
+    moved = sum((after[name] - before[name]).square().sum() for name in before)
+    return (off / moved).sqrt().item()
+
+
+class WalkByHand:
+    """Diffusion-DPO with the safeguard, in float64, one process and no engine.
+
+    Per pair `e = mean (prediction - target)^2`, `u = -beta/2 ((e_w - r_w) - (e_l - r_l))`, and the loss is the mean of
+    `log(1 + exp(-u))` over all pairs of an optimizer step, whichever process and micro-batch they were in.
+    """
+
+    def __init__(self, case: dict, start: dict[str, str], folder: Path):
+        self.args, self.fresh = case["args"], case["tuning"] == "fresh"
+        self.unet = UNet2DConditionModel.from_pretrained(case["model"], subfolder="unet").double()
+        self.reference = UNet2DConditionModel.from_pretrained(start["base"], subfolder="unet").double()
+        if case["tuning"] == "full":
+            self.trained = dict(self.unet.named_parameters())
+            return
+        self.unet.add_adapter(LoraConfig(**LORA))
+        self.unet.double()
+        named = dict(self.unet.named_parameters())
+        self.trained = {name.replace(".default.", "."): tensor for name, tensor in named.items() if "lora_" in name}
+        stored = torch.load(folder / "start.pt") if self.fresh else read_saved(Path(start["lora"]), "lora")
+        assert stored.keys() == self.trained.keys()
+        for name, tensor in self.trained.items():
+            tensor.data.copy_(stored[name])
+        if not self.fresh:
+            self.reference = copy.deepcopy(self.unet)
+
+    def run(self, steps: list[list[dict]]) -> tuple[list[float], list[float], dict, dict]:
+        """Lambda and the gradient's norm before clipping of each step; the weights before and after all of them."""
+        before, lambdas, norms = self._weights(), [], []
+        for step in steps:
+            gradients = [self._branches(batch) for batch in step]
+            direction, scale = self._direction(gradients)
+            lambdas.append(scale)
+            norms.append(direction.norm().item())
+            self._step(direction)
+        return lambdas, norms, before, self._weights()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.trained.items()}
+
+    def _branches(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Gradients of a micro-batch: `winner`, `loser` (turned, so that both descend) and `error`; and residuals."""
+        prediction = self._predict(self.unet, batch)
+        with torch.no_grad():
+            reference = self._predict(self.reference, batch)
+        residuals = prediction - batch["target"]
+        winner, loser = self._errors(residuals)
+        ref_winner, ref_loser = self._errors(reference - batch["target"])
+
+        def loss(winner, loser):
+            u = -self.args["beta"] / 2 * ((winner - ref_winner) - (loser - ref_loser))
+            return F.softplus(-u).mean()
+
+        return {
+            "winner": self._gradient(loss(winner, loser.detach())),
+            "loser": -self._gradient(loss(winner.detach(), loser)),
+            "error": self._gradient(winner.mean()),
+            "residuals": residuals.detach(),
+        }
+
+    def _predict(self, unet: UNet2DConditionModel, batch: dict) -> torch.Tensor:
+        return unet(batch["noisy"], batch["timesteps"], encoder_hidden_states=batch["prompts"]).sample
+
+    def _errors(self, residuals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return residuals.square().flatten(1).mean(1).chunk(2)
+
+    def _gradient(self, value: torch.Tensor) -> torch.Tensor:
+        parts = torch.autograd.grad(value, list(self.trained.values()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    def _direction(self, batches: list[dict]) -> tuple[torch.Tensor, float]:
+        if self.args["safeguard"] == "output":
+            scales = [self._output_scale(batch["residuals"]) for batch in batches]
+            pairs = zip(batches, scales, strict=True)
+            return _mean([batch["winner"] - scale * batch["loser"] for batch, scale in pairs]), _mean(scales).item()
+        winner, loser, error = (_mean([batch[name] for batch in batches]) for name in ("winner", "loser", "error"))
+        anchor = error if self.args.get("safeguard_anchor") == "error" else winner
+        gain, dot = anchor @ winner, anchor @ loser
+        if gain <= 0:
+            scale = torch.zeros(())
+        elif dot <= 0:
+            scale = torch.ones(())
+        else:
+            scale = ((1 - self.args["safeguard_mu"]) * gain / dot).clamp(0, 1)
+        return winner - scale * loser, scale.item()
+
+    def _output_scale(self, residuals: torch.Tensor) -> torch.Tensor:
+        winner, loser = residuals.chunk(2)
+        dot = (winner * loser).sum()
+        bound = (1 - self.args["safeguard_mu"]) * winner.square().sum() / dot
+        return bound.clamp(0, 1) if dot > 0 else torch.ones((), dtype=dot.dtype)
+
+    def _step(self, direction: torch.Tensor) -> None:
+        limit, norm = self.args["max_grad_norm"], direction.norm()
+        if limit and norm > limit:
+            direction = direction * limit / norm
+        sizes = [tensor.numel() for tensor in self.trained.values()]
+        for tensor, part in zip(self.trained.values(), direction.split(sizes), strict=True):
+            tensor.data -= self.args["learning_rate"] * part.view_as(tensor)
+
+
+def _mean(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values).mean(0)

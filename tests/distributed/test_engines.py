@@ -1,0 +1,100 @@
+"""Every engine takes the step that the mathematics says: lambda and the update of two processes against a walk in
+float64 that is written out by hand."""
+
+import pytest
+
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+# Rates at which float32 resolves an update, and after which two walks are still near each other.
+LEARNING_RATES = {"full": 1e-4, "started": 3e-3, "fresh": 1e-2}
+
+
+def build_case(engine: str, tuning: str, safeguard: str, accumulation: int, kind: str = "", **args) -> dict:
+    settings = {
+        "safeguard": safeguard,
+        "safeguard_mu": 0.5,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": LEARNING_RATES[tuning],
+    }
+    name = "-".join(part for part in (engine, tuning, safeguard, str(accumulation), kind) if part)
+    return {"name": name, "engine": engine, "tuning": tuning, "args": {**settings, **args}}
+
+
+def build_grid(kind: str = "", **args) -> list[dict]:
+    return [
+        build_case(engine, tuning, safeguard, accumulation, kind, **args)
+        for engine in ENGINES
+        for tuning in ("full", "started")
+        for safeguard in ("output", "parameter")
+        for accumulation in (1, 2)
+    ]
+
+
+def each(cases: list[dict]):
+    return pytest.mark.parametrize("case", cases, ids=[case["name"] for case in cases])
+
+
+@pytest.fixture
+def found(compared, record_property, case):
+    """What a case arrived at; its numbers are kept in the test report."""
+    found = compared(case)
+    for name in ("logged", "lambdas", "update_error"):
+        record_property(name, found[name])
+    return found
+
+
+@each(build_grid())
+def test_two_processes_take_the_step_of_the_walk_by_hand(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert all(0 < scale < 1 for scale in found["lambdas"])
+    assert found["update_error"] < 1e-3
+
+
+@each([build_case(engine, "fresh", "parameter", 2) for engine in ENGINES])
+def test_a_lora_from_zero_is_compared_with_the_base_under_it(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["update_error"] < 1e-3
+
+
+@each([build_case(engine, "full", "parameter", 2, "error", safeguard_anchor="error") for engine in ENGINES])
+def test_the_error_anchor_is_of_the_whole_batch(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert all(0 < scale < 1 for scale in found["lambdas"])
+    assert found["update_error"] < 1e-3
+
+
+@each(
+    [
+        build_case(engine, "started", "parameter", 2, "clipped", max_grad_norm=0.5, learning_rate=3e-2)
+        for engine in ENGINES
+    ]
+)
+def test_the_safeguarded_gradient_is_what_gets_clipped(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["norms"] == pytest.approx(found["norms_by_hand"], rel=1e-4)
+    assert min(found["norms"]) > 0.5
+    assert found["update_error"] < 1e-3
+
+
+@each(
+    [
+        build_case(engine, "full", "parameter", 1, "whole", safeguard_mu=0.0, safeguard_low_memory=True)
+        for engine in ENGINES
+    ]
+)
+def test_a_loser_that_does_no_harm_is_left_whole(found):
+    assert found["logged"] == found["lambdas"] == [1.0, 1.0]
+    assert found["update_error"] < 1e-3
+
+
+@pytest.mark.matrix
+@each(build_grid("checkpointing", activation_checkpointing=True))
+def test_activation_checkpointing_changes_nothing(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["update_error"] < 1e-3
+
+
+@pytest.mark.matrix
+@each(build_grid("bf16", bf16=True))
+def test_bf16_takes_nearly_the_same_step(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-1)
+    assert found["update_error"] < 1.5e-1
