@@ -154,6 +154,16 @@ def test_the_trainer_names_no_family(path):
     assert not {m for m in imported_modules(path, TREES[path]) if m.startswith(f"{PACKAGE.name}.families.stable")}
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "trainer"], ids=lambda p: p.name)
+def test_two_files_of_the_trainer_know_that_engines_differ(path):
+    """One for gradients, one for weights."""
+    if path.name in ("branch_backward.py", "sharding.py"):
+        return
+    engines = ("deepspeed", "transformers.integrations", "torch.distributed.fsdp", "torch.distributed.tensor")
+    assert not [module for module in imported_modules(path, TREES[path]) if module.startswith(engines)]
+    assert "DistributedType" not in {name for name, _ in identifiers(TREES[path])}
+
+
 @every_file
 def test_nothing_probes_swallows_or_unpickles(path):
     assert not called_names(TREES[path]) & {"hasattr", "eval", "exec", "breakpoint"}

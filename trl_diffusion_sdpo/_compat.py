@@ -1,11 +1,22 @@
 """Every name that upstream libraries do not promise to keep: one way in, with the reason and when it can go."""
 
+from diffusers import ModelMixin
+
 # transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
 # `Trainer._push_from_checkpoint` copies transformers' file names only and uploads a pickle of the arguments.
 # Can go when transformers lets a trainer name the files that it publishes.
 from transformers.utils import PushInProgress
 
-__all__ = ["PushInProgress", "compile_with_eager_rounding"]
+__all__ = ["PushInProgress", "block_names", "compile_with_eager_rounding"]
+
+
+def block_names(denoiser: ModelMixin) -> list[str]:
+    """Class names of a diffusers model's blocks, as units for FSDP.
+
+    `_no_split_modules` is how diffusers tells accelerate, without a public spelling; can go when there is one, or when
+    accelerate looks below the outermost module for it.
+    """
+    return list(denoiser._no_split_modules or ())
 
 
 def compile_with_eager_rounding() -> None:

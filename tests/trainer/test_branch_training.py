@@ -2,6 +2,8 @@
 where it cannot act."""
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +299,16 @@ def test_diagnostics_predict_a_small_step_and_measure_it(make_trainer, sd_folder
         assert realised == pytest.approx(predicted, rel=0.05)
         assert predicted < 0
         assert -1 <= entry["safeguard/output_cosine"] <= 1
+
+
+def test_its_metrics_are_those_of_the_documentation(make_trainer):
+    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text(encoding="utf-8")
+    table = page.split("| Metric of parameter space |")[1].split("\n\n")[0]
+    documented = set(re.findall(r"`(safeguard/\w+)`", table))
+    trainer = make_trainer(**PARAMETER, safeguard_diagnostics_steps=1, max_steps=1)
+    trainer.train()
+    logged = {name for name in trainer.state.log_history[0] if name.startswith("safeguard/")}
+    assert logged == documented | {"safeguard/scale", "safeguard/active", "safeguard/cosine"}
 
 
 def test_the_predicted_change_of_plain_descent_is_minus_the_step_times_its_slope(make_trainer, sd_folder):

@@ -93,8 +93,7 @@ def diffusion_preference_loss(
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
     _check_at_output(safeguard)
     _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores)
-    for name, weights in (("pair_weights", pair_weights), ("timestep_weights", timestep_weights)):
-        _check_weights(name, weights, len(model_pred) // 2)
+    _check_weights(len(model_pred) // 2, pair_weights=pair_weights, timestep_weights=timestep_weights)
     if spec.needs_scores:
         order = order_by_scores(scores).to(model_pred.device)
         scores = scores.to(model_pred.device)[order]
@@ -114,9 +113,8 @@ def diffusion_preference_loss(
             return torch.autograd.grad(reduced(terms_of(leaf))[1], leaf)[0].chunk(2)
 
     residuals = (model_pred.detach().float() - target.float()).chunk(2)
-    safeguarded = safeguard == "output" and spec.uses_loser
     scale = torch.ones((), device=model_pred.device)
-    if safeguarded:
+    if safeguarded := safeguard == "output" and spec.uses_loser:
         scale = output_scale(
             *residuals,
             mu=safeguard_mu,
@@ -174,9 +172,10 @@ def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta,
         raise ValueError(f"The loss {loss_type!r} needs `scores` of shape ({len(model_pred)},), got {got}.")
 
 
-def _check_weights(name: str, weights: torch.Tensor | None, pairs: int) -> None:
-    if weights is not None and weights.shape != (pairs,):
-        raise ValueError(f"`{name}` must have shape ({pairs},), one a pair, got {tuple(weights.shape)}.")
+def _check_weights(pairs: int, **weights: torch.Tensor | None) -> None:
+    for name, given in weights.items():
+        if given is not None and given.shape != (pairs,):
+            raise ValueError(f"`{name}` must have shape ({pairs},), one a pair, got {tuple(given.shape)}.")
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .sharding import DenoiserView
+from .sharding import DenoiserView, runs_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -388,7 +388,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
     """The autocast that training runs under; DeepSpeed rounds the weights instead."""
-    if args.deepspeed_plugin is not None or not (args.bf16 or args.fp16):
+    if runs_deepspeed(args) or not (args.bf16 or args.fp16):
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
 

@@ -318,6 +318,8 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
     ) -> None:
         """Model, adapter, reference and settings, before transformers' Trainer begins."""
         self.pipeline, self.family = loaded.pipeline, loaded.family
+        for name in (*self.family.frozen_components, self.family.denoiser_name):
+            sharding.check_whole(getattr(self.pipeline, name), name)
         self.model_name_or_path = loaded.name_or_path
         self.fingerprint = fingerprint(base_tensors(loaded.denoiser))  # before training changes them
         self.loss = loss_spec(args.loss_type)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .._compat import block_names
+
 
 class PolicyModel(nn.Module):
     """A diffusers denoiser that [`~transformers.Trainer`] can train.
@@ -35,7 +37,7 @@ class PolicyModel(nn.Module):
         """The denoiser's blocks that FSDP shards as units; accelerate looks for them here, under this name, and wants
         only such as are there."""
         present = {type(module).__name__ for module in self.denoiser.modules()}
-        return [name for name in self.denoiser._no_split_modules or () if name in present]
+        return [name for name in block_names(self.denoiser) if name in present]
 
     def activation_checkpointing_enable(
         self,

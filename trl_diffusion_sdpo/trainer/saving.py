@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from huggingface_hub import HfApi
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
@@ -188,12 +186,7 @@ class SavingMixin:
         if not self._holds_parts():
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        else:
-            save_fsdp_optimizer(
-                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
-            )
+        sharding.save_engine_state(self.model_wrapped, self.optimizer, self.accelerator, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
@@ -211,14 +204,14 @@ class SavingMixin:
         self.reference.load(folder)
 
     def _load_engine_checkpoint(self, resume_from_checkpoint: str) -> None:
-        """DeepSpeed's own state, without what is frozen; transformers would ask for all of it."""
-        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        """Under DeepSpeed, which reads weights and optimizer at once."""
+        sharding.load_deepspeed_state(self.model_wrapped, resume_from_checkpoint)
         self.reference.load(Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
-            deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint, load_module_strict=False)
+            sharding.load_deepspeed_state(self.model_wrapped, self.state.best_model_checkpoint)
         else:
             self._read_weights(Path(self.state.best_model_checkpoint))
 

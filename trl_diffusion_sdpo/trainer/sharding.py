@@ -17,11 +17,16 @@ from accelerate.utils import (
     disable_fsdp_ram_efficient_loading,
     enable_fsdp_ram_efficient_loading,
     fsdp2_prepare_model,
+    save_fsdp_optimizer,
 )
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    deepspeed_load_checkpoint,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
@@ -271,6 +276,22 @@ def _gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[N
 
     with GatheredParameters(tensors, modifier_rank=0 if write else None):
         yield
+
+
+def save_engine_state(
+    engine_model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, folder: str
+) -> None:
+    """Write what a resumed run needs of DeepSpeed or FSDP2 beside the tuned weights: the optimizer's state."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine_model.save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, engine_model, folder)
+
+
+def load_deepspeed_state(engine_model: nn.Module, folder: str) -> None:
+    """Read weights and optimizer from DeepSpeed's own parts. What is frozen is not in them, which transformers would
+    miss."""
+    deepspeed_load_checkpoint(engine_model, folder, load_module_strict=False)
 
 
 class DenoiserView(nn.Module):
