@@ -1,5 +1,7 @@
 # make demo    install, then train on the embedded world and draw what happened
 # make test    install, lint, run the tests, build the documentation
+# make bench   what the safeguard costs, and how often a step raises its winners' error: 10 to 20 minutes
+# make test-distributed    the engines under all settings, two processes on the CPU
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -7,9 +9,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
-SOURCES := trl_diffusion_sdpo tests examples
+SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-distributed bench lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -20,6 +22,13 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 	$(BIN)/mkdocs build --strict
 
+test-distributed: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/distributed
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/safeguard_overhead.py
+	$(BIN)/python benchmarks/winner_rises.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -28,7 +37,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site bench_output demo_output .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -23,7 +23,8 @@ from ..losses import parameter_scale
 
 WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
-CHUNK = 1 << 22  # elements that are in float64 at once, for each branch
+CHUNK = 1 << 22  # elements that are in float64 at once, for each branch: few kernels on an accelerator,
+CPU_CHUNK = 1 << 16  # and on the CPU what its cache holds
 REDUCE_BUCKET = 1 << 25  # elements that one all-reduce takes
 
 Gradient = list[torch.Tensor | None]
@@ -329,14 +330,17 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     # Apple's GPUs have no float64.
     dtype = torch.float32 if first.device.type == "mps" else torch.float64
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
-    for pieces in _chunks(gradients):
-        rows = torch.stack([torch.cat(row).to(dtype) for row in pieces])  # (n, at most CHUNK)
-        products += rows @ rows.T
-    return products
+    for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
+        rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
+        # A product of two such long and thin matrices would be slower, and need them stacked.
+        for i, row in enumerate(rows):
+            for j in range(i, len(rows)):
+                products[i, j] += row @ rows[j]
+    return products.triu() + products.triu(1).T
 
 
-def _chunks(gradients: list[Gradient]):
-    """The gradients' elements side by side, at most `CHUNK` at a time; a missing part counts as zeros."""
+def _chunks(gradients: list[Gradient], limit: int):
+    """The gradients' elements side by side, at most `limit` at a time; a missing part counts as zeros."""
     pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
     size = 0
     for parts in zip(*gradients, strict=True):
@@ -345,8 +349,8 @@ def _chunks(gradients: list[Gradient]):
         if present is None:
             continue
         flats = [torch.zeros_like(present) if flat is None else flat for flat in flats]
-        for cut in zip(*(flat.split(CHUNK) for flat in flats), strict=True):
-            if size and size + len(cut[0]) > CHUNK:
+        for cut in zip(*(flat.split(limit) for flat in flats), strict=True):
+            if size and size + len(cut[0]) > limit:
                 yield pieces
                 pieces, size = [[] for _ in gradients], 0
             for row, piece in zip(pieces, cut, strict=True):

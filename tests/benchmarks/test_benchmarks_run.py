@@ -1,0 +1,59 @@
+"""The benchmarks run to their end in their smallest form, and write what they promise. Their numbers mean nothing so
+small, and none is looked at here but those that say that all modes were measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str) -> str:
+    """What the script prints."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_overhead_of_every_mode_is_measured(tmp_path):
+    file = tmp_path / "overhead.json"
+    shown = run(
+        "safeguard_overhead.py",
+        *("--size", "tiny", "--rounds", "1", "--warmup", "1", "--batch", "2", "--tuning", "lora", "--reference"),
+        *("--device", "cpu", "--output", str(file)),
+    )
+    report = json.loads(file.read_text())
+    rows = {row["mode"]: row for row in report["rows"]}
+    assert list(rows) == ["none", "output", "parameter", "parameter, low memory", "parameter, error anchor"]
+    assert all(f"| {mode} |" in shown for mode in rows)
+    assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in rows.values())
+    assert rows["none"]["ratio"] == 1
+    # One branch's activations at a time are less than two.
+    assert 0 < rows["parameter, low memory"]["step_bytes"] < 0.8 * rows["parameter"]["step_bytes"]
+
+
+def test_the_rises_of_every_kind_are_counted(tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "rises.json", tmp_path / "rises.png"
+    shown = run(
+        "winner_rises.py",
+        *("--steps", "2", "--batch", "2", "--learning_rate", "1e-4"),
+        *("--output", str(file), "--plot", str(picture)),
+    )
+    results = json.loads(file.read_text())["results"]
+    assert len(results) == 4 and all(len(found["changes"]) == 2 for found in results)
+    # All kinds take their first step from the same weights on the same batch.
+    assert len({found["errors_before"][0] for found in results}) == 1
+    assert all(f"| {found['kind']} |" in shown for found in results)
+    assert picture.stat().st_size > 10_000

@@ -1,0 +1,128 @@
+"""The promise in its own terms: with the parameter-space safeguard, plain SGD and a small step, no step raises the
+error of the winners it was taken on. Measured anew by the UNet itself, beside what the package logs."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.demo.pairs import off_policy_pairs
+from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
+
+STEPS = 200
+SMALL, LARGE = 5e-5, 1e-3
+PAIRS = 8
+
+
+class WatchingTrainer(DiffusionSDPOTrainer):
+    """Keeps the winners of the step's own batch, and their error before the step."""
+
+    def _noisy_batch(self, inputs):
+        batch = super()._noisy_batch(inputs)
+        self.winners = batch.halves()[0]
+        self.watched = (self.state.global_step + 1) % self.every == 0
+        self.error_before = self.winner_error() if self.watched else None
+        return batch
+
+    @torch.no_grad()
+    def winner_error(self) -> float:
+        winners = self.winners
+        states = winners.conditioning["prompt_embeds"]
+        predicted = self.denoiser(winners.noisy, winners.timesteps, encoder_hidden_states=states).sample
+        return float((predicted.double() - winners.target.double()).square().mean())
+
+
+class Watch(TrainerCallback):
+    """`changes[step]` of the winners' error, and `batches[step]`, numbers that only equal batches share."""
+
+    def __init__(self):
+        self.changes: dict[int, float] = {}
+        self.batches: dict[int, float] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.watched:
+            self.changes[state.global_step] = self.trainer.winner_error() - self.trainer.error_before
+            self.batches[state.global_step] = float(self.trainer.winners.noisy.double().sum())
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return off_policy_pairs(seed=0)
+
+
+@pytest.fixture
+def train(pairs, tmp_path):
+    """`train(steps=, learning_rate=, every=, **safeguard)`: the trainer's logged steps, and what was watched."""
+
+    def run(*, steps, learning_rate, every=1, **safeguard):
+        args = DiffusionSDPOConfig(
+            str(tmp_path / "run"),
+            max_steps=steps,
+            per_device_train_batch_size=PAIRS,
+            beta=100.0,
+            learning_rate=learning_rate,
+            optim="sgd",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            random_flip=False,
+            resolution=32,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **safeguard,
+        )
+        watch = Watch()
+        trainer = WatchingTrainer(load_base_pipeline(), None, args, pairs, callbacks=[watch])
+        trainer.every, watch.trainer = every, trainer
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "errors/winner" in entry], watch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
+def rises(changes) -> list[float]:
+    return [change for change in changes if change > 0]
+
+
+GUARDED = {
+    "safeguard": "parameter",
+    "safeguard_mu": 0.1,
+    "safeguard_anchor": "error",
+}
+
+
+@pytest.mark.slow
+def test_no_small_step_raises_the_error_of_its_own_winners(train):
+    steps, watch = train(steps=STEPS, learning_rate=SMALL, every=20, safeguard_diagnostics_steps=1, **GUARDED)
+    realised = [step["safeguard/realised_winner_change"] for step in steps]
+    predicted = [step["safeguard/predicted_winner_change"] for step in steps]
+    assert len(realised) == STEPS
+    assert rises(realised) == []
+    assert rises(predicted) == []
+    # The trainer's numbers are what the UNet says when it is asked apart from them.
+    assert watch.changes == pytest.approx({step: realised[step - 1] for step in range(20, STEPS + 1, 20)}, abs=3e-8)
+    # First order is a fair description, the safeguard acts, and the loss falls: none of this is idle.
+    assert 0.9 < sum(realised) / sum(predicted) < 1.1
+    assert sum(step["safeguard/scale"] < 1 for step in steps) > STEPS / 10
+    assert sum(step["loss"] for step in steps[-20:]) / 20 < 0.692
+
+
+@pytest.mark.slow
+def test_plain_dpo_and_output_space_raise_it_on_the_same_batches(train):
+    """At a step so large that first order is no longer fair, the order of the three still holds."""
+    found = {
+        "plain": train(steps=30, learning_rate=LARGE, safeguard="none"),
+        "output": train(steps=30, learning_rate=LARGE, safeguard="output", safeguard_mu=0.1),
+        "parameter": train(steps=30, learning_rate=LARGE, **GUARDED),
+    }
+    assert found["plain"][1].batches == found["output"][1].batches == found["parameter"][1].batches
+    sums = {name: sum(rises(watch.changes.values())) for name, (_, watch) in found.items()}
+    counts = {name: len(rises(watch.changes.values())) for name, (_, watch) in found.items()}
+    assert counts["plain"] >= counts["output"] > counts["parameter"]
+    assert sums["plain"] > 10 * sums["parameter"] and sums["output"] > 10 * sums["parameter"]
