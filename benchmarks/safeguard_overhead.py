@@ -1,0 +1,447 @@
+"""What the safeguard costs: time and peak memory of a training step with each kind of safeguard, against none.
+
+The steps are the real trainer's, from `training_step` to the optimizer, on a UNet with random weights. One run takes
+them in rounds, one step of every mode a round in a new order, so that load on the machine meets all modes alike:
+reported is the median over rounds of a mode's time over that of the same round's step without a safeguard.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, TrainerCallback
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.trainer.reference import FrozenReference
+
+MODES: dict[str, dict[str, Any]] = {
+    "none": {"safeguard": "none"},
+    "output": {"safeguard": "output"},
+    "parameter": {"safeguard": "parameter", "safeguard_anchor": "branch"},
+    "parameter, low memory": {
+        "safeguard": "parameter",
+        "safeguard_anchor": "branch",
+        "safeguard_low_memory": True,
+    },
+    "parameter, error anchor": {"safeguard": "parameter", "safeguard_anchor": "error"},
+}
+PLAIN = "none"
+UNSET = {"safeguard_anchor": None, "safeguard_low_memory": False}
+# Highest ratio of time that is aimed at, reference included, at 4 pairs.
+TARGETS = {
+    ("lora", "output"): 1.02,
+    ("full", "output"): 1.02,
+    ("lora", "parameter"): 1.05,
+    ("full", "parameter"): 1.15,
+}
+
+UNETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    },
+    "28m": {
+        "sample_size": 32,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (96, 192, 384),
+        "layers_per_block": 1,
+        "cross_attention_dim": 256,
+        "attention_head_dim": 8,
+    },
+    "sd15": {
+        "sample_size": 64,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+XL_TEXT_WIDTHS = (768, 1280)
+PROMPT_TOKENS = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass
+class Row:
+    """One mode's figures.
+
+    Attributes:
+        tuning, mode (`str`): `"lora"` or `"full"`, and a key of `MODES`.
+        reference (`bool`): Whether the loss, and so the step, has a reference.
+        seconds (`list[float]`): Of each timed step, one a round.
+        ratio (`float`): Median over rounds of the time over that of the same round's plain step.
+        spread (`tuple[float, float]`): First and third quartile of these ratios.
+        step_bytes (`int`): Peak memory above what rests between steps: activations and gradients.
+        peak_bytes (`int`): The same with what rests: weights, reference, optimizer.
+        target (`float`, *optional*): Highest ratio that is aimed at.
+    """
+
+    tuning: str
+    mode: str
+    reference: bool
+    seconds: list[float] = field(default_factory=list)
+    ratio: float = 1.0
+    spread: tuple[float, float] = (1.0, 1.0)
+    step_bytes: int = 0
+    peak_bytes: int = 0
+    target: float | None = None
+
+
+class Meter(TrainerCallback):
+    """Sets the mode at the begin of every step, and measures until its end.
+
+    On CUDA time is the wall's and memory the allocator's peak. On the CPU time is the process's own, which waiting for
+    other programs does not lengthen, and memory is what the profiler sees allocated and freed, in a last round of
+    untimed steps.
+
+    Args:
+        plan (`list[str]`): The mode of each step.
+        untimed (`int`): Steps at the begin that are not counted.
+        profiled (`int`): Steps at the end under the profiler; 0 on CUDA.
+        bar (`tqdm`): Moves once a step.
+    """
+
+    def __init__(self, plan: list[str], untimed: int, profiled: int, bar: tqdm):
+        self.plan, self.untimed, self.profiled, self.bar = plan, untimed, profiled, bar
+        self.trainer: DiffusionSDPOTrainer | None = None
+        self.seconds: list[float] = []
+        self.peaks: dict[str, int] = {}
+        self.rest = 0
+        self._started = 0.0
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
+            setattr(self.trainer.args, name, value)
+        # What the trainer does by itself when training begins, for the one mode that it then has.
+        self.trainer._set_up_branches(self.trainer.model_wrapped)
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.rest = torch.cuda.memory_allocated()
+        elif state.global_step >= len(self.plan) - self.profiled:
+            self.rest = resting_bytes(self.trainer)
+            self._profiler = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            )
+            self._profiler.start()
+        self._started = self._now(args)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(self._now(args) - self._started)
+        mode = self.plan[state.global_step - 1]
+        if args.device.type == "cuda" and state.global_step > self.untimed:
+            self.peaks[mode] = max(self.peaks.get(mode, 0), torch.cuda.max_memory_allocated() - self.rest)
+        if self._profiler is not None:
+            self._profiler.stop()
+            self.peaks[mode] = peak_bytes(self._profiler)
+            self._profiler = None
+        self.bar.update()
+
+    @staticmethod
+    def _now(args: DiffusionSDPOConfig) -> float:
+        return time.perf_counter() if args.device.type == "cuda" else time.process_time()
+
+    def timed(self) -> dict[str, list[float]]:
+        """Seconds of each mode, in the order of the rounds."""
+        end = len(self.plan) - self.profiled
+        seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+        for mode, value in zip(self.plan[self.untimed : end], self.seconds[self.untimed : end], strict=True):
+            seconds[mode].append(value)
+        return seconds
+
+
+def measure(options: argparse.Namespace, tuning: str, reference: bool, bar: tqdm) -> list[Row]:
+    """The rows of all modes, in one run of the trainer."""
+    shuffled = random.Random(0)
+    rounds = [shuffled.sample(list(MODES), len(MODES)) for _ in range(options.warmup + options.rounds)]
+    profiled = 0 if options.device == "cuda" else len(MODES)
+    plan = [mode for one in rounds for mode in one] + list(MODES)[:profiled]
+    meter = Meter(plan, options.warmup * len(MODES), profiled, bar)
+    with tempfile.TemporaryDirectory() as folder:
+        meter.trainer = build_trainer(options, tuning, reference, len(plan), folder, meter)
+        meter.trainer.train()
+    seconds = meter.timed()
+    rows = []
+    for mode in MODES:
+        ratios = [own / plain for own, plain in zip(seconds[mode], seconds[PLAIN], strict=True)]
+        quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+        rows.append(
+            Row(
+                tuning=tuning,
+                mode=mode,
+                reference=reference,
+                seconds=seconds[mode],
+                ratio=quartiles[1],
+                spread=(quartiles[0], quartiles[2]),
+                step_bytes=meter.peaks[mode],
+                peak_bytes=meter.peaks[mode] + meter.rest,
+                target=TARGETS.get((tuning, mode)) if reference else None,
+            )
+        )
+    return rows
+
+
+def build_trainer(
+    options: argparse.Namespace, tuning: str, reference: bool, steps: int, folder: str, meter: Meter
+) -> DiffusionSDPOTrainer:
+    args = DiffusionSDPOConfig(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=options.batch,
+        # SimPO has the same two branches and no reference.
+        loss_type="sigmoid" if reference else "simpo",
+        safeguard="parameter",
+        learning_rate=1e-9,  # the steps are real, but the weights should stay where they are
+        activation_checkpointing=options.checkpointing,
+        bf16=options.dtype == "bf16",
+        use_cpu=options.device == "cpu",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    latents = options.latents or UNETS[options.size]["sample_size"]
+    pipeline = build_pipeline(options.size, latents)
+    lora = LoraConfig(r=options.rank, lora_alpha=options.rank) if tuning == "lora" else None
+    pairs = random_pairs(max(options.batch, 8), latents)
+    return DiffusionSDPOTrainer(pipeline, None, args, pairs, peft_config=lora, callbacks=[meter])
+
+
+# ---- Memory on the CPU ----------------------------------------------------------------------------------------------
+
+
+def peak_bytes(profiler: torch.profiler.profile) -> int:
+    """Highest sum of what was allocated and not yet freed, of tensors that began under the profiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        trace = json.loads(file.read_text())
+    changes = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def resting_bytes(trainer: DiffusionSDPOTrainer) -> int:
+    """What policy, reference and optimizer hold between two steps."""
+    modules = [trainer.model]
+    if isinstance(trainer.reference, FrozenReference):
+        modules.append(trainer.reference.module)
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    for state in trainer.optimizer.state.values():
+        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ---- A pipeline of random weights -----------------------------------------------------------------------------------
+
+
+def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
+    """A UNet of the size wanted; text encoders of one layer, and a VAE that keeps the image's size, cost next to
+    nothing. They would cost every mode the same and draw the ratios towards 1."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[size] | {"sample_size": latents})
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    shared = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": build_tokenizer()}
+    if size != "sdxl":
+        text_encoder = CLIPTextModel(text_config(unet.config.cross_attention_dim))
+        return StableDiffusionPipeline(
+            **shared,
+            text_encoder=text_encoder,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    first, second = XL_TEXT_WIDTHS
+    return StableDiffusionXLPipeline(
+        **shared,
+        text_encoder=CLIPTextModel(text_config(first)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(second)),
+        tokenizer_2=build_tokenizer(),
+        add_watermarker=False,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's, with every byte a token."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[],
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=PROMPT_TOKENS,
+    )
+
+
+def text_config(width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_TOKENS,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def random_pairs(count: int, side: int) -> Dataset:
+    generator = np.random.default_rng(0)
+
+    def image() -> Image.Image:
+        return Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+    return Dataset.from_list([{"prompt": f"{i}", "chosen": image(), "rejected": image()} for i in range(count)])
+
+
+# ---- Report ---------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| tuning | reference | safeguard | time | of plain (quartiles) | target | step's peak | of plain | whole |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        plain = next(r for r in rows if (r.tuning, r.reference, r.mode) == (row.tuning, row.reference, PLAIN))
+        low, high = row.spread
+        lines.append(
+            f"| {row.tuning} | {'yes' if row.reference else 'no'} | {row.mode} | "
+            f"{1000 * statistics.median(row.seconds):.0f} ms | {row.ratio:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{'' if row.target is None else f'{row.target:.2f}'} | {row.step_bytes / 2**20:.1f} MiB | "
+            f"{row.step_bytes / plain.step_bytes:.3f} | {row.peak_bytes / plain.peak_bytes:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    cuda = options.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "clock": "wall" if cuda else "CPU time of the process",
+        "memory": "torch.cuda.max_memory_allocated" if cuda else "torch.profiler, profile_memory",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet (default: 28m)")
+    parser.add_argument("--latents", type=int, help="side of the latents (default: the UNet's own)")
+    parser.add_argument("--tuning", choices=["lora", "full", "both"], default="both")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument(
+        "--reference",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="only with, or only without, the forward pass of a reference (default: both)",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steady on a busy machine")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench_output/safeguard_overhead.json"), help="file for all numbers"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    tunings = ["lora", "full"] if options.tuning == "both" else [options.tuning]
+    references = [True, False] if options.reference is None else [options.reference]
+    cases = [(tuning, reference) for tuning in tunings for reference in references]
+    profiled = 0 if options.device == "cuda" else 1
+    steps = len(cases) * len(MODES) * (options.warmup + options.rounds + profiled)
+    rows: list[Row] = []
+    with tqdm(total=steps, unit="step") as bar:
+        for tuning, reference in cases:
+            bar.set_description(f"{tuning}, {'with' if reference else 'without'} reference")
+            rows += measure(options, tuning, reference, bar)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    report = {"settings": settings, "environment": environment(options), "rows": [asdict(row) for row in rows]}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
