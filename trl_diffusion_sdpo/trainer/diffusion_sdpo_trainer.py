@@ -167,11 +167,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, DiffusionPreferenceLoss]:
         """Loss of a batch of B pairs, a scalar; with `return_outputs` also what came with it."""
-        batch = self._noisy_batch(inputs)
-        # The reference goes first: its activations are gone before the policy's are kept.
-        with torch.no_grad(), self.reference.active(model) as reference:
-            ref_pred = self._predict(reference, batch)
-        model_pred = self._predict(model, batch)
+        batch, model_pred, ref_pred = self._predict_pairs(model, inputs)
         outputs = self._loss_of(model_pred, batch, ref_pred, inputs.get("scores"))
         if model.training:
             self._finite.watch(outputs.pair_losses, inputs["rows"])
@@ -179,6 +175,16 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
             if self.is_deepspeed_enabled:  # whose backward pass ends with the optimizer's step
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _predict_pairs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[NoisyBatch, torch.Tensor, torch.Tensor | None]:
+        """A batch at its noise, and what policy and reference predict of it."""
+        batch = self._noisy_batch(inputs)
+        # The reference goes first: its activations are gone before the policy's are kept.
+        with torch.no_grad(), self.reference.active(model) as reference:
+            ref_pred = self._predict(reference, batch)
+        return batch, self._predict(model, batch), ref_pred
 
     @torch.no_grad()
     def _noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:

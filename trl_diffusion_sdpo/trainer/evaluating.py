@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from .preparing import first_pairs
+from ..losses import DiffusionPreferenceLoss
+from .noisy_batch import NoisyBatch
 
 
 class EvaluationMixin:
@@ -26,16 +27,33 @@ class EvaluationMixin:
         pairs = len(inputs["seeds"])
         real = self._real_pairs(pairs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            batch, model_pred, ref_pred = self._predict_pairs(model, inputs)
+            outputs = self._loss_of(model_pred, batch, ref_pred, inputs.get("scores"))
             measured = outputs
             if 0 < real < pairs:
-                measured = self.compute_loss(model, first_pairs(inputs, real), return_outputs=True)[1]
-        if real:
-            self._meter["eval"].add({**self._shown(measured.metrics), "loss": measured.loss}, real)
+                first = torch.arange(real, device=model_pred.device)
+                measured = self._loss_of_rows(torch.cat([first, first + pairs]), batch, model_pred, ref_pred, inputs)
+        # Also where no pair of this process is real: the processes' sums are added up, and all must have the names.
+        self._meter["eval"].add({**self._shown(measured.metrics), "loss": measured.loss}, real)
+        loss = outputs.loss.detach()
         if prediction_loss_only:
-            return loss.detach(), None, None
+            return loss, None, None
         rewards = outputs.pair_rewards
-        return loss.detach(), rewards, torch.zeros(len(rewards), device=rewards.device)
+        return loss, rewards, torch.zeros(len(rewards), device=rewards.device)
+
+    def _loss_of_rows(
+        self,
+        rows: torch.Tensor,
+        batch: NoisyBatch,
+        model_pred: torch.Tensor,
+        ref_pred: torch.Tensor | None,
+        inputs: dict[str, Any],
+    ) -> DiffusionPreferenceLoss:
+        """The loss of some of a batch's pairs, from predictions that are there: a forward pass would take all
+        processes."""
+        scores = inputs.get("scores")
+        ref_pred, scores = (None if tensor is None else tensor[rows] for tensor in (ref_pred, scores))
+        return self._loss_of(model_pred[rows], batch.take(rows), ref_pred, scores)
 
     def evaluation_loop(
         self,

@@ -143,18 +143,6 @@ def default_output_dir(model: Any) -> str:
     return f"{name}-DiffusionSDPO"
 
 
-def first_pairs(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """The first `count` pairs of a collated batch."""
-    pairs = len(batch["seeds"])
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and len(value) == 2 * pairs:
-            return torch.cat([half[:count] for half in value.chunk(2)])  # winners and losers
-        return value[:count]
-
-    return {name: cut(value) for name, value in batch.items()}
-
-
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
     """A user's data as a torch data set of pairs; one that is prepared already, or `None`, as it is.
 
