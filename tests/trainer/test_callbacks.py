@@ -78,7 +78,7 @@ def test_only_first_and_last_are_drawn_without_an_interval(sd_pipeline, args):
 def test_the_last_step_is_drawn_once(sampler, args, monkeypatch):
     drawn = []
     draw = sampler.draw
-    monkeypatch.setattr(sampler, "draw", lambda autocast: drawn.append(1) or draw(autocast))
+    monkeypatch.setattr(sampler, "draw", lambda *given, **named: drawn.append(1) or draw(*given, **named))
     run(sampler, args, steps=2)
     assert len(drawn) == 2
 

@@ -23,7 +23,7 @@ def image(value=0, size=(16, 16)):
         ({"beta": float("nan")}, "`beta` must be a finite number greater than 0"),
         ({"safeguard_mu": 1.5}, r"`safeguard_mu` must be in \[0, 1\], got 1.5"),
         ({"safeguard_mu": -0.1}, r"`safeguard_mu` must be in \[0, 1\], got -0.1"),
-        ({"safeguard": "parameter"}, "`safeguard` must be one of none, output; got 'parameter'"),
+        ({"safeguard": "weights"}, "`safeguard` must be one of none, output, parameter; got 'weights'"),
         ({"safeguard_granularity": "row"}, "must be one of batch, pair, weighted; got 'row'"),
         ({"safeguard_eps": -1.0}, "`safeguard_eps` must be at least 0, got -1.0"),
         ({"loss_type": "dpo"}, "`loss_type` must be one of sigmoid, .*; got 'dpo'"),
