@@ -1,5 +1,8 @@
 """Every name that upstream libraries do not promise to keep: one way in, with the reason and when it can go."""
 
+from typing import Any
+
+import torch
 from diffusers import ModelMixin
 
 # transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
@@ -7,7 +10,14 @@ from diffusers import ModelMixin
 # Can go when transformers lets a trainer name the files that it publishes.
 from transformers.utils import PushInProgress
 
-__all__ = ["PushInProgress", "block_names", "compile_with_eager_rounding"]
+__all__ = [
+    "PushInProgress",
+    "block_names",
+    "compile_with_eager_rounding",
+    "keeps_zero_gradients",
+    "zero_gradients",
+    "zero_weights",
+]
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
@@ -29,3 +39,24 @@ def compile_with_eager_rounding() -> None:
     from torch._inductor import config  # seconds, and only where something is compiled
 
     config.emulate_precision_casts = True
+
+
+# DeepSpeed's public functions give whole gradients, and for ZeRO-1 and 2 no shards; so the optimizer's own lists are
+# read and written. These can go when `deepspeed.utils.safe_get_local_grad` knows these stages.
+
+
+def keeps_zero_gradients(optimizer: Any) -> bool:
+    """Whether DeepSpeed's optimizer is that of ZeRO-1 and 2, with the lists of the next two functions."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return isinstance(optimizer, DeepSpeedZeroOptimizer)
+
+
+def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
+    """This process's shard of the averaged gradients, a list of parts for each group of parameters."""
+    return optimizer.averaged_gradients
+
+
+def zero_weights(optimizer: Any) -> list[torch.Tensor]:
+    """This process's shard of the float32 weights, flat, for each group of parameters."""
+    return optimizer.single_partition_of_fp32_groups

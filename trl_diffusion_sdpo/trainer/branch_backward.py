@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
+from .._compat import keeps_zero_gradients, zero_gradients, zero_weights
 from ..losses import parameter_scale
 
 WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
@@ -77,9 +80,10 @@ class BranchBackward:
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
         products = self.engine.total(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
-        subtract_scaled(ordered[0], ordered[1], scale)
-        self.engine.put(ordered[0])
         finite = products.isfinite().all()
+        # Where only the anchor is not finite, the step is still not to be taken: the gradient says so.
+        subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
+        self.engine.put(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
 
 
@@ -148,9 +152,13 @@ class ReplicatedGradients(GradientEngine):
         return gradient
 
     def reduced(self, gradient: Gradient) -> Gradient:
-        if self._accelerator.num_processes > 1:
-            all_reduce_mean([part for part in gradient if part is not None])
-        return gradient
+        if self._accelerator.num_processes == 1:
+            return gradient
+        # A weight may have taken part in some processes only; all send the same message.
+        pairs = zip(gradient, self._weights, strict=True)
+        whole = [torch.zeros_like(weight) if part is None else part for part, weight in pairs]
+        all_reduce_mean(whole)
+        return whole
 
     def put(self, gradient: Gradient) -> None:
         for weight, part in zip(self._weights, gradient, strict=True):
@@ -197,17 +205,13 @@ class ZeroGradients(GradientEngine):
         # backward passes where it should count micro-batches.
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
-        taken = self.take()
+        gradient = self.take(into)
         self.clear()
-        if into is None:
-            return taken
-        for total, part in zip(into, taken, strict=True):
-            total.add_(part)
-        return into
+        return gradient
 
     @abstractmethod
-    def take(self) -> Gradient:
-        """The shards of the latest backward pass, no longer the engine's."""
+    def take(self, into: Gradient | None) -> Gradient:
+        """The shards of the latest backward pass, no longer the engine's; added to `into` if there is one."""
 
     def clear(self) -> None:
         """Leave nothing of one branch for the other."""
@@ -233,12 +237,13 @@ class Zero12Gradients(ZeroGradients):
         self._groups: dict[int, list[torch.Tensor]] = {}  # DeepSpeed's own lists, those of the latest pass
         self._sizes: dict[int, list[int]] = {}
 
-    def take(self) -> Gradient:
-        averaged = self._engine.optimizer.averaged_gradients
+    def take(self, into: Gradient | None) -> Gradient:
+        averaged = zero_gradients(self._engine.optimizer)
         for group in sorted(averaged):
             self._groups[group], averaged[group] = averaged[group], None
             self._sizes[group] = [part.numel() for part in self._groups[group]]
-        return [part for group in self._groups.values() for part in group]
+        taken = [part for group in self._groups.values() for part in group]
+        return taken if into is None else add(into, taken)
 
     def put(self, gradient: Gradient) -> None:
         # A list may carry the flat tensor that its parts are views of, so the parts are filled and not replaced. The
@@ -247,12 +252,12 @@ class Zero12Gradients(ZeroGradients):
         for group, own in self._groups.items():
             for part in own:
                 part.copy_(next(parts))
-            self._engine.optimizer.averaged_gradients[group] = own
+            zero_gradients(self._engine.optimizer)[group] = own
         self._groups = {}
 
     def weights(self) -> list[torch.Tensor]:
         shards: list[torch.Tensor] = []
-        for group, flat in enumerate(self._engine.optimizer.single_partition_of_fp32_groups):
+        for group, flat in enumerate(zero_weights(self._engine.optimizer)):
             sizes = self._sizes[group]
             shards += flat.detach()[: sum(sizes)].split(sizes)
         return shards
@@ -267,10 +272,12 @@ class Zero3Gradients(ZeroGradients):
         super().__init__(engine)
         self._weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
 
-    def take(self) -> Gradient:
+    def take(self, into: Gradient | None) -> Gradient:
         from deepspeed.utils import safe_get_local_grad
 
-        return [safe_get_local_grad(weight).clone() for weight in self._weights]
+        if into is None:
+            return [safe_get_local_grad(weight).clone() for weight in self._weights]
+        return add(into, (safe_get_local_grad(weight) for weight in self._weights))
 
     def put(self, gradient: Gradient) -> None:
         from deepspeed.utils import safe_set_local_grad
@@ -293,12 +300,16 @@ def gradient_engine(model: nn.Module, accelerator: Accelerator) -> GradientEngin
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_gradients(model)
     if accelerator.is_fsdp2:
+        if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            raise ValueError(
+                "`safeguard='parameter'` cannot act with FSDP's `offload_params`, which moves each gradient to the CPU "
+                "while the backward pass runs. Leave it off, or use `safeguard='output'`."
+            )
         return Fsdp2Gradients(model, accelerator)
     if accelerator.distributed_type.value not in REPLICATED:
         raise ValueError(
             "`safeguard='parameter'` trains on one device, or with DDP, FSDP2 or DeepSpeed ZeRO-1, 2 and 3; got "
-            f"{accelerator.distributed_type.value} (FSDP1, if FSDP: set `fsdp_version: 2`). Use one of these, or "
-            "`safeguard='output'`."
+            f"{accelerator.distributed_type.value}. Use one of these, or `safeguard='output'`."
         )
     if isinstance(model, nn.DataParallel):
         raise ValueError(
@@ -321,7 +332,26 @@ def _deepspeed_gradients(engine: Any) -> GradientEngine:
             "while the backward pass runs, before the two branches can be told apart. Set `offload_optimizer_device: "
             "none`, or use `safeguard='output'`."
         )
-    return Zero3Gradients(engine) if stage == 3 else Zero12Gradients(engine)
+    if stage == 3:
+        return Zero3Gradients(engine)
+    if not keeps_zero_gradients(engine.optimizer):
+        raise ValueError(
+            f"`safeguard='parameter'` cannot act with DeepSpeed's {type(engine.optimizer).__name__}, which bf16 with "
+            "`data_types.grad_accum_dtype: fp32` makes of ZeRO-1. Leave that setting out, or use ZeRO-2."
+        )
+    if "Muon" in type(engine.optimizer.optimizer).__name__:
+        raise ValueError(
+            "`safeguard='parameter'` cannot act with Muon under ZeRO-1 and 2: DeepSpeed makes its update of each "
+            "branch's gradient while it is averaged. Use ZeRO-3, another optimizer, or `safeguard='output'`."
+        )
+    return Zero12Gradients(engine)
+
+
+def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
+    """The sum of two gradients, in place of the first."""
+    for total, part in zip(into, gradient, strict=True):
+        total.add_(part)
+    return into
 
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:

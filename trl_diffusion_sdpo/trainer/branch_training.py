@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..losses import DiffusionPreferenceLoss, order_by_scores, winner_error_gradient
 from .branch_backward import ANCHOR, LOSER, WINNER, BranchBackward, Gradient, gradient_engine, inner_products, local
 from .noisy_batch import NoisyBatch
+from .setting_checks import refuse_dropout
 
 # Measured on the joint prediction; with the parameter-space safeguard these names mean its own lambda.
 OUTPUT_SPACE = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
@@ -26,12 +28,16 @@ class StepProbe:
         errors (`list[torch.Tensor]`): Their mean errors before the step, `()` each.
         weights (`list[torch.Tensor]`): The trained weights, or this process's shards, before the step.
         gradient (`list[torch.Tensor]`): The mean winner error's, over the whole batch of the step.
+        finite (`torch.Tensor` of shape `()`): Whether the step's gradients were; a step that was left out says nothing.
+        loss_scale (`float`): By which `gradient` is multiplied.
     """
 
     winners: list[NoisyBatch] = field(default_factory=list)
     errors: list[torch.Tensor] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
     gradient: Gradient = field(default_factory=list)
+    finite: torch.Tensor | None = None
+    loss_scale: float = 1.0
 
 
 class BranchTrainingMixin:
@@ -53,6 +59,8 @@ class BranchTrainingMixin:
             return
         engine = gradient_engine(model, self.accelerator)
         anchor = self.args.safeguard_anchor or self.loss.anchor
+        if anchor == "error" and not engine.retains_graph:
+            refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
         self._branches = BranchBackward(engine, mu=self.args.safeguard_mu, anchor=anchor)
 
     def _shown(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,11 +79,13 @@ class BranchTrainingMixin:
             self._probe = StepProbe()
         with self.compute_loss_context_manager(), self._branches.engine.accumulating():
             outputs = self._backward_by_branch(model, inputs, probing)
-        self._finite.watch(outputs.pair_losses, inputs["rows"])
         self._meter["train"].add(self._shown(outputs.metrics), len(inputs["seeds"]))
         self._finite.verify(self.state.global_step + 1)
         if self.accelerator.sync_gradients:
             self._combine_branches()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return outputs.loss.detach() / self.current_gradient_accumulation_steps
 
     def _combine_branches(self) -> None:
@@ -84,7 +94,8 @@ class BranchTrainingMixin:
         self._meter["train"].add(metrics, finite)
         self._meter["train"].add({"safeguard/skipped": 1 - finite.float()}, 1)
         if self._probe is not None:
-            self._probe.gradient = anchor
+            self._probe.gradient, self._probe.finite = anchor, finite
+            self._probe.loss_scale = engine.loss_scale  # the scaler's next step may change it
             self._probe.weights = [weight.clone() for weight in engine.weights()]
         engine.step()
 
@@ -105,6 +116,7 @@ class BranchTrainingMixin:
         prediction = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         ref_pred = None if ref_pred[0] is None else torch.cat(ref_pred)
         outputs = self._loss_of(prediction, batch, ref_pred, scores, safeguard="none")
+        self._finite.watch(outputs.pair_losses, inputs["rows"])  # on its way while the backward passes are queued
         winner_push, loser_push = torch.autograd.grad(outputs.loss, prediction)[0].chunk(2)
         if probing:
             self._remember(prediction.detach(), batch, winners, ref_pred, scores)
@@ -158,11 +170,13 @@ class BranchTrainingMixin:
         model = self.model_wrapped
         for winners, before in zip(probe.winners, probe.errors, strict=True):
             realised = _mean_error(self._predict(model, winners), winners) - before
-            self._meter["train"].add({"safeguard/realised_winner_change": realised}, len(winners.noisy))
+            weight = len(winners.noisy) * probe.finite
+            self._meter["train"].add({"safeguard/realised_winner_change": realised}, weight)
         moves = [now - before for now, before in zip(engine.weights(), probe.weights, strict=True)]
         taken = [None if part is None else local(part) for part in probe.gradient]
-        predicted = engine.total(inner_products([_fitting(taken, moves), moves]))[0, 1] / engine.loss_scale
-        self._meter["train"].add({"safeguard/predicted_winner_change": predicted}, 1)
+        predicted = engine.total(inner_products([_fitting(taken, moves), moves]))[0, 1] / probe.loss_scale
+        predicted = torch.where(probe.finite, predicted, 0)
+        self._meter["train"].add({"safeguard/predicted_winner_change": predicted}, probe.finite)
 
 
 class MeasureStepCallback(TrainerCallback):

@@ -261,8 +261,6 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         """A denoiser's prediction `(N, ...)` in float32, in the precision of training; `None` of no denoiser."""
         if denoiser is None:
             return None
-        if self._engine_dtype is not None:  # the engine has rounded the weights, and nothing casts for them
-            batch = batch.to(self._engine_dtype)
         with self.accelerator.autocast():
             return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
 
@@ -286,15 +284,17 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As the Trainer does it; then what must live as the engine has the policy live."""
+        self._branches, self._probe = None, None  # of an attempt with larger batches
         sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
         unrounded = sharding.unrounded(self.denoiser, self.accelerator)
+        self.reference.keep_exact()
         deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
         )
         sharding.restore_unrounded(unrounded)
-        self._engine_dtype = sharding.engine_dtype(self.accelerator)
         self.reference.prepare(self.model_wrapped)
+        self._engine_ready = True
         if deepspeed_resumes:
             self._load_engine_checkpoint(resume_from_checkpoint)
         self._set_up_branches(self.model_wrapped)
@@ -336,8 +336,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         self._timestep_range = checked_timestep_range(args, self.family)
         check_without_dropout(args, loaded.denoiser)
         self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}
-        self._engine_dtype: torch.dtype | None = None
-        self._branches, self._probe = None, None
+        self._branches, self._probe, self._engine_ready = None, None, False
         self._finite = FiniteCheck()
         self._meter = {"train": MetricMeter(), "eval": MetricMeter()}
         # The family gets a pipeline of its own where parts run in half precision; the user's stays as it was loaded.
@@ -400,6 +399,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
             needed=self.loss.needs_reference,
             given=given,
             given_is_ours=isinstance(ref_model, (str, Path)),
+            changed_by_engine=sharding.by_engine(args),
             fresh_adapter=self.adapter if fresh_adapter else None,
             started_adapter=None if fresh_adapter else self.adapter,
             follows=args.sync_ref_model,

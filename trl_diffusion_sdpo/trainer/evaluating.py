@@ -63,6 +63,11 @@ class EvaluationMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        if self._holds_parts() and not self._engine_ready:
+            raise ValueError(
+                "Under DeepSpeed and FSDP, evaluation runs in the engine that training sets up. Set "
+                "`eval_on_start=True`, call it after `train()`, or evaluate in a trainer without them."
+            )
         self._meter["eval"].drain(self.accelerator)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         measured = self._meter["eval"].drain(self.accelerator)

@@ -47,8 +47,8 @@ class FiniteCheck:
         if not self._gradient.answer():
             raise FloatingPointError(
                 f"Every gradient must be finite; at step {self._gradient_step} its norm was not, while the loss was. "
-                "That step has spoiled the weights of this run; nothing was saved since. Resume from the last "
-                "checkpoint with a lower learning rate, or use bf16 instead of fp16."
+                "Unless DeepSpeed has left that step out, it has spoiled the weights; nothing was saved since. Resume "
+                "from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
             )
 
     def _report(self, step: int) -> None:

@@ -32,10 +32,3 @@ class NoisyBatch:
         """Winners and losers."""
         pairs = len(self.noisy) // 2
         return self.take(slice(None, pairs)), self.take(slice(pairs, None))
-
-    def to(self, dtype: torch.dtype) -> NoisyBatch:
-        """What the denoiser reads, in another precision. Timesteps stay as they are, and the target too."""
-        conditioning = {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in self.conditioning.items()
-        }
-        return NoisyBatch(self.noisy.to(dtype), self.target, self.timesteps, conditioning)

@@ -17,6 +17,7 @@ from ..data.transforms import PairTransform
 from ..families import Family
 from ..losses import LossSpec
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .sharding import tell_learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
     chosen = {name: value for name, value in defaults_by_name.items() if getattr(args, name) is None}
     for name, value in chosen.items():
         setattr(args, name, value)
+    tell_learning_rate(args)
     safeguarded = args.safeguard != "none" and loss.uses_loser
     told = {name: value for name, value in chosen.items() if value is not None}
     if not safeguarded:

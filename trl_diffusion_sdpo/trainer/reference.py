@@ -35,14 +35,30 @@ class Reference(ABC):
     has_state = False  # whether it moves during training, so that a checkpoint must hold it
     accelerator: Accelerator  # given by the trainer as soon as there is one
     engine_models: tuple[nn.Module, ...] = ()  # what the engine wrapped: the policy, and the reference if it is whole
+    exact: sharding.Float32Parts | None = None  # of a reference that moves in weights that the engine rounds
 
     @abstractmethod
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
         """Lend the module that predicts as the old policy; `model` is the policy as the engine wrapped it."""
 
+    def keep_exact(self) -> None:
+        """Before the engine takes the policy: keep what it will round, if the reference is to move."""
+        weights = self.weights()
+        if weights and self.exact is None and sharding.rounds_weights(self.accelerator):
+            moving = {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+            self.exact = sharding.Float32Parts(moving, self.accelerator)
+
     def prepare(self, engine_model: nn.Module) -> None:
         """Live as the policy does under the engine, which has just made `engine_model` of it."""
         self.engine_models = (engine_model,)
+
+    def _mix(self, policy: dict[str, torch.Tensor], alpha: float) -> None:
+        self.settle()
+        weights = {name: weight for name, weight in self.weights().items() if isinstance(weight, nn.Parameter)}
+        if self.exact is None:
+            sharding.mix(weights.values(), (policy[name] for name in weights), alpha, self.accelerator)
+        else:
+            self.exact.mix(weights, policy, alpha, stage3=sharding.zero_stage(self.accelerator) == 3)
 
     def settle(self) -> None:
         """Before weights are read or written outside of a forward pass."""
@@ -60,7 +76,10 @@ class Reference(ABC):
     def save(self, folder: Path, *, write: bool) -> None:
         """Write what a resumed run needs. All processes take part, and those with `write` write."""
         self.settle()
-        whole = sharding.gather(self.weights(), self.accelerator, keep=write)
+        if self.exact is None:
+            whole = sharding.gather(self.weights(), self.accelerator, keep=write)
+        else:
+            whole = {name: self.exact.whole(name).cpu() for name in self.exact.parts}
         if write and whole:
             save_file(whole, folder / REFERENCE_FILE)
 
@@ -69,7 +88,10 @@ class Reference(ABC):
         self.settle()
         weights = self.weights()
         if weights:
-            sharding.scatter(_read(weights, folder), weights, self.accelerator)
+            stored = _read(weights, folder)
+            sharding.scatter(stored, weights, self.accelerator)
+            for name in self.exact.parts if self.exact is not None else ():
+                self.exact.set(name, stored[name].to(self.accelerator.device))
 
     def to(self, device: torch.device) -> None:
         """Move what the policy does not carry along."""
@@ -129,9 +151,7 @@ class AdapterReference(Reference):
             yield model
 
     def sync(self, alpha: float) -> None:
-        self.settle()
-        reference, policy = self.weights(), adapter_state(self._denoiser, self._policy)
-        sharding.mix(reference.values(), (policy[name] for name in reference), alpha, self.accelerator)
+        self._mix(adapter_state(self._denoiser, self._policy), alpha)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return adapter_state(self._denoiser, REFERENCE_ADAPTER)
@@ -177,8 +197,7 @@ class FrozenReference(Reference):
         yield self._running
 
     def sync(self, alpha: float) -> None:
-        self.settle()
-        sharding.mix(self.module.parameters(), self._policy.parameters(), alpha, self.accelerator)
+        self._mix(self._policy.state_dict(keep_vars=True), alpha)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self.module.state_dict(keep_vars=True) if self.has_state else {}
@@ -196,6 +215,7 @@ def build_reference(
     needed: bool,
     given: nn.Module | None,
     given_is_ours: bool,
+    changed_by_engine: bool = False,
     fresh_adapter: str | None,
     started_adapter: str | None,
     follows: bool,
@@ -208,6 +228,7 @@ def build_reference(
         needed (`bool`): Whether the loss reads a reference. One that is given anyway serves the metrics.
         given (`nn.Module`, *optional*): The user's own reference.
         given_is_ours (`bool`): Whether it was loaded here, so that it may be rounded or moved in place.
+        changed_by_engine (`bool`): Whether an engine will round or shard it in place.
         fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, which starts at zero.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy came with.
         follows (`bool`): Whether the reference will be synchronised with the policy.
@@ -219,7 +240,7 @@ def build_reference(
                 "`sync_ref_model` moves the reference towards an adapter, but a whole `ref_model` was given. Leave "
                 "`ref_model` out: the reference then is a second adapter."
             )
-        if (half_dtype is not None or follows) and not given_is_ours:
+        if (half_dtype is not None or follows or changed_by_engine) and not given_is_ours:
             given = copy.deepcopy(given)
         return FrozenReference(given, denoiser, half_dtype=half_dtype, follows=follows)
     if not needed:

@@ -43,6 +43,7 @@ SETTINGS_OF_THE_PATH = (
     "safeguard_mu",
     "safeguard_granularity",
     "safeguard_eps",
+    "safeguard_anchor",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "mixed_precision",
@@ -91,6 +92,11 @@ class SavingMixin:
         """
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
+        if self._engine_ready and self._holds_parts():
+            raise ValueError(
+                "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
+                "new trainer and pass `resume_from_checkpoint` to go on."
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
@@ -129,6 +135,7 @@ class SavingMixin:
             "lora": lora,
             "reference": self.reference.kind,
             "engine": sharding.engine_name(self.accelerator),
+            "processes": self.accelerator.num_processes,
             "weights_before_training": self.fingerprint,
             **{name: getattr(self.args, name) for name in (*SETTINGS_OF_THE_PATH, *KNOB_RANGES)},
         }

@@ -103,8 +103,13 @@ def check_without_dropout(args: DiffusionSDPOConfig, denoiser: nn.Module) -> Non
     twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
     if args.safeguard != "parameter" or not twice:
         return
+    refuse_dropout(denoiser, f"`{twice[0]}`")
+
+
+def refuse_dropout(denoiser: nn.Module, what: str) -> None:
+    """Raise `ValueError` where `what`, which predicts the same images twice, meets dropout."""
     if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
         raise ValueError(
-            f"`{twice[0]}` predicts the same images twice, and dropout makes the two differ. Set "
-            "`disable_dropout=True`, or leave it out."
+            f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
+            "leave it out."
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
@@ -27,6 +28,17 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
+
+
+def tell_learning_rate(args: TrainingArguments) -> None:
+    """Give DeepSpeed's configuration the learning rate if it was chosen after `"auto"` had been read."""
+    if not runs_deepspeed(args):
+        return
+    config = args.deepspeed_plugin.hf_ds_config
+    for name in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
+        node, key = config.find_config_node(name)
+        if node is not None and key in node and node[key] is None:
+            node[key] = args.learning_rate
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
@@ -75,9 +87,9 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """What a checkpoint depends on: `"plain"`, one process or DDP, `"fsdp"`, or `"zero1"` and so on."""
+    """What a checkpoint depends on: `"plain"`, one process or DDP, `"fsdp"`, or `"zero1, 8 processes"` and so on."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"zero{zero_stage(accelerator)}"
+        return f"zero{zero_stage(accelerator)}, {accelerator.num_processes} processes"
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "plain"
 
 
@@ -129,26 +141,49 @@ def set_precision(accelerator: Accelerator, *, exact_gradients: bool) -> None:
             # FSDP would round every input, timesteps too; the trainer rounds those that weights are multiplied with.
             settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
             plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
-    elif zero_stage(accelerator) >= 2 and exact_gradients:  # ZeRO-1 has no such setting
+    elif zero_stage(accelerator) >= 2 and exact_gradients:  # with them, ZeRO-1 becomes another optimizer
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        config.setdefault("communication_data_type", "fp32")
+
+
+def rounds_weights(accelerator: Accelerator) -> bool:
+    """Whether the engine turns all weights into half precision, as DeepSpeed does, and not copies of them."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and engine_dtype(accelerator) is not None
 
 
 def unrounded(module: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter, torch.Tensor]:
     """The trained weights as they are before DeepSpeed rounds them; none where it does not."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED or engine_dtype(accelerator) is None:
+    if not rounds_weights(accelerator):
         return {}
     return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
 
 
 def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
-    """Let the optimizer start from them: DeepSpeed makes its float32 weights of those that it has rounded already, and
-    the rounding would be a larger change than many steps of training."""
-    if weights:
-        from deepspeed.utils import safe_set_full_fp32_param
+    """Let the optimizer start from them, and empty the dictionary. DeepSpeed makes its float32 weights of those that
+    it has rounded already, and the rounding would be a larger change than many steps of training."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        for weight, value in weights.items():
+    while weights:
+        weight, value = weights.popitem()
+        if is_zero_param(weight):
+            safe_set_local_fp32_param(weight, own_part(value.float(), weight.ds_tensor.numel()))
+        else:
             safe_set_full_fp32_param(weight, value.float())
+
+
+def is_zero_param(weight: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds a weight in parts."""
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    return is_zero_param(weight)
+
+
+def own_part(whole: torch.Tensor, size: int) -> torch.Tensor:
+    """This process's `size` elements of a flat tensor, which is filled up with zeros to be divided evenly."""
+    flat = whole.flatten()
+    padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+    return padded.narrow(0, size * dist.get_rank(), size)
 
 
 def shard_like_policy(module: nn.Module, accelerator: Accelerator, *, moves: bool) -> nn.Module:
@@ -264,6 +299,48 @@ def mix(
     for reference, policy in zip(references, policies, strict=True):
         with _gathered([reference, policy] if stage3 else [], write=True):
             reference.lerp_(policy.to(reference.dtype), alpha)
+
+
+class Float32Parts:
+    """The float32 form of weights that DeepSpeed rounds and no optimizer holds, each process a part: a reference that
+    follows the policy in small moves would not move at all in half precision.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Whole, before they are rounded.
+        accelerator (`Accelerator`): Its device holds the parts.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], accelerator: Accelerator):
+        world = accelerator.num_processes
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.parts = {
+            name: own_part(weight.detach().float(), -(-weight.numel() // world)).to(accelerator.device, copy=True)
+            for name, weight in weights.items()
+        }
+
+    def whole(self, name: str) -> torch.Tensor:
+        """One of the weights; all processes take part."""
+        part, shape = self.parts[name], self.shapes[name]
+        flat = part.new_empty(len(part) * dist.get_world_size())
+        dist.all_gather_into_tensor(flat, part)
+        return flat[: shape.numel()].view(shape)
+
+    def set(self, name: str, value: torch.Tensor) -> None:
+        """Replace one of the weights by a whole tensor."""
+        part = self.parts[name]
+        part.copy_(own_part(value.float(), len(part)))
+
+    @torch.no_grad()
+    def mix(
+        self, references: dict[str, torch.Tensor], policies: dict[str, torch.Tensor], alpha: float, stage3: bool
+    ) -> None:
+        """Move the parts towards the optimizer's float32 weights, and round the result into `references`."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, part in self.parts.items():
+            part.lerp_(own_part(safe_get_full_fp32_param(policies[name]), len(part)), alpha)
+            with _gathered([references[name]] if stage3 else [], write=True):
+                references[name].detach().copy_(self.whole(name))
 
 
 @contextlib.contextmanager
