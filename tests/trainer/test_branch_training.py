@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import LOSSES, parameter_scale
+from trl_diffusion_sdpo.trainer.branch_backward import BranchBackward, ReplicatedGradients
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
 PARAMETER = {"safeguard": "parameter", "beta": 500.0, "safeguard_mu": 0.3, **SGD}
@@ -191,6 +192,20 @@ def test_where_the_winner_branch_raises_its_error_lambda_is_zero_and_counted():
 def test_the_closed_form(winner, loser, mu, expected):
     vectors = torch.tensor([winner, loser], dtype=torch.float64)
     assert float(parameter_scale(vectors @ vectors.T, mu)[0]) == pytest.approx(expected, abs=1e-15)
+
+
+def test_an_anchor_that_overflows_alone_leaves_the_step_out():
+    class Engine(ReplicatedGradients):
+        def __init__(self, weights):
+            self._weights, self._accelerator = weights, type("One", (), {"num_processes": 1})
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    branches = BranchBackward(Engine([weight]), mu=0.3, anchor="error")
+    for name, values in (("winner", (1.0, 0.0)), ("loser", (1.0, 1.0)), ("anchor", (float("inf"), 1.0))):
+        branches.gradients[name] = [torch.tensor(values)]
+    metrics, finite, _ = branches.combine()
+    assert not finite and not weight.grad.isfinite().any()
+    assert all(value == 0 for value in metrics.values())
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
