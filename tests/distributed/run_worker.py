@@ -1,0 +1,195 @@
+"""Whole runs of a JSON file, one after the other in one group of processes, as `torchrun` starts it: with checkpoints,
+drawings, evaluation and uploads, until a process is killed if the run says so. What is asked of a run afterwards is
+written below its own folder."""
+
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from worker import SECONDS, RecordingTrainer, check_engine, engine_args, forget_engine
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+
+LARGE = 500  # elements; ZeRO-3 leaves smaller weights where they are once gathered, by `engine_args`
+
+
+class Watch(TrainerCallback):
+    """Notes how the reference is held and what becomes of it, and ends this process where the run says so."""
+
+    def __init__(self, run: dict, folder: Path):
+        self.run, self.folder = run, folder
+        self.trainer: RecordingTrainer | None = None  # set once there is one
+        self.facts: dict = {}
+        self.walk: list[dict] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.facts["began_at"] = state.global_step
+        self.facts["reference"] = self.trainer.reference.kind
+        self.facts["share_at_begin"] = self._share()
+        self.walk.append(self._weights())
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.run["killed_after"] and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.run["every_step"]:
+            self.walk.append(self._weights())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.facts["share"] = self._share()
+        self.walk.append(self._weights())
+
+    def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "policy": whole(trained(self.trainer), self.trainer.model_wrapped),
+            "reference": whole(reference_weights(self.trainer), *self.trainer.reference.engine_models),
+        }
+
+    def _share(self) -> float:
+        for model in self.trainer.reference.engine_models:
+            put_away(model)
+        return held_share(reference_weights(self.trainer).values())
+
+
+def trained(trainer: RecordingTrainer) -> dict[str, torch.Tensor]:
+    named = trainer.denoiser.named_parameters()
+    return {name.replace(".default.", "."): weight for name, weight in named if weight.requires_grad}
+
+
+def reference_weights(trainer: RecordingTrainer) -> dict[str, torch.Tensor]:
+    """What stands for the old policy: a second model, a second adapter, or the base under the LoRA."""
+    kind, named = trainer.reference.kind, dict(trainer.denoiser.named_parameters())
+    if kind == "frozen":
+        return dict(trainer.reference.module.named_parameters())
+    if kind == "ref_adapter":
+        return {name.replace(".ref.", "."): weight for name, weight in named.items() if ".ref." in name}
+    return {name.replace(".base_layer", ""): weight for name, weight in named.items() if "lora_" not in name}
+
+
+def held_share(weights: Iterable[torch.Tensor]) -> float:
+    """How much of the weights lies in this process: 1 where they are whole, a half where two processes share them."""
+    held = total = 0
+    for weight in weights:
+        if isinstance(weight, DTensor):
+            held, total = held + weight.to_local().numel(), total + weight.numel()
+        elif "ds_tensor" in vars(weight):
+            assert weight.ds_numel <= LARGE or weight.numel() == 0, "A weight that ZeRO-3 shards lies there whole."
+            held, total = held + weight.ds_tensor.numel(), total + weight.ds_numel
+        else:
+            held, total = held + weight.numel(), total + weight.numel()
+    return held / total
+
+
+def put_away(model: torch.nn.Module) -> None:
+    """After a forward pass without gradients, FSDP2 leaves the outermost weights gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def whole(weights: dict[str, torch.Tensor], *models: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of weights that processes share, or have whole."""
+    for model in models:
+        put_away(model)
+    return {name: whole_one(weight) for name, weight in weights.items()}
+
+
+def whole_one(weight: torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, DTensor):
+        return weight.full_tensor().clone()
+    if "ds_tensor" not in vars(weight):
+        return weight.detach().clone()
+    with GatheredParameters([weight]):
+        return weight.detach().clone()
+
+
+def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
+    engine = engine_args(run["engine"])
+    for name, settings in run["engine_settings"].items():
+        engine[name] = {**engine[name], **settings}
+    args = DiffusionSDPOConfig(
+        str(folder.parent / run["output"]),
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **engine,
+        **run["args"],
+    )
+    data = datasets.load_from_disk(run["data"])
+    evaluated = data.select(range(run["evaluated"])) if run["evaluated"] else None
+    peft_config = None if run["peft"] is None else LoraConfig(**run["peft"])
+    watch = Watch(run, folder)
+    trainer = RecordingTrainer(
+        run["model"], run["ref_model"], args, data, evaluated, peft_config=peft_config, callbacks=[watch]
+    )
+    watch.trainer = trainer
+    trainer.watch = watch
+    return trainer
+
+
+def train(run: dict, folder: Path) -> None:
+    trainer = build_trainer(run, folder)
+    trainer.train(resume_from_checkpoint=run["resumes"])
+    check_engine(trainer, run["engine"])
+    trainer.save_model()
+    if run["pushes"]:
+        trainer.push_to_hub()
+    if dist.get_rank() == 0:
+        facts = {**trainer.watch.facts, "steps_taken": len(trainer.batches)}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+        torch.save(trainer.watch.walk, folder / "walk.pt")
+
+
+def train_refused(run: dict, folder: Path) -> None:
+    """A run that must end in an error of the user's, the same in all processes."""
+    try:
+        train(run, folder)
+    except ValueError as error:
+        (folder / f"refused{dist.get_rank()}.txt").write_text(str(error))
+    else:
+        raise AssertionError("The run was not refused.")
+
+
+def main() -> int:
+    runs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+    gc.freeze()  # the many objects of the libraries need not be looked at after every run
+    rank = dist.get_rank()
+    for run in runs:
+        folder = output / run["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (train_refused if run["refused"] else train)(run, folder)
+            dist.barrier()
+            (folder / f"done{rank}").touch()
+        except Exception:
+            (folder / f"error{rank}.txt").write_text(traceback.format_exc())
+            return 1  # the other process may wait elsewhere: those left get a new group
+        forget_engine()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

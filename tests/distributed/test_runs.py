@@ -1,0 +1,610 @@
+"""Whole runs under every engine, two processes on the CPU: what is killed resumes, what is saved loads elsewhere, the
+reference stands still or follows, and drawings, evaluation and uploads are those of one process."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+WORKER = Path(__file__).with_name("run_worker.py")
+HUB = Path(__file__).parents[1] / "trainer" / "conftest.py"
+SECONDS_A_RUN = 30  # a hundred times what one takes
+SHARDING = ("fsdp2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+EVERY_ENGINE = (*ENGINES, "zero1")
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+STEPS = 4
+EVALUATED = 7  # neither process nor batch divides them: one comes twice, and must count once
+COMMON_ARGS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "beta": 500.0,
+    "safeguard": "parameter",
+    "safeguard_mu": 0.5,
+    "save_strategy": "no",
+}
+LONG_ARGS = {
+    "optim": "adamw_torch",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": STEPS,
+    "sample_prompts": ["a cat"],
+    "sample_inference_steps": 2,
+}
+FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+RATES = {"full": 1e-3, "lora": 1e-2}
+
+
+# ---- The runs ------------------------------------------------------------------------------------------------------
+
+
+def build_run(engine: str, tuning: str, kind: str, args: dict | None = None, **given) -> dict:
+    name = f"{engine}-{tuning}-{kind}"
+    run = {
+        "name": name,
+        "output": f"{name}/saved",  # below the folder of all runs
+        "engine": engine,
+        "engine_settings": {},
+        "tuning": tuning,
+        "moved": False,
+        "evaluated": 0,
+        "every_step": False,
+        "killed_after": None,
+        "resumes": None,
+        "pushes": False,
+        "refused": False,
+    }
+    return {**run, **given, "args": {**COMMON_ARGS, "learning_rate": RATES[tuning], **(args or {})}}
+
+
+def long_run(engine: str, tuning: str, kind: str = "long", **given) -> dict:
+    """AdamW, with checkpoints, evaluation, drawings, and an upload of those that are compared with one another."""
+    args = {**LONG_ARGS, "hub_model_id": f"tester/{engine}-{tuning}", **given.pop("args", {})}
+    return build_run(engine, tuning, kind, args, evaluated=EVALUATED, pushes=kind == "long", **given)
+
+
+def killed_runs(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
+    """One that goes on undisturbed, one that loses a process in its fourth step, and one that resumes after that."""
+    output = f"{engine}-{tuning}-{kind}killed/saved"
+    return [
+        long_run(engine, tuning, f"{kind}long", args=args),
+        long_run(engine, tuning, f"{kind}killed", args=args, output=output, killed_after=3),
+        long_run(engine, tuning, f"{kind}resumed", args=args, output=output, resumes=True),
+    ]
+
+
+def needing(*alternatives: list[dict]):
+    """The runs that a test looks at, `found` in the same order; the last run names the test."""
+    return pytest.mark.parametrize("needs", alternatives, ids=[runs[-1]["name"] for runs in alternatives])
+
+
+def each(build, engines=ENGINES, tunings=("full", "lora")):
+    return needing(*[build(engine, tuning) for engine in engines for tuning in tunings])
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """The Hub's HTTP API, served on this machine; the processes find it by their environment."""
+    spec = importlib.util.spec_from_file_location("local_hub", HUB)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.HubServer()
+    thread = threading.Thread(target=server.httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.httpd.shutdown()
+    thread.join()
+    server.httpd.server_close()
+
+
+@pytest.fixture(scope="module")
+def finished(request, start, hub, tmp_path_factory):
+    """`finished(run)`: the folder of a run. Those that the selected tests need share their processes, as long as
+    these live."""
+    folder = tmp_path_factory.mktemp("runs")
+    selected = (item for item in request.session.items if "needs" in item.fixturenames)
+    runs = {run["name"]: run for item in selected for run in item.callspec.params["needs"]}
+    # Engine by engine; who ends with a kill goes last, directly before the one that resumes.
+    ordered = sorted(runs.values(), key=lambda run: (ends_killed(run), run["engine"]))
+    pending, outputs = [with_places(run, start) for run in ordered], {}
+    while pending:
+        output = launch(pending, folder, hub)
+        reached = [run for run in pending if (folder / run["name"]).is_dir()]
+        assert reached, f"The processes did not start:\n{output[-3000:]}"
+        outputs.update({run["name"]: output for run in reached})
+        pending = pending[len(reached) :]  # one that failed or was killed has ended its processes
+
+    def result(run: dict) -> Path:
+        place = folder / run["name"]
+        errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
+        if run["killed_after"] is not None:
+            assert not list(place.glob("done*")) and "Signal 9 (SIGKILL)" in outputs[run["name"]]
+            assert outputs[run["name"]].endswith("exit status 1")
+            return place
+        assert not errors, "\n".join(errors)
+        done = [(place / f"done{rank}").is_file() for rank in (0, 1)]
+        assert all(done), f"A process ended without an exception:\n{outputs[run['name']][-3000:]}"
+        return place
+
+    return result
+
+
+def ends_killed(run: dict) -> bool:
+    return run["killed_after"] is not None or run["resumes"] is True
+
+
+def with_places(run: dict, start: dict[str, str]) -> dict:
+    """A run with what the worker needs to build its trainer."""
+    return {
+        **run,
+        "model": start["policy" if run["moved"] else "base"],
+        "ref_model": start["base"] if run["moved"] else None,
+        "peft": LORA if run["tuning"] == "lora" else None,
+        "data": start["pairs"],
+    }
+
+
+def launch(runs: list[dict], folder: Path, hub) -> str:
+    """Do runs one after the other in two processes; what these printed."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": hub.token,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(folder / "hf_home"),
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    command = [sys.executable, *LAUNCH, str(WORKER), str(folder / "runs.json"), str(folder)]
+    with open(folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            process.wait(timeout=60 + SECONDS_A_RUN * len(runs))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return f"{(folder / 'output.txt').read_text()}\nexit status {process.returncode}"
+
+
+@pytest.fixture
+def found(finished, needs) -> list[Path]:
+    return [finished(run) for run in needs]
+
+
+@pytest.fixture(scope="module")
+def single(start, tmp_path_factory):
+    """`single(tuning)`: the output folder and the log of the long run in one process, with the batches of two."""
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    done = {}
+
+    def run(tuning: str) -> tuple[Path, list[dict]]:
+        if tuning not in done:
+            folder = tmp_path_factory.mktemp("single")
+            settings = {**COMMON_ARGS, **LONG_ARGS, "learning_rate": RATES[tuning], "per_device_train_batch_size": 4}
+            args = DiffusionSDPOConfig(
+                str(folder), logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, **settings
+            )
+            data = datasets.load_from_disk(start["pairs"])
+            peft_config = LoraConfig(**LORA) if tuning == "lora" else None
+            trainer = DiffusionSDPOTrainer(
+                start["base"], None, args, data, data.select(range(EVALUATED)), peft_config=peft_config
+            )
+            trainer.train()
+            done[tuning] = folder, trainer.state.log_history
+        return done[tuning]
+
+    return run
+
+
+@pytest.fixture
+def evaluate_alone(start, tmp_path):
+    """`evaluate_alone(saved, pairs)`: the log of evaluating saved weights of full tuning in one process, a pair at a
+    time."""
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    def evaluate(saved: Path, pairs: int) -> list[dict]:
+        settings = {**COMMON_ARGS, "per_device_eval_batch_size": 1, "report_to": "none", "use_cpu": True}
+        args = DiffusionSDPOConfig(str(tmp_path), disable_tqdm=True, **settings)
+        data = datasets.load_from_disk(start["pairs"]).select(range(pairs))
+        policy = tuned_pipeline(saved, start)
+        trainer = DiffusionSDPOTrainer(policy, start["base"], args, None, data)
+        return [trainer.evaluate()]
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def base(start) -> dict[str, torch.Tensor]:
+    return dict(UNet2DConditionModel.from_pretrained(start["base"], subfolder="unet").named_parameters())
+
+
+# ---- What a run left behind ----------------------------------------------------------------------------------------
+
+
+def facts_of(folder: Path) -> dict:
+    return json.loads((folder / "facts.json").read_text())
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    return [entry[name] for entry in json.loads((folder / "log.json").read_text()) if name in entry]
+
+
+def walk_of(folder: Path) -> list[dict]:
+    return torch.load(folder / "walk.pt")
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of full tuning or of a LoRA, under the names that are in the file."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    return load_file(file if file.is_file() else folder / "pytorch_lora_weights.safetensors")
+
+
+def tuned_pipeline(folder: Path, start: dict[str, str]) -> StableDiffusionPipeline:
+    """As a user loads it, without this package."""
+    pipeline = StableDiffusionPipeline.from_pretrained(start["base"])
+    if (folder / "unet").is_dir():
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    else:
+        pipeline.load_lora_weights(str(folder))
+    return pipeline
+
+
+def draw(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    arguments = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "np"}
+    return torch.from_numpy(pipeline("a cat", latents=noise, **arguments).images)
+
+
+def moved(weights: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(weights[name] - before[name]).flatten() for name in sorted(before)])
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert ours.keys() == theirs.keys()
+    unequal = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not unequal, unequal
+
+
+# ---- Killed and resumed --------------------------------------------------------------------------------------------
+
+
+def assert_resumed_like_undisturbed(found: list[Path]) -> None:
+    undisturbed, killed, resumed = found
+    assert not (killed / "facts.json").exists()
+    facts = facts_of(resumed)
+    assert facts["began_at"] == facts["steps_taken"] == 2  # it took steps 3 and 4, and not all of them again
+    assert_equal(saved_weights(killed / "saved"), saved_weights(undisturbed / "saved"))
+    for name in ("safeguard/scale", "loss", "grad_norm", "eval_loss"):
+        assert logged(resumed, name)[-2:] == logged(undisturbed, name)[-2:], name
+    assert len(logged(undisturbed, "safeguard/scale")) == STEPS
+
+
+@needing(
+    killed_runs("ddp", "lora"),
+    killed_runs("fsdp2", "full"),
+    killed_runs("zero2", "lora"),
+    killed_runs("zero3", "full"),
+)
+def test_a_run_that_lost_a_process_resumes_as_if_undisturbed(found):
+    assert_resumed_like_undisturbed(found)
+
+
+@pytest.mark.matrix
+@needing(
+    killed_runs("ddp", "full"),
+    killed_runs("fsdp2", "lora"),
+    killed_runs("zero1", "full"),
+    killed_runs("zero1", "lora"),
+    killed_runs("zero2", "full"),
+    killed_runs("zero3", "lora"),
+    *[killed_runs(engine, "full", "bf16-", bf16=True) for engine in EVERY_ENGINE],
+    *[killed_runs(engine, "lora", "sync-", **FOLLOWING) for engine in EVERY_ENGINE],
+    *[killed_runs(engine, "full", "sync-", **FOLLOWING) for engine in SHARDING],
+)
+def test_a_run_of_any_kind_resumes_as_if_undisturbed(found):
+    assert_resumed_like_undisturbed(found)
+
+
+# ---- What is saved -------------------------------------------------------------------------------------------------
+
+
+def beside_ddp(engine: str, tuning: str) -> list[dict]:
+    return [long_run("ddp", tuning), long_run(engine, tuning)]
+
+
+def assert_saved_like_ddp(found: list[Path], tuning: str, start: dict[str, str]) -> None:
+    ddp, ours = (saved_weights(folder / "saved") for folder in found)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    assert ours.keys() == ddp.keys()
+    before = walk_of(found[0])[0]["policy"]
+    if tuning == "lora":
+        before = {f"unet.{name}": tensor for name, tensor in before.items()}
+    assert apart(moved(ours, before), moved(ddp, before)) < 1e-3
+    untuned = draw(StableDiffusionPipeline.from_pretrained(start["base"]))
+    drawn, by_ddp = (draw(tuned_pipeline(folder / "saved", start)) for folder in reversed(found))
+    assert (drawn - untuned).abs().max() > 1e-3
+    torch.testing.assert_close(drawn, by_ddp, rtol=0, atol=1e-4)
+
+
+@each(beside_ddp)
+def test_what_an_engine_saves_loads_in_diffusers_and_is_what_ddp_saves(found, needs, start):
+    assert_saved_like_ddp(found, needs[-1]["tuning"], start)
+
+
+@pytest.mark.matrix
+@each(beside_ddp, engines=["zero1"])
+def test_what_zero1_saves_loads_in_diffusers_and_is_what_ddp_saves(found, needs, start):
+    assert_saved_like_ddp(found, needs[-1]["tuning"], start)
+
+
+@each(lambda engine, tuning: [long_run(engine, tuning)], tunings=["lora"])
+def test_checkpoints_of_a_lora_hold_no_copy_of_the_base(found, start):
+    base_size = (Path(start["base"]) / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    for step in (2, 4):
+        files = [file for file in (found[0] / "saved" / f"checkpoint-{step}").rglob("*") if file.is_file()]
+        assert len(files) > 5
+        # The two processes' halves of the base would each be larger.
+        assert max(file.stat().st_size for file in files) < base_size / 2
+
+
+# ---- The reference -------------------------------------------------------------------------------------------------
+
+
+@each(lambda engine, tuning: [long_run(engine, tuning)])
+def test_a_reference_is_held_as_the_policy_is_and_never_changes(found, needs, base):
+    engine, tuning = needs[0]["engine"], needs[0]["tuning"]
+    facts, walk = facts_of(found[0]), walk_of(found[0])
+    assert facts["reference"] == {"full": "frozen", "lora": "adapter_off"}[tuning]
+    # Each tensor is cut in two, and rounded up.
+    expected = pytest.approx(0.5, abs=0.01) if engine in SHARDING else 1.0
+    assert facts["share_at_begin"] == facts["share"] == expected
+    assert_equal(walk[0]["reference"], base)
+    assert_equal(walk[-1]["reference"], base)
+    assert moved(walk[-1]["policy"], walk[0]["policy"]).norm() > 0
+
+
+def following(engine: str, tuning: str, alpha: float) -> dict:
+    args = {**FOLLOWING, "ref_model_mixup_alpha": alpha, "max_steps": 2}
+    return build_run(engine, tuning, f"following-{alpha}", {"optim": "adamw_torch", **args}, every_step=True)
+
+
+def assert_follows(folder: Path, tuning: str, alpha: float) -> None:
+    facts, (start, *steps, _) = facts_of(folder), walk_of(folder)
+    assert facts["reference"] == {"full": "frozen", "lora": "ref_adapter"}[tuning]
+    assert len(steps) == 2
+    expected = start["reference"]
+    assert_equal(expected, start["policy"])
+    for step in steps:
+        assert moved(step["policy"], expected).norm() > 0
+        expected = {name: alpha * step["policy"][name] + (1 - alpha) * expected[name] for name in expected}
+        torch.testing.assert_close(step["reference"], expected, rtol=0, atol=0 if alpha == 1 else 1e-6)
+
+
+@each(lambda engine, tuning: [following(engine, tuning, 1.0)], engines=["ddp", "zero2"], tunings=["lora"])
+def test_a_reference_becomes_the_policy(found, needs):
+    assert_follows(found[0], needs[0]["tuning"], 1.0)
+
+
+@each(lambda engine, tuning: [following(engine, tuning, 0.25)], tunings=["full"])
+def test_a_reference_moves_a_quarter_of_the_way_at_every_step(found, needs):
+    assert_follows(found[0], needs[0]["tuning"], 0.25)
+
+
+@pytest.mark.matrix
+@needing(
+    *[
+        [following(engine, tuning, alpha)]
+        for engine in EVERY_ENGINE
+        for tuning in ("full", "lora")
+        for alpha in (0.25, 1.0)
+    ]
+)
+def test_a_reference_follows_at_every_pace(found, needs):
+    assert_follows(found[0], needs[0]["tuning"], needs[0]["args"]["ref_model_mixup_alpha"])
+
+
+def first_step(engine: str, tuning: str, safeguard: str, bf16: bool) -> dict:
+    args = {"safeguard": safeguard, "bf16": bf16, "max_steps": 1}
+    return build_run(engine, tuning, f"first-{safeguard}-{'bf16' if bf16 else 'fp32'}", args)
+
+
+def assert_neutral(folder: Path) -> None:
+    """At the first step, policy and reference are one, to the last bit."""
+    for name in ("rewards/margins", "errors/winner_change", "errors/loser_change"):
+        assert logged(folder, name)[0] == 0.0, name
+
+
+@each(lambda engine, tuning: [first_step(engine, tuning, "output" if tuning == "lora" else "parameter", True)])
+def test_policy_and_reference_begin_as_one(found):
+    assert_neutral(found[0])
+
+
+@each(lambda engine, tuning: [long_run(engine, tuning)])
+def test_policy_and_reference_begin_as_one_in_float32(found):
+    assert_neutral(found[0])
+    assert logged(found[0], "errors/winner_change")[-1] != 0.0
+
+
+@pytest.mark.matrix
+@needing(
+    *[
+        [first_step(engine, tuning, safeguard, bf16)]
+        for engine in EVERY_ENGINE
+        for tuning in ("full", "lora")
+        for safeguard in ("output", "parameter")
+        for bf16 in (False, True)
+    ]
+)
+def test_policy_and_reference_begin_as_one_in_every_precision(found):
+    assert_neutral(found[0])
+
+
+# ---- Diagnostics, drawings, evaluation -----------------------------------------------------------------------------
+
+
+def diagnosed(engine: str, tuning: str) -> list[dict]:
+    args = {"optim": "sgd", "learning_rate": 1e-4, "max_steps": 2, "safeguard_diagnostics_steps": 1}
+    runs = [build_run(name, tuning, "diagnosed", args, moved=True) for name in dict.fromkeys(["ddp", engine])]
+    return [runs[0], runs[-1]]
+
+
+@each(diagnosed, engines=ENGINES[1:], tunings=["full"])
+def test_engines_agree_on_what_a_step_does_to_the_winners(found):
+    for name in ("safeguard/predicted_winner_change", "safeguard/realised_winner_change"):
+        ddp, ours = (logged(folder, name) for folder in found)
+        assert len(ours) == 2 and all(ours)
+        assert ours == pytest.approx(ddp, rel=1e-3, abs=1e-5), name
+
+
+@each(lambda engine, tuning: [long_run(engine, tuning)])
+def test_drawings_are_those_of_one_process(found, needs, single):
+    alone, _ = single(needs[0]["tuning"])
+    names = sorted(file.name for file in (alone / "samples").iterdir())
+    assert len(names) == 4  # before and after: the prompt's, and the grid
+    assert sorted(file.name for file in (found[0] / "saved" / "samples").iterdir()) == names
+    for name in names:
+        ours, theirs = (Image.open(folder / "samples" / name) for folder in (found[0] / "saved", alone))
+        extrema = ImageChops.difference(ours.convert("RGB"), theirs.convert("RGB")).getextrema()
+        assert max(high for _, high in extrema) <= 2, name
+    first, last = (Image.open(found[0] / "saved" / "samples" / f"step-00000{step}-0.png") for step in (0, STEPS))
+    assert ImageChops.difference(first, last).getbbox() is not None
+
+
+def assert_evaluated_alike(log: list[dict], expected: list[dict]) -> None:
+    ours, theirs = (next(entry for entry in entries if "eval_loss" in entry) for entries in (log, expected))
+    timing = ("time", "second")
+    names = [name for name in theirs if name.startswith("eval_") and not any(word in name for word in timing)]
+    assert {"eval_loss", "eval_errors/winner", "eval_rewards/margins"} <= set(names)
+    for name in names:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), name
+
+
+@each(beside_ddp)
+def test_evaluation_is_that_of_ddp_and_of_one_process(found, needs, single):
+    _, alone = single(needs[0]["tuning"])
+    ddp, ours = (json.loads((folder / "log.json").read_text()) for folder in found)
+    assert_evaluated_alike(ours, ddp)
+    assert_evaluated_alike(ours, alone)
+
+
+def unevenly_evaluated(engine: str, tuning: str, pairs: int) -> dict:
+    args = {"max_steps": 1, "optim": "sgd", "eval_strategy": "steps", "eval_steps": 1}
+    return build_run(engine, tuning, f"evaluated-{pairs}", args, evaluated=pairs)
+
+
+@needing(*[[unevenly_evaluated(engine, "full", 1)] for engine in ("ddp", "fsdp2")])
+def test_a_process_that_evaluates_nothing_but_repetitions_counts_for_nothing(found, evaluate_alone):
+    ours = json.loads((found[0] / "log.json").read_text())
+    assert_evaluated_alike(ours, evaluate_alone(found[0] / "saved", 1))
+
+
+@pytest.mark.matrix
+@needing(*[[unevenly_evaluated(engine, "full", pairs)] for engine in EVERY_ENGINE for pairs in (1, 2, 3)])
+def test_repetitions_that_fill_up_a_batch_count_for_nothing(found, needs, evaluate_alone):
+    ours = json.loads((found[0] / "log.json").read_text())
+    assert_evaluated_alike(ours, evaluate_alone(found[0] / "saved", needs[0]["evaluated"]))
+
+
+# ---- Publishing ----------------------------------------------------------------------------------------------------
+
+
+@each(lambda engine, tuning: [long_run(engine, tuning)])
+def test_all_processes_together_publish_one_whole_artefact(found, needs, hub, tmp_path):
+    repo = hub.repos[needs[0]["args"]["hub_model_id"]]
+    assert len(repo.commits) == 1
+    weights = {
+        "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
+        "lora": {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"},
+    }[needs[0]["tuning"]]
+    samples = {f"samples/step-00000{step}{part}.png" for step in (0, STEPS) for part in ("", "-0")}
+    # Neither checkpoints nor shards nor pickles, which lie in the same folder.
+    assert set(repo.files) - {".gitattributes"} == weights | samples | {"README.md", "diffusion_sdpo_setup.json"}
+    for name, content in repo.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert_equal(saved_weights(tmp_path), saved_weights(found[0] / "saved"))
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+
+def refused(engine: str, kind: str, **given) -> dict:
+    return build_run(engine, "full", kind, {"max_steps": 1}, refused=True, **given)
+
+
+def refusal(folder: Path) -> str:
+    """What all processes said alike."""
+    first, second = ((folder / f"refused{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    return first
+
+
+WRITER = long_run("zero2", "full")
+OFFLOADED = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+@needing([WRITER, refused("ddp", "of-zero2", output=WRITER["output"], resumes=True)])
+def test_a_checkpoint_is_resumed_by_the_engine_that_wrote_it(found):
+    assert "engine was 'zero2', is 'plain'" in refusal(found[-1])
+
+
+@needing([refused("zero2", "offloaded", engine_settings={"deepspeed": OFFLOADED})])
+def test_an_offloaded_optimizer_is_refused(found):
+    message = refusal(found[0])
+    assert "`safeguard='parameter'` cannot act with the optimizer offloaded" in message
+    assert "offload_optimizer_device: none" in message
+
+
+@needing(
+    *[
+        [refused("zero3", name, engine_settings={"deepspeed": {"zero_optimization": {"stage": 3, name: value}}})]
+        for name, value in {
+            "zero_hpz_partition_size": 2,
+            "zero_quantized_weights": True,
+            "zero_quantized_gradients": True,
+        }.items()
+    ]
+)
+def test_zero_plus_plus_is_refused(found, needs):
+    message = refusal(found[0])
+    assert "ZeRO++" in message and needs[0]["name"].rsplit("-", 1)[-1] in message
+
+
+FSDP1 = {"version": 1, "sync_module_states": False}  # which accelerate does on GPUs only
+
+
+@needing([refused("fsdp2", "fsdp1", engine_settings={"fsdp_config": FSDP1})])
+def test_the_first_fsdp_is_refused(found):
+    assert "FSDP must be version 2, got 1" in refusal(found[0])
