@@ -499,13 +499,13 @@ def test_drawings_are_those_of_one_process(found, needs, single):
     assert ImageChops.difference(first, last).getbbox() is not None
 
 
-def assert_evaluated_alike(log: list[dict], expected: list[dict]) -> None:
+def assert_evaluated_alike(log: list[dict], expected: list[dict], tolerance: float = 1e-4) -> None:
     ours, theirs = (next(entry for entry in entries if "eval_loss" in entry) for entries in (log, expected))
     timing = ("time", "second")
     names = [name for name in theirs if name.startswith("eval_") and not any(word in name for word in timing)]
     assert {"eval_loss", "eval_errors/winner", "eval_rewards/margins"} <= set(names)
     for name in names:
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), name
+        assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
 
 
 @each(beside_ddp)
@@ -513,7 +513,8 @@ def test_evaluation_is_that_of_ddp_and_of_one_process(found, needs, single):
     _, alone = single(needs[0]["tuning"])
     ddp, ours = (json.loads((folder / "log.json").read_text()) for folder in found)
     assert_evaluated_alike(ours, ddp)
-    assert_evaluated_alike(ours, alone)
+    # One process may have more threads, which add up in another order; AdamW and beta make more of it.
+    assert_evaluated_alike(ours, alone, tolerance=1e-3)
 
 
 def unevenly_evaluated(engine: str, tuning: str, pairs: int) -> dict:
@@ -577,7 +578,7 @@ OFFLOADED = {
 
 @needing([WRITER, refused("ddp", "of-zero2", output=WRITER["output"], resumes=True)])
 def test_a_checkpoint_is_resumed_by_the_engine_that_wrote_it(found):
-    assert "engine was 'zero2', is 'plain'" in refusal(found[-1])
+    assert "engine was 'zero2, 2 processes', is 'plain'" in refusal(found[-1])
 
 
 @needing([refused("zero2", "offloaded", engine_settings={"deepspeed": OFFLOADED})])
