@@ -1,0 +1,87 @@
+"""What DeepSpeed's bf16 rounds, and what must not be rounded with it; started by `torchrun` as two processes. Writes
+what it found as JSON, from the first process."""
+
+import copy
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from diffusers import StableDiffusionPipeline
+from worker import engine_args
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.trainer.sharding import Float32Parts
+
+
+def message(act) -> str:
+    """Of the error that the user is told."""
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def small_moves(trainer: DiffusionSDPOTrainer) -> float:
+    """The largest distance between a reference that has moved by 1% of the way 50 times, and the same by hand."""
+    name = "conv_out.bias"
+    policy = dict(trainer.denoiser.named_parameters())
+    target = safe_get_full_fp32_param(policy[name]).clone()
+    by_hand = trainer.reference.exact.whole(name).clone()
+    for _ in range(50):
+        trainer.reference.sync(0.01)
+        by_hand.lerp_(target, 0.01)
+    return (trainer.reference.exact.whole(name) - by_hand).abs().max().item()
+
+
+def uneven_parts(trainer: DiffusionSDPOTrainer) -> bool:
+    """Whether weights that do not divide by two come back whole, as given and as replaced."""
+    weights = {"odd": torch.arange(7.0).view(7, 1), "one": torch.tensor([3.0])}
+    parts = Float32Parts(weights, trainer.accelerator)
+    kept = all(torch.equal(parts.whole(name), weight) for name, weight in weights.items())
+    parts.set("odd", 2 * weights["odd"])
+    return kept and torch.equal(parts.whole("odd"), 2 * weights["odd"])
+
+
+def main() -> None:
+    base, policy, pairs, folder = sys.argv[1:]
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+    reference = StableDiffusionPipeline.from_pretrained(base).unet
+    before = copy.deepcopy(reference.state_dict())
+    args = DiffusionSDPOConfig(
+        folder,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        beta=500.0,
+        bf16=True,
+        sync_ref_model=True,
+        ref_model_sync_steps=100,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **engine_args("zero2"),
+    )
+    data = datasets.load_from_disk(pairs)
+    trainer = DiffusionSDPOTrainer(policy, reference, args, data, data)
+    found = {"early": message(trainer.evaluate)}
+    trainer.train()
+    found["again"] = message(trainer.train)
+    found["given"] = all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
+    found["small_moves"] = small_moves(trainer)
+    found["uneven_parts"] = uneven_parts(trainer)
+    if dist.get_rank() == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
