@@ -93,11 +93,6 @@ def engine_name(accelerator: Accelerator) -> str:
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "plain"
 
 
-def weights_are_sharded(accelerator: Accelerator) -> bool:
-    """Whether running the model takes all processes."""
-    return zero_stage(accelerator) == 3 or accelerator.distributed_type == DistributedType.FSDP
-
-
 def check_engine(accelerator: Accelerator) -> None:
     """Raise `ValueError` where one image would be spread over several processes, or gradients be rounded on the way."""
     parallel = accelerator.parallelism_config
@@ -162,6 +157,8 @@ def unrounded(module: nn.Module, accelerator: Accelerator) -> dict[nn.Parameter,
 def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
     """Let the optimizer start from them, and empty the dictionary. DeepSpeed makes its float32 weights of those that
     it has rounded already, and the rounding would be a larger change than many steps of training."""
+    if not weights:
+        return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     while weights:
