@@ -152,6 +152,15 @@ def compared(trained, start, encoded):
     return compare
 
 
+@pytest.fixture
+def found(compared, record_property, case):
+    """What a case arrived at; its numbers are kept in the test report."""
+    found = compared(case)
+    for name in ("logged", "lambdas", "update_error"):
+        record_property(name, found[name])
+    return found
+
+
 @pytest.fixture(scope="session")
 def encoded(start, tmp_path_factory):
     """`encoded(batch)`: a collated batch's noisy latents, timesteps, prompt embeddings and targets, in float64.

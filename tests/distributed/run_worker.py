@@ -2,18 +2,14 @@
 drawings, evaluation and uploads, until a process is killed if the run says so. What is asked of a run afterwards is
 written below its own folder."""
 
-import gc
 import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterable
-from datetime import timedelta
 from pathlib import Path
 
 import datasets
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
@@ -21,7 +17,7 @@ from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from worker import SECONDS, RecordingTrainer, check_engine, engine_args, forget_engine
+from worker import RecordingTrainer, check_engine, engine_args, take_turns
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 
@@ -169,27 +165,9 @@ def train_refused(run: dict, folder: Path) -> None:
         raise AssertionError("The run was not refused.")
 
 
-def main() -> int:
-    runs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
-    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
-    gc.freeze()  # the many objects of the libraries need not be looked at after every run
-    rank = dist.get_rank()
-    for run in runs:
-        folder = output / run["name"]
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (train_refused if run["refused"] else train)(run, folder)
-            dist.barrier()
-            (folder / f"done{rank}").touch()
-        except Exception:
-            (folder / f"error{rank}.txt").write_text(traceback.format_exc())
-            return 1  # the other process may wait elsewhere: those left get a new group
-        forget_engine()
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
+def act(run: dict, folder: Path) -> None:
+    (train_refused if run["refused"] else train)(run, folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(take_turns(act))

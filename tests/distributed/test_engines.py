@@ -33,15 +33,6 @@ def each(cases: list[dict]):
     return pytest.mark.parametrize("case", cases, ids=[case["name"] for case in cases])
 
 
-@pytest.fixture
-def found(compared, record_property, case):
-    """What a case arrived at; its numbers are kept in the test report."""
-    found = compared(case)
-    for name in ("logged", "lambdas", "update_error"):
-        record_property(name, found[name])
-    return found
-
-
 @each(build_grid())
 def test_two_processes_take_the_step_of_the_walk_by_hand(found):
     assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)

@@ -13,14 +13,6 @@ def broken_case(engine: str, fault: str, accumulation: int) -> dict:
     return {"name": f"{engine}-{fault}", "engine": engine, "tuning": "full", "fault": fault, "args": args}
 
 
-@pytest.fixture
-def found(compared, record_property, case):
-    found = compared(case)
-    for name in ("logged", "lambdas", "update_error"):
-        record_property(name, found[name])
-    return found
-
-
 def only(engine: str, fault: str, accumulation: int):
     return pytest.mark.parametrize("case", [broken_case(engine, fault, accumulation)], ids=[f"{engine}-{fault}"])
 

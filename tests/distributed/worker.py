@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -165,22 +166,28 @@ def forget_engine() -> None:
     gc.collect()
 
 
-def main() -> int:
-    cases, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def take_turns(act: Callable[[dict, Path], None]) -> int:
+    """Do what the JSON file of the first argument lists, one after the other, each below the folder of the second.
+
+    Returns:
+        `int`: The exit code. One that fails is the last: the other process may wait elsewhere, and those left get a
+        new group.
+    """
+    listed, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
-    gc.freeze()  # the many objects of the libraries need not be looked at after every case
+    gc.freeze()  # the many objects of the libraries need not be looked at after every turn
     rank = dist.get_rank()
-    for case in cases:
-        folder = output / case["name"]
+    for entry in listed:
+        folder = output / entry["name"]
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            run(case, folder)
+            act(entry, folder)
             dist.barrier()
             (folder / f"done{rank}").touch()
         except Exception:
             (folder / f"error{rank}.txt").write_text(traceback.format_exc())
-            return 1  # the other process may wait elsewhere: those left get a new group
+            return 1
         forget_engine()
     dist.barrier()
     dist.destroy_process_group()
@@ -188,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(take_turns(run))

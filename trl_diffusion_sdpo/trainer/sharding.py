@@ -133,7 +133,7 @@ def set_precision(accelerator: Accelerator, *, exact_gradients: bool) -> None:
         plugin = accelerator.state.fsdp_plugin
         policy = plugin.mixed_precision_policy
         if policy is not None and policy.param_dtype is not None:
-            # FSDP would round every input, timesteps too; the trainer rounds those that weights are multiplied with.
+            # FSDP would round every input, timesteps too; autocast rounds what weights are multiplied with.
             settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
             plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
     elif zero_stage(accelerator) >= 2 and exact_gradients:  # with them, ZeRO-1 becomes another optimizer
