@@ -3,7 +3,11 @@
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
+
+# The common base of all mixins that give pipelines `load_lora_weights` and `save_lora_weights`; exported by its module
+# only. Can go when `diffusers.loaders` exports it.
+from diffusers.loaders.lora_base import LoraBaseMixin
 
 # transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
 # `Trainer._push_from_checkpoint` copies transformers' file names only and uploads a pickle of the arguments.
@@ -15,6 +19,7 @@ __all__ = [
     "block_names",
     "compile_with_eager_rounding",
     "keeps_zero_gradients",
+    "loads_lora",
     "zero_gradients",
     "zero_weights",
 ]
@@ -27,6 +32,11 @@ def block_names(denoiser: ModelMixin) -> list[str]:
     accelerate looks below the outermost module for it.
     """
     return list(denoiser._no_split_modules or ())
+
+
+def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
+    """Whether a pipeline has `load_lora_weights` and `save_lora_weights`."""
+    return issubclass(pipeline_class, LoraBaseMixin)
 
 
 def compile_with_eager_rounding() -> None:

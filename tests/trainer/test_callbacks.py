@@ -36,7 +36,8 @@ def sampler(sd_pipeline):
 
 
 def make_sampler(pipeline, **changes):
-    given = {"every_n_steps": 2, "num_inference_steps": 2, "guidance_scale": 5.0, "seed": 7, "resolution": 16}
+    guidance = {"guidance_scale": 5.0}
+    given = {"every_n_steps": 2, "num_inference_steps": 2, "call_options": guidance, "seed": 7, "resolution": 16}
     return SampleImagesCallback(pipeline, PROMPTS, **{**given, **changes})
 
 
@@ -212,9 +213,7 @@ def test_sampling_settings_are_checked(sd_pipeline, changes, message):
     with pytest.raises(ValueError, match=message):
         make_sampler(sd_pipeline, **changes)
     with pytest.raises(ValueError, match="at least one prompt"):
-        SampleImagesCallback(
-            sd_pipeline, [], every_n_steps=1, num_inference_steps=1, guidance_scale=1.0, seed=0, resolution=None
-        )
+        SampleImagesCallback(sd_pipeline, [], every_n_steps=1, num_inference_steps=1, seed=0, resolution=None)
 
 
 def test_a_grid_has_a_row_for_each_prompt_with_its_label():

@@ -21,13 +21,36 @@ __all__ = [
     "load_pipeline",
 ]
 
-# Pipeline class -> where its family is defined; imported when asked for.
-FAMILIES: dict[str, str] = {
-    "StableDiffusionPipeline": "stable_diffusion:StableDiffusionFamily",
-    "StableDiffusionImg2ImgPipeline": "stable_diffusion:StableDiffusionFamily",
-    "StableDiffusionInpaintPipeline": "stable_diffusion:StableDiffusionFamily",
-    "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXLFamily",
+# Where a family is defined -> the pipeline classes it serves; imported when asked for.
+_SERVED = {
+    "stable_diffusion:StableDiffusionFamily": (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+    ),
+    "stable_diffusion_xl:StableDiffusionXLFamily": ("StableDiffusionXLPipeline",),
+    "stable_diffusion_3:StableDiffusion3Family": (
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+    ),
+    "flux:FluxFamily": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    "pixart:PixArtAlphaFamily": ("PixArtAlphaPipeline",),
+    "pixart:PixArtSigmaFamily": ("PixArtSigmaPipeline",),
+    "sana:SanaFamily": ("SanaPipeline",),
+    "qwen_image:QwenImageFamily": ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    "z_image:ZImageFamily": ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    "ovis_image:OvisImageFamily": ("OvisImagePipeline",),
+    "lumina2:Lumina2Family": ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+    "aura_flow:AuraFlowFamily": ("AuraFlowPipeline",),
+    "cogview4:CogView4Family": ("CogView4Pipeline",),
+    "hunyuan_dit:HunyuanDiTFamily": ("HunyuanDiTPipeline",),
+    "flux2:Flux2Family": ("Flux2Pipeline",),
+    "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+    "wan:WanFamily": ("WanPipeline",),
 }
+FAMILIES: dict[str, str] = {name: family for family, classes in _SERVED.items() for name in classes}
+HOW_TO_ADD = "docs/add_a_model_family.md"
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")  # what reading a configuration takes
 _REFUSED_OPTIONS = {
@@ -55,8 +78,9 @@ def family_for_class_name(name: str) -> type[Family]:
     """
     if name not in FAMILIES:
         raise ValueError(
-            f"The pipeline class must be one of {', '.join(FAMILIES)}; got {name}. Load a text-to-image pipeline of "
-            "one of these classes."
+            f"The pipeline class must be one of {', '.join(FAMILIES)}; got {name}. Load a pipeline of one of these "
+            f"classes, or write a family for it: the page 'Add a model family' of the documentation ({HOW_TO_ADD}) "
+            "walks through one, line by line."
         )
     module, _, family = FAMILIES[name].partition(":")
     return getattr(import_module(f".{module}", __name__), family)

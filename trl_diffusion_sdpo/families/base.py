@@ -1,6 +1,7 @@
 """What every model family offers the trainer: published defaults as data, and a few hooks around one diffusers
 pipeline. A family knows how its pipeline encodes and denoises, and nothing about preferences or references."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,38 @@ class LossDefaults:
     Attributes:
         beta (`float`): Strength of the preference, in the `beta / 2` convention of Diffusion-DPO.
         safeguard_mu (`float`): Margin of the safeguard in `[0, 1]`.
+        beta_lora (`float`, *optional*): `beta` with a LoRA, where it differs.
     """
 
     beta: float
     safeguard_mu: float
+    beta_lora: float | None = None
+
+    def beta_for(self, *, full: bool) -> float:
+        """`beta` of full tuning or of a LoRA."""
+        return self.beta if full or self.beta_lora is None else self.beta_lora
+
+
+# For DDPM models without published numbers: those of SDXL, which predicts noise at such sizes too.
+DDPM_DEFAULTS: dict[str, LossDefaults] = {
+    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),
+    "dmpo": LossDefaults(beta=6000.0, safeguard_mu=0.6),
+    "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
+    "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
+    "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
+    "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
+}
+# beta of flow models: 2000 with all weights and 100 with a LoRA, as is usual for Diffusion-DPO on them. Both are for
+# errors of velocities, which are larger than those of noise. mu is that of SDXL, the largest model of
+# https://huggingface.co/papers/2511.03317: no number is published for a flow model. The other rows as for UNets, with
+# beta divided alike where it multiplies an error.
+FLOW_DEFAULTS: dict[str, LossDefaults] = {
+    FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
+    "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
+    "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
+    "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
+    "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
+}
 
 
 class Family(ABC):
@@ -44,6 +73,11 @@ class Family(ABC):
         learning_rate_full, learning_rate_lora (`float`): For AdamW at small batches.
         defaults (`Mapping[str, LossDefaults]`): Rows by loss name, and the row `FALLBACK` for all others.
         noise_process_class (`type[NoiseProcess]`): Built from the configuration of the pipeline's scheduler.
+        weighting_scheme (`str`): Density of the timesteps, as `TimestepSampling` names them.
+        patch_size (`int`): Latents per token along one side, of transformers.
+        guidance_scale (`float`, *optional*): Guidance that a distilled denoiser takes as an input, in training; `None`
+            where it takes none. May be set on an instance.
+        drawn_image (`str`): Where one drawn image lies in what the pipeline's call returns, as code.
 
     Raises:
         ValueError: If the pipeline cannot be trained as this family (`check_pipeline`, `noise_process_class`).
@@ -58,6 +92,10 @@ class Family(ABC):
     learning_rate_lora: ClassVar[float]
     defaults: ClassVar[Mapping[str, LossDefaults]]
     noise_process_class: ClassVar[type[NoiseProcess]]
+    weighting_scheme: ClassVar[str] = "none"
+    patch_size: ClassVar[int] = 1
+    guidance_scale: float | None = None
+    drawn_image: ClassVar[str] = "images[0]"
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -86,6 +124,18 @@ class Family(ABC):
         if isinstance(sample_size, int):
             return sample_size * self.vae_scale_factor
         return tuple(size * self.vae_scale_factor for size in sample_size)
+
+    def image_seq_len(self, latents: torch.Tensor) -> int:
+        """Tokens that the denoiser makes of one of these latents, `(N, C, ..., H, W)`."""
+        return math.prod(latents.shape[2:]) // self.patch_size**2
+
+    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+        """Arguments of the pipeline's own call with which images are drawn in the course of training.
+
+        Args:
+            scale (`float`, *optional*): Guidance scale; the pipeline's own if `None`.
+        """
+        return {} if scale is None else {"guidance_scale": scale}
 
     def check_pipeline(self) -> None:
         """Refuse a pipeline of the right class that can't be trained as this family.
@@ -136,15 +186,18 @@ class Family(ABC):
             )
         vae = self.pipeline.vae
         with no_autocast(vae.device), _without_overflow(vae):
-            posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-            latents = posterior.mode() if generator is None else posterior.sample(generator)
+            latents = self.vae_latents(pixel_values.to(vae.device, vae.dtype), generator)
         return self.scale_latents(latents.float())
+
+    def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
+        """What the VAE makes of `encode_images`' arguments, which are in its dtype and on its device."""
+        posterior = self.pipeline.vae.encode(pixel_values).latent_dist
+        return posterior.mode() if generator is None else posterior.sample(generator)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's latents as the denoiser knows them, both `(N, ...)`: undone by the pipeline when it decodes."""
         config = self.pipeline.vae.config
-        shift = 0.0 if config.shift_factor is None else config.shift_factor
-        return (latents - shift) * config.scaling_factor
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
@@ -182,6 +235,25 @@ class Family(ABC):
         """
 
 
+def check_in_channels(family: Family, expected: int) -> None:
+    """Refuse transformers that see more than noisy latents, for the families that train a transformer.
+
+    Args:
+        family (`Family`): Its denoiser states `in_channels`.
+        expected (`int`): Channels of the latents, as the transformer counts them.
+
+    Raises:
+        ValueError: For transformers made for inpainting, control images or editing, or for another VAE.
+    """
+    taken = family.denoiser.config.in_channels
+    if taken != expected:
+        raise ValueError(
+            f"A text-to-image {family.name} transformer takes {expected} input channels, the latents of its VAE, and "
+            f"this one takes {taken}: it was made for inpainting, control images or editing, or for another VAE. Use "
+            "the text-to-image checkpoint of the same model."
+        )
+
+
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
     """Refuse UNets that need more than noisy latents and a prompt, for the families that train a UNet.
 
@@ -212,7 +284,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 @contextmanager
 def _without_overflow(vae: torch.nn.Module) -> Iterator[None]:
     """Lend the VAE float32 weights if its configuration says that float16 overflows; exact both ways."""
-    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)
     try:

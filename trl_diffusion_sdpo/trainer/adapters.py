@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
 from peft import (
     LoraConfig,
@@ -23,7 +24,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from .._compat import loads_lora
+
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 POLICY_ADAPTER = "default"
@@ -120,7 +122,10 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser.add_adapter(config, adapter_name=POLICY_ADAPTER)
+        if isinstance(denoiser, PeftAdapterMixin):
+            denoiser.add_adapter(config, adapter_name=POLICY_ADAPTER)
+        else:  # transformers of models for which diffusers has no LoRA; PEFT does not mind
+            inject_adapter_in_model(config, denoiser, POLICY_ADAPTER)
     cast_training_params(denoiser, dtype=torch.float32)
     return POLICY_ADAPTER
 
@@ -198,31 +203,30 @@ def save_adapter(
     denoiser_name: str,
     folder: Path,
 ) -> None:
-    """Write an adapter's weights for both `pipeline.load_lora_weights` and [`~peft.PeftModel.from_pretrained`].
+    """Write an adapter's weights for both `pipeline.load_lora_weights`, where the pipeline has it, and
+    [`~peft.PeftModel.from_pretrained`].
 
     The PEFT names are kept as they are: the renaming of older diffusers formats knows attention layers only and would
     drop the rest. The LoRA's settings go along as metadata, without which `lora_alpha != r` would be lost.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
-    pipeline_class.save_lora_weights(
-        folder,
-        **{f"{denoiser_name}_lora_layers": weights, f"{denoiser_name}_lora_adapter_metadata": config.to_dict()},
-    )
+    if loads_lora(pipeline_class):
+        metadata = {f"{denoiser_name}_lora_adapter_metadata": config.to_dict()}
+        pipeline_class.save_lora_weights(folder, **{f"{denoiser_name}_lora_layers": weights}, **metadata)
     save_file({PEFT_PREFIX + key: value for key, value in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
     config.save_pretrained(str(folder))
 
 
-def read_adapter(shapes: dict[str, tuple[int, ...]], denoiser_name: str, folder: Path) -> dict[str, torch.Tensor]:
+def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
     """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes.
 
     Raises:
         `ValueError`: If the file is missing or its tensors are not the adapter's.
     """
-    file = folder / LORA_FILE
+    file = folder / PEFT_FILE
     if not file.is_file():
-        raise ValueError(f"A LoRA checkpoint must hold {LORA_FILE}; {folder} does not. Was it tuned in full?")
-    prefix = f"{denoiser_name}."
-    state = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
+        raise ValueError(f"A LoRA checkpoint must hold {PEFT_FILE}; {folder} does not. Was it tuned in full?")
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
     stored = {key: tuple(value.shape) for key, value in state.items()}
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]

@@ -54,10 +54,10 @@ class SampleImagesCallback(TrainerCallback):
         prompts (`Sequence[str]`): What to draw; prompt `i` always starts from the noise of `seed + i`.
         every_n_steps (`int`, *optional*): Optimizer steps between two drawings; only first and last if unset.
         num_inference_steps (`int`): Denoising steps.
-        guidance_scale (`float`): Guidance scale.
         seed (`int`): Of the first prompt.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
             the model's own if unset.
+        call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
         denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs
             under the autocast of training, while frozen components run in their stored precision.
         every_process (`bool`, *optional*, defaults to `False`): Whether all processes must draw, as each holds a part
@@ -74,9 +74,9 @@ class SampleImagesCallback(TrainerCallback):
         *,
         every_n_steps: int | None,
         num_inference_steps: int,
-        guidance_scale: float,
         seed: int,
         resolution: int | tuple[int, int] | None,
+        call_options: dict[str, Any] | None = None,
         denoiser_name: str = "unet",
         every_process: bool = False,
     ):
@@ -90,7 +90,7 @@ class SampleImagesCallback(TrainerCallback):
         self.seed = seed
         self.denoiser_name = denoiser_name
         self.every_process = every_process
-        self.drawing = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self.drawing = {"num_inference_steps": num_inference_steps, **(call_options or {})}
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
             self.drawing |= {"height": height, "width": width}
@@ -167,7 +167,8 @@ class SampleImagesCallback(TrainerCallback):
 
     def _draw_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
-        return pipeline(self.prompts[index], generator=generator, **self.drawing).images[0]
+        drawn = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.drawing)[0][0]
+        return drawn[0] if isinstance(drawn, list) else drawn  # of a clip, its first frame
 
 
 class CheckpointOnInterrupt(TrainerCallback):

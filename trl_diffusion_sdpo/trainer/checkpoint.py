@@ -18,12 +18,24 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapters import LORA_FILE, adapter_state, read_adapter, save_adapter
+from .adapters import PEFT_FILE, adapter_state, read_adapter, save_adapter
 
 logger = logging.getLogger(__name__)
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
+LATER_SETTINGS = (
+    "engine",
+    "processes",
+    "safeguard_anchor",
+    "timesteps",
+    "weighting_scheme",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "timestep_weighting",
+    "guidance_scale",
+)
 
 
 def own_weights(denoiser: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
@@ -41,7 +53,7 @@ def save_weights(
     whole: dict[str, torch.Tensor] | None = None,
     full_pipeline: bool = False,
 ) -> None:
-    """Write the LoRA as `pytorch_lora_weights.safetensors` (and for PEFT), or the denoiser as its own folder.
+    """Write the LoRA as `pytorch_lora_weights.safetensors` and for PEFT, or the denoiser as its own folder.
 
     Args:
         whole (`dict[str, torch.Tensor]`, *optional*): The tensors of [`own_weights`] where the denoiser itself holds
@@ -82,10 +94,10 @@ def read_weights(
         `ValueError`: If the folder holds no such weights, or those of another model.
     """
     if adapter is not None:
-        return read_adapter(shapes, denoiser_name, folder)
+        return read_adapter(shapes, folder)
     source = folder / denoiser_name
     if not source.is_dir():
-        hint = " It holds a LoRA: resume with `peft_config`." if (folder / LORA_FILE).is_file() else ""
+        hint = " It holds a LoRA: resume with `peft_config`." if (folder / PEFT_FILE).is_file() else ""
         raise ValueError(f"A checkpoint of full tuning must hold the folder {denoiser_name}; {folder} does not.{hint}")
     return type(denoiser).from_pretrained(source, use_safetensors=True).state_dict()
 
@@ -130,7 +142,7 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
         )
     stored = json.loads(file.read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(setup))
-    for name in ("engine", "processes", "safeguard_anchor"):  # checkpoints of the first release do not name theirs
+    for name in LATER_SETTINGS:  # checkpoints from before they existed do not name theirs
         stored.setdefault(name, ours[name])
     differing = [name for name in ours if stored.get(name) != ours[name]]
     broken = [name for name in differing if name in STRUCTURE]

@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..families.noise import WEIGHTINGS
+from ..families.timestep_sampling import DENSITIES
 from ..losses import ANCHORS, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
-from .setting_checks import check_inherited, check_parameter_safeguard
-
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-ON_BAD_ROW = ("drop", "raise")
+from .setting_checks import (
+    INTERPOLATIONS,
+    ON_BAD_ROW,
+    check_data,
+    check_inherited,
+    check_noise,
+    check_parameter_safeguard,
+    check_reference,
+)
 
 
 @dataclass
@@ -76,6 +83,17 @@ class DiffusionSDPOConfig(TrainingArguments):
 
         timestep_range (`list[int]`, *optional*):
             Two whole numbers, lowest timestep and the first above the highest, such as `0 1000`; all if unset.
+        timesteps (`list[float]`, *optional*):
+            The only timesteps to train at, each as often: those that a distilled model's few steps visit, such as
+            `999 749 499 249`. A density over all if unset.
+        weighting_scheme (`str`, *optional*):
+            Density of the timesteps: `"none"` (uniform), `"logit_normal"` or `"mode"`, before the shift that the
+            pipeline's scheduler states; the family's own if unset.
+        logit_mean (`float`, *optional*, defaults to `0.0`): Mean of `"logit_normal"`; above 0 draws more noise.
+        logit_std (`float`, *optional*, defaults to `1.0`): Standard deviation of `"logit_normal"`.
+        mode_scale (`float`, *optional*, defaults to `1.29`): Scale of `"mode"`; 0 is uniform.
+        timestep_weighting (`str`, *optional*, defaults to `"none"`):
+            `"one_minus_t_squared"` weighs errors of a flow model by `(1 - t)^2`, `t` the share of noise.
         snr_gamma (`float`, *optional*):
             Gamma of [min-SNR](https://huggingface.co/papers/2303.09556), which weighs the errors by timestep; 5.0 is
             usual. No weighting if unset.
@@ -83,6 +101,8 @@ class DiffusionSDPOConfig(TrainingArguments):
             Scale of a noise that is constant over the image, per channel, added to the noise.
         input_perturbation (`float`, *optional*, defaults to `0.0`):
             Scale of extra noise that the model's input carries and its target does not; 0.1 is usual.
+        guidance_scale (`float`, *optional*):
+            Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
 
         > Parameters that control the loss and the safeguard
 
@@ -135,8 +155,8 @@ class DiffusionSDPOConfig(TrainingArguments):
             Optimizer steps between two such drawings; only the first and the last if unset.
         sample_inference_steps (`int`, *optional*, defaults to `30`):
             Denoising steps a drawing takes.
-        sample_guidance_scale (`float`, *optional*, defaults to `7.5`):
-            Guidance scale of the drawings.
+        sample_guidance_scale (`float`, *optional*):
+            Guidance scale of the drawings; the pipeline's own if unset.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -241,12 +261,38 @@ class DiffusionSDPOConfig(TrainingArguments):
     timestep_range: list[int] | None = field(
         default=None, metadata={"help": "Lowest timestep and the first above the highest; all if unset."}
     )
+    timesteps: list[float] | None = field(
+        default=None,
+        metadata={"help": "The only timesteps to train at, for models of few steps; a density over all if unset."},
+    )
+    weighting_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": "Density of the timesteps: `none` (uniform), `logit_normal` or `mode`; the family's own if unset.",
+            "choices": list(DENSITIES),
+        },
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of `logit_normal`; above 0 draws more noise."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of `logit_normal`."})
+    mode_scale: float = field(default=1.29, metadata={"help": "Scale of `mode`; 0 is uniform."})
+    timestep_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "`one_minus_t_squared` weighs errors of a flow model by (1 - t)^2, t the share of noise.",
+            "choices": list(WEIGHTINGS),
+        },
+    )
     snr_gamma: float | None = field(
         default=None, metadata={"help": "Gamma of min-SNR weighting; 5.0 is usual. No weighting if unset."}
     )
     noise_offset: float = field(default=0.0, metadata={"help": "Scale of the per-channel constant noise."})
     input_perturbation: float = field(
         default=0.0, metadata={"help": "Scale of extra noise that the input carries and the target does not."}
+    )
+
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance that a distilled denoiser takes as an input; the family's own if unset."},
     )
 
     # Parameters that control the loss and the safeguard
@@ -323,7 +369,9 @@ class DiffusionSDPOConfig(TrainingArguments):
         default=None, metadata={"help": "Optimizer steps between two drawings; only first and last if unset."}
     )
     sample_inference_steps: int = field(default=30, metadata={"help": "Denoising steps a drawing takes."})
-    sample_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of the drawings."})
+    sample_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of the drawings; the pipeline's own if unset."}
+    )
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -341,9 +389,9 @@ class DiffusionSDPOConfig(TrainingArguments):
                 setattr(self, name, float(getattr(self, name)))
         check_inherited(self)
         self._check_loss()
-        self._check_data()
-        self._check_noise()
-        self._check_reference()
+        check_data(self)
+        check_noise(self)
+        check_reference(self)
 
     @property
     def loss_knobs(self) -> dict[str, float]:
@@ -382,53 +430,6 @@ class DiffusionSDPOConfig(TrainingArguments):
             reason = "`safeguard='none'`" if spec.uses_loser else f"the loss {self.loss_type!r} has no loser"
             warnings.warn(f"The `safeguard_*` settings have no effect: {reason}.", stacklevel=3)
         check_parameter_safeguard(self, spec)
-
-    def _check_data(self) -> None:
-        _check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
-        _check_choice("image_interpolation", self.image_interpolation, INTERPOLATIONS)
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ValueError(
-                f"`proportion_empty_prompts` must be in [0, 1], got {self.proportion_empty_prompts}. Published: 0.2."
-            )
-        if self.resolution is not None and self.resolution < 8:
-            raise ValueError(f"`resolution` must be at least 8 pixels, got {self.resolution}.")
-        if self.sample_inference_steps < 1:
-            raise ValueError(f"`sample_inference_steps` must be at least 1, got {self.sample_inference_steps}.")
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise ValueError(f"`sample_steps` must be at least 1, got {self.sample_steps}. Leave it unset for none.")
-        if self.sample_steps is not None and not self.sample_prompts:
-            warnings.warn("`sample_steps` has no effect without `sample_prompts`.", stacklevel=3)
-
-    def _check_noise(self) -> None:
-        if self.timestep_range is not None:
-            span = list(self.timestep_range)
-            if len(span) != 2 or not all(isinstance(end, int) for end in span) or not 0 <= span[0] < span[1]:
-                raise ValueError(
-                    "`timestep_range` must be two whole numbers, the lowest timestep and the first above the highest, "
-                    f"got {span}. For the noisier half of 1000 use 500 1000."
-                )
-        if self.snr_gamma is not None and not self.snr_gamma > 0:
-            raise ValueError(f"`snr_gamma` must be greater than 0, got {self.snr_gamma}. Leave it unset for none.")
-        for name in ("noise_offset", "input_perturbation"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 for none.")
-
-    def _check_reference(self) -> None:
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(f"`ref_model_mixup_alpha` must be in (0, 1], got {self.ref_model_mixup_alpha}.")
-        if self.ref_model_sync_steps < 1:
-            raise ValueError(f"`ref_model_sync_steps` must be at least 1, got {self.ref_model_sync_steps}.")
-        if self.sync_ref_model and not loss_spec(self.loss_type).needs_reference:
-            raise ValueError(
-                f"`sync_ref_model=True` cannot act: the loss {self.loss_type!r} has no reference. Leave it off, or "
-                "choose a loss with a reference."
-            )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def _accelerator_has_bf16() -> bool:

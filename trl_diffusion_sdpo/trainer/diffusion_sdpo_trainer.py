@@ -34,9 +34,10 @@ from .noisy_batch import NoisyBatch
 from .policy import PolicyModel
 from .preparing import (
     autocast_dtype,
+    check_guidance,
     check_precision,
     check_resolution,
-    checked_timestep_range,
+    checked_timesteps,
     complete_args,
     disable_dropout,
     own_args,
@@ -216,7 +217,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
             safeguard_mu=self.args.safeguard_mu,
             safeguard_granularity=self.args.safeguard_granularity,
             safeguard_eps=self.args.safeguard_eps,
-            timestep_weights=self._timestep_weights(batch.timesteps),
+            timestep_weights=self._timestep_weights(batch),
             scores=scores,
             **self.args.loss_knobs,
         )
@@ -254,7 +255,8 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         if self.args.input_perturbation:
             extra = self.args.input_perturbation * randn_tensor(shape, streams, latents.device, latents.dtype)
             extra = torch.cat([extra, extra])
-        timesteps = self.family.noise_process.timesteps(uniform, timestep_range=self._timestep_range)
+        length = self.family.image_seq_len(latents)
+        timesteps = self.family.noise_process.timesteps(uniform, image_seq_len=length, **self._timesteps)
         return torch.cat([timesteps, timesteps]), torch.cat([noise, noise]), extra
 
     def _predict(self, denoiser: nn.Module | None, batch: NoisyBatch) -> torch.Tensor | None:
@@ -264,10 +266,10 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         with self.accelerator.autocast():
             return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
 
-    def _timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
-        if self.args.snr_gamma is None:
-            return None
-        return self.family.noise_process.min_snr_weights(timesteps.chunk(2)[0], self.args.snr_gamma)
+    def _timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
+        timesteps, length = batch.timesteps.chunk(2)[0], self.family.image_seq_len(batch.noisy)
+        weighting = {"snr_gamma": self.args.snr_gamma, "weighting": self.args.timestep_weighting}
+        return self.family.noise_process.weights(timesteps, image_seq_len=length, **weighting)
 
     def _streams(self, seeds: list[int]) -> list[torch.Generator]:
         """One random stream a pair: its draws depend on neither its place in the batch nor the batch's size."""
@@ -331,9 +333,10 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         self.loss = loss_spec(args.loss_type)
         self.adapter, fresh = self._choose_weights(loaded, peft_config, args)
         self.reference = self._make_reference(loaded, ref_model, args, fresh)
+        check_guidance(args, self.family)
         complete_args(args, self.family, self.loss, full=self.adapter is None)
         check_resolution(args, self.family)
-        self._timestep_range = checked_timestep_range(args, self.family)
+        self._timesteps = checked_timesteps(args, self.family)
         check_without_dropout(args, loaded.denoiser)
         self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}
         self._branches, self._probe, self._engine_ready = None, None, False
@@ -341,6 +344,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         self._meter = {"train": MetricMeter(), "eval": MetricMeter()}
         # The family gets a pipeline of its own where parts run in half precision; the user's stays as it was loaded.
         self.family = type(self.family)(working_pipeline(self.family, args))
+        self.family.guidance_scale = args.guidance_scale
         self.reference.to(args.device)
         if args.torch_compile:
             compile_with_eager_rounding()
@@ -433,7 +437,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
                     args.sample_prompts,
                     every_n_steps=args.sample_steps,
                     num_inference_steps=args.sample_inference_steps,
-                    guidance_scale=args.sample_guidance_scale,
+                    call_options=self.family.drawing_options(args.sample_guidance_scale),
                     seed=args.seed,
                     resolution=args.resolution,
                     denoiser_name=self.family.denoiser_name,

@@ -60,6 +60,9 @@ class ModelCardFacts:
         pipeline_class (`str`): diffusers class of that pipeline.
         denoiser_name (`str`): Its attribute that was tuned, `"unet"` or `"transformer"`.
         tuning (`str`): `"lora"` or `"full"`.
+        loads_lora (`bool`): Whether the pipeline has `load_lora_weights`; PEFT reads the LoRA of one that has not.
+        drawing_options (`dict[str, Any]`): Arguments of the pipeline's call beside the prompt.
+        drawn_image (`str`): Where an image lies in what the call returns.
         dataset_name (`str`, *optional*): Hub id or folder of the preference data, treated as `base_model` is.
         tags (`list[str]`): Joined to the usual ones.
         settings (`dict[str, Any]`): Becomes a table; tokens are left out at any depth, and of absolute paths only the
@@ -91,6 +94,9 @@ class ModelCardFacts:
     paper_bibtex: str = PAPER_BIBTEX
     versions: dict[str, str] = field(default_factory=dict)
     license: str | None = None
+    loads_lora: bool = True
+    drawing_options: dict[str, Any] = field(default_factory=dict)
+    drawn_image: str = "images[0]"
 
     def __post_init__(self):
         if self.tuning not in TUNINGS:
@@ -161,9 +167,21 @@ def _snippet(facts: ModelCardFacts, base: str) -> str:
     """Code that loads the base pipeline with the tuned weights and draws one image."""
     repository = _quoted(facts.hub_model_id or f"path/to/{_leaf(facts.model_name) or 'tuned-model'}")
     base = _quoted(base)
-    prompt = _quoted(facts.gallery[0][1] if facts.gallery else _PROMPT)
-    use = ['pipeline.to("cuda")', f"image = pipeline({prompt}).images[0]"]
-    if facts.tuning == "lora":
+    given = {"prompt": facts.gallery[0][1] if facts.gallery else _PROMPT, **facts.drawing_options}
+    arguments = ", ".join(
+        f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given.items()
+    )
+    use = ['pipeline.to("cuda")', f"image = pipeline({arguments}).{facts.drawn_image}"]
+    if facts.tuning == "lora" and not facts.loads_lora:
+        name = facts.denoiser_name
+        load = [
+            "from diffusers import DiffusionPipeline",
+            "from peft import PeftModel",
+            "",
+            f"pipeline = DiffusionPipeline.from_pretrained({base})",
+            f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {repository})",
+        ]
+    elif facts.tuning == "lora":
         load = [
             "from diffusers import DiffusionPipeline",
             "",

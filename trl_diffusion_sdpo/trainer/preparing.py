@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
 from ..families import Family
+from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .sharding import tell_learning_rate
@@ -49,9 +51,11 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
     defaults = family.loss_defaults(args.loss_type)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
-        "beta": defaults.beta if loss.uses_beta else None,
+        "beta": defaults.beta_for(full=full) if loss.uses_beta else None,
         "safeguard_mu": defaults.safeguard_mu,
         "resolution": family.default_resolution,
+        "weighting_scheme": family.weighting_scheme if args.timesteps is None else None,
+        "guidance_scale": family.guidance_scale,
     }
     chosen = {name: value for name, value in defaults_by_name.items() if getattr(args, name) is None}
     for name, value in chosen.items():
@@ -93,20 +97,44 @@ def check_output_dir(folder: str) -> None:
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     """Raise `ValueError` where the VAE would cut off a part of the images, or the pipeline would not draw them."""
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
-    unit = max(family.vae_scale_factor, 8) if args.sample_prompts else family.vae_scale_factor
+    unit = family.vae_scale_factor * family.patch_size
+    if args.sample_prompts:
+        unit = math.lcm(unit, 8)
     if any(side % unit for side in sides):
         raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
 
 
-def checked_timestep_range(args: DiffusionSDPOConfig, family: Family) -> tuple[int, int] | None:
-    """The range of timesteps to draw from; `ValueError` where the scheduler has fewer."""
-    last = family.noise_process.num_train_timesteps
+def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
+    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot draw or weigh so."""
+    process = family.noise_process
+    last = process.num_train_timesteps
     if args.timestep_range is not None and args.timestep_range[1] > last:
         raise ValueError(
             f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps; got "
             f"{list(args.timestep_range)}."
         )
-    return None if args.timestep_range is None else tuple(args.timestep_range)
+    weighting = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
+    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
+    if args.timesteps is not None:
+        only = {"only": tuple(args.timesteps)}
+        process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
+        return only
+    sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for name, scheme in unused.items():
+        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
+            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
+    timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
+    return {"timestep_range": timestep_range, "sampling": sampling}
+
+
+def check_guidance(args: DiffusionSDPOConfig, family: Family) -> None:
+    """Raise `ValueError` where guidance is given to a denoiser that takes none."""
+    if args.guidance_scale is not None and family.guidance_scale is None:
+        raise ValueError(
+            f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
+            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for drawing."
+        )
 
 
 def working_pipeline(family: Family, args: DiffusionSDPOConfig) -> DiffusionPipeline:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from .._compat import PushInProgress
+from .._compat import PushInProgress, loads_lora
 from ..losses.preference import KNOB_RANGES
 from . import sharding
 from .callbacks import SampleImagesCallback, in_any_process
@@ -53,6 +53,13 @@ SETTINGS_OF_THE_PATH = (
     "image_interpolation",
     "proportion_empty_prompts",
     "timestep_range",
+    "timesteps",
+    "weighting_scheme",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "timestep_weighting",
+    "guidance_scale",
     "snr_gamma",
     "noise_offset",
     "input_perturbation",
@@ -264,6 +271,9 @@ class SavingMixin:
             pipeline_class=type(self.pipeline).__name__,
             denoiser_name=self.family.denoiser_name,
             tuning="full" if self.adapter is None else "lora",
+            loads_lora=loads_lora(type(self.pipeline)),
+            drawing_options=self.family.drawing_options(None),
+            drawn_image=self.family.drawn_image,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *tags],
             settings={name: getattr(self.args, name) for name in SETTINGS_IN_CARD},

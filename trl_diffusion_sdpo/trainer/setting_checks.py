@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..losses import ANCHORS, LossSpec
+from ..families.noise import WEIGHTINGS
+from ..families.timestep_sampling import TimestepSampling
+from ..losses import ANCHORS, LossSpec, loss_spec
 
 if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 # Optimizers that step within the backward pass, when the other branch's gradient is not there yet.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
+ON_BAD_ROW = ("drop", "raise")
 
 
 def check_inherited(args: DiffusionSDPOConfig) -> None:
@@ -113,3 +117,68 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
             f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
             "leave it out."
         )
+
+
+def check_data(args: DiffusionSDPOConfig) -> None:
+    """Look at the settings of the data and of sample images; `ValueError` on what is out of its range."""
+    _check_choice("on_bad_row", args.on_bad_row, ON_BAD_ROW)
+    _check_choice("image_interpolation", args.image_interpolation, INTERPOLATIONS)
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        raise ValueError(
+            f"`proportion_empty_prompts` must be in [0, 1], got {args.proportion_empty_prompts}. Published: 0.2."
+        )
+    if args.resolution is not None and args.resolution < 8:
+        raise ValueError(f"`resolution` must be at least 8 pixels, got {args.resolution}.")
+    if args.sample_inference_steps < 1:
+        raise ValueError(f"`sample_inference_steps` must be at least 1, got {args.sample_inference_steps}.")
+    if args.sample_steps is not None and args.sample_steps < 1:
+        raise ValueError(f"`sample_steps` must be at least 1, got {args.sample_steps}. Leave it unset for none.")
+    if args.sample_steps is not None and not args.sample_prompts:
+        warnings.warn("`sample_steps` has no effect without `sample_prompts`.", stacklevel=3)
+
+
+def check_noise(args: DiffusionSDPOConfig) -> None:
+    """Look at the settings of the noise that need no model; `ValueError` on what is out of its range."""
+    if args.timestep_range is not None:
+        span = list(args.timestep_range)
+        if len(span) != 2 or not all(isinstance(end, int) for end in span) or not 0 <= span[0] < span[1]:
+            raise ValueError(
+                "`timestep_range` must be two whole numbers, the lowest timestep and the first above the highest, "
+                f"got {span}. For the noisier half of 1000 use 500 1000."
+            )
+    if args.timesteps is not None and (args.timestep_range is not None or args.weighting_scheme is not None):
+        raise ValueError(
+            f"`timesteps` takes the place of `timestep_range` and `weighting_scheme`; got {list(args.timesteps)} "
+            f"beside {args.timestep_range} and {args.weighting_scheme!r}. Set the one or the others."
+        )
+    if args.snr_gamma is not None and not args.snr_gamma > 0:
+        raise ValueError(f"`snr_gamma` must be greater than 0, got {args.snr_gamma}. Leave it unset for none.")
+    TimestepSampling(args.weighting_scheme or "none", args.logit_mean, args.logit_std, args.mode_scale)
+    _check_choice("timestep_weighting", args.timestep_weighting, WEIGHTINGS)
+    if args.snr_gamma is not None and args.timestep_weighting != "none":
+        raise ValueError(
+            "`snr_gamma` and `timestep_weighting` both weigh the timesteps, one for DDPM and one for flow matching; "
+            f"got {args.snr_gamma} and {args.timestep_weighting!r}. Set one."
+        )
+    for name in ("noise_offset", "input_perturbation"):
+        value = getattr(args, name)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 for none.")
+
+
+def check_reference(args: DiffusionSDPOConfig) -> None:
+    """Look at the settings of a reference that moves; `ValueError` on what cannot act."""
+    if not 0 < args.ref_model_mixup_alpha <= 1:
+        raise ValueError(f"`ref_model_mixup_alpha` must be in (0, 1], got {args.ref_model_mixup_alpha}.")
+    if args.ref_model_sync_steps < 1:
+        raise ValueError(f"`ref_model_sync_steps` must be at least 1, got {args.ref_model_sync_steps}.")
+    if args.sync_ref_model and not loss_spec(args.loss_type).needs_reference:
+        raise ValueError(
+            f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
+            "choose a loss with a reference."
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,0 +1,190 @@
+"""Flow matching and the densities of noise levels, against their papers' formulas and diffusers' own scheduler."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess
+from trl_diffusion_sdpo.families.timestep_sampling import TimestepSampling
+
+DRAWS = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1 - 2**-24])
+DYNAMIC = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+def process(**config):
+    return FlowMatchingProcess(FlowMatchEulerDiscreteScheduler(**config).config)
+
+
+def test_noisy_latents_and_target_follow_the_formula():
+    # sigma = 250 / 1000: 0.75 * 4 + 0.25 * 8 = 5; velocity 8 - 4.
+    latents, noise = torch.full((2, 1, 2, 2), 4.0), torch.full((2, 1, 2, 2), 8.0)
+    timesteps = torch.tensor([250.0, 1000.0])
+    noisy = process().add_noise(latents, noise, timesteps)
+    assert noisy[0].unique().tolist() == [5.0]
+    assert noisy[1].unique().tolist() == [8.0]
+    assert process().target(latents, noise, timesteps).unique().tolist() == [4.0]
+
+
+def test_noisy_latents_are_those_of_the_schedulers_own_scale_noise():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(7)
+    latents, noise = torch.randn(2, 7, 4, 3, 3).unbind()
+    ours = FlowMatchingProcess(scheduler.config).add_noise(latents, noise, scheduler.timesteps)
+    torch.testing.assert_close(ours, scheduler.scale_noise(latents, scheduler.timesteps, noise))
+
+
+def test_latents_may_be_clips_and_half_precision():
+    latents, noise = torch.randn(2, 3, 4, 5, 6, 6).unbind()
+    timesteps = torch.tensor([0.0, 500.0, 1000.0])
+    noisy = process().add_noise(latents.bfloat16(), noise.bfloat16(), timesteps)
+    assert noisy.dtype == torch.float32
+    assert torch.equal(noisy[0], latents[0].bfloat16().float())
+    assert torch.equal(noisy[2], noise[2].bfloat16().float())
+
+
+def test_uniform_draws_are_shifted_as_the_scheduler_shifts_its_sigmas():
+    # Equation 23 of arXiv 2403.03206 with shift 3: 3 t / (1 + 2 t); at 1/2 it is 3/4.
+    timesteps = process(shift=3.0).timesteps(DRAWS)
+    assert timesteps[3] == 750.0
+    torch.testing.assert_close(timesteps, 1000 * 3 * DRAWS / (1 + 2 * DRAWS))
+    assert timesteps.dtype == torch.float32
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # its table: the same of 1/1000 to 1
+    table = process(shift=3.0).timesteps(torch.arange(1, 1001) / 1000)
+    torch.testing.assert_close(table.flip(0), scheduler.timesteps.float(), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825)])
+def test_dynamic_shift_follows_the_number_of_tokens(kind, tokens, mu):
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC, time_shift_type=kind)
+    expected = 1000 * scheduler.time_shift(mu, 1.0, DRAWS[1:])
+    ours = FlowMatchingProcess(scheduler.config).timesteps(DRAWS[1:], image_seq_len=tokens)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_dynamic_shift_needs_the_number_of_tokens():
+    with pytest.raises(ValueError, match="got no `image_seq_len`"):
+        process(**DYNAMIC).timesteps(DRAWS)
+
+
+def test_other_samplers_of_flows_state_their_shift_too():
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", num_train_timesteps=1000
+    )
+    torch.testing.assert_close(FlowMatchingProcess(scheduler.config).timesteps(DRAWS)[3], torch.tensor(750.0))
+
+
+def test_logit_normal_draws_have_the_normals_quantiles_on_the_logit_scale():
+    sampling = TimestepSampling("logit_normal", logit_mean=0.5, logit_std=2.0)
+    # The normal's quantile at 0.5 is 0 and at 0.975 is 1.95996 (tables).
+    draws = torch.tensor([0.5, 0.975, 0.025])
+    expected = torch.tensor([0.5, 0.5 + 2 * 1.959964, 0.5 - 2 * 1.959964]).sigmoid() * 1000
+    torch.testing.assert_close(process().timesteps(draws, sampling=sampling), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_mode_draws_are_the_papers_at_one_minus_the_draw():
+    # Equation 20: f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u).
+    u = 1 - DRAWS.double()
+    expected = 1 - u - 1.29 * ((math.pi * u / 2).cos() ** 2 - 1 + u)
+    ours = process().timesteps(DRAWS, sampling=TimestepSampling("mode", mode_scale=1.29))
+    torch.testing.assert_close(ours.double(), 1000 * expected, rtol=1e-4, atol=1e-2)
+    assert (ours.diff() > 0).all()
+
+
+def test_mode_scale_zero_is_uniform():
+    ours = process().timesteps(DRAWS, sampling=TimestepSampling("mode", mode_scale=0.0))
+    torch.testing.assert_close(ours, 1000 * DRAWS)
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
+@pytest.mark.parametrize("config", [{}, {"shift": 3.0}, DYNAMIC], ids=["plain", "shift", "dynamic"])
+def test_a_timestep_range_is_the_density_cut_to_it(scheme, config):
+    """Draws of the whole density that fall into the range have the quantiles of the cut one."""
+    flow, sampling = process(**config), TimestepSampling(scheme)
+    shares = torch.linspace(0, 1, 200_001, dtype=torch.float64)[:-1]
+    every = flow.timesteps(shares.float(), sampling=sampling, image_seq_len=1024)
+    inside = every[(every >= 300) & (every < 600)]
+    draws = torch.tensor([0.0, 0.2, 0.5, 0.8, 1 - 2**-24])
+    cut = flow.timesteps(draws, sampling=sampling, image_seq_len=1024, timestep_range=(300, 600))
+    expected = inside[(draws * (len(inside) - 1)).long()]
+    torch.testing.assert_close(cut, expected, rtol=0, atol=0.1)
+    assert cut.min() >= 300 and cut.max() <= 600
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
+def test_discrete_timesteps_know_the_same_densities(scheme):
+    config = DDPMScheduler(beta_schedule="scaled_linear").config
+    sampling = TimestepSampling(scheme)
+    discrete = DDPMProcess(config).timesteps(DRAWS, sampling=sampling)
+    continuous = process().timesteps(DRAWS, sampling=sampling)
+    assert discrete.dtype == torch.int64
+    assert torch.equal(discrete, continuous.floor().long().clamp(0, 999))
+    cut = DDPMProcess(config).timesteps(DRAWS, sampling=sampling, timestep_range=(500, 510))
+    assert (cut[0], cut[-1]) == (500, 509)
+
+
+def test_snr_and_the_weights_of_a_flow():
+    timesteps = torch.tensor([200.0, 500.0, 1000.0])
+    torch.testing.assert_close(process().snr(timesteps), torch.tensor([16.0, 1.0, 0.0]))
+    weights = process().weights(timesteps, weighting="one_minus_t_squared")
+    torch.testing.assert_close(weights, torch.tensor([0.64, 0.25, 0.0]))
+    assert process().weights(timesteps) is None
+
+
+def test_weights_of_the_other_kind_are_refused():
+    timesteps = torch.tensor([1])
+    with pytest.raises(ValueError, match="Min-SNR weights are known for epsilon"):
+        process().weights(timesteps, snr_gamma=5.0)
+    ddpm = DDPMProcess(DDPMScheduler(beta_schedule="scaled_linear").config)
+    with pytest.raises(ValueError, match="is for flow matching, and this model predicts epsilon"):
+        ddpm.weights(timesteps, weighting="one_minus_t_squared")
+    with pytest.raises(ValueError, match="`timestep_weighting` must be one of none, one_minus_t_squared"):
+        ddpm.weights(timesteps, weighting="cosmap")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheme": "cosmap"}, "`weighting_scheme` must be one of none, logit_normal, mode"),
+        ({"logit_mean": float("nan")}, "`logit_mean` must be a finite number"),
+        ({"logit_std": 0.0}, "`logit_std` must be above 0"),
+        ({"mode_scale": 2.0}, r"`mode_scale` must be in \[-1, 1.75\]"),
+    ],
+)
+def test_densities_that_are_none_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TimestepSampling(**settings)
+
+
+def test_schedulers_that_are_no_flows_are_refused():
+    with pytest.raises(ValueError, match="Flow matching needs a scheduler that has a `shift`"):
+        FlowMatchingProcess(DDPMScheduler().config)
+    other = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon")
+    with pytest.raises(ValueError, match="predict flow_prediction; the scheduler's configuration says 'epsilon'"):
+        FlowMatchingProcess(other.config)
+    with pytest.raises(ValueError, match="The scheduler's shift must be above 0, got 0.0"):
+        process(shift=0.0)
+
+
+def test_given_timesteps_are_drawn_alone_and_equally_often():
+    draws = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])
+    ddpm = DDPMProcess(DDPMScheduler(beta_schedule="scaled_linear").config)
+    drawn = ddpm.timesteps(draws, only=(999, 749, 499, 249))
+    assert drawn.tolist() == [999, 999, 749, 499, 249, 249, 249]
+    assert drawn.dtype == torch.int64
+    assert process(**DYNAMIC).timesteps(draws[:2], only=(1000.0, 512.5)).tolist() == [1000.0, 1000.0]
+
+
+@pytest.mark.parametrize("only", [(), (1000,), (-1,), (0.5,)])
+def test_given_timesteps_that_are_none_are_refused(only):
+    ddpm = DDPMProcess(DDPMScheduler(beta_schedule="scaled_linear").config)
+    with pytest.raises(ValueError, match="`timesteps` must be timesteps of this model, whole numbers"):
+        ddpm.timesteps(DRAWS, only=only)

@@ -1,0 +1,214 @@
+"""Parts that several tiny pipelines share: tokenizers made on the spot, text encoders and VAEs of a few kilobytes."""
+
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+TEXT_LENGTH = 16
+TEXT_WIDTH = 32
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@contextmanager
+def seeded(seed: int):
+    """Random weights from a seed, without disturbing the random state outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def lively(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+    """Give every weight that starts at zero, or all weights of a layer that starts so, small random values: a network
+    whose last layer or modulation is zero predicts nothing of its inputs."""
+    for parameter in module.parameters():
+        if parameter.numel() > 1 and not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=std)
+    return module.eval()
+
+
+def byte_letters() -> list[str]:
+    """The 256 characters that byte-level tokenizers write bytes with."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: every byte is a token. Prompts longer than 14 letters are cut."""
+    letters = byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def clip_config(tokenizer: CLIPTokenizer, **overrides) -> CLIPTextConfig:
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "projection_dim": TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**{**settings, **overrides})
+
+
+def clip_text_model(tokenizer: CLIPTokenizer, *, projection: bool = False) -> torch.nn.Module:
+    model_class = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return with_lively_text(model_class(clip_config(tokenizer)))
+
+
+def with_lively_text(text_encoder: torch.nn.Module) -> torch.nn.Module:
+    """Initial token embeddings hardly differ: make them large, so that the prompt changes the prediction."""
+    torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
+    return text_encoder.eval()
+
+
+def kl_vae(**overrides) -> AutoencoderKL:
+    """A VAE that halves the image's sides: 4 latent channels, scaling as Stable Diffusion's."""
+    settings = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "scaling_factor": 0.18215,
+    }
+    return AutoencoderKL(**{**settings, **overrides}).eval()
+
+
+def t5_tokenizer(model_max_length: int = TEXT_LENGTH) -> T5Tokenizer:
+    """A T5 tokenizer whose pieces are single letters."""
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=model_max_length)
+
+
+def t5_encoder(tokenizer: T5Tokenizer, **overrides) -> T5EncoderModel:
+    settings = {
+        "vocab_size": len(tokenizer),
+        "d_model": TEXT_WIDTH,
+        "d_kv": 8,
+        "d_ff": 2 * TEXT_WIDTH,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
+    return with_lively_text(T5EncoderModel(T5Config(**{**settings, **overrides})))
+
+
+def qwen2_tokenizer(special_tokens: tuple[str, ...] = (), chat_template: str | None = None) -> Qwen2Tokenizer:
+    """A byte-level tokenizer of Qwen's kind without merges, with its chat marks."""
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *special_tokens)
+    vocab = {token: index for index, token in enumerate([*byte_letters(), *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=list(marks[1:]))
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def gemma_tokenizer(words: tuple[str, ...] = ()) -> GemmaTokenizer:
+    """A Gemma tokenizer whose pieces are single characters, and these words where a space comes before them; anything
+    but ASCII falls back to bytes."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["\n", "▁", *(chr(code) for code in range(33, 127))]
+    # Each word grows letter by letter from its space.
+    merges = list(dict.fromkeys(("▁" + word[:end], word[end]) for word in words for end in range(len(word))))
+    grown = ["".join(pair) for pair in merges]
+    pieces = [*specials, *letters, *(f"<0x{byte:02X}>" for byte in range(256)), *grown]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    return GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
+
+
+def gemma2_encoder(tokenizer: GemmaTokenizer, **overrides) -> Gemma2Model:
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return with_lively_text(Gemma2Model(Gemma2Config(**{**settings, **overrides})))
+
+
+def pack_squares(latents: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, H/2 * W/2, 4C), as pipelines of the FLUX kind hold latents."""
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack_squares(tokens: torch.Tensor) -> torch.Tensor:
+    """Undo `pack_squares` for square images."""
+    side = round(tokens.shape[1] ** 0.5)
+    return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), 2)
+
+
+def qwen_image_vae(**overrides) -> AutoencoderKLQwenImage:
+    """A VAE of videos that quarters the image's sides: 4 latent channels, each with its mean and deviation."""
+    settings = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+        "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075],
+        "latents_std": [2.8184, 1.4541, 2.3275, 2.6558],
+    }
+    return AutoencoderKLQwenImage(**{**settings, **overrides}).eval()
+
+
+def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return with_lively_text(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
+
+
+def loud(transformer: torch.nn.Module, factor: float = 2.0) -> torch.nn.Module:
+    """Enlarge all matrices: with initial weights, a few letters among hundreds of tokens hardly change a prediction."""
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(factor)
+    return lively(transformer)

@@ -1,0 +1,41 @@
+"""How transformers of the FLUX kind see latents: as rows of tokens, each a square of two by two latents."""
+
+import torch
+
+
+def pack_patches(latents: torch.Tensor) -> torch.Tensor:
+    """Latents as tokens, row by row; within a token channel by channel.
+
+    Args:
+        latents (`torch.Tensor` of shape `(N, C, H, W)`): Of even height and width.
+
+    Returns:
+        `torch.Tensor` of shape `(N, H/2 * W/2, 4C)`.
+    """
+    n, channels, height, width = latents.shape
+    squares = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(n, height * width // 4, 4 * channels)
+
+
+def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Undo `pack_patches`.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): As `pack_patches` gives them.
+        height, width (`int`): H and W, in latents.
+
+    Returns:
+        `torch.Tensor` of shape `(N, C, H, W)`.
+    """
+    n, _, width_of_token = tokens.shape
+    squares = tokens.reshape(n, height // 2, width // 2, width_of_token // 4, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(n, width_of_token // 4, height, width)
+
+
+def patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Position ids `(H/2 * W/2, 3)` of packed latents: zero, row, column; float32, as FLUX's rotary embedding reads
+    them."""
+    ids = torch.zeros(height // 2, width // 2, 3, device=device)
+    ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
+    ids[..., 2] = torch.arange(width // 2, device=device)
+    return ids.reshape(-1, 3)
