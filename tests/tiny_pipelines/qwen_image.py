@@ -1,0 +1,86 @@
+"""Tiny Qwen-Image pipeline: prompts of different lengths under a mask, and a VAE made for videos."""
+
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from tiny_pipelines.parts import (
+    TEXT_WIDTH,
+    loud,
+    pack_squares,
+    qwen2_tokenizer,
+    qwen_image_vae,
+    seeded,
+    unpack_squares,
+    with_lively_text,
+)
+
+RESOLUTION = 32
+CALL = {"true_cfg_scale": 1.0}
+VISION_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def build(seed: int = 0) -> QwenImagePipeline:
+    tokenizer = qwen2_tokenizer(special_tokens=VISION_MARKS)
+    with seeded(seed):
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_WIDTH,
+            axes_dims_rope=(4, 6, 6),
+        )
+        return QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=1.0,
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=0.9,
+                base_image_seq_len=256,
+                max_image_seq_len=8192,
+                shift_terminal=0.02,
+            ),
+            vae=qwen_image_vae(),
+            text_encoder=text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            transformer=loud(transformer),
+        )
+
+
+def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A vision-language model, of which the pipeline uses the language half."""
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision_config = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    marks = dict(zip(VISION_MARKS, tokenizer.convert_tokens_to_ids(list(VISION_MARKS)), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=marks["<|image_pad|>"],
+        video_token_id=marks["<|video_pad|>"],
+        vision_start_token_id=marks["<|vision_start|>"],
+        vision_end_token_id=marks["<|vision_end|>"],
+    )
+    return with_lively_text(Qwen2_5_VLForConditionalGeneration(config))
+
+
+to_pipeline = pack_squares
+from_pipeline = unpack_squares
