@@ -1,0 +1,53 @@
+"""Tiny AuraFlow pipeline: a UMT5 encoder, one joint and one single block, and a VAE that halves the sides."""
+
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from transformers import UMT5Config, UMT5EncoderModel
+
+from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, lively, seeded, t5_tokenizer, with_lively_text
+
+RESOLUTION = 32
+CALL = {"guidance_scale": 1.0}
+
+
+def build(seed: int = 0) -> AuraFlowPipeline:
+    with seeded(seed):
+        tokenizer = t5_tokenizer(256)  # as long as the pipeline pads its prompts
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=TEXT_WIDTH,
+                d_kv=8,
+                d_ff=2 * TEXT_WIDTH,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        transformer = AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=TEXT_WIDTH,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,  # 8 by 8 tokens: images of 32 by 32 pixels at most
+        )
+        return AuraFlowPipeline(
+            tokenizer=tokenizer,
+            text_encoder=with_lively_text(text_encoder),
+            vae=kl_vae(scaling_factor=0.13025),
+            transformer=attentive(lively(transformer)),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        )
+
+
+def attentive(transformer: AuraFlowTransformer2DModel, factor: float = 3.0) -> AuraFlowTransformer2DModel:
+    """A short prompt is a few tokens among 256: larger weights, or it would hardly change the prediction."""
+    for blocks in (transformer.joint_transformer_blocks, transformer.single_transformer_blocks):
+        for parameter in blocks.parameters():
+            parameter.data.mul_(factor)
+    return transformer

@@ -1,0 +1,88 @@
+"""AuraFlow: a transformer with learned positions, conditioned on one T5 encoder, over flow matching with a fixed
+shift."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .noise import FlowMatchingProcess
+
+CALL_RESOLUTION = 1024  # what the pipeline's call draws; the published configurations' `sample_size` says 512
+
+
+class AuraFlowFamily(Family):
+    """`AuraFlowPipeline`, all versions.
+
+    Padding is not masked: the pipeline sets the embeddings of padding to zero and pads every prompt to 256 tokens, and
+    the transformer attends to them.
+    """
+
+    name = "AuraFlow"
+    pipeline_classes = ("AuraFlowPipeline",)
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder")
+    # Our choice, as diffusers has no script for it: those of its Stable Diffusion 3 script, whose joint blocks are
+    # alike. The text's own projections are in the four joint blocks only.
+    lora_target_modules = (
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
+        "to_add_out",
+        "to_k",
+        "to_out.0",
+        "to_q",
+        "to_v",
+    )
+    learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6.8B)
+    learning_rate_lora = 1e-4  # our choice: usual in diffusers' LoRA scripts
+    defaults = FLOW_DEFAULTS
+    noise_process_class = FlowMatchingProcess
+    patch_size = 2
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, self.pipeline.vae.config.latent_channels)
+
+    @property
+    def default_resolution(self) -> int:
+        """What the pipeline's call draws if no size is given, or the largest image that there are positions for."""
+        return min(CALL_RESOLUTION, self._positions_per_side * self.patch_size * self.vae_scale_factor)
+
+    @property
+    def _positions_per_side(self) -> int:
+        return math.isqrt(self.denoiser.config.pos_embed_max_size)
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        device = self.pipeline.text_encoder.device
+        with no_autocast(device):
+            prompt_embeds, *_ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width)
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        self._check_positions(noisy_latents)
+        dtype = self.denoiser.dtype
+        return denoiser(
+            noisy_latents.to(dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            timestep=timesteps / 1000,  # the transformer's embedding multiplies by the same number
+            return_dict=False,
+        )[0]
+
+    def _check_positions(self, latents: torch.Tensor) -> None:
+        """Refuse images with more tokens along a side than there are positions: the transformer would silently give
+        tokens the positions of others."""
+        side = max(latents.shape[-2:]) // self.patch_size
+        if side > self._positions_per_side:
+            pixels = self._positions_per_side * self.patch_size * self.vae_scale_factor
+            raise ValueError(
+                f"This AuraFlow transformer knows {self._positions_per_side} positions along a side, {pixels} pixels; "
+                f"got latents of {tuple(latents.shape[-2:])}, which need {side}. Train at a smaller resolution."
+            )
