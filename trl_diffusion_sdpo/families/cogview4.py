@@ -1,0 +1,114 @@
+"""CogView4: a transformer conditioned on a GLM language model and on image sizes, over flow matching with a shift that
+grows with the image and that the transformer's own timestep leaves out."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .noise import FlowMatchingProcess
+from .timestep_sampling import TimestepSampling
+
+PATCH_SIZE = 2
+
+
+class CogView4Process(FlowMatchingProcess):
+    """Flow matching in which a timestep is a level *before* the shift, and noise is added at the level after it.
+
+    The pipeline hands its transformer timesteps that are evenly spaced, and its scheduler the same levels shifted by
+    the size of the image; so does the published training. Timesteps here are those of the transformer. What share of
+    noise one stands for is known only with an image's number of tokens.
+
+    Source: `CogView4Pipeline` and diffusers' `train_control_cogview4.py`.
+    """
+
+    def shift_of(self, image_seq_len: int) -> float:
+        """`base_shift`, and `max_shift` times the side of the image in units of `base_image_seq_len`'s side."""
+        return self.shifts[0] + self.shifts[1] * math.sqrt(image_seq_len / self.lengths[0])
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        tokens = math.prod(latents.shape[-2:]) // PATCH_SIZE**2
+        sigmas = self.sigmas(timesteps, tokens).view(-1, *[1] * (latents.ndim - 1))
+        return (1.0 - sigmas) * latents.float() + sigmas * noise.float()
+
+    def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
+        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`, in images of this many tokens.
+
+        Raises:
+            ValueError: If `image_seq_len` is needed and not given.
+        """
+        levels, factor = timesteps.float() / self.num_train_timesteps, self._shift_factor(image_seq_len)
+        return factor * levels / (1.0 + (factor - 1.0) * levels)
+
+    def _timesteps_between(
+        self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
+    ) -> torch.Tensor:
+        first, last = (sampling.share_below(end / self.num_train_timesteps) for end in (low, high))
+        levels = sampling.quantile(first + uniform.float() * (last - first))
+        return (self.num_train_timesteps * levels).clamp(low, high)
+
+
+class CogView4Family(Family):
+    """`CogView4Pipeline`; the control pipeline's transformers, which take the control image too, are refused.
+
+    Prompts of a call are padded on the left to the longest one's tokens, rounded up to 16, and nothing masks the
+    padding. A prompt's embedding therefore depends, as in the pipeline, on the length of the longest prompt beside it;
+    only prompts of one length can be joined row by row.
+    """
+
+    name = "CogView4"
+    pipeline_classes = ("CogView4Pipeline",)
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder")
+    # Our choice, as diffusers' script for CogView4 trains all weights: what its LoRA scripts take of an attention.
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6B)
+    learning_rate_lora = 1e-4  # as diffusers' script for control, over all weights
+    defaults = FLOW_DEFAULTS
+    noise_process_class = CogView4Process
+    patch_size = PATCH_SIZE
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, self.pipeline.vae.config.latent_channels)
+        patch_size = self.denoiser.config.patch_size
+        if patch_size != PATCH_SIZE:
+            raise ValueError(
+                f"A CogView4 transformer makes a token of {PATCH_SIZE} by {PATCH_SIZE} latents, and this one of "
+                f"{patch_size} by {patch_size}. Use a checkpoint of CogView4."
+            )
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        device = self.pipeline.text_encoder.device
+        with no_autocast(device):
+            prompt_embeds, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width)
+
+    def size_conditioning(
+        self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Three tensors of shape `(N, 2)`, float32. Half precision would round sizes."""
+        return {
+            "original_size": original_sizes.float(),
+            "target_size": original_sizes.new_tensor(target_size).expand(len(original_sizes), 2).float(),
+            "crop_coords": crop_top_lefts.float(),
+        }
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        dtype = self.denoiser.dtype
+        return denoiser(
+            hidden_states=noisy_latents.to(dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            timestep=timesteps,
+            original_size=conditioning["original_size"],
+            target_size=conditioning["target_size"],
+            crop_coords=conditioning["crop_coords"],
+            return_dict=False,
+        )[0]
