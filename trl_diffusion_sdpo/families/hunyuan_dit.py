@@ -1,0 +1,111 @@
+"""HunyuanDiT: a transformer conditioned on a bilingual BERT and an mT5 encoder, and in its first versions on image
+sizes and a style, over a DDPM noise process that predicts v."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+from .base import DDPM_DEFAULTS, Family, no_autocast
+from .noise import DDPMProcess
+
+BASE_LATENTS = 512 // 8  # side of the image, in latents, whose grid the rotary positions of all sizes are fitted into
+BERT, MT5 = 0, 1  # as the pipeline counts its text encoders
+
+
+class HunyuanDiTFamily(Family):
+    """`HunyuanDiTPipeline`, versions 1.0 to 1.2. From 1.2 on the transformer takes and ignores sizes and style.
+
+    The pipeline's call draws only the sizes it lists unless it is told `use_resolution_binning=False`, and takes
+    `original_size` for 1024 by 1024 unless told.
+    """
+
+    name = "HunyuanDiT"
+    pipeline_classes = ("HunyuanDiTPipeline",)
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder", "text_encoder_2")
+    # Our choice, as diffusers has no script for it: all attention projections, of the image and to the text.
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    learning_rate_full = 1e-6  # our choice: no number is published for preferences on this model (1.5B)
+    learning_rate_lora = 1e-4  # as HunyuanDiT's own LoRA script
+    defaults = DDPM_DEFAULTS
+    noise_process_class = DDPMProcess
+    patch_size = 2
+
+    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+        """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
+        return {**super().drawing_options(scale), "use_resolution_binning": False}
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        transformer, channels = self.denoiser.config, self.pipeline.vae.config.latent_channels
+        if transformer.in_channels != channels or not transformer.learn_sigma:
+            raise ValueError(
+                f"A HunyuanDiT transformer takes the VAE's {channels} latent channels and answers with twice as many "
+                f"(`learn_sigma`); this one takes {transformer.in_channels} and has `learn_sigma` "
+                f"{transformer.learn_sigma}. Use a text-to-image checkpoint."
+            )
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        embeds, mask = self._encode_with(BERT, self.pipeline.text_encoder, prompts)
+        embeds_2, mask_2 = self._encode_with(MT5, self.pipeline.text_encoder_2, prompts)
+        return {
+            "prompt_embeds": embeds,  # (N, 77, width of BERT)
+            "prompt_attention_mask": mask,  # (N, 77)
+            "prompt_embeds_2": embeds_2,  # (N, 256, width of mT5)
+            "prompt_attention_mask_2": mask_2,  # (N, 256)
+        }
+
+    def _encode_with(
+        self, index: int, text_encoder: torch.nn.Module, prompts: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with no_autocast(text_encoder.device):
+            embeds, _, mask, _ = self.pipeline.encode_prompt(
+                prompts,
+                device=text_encoder.device,
+                dtype=text_encoder.dtype,
+                do_classifier_free_guidance=False,
+                text_encoder_index=index,
+            )
+        return embeds, mask.bool()
+
+    def size_conditioning(
+        self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """`image_meta_size` of shape `(N, 6)`, float32, in the pipeline's order: original size, target size, crop.
+        Half precision would round sizes."""
+        target_sizes = original_sizes.new_tensor(target_size).expand(len(original_sizes), 2)
+        image_meta_size = torch.cat([original_sizes, target_sizes, crop_top_lefts.to(original_sizes)], dim=1)
+        return {"image_meta_size": image_meta_size.float()}
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        dtype = self.denoiser.dtype
+        prediction = denoiser(
+            noisy_latents.to(dtype),
+            timesteps.to(dtype),  # the transformer computes its conditioning in the timesteps' dtype
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            text_embedding_mask=conditioning["prompt_attention_mask"],
+            # The transformer flattens these two by `view`.
+            encoder_hidden_states_t5=conditioning["prompt_embeds_2"].to(dtype).contiguous(),
+            image_meta_size=conditioning["image_meta_size"].contiguous(),
+            text_embedding_mask_t5=conditioning["prompt_attention_mask_2"],
+            style=torch.zeros_like(timesteps, dtype=torch.long),  # the only style there is
+            image_rotary_emb=self._rotary_embedding(noisy_latents),
+            return_dict=False,
+        )[0]
+        return prediction.chunk(2, dim=1)[0]  # (N, 2C, H, W): the learned sigma is not sampled with
+
+    def _rotary_embedding(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of shape `(tokens, width of a head)`."""
+        grid = tuple(side // self.patch_size for side in latents.shape[-2:])
+        region = get_resize_crop_region_for_grid(grid, BASE_LATENTS // self.patch_size)
+        width = self.denoiser.config.attention_head_dim
+        return get_2d_rotary_pos_embed(width, region, grid, device=latents.device, output_type="pt")
