@@ -1,0 +1,143 @@
+"""FLUX.2: a transformer over text and image tokens. Its latents are squares of two by two of the VAE's, normalised by
+the statistics of a batch norm that the VAE carries. The dev model takes guidance as an input, klein does not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+from .base import FLOW_DEFAULTS, Family, no_autocast
+from .noise import FlowMatchingProcess
+
+# As diffusers' LoRA script for klein; that for dev leaves out the single-stream blocks, 48 of its 56. Their `to_out`
+# is a layer, and a list of layers in the other blocks: it can only be named block by block.
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
+LORA_TARGETS += tuple(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48))
+
+
+class Flux2Process(FlowMatchingProcess):
+    """Flow matching under FLUX.2's shift, which depends on the image's tokens and on the number of sampling steps: 50,
+    the default of both pipelines, so that training sees the noise levels that they draw through. Others are near it:
+    at 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for 50 and 1.7 for 100."""
+
+    def shift_of(self, image_seq_len: int) -> float:
+        return compute_empirical_mu(image_seq_len, num_steps=50)
+
+
+class Flux2Family(Family):
+    """`Flux2Pipeline`: FLUX.2 [dev], prompted through Mistral Small and distilled to take the guidance scale as an
+    input. Training fixes it at `guidance_scale`; images are drawn at any scale afterwards."""
+
+    name = "FLUX.2"
+    pipeline_classes = ("Flux2Pipeline",)
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder")
+    lora_target_modules = LORA_TARGETS
+    learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
+    learning_rate_lora = 1e-4  # as diffusers' script
+    defaults = FLOW_DEFAULTS
+    noise_process_class = Flux2Process
+    # As the README of diffusers' script: at 1 the distilled model predicts what it would without guidance, and that is
+    # what the targets are made of.
+    guidance_scale = 1.0
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 * self.pipeline.vae_scale_factor
+
+    @property
+    def default_resolution(self) -> int:
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return encode_with_layers(self.pipeline, prompts)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return normalised_squares(self.pipeline.vae, latents)
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        dtype = self.denoiser.dtype
+        inputs = token_inputs(noisy_latents.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype))
+        guidance = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
+        tokens = denoiser(**inputs, guidance=guidance, return_dict=False)[0]
+        return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
+
+
+class Flux2KleinFamily(Family):
+    """`Flux2KleinPipeline` and folders of its inpainting class: FLUX.2 [klein], prompted through Qwen3.
+
+    Nothing in flow matching keeps the few steps of a distilled checkpoint (`is_distilled`): tune the base one of the
+    same size, whose LoRA fits both, or keep to the timesteps that the few steps visit.
+    """
+
+    name = "FLUX.2 klein"
+    pipeline_classes = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder")
+    lora_target_modules = LORA_TARGETS
+    learning_rate_full = 1e-6  # our choice, as for the larger FLUX models: nothing is published
+    learning_rate_lora = 1e-4  # as diffusers' script
+    defaults = FLOW_DEFAULTS
+    noise_process_class = Flux2Process
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 * self.pipeline.vae_scale_factor
+
+    @property
+    def default_resolution(self) -> int:
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return encode_with_layers(self.pipeline, prompts)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return normalised_squares(self.pipeline.vae, latents)
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        dtype = self.denoiser.dtype
+        inputs = token_inputs(noisy_latents.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype))
+        tokens = denoiser(**inputs, return_dict=False)[0]
+        return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
+
+
+def encode_with_layers(pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    device = pipeline.text_encoder.device
+    with no_autocast(device):
+        prompt_embeds, _ = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1)
+    return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
+
+
+def normalised_squares(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, by the statistics that the batch norm has stored."""
+    mean, variance = (stored.float().view(1, -1, 1, 1) for stored in (vae.bn.running_mean, vae.bn.running_var))
+    squares = torch.nn.functional.pixel_unshuffle(latents, 2)
+    return (squares - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+
+
+def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:
+    """What the transformer reads: latents `(N, 4C, H, W)` as `H * W` tokens, and where every token of them and of the
+    text is: image, row, column and word, each `(tokens, 4)`."""
+    ranges = [torch.arange(length, device=timesteps.device) for length in (1, *noisy_latents.shape[2:])]
+    words = torch.arange(prompt_embeds.shape[1], device=timesteps.device)
+    return {
+        "hidden_states": noisy_latents.flatten(2).transpose(1, 2),
+        "encoder_hidden_states": prompt_embeds,
+        "timestep": timesteps / 1000,
+        "img_ids": torch.cartesian_prod(*ranges, ranges[0]),
+        "txt_ids": torch.cartesian_prod(*ranges[:1] * 3, words),
+    }
