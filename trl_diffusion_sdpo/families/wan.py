@@ -1,0 +1,114 @@
+"""Wan 2.1 and 2.2, text to video: a transformer over latents of clips (five axes), conditioned on a UMT5 text encoder,
+over flow matching. A still image is a clip of one frame."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .noise import FlowMatchingProcess
+
+MAX_SEQUENCE_LENGTH = 512  # tokens that prompts are padded to, as in the pipeline's own call
+
+
+class WanFamily(Family):
+    """`WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
+
+    The two transformers of Wan 2.2 A14B share the timesteps out among them. They are refused together; each can be
+    trained in a pipeline of its own, over its share of the timesteps. Image-to-video transformers are refused.
+    """
+
+    name = "Wan"
+    pipeline_classes = ("WanPipeline",)
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder")
+    # The attention over the clip and that over the text, as finetrainers' examples for Wan: diffusers has no script.
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    # Our choice: half of Stable Diffusion's, because weights of a larger model bear smaller steps.
+    learning_rate_full = 1e-6
+    learning_rate_lora = 1e-4  # our choice, as diffusers' scripts for other transformers
+    defaults = FLOW_DEFAULTS
+    noise_process_class = FlowMatchingProcess
+    patch_size = 2
+    drawn_image = "frames[0][0]"
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return self.pipeline.vae_scale_factor_spatial
+
+    @property
+    def default_resolution(self) -> tuple[int, int]:
+        """The pipeline's own default, which suits every checkpoint; the larger ones also know 720 lines."""
+        return 480, 832
+
+    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+        """The scale, and one frame: an image."""
+        return {**super().drawing_options(scale), "num_frames": 1, "output_type": "pil"}
+
+    def check_pipeline(self) -> None:
+        if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
+            raise ValueError(
+                "A Wan pipeline must have one transformer for all timesteps, and this one shares them out among two "
+                f"(`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train them one by one: load the "
+                "pipeline with `transformer_2=None, boundary_ratio=None`, for the second one also with it as "
+                "`transformer`, and keep `timestep_range` to that one's side of `1000 * boundary_ratio`; the first "
+                "has the upper side."
+            )
+        super().check_pipeline()
+        check_in_channels(self, self.pipeline.vae.config.z_dim)
+        if self.denoiser.config.image_dim is not None:
+            raise ValueError(
+                "A text-to-video transformer takes no image, and this one does (`image_dim` is "
+                f"{self.denoiser.config.image_dim}): it was made to animate images. Use a text-to-video checkpoint."
+            )
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        device = self.pipeline.text_encoder.device
+        with no_autocast(device):
+            prompt_embeds, _ = self.pipeline.encode_prompt(
+                prompts,
+                do_classifier_free_guidance=False,
+                num_videos_per_prompt=1,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                device=device,
+            )
+        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zero after the prompt's end
+
+    def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
+        """Of images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`; `(N, C, 1 + (frames - 1) / 4, H / 8, W / 8)` under
+        the VAE of Wan 2.1.
+
+        Raises:
+            ValueError: If the frames do not fill the latents. The VAE would leave the last ones out.
+        """
+        clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
+        frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
+        if frames % factor != 1:
+            raise ValueError(
+                f"A clip must have 1 frame more than a multiple of {factor}, got {frames}. Cut it to "
+                f"{1 + (frames - 1) // factor * factor}."
+            )
+        return super().vae_latents(clips, generator)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.pipeline.vae.config
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return (latents - mean) / std
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Timesteps are passed by row, also where the pipeline repeats them for every token (`expand_timesteps`): that
+        is only for clips that begin with a given image, and equal timesteps give equal modulations."""
+        dtype = self.denoiser.dtype
+        return denoiser(
+            hidden_states=noisy_latents.to(dtype),
+            timestep=timesteps,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
