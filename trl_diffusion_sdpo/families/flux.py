@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
 from .noise import FlowMatchingProcess
@@ -49,6 +50,11 @@ class FluxFamily(Family):
     # As the README of diffusers' scripts trains dev: at 1 the distilled model predicts what it would without guidance,
     # and that is what the targets are made of.
     guidance_scale = 1.0
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        if not self.denoiser.config.guidance_embeds:
+            self.guidance_scale = None
 
     @property
     def default_resolution(self) -> int:

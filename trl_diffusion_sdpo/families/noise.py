@@ -65,7 +65,7 @@ class NoiseProcess(ABC):
             the draws: 0 gives `low`.
 
         Raises:
-            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, a only timestep is none of the
+            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` names a timestep that is none of the
                 process, or the schedule needs `image_seq_len` and there is none.
         """
         if only is not None:
