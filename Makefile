@@ -2,6 +2,7 @@
 # make test    install, lint, run the tests, build the documentation
 # make bench   what the safeguard costs, and how often a step raises its winners' error: 10 to 20 minutes
 # make test-distributed    the engines under all settings, two processes on the CPU
+# make test-families    every model family trains, in LoRA and in full, under both safeguards
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
-.PHONY: demo test test-distributed bench lint docs clean
+.PHONY: demo test test-distributed test-families bench lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -24,6 +25,9 @@ test: $(VENV)/installed-dev
 
 test-distributed: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/distributed
+
+test-families: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py

@@ -30,6 +30,9 @@ FLOORS = {
 SIDEWAYS = {("trainer/callbacks.py", "evaluation"), ("cli/demo.py", "demo")}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
+FAMILY_LINES = range(50, 151)  # data and a few hooks; more would be a room of its own
+# Of the families' room, what families share.
+SHARED_BY_FAMILIES = {"__init__.py", "base.py", "noise.py", "packing.py", "timestep_sampling.py"}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=IDS)
 
@@ -145,6 +148,13 @@ def test_families_hold_beta_as_data_only(path):
     makers = [call for call in calls(tree) if isinstance(call.func, ast.Name) and call.func.id == "LossDefaults"]
     allowed = {id(part) for node in [*holders, *makers] for part in ast.walk(node)}
     assert not [node.lineno for name, node in identifiers(tree) if name == "beta" and id(node) not in allowed]
+
+
+def test_a_family_is_a_short_file():
+    files = [path for path in FILES if room_of(path) == "families" and path.name not in SHARED_BY_FAMILIES]
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(lengths) > 2
+    assert not {name: length for name, length in lengths.items() if length not in FAMILY_LINES}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "trainer"], ids=lambda p: p.name)

@@ -1,15 +1,20 @@
 """Keeps the documentation true: arguments, losses, metrics, formats, families, defaults, links and code blocks."""
 
+import ast
 import dataclasses
+import importlib.util
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import diffusers
 import peft
 import pytest
 import torch
 import yaml
+from tiny_pipelines import case
 from trl import ModelConfig, ScriptArguments
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, diffusion_preference_loss
@@ -17,7 +22,8 @@ from trl_diffusion_sdpo.cli.demo import make_parser as make_demo_parser
 from trl_diffusion_sdpo.cli.main import COMMANDS
 from trl_diffusion_sdpo.data import FORMATS, detect_format
 from trl_diffusion_sdpo.data.pairs import COUNTS
-from trl_diffusion_sdpo.families import FAMILIES
+from trl_diffusion_sdpo.families import FAMILIES, Family, family_for_class_name
+from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
@@ -169,28 +175,142 @@ def test_the_readme_lists_every_loss():
     assert listed == {name: "yes" if spec.needs_reference else "no" for name, spec in LOSSES.items()}
 
 
-def test_the_family_page_has_the_families_margins():
-    (table,) = tables_with(DOCS / "model_families.md", "`loss_type`")
-    written = {name: row[1:3] for row in table.rows for name in code(row[0])}
-    others = next(row[1:3] for row in table.rows if row[0] == "all others")
+def text_to_image_classes() -> list[str]:
+    """A family's first pipeline class, for every family."""
+    return list(dict.fromkeys(family_for_class_name(name).pipeline_classes[0] for name in FAMILIES))
+
+
+def column_of(class_name: str, header: list[str], tuning: str) -> int:
+    """Where a table by kinds of models has this one's numbers."""
+    if f"`{class_name}`" in header:
+        return header.index(f"`{class_name}`")
+    if "all others" in header:
+        return header.index("all others")
+    is_flow = issubclass(family_for_class_name(class_name).noise_process_class, FlowMatchingProcess)
+    return header.index(f"flow matching, {tuning}" if is_flow else "other DDPM models")
+
+
+def row_of(table: Table, loss_type: str) -> list[str]:
+    others = next(row for row in table.rows if row[0] == "all others")
+    return next((row for row in table.rows if loss_type in code(row[0])), others)
+
+
+@pytest.mark.parametrize("class_name", text_to_image_classes())
+def test_the_family_page_has_the_familys_margins(class_name):
+    (table,) = tables_with(DOCS / "model_families.md", "mu by `loss_type`")
+    family = family_for_class_name(class_name)
     for loss_type in LOSSES:
-        margins = [f.loss_defaults(loss_type).safeguard_mu for f in (StableDiffusionFamily, StableDiffusionXLFamily)]
-        assert [float(mu) for mu in written.get(loss_type, others)] == margins, loss_type
+        written = row_of(table, loss_type)[column_of(class_name, table.header, "")]
+        assert float(written) == family.loss_defaults(loss_type).safeguard_mu, loss_type
 
 
-def test_the_family_page_has_the_families_learning_rates():
-    (table,) = tables_with(DOCS / "model_families.md", "Setting")
-    rates = {row[0]: [float(value) for value in row[1:3]] for row in table.rows if "learning_rate" in row[0]}
-    families = (StableDiffusionFamily, StableDiffusionXLFamily)
-    assert rates == {
-        "`learning_rate`, all weights": [family.learning_rate_full for family in families],
-        "`learning_rate`, LoRA": [family.learning_rate_lora for family in families],
-    }
+@pytest.mark.parametrize("class_name", text_to_image_classes())
+def test_the_family_page_has_the_familys_betas(class_name):
+    (table,) = tables_with(DOCS / "model_families.md", "beta by `loss_type`")
+    family = family_for_class_name(class_name)
+    for loss_type in (name for name, spec in LOSSES.items() if spec.uses_beta):
+        for tuning, full in (("all weights", True), ("LoRA", False)):
+            written = row_of(table, loss_type)[column_of(class_name, table.header, tuning)]
+            assert float(written) == family.loss_defaults(loss_type).beta_for(full=full), (loss_type, tuning)
 
 
-def test_every_pipeline_class_stands_on_the_family_page():
+@pytest.mark.parametrize("class_name", text_to_image_classes())
+def test_the_family_page_has_the_familys_settings(class_name):
+    (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "`learning_rate`, all weights")
+    (row,) = [row for row in table.rows if code(row[0]) == [class_name]]
+    family = family_for_class_name(class_name)
+    assert [float(row[1]), float(row[2])] == [family.learning_rate_full, family.learning_rate_lora]
+    assert code(row[4]) == [family.weighting_scheme]
+    assert row[5] == ("unset" if family.guidance_scale is None else f"{family.guidance_scale}")
+    sides = [int(side) for side in row[3].split(" x ")]
+    assert published_resolution(class_name) == (sides[0] if len(sides) == 1 else tuple(sides))
+
+
+def published_resolution(class_name: str) -> int | tuple[int, int]:
+    """A family's default size, for the first published size of its denoiser."""
+    family_class = family_for_class_name(class_name)
+    published = memory_script().PUBLISHED[class_name][0]
+    parameters = inspect.signature(getattr(diffusers, published.denoiser_class).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    denoiser = SimpleNamespace(config=SimpleNamespace(**{**defaults, **published.settings}))
+    # What the pipelines have: latents of 128 by 128 unless told, 8 pixels a latent, 32 under Sana's autoencoder.
+    factor = 32 if class_name == "SanaPipeline" else 8
+    family = family_class.__new__(family_class)
+    family.pipeline = SimpleNamespace(
+        vae_scale_factor=factor, default_sample_size=128, **{family_class.denoiser_name: denoiser}
+    )
+    return family.default_resolution
+
+
+def memory_script():
+    """`benchmarks/family_memory.py` as a module."""
+    spec = importlib.util.spec_from_file_location("family_memory", ROOT / "benchmarks" / "family_memory.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_familys_defaults_have_a_source():
+    (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "Rate, all weights")
+    named = [name for row in table.rows for name in code(row[0])]
+    assert sorted(named) == sorted(text_to_image_classes())
+    assert all(all(row[1:4]) for row in table.rows)
+
+
+def test_every_pipeline_class_stands_in_the_first_table_of_the_family_page():
+    (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "Parameters")
+    assert [name for row in table.rows for name in code(row[0])] == list(FAMILIES)
+
+
+@pytest.mark.slow
+def test_the_first_table_of_the_family_page_is_what_the_benchmark_prints():
     page = (DOCS / "model_families.md").read_text(encoding="utf-8")
-    assert [name for name in FAMILIES if f"`{name}`" not in page] == []
+    assert [line for line in memory_script().table() if line not in page.splitlines()] == []
+
+
+def test_the_memory_of_a_model_is_counted_as_the_family_page_says():
+    counts = memory_script().Counts(parameters=1000, lora=10, buffers=0)
+    assert counts.lora_bytes == 2 * 1000 + 10 * (4 + 4 + 4 + 4)
+    assert counts.full_bytes == 1000 * (4 + 4 + 4 + 4) + 2 * 1000
+    # A table of positions: in bf16 with the base; in float32 in the policy and in the reference.
+    assert memory_script().Counts(parameters=0, lora=0, buffers=100).lora_bytes == 200
+    assert memory_script().Counts(parameters=0, lora=0, buffers=100).full_bytes == 800
+
+
+def test_the_family_page_says_which_models_every_run_of_the_tests_trains():
+    tests = ast.parse((ROOT / "tests/families/test_family_training.py").read_text(encoding="utf-8"))
+    (in_ci,) = [
+        ast.literal_eval(node.value)
+        for node in tests.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "IN_CI"
+    ]
+    trained = {inspect.signature(case(name).build).return_annotation.__name__ for name in in_ci}
+    in_other_tests = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+    (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "Parameters")
+    tested = {code(row[0])[0]: row[4] for row in table.rows}
+    assert {name for name, how in tested.items() if how == "tiny, `make test`"} == trained | in_other_tests
+    assert set(tested.values()) == {"tiny, `make test`", "tiny, `make test-families`"}
+
+
+def test_the_family_that_is_walked_through_is_quoted_whole():
+    page = (DOCS / "add_a_model_family.md").read_text(encoding="utf-8")
+    walk = page.partition("## The file, line by line")[2].partition("\n## ")[0]
+    quoted = "".join(re.findall(r"^```py\n(.*?)^```$", walk, re.MULTILINE | re.DOTALL))
+    file = (ROOT / "trl_diffusion_sdpo/families/lumina2.py").read_text(encoding="utf-8")
+    assert [line for line in quoted.splitlines() if line] == [line for line in file.splitlines() if line]
+    named = (ROOT / "trl_diffusion_sdpo/families/__init__.py").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^```py\n( *\"lumina2:.*)\n```$", page, re.MULTILINE)
+    assert line in named.splitlines()
+
+
+def test_every_hook_and_every_fact_of_a_family_stands_on_the_page_about_adding_one():
+    page = (DOCS / "add_a_model_family.md").read_text(encoding="utf-8")
+    section = page.partition("## How a family is built")[2]
+    public = {name for name in (*vars(Family), *Family.__annotations__) if not name.startswith("_")}
+    assert {name for name in public if f"`{name}`" not in section} == {
+        "denoiser",
+        "loss_defaults",
+    }  # not to be written
 
 
 def test_every_metric_of_a_step_stands_in_the_metrics_table():

@@ -27,7 +27,10 @@ PUBLISHED = {
     "sdxl_dmpo": ("dmpo", 2.05e-6, "adafactor", 6000, 0.01, 0.6),
     "sdxl_dspo": ("dspo_sdxl", 2.05e-6, "adafactor", 5000, None, 0.6),
 }
+STARTING_POINTS = {f"{base}_lora_small_gpu" for base in ("sd15", "sdxl", "sd35", "flux")}
 BASES = {
+    "sd35": ("stabilityai/stable-diffusion-3.5-medium", 1024),
+    "flux": ("black-forest-labs/FLUX.1-dev", 512),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
 }
@@ -132,7 +135,7 @@ def test_every_configuration_is_parsed_and_explains_itself(path, tmp_path):
 
 
 def test_no_published_row_is_missing():
-    assert {path.stem for path in CONFIGS} - set(PUBLISHED) == {"sd15_lora_small_gpu", "sdxl_lora_small_gpu"}
+    assert {path.stem for path in CONFIGS} - set(PUBLISHED) == STARTING_POINTS
     assert all(isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict) for path in CONFIGS)
 
 

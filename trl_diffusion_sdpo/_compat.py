@@ -21,6 +21,7 @@ __all__ = [
     "keeps_zero_gradients",
     "loads_lora",
     "zero_gradients",
+    "zero3_adam_state",
     "zero_weights",
 ]
 
@@ -70,3 +71,14 @@ def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
 def zero_weights(optimizer: Any) -> list[torch.Tensor]:
     """This process's shard of the float32 weights, flat, for each group of parameters."""
     return optimizer.single_partition_of_fp32_groups
+
+
+def zero3_adam_state(optimizer: Any, weight: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """This process's part of the base optimizer's state of a ZeRO-3 weight, and the weight's group of settings.
+
+    Can go when `deepspeed.utils` also tells a weight's step and group.
+    """
+    sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(weight)]
+    state = optimizer.optimizer.state[optimizer.fp32_partitioned_groups_flat[sub_group]]
+    own = {name: value.narrow(0, offset, length) if value.dim() else value for name, value in state.items()}
+    return own, optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]

@@ -91,7 +91,14 @@ def test_the_sdxl_lora_example_writes_a_lora(run_example, sdxl_folder):
     assert all(name.startswith("unet.") for name in load_file(output / LORA))
 
 
-@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora"])
+@pytest.mark.parametrize(("name", "family"), [("sd3_lora", "stable_diffusion_3"), ("flux_lora", "flux")])
+def test_the_examples_of_transformers_write_a_lora(run_example, family_folder, name, family):
+    output = run_example(name, family_folder(family))
+    assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert all(weight.startswith("transformer.") for weight in load_file(output / LORA))
+
+
+@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])
 def test_an_example_fits_on_a_page(name):
     assert len((SCRIPTS / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 100
 

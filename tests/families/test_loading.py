@@ -4,11 +4,24 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DModel
+from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import FAMILIES, family_for_class_name, find_family, load_pipeline
+
+# Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
+OTHER_CLASSES = {
+    "flux": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    "flux2_klein": ("Flux2KleinInpaintPipeline",),
+    "qwen_image": ("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    "stable_diffusion": ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "stable_diffusion_3": ("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    "z_image": ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+}
+OLDER_NAME = "Lumina2Text2ImgPipeline"
 
 
 @pytest.fixture
@@ -63,6 +76,78 @@ def test_image_to_image_folder_loads_as_the_text_to_image_pipeline(copied_folder
     assert type(load_pipeline(copied_folder)) is StableDiffusionPipeline
 
 
+@pytest.mark.parametrize(
+    ("name", "class_name"), [(name, other) for name, others in OTHER_CLASSES.items() for other in others]
+)
+def test_folders_of_other_classes_of_a_model_load_as_text_to_image(name, class_name, tmp_path):
+    pipeline = case(name).build()
+    getattr(diffusers, class_name).from_pipe(pipeline).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == class_name
+    loaded = load_pipeline(tmp_path)
+    assert type(loaded) is type(pipeline)
+    assert type(find_family(loaded)) is type(find_family(pipeline))
+
+
+def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
+    pipeline = case("lumina2").build()
+    pipeline.save_pretrained(tmp_path)
+    rewrite_class(tmp_path, OLDER_NAME)  # as published; diffusers no longer exports it
+    assert type(load_pipeline(tmp_path)) is type(pipeline)
+
+
+def test_every_class_that_is_no_text_to_image_one_is_tried_here():
+    text_to_image = {family_for_class_name(name).pipeline_classes[0] for name in FAMILIES}
+    tried = {other for others in OTHER_CLASSES.values() for other in others}
+    assert FAMILIES.keys() - text_to_image == tried | {OLDER_NAME}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("aura_flow", {"in_channels": 8}, "takes 4 input channels, the latents of its VAE, and this one takes 8"),
+        ("cogview4", {"in_channels": 32}, "takes 16 input channels, .* and this one takes 32"),
+        ("cogview4", {"patch_size": 4}, "a token of 2 by 2 latents, and this one of 4 by 4"),
+        ("flux", {"in_channels": 96}, "takes 16 input channels, .* and this one takes 96: it was made for inpainting"),
+        ("hunyuan_dit", {"learn_sigma": False}, "has `learn_sigma` False. Use a text-to-image checkpoint"),
+        ("hunyuan_dit", {"in_channels": 8}, "takes the VAE's 4 latent channels .* this one takes 8"),
+        ("pixart_sigma", {"use_additional_conditions": True}, "takes no image sizes .* Load it as PixArtAlpha"),
+        ("qwen_image", {"in_channels": 32}, "takes 16 input channels, .* and this one takes 32"),
+        ("qwen_image", {"guidance_embeds": True}, "this one has guidance_embeds: it was made for editing"),
+        ("sana", {"guidance_embeds": True}, "it is Sana-Sprint's, distilled with another objective"),
+        ("stable_diffusion_3", {"in_channels": 33}, "takes 16 input channels, .* and this one takes 33"),
+        ("wan", {"in_channels": 36}, "takes 16 input channels, .* and this one takes 36"),
+        ("wan", {"image_dim": 32}, "takes no image, and this one does .`image_dim` is 32.: it was made to animate"),
+        ("z_image", {"siglip_feat_dim": 16}, "takes no image features, and this one does .* it is Omni's"),
+    ],
+)
+def test_transformers_made_for_something_else_are_refused(name, changed, message):
+    pipeline = case(name).build()
+    config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
+    pipeline.register_modules(transformer=type(pipeline.transformer)(**{**config, **changed}))
+    with pytest.raises(ValueError, match=message):
+        find_family(pipeline)
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["second transformer", "boundary alone"])
+def test_wan_with_two_transformers_is_refused_and_each_alone_is_not(second):
+    pipeline = case("wan").build()
+    pipeline.register_to_config(boundary_ratio=0.875)
+    if second:
+        pipeline.register_modules(transformer_2=case("wan").build().transformer)
+    with pytest.raises(ValueError, match=r"`boundary_ratio` is 0.875\). Train them one by one"):
+        find_family(pipeline)
+    pipeline.register_to_config(boundary_ratio=None)
+    pipeline.register_modules(transformer_2=None)
+    assert find_family(pipeline).name == "Wan"
+
+
+def test_an_image_with_more_tokens_than_aura_flow_has_positions_is_refused():
+    family = find_family(case("aura_flow").build())
+    family.check_image_size(32, 32)
+    with pytest.raises(ValueError, match="knows 8 positions along a side, 32 pixels; got images of 32 by 36"):
+        family.check_image_size(32, 36)
+
+
 def test_inpainting_unet_is_refused_when_loading(make_sd_pipeline, tmp_path):
     make_sd_pipeline(in_channels=9).save_pretrained(tmp_path)
     rewrite_class(tmp_path, "StableDiffusionInpaintPipeline")
@@ -74,8 +159,9 @@ def test_unsupported_class_is_refused_before_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SomeOtherPipeline"}))
     with pytest.raises(ValueError) as raised:
         load_pipeline(tmp_path)
-    assert "SomeOtherPipeline" in str(raised.value)
+    assert "got SomeOtherPipeline" in str(raised.value)
     assert all(name in str(raised.value) for name in FAMILIES)
+    assert "docs/add_a_model_family.md" in str(raised.value)
 
 
 def test_unsupported_loaded_pipeline_is_refused_with_the_supported_classes():

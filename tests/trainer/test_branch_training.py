@@ -292,7 +292,7 @@ def test_smpo_sends_back_as_winner_what_its_scores_rank_first(make_trainer, sd_f
 
 def _in_order(batch, in_order):
     conditioning = {name: in_order(value) for name, value in batch.conditioning.items()}
-    return type(batch)(in_order(batch.noisy), in_order(batch.target), batch.timesteps, conditioning)
+    return type(batch)(in_order(batch.noisy), in_order(batch.target), batch.timesteps, conditioning, batch.levels)
 
 
 def test_diagnostics_predict_a_small_step_and_measure_it(make_trainer, sd_folder):

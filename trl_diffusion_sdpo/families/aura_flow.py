@@ -54,6 +54,16 @@ class AuraFlowFamily(Family):
     def _positions_per_side(self) -> int:
         return math.isqrt(self.denoiser.config.pos_embed_max_size)
 
+    def check_image_size(self, height: int, width: int) -> None:
+        """Refuse images with more tokens along a side than there are positions: the transformer would silently give
+        tokens the positions of others."""
+        known = self._positions_per_side * self.patch_size * self.vae_scale_factor
+        if max(height, width) > known:
+            raise ValueError(
+                f"This AuraFlow transformer knows {self._positions_per_side} positions along a side, {known} pixels; "
+                f"got images of {height} by {width}. Train at a smaller `resolution`."
+            )
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         device = self.pipeline.text_encoder.device
         with no_autocast(device):
@@ -67,7 +77,6 @@ class AuraFlowFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        self._check_positions(noisy_latents)
         dtype = self.denoiser.dtype
         return denoiser(
             noisy_latents.to(dtype),
@@ -75,14 +84,3 @@ class AuraFlowFamily(Family):
             timestep=timesteps / 1000,  # the transformer's embedding multiplies by the same number
             return_dict=False,
         )[0]
-
-    def _check_positions(self, latents: torch.Tensor) -> None:
-        """Refuse images with more tokens along a side than there are positions: the transformer would silently give
-        tokens the positions of others."""
-        side = max(latents.shape[-2:]) // self.patch_size
-        if side > self._positions_per_side:
-            pixels = self._positions_per_side * self.patch_size * self.vae_scale_factor
-            raise ValueError(
-                f"This AuraFlow transformer knows {self._positions_per_side} positions along a side, {pixels} pixels; "
-                f"got latents of {tuple(latents.shape[-2:])}, which need {side}. Train at a smaller resolution."
-            )

@@ -137,6 +137,14 @@ class Family(ABC):
         """
         return {} if scale is None else {"guidance_scale": scale}
 
+    def check_image_size(self, height: int, width: int) -> None:
+        """Refuse training images of a size, in pixels, that the denoiser cannot tell its way about in.
+
+        Raises:
+            ValueError: From families whose denoisers know a limited number of positions.
+        """
+        return None
+
     def check_pipeline(self) -> None:
         """Refuse a pipeline of the right class that can't be trained as this family.
 

@@ -65,8 +65,8 @@ class NoiseProcess(ABC):
             the draws: 0 gives `low`.
 
         Raises:
-            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` names a timestep that is none of the
-                process, or the schedule needs `image_seq_len` and there is none.
+            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` names what
+                is no timestep of the process, or the schedule needs `image_seq_len` and there is none.
         """
         if only is not None:
             index = (uniform * len(only)).long().clamp(max=len(only) - 1)
@@ -173,6 +173,28 @@ class NoiseProcess(ABC):
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the denoiser should predict from `add_noise` of the same arguments, float32, shape `(N, ...)`."""
+
+    def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
+        """Share of noise at the timesteps, `s = 1 / (1 + sqrt(snr))`: sigma of flow matching, and under DDPM the sigma
+        of the flow with the same ratio of signal to noise. It means the same for every schedule.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(N,)`): As `timesteps` gives them.
+            image_seq_len (`int`, *optional*): As for `timesteps`.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float32 in `[0, 1]`, increasing in the timesteps.
+        """
+        return 1.0 / (1.0 + self.snr(timesteps).sqrt())
+
+    def timesteps_within(
+        self, low: float, high: float, image_seq_len: int | None = None
+    ) -> tuple[float, float] | None:
+        """Lowest and highest timestep whose noise level lies in `[low, high]`; `None` if there is none."""
+        every = torch.arange(self.num_train_timesteps).to(self.timestep_dtype)
+        levels = self.noise_level(every, image_seq_len)
+        within = every[(levels >= low) & (levels <= high)].tolist()
+        return (within[0], within[-1]) if within else None
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -312,6 +334,9 @@ class FlowMatchingProcess(NoiseProcess):
         """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`; `image_seq_len` is for models whose timesteps
         are those before the shift."""
         return timesteps.float() / self.num_train_timesteps
+
+    def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
+        return self.sigmas(timesteps, image_seq_len)
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         sigmas = self.sigmas(timesteps)

@@ -12,6 +12,7 @@ from .preference import LOSSES, LossSpec, check_knobs, loss_spec
 from .safeguard import (
     ANCHORS,
     GRANULARITIES,
+    adamw_scale,
     loser_scale,
     output_scale,
     parameter_scale,
@@ -27,6 +28,7 @@ __all__ = [
     "DiffusionPreferenceLoss",
     "LossSpec",
     "PairTerms",
+    "adamw_scale",
     "check_knobs",
     "check_safeguard",
     "diffusion_preference_loss",

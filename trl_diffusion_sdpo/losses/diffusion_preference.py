@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .metrics import pair_metrics, pair_rewards, safeguard_metrics
+from .metrics import pair_metrics, pair_rewards, plain_errors, safeguard_metrics
 from .pair_terms import PairTerms, pair_terms
 from .preference import LossSpec, check_knobs, loss_spec, pair_losses, past_target
 from .safeguard import GRANULARITIES, output_cosine, output_scale, scale_gradient
@@ -20,10 +20,12 @@ class DiffusionPreferenceLoss:
 
     Args:
         loss (`torch.Tensor` of shape `()`): To be back-propagated; its gradient is the safeguarded one.
-        scale (`torch.Tensor` of shape `()`, or `(B,)` with `safeguard_granularity="pair"`): Lambda, detached.
+        scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"bucket"`): Lambda, detached.
         metrics (`dict[str, torch.Tensor]`): Detached scalars.
         pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, before weights.
         pair_rewards (`torch.Tensor` of shape `(B, 2)`): Detached rewards of winner and loser.
+        pair_errors (`torch.Tensor` of shape `(B, 2)` or `(B, 4)`): Detached plain errors of winner and loser, and with
+            a reference its errors of both.
     """
 
     loss: torch.Tensor
@@ -31,6 +33,7 @@ class DiffusionPreferenceLoss:
     metrics: dict[str, torch.Tensor]
     pair_losses: torch.Tensor
     pair_rewards: torch.Tensor
+    pair_errors: torch.Tensor
 
 
 def diffusion_preference_loss(
@@ -46,6 +49,9 @@ def diffusion_preference_loss(
     safeguard_eps: float = 0.0,
     pair_weights: torch.Tensor | None = None,
     timestep_weights: torch.Tensor | None = None,
+    loser_weights: torch.Tensor | None = None,
+    buckets: torch.Tensor | None = None,
+    n_buckets: int = 1,
     scores: torch.Tensor | None = None,
     **knobs: float,
 ) -> DiffusionPreferenceLoss:
@@ -63,12 +69,16 @@ def diffusion_preference_loss(
         safeguard (`str`, *optional*, defaults to `"output"`): `"output"` scales the loser's gradient by lambda,
             measured from the residuals; `"none"` is the plain loss.
         safeguard_mu (`float`, *optional*, defaults to 0.9): Margin in `[0, 1]`; larger is stricter.
-        safeguard_granularity (`str`, *optional*, defaults to `"batch"`): `"batch"` (the authors' rule), `"pair"` or
-            `"weighted"`.
+        safeguard_granularity (`str`, *optional*, defaults to `"batch"`): `"batch"` (the authors' rule), `"pair"`,
+            `"weighted"` or `"bucket"`.
         safeguard_eps (`float`, *optional*, defaults to 0): Added to the dot product of the output gradients of the
             mean errors, which carry the factor `2 / N`. The authors' code has 1e-9.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' losses before the mean.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' errors, as min-SNR does.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`: multiply the losers' gradients, besides
+            lambda; values stay as they are. A pair of weight 0 trains its winner only.
+        buckets (`torch.Tensor` of shape `(B,)`, int64, *optional*): Each pair's bucket, for `"bucket"`.
+        n_buckets (`int`, *optional*, defaults to 1): How many buckets there are.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first; read by `smpo`.
         knobs (`float`): The loss's own settings, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
@@ -89,11 +99,10 @@ def diffusion_preference_loss(
     ```
     """
     spec = loss_spec(loss_type)
-    check_knobs(loss_type, beta, knobs)
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
-    _check_at_output(safeguard)
-    _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores)
-    _check_weights(len(model_pred) // 2, pair_weights=pair_weights, timestep_weights=timestep_weights)
+    _check_at_output(safeguard, safeguard_granularity, buckets)
+    _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores, knobs)
+    _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, buckets)
     if spec.needs_scores:
         order = order_by_scores(scores).to(model_pred.device)
         scores = scores.to(model_pred.device)[order]
@@ -110,28 +119,26 @@ def diffusion_preference_loss(
         """`dL/d prediction` of winner and loser, by a tiny autograd that ends at the predictions."""
         with torch.enable_grad():
             leaf = model_pred.detach().float().requires_grad_()
-            return torch.autograd.grad(reduced(terms_of(leaf))[1], leaf)[0].chunk(2)
+            seen = leaf if loser_weights is None else _scale_loser(leaf, loser_weights)
+            return torch.autograd.grad(reduced(terms_of(seen))[1], leaf)[0].chunk(2)
 
     residuals = (model_pred.detach().float() - target.float()).chunk(2)
     scale = torch.ones((), device=model_pred.device)
     if safeguarded := safeguard == "output" and spec.uses_loser:
-        scale = output_scale(
-            *residuals,
-            mu=safeguard_mu,
-            granularity=safeguard_granularity,
-            eps=safeguard_eps,
-            branch_gradients=branch_gradients,
-            equal_weights=spec.equal_weights,
-            positive_weights=spec.positive_weights,
-        )
-    terms = terms_of(_scale_loser(model_pred, scale) if safeguarded else model_pred)
+        rule = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
+        rule |= {"equal_weights": spec.equal_weights, "positive_weights": spec.positive_weights}
+        parts = {"loser_weights": loser_weights, "buckets": buckets, "n_buckets": n_buckets}
+        scale = output_scale(*residuals, branch_gradients=branch_gradients, **rule, **parts)
+    acting = scale if loser_weights is None else scale * loser_weights.to(scale)
+    scaled = spec.uses_loser and (safeguarded or loser_weights is not None)
+    terms = terms_of(_scale_loser(model_pred, acting) if scaled else model_pred)
     losses, loss = reduced(terms)
     metrics = pair_metrics(terms, beta=beta if spec.uses_beta else None)
     if spec.uses_loser:
         past = past_target(terms, loss_type, beta=beta, **knobs)
-        metrics |= safeguard_metrics(scale, output_cosine(*residuals), past)
-    rewards = pair_rewards(terms, beta=beta if spec.uses_beta else 1.0)
-    return DiffusionPreferenceLoss(loss, scale, metrics, losses.detach(), torch.stack(rewards, 1))
+        metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
+    rewards = torch.stack(pair_rewards(terms, beta=beta if spec.uses_beta else 1.0), 1)
+    return DiffusionPreferenceLoss(loss, scale, metrics, losses.detach(), rewards, torch.stack(plain_errors(terms), 1))
 
 
 def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> None:
@@ -146,7 +153,9 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
         raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. The authors' code has 1e-9; 0 is exact.")
 
 
-def _check_at_output(safeguard: str) -> None:
+def _check_at_output(safeguard: str, granularity: str, buckets: torch.Tensor | None) -> None:
+    if safeguard == "output" and granularity == "bucket" and buckets is None:
+        raise ValueError("`safeguard_granularity='bucket'` needs `buckets`, one a pair, and `n_buckets`; got None.")
     if safeguard == "parameter":
         raise ValueError(
             "`safeguard='parameter'` needs the model's gradients, which one loss does not have. Use the trainer, or "
@@ -154,8 +163,9 @@ def _check_at_output(safeguard: str) -> None:
         )
 
 
-def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta, scores) -> None:
-    """Raise `ValueError` where the tensors do not fit each other or the loss."""
+def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta, scores, knobs) -> None:
+    """Raise `ValueError` where the settings do not fit the loss, or the tensors each other or the loss."""
+    check_knobs(loss_type, beta, knobs)
     if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
         raise ValueError(
             "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
@@ -172,8 +182,9 @@ def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta,
         raise ValueError(f"The loss {loss_type!r} needs `scores` of shape ({len(model_pred)},), got {got}.")
 
 
-def _check_weights(pairs: int, **weights: torch.Tensor | None) -> None:
-    for name, given in weights.items():
+def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
+    names = ("pair_weights", "timestep_weights", "loser_weights", "buckets")
+    for name, given in zip(names, weights, strict=True):
         if given is not None and given.shape != (pairs,):
             raise ValueError(f"`{name}` must have shape ({pairs},), one a pair, got {tuple(given.shape)}.")
 

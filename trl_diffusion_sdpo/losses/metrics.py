@@ -40,7 +40,10 @@ def pair_rewards(terms: PairTerms, *, beta: float) -> tuple[torch.Tensor, torch.
 
 
 def safeguard_metrics(
-    scale: torch.Tensor, cosine: torch.Tensor | None = None, past: torch.Tensor | None = None
+    scale: torch.Tensor,
+    cosine: torch.Tensor | None = None,
+    past: torch.Tensor | None = None,
+    loser_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """What the safeguard did, detached scalars.
 
@@ -48,17 +51,29 @@ def safeguard_metrics(
         scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda.
         cosine (`torch.Tensor` of shape `()`, *optional*): Of the two branches' gradients where they were measured.
         past (`torch.Tensor` of shape `(B,)`, *optional*): Pairs past the finite target of their loss.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): What the losers' gradients are multiplied by
+            besides lambda.
 
     Returns:
         `dict[str, torch.Tensor]`: `safeguard/scale`, `safeguard/active` (share of lambdas below 1), and where given
-        `safeguard/cosine` and `safeguard/past_target` (share of pairs whose loss pushes the winner's error up).
+        `safeguard/cosine`, `safeguard/past_target` (share of pairs whose loss pushes the winner's error up) and
+        `safeguard/loser_weight` (mean).
     """
     metrics = {"safeguard/scale": scale.mean(), "safeguard/active": (scale < 1).float().mean()}
     if cosine is not None:
         metrics["safeguard/cosine"] = cosine
     if past is not None:
         metrics["safeguard/past_target"] = past.float().mean()
+    if loser_weights is not None:
+        metrics["safeguard/loser_weight"] = loser_weights.float().mean()
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def plain_errors(terms: PairTerms) -> list[torch.Tensor]:
+    """Detached errors of winner and loser, and of the reference's where there is one; each `(B,)`, without timestep
+    weights."""
+    errors = [terms.winner_error, terms.loser_error, terms.ref_winner_error, terms.ref_loser_error]
+    return [_plain(error, terms).detach() for error in errors if error is not None]
 
 
 def _plain(errors: torch.Tensor, terms: PairTerms) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-GRANULARITIES = ("batch", "pair", "weighted")
+GRANULARITIES = ("batch", "pair", "weighted", "bucket")
 ANCHORS = ("branch", "error")
 
 
@@ -72,6 +72,26 @@ def parameter_scale(
     return scale, metrics
 
 
+def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
+    r"""Largest lambda under which AdamW's own step does not raise the winner's error, to first order.
+
+    The step lowers the error by `H + A - lambda B`, where `H` is what momentum and weight decay do, `A` and `B` what
+    comes of the winner's and the loser's gradient through the preconditioner. Asking for at least `mu A` bounds lambda
+    by `(H + (1 - mu) A) / B` where `B` is positive.
+
+    Args:
+        products (`torch.Tensor` of shape `(3,)`): `H`, `A` and `B`, over all trained weights and processes.
+        mu (`float`): Margin in `[0, 1]`.
+
+    Returns:
+        `torch.Tensor` of shape `()`: Scale in `[0, 1]`, detached; 0 where history alone undoes the winner's descent.
+    """
+    history, winner, loser = products.detach()
+    aligned = loser > 0
+    bound = (history + (1 - mu) * winner) / torch.where(aligned, loser, torch.ones_like(loser))
+    return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
+
+
 def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
     """Gradient of a batch's mean winner error at the model's output, `2/N r` with `N` elements; detached."""
     return 2 / winner_residual.numel() * winner_residual.detach().float()
@@ -125,6 +145,9 @@ def output_scale(
     branch_gradients: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     equal_weights: bool,
     positive_weights: bool,
+    loser_weights: torch.Tensor | None = None,
+    buckets: torch.Tensor | None = None,
+    n_buckets: int = 1,
 ) -> torch.Tensor:
     """Lambda measured at the model's output.
 
@@ -132,23 +155,36 @@ def output_scale(
         winner_residual, loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target`.
         mu (`float`): Margin in `[0, 1]`.
         granularity (`str`): `"batch"`, one lambda from the summed plain residuals, the authors' rule; `"pair"`, one
-            lambda a pair; `"weighted"`, one lambda from the sums under the pairs' true weights.
+            lambda a pair; `"weighted"`, one lambda from the sums under the pairs' true weights; `"bucket"`, the rule of
+            `"batch"` within each bucket.
         eps (`float`): Added to the dot product.
         branch_gradients (`Callable`): Gives `dL/d prediction` of both branches; called only where it is needed.
         equal_weights (`bool`): Whether `"batch"` uses the plain residuals, as the authors do for Diffusion-DPO, DSPO
             and DMPO.
         positive_weights (`bool`): Whether a pair's loss weighs both errors alike and positively, so that `"pair"` can
             use the plain residuals.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`, what each loser's gradient is
+            multiplied by besides. Pairs of weight 0 have no loser to be measured against: they are left out.
+        buckets (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bucket of each pair, in `[0, n_buckets)`.
+        n_buckets (`int`): How many there are.
 
     Returns:
-        `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"`.
+        `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"bucket"`.
     """
-    plain = {"batch": equal_weights, "pair": positive_weights, "weighted": False}[granularity]
+    plain = {"batch": equal_weights, "pair": positive_weights, "weighted": False, "bucket": equal_weights}[granularity]
     gradients = None if plain else branch_gradients()
     winner_gain, dot = output_products(winner_residual, loser_residual, gradients)
+    if loser_weights is not None:
+        winner_gain = winner_gain * (loser_weights > 0)
+        if plain:  # the gradients of the loss have them in them
+            dot = dot * loser_weights
     if granularity == "pair":
         # Each pair's own mean errors, so that `eps` weighs alike however pairs are batched.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
+    elif granularity == "bucket":
+        sums = torch.zeros(2, n_buckets, device=dot.device, dtype=dot.dtype)
+        sums = sums.index_add(1, buckets, torch.stack([winner_gain, dot]))
+        return loser_scale(sums[0], sums[1], mu, eps)[buckets]  # one a bucket -> one a pair
     else:
         winner_gain, dot = winner_gain.sum(), dot.sum()
     return loser_scale(winner_gain, dot, mu, eps)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,16 +20,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from .._compat import keeps_zero_gradients, zero_gradients, zero_weights
+from .._compat import keeps_zero_gradients, zero3_adam_state, zero_gradients, zero_weights
 from ..losses import parameter_scale
+from .adamw_metric import AdamWMetric, AdamWState
+from .gradients import Gradient, add, inner_products, subtract_scaled
+from .sharding import local
 
 WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
-CHUNK = 1 << 22  # elements that are in float64 at once, for each branch: few kernels on an accelerator,
-CPU_CHUNK = 1 << 16  # and on the CPU what its cache holds
 REDUCE_BUCKET = 1 << 25  # elements that one all-reduce takes
-
-Gradient = list[torch.Tensor | None]
 
 
 class BranchBackward:
@@ -41,12 +39,14 @@ class BranchBackward:
         mu (`float`): Margin in `[0, 1]`.
         anchor (`str`): `"branch"` or `"error"`, what lambda protects, as
             [`~trl_diffusion_sdpo.losses.parameter_scale`] has it.
+        adamw ([`AdamWMetric`], *optional*): Bounds lambda by AdamW's own step as well.
     """
 
-    def __init__(self, engine: GradientEngine, *, mu: float, anchor: str):
+    def __init__(self, engine: GradientEngine, *, mu: float, anchor: str, adamw: AdamWMetric | None = None):
         self.engine = engine
         self.mu = mu
         self.anchor = anchor
+        self.adamw = adamw
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
@@ -80,11 +80,21 @@ class BranchBackward:
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
         products = self.engine.total(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
+        if self.adamw is not None:
+            scale = metrics["safeguard/scale"] = self._bounded_by_adamw(ordered, products, scale)
         finite = products.isfinite().all()
         # Where only the anchor is not finite, the step is still not to be taken: the gradient says so.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.engine.put(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
+
+    def _bounded_by_adamw(self, ordered: list[Gradient], products: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        parts = [[None if part is None else local(part) for part in gradient] for gradient in ordered]
+        states = self.engine.adam_states(self.adamw.optimizer)
+        clip = self.adamw.clip(products, scale, self.engine.loss_scale)
+        anchored = -1 if self.anchor == "error" else 0
+        sums = self.adamw.products(states, self.engine.weights(), parts, anchored, scale, clip)
+        return self.adamw.bound(self.engine.total(sums), scale, self.mu)
 
 
 class GradientEngine(ABC):
@@ -123,6 +133,10 @@ class GradientEngine(ABC):
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
         """The float32 weights, or shards of them, that a gradient belongs to, in its order."""
+
+    @abstractmethod
+    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
+        """AdamW's state of the weights, or shards, in a gradient's order; `optimizer` is the one without wrappers."""
 
     @property
     def loss_scale(self) -> float:
@@ -170,6 +184,10 @@ class ReplicatedGradients(GradientEngine):
 
     def weights(self) -> list[torch.Tensor]:
         return [weight.detach() for weight in self._weights]
+
+    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
+        groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+        return [AdamWState.of(optimizer.state[weight], groups[id(weight)]) for weight in self._weights]
 
     @property
     def loss_scale(self) -> float:
@@ -262,6 +280,13 @@ class Zero12Gradients(ZeroGradients):
             shards += flat.detach()[: sum(sizes)].split(sizes)
         return shards
 
+    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
+        states = []
+        for index, flat in enumerate(zero_weights(self._engine.optimizer)):
+            state, sizes = AdamWState.of(optimizer.state[flat], optimizer.param_groups[index]), self._sizes[index]
+            states += state.split(sizes)
+        return states
+
 
 class Zero3Gradients(ZeroGradients):
     """ZeRO-3: a shard of each parameter."""
@@ -289,6 +314,9 @@ class Zero3Gradients(ZeroGradients):
         from deepspeed.utils import safe_get_local_fp32_param
 
         return [safe_get_local_fp32_param(weight) for weight in self._weights]
+
+    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
+        return [AdamWState.of(*zero3_adam_state(self._engine.optimizer, weight)) for weight in self._weights]
 
 
 def gradient_engine(model: nn.Module, accelerator: Accelerator) -> GradientEngine:
@@ -347,59 +375,6 @@ def _deepspeed_gradients(engine: Any) -> GradientEngine:
     return Zero12Gradients(engine)
 
 
-def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
-    """The sum of two gradients, in place of the first."""
-    for total, part in zip(into, gradient, strict=True):
-        total.add_(part)
-    return into
-
-
-def inner_products(gradients: list[Gradient]) -> torch.Tensor:
-    """All inner products of a few gradients, in float64: `(n, n)` for `n` of them, of this process's parts."""
-    first = next(part for part in gradients[0] if part is not None)
-    # Apple's GPUs have no float64.
-    dtype = torch.float32 if first.device.type == "mps" else torch.float64
-    products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
-    for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
-        rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
-        # A product of two such long and thin matrices would be slower, and need them stacked.
-        for i, row in enumerate(rows):
-            for j in range(i, len(rows)):
-                products[i, j] += row @ rows[j]
-    return products.triu() + products.triu(1).T
-
-
-def _chunks(gradients: list[Gradient], limit: int):
-    """The gradients' elements side by side, at most `limit` at a time; a missing part counts as zeros."""
-    pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
-    size = 0
-    for parts in zip(*gradients, strict=True):
-        flats = [None if part is None else local(part).flatten() for part in parts]
-        present = next((flat for flat in flats if flat is not None), None)
-        if present is None:
-            continue
-        flats = [torch.zeros_like(present) if flat is None else flat for flat in flats]
-        for cut in zip(*(flat.split(limit) for flat in flats), strict=True):
-            if size and size + len(cut[0]) > limit:
-                yield pieces
-                pieces, size = [[] for _ in gradients], 0
-            for row, piece in zip(pieces, cut, strict=True):
-                row.append(piece)
-            size += len(cut[0])
-    if size:
-        yield pieces
-
-
-def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
-    """`W - lambda L` in place of `W`."""
-    for i, (w, part) in enumerate(zip(winner, loser, strict=True)):
-        if part is None:
-            continue
-        if w is None:
-            winner[i] = w = torch.zeros_like(part)
-        local(w).addcmul_(local(part), scale.to(w.dtype), value=-1)
-
-
 def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
     """Average tensors over all processes, in place, some at a time as one message."""
     world = dist.get_world_size()
@@ -421,10 +396,3 @@ def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
     """The sum of a small tensor over all processes."""
     dist.all_reduce(products)
     return products
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds; all of one that is not distributed."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,9 +11,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..losses import DiffusionPreferenceLoss, order_by_scores, winner_error_gradient
-from .branch_backward import ANCHOR, LOSER, WINNER, BranchBackward, Gradient, gradient_engine, inner_products, local
+from .adamw_metric import AdamWMetric, plain_optimizer
+from .branch_backward import ANCHOR, LOSER, WINNER, BranchBackward, gradient_engine
+from .gradients import Gradient, inner_products
 from .noisy_batch import NoisyBatch
 from .setting_checks import refuse_dropout
+from .sharding import local
 
 # Measured on the joint prediction; with the parameter-space safeguard these names mean its own lambda.
 OUTPUT_SPACE = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
@@ -61,7 +64,10 @@ class BranchTrainingMixin:
         anchor = self.args.safeguard_anchor or self.loss.anchor
         if anchor == "error" and not engine.retains_graph:
             refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
-        self._branches = BranchBackward(engine, mu=self.args.safeguard_mu, anchor=anchor)
+        adamw = None
+        if self.args.safeguard_metric == "adamw":
+            adamw = AdamWMetric(plain_optimizer(self.optimizer), self.args.max_grad_norm)
+        self._branches = BranchBackward(engine, mu=self.args.safeguard_mu, anchor=anchor, adamw=adamw)
 
     def _shown(self, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch's metrics without names that are another safeguard's."""

@@ -22,6 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..evaluation import draw_noise_levels, level_changes
+from ..import_utils import is_plots_available
 from .sharding import DenoiserView, runs_deepspeed
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,8 @@ class SampleImagesCallback(TrainerCallback):
         if through is not None:
             pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
         with torch.no_grad(), evaluating(networks), _kept_random_state(pipeline.device):
-            with _in_training_precision(denoiser, autocast or contextlib.nullcontext()):
+            precision = _in_training_precision(denoiser, autocast or contextlib.nullcontext())
+            with precision, _in_own_precision(pipeline.vae):
                 return [self._draw_one(pipeline, i) for i in range(len(self.prompts))]
 
     def _draw_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
@@ -274,6 +277,20 @@ class SyncReferenceCallback(TrainerCallback):
             self.reference.sync(self.alpha)
 
 
+class NoiseLevelPlotCallback(TrainerCallback):
+    """Draws what training did to the errors at each noise level, after every evaluation, into the output folder:
+    `noise_levels.png` for the prefix `eval`, `noise_levels_ema.png` for `eval_ema`. Without matplotlib, which is an
+    extra, the numbers are in the log alone."""
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if not state.is_world_process_zero or not is_plots_available():
+            return
+        for prefix, records in level_changes(state.log_history).items():
+            name = f"noise_levels{prefix.removeprefix('eval')}.png"
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            draw_noise_levels(records, args.noise_levels, Path(args.output_dir) / name)
+
+
 def grid_path(output_dir: str | Path, step: int) -> Path:
     """Where the grid of a step is written."""
     return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
@@ -344,6 +361,22 @@ def evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextlib.contextmanager
+def _in_own_precision(vae: nn.Module) -> Iterator[None]:
+    """The VAE with inputs in its own dtype: some pipelines hand it latents in the denoiser's. Decoding calls the VAE's
+    parts, never the VAE itself."""
+
+    def enter(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _cast(inputs, vae.dtype)
+
+    handles = [part.register_forward_pre_hook(enter) for part in vae.children()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

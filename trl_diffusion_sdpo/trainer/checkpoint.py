@@ -35,6 +35,13 @@ LATER_SETTINGS = (
     "mode_scale",
     "timestep_weighting",
     "guidance_scale",
+    "noise_levels",
+    "loser_noise_range",
+    "winner_budget",
+    "winner_budget_pairs",
+    "winner_budget_steps",
+    "ema_decay",
+    "safeguard_metric",
 )
 
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import DENSITIES
-from ..losses import ANCHORS, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
+from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
 from .setting_checks import (
     INTERPOLATIONS,
@@ -21,15 +21,17 @@ from .setting_checks import (
     check_noise,
     check_parameter_safeguard,
     check_reference,
+    check_winner_arguments,
 )
+from .winner_arguments import WinnerArguments
 
 
 @dataclass
-class DiffusionSDPOConfig(TrainingArguments):
+class DiffusionSDPOConfig(WinnerArguments, TrainingArguments):
     r"""
-    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`], and what preference
-    tuning of a diffusion model adds. Fields left `None` take the value published for the model's family and the loss;
-    the trainer logs what it chose.
+    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`] and of
+    [`WinnerArguments`], and what preference tuning of a diffusion model adds. Fields left `None` take the
+    value published for the model's family and the loss; the trainer logs what it chose.
 
     Using [`~transformers.HfArgumentParser`] this class turns into command line arguments.
 
@@ -120,7 +122,8 @@ class DiffusionSDPOConfig(TrainingArguments):
             Share of the winner's descent that must remain, in `[0, 1]`.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
             `"batch"`, one lambda a micro-batch and process, as published; `"pair"`, one a pair, which does not depend
-            on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights.
+            on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights; `"bucket"`, one a
+            noise level of the micro-batch.
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
             Added to the dot product; 1e-9 reproduces the authors' code.
         safeguard_anchor (`str`, *optional*):
@@ -316,9 +319,9 @@ class DiffusionSDPOConfig(TrainingArguments):
     safeguard_granularity: str = field(
         default="batch",
         metadata={
-            "help": "One lambda a micro-batch (`batch`, as published), a pair (`pair`), or a micro-batch under true "
-            "weights (`weighted`).",
-            "choices": ["batch", "pair", "weighted"],
+            "help": "One lambda a micro-batch (`batch`, as published), a pair (`pair`), a micro-batch under true "
+            "weights (`weighted`), or a noise level of the micro-batch (`bucket`).",
+            "choices": list(GRANULARITIES),
         },
     )
     safeguard_eps: float = field(
@@ -392,6 +395,7 @@ class DiffusionSDPOConfig(TrainingArguments):
         check_data(self)
         check_noise(self)
         check_reference(self)
+        check_winner_arguments(self)
 
     @property
     def loss_knobs(self) -> dict[str, float]:

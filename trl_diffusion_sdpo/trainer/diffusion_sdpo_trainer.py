@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,25 +13,26 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftConfig
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from .._compat import compile_with_eager_rounding
 from ..data.collator import PreferenceCollator
-from ..data.pairs import PreferenceDataset
 from ..losses import DiffusionPreferenceLoss, diffusion_preference_loss, loss_spec
 from . import sharding
 from .adapters import active_adapter, add_lora, base_tensors, check_adapter_weight, train_only_adapter
-from .branch_training import BranchTrainingMixin, MeasureStepCallback
-from .callbacks import EpochCallback, SampleImagesCallback, SyncReferenceCallback
+from .average import AverageWeights
+from .branch_training import BranchTrainingMixin
 from .checkpoint import fingerprint, own_weights
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluating import EvaluationMixin
 from .finite import FiniteCheck
 from .loading import LoadedModel, load_model
 from .metrics import MetricMeter
+from .noise_levels import LevelMeter
 from .noisy_batch import NoisyBatch
+from .own_callbacks import own_callbacks
 from .policy import PolicyModel
 from .preparing import (
     autocast_dtype,
@@ -47,6 +49,7 @@ from .preparing import (
 from .reference import Reference, build_reference
 from .saving import SavingMixin
 from .setting_checks import check_without_dropout
+from .winner_budget import WinnerBudget, WinnerBudgetMixin
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ VAE_STREAM = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that o
 BATCH_COLUMNS = ["rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores"]
 
 
-class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Trainer):
+class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMixin, SavingMixin, Trainer):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -146,12 +149,13 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
             eval_dataset=eval_dataset,
             processing_class=self.pipeline,
             compute_metrics=compute_metrics,
-            callbacks=[*self._own_callbacks(args, train_dataset), *(callbacks or [])],
+            callbacks=[*own_callbacks(self, args, train_dataset), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
         sharding.check_engine(self.accelerator)
-        self.reference.accelerator = self.accelerator
+        for kept in self._kept_weights:
+            kept.accelerator = self.accelerator
 
     @property
     def denoiser(self) -> nn.Module:
@@ -185,7 +189,8 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         # The reference goes first: its activations are gone before the policy's are kept.
         with torch.no_grad(), self.reference.active(model) as reference:
             ref_pred = self._predict(reference, batch)
-        return batch, self._predict(model, batch), ref_pred
+        with self._acting(model) as policy:
+            return batch, self._predict(policy, batch), ref_pred
 
     @torch.no_grad()
     def _noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:
@@ -194,7 +199,8 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         timesteps, noise, extra = self._draw(inputs["seeds"], latents)
         process = self.family.noise_process
         noisy = process.add_noise(latents, noise + extra, timesteps)
-        return NoisyBatch(noisy, process.target(latents, noise, timesteps), timesteps, conditioning)
+        levels = process.noise_level(timesteps, self.family.image_seq_len(latents))
+        return NoisyBatch(noisy, process.target(latents, noise, timesteps), timesteps, conditioning, levels)
 
     def _loss_of(
         self,
@@ -218,6 +224,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
             safeguard_granularity=self.args.safeguard_granularity,
             safeguard_eps=self.args.safeguard_eps,
             timestep_weights=self._timestep_weights(batch),
+            **self._loser_weights(batch.levels.chunk(2)[0]),
             scores=scores,
             **self.args.loss_knobs,
         )
@@ -289,13 +296,15 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         self._branches, self._probe = None, None  # of an attempt with larger batches
         sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
         unrounded = sharding.unrounded(self.denoiser, self.accelerator)
-        self.reference.keep_exact()
+        for kept in self._kept_weights:
+            kept.keep_exact()
         deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
         )
         sharding.restore_unrounded(unrounded)
-        self.reference.prepare(self.model_wrapped)
+        for kept in self._kept_weights:
+            kept.prepare(self.model_wrapped)
         self._engine_ready = True
         if deepspeed_resumes:
             self._load_engine_checkpoint(resume_from_checkpoint)
@@ -305,6 +314,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._meter["train"].drain(self.accelerator)}
+            self._warn_of_budget(logs.get("budget/unmet", 0.0))
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -333,6 +343,10 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         self.loss = loss_spec(args.loss_type)
         self.adapter, fresh = self._choose_weights(loaded, peft_config, args)
         self.reference = self._make_reference(loaded, ref_model, args, fresh)
+        self.average = None
+        if args.ema_decay is not None:
+            self.average = AverageWeights(loaded.denoiser, self.adapter, args.ema_decay)
+        self._kept_weights = [self.reference, *([] if self.average is None else [self.average.kept])]
         check_guidance(args, self.family)
         complete_args(args, self.family, self.loss, full=self.adapter is None)
         check_resolution(args, self.family)
@@ -342,13 +356,18 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         self._branches, self._probe, self._engine_ready = None, None, False
         self._finite = FiniteCheck()
         self._meter = {"train": MetricMeter(), "eval": MetricMeter()}
+        self._level_meter, self._acting, self._budget = LevelMeter(args.noise_levels), contextlib.nullcontext, None
+        if args.winner_budget is not None:
+            self._budget = WinnerBudget(args.winner_budget, args.noise_levels, args.device)
         # The family gets a pipeline of its own where parts run in half precision; the user's stays as it was loaded.
         self.family = type(self.family)(working_pipeline(self.family, args))
         self.family.guidance_scale = args.guidance_scale
-        self.reference.to(args.device)
         if args.torch_compile:
             compile_with_eager_rounding()
-            self.reference.compile(args.torch_compile_backend, args.torch_compile_mode)
+        for kept in self._kept_weights:
+            kept.to(args.device)
+            if args.torch_compile:
+                kept.compile(args.torch_compile_backend, args.torch_compile_mode)
 
     def _choose_weights(
         self, loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
@@ -419,31 +438,3 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, EvaluationMixin, SavingMixin, Tr
         if isinstance(dataset, dict):
             return {name: self._prepare(part, args, name=name, training=False) for name, part in dataset.items()}
         return self._prepare(dataset, args, name="eval", training=False)
-
-    def _own_callbacks(
-        self, args: DiffusionSDPOConfig, train_dataset: Dataset | IterableDataset | None
-    ) -> list[TrainerCallback]:
-        callbacks: list[TrainerCallback] = []
-        if isinstance(train_dataset, PreferenceDataset):
-            callbacks.append(EpochCallback(train_dataset))
-        if args.sync_ref_model:
-            callbacks.append(
-                SyncReferenceCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
-            )
-        if args.sample_prompts:
-            callbacks.append(
-                SampleImagesCallback(
-                    self.family.pipeline,
-                    args.sample_prompts,
-                    every_n_steps=args.sample_steps,
-                    num_inference_steps=args.sample_inference_steps,
-                    call_options=self.family.drawing_options(args.sample_guidance_scale),
-                    seed=args.seed,
-                    resolution=args.resolution,
-                    denoiser_name=self.family.denoiser_name,
-                    every_process=sharding.by_engine(args),
-                )
-            )
-        if args.safeguard_diagnostics_steps is not None:
-            callbacks.append(MeasureStepCallback(self))
-        return callbacks

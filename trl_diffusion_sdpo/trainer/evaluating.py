@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..losses import DiffusionPreferenceLoss
+from .average import AVERAGE_FOLDER
 from .noisy_batch import NoisyBatch
 
 
@@ -35,6 +37,9 @@ class EvaluationMixin:
                 measured = self._loss_of_rows(torch.cat([first, first + pairs]), batch, model_pred, ref_pred, inputs)
         # Also where no pair of this process is real: the processes' sums are added up, and all must have the names.
         self._meter["eval"].add({**self._shown(measured.metrics), "loss": measured.loss}, real)
+        if ref_pred is not None:
+            levels = batch.levels[: len(measured.pair_errors)]
+            self._level_meter.add(levels, measured.pair_errors, counts=real > 0)
         loss = outputs.loss.detach()
         if prediction_loss_only:
             return loss, None, None
@@ -68,10 +73,24 @@ class EvaluationMixin:
                 "Under DeepSpeed and FSDP, evaluation runs in the engine that training sets up. Set "
                 "`eval_on_start=True`, call it after `train()`, or evaluate in a trainer without them."
             )
-        self._meter["eval"].drain(self.accelerator)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        measured = self._meter["eval"].drain(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        settings = (description, prediction_loss_only, ignore_keys)
+        output = self._measured_loop(dataloader, *settings, metric_key_prefix)
+        if self.average is not None:
+            self._acting = self.average.active
+            try:
+                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{AVERAGE_FOLDER}")
+            finally:
+                self._acting = contextlib.nullcontext
+            output.metrics.update(averaged.metrics)
+        return output
+
+    def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
+        """One pass over the data, with what the meters have seen in it."""
+        for meter in (self._meter["eval"], self._level_meter):
+            meter.drain(self.accelerator)
+        output = super().evaluation_loop(dataloader, *settings)
+        measured = {**self._meter["eval"].drain(self.accelerator), **self._level_meter.drain(self.accelerator)}
+        output.metrics.update({f"{settings[-1]}_{name}": value for name, value in measured.items()})
         return output
 
     def _real_pairs(self, pairs: int) -> int:

@@ -16,17 +16,21 @@ class NoisyBatch:
         target (`torch.Tensor` of shape `(2B, ...)`): What is to be predicted.
         timesteps (`torch.Tensor` of shape `(2B,)`): Equal for the two images of a pair.
         conditioning (`dict[str, torch.Tensor]`): Each of shape `(2B, ...)`.
+        levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
     """
 
     noisy: torch.Tensor
     target: torch.Tensor
     timesteps: torch.Tensor
     conditioning: dict[str, torch.Tensor]
+    levels: torch.Tensor
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
         """The rows that `index` names, in its order."""
         conditioning = {name: value[index] for name, value in self.conditioning.items()}
-        return NoisyBatch(self.noisy[index], self.target[index], self.timesteps[index], conditioning)
+        return NoisyBatch(
+            self.noisy[index], self.target[index], self.timesteps[index], conditioning, self.levels[index]
+        )
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
         """Winners and losers."""

@@ -102,6 +102,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in sides):
         raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
+    family.check_image_size(sides[0], sides[-1])
 
 
 def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Reference(ABC):
     """The old policy, in arithmetic identical to the policy's. What a kind does not need stays as it is here."""
 
     kind: str
+    file = REFERENCE_FILE  # in checkpoints
     has_state = False  # whether it moves during training, so that a checkpoint must hold it
     accelerator: Accelerator  # given by the trainer as soon as there is one
     engine_models: tuple[nn.Module, ...] = ()  # what the engine wrapped: the policy, and the reference if it is whole
@@ -75,20 +76,23 @@ class Reference(ABC):
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Write what a resumed run needs. All processes take part, and those with `write` write."""
+        whole = self.whole(keep=write)
+        if write and whole:
+            save_file(whole, folder / self.file)
+
+    def whole(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold, gathered and on the host, in processes with `keep`; all processes take part."""
         self.settle()
         if self.exact is None:
-            whole = sharding.gather(self.weights(), self.accelerator, keep=write)
-        else:
-            whole = {name: self.exact.whole(name).cpu() for name in self.exact.parts}
-        if write and whole:
-            save_file(whole, folder / REFERENCE_FILE)
+            return sharding.gather(self.weights(), self.accelerator, keep=keep)
+        return {name: self.exact.whole(name).cpu() for name in self.exact.parts}
 
     def load(self, folder: Path) -> None:
         """Read what [`Reference.save`] wrote."""
         self.settle()
         weights = self.weights()
         if weights:
-            stored = _read(weights, folder)
+            stored = _read(weights, folder / self.file)
             sharding.scatter(stored, weights, self.accelerator)
             for name in self.exact.parts if self.exact is not None else ():
                 self.exact.set(name, stored[name].to(self.accelerator.device))
@@ -127,34 +131,37 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """A second, frozen adapter named "ref": the LoRA as it was when training began, or as it was last synchronised.
+    """A second, frozen adapter, "ref" unless named otherwise: the LoRA as it was when training began, or as it was last
+    synchronised.
 
     Synchronising mixes the two LoRAs factor by factor, as their product cannot be mixed at the same rank.
     """
 
     kind = "ref_adapter"
 
-    def __init__(self, denoiser: nn.Module, policy_adapter: str, *, follows: bool = False):
-        self._denoiser, self._policy = denoiser, policy_adapter
+    def __init__(
+        self, denoiser: nn.Module, policy_adapter: str, *, follows: bool = False, name: str = REFERENCE_ADAPTER
+    ):
+        self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
         self.has_state = True  # the start may have been a trained adapter that the checkpoint alone remembers
         self.follows = follows
-        if REFERENCE_ADAPTER in denoiser.peft_config:
+        if name in denoiser.peft_config:
             raise ValueError(
-                f"The adapter name {REFERENCE_ADAPTER!r} is kept for the reference, but the model has one. Rename or "
+                f"The adapter name {name!r} is kept for weights beside the policy's, but the model has one. Rename or "
                 "delete it."
             )
-        copy_adapter(denoiser, policy_adapter, REFERENCE_ADAPTER)
+        copy_adapter(denoiser, policy_adapter, name)
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        with adapter_on(self._denoiser, REFERENCE_ADAPTER, back=self._policy):
+        with adapter_on(self._denoiser, self._name, back=self._policy):
             yield model
 
     def sync(self, alpha: float) -> None:
         self._mix(adapter_state(self._denoiser, self._policy), alpha)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return adapter_state(self._denoiser, REFERENCE_ADAPTER)
+        return adapter_state(self._denoiser, self._name)
 
 
 class FrozenReference(Reference):
@@ -282,11 +289,13 @@ def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
             layer.to(dtype)
 
 
-def _read(weights: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / REFERENCE_FILE
+def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
-        raise ValueError(f"A checkpoint with a moving reference must hold {REFERENCE_FILE}; {folder} does not.")
+        raise ValueError(
+            f"A checkpoint with weights that move beside the policy's must hold {file.name}; {file.parent} does not. "
+            "Resume with the settings that wrote it."
+        )
     stored = load_file(file)
     if stored.keys() != weights.keys():
-        raise ValueError(f"{file} holds the reference of another set-up. Resume with the settings that wrote it.")
+        raise ValueError(f"{file} holds the weights of another set-up. Resume with the settings that wrote it.")
     return stored

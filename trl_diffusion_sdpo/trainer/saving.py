@@ -63,6 +63,13 @@ SETTINGS_OF_THE_PATH = (
     "snr_gamma",
     "noise_offset",
     "input_perturbation",
+    "noise_levels",
+    "loser_noise_range",
+    "winner_budget",
+    "winner_budget_pairs",
+    "winner_budget_steps",
+    "ema_decay",
+    "safeguard_metric",
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
@@ -169,9 +176,13 @@ class SavingMixin:
             sharding.shard_again(self.model_wrapped)
             whole = sharding.gather(own_weights(self.denoiser, self.adapter), self.accelerator, keep=writes)
         if checkpoint:
-            self.reference.save(folder, write=writes)
+            for kept in self._kept_weights:
+                kept.save(folder, write=writes)
+        average = None if self.average is None or checkpoint else self.average.whole(keep=writes)
         if not writes:
             return
+        if checkpoint and self._budget is not None:
+            self._budget.save(folder)
         save_weights(
             folder,
             pipeline=self.pipeline,
@@ -181,11 +192,31 @@ class SavingMixin:
             whole=whole,
             full_pipeline=self.args.save_full_pipeline and not checkpoint,
         )
+        if average is not None:
+            self._save_average(self.average.folder(folder), average)
         write_setup(folder, self._setup())
         # Readable, without tokens, and no pickle: the Trainer's own training_args.bin is all three the other way.
         (folder / ARGS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
         forget_local_origins([folder / "model_index.json"])
         forget_local_origins(folder / name / file for name in self.pipeline.components for file in COMPONENT_CONFIGS)
+
+    def _save_average(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        folder.mkdir(exist_ok=True)
+        save_weights(
+            folder,
+            pipeline=self.pipeline,
+            denoiser=self.denoiser,
+            denoiser_name=self.family.denoiser_name,
+            adapter=self.adapter,
+            whole=weights,
+        )
+
+    def _load_kept(self, folder: Path) -> None:
+        """What moves beside the policy."""
+        for kept in self._kept_weights:
+            kept.load(folder)
+        if self._budget is not None:
+            self._budget.load(folder)
 
     def _holds_parts(self) -> bool:
         """Whether the engine keeps the weights, or their float32 form, in shards."""
@@ -215,12 +246,12 @@ class SavingMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self._read_weights(folder)
-        self.reference.load(folder)
+        self._load_kept(folder)
 
     def _load_engine_checkpoint(self, resume_from_checkpoint: str) -> None:
         """Under DeepSpeed, which reads weights and optimizer at once."""
         sharding.load_deepspeed_state(self.model_wrapped, resume_from_checkpoint)
-        self.reference.load(Path(resume_from_checkpoint))
+        self._load_kept(Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
+from .winner_arguments import METRICS
 
 if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -176,6 +177,40 @@ def check_reference(args: DiffusionSDPOConfig) -> None:
         raise ValueError(
             f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
             "choose a loss with a reference."
+        )
+
+
+def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
+    """Look at what keeps the winners over a training; `ValueError` on what is out of its range or cannot act."""
+    if args.noise_levels < 1:
+        raise ValueError(f"`noise_levels` must be at least 1, got {args.noise_levels}.")
+    span = args.loser_noise_range
+    if span is not None and (len(span) != 2 or not 0 <= span[0] < span[1] <= 1):
+        raise ValueError(
+            f"`loser_noise_range` must be two noise levels, the lower one first, in [0, 1]; got {list(span)}. For the "
+            "noisier part use 0.6 1."
+        )
+    if args.winner_budget is not None and not 0 < args.winner_budget < float("inf"):
+        raise ValueError(f"`winner_budget` must be greater than 0, got {args.winner_budget}. 0.01 is one per cent.")
+    for name in ("winner_budget_pairs", "winner_budget_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise ValueError(f"`ema_decay` must be in (0, 1), got {args.ema_decay}. Usual: 0.98 to 0.9999.")
+    if args.ema_decay is not None and args.sync_ref_model:
+        raise ValueError(
+            "`ema_decay` averages the policy against a reference that stands still, and `sync_ref_model` moves it; got "
+            "both. Leave one out."
+        )
+    if not loss_spec(args.loss_type).uses_loser:
+        for name, value in (("loser_noise_range", span), ("winner_budget", args.winner_budget)):
+            if value is not None:
+                raise ValueError(f"`{name}` cannot act: the loss {args.loss_type!r} has no loser. Leave it unset.")
+    _check_choice("safeguard_metric", args.safeguard_metric, METRICS)
+    if args.safeguard_metric != "plain" and args.safeguard != "parameter":
+        raise ValueError(
+            f"`safeguard_metric={args.safeguard_metric!r}` needs `safeguard='parameter'`: output space has no "
+            f"gradients of weights; got {args.safeguard!r}."
         )
 
 

@@ -386,3 +386,10 @@ class DenoiserView(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_pair"][0], name)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds; all of one that is not distributed."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

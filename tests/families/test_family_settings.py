@@ -1,0 +1,216 @@
+"""Settings that act by the kind of model, through the real trainer: what reaches the denoiser, where timesteps are
+drawn, how errors are weighed, what is refused before training, and what a run leaves behind."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from PIL import Image
+from tiny_pipelines import case
+
+from trl_diffusion_sdpo.families import load_pipeline
+
+SEEDS = list(range(64))
+
+
+@pytest.fixture
+def trainer_of(make_trainer, make_pairs, family_folder):
+    """`trainer_of(name, lora=True, **settings)`: a trainer around one tiny pipeline, at its own image size."""
+
+    def build(name, lora=True, **settings):
+        settings = {"resolution": case(name).RESOLUTION, "train": make_pairs(4), **settings}
+        return make_trainer(family_folder(name), peft_config=LoraConfig(r=2) if lora else None, **settings)
+
+    return build
+
+
+def uniform_draws():
+    """The first draw of each seed's stream: what a pair's timestep is made of."""
+    return torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
+
+
+def drawn_timesteps(trainer, channels=4, side=8):
+    timesteps, _, _ = trainer._draw(SEEDS, torch.zeros(2, channels, side, side))
+    assert torch.equal(*timesteps.chunk(2))
+    return timesteps[: len(SEEDS)]
+
+
+# ---- Guidance as an input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "given", "expected"), [("flux", 3.5, 3.5), ("flux", None, 1.0), ("flux2", 2.0, 2.0)])
+def test_guidance_reaches_the_transformer_of_policy_and_reference(trainer_of, name, given, expected):
+    trainer, met = trainer_of(name, guidance_scale=given, max_steps=1), []
+
+    def note(module, args, inputs):
+        met.append(inputs["guidance"])
+
+    trainer.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert len(met) == 2
+    assert all(guidance.tolist() == [expected] * 8 for guidance in met)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "flux_schnell"])
+def test_guidance_is_refused_where_the_denoiser_takes_none(trainer_of, name):
+    with pytest.raises(ValueError, match="`guidance_scale` is for denoisers that take it as an input"):
+        trainer_of(name, guidance_scale=3.5)
+
+
+# ---- Where timesteps are drawn ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [None, "none"])
+def test_stable_diffusion_3_draws_logit_normal_levels_unless_told(trainer_of, scheme):
+    trainer = trainer_of("stable_diffusion_3", weighting_scheme=scheme)
+    assert trainer.args.weighting_scheme == (scheme or "logit_normal")
+    levels = uniform_draws()
+    if scheme is None:
+        levels = torch.distributions.Normal(0.0, 1.0).icdf(levels).sigmoid()
+    expected = 1000 * 3 * levels / (1 + 2 * levels)  # its scheduler's shift is 3
+    torch.testing.assert_close(drawn_timesteps(trainer, channels=16), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_logit_mean_and_deviation_reach_the_draws(trainer_of):
+    trainer = trainer_of("stable_diffusion_3", logit_mean=-1.0, logit_std=0.5)
+    levels = torch.distributions.Normal(-1.0, 0.5).icdf(uniform_draws()).sigmoid()
+    expected = 1000 * 3 * levels / (1 + 2 * levels)
+    torch.testing.assert_close(drawn_timesteps(trainer, channels=16), expected, rtol=1e-4, atol=1e-2)
+
+
+# Two by two latents are a token. mu is a line through (256, 0.5) and (4096, 1.15).
+@pytest.mark.parametrize(("side", "mu"), [(8, 0.5 - 0.65 * 240 / 3840), (32, 0.5), (128, 1.15)])
+def test_draws_for_flux_follow_the_shift_for_the_images_tokens(trainer_of, side, mu):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    expected = 1000 * scheduler.time_shift(mu, 1.0, uniform_draws())
+    torch.testing.assert_close(drawn_timesteps(trainer_of("flux"), side=side), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_a_range_keeps_the_draws_of_a_flow_within(trainer_of):
+    timesteps = drawn_timesteps(trainer_of("flux", timestep_range=[600, 700]))
+    assert timesteps.min() >= 600 and timesteps.max() < 700
+    assert timesteps.max() - timesteps.min() > 80
+
+
+@pytest.mark.parametrize(("name", "only"), [("flux_schnell", [1000.0, 750.0, 500.0]), ("stable_diffusion", [999])])
+def test_given_timesteps_are_the_only_ones(trainer_of, name, only):
+    trainer = trainer_of(name, timesteps=only)
+    assert trainer.args.weighting_scheme is None
+    assert set(drawn_timesteps(trainer).tolist()) == set(only)
+
+
+# ---- How errors are weighed -------------------------------------------------------------------------------------
+
+
+def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
+    reference = load_pipeline(family_folder("stable_diffusion_3"))
+    with torch.no_grad():  # another reference, so that margins are not 0
+        for parameter in reference.transformer.parameters():
+            parameter.mul_(1.05)
+    settings = {"lora": False, "ref_model": reference, "beta": 50.0, "timestep_weighting": "one_minus_t_squared"}
+    trainer = trainer_of("stable_diffusion_3", **settings)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        batch, policy, frozen = trainer._predict_pairs(trainer.model, inputs)
+        loss = trainer.compute_loss(trainer.model, inputs)
+    weights = (1 - batch.timesteps[:4] / 1000) ** 2
+    errors, ref_errors = ((seen - batch.target).square().mean((1, 2, 3)) for seen in (policy, frozen))
+    winner, loser = (errors - ref_errors).chunk(2)
+    expected = torch.log1p(torch.exp(25 * weights * (winner - loser))).mean()
+    assert (winner - loser).abs().min() > 1e-5
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss) != pytest.approx(float(torch.log1p(torch.exp(25 * (winner - loser))).mean()), rel=1e-4)
+
+
+# ---- What is refused before training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("flux", {"snr_gamma": 5.0}, "Min-SNR weights are known for epsilon"),
+        ("stable_diffusion", {"timestep_weighting": "one_minus_t_squared"}, "is for flow matching, and this model"),
+        ("flux", {"timesteps": [500.0], "timestep_range": [0, 500]}, "`timesteps` takes the place of"),
+        ("flux", {"timesteps": [500.0], "weighting_scheme": "mode"}, "`timesteps` takes the place of"),
+        ("flux", {"timesteps": [1000.5]}, "must be timesteps of this model, numbers from 0 to"),
+        ("stable_diffusion", {"timesteps": [1000]}, "must be timesteps of this model, whole numbers"),
+        ("flux", {"timestep_range": [0, 1001]}, "`timestep_range` must end at 1000 or below"),
+        ("flux", {"weighting_scheme": "cosmap"}, "`weighting_scheme` must be one of"),
+        # Pixels per latent, times latents per token.
+        ("stable_diffusion_3", {"resolution": 18}, "must be a multiple of 4 pixels for this model, got 18"),
+        ("flux", {"resolution": 18}, "must be a multiple of 4 pixels for this model, got 18"),
+        ("flux2_klein", {"resolution": 18}, "must be a multiple of 4 pixels for this model, got 18"),
+        ("sana", {"resolution": 30}, "must be a multiple of 4 pixels for this model, got 30"),
+        ("wan", {"resolution": 40}, "must be a multiple of 16 pixels for this model, got 40"),
+        ("hunyuan_dit", {"resolution": 40}, "must be a multiple of 16 pixels for this model, got 40"),
+    ],
+)
+def test_what_cannot_act_is_refused_at_set_up(trainer_of, name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(name, **settings)
+
+
+# ---- Defaults ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lora", "beta", "learning_rate"), [(True, 100.0, 1e-4), (False, 2000.0, 1e-6)])
+def test_beta_and_rate_of_a_flow_model_depend_on_what_is_tuned(trainer_of, lora, beta, learning_rate):
+    trainer = trainer_of("flux", lora=lora, learning_rate=None)
+    assert (trainer.args.beta, trainer.args.learning_rate) == (beta, learning_rate)
+
+
+# ---- What a run leaves behind -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("flux", True),
+        ("flux2_klein", True),
+        ("hunyuan_dit", True),
+        ("pixart_sigma", False),
+        ("qwen_image", True),
+        ("sana", False),
+        ("wan", True),
+    ],
+)
+def test_images_are_drawn_before_and_after(trainer_of, tmp_path, name, bf16):
+    trainer = trainer_of(name, max_steps=1, bf16=bf16, sample_prompts=["a red circle"], sample_inference_steps=2)
+    trainer.train()
+    for step in (0, 1):
+        with Image.open(tmp_path / "run" / "samples" / f"step-{step:06d}-0.png") as image:
+            assert image.size == (case(name).RESOLUTION,) * 2
+            assert len(image.convert("L").getcolors()) > 8
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pixart_sigma", "pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "),
+        ("wan", 'num_frames=1, output_type="pil").frames[0][0]'),
+        ("qwen_image", "pipeline.load_lora_weights("),
+    ],
+)
+def test_the_card_loads_and_draws_as_the_pipeline_does(trainer_of, tmp_path, name, said):
+    trainer_of(name).create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert said in card
+    assert ("PeftModel" in card) == (name == "pixart_sigma")
+    compile(card.split("```python\n")[1].split("```")[0], "snippet", "exec")
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(trainer_of, tmp_path):
+    def run(folder, steps, resume=False, **settings):
+        trainer = trainer_of("flux", output_dir=str(tmp_path / folder), max_steps=steps, beta=50.0, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        trained = {key: value.detach().clone() for key, value in trainer.denoiser.named_parameters() if "lora" in key}
+        return trained, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole, losses = run("whole", 4)
+    run("cut", 2, save_strategy="steps", save_steps=2)
+    resumed, resumed_losses = run("cut", 4, resume=True)
+    assert len(losses) == 4 and losses[0] == pytest.approx(math.log(2)) and losses[3] != losses[0]
+    assert resumed_losses == losses
+    assert whole and all(torch.equal(value, resumed[key]) for key, value in whole.items())

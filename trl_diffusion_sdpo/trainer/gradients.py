@@ -1,0 +1,67 @@
+"""Arithmetic on gradients that are lists of tensors: inner products, sums and the part that a process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .sharding import local
+
+CHUNK = 1 << 22  # elements that are in float64 at once, for each branch: few kernels on an accelerator,
+CPU_CHUNK = 1 << 16  # and on the CPU what its cache holds
+
+Gradient = list[torch.Tensor | None]
+
+
+def inner_products(gradients: list[Gradient]) -> torch.Tensor:
+    """All inner products of a few gradients, in float64: `(n, n)` for `n` of them, of this process's parts."""
+    first = next(part for part in gradients[0] if part is not None)
+    # Apple's GPUs have no float64.
+    dtype = torch.float32 if first.device.type == "mps" else torch.float64
+    products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
+    for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
+        rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
+        # A product of two such long and thin matrices would be slower, and need them stacked.
+        for i, row in enumerate(rows):
+            for j in range(i, len(rows)):
+                products[i, j] += row @ rows[j]
+    return products.triu() + products.triu(1).T
+
+
+def _chunks(gradients: list[Gradient], limit: int):
+    """The gradients' elements side by side, at most `limit` at a time; a missing part counts as zeros."""
+    pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
+    size = 0
+    for parts in zip(*gradients, strict=True):
+        flats = [None if part is None else local(part).flatten() for part in parts]
+        present = next((flat for flat in flats if flat is not None), None)
+        if present is None:
+            continue
+        flats = [torch.zeros_like(present) if flat is None else flat for flat in flats]
+        for cut in zip(*(flat.split(limit) for flat in flats), strict=True):
+            if size and size + len(cut[0]) > limit:
+                yield pieces
+                pieces, size = [[] for _ in gradients], 0
+            for row, piece in zip(pieces, cut, strict=True):
+                row.append(piece)
+            size += len(cut[0])
+    if size:
+        yield pieces
+
+
+def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
+    """`W - lambda L` in place of `W`."""
+    for i, (w, part) in enumerate(zip(winner, loser, strict=True)):
+        if part is None:
+            continue
+        if w is None:
+            winner[i] = w = torch.zeros_like(part)
+        local(w).addcmul_(local(part), scale.to(w.dtype), value=-1)
+
+
+def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
+    """The sum of two gradients, in place of the first."""
+    for total, part in zip(into, gradient, strict=True):
+        total.add_(part)
+    return into

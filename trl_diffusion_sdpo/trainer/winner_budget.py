@@ -1,0 +1,247 @@
+"""A budget for the winners: a probe measures what training has done to their error at each noise level, and the losers'
+gradients are scaled down where that exceeds the budget, and back up where it does not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..data.pairs import PreferenceDataset
+from .noise_levels import level_of
+from .noisy_batch import NoisyBatch
+
+if TYPE_CHECKING:
+    from .diffusion_sdpo_trainer import DiffusionSDPOTrainer
+
+logger = logging.getLogger(__name__)
+
+BUDGET_FILE = "winner_budget.json"
+GAIN = 0.5  # how far one measurement moves the logarithm of a scale, at a change of once the budget
+LARGEST_MOVE = 1.5  # of that logarithm
+LOWEST = 1e-2  # below it a level trains its winners only; what recovers starts from here
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Winners at fixed noise, a few at every noise level.
+
+    Args:
+        batches (`list[NoisyBatch]`): This process's winners; may be empty where there are more processes than pairs.
+        parts (`list[torch.Tensor]`): For each batch, the noise level of each row, int64 `(N,)`.
+        n_levels (`int`): Number of noise levels.
+    """
+
+    batches: list[NoisyBatch]
+    parts: list[torch.Tensor]
+    n_levels: int
+
+    @torch.no_grad()
+    def errors(self, predict: Callable[[NoisyBatch], torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
+        """Mean error at each level over all processes, `(levels,)`; NaN at levels that the schedule does not visit."""
+        sums = torch.zeros(2, self.n_levels, device=accelerator.device)
+        for batch, part in zip(self.batches, self.parts, strict=True):
+            error = (predict(batch) - batch.target.float()).square().flatten(1).mean(1)  # (N,)
+            sums.index_add_(1, part, torch.stack([error, torch.ones_like(error)]))
+        sums = accelerator.reduce(sums, reduction="sum")
+        return sums[0] / sums[1]
+
+
+class WinnerBudget:
+    """The closed loop: scales of the losers' gradients, one a noise level.
+
+    With `c` the winners' change at a level as a share of their error before training, and `b` the budget, a
+    measurement multiplies the level's scale by `exp(GAIN (b - c) / b)`, within bounds. Below `LOWEST` it is 0: that
+    level trains its winners only, until their change is within the budget again.
+
+    Args:
+        budget (`float`): Largest change, greater than 0.
+        n_levels (`int`): Number of noise levels.
+        device (`torch.device`): Of the scales; nothing here waits for it.
+    """
+
+    def __init__(self, budget: float, n_levels: int, device: torch.device):
+        self.budget = budget
+        self.log_scale = torch.zeros(n_levels, device=device)
+        self.before: torch.Tensor | None = None  # errors before training, (levels,)
+        self.change = torch.zeros(n_levels, device=device)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the losers' gradients are multiplied by, `(levels,)` in `[0, 1]`."""
+        scale = self.log_scale.exp()
+        return torch.where(scale < LOWEST, 0, scale)
+
+    def weights(self, levels: torch.Tensor) -> torch.Tensor:
+        """The scale of each pair, `(B,)`, from the pairs' noise levels."""
+        return self.scale[level_of(levels, len(self.log_scale))]
+
+    def steer(self, errors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Move the scales by the probe's errors `(levels,)`; the first ones are those before training.
+
+        Returns:
+            Detached scalars: the largest change (`budget/winner_change`), the mean scale (`budget/scale`), the share
+            of levels over the budget (`budget/over`) and of those that are over it with their losers shut off already
+            (`budget/unmet`).
+        """
+        if self.before is None:
+            self.before = errors
+        visited = self.before > 0  # not NaN
+        change = torch.where(visited, errors / self.before - 1, 0)
+        self.change = change
+        unmet = (change > self.budget) & (self.scale == 0)
+        move = (GAIN * (1 - change / self.budget)).clamp(-LARGEST_MOVE, LARGEST_MOVE)
+        shut = torch.log(torch.tensor(LOWEST / 2, device=change.device))
+        self.log_scale = (self.log_scale + move).clamp(min=shut, max=0.0)
+        count = visited.sum()
+        return {
+            "budget/winner_change": torch.where(visited, change, -torch.inf).max(),
+            "budget/scale": torch.where(visited, self.scale, 0).sum() / count,
+            "budget/over": ((change > self.budget) & visited).sum() / count,
+            "budget/unmet": (unmet & visited).sum() / count,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the loop's state."""
+        state: dict[str, Any] = {
+            "log_scale": self.log_scale.tolist(),
+            "before": None if self.before is None else self.before.tolist(),
+        }
+        (folder / BUDGET_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read what [`WinnerBudget.save`] wrote.
+
+        Raises:
+            `ValueError`: If there is none, or it is of another number of noise levels.
+        """
+        file = folder / BUDGET_FILE
+        if not file.is_file():
+            raise ValueError(f"A checkpoint with a `winner_budget` must hold {BUDGET_FILE}; {folder} does not.")
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if len(state["log_scale"]) != len(self.log_scale):
+            raise ValueError(
+                f"{file} holds {len(state['log_scale'])} noise levels, and `noise_levels` is {len(self.log_scale)}. "
+                "Resume with the settings that wrote it."
+            )
+        self.log_scale = self.log_scale.new_tensor(state["log_scale"])
+        self.before = None if state["before"] is None else self.log_scale.new_tensor(state["before"])
+
+
+class WinnerBudgetCallback(TrainerCallback):
+    """Has the probe measured before the first step and after every so many.
+
+    Args:
+        trainer ([`DiffusionSDPOTrainer`]): Its `steer_by_probe` is called.
+    """
+
+    def __init__(self, trainer: DiffusionSDPOTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._trainer.begin_budget()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.global_step % args.winner_budget_steps == 0:
+            self._trainer.steer_by_probe()
+
+
+class WinnerBudgetMixin:
+    """How much losers count at their noise level, and what a trainer with a `winner_budget` does beside its steps."""
+
+    def _loser_weights(self, levels: torch.Tensor) -> dict[str, Any]:
+        """What noise levels `(B,)` make of the losers: within the range or not, within the budget, in which bucket."""
+        weights: torch.Tensor | None = None
+        if self.args.loser_noise_range is not None:
+            low, high = self.args.loser_noise_range
+            weights = ((levels >= low) & (levels <= high)).float()
+        if self._budget is not None:
+            scales = self._budget.weights(levels)
+            weights = scales if weights is None else weights * scales
+        buckets = level_of(levels, self.args.noise_levels)
+        return {"loser_weights": weights, "buckets": buckets, "n_buckets": self.args.noise_levels}
+
+    def begin_budget(self) -> None:
+        """Draw the probe, and measure it before the first step; a resumed run has that in its checkpoint."""
+        self._warned_of_budget = False
+        self._probe_winners = self._draw_probe()
+        if self._budget.before is None:
+            self._budget.before = self._probe_errors()
+
+    def steer_by_probe(self) -> None:
+        """Measure, and move the scales."""
+        self._meter["train"].add(self._budget.steer(self._probe_errors()), 1)
+
+    def _probe_errors(self) -> torch.Tensor:
+        return self._probe_winners.errors(lambda batch: self._predict(self.model_wrapped, batch), self.accelerator)
+
+    def _warn_of_budget(self, unmet: float) -> None:
+        if unmet and not self._warned_of_budget:
+            self._warned_of_budget = True
+            logger.warning(
+                "`winner_budget=%s` is exceeded at some noise level with its losers shut off: training goes on there "
+                "with the winners only. A larger budget, a lower learning rate or more pairs may meet it.",
+                self.args.winner_budget,
+            )
+
+    @torch.no_grad()
+    def _draw_probe(self) -> Probe:
+        """Winners of pairs spread over the data, each at a timestep within every noise level."""
+        items, world = self._probe_items(), self.accelerator.num_processes
+        rows = items[self.accelerator.process_index :: world] or items[:1]
+        # Under engines a forward pass takes all processes: each has as many rows as the one with most.
+        rows += rows[:1] * (-(-len(items) // world) - len(rows))
+        size = max(1, 2 * self.args.per_device_train_batch_size)
+        batches, parts = [], []
+        for start in range(0, len(rows), size):
+            inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+            for level in range(self.args.noise_levels):
+                batch = self._winners_at(level, inputs)
+                if batch is not None:
+                    batches.append(batch)
+                    parts.append(torch.full_like(batch.timesteps, level, dtype=torch.long))
+        return Probe(batches, parts, self.args.noise_levels)
+
+    def _probe_items(self) -> list[Any]:
+        """The pairs of the probe, as the collator takes them."""
+        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        data = next(iter(data.values())) if isinstance(data, dict) else data
+        view, wanted = data.for_evaluation(), self.args.winner_budget_pairs
+        if isinstance(view, PreferenceDataset):
+            items = [view[row] for row in range(0, len(view), max(1, len(view) // wanted))][:wanted]
+        else:
+            items = list(islice(iter(view), wanted))
+        if not items:
+            raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
+        return items
+
+    def _winners_at(self, level: int, inputs: dict[str, Any]) -> NoisyBatch | None:
+        """The winners with noise and timesteps from the pairs' own seeds; `None` where the schedule has no timestep at
+        this level."""
+        latents, conditioning = self._encode(inputs)
+        process, length = self.family.noise_process, self.family.image_seq_len(latents)
+        every = torch.arange(process.num_train_timesteps, device=latents.device).to(process.timestep_dtype)
+        within = every[level_of(process.noise_level(every, length), self.args.noise_levels) == level]
+        if not len(within):
+            return None
+        streams = self._streams([seed + 1 + level for seed in inputs["seeds"]])
+        uniform = torch.cat([torch.rand(1, generator=stream, device=latents.device) for stream in streams])
+        timesteps = within[(uniform * len(within)).long().clamp(max=len(within) - 1)]
+        clean = latents.chunk(2)[0]
+        noise = randn_tensor(clean.shape, streams, clean.device, clean.dtype)
+        return NoisyBatch(
+            process.add_noise(clean, noise, timesteps),
+            process.target(clean, noise, timesteps),
+            timesteps,
+            {name: value.chunk(2)[0] for name, value in conditioning.items()},
+            process.noise_level(timesteps, length),
+        )
