@@ -27,6 +27,7 @@ from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
+from trl_diffusion_sdpo.trainer.winner_arguments import WinnerArguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -92,7 +93,7 @@ def code(cell: str) -> list[str]:
 
 def own_arguments() -> set[str]:
     fields = {field.name for field in dataclasses.fields(DiffusionSDPOConfig)}
-    return fields & set(DiffusionSDPOConfig.__annotations__)
+    return fields & {*DiffusionSDPOConfig.__annotations__, *WinnerArguments.__annotations__}
 
 
 def options_of_train() -> set[str]:

@@ -10,9 +10,11 @@ from ..import_utils import MissingExtraError
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 
-# Command -> what it does. Each is a module of this room with `run(arguments, prog) -> exit code`.
+# Command -> what it does. Each is a module of this room, dashes as underscores, with `run(arguments, prog) -> exit
+# code`.
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
+    "sweep-scale": "Evaluate what a run saved between base and tuned weights.",
     "demo": "Train on the embedded world and draw what happened.",
     "env": "Print the versions that a bug report needs.",
 }
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
     try:
-        return import_module(f".{name}", __package__).run(arguments, prog)
+        module = import_module(f".{name.replace('-', '_')}", __package__)
+        return module.run(arguments, prog)
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED

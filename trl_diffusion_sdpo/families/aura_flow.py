@@ -77,7 +77,7 @@ class AuraFlowFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         return denoiser(
             noisy_latents.to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import FLOW_DEFAULTS, Family, check_in_channels, constant, no_autocast
 from .noise import FlowMatchingProcess
 from .timestep_sampling import TimestepSampling
 
@@ -89,9 +89,10 @@ class CogView4Family(Family):
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
         """Three tensors of shape `(N, 2)`, float32. Half precision would round sizes."""
+        target = constant(tuple(target_size), torch.float32, original_sizes.device)
         return {
             "original_size": original_sizes.float(),
-            "target_size": original_sizes.new_tensor(target_size).expand(len(original_sizes), 2).float(),
+            "target_size": target.expand(len(original_sizes), 2),
             "crop_coords": crop_top_lefts.float(),
         }
 
@@ -102,7 +103,7 @@ class CogView4Family(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         return denoiser(
             hidden_states=noisy_latents.to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),

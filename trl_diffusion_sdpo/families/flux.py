@@ -90,7 +90,7 @@ class FluxFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype, device = self.denoiser.dtype, noisy_latents.device
+        dtype, device = self.dtype, noisy_latents.device
         height, width = noisy_latents.shape[-2:]
         prompt_embeds = conditioning["prompt_embeds"].to(dtype)
         guidance = None

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from .base import FLOW_DEFAULTS, Family, no_autocast
+from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
 from .noise import FlowMatchingProcess
 
 # As diffusers' LoRA script for klein; that for dev leaves out the single-stream blocks, 48 of its 56. Their `to_out`
@@ -19,8 +19,7 @@ LORA_TARGETS += tuple(f"single_transformer_blocks.{block}.attn.to_out" for block
 
 class Flux2Process(FlowMatchingProcess):
     """Flow matching under FLUX.2's shift, which depends on the image's tokens and on the number of sampling steps: 50,
-    the default of both pipelines, so that training sees the noise levels that they draw through. Others are near it:
-    at 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for 50 and 1.7 for 100."""
+    the default of both pipelines. At 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for 50 and 1.7 for 100."""
 
     def shift_of(self, image_seq_len: int) -> float:
         return compute_empirical_mu(image_seq_len, num_steps=50)
@@ -51,6 +50,10 @@ class Flux2Family(Family):
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return encode_with_layers(self.pipeline, prompts)
 
@@ -64,7 +67,7 @@ class Flux2Family(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         inputs = token_inputs(noisy_latents.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype))
         guidance = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
         tokens = denoiser(**inputs, guidance=guidance, return_dict=False)[0]
@@ -96,6 +99,10 @@ class Flux2KleinFamily(Family):
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return encode_with_layers(self.pipeline, prompts)
 
@@ -109,13 +116,14 @@ class Flux2KleinFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         inputs = token_inputs(noisy_latents.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype))
         tokens = denoiser(**inputs, return_dict=False)[0]
         return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
 
 
 def encode_with_layers(pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """The text encoder's states of three layers side by side, every prompt padded to one length."""
     device = pipeline.text_encoder.device
     with no_autocast(device):
         prompt_embeds, _ = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1)
@@ -130,8 +138,7 @@ def normalised_squares(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Ten
 
 
 def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:
-    """What the transformer reads: latents `(N, 4C, H, W)` as `H * W` tokens, and where every token of them and of the
-    text is: image, row, column and word, each `(tokens, 4)`."""
+    """What the transformer reads: latents `(N, 4C, H, W)` as tokens, and every token's image, row, column and word."""
     ranges = [torch.arange(length, device=timesteps.device) for length in (1, *noisy_latents.shape[2:])]
     words = torch.arange(prompt_embeds.shape[1], device=timesteps.device)
     return {

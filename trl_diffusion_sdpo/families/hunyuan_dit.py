@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
-from .base import DDPM_DEFAULTS, Family, no_autocast
+from .base import DDPM_DEFAULTS, Family, constant, no_autocast
 from .noise import DDPMProcess
 
 BASE_LATENTS = 512 // 8  # side of the image, in latents, whose grid the rotary positions of all sizes are fitted into
@@ -76,7 +76,8 @@ class HunyuanDiTFamily(Family):
     ) -> dict[str, torch.Tensor]:
         """`image_meta_size` of shape `(N, 6)`, float32, in the pipeline's order: original size, target size, crop.
         Half precision would round sizes."""
-        target_sizes = original_sizes.new_tensor(target_size).expand(len(original_sizes), 2)
+        target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
+        target_sizes = target.expand(len(original_sizes), 2)
         image_meta_size = torch.cat([original_sizes, target_sizes, crop_top_lefts.to(original_sizes)], dim=1)
         return {"image_meta_size": image_meta_size.float()}
 
@@ -87,7 +88,7 @@ class HunyuanDiTFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         prediction = denoiser(
             noisy_latents.to(dtype),
             timesteps.to(dtype),  # the transformer computes its conditioning in the timesteps' dtype

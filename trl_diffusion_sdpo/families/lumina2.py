@@ -49,7 +49,7 @@ class Lumina2Family(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         velocity = denoiser(
             hidden_states=noisy_latents.to(dtype),
             timestep=1 - timesteps / self.noise_process.num_train_timesteps,  # 0 is noise, 1 the image

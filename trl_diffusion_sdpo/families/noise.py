@@ -54,8 +54,8 @@ class NoiseProcess(ABC):
         Args:
             uniform (`torch.Tensor` of shape `(N,)`): One draw in `[0, 1)` per pair; a draw that rounding
                 made 1 counts as just below it.
-            timestep_range (`tuple[int, int]`, *optional*): `(low, high)`: the density is cut to these timesteps. As in
-                Python's `range`, `low` is drawn and `high` is not. `None` is `(0, num_train_timesteps)`.
+            timestep_range (`tuple[int, int]`, *optional*): `(low, high)`: the density is cut to these timesteps. Of
+                whole numbers, as in Python's `range`, `low` is drawn and `high` is not. `None` is all of them.
             sampling (`TimestepSampling`): The density; uniform by default.
             only (`tuple[float, ...]`, *optional*): Draws these alone, each as often, in place of a density.
             image_seq_len (`int`, *optional*): Tokens of an image, for schedules that depend on them.
@@ -241,7 +241,7 @@ class DDPMProcess(NoiseProcess):
         self._target = targets[prediction_type]
 
     def knows(self, timestep: float) -> bool:
-        return timestep == int(timestep) and 0 <= timestep < self.num_train_timesteps
+        return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return self.scheduler.add_noise(latents.float(), noise.float(), timesteps)

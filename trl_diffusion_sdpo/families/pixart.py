@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from .base import DDPM_DEFAULTS, Family, no_autocast
+from .base import DDPM_DEFAULTS, Family, constant, no_autocast
 from .noise import DDPMProcess
 
 # As PixArt's own LoRA script, which is written with diffusers (diffusers has none): every linear layer of the blocks,
@@ -51,9 +51,9 @@ class PixArtAlphaFamily(Family):
         if not takes_sizes(self.denoiser):
             return {}
         height, width = target_size
-        resolution = torch.tensor([[height, width]], dtype=torch.float32, device=original_sizes.device)
-        aspect_ratio = resolution.new_tensor([[height / width]])
-        n = len(original_sizes)
+        n, device = len(original_sizes), original_sizes.device
+        resolution = constant((height, width), torch.float32, device)
+        aspect_ratio = constant((height / width,), torch.float32, device)
         return {"resolution": resolution.repeat(n, 1), "aspect_ratio": aspect_ratio.repeat(n, 1)}
 
     def predict(
@@ -63,7 +63,7 @@ class PixArtAlphaFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        return predict_without_variance(denoiser, noisy_latents, timesteps, conditioning, self.denoiser.dtype)
+        return predict_without_variance(denoiser, noisy_latents, timesteps, conditioning, self.dtype)
 
 
 class PixArtSigmaFamily(Family):
@@ -105,7 +105,7 @@ class PixArtSigmaFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        return predict_without_variance(denoiser, noisy_latents, timesteps, conditioning, self.denoiser.dtype)
+        return predict_without_variance(denoiser, noisy_latents, timesteps, conditioning, self.dtype)
 
 
 def takes_sizes(transformer: torch.nn.Module) -> bool:

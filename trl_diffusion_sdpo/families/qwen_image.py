@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import FLOW_DEFAULTS, Family, check_in_channels, constant, no_autocast
 from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
 
@@ -37,6 +37,12 @@ class QwenImageFamily(Family):
     @property
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    @property
+    def idle_modules(self) -> tuple[str, ...]:
+        """The last block's text side: only the image is read after it."""
+        last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}"
+        return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     def drawing_options(self, scale: float | None) -> dict[str, Any]:
         """The scale, and the space that the model card gives as negative prompt: without one there is no guidance."""
@@ -70,7 +76,8 @@ class QwenImageFamily(Family):
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        stated = (tuple(config.latents_mean), tuple(config.latents_std))
+        mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1) for v in stated)
         return (latents - mean) / std
 
     def predict(
@@ -80,7 +87,7 @@ class QwenImageFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         height, width = noisy_latents.shape[-2:]
         tokens = denoiser(
             hidden_states=pack_patches(noisy_latents.to(dtype)),  # (N, H/2 * W/2, 4C)

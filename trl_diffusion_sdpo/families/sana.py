@@ -69,7 +69,7 @@ class SanaFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        config, dtype = self.denoiser.config, self.denoiser.dtype
+        config, dtype = self.denoiser.config, self.dtype
         prediction = denoiser(
             noisy_latents.to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),

@@ -61,7 +61,7 @@ class StableDiffusionFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         return denoiser(
             noisy_latents.to(dtype),
             timesteps,

@@ -78,7 +78,7 @@ class StableDiffusion3Family(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         return denoiser(
             hidden_states=noisy_latents.to(dtype),
             timestep=timesteps,

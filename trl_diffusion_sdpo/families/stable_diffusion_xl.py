@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .base import FALLBACK, Family, LossDefaults, check_text_to_image_unet, no_autocast
+from .base import FALLBACK, Family, LossDefaults, check_text_to_image_unet, constant, no_autocast
 from .noise import DDPMProcess
 
 N_TIME_IDS = 6  # original height and width, crop top and left, target height and width
@@ -76,14 +76,16 @@ class StableDiffusionXLFamily(Family):
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        stated = (tuple(config.latents_mean), tuple(config.latents_std))
+        mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1) for v in stated)
         return (latents - mean) * config.scaling_factor / std
 
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
         """`time_ids` of shape `(N, 6)`, float32, in the pipeline's order. Half precision would round sizes."""
-        target_sizes = original_sizes.new_tensor(target_size).expand(len(original_sizes), 2)
+        target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
+        target_sizes = target.expand(len(original_sizes), 2)
         time_ids = torch.cat([original_sizes, crop_top_lefts.to(original_sizes), target_sizes], dim=1)
         return {"time_ids": time_ids.float()}
 
@@ -94,7 +96,7 @@ class StableDiffusionXLFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         added = {
             "text_embeds": conditioning["pooled_prompt_embeds"].to(dtype),
             "time_ids": conditioning["time_ids"],

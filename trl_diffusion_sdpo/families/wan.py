@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import FLOW_DEFAULTS, Family, check_in_channels, constant, no_autocast
 from .noise import FlowMatchingProcess
 
 MAX_SEQUENCE_LENGTH = 512  # tokens that prompts are padded to, as in the pipeline's own call
@@ -93,7 +93,8 @@ class WanFamily(Family):
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        stated = (tuple(config.latents_mean), tuple(config.latents_std))
+        mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1, 1) for v in stated)
         return (latents - mean) / std
 
     def predict(
@@ -105,7 +106,7 @@ class WanFamily(Family):
     ) -> torch.Tensor:
         """Timesteps are passed by row, also where the pipeline repeats them for every token (`expand_timesteps`): that
         is only for clips that begin with a given image, and equal timesteps give equal modulations."""
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         return denoiser(
             hidden_states=noisy_latents.to(dtype),
             timestep=timesteps,

@@ -70,7 +70,7 @@ class ZImageFamily(Family):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         latents = noisy_latents.to(dtype).unsqueeze(2)  # (N, C, 1, H, W): images are videos of one frame
         # The lengths shape the denoiser's sequences, so the host must know them: one wait for a handful of numbers,
         # where cutting each row by a mask would be N.

@@ -24,25 +24,24 @@ logger = logging.getLogger(__name__)
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-LATER_SETTINGS = (
-    "engine",
-    "processes",
-    "safeguard_anchor",
-    "timesteps",
-    "weighting_scheme",
-    "logit_mean",
-    "logit_std",
-    "mode_scale",
-    "timestep_weighting",
-    "guidance_scale",
-    "noise_levels",
-    "loser_noise_range",
-    "winner_budget",
-    "winner_budget_pairs",
-    "winner_budget_steps",
-    "ema_decay",
-    "safeguard_metric",
-)
+UNKNOWN_BEFORE = ("engine", "processes", "safeguard_anchor")  # of checkpoints from before these were stored
+# What later settings were before they could be set.
+ALWAYS_BEFORE = {
+    "timesteps": None,
+    "weighting_scheme": "none",
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "mode_scale": 1.29,
+    "timestep_weighting": "none",
+    "guidance_scale": None,
+    "noise_levels": 8,
+    "loser_noise_range": None,
+    "winner_budget": None,
+    "winner_budget_pairs": 32,
+    "winner_budget_steps": 10,
+    "ema_decay": None,
+    "safeguard_metric": "plain",
+}
 
 
 def own_weights(denoiser: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
@@ -149,8 +148,7 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
         )
     stored = json.loads(file.read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(setup))
-    for name in LATER_SETTINGS:  # checkpoints from before they existed do not name theirs
-        stored.setdefault(name, ours[name])
+    stored = {**ALWAYS_BEFORE, **{name: ours[name] for name in UNKNOWN_BEFORE}, **stored}
     differing = [name for name in ours if stored.get(name) != ours[name]]
     broken = [name for name in differing if name in STRUCTURE]
     if broken:

@@ -384,7 +384,7 @@ class DiffusionSDPOConfig(WinnerArguments, TrainingArguments):
             # Batches carry host values (prompts, seeds), which accelerate cannot send between processes.
             self.accelerator_config.dispatch_batches = False
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every trained weight takes part in every step
+            self.ddp_find_unused_parameters = False  # weights that take no part do not train
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
         for name in ("beta", "safeguard_mu", *KNOB_RANGES):  # YAML reads 2e3 as text

@@ -308,6 +308,8 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         self._engine_ready = True
         if deepspeed_resumes:
             self._load_engine_checkpoint(resume_from_checkpoint)
+        if self.is_deepspeed_enabled:  # which has rounded the weights for good
+            self.family.settle_dtype()
         self._set_up_branches(self.model_wrapped)
         return prepared
 
@@ -362,6 +364,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         # The family gets a pipeline of its own where parts run in half precision; the user's stays as it was loaded.
         self.family = type(self.family)(working_pipeline(self.family, args))
         self.family.guidance_scale = args.guidance_scale
+        self.family.settle_dtype()
         if args.torch_compile:
             compile_with_eager_rounding()
         for kept in self._kept_weights:
@@ -394,6 +397,8 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
             )
         if adapter is None:
             denoiser.requires_grad_(True)
+            for name in loaded.family.idle_modules:
+                denoiser.get_submodule(name).requires_grad_(False)
         else:
             train_only_adapter(denoiser, adapter)
         return adapter, peft_config is not None

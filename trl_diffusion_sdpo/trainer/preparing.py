@@ -116,15 +116,15 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
         )
     weighting = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
     process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
+    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for name, scheme in unused.items():
+        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
+            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     if args.timesteps is not None:
         only = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
         return only
     sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
-    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
-    for name, scheme in unused.items():
-        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
-            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
     return {"timestep_range": timestep_range, "sampling": sampling}
 
@@ -148,8 +148,11 @@ def working_pipeline(family: Family, args: DiffusionSDPOConfig) -> DiffusionPipe
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
         part = getattr(family.pipeline, name)
-        # A VAE that overflows in half precision says so; text encoders do not.
+        # A VAE that overflows in half precision says so. Of text encoders CLIP's are known not to in float16, and the
+        # T5 and language models of other families to: they stay as they were loaded.
         overflows = isinstance(part, ModelMixin) and part.config.get("force_upcast", False)
+        if half == torch.float16 and not isinstance(part, ModelMixin):
+            overflows = not type(part).__name__.startswith("CLIP")
         if half is not None and not overflows and part.dtype.itemsize > half.itemsize:
             part = copy.deepcopy(part).to(half)
         working.register_modules(**{name: part.to(args.device)})

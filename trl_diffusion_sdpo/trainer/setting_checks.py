@@ -128,8 +128,11 @@ def check_data(args: DiffusionSDPOConfig) -> None:
         raise ValueError(
             f"`proportion_empty_prompts` must be in [0, 1], got {args.proportion_empty_prompts}. Published: 0.2."
         )
-    if args.resolution is not None and args.resolution < 8:
-        raise ValueError(f"`resolution` must be at least 8 pixels, got {args.resolution}.")
+    sides = args.resolution if isinstance(args.resolution, (list, tuple)) else (args.resolution,)
+    if args.resolution is not None and (len(sides) > 2 or any(side < 8 for side in sides)):
+        raise ValueError(
+            f"`resolution` must be one number or a height and a width, at least 8 pixels; got {args.resolution}."
+        )
     if args.sample_inference_steps < 1:
         raise ValueError(f"`sample_inference_steps` must be at least 1, got {args.sample_inference_steps}.")
     if args.sample_steps is not None and args.sample_steps < 1:

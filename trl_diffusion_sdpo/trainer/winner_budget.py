@@ -3,6 +3,7 @@ gradients are scaled down where that exceeds the budget, and back up where it do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -182,7 +183,11 @@ class WinnerBudgetMixin:
         self._meter["train"].add(self._budget.steer(self._probe_errors()), 1)
 
     def _probe_errors(self) -> torch.Tensor:
-        return self._probe_winners.errors(lambda batch: self._predict(self.model_wrapped, batch), self.accelerator)
+        """Of the averaged weights where they are kept: those are what is delivered, and the jitter of single steps,
+        which any training has at low noise, is not in them."""
+        acting = contextlib.nullcontext if self.average is None else self.average.active
+        with acting(self.model_wrapped) as model:
+            return self._probe_winners.errors(lambda batch: self._predict(model, batch), self.accelerator)
 
     def _warn_of_budget(self, unmet: float) -> None:
         if unmet and not self._warned_of_budget:

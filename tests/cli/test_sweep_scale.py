@@ -1,0 +1,360 @@
+"""The sweep over scales: what lies between a base and what a run made of it, measured, drawn, and written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny_pipelines import case
+
+from trl_diffusion_sdpo.cli import sweep_scale
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.import_utils import EXTRAS
+from trl_diffusion_sdpo.trainer.scaling import ScaledWeights, between, read_run, scaled_factor
+
+METRICS = {
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "winner_change": "errors/winner_change",
+    "loser_change": "errors/loser_change",
+}
+LORA = {"peft_config": LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"])}
+PREDICTION_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def pairs_folder(tmp_path_factory, make_pairs):
+    folder = tmp_path_factory.mktemp("pairs")
+    make_pairs(6, seed=1).to_parquet(folder / "test.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def train_run(tmp_path_factory, make_pairs, sd_folder):
+    """`train_run(name, base=, lora=, **settings)`: folder of a short run, and what it measured itself; once a name."""
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    runs = {}
+
+    def train(name, *, base=None, peft_config=None, **settings):
+        if name in runs:
+            return runs[name]
+        folder = tmp_path_factory.mktemp("runs") / name
+        args = DiffusionSDPOConfig(
+            **{"output_dir": str(folder), "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+            | {"noise_levels": 3, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+            | {"per_device_eval_batch_size": 8, "random_flip": False, **settings}
+        )
+        data = {"train_dataset": make_pairs(4), "eval_dataset": make_pairs(6, seed=1)}
+        trainer = DiffusionSDPOTrainer(base or sd_folder, None, args, **data, peft_config=peft_config)
+        trainer.train()
+        trainer.save_model()
+        runs[name] = folder, trainer.evaluate()
+        return runs[name]
+
+    return train
+
+
+@pytest.fixture
+def lora_run(train_run):
+    return train_run("lora", **LORA, ema_decay=0.5)
+
+
+@pytest.fixture
+def full_run(train_run):
+    return train_run("full", learning_rate=1e-3, ema_decay=0.5)
+
+
+@pytest.fixture
+def sweep(tmp_path, sd_folder, pairs_folder):
+    """`sweep(folder, *more, base=, output=)`: exit code of the command; the rows are in `tmp_path / output`."""
+
+    def call(folder, *more, base=None, output="sweep"):
+        words = ["--run", str(folder), "--model_name_or_path", base or sd_folder, "--dataset_name", pairs_folder]
+        return main(["sweep-scale", *words, "--output_dir", str(tmp_path / output), "--use_cpu", *map(str, more)])
+
+    return call
+
+
+def rows_in(folder: Path) -> list[dict]:
+    return json.loads((folder / "sweep.json").read_text())["rows"]
+
+
+def unet_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+
+
+def predict(denoiser: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noisy, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    width = denoiser.config.cross_attention_dim
+    with torch.no_grad():
+        return denoiser.eval()(noisy, torch.tensor([10, 700]), text[..., :width]).sample
+
+
+def assert_is_what_the_run_measured(row: dict, measured: dict, prefix: str = "eval"):
+    for key, metric in METRICS.items():
+        assert row[key] == pytest.approx(measured[f"{prefix}_{metric}"], rel=1e-5, abs=1e-9), key
+    for level, change in row["winner_change_relative_at"].items():
+        name = f"{prefix}_errors/winner_change_relative@{level}"
+        assert change == pytest.approx(measured[name], rel=1e-4, abs=1e-7), level
+
+
+def assert_is_the_reference(row: dict):
+    assert row["scale"] == 0
+    assert row["margin"] == row["winner_change"] == row["loser_change"] == row["winner_change_relative"] == 0.0
+    assert set(row["winner_change_relative_at"].values()) == {0.0}
+
+
+# ---- Weights -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_between_base_and_tuned_are_those_by_hand():
+    base, tuned = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([4.0, 1.0, 2.0])
+    assert between(base, tuned, 0.25).tolist() == [1.0, 1.0, -1.0]
+    assert between(base, tuned, 1.5).tolist() == [6.0, 1.0, 4.0]
+
+
+def test_the_ends_between_base_and_tuned_are_exact():
+    base, tuned = torch.randn(1000), 1e-4 * torch.randn(1000)
+    assert torch.equal(between(base, tuned, 0.0), base)
+    assert torch.equal(between(base, tuned, 1.0), tuned)
+
+
+def test_of_a_lora_the_factor_b_alone_is_scaled():
+    tuned = torch.tensor([2.0, -4.0])
+    assert scaled_factor("down.to_q.lora_B.weight", tuned, 0.25).tolist() == [0.5, -1.0]
+    assert scaled_factor("down.to_q.lora_A.weight", tuned, 0.25) is tuned
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_weights_at_a_scale_are_given_back_exactly(make_trainer, lora_run, full_run, tuning):
+    run = read_run({"lora": lora_run, "full": full_run}[tuning][0])
+    trainer = make_trainer(peft_config=run.lora)
+    denoiser = trainer.denoiser
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    weights = ScaledWeights(denoiser, "unet", trainer.adapter, run.weights)
+    with weights.active(0.5):
+        during = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    after = denoiser.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any(not torch.equal(during[name], before[name]) for name in before)
+
+
+# ---- The sweep -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_scale_0_is_the_reference_and_scale_1_what_the_run_measured_itself(
+    sweep, tmp_path, lora_run, full_run, tuning, capsys
+):
+    folder, measured = {"lora": lora_run, "full": full_run}[tuning]
+    assert sweep(folder, "--scales", 0, 0.5, 1) == 0
+    rows = rows_in(tmp_path / "sweep")
+    assert [row["scale"] for row in rows] == [0.0, 0.5, 1.0]
+    assert_is_the_reference(rows[0])
+    assert_is_what_the_run_measured(rows[2], measured)
+    assert rows[1]["margin"] not in (0.0, rows[2]["margin"])
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "winner change" in printed and f"{rows[2]['margin']:.5g}" in printed
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_scale_0_is_the_reference_under_autocast_too(sweep, tmp_path, lora_run, full_run, tuning):
+    folder, _ = {"lora": lora_run, "full": full_run}[tuning]
+    assert sweep(folder, "--scales", 0, "--mixed_precision", "bf16") == 0
+    assert_is_the_reference(rows_in(tmp_path / "sweep")[0])
+
+
+def test_scale_1_is_the_artefact_loaded_by_plain_diffusers(sweep, tmp_path, make_trainer, make_pairs, sd_folder):
+    """With rank-stabilised scaling, whose strength a wrong factor would change."""
+    config = LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules=["to_k"])
+    trainer = make_trainer(peft_config=config, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    assert sweep(tmp_path / "run", "--scales", 1) == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+    pipeline.load_lora_weights(tmp_path / "run")
+    loaded = make_trainer(pipeline, sd_folder, eval_dataset=make_pairs(6, seed=1), output_dir=str(tmp_path / "other"))
+    assert_is_what_the_run_measured(rows_in(tmp_path / "sweep")[0], loaded.evaluate())
+
+
+def test_a_flow_model_is_swept_alike(sweep, tmp_path, train_run, family_folder):
+    base = family_folder("flux")
+    folder, measured = train_run(
+        "flux", base=base, peft_config=LoraConfig(r=2), resolution=case("flux").RESOLUTION, guidance_scale=2.0
+    )
+    assert sweep(folder, "--scales", 0, 1, "--bake", 0.5, "--baked_dir", tmp_path / "baked", base=base) == 0
+    rows = rows_in(tmp_path / "sweep")
+    assert_is_the_reference(rows[0])
+    assert_is_what_the_run_measured(rows[1], measured)
+    FluxPipeline.from_pretrained(base).load_lora_weights(tmp_path / "baked")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_average_of_the_weights_is_swept_on_demand(sweep, tmp_path, lora_run, full_run, tuning):
+    folder, measured = {"lora": lora_run, "full": full_run}[tuning]
+    assert sweep(folder, "--scales", 1, "--average") == 0
+    assert measured["eval_ema_rewards/margins"] != measured["eval_rewards/margins"]
+    assert_is_what_the_run_measured(rows_in(tmp_path / "sweep")[0], measured, prefix="eval_ema")
+
+
+def test_a_run_without_a_reference_is_measured_by_the_sigmoid_loss(sweep, tmp_path, train_run):
+    folder, measured = train_run("sft", **LORA, loss_type="sft")
+    assert sweep(folder, "--scales", 1) == 0
+    settings = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"]
+    assert (settings["loss_type"], settings["beta"]) == ("sigmoid", 5000.0)
+    (row,) = rows_in(tmp_path / "sweep")
+    margin = -2500 * (row["winner_change"] - row["loser_change"])
+    assert row["margin"] == pytest.approx(margin, rel=1e-4) and row["margin"] != 0
+
+
+def test_a_second_call_evaluates_the_missing_scales_only(sweep, tmp_path, lora_run):
+    folder, _ = lora_run
+    assert sweep(folder, "--scales", 1) == 0
+    file = tmp_path / "sweep" / "sweep.json"
+    marked = json.loads(file.read_text())
+    marked["rows"][0]["margin"] = 123.0  # it would not survive being evaluated
+    file.write_text(json.dumps(marked))
+    assert sweep(folder, "--scales", 1, 0.5) == 0
+    assert [row["scale"] for row in rows_in(tmp_path / "sweep")] == [0.5, 1.0]
+    assert rows_in(tmp_path / "sweep")[1]["margin"] == 123.0
+
+
+def test_a_second_call_with_other_settings_is_refused(sweep, lora_run, capsys):
+    folder, _ = lora_run
+    assert sweep(folder, "--scales", 1, "--max_pairs", 4) == 0
+    assert sweep(folder, "--scales", 1) == 2
+    assert "pairs was 4, is 6" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_sweep_is_refused(sweep, tmp_path, lora_run, capsys):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("[]")
+    assert sweep(lora_run[0], "--scales", 1) == 2
+    assert "holds no sweep" in capsys.readouterr().err
+
+
+# ---- Baking --------------------------------------------------------------------------------------------------------
+
+
+def test_a_baked_lora_loads_in_plain_diffusers_and_predicts_like_the_mix_by_hand(sweep, tmp_path, lora_run, sd_folder):
+    folder, _ = lora_run
+    assert sweep(folder, "--scales", 1, "--bake", 0.25, "--baked_dir", tmp_path / "baked") == 0
+    baked = StableDiffusionPipeline.from_pretrained(sd_folder)
+    baked.load_lora_weights(tmp_path / "baked")
+    mix, factors = unet_of(sd_folder), load_file(folder / "adapter_model.safetensors")
+    names = [name for name in factors if name.endswith(".lora_A.weight")]
+    for name in names:
+        update = factors[name.replace("lora_A", "lora_B")] @ factors[name]
+        layer = name.removeprefix("base_model.model.").replace("lora_A.", "")
+        mix[layer] = mix[layer] + 0.25 * (4 / 2) * update  # lora_alpha / r
+    by_hand = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet")
+    base = predict(by_hand)
+    by_hand.load_state_dict(mix)
+    assert names and (predict(by_hand) - base).abs().max() > 1e-3
+    torch.testing.assert_close(predict(baked.unet), predict(by_hand), **PREDICTION_TOLERANCE)
+
+
+def test_baked_weights_load_in_plain_diffusers_and_are_the_mix_by_hand(sweep, tmp_path, full_run, sd_folder):
+    folder, _ = full_run
+    assert sweep(folder, "--scales", 1, "--bake", 0.5, "--baked_dir", tmp_path / "baked") == 0
+    baked, base, tuned = unet_of(tmp_path / "baked"), unet_of(sd_folder), unet_of(folder)
+    for name in base:
+        torch.testing.assert_close(baked[name], (base[name] + tuned[name]) / 2, rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(baked[name], tuned[name]) for name in base)
+
+
+def test_a_run_that_saved_its_whole_pipeline_is_baked_as_one(sweep, tmp_path, train_run):
+    folder, _ = train_run("pipeline", learning_rate=1e-3, save_full_pipeline=True, max_steps=1)
+    assert sweep(folder, "--scales", 1, "--bake", 1, "--baked_dir", tmp_path / "baked", "--max_pairs", 1) == 0
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "baked")
+    tuned = unet_of(folder)
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in loaded.unet.state_dict().items())
+
+
+def test_the_scale_stands_in_the_set_up_of_what_is_baked(sweep, tmp_path, lora_run):
+    folder, _ = lora_run
+    asked = ["--scales", 1, "--baked_dir", tmp_path / "baked", "--bake"]
+    assert sweep(folder, *asked, 0.25) == 0
+    assert sweep(folder, *asked, 0.75) == 0  # earlier scaled weights may be written over
+    setup, own = (json.loads((f / "diffusion_sdpo_setup.json").read_text()) for f in (tmp_path / "baked", folder))
+    assert setup == {**own, "scale": 0.75, "scaled_average": False}
+
+
+# ---- What is refused -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_base_is_refused(sweep, lora_run, tmp_path, make_sd_pipeline, capsys):
+    make_sd_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    assert sweep(lora_run[0], base=str(tmp_path / "other")) == 2
+    assert "over the base that it began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--scales", "-0.5"], "at least 0, got -0.5"),
+        (["--scales", "nan"], "finite numbers"),
+        (["--scales", "1", "inf"], "finite numbers"),
+        (["--bake", "-1", "--baked_dir", "baked"], "at least 0, got -1.0"),
+        (["--bake", "0.5"], "belong together"),
+        (["--baked_dir", "baked"], "belong together"),
+        (["--max_pairs", "0"], "`--max_pairs` must be at least 1"),
+    ],
+)
+def test_an_option_out_of_range_is_told_in_one_line(sweep, more, said, capsys):
+    assert sweep("nowhere", *more) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_folders_that_are_no_run_are_told(sweep, tmp_path, train_run, capsys):
+    without_average, _ = train_run("sft", **LORA, loss_type="sft")
+    cases = {"there is no folder": tmp_path / "nowhere", "diffusion_sdpo_setup.json": tmp_path}
+    for said, folder in cases.items():
+        assert sweep(folder) == 2
+        assert said in capsys.readouterr().err
+    assert sweep(without_average, "--average") == 2
+    assert "`ema_decay`" in capsys.readouterr().err
+
+
+def test_baking_over_other_files_is_refused(sweep, sd_folder, lora_run, capsys):
+    folder, _ = lora_run
+    for target, said in ((folder, "another folder than the run's"), (sd_folder, "holds other files")):
+        assert sweep(folder, "--bake", 0.5, "--baked_dir", target) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_dora_is_refused(sweep, tmp_path, lora_run, capsys):
+    folder = shutil.copytree(lora_run[0], tmp_path / "dora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    assert sweep(folder) == 2
+    assert "A DoRA cannot be scaled" in capsys.readouterr().err
+
+
+def test_data_without_a_pair_is_refused(sweep, tmp_path, make_pairs, lora_run, capsys):
+    ties = make_pairs(2).map(lambda row: {"prompt": None})
+    (tmp_path / "bad").mkdir()
+    ties.to_parquet(tmp_path / "bad" / "test.parquet")
+    assert sweep(lora_run[0], "--dataset_name", tmp_path / "bad") == 2
+    assert "No pair is left" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(sweep, lora_run, monkeypatch, capsys):
+    monkeypatch.setitem(EXTRAS, "plots", "no_such_module")
+    assert sweep(lora_run[0]) == 2
+    assert "trl-diffusion-sdpo[plots]" in capsys.readouterr().err
+
+
+def test_every_option_stands_on_the_command_line_page():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = page.partition("## `sweep-scale`")[2].partition("\n## ")[0]
+    options = {action.dest for action in sweep_scale.make_parser()._actions} - {"help"}
+    assert {name for name in options if f"`{name}`" not in section} == set()
