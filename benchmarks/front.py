@@ -54,6 +54,8 @@ SHARED = {
     "winner_budget_steps": 10,
 }
 UPPER = [0.62, 1.0]  # noise levels of timesteps 500 and above
+# The strength of each rule that the picture of noise levels shows.
+SHOWN = {"SFT": 0.0, "output": 0.6, "output, range": 0.45, "parameter": 0.3, "budget": 0.1}
 
 
 @dataclass(frozen=True)
@@ -283,14 +285,155 @@ def make_all(runs: list[Run], file: Path, workers: int) -> None:
             )
 
 
+# ---- Report -------------------------------------------------------------------------------------------------------
+
+COLORS = {"SFT": "#555555", "DPO": "#c0392b", "output": "#2471a3", "output, range": "#1e8449", "budget": "#8e44ad"}
+SPARE_COLORS = ("#d68910", "#16a085", "#7f8c8d", "#a04000", "#1f618d", "#b03a7a")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs of one rule and strength over seeds, measured on one part with one kind of weights."""
+
+    rule: str
+    strength: float
+    oracle: np.ndarray
+    winner: np.ndarray
+    levels: np.ndarray  # (seeds, levels), relative
+
+    @property
+    def worst(self) -> np.ndarray:
+        """Largest relative change over the noise levels, of each seed."""
+        return np.nanmax(self.levels, axis=1)
+
+
+def points(rows: list[dict[str, Any]], part: str, weights: str, pairs: str, push: str) -> list[Point]:
+    """All rules and strengths under one setting, in the order of the rules."""
+    kept = [row for row in rows if (row["pairs"], row["push"]) == (pairs, push)]
+    found = []
+    for rule, strength in dict.fromkeys((row["rule"], row["strength"]) for row in kept):
+        mine = [row["measured"][part][weights] for row in kept if (row["rule"], row["strength"]) == (rule, strength)]
+        levels = np.array([[np.nan if x is None else x for x in one["winner_levels"]] for one in mine])
+        oracle, winner = (np.array([one[name] for one in mine]) for name in ("oracle", "winner"))
+        found.append(Point(rule, strength, oracle, winner, levels))
+    return sorted(found, key=lambda point: (point.rule, point.strength))
+
+
+def table(rows: list[dict[str, Any]], part: str, pairs: str = "off_policy", push: str = "stress") -> str:
+    """Markdown: reward, winner change, and the largest relative change over the noise levels, raw and averaged."""
+    lines = [
+        "| rule | strength | seeds | oracle | winner change | worst level | oracle, EMA | winner change, EMA "
+        "| worst level, EMA |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    both = zip(*(points(rows, part, weights, pairs, push) for weights in ("raw", "ema")), strict=True)
+    for raw, ema in both:
+        cells = [f"{raw.rule}", f"{raw.strength:g}", str(len(raw.oracle))]
+        for point in (raw, ema):
+            cells += [
+                spread(point.oracle, "{:.3f}"),
+                spread(point.winner, "{:+.4f}"),
+                f"{100 * point.worst.mean():+.0f}%",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray, form: str) -> str:
+    """Mean, and with several seeds the standard deviation."""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(values.mean())} ± {form.format(values.std(ddof=1)).lstrip('+')}"
+
+
+def colors_of(rules: list[str]) -> dict[str, str]:
+    spare = iter(SPARE_COLORS * 3)
+    return {rule: COLORS.get(rule) or next(spare) for rule in dict.fromkeys(rules)}
+
+
+def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
+    """Reward against what the winners paid: the mean, and the worst noise level."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True)
+    for row, weights in enumerate(("raw", "ema")):
+        shown = points(rows, part, weights, "off_policy", "stress")
+        colors = colors_of([point.rule for point in shown])
+        for column, paid in enumerate(("winner", "worst")):
+            ax = axes[row][column]
+            for rule, color in colors.items():
+                mine = [point for point in shown if point.rule == rule]
+                x, y = ([getattr(p, name).mean() for p in mine] for name in (paid, "oracle"))
+                spreads = [[np.std(getattr(p, name)) for p in mine] for name in (paid, "oracle")]
+                ax.errorbar(
+                    x, y, xerr=spreads[0], yerr=spreads[1], marker="o", capsize=2, color=color, label=rule, alpha=0.85
+                )
+                for point, at in zip(mine, zip(x, y, strict=True), strict=True):
+                    if rule not in ("SFT", "DPO"):
+                        ax.annotate(f"{point.strength:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            ax.set_xscale("symlog", linthresh=0.003 if paid == "winner" else 0.1)
+            ax.set_xlabel("winner change, mean" if paid == "winner" else "winner change, worst noise level, relative")
+            ax.set_title("raw weights" if weights == "raw" else f"averaged weights (EMA {EMA_DECAY})")
+            ax.axvline(0, color="black", linewidth=0.6)
+            ax.grid(alpha=0.2)
+        axes[row][0].set_ylabel("oracle score")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, float], file: Path) -> None:
+    """Relative winner change by noise level, one strength of each rule."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for ax, weights in zip(figure.subplots(1, 2, sharey=True), ("raw", "ema"), strict=True):
+        shown = points(rows, part, weights, "off_policy", "stress")
+        colors = colors_of([point.rule for point in shown])
+        middles = (np.arange(LEVELS) + 0.5) / LEVELS
+        for point in shown:
+            if strengths.get(point.rule) != point.strength:
+                continue
+            label = f"{point.rule} {point.strength:g}" if point.strength else point.rule
+            mean, sd = 100 * point.levels.mean(0), 100 * point.levels.std(0)
+            ax.plot(middles, mean, marker="o", color=colors[point.rule], label=label)
+            ax.fill_between(middles, mean - sd, mean + sd, color=colors[point.rule], alpha=0.12)
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set(xlabel="noise level (share of noise)", title="raw weights" if weights == "raw" else "averaged weights")
+        ax.set_yscale("symlog", linthresh=10)
+        ax.grid(alpha=0.2)
+    figure.axes[0].set_ylabel("winner change, % of the base model's error")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def report(file: Path, part: str, folder: Path) -> None:
+    """Tables of every setting, and the two pictures."""
+    rows = list(rows_of(file).values())
+    if not rows:
+        raise SystemExit(f"There are no runs in {file}. Make some with the command `run`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for pairs, push in dict.fromkeys((row["pairs"], row["push"]) for row in rows):
+        print(
+            f"\n{pairs.replace('_', '-')} pairs, {push}, {part} part\n\n{table(rows, part, pairs, push)}", flush=True
+        )
+    draw_front(rows, part, folder / "front.png")
+    draw_levels(rows, part, SHOWN, folder / "front_levels.png")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run"])
-    parser.add_argument("--plan", choices=plans(), default="explore")
-    parser.add_argument("--file", type=Path, default=Path("bench_output/front.jsonl"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--plan", choices=plans(), default="explore", help="which runs to make")
+    parser.add_argument("--file", type=Path, default=Path("bench_output/front.jsonl"), help="where rows are kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
+    parser.add_argument("--part", choices=PARTS, default="selection", help="on which the report is")
+    parser.add_argument("--folder", type=Path, default=Path("bench_output"), help="where the report's pictures go")
     options = parser.parse_args(arguments)
-    make_all(plans()[options.plan], options.file, options.workers)
+    if options.command == "run":
+        make_all(plans()[options.plan], options.file, options.workers)
+    else:
+        report(options.file, options.part, options.folder)
     return 0
 
 

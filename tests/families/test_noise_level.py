@@ -73,7 +73,11 @@ def test_under_flow_matching_it_is_sigma_whatever_the_shift():
 def test_where_timesteps_are_those_before_the_shift_it_is_that_after():
     process = CogView4Process(
         FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear"
+            use_dynamic_shifting=True,
+            base_shift=0.25,
+            max_shift=0.75,
+            base_image_seq_len=256,
+            time_shift_type="linear",
         ).config
     )
     # mu = 0.25 + 0.75 sqrt(1024 / 256) = 1.75, and a half becomes 1.75 * 0.5 / (1 + 0.75 * 0.5).

@@ -37,6 +37,7 @@ from .policy import PolicyModel
 from .preparing import (
     autocast_dtype,
     check_guidance,
+    check_noise_range,
     check_precision,
     check_resolution,
     checked_timesteps,
@@ -353,6 +354,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         complete_args(args, self.family, self.loss, full=self.adapter is None)
         check_resolution(args, self.family)
         self._timesteps = checked_timesteps(args, self.family)
+        check_noise_range(args, self.family)
         check_without_dropout(args, loaded.denoiser)
         self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}
         self._branches, self._probe, self._engine_ready = None, None, False
