@@ -7,7 +7,7 @@ strengths are chosen on one, and the table of the other is made once.
 
 Runs are rows of a JSON-lines file. A second call makes those that are missing; several processes share the work.
 
-    python benchmarks/front.py run --plan explore --workers 2
+    python benchmarks/front.py run --plan front --workers 2
     python benchmarks/front.py report
 """
 
@@ -118,23 +118,48 @@ def planned(rules: dict[str, tuple[float, ...]], seeds: range, **settings: str) 
     ]
 
 
-EXPLORED: dict[str, tuple[float, ...]] = {
-    "budget": (0.1, 0.3),
-    "output": (0.6,),
-    "output, range": (0.45,),
-    "budget, range": (0.1,),
-    "budget, output": (0.1, 0.3),
-    "parameter": (0.3,),
+# The front: each rule at three strengths.
+FRONT: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
+    "DPO": (0.0,),
+    "output": (0.45, 0.6, 0.8),
+    "output, range": (0.3, 0.45, 0.6),
+    "budget": (0.05, 0.1, 0.3),
+    "budget, range": (0.05, 0.1, 0.3),
+    "parameter": (0.3, 0.6),
+}
+# Under other settings: one strength of each.
+ELSEWHERE: dict[str, tuple[float, ...]] = {
+    "SFT": (0.0,),
+    "DPO": (0.0,),
+    "output": (0.6,),
+    "budget": (0.1,),
+    "budget, range": (0.1,),
+}
+# What was tried on one seed besides.
+EXPLORED: dict[str, tuple[float, ...]] = {
+    "output, pair": (0.6,),
+    "output, weighted": (0.6,),
+    "output, bucket": (0.6,),
+    "parameter, error": (0.3,),
+    "parameter, AdamW": (0.1,),
+    "bucket, range": (0.4,),
+    "parameter, range": (0.3,),
     "budget, bucket": (0.1,),
     "budget, parameter": (0.1,),
-    "output, bucket": (0.6,),
 }
 
 
 def plans() -> dict[str, list[Run]]:
     """Named lists of runs."""
-    return {"explore": planned(EXPLORED, range(1))}
+    elsewhere = [("off_policy", "gentle"), ("on_policy", "stress"), ("on_policy", "gentle")]
+    return {
+        "front": planned(FRONT, range(3)),
+        "elsewhere": [
+            run for pairs, push in elsewhere for run in planned(ELSEWHERE, range(1), pairs=pairs, push=push)
+        ],
+        "explore": planned(EXPLORED, range(1)),
+    }
 
 
 # ---- One run ------------------------------------------------------------------------------------------------------
@@ -424,7 +449,7 @@ def report(file: Path, part: str, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("--plan", choices=plans(), default="explore", help="which runs to make")
+    parser.add_argument("--plan", choices=plans(), default="front", help="which runs to make")
     parser.add_argument("--file", type=Path, default=Path("bench_output/front.jsonl"), help="where rows are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--part", choices=PARTS, default="selection", help="on which the report is")

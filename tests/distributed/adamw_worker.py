@@ -1,5 +1,5 @@
-"""A few steps with lambda bounded by AdamW's own step, under the engine that the first argument names; writes the logged
-lambdas to the file that the second names."""
+"""A few steps with lambda bounded by AdamW's own step, under the engine that the first argument names; writes the
+logged lambdas to the file that the second names."""
 
 import json
 import sys

@@ -10,7 +10,13 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DModel
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo.families import FAMILIES, family_for_class_name, find_family, load_pipeline
+from trl_diffusion_sdpo.families import (
+    FAMILIES,
+    as_text_to_image,
+    family_for_class_name,
+    find_family,
+    load_pipeline,
+)
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
@@ -232,3 +238,23 @@ def test_options_that_would_weaken_loading_are_refused(option, value, sd_folder)
 
 def test_components_can_be_given_when_loading(sd_folder, sd_v_pipeline):
     assert load_pipeline(sd_folder, scheduler=sd_v_pipeline.scheduler).scheduler is sd_v_pipeline.scheduler
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("stable_diffusion", "StableDiffusionImg2ImgPipeline"),
+        ("flux", "FluxImg2ImgPipeline"),
+        ("stable_diffusion_3", "StableDiffusion3InpaintPipeline"),
+    ],
+)
+def test_a_pipeline_of_another_class_of_its_family_lends_its_networks_to_text_to_image(name, other):
+    pipeline = case(name).build()
+    parts = dict(pipeline.components)
+    if name == "stable_diffusion":
+        parts |= {"requires_safety_checker": False}
+    given = getattr(diffusers, other)(**parts)
+    ours = as_text_to_image(given)
+    assert type(ours) is type(pipeline)
+    assert find_family(ours).denoiser is find_family(pipeline).denoiser
+    assert as_text_to_image(ours) is ours

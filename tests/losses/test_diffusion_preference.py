@@ -167,7 +167,10 @@ def test_unknown_names_are_refused_with_those_there_are(seeded_pairs):
         ({"mu": -0.1}, r"`safeguard_mu` must be in \[0, 1\], got -0.1"),
         ({"mu": 1.1}, r"`safeguard_mu` must be in \[0, 1\], got 1.1"),
         ({"mu": math.nan}, r"`safeguard_mu` must be in \[0, 1\], got nan"),
-        ({"granularity": "token"}, "`safeguard_granularity` must be one of batch, pair, weighted, bucket; got 'token'"),
+        (
+            {"granularity": "token"},
+            "`safeguard_granularity` must be one of batch, pair, weighted, bucket; got 'token'",
+        ),
         ({"eps": -1e-9}, "`safeguard_eps` must be at least 0, got -1e-09"),
         ({"eps": math.inf}, "`safeguard_eps` must be at least 0, got inf"),
     ],

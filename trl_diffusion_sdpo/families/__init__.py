@@ -1,6 +1,7 @@
 """Model families: which pipelines can be trained, found by the name of the pipeline's class, and how a pipeline is
 loaded from a folder or the Hub."""
 
+import inspect
 import os
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "Family",
     "LossDefaults",
     "NoiseProcess",
+    "as_text_to_image",
     "family_for_class_name",
     "find_family",
     "load_pipeline",
@@ -68,6 +70,22 @@ def find_family(pipeline: diffusers.DiffusionPipeline) -> Family:
         ValueError: If no family serves the pipeline's class, or its family can't train it.
     """
     return family_for_class_name(type(pipeline).__name__)(pipeline)
+
+
+def as_text_to_image(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
+    """The same networks in their family's text-to-image class, as which a folder of another of its classes is loaded;
+    a pipeline of that class is given back as it is.
+
+    Raises:
+        ValueError: If no family serves the pipeline's class.
+    """
+    name = type(pipeline).__name__
+    wanted = family_for_class_name(name).pipeline_classes[0]
+    if name == wanted:
+        return pipeline
+    pipeline_class = getattr(diffusers, wanted)
+    taken = inspect.signature(pipeline_class).parameters
+    return pipeline_class(**{part: value for part, value in pipeline.components.items() if part in taken})
 
 
 def family_for_class_name(name: str) -> type[Family]:

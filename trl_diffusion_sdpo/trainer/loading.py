@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel
 from torch import nn
 
-from ..families import Family, find_family, load_pipeline
+from ..families import Family, as_text_to_image, find_family, load_pipeline
 from .adapters import unwrap_peft_model
 
 CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
@@ -76,7 +76,7 @@ def load_model(
         if value is not None and role == "model":
             raise ValueError(f"`{name}` is for a `{role}` given as Hub id or folder, got a {type(model).__name__}.")
     if isinstance(model, DiffusionPipeline):
-        return LoadedModel(find_family(model), _origin(model))
+        return LoadedModel(find_family(as_text_to_image(model)), _origin(model))
     if not isinstance(model, (ModelMixin, PeftModel)):
         raise ValueError(
             f"`{role}` must be a Hub id, a folder, a diffusers pipeline or its denoiser, got {type(model).__name__}."
@@ -86,7 +86,7 @@ def load_model(
             f"A bare denoiser as `{role}` needs `processing_class=` the pipeline that owns its VAE, text encoders and "
             f"scheduler, got {type(processing_class).__name__}."
         )
-    return _from_denoiser(unwrap_peft_model(model), processing_class, role)
+    return _from_denoiser(unwrap_peft_model(model), as_text_to_image(processing_class), role)
 
 
 def _from_name(name: str, options: dict[str, Any], quantization_config: Any) -> LoadedModel:
