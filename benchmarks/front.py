@@ -34,8 +34,13 @@ from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, load_base_pipeline, s
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
 
 LEVELS = 8
-STEPS = {"stress": 200, "gentle": 100}
-SETTINGS = {"stress": {"learning_rate": 2e-4, "beta": 100.0}, "gentle": {"learning_rate": 1e-4, "beta": 500.0}}
+STEPS = {"stress": 200, "gentle": 100, "smallest": 2}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "stress": {"learning_rate": 2e-4, "beta": 100.0},
+    "gentle": {"learning_rate": 1e-4, "beta": 500.0},
+    # For a look at whether everything runs.
+    "smallest": {"learning_rate": 2e-4, "beta": 100.0, "per_device_train_batch_size": 2, "winner_budget_pairs": 2},
+}
 PARTS = ("selection", "final")
 PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 10_000, 20_000  # apart from those of training
 HELD_OUT_COPIES = 3  # each held-out pair is measured at this many draws of noise and timestep
@@ -118,7 +123,7 @@ def planned(rules: dict[str, tuple[float, ...]], seeds: range, **settings: str) 
     ]
 
 
-# The front: each rule at three strengths.
+# Each rule at three strengths, on one seed.
 FRONT: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
     "DPO": (0.0,),
@@ -128,12 +133,20 @@ FRONT: dict[str, tuple[float, ...]] = {
     "budget, range": (0.05, 0.1, 0.3),
     "parameter": (0.3, 0.6),
 }
+# The strengths that are made on two more seeds.
+AGAIN: dict[str, tuple[float, ...]] = {
+    "SFT": (0.0,),
+    "output": (0.6,),
+    "budget, range": (0.1,),
+    "budget": (0.1, 0.3),
+    "output, range": (0.45,),
+    "DPO": (0.0,),
+}
 # Under other settings: one strength of each.
 ELSEWHERE: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
     "DPO": (0.0,),
     "output": (0.6,),
-    "budget": (0.1,),
     "budget, range": (0.1,),
 }
 # What was tried on one seed besides.
@@ -152,13 +165,14 @@ EXPLORED: dict[str, tuple[float, ...]] = {
 
 def plans() -> dict[str, list[Run]]:
     """Named lists of runs."""
-    elsewhere = [("off_policy", "gentle"), ("on_policy", "stress"), ("on_policy", "gentle")]
+    elsewhere = [("on_policy", "stress"), ("off_policy", "gentle")]
     return {
-        "front": planned(FRONT, range(3)),
+        "front": planned(FRONT, range(1)) + planned(AGAIN, range(1, 3)),
         "elsewhere": [
             run for pairs, push in elsewhere for run in planned(ELSEWHERE, range(1), pairs=pairs, push=push)
         ],
         "explore": planned(EXPLORED, range(1)),
+        "smallest": [Run("budget, range", 0.1, rule_settings("budget, range", 0.1), push="smallest")],
     }
 
 
@@ -195,19 +209,19 @@ def parts_of_prompts() -> dict[str, list[str]]:
     return {"selection": texts[::2], "final": texts[1::2]}
 
 
-def held_out(seed: int) -> dict[str, Dataset]:
+def held_out(seed: int, *, smallest: bool) -> dict[str, Dataset]:
     """Held-out pairs of each part's prompts, several times over."""
-    pairs = eval_pairs(seed + HELD_OUT_SEED, per_prompt=4)
+    pairs = eval_pairs(seed + HELD_OUT_SEED, per_prompt=1 if smallest else 4)
     found = {}
     for part, prompts in parts_of_prompts().items():
         rows = [row for row, prompt in enumerate(pairs["prompt"]) if prompt in set(prompts)]
-        found[part] = concatenate_datasets([pairs.select(rows)] * HELD_OUT_COPIES)
+        found[part] = concatenate_datasets([pairs.select(rows)] * (1 if smallest else HELD_OUT_COPIES))
     return found
 
 
-def judged(pipeline: Any, part: str, seed: int) -> float:
+def judged(pipeline: Any, part: str, seed: int, *, smallest: bool) -> float:
     """The oracle's mean score of samples for a part's prompts, from equal latents for every run of a seed."""
-    prompts = [prompt for prompt in parts_of_prompts()[part] for _ in range(SAMPLES_PER_PROMPT)]
+    prompts = [prompt for prompt in parts_of_prompts()[part] for _ in range(1 if smallest else SAMPLES_PER_PROMPT)]
     generator = torch.Generator().manual_seed(SCORE_SEED + seed)
     latents = randn_tensor((len(prompts), *LATENT_SHAPE), generator)
     with torch.no_grad():
@@ -227,7 +241,7 @@ def make(run: Run) -> dict[str, Any]:
             use_cpu=True,
             per_device_eval_batch_size=64,
             save_strategy="no",
-            logging_steps=STEPS[run.push] // 5,
+            logging_steps=max(1, STEPS[run.push] // 5),
             report_to="none",
             disable_tqdm=True,
             verify_images=False,
@@ -245,12 +259,13 @@ def make(run: Run) -> dict[str, Any]:
         row: dict[str, Any] = {**asdict(run), "key": run.key, "seconds": trained, "measured": {}}
         row["scale"] = [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
         row["budget"] = [entry["budget/scale"] for entry in trainer.state.log_history if "budget/scale" in entry]
-        for part, pairs in held_out(run.seed).items():
+        smallest = run.push == "smallest"
+        for part, pairs in held_out(run.seed, smallest=smallest).items():
             metrics = trainer.evaluate(pairs)
-            scores = {"raw": judged(pipeline, part, run.seed)}
+            scores = {"raw": judged(pipeline, part, run.seed, smallest=smallest)}
             averaged = load_base_pipeline()
             averaged.register_modules(unet=trainer.average.kept.module)
-            scores["ema"] = judged(averaged, part, run.seed)
+            scores["ema"] = judged(averaged, part, run.seed, smallest=smallest)
             row["measured"][part] = {
                 weights: {"oracle": scores[weights], **changes(metrics, prefix)}
                 for weights, prefix in (("raw", "eval"), ("ema", "eval_ema"))

@@ -27,7 +27,7 @@ PUBLISHED = {
     "sdxl_dmpo": ("dmpo", 2.05e-6, "adafactor", 6000, 0.01, 0.6),
     "sdxl_dspo": ("dspo_sdxl", 2.05e-6, "adafactor", 5000, None, 0.6),
 }
-STARTING_POINTS = {f"{base}_lora_small_gpu" for base in ("sd15", "sdxl", "sd35", "flux")}
+STARTING_POINTS = {f"{base}_lora_small_gpu" for base in ("sd15", "sdxl", "sd35", "flux")} | {"sd15_keep_winners"}
 BASES = {
     "sd35": ("stabilityai/stable-diffusion-3.5-medium", 1024),
     "flux": ("black-forest-labs/FLUX.1-dev", 512),

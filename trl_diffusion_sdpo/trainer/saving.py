@@ -31,8 +31,8 @@ from .model_card import ModelCardFacts, build_model_card
 
 ARGS_FILE = "training_args.json"
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-# Checkpoints, pickles, logs, and the arguments, which name folders of the machine; the card has the settings.
-NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE]
+# Checkpoints, pickles, logs, plots, and the arguments, which name folders of the machine; the card has the settings.
+NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", "noise_levels*.png", ARGS_FILE]
 # Of one process or DDP, FSDP2 (whole or in shards), DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 # What decides where training goes; a run that resumes with other values is told so.
@@ -210,6 +210,7 @@ class SavingMixin:
             adapter=self.adapter,
             whole=weights,
         )
+        forget_local_origins([folder / self.family.denoiser_name / "config.json"])
 
     def _load_kept(self, folder: Path) -> None:
         """What moves beside the policy."""

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.pairs import PreferenceDataset
+from .callbacks import evaluating
 from .noise_levels import level_of
 from .noisy_batch import NoisyBatch
 
@@ -39,20 +40,23 @@ class Probe:
     Args:
         batches (`list[NoisyBatch]`): This process's winners; may be empty where there are more processes than pairs.
         parts (`list[torch.Tensor]`): For each batch, the noise level of each row, int64 `(N,)`.
+        counts (`list[torch.Tensor]`): For each batch, 1 for each row, and 0 for one that is there only because all
+            processes must have as many; `(N,)`.
         n_levels (`int`): Number of noise levels.
     """
 
     batches: list[NoisyBatch]
     parts: list[torch.Tensor]
+    counts: list[torch.Tensor]
     n_levels: int
 
     @torch.no_grad()
     def errors(self, predict: Callable[[NoisyBatch], torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
         """Mean error at each level over all processes, `(levels,)`; NaN at levels that the schedule does not visit."""
         sums = torch.zeros(2, self.n_levels, device=accelerator.device)
-        for batch, part in zip(self.batches, self.parts, strict=True):
+        for batch, part, count in zip(self.batches, self.parts, self.counts, strict=True):
             error = (predict(batch) - batch.target.float()).square().flatten(1).mean(1)  # (N,)
-            sums.index_add_(1, part, torch.stack([error, torch.ones_like(error)]))
+            sums.index_add_(1, part, torch.stack([error * count, count]))
         sums = accelerator.reduce(sums, reduction="sum")
         return sums[0] / sums[1]
 
@@ -186,7 +190,7 @@ class WinnerBudgetMixin:
         """Of the averaged weights where they are kept: those are what is delivered, and the jitter of single steps,
         which any training has at low noise, is not in them."""
         acting = contextlib.nullcontext if self.average is None else self.average.active
-        with acting(self.model_wrapped) as model:
+        with evaluating([self.model_wrapped]), acting(self.model_wrapped) as model:
             return self._probe_winners.errors(lambda batch: self._predict(model, batch), self.accelerator)
 
     def _warn_of_budget(self, unmet: float) -> None:
@@ -202,11 +206,12 @@ class WinnerBudgetMixin:
     def _draw_probe(self) -> Probe:
         """Winners of pairs spread over the data, each at a timestep within every noise level."""
         items, world = self._probe_items(), self.accelerator.num_processes
-        rows = items[self.accelerator.process_index :: world] or items[:1]
+        rows = items[self.accelerator.process_index :: world]
+        own = len(rows)
         # Under engines a forward pass takes all processes: each has as many rows as the one with most.
-        rows += rows[:1] * (-(-len(items) // world) - len(rows))
+        rows += items[:1] * (-(-len(items) // world) - own)
         size = max(1, 2 * self.args.per_device_train_batch_size)
-        batches, parts = [], []
+        batches, parts, counts = [], [], []
         for start in range(0, len(rows), size):
             inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
             for level in range(self.args.noise_levels):
@@ -214,7 +219,9 @@ class WinnerBudgetMixin:
                 if batch is not None:
                     batches.append(batch)
                     parts.append(torch.full_like(batch.timesteps, level, dtype=torch.long))
-        return Probe(batches, parts, self.args.noise_levels)
+                    place = torch.arange(start, start + len(batch.timesteps), device=batch.timesteps.device)
+                    counts.append((place < own).float())
+        return Probe(batches, parts, counts, self.args.noise_levels)
 
     def _probe_items(self) -> list[Any]:
         """The pairs of the probe, as the collator takes them."""

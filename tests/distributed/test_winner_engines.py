@@ -1,0 +1,277 @@
+"""What keeps the winners, under engines: average, budget and noise range of two processes on the CPU are those of one,
+and a resumed run goes on with them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+WORKER = Path(__file__).with_name("run_worker.py")
+SECONDS_A_RUN = 30  # a hundred times what one takes
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+EVALUATED = 7  # one comes twice, and must count once at its level
+STEPS = 4
+RATES = {"full": 6e-3, "lora": 1.0}  # so large that without a budget the winners get worse
+ARGS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "beta": 500.0,
+    "safeguard": "none",
+    "noise_levels": 4,
+    "loser_noise_range": [0.3, 1.0],
+    "winner_budget": 0.01,
+    "winner_budget_pairs": 4,
+    "winner_budget_steps": 1,
+    "ema_decay": 0.25,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": STEPS,
+}
+
+
+def build_run(engine: str, tuning: str, kind: str, resumes: str | None = None, **args) -> dict:
+    """A run as the worker takes it; `resumes` names the run whose first checkpoint it goes on from."""
+    name = f"{engine}-{tuning}-{kind}"
+    return {
+        "name": name,
+        "output": f"{name}/saved",
+        "engine": engine,
+        "engine_settings": {},
+        "tuning": tuning,
+        "evaluated": EVALUATED,
+        "every_step": engine != "fsdp2",  # gathering its weights between steps is not safe
+        "killed_after": None,
+        "resumes": resumes,
+        "pushes": False,
+        "refused": False,
+        "args": {**ARGS, "learning_rate": RATES[tuning], **args},
+    }
+
+
+def with_resumed(engine: str, tuning: str) -> list[dict]:
+    args = {"optim": "adamw_torch", "learning_rate": {"full": 1e-3, "lora": 1e-2}[tuning]}
+    whole = build_run(engine, tuning, "undisturbed", **args)
+    return [whole, build_run(engine, tuning, "resumed", resumes=whole["name"], **args)]
+
+
+def planned(*alternatives: list[dict]):
+    return pytest.mark.parametrize("plan", alternatives, ids=[runs[-1]["name"] for runs in alternatives])
+
+
+@pytest.fixture(scope="module")
+def done(request, start, tmp_path_factory):
+    """`done(run)`: the folder of a run; all that the selected tests plan share their processes."""
+    folder = tmp_path_factory.mktemp("winner_runs")
+    selected = (item for item in request.session.items if "plan" in item.fixturenames)
+    runs = {run["name"]: run for item in selected for run in item.callspec.params["plan"]}
+    pending, output = [with_places(run, start, folder) for run in runs.values()], ""
+    while pending:
+        output = launch(pending, folder)
+        reached = [run for run in pending if (folder / run["name"]).is_dir()]
+        assert reached, f"The processes did not start:\n{output[-3000:]}"
+        pending = pending[len(reached) :]  # one that failed has ended its processes
+
+    def result(run: dict) -> Path:
+        place = folder / run["name"]
+        errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
+        assert not errors, "\n".join(errors)
+        assert all((place / f"done{rank}").is_file() for rank in (0, 1)), output[-3000:]
+        return place
+
+    return result
+
+
+def with_places(run: dict, start: dict[str, str], folder: Path) -> dict:
+    full, source = run["tuning"] == "full", run["resumes"]
+    return {
+        **run,
+        "model": start["policy" if full else "base"],
+        "ref_model": start["base"] if full else None,
+        "peft": None if full else LORA,
+        "data": start["pairs"],
+        "resumes": None if source is None else str(folder / source / "saved" / "checkpoint-2"),
+    }
+
+
+def launch(runs: list[dict], folder: Path) -> str:
+    (folder / "runs.json").write_text(json.dumps(runs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *LAUNCH, str(WORKER), str(folder / "runs.json"), str(folder)]
+    with open(folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            process.wait(timeout=120 + SECONDS_A_RUN * len(runs))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return (folder / "output.txt").read_text()
+
+
+@pytest.fixture
+def found(done, plan) -> list[Path]:
+    return [done(run) for run in plan]
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """`alone(run)`: the trainer of the same run in one process, with the batches of two, after its training."""
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    trained = {}
+
+    def train(run: dict) -> DiffusionSDPOTrainer:
+        key = json.dumps([run["tuning"], run["args"]], sort_keys=True)
+        if key not in trained:
+            folder = tmp_path_factory.mktemp("alone")
+            places = with_places({**run, "resumes": None}, start, folder)
+            settings = {**run["args"], "per_device_train_batch_size": 2 * run["args"]["per_device_train_batch_size"]}
+            args = DiffusionSDPOConfig(
+                str(folder), logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, **settings
+            )
+            data = datasets.load_from_disk(places["data"])
+            trainer = DiffusionSDPOTrainer(
+                places["model"],
+                places["ref_model"],
+                args,
+                data,
+                data.select(range(EVALUATED)),
+                peft_config=None if places["peft"] is None else LoraConfig(**LORA),
+            )
+            trainer.train()
+            trainer.save_model()
+            trained[key] = trainer
+        return trained[key]
+
+    return train
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    return load_file(file if file.is_file() else folder / "pytorch_lora_weights.safetensors")
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The budget's, of the last checkpoint."""
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "winner_budget.json").read_text())
+    return {name: torch.tensor(values) for name, values in state.items()}
+
+
+def steps_of(log: list[dict]) -> list[dict]:
+    return [entry for entry in log if "loss" in entry]
+
+
+def apart(ours: dict, theirs: dict, before: dict) -> float:
+    """`|ours - theirs| / |theirs - before|` over all weights."""
+    off = sum((ours[name] - theirs[name]).double().square().sum() for name in before)
+    return float((off / sum((theirs[name] - before[name]).double().square().sum() for name in before)).sqrt())
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Bit for bit, where a level that no timestep visits is like itself."""
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in theirs if not torch.equal(ours[name].nan_to_num(), theirs[name].nan_to_num())]
+
+
+def assert_walked_alike(folder: Path, trainer, tolerance: float = 1e-3) -> None:
+    """Weights, average, scales and all that was logged."""
+    single = Path(trainer.args.output_dir)
+    walk = torch.load(folder / "walk.pt")
+    prefix = "" if "unet" in {path.name for path in (folder / "saved").iterdir()} else "unet."
+    before = {f"{prefix}{name}": weight for name, weight in walk[0]["policy"].items()}
+    for part in ("", "ema"):
+        ours, theirs = weights_in(folder / "saved" / part), weights_in(single / part)
+        assert ours.keys() == theirs.keys()
+        assert apart(ours, theirs, before) < tolerance, part
+    for name, value in state_of(single).items():
+        torch.testing.assert_close(state_of(folder / "saved")[name], value, rtol=1e-3, atol=2e-2, equal_nan=True)
+    log = json.loads((folder / "log.json").read_text())
+    for ours, theirs in zip(steps_of(log), steps_of(trainer.state.log_history), strict=True):
+        for name in ("safeguard/loser_weight", "budget/scale", "budget/over", "errors/winner", "errors/loser"):
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
+    assert_evaluated_alike(log, trainer.state.log_history, tolerance)
+
+
+def assert_evaluated_alike(log: list[dict], expected: list[dict], tolerance: float) -> None:
+    ours, theirs = (next(entry for entry in entries if "eval_loss" in entry) for entries in (log, expected))
+    names = {name for name in theirs if name.startswith("eval_") and "/" in name}
+    assert names == {name for name in ours if name.startswith("eval_") and "/" in name}
+    assert {"eval_errors/winner_change@2", "eval_ema_errors/loser_change_relative@2"} <= names
+    for name in names:
+        if "rewards" not in name:  # which beta makes large
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), name
+
+
+def assert_averaged(folder: Path, decay: float = 0.25) -> None:
+    """By hand, from the policy after every step."""
+    start, *steps, _ = (moment["policy"] for moment in torch.load(folder / "walk.pt"))
+    assert len(steps) == STEPS
+    average = {name: weight.double() for name, weight in start.items()}
+    for number, weights in enumerate(steps, start=1):
+        share = min(decay, (1 + number) / (10 + number))
+        average = {name: share * average[name] + (1 - share) * weights[name].double() for name in average}
+    stored = {name.removeprefix("unet."): weight for name, weight in weights_in(folder / "saved" / "ema").items()}
+    for name, value in average.items():
+        torch.testing.assert_close(stored[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+@planned([build_run("ddp", "full", "whole")])
+def test_two_processes_are_one_with_batches_of_both(found, plan, alone):
+    trainer = alone(plan[0])
+    steps = steps_of(trainer.state.log_history)
+    assert any(step["budget/scale"] < 1 for step in steps)  # or there is nothing to compare
+    assert any(0 < step["safeguard/loser_weight"] < 1 for step in steps)
+    assert_walked_alike(found[0], trainer)
+    assert_averaged(found[0])
+
+
+@pytest.mark.matrix
+@planned(*[[build_run(engine, tuning, "whole")] for engine in ENGINES for tuning in ("full", "lora")])
+def test_engines_are_one_process_with_batches_of_both(found, plan, alone):
+    assert_walked_alike(found[0], alone(plan[0]), tolerance=5e-3)
+    if plan[0]["every_step"]:
+        assert_averaged(found[0])
+
+
+@pytest.mark.matrix
+@planned(*[with_resumed(engine, tuning) for engine in ENGINES for tuning in ("full", "lora")])
+def test_a_resumed_run_has_the_same_average_and_budget_to_the_bit(found):
+    whole, resumed = found
+    facts = json.loads((resumed / "facts.json").read_text())
+    assert facts["began_at"] == facts["steps_taken"] == 2
+    for part in ("", "ema"):
+        assert_equal(weights_in(resumed / "saved" / part), weights_in(whole / "saved" / part))
+    assert_equal(state_of(resumed / "saved"), state_of(whole / "saved"))
+
+
+@pytest.mark.matrix
+@planned(*[[build_run(engine, "full", "parameter", safeguard="parameter", bf16=True)] for engine in ENGINES])
+def test_in_bf16_and_with_the_parameter_safeguard_they_train_and_save(found):
+    """Where weights are rounded, the average moves in float32: less than a step apart from the policy."""
+    log = steps_of(json.loads((found[0] / "log.json").read_text()))
+    assert len(log) == STEPS and all("budget/winner_change" in step for step in log)
+    raw, average = (weights_in(found[0] / "saved" / part) for part in ("", "ema"))
+    assert {weight.dtype for weight in average.values()} == {torch.float32}
+    assert any(not torch.equal(raw[name], average[name]) for name in raw)
+
+
+@pytest.mark.matrix
+@planned([build_run("ddp", "full", "odd", winner_budget_pairs=3)])
+def test_a_probe_that_processes_cannot_share_evenly_has_each_pair_once(found, plan, alone):
+    theirs = state_of(Path(alone(plan[0]).args.output_dir))["before"]
+    torch.testing.assert_close(state_of(found[0] / "saved")["before"], theirs, rtol=1e-5, atol=0, equal_nan=True)

@@ -1,0 +1,280 @@
+"""What losers are multiplied by besides lambda, and one lambda a bucket: gradients by hand in float64, and values that
+stay."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss
+
+GRANULARITIES = ("batch", "pair", "weighted", "bucket")
+WEIGHTS = torch.tensor([0.25, 0.0, 1.0])
+SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])
+SETTINGS = {
+    "sigmoid": (0.8, {}),
+    "hinge": (0.3, {}),
+    "ipo": (0.7, {}),
+    "robust": (0.8, {"label_smoothing": 0.2}),
+    "dspo": (0.5, {}),
+    "dspo_sdxl": (0.8, {"dspo_threshold": 0.0}),
+    "dmpo": (0.3, {"dmpo_alpha": 0.05}),
+    "mapo": (0.4, {"mapo_scale": 0.5, "mapo_temperature": 3.0}),
+    "simpo": (0.8, {"simpo_gamma": 0.3}),
+    "dpop": (0.8, {"dpop_lambda": 2.0}),
+    "linear": (0.3, {"linear_eta": 0.05}),
+    "smpo": (0.8, {"smpo_coefficient": 3.0, "smpo_score_scale": 2.0}),
+}
+# Residuals of three pairs, target 0. |r_w|^2 = 1, 1, 25 and <r_w, r_l> = 2, 4, 24.
+THREE = torch.tensor([[1.0, 0.0], [1.0, 0.0], [3.0, 4.0], [2.0, 1.0], [4.0, 0.0], [4.0, 3.0]])
+
+
+def losses_of(name, winner, loser, target, ref, beta):
+    """One loss a pair, from the formulas of the papers, in float64."""
+    target_w, target_l = target.chunk(2)
+    ref_w, ref_l = ref.chunk(2)
+
+    def error(prediction, target):
+        return (prediction - target).square().flatten(1).mean(1)
+
+    e_w, e_l = error(winner, target_w), error(loser, target_l)
+    change = e_w - error(ref_w, target_w)
+    margin = change - (e_l - error(ref_l, target_l))
+    u = -beta / 2 * margin
+    if name == "dspo":
+        push = (beta * torch.sigmoid(-u)).view(-1, 1, 1)
+        return (winner - target_w - push * (winner - ref_w)).square().flatten(1).mean(1)
+    if name == "linear":
+        return (0.2 * beta * margin + 0.5).clamp(0.05, 0.95).detach() * (e_w - e_l)
+    if name == "mapo":
+        odds = 0.5 * e_w / torch.expm1(0.5 * e_w) - 0.5 * e_l / torch.expm1(0.5 * e_l)
+        return e_w - beta * F.logsigmoid(3.0 * odds)
+    p = torch.sigmoid(u)
+    scores_w, scores_l = SCORES.double().chunk(2)
+    return {
+        "sigmoid": torch.log1p(torch.exp(-u)),
+        "hinge": (1 - u).clamp(min=0),
+        "ipo": (u / beta - 1 / (2 * beta)) ** 2,
+        "dmpo": p * (p / 0.95).log() + (1 - p) * ((1 - p) / 0.05).log(),
+        "dpop": torch.log1p(torch.exp(-(u - 2.0 * beta / 2 * change.clamp(min=0)))),
+        "smpo": torch.log1p(torch.exp(-3.0 * (2 * torch.sigmoid((scores_w - scores_l) / 2.0) - 1) * u)),
+    }[name]
+
+
+BY_HAND = ("sigmoid", "hinge", "ipo", "dspo", "dmpo", "mapo", "dpop", "linear", "smpo")
+
+
+def parts_by_hand(name, model, target, ref, beta):
+    """Gradients of the mean loss at the winners with the losers held, and at the losers with the winners held."""
+    winner, loser = (half.detach().requires_grad_() for half in model.double().chunk(2))
+    fixed = target.double(), ref.double(), beta
+    pull = torch.autograd.grad(losses_of(name, winner, loser.detach(), *fixed).mean(), winner)[0]
+    push = torch.autograd.grad(losses_of(name, winner.detach(), loser, *fixed).mean(), loser)[0]
+    return pull, push
+
+
+def gradient(tensors, name="sigmoid", **given):
+    beta, knobs = SETTINGS[name]
+    model, target, ref = tensors
+    leaf = model.clone().requires_grad_()
+    out = diffusion_preference_loss(
+        leaf, target, ref, loss_type=name, beta=beta, scores=SCORES if name == "smpo" else None, **knobs, **given
+    )
+    out.loss.backward()
+    return leaf.grad, out
+
+
+def column(values, like):
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def test_every_loss_with_a_loser_is_tested_here():
+    assert set(SETTINGS) == {name for name, spec in LOSSES.items() if spec.uses_loser}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_each_losers_gradient_is_multiplied_and_its_winners_is_not(name, seeded_pairs):
+    tensors = seeded_pairs()
+    pull, push = parts_by_hand(name, *tensors, SETTINGS[name][0])
+    assert pull.any() and push.any()
+    got, out = gradient(tensors, name, safeguard="none", loser_weights=WEIGHTS)
+    expected = torch.cat([pull, column(WEIGHTS.double(), push) * push])
+    torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=1e-6)
+    assert not got[4].any()  # the loser of the pair of weight 0
+    assert out.scale == 1
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_lambda_of_the_batch_multiplies_them_besides(name, seeded_pairs):
+    """Its bound compares what is left: winners of pairs whose loser trains, losers times their weights."""
+    tensors = seeded_pairs()
+    model, target, _ = (tensor.double() for tensor in tensors)
+    pull, push = parts_by_hand(name, *tensors, SETTINGS[name][0])
+    residual_w, residual_l = (model - target).chunk(2)
+    plain = LOSSES[name].equal_weights
+    winner, loser = (residual_w, residual_l) if plain else (pull, -push)
+    count = column((WEIGHTS > 0).double(), winner)
+    gain = (count * residual_w * winner).sum()
+    dot = (residual_w * loser * column(WEIGHTS.double(), loser)).sum()
+    assert dot > 0
+    scale = min(0.4 * float(gain / dot), 1.0)
+    got, out = gradient(tensors, name, safeguard_mu=0.6, loser_weights=WEIGHTS)
+    assert float(out.scale) == pytest.approx(scale, rel=2e-5)
+    expected = torch.cat([pull, scale * column(WEIGHTS.double(), push) * push])
+    torch.testing.assert_close(got.double(), expected, rtol=5e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("safeguard", ["none", "output"])
+def test_values_stay_bit_for_bit(name, safeguard, seeded_pairs):
+    tensors = seeded_pairs()
+    _, plain = gradient(tensors, name, safeguard=safeguard)
+    _, out = gradient(tensors, name, safeguard=safeguard, loser_weights=WEIGHTS)
+    for field in ("loss", "pair_losses", "pair_rewards", "pair_errors"):
+        assert torch.equal(getattr(out, field), getattr(plain, field)), field
+    for metric, value in plain.metrics.items():
+        if metric not in ("safeguard/scale", "safeguard/active"):
+            assert torch.equal(out.metrics[metric], value), metric
+    assert out.metrics["safeguard/loser_weight"] == pytest.approx(1.25 / 3)
+    assert "safeguard/loser_weight" not in plain.metrics
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_of_one_change_no_bit_of_the_gradient(name, dtype, seeded_pairs):
+    tensors = [tensor.to(dtype) for tensor in seeded_pairs()]
+    buckets = {"buckets": torch.tensor([1, 0, 1]), "n_buckets": 2}
+    settings = [{"safeguard_granularity": which} for which in GRANULARITIES]
+    if dtype == torch.float32:  # without any scale, what DSPO reads twice is rounded to half precision twice
+        settings.append({"safeguard": "none"})
+    for setting in settings:
+        plain, _ = gradient(tensors, name, **setting, **buckets)
+        weighted, _ = gradient(tensors, name, **setting, **buckets, loser_weights=torch.ones(3))
+        assert torch.equal(plain, weighted), setting
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_of_zero_leave_the_winners_alone(name, seeded_pairs):
+    tensors = seeded_pairs()
+    plain, _ = gradient(tensors, name, safeguard="none")
+    for granularity in GRANULARITIES:
+        got, out = gradient(
+            tensors,
+            name,
+            safeguard_granularity=granularity,
+            loser_weights=torch.zeros(3),
+            buckets=torch.tensor([0, 1, 1]),
+            n_buckets=2,
+        )
+        assert torch.equal(got[:3], plain[:3]) and not got[3:].any(), granularity
+        assert (out.scale == 1).all(), granularity  # nothing to bound
+
+
+def lambda_of(granularity, mu=0.0, **given):
+    return diffusion_preference_loss(
+        THREE, torch.zeros(6, 2), THREE, beta=0.8, safeguard_mu=mu, safeguard_granularity=granularity, **given
+    ).scale
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([1.0, 1.0, 1.0], 27 / 30),
+        ([1.0, 1.0, 0.0], 2 / 6),  # the third pair is left out of both sums
+        ([0.0, 1.0, 0.0], 1 / 4),
+        ([1.0, 0.5, 0.0], 2 / 4),  # half of the second loser
+        ([0.0, 0.0, 0.25], 1.0),  # 25 / 6
+        ([0.0, 0.0, 0.0], 1.0),
+    ],
+)
+def test_lambda_of_the_batch_leaves_out_pairs_of_weight_zero(weights, expected):
+    scale = lambda_of("batch", loser_weights=torch.tensor(weights))
+    assert scale.shape == () and float(scale) == pytest.approx(expected, rel=1e-6)
+
+
+def test_lambda_of_a_pair_knows_its_own_weight():
+    scale = lambda_of("pair", loser_weights=torch.tensor([1.0, 0.5, 0.0]))
+    assert scale.tolist() == pytest.approx([1 / 2, 1 / 2, 1.0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "weights", "mu", "expected"),
+    [
+        ([0, 0, 1], None, 0.0, [2 / 6, 2 / 6, 1.0]),  # 25 / 24, clamped
+        ([0, 0, 1], None, 0.52, [0.48 * 2 / 6, 0.48 * 2 / 6, 0.5]),
+        ([3, 1, 3], None, 0.0, [1.0, 1 / 4, 1.0]),  # 26 / 26; two of four buckets are empty
+        ([0, 1, 2], None, 0.0, [1 / 2, 1 / 4, 1.0]),
+        ([0, 0, 1], [1.0, 0.5, 0.0], 0.0, [2 / 4, 2 / 4, 1.0]),
+        ([0, 1, 1], [1.0, 1.0, 0.0], 0.0, [1 / 2, 1 / 4, 1 / 4]),
+    ],
+)
+def test_lambda_of_a_bucket_is_that_of_its_pairs(buckets, weights, mu, expected):
+    weights = None if weights is None else torch.tensor(weights)
+    scale = lambda_of("bucket", mu, buckets=torch.tensor(buckets), n_buckets=4, loser_weights=weights)
+    assert scale.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "mapo", "dpop"])
+def test_each_bucket_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
+    """Whatever the weights of the loss are: a batch of one bucket's pairs alone is measured alike."""
+    model, target, ref = seeded_pairs()
+    _, out = gradient(
+        (model, target, ref),
+        name,
+        safeguard_mu=0.9,
+        safeguard_granularity="bucket",
+        buckets=torch.tensor([1, 0, 1]),
+        n_buckets=2,
+    )
+    assert (out.scale < 1).any()
+    for pairs in ([0, 2], [1]):
+        rows = torch.tensor([*pairs, *(pair + 3 for pair in pairs)])
+        _, alone = gradient((model[rows], target[rows], ref[rows]), name, safeguard_mu=0.9)
+        for pair in pairs:
+            assert float(out.scale[pair]) == pytest.approx(float(alone.scale), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0]])
+def test_one_bucket_is_the_batch_exactly(weights):
+    given = {"loser_weights": None if weights is None else torch.tensor(weights)}
+    one = {"buckets": torch.zeros(3, dtype=torch.long), "n_buckets": 1}
+    tensors = THREE, torch.zeros(6, 2), THREE.flip(0)
+    batch, whole = gradient(tensors, safeguard_mu=0.5, **given)
+    bucket, each = gradient(tensors, safeguard_mu=0.5, safeguard_granularity="bucket", **given, **one)
+    assert whole.scale < 1
+    assert torch.equal(each.scale, whole.scale.expand(3))
+    assert torch.equal(batch, bucket)
+
+
+def test_one_bucket_of_many_pairs_is_the_batch_but_for_the_order_of_a_sum(seeded_pairs):
+    tensors = seeded_pairs(pairs=37, shape=(4, 8, 8))
+    one = {"buckets": torch.zeros(37, dtype=torch.long), "n_buckets": 1}
+    _, whole = gradient(tensors, safeguard_mu=0.6)
+    _, each = gradient(tensors, safeguard_mu=0.6, safeguard_granularity="bucket", **one)
+    assert whole.scale < 1
+    assert each.scale.tolist() == pytest.approx([float(whole.scale)] * 37, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (6,), (1,), ()])
+@pytest.mark.parametrize("name", ["loser_weights", "buckets"])
+def test_weights_and_buckets_of_another_shape_are_refused(name, shape, seeded_pairs):
+    given = torch.ones(shape) if name == "loser_weights" else torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"`{name}` must have shape \(3,\), one a pair, got"):
+        diffusion_preference_loss(*seeded_pairs(), **{name: given})
+
+
+def test_buckets_are_needed_where_lambda_is_one_a_bucket(seeded_pairs):
+    with pytest.raises(ValueError, match="`safeguard_granularity='bucket'` needs `buckets`"):
+        diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="bucket")
+    diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="bucket", safeguard="none")  # asks for no lambda
+
+
+def test_weights_of_losers_do_nothing_where_there_is_no_loser(seeded_pairs):
+    model, target, _ = seeded_pairs()
+    gradients = []
+    for weights in (None, torch.zeros(3)):
+        leaf = model.clone().requires_grad_()
+        out = diffusion_preference_loss(leaf, target, loss_type="sft", loser_weights=weights)
+        out.loss.backward()
+        gradients.append(leaf.grad)
+        assert "safeguard/loser_weight" not in out.metrics
+    assert torch.equal(*gradients)

@@ -1,0 +1,283 @@
+"""The average of the trained weights: the recurrence by hand, evaluated, saved, resumed and published beside them."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+RATES = {"full": 1e-3, "lora": 1e-2}
+
+
+class KeepWeights(TrainerCallback):
+    """The trained weights at the start and after every step, under the names of the saved files."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.weights.append(self.trained(model))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(self.trained(model))
+
+    def trained(self, model):
+        named = {name.removeprefix("denoiser."): weight for name, weight in model.named_parameters()}
+        lora = any("lora_" in name for name in named)
+        return {
+            f"unet.{name.replace('.default.', '.')}" if lora else name: weight.detach().clone()
+            for name, weight in named.items()
+            if weight.requires_grad
+        }
+
+
+@pytest.fixture
+def build(make_trainer, make_pairs):
+    """`build(tuning, callbacks=(), **settings)`: a trainer with an average, and what keeps its weights."""
+
+    def trainer_of(tuning, **settings):
+        keep = KeepWeights()
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]) if tuning == "lora" else None
+        given = {"train": make_pairs(8), "max_steps": 3, "ema_decay": 0.5, "beta": 50.0, "callbacks": [keep]}
+        return make_trainer(peft_config=lora, **{"learning_rate": RATES[tuning], **given, **settings}), keep
+
+    return trainer_of
+
+
+def averaged_by_hand(walk, decay):
+    """`average <- d average + (1 - d) weights`, `d = min(decay, (1 + n) / (10 + n))` at step `n`, in float64."""
+    average = {name: weight.double() for name, weight in walk[0].items()}
+    for step, weights in enumerate(walk[1:], start=1):
+        share = min(decay, (1 + step) / (10 + step))
+        average = {name: share * average[name] + (1 - share) * weights[name].double() for name in average}
+    return average
+
+
+def saved(folder, tuning):
+    return load_file(folder / (UNET_FILE if tuning == "full" else LORA_FILE))
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.eval()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    arguments = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+    return torch.from_numpy(pipeline("a cat", latents=noise, **arguments).images)
+
+
+def tuned(base, folder, tuning):
+    """As a user loads it, in plain diffusers."""
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    if tuning == "full":
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    else:
+        pipeline.load_lora_weights(str(folder))
+    return pipeline
+
+
+# ---- The recurrence ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.999])  # reached by the ramp of 2/11, 3/12, 4/13, and not reached
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_it_is_the_recurrence_over_the_weights_of_every_step(build, tmp_path, tuning, decay):
+    trainer, keep = build(tuning, ema_decay=decay)
+    trainer.train()
+    trainer.save_model()
+    assert len(keep.weights) == 4
+    expected, stored = averaged_by_hand(keep.weights, decay), saved(tmp_path / "run" / "ema", tuning)
+    assert set(expected) <= set(stored)  # and buffers
+    for name, value in expected.items():
+        torch.testing.assert_close(stored[name].double(), value, rtol=1e-6, atol=1e-7)
+    raw = saved(tmp_path / "run", tuning)
+    assert raw.keys() == stored.keys()
+    for name, weight in keep.weights[-1].items():
+        assert torch.equal(raw[name], weight), name
+    assert any(not torch.equal(raw[name], stored[name]) for name in raw)
+
+
+def test_accumulated_micro_batches_are_one_step_of_it(build, tmp_path):
+    trainer, keep = build("lora", gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert len(keep.weights) == 3
+    stored = saved(tmp_path / "run" / "ema", "lora")
+    for name, value in averaged_by_hand(keep.weights, 0.5).items():
+        torch.testing.assert_close(stored[name].double(), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tuning", [pytest.param("full", marks=pytest.mark.matrix), "lora"])
+def test_training_goes_where_it_went_without_it(build, tuning):
+    with_it, without = build(tuning), build(tuning, ema_decay=None)
+    for trainer, _ in (with_it, without):
+        trainer.train()
+    for name, weight in without[1].weights[-1].items():
+        assert torch.equal(weight, with_it[1].weights[-1][name]), name
+
+
+def test_under_a_lora_it_is_an_adapter_and_the_base_stands_still(build, sd_folder, tmp_path):
+    trainer, _ = build("lora")
+    assert set(trainer.denoiser.peft_config) == {"default", "ema"}
+    trainer.train()
+    trainer.save_model()
+    base = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet").state_dict()
+    named = {name.replace(".base_layer", ""): weight for name, weight in trainer.denoiser.named_parameters()}
+    for name, weight in base.items():
+        assert torch.equal(named[name], weight), name
+    trained = [name for name, weight in trainer.denoiser.named_parameters() if weight.requires_grad]
+    assert trained and all(".default." in name for name in trained)
+    for file in (tmp_path / "run" / LORA_FILE, tmp_path / "run" / "ema" / LORA_FILE):
+        names = list(load_file(file))
+        assert len(names) == len(trained) and not [name for name in names if "ema" in name]
+
+
+def test_a_policy_that_comes_with_a_lora_has_reference_and_average_beside_it(make_trainer, sd_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    start = {
+        f"unet.{name.replace('.default.', '.')}": weight.detach().clone()
+        for name, weight in pipeline.unet.named_parameters()
+        if "lora_" in name
+    }
+    keep = KeepWeights()
+    trainer = make_trainer(pipeline, ema_decay=0.5, learning_rate=1e-2, callbacks=[keep])
+    assert set(trainer.denoiser.peft_config) == {"default", "ref", "ema"}
+    trainer.train()
+    trainer.save_model()
+    stored = saved(tmp_path / "run" / "ema", "lora")
+    expected = averaged_by_hand([start, *keep.weights[1:]], 0.5)
+    assert stored.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(stored[name].double(), value, rtol=1e-6, atol=1e-7)
+    for name, weight in trainer.denoiser.named_parameters():
+        if ".ref." in name:
+            assert torch.equal(weight, start[f"unet.{name.replace('.ref.', '.')}"]), name
+
+
+# ---- Evaluated, saved, resumed, published --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_it_is_evaluated_as_a_model_of_these_weights_and_loads_elsewhere(
+    build, make_trainer, make_pairs, sd_folder, tmp_path, tuning
+):
+    pairs = make_pairs(6, seed=7)
+    trainer, _ = build(tuning, eval_dataset=pairs)
+    trainer.train()
+    found = trainer.evaluate()
+    trainer.save_model()
+    for folder, prefix in ((tmp_path / "run", "eval_"), (tmp_path / "run" / "ema", "eval_ema_")):
+        policy = tuned(sd_folder, folder, tuning)
+        other = make_trainer(policy, sd_folder, eval_dataset=pairs, beta=50.0, output_dir=str(tmp_path / "other"))
+        expected = other.evaluate()
+        names = [name.removeprefix("eval_") for name in expected if "/" in name or name == "eval_loss"]
+        assert len(names) > 10
+        for name in names:
+            assert found[prefix + name] == pytest.approx(expected[f"eval_{name}"], rel=1e-4, abs=1e-6), name
+    assert found["eval_ema_errors/winner"] != found["eval_errors/winner"]
+    raw, average = (draw(tuned(sd_folder, tmp_path / "run" / part, tuning)) for part in ("", "ema"))
+    torch.testing.assert_close(draw(trainer.pipeline), raw, rtol=0, atol=1e-5)  # the policy itself is given back
+    assert (average - raw).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_resumed_run_has_the_same_average_to_the_bit(build, tmp_path, tuning):
+    settings = {"max_steps": 4, "random_crop": True, "ema_decay": 0.9, "lr_scheduler_type": "constant"}
+    whole, _ = build(tuning, output_dir=str(tmp_path / "whole"), save_strategy="steps", save_steps=2, **settings)
+    whole.train()
+    whole.save_model()
+    resumed, keep = build(tuning, output_dir=str(tmp_path / "resumed"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed.save_model()
+    assert len(keep.weights) == 3  # where it was taken up, and two steps
+    for part in ("", "ema"):
+        expected, ours = (saved(tmp_path / folder / part, tuning) for folder in ("whole", "resumed"))
+        assert expected.keys() == ours.keys()
+        for name, weight in expected.items():
+            assert torch.equal(ours[name], weight), (part, name)
+
+
+def test_a_checkpoint_without_it_cannot_be_resumed_with_it(build, tmp_path):
+    first, _ = build("lora", ema_decay=None, max_steps=1, save_strategy="steps", save_steps=1)
+    first.train()
+    second, _ = build("lora", max_steps=2)
+    with pytest.raises(ValueError, match="must hold ema.safetensors"):
+        second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_resuming_with_another_decay_is_told(build, tmp_path, caplog):
+    first, _ = build("lora", max_steps=1, save_strategy="steps", save_steps=1)
+    first.train()
+    second, _ = build("lora", max_steps=2, ema_decay=0.75)
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert "Resuming with another `ema_decay`: it was 0.5, is 0.75" in caplog.text
+
+
+def test_it_is_published_beside_the_weights(build, hub_server, sd_folder, tmp_path):
+    trainer, keep = build("lora", hub_model_id="tester/run", max_steps=2)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub_server.repos["tester/run"].files
+    assert {LORA_FILE, f"ema/{LORA_FILE}"} <= set(files)
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content and sd_folder.encode() not in content, name
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got" / LORA_FILE).write_bytes(files[f"ema/{LORA_FILE}"])
+    stored = saved(tmp_path / "got", "lora")
+    for name, value in averaged_by_hand(keep.weights, 0.5).items():
+        torch.testing.assert_close(stored[name].double(), value, rtol=1e-6, atol=1e-7)
+    DiffusionPipeline.from_pretrained(sd_folder).load_lora_weights(str(tmp_path / "got"))
+
+
+def test_nothing_saved_of_it_is_a_pickle_or_names_a_folder_of_this_machine(build, sd_folder, tmp_path):
+    trainer, _ = build("full", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    files = [file for file in (tmp_path / "run" / "ema").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+    for file in files:
+        if file.suffix == ".json":
+            text = file.read_text()
+            assert sd_folder not in text and str(tmp_path) not in text and json.loads(text), file
+
+
+# ---- The start, and bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_policy_average_and_reference_begin_as_one(build, make_pairs, tuning, bf16):
+    trainer, _ = build(tuning, bf16=bf16, max_steps=1, eval_dataset=make_pairs(2, seed=3))
+    before = trainer.evaluate()
+    for prefix in ("eval_", "eval_ema_"):
+        for name in ("rewards/margins", "errors/winner_change", "errors/loser_change"):
+            assert before[prefix + name] == 0, prefix + name
+    assert before["eval_loss"] == before["eval_ema_loss"]
+    trainer.train()
+    first = trainer.state.log_history[-2 if "train_loss" in trainer.state.log_history[-1] else -1]
+    assert first["rewards/margins"] == first["errors/winner_change"] == first["errors/loser_change"] == 0
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_decay_that_is_none_is_refused(tmp_path, decay):
+    with pytest.raises(ValueError, match=r"`ema_decay` must be in \(0, 1\), got"):
+        DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", ema_decay=decay)
+
+
+def test_a_reference_that_follows_the_policy_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`sync_ref_model` moves it; got both"):
+        DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", ema_decay=0.9, sync_ref_model=True)
+
+
+def test_a_lora_of_its_name_is_refused(make_trainer, sd_folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]), adapter_name="ema")
+    with pytest.raises(ValueError, match="The adapter name 'ema' is kept"):
+        make_trainer(pipeline, ema_decay=0.9)
