@@ -17,11 +17,12 @@ from transformers.utils import PushInProgress
 __all__ = [
     "PushInProgress",
     "block_names",
+    "checkpoints_activations",
     "compile_with_eager_rounding",
     "keeps_zero_gradients",
     "loads_lora",
-    "zero_gradients",
     "zero3_adam_state",
+    "zero_gradients",
     "zero_weights",
 ]
 
@@ -33,6 +34,14 @@ def block_names(denoiser: ModelMixin) -> list[str]:
     accelerate looks below the outermost module for it.
     """
     return list(denoiser._no_split_modules or ())
+
+
+def checkpoints_activations(denoiser: ModelMixin) -> bool:
+    """Whether a diffusers model knows activation checkpointing.
+
+    `_supports_gradient_checkpointing` has no public spelling; can go when there is one.
+    """
+    return denoiser._supports_gradient_checkpointing
 
 
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:

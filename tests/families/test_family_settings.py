@@ -214,3 +214,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(trainer_of, tmp_path):
     assert len(losses) == 4 and losses[0] == pytest.approx(math.log(2)) and losses[3] != losses[0]
     assert resumed_losses == losses
     assert whole and all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_activation_checkpointing_of_a_denoiser_that_has_none_is_refused(trainer_of):
+    with pytest.raises(ValueError, match="cannot act: diffusers' HunyuanDiT2DModel has none"):
+        trainer_of("hunyuan_dit", activation_checkpointing=True)

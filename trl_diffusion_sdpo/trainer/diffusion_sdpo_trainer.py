@@ -49,7 +49,7 @@ from .preparing import (
 )
 from .reference import Reference, build_reference
 from .saving import SavingMixin
-from .setting_checks import check_without_dropout
+from .setting_checks import check_activation_checkpointing, check_without_dropout
 from .winner_budget import WinnerBudget, WinnerBudgetMixin
 
 logger = logging.getLogger(__name__)
@@ -356,6 +356,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         self._timesteps = checked_timesteps(args, self.family)
         check_noise_range(args, self.family)
         check_without_dropout(args, loaded.denoiser)
+        check_activation_checkpointing(args, loaded.denoiser)
         self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}
         self._branches, self._probe, self._engine_ready = None, None, False
         self._finite = FiniteCheck()

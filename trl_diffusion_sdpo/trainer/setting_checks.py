@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .._compat import checkpoints_activations
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
@@ -180,6 +181,15 @@ def check_reference(args: DiffusionSDPOConfig) -> None:
         raise ValueError(
             f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
             "choose a loss with a reference."
+        )
+
+
+def check_activation_checkpointing(args: DiffusionSDPOConfig, denoiser: nn.Module) -> None:
+    """Raise `ValueError` where activation checkpointing is asked of a denoiser that has none."""
+    if args.activation_checkpointing and not checkpoints_activations(denoiser):
+        raise ValueError(
+            f"`activation_checkpointing` (`gradient_checkpointing`) cannot act: diffusers' {type(denoiser).__name__} "
+            "has none. Leave it off, and use smaller micro-batches or `safeguard_low_memory`."
         )
 
 
