@@ -58,7 +58,7 @@ SHARED = {
     "winner_budget_pairs": 32,
     "winner_budget_steps": 10,
 }
-UPPER = [0.62, 1.0]  # noise levels of timesteps 500 and above
+UPPER = [0.62, 1.0]  # noise levels of timesteps 503 and above
 # The strength of each rule that the picture of noise levels shows.
 SHOWN = {"SFT": 0.0, "output": 0.6, "output, range": 0.45, "parameter": 0.3, "budget": 0.1}
 
@@ -110,6 +110,7 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
         "budget, range": budget | {"loser_noise_range": UPPER},
         "budget, output": budget | {"safeguard": "output", "safeguard_mu": 0.3},
         "budget, bucket": budget | {"safeguard": "output", "safeguard_mu": 0.3, "safeguard_granularity": "bucket"},
+        "recipe": output | {"safeguard_mu": 0.6, "loser_noise_range": UPPER, "winner_budget": strength},
         "budget, parameter": budget | {"safeguard": "parameter", "safeguard_mu": 0.1},
     }[rule]
 
@@ -142,6 +143,8 @@ AGAIN: dict[str, tuple[float, ...]] = {
     "output, range": (0.45,),
     "DPO": (0.0,),
 }
+# Chosen on the first part: what lay best there, and its strictest neighbours, on three seeds.
+CHOSEN: dict[str, tuple[float, ...]] = {"recipe": (0.1, 0.2), "output": (0.8,), "output, range": (0.6,)}
 # Under other settings: one strength of each.
 ELSEWHERE: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
@@ -171,6 +174,7 @@ def plans() -> dict[str, list[Run]]:
         "elsewhere": [
             run for pairs, push in elsewhere for run in planned(ELSEWHERE, range(1), pairs=pairs, push=push)
         ],
+        "chosen": planned(CHOSEN, range(3)),
         "explore": planned(EXPLORED, range(1)),
         "smallest": [Run("budget, range", 0.1, rule_settings("budget, range", 0.1), push="smallest")],
     }
@@ -299,6 +303,11 @@ def rows_of(file: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def ends_whole(file: Path) -> bool:
+    """Whether a file is empty or ends with a whole line."""
+    return not file.stat().st_size or file.read_bytes().endswith(b"\n")
+
+
 def work(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -315,7 +324,7 @@ def make_all(runs: list[Run], file: Path, workers: int) -> None:
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=20) as pool:
         for done, row in enumerate(pool.imap_unordered(work, missing), 1):
             with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
+                out.write(("" if ends_whole(file) else "\n") + json.dumps(row) + "\n")
             raw = row["measured"]["selection"]["raw"]
             passed = time.monotonic() - started
             print(
@@ -379,6 +388,11 @@ def table(rows: list[dict[str, Any]], part: str, pairs: str = "off_policy", push
     return "\n".join(lines)
 
 
+def deviation(values: np.ndarray) -> float:
+    """Standard deviation over seeds; 0 of one."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
 def spread(values: np.ndarray, form: str) -> str:
     """Mean, and with several seeds the standard deviation."""
     if len(values) == 1:
@@ -405,7 +419,7 @@ def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
             for rule, color in colors.items():
                 mine = [point for point in shown if point.rule == rule]
                 x, y = ([getattr(p, name).mean() for p in mine] for name in (paid, "oracle"))
-                spreads = [[np.std(getattr(p, name)) for p in mine] for name in (paid, "oracle")]
+                spreads = [[deviation(getattr(p, name)) for p in mine] for name in (paid, "oracle")]
                 ax.errorbar(
                     x, y, xerr=spreads[0], yerr=spreads[1], marker="o", capsize=2, color=color, label=rule, alpha=0.85
                 )

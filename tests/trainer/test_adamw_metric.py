@@ -74,6 +74,7 @@ def test_the_first_step_of_adamw_without_history_by_hand():
         ((-2.0, 1.0, 2.0), 0.0, 0.0),  # or none
         ((5.0, 1.0, 2.0), 0.0, 1.0),
         ((-5.0, 1.0, -2.0), 0.9, 1.0),  # the loser helps
+        ((0.5, -0.4, 1.0), 0.5, 0.1),  # a winner's gradient that the preconditioner turns round: no rise is asked for
     ],
 )
 def test_the_bound_by_hand(products, mu, expected):

@@ -281,3 +281,23 @@ def test_a_lora_of_its_name_is_refused(make_trainer, sd_folder):
     pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]), adapter_name="ema")
     with pytest.raises(ValueError, match="The adapter name 'ema' is kept"):
         make_trainer(pipeline, ema_decay=0.9)
+
+
+def test_the_best_steps_average_comes_with_its_weights(build, make_pairs, tmp_path):
+    trainer, _ = build(
+        "lora",
+        eval_dataset=make_pairs(count=4, seed=5),
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ema_errors/winner_change",
+        greater_is_better=True,  # the least descent: not the last step
+    )
+    trainer.train()
+    best = load_file(f"{trainer.state.best_model_checkpoint}/ema.safetensors")
+    assert not trainer.state.best_model_checkpoint.endswith("-3")
+    now = trainer.average.whole(keep=True)
+    assert all(torch.equal(now[name], value) for name, value in best.items())

@@ -165,7 +165,7 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
         per_device_train_batch_size=1,
     )
     trainer.begin_budget()
-    probe = trainer._probe_winners
+    probe = trainer._draw_probe()
     errors = by_hand(trainer.denoiser, probe, 4)
     assert [len(level) for level in errors] == [3, 3, 3, 3]
     expected = [sum(level) / 3 for level in errors]
@@ -250,7 +250,7 @@ def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build
     trainer = build(safeguard=safeguard, max_steps=5, winner_budget_steps=2)
     untrained = copy.deepcopy(trainer.denoiser)
     _, logs = walked(trainer)
-    before = [sum(level) / len(level) for level in by_hand(untrained, trainer._probe_winners, 2)]
+    before = [sum(level) / len(level) for level in by_hand(untrained, trainer._draw_probe(), 2)]
     assert trainer._budget.before.tolist() == pytest.approx(before, rel=1e-5)
     # Logged when the step is: after the second and the fourth.
     assert ["budget/winner_change" in log for log in logs] == [False, True, False, True, False]
@@ -260,7 +260,7 @@ def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build
 def test_the_logged_change_is_that_of_the_trained_model(build):
     trainer = build(max_steps=1, learning_rate=1e-3)
     _, logs = walked(trainer)
-    now = [sum(level) / len(level) for level in by_hand(trainer.denoiser, trainer._probe_winners, 2)]
+    now = [sum(level) / len(level) for level in by_hand(trainer.denoiser, trainer._draw_probe(), 2)]
     changes = [error / before - 1 for error, before in zip(now, trainer._budget.before.tolist(), strict=True)]
     assert logs[0]["budget/winner_change"] == pytest.approx(max(changes), rel=1e-3, abs=1e-6)
 
@@ -348,7 +348,7 @@ def test_a_second_training_measures_what_is_left_of_the_start(build, sd_folder):
     first = trainer._budget.before.clone()
     trainer.train()
     assert torch.equal(trainer._budget.before, first)
-    errors = by_hand(load_pipeline(sd_folder).unet, trainer._probe_winners, 2)
+    errors = by_hand(load_pipeline(sd_folder).unet, trainer._draw_probe(), 2)
     assert first.tolist() == pytest.approx([sum(level) / len(level) for level in errors], rel=1e-5)
 
 
@@ -370,3 +370,28 @@ def test_a_second_training_measures_what_is_left_of_the_start(build, sd_folder):
 def test_settings_under_which_it_cannot_act_are_errors(tmp_path, settings, rule):
     with pytest.raises(ValueError, match=rule):
         DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", **settings)
+
+
+def test_the_probe_keeps_to_the_timesteps_that_training_draws(build):
+    trainer = build(timestep_range=[0, 300])
+    assert max(int(batch.timesteps.max()) for batch in trainer._draw_probe().batches) < 300
+    trainer = build(timesteps=[999, 50])
+    visited = {int(t) for batch in trainer._draw_probe().batches for t in batch.timesteps}
+    assert visited == {999, 50}
+
+
+def test_the_probe_holds_its_winners_conditioning_once(build):
+    probe = build()._draw_probe()
+    first = probe.batches[0].conditioning["prompt_embeds"]
+    assert first.untyped_storage().nbytes() == first.nbytes
+    shared = [batch for batch in probe.batches if batch.conditioning["prompt_embeds"] is first]
+    assert len(shared) > 1
+
+
+def test_errors_that_are_no_numbers_shut_their_level_and_leave_the_others():
+    budget = WinnerBudget(0.1, 2, torch.device("cpu"))
+    budget.before = torch.tensor([1.0, 1.0])
+    for _ in range(6):
+        metrics = budget.steer(torch.tensor([float("nan"), 1.0]))
+    assert budget.scale.tolist() == [0.0, 1.0]
+    assert metrics["budget/over"] == metrics["budget/unmet"] == 0.5

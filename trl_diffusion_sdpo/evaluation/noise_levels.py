@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..import_utils import require
+
 _NAME = re.compile(r"^(?P<prefix>.*)_errors/(?P<change>winner|loser)_change_relative@(?P<level>\d+)$")
 
 
@@ -39,8 +41,9 @@ def draw_noise_levels(records: Sequence[Mapping[str, Any]], n_levels: int, file:
         file (`str` or `Path`): Picture to write.
 
     Raises:
-        `ImportError`: If matplotlib is not installed (`pip install 'trl-diffusion-sdpo[plots]'`).
+        `MissingExtraError`: If matplotlib is not installed.
     """
+    require("plots", "Drawing noise levels")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")

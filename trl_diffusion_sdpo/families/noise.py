@@ -187,11 +187,26 @@ class NoiseProcess(ABC):
         """
         return 1.0 / (1.0 + self.snr(timesteps).sqrt())
 
+    def drawable(
+        self,
+        device: torch.device,
+        *,
+        timestep_range: tuple[int, int] | None = None,
+        only: tuple[float, ...] | None = None,
+        sampling: TimestepSampling = UNIFORM,
+    ) -> torch.Tensor:
+        """The timesteps, to whole numbers, that `timesteps` draws from with these arguments; whatever their density."""
+        if only is not None:
+            return self._table(only, device)
+        low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
+        return torch.arange(low, high, device=device).to(self.timestep_dtype)
+
     def timesteps_within(
-        self, low: float, high: float, image_seq_len: int | None = None
+        self, low: float, high: float, image_seq_len: int | None = None, **drawn: Any
     ) -> tuple[float, float] | None:
-        """Lowest and highest timestep whose noise level lies in `[low, high]`; `None` if there is none."""
-        every = torch.arange(self.num_train_timesteps).to(self.timestep_dtype)
+        """Lowest and highest timestep whose noise level lies in `[low, high]`, of those that `drawable` gives with the
+        arguments `drawn`; `None` if there is none."""
+        every = self.drawable(torch.device("cpu"), **drawn).sort().values
         levels = self.noise_level(every, image_seq_len)
         within = every[(levels >= low) & (levels <= high)].tolist()
         return (within[0], within[-1]) if within else None

@@ -76,8 +76,8 @@ def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
     r"""Largest lambda under which AdamW's own step does not raise the winner's error, to first order.
 
     The step lowers the error by `H + A - lambda B`, where `H` is what momentum and weight decay do, `A` and `B` what
-    comes of the winner's and the loser's gradient through the preconditioner. Asking for at least `mu A` bounds lambda
-    by `(H + (1 - mu) A) / B` where `B` is positive.
+    comes of the winner's and the loser's gradient through the preconditioner. Asking for at least `mu A` of descent, or
+    none where `A` is negative, bounds lambda by `(H + A - mu max(A, 0)) / B` where `B` is positive.
 
     Args:
         products (`torch.Tensor` of shape `(3,)`): `H`, `A` and `B`, over all trained weights and processes.
@@ -88,7 +88,7 @@ def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
     """
     history, winner, loser = products.detach()
     aligned = loser > 0
-    bound = (history + (1 - mu) * winner) / torch.where(aligned, loser, torch.ones_like(loser))
+    bound = (history + winner - mu * winner.clamp(min=0)) / torch.where(aligned, loser, torch.ones_like(loser))
     return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
 
 
@@ -175,6 +175,7 @@ def output_scale(
     gradients = None if plain else branch_gradients()
     winner_gain, dot = output_products(winner_residual, loser_residual, gradients)
     if loser_weights is not None:
+        eps = eps if not eps else eps * (loser_weights > 0).any()  # where no loser acts, lambda is 1
         winner_gain = winner_gain * (loser_weights > 0)
         if plain:  # the gradients of the loss have them in them
             dot = dot * loser_weights
@@ -182,8 +183,9 @@ def output_scale(
         # Each pair's own mean errors, so that `eps` weighs alike however pairs are batched.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "bucket":
-        sums = torch.zeros(2, n_buckets, device=dot.device, dtype=dot.dtype)
-        sums = sums.index_add(1, buckets, torch.stack([winner_gain, dot]))
+        rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
+        sums = torch.zeros(3, n_buckets, device=dot.device, dtype=dot.dtype).index_add(1, buckets, rows)
+        sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2  # means of each bucket's own pairs, for `eps`
         return loser_scale(sums[0], sums[1], mu, eps)[buckets]  # one a bucket -> one a pair
     else:
         winner_gain, dot = winner_gain.sum(), dot.sum()

@@ -15,6 +15,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from ..losses import adamw_scale
+from .gradients import exact_dtype
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def adamw_products(
         `torch.Tensor` of shape `(3,)`, float64: history (momentum and decay), winner and loser, of this process's
         parts.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=scale.device)
+    total = torch.zeros(3, dtype=exact_dtype(scale.device), device=scale.device)
     clip, scale = clip.float(), scale.float()
     for state, weight, *parts in zip(states, weights, *gradients, strict=True):
         if parts[anchor] is None:
@@ -146,5 +147,5 @@ def adamw_products(
         decay = group["lr"] * group["weight_decay"] * (a @ flat)
         history = beta1 * (along @ first) + decay
         fresh = (1 - beta1) * clip
-        total += torch.stack([history, fresh * (along @ winner), fresh * (along @ loser)]).double()
+        total += torch.stack([history, fresh * (along @ winner), fresh * (along @ loser)]).to(total)
     return total

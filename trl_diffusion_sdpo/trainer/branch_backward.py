@@ -82,6 +82,7 @@ class BranchBackward:
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
         if self.adamw is not None:
             scale = metrics["safeguard/scale"] = self._bounded_by_adamw(ordered, products, scale)
+            metrics["safeguard/active"] = (scale < 1).to(scale)
         finite = products.isfinite().all()
         # Where only the anchor is not finite, the step is still not to be taken: the gradient says so.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))

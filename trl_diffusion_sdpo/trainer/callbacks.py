@@ -29,6 +29,7 @@ from .sharding import DenoiserView, runs_deepspeed
 logger = logging.getLogger(__name__)
 
 SAMPLES_FOLDER = "samples"
+SHOWN_EVALUATIONS = 12  # on the plot of noise levels
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -286,9 +287,9 @@ class NoiseLevelPlotCallback(TrainerCallback):
         if not state.is_world_process_zero or not is_plots_available():
             return
         for prefix, records in level_changes(state.log_history).items():
-            name = f"noise_levels{prefix.removeprefix('eval')}.png"
+            name = f"noise_levels{prefix.removeprefix('eval').replace('/', '_')}.png"
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            draw_noise_levels(records, args.noise_levels, Path(args.output_dir) / name)
+            draw_noise_levels(records[-SHOWN_EVALUATIONS:], args.noise_levels, Path(args.output_dir) / name)
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:

@@ -387,7 +387,7 @@ class DiffusionSDPOConfig(WinnerArguments, TrainingArguments):
             self.ddp_find_unused_parameters = False  # weights that take no part do not train
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
-        for name in ("beta", "safeguard_mu", *KNOB_RANGES):  # YAML reads 2e3 as text
+        for name in ("beta", "safeguard_mu", "winner_budget", "ema_decay", *KNOB_RANGES):  # YAML reads 2e3 as text
             if isinstance(getattr(self, name), str):
                 setattr(self, name, float(getattr(self, name)))
         check_inherited(self)

@@ -354,7 +354,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         complete_args(args, self.family, self.loss, full=self.adapter is None)
         check_resolution(args, self.family)
         self._timesteps = checked_timesteps(args, self.family)
-        check_noise_range(args, self.family)
+        check_noise_range(args, self.family, self._timesteps)
         check_without_dropout(args, loaded.denoiser)
         check_activation_checkpointing(args, loaded.denoiser)
         self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}

@@ -17,8 +17,7 @@ Gradient = list[torch.Tensor | None]
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     """All inner products of a few gradients, in float64: `(n, n)` for `n` of them, of this process's parts."""
     first = next(part for part in gradients[0] if part is not None)
-    # Apple's GPUs have no float64.
-    dtype = torch.float32 if first.device.type == "mps" else torch.float64
+    dtype = exact_dtype(first.device)
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
@@ -65,3 +64,8 @@ def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
     for total, part in zip(into, gradient, strict=True):
         total.add_(part)
     return into
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, but on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64

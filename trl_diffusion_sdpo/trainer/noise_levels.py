@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
+from .gradients import exact_dtype
+
 CHANGES = ("winner_change", "loser_change")
 
 
@@ -33,8 +35,8 @@ class LevelMeter:
             counts (`bool`): Whether the pairs count; if not, only the names come into being.
         """
         rows = torch.cat([errors, torch.ones_like(errors[:, :1])], 1) * float(counts)
-        sums = torch.zeros(self.parts, rows.shape[1], device=rows.device, dtype=torch.float64)
-        sums.index_add_(0, level_of(levels, self.parts), rows.double())
+        sums = torch.zeros(self.parts, rows.shape[1], device=rows.device, dtype=exact_dtype(rows.device))
+        sums.index_add_(0, level_of(levels, self.parts), rows.to(sums))
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:

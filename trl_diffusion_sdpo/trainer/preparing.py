@@ -129,21 +129,21 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
     return {"timestep_range": timestep_range, "sampling": sampling}
 
 
-def check_noise_range(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Say which timesteps `loser_noise_range` comes to; `ValueError` where it is none of the schedule's."""
+def check_noise_range(args: DiffusionSDPOConfig, family: Family, drawn: dict[str, Any]) -> None:
+    """Say which of the timesteps that are drawn `loser_noise_range` comes to; `ValueError` where it is none."""
     if args.loser_noise_range is None:
         return
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
     tokens = sides[0] * sides[-1] // (family.vae_scale_factor * family.patch_size) ** 2
     low, high = args.loser_noise_range
     process = family.noise_process
-    within = process.timesteps_within(low, high, tokens)
+    within = process.timesteps_within(low, high, tokens, **drawn)
     if within is None:
-        every = process.timesteps_within(0.0, 1.0, tokens)
+        every = process.timesteps_within(0.0, 1.0, tokens, **drawn)
         ends = torch.tensor(every).to(process.timestep_dtype)
         first, last = process.noise_level(ends, tokens).tolist()
         raise ValueError(
-            f"`loser_noise_range` must meet the noise levels of this model's schedule, {first:.3f} to {last:.3f}; got "
+            f"`loser_noise_range` must meet the noise levels that are drawn, {first:.3f} to {last:.3f}; got "
             f"{list(args.loser_noise_range)}. To train winners only, use `loss_type='sft'`."
         )
     logger.warning(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class Reference(ABC):
     has_state = False  # whether it moves during training, so that a checkpoint must hold it
     accelerator: Accelerator  # given by the trainer as soon as there is one
     engine_models: tuple[nn.Module, ...] = ()  # what the engine wrapped: the policy, and the reference if it is whole
+    _moving: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None  # its weights, and the policy's
     exact: sharding.Float32Parts | None = None  # of a reference that moves in weights that the engine rounds
 
     @abstractmethod
@@ -52,12 +53,17 @@ class Reference(ABC):
     def prepare(self, engine_model: nn.Module) -> None:
         """Live as the policy does under the engine, which has just made `engine_model` of it."""
         self.engine_models = (engine_model,)
+        self._moving = None
 
-    def _mix(self, policy: dict[str, torch.Tensor], alpha: float) -> None:
+    def _mix(self, policy_weights: Callable[[], dict[str, torch.Tensor]], alpha: float) -> None:
         self.settle()
-        weights = {name: weight for name, weight in self.weights().items() if isinstance(weight, nn.Parameter)}
+        if self._moving is None:  # naming all weights takes longer than moving those of a LoRA
+            weights = {name: weight for name, weight in self.weights().items() if isinstance(weight, nn.Parameter)}
+            found = policy_weights()
+            self._moving = weights, {name: found[name] for name in weights}
+        weights, policy = self._moving
         if self.exact is None:
-            sharding.mix(weights.values(), (policy[name] for name in weights), alpha, self.accelerator)
+            sharding.mix(weights.values(), policy.values(), alpha, self.accelerator)
         else:
             self.exact.mix(weights, policy, alpha, stage3=sharding.zero_stage(self.accelerator) == 3)
 
@@ -85,7 +91,9 @@ class Reference(ABC):
         self.settle()
         if self.exact is None:
             return sharding.gather(self.weights(), self.accelerator, keep=keep)
-        return {name: self.exact.whole(name).cpu() for name in self.exact.parts}
+        exact = {name: self.exact.whole(name).cpu() for name in self.exact.parts}
+        rest = {name: weight for name, weight in self.weights().items() if name not in exact}  # buffers, not trained
+        return {**sharding.gather(rest, self.accelerator, keep=keep), **exact}
 
     def load(self, folder: Path) -> None:
         """Read what [`Reference.save`] wrote."""
@@ -158,7 +166,7 @@ class AdapterReference(Reference):
             yield model
 
     def sync(self, alpha: float) -> None:
-        self._mix(adapter_state(self._denoiser, self._policy), alpha)
+        self._mix(lambda: adapter_state(self._denoiser, self._policy), alpha)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return adapter_state(self._denoiser, self._name)
@@ -198,13 +206,14 @@ class FrozenReference(Reference):
             model = PolicyModel(self.module).eval()
             self._running = sharding.shard_like_policy(model, self.accelerator, moves=self.has_state)
         self.engine_models = (engine_model, self._running)
+        self._moving = None
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         yield self._running
 
     def sync(self, alpha: float) -> None:
-        self._mix(self._policy.state_dict(keep_vars=True), alpha)
+        self._mix(lambda: self._policy.state_dict(keep_vars=True), alpha)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self.module.state_dict(keep_vars=True) if self.has_state else {}

@@ -260,6 +260,8 @@ class SavingMixin:
             sharding.load_deepspeed_state(self.model_wrapped, self.state.best_model_checkpoint)
         else:
             self._read_weights(Path(self.state.best_model_checkpoint))
+        if self.average is not None:  # the metric may have chosen it, and the two belong together
+            self.average.kept.load(Path(self.state.best_model_checkpoint))
 
     def _read_weights(self, folder: Path) -> None:
         weights = read_weights(

@@ -85,8 +85,6 @@ class SavedRun:
         if spec.needs_reference:
             names += ["loss_type", "beta", *KNOB_RANGES]
         given = {name: self.setup[name] for name in names if self.setup.get(name) is not None}
-        if isinstance(given.get("resolution"), list):  # height and width, which the family alone can have chosen
-            del given["resolution"]
         return {"loss_type": LOSS_WITH_A_MARGIN, **given, "safeguard": "none"}
 
     def check_base(self, denoiser: nn.Module) -> None:
@@ -116,7 +114,10 @@ def read_run(folder: str | Path, *, average: bool = False) -> SavedRun:
     setup = _read_setup(folder)
     weights = folder / AVERAGE_FOLDER if average else folder
     if not weights.is_dir():
-        raise ValueError(f"An average of the weights needs a run with `ema_decay`; {folder} has no {weights.name}.")
+        raise ValueError(
+            f"An average of the weights needs the output folder of a run with `ema_decay`; {folder} has no "
+            f"{weights.name}. A checkpoint keeps its average in another form."
+        )
     lora = None
     if setup["tuning"] == "lora":
         lora = _read_lora_config(weights)

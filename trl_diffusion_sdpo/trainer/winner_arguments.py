@@ -23,11 +23,12 @@ class WinnerArguments:
             winner only. All levels if unset.
         winner_budget (`float`, *optional*):
             Largest rise of the winners' error that training may come to, as a share of the error before training, at
-            every noise level: 0.05 is five per cent. Measured on a probe, with the averaged weights if `ema_decay` is
-            set; the losers' gradients are scaled down at noise levels above it, and back up below. Not watched if
-            unset.
+            every noise level: 0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down at
+            noise levels above it, and back up below. With `ema_decay` it is the averaged weights that are measured and
+            held to it, and the last ones lie above. Not watched if unset.
         winner_budget_pairs (`int`, *optional*, defaults to `32`):
-            Pairs of the probe: the first of the evaluation data, or of the training data where there are none.
+            Pairs of the probe: spread over the evaluation data (of several sets, the first), or the first of a stream;
+            over the training data where there are none.
         winner_budget_steps (`int`, *optional*, defaults to `10`):
             Optimizer steps between two measurements of the probe.
         ema_decay (`float`, *optional*):

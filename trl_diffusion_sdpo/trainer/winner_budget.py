@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -78,7 +79,6 @@ class WinnerBudget:
         self.budget = budget
         self.log_scale = torch.zeros(n_levels, device=device)
         self.before: torch.Tensor | None = None  # errors before training, (levels,)
-        self.change = torch.zeros(n_levels, device=device)
 
     @property
     def scale(self) -> torch.Tensor:
@@ -101,12 +101,11 @@ class WinnerBudget:
         if self.before is None:
             self.before = errors
         visited = self.before > 0  # not NaN
-        change = torch.where(visited, errors / self.before - 1, 0)
-        self.change = change
+        # Errors that are no numbers are over every budget.
+        change = torch.where(visited, (errors / self.before - 1).nan_to_num(nan=torch.inf), 0)
         unmet = (change > self.budget) & (self.scale == 0)
         move = (GAIN * (1 - change / self.budget)).clamp(-LARGEST_MOVE, LARGEST_MOVE)
-        shut = torch.log(torch.tensor(LOWEST / 2, device=change.device))
-        self.log_scale = (self.log_scale + move).clamp(min=shut, max=0.0)
+        self.log_scale = (self.log_scale + move).clamp(min=math.log(LOWEST / 2), max=0.0)
         count = visited.sum()
         return {
             "budget/winner_change": torch.where(visited, change, -torch.inf).max(),
@@ -117,10 +116,9 @@ class WinnerBudget:
 
     def save(self, folder: Path) -> None:
         """Write the loop's state."""
-        state: dict[str, Any] = {
-            "log_scale": self.log_scale.tolist(),
-            "before": None if self.before is None else self.before.tolist(),
-        }
+        state: dict[str, Any] = {"log_scale": self.log_scale.tolist(), "before": None}
+        if self.before is not None:  # JSON has no NaN
+            state["before"] = [None if math.isnan(error) else error for error in self.before.tolist()]
         (folder / BUDGET_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
@@ -139,7 +137,10 @@ class WinnerBudget:
                 "Resume with the settings that wrote it."
             )
         self.log_scale = self.log_scale.new_tensor(state["log_scale"])
-        self.before = None if state["before"] is None else self.log_scale.new_tensor(state["before"])
+        self.before = None
+        if state["before"] is not None:
+            before = [math.nan if error is None else error for error in state["before"]]
+            self.before = self.log_scale.new_tensor(before)
 
 
 class WinnerBudgetCallback(TrainerCallback):
@@ -154,6 +155,9 @@ class WinnerBudgetCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._trainer.begin_budget()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._trainer.end_budget()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step % args.winner_budget_steps == 0:
@@ -178,9 +182,21 @@ class WinnerBudgetMixin:
     def begin_budget(self) -> None:
         """Draw the probe, and measure it before the first step; a resumed run has that in its checkpoint."""
         self._warned_of_budget = False
+        if self.eval_dataset is None:
+            logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
+        if self.loss.anchor == "error":
+            logger.warning(
+                "Under the loss %r a winner's own branch can raise its error: levels over the budget may not come back "
+                "with their losers shut off.",
+                self.args.loss_type,
+            )
         self._probe_winners = self._draw_probe()
         if self._budget.before is None:
             self._budget.before = self._probe_errors()
+
+    def end_budget(self) -> None:
+        """Let go of the probe's memory."""
+        self._probe_winners = None
 
     def steer_by_probe(self) -> None:
         """Measure, and move the scales."""
@@ -210,12 +226,15 @@ class WinnerBudgetMixin:
         own = len(rows)
         # Under engines a forward pass takes all processes: each has as many rows as the one with most.
         rows += items[:1] * (-(-len(items) // world) - own)
-        size = max(1, 2 * self.args.per_device_train_batch_size)
+        size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         batches, parts, counts = [], [], []
         for start in range(0, len(rows), size):
             inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+            latents, conditioning = self._encode(inputs)
+            # Copies: a half would keep the whole.
+            winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             for level in range(self.args.noise_levels):
-                batch = self._winners_at(level, inputs)
+                batch = self._at_level(level, *winners, inputs["seeds"])
                 if batch is not None:
                     batches.append(batch)
                     parts.append(torch.full_like(batch.timesteps, level, dtype=torch.long))
@@ -236,24 +255,24 @@ class WinnerBudgetMixin:
             raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
         return items
 
-    def _winners_at(self, level: int, inputs: dict[str, Any]) -> NoisyBatch | None:
-        """The winners with noise and timesteps from the pairs' own seeds; `None` where the schedule has no timestep at
-        this level."""
-        latents, conditioning = self._encode(inputs)
-        process, length = self.family.noise_process, self.family.image_seq_len(latents)
-        every = torch.arange(process.num_train_timesteps, device=latents.device).to(process.timestep_dtype)
+    def _at_level(
+        self, level: int, clean: torch.Tensor, conditioning: dict[str, torch.Tensor], seeds: list[int]
+    ) -> NoisyBatch | None:
+        """Latents with noise and timesteps from the pairs' own seeds; `None` where no timestep that is drawn in
+        training has this level."""
+        process, length = self.family.noise_process, self.family.image_seq_len(clean)
+        every = process.drawable(clean.device, **self._timesteps)
         within = every[level_of(process.noise_level(every, length), self.args.noise_levels) == level]
         if not len(within):
             return None
-        streams = self._streams([seed + 1 + level for seed in inputs["seeds"]])
-        uniform = torch.cat([torch.rand(1, generator=stream, device=latents.device) for stream in streams])
+        streams = self._streams([seed + 1 + level for seed in seeds])
+        uniform = torch.cat([torch.rand(1, generator=stream, device=clean.device) for stream in streams])
         timesteps = within[(uniform * len(within)).long().clamp(max=len(within) - 1)]
-        clean = latents.chunk(2)[0]
         noise = randn_tensor(clean.shape, streams, clean.device, clean.dtype)
         return NoisyBatch(
             process.add_noise(clean, noise, timesteps),
             process.target(clean, noise, timesteps),
             timesteps,
-            {name: value.chunk(2)[0] for name, value in conditioning.items()},
+            conditioning,
             process.noise_level(timesteps, length),
         )
