@@ -301,3 +301,11 @@ def test_the_best_steps_average_comes_with_its_weights(build, make_pairs, tmp_pa
     assert not trainer.state.best_model_checkpoint.endswith("-3")
     now = trainer.average.whole(keep=True)
     assert all(torch.equal(now[name], value) for name, value in best.items())
+
+
+@pytest.mark.parametrize(("tuning", "place"), [("lora", 'subfolder="ema"'), ("full", 'subfolder="ema/unet"')])
+def test_the_card_says_where_it_is_and_how_it_is_loaded(build, tmp_path, tuning, place):
+    trainer, _ = build(tuning)
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert f"in the folder `ema`, in the same form: with `{place}` it is loaded" in card

@@ -135,6 +135,7 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         settings_table=_table(("Setting", "Value"), _public_mapping(facts.settings)),
         metrics_table=_table(("Metric", "Value"), {name: f"{value:.6g}" for name, value in facts.metrics.items()}),
         versions=list(facts.versions.items()),
+        averaged=facts.settings.get("ema_decay") is not None,
         safeguarded=facts.settings.get("safeguard") != "none",
         trainer_name=facts.trainer_name,
         paper_id=facts.paper_id,
