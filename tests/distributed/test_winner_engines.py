@@ -230,6 +230,7 @@ def assert_averaged(folder: Path, decay: float = 0.25) -> None:
         torch.testing.assert_close(stored[name].double(), value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.matrix
 @planned([build_run("ddp", "full", "whole")])
 def test_two_processes_are_one_with_batches_of_both(found, plan, alone):
     trainer = alone(plan[0])

@@ -76,9 +76,8 @@ def build(make_trainer, family_folder, sd_folder):
     return trainer_of
 
 
-# Levels of the schedule that no pair is drawn at: above those of half the timesteps, and next to the clean image.
-NEVER = {"stable_diffusion": [0.7, 1.0], "flux": [0.0, 1e-6]}
-DRAWN = {"stable_diffusion": {"timestep_range": [0, 500]}, "flux": {}}
+# Levels that no pair is drawn at: above the schedule's, and next to the clean image.
+NEVER = {"stable_diffusion": [0.999, 1.0], "flux": [0.0, 1e-6]}
 IN_CI = [
     ("stable_diffusion", "lora", "output"),
     ("stable_diffusion", "full", "parameter"),
@@ -105,10 +104,12 @@ def loser_weights(walk):
 @pytest.mark.parametrize(("family", "tuning", "safeguard"), RUNS)
 def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_bit(build, family, tuning, safeguard):
     run = family, tuning, safeguard
-    plain = walked(build(*run, **DRAWN[family]))
-    every = walked(build(*run, **DRAWN[family], loser_noise_range=[0.0, 1.0]))
-    never = walked(build(*run, **DRAWN[family], loser_noise_range=NEVER[family]))
-    winners = walked(without_losers(build(*run, **DRAWN[family])))
+    plain = walked(build(*run))
+    every = walked(build(*run, loser_noise_range=[0.0, 1.0]))
+    nowhere = build(*run)
+    nowhere.args.loser_noise_range = NEVER[family]  # a user's would be refused at set-up
+    never = walked(nowhere)
+    winners = walked(without_losers(build(*run)))
     assert_same_walk(plain, every)
     assert_same_walk(never, winners)
     assert not torch.equal(plain[0], winners[0])
@@ -288,7 +289,7 @@ def test_a_range_that_the_schedule_never_visits_is_refused(make_trainer, span):
     """Stable Diffusion's levels, of its betas in float64: the lowest is 0.028 and the highest 0.936."""
     levels = levels_of(torch.arange(1000))
     assert (round(float(levels.min()), 3), round(float(levels.max()), 3)) == (0.028, 0.936)
-    with pytest.raises(ValueError, match=r"must meet the noise levels of this model's schedule, 0.028 to 0.936; got"):
+    with pytest.raises(ValueError, match=r"must meet the noise levels that are drawn, 0.028 to 0.936; got"):
         make_trainer(loser_noise_range=span)
 
 
@@ -309,3 +310,10 @@ def test_a_range_without_losers_is_refused(tmp_path):
 def test_no_noise_levels_are_refused(tmp_path, parts):
     with pytest.raises(ValueError, match=f"`noise_levels` must be at least 1, got {parts}"):
         DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", noise_levels=parts)
+
+
+def test_a_range_that_the_drawn_timesteps_never_meet_is_refused(build):
+    with pytest.raises(
+        ValueError, match=r"must meet the noise levels that are drawn, 0.028 to 0.38.; got \[0.62, 1.0\]"
+    ):
+        build("stable_diffusion", "lora", "output", timestep_range=[0, 220], loser_noise_range=[0.62, 1.0])
