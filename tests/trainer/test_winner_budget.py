@@ -395,3 +395,10 @@ def test_errors_that_are_no_numbers_shut_their_level_and_leave_the_others():
         metrics = budget.steer(torch.tensor([float("nan"), 1.0]))
     assert budget.scale.tolist() == [0.0, 1.0]
     assert metrics["budget/over"] == metrics["budget/unmet"] == 0.5
+
+
+@pytest.mark.parametrize("setting", [{"winner_budget_pairs": 8}, {"winner_budget_steps": 5}])
+def test_settings_of_a_budget_that_is_not_there_are_a_warning(make_args, setting):
+    (name,) = setting
+    with pytest.warns(UserWarning, match=f"`{name}` has no effect without `winner_budget`"):
+        make_args(**setting)

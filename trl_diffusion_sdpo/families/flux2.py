@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
@@ -25,7 +24,50 @@ class Flux2Process(FlowMatchingProcess):
         return compute_empirical_mu(image_seq_len, num_steps=50)
 
 
-class Flux2Family(Family):
+class Flux2Hooks:
+    """What the pipelines of dev and klein have in common, as hooks for a family of each."""
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 * self.pipeline.vae_scale_factor
+
+    @property
+    def default_resolution(self) -> int:
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def check_pipeline(self) -> None:
+        super().check_pipeline()
+        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """The text encoder's states of three layers side by side, every prompt padded to one length."""
+        device = self.pipeline.text_encoder.device
+        with no_autocast(device):
+            prompt_embeds, _ = self.pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1)
+        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, by the statistics that the VAE's batch norm has stored."""
+        vae = self.pipeline.vae
+        mean, variance = (stored.float().view(1, -1, 1, 1) for stored in (vae.bn.running_mean, vae.bn.running_var))
+        squares = torch.nn.functional.pixel_unshuffle(latents, 2)
+        return (squares - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        inputs = token_inputs(noisy_latents.to(self.dtype), timesteps, conditioning["prompt_embeds"].to(self.dtype))
+        if self.guidance_scale is not None:
+            inputs["guidance"] = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
+        tokens = denoiser(**inputs, return_dict=False)[0]
+        return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
+
+
+class Flux2Family(Flux2Hooks, Family):
     """`Flux2Pipeline`: FLUX.2 [dev], prompted through Mistral Small and distilled to take the guidance scale as an
     input. Training fixes it at `guidance_scale`; images are drawn at any scale afterwards."""
 
@@ -42,39 +84,8 @@ class Flux2Family(Family):
     # what the targets are made of.
     guidance_scale = 1.0
 
-    @property
-    def vae_scale_factor(self) -> int:
-        return 2 * self.pipeline.vae_scale_factor
 
-    @property
-    def default_resolution(self) -> int:
-        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-
-    def check_pipeline(self) -> None:
-        super().check_pipeline()
-        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return encode_with_layers(self.pipeline, prompts)
-
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        return normalised_squares(self.pipeline.vae, latents)
-
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        inputs = token_inputs(noisy_latents.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype))
-        guidance = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
-        tokens = denoiser(**inputs, guidance=guidance, return_dict=False)[0]
-        return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
-
-
-class Flux2KleinFamily(Family):
+class Flux2KleinFamily(Flux2Hooks, Family):
     """`Flux2KleinPipeline` and folders of its inpainting class: FLUX.2 [klein], prompted through Qwen3.
 
     Nothing in flow matching keeps the few steps of a distilled checkpoint (`is_distilled`): tune the base one of the
@@ -90,51 +101,6 @@ class Flux2KleinFamily(Family):
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = Flux2Process
-
-    @property
-    def vae_scale_factor(self) -> int:
-        return 2 * self.pipeline.vae_scale_factor
-
-    @property
-    def default_resolution(self) -> int:
-        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-
-    def check_pipeline(self) -> None:
-        super().check_pipeline()
-        check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return encode_with_layers(self.pipeline, prompts)
-
-    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        return normalised_squares(self.pipeline.vae, latents)
-
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        inputs = token_inputs(noisy_latents.to(dtype), timesteps, conditioning["prompt_embeds"].to(dtype))
-        tokens = denoiser(**inputs, return_dict=False)[0]
-        return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
-
-
-def encode_with_layers(pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """The text encoder's states of three layers side by side, every prompt padded to one length."""
-    device = pipeline.text_encoder.device
-    with no_autocast(device):
-        prompt_embeds, _ = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1)
-    return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
-
-
-def normalised_squares(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, by the statistics that the batch norm has stored."""
-    mean, variance = (stored.float().view(1, -1, 1, 1) for stored in (vae.bn.running_mean, vae.bn.running_var))
-    squares = torch.nn.functional.pixel_unshuffle(latents, 2)
-    return (squares - mean) / (variance + vae.config.batch_norm_eps).sqrt()
 
 
 def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
 from .noise import FlowMatchingProcess
-from .packing import pack_patches, patch_positions, unpack_patches
+from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
 class OvisImageFamily(Family):
@@ -18,20 +18,7 @@ class OvisImageFamily(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     # Our choice, because diffusers has no script for it: what its LoRA script for FLUX takes, whose blocks these are.
-    lora_target_modules = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    )
+    lora_target_modules = TWO_STREAM_TARGETS
     # Our choice: half of Stable Diffusion's, because weights of a larger model bear smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' scripts for its kin

@@ -1,6 +1,24 @@
-"""How transformers of the FLUX kind see latents: as rows of tokens, each a square of two by two latents."""
+"""What transformers of the FLUX kind share: latents as rows of tokens, each a square of two by two, and blocks with two
+streams."""
 
 import torch
+
+# What diffusers' LoRA script for FLUX.1 takes: attention and feed-forward of the blocks with two streams, and attention
+# of the others.
+TWO_STREAM_TARGETS = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
 
 
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:

@@ -364,6 +364,7 @@ class SavingMixin:
         busy = in_any_process(uploading, self.args.device)  # the first process knows, and all write together
         if busy and not self.args.hub_always_push:
             return
+        self._finish_current_push()  # it reads the files that are now written anew
         self._save(self.args.output_dir)
         if not self.is_world_process_zero():
             return
@@ -382,10 +383,7 @@ class SavingMixin:
                     ignore=[ARGS_FILE],
                 )
             )
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress(jobs)
 
     def _upload(
         self,

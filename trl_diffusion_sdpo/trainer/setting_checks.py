@@ -12,7 +12,7 @@ from .._compat import checkpoints_activations
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
-from .winner_arguments import METRICS
+from .winner_arguments import METRICS, WinnerArguments
 
 if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -208,6 +208,8 @@ def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
     for name in ("winner_budget_pairs", "winner_budget_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
+        if args.winner_budget is None and getattr(args, name) != getattr(WinnerArguments, name):
+            warnings.warn(f"`{name}` has no effect without `winner_budget`.", stacklevel=4)
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"`ema_decay` must be in (0, 1), got {args.ema_decay}. Usual: 0.98 to 0.9999.")
     if args.ema_decay is not None and args.sync_ref_model:
