@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from diffusers.utils.torch_utils import randn_tensor
+from front_trainers import TriedTrainer
 from transformers import PrinterCallback
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.demo.oracle import oracle_score
 from trl_diffusion_sdpo.demo.pairs import eval_pairs, off_policy_pairs, on_policy_pairs
 from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, load_base_pipeline, sample_images
@@ -38,13 +39,12 @@ STEPS = {"stress": 200, "gentle": 100, "smallest": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "stress": {"learning_rate": 2e-4, "beta": 100.0},
     "gentle": {"learning_rate": 1e-4, "beta": 500.0},
-    # For a look at whether everything runs.
     "smallest": {"learning_rate": 2e-4, "beta": 100.0, "per_device_train_batch_size": 2, "winner_budget_pairs": 2},
 }
 PARTS = ("selection", "final")
-PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 10_000, 20_000  # apart from those of training
+PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 30_000, 40_000  # apart from those of training
 HELD_OUT_COPIES = 3  # each held-out pair is measured at this many draws of noise and timestep
-SAMPLES_PER_PROMPT = 3
+SAMPLES_PER_PROMPT = 8
 EMA_DECAY = 0.98
 SHARED = {
     "per_device_train_batch_size": 32,
@@ -59,8 +59,10 @@ SHARED = {
     "winner_budget_steps": 10,
 }
 UPPER = [0.62, 1.0]  # noise levels of timesteps 503 and above
+DECAY = {"lr_scheduler_type": "cosine"}  # to 0 at the last step; without it the rate is constant after its warm-up
+LONG = {"max_steps": 400}
 # The strength of each rule that the picture of noise levels shows.
-SHOWN = {"SFT": 0.0, "output": 0.6, "output, range": 0.45, "budget": 0.1, "parameter": 0.3}
+SHOWN = {"SFT": 0.0, "output": 0.6, "output, range": 0.45, "output, decay": 0.8, "parameter, decay": 0.8}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Run:
         rule (`str`): Name of the rule.
         strength (`float`): What is varied within it.
         settings (`dict[str, Any]`): Fields of `DiffusionSDPOConfig` that make it.
+        tried (`dict[str, Any]`): Arguments of [`TriedTrainer`] that do.
         seed (`int`): Of pairs, noise and samples.
         pairs (`str`): `"off_policy"` or `"on_policy"`.
         push (`str`): `"stress"` or `"gentle"`.
@@ -82,6 +85,7 @@ class Run:
     seed: int = 0
     pairs: str = "off_policy"
     push: str = "stress"
+    tried: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -89,122 +93,137 @@ class Run:
 
 
 def rule_settings(rule: str, strength: float) -> dict[str, Any]:
-    """The configuration of a rule at one strength: a margin mu, or a budget."""
+    """The configuration of a rule at one strength: a margin mu, a budget, or the weight of a term.
+
+    A rule is named by what makes it, `"parameter, decay"` for instance.
+    """
+    first, *more = rule.split(", ")
     output = {"safeguard": "output", "safeguard_mu": strength}
-    parameter = {"safeguard": "parameter", "safeguard_mu": strength}
-    budget = {"safeguard": "none", "winner_budget": strength}
-    return {
+    parameter = output | {"safeguard": "parameter"}
+    none = {"safeguard": "none"}
+    found = {
         "SFT": {"loss_type": "sft"},
-        "DPO": {"safeguard": "none"},
+        "DPO": none,
         "output": output,
-        "output, pair": output | {"safeguard_granularity": "pair"},
-        "output, weighted": output | {"safeguard_granularity": "weighted"},
-        "output, bucket": output | {"safeguard_granularity": "bucket"},
         "parameter": parameter,
-        "parameter, error": parameter | {"safeguard_anchor": "error"},
-        "parameter, AdamW": parameter | {"safeguard_metric": "adamw", "safeguard_anchor": "error"},
-        "output, range": output | {"loser_noise_range": UPPER},
-        "bucket, range": output | {"safeguard_granularity": "bucket", "loser_noise_range": UPPER},
-        "parameter, range": parameter | {"loser_noise_range": UPPER},
-        "budget": budget,
-        "budget, range": budget | {"loser_noise_range": UPPER},
-        "budget, output": budget | {"safeguard": "output", "safeguard_mu": 0.3},
-        "budget, bucket": budget | {"safeguard": "output", "safeguard_mu": 0.3, "safeguard_granularity": "bucket"},
-        "range, budget, 0.6": output | {"safeguard_mu": 0.6, "loser_noise_range": UPPER, "winner_budget": strength},
-        "budget, parameter": budget | {"safeguard": "parameter", "safeguard_mu": 0.1},
-    }[rule]
+        "budget": none | {"winner_budget": strength},
+        # Tried, and not taken up.
+        "winner error": none,
+        "reference": none,
+        "fresh anchor": parameter | {"safeguard_anchor": "error"},
+        "trust region": parameter | {"safeguard_mu": 0.6, "winner_budget": 1e6},
+    }[first]
+    for part in more:
+        found = (
+            found
+            | {
+                "range": {"loser_noise_range": UPPER},
+                "decay": DECAY,
+                "long": LONG,
+                "pair": {"safeguard_granularity": "pair"},
+                "weighted": {"safeguard_granularity": "weighted"},
+                "bucket": {"safeguard_granularity": "bucket"},
+                "error": {"safeguard_anchor": "error"},
+                "AdamW": {"safeguard_metric": "adamw", "safeguard_anchor": "error"},
+                "output": {"safeguard": "output", "safeguard_mu": 0.3},
+                "parameter": {"safeguard": "parameter", "safeguard_mu": 0.1},
+                "0.6": {"safeguard": "output", "safeguard_mu": 0.6},
+                "low pull": {},
+            }[part]
+        )
+    return found
+
+
+def tried_settings(rule: str, strength: float) -> dict[str, Any]:
+    """What [`TriedTrainer`] takes for a rule; nothing for those of the package."""
+    tried = {
+        "winner error": {"winner_error": strength},
+        "reference": {"reference_pull": strength},
+        "fresh anchor": {"fresh_anchor": True},
+        "trust region": {"trust_region": strength},
+    }.get(rule.split(", ")[0], {})
+    # The lowest two noise levels are held to the reference.
+    return tried | ({"reference_pull": 1.0, "pull_below": 2 / LEVELS} if "low pull" in rule else {})
 
 
 def planned(rules: dict[str, tuple[float, ...]], seeds: range, **settings: str) -> list[Run]:
     return [
-        Run(rule, strength, rule_settings(rule, strength), seed, **settings)
+        Run(rule, strength, rule_settings(rule, strength), seed, tried=tried_settings(rule, strength), **settings)
         for seed in seeds
         for rule, strengths in rules.items()
         for strength in strengths
     ]
 
 
-# Each rule at three strengths, on one seed.
+SEEDS = range(3)
+# Each rule at three strengths.
 FRONT: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
-    "DPO": (0.0,),
-    "output": (0.45, 0.6, 0.8),
+    "output": (0.6, 0.45, 0.8),
+    "SFT, decay": (0.0,),
+    "parameter, decay": (0.6, 0.8, 0.9),
+    "output, decay": (0.6, 0.7, 0.8),
     "output, range": (0.3, 0.45, 0.6),
+    "parameter": (0.3, 0.6, 0.8),
+    "DPO": (0.0,),
     "budget": (0.05, 0.1, 0.3),
     "budget, range": (0.05, 0.1, 0.3),
-    "parameter": (0.3, 0.6),
 }
-# The strengths that are made on two more seeds.
-AGAIN: dict[str, tuple[float, ...]] = {
-    "SFT": (0.0,),
-    "output": (0.6,),
-    "budget, range": (0.1,),
-    "budget": (0.1, 0.3),
-    "output, range": (0.45,),
-    "DPO": (0.0,),
+# With twice the steps.
+TWICE: dict[str, tuple[float, ...]] = {
+    "SFT, long": (0.0,),
+    "output, long": (0.6,),
+    "parameter, decay, long": (0.8, 0.85, 0.9),
 }
-# Chosen on the first part: what lay best there, and its strictest neighbours, on three seeds.
-CHOSEN: dict[str, tuple[float, ...]] = {"range, budget, 0.6": (0.1, 0.2), "output": (0.8,), "output, range": (0.6,)}
-# Under other settings: one strength of each.
+# Under other settings.
 ELSEWHERE: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
-    "DPO": (0.0,),
     "output": (0.6,),
+    "parameter, decay": (0.6, 0.8),
+    "DPO": (0.0,),
+}
+# For a look at whether everything runs.
+SMALLEST: dict[str, tuple[float, ...]] = {
     "budget, range": (0.1,),
+    "winner error, low pull, decay": (1.0,),
+    "fresh anchor": (0.6,),
+    "trust region": (0.1,),
 }
 # What was tried on one seed besides.
 EXPLORED: dict[str, tuple[float, ...]] = {
-    "output, pair": (0.6,),
+    "winner error, decay": (0.3, 1.0, 3.0),
+    "winner error, low pull, decay, long": (1.0,),
+    "output, low pull, decay": (0.7,),
+    "reference, decay": (0.2, 1.0),
+    "fresh anchor, decay": (0.6, 0.8),
+    "trust region": (0.1,),
+    "parameter, error, decay": (0.8,),
+    "budget, decay": (0.05,),
+    "output, pair, decay": (0.8,),
+    "output, bucket, decay": (0.8,),
     "output, weighted": (0.6,),
+    "output, pair": (0.6,),
     "output, bucket": (0.6,),
-    "parameter, error": (0.3,),
     "parameter, AdamW": (0.1,),
-    "bucket, range": (0.4,),
     "parameter, range": (0.3,),
-    "budget, bucket": (0.1,),
     "budget, parameter": (0.1,),
 }
 
 
 def plans() -> dict[str, list[Run]]:
     """Named lists of runs."""
-    elsewhere = [("on_policy", "stress"), ("off_policy", "gentle")]
+    on_policy = planned(ELSEWHERE, SEEDS, pairs="on_policy")
+    gentle = planned(ELSEWHERE, SEEDS, push="gentle")
     return {
-        "front": planned(FRONT, range(1)) + planned(AGAIN, range(1, 3)),
-        "elsewhere": [
-            run for pairs, push in elsewhere for run in planned(ELSEWHERE, range(1), pairs=pairs, push=push)
-        ],
-        "chosen": planned(CHOSEN, range(3)),
+        "front": planned(FRONT, SEEDS),
+        "twice": planned(TWICE, SEEDS),
+        "elsewhere": on_policy + gentle,
         "explore": planned(EXPLORED, range(1)),
-        "smallest": [Run("budget, range", 0.1, rule_settings("budget, range", 0.1), push="smallest")],
+        "smallest": planned(SMALLEST, range(1), push="smallest"),
     }
 
 
 # ---- One run ------------------------------------------------------------------------------------------------------
-
-
-class EncodedTrainer(DiffusionSDPOTrainer):
-    """Encodes each image and prompt once: the pictures are never cropped or flipped here, and the VAE's most likely
-    latent stands for its sample."""
-
-    def __init__(self, *parts, **options):
-        self._latents: dict[int, torch.Tensor] = {}
-        self._texts: dict[str, torch.Tensor] = {}
-        super().__init__(*parts, **options)
-
-    def _encode(self, inputs):
-        winners, losers = inputs["pixel_values"].chunk(2)
-        keys = [hash(pair.numpy().tobytes()) for pair in torch.stack([winners, losers], 1)]
-        new = [row for row, key in enumerate(keys) if key not in self._latents]
-        if new:
-            encoded = self.family.encode_images(torch.cat([winners[new], losers[new]])).chunk(2)
-            self._latents |= dict(zip((keys[row] for row in new), torch.stack(encoded, 1), strict=True))
-        unknown = sorted(set(inputs["prompts"]) - self._texts.keys())
-        if unknown:
-            self._texts |= dict(zip(unknown, self.family.encode_prompts(unknown)["prompt_embeds"], strict=True))
-        latents = torch.cat(torch.stack([self._latents[key] for key in keys]).unbind(1)).contiguous()
-        text = torch.stack([self._texts[prompt] for prompt in inputs["prompts"]])
-        return latents, {"prompt_embeds": torch.cat([text, text])}
 
 
 def parts_of_prompts() -> dict[str, list[str]]:
@@ -240,23 +259,22 @@ def make(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = DiffusionSDPOConfig(
             output_dir=folder,
-            max_steps=STEPS[run.push],
             seed=run.seed,
             use_cpu=True,
             per_device_eval_batch_size=64,
             save_strategy="no",
-            logging_steps=max(1, STEPS[run.push] // 5),
+            logging_steps=0.2,  # of all steps
             report_to="none",
             disable_tqdm=True,
             verify_images=False,
             dataloader_pin_memory=False,
-            **{**SHARED, **SETTINGS[run.push], **run.settings},
+            **{"max_steps": STEPS[run.push], **SHARED, **SETTINGS[run.push], **run.settings},
         )
         # The probe of a budget: pairs of its own, of all prompts.
         probe = eval_pairs(run.seed + PROBE_SEED, per_prompt=1)
         # SFT has no reference of its own; a copy serves the changes.
-        reference = load_base_pipeline() if run.rule == "SFT" else None
-        trainer = EncodedTrainer(pipeline, reference, args, train, probe)
+        reference = load_base_pipeline() if args.loss_type == "sft" else None
+        trainer = TriedTrainer(pipeline, reference, args, train, probe, **run.tried)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.monotonic() - started
@@ -336,8 +354,14 @@ def make_all(runs: list[Run], file: Path, workers: int) -> None:
 
 # ---- Report -------------------------------------------------------------------------------------------------------
 
-COLORS = {"SFT": "#555555", "DPO": "#c0392b", "output": "#2471a3", "output, range": "#1e8449", "budget": "#8e44ad"}
-SPARE_COLORS = ("#d68910", "#16a085", "#7f8c8d", "#a04000", "#1f618d", "#b03a7a")
+COLORS = {
+    "SFT": "#555555",
+    "output": "#2471a3",
+    "output, range": "#1e8449",
+    "parameter": "#c0392b",
+    "budget": "#8e44ad",
+    "budget, range": "#d68910",
+}
 
 
 @dataclass(frozen=True)
@@ -355,6 +379,10 @@ class Point:
         """Largest relative change over the noise levels, of each seed."""
         return np.nanmax(self.levels, axis=1)
 
+    def over(self, other: "Point") -> float:
+        """How much further than under another rule the winners' error has risen, at the level where it is most."""
+        return float(np.nanmax(self.levels.mean(0) - other.levels.mean(0)))
+
 
 def points(rows: list[dict[str, Any]], part: str, weights: str, pairs: str, push: str) -> list[Point]:
     """All rules and strengths under one setting, in the order of the rules."""
@@ -369,20 +397,24 @@ def points(rows: list[dict[str, Any]], part: str, weights: str, pairs: str, push
 
 
 def table(rows: list[dict[str, Any]], part: str, pairs: str = "off_policy", push: str = "stress") -> str:
-    """Markdown: reward, winner change, and the largest relative change over the noise levels, raw and averaged."""
+    """Markdown: reward, winner change, the largest relative change over the noise levels, and how far it is above that
+    of supervised tuning (raw weights, as many steps) at the level where that is most; raw and averaged weights."""
     lines = [
-        "| rule | strength | seeds | oracle | winner change | worst level | oracle, EMA | winner change, EMA "
-        "| worst level, EMA |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| rule | strength | seeds | oracle | winner change | worst level | over SFT "
+        "| oracle, EMA | winner change, EMA | worst level, EMA | over SFT, EMA |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    both = zip(*(points(rows, part, weights, pairs, push) for weights in ("raw", "ema")), strict=True)
-    for raw, ema in both:
-        cells = [f"{raw.rule}", f"{raw.strength:g}", str(len(raw.oracle))]
+    found = {weights: points(rows, part, weights, pairs, push) for weights in ("raw", "ema")}
+    tuned = {point.rule: point for point in found["raw"] if point.rule in ("SFT", "SFT, long")}
+    for raw, ema in zip(*found.values(), strict=True):
+        cells = [raw.rule, f"{raw.strength:g}" if raw.strength else "", str(len(raw.oracle))]
+        level = tuned.get("SFT, long" if "long" in raw.rule else "SFT")
         for point in (raw, ema):
             cells += [
                 spread(point.oracle, "{:.3f}"),
                 spread(point.winner, "{:+.4f}"),
                 f"{100 * point.worst.mean():+.0f}%",
+                "" if level is None else f"{100 * point.over(level):+.0f}",
             ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -400,32 +432,31 @@ def spread(values: np.ndarray, form: str) -> str:
     return f"{form.format(values.mean())} ± {form.format(values.std(ddof=1)).lstrip('+')}"
 
 
-def colors_of(rules: list[str]) -> dict[str, str]:
-    spare = iter(SPARE_COLORS * 3)
-    return {rule: COLORS.get(rule) or next(spare) for rule in dict.fromkeys(rules)}
+def look(rule: str) -> dict[str, str]:
+    """Colour by what the rule does to the losers, line by the schedule."""
+    style = ":" if "long" in rule else "--" if "decay" in rule else "-"
+    return {"color": COLORS[rule.replace(", decay", "").replace(", long", "")], "linestyle": style}
 
 
 def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
     """Reward against what the winners paid: the mean, and the worst noise level."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(12, 9.6), layout="constrained")
     axes = figure.subplots(2, 2, sharey=True)
     for row, weights in enumerate(("raw", "ema")):
-        # Plain DPO would take nine tenths of every axis: the table has it.
-        shown = [point for point in points(rows, part, weights, "off_policy", "stress") if point.rule != "DPO"]
-        colors = colors_of([point.rule for point in shown])
+        # Plain DPO would take nine tenths of every axis: the table has it, as it has what was tried on one seed.
+        shown = [point for point in points(rows, part, weights, "off_policy", "stress") if in_picture(point.rule)]
         for column, paid in enumerate(("winner", "worst")):
             ax = axes[row][column]
-            for rule, color in colors.items():
+            for rule in dict.fromkeys(point.rule for point in shown):
                 mine = [point for point in shown if point.rule == rule]
                 x, y = ([getattr(p, name).mean() for p in mine] for name in (paid, "oracle"))
                 spreads = [[deviation(getattr(p, name)) for p in mine] for name in (paid, "oracle")]
-                ax.errorbar(
-                    x, y, xerr=spreads[0], yerr=spreads[1], marker="o", capsize=2, color=color, label=rule, alpha=0.85
-                )
+                drawn = look(rule) | {"marker": "o", "capsize": 2, "alpha": 0.8, "label": rule}
+                ax.errorbar(x, y, xerr=spreads[0], yerr=spreads[1], **drawn)
                 for point, at in zip(mine, zip(x, y, strict=True), strict=True):
-                    if rule != "SFT":
+                    if point.strength:
                         ax.annotate(f"{point.strength:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
             ax.set_xscale("symlog", linthresh=0.003 if paid == "winner" else 0.1)
             ax.set_xlabel("winner change, mean" if paid == "winner" else "winner change, worst noise level, relative")
@@ -433,8 +464,13 @@ def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
             ax.axvline(0, color="black", linewidth=0.6)
             ax.grid(alpha=0.2)
         axes[row][0].set_ylabel("oracle score")
-    axes[0][0].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.savefig(file, dpi=110)
+
+
+def in_picture(rule: str) -> bool:
+    return rule != "DPO" and rule in {*FRONT, *TWICE}
 
 
 def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, float], file: Path) -> None:
@@ -444,15 +480,14 @@ def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, floa
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     for ax, weights in zip(figure.subplots(1, 2, sharey=True), ("raw", "ema"), strict=True):
         shown = points(rows, part, weights, "off_policy", "stress")
-        colors = colors_of([point.rule for point in shown])
         middles = (np.arange(LEVELS) + 0.5) / LEVELS
         for point in shown:
             if strengths.get(point.rule) != point.strength:
                 continue
             label = f"{point.rule} {point.strength:g}" if point.strength else point.rule
             mean, sd = 100 * point.levels.mean(0), 100 * point.levels.std(0)
-            ax.plot(middles, mean, marker="o", color=colors[point.rule], label=label)
-            ax.fill_between(middles, mean - sd, mean + sd, color=colors[point.rule], alpha=0.12)
+            ax.plot(middles, mean, marker="o", label=label, **look(point.rule))
+            ax.fill_between(middles, mean - sd, mean + sd, color=look(point.rule)["color"], alpha=0.12)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set(xlabel="noise level (share of noise)", title="raw weights" if weights == "raw" else "averaged weights")
         ax.set_yscale("symlog", linthresh=10)

@@ -63,14 +63,15 @@ def test_the_front_is_made_resumed_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     file, folder = tmp_path / "front.jsonl", tmp_path / "report"
     make = ("front.py", "run", "--plan", "smallest", "--file", str(file), "--workers", "1")
-    assert "1 runs, 1 to make" in run(*make)
-    (row,) = (json.loads(line) for line in file.read_text().splitlines())
+    assert "4 runs, 4 to make" in run(*make)
+    row, *tried = (json.loads(line) for line in file.read_text().splitlines())
+    assert [bool(other["tried"]) for other in (row, *tried)] == [False, True, True, True]
     for part in ("selection", "final"):
         for weights in ("raw", "ema"):
             found = row["measured"][part][weights]
             assert 0 <= found["oracle"] <= 1 and len(found["winner_levels"]) == 8
     file.write_text(file.read_text() + '{"cut off')
-    assert "1 runs, 0 to make" in run(*make)
+    assert "4 runs, 0 to make" in run(*make)
     shown = run("front.py", "report", "--file", str(file), "--folder", str(folder), "--part", "final")
     assert "| budget, range | 0.1 | 1 |" in shown
     assert {path.name for path in folder.iterdir()} == {"front.png", "front_levels.png"}
