@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# One process a core, up to four; each file's tests stay together.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
 .PHONY: demo test test-distributed test-families bench lint docs clean
@@ -20,7 +22,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	$(BIN)/mkdocs build --strict
 
 test-distributed: $(VENV)/installed-dev

@@ -10,6 +10,16 @@ from tiny_pipelines import case, quiet, stable_diffusion, stable_diffusion_xl
 from trl_diffusion_sdpo.families import load_pipeline
 
 
+def pytest_collection_modifyitems(config, items):
+    """Where several processes share the tests, a file's stay together, and all of tests/distributed: their cases train
+    in one launch."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            folder = item.path.parent.name
+            group = folder if folder == "distributed" else f"{folder}/{item.path.stem}"
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory):
     """`family_folder(name)`: folder of the tiny pipeline of one of `tiny_pipelines.CASES`, saved once a session."""
