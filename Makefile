@@ -10,8 +10,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
-# One process a core, up to four; each file's tests stay together.
-PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup
+# One process a core, up to four. A container may see more cores than it has: `make test PARALLEL=` takes one process.
+PARALLEL ?= -n logical --maxprocesses 4
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
 .PHONY: demo test test-distributed test-families bench lint docs clean

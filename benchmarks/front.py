@@ -39,12 +39,20 @@ STEPS = {"stress": 200, "gentle": 100, "smallest": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "stress": {"learning_rate": 2e-4, "beta": 100.0},
     "gentle": {"learning_rate": 1e-4, "beta": 500.0},
-    "smallest": {"learning_rate": 2e-4, "beta": 100.0, "per_device_train_batch_size": 2, "winner_budget_pairs": 2},
+    "smallest": {
+        "learning_rate": 2e-4,
+        "beta": 100.0,
+        "per_device_train_batch_size": 2,
+        "winner_budget_pairs": 2,
+        "winner_budget_steps": 1,
+    },
 }
 PARTS = ("selection", "final")
 PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 30_000, 40_000  # apart from those of training
 HELD_OUT_COPIES = 3  # each held-out pair is measured at this many draws of noise and timestep
 SAMPLES_PER_PROMPT = 8
+# Rows that were measured otherwise do not belong into one table.
+HOW = {"held_out": HELD_OUT_SEED, "copies": HELD_OUT_COPIES, "score": SCORE_SEED, "samples": SAMPLES_PER_PROMPT}
 EMA_DECAY = 0.98
 SHARED = {
     "per_device_train_batch_size": 32,
@@ -60,7 +68,7 @@ SHARED = {
 }
 UPPER = [0.62, 1.0]  # noise levels of timesteps 503 and above
 DECAY = {"lr_scheduler_type": "cosine"}  # to 0 at the last step; without it the rate is constant after its warm-up
-LONG = {"max_steps": 400}
+LONG, LONGER = {"max_steps": 400}, {"max_steps": 800}
 # The strength of each rule that the picture of noise levels shows.
 SHOWN = {"SFT": 0.0, "output": 0.6, "output, range": 0.45, "output, decay": 0.8, "parameter, decay": 0.8}
 
@@ -73,10 +81,10 @@ class Run:
         rule (`str`): Name of the rule.
         strength (`float`): What is varied within it.
         settings (`dict[str, Any]`): Fields of `DiffusionSDPOConfig` that make it.
-        tried (`dict[str, Any]`): Arguments of [`TriedTrainer`] that do.
         seed (`int`): Of pairs, noise and samples.
-        pairs (`str`): `"off_policy"` or `"on_policy"`.
-        push (`str`): `"stress"` or `"gentle"`.
+        pairs (`str`): `"off_policy"` or `"on_policy"`, those of training; held-out pairs are drawn images in both.
+        push (`str`): `"stress"`, `"gentle"` or `"smallest"`.
+        tried (`dict[str, Any]`): Arguments of [`TriedTrainer`] that make it.
     """
 
     rule: str
@@ -91,47 +99,46 @@ class Run:
     def key(self) -> str:
         return f"{self.rule}|{self.strength:g}|{self.seed}|{self.pairs}|{self.push}"
 
+    def is_made(self, row: dict[str, Any] | None) -> bool:
+        """Whether a row is of this run, with the same settings and measured alike."""
+        return row is not None and {**asdict(self), "how": HOW} == {
+            name: row.get(name) for name in (*asdict(self), "how")
+        }
+
 
 def rule_settings(rule: str, strength: float) -> dict[str, Any]:
     """The configuration of a rule at one strength: a margin mu, a budget, or the weight of a term.
 
     A rule is named by what makes it, `"parameter, decay"` for instance.
     """
-    first, *more = rule.split(", ")
+    none = {"safeguard": "none"}
     output = {"safeguard": "output", "safeguard_mu": strength}
     parameter = output | {"safeguard": "parameter"}
-    none = {"safeguard": "none"}
-    found = {
+    settings = {
         "SFT": {"loss_type": "sft"},
         "DPO": none,
         "output": output,
         "parameter": parameter,
         "budget": none | {"winner_budget": strength},
-        # Tried, and not taken up.
+        # Tried, and not taken up: what makes them is in `tried_settings`.
         "winner error": none,
         "reference": none,
         "fresh anchor": parameter | {"safeguard_anchor": "error"},
         "trust region": parameter | {"safeguard_mu": 0.6, "winner_budget": 1e6},
-    }[first]
-    for part in more:
-        found = (
-            found
-            | {
-                "range": {"loser_noise_range": UPPER},
-                "decay": DECAY,
-                "long": LONG,
-                "pair": {"safeguard_granularity": "pair"},
-                "weighted": {"safeguard_granularity": "weighted"},
-                "bucket": {"safeguard_granularity": "bucket"},
-                "error": {"safeguard_anchor": "error"},
-                "AdamW": {"safeguard_metric": "adamw", "safeguard_anchor": "error"},
-                "output": {"safeguard": "output", "safeguard_mu": 0.3},
-                "parameter": {"safeguard": "parameter", "safeguard_mu": 0.1},
-                "0.6": {"safeguard": "output", "safeguard_mu": 0.6},
-                "low pull": {},
-            }[part]
-        )
-    return found
+        "low pull": {},
+        # Second parts of a name.
+        "range": {"loser_noise_range": UPPER},
+        "decay": DECAY,
+        "long": LONG,
+        "longer": LONGER,
+        "pair": {"safeguard_granularity": "pair"},
+        "weighted": {"safeguard_granularity": "weighted"},
+        "bucket": {"safeguard_granularity": "bucket"},
+        "error": {"safeguard_anchor": "error"},
+        "AdamW": {"safeguard_metric": "adamw", "safeguard_anchor": "error"},
+        "in parameter space": {"safeguard": "parameter", "safeguard_mu": 0.1},
+    }
+    return {name: value for part in rule.split(", ") for name, value in settings[part].items()}
 
 
 def tried_settings(rule: str, strength: float) -> dict[str, Any]:
@@ -173,7 +180,13 @@ FRONT: dict[str, tuple[float, ...]] = {
 TWICE: dict[str, tuple[float, ...]] = {
     "SFT, long": (0.0,),
     "output, long": (0.6,),
-    "parameter, decay, long": (0.8, 0.85, 0.9),
+    "parameter, decay, long": (0.7, 0.8, 0.9),
+}
+# With four times the steps.
+FOURFOLD: dict[str, tuple[float, ...]] = {
+    "SFT, decay, longer": (0.0,),
+    "output, longer": (0.6,),
+    "parameter, decay, longer": (0.8, 0.9),
 }
 # Under other settings.
 ELSEWHERE: dict[str, tuple[float, ...]] = {
@@ -206,7 +219,7 @@ EXPLORED: dict[str, tuple[float, ...]] = {
     "output, bucket": (0.6,),
     "parameter, AdamW": (0.1,),
     "parameter, range": (0.3,),
-    "budget, parameter": (0.1,),
+    "budget, in parameter space": (0.1,),
 }
 
 
@@ -217,6 +230,7 @@ def plans() -> dict[str, list[Run]]:
     return {
         "front": planned(FRONT, SEEDS),
         "twice": planned(TWICE, SEEDS),
+        "fourfold": planned(FOURFOLD, SEEDS),
         "elsewhere": on_policy + gentle,
         "explore": planned(EXPLORED, range(1)),
         "smallest": planned(SMALLEST, range(1), push="smallest"),
@@ -278,7 +292,7 @@ def make(run: Run) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.monotonic() - started
-        row: dict[str, Any] = {**asdict(run), "key": run.key, "seconds": trained, "measured": {}}
+        row: dict[str, Any] = {**asdict(run), "key": run.key, "how": HOW, "seconds": trained, "measured": {}}
         row["scale"] = [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
         row["budget"] = [entry["budget/scale"] for entry in trainer.state.log_history if "budget/scale" in entry]
         smallest = run.push == "smallest"
@@ -336,7 +350,7 @@ def make_all(runs: list[Run], file: Path, workers: int) -> None:
     """Make the runs that the file lacks, and append a row for each as soon as it is there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     there = rows_of(file)
-    missing = [run for run in runs if run.key not in there]
+    missing = [run for run in runs if not run.is_made(there.get(run.key))]
     print(f"{len(runs)} runs, {len(missing)} to make", flush=True)
     started = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=20) as pool:
@@ -370,6 +384,7 @@ class Point:
 
     rule: str
     strength: float
+    seeds: tuple[int, ...]
     oracle: np.ndarray
     winner: np.ndarray
     levels: np.ndarray  # (seeds, levels), relative
@@ -379,9 +394,14 @@ class Point:
         """Largest relative change over the noise levels, of each seed."""
         return np.nanmax(self.levels, axis=1)
 
-    def over(self, other: "Point") -> float:
-        """How much further than under another rule the winners' error has risen, at the level where it is most."""
-        return float(np.nanmax(self.levels.mean(0) - other.levels.mean(0)))
+    def over(self, other: "Point | None") -> str:
+        """How much further than under another rule the winners' error has risen, in points of the base model's error,
+        at the level where that is most; means over the seeds that both have."""
+        common = set(self.seeds) & set(other.seeds) if other else set()
+        if not common:
+            return ""
+        mine, theirs = (point.levels[[seed in common for seed in point.seeds]].mean(0) for point in (self, other))
+        return f"{100 * np.nanmax(mine - theirs):+.0f}"
 
 
 def points(rows: list[dict[str, Any]], part: str, weights: str, pairs: str, push: str) -> list[Point]:
@@ -389,35 +409,36 @@ def points(rows: list[dict[str, Any]], part: str, weights: str, pairs: str, push
     kept = [row for row in rows if (row["pairs"], row["push"]) == (pairs, push)]
     found = []
     for rule, strength in dict.fromkeys((row["rule"], row["strength"]) for row in kept):
-        mine = [row["measured"][part][weights] for row in kept if (row["rule"], row["strength"]) == (rule, strength)]
+        runs = [row for row in kept if (row["rule"], row["strength"]) == (rule, strength)]
+        mine, seeds = [row["measured"][part][weights] for row in runs], tuple(row["seed"] for row in runs)
         levels = np.array([[np.nan if x is None else x for x in one["winner_levels"]] for one in mine])
         oracle, winner = (np.array([one[name] for one in mine]) for name in ("oracle", "winner"))
-        found.append(Point(rule, strength, oracle, winner, levels))
+        found.append(Point(rule, strength, seeds, oracle, winner, levels))
     return sorted(found, key=lambda point: (point.rule, point.strength))
 
 
 def table(rows: list[dict[str, Any]], part: str, pairs: str = "off_policy", push: str = "stress") -> str:
-    """Markdown: reward, winner change, the largest relative change over the noise levels, and how far it is above that
-    of supervised tuning (raw weights, as many steps) at the level where that is most; raw and averaged weights."""
+    """Markdown: reward, winner change, the largest relative change over the noise levels, and by how much it exceeds
+    that of supervised tuning where that is most: of plain supervised tuning, and of that with the rule's own steps and
+    schedule. Raw weights, and averaged ones."""
     lines = [
-        "| rule | strength | seeds | oracle | winner change | worst level | over SFT "
-        "| oracle, EMA | winner change, EMA | worst level, EMA | over SFT, EMA |",
+        "| rule | strength | seeds | oracle | winner change | worst level | over SFT | over SFT alike "
+        "| oracle, EMA | winner change, EMA | worst level, EMA |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = {weights: points(rows, part, weights, pairs, push) for weights in ("raw", "ema")}
-    tuned = {point.rule: point for point in found["raw"] if point.rule in ("SFT", "SFT, long")}
+    tuned = {point.rule: point for point in found["raw"] if point.rule.split(", ")[0] == "SFT"}
     for raw, ema in zip(*found.values(), strict=True):
-        cells = [raw.rule, f"{raw.strength:g}" if raw.strength else "", str(len(raw.oracle))]
-        level = tuned.get("SFT, long" if "long" in raw.rule else "SFT")
-        for point in (raw, ema):
-            cells += [
-                spread(point.oracle, "{:.3f}"),
-                spread(point.winner, "{:+.4f}"),
-                f"{100 * point.worst.mean():+.0f}%",
-                "" if level is None else f"{100 * point.over(level):+.0f}",
-            ]
+        alike = ", ".join(["SFT", *(name for name in raw.rule.split(", ") if name in ("decay", "long", "longer"))])
+        cells = [raw.rule, f"{raw.strength:g}" if raw.strength else "", str(len(raw.seeds)), *measures(raw)]
+        cells += [raw.over(tuned.get("SFT")), raw.over(tuned.get(alike)), *measures(ema)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def measures(point: Point) -> list[str]:
+    worst = f"{100 * point.worst.mean():+.0f}%"
+    return [spread(point.oracle, "{:.3f}"), spread(point.winner, "{:+.4f}"), worst]
 
 
 def deviation(values: np.ndarray) -> float:
@@ -502,6 +523,11 @@ def report(file: Path, part: str, folder: Path) -> None:
     rows = list(rows_of(file).values())
     if not rows:
         raise SystemExit(f"There are no runs in {file}. Make some with the command `run`.")
+    other = [row["key"] for row in rows if row.get("how") != HOW]
+    if other:
+        raise SystemExit(
+            f"All rows must be measured alike; {len(other)} in {file} were not: {other[0]}. Make them anew."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for pairs, push in dict.fromkeys((row["pairs"], row["push"]) for row in rows):
         print(

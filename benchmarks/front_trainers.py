@@ -42,15 +42,16 @@ class TriedTrainer(EncodedTrainer):
     """Rules that were tried and not taken up.
 
     Args:
-        winner_error (`float`): Weight of one more term: the winner's error as a share of the reference's, which goes on
-            where the preference is settled.
-        reference_pull (`float`): Weight of one more term: the distance of the winner's prediction from the
-            reference's, as a share of the reference's error; the Kullback-Leibler divergence of one denoising step.
-        pull_below (`float`): Noise level below which alone the pull acts.
-        fresh_anchor (`bool`): Whether parameter space protects the winners of the batch before, which the step's
-            gradient has not seen.
-        trust_region (`float`, *optional*): Largest rise of a probe's winners at any noise level, as a share; the
-            learning rate is cut for good whenever it is exceeded. Needs `winner_budget`, whose probe it takes.
+        winner_error (`float`): Weight of one more term: each winner's error as a share of the reference's on the same
+            input. It goes on where the preference is settled.
+        reference_pull (`float`): Weight of one more term: the squared distance of a winner's prediction from the
+            reference's, as a share of the reference's error on the same input.
+        pull_below (`float`): Noise level up to which alone the pull acts.
+        fresh_anchor (`bool`): Whether parameter space protects the winners of the batch before, which are not in the
+            step's own gradient. With one micro-batch a step.
+        trust_region (`float`, *optional*): Largest rise of a probe's winners at any noise level, as a share, under the
+            averaged weights; whenever it is exceeded, the learning rate is cut for good, from the step after the next.
+            Needs `winner_budget`, whose probe it takes.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TriedTrainer(EncodedTrainer):
         **options: Any,
     ):
         super().__init__(*parts, **options)
+        assert not fresh_anchor or self.args.gradient_accumulation_steps == 1
         self.winner_error, self.reference_pull, self.pull_below = winner_error, reference_pull, pull_below
         self.fresh_anchor, self.trust_region = fresh_anchor, trust_region
         self._met, self._before = None, None  # winners of this batch and of the one before
@@ -99,21 +101,21 @@ class TriedTrainer(EncodedTrainer):
     def steer_by_probe(self) -> None:
         if self.trust_region is None:
             return super().steer_by_probe()
-        change = (self._probe_errors() / self._budget.before - 1).nan_to_num().max()
-        if change > self.trust_region:
-            scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-            scheduler.base_lrs = [RATE_CUT * rate for rate in scheduler.base_lrs]
+        before = self._budget.before  # NaN at levels that are not visited
+        change = (self._probe_errors() / before - 1).nan_to_num(nan=torch.inf)
+        if torch.where(before > 0, change, 0).max() > self.trust_region:
+            self.lr_scheduler.base_lrs = [RATE_CUT * rate for rate in self.lr_scheduler.base_lrs]
         return None
 
 
 @contextmanager
 def _own_anchor_off(branches):
     """The anchor 'error' without its own backward pass: the caller makes one."""
-    branches.anchor = "branch"
+    before, branches.anchor = branches.anchor, "branch"
     try:
         yield
     finally:
-        branches.anchor = "error"
+        branches.anchor = before
 
 
 def _mean_square(residual: torch.Tensor) -> torch.Tensor:

@@ -10,14 +10,18 @@ from tiny_pipelines import case, quiet, stable_diffusion, stable_diffusion_xl
 from trl_diffusion_sdpo.families import load_pipeline
 
 
-def pytest_collection_modifyitems(config, items):
-    """Where several processes share the tests, a file's stay together, and all of tests/distributed: their cases train
-    in one launch."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder = item.path.parent.name
-            group = folder if folder == "distributed" else f"{folder}/{item.path.stem}"
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where several processes share the tests, a file's stay together, and all of tests/distributed: the cases there
+    train in one launch."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadFileOrFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+    return LoadFileOrFolder(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,22 @@ from PIL import Image
 from trl_diffusion_sdpo.demo.report import draw_grid, numbers, summary, table, write_report
 from trl_diffusion_sdpo.demo.results import Curves, DemoResult, MethodResult, Score, read_sheet, write_sheet
 
-COLOURS = {"base": 0, "sft": 40, "dpo": 80, "sdpo": 120, "dpo_gentle": 160, "sdpo_gentle": 200}
+COLOURS = {"base": 0, "sft": 40, "dpo": 80, "sdpo": 120, "sdpo_recipe": 140, "dpo_gentle": 160, "sdpo_gentle": 200}
 LABELS = {
     "sft": "SFT",
     "dpo": "Diffusion-DPO",
     "sdpo": "Diffusion-SDPO",
+    "sdpo_recipe": "Diffusion-SDPO, recipe",
     "dpo_gentle": "Diffusion-DPO, gentle",
     "sdpo_gentle": "Diffusion-SDPO, gentle",
+}
+WINNER_CHANGE = {
+    "sft": -0.125,
+    "dpo": 0.25,
+    "sdpo": 0.0625,
+    "sdpo_recipe": 0.03125,
+    "dpo_gentle": 0.2,
+    "sdpo_gentle": 0.1,
 }
 WIGGLE = np.tile([-0.1, 0.1], 36)  # standard error of the mean of 72: 0.1 * sqrt(72 / 71) / sqrt(72) = 0.012
 
@@ -56,7 +65,7 @@ def _method(key, final, wiggle):
         seconds=12.3,
         curves=Curves(
             steps=[0, 50, 100],
-            winner_change=[0.0, 0.1, 0.25 if "dpo" in key else -0.125],
+            winner_change=[0.0, 0.1, WINNER_CHANGE[key]],
             loser_change=[0.0, 0.2, 0.5],
             oracle=[Score(0.4, 0.01), Score(0.9, 0.01), Score.of(scores)],
             scale_steps=[] if key == "sft" else [50, 100],
@@ -72,22 +81,25 @@ def _plain(level):
 
 
 def test_the_table_has_the_last_numbers_and_the_best_on_the_way(make_result):
-    lines = table(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6})).splitlines()
+    lines = table(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6})).splitlines()
     assert lines[2] == "| base model | 0.400 ± 0.014 | | 0 | 0 | |"
     assert lines[4] == "| Diffusion-DPO | 0.300 ± 0.000 | 0.900 at step 50 | +0.250 | +0.500 | 12 |"
     assert "- SFT: 100 steps, learning_rate 0.0002" in lines
 
 
 def test_the_summary_says_what_it_is_and_that_the_gentle_setting_was_not_run(make_result):
-    text = summary(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6}))
+    text = summary(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6}))
     assert "when one pushes hard" in text
     assert "one seed of a toy world" in text
     assert "learning rate 1e-4) was not run" in text
     assert "Diffusion-SDPO is ahead of Diffusion-DPO (difference +0.300 ± 0.000)" in text
+    assert "Diffusion-SDPO, recipe is not clearly different from Diffusion-SDPO (difference +0.000 ± 0.000)" in text
+    changes = "+0.250 under plain Diffusion-DPO, +0.062 under Diffusion-SDPO, +0.031 with the recipe"
+    assert changes in text
 
 
 def test_the_summary_admits_when_the_safeguard_loses_or_nothing_is_clear(make_result):
-    finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "dpo_gentle": 0.6, "sdpo_gentle": 0.61}
+    finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "sdpo_recipe": 0.5, "dpo_gentle": 0.6, "sdpo_gentle": 0.61}
     text = summary(make_result(finals, wiggles=("sdpo_gentle",)))
     assert "Diffusion-SDPO is behind Diffusion-DPO (difference -0.100 ± 0.000)" in text
     verdict = "Diffusion-SDPO, gentle is not clearly different from Diffusion-DPO, gentle (difference +0.010 ± 0.012)"
@@ -96,13 +108,13 @@ def test_the_summary_admits_when_the_safeguard_loses_or_nothing_is_clear(make_re
 
 
 def test_the_grid_has_a_column_for_the_base_and_each_method_and_every_tenth_prompt(make_result):
-    grid = draw_grid(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6}))
+    grid = draw_grid(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6}))
     pixels = np.asarray(grid)
     middle = pixels[64 + 64]  # the first row of images begins at 64 and is 128 high
-    for column, key in enumerate(["base", "sft", "dpo", "sdpo"]):
+    for column, key in enumerate(["base", "sft", "dpo", "sdpo", "sdpo_recipe"]):
         start = 150 + column * 170
         assert (middle[start : start + 128] == COLOURS[key]).all()
-    assert (middle[150 + 3 * 170 + 130 :] == 255).all()
+    assert (middle[150 + 4 * 170 + 130 :] == 255).all()
     rows = np.flatnonzero((pixels[:, 150 + 64] == 0).all(axis=-1))
     images = (np.diff(rows) > 1).sum() + 1
     assert images >= 8

@@ -10,8 +10,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=(
-            "Tune the embedded tiny pipeline three times from the same start with the same pairs (SFT, Diffusion-DPO, "
-            "Diffusion-SDPO), then write curves, a before/after image grid and a table to one folder."
+            "Tune the embedded tiny pipeline from the same start with the same pairs (SFT, Diffusion-DPO, "
+            "Diffusion-SDPO, and a recipe for keeping winners), then write curves, a before/after image grid and "
+            "a table to one folder."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -22,6 +22,7 @@ LOOKS = {
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
     "sdpo": ("#009E73", "o"),
+    "sdpo_recipe": ("#CC79A7", "P"),
     "dpo_gentle": ("#E69F00", "^"),
     "sdpo_gentle": ("#56B4E9", "D"),
 }
@@ -128,7 +129,7 @@ def draw_grid(result: DemoResult) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for column, (key, label, mean, samples, scores) in enumerate(columns):
         x = left + column * step_x
-        short = label.replace("Diffusion-", "").replace(", gentle", " gentle")
+        short = label.replace("Diffusion-", "").replace(", ", " ")
         pen.text((x + side / 2, 8), short, LOOKS[key][0], font.bold, anchor="ma")
         pen.text((x + side / 2, 34), f"mean {mean.mean:.3f}", "#333333", font.small, anchor="ma")
         for row, index in enumerate(rows):
@@ -216,19 +217,21 @@ def summary(result: DemoResult) -> str:
 def _reading(result: DemoResult) -> list[str]:
     """Sentences that hold whatever came out."""
     by_key = {method.key: method for method in result.methods}
-    dpo, sdpo = by_key["dpo"], by_key["sdpo"]
+    dpo, sdpo, recipe = (by_key[key] for key in ("dpo", "sdpo", "sdpo_recipe"))
     lines = [
         "Oracle: mean ± standard error, the ideal is 1. Errors: change on held-out pairs against the base model.",
         f"Error on the preferred images: {_change(dpo.curves.winner_change)} under plain Diffusion-DPO, "
-        f"{_change(sdpo.curves.winner_change)} under Diffusion-SDPO.",
-        f"Oracle score: {_comparison(sdpo, dpo)}.",
+        f"{_change(sdpo.curves.winner_change)} under Diffusion-SDPO, {_change(recipe.curves.winner_change)} with the "
+        "recipe for keeping winners.",
+        f"Oracle score: {_comparison(sdpo, dpo)};",
+        f"{_comparison(recipe, sdpo)}.",
     ]
     if "sdpo_gentle" in by_key:
         gentle = _comparison(by_key["sdpo_gentle"], by_key["dpo_gentle"])
         steps = by_key["sdpo_gentle"].curves.steps[-1]
         lines.append(f"With the gentle setting (beta 500, learning rate 1e-4), after {steps} steps:\n{gentle}.")
     else:
-        lines.append("A gentle setting (beta 500, learning rate 1e-4) was not run; the two may lie closer there.")
+        lines.append("A gentle setting (beta 500, learning rate 1e-4) was not run; DPO and SDPO may lie closer there.")
     lines.append(
         "This is one seed of a toy world. The safeguard acts to first order, so the winner's error can still rise,"
     )
