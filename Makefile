@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # One process a core, up to four. A container may see more cores than it has: `make test PARALLEL=` takes one process.
-PARALLEL ?= -n logical --maxprocesses 4
+PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
 .PHONY: demo test test-distributed test-families bench lint docs clean

@@ -70,7 +70,14 @@ UPPER = [0.62, 1.0]  # noise levels of timesteps 503 and above
 DECAY = {"lr_scheduler_type": "cosine"}  # to 0 at the last step; without it the rate is constant after its warm-up
 LONG, LONGER = {"max_steps": 400}, {"max_steps": 800}
 # The strength of each rule that the picture of noise levels shows.
-SHOWN = {"SFT": 0.0, "output": 0.6, "output, range": 0.45, "output, decay": 0.8, "parameter, decay": 0.8}
+SHOWN = {
+    "SFT": 0.0,
+    "output": 0.6,
+    "output, range": 0.45,
+    "output, decay": 0.8,
+    "parameter, decay": 0.8,
+    "parameter, decay, longer": 0.9,
+}
 
 
 @dataclass(frozen=True)
@@ -456,7 +463,10 @@ def spread(values: np.ndarray, form: str) -> str:
 def look(rule: str) -> dict[str, str]:
     """Colour by what the rule does to the losers, line by the schedule."""
     style = ":" if "long" in rule else "--" if "decay" in rule else "-"
-    return {"color": COLORS[rule.replace(", decay", "").replace(", long", "")], "linestyle": style}
+    return {
+        "color": COLORS[rule.replace(", decay", "").replace(", longer", "").replace(", long", "")],
+        "linestyle": style,
+    }
 
 
 def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
@@ -491,7 +501,7 @@ def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
 
 
 def in_picture(rule: str) -> bool:
-    return rule != "DPO" and rule in {*FRONT, *TWICE}
+    return rule != "DPO" and rule in {*FRONT, *TWICE, *FOURFOLD}
 
 
 def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, float], file: Path) -> None:
