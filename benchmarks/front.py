@@ -424,23 +424,25 @@ def points(rows: list[dict[str, Any]], part: str, weights: str, pairs: str, push
     return sorted(found, key=lambda point: (point.rule, point.strength))
 
 
-def table(rows: list[dict[str, Any]], part: str, pairs: str = "off_policy", push: str = "stress") -> str:
+def tables(rows: list[dict[str, Any]], part: str, pairs: str, push: str) -> str:
     """Markdown: reward, winner change, the largest relative change over the noise levels, and by how much it exceeds
     that of supervised tuning where that is most: of plain supervised tuning, and of that with the rule's own steps and
     schedule. Raw weights, and averaged ones."""
-    lines = [
+    head = (
         "| rule | strength | seeds | oracle | winner change | worst level | over SFT | over SFT alike "
-        "| oracle, EMA | winner change, EMA | worst level, EMA |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| oracle, EMA | winner change, EMA | worst level, EMA |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
+    planned_rules, tried = [head], [head]
     found = {weights: points(rows, part, weights, pairs, push) for weights in ("raw", "ema")}
     tuned = {point.rule: point for point in found["raw"] if point.rule.split(", ")[0] == "SFT"}
     for raw, ema in zip(*found.values(), strict=True):
         alike = ", ".join(["SFT", *(name for name in raw.rule.split(", ") if name in ("decay", "long", "longer"))])
         cells = [raw.rule, f"{raw.strength:g}" if raw.strength else "", str(len(raw.seeds)), *measures(raw)]
         cells += [raw.over(tuned.get("SFT")), raw.over(tuned.get(alike)), *measures(ema)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        (planned_rules if raw.rule in {*FRONT, *TWICE, *FOURFOLD} else tried).append("| " + " | ".join(cells) + " |")
+    title = f"{pairs.replace('_', '-')} pairs, {push}, {part} part"
+    shown = ((title, planned_rules), (f"{title}, tried besides", tried))
+    return "\n\n".join(f"{name}\n\n" + "\n".join(lines) for name, lines in shown if len(lines) > 1)
 
 
 def measures(point: Point) -> list[str]:
@@ -461,12 +463,13 @@ def spread(values: np.ndarray, form: str) -> str:
 
 
 def look(rule: str) -> dict[str, str]:
-    """Colour by what the rule does to the losers, line by the schedule."""
-    style = ":" if "long" in rule else "--" if "decay" in rule else "-"
-    return {
-        "color": COLORS[rule.replace(", decay", "").replace(", longer", "").replace(", long", "")],
-        "linestyle": style,
-    }
+    """Colour by what the rule does to the losers, line by the schedule, marker by the number of steps."""
+    first, *more = rule.split(", ")
+    lasting = [name for name in more if name in ("long", "longer")]
+    kind = ", ".join([first, *(name for name in more if name not in ("decay", *lasting))])
+    style = ":" if lasting else "--" if "decay" in more else "-"
+    marker = {"long": "s", "longer": "^"}[lasting[0]] if lasting else "o"
+    return {"color": COLORS[kind], "linestyle": style, "marker": marker}
 
 
 def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
@@ -484,7 +487,7 @@ def draw_front(rows: list[dict[str, Any]], part: str, file: Path) -> None:
                 mine = [point for point in shown if point.rule == rule]
                 x, y = ([getattr(p, name).mean() for p in mine] for name in (paid, "oracle"))
                 spreads = [[deviation(getattr(p, name)) for p in mine] for name in (paid, "oracle")]
-                drawn = look(rule) | {"marker": "o", "capsize": 2, "alpha": 0.8, "label": rule}
+                drawn = look(rule) | {"capsize": 2, "alpha": 0.8, "label": rule}
                 ax.errorbar(x, y, xerr=spreads[0], yerr=spreads[1], **drawn)
                 for point, at in zip(mine, zip(x, y, strict=True), strict=True):
                     if point.strength:
@@ -508,7 +511,7 @@ def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, floa
     """Relative winner change by noise level, one strength of each rule."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     for ax, weights in zip(figure.subplots(1, 2, sharey=True), ("raw", "ema"), strict=True):
         shown = points(rows, part, weights, "off_policy", "stress")
         middles = (np.arange(LEVELS) + 0.5) / LEVELS
@@ -517,14 +520,15 @@ def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, floa
                 continue
             label = f"{point.rule} {point.strength:g}" if point.strength else point.rule
             mean, sd = 100 * point.levels.mean(0), 100 * point.levels.std(0)
-            ax.plot(middles, mean, marker="o", label=label, **look(point.rule))
+            ax.plot(middles, mean, label=label, **look(point.rule))
             ax.fill_between(middles, mean - sd, mean + sd, color=look(point.rule)["color"], alpha=0.12)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set(xlabel="noise level (share of noise)", title="raw weights" if weights == "raw" else "averaged weights")
         ax.set_yscale("symlog", linthresh=10)
         ax.grid(alpha=0.2)
     figure.axes[0].set_ylabel("winner change, % of the base model's error")
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     figure.savefig(file, dpi=110)
 
 
@@ -540,9 +544,7 @@ def report(file: Path, part: str, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     for pairs, push in dict.fromkeys((row["pairs"], row["push"]) for row in rows):
-        print(
-            f"\n{pairs.replace('_', '-')} pairs, {push}, {part} part\n\n{table(rows, part, pairs, push)}", flush=True
-        )
+        print(f"\n{tables(rows, part, pairs, push)}", flush=True)
     draw_front(rows, part, folder / "front.png")
     draw_levels(rows, part, SHOWN, folder / "front_levels.png")
 
