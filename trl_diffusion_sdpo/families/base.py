@@ -57,6 +57,19 @@ FLOW_DEFAULTS: dict[str, LossDefaults] = {
     "simpo": LossDefaults(beta=200.0, safeguard_mu=0.6, beta_lora=10.0),
 }
 
+# Attention of blocks that see image and text at once, both sides: what diffusers' LoRA script for SD3 takes, and those
+# for FLUX.1 among others.
+JOINT_ATTENTION_TARGETS = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 
 class Family(ABC):
     """One kind of pipeline, as data and hooks. `N` below is any batch; latents may have any rank.

@@ -3,17 +3,12 @@ streams."""
 
 import torch
 
+from .base import JOINT_ATTENTION_TARGETS
+
 # What diffusers' LoRA script for FLUX.1 takes: attention and feed-forward of the blocks with two streams, and attention
 # of the others.
 TWO_STREAM_TARGETS = (
-    "attn.to_k",
-    "attn.to_q",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
+    *JOINT_ATTENTION_TARGETS,
     "ff.net.0.proj",
     "ff.net.2",
     "ff_context.net.0.proj",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from diffusers import DiffusionPipeline
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import FLOW_DEFAULTS, JOINT_ATTENTION_TARGETS, Family, check_in_channels, no_autocast
 from .noise import FlowMatchingProcess
 
 
@@ -30,16 +30,7 @@ class StableDiffusion3Family(Family):
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     # As diffusers' script train_dreambooth_lora_sd3.py: the joint attention of every block, image and text side. The
     # second attention (`attn2`) that some blocks of 3.5 Medium have for the image alone is left as it is, as there.
-    lora_target_modules = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_target_modules = JOINT_ATTENTION_TARGETS
     # Our choice, because nothing is published for full tuning: between those of Stable Diffusion and SDXL.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script

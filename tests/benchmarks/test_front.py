@@ -1,0 +1,95 @@
+"""The front's rules that the package lacks do what they are named after, and its rows are not mixed with those of
+another measurement."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_diffusion_sdpo.trainer.noisy_batch import NoisyBatch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def front(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import front
+
+    yield front
+    for name in ("front", "front_trainers"):
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def make_tried(front, sd_folder, make_args, make_pairs):
+    """`make_tried(tried, **args)`: a trainer of the tried rules on tiny parts."""
+
+    def build(tried, **args):
+        common = {"resolution": 16, "random_flip": False, "beta": 100.0}
+        return front.TriedTrainer(
+            sd_folder, None, make_args(**common, **args), make_pairs(8), make_pairs(4, seed=1), **tried
+        )
+
+    return build
+
+
+def test_the_terms_are_shares_of_the_references_error_up_to_a_noise_level(make_tried):
+    trainer = make_tried({"winner_error": 2.0, "reference_pull": 3.0, "pull_below": 0.5})
+    target = torch.zeros(4, 1, 1, 1)
+    ref_pred = torch.full((4, 1, 1, 1), 2.0)  # error 4
+    pred = torch.full((4, 1, 1, 1), 3.0).requires_grad_()  # winner's error 9, distance from the reference 1
+    levels = torch.tensor([0.25, 0.75, 0.25, 0.75])
+    batch = NoisyBatch(target, target, levels, {}, levels)
+    more = trainer._loss_of(pred, batch, ref_pred, None).loss
+    trainer.winner_error = trainer.reference_pull = 0.0
+    plain = trainer._loss_of(pred, batch, ref_pred, None).loss
+    # (2 * 9 + 3 * 1) / 4 below the level, 2 * 9 / 4 above it
+    assert (more - plain).item() == pytest.approx((5.25 + 4.5) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("largest", "cuts"), [(-1.0, 2), (1e9, 0)])
+def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried, largest, cuts):
+    trainer = make_tried({"trust_region": largest}, winner_budget=1e6, winner_budget_pairs=2, winner_budget_steps=1)
+    trainer.train()
+    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3 * 0.7**cuts)
+
+
+def test_the_fresh_anchor_is_of_the_batch_before(make_tried):
+    def scales(fresh):
+        settings = {"safeguard": "parameter", "safeguard_anchor": "error", "safeguard_mu": 0.6}
+        trainer = make_tried({"fresh_anchor": fresh}, **settings)
+        trainer.train()
+        return [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
+
+    own, fresh = scales(False), scales(True)
+    assert fresh[0] == pytest.approx(own[0], rel=1e-4)  # the first batch has none before it
+    assert abs(fresh[1] - own[1]) > 1e-3
+
+
+def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front, tmp_path):
+    (run,) = front.planned({"output": (0.6,)}, range(1))
+    row = {**asdict(run), "key": run.key, "how": front.HOW}
+    assert run.is_made(row)
+    assert not run.is_made(None)
+    assert not run.is_made({**row, "how": {**front.HOW, "samples": 3}})
+    assert not replace(run, settings={**run.settings, "safeguard_mu": 0.7}).is_made(row)
+    file = tmp_path / "front.jsonl"
+    file.write_text(front.json.dumps({**row, "how": None}) + "\n")
+    with pytest.raises(SystemExit, match="must be measured alike; 1 in"):
+        front.report(file, "final", tmp_path)
+
+
+def test_over_sft_is_paired_by_seed_and_takes_the_worst_level(front):
+    import numpy as np
+
+    def point(seeds, levels):
+        return front.Point("output", 0.6, seeds, np.zeros(len(seeds)), np.zeros(len(seeds)), np.array(levels))
+
+    mine = point((0,), [[0.10, 0.30]])
+    theirs = point((0, 1), [[0.05, 0.20], [0.50, 0.90]])
+    assert mine.over(theirs) == "+10"  # seed 1 is not asked
+    assert mine.over(point((2,), [[0.0, 0.0]])) == ""
+    assert mine.over(None) == ""
