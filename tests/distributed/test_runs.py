@@ -322,6 +322,7 @@ def test_a_run_that_lost_a_process_resumes_as_if_undisturbed(found):
 @needing(
     killed_runs("ddp", "full"),
     killed_runs("fsdp2", "lora"),
+    killed_runs("fsdp2", "full", "sgd-", optim="sgd", lr_scheduler_type="linear"),
     killed_runs("zero1", "full"),
     killed_runs("zero1", "lora"),
     killed_runs("zero2", "full"),

@@ -80,6 +80,12 @@ def plain_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def is_plain_sgd(optimizer: Any) -> bool:
+    """Whether it is SGD without momentum, which keeps nothing from step to step."""
+    plain = plain_optimizer(optimizer)
+    return isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
+
+
 def check_adamw(optimizer: Any) -> None:
     """Raise `ValueError` where an optimizer, unwrapped, is not torch's AdamW."""
     plain = isinstance(optimizer, torch.optim.AdamW)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from .._compat import PushInProgress, loads_lora
 from ..losses.preference import KNOB_RANGES
 from . import sharding
+from .adamw_metric import is_plain_sgd
 from .callbacks import SampleImagesCallback, in_any_process
 from .checkpoint import (
     check_setup,
@@ -254,6 +255,16 @@ class SavingMixin:
         sharding.load_deepspeed_state(self.model_wrapped, resume_from_checkpoint)
         self._load_kept(Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled or not is_plain_sgd(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # torch learns from a tensor of the optimizer's state where to put what it deals out. Plain SGD has none, and
+        # nothing to be dealt out: the rates, which are the scheduler's, are all that it needs.
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
