@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from diffusers.utils.torch_utils import randn_tensor
 from front_trainers import TriedTrainer
+from peft import LoraConfig
 from transformers import PrinterCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
@@ -35,10 +36,12 @@ from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, load_base_pipeline, s
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE, captions
 
 LEVELS = 8
-STEPS = {"stress": 200, "gentle": 100, "smallest": 2}
+STEPS = {"stress": 200, "gentle": 100, "lora": 200, "dmpo": 200, "smallest": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "stress": {"learning_rate": 2e-4, "beta": 100.0},
     "gentle": {"learning_rate": 1e-4, "beta": 500.0},
+    "lora": {"learning_rate": 1e-3, "beta": 100.0},
+    "dmpo": {"loss_type": "dmpo", "learning_rate": 2e-4, "beta": 100.0},
     "smallest": {
         "learning_rate": 2e-4,
         "beta": 100.0,
@@ -47,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "winner_budget_steps": 1,
     },
 }
+LORA_RANK = 16
 PARTS = ("selection", "final")
 PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 30_000, 40_000  # apart from those of training
 HELD_OUT_COPIES = 3  # each held-out pair is measured at this many draws of noise and timestep
@@ -69,6 +73,7 @@ SHARED = {
 UPPER = [0.62, 1.0]  # noise levels of timesteps 503 and above
 DECAY = {"lr_scheduler_type": "cosine"}  # to 0 at the last step; without it the rate is constant after its warm-up
 LONG, LONGER = {"max_steps": 400}, {"max_steps": 800}
+FAST = {"learning_rate": 4e-4}
 # The strength of each rule that the picture of noise levels shows.
 SHOWN = {
     "SFT": 0.0,
@@ -90,7 +95,7 @@ class Run:
         settings (`dict[str, Any]`): Fields of `DiffusionSDPOConfig` that make it.
         seed (`int`): Of pairs, noise and samples.
         pairs (`str`): `"off_policy"` or `"on_policy"`, those of training; held-out pairs are drawn images in both.
-        push (`str`): `"stress"`, `"gentle"` or `"smallest"`.
+        push (`str`): A name of `SETTINGS`: how hard, what trains and by which loss; all weights but under `"lora"`.
         tried (`dict[str, Any]`): Arguments of [`TriedTrainer`] that make it.
     """
 
@@ -124,25 +129,30 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
     settings = {
         "SFT": {"loss_type": "sft"},
         "DPO": none,
+        "no safeguard": none,
         "output": output,
         "parameter": parameter,
         "budget": none | {"winner_budget": strength},
         # Tried, and not taken up: what makes them is in `tried_settings`.
         "winner error": none,
         "reference": none,
+        "constant lambda": none,
         "fresh anchor": parameter | {"safeguard_anchor": "error"},
         "trust region": parameter | {"safeguard_mu": 0.6, "winner_budget": 1e6},
         "low pull": {},
+        "relative": {},
         # Second parts of a name.
         "range": {"loser_noise_range": UPPER},
         "decay": DECAY,
         "long": LONG,
         "longer": LONGER,
+        "fast": FAST,
         "pair": {"safeguard_granularity": "pair"},
         "weighted": {"safeguard_granularity": "weighted"},
         "bucket": {"safeguard_granularity": "bucket"},
         "error": {"safeguard_anchor": "error"},
         "AdamW": {"safeguard_metric": "adamw", "safeguard_anchor": "error"},
+        "at mu 0.6": {"safeguard": "parameter", "safeguard_mu": 0.6},
         "in parameter space": {"safeguard": "parameter", "safeguard_mu": 0.1},
     }
     return {name: value for part in rule.split(", ") for name, value in settings[part].items()}
@@ -153,11 +163,13 @@ def tried_settings(rule: str, strength: float) -> dict[str, Any]:
     tried = {
         "winner error": {"winner_error": strength},
         "reference": {"reference_pull": strength},
+        "constant lambda": {"loser_share": strength},
         "fresh anchor": {"fresh_anchor": True},
         "trust region": {"trust_region": strength},
     }.get(rule.split(", ")[0], {})
-    # The lowest two noise levels are held to the reference.
-    return tried | ({"reference_pull": 1.0, "pull_below": 2 / LEVELS} if "low pull" in rule else {})
+    if "low pull" in rule:  # the lowest two noise levels are held to the reference
+        tried |= {"reference_pull": 1.0, "pull_below": 2 / LEVELS}
+    return tried | ({"relative": True} if "relative" in rule else {})
 
 
 def planned(rules: dict[str, tuple[float, ...]], seeds: range, **settings: str) -> list[Run]:
@@ -186,6 +198,7 @@ FRONT: dict[str, tuple[float, ...]] = {
 # With twice the steps.
 TWICE: dict[str, tuple[float, ...]] = {
     "SFT, long": (0.0,),
+    "SFT, decay, long": (0.0,),
     "output, long": (0.6,),
     "parameter, decay, long": (0.7, 0.8, 0.9),
 }
@@ -195,13 +208,15 @@ FOURFOLD: dict[str, tuple[float, ...]] = {
     "output, longer": (0.6,),
     "parameter, decay, longer": (0.8, 0.9),
 }
-# Under other settings.
+# Under other settings; with another loss than DPO's, plain is "no safeguard".
 ELSEWHERE: dict[str, tuple[float, ...]] = {
     "SFT": (0.0,),
+    "SFT, decay": (0.0,),
     "output": (0.6,),
     "parameter, decay": (0.6, 0.8),
     "DPO": (0.0,),
 }
+OF_ANOTHER_LOSS = {"no safeguard" if rule == "DPO" else rule: strengths for rule, strengths in ELSEWHERE.items()}
 # For a look at whether everything runs.
 SMALLEST: dict[str, tuple[float, ...]] = {
     "budget, range": (0.1,),
@@ -209,11 +224,21 @@ SMALLEST: dict[str, tuple[float, ...]] = {
     "fresh anchor": (0.6,),
     "trust region": (0.1,),
 }
-# What was tried on one seed besides.
+# What was tried besides: the most promising, on all seeds.
+CLOSEST: dict[str, tuple[float, ...]] = {
+    "output, low pull, decay": (0.7, 0.8),
+    "parameter, low pull, decay": (0.6, 0.7),
+}
+# And the rest, on one.
 EXPLORED: dict[str, tuple[float, ...]] = {
     "winner error, decay": (0.3, 1.0, 3.0),
     "winner error, low pull, decay, long": (1.0,),
-    "output, low pull, decay": (0.7,),
+    "parameter, decay, fast": (0.8, 0.9),
+    "parameter, low pull, decay, fast": (0.8,),
+    "reference, at mu 0.6, decay": (0.3, 1.0),
+    "constant lambda, decay": (0.3, 0.6),
+    "constant lambda, range": (0.3,),
+    "parameter, relative, decay": (0.6, 0.8),
     "reference, decay": (0.2, 1.0),
     "fresh anchor, decay": (0.6, 0.8),
     "trust region": (0.1,),
@@ -239,6 +264,9 @@ def plans() -> dict[str, list[Run]]:
         "twice": planned(TWICE, SEEDS),
         "fourfold": planned(FOURFOLD, SEEDS),
         "elsewhere": on_policy + gentle,
+        "lora": planned(ELSEWHERE, SEEDS, push="lora"),
+        "dmpo": planned(OF_ANOTHER_LOSS, SEEDS, push="dmpo"),
+        "closest": planned(CLOSEST, SEEDS),
         "explore": planned(EXPLORED, range(1)),
         "smallest": planned(SMALLEST, range(1), push="smallest"),
     }
@@ -295,7 +323,8 @@ def make(run: Run) -> dict[str, Any]:
         probe = eval_pairs(run.seed + PROBE_SEED, per_prompt=1)
         # SFT has no reference of its own; a copy serves the changes.
         reference = load_base_pipeline() if args.loss_type == "sft" else None
-        trainer = TriedTrainer(pipeline, reference, args, train, probe, **run.tried)
+        adapter = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK) if run.push == "lora" else None
+        trainer = TriedTrainer(pipeline, reference, args, train, probe, peft_config=adapter, **run.tried)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.monotonic() - started
@@ -306,9 +335,12 @@ def make(run: Run) -> dict[str, Any]:
         for part, pairs in held_out(run.seed, smallest=smallest).items():
             metrics = trainer.evaluate(pairs)
             scores = {"raw": judged(pipeline, part, run.seed, smallest=smallest)}
-            averaged = load_base_pipeline()
-            averaged.register_modules(unet=trainer.average.kept.module)
-            scores["ema"] = judged(averaged, part, run.seed, smallest=smallest)
+            with trainer.average.active(trainer.model):  # an averaged adapter takes the trained one's place
+                averaged = pipeline
+                if adapter is None:
+                    averaged = load_base_pipeline()
+                    averaged.register_modules(unet=trainer.average.kept.module)
+                scores["ema"] = judged(averaged, part, run.seed, smallest=smallest)
             row["measured"][part] = {
                 weights: {"oracle": scores[weights], **changes(metrics, prefix)}
                 for weights, prefix in (("raw", "eval"), ("ema", "eval_ema"))
@@ -439,7 +471,8 @@ def tables(rows: list[dict[str, Any]], part: str, pairs: str, push: str) -> str:
         alike = ", ".join(["SFT", *(name for name in raw.rule.split(", ") if name in ("decay", "long", "longer"))])
         cells = [raw.rule, f"{raw.strength:g}" if raw.strength else "", str(len(raw.seeds)), *measures(raw)]
         cells += [raw.over(tuned.get("SFT")), raw.over(tuned.get(alike)), *measures(ema)]
-        (planned_rules if raw.rule in {*FRONT, *TWICE, *FOURFOLD} else tried).append("| " + " | ".join(cells) + " |")
+        table = planned_rules if raw.rule in {*FRONT, *TWICE, *FOURFOLD, *OF_ANOTHER_LOSS} else tried
+        table.append("| " + " | ".join(cells) + " |")
     title = f"{pairs.replace('_', '-')} pairs, {push}, {part} part"
     shown = ((title, planned_rules), (f"{title}, tried besides", tried))
     return "\n\n".join(f"{name}\n\n" + "\n".join(lines) for name, lines in shown if len(lines) > 1)

@@ -47,6 +47,9 @@ class TriedTrainer(EncodedTrainer):
         reference_pull (`float`): Weight of one more term: the squared distance of a winner's prediction from the
             reference's, as a share of the reference's error on the same input.
         pull_below (`float`): Noise level up to which alone the pull acts.
+        relative (`bool`): Whether the loss weighs each pair's errors by one over the reference's error on its winner,
+            in units of the batch's mean weight: an equal share then weighs as much at every noise level.
+        loser_share (`float`): A constant factor of the losers' gradients, besides lambda.
         fresh_anchor (`bool`): Whether parameter space protects the winners of the batch before, which are not in the
             step's own gradient. With one micro-batch a step.
         trust_region (`float`, *optional*): Largest rise of a probe's winners at any noise level, as a share, under the
@@ -60,6 +63,8 @@ class TriedTrainer(EncodedTrainer):
         winner_error: float = 0.0,
         reference_pull: float = 0.0,
         pull_below: float = 1.0,
+        relative: bool = False,
+        loser_share: float = 1.0,
         fresh_anchor: bool = False,
         trust_region: float | None = None,
         **options: Any,
@@ -67,10 +72,14 @@ class TriedTrainer(EncodedTrainer):
         super().__init__(*parts, **options)
         assert not fresh_anchor or self.args.gradient_accumulation_steps == 1
         self.winner_error, self.reference_pull, self.pull_below = winner_error, reference_pull, pull_below
+        self.relative, self.loser_share = relative, loser_share
         self.fresh_anchor, self.trust_region = fresh_anchor, trust_region
+        self._ref_error: torch.Tensor | None = None  # of the winners whose loss is being taken
         self._met, self._before = None, None  # winners of this batch and of the one before
 
     def _loss_of(self, model_pred, batch, ref_pred, scores, safeguard=None):
+        if self.relative:
+            self._ref_error = _mean_square((ref_pred.float() - batch.target.float()).chunk(2)[0])
         outputs = super()._loss_of(model_pred, batch, ref_pred, scores, safeguard)
         if not model_pred.requires_grad or not (self.winner_error or self.reference_pull):
             return outputs
@@ -79,6 +88,19 @@ class TriedTrainer(EncodedTrainer):
         below = batch.levels.chunk(2)[0] <= self.pull_below
         more = self.winner_error * _mean_square(pred - target) + self.reference_pull * below * _mean_square(pred - ref)
         return replace(outputs, loss=outputs.loss + (more / ref_error).mean())
+
+    def _timestep_weights(self, batch):
+        if not self.relative:
+            return super()._timestep_weights(batch)
+        weights = 1 / self._ref_error
+        return weights / weights.mean()
+
+    def _loser_weights(self, levels):
+        found = super()._loser_weights(levels)
+        if self.loser_share != 1:
+            within = torch.ones_like(levels) if found["loser_weights"] is None else found["loser_weights"]
+            found["loser_weights"] = self.loser_share * within
+        return found
 
     def _noisy_batch(self, inputs):
         batch = super()._noisy_batch(inputs)

@@ -50,6 +50,33 @@ def test_the_terms_are_shares_of_the_references_error_up_to_a_noise_level(make_t
     assert (more - plain).item() == pytest.approx((5.25 + 4.5) / 2, rel=1e-5)
 
 
+def test_relative_errors_weigh_as_one_over_the_references_in_units_of_their_mean(make_tried):
+    trainer = make_tried({"relative": True}, safeguard="none")
+    target = torch.zeros(4, 1, 1, 1)
+    ref_pred = torch.tensor([1.0, 2.0, 1.0, 2.0]).view(4, 1, 1, 1)  # errors 1 and 4: weights 1.6 and 0.4
+    pred = torch.tensor([0.5, 1.0, 2.0, 3.0]).view(4, 1, 1, 1).requires_grad_()
+    levels = torch.full((4,), 0.5)
+    rewards = trainer._loss_of(pred, NoisyBatch(target, target, levels, {}, levels), ref_pred, None).pair_rewards
+    # beta / 2 = 50 times the weighted fall of the error: winners 1 - 1/4 and 4 - 1, losers 1 - 4 and 4 - 9
+    expected = 50 * torch.tensor([[1.6 * 0.75, 1.6 * -3.0], [0.4 * 3.0, 0.4 * -5.0]])
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_a_constant_lambda_scales_the_losers_gradient_and_nothing_else(make_tried):
+    def gradient(share):
+        trainer = make_tried({"loser_share": share}, safeguard="none")
+        target = torch.zeros(2, 1, 1, 1)
+        pred = torch.tensor([0.5, 0.7]).view(2, 1, 1, 1).requires_grad_()
+        levels = torch.full((2,), 0.5)
+        loss = trainer._loss_of(pred, NoisyBatch(target, target, levels, {}, levels), target + 0.6, None).loss
+        loss.backward()
+        return loss.item(), pred.grad.flatten()
+
+    (whole, all_of_it), (scaled, part) = gradient(1.0), gradient(0.3)
+    assert scaled == whole
+    torch.testing.assert_close(part, all_of_it * torch.tensor([1.0, 0.3]))
+
+
 @pytest.mark.parametrize(("largest", "cuts"), [(-1.0, 2), (1e9, 0)])
 def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried, largest, cuts):
     trainer = make_tried({"trust_region": largest}, winner_budget=1e6, winner_budget_pairs=2, winner_budget_steps=1)
