@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import datasets
-from worker import engine_args
+from worker import RecordingTrainer, check_engine, engine_args
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo import DiffusionSDPOConfig
 
 engine, file, model, data, metric = sys.argv[1:]
 args = DiffusionSDPOConfig(
@@ -30,8 +30,9 @@ args = DiffusionSDPOConfig(
     disable_tqdm=True,
     **engine_args(engine),
 )
-trainer = DiffusionSDPOTrainer(model, None, args, datasets.load_from_disk(data))
+trainer = RecordingTrainer(model, None, args, datasets.load_from_disk(data))
 trainer.train()
+check_engine(trainer, engine)
 if trainer.is_world_process_zero():
     scales = [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
     Path(file).write_text(json.dumps(scales), encoding="utf-8")

@@ -92,6 +92,21 @@ def test_a_level_that_keeps_the_budget_again_is_opened_again():
     assert made.scale.tolist() == [1, 1, 1]
 
 
+def test_while_a_shut_level_is_over_the_budget_the_others_are_scaled_down_as_fast():
+    made = loop()
+    made.log_scale = torch.tensor([SHUT, 0.0, -1.0])
+    # Changes of 20, 5 and -10 per cent against 10: own moves of -0.5, 0.25 and 1; the first level is shut already.
+    found = steer(made, 1.2, 2.1, 3.6)
+    assert made.log_scale.tolist() == pytest.approx([SHUT, -0.5, -1.5], abs=1e-5)
+    assert found["budget/unmet"] == pytest.approx(1 / 3)
+    # A level that does worse still goes faster: 40 per cent there is -1.5.
+    steer(made, 1.2, 2.8, 4.0)
+    assert made.log_scale.tolist() == pytest.approx([SHUT, -2.0, -2.0], abs=1e-5)
+    # Within the budget again: every level moves on its own, also one that is still shut.
+    steer(made, 1.0, 2.0, 4.0)
+    assert made.log_scale.tolist() == pytest.approx([SHUT + 0.5, -1.5, -1.5], abs=1e-5)
+
+
 def test_levels_that_the_schedule_does_not_visit_count_for_nothing():
     made = loop(before=(NAN, 2.0, 4.0))
     found = steer(made, NAN, 2.4, 3.6)  # 20 and -10 per cent
@@ -388,13 +403,59 @@ def test_the_probe_holds_its_winners_conditioning_once(build):
     assert len(shared) > 1
 
 
-def test_errors_that_are_no_numbers_shut_their_level_and_leave_the_others():
+def test_errors_that_are_no_numbers_shut_their_level_and_then_the_others():
     budget = WinnerBudget(0.1, 2, torch.device("cpu"))
     budget.before = torch.tensor([1.0, 1.0])
-    for _ in range(6):
+    scales = []
+    for _ in range(8):
         metrics = budget.steer(torch.tensor([float("nan"), 1.0]))
-    assert budget.scale.tolist() == [0.0, 1.0]
+        scales.append(budget.scale.tolist())
+    assert scales[3] == [0.0, 1.0]  # e^-6
+    assert scales[4] == pytest.approx([0.0, math.exp(-1.5)])
+    assert scales[7] == [0.0, 0.0]
     assert metrics["budget/over"] == metrics["budget/unmet"] == 0.5
+
+
+def test_the_probe_is_spread_over_all_of_the_data(make_trainer, make_pairs):
+    trainer = make_trainer(train=make_pairs(7), winner_budget=0.1, winner_budget_pairs=4)
+    everything = [item["prompt"] for item in trainer.train_dataset.for_evaluation()]
+    assert [item["prompt"] for item in trainer._probe_items()] == [everything[row] for row in (0, 1, 3, 5)]
+    few = make_trainer(train=make_pairs(3), winner_budget=0.1, winner_budget_pairs=4)
+    assert len(few._probe_items()) == 3
+
+
+def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs):
+    pairs = make_pairs(2)
+
+    def probe_of(chosen, rejected):
+        scored = pairs.remove_columns(["chosen_score", "rejected_score"])
+        scored = scored.add_column("chosen_score", chosen).add_column("rejected_score", rejected)
+        trainer = make_trainer(train=scored, loss_type="smpo", winner_budget=0.1, winner_budget_pairs=2)
+        return trainer, trainer._draw_probe()
+
+    trainer, agreeing = probe_of([2.0, 2.0], [1.0, 1.0])
+    _, reversed_first = probe_of([1.0, 2.0], [2.0, 1.0])
+    inputs = trainer.data_collator(trainer._probe_items())
+    winners, losers = trainer._encode(inputs)[0].chunk(2)
+    for mine, plain in zip(reversed_first.batches, agreeing.batches, strict=True):
+        a = levels_of(mine.timesteps)[1].view(-1, 1, 1, 1)
+        moved = (mine.noisy - plain.noisy) / a.sqrt()
+        expected = torch.stack([losers[0] - winners[0], torch.zeros_like(winners[1])])
+        torch.testing.assert_close(moved.float(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("unmet_at", ["log", "end"])
+def test_a_budget_that_is_missed_is_said_with_and_without_logs(build, caplog, unmet_at):
+    trainer = build(winner_budget=1e-9, max_steps=1, logging_strategy="steps" if unmet_at == "log" else "no")
+    trainer._budget.log_scale.fill_(SHUT)
+    trainer._probe_errors = lambda: torch.tensor([2.0, 2.0]) * (1 + trainer.state.global_step)
+    trainer.train()
+    assert caplog.text.count("is exceeded at some noise level") == 1
+
+
+def test_a_budget_that_is_never_measured_is_a_warning(build, caplog):
+    build(max_steps=2, winner_budget_steps=3).train()
+    assert "`winner_budget_steps=3` is more than the run's 2 steps" in caplog.text
 
 
 @pytest.mark.parametrize("setting", [{"winner_budget_pairs": 8}, {"winner_budget_steps": 5}])

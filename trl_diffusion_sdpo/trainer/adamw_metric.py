@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from ..losses import adamw_scale
 from .gradients import exact_dtype
+from .sharding import local
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class AdamWState:
     """AdamW's state of one weight, or of this process's shard of it.
 
     Args:
-        first, second (`torch.Tensor`, *optional*): Its two moments before the step; `None` before the first.
+        first, second (`torch.Tensor`, *optional*): Its two moments before the step, this process's part of them; `None`
+            before the first.
         step (`torch.Tensor` or `float`): Steps taken.
         group (`dict[str, Any]`): `lr`, `betas`, `eps` and `weight_decay`.
     """
@@ -36,7 +38,8 @@ class AdamWState:
     @classmethod
     def of(cls, state: dict[str, Any], group: dict[str, Any]) -> AdamWState:
         """From an entry of a torch optimizer's `state`, which is empty before the first step."""
-        return cls(state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step", 0.0), group)
+        moments = (state.get(name) for name in ("exp_avg", "exp_avg_sq"))
+        return cls(*(None if moment is None else local(moment) for moment in moments), state.get("step", 0.0), group)
 
     def split(self, sizes: list[int]) -> list[AdamWState]:
         """The states of the parts of a flat shard."""

@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.pairs import PreferenceDataset
+from ..losses import order_by_scores
 from .callbacks import evaluating
 from .noise_levels import level_of
 from .noisy_batch import NoisyBatch
@@ -67,7 +68,9 @@ class WinnerBudget:
 
     With `c` the winners' change at a level as a share of their error before training, and `b` the budget, a
     measurement multiplies the level's scale by `exp(GAIN (b - c) / b)`, within bounds. Below `LOWEST` it is 0: that
-    level trains its winners only, until their change is within the budget again.
+    level trains its winners only, until their change is within the budget again. The levels share their weights: while
+    one is over the budget with its own losers shut off, the losers of all others are scaled down as well, as fast as
+    its own would be.
 
     Args:
         budget (`float`): Largest change, greater than 0.
@@ -105,7 +108,8 @@ class WinnerBudget:
         change = torch.where(visited, (errors / self.before - 1).nan_to_num(nan=torch.inf), 0)
         unmet = (change > self.budget) & (self.scale == 0)
         move = (GAIN * (1 - change / self.budget)).clamp(-LARGEST_MOVE, LARGEST_MOVE)
-        self.log_scale = (self.log_scale + move).clamp(min=math.log(LOWEST / 2), max=0.0)
+        elsewhere = torch.where(unmet, move, torch.inf).min()  # below 0 if there is such a level
+        self.log_scale = (self.log_scale + torch.minimum(move, elsewhere)).clamp(min=math.log(LOWEST / 2), max=0.0)
         count = visited.sum()
         return {
             "budget/winner_change": torch.where(visited, change, -torch.inf).max(),
@@ -181,7 +185,14 @@ class WinnerBudgetMixin:
 
     def begin_budget(self) -> None:
         """Draw the probe, and measure it before the first step; a resumed run has that in its checkpoint."""
-        self._warned_of_budget = False
+        self._warned_of_budget, self._unmet = False, None
+        every, steps = self.args.winner_budget_steps, self.state.max_steps
+        if every > steps:
+            logger.warning(
+                "`winner_budget_steps=%s` is more than the run's %s steps: nothing will be measured. Set fewer.",
+                every,
+                steps,
+            )
         if self.eval_dataset is None:
             logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
         if self.loss.anchor == "error":
@@ -195,12 +206,16 @@ class WinnerBudgetMixin:
             self._budget.before = self._probe_errors()
 
     def end_budget(self) -> None:
-        """Let go of the probe's memory."""
+        """Say what no log has said yet, and let go of the probe's memory."""
+        if self._unmet is not None:
+            self._warn_of_budget(float(self._unmet))
         self._probe_winners = None
 
     def steer_by_probe(self) -> None:
         """Measure, and move the scales."""
-        self._meter["train"].add(self._budget.steer(self._probe_errors()), 1)
+        found = self._budget.steer(self._probe_errors())
+        self._unmet = found["budget/unmet"]
+        self._meter["train"].add(found, 1)
 
     def _probe_errors(self) -> torch.Tensor:
         """Of the averaged weights where they are kept: those are what is delivered, and the jitter of single steps,
@@ -214,7 +229,8 @@ class WinnerBudgetMixin:
             self._warned_of_budget = True
             logger.warning(
                 "`winner_budget=%s` is exceeded at some noise level with its losers shut off: training goes on there "
-                "with the winners only. A larger budget, a lower learning rate or more pairs may meet it.",
+                "with the winners only, and as long as that does not help, everywhere. A larger budget, a lower or "
+                "decaying learning rate or more pairs may meet it.",
                 self.args.winner_budget,
             )
 
@@ -231,6 +247,9 @@ class WinnerBudgetMixin:
         for start in range(0, len(rows), size):
             inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
             latents, conditioning = self._encode(inputs)
+            if self.loss.needs_scores:  # the winner is whom the scores prefer, as in training
+                order = order_by_scores(inputs["scores"])
+                latents, conditioning = latents[order], {name: value[order] for name, value in conditioning.items()}
             # Copies: a half would keep the whole.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             for level in range(self.args.noise_levels):
@@ -248,7 +267,8 @@ class WinnerBudgetMixin:
         data = next(iter(data.values())) if isinstance(data, dict) else data
         view, wanted = data.for_evaluation(), self.args.winner_budget_pairs
         if isinstance(view, PreferenceDataset):
-            items = [view[row] for row in range(0, len(view), max(1, len(view) // wanted))][:wanted]
+            wanted = min(wanted, len(view))
+            items = [view[place * len(view) // wanted] for place in range(wanted)]
         else:
             items = list(islice(iter(view), wanted))
         if not items:
