@@ -3,6 +3,7 @@
 # make bench   what the safeguard costs, and how often a step raises its winners' error: 10 to 20 minutes
 # make test-distributed    the engines under all settings, two processes on the CPU
 # make test-families    every model family trains, in LoRA and in full, under both safeguards
+# make test-trainer     the trainer's settings, every combination of them
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
-.PHONY: demo test test-distributed test-families bench lint docs clean
+.PHONY: demo test test-distributed test-families test-trainer bench lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -30,6 +31,9 @@ test-distributed: $(VENV)/installed-dev
 
 test-families: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families
+
+test-trainer: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/trainer
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py

@@ -380,9 +380,13 @@ def ends_whole(file: Path) -> bool:
 
 
 def work(run: Run) -> dict[str, Any]:
+    """A run's row; of one that ended in an error, what it said, so that the others go on."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    return make(run)
+    try:
+        return make(run)
+    except Exception as error:
+        return {"key": run.key, "error": f"{type(error).__name__}: {error}"}
 
 
 def make_all(runs: list[Run], file: Path, workers: int) -> None:
@@ -391,9 +395,13 @@ def make_all(runs: list[Run], file: Path, workers: int) -> None:
     there = rows_of(file)
     missing = [run for run in runs if not run.is_made(there.get(run.key))]
     print(f"{len(runs)} runs, {len(missing)} to make", flush=True)
-    started = time.monotonic()
+    started, failed = time.monotonic(), []
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=20) as pool:
         for done, row in enumerate(pool.imap_unordered(work, missing), 1):
+            if "error" in row:
+                failed.append(row["key"])
+                print(f"{done}/{len(missing)} {row['key']} FAILED: {row['error']}", flush=True)
+                continue
             with file.open("a", encoding="utf-8") as out:
                 out.write(("" if ends_whole(file) else "\n") + json.dumps(row) + "\n")
             raw = row["measured"]["selection"]["raw"]
@@ -403,6 +411,8 @@ def make_all(runs: list[Run], file: Path, workers: int) -> None:
                 f"{passed / done * (len(missing) - done) / 60:.0f} min to go",
                 flush=True,
             )
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(missing)} runs failed and have no row: {', '.join(failed)}.")
 
 
 # ---- Report -------------------------------------------------------------------------------------------------------
@@ -552,7 +562,7 @@ def draw_levels(rows: list[dict[str, Any]], part: str, strengths: dict[str, floa
             if strengths.get(point.rule) != point.strength:
                 continue
             label = f"{point.rule} {point.strength:g}" if point.strength else point.rule
-            mean, sd = 100 * point.levels.mean(0), 100 * point.levels.std(0)
+            mean, sd = 100 * point.levels.mean(0), 100 * np.apply_along_axis(deviation, 0, point.levels)
             ax.plot(middles, mean, label=label, **look(point.rule))
             ax.fill_between(middles, mean - sd, mean + sd, color=look(point.rule)["color"], alpha=0.12)
         ax.axhline(0, color="black", linewidth=0.6)
@@ -575,6 +585,11 @@ def report(file: Path, part: str, folder: Path) -> None:
         raise SystemExit(
             f"All rows must be measured alike; {len(other)} in {file} were not: {other[0]}. Make them anew."
         )
+    runs = {run.key: run for planned_runs in plans().values() for run in planned_runs}
+    strange = [row["key"] for row in rows if not (row["key"] in runs and runs[row["key"]].is_made(row))]
+    if strange:
+        print(f"Left out, as no plan makes them: {', '.join(strange)}.")
+        rows = [row for row in rows if row["key"] not in strange]
     folder.mkdir(parents=True, exist_ok=True)
     for pairs, push in dict.fromkeys((row["pairs"], row["push"]) for row in rows):
         print(f"\n{tables(rows, part, pairs, push)}", flush=True)

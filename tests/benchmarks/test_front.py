@@ -77,9 +77,13 @@ def test_a_constant_lambda_scales_the_losers_gradient_and_nothing_else(make_trie
     torch.testing.assert_close(part, all_of_it * torch.tensor([1.0, 0.3]))
 
 
-@pytest.mark.parametrize(("largest", "cuts"), [(-1.0, 2), (1e9, 0)])
+@pytest.mark.parametrize(("largest", "cuts"), [(0.24, 2), (0.26, 0)])
 def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried, largest, cuts):
-    trainer = make_tried({"trust_region": largest}, winner_budget=1e6, winner_budget_pairs=2, winner_budget_steps=1)
+    settings = {"winner_budget": 1e6, "winner_budget_pairs": 2, "winner_budget_steps": 1, "noise_levels": 3}
+    trainer = make_tried({"trust_region": largest}, **settings)
+    # Two steps; a quarter up at one level after each, less at another, and one that the schedule does not visit.
+    risen = torch.tensor([1.25, 2.2, float("nan")])
+    trainer._probe_errors = lambda: risen if trainer.state.global_step else torch.tensor([1.0, 2.0, float("nan")])
     trainer.train()
     assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3 * 0.7**cuts)
 
@@ -107,6 +111,33 @@ def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front,
     file.write_text(front.json.dumps({**row, "how": None}) + "\n")
     with pytest.raises(SystemExit, match="must be measured alike; 1 in"):
         front.report(file, "final", tmp_path)
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_made(front, tmp_path, monkeypatch, capsys):
+    """Without processes of their own, which would not see what is put in here."""
+    bad, good = front.planned({"DPO": (0.0,), "output": (0.6,)}, range(1))
+
+    def made(run):
+        if run == bad:
+            raise FloatingPointError("the loss is not finite")
+        return {"key": run.key, "measured": {"selection": {"raw": {"oracle": 0.5, "winner": 0.1}}}}
+
+    class Pool:
+        def __init__(self, workers, maxtasksperchild): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error): ...
+        def imap_unordered(self, function, runs):
+            return map(function, runs)
+
+    monkeypatch.setattr(front, "make", made)
+    monkeypatch.setattr(front.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
+    file = tmp_path / "front.jsonl"
+    with pytest.raises(SystemExit, match="1 of 2 runs failed and have no row: DPO"):
+        front.make_all([bad, good], file, 1)
+    assert list(front.rows_of(file)) == [good.key]
+    assert "FAILED: FloatingPointError: the loss is not finite" in capsys.readouterr().out
 
 
 def test_over_sft_is_paired_by_seed_and_takes_the_worst_level(front):

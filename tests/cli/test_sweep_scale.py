@@ -40,7 +40,7 @@ def train_run(tmp_path_factory, make_pairs, sd_folder):
 
     runs = {}
 
-    def train(name, *, base=None, peft_config=None, **settings):
+    def train(name, *, base=None, ref_model=False, peft_config=None, **settings):
         if name in runs:
             return runs[name]
         folder = tmp_path_factory.mktemp("runs") / name
@@ -50,7 +50,8 @@ def train_run(tmp_path_factory, make_pairs, sd_folder):
             | {"per_device_eval_batch_size": 8, "random_flip": False, **settings}
         )
         data = {"train_dataset": make_pairs(4), "eval_dataset": make_pairs(6, seed=1)}
-        trainer = DiffusionSDPOTrainer(base or sd_folder, None, args, **data, peft_config=peft_config)
+        reference = sd_folder if ref_model else None
+        trainer = DiffusionSDPOTrainer(base or sd_folder, reference, args, **data, peft_config=peft_config)
         trainer.train()
         trainer.save_model()
         runs[name] = folder, trainer.evaluate()
@@ -212,6 +213,19 @@ def test_a_run_without_a_reference_is_measured_by_the_sigmoid_loss(sweep, tmp_pa
     (row,) = rows_in(tmp_path / "sweep")
     margin = -2500 * (row["winner_change"] - row["loser_change"])
     assert row["margin"] == pytest.approx(margin, rel=1e-4) and row["margin"] != 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("following", {"sync_ref_model": True, "ref_model_sync_steps": 1}, "followed the policy"),
+        ("given", {"ref_model": True}, "was another model, given as `ref_model`"),
+    ],
+)
+def test_a_reference_of_the_runs_own_is_told_to_be_another_than_the_sweeps(train_run, caplog, name, settings, said):
+    folder, _ = train_run(name, max_steps=1, **settings)
+    read_run(folder)
+    assert f"The run's own reference {said}" in caplog.text
 
 
 def test_a_second_call_evaluates_the_missing_scales_only(sweep, tmp_path, lora_run):

@@ -463,3 +463,11 @@ def test_settings_of_a_budget_that_is_not_there_are_a_warning(make_args, setting
     (name,) = setting
     with pytest.warns(UserWarning, match=f"`{name}` has no effect without `winner_budget`"):
         make_args(**setting)
+
+
+@pytest.mark.parametrize(("decay", "steps", "late"), [(0.98, 10, False), (0.999, 10, True), (0.999, 100, False)])
+def test_a_budget_on_an_average_that_lags_far_behind_is_a_warning(make_args, recwarn, decay, steps, late):
+    make_args(winner_budget=0.1, ema_decay=decay, winner_budget_steps=steps)  # lags of 50 and 1000 steps
+    said = [str(warning.message) for warning in recwarn if "follow over about" in str(warning.message)]
+    assert len(said) == late
+    assert not late or "`winner_budget_steps` to 100 or more" in said[0]

@@ -168,6 +168,7 @@ def _settings(
         "dataset_name": options.dataset_name,
         "dataset_config": options.dataset_config,
         "dataset_test_split": options.dataset_test_split,
+        "dataset_format": options.dataset_format,
         "pairs": len(trainer.eval_dataset),
         "mixed_precision": trainer.args.mixed_precision,
         **used,

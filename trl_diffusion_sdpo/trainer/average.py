@@ -49,7 +49,7 @@ class AverageWeights:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step`, counted from 1; all processes take part."""
-        # The ramp that diffusers' EMAModel has: without it, long averages would still be the start after short runs.
+        # A ramp as diffusers' EMAModel has it: without one, long averages would still be the start after short runs.
         self.kept.sync(1 - min(self.decay, (1 + step) / (10 + step)))
 
     def whole(self, keep: bool) -> dict[str, torch.Tensor]:

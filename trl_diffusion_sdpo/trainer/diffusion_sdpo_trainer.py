@@ -346,6 +346,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         self.loss = loss_spec(args.loss_type)
         self.adapter, fresh = self._choose_weights(loaded, peft_config, args)
         self.reference = self._make_reference(loaded, ref_model, args, fresh)
+        self.gave_reference = ref_model is not None
         self.average = None
         if args.ema_decay is not None:
             self.average = AverageWeights(loaded.denoiser, self.adapter, args.ema_decay)

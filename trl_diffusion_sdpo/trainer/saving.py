@@ -149,6 +149,7 @@ class SavingMixin:
             "tuning": "full" if self.adapter is None else "lora",
             "lora": lora,
             "reference": self.reference.kind,
+            "given_reference": self.gave_reference,
             "engine": sharding.engine_name(self.accelerator),
             "processes": self.accelerator.num_processes,
             "weights_before_training": self.fingerprint,
@@ -257,12 +258,13 @@ class SavingMixin:
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled or not is_plain_sgd(self.optimizer):
+        rates = Path(checkpoint or "", SCHEDULER_NAME)
+        if not rates.is_file() or not self.is_fsdp_enabled or not is_plain_sgd(self.optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # torch learns from a tensor of the optimizer's state where to put what it deals out. Plain SGD has none, and
         # nothing to be dealt out: the rates, which are the scheduler's, are all that it needs.
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(rates, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 

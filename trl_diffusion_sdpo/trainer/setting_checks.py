@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Optimizers that step within the backward pass, when the other branch's gradient is not there yet.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
+MEASUREMENTS_OF_LAG = 10  # of a budget's loop, over which an average may reach back
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 ON_BAD_ROW = ("drop", "raise")
 
@@ -212,6 +213,14 @@ def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
             warnings.warn(f"`{name}` has no effect without `winner_budget`.", stacklevel=4)
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"`ema_decay` must be in (0, 1), got {args.ema_decay}. Usual: 0.98 to 0.9999.")
+    lag = 0.0 if args.ema_decay is None else 1 / (1 - args.ema_decay)  # steps over which the average reaches back
+    if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * args.winner_budget_steps:
+        warnings.warn(
+            f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
+            f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
+            f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`.",
+            stacklevel=4,
+        )
     if args.ema_decay is not None and args.sync_ref_model:
         raise ValueError(
             "`ema_decay` averages the policy against a reference that stands still, and `sync_ref_model` moves it; got "
