@@ -19,8 +19,22 @@ def front(monkeypatch):
     import front
 
     yield front
-    for name in ("front", "front_trainers"):
+    for name in ("front", "front_plan", "front_report", "front_trainers"):
         sys.modules.pop(name)
+
+
+@pytest.fixture
+def front_plan(front):
+    import front_plan
+
+    return front_plan
+
+
+@pytest.fixture
+def front_report(front):
+    import front_report
+
+    return front_report
 
 
 @pytest.fixture
@@ -100,8 +114,8 @@ def test_the_fresh_anchor_is_of_the_batch_before(make_tried):
     assert abs(fresh[1] - own[1]) > 1e-3
 
 
-def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front, tmp_path):
-    (run,) = front.planned({"output": (0.6,)}, range(1))
+def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front, front_plan, tmp_path):
+    (run,) = front_plan.planned({"output": (0.6,)}, range(1))
     row = {**asdict(run), "key": run.key, "how": front.HOW}
     assert run.is_made(row)
     assert not run.is_made(None)
@@ -113,9 +127,9 @@ def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front,
         front.report(file, "final", tmp_path)
 
 
-def test_a_run_that_fails_is_told_and_the_others_are_made(front, tmp_path, monkeypatch, capsys):
+def test_a_run_that_fails_is_told_and_the_others_are_made(front, front_plan, tmp_path, monkeypatch, capsys):
     """Without processes of their own, which would not see what is put in here."""
-    bad, good = front.planned({"DPO": (0.0,), "output": (0.6,)}, range(1))
+    bad, good = front_plan.planned({"DPO": (0.0,), "output": (0.6,)}, range(1))
 
     def made(run):
         if run == bad:
@@ -140,11 +154,11 @@ def test_a_run_that_fails_is_told_and_the_others_are_made(front, tmp_path, monke
     assert "FAILED: FloatingPointError: the loss is not finite" in capsys.readouterr().out
 
 
-def test_over_sft_is_paired_by_seed_and_takes_the_worst_level(front):
+def test_over_sft_is_paired_by_seed_and_takes_the_worst_level(front_report):
     import numpy as np
 
     def point(seeds, levels):
-        return front.Point("output", 0.6, seeds, np.zeros(len(seeds)), np.zeros(len(seeds)), np.array(levels))
+        return front_report.Point("output", 0.6, seeds, np.zeros(len(seeds)), np.zeros(len(seeds)), np.array(levels))
 
     mine = point((0,), [[0.10, 0.30]])
     theirs = point((0, 1), [[0.05, 0.20], [0.50, 0.90]])
