@@ -49,6 +49,14 @@ LONG_ARGS = {
     "sample_inference_steps": 2,
 }
 FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+KEPT = {
+    "ema_decay": 0.5,
+    "winner_budget": 1e-4,
+    "winner_budget_pairs": 4,
+    "winner_budget_steps": 1,
+    "noise_levels": 3,
+}
+WORSE = {"full": 0.03, "lora": 0.5}  # rates so large that the winners get worse
 RATES = {"full": 1e-3, "lora": 1e-2}
 
 
@@ -303,13 +311,17 @@ def assert_resumed_like_undisturbed(found: list[Path]) -> None:
     facts = facts_of(resumed)
     assert facts["began_at"] == facts["steps_taken"] == 2  # it took steps 3 and 4, and not all of them again
     assert_equal(saved_weights(killed / "saved"), saved_weights(undisturbed / "saved"))
-    for name in ("safeguard/scale", "loss", "grad_norm", "eval_loss"):
+    for name in ("safeguard/scale", "loss", "grad_norm", "eval_loss", "budget/scale", "budget/winner_change"):
         assert logged(resumed, name)[-2:] == logged(undisturbed, name)[-2:], name
+    if (undisturbed / "saved" / "ema").exists():
+        averages = [saved_weights(run / "saved" / "ema") for run in (killed, undisturbed)]
+        assert_equal(*averages)
+        assert min(logged(undisturbed, "budget/scale")) < 1
     assert len(logged(undisturbed, "safeguard/scale")) == STEPS
 
 
 @needing(
-    killed_runs("ddp", "lora"),
+    killed_runs("ddp", "lora", "kept-", **KEPT, learning_rate=WORSE["lora"]),
     killed_runs("fsdp2", "full"),
     killed_runs("zero2", "lora"),
     killed_runs("zero3", "full"),
@@ -321,7 +333,9 @@ def test_a_run_that_lost_a_process_resumes_as_if_undisturbed(found):
 @pytest.mark.matrix
 @needing(
     killed_runs("ddp", "full"),
+    killed_runs("ddp", "lora"),
     killed_runs("fsdp2", "lora"),
+    killed_runs("zero3", "full", "kept-", **KEPT, learning_rate=WORSE["full"]),
     killed_runs("fsdp2", "full", "sgd-", optim="sgd", lr_scheduler_type="linear"),
     killed_runs("zero1", "full"),
     killed_runs("zero1", "lora"),

@@ -22,10 +22,11 @@ class WinnerArguments:
             Two noise levels, lowest and highest, within which losers train, such as `0.6 1`; outside, a pair trains its
             winner only. All levels if unset.
         winner_budget (`float`, *optional*):
-            Largest rise of the winners' error that training may come to, as a share of the error before training, at
-            every noise level: 0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down at
-            noise levels above it, and back up below. With `ema_decay` it is the averaged weights that are measured and
-            held to it, and the last ones lie above. Not watched if unset.
+            Target for the winners' error at every noise level: its largest rise, as a share of the error before
+            training; 0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down at noise levels
+            above it, back up below, and at all levels while one is above it with its own losers shut off. With
+            `ema_decay` it is the averaged weights that are measured and held to it, and the last ones lie above. Not
+            watched if unset.
         winner_budget_pairs (`int`, *optional*, defaults to `32`):
             Pairs of the probe: spread over the evaluation data (of several sets, the first), or the first of a stream;
             over the training data where there are none.
