@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from trl_diffusion_sdpo.trainer.branch_backward import ANCHOR, LOSER, WINNER
 from trl_diffusion_sdpo.trainer.noisy_batch import NoisyBatch
 
+BRANCHES = (WINNER, LOSER, ANCHOR)
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -102,16 +104,34 @@ def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried
     assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3 * 0.7**cuts)
 
 
-def test_the_fresh_anchor_is_of_the_batch_before(make_tried):
-    def scales(fresh):
-        settings = {"safeguard": "parameter", "safeguard_anchor": "error", "safeguard_mu": 0.6}
-        trainer = make_tried({"fresh_anchor": fresh}, **settings)
-        trainer.train()
-        return [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
+def test_the_fresh_anchor_is_the_error_gradient_of_the_winners_before(make_tried):
+    settings = {"safeguard": "parameter", "safeguard_anchor": "error", "safeguard_mu": 0.6}
+    trainer = make_tried({"fresh_anchor": True}, **settings)
+    seen, met, combine = [], [], trainer._combine_branches
 
-    own, fresh = scales(False), scales(True)
-    assert fresh[0] == pytest.approx(own[0], rel=1e-4)  # the first batch has none before it
-    assert abs(fresh[1] - own[1]) > 1e-3
+    def watched():
+        met.append(trainer._met)
+        before = met[-2] if len(met) > 1 else met[-1]  # the first batch has none before it
+        weights = [weight for weight in trainer.denoiser.parameters() if weight.requires_grad]
+        text = before.conditioning["prompt_embeds"]
+        predicted = trainer.denoiser(before.noisy, before.timesteps, encoder_hidden_states=text).sample
+        error = (predicted - before.target).square().mean()
+        by_hand = flat(torch.autograd.grad(error, weights, allow_unused=True), weights)
+        winner, loser, anchor = (flat(trainer._branches.gradients[name], weights) for name in BRANCHES)
+        torch.testing.assert_close(anchor, by_hand, rtol=1e-4, atol=1e-7)
+        fall, rise = (by_hand @ part for part in (winner, loser))
+        seen.append(float((0.4 * fall / rise).clamp(0, 1)) if rise > 0 and fall > 0 else float(fall > 0))
+        combine()
+
+    trainer._combine_branches = watched
+    trainer.train()
+    logged = [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
+    assert len(seen) == 2 and logged == pytest.approx(seen, rel=1e-3)
+
+
+def flat(gradient, weights):
+    parts = zip(gradient, weights, strict=True)
+    return torch.cat([(torch.zeros_like(w) if g is None else g).detach().double().flatten() for g, w in parts])
 
 
 def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front, front_plan, tmp_path):

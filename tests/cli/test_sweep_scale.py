@@ -219,7 +219,7 @@ def test_a_run_without_a_reference_is_measured_by_the_sigmoid_loss(sweep, tmp_pa
     ("name", "settings", "said"),
     [
         ("following", {"sync_ref_model": True, "ref_model_sync_steps": 1}, "followed the policy"),
-        ("given", {"ref_model": True}, "was another model, given as `ref_model`"),
+        ("given", {"ref_model": True}, "was given as `ref_model`"),
     ],
 )
 def test_a_reference_of_the_runs_own_is_told_to_be_another_than_the_sweeps(train_run, caplog, name, settings, said):

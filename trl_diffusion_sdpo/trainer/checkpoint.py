@@ -24,12 +24,8 @@ logger = logging.getLogger(__name__)
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-UNKNOWN_BEFORE = (
-    "engine",
-    "processes",
-    "safeguard_anchor",
-    "given_reference",
-)  # of checkpoints from before these were stored
+# Of checkpoints from before these were stored.
+UNKNOWN_BEFORE = ("engine", "processes", "safeguard_anchor", "given_reference")
 # What later settings were before they could be set.
 ALWAYS_BEFORE = {
     "timesteps": None,

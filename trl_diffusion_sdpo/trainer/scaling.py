@@ -123,13 +123,13 @@ def read_run(folder: str | Path, *, average: bool = False) -> SavedRun:
         lora = _read_lora_config(weights)
     other = "was a LoRA" if setup.get("reference") == "ref_adapter" else None
     if setup.get("given_reference"):
-        other = "was another model, given as `ref_model`"
+        other = "was given as `ref_model`"
     if setup.get("sync_ref_model"):
         other = "followed the policy (`sync_ref_model`)"
     if other is not None:
         logger.warning(
             "The run's own reference %s. What follows is measured against, and scaled from, the base as it was before "
-            "training, without adapters: numbers differ from those that the run logged.",
+            "training, without adapters: where that is another model, numbers differ from those that the run logged.",
             other,
         )
     return SavedRun(folder, weights, setup, lora)
