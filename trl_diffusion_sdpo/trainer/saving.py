@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -231,9 +233,10 @@ class SavingMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Beside the tuned weights, which are there already: an engine's own form of them, without what is frozen."""
-        if not self._holds_parts():
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+        with self._plain_sgd_whole() as whole:
+            if whole or not self._holds_parts():
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
         sharding.save_engine_state(self.model_wrapped, self.optimizer, self.accelerator, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
@@ -258,15 +261,20 @@ class SavingMixin:
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        rates = Path(checkpoint or "", SCHEDULER_NAME)
-        if not rates.is_file() or not self.is_fsdp_enabled or not is_plain_sgd(self.optimizer):
+        with self._plain_sgd_whole():
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        # torch learns from a tensor of the optimizer's state where to put what it deals out. Plain SGD has none, and
-        # nothing to be dealt out: the rates, which are the scheduler's, are all that it needs.
-        self.lr_scheduler.load_state_dict(torch.load(rates, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+
+    @contextlib.contextmanager
+    def _plain_sgd_whole(self) -> Iterator[bool]:
+        """Have transformers treat plain SGD under FSDP2 as it does in one process; whether it is that. To deal out an
+        optimizer's state, torch learns from one of its tensors where to put it, and here there is none."""
+        before = self.is_fsdp_enabled
+        whole = before and is_plain_sgd(self.optimizer)
+        self.is_fsdp_enabled = before and not whole
+        try:
+            yield whole
+        finally:
+            self.is_fsdp_enabled = before
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
