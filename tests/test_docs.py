@@ -27,6 +27,7 @@ from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
+from trl_diffusion_sdpo.trainer.run_arguments import RunArguments
 from trl_diffusion_sdpo.trainer.winner_arguments import WinnerArguments
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,8 @@ def code(cell: str) -> list[str]:
 
 def own_arguments() -> set[str]:
     fields = {field.name for field in dataclasses.fields(DiffusionSDPOConfig)}
-    return fields & {*DiffusionSDPOConfig.__annotations__, *WinnerArguments.__annotations__}
+    holders = (DiffusionSDPOConfig, WinnerArguments, RunArguments)
+    return fields & {name for holder in holders for name in holder.__annotations__}
 
 
 def options_of_train() -> set[str]:

@@ -13,6 +13,7 @@ from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import DENSITIES
 from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
+from .run_arguments import RunArguments
 from .setting_checks import (
     INTERPOLATIONS,
     ON_BAD_ROW,
@@ -27,11 +28,11 @@ from .winner_arguments import WinnerArguments
 
 
 @dataclass
-class DiffusionSDPOConfig(WinnerArguments, TrainingArguments):
+class DiffusionSDPOConfig(WinnerArguments, RunArguments, TrainingArguments):
     r"""
-    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`] and of
-    [`WinnerArguments`], and what preference tuning of a diffusion model adds. Fields left `None` take the
-    value published for the model's family and the loss; the trainer logs what it chose.
+    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`],
+    [`WinnerArguments`] and [`RunArguments`], and what preference tuning of a diffusion model adds. Fields left `None`
+    take the value published for the model's family and the loss; the trainer logs what it chose.
 
     Using [`~transformers.HfArgumentParser`] this class turns into command line arguments.
 
