@@ -18,7 +18,8 @@ SNAPSHOT = Path(__file__).with_name("cli_surface.json")
 
 
 def surface() -> dict:
-    own = DiffusionSDPOConfig.__annotations__
+    ours = [base for base in reversed(DiffusionSDPOConfig.__mro__) if base.__module__.startswith("trl_diffusion_sdpo")]
+    own = {name: kind for base in ours for name, kind in base.__annotations__.items()}
     fields = {field.name: field for field in dataclasses.fields(DiffusionSDPOConfig) if field.name in own}
     return {
         "commands": list(COMMANDS),

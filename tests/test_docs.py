@@ -27,8 +27,6 @@ from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
-from trl_diffusion_sdpo.trainer.run_arguments import RunArguments
-from trl_diffusion_sdpo.trainer.winner_arguments import WinnerArguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -94,8 +92,8 @@ def code(cell: str) -> list[str]:
 
 def own_arguments() -> set[str]:
     fields = {field.name for field in dataclasses.fields(DiffusionSDPOConfig)}
-    holders = (DiffusionSDPOConfig, WinnerArguments, RunArguments)
-    return fields & {name for holder in holders for name in holder.__annotations__}
+    parts = [part for part in DiffusionSDPOConfig.__mro__ if part.__module__.startswith("trl_diffusion_sdpo.")]
+    return fields & {name for part in parts for name in part.__annotations__}
 
 
 def options_of_train() -> set[str]:

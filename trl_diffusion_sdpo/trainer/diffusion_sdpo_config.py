@@ -13,10 +13,9 @@ from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import DENSITIES
 from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
+from .data_arguments import DataArguments
 from .run_arguments import RunArguments
 from .setting_checks import (
-    INTERPOLATIONS,
-    ON_BAD_ROW,
     check_data,
     check_inherited,
     check_noise,
@@ -28,11 +27,11 @@ from .winner_arguments import WinnerArguments
 
 
 @dataclass
-class DiffusionSDPOConfig(WinnerArguments, RunArguments, TrainingArguments):
+class DiffusionSDPOConfig(DataArguments, WinnerArguments, RunArguments, TrainingArguments):
     r"""
-    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`],
-    [`WinnerArguments`] and [`RunArguments`], and what preference tuning of a diffusion model adds. Fields left `None`
-    take the value published for the model's family and the loss; the trainer logs what it chose.
+    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`], of
+    [`DataArguments`], [`WinnerArguments`] and [`RunArguments`], and what preference tuning of a diffusion model adds.
+    Fields left `None` take the value published for the model's family and the loss; the trainer logs what it chose.
 
     Using [`~transformers.HfArgumentParser`] this class turns into command line arguments.
 
@@ -58,29 +57,6 @@ class DiffusionSDPOConfig(WinnerArguments, RunArguments, TrainingArguments):
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
             intermediate checkpoints).
-
-        > Parameters that control the data
-
-        dataset_format (`str`, *optional*):
-            Name of the preference format, such as `"pickapic"`; detected by columns if unset.
-        dataset_num_proc (`int`, *optional*):
-            Processes for the check of the images.
-        on_bad_row (`str`, *optional*, defaults to `"drop"`):
-            `"drop"` leaves out ties, undecodable images and prompts that are no text, counted and reported; `"raise"`
-            stops at the first.
-        verify_images (`bool`, *optional*, defaults to `True`):
-            Whether to decode every image of a map-style data set once before training (cached by `datasets`). If
-            not, bad images are found when they are drawn, and the next good row stands in.
-        resolution (`int`, *optional*):
-            Side of the square training images, in pixels; the model's own if unset.
-        random_crop (`bool`, *optional*, defaults to `False`):
-            Whether to crop at random; the centre otherwise. One draw a pair.
-        random_flip (`bool`, *optional*, defaults to `True`):
-            Whether to flip half of the pairs horizontally. One draw a pair.
-        image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            `"bilinear"`, `"bicubic"` or `"lanczos"`.
-        proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
-            Share of pairs trained with an empty prompt, in `[0, 1]`; the paper has 0.2.
 
         > Parameters that control the noise
 
@@ -229,36 +205,6 @@ class DiffusionSDPOConfig(WinnerArguments, RunArguments, TrainingArguments):
     )
     save_full_pipeline: bool = field(
         default=False, metadata={"help": "Whether `save_model` writes the whole pipeline beside the tuned weights."}
-    )
-
-    # Parameters that control the data
-    dataset_format: str | None = field(
-        default=None, metadata={"help": "Name of the preference format; detected by columns if unset."}
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Number of processes to use for checking the dataset."}
-    )
-    on_bad_row: str = field(
-        default="drop",
-        metadata={
-            "help": "`drop` leaves out ties and bad rows, counted; `raise` stops at the first.",
-            "choices": list(ON_BAD_ROW),
-        },
-    )
-    verify_images: bool = field(
-        default=True, metadata={"help": "Whether to decode every image of a map-style data set before training."}
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square training images in pixels; the model's own if unset."}
-    )
-    random_crop: bool = field(default=False, metadata={"help": "Whether to crop at random; the centre otherwise."})
-    random_flip: bool = field(default=True, metadata={"help": "Whether to flip half of the pairs horizontally."})
-    image_interpolation: str = field(
-        default="bilinear",
-        metadata={"help": "How images are resized.", "choices": list(INTERPOLATIONS)},
-    )
-    proportion_empty_prompts: float = field(
-        default=0.0, metadata={"help": "Share of pairs trained with an empty prompt, in [0, 1]; the paper has 0.2."}
     )
 
     # Parameters that control the noise

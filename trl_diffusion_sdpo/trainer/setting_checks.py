@@ -12,6 +12,7 @@ from .._compat import checkpoints_activations
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
+from .data_arguments import INTERPOLATIONS, ON_BAD_ROW
 from .winner_arguments import METRICS, WinnerArguments
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
 MEASUREMENTS_OF_LAG = 10  # of a budget's loop, over which an average may reach back
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-ON_BAD_ROW = ("drop", "raise")
 
 
 def check_inherited(args: DiffusionSDPOConfig) -> None:
