@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels")
 EXAMPLES_KEPT = 5
+HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
 
 @dataclass
@@ -50,3 +51,10 @@ class DataReport:
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
         return "\n".join(lines)
+
+
+def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
+    """Counts a drop, or raises `ValueError` where that is asked for; true if it was kept as an example."""
+    if strict:
+        raise ValueError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
+    return report.add(kind, row, reason, amount)
