@@ -14,6 +14,7 @@ from ..families.timestep_sampling import DENSITIES
 from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
 from .data_arguments import DataArguments
+from .pipeline_arguments import PipelineArguments
 from .run_arguments import RunArguments
 from .setting_checks import (
     check_data,
@@ -27,38 +28,17 @@ from .winner_arguments import WinnerArguments
 
 
 @dataclass
-class DiffusionSDPOConfig(DataArguments, WinnerArguments, RunArguments, TrainingArguments):
+class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, RunArguments, TrainingArguments):
     r"""
     Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`], of
-    [`DataArguments`], [`WinnerArguments`] and [`RunArguments`], and what preference tuning of a diffusion model adds.
-    Fields left `None` take the value published for the model's family and the loss; the trainer logs what it chose.
+    [`PipelineArguments`], [`DataArguments`], [`WinnerArguments`] and [`RunArguments`], and what preference tuning of a
+    diffusion model adds. Fields left `None` take the value published for the model's family and the loss; the trainer
+    logs what it chose.
 
     Using [`~transformers.HfArgumentParser`] this class turns into command line arguments.
 
     Parameters:
-        > Parameters that control the model and the reference
 
-        model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for `DiffusionPipeline.from_pretrained`, used when `model` or `ref_model` is a string.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the model and the reference. With dropout, policy and reference differ from
-            the first step.
-        sync_ref_model (`bool`, *optional*, defaults to `False`):
-            Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as
-            [TR-DPO](https://huggingface.co/papers/2404.09656) does. Works with adapters as well.
-        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
-            Share of the policy in the new reference, `ref = alpha * policy + (1 - alpha) * ref`, in `(0, 1]`.
-        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
-            Optimizer steps between two such moves.
-        ref_model_half_precision (`bool`, *optional*, defaults to `True`):
-            Under bf16 or fp16 autocast, whether a full reference holds its linear and convolution weights in that
-            precision. Autocast rounds exactly those anyway, so the arithmetic is identical and the copy is half as
-            large. Not used with `sync_ref_model`.
-        save_full_pipeline (`bool`, *optional*, defaults to `False`):
-            Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
-            intermediate checkpoints).
-
-        > Parameters that control the noise
 
         timestep_range (`list[int]`, *optional*):
             Two whole numbers, lowest timestep and the first above the highest, such as `0 1000`; all if unset.
@@ -177,34 +157,6 @@ class DiffusionSDPOConfig(DataArguments, WinnerArguments, RunArguments, Training
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Kept for compatibility; a loss that is not finite stops the run before a step is taken."},
-    )
-
-    # Parameters that control the model and the reference
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, as JSON."}
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Whether to disable dropout in the model and reference model."}
-    )
-    sync_ref_model: bool = field(
-        default=False,
-        metadata={"help": "Whether to move the reference towards the policy every `ref_model_sync_steps` steps."},
-    )
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the policy in the new reference, in (0, 1]."}
-    )
-    ref_model_sync_steps: int = field(
-        default=512, metadata={"help": "Optimizer steps between two moves of the reference."}
-    )
-    ref_model_half_precision: bool = field(
-        default=True,
-        metadata={
-            "help": "Under autocast, hold a full reference's linear and convolution weights in that precision; the "
-            "arithmetic is identical."
-        },
-    )
-    save_full_pipeline: bool = field(
-        default=False, metadata={"help": "Whether `save_model` writes the whole pipeline beside the tuned weights."}
     )
 
     # Parameters that control the noise
