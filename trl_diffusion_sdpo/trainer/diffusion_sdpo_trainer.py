@@ -47,8 +47,8 @@ from .preparing import (
     prepare_pairs,
     working_pipeline,
 )
+from .publishing import PublishingMixin
 from .reference import Reference, build_reference
-from .saving import SavingMixin
 from .setting_checks import check_activation_checkpointing, check_without_dropout
 from .winner_budget import WinnerBudget, WinnerBudgetMixin
 
@@ -58,7 +58,7 @@ VAE_STREAM = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that o
 BATCH_COLUMNS = ["rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores"]
 
 
-class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMixin, SavingMixin, Trainer):
+class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMixin, PublishingMixin, Trainer):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
