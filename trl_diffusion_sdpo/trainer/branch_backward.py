@@ -340,11 +340,6 @@ def gradient_engine(model: nn.Module, accelerator: Accelerator) -> GradientEngin
             "`safeguard='parameter'` trains on one device, or with DDP, FSDP2 or DeepSpeed ZeRO-1, 2 and 3; got "
             f"{accelerator.distributed_type.value}. Use one of these, or `safeguard='output'`."
         )
-    if isinstance(model, nn.DataParallel):
-        raise ValueError(
-            "`safeguard='parameter'` needs one process for each GPU, and this process has several. Start it with "
-            "`accelerate launch` or `torchrun`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
     return ReplicatedGradients(model, accelerator)
 
 

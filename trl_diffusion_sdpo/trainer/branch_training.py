@@ -16,7 +16,7 @@ from .branch_backward import ANCHOR, LOSER, WINNER, BranchBackward, gradient_eng
 from .gradients import Gradient, inner_products
 from .noisy_batch import NoisyBatch
 from .setting_checks import refuse_dropout
-from .sharding import local
+from .sharding import local, whole
 
 # Measured on the joint prediction; with the parameter-space safeguard these names mean its own lambda.
 OUTPUT_SPACE = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
@@ -54,6 +54,13 @@ class BranchTrainingMixin:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite.verify(self.state.global_step + 1)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
+        norm = whole(super()._get_grad_norm(model, grad_norm))
+        # With fp16 an overflow is everyday, and the scaler leaves that step out by itself.
+        if norm is not None and not self.args.fp16:
+            self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
+        return norm
 
     def _set_up_branches(self, model: nn.Module) -> None:
         """Once the engine has taken the model."""
@@ -122,7 +129,8 @@ class BranchTrainingMixin:
         prediction = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         ref_pred = None if ref_pred[0] is None else torch.cat(ref_pred)
         outputs = self._loss_of(prediction, batch, ref_pred, scores, safeguard="none")
-        self._finite.watch(outputs.pair_losses, inputs["rows"])  # on its way while the backward passes are queued
+        # On its way while the backward passes are queued.
+        self._finite.watch(outputs.pair_losses, inputs["rows"], last=self.accelerator.sync_gradients)
         winner_push, loser_push = torch.autograd.grad(outputs.loss, prediction)[0].chunk(2)
         if probing:
             self._remember(prediction.detach(), batch, winners, ref_pred, scores)

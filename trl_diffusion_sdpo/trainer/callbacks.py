@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,7 +24,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..evaluation import draw_noise_levels, level_changes
 from ..import_utils import is_plots_available
+from .processes import in_any_process
 from .sharding import DenoiserView, runs_deepspeed
+
+if TYPE_CHECKING:
+    from .step_exchange import StepExchange
 
 logger = logging.getLogger(__name__)
 
@@ -181,33 +185,39 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     Acts between begin and end of training and only in the main thread, where Python allows signal handlers. If
     training ends by an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop
-    after the step at which any of them was interrupted.
+    together after the step in which any of them was interrupted, or the next.
 
     Attributes:
         interrupted (`signal.Signals` or `None`): The signal that ended the latest training, if one did.
+        exchange (`StepExchange` or `None`): Where processes agree without waiting; set by the trainer that has one.
     """
 
     def __init__(self):
         self.interrupted: signal.Signals | None = None
+        self.exchange: StepExchange | None = None
+        self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.interrupted = None
+        self._agreed, self.interrupted = False, None
         self.restore_handlers()
         self._owner = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in INTERRUPTS}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if in_any_process(self.interrupted is not None, args.device):
-            self.interrupted = self.interrupted or signal.SIGINT  # all processes end alike
+        asked = self.interrupted is not None
+        if in_any_process(asked, args.device) if self.exchange is None else self.exchange.stops(asked):
+            self._agreed, self.interrupted = True, self.interrupted or signal.SIGINT  # all processes end alike
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
+        if not self._agreed:  # the run was over when the signal came; other processes have not seen it
+            self.interrupted = None
 
     def restore_handlers(self) -> None:
         """Give the signals back to whoever had them before; harmless when called again."""
@@ -430,15 +440,6 @@ def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
 
 def _kept_random_state(device: torch.device) -> contextlib.AbstractContextManager:
     """Random states of the CPU and of an accelerator that keeps one per device, as they were."""
-    if device.type not in ("cuda", "xpu"):
+    if device.type in ("cpu", "mps"):  # Apple's has one random state, which `fork_rng` does not know
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
-
-
-def in_any_process(flag: bool, device: torch.device) -> bool:
-    """True in all processes if it is in one."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return flag
-    votes = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-    return bool(votes)

@@ -39,6 +39,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
 
     Parameters:
 
+        > Parameters that control the noise
 
         timestep_range (`list[int]`, *optional*):
             Two whole numbers, lowest timestep and the first above the highest, such as `0 1000`; all if unset.

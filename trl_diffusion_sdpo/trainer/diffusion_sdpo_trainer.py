@@ -176,7 +176,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         batch, model_pred, ref_pred = self._predict_pairs(model, inputs)
         outputs = self._loss_of(model_pred, batch, ref_pred, inputs.get("scores"))
         if model.training:
-            self._finite.watch(outputs.pair_losses, inputs["rows"])
+            self._finite.watch(outputs.pair_losses, inputs["rows"], last=self.accelerator.sync_gradients)
             self._meter["train"].add(outputs.metrics, len(inputs["seeds"]))
             if self.is_deepspeed_enabled:  # whose backward pass ends with the optimizer's step
                 self._finite.verify(self.state.global_step + 1)
@@ -285,16 +285,10 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
 
     # ---- Steps, logs, data ----------------------------------------------------------------------------------------
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16 an overflow is everyday, and the scaler leaves that step out by itself.
-        if norm is not None and not self.args.fp16:
-            self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
-        return norm
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As the Trainer does it; then what must live as the engine has the policy live."""
         self._branches, self._probe = None, None  # of an attempt with larger batches
+        self._finite = FiniteCheck(self.callback_handler.callbacks)
         sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
         unrounded = sharding.unrounded(self.denoiser, self.accelerator)
         for kept in self._kept_weights:

@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-import torch.distributed as dist
+
+from .host_copy import HostCopy
+from .step_exchange import StepExchange
 
 
 class FiniteCheck:
     """Stops a run whose loss or gradient is not finite.
 
-    A loss is caught before the optimizer's step: the verdict is copied to the host while the backward pass is being
-    queued and read after it, so that the host waits for the forward pass only and the accelerator never runs dry. All
-    processes share one verdict, since a gradient is averaged over them. A gradient that is not finite although the
-    loss is, which is rare, is caught one step later, before anything is saved.
+    A loss is caught before the optimizer's step: once a step, the verdict over all micro-batches and processes is
+    copied to the host while the last backward pass is being queued and read after it, so that the host waits for the
+    forward pass only and the accelerator never runs dry. All processes share one verdict, since a gradient is averaged
+    over them. A gradient that is not finite although the loss is, which is rare, is caught one step later, before
+    anything is saved.
+
+    Args:
+        callbacks (`Iterable`, *optional*): Those of the trainer, for [`~.step_exchange.StepExchange`], which carries
+            the verdict between processes.
     """
 
-    def __init__(self):
-        self._loss = Verdict()
-        self._gradient = Verdict()
-        self._losses: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
+    def __init__(self, callbacks: Iterable[Any] = ()):
+        self._exchange = StepExchange(callbacks)
+        self._gradient: HostCopy | None = None
         self._gradient_step = 0
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step: losses and rows
+        self._ruined: torch.Tensor | None = None
+        self._sent = False
 
-    def watch(self, pair_losses: torch.Tensor, rows: torch.Tensor) -> None:
-        """Note a batch's losses `(B,)`; `rows` `(B,)` are its pairs' numbers in the data set."""
-        self._losses, self._rows = pair_losses, rows
-        self._loss.ask(torch.isfinite(pair_losses).all())
+    def watch(self, pair_losses: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+        """Note a micro-batch's losses `(B,)`; `rows` `(B,)` are its pairs' numbers in the data set. The `last` one
+        before an optimizer step sends the verdict."""
+        if self._sent:
+            self._watched, self._ruined, self._sent = [], None, False
+        self._watched.append((pair_losses.detach(), rows))
+        ruined = ~torch.isfinite(pair_losses.detach()).all()
+        self._ruined = ruined if self._ruined is None else self._ruined | ruined
+        if last:
+            self._exchange.send(self._ruined)
+            self._sent = True
 
     def watch_gradient(self, norm: torch.Tensor, step: int) -> None:
-        """Note the gradient's norm, the same on all processes, before the optimizer takes `step`."""
-        self._gradient_step = step
-        self._gradient.ask(torch.isfinite(norm), shared=True)
+        """Note the gradient's norm, a plain tensor that is the same on all processes, before the optimizer takes
+        `step`."""
+        self._gradient, self._gradient_step = HostCopy(torch.isfinite(norm)), step
 
     def verify(self, step: int) -> None:
-        """Raise if the watched losses, or the gradient of the step before, were not finite.
+        """Raise if the losses of the step, once all were watched, or the gradient of the step before were not finite.
 
         Raises:
             `FloatingPointError`: With the optimizer step and, for a loss, the rows; the weights then are as they were.
         """
         self.verify_gradient()
-        if not self._loss.answer():
+        if self._exchange.receive():
             self._report(step)
 
     def verify_gradient(self) -> None:
         """Raise if the gradient of the last step was not finite; called before anything is saved."""
-        if not self._gradient.answer():
+        gradient, self._gradient = self._gradient, None
+        if gradient is not None and not gradient.read():
             raise FloatingPointError(
                 f"Every gradient must be finite; at step {self._gradient_step} its norm was not, while the loss was. "
                 "Unless DeepSpeed has left that step out, it has spoiled the weights; nothing was saved since. Resume "
@@ -52,40 +71,11 @@ class FiniteCheck:
             )
 
     def _report(self, step: int) -> None:
-        values = zip(self._rows.tolist(), self._losses.float().tolist(), strict=True)
+        losses, rows = (torch.cat(parts) for parts in zip(*self._watched, strict=True))
+        values = zip(rows.tolist(), losses.float().tolist(), strict=True)
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
         listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "those of another process"
         raise FloatingPointError(
-            f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(self._losses)} were not ({listed}). "
+            f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not ({listed}). "
             "The weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
         )
-
-
-class Verdict:
-    """A yes or no that is computed on the device and read on the host when it has arrived there."""
-
-    def __init__(self):
-        self._value: torch.Tensor | None = None
-        self._ready: torch.cuda.Event | None = None
-
-    def ask(self, finite: torch.Tensor, *, shared: bool = False) -> None:
-        """Send a boolean scalar on its way; the processes' conjunction, unless they `shared` it before."""
-        finite = finite.detach().to(torch.int32)
-        if not shared and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite.is_cuda:
-            self._value, self._ready = finite, None
-            return
-        self._value = torch.empty((), dtype=finite.dtype, pin_memory=True)
-        self._value.copy_(finite, non_blocking=True)
-        self._ready = torch.cuda.Event()
-        self._ready.record()
-
-    def answer(self) -> bool:
-        """The newest verdict, once; yes where none was asked for."""
-        if self._value is None:
-            return True
-        if self._ready is not None:
-            self._ready.synchronize()
-        value, self._value = self._value, None
-        return bool(value)

@@ -19,6 +19,7 @@ from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .setting_checks import check_one_device
 from .sharding import tell_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,14 @@ def own_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> Di
     """The trainer's own copy of the settings, after the checks that need no model.
 
     Raises:
-        `ValueError`: If `args` are of another kind, model and reference are one object, or nothing could be written.
+        `ValueError`: If `args` are of another kind, the process sees several GPUs, model and reference are one object,
+            or nothing could be written.
     """
     if args is None:
         args = DiffusionSDPOConfig(default_output_dir(model))
     if not isinstance(args, DiffusionSDPOConfig):
         raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}.")
+    check_one_device(args)
     if ref_model is not None and model is ref_model and not isinstance(model, (str, Path)):
         raise ValueError(
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "

@@ -13,8 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 
 from .._compat import PushInProgress, loads_lora
 from ..losses.preference import KNOB_RANGES
-from .callbacks import SampleImagesCallback, in_any_process
+from .callbacks import SampleImagesCallback
 from .model_card import ModelCardFacts, build_model_card
+from .processes import in_any_process
 from .saving import ARGS_FILE, SETTINGS_OF_THE_PATH, SavingMixin
 
 # Checkpoints, pickles, logs, plots, and the arguments, which name folders of the machine; the card has the settings.

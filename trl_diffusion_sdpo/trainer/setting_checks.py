@@ -193,6 +193,17 @@ def check_activation_checkpointing(args: DiffusionSDPOConfig, denoiser: nn.Modul
         )
 
 
+def check_one_device(args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` where transformers would spread a batch over several devices of one process: a reference, a
+    safeguard's cut and a family's hooks live on one device, and `nn.DataParallel` would copy none of them."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process trains on one GPU, and this one sees {args.n_gpu}. Start a process for each with "
+            "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or show it one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
     """Look at what keeps the winners over a training; `ValueError` on what is out of its range or cannot act."""
     if args.noise_levels < 1:

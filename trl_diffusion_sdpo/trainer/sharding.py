@@ -388,6 +388,13 @@ class DenoiserView(nn.Module):
         return getattr(self.__dict__["_pair"][0], name)
 
 
+def whole(value: Any) -> Any:
+    """A distributed tensor as a plain one, the same on all processes, which all take part; anything else as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds; all of one that is not distributed."""
     from torch.distributed.tensor import DTensor
