@@ -9,6 +9,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 # only. Can go when `diffusers.loaders` exports it.
 from diffusers.loaders.lora_base import LoraBaseMixin
 
+# numpy's classes without which `torch.load(weights_only=True)` reads no random states of a checkpoint; exported by its
+# module only. Can go when transformers exports it.
+from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
+
 # transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
 # `Trainer._push_from_checkpoint` copies transformers' file names only and uploads a pickle of the arguments.
 # Can go when transformers lets a trainer name the files that it publishes.
@@ -21,6 +25,7 @@ __all__ = [
     "compile_with_eager_rounding",
     "keeps_zero_gradients",
     "loads_lora",
+    "numpy_safe_globals",
     "zero3_adam_state",
     "zero_gradients",
     "zero_weights",

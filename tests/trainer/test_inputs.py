@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from peft import LoHaConfig, LoraConfig
 from PIL import Image
+from safetensors.torch import load_file
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
@@ -327,9 +328,10 @@ def test_a_checkpoint_without_the_optimizer_cannot_be_resumed(make_trainer):
         make_trainer(max_steps=4).train(resume_from_checkpoint=True)
 
 
-def test_a_half_rewritten_checkpoint_is_no_checkpoint(make_trainer, tmp_path, monkeypatch):
+def test_a_half_rewritten_checkpoint_gives_way_to_the_one_that_it_was_to_replace(make_trainer, tmp_path, monkeypatch):
     make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
-    second = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
+    whole = load_file(tmp_path / "run" / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors")
+    second = make_trainer(max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=2)
 
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -337,5 +339,8 @@ def test_a_half_rewritten_checkpoint_is_no_checkpoint(make_trainer, tmp_path, mo
     monkeypatch.setattr(second, "_save_optimizer_and_scheduler", full_disk)
     with pytest.raises(OSError, match="No space left"):
         second.train()
-    with pytest.raises(ValueError, match="complete checkpoint"):
-        make_trainer(max_steps=4).train(resume_from_checkpoint=True)
+    resumed = make_trainer(max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.denoiser.state_dict().items())
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -120,21 +120,21 @@ def load_datasets(script_args: ScriptArguments, *, with_eval: bool) -> tuple[Any
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:
-    """`resume_from_checkpoint` as the Trainer takes it: a folder, `True` for the newest, `None` for a new start.
+    """`resume_from_checkpoint` as the Trainer takes it: a folder, `True` for the newest, `"latest"` for the newest if
+    there is one, `None` for a new start.
 
     Raises:
         ValueError: If it is a folder that is not there.
     """
-    words = {"true": True, "false": None, "none": None}
-    if value is None or isinstance(value, bool):
-        return value or None
-    if value.lower() in words:
-        return words[value.lower()]
-    if not Path(value).is_dir():
+    from ..trainer.checkpoint_folders import LATEST, meaning  # seconds
+
+    point = meaning(value)
+    if isinstance(point, str) and point != LATEST and not Path(point).is_dir():
         raise ValueError(
-            f"`resume_from_checkpoint` must be `true` or a checkpoint's folder, and there is no folder {value}."
+            f"`resume_from_checkpoint` must be `true`, `{LATEST}` or a checkpoint's folder, and there is no folder "
+            f"{point}."
         )
-    return value
+    return point
 
 
 def _with_one_config(arguments: list[str]) -> list[str]:

@@ -23,7 +23,6 @@ from transformers import PrinterCallback
 from ..import_utils import require
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from ..trainer.callbacks import CheckpointOnInterrupt
-from ..trainer.checkpoint import is_complete
 from .methods import GENTLE_METHODS, METHODS, Judge, Method, OracleCallback, ProgressCallback
 from .pairs import eval_pairs, off_policy_pairs, on_policy_pairs
 from .pipeline import load_base_pipeline
@@ -151,7 +150,7 @@ class Story:
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=any(is_complete(path) for path in folder.glob("checkpoint-*")))
+            trainer.train(resume_from_checkpoint="latest")
         finally:
             progress.close()
             interrupt.restore_handlers()

@@ -15,8 +15,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapters import PEFT_FILE, adapter_state, read_adapter, save_adapter
 
@@ -160,29 +158,3 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
         )
     for name in differing:
         logger.warning("Resuming with another `%s`: it was %r, is %r.", name, stored.get(name), ours[name])
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest checkpoint that was written to its end; the trainer state is the last file of one.
-
-    Raises:
-        `ValueError`: If there is none.
-    """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
-        if is_complete(folder):
-            return str(folder)
-        logger.warning("Passing over %s: it was not written to its end.", folder)
-    raise ValueError(
-        f"To resume, `output_dir` must hold a complete checkpoint; {output_dir} has none. Start without "
-        "`resume_from_checkpoint`."
-    )
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the trainer state, the last file of a checkpoint, is there and whole."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

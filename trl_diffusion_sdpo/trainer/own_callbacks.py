@@ -12,6 +12,7 @@ from . import sharding
 from .average import AverageCallback
 from .branch_training import MeasureStepCallback
 from .callbacks import EpochCallback, NoiseLevelPlotCallback, SampleImagesCallback, SyncReferenceCallback
+from .run_control import SayNothingIsLeft
 from .winner_budget import WinnerBudgetCallback
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def own_callbacks(
     trainer: DiffusionSDPOTrainer, args: DiffusionSDPOConfig, train_dataset: Dataset | IterableDataset | None
 ) -> list[TrainerCallback]:
     """Those that the settings call for, in the order in which they act."""
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [SayNothingIsLeft()]
     if isinstance(train_dataset, PreferenceDataset):
         callbacks.append(EpochCallback(train_dataset))
     if args.safeguard_diagnostics_steps is not None:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..losses.preference import KNOB_RANGES
 from . import sharding
 from .adamw_metric import is_plain_sgd
-from .checkpoint import (
-    check_setup,
-    forget_local_origins,
-    is_complete,
-    last_complete_checkpoint,
-    own_weights,
-    read_weights,
-    save_weights,
-    write_setup,
-)
+from .checkpoint import check_setup, forget_local_origins, own_weights, read_weights, save_weights, write_setup
+from .checkpoint_folders import CheckpointFolders, holds_optimizer
+from .run_control import borrowed, stopping_on_interrupt
+from .unpickling import tensors_only
 
 ARGS_FILE = "training_args.json"
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-# Of one process or DDP, FSDP2 (whole or in shards), DeepSpeed.
-OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 # What decides where training goes; a run that resumes with other values is told so.
 SETTINGS_OF_THE_PATH = (
     "loss_type",
@@ -80,12 +73,14 @@ class SavingMixin:
         """Train; see [`~transformers.Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, or `True` for the newest in
-                `output_dir` that was written to its end.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, `True` for the newest in
+                `output_dir` that is whole, or `"latest"` for the same, and a new start where there is none.
 
         Raises:
-            `ValueError`: If there is nothing to train on, or the checkpoint is of another set-up.
+            `ValueError`: If there is nothing to train on, or the checkpoint is damaged, of another set-up or could run
+                code.
             `FloatingPointError`: If a loss is not finite; the weights are as they were before that step.
+            `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
         """
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
@@ -94,22 +89,31 @@ class SavingMixin:
                 "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
                 "new trainer and pass `resume_from_checkpoint` to go on."
             )
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
-            if not is_complete(folder):
-                raise ValueError(
-                    f"A checkpoint to resume from must have been written to its end; {folder} was not, or is none. "
-                    "Pass an earlier one, or True to have it found."
-                )
-            check_setup(folder, self._setup())
-            if not any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern)):
-                raise ValueError(
-                    f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
-                    "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        point = self._checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
+        if point is not None:
+            self._check_resumable(Path(point))
+        with stopping_on_interrupt(self):
+            return super().train(point, *args, **kwargs)
+
+    def _check_resumable(self, folder: Path) -> None:
+        check_setup(folder, self._setup())
+        if not holds_optimizer(folder):
+            raise ValueError(
+                f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
+                "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
+            )
+        self._checkpoints.refuse_code(folder, sharding.pickled_types(self.accelerator))
+
+    @functools.cached_property
+    def _checkpoints(self) -> CheckpointFolders:
+        return CheckpointFolders(self.accelerator, self.args)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does it, which looks whether the run is over after a step only."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _setup(self) -> dict[str, Any]:
         """What a run must share with the one that wrote a checkpoint, and what it should."""
@@ -150,11 +154,9 @@ class SavingMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        writes, checkpoint = self.args.should_save, self._is_checkpoint(folder)
+        writes, checkpoint = self.args.should_save, self._checkpoints.is_begun(folder)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-        if writes and checkpoint:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # marks a whole checkpoint; written last
         whole = None
         if self._holds_parts():
             sharding.shard_again(self.model_wrapped)
@@ -179,10 +181,14 @@ class SavingMixin:
         if average is not None:
             self._save_average(self.average.folder(folder), average)
         write_setup(folder, self._setup())
-        # Readable, without tokens, and no pickle: the Trainer's own training_args.bin is all three the other way.
-        (folder / ARGS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        if not checkpoint:
+            self._write_args(folder)
         forget_local_origins([folder / "model_index.json"])
         forget_local_origins(folder / name / file for name in self.pipeline.components for file in COMPONENT_CONFIGS)
+
+    def _write_args(self, folder: Path) -> None:
+        """Readable, without tokens, and no pickle: the Trainer's own training_args.bin is all three the other way."""
+        (folder / ARGS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def _save_average(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         folder.mkdir(exist_ok=True)
@@ -209,7 +215,18 @@ class SavingMixin:
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._finite.verify_gradient()
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._checkpoints.begin(folder)
+        # What comes after the files waits for the manifest, and the Trainer goes by the files' times in rotating.
+        with borrowed(self.args, push_to_hub=False, save_total_limit=None):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self._write_args(folder)
+        self._checkpoints.seal(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        self._checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Beside the tuned weights, which are there already: an engine's own form of them, without what is frozen."""
@@ -221,13 +238,10 @@ class SavingMixin:
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the trainer's state, written next, says that all of it is there
-
     def _finalize_training(self, *args: Any) -> Any:
         self._finite.verify_gradient()
-        return super()._finalize_training(*args)
+        with borrowed(self.args, save_total_limit=None):  # with 1, the Trainer would delete the newest beside the best
+            return super()._finalize_training(*args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -236,12 +250,12 @@ class SavingMixin:
 
     def _load_engine_checkpoint(self, resume_from_checkpoint: str) -> None:
         """Under DeepSpeed, which reads weights and optimizer at once."""
-        sharding.load_deepspeed_state(self.model_wrapped, resume_from_checkpoint)
+        self._read_deepspeed_state(resume_from_checkpoint)
         self._load_kept(Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._plain_sgd_whole():
+        with self._plain_sgd_whole(), self._tensors_only():
             super()._load_optimizer_and_scheduler(checkpoint)
 
     @contextlib.contextmanager
@@ -256,13 +270,22 @@ class SavingMixin:
         finally:
             self.is_fsdp_enabled = before
 
+    def _read_deepspeed_state(self, folder: str) -> None:
+        with self._tensors_only():
+            sharding.load_deepspeed_state(self.model_wrapped, folder)
+
+    def _tensors_only(self) -> contextlib.AbstractContextManager:
+        return tensors_only(sharding.pickled_types(self.accelerator), trust=self.args.trust_checkpoint)
+
     def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        self._checkpoints.check_best(best)
         if self.is_deepspeed_enabled:
-            sharding.load_deepspeed_state(self.model_wrapped, self.state.best_model_checkpoint)
+            self._read_deepspeed_state(str(best))
         else:
-            self._read_weights(Path(self.state.best_model_checkpoint))
+            self._read_weights(best)
         if self.average is not None:  # the metric may have chosen it, and the two belong together
-            self.average.kept.load(Path(self.state.best_model_checkpoint))
+            self.average.kept.load(best)
 
     def _read_weights(self, folder: Path) -> None:
         weights = read_weights(
@@ -274,6 +297,3 @@ class SavingMixin:
         )
         sharding.shard_again(self.model_wrapped)
         sharding.scatter(weights, own_weights(self.denoiser, self.adapter), self.accelerator)
-
-    def _is_checkpoint(self, folder: Path) -> bool:
-        return folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")

@@ -362,6 +362,17 @@ def save_engine_state(
         save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, engine_model, folder)
 
 
+def pickled_types(accelerator: Accelerator) -> list[type]:
+    """The engine's own classes in the files of its checkpoints; none of them runs anything when it is read."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
 def load_deepspeed_state(engine_model: nn.Module, folder: str) -> None:
     """Read weights and optimizer from DeepSpeed's own parts. What is frozen is not in them, which transformers would
     miss."""
