@@ -68,6 +68,9 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
     Args:
         known (`Sequence[type]`): Classes of the engine, which are let through.
         trust (`bool`): Leaves everything as it is.
+
+    Raises:
+        `ValueError`: If a file asks for more.
     """
     if trust:
         yield
@@ -77,6 +80,11 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
     try:
         with safe_globals(list(known)):
             yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            "A checkpoint must hold tensors, numbers and settings only. One of its files can run code when it is read: "
+            "if you know who wrote it, set `trust_checkpoint=True`."
+        ) from error
     finally:
         del os.environ[_FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})
