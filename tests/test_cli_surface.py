@@ -1,30 +1,51 @@
 """The argument surface: what a user can type, and what happens if nothing is typed. A change here is a change for
-users, and shows in the diff of `cli_surface.json`. After a change that is meant, write it anew with
+users, and shows in the diff of `cli_surface.json` and of the options of `train` that the package ships. After a change
+that is meant, write both anew with
 
     python tests/test_cli_surface.py
 """
 
 import dataclasses
+import inspect
 import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.cli import demo, train
+from trl_diffusion_sdpo.cli import given, launch, options, train
 from trl_diffusion_sdpo.cli.main import COMMANDS, main
 
 SNAPSHOT = Path(__file__).with_name("cli_surface.json")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def described() -> options.OptionTable:
+    """The options of the parser that TRL makes of the dataclasses that are installed."""
+    return train.describe_options()
+
+
+@pytest.fixture(autouse=True)
+def not_launched(monkeypatch):
+    monkeypatch.delenv(launch.LAUNCHED_VARIABLE, raising=False)
 
 
 def surface() -> dict:
-    ours = [base for base in reversed(DiffusionSDPOConfig.__mro__) if base.__module__.startswith("trl_diffusion_sdpo")]
-    own = {name: kind for base in ours for name, kind in base.__annotations__.items()}
-    fields = {field.name: field for field in dataclasses.fields(DiffusionSDPOConfig) if field.name in own}
+    """Of every command but `train`, whose options are a file of the package: defaults by option."""
+    modules = {name: import_module(f"trl_diffusion_sdpo.cli.{name.replace('-', '_')}") for name in COMMANDS}
+    parsers = {name: module.make_parser() for name, module in modules.items() if name != "train"}
     return {
         "commands": list(COMMANDS),
-        "config": {name: {"type": own[name], "default": fields[name].default} for name in own if name in fields},
-        "demo": {action.dest: action.default for action in demo.make_parser()._actions if action.dest != "help"},
+        **{
+            name: {action.dest: action.default for action in parser._actions if action.dest != "help"}
+            for name, parser in parsers.items()
+        },
     }
 
 
@@ -32,11 +53,91 @@ def test_the_arguments_are_those_of_the_snapshot():
     assert json.loads(json.dumps(surface())) == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
 
 
-def test_every_own_argument_has_a_help_text_and_a_flag():
-    flags = {flag for action in train.make_parser()._actions for flag in action.option_strings}
-    for name in surface()["config"]:
-        assert DiffusionSDPOConfig.__dataclass_fields__[name].metadata["help"]
-        assert f"--{name}" in flags
+def test_the_shipped_options_of_train_are_those_of_its_parser(described):
+    """Under other versions than the described ones, only what this package declares itself is compared."""
+    stored = json.loads(options.TABLE_FILE.read_text(encoding="utf-8"))
+    here, shipped = {name: dataclasses.asdict(row) for name, row in described.options.items()}, stored["options"]
+    assert described.own == stored["own"]
+    assert {name: here[name] for name in described.own} == {name: shipped[name] for name in described.own}
+    if options.installed_versions() == stored["versions"]:
+        assert here == shipped
+        assert described.launch_options == stored["launch_options"]
+
+
+def test_fields_of_every_class_that_the_configuration_inherits_are_options(described):
+    holders = [holder for holder in inspect.getmro(DiffusionSDPOConfig) if dataclasses.is_dataclass(holder)]
+    assert len(holders) >= 3, "its own, those of its parts, and TrainingArguments"
+    for holder in holders:
+        declared = {field.name for field in dataclasses.fields(holder) if field.init}
+        assert declared <= set(described.options)
+        if holder.__module__.startswith("trl_diffusion_sdpo"):
+            overridden = {"learning_rate", "weight_decay", "lr_scheduler_type", "logging_steps", "bf16"}
+            overridden |= {"remove_unused_columns", "logging_nan_inf_filter"}
+            assert set(inspect.get_annotations(holder)) - overridden - {"_VALID_DICT_FIELDS"} <= set(described.own)
+
+
+def test_every_own_argument_has_a_help_text_and_a_flag(described):
+    for name in described.own:
+        assert described.options[name].help
+        assert f"--{name}" in described.options[name].flags
+
+
+def test_arguments_of_transformers_that_the_documentation_names_are_options(described):
+    page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    rows = page.partition("| Feature of TrainingArguments")[2].partition("\n\n")[0].splitlines()[2:]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert "gradient_accumulation_steps" in named or len(named) > 10
+    renamed = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # by transformers 5.23
+    assert set(named) - renamed <= set(described.options)
+
+
+def test_the_help_is_that_of_the_parser_that_reads_the_arguments(described):
+    fast = options.option_parser(described.options, **train._texts("prog")).format_help()
+    assert fast == train.make_parser("prog").format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["train", "--help"], 0),
+        (["train", "--betta", "5"], 2),
+        (["train", "--config", "typo.yaml"], 2),
+        (["train", "--safeguard", "paramter", "--model_name_or_path", "m", "--dataset_name", "d"], 2),
+        (["train", "--use_cpu"], 2),
+        (["sweep-scale", "--help"], 0),
+        (["sweep-scale", "--scale", "1"], 2),
+        (["demo", "--pairs", "onpolicy"], 2),
+    ],
+)
+def test_help_and_mistakes_are_told_before_torch_is_imported(words, code, tmp_path):
+    (tmp_path / "typo.yaml").write_text("safegard: none\n")
+    program = (
+        "import sys\nfrom trl_diffusion_sdpo.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as exit_:\n    code = exit_.code or 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if options.read_table() is not None or words[0] != "train":
+        assert done.returncode == code, done.stderr[-500:]
+
+
+def test_under_other_versions_an_unknown_name_is_told_from_their_sources(described, tmp_path, monkeypatch):
+    names = options.names_in_sources()
+    if options.read_table() is not None:
+        assert set(described.options) <= names
+    assert names is None or "betta" not in names
+    monkeypatch.setattr(options, "installed_versions", dict)
+    assert options.read_table() is None
+    file = tmp_path / "run.yaml"
+    file.write_text("safegard: none\n")
+    for words, said in ((["--betta", "5"], "Did you mean `--beta`?"), (["--config", str(file)], "mean `safeguard`")):
+        if names is not None:
+            with pytest.raises(ValueError, match=re.escape(said)):
+                given.refuse_unknown_names(words)
+    given.refuse_unknown_names(["--beta", "5", "--no_random_flip", "--learning-rate=-1"])
 
 
 def test_without_arguments_there_is_help(capsys):
@@ -48,7 +149,7 @@ def test_without_arguments_there_is_help(capsys):
 def test_an_unknown_command_is_an_error_that_names_the_known_ones(capsys):
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert "'trian'" in error and "train" in error and "Traceback" not in error
+    assert "'trian'" in error and "Did you mean `train`?" in error and "Traceback" not in error
 
 
 def test_env_prints_versions(capsys):
@@ -72,8 +173,16 @@ def test_every_command_explains_itself(command, capsys):
     [
         (["--dataset_name", "pairs"], "--model_name_or_path"),
         (["--model_name_or_path", "folder"], "--dataset_name"),
-        (["--model_name_or_path", "folder", "--safeguard_mu", "2"], "`safeguard_mu` must be in [0, 1], got 2.0"),
-        (["--betta", "5"], "--betta"),
+        (["--model_name_or_path", "m", "--dataset_name", "d", "--safeguard_mu", "2"], "must be in [0, 1], got 2.0"),
+        (["--betta", "5"], "`--betta` is no option of this command. Did you mean `--beta`?"),
+        (["--safeguard_m", "0.5"], "`--safeguard_m` is no option"),
+        (["--no-random-flop"], "Did you mean `--no_random_flip`"),
+        (["--safeguard", "paramter"], "must be one of none, output, parameter, got 'paramter'. Did you mean `parameter`?"),
+        (["--safeguard", "off"], "must be one of none, output, parameter, got 'off'."),
+        (["--beta", "five"], "--beta: must be a number, got 'five'"),
+        (["--max_steps", "1.5"], "must be a whole number, got '1.5'"),
+        (["--random_flip", "maybe"], "must be true or false, got 'maybe'"),
+        (["--beta", "5", "stray"], "These words belong to no option: stray"),
         (["--config"], "`--config` takes one YAML file"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--resume_from_checkpoint"], "--resume_from_checkpoint"),
@@ -81,9 +190,9 @@ def test_every_command_explains_itself(command, capsys):
 )
 def test_a_mistake_is_told_in_one_line_with_exit_code_2(arguments, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert exit_code_of(["train", "--use_cpu", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert main(["train", "--use_cpu", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_a_yaml_file_that_is_none_is_told(tmp_path, capsys):
@@ -119,13 +228,6 @@ def test_resuming_from_a_folder_needs_the_folder(tmp_path):
         train.resume_point(str(tmp_path / "checkpoint-7"))
 
 
-def exit_code_of(argv: list[str]) -> int:
-    """argparse exits by itself where an argument cannot be read."""
-    try:
-        return main(argv)
-    except SystemExit as exit_:
-        return exit_.code
-
-
 if __name__ == "__main__":
     SNAPSHOT.write_text(json.dumps(surface(), indent=2) + "\n", encoding="utf-8")
+    options.write_table(train.describe_options())

@@ -1,5 +1,6 @@
 """Every name that upstream libraries do not promise to keep: one way in, with the reason and when it can go."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -16,10 +17,17 @@ from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 # transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
 # `Trainer._push_from_checkpoint` copies transformers' file names only and uploads a pickle of the arguments.
 # Can go when transformers lets a trainer name the files that it publishes.
+from transformers import TrainingArguments
 from transformers.utils import PushInProgress
 
+# The arguments that transformers 5.23 renamed. Can go when the lowest supported transformers has the new names.
+_RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
+
 __all__ = [
+    "CHECKPOINTING",
     "PushInProgress",
+    "activation_checkpointing",
     "block_names",
     "checkpoints_activations",
     "compile_with_eager_rounding",
@@ -39,6 +47,11 @@ def block_names(denoiser: ModelMixin) -> list[str]:
     accelerate looks below the outermost module for it.
     """
     return list(denoiser._no_split_modules or ())
+
+
+def activation_checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any]]:
+    """Whether activations are checkpointed and how, under whichever of the two names transformers has for it."""
+    return bool(getattr(args, CHECKPOINTING)), getattr(args, f"{CHECKPOINTING}_kwargs") or {}
 
 
 def checkpoints_activations(denoiser: ModelMixin) -> bool:

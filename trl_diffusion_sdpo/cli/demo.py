@@ -3,11 +3,13 @@
 import argparse
 import logging
 
+from .options import OneLineParser
+
 PAIRS = ("off_policy", "on_policy")
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
         description=(
             "Tune the embedded tiny pipeline from the same start with the same pairs (SFT, Diffusion-DPO, "

@@ -5,6 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
+from .options import OneLineParser
 
 PACKAGES = (
     "torch",
@@ -25,7 +26,7 @@ PACKAGES = (
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=prog, description="Print the versions that a bug report needs.")
+    return OneLineParser(prog=prog, description="Print the versions that a bug report needs.")
 
 
 def run(arguments: list[str], prog: str) -> int:

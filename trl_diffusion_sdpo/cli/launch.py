@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 from ..import_utils import require
@@ -33,6 +32,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # Options of `accelerate launch` that are given here and by nobody else.
 _RESERVED = {"config_file", "module", "no_python", "help"}
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 _ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it
 
 
@@ -168,7 +168,7 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
     values, rest = [], []
     words = iter(arguments)
     for word in words:
-        if _option_of(word) != name:
+        if option_of(word) != name:
             rest.append(word)
             continue
         values.append(word.partition("=")[2] if "=" in word else next(words, ""))
@@ -197,7 +197,7 @@ def separate(arguments: list[str], takes_value: dict[str, bool]) -> tuple[list[s
     options, rest = [], []
     words = iter(arguments)
     for word in words:
-        name = _option_of(word)
+        name = option_of(word)
         if name not in takes_value:
             rest.append(word)
             continue
@@ -210,15 +210,15 @@ def separate(arguments: list[str], takes_value: dict[str, bool]) -> tuple[list[s
     return options, rest
 
 
+def option_of(word: str) -> str | None:
+    """`num_processes` of `--num_processes`, `--num-processes` and `--num_processes=4`."""
+    return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else None
+
+
 def _launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser  # sets up logging: only where it is needed
 
     return launch_command_parser()
-
-
-def _option_of(word: str) -> str | None:
-    """`num_processes` of `--num_processes`, `--num-processes` and `--num_processes=4`."""
-    return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else None
 
 
 def _as_words(settings: dict[str, Any], takes_value: dict[str, bool]) -> list[str]:
@@ -237,6 +237,8 @@ def _processes(settings: dict[str, Any], options: list[str]) -> list[str]:
     if given.num_processes is not None:
         return []
     machines = given.num_machines or settings.get("num_machines", 1)
+    import torch  # seconds: only where something is started
+
     devices = torch.accelerator.device_count()
     if devices == 0:
         raise ValueError(
@@ -262,12 +264,23 @@ def _refuse_unknown(keys: list[str]) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"The file {path} must be YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     return settings
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands in it twice. Leave one out")
+        return super().construct_mapping(node, deep)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..import_utils import MissingExtraError
+from ..suggestions import did_you_mean
 
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"{PROGRAM}: there is no command {name!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = did_you_mean(name, COMMANDS)
+        print(f"{PROGRAM}: there is no command {name!r}; there are {', '.join(COMMANDS)}.{near}", file=sys.stderr)
         return EXIT_USER_ERROR
     return _run(name, rest)
 

@@ -1,6 +1,8 @@
 """`trl-diffusion-sdpo sweep-scale`: evaluate what a run saved at several scales between its base and its weights, and
 write one of them."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 import math
@@ -8,19 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
-from torch.utils.data import Subset
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
-from trl import ScriptArguments
-
 from ..evaluation import draw_scale_sweep, read_sweep, sweep_row, sweep_table, write_sweep
 from ..evaluation.scale_sweep import PICTURE_FILE, SWEEP_FILE
 from ..import_utils import require
-from .train import load_datasets
+from .options import OneLineParser
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionSDPOTrainer
+    import datasets
+    from transformers import TrainerCallback
+
+    from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
     from ..trainer.loading import LoadedModel
     from ..trainer.scaling import SavedRun, ScaledWeights
 
@@ -31,9 +30,8 @@ DEFAULT_FOLDERS = {False: "scale_sweep", True: "scale_sweep_ema"}  # below the r
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
-        allow_abbrev=False,
         description=(
             "Evaluate what a run saved at several scales: 0 is the base that the run began with, 1 its tuned weights. "
             "Writes the numbers, and a picture of margin and accuracy against what became of the winners. A second "
@@ -47,7 +45,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--dataset_config", metavar="NAME", help="Configuration of a Hub data set.")
     add("--dataset_test_split", default="test", metavar="NAME", help="Split to evaluate on (default: test).")
     add("--dataset_format", metavar="NAME", help="Name of the preference format; detected by columns if unset.")
-    add("--max_pairs", type=int, metavar="N", help="Evaluate at most this many pairs, of the first N rows.")
+    add("--max_pairs", type=int, metavar="N", help="Evaluate the first N pairs only.")
     listed = " ".join(f"{scale:g}" for scale in SCALES)
     add("--scales", type=float, nargs="+", default=list(SCALES), help=f"Scales to evaluate (default: {listed}).")
     add("--average", action="store_true", help="Sweep the average of the weights that `ema_decay` kept.")
@@ -111,7 +109,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"`--{name}` must be at least 1, got {value}.")
 
 
-def _load_base(options: argparse.Namespace, run: "SavedRun") -> "LoadedModel":
+def _load_base(options: argparse.Namespace, run: SavedRun) -> LoadedModel:
     from ..trainer.loading import load_model
 
     origin = {"revision": options.model_revision, "dtype": options.dtype}
@@ -120,12 +118,29 @@ def _load_base(options: argparse.Namespace, run: "SavedRun") -> "LoadedModel":
     return loaded
 
 
-def _make_trainer(options: argparse.Namespace, run: "SavedRun", loaded: "LoadedModel") -> "DiffusionSDPOTrainer":
+def _make_trainer(options: argparse.Namespace, run: SavedRun, loaded: LoadedModel) -> DiffusionSDPOTrainer:
     """Around the base, which is the reference, too; it measures as the run did."""
-    from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+    from torch.utils.data import Subset
+    from transformers import PrinterCallback
+
+    from ..trainer import DiffusionSDPOTrainer
+
+    args, pairs = _make_args(options, run), _load_pairs(options)
+    trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
+    trainer.remove_callback(PrinterCallback)
+    prepared = trainer.eval_dataset
+    if options.max_pairs is not None and len(prepared) > options.max_pairs:
+        trainer.eval_dataset = Subset(prepared, range(options.max_pairs))
+    return trainer
+
+
+def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfig:
+    from ..trainer import DiffusionSDPOConfig
 
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
-    args = DiffusionSDPOConfig(
+    # Of the first pairs, only those are decoded that are evaluated.
+    data = {} if options.max_pairs is None else {"verify_images": False}
+    return DiffusionSDPOConfig(
         output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.of_average]),
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         bf16=precision == "bf16",
@@ -135,29 +150,22 @@ def _make_trainer(options: argparse.Namespace, run: "SavedRun", loaded: "LoadedM
         dataset_format=options.dataset_format,
         report_to="none",
         disable_tqdm=True,  # one bar over all scales in place of one for each
+        **data,
         **run.evaluation_settings(),
     )
-    pairs = _load_pairs(options)
-    trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
-    trainer.remove_callback(PrinterCallback)
-    prepared = trainer.eval_dataset
-    if options.max_pairs is not None and len(prepared) > options.max_pairs:  # of rows that hold several pairs
-        trainer.eval_dataset = Subset(prepared, range(options.max_pairs))
-    return trainer
 
 
 def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
-    script_args = ScriptArguments(
-        dataset_name=options.dataset_name,
-        dataset_config=options.dataset_config,
-        dataset_train_split=options.dataset_test_split,
-    )
-    pairs, _ = load_datasets(script_args, with_eval=False)
-    return pairs if options.max_pairs is None else pairs.select(range(min(options.max_pairs, len(pairs))))
+    from trl import ScriptArguments
+
+    from .pair_arguments import load_split
+
+    script_args = ScriptArguments(dataset_name=options.dataset_name, dataset_config=options.dataset_config)
+    return load_split(script_args, options.dataset_test_split)
 
 
 def _settings(
-    options: argparse.Namespace, run: "SavedRun", trainer: "DiffusionSDPOTrainer", weights: "ScaledWeights"
+    options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer, weights: ScaledWeights
 ) -> dict[str, Any]:
     """What rows of one file have in common."""
     used = {name: trainer.args.to_dict()[name] for name in (*run.evaluation_settings(), "beta", "resolution")}
@@ -176,16 +184,18 @@ def _settings(
 
 
 def _evaluate(
-    trainer: "DiffusionSDPOTrainer", weights: "ScaledWeights", scales: Sequence[float], settings: dict[str, Any]
+    trainer: DiffusionSDPOTrainer, weights: ScaledWeights, scales: Sequence[float], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Add the scales that are missing to what the output folder holds, each as soon as it is evaluated; then draw."""
+    from tqdm.auto import tqdm
+
     folder = Path(trainer.args.output_dir)
     file = folder / SWEEP_FILE
     rows = read_sweep(file, settings)
     missing = sorted(set(scales) - {row["scale"] for row in rows})
     steps = len(missing) * len(trainer.get_eval_dataloader())
     with tqdm(total=steps, desc="Scales", unit="batch", disable=not missing) as bar:
-        trainer.add_callback(_BatchCallback(bar.update))
+        trainer.add_callback(_tell_of_batches(bar.update))
         for scale in missing:
             bar.set_postfix_str(f"scale {scale:g}")
             with weights.active(scale):
@@ -197,11 +207,12 @@ def _evaluate(
     return rows
 
 
-class _BatchCallback(TrainerCallback):
-    """Tells that a batch is evaluated."""
+def _tell_of_batches(done: Callable[[], Any]) -> TrainerCallback:
+    """A callback that tells that a batch is evaluated."""
+    from transformers import TrainerCallback
 
-    def __init__(self, done: Callable[[], Any]):
-        self.done = done
+    class BatchCallback(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any):
+            done()
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any):
-        self.done()
+    return BatchCallback()

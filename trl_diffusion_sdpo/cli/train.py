@@ -1,86 +1,118 @@
 """`trl-diffusion-sdpo train`: TRL's arguments and the trainer's, from a YAML file and the command line, into one
 run, in this process or under accelerate."""
 
+from __future__ import annotations
+
 import logging
+import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
-
-from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
 from . import launch
+from .given import Given, read_given, refuse_missing, refuse_unknown_names
+from .options import OptionTable, describe, option_parser, read_table
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionSDPOTrainer
+    from trl import ModelConfig, TrlParser
+
+    from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+    from .pair_arguments import PairArguments
 
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-# Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
-_SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
-_FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 # What TRL's dataclasses offer to language models alone; set, it would be ignored.
 _WITHOUT_EFFECT = {"attn_implementation": None, "ignore_bias_buffers": False, "lora_task_type": "CAUSAL_LM"}
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    """The parser of the command: the arguments of TRL's scripts with [`DiffusionSDPOConfig`]."""
-    parser = TrlParser(
-        (ScriptArguments, DiffusionSDPOConfig, ModelConfig),
-        prog=prog,
-        usage="%(prog)s [--config FILE.yaml] [--accelerate_config NAME] --model_name_or_path ID --dataset_name ID "
-        "[--OPTION VALUE ...]",
-        description="Tune a pipeline on preference pairs. The command line overrides the YAML file of --config.",
-        epilog=f"--accelerate_config starts the training under accelerate: {', '.join(launch.config_names())}, or the "
-        "path of a file; options of `accelerate launch`, such as --num_processes, may follow.",
-    )
+    """The parser of the command: the arguments of TRL's scripts with [`DiffusionSDPOConfig`]. Takes seconds."""
+    from trl import ModelConfig, TrlParser
+
+    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
+    from .pair_arguments import PairArguments
+
+    parser = TrlParser((PairArguments, DiffusionSDPOConfig, ModelConfig), allow_abbrev=False, **_texts(prog))
     parser.set_defaults(lora_dropout=0.0)  # dropout would part the policy from its reference at the first step
     return parser
 
 
+def describe_options() -> OptionTable:
+    """The options under the versions that are installed. Takes seconds."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig, ScriptArguments
+
+    parser = make_parser()
+    options = describe(parser, parser.dataclass_types)
+    theirs = {field.name for upstream in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(upstream)}
+    return OptionTable(options, launch.launch_options(options), [name for name in options if name not in theirs])
+
+
 def run(arguments: list[str], prog: str) -> int:
     arguments = _with_one_config(arguments)
-    parser = make_parser(prog)
-    asks_for_help = {"-h", "--help"} & set(arguments)
-    planned = None if asks_for_help else launch.plan(arguments, {action.dest for action in parser._actions})
-    if planned is None:
-        return train(*parse(arguments, prog))
-    _, own = launch.take_option(planned.arguments, "config")
-    _refuse_unknown(parser.parse_known_args(own)[1])  # once here, not in every process
-    return launch.start(planned, "train")
+    table = _options_for(arguments)
+    if {"-h", "--help"} & set(arguments):
+        option_parser(table.options, **_texts(prog)).parse_args(["--help"])  # ends the process
+    given = read_given(arguments, table)
+    refuse_missing(given)
+    os.environ.update(given.environment)
+    planned = launch.plan(arguments, table.options)
+    return train(*_parse(given, prog)) if planned is None else launch.start(planned, "train")
 
 
-def parse(arguments: list[str], prog: str | None = None) -> tuple[ScriptArguments, DiffusionSDPOConfig, ModelConfig]:
+def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
     """Arguments as dataclasses.
 
     Raises:
         ValueError: If an argument or the YAML file is not as it must be.
     """
     arguments = _with_one_config(arguments)
-    try:
-        *parsed, unknown = make_parser(prog).parse_args_and_config(arguments, return_remaining_strings=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The file of `--config` must be YAML: {error}") from error
-    _refuse_unknown(_without_options(unknown, launch.keys_used_by_the_launcher()))
-    return tuple(parsed)
+    given = read_given(arguments, _options_for(arguments))
+    os.environ.update(given.environment)
+    return _parse(given, prog)
 
 
-def train(script_args: ScriptArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
+def _options_for(arguments: list[str]) -> OptionTable:
+    table = read_table()
+    if table is None:
+        refuse_unknown_names(arguments)
+    return table or describe_options()
+
+
+def _parse(given: Given, prog: str | None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
+    parser = make_parser(prog)
+    parser.set_defaults_with_config(**given.settings)
+    return parser.parse_args_into_dataclasses(given.words, look_for_args_file=False)
+
+
+def _texts(prog: str | None) -> dict[str, Any]:
+    return {
+        "prog": prog,
+        "usage": "%(prog)s [--config FILE.yaml] [--accelerate_config NAME] --model_name_or_path ID --dataset_name ID "
+        "[--OPTION VALUE ...]",
+        "description": "Tune a pipeline on preference pairs. The command line overrides the YAML file of --config.",
+        "epilog": f"--accelerate_config starts the training under accelerate: {', '.join(launch.config_names())}, or "
+        "the path of a file; options of `accelerate launch`, such as --num_processes, may follow.",
+    }
+
+
+def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
     """One run: load, train, save, publish if asked.
 
     Returns:
         `int`: The exit code: 0, or 130 if it was interrupted and has left a checkpoint.
     """
+    from trl import get_peft_config, get_quantization_config
+
     from ..trainer import DiffusionSDPOTrainer  # seconds: after the arguments are known to be good
     from ..trainer.callbacks import CheckpointOnInterrupt
+    from .pair_arguments import load_datasets
 
     _show_progress(training_args)
-    _check(script_args, model_args)
+    _warn_of_idle(script_args, model_args)
     training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
-    train_dataset, eval_dataset = load_datasets(script_args, with_eval=training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_datasets(script_args, training_args)
     interrupt = CheckpointOnInterrupt()
     trainer = DiffusionSDPOTrainer(
         model_args.model_name_or_path,
@@ -103,20 +135,6 @@ def train(script_args: ScriptArguments, training_args: DiffusionSDPOConfig, mode
     trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first is gone: all have written
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
-
-
-def load_datasets(script_args: ScriptArguments, *, with_eval: bool) -> tuple[Any, Any]:
-    """The training split, and the evaluation split if it is wanted.
-
-    `dataset_name` is a Hub id, a file (parquet, arrow, JSON, CSV), a folder of such files or of images, or a folder
-    that `save_to_disk` wrote.
-
-    Raises:
-        ValueError: If there is no such data set or split.
-    """
-    splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * with_eval
-    loaded = [_load_split(script_args, split) for split in splits]
-    return loaded[0], loaded[1] if with_eval else None
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:
@@ -145,27 +163,7 @@ def _with_one_config(arguments: list[str]) -> list[str]:
     return split
 
 
-def _without_options(words: list[str], names: list[str]) -> list[str]:
-    """Without `--name value` for the names, as TRL's parser gives what it does not know of a file."""
-    flags = {f"--{name}" for name in names}
-    starts = [index for index, word in enumerate(words) if word in flags]
-    dropped = {index + offset for index in starts for offset in (0, 1)}
-    return [word for index, word in enumerate(words) if index not in dropped]
-
-
-def _refuse_unknown(words: list[str]) -> None:
-    if words:
-        raise ValueError(
-            f"These arguments are unknown: {' '.join(words)}. `--help` lists those that there are; those of "
-            f"`accelerate launch` need `--{launch.OPTION}`."
-        )
-
-
-def _check(script_args: ScriptArguments, model_args: ModelConfig) -> None:
-    if not model_args.model_name_or_path:
-        raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
-    if not script_args.dataset_name:
-        raise ValueError("`--dataset_name` must be the Hub id, folder or file of a preference data set, got none.")
+def _warn_of_idle(script_args: PairArguments, model_args: ModelConfig) -> None:
     settings = {**vars(script_args), **vars(model_args)}
     for name, default in _WITHOUT_EFFECT.items():
         if settings[name] != default:
@@ -180,33 +178,7 @@ def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) ->
     return {"revision": model_args.model_revision, "dtype": model_args.dtype, **given}
 
 
-def _load_split(script_args: ScriptArguments, split: str) -> Any:
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
-    path = Path(name).expanduser()
-    if (path / _SAVED_DATASET).is_file() or (path / _SAVED_DATASET_DICT).is_file():
-        dataset = _load_saved(path, split)
-        return dataset.to_iterable_dataset() if streaming else dataset
-    if path.is_file():
-        builder = _FILE_BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise ValueError(
-                f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {name}. Pass its folder instead."
-            )
-        return datasets.load_dataset(builder, data_files={split: str(path)}, split=split, streaming=streaming)
-    source = str(path) if path.is_dir() else name
-    return datasets.load_dataset(source, name=script_args.dataset_config, split=split, streaming=streaming)
-
-
-def _load_saved(path: Path, split: str) -> Any:
-    """A split of what `save_to_disk` wrote; a single `Dataset` is the split `train`."""
-    saved = datasets.load_from_disk(str(path))
-    parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    if split not in parts:
-        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.")
-    return parts[split]
-
-
-def _finish(trainer: "DiffusionSDPOTrainer", script_args: ScriptArguments, training_args: DiffusionSDPOConfig) -> None:
+def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_args: DiffusionSDPOConfig) -> None:
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
     if training_args.push_to_hub:
@@ -215,7 +187,7 @@ def _finish(trainer: "DiffusionSDPOTrainer", script_args: ScriptArguments, train
         trainer.accelerator.print(f"They are published as {trainer.hub_model_id}.")
 
 
-def _say_how_to_resume(trainer: "DiffusionSDPOTrainer") -> None:
+def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
     folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     trainer.accelerator.print(
         f"\nInterrupted; all that the run needs to go on is in {folder}. To resume, run the same command with\n"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .._compat import checkpoints_activations
+from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
@@ -29,7 +29,7 @@ def check_inherited(args: DiffusionSDPOConfig) -> None:
     if args.remove_unused_columns:
         warnings.warn("`remove_unused_columns=True` has no effect: formats know their columns.", stacklevel=4)
         args.remove_unused_columns = False
-    checkpointing = args.activation_checkpointing_kwargs or {}
+    _, checkpointing = activation_checkpointing(args)
     refused = {
         "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "there are no embeddings to disturb"),
         "use_liger_kernel": (args.use_liger_kernel, "its kernels are those of language models"),
@@ -50,7 +50,7 @@ def check_inherited(args: DiffusionSDPOConfig) -> None:
             bool(args.accelerator_config.dispatch_batches),
             "`dispatch_batches` cannot send prompts and seeds between processes; leave it off",
         ),
-        "activation_checkpointing_kwargs": (
+        f"{CHECKPOINTING}_kwargs": (
             bool(checkpointing.get("use_reentrant")),
             "`use_reentrant=True` loses the gradients of a LoRA; leave it out",
         ),
@@ -186,7 +186,8 @@ def check_reference(args: DiffusionSDPOConfig) -> None:
 
 def check_activation_checkpointing(args: DiffusionSDPOConfig, denoiser: nn.Module) -> None:
     """Raise `ValueError` where activation checkpointing is asked of a denoiser that has none."""
-    if args.activation_checkpointing and not checkpoints_activations(denoiser):
+    is_on, _ = activation_checkpointing(args)
+    if is_on and not checkpoints_activations(denoiser):
         raise ValueError(
             f"`activation_checkpointing` (`gradient_checkpointing`) cannot act: diffusers' {type(denoiser).__name__} "
             "has none. Leave it off, and use smaller micro-batches or `safeguard_low_memory`."

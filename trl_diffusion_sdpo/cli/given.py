@@ -1,0 +1,212 @@
+"""What was typed and what stands in the file of `--config`, checked against the options before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..suggestions import did_you_mean
+from . import launch
+from .options import Option, OptionTable, names_in_sources, option_parser, refuse_unknown
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it
+# Options that act with `use_peft` alone, by the beginnings of their names in TRL's `ModelConfig`.
+_OF_ADAPTERS = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
+# Options that act with `eval_strategy` alone.
+_OF_EVALUATION = ("eval_dataset_name", "test_size", "eval_steps")
+# YAML 1.1 reads off, no, on and yes without quotes as switches; what they say where an option takes words.
+_WORDS_OF_SWITCHES = {
+    "report_to": {False: "none"},
+    "resume_from_checkpoint": {True: "true", False: "false"},
+}
+_OFF, _ON = ("none", "no", "off", "false"), ("yes", "on", "true")
+_REQUIRED = {
+    "model_name_or_path": "the Hub id or folder of a diffusers pipeline",
+    "dataset_name": "the Hub id, folder or file of a preference data set",
+}
+_RULES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+}
+
+
+class Given(NamedTuple):
+    """What was given.
+
+    Attributes:
+        words (`list[str]`): The command's own, without `--config`.
+        settings (`dict[str, Any]`): Of the file, as the options take them.
+        environment (`dict[str, str]`): Environment variables that the file asks for.
+        typed (`dict[str, Any]`): What the words say, by option.
+    """
+
+    words: list[str]
+    settings: dict[str, Any]
+    environment: dict[str, str]
+    typed: dict[str, Any]
+
+
+def refuse_missing(given: Given) -> None:
+    """Raise `ValueError` where there is no pipeline or no data."""
+    values = {**given.settings, **given.typed}
+    for name, what in _REQUIRED.items():
+        if not values.get(name):
+            raise ValueError(f"`--{name}` must be {what}, got none.")
+
+
+def refuse_unknown_names(arguments: list[str]) -> None:
+    """Refuse options that no installed version knows, where the table of the options describes others than those.
+
+    Raises:
+        ValueError: With what was probably meant.
+    """
+    known = names_in_sources()
+    file = launch.read_file(arguments)
+    if known is None or launch.OPTION in file or launch.take_option(arguments, launch.OPTION)[0] is not None:
+        return  # the options of accelerate's launcher may follow, and it knows them itself
+    known |= {f"no_{name}" for name in known} | {"config", "help", *launch.keys_used_by_the_launcher()}
+    names = (launch.option_of(word) for word in arguments)
+    refuse_unknown([f"--{name}" for name in names if name and name not in known], known)
+    _refuse_unknown_keys({key for key in file if key not in known | {ENVIRONMENT_KEY}}, known)
+
+
+def read_given(arguments: list[str], table: OptionTable) -> Given:
+    """Look at everything that was given.
+
+    Args:
+        arguments (`list[str]`): Of the command, and those of `accelerate launch` with `--accelerate_config`.
+        table (`OptionTable`): The options that there are.
+
+    Raises:
+        ValueError: If a name is unknown, a value is none that its option takes, or options contradict one another.
+    """
+    file = launch.read_file(arguments)
+    _, words = launch.take_option(arguments, "config")
+    named, words = launch.take_option(words, launch.OPTION)
+    launches = named is not None or launch.OPTION in file
+    launched = set(launch.keys_used_by_the_launcher())
+    if launches:
+        _, words = launch.separate(words, table.launch_options)
+        launched |= {launch.OPTION, *table.launch_options}
+    else:
+        _refuse_options_of_the_launcher([*words, *(f"--{key}" for key in file if key not in launched)], table)
+    typed = _read_words(words, table.options)
+    environment = file.pop(ENVIRONMENT_KEY, None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"`{ENVIRONMENT_KEY}` of the file must map names to values, got {environment!r}.")
+    own = {key: value for key, value in file.items() if key not in launched or key in table.options}
+    _refuse_unknown_keys({key for key in own if key not in table.options}, table.options)
+    settings = {key: setting(key, table.options[key], value) for key, value in own.items()}
+    _check_together({**settings, **typed})
+    return Given(words, settings, {str(key): str(value) for key, value in environment.items()}, typed)
+
+
+def setting(name: str, option: Option, value: Any) -> Any:
+    """A value of YAML as an option takes it.
+
+    Args:
+        name (`str`): Of the option, for messages.
+        option (`Option`): The option.
+        value (`Any`): What YAML made of the file.
+
+    Raises:
+        ValueError: If the option takes no such value.
+    """
+    kinds = set(option.kinds)
+    if "other" in kinds or (value is None and "null" in kinds) or (isinstance(value, dict) and "dict" in kinds):
+        return value
+    if isinstance(value, list) and "list" in kinds:
+        return [_scalar(name, option, element, {option.elements}) for element in value]
+    scalar = _scalar(name, option, value, kinds - {"list", "dict", "null"} or {option.elements})
+    return [scalar] if kinds <= {"list", "null"} else scalar
+
+
+def _scalar(name: str, option: Option, value: Any, kinds: set[str]) -> Any:
+    if isinstance(value, bool) and "bool" not in kinds:
+        return _word_of_switch(name, option, value)
+    if isinstance(value, bool) or (isinstance(value, float) and "float" in kinds):
+        return value
+    if isinstance(value, int):
+        if kinds & {"int", "float"}:
+            return value
+        value = str(value)  # a number for text, such as a revision; 0 and 1 for a switch
+    if isinstance(value, str):
+        try:
+            return option.read(value)
+        except ValueError as error:
+            raise ValueError(f"`{name}` {error}") from error
+    rule = " or ".join(_RULES[kind] for kind in option.kinds if kind in _RULES)
+    quote = " Write it in quotes." if "str" in kinds and isinstance(value, float) else ""
+    raise ValueError(f"`{name}` must be {rule}, got {'nothing' if value is None else repr(value)}.{quote}")
+
+
+def _word_of_switch(name: str, option: Option, value: bool) -> str:
+    words = _WORDS_OF_SWITCHES.get(name, {})
+    for word in _ON if value else _OFF:
+        if word in (option.choices or ()):
+            words = {value: word}
+            break
+    if value in words:
+        return words[value]
+    if option.choices:
+        rule = f"one of {', '.join(option.choices)}"
+    else:
+        rule = " or ".join(_RULES[kind] for kind in option.kinds if kind in _RULES)
+    raise ValueError(
+        f"`{name}` must be {rule}, got a switch that is {'on' if value else 'off'}: YAML reads on, off, yes and no so. "
+        "Write the word in quotes if it is meant as text."
+    )
+
+
+def _read_words(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """Values of the options that were typed; of one that was typed again, the last."""
+    parser = option_parser(options, only_given=True, add_help=False)
+    typed, unknown = parser.parse_known_args(words)
+    flags = {flag: name for name, option in options.items() for flag in (*option.flags, *option.off_flags)}
+    refuse_unknown(unknown, (flag.removeprefix("--") for flag in flags))
+    times = Counter(flags[flag] for word in words if (flag := word.partition("=")[0]) in flags)
+    for name in (name for name, count in times.items() if count > 1):
+        _warn(f"`--{name}` is given {times[name]} times; the last one, {vars(typed)[name]}, counts.")
+    return vars(typed)
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Options that do nothing, or something else than they say, without another one."""
+    idle = [name for name, value in given.items() if name.startswith(_OF_ADAPTERS) and value not in (False, None)]
+    if idle and not given.get("use_peft"):
+        listed = ", ".join(f"`{name}`" for name in idle)
+        raise ValueError(
+            f"Without `use_peft` all weights are trained, in full precision, and {listed} would do nothing. Add "
+            "`--use_peft` for a LoRA, or leave the others out."
+        )
+    if given.get("eval_strategy", "no") == "no" and not given.get("do_eval"):
+        for name in (name for name in _OF_EVALUATION if given.get(name) is not None):
+            _warn(f"`{name}={given[name]}` has no effect without `eval_strategy`.")
+
+
+def _warn(message: str) -> None:
+    """Once for all processes: the launcher has said it already, or rank 0 says it."""
+    if launch.LAUNCHED_VARIABLE not in os.environ and os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
+
+
+def _refuse_options_of_the_launcher(words: list[str], table: OptionTable) -> None:
+    names = {launch.option_of(word) for word in words} & set(table.launch_options)
+    if names:
+        listed = ", ".join(f"`--{name}`" for name in sorted(names))
+        raise ValueError(f"Options of `accelerate launch` need `--{launch.OPTION}`; got {listed} without it.")
+
+
+def _refuse_unknown_keys(unknown: set[str], known: Any) -> None:
+    if unknown:
+        told = " ".join(f"`{key}` is none.{did_you_mean(str(key), known)}" for key in sorted(map(str, unknown)))
+        raise ValueError(f"The file of `--config` must hold options of the command or of `accelerate launch`: {told}")
