@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, patch_environment
@@ -25,7 +26,7 @@ from trl_diffusion_sdpo.trainer.policy import PolicyModel
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "accelerate_configs"
 NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
-OWN = {action.dest for action in train.make_parser()._actions}
+OWN = set(train.describe_options().options)
 SETTINGS = {name: yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")) for name in NAMES}
 TWO_CPUS = {
     "compute_environment": "LOCAL_MACHINE",
@@ -114,6 +115,7 @@ def test_without_a_configuration_nothing_is_launched(tmp_path):
 
 def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins(tmp_path):
     settings = {"accelerate_config": "zero2", "num_processes": 4, "enable_cpu_affinity": True, "beta": 5.0}
+    settings["env"] = {"NAME": "value"}  # of the command, as TRL has it, though accelerate has an option of that name
     file = write_yaml(tmp_path / "run.yaml", settings)
     planned = launch.plan(["--config", file, "--num_processes", "2", "--accelerate_config=multi_gpu"], OWN)
     assert planned.config_file == launch.config_path("multi_gpu")
@@ -133,7 +135,7 @@ def test_a_started_process_launches_nothing_and_drops_what_the_launcher_used(tmp
 
 
 def test_every_accelerator_of_every_machine_gets_a_process_if_nothing_else_is_said(monkeypatch):
-    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     assert launch.plan(["--accelerate_config", "multi_gpu"], OWN).options == ["--num_processes", "8"]
     planned = launch.plan(["--accelerate_config", "multi_gpu", "--num_machines", "4"], OWN)
     assert planned.options == ["--num_processes", "32", "--num_machines", "4"]
@@ -147,9 +149,10 @@ def test_every_accelerator_of_every_machine_gets_a_process_if_nothing_else_is_sa
         (["--accelerate_config"], "`--accelerate_config` takes one value"),
         (["--accelerate_config", "zero2", "--accelerate_config", "zero3"], "`--accelerate_config` takes one value"),
         (["--accelerate_config", "TWO", "--num_processes"], "`--num_processes` takes a value"),
-        (["--accelerate_config", "TWO", "--betta", "5"], "--betta 5"),
+        (["--accelerate_config", "TWO", "--betta", "5"], "Did you mean `--beta`?"),
         (["--accelerate_config", "TWO", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "got betta"),
+        (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "`betta` is none. Did you mean `beta`?"),
+        (["--accelerate_config", "TWO", "--num_proceses", "2"], "Did you mean `--num_processes`?"),
         (["--accelerate_config", "UNREADABLE"], "must be YAML"),
         (["--num_processes", "2"], "need `--accelerate_config`"),
     ],

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -245,6 +246,20 @@ def test_a_second_call_with_other_settings_is_refused(sweep, lora_run, capsys):
     assert sweep(folder, "--scales", 1, "--max_pairs", 4) == 0
     assert sweep(folder, "--scales", 1) == 2
     assert "pairs was 4, is 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("max_pairs", "evaluated"), [(4, 4), (7, 6)])
+def test_pairs_are_counted_where_a_row_is_one_of_several_images(
+    sweep, tmp_path, make_pairs, lora_run, max_pairs, evaluated
+):
+    """Two prompts with three ranked images each: three pairs of every prompt, and no pair in a row."""
+    images = make_pairs(6, seed=1)["chosen"]
+    rows = {"prompt": ["a dog"] * 3 + ["a cat"] * 3, "prompt_id": [0] * 3 + [1] * 3, "rank": [1, 2, 3] * 2}
+    (tmp_path / "ranked").mkdir()
+    datasets.Dataset.from_dict({**rows, "image": list(images)}).to_parquet(tmp_path / "ranked" / "test.parquet")
+    asked = ["--scales", 1, "--max_pairs", max_pairs, "--dataset_name", tmp_path / "ranked"]
+    assert sweep(lora_run[0], *asked) == 0
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"]["pairs"] == evaluated
 
 
 def test_a_file_that_holds_no_sweep_is_refused(sweep, tmp_path, lora_run, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..suggestions import did_you_mean
@@ -14,7 +14,6 @@ from .options import Option, OptionTable, names_in_sources, option_parser, refus
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it
 # Options that act with `use_peft` alone, by the beginnings of their names in TRL's `ModelConfig`.
 _OF_ADAPTERS = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
 # Options that act with `eval_strategy` alone.
@@ -76,7 +75,7 @@ def refuse_unknown_names(arguments: list[str]) -> None:
     known |= {f"no_{name}" for name in known} | {"config", "help", *launch.keys_used_by_the_launcher()}
     names = (launch.option_of(word) for word in arguments)
     refuse_unknown([f"--{name}" for name in names if name and name not in known], known)
-    _refuse_unknown_keys({key for key in file if key not in known | {ENVIRONMENT_KEY}}, known)
+    _refuse_unknown_keys({key for key in file if key not in known | {launch.ENVIRONMENT_KEY}}, known)
 
 
 def read_given(arguments: list[str], table: OptionTable) -> Given:
@@ -90,6 +89,9 @@ def read_given(arguments: list[str], table: OptionTable) -> Given:
         ValueError: If a name is unknown, a value is none that its option takes, or options contradict one another.
     """
     file = launch.read_file(arguments)
+    environment = file.pop(launch.ENVIRONMENT_KEY, {})
+    if not isinstance(environment, dict):
+        raise ValueError(f"`{launch.ENVIRONMENT_KEY}` of the file must map names to values, got {environment!r}.")
     _, words = launch.take_option(arguments, "config")
     named, words = launch.take_option(words, launch.OPTION)
     launches = named is not None or launch.OPTION in file
@@ -99,10 +101,7 @@ def read_given(arguments: list[str], table: OptionTable) -> Given:
         launched |= {launch.OPTION, *table.launch_options}
     else:
         _refuse_options_of_the_launcher([*words, *(f"--{key}" for key in file if key not in launched)], table)
-    typed = _read_words(words, table.options)
-    environment = file.pop(ENVIRONMENT_KEY, None) or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"`{ENVIRONMENT_KEY}` of the file must map names to values, got {environment!r}.")
+    typed = _read_words(words, table.options, table.launch_options if launches else ())
     own = {key: value for key, value in file.items() if key not in launched or key in table.options}
     _refuse_unknown_keys({key for key in own if key not in table.options}, table.options)
     settings = {key: setting(key, table.options[key], value) for key, value in own.items()}
@@ -167,12 +166,12 @@ def _word_of_switch(name: str, option: Option, value: bool) -> str:
     )
 
 
-def _read_words(words: list[str], options: Mapping[str, Option]) -> dict[str, Any]:
+def _read_words(words: list[str], options: Mapping[str, Option], others: Iterable[str]) -> dict[str, Any]:
     """Values of the options that were typed; of one that was typed again, the last."""
     parser = option_parser(options, only_given=True, add_help=False)
     typed, unknown = parser.parse_known_args(words)
     flags = {flag: name for name, option in options.items() for flag in (*option.flags, *option.off_flags)}
-    refuse_unknown(unknown, (flag.removeprefix("--") for flag in flags))
+    refuse_unknown(unknown, [*(flag.removeprefix("--") for flag in flags), *others])
     times = Counter(flags[flag] for word in words if (flag := word.partition("=")[0]) in flags)
     for name in (name for name, count in times.items() if count > 1):
         _warn(f"`--{name}` is given {times[name]} times; the last one, {vars(typed)[name]}, counts.")

@@ -32,8 +32,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # Options of `accelerate launch` that are given here and by nobody else.
 _RESERVED = {"config_file", "module", "no_python", "help"}
+ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it; not accelerate's
 _MERGE_TAG = "tag:yaml.org,2002:merge"
-_ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it
 
 
 class Launch(NamedTuple):
@@ -90,8 +90,7 @@ def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
         that was started here.
 
     Raises:
-        ValueError: If there is no such configuration, an argument is unknown, or another launcher started this
-            process.
+        ValueError: If there is no such configuration, or another launcher started this process.
         MissingExtraError: If the configuration needs DeepSpeed, which is not installed.
     """
     if LAUNCHED_VARIABLE in os.environ:
@@ -104,8 +103,7 @@ def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
     _refuse_a_second_launcher()
     takes_value = launch_options(own_options)
     options, own = separate(rest, takes_value)
-    used = {key: value for key, value in in_file.items() if key in takes_value}
-    _refuse_unknown([key for key in in_file if key not in {*own_options, *used, OPTION, _ENVIRONMENT_KEY}])
+    used = {key: value for key, value in in_file.items() if key in takes_value and key != ENVIRONMENT_KEY}
     file = config_path(str(chosen))
     settings = _read_yaml(file)
     if settings.get("distributed_type") == "DEEPSPEED":
@@ -252,13 +250,6 @@ def _refuse_a_second_launcher() -> None:
         raise ValueError(
             f"`{OPTION}` starts the processes itself, and this one was started by torchrun or `accelerate launch` "
             f"already. Leave out one of the two: with `accelerate launch`, pass the file as `--config_file`."
-        )
-
-
-def _refuse_unknown(keys: list[str]) -> None:
-    if keys:
-        raise ValueError(
-            f"The file of `--config` must hold options of the command or of `accelerate launch`, got {', '.join(keys)}."
         )
 
 

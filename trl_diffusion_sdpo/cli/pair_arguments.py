@@ -70,11 +70,12 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Raises:
         ValueError: If there is no such data set or split, or the evaluation would be on training pairs.
     """
-    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+    train_split = script_args.dataset_train_split
     if training_args.eval_strategy == "no":
         return load_split(script_args, train_split), None
     if script_args.eval_dataset_name is not None:
-        return load_split(script_args, train_split), _load_named_for_evaluation(script_args)
+        evaluation = _load_named_for_evaluation(script_args)
+        return load_split(script_args, train_split), evaluation
     if script_args.test_size is not None:
         _refuse_streaming(script_args)
         known = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}

@@ -120,7 +120,6 @@ def _load_base(options: argparse.Namespace, run: SavedRun) -> LoadedModel:
 
 def _make_trainer(options: argparse.Namespace, run: SavedRun, loaded: LoadedModel) -> DiffusionSDPOTrainer:
     """Around the base, which is the reference, too; it measures as the run did."""
-    from torch.utils.data import Subset
     from transformers import PrinterCallback
 
     from ..trainer import DiffusionSDPOTrainer
@@ -128,9 +127,8 @@ def _make_trainer(options: argparse.Namespace, run: SavedRun, loaded: LoadedMode
     args, pairs = _make_args(options, run), _load_pairs(options)
     trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
     trainer.remove_callback(PrinterCallback)
-    prepared = trainer.eval_dataset
-    if options.max_pairs is not None and len(prepared) > options.max_pairs:
-        trainer.eval_dataset = Subset(prepared, range(options.max_pairs))
+    if options.max_pairs is not None:
+        trainer.eval_dataset = trainer.eval_dataset.first(options.max_pairs)
     return trainer
 
 

@@ -55,9 +55,9 @@ def run(arguments: list[str], prog: str) -> int:
     if {"-h", "--help"} & set(arguments):
         option_parser(table.options, **_texts(prog)).parse_args(["--help"])  # ends the process
     given = read_given(arguments, table)
-    refuse_missing(given)
     os.environ.update(given.environment)
     planned = launch.plan(arguments, table.options)
+    refuse_missing(given)
     return train(*_parse(given, prog)) if planned is None else launch.start(planned, "train")
 
 

@@ -55,6 +55,13 @@ class PreferenceDataset(Dataset):
         view._maker = self._maker.for_evaluation()
         return view
 
+    def first(self, count: int) -> "PreferenceDataset":
+        """The first pairs, at most `count`; they draw as they do in the whole."""
+        view = copy.copy(self)
+        view._places, view._scores = self._places[:count], None if self._scores is None else self._scores[:count]
+        view._forget_bad_pairs()
+        return view
+
     def verify_images(self, num_proc: int | None = None) -> None:
         """Decodes every image once and drops the pairs of those that fail."""
         if not len(self):

@@ -1,0 +1,152 @@
+"""Which pairs are evaluated: a split of their own, another data set, or some held out; never the training pairs."""
+
+import json
+
+import datasets
+import pytest
+
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets, load_split
+
+COUNT = 12
+SPLITS = {"train": range(8), "test": range(8, 12)}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, make_pairs):
+    """Paths of the same twelve pairs in every form."""
+    folder, pairs = tmp_path_factory.mktemp("data"), make_pairs(COUNT, size=(8, 8))
+    parts = datasets.DatasetDict({name: pairs.select(rows) for name, rows in SPLITS.items()})
+    found = {name: folder / name for name in ("file.parquet", "saved", "saved_dict", "two", "one", "link.parquet")}
+    pairs.to_parquet(found["file.parquet"])
+    found["link.parquet"].symlink_to(found["file.parquet"])
+    pairs.save_to_disk(found["saved"])
+    parts.save_to_disk(found["saved_dict"])
+    for name, split in (("two", "train"), ("two", "test"), ("one", "train")):
+        found[name].mkdir(exist_ok=True)
+        parts[split].to_parquet(found[name] / f"{split}.parquet")
+    return {name: str(path) for name, path in found.items()}
+
+
+@pytest.fixture
+def load(places, make_args):
+    """`load(name, eval_strategy=, **script_arguments)`: prompts that are trained on, and those that are evaluated."""
+
+    def call(name, eval_strategy="steps", eval_steps=5, **words):
+        given = {key: places.get(value, value) for key, value in {"dataset_name": name, **words}.items()}
+        args = make_args(eval_strategy=eval_strategy, eval_steps=eval_steps)
+        loaded = load_datasets(PairArguments(**given), args)
+        return tuple(None if part is None else [row["prompt"] for row in part] for part in loaded)
+
+    return call
+
+
+def prompts(rows) -> list[str]:
+    return [f"prompt {row}" for row in rows]
+
+
+@pytest.mark.parametrize("name", ["file.parquet", "saved"])
+def test_one_split_trains_whole_without_an_evaluation(load, name):
+    assert load(name, eval_strategy="no") == (prompts(range(COUNT)), None)
+
+
+@pytest.mark.parametrize("name", ["saved_dict", "two"])
+def test_two_splits_are_trained_and_evaluated_on(load, name):
+    assert load(name) == (prompts(SPLITS["train"]), prompts(SPLITS["test"]))
+
+
+@pytest.mark.parametrize("name", ["file.parquet", "saved"])
+@pytest.mark.parametrize("more", [{}, {"dataset_test_split": "train"}, {"dataset_test_split": "validation"}])
+def test_one_split_is_not_evaluated_on(load, name, more):
+    with pytest.raises(ValueError, match="is one split, all of it trained on. Name other pairs with `eval_dataset_name`"):
+        load(name, **more)
+
+
+def test_a_folder_that_has_no_such_split_is_told_with_what_to_do(load):
+    with pytest.raises(ValueError, match="test.*Name other pairs with `eval_dataset_name`, hold some out"):
+        load("one")
+    with pytest.raises(ValueError, match="test.*Name other pairs"):
+        load("one", dataset_streaming=True)
+
+
+@pytest.mark.parametrize("name", ["one", "two", "saved_dict", "somebody/on-the-hub"])
+@pytest.mark.parametrize("split", ["train", "train[:10%]"])
+def test_the_training_split_is_not_evaluated_on(load, name, split):
+    with pytest.raises(ValueError, match=r"`dataset_test_split` must be another split than `dataset_train_split`, got"):
+        load(name, dataset_test_split=split)
+
+
+def test_slices_of_one_file_are_two_splits(load):
+    found = load("file.parquet", dataset_train_split="train[:75%]", dataset_test_split="train[75%:]")
+    assert found == (prompts(range(9)), prompts(range(9, COUNT)))
+
+
+@pytest.mark.parametrize("name", ["one", "file.parquet", "saved"])
+def test_pairs_for_evaluation_are_named(load, name):
+    found = load(name, eval_dataset_name="two")
+    assert found[1] == prompts(SPLITS["test"]) and len(found[0]) == (8 if name == "one" else COUNT)
+
+
+@pytest.mark.parametrize("name", ["file.parquet", "saved"])
+def test_one_split_is_evaluated_on_whatever_it_is_called(load, name):
+    assert load("one", eval_dataset_name=name)[1] == prompts(range(COUNT))
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "more"),
+    [
+        ("file.parquet", "file.parquet", {}),
+        ("file.parquet", "link.parquet", {}),
+        ("saved", "saved", {}),
+        ("two", "two", {"dataset_test_split": "train"}),
+        ("somebody/on-the-hub", "somebody/on-the-hub", {"dataset_test_split": "train"}),
+    ],
+)
+def test_naming_the_training_pairs_for_evaluation_is_refused(load, name, other, more):
+    with pytest.raises(ValueError, match="`eval_dataset_name` must name other pairs than those that are trained on"):
+        load(name, eval_dataset_name=other, **more)
+
+
+@pytest.mark.parametrize("name", ["file.parquet", "saved", "one"])
+def test_pairs_are_held_out_of_the_training_split(load, name):
+    train, test = load(name, test_size=0.25)
+    count = 8 if name == "one" else COUNT
+    assert len(test) == count / 4 and sorted(train + test) == sorted(prompts(range(count)))
+    assert load(name, test_size=0.25) == (train, test), "the run's seed decides"
+
+
+def test_a_stream_is_not_parted(load):
+    with pytest.raises(ValueError, match="cannot act on a stream"):
+        load("file.parquet", test_size=0.25, dataset_streaming=True)
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, 1.5, float("nan")])
+def test_a_size_out_of_range_is_refused(size):
+    with pytest.raises(ValueError, match="`test_size` must be a share in"):
+        PairArguments(test_size=size)
+
+
+def test_the_two_ways_to_name_pairs_exclude_one_another():
+    with pytest.raises(ValueError, match="got both. Leave one out"):
+        PairArguments(test_size=0.5, eval_dataset_name="other")
+
+
+def test_a_configuration_of_a_hub_data_set_has_no_effect_on_a_path(places, caplog):
+    assert len(load_split(PairArguments(dataset_name=places["saved"], dataset_config="2024"), "train")) == COUNT
+    assert "`dataset_config=2024` has no effect" in caplog.text
+
+
+def test_an_evaluation_on_the_training_file_is_told_in_one_line(places, sd_folder, tmp_path, capsys):
+    words = ["--model_name_or_path", sd_folder, "--dataset_name", places["file.parquet"], "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "steps", "--eval_steps", "1"]
+    assert main(["train", *words]) == 2
+    assert "is one split, all of it trained on" in capsys.readouterr().err
+
+
+def test_a_run_on_one_file_is_evaluated_on_what_was_held_out(places, sd_folder, tmp_path):
+    words = ["--model_name_or_path", sd_folder, "--dataset_name", places["file.parquet"], "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "steps", "--eval_steps", "1", "--test_size", "3"]
+    words += ["--max_steps", "1", "--resolution", "16", "--per_device_train_batch_size", "2", "--report_to", "none"]
+    assert main(["train", *words, "--disable_tqdm", "true"]) == 0
+    history = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1]

@@ -1,0 +1,88 @@
+"""Pairs held out of a training set: a prompt's rows stay together, and the seed decides which go."""
+
+import logging
+from collections import Counter
+
+import datasets
+import pytest
+
+from trl_diffusion_sdpo.data.holdout import hold_out
+
+
+def pairs(prompts: list[str | None], **columns: list) -> datasets.Dataset:
+    """Canonical pairs by file name: nothing here opens an image."""
+    names = [f"{number}.png" for number in range(len(prompts))]
+    return datasets.Dataset.from_dict({"prompt": prompts, "chosen": names, "rejected": names, **columns})
+
+
+def numbers(dataset: datasets.Dataset) -> list[int]:
+    return [int(name.removesuffix(".png")) for name in dataset["chosen"]]
+
+
+PROMPTS = [f"prompt {row % 20}" for row in range(60)]  # twenty prompts with three rows each
+
+
+@pytest.mark.parametrize(("size", "held"), [(0.1, 6), (0.25, 15), (9, 9), (10, 9), (59, 57)])
+def test_rows_are_held_out_by_prompt_up_to_the_size(size, held):
+    train, test = hold_out(pairs(PROMPTS), size, seed=0)
+    assert len(test) == held and len(train) == 60 - held
+    assert sorted(numbers(train) + numbers(test)) == list(range(60))
+    assert not set(train["prompt"]) & set(test["prompt"])
+    assert set(Counter(test["prompt"]).values()) == {3}
+    assert numbers(test) == sorted(numbers(test)), "the rows keep their order"
+
+
+def test_the_seed_decides_which():
+    chosen = {seed: frozenset(hold_out(pairs(PROMPTS), 0.1, seed=seed)[1]["prompt"]) for seed in range(5)}
+    assert len(set(chosen.values())) > 1
+    assert frozenset(hold_out(pairs(PROMPTS), 0.1, seed=3)[1]["prompt"]) == chosen[3]
+
+
+def test_where_one_prompt_is_all_there_is_rows_are_parted_and_it_is_told(caplog):
+    train, test = hold_out(pairs(["the same"] * 10), 0.3, seed=0)
+    assert (len(train), len(test)) == (7, 3)
+    assert sorted(numbers(train) + numbers(test)) == list(range(10))
+    assert "prompts are on both sides" in caplog.text
+
+
+def test_how_many_rows_are_held_out_is_told(caplog):
+    caplog.set_level(logging.INFO)
+    hold_out(pairs(PROMPTS), 0.1, seed=0)
+    assert "Held out for evaluation: 6 of 60 rows." in caplog.text
+
+
+@pytest.mark.parametrize("size", [60, 61, 0.999])
+def test_a_size_that_leaves_nothing_to_train_on_is_refused(size):
+    with pytest.raises(ValueError, match="must leave rows to train on; the data set has 60"):
+        hold_out(pairs(PROMPTS), size, seed=0)
+
+
+def test_rows_of_one_group_stay_together_though_their_prompts_are_spelt_otherwise():
+    """ImageRewardDB compares the rows of a `prompt_id`: one row alone makes no pair."""
+    rows = {
+        "prompt": [f"prompt {row % 2} of {row // 4}" for row in range(40)],
+        "prompt_id": [f"{row // 4}" for row in range(40)],
+        "image": [f"{row}.png" for row in range(40)],
+        "rank": list(range(40)),
+    }
+    train, test = hold_out(datasets.Dataset.from_dict(rows), 0.2, seed=1)
+    assert set(Counter(test["prompt_id"]).values()) == {4}
+    assert not set(train["prompt_id"]) & set(test["prompt_id"])
+
+
+def test_the_prompt_is_the_column_that_the_format_reads():
+    """Pick-a-Pic's rows are read by `caption`."""
+    rows = {
+        "caption": [f"caption {row // 2}" for row in range(20)],
+        "prompt": [f"prompt {row}" for row in range(20)],
+        "label_0": [1.0] * 20,
+        "jpg_0": [b""] * 20,
+        "jpg_1": [b""] * 20,
+    }
+    train, test = hold_out(datasets.Dataset.from_dict(rows), 0.5, seed=0)
+    assert not set(train["caption"]) & set(test["caption"])
+
+
+def test_rows_without_a_prompt_are_one_group():
+    train, test = hold_out(pairs([None, "a", None, "b", "c", "d", None, "e"]), 1, seed=0)
+    assert test["prompt"] != [None] and len(test) == 1
