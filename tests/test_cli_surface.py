@@ -177,7 +177,10 @@ def test_every_command_explains_itself(command, capsys):
         (["--betta", "5"], "`--betta` is no option of this command. Did you mean `--beta`?"),
         (["--safeguard_m", "0.5"], "`--safeguard_m` is no option"),
         (["--no-random-flop"], "Did you mean `--no_random_flip`"),
-        (["--safeguard", "paramter"], "must be one of none, output, parameter, got 'paramter'. Did you mean `parameter`?"),
+        (
+            ["--safeguard", "paramter"],
+            "must be one of none, output, parameter, got 'paramter'. Did you mean `parameter`?",
+        ),
         (["--safeguard", "off"], "must be one of none, output, parameter, got 'off'."),
         (["--beta", "five"], "--beta: must be a number, got 'five'"),
         (["--max_steps", "1.5"], "must be a whole number, got '1.5'"),

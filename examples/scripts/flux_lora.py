@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["trl-diffusion-sdpo"]
 # ///
 """Tune a LoRA of FLUX.1 [dev] on preference pairs.
@@ -8,20 +8,21 @@
 python examples/scripts/flux_lora.py --dataset_name OWNER/PREFERENCES --output_dir flux-sdpo-lora
 ```
 
-Every option of TRL's `ScriptArguments` and `ModelConfig` and of `DiffusionSDPOConfig` can be given, on the command line
+Every option of `PairArguments`, of TRL's `ModelConfig` and of `DiffusionSDPOConfig` can be given, on the command line
 or in a YAML file with `--config`; `--help` lists them. `--load_in_4bit true` holds the frozen base in four bits, for
 which the extra `quantization` must be installed. The distilled guidance scale is an input of this transformer, and
 training keeps it at 1 unless `--guidance_scale` says otherwise.
 """
 
-from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
+from trl_diffusion_sdpo.cli.train import resume_point
 
 
 def main(argv=None):
-    parser = TrlParser((ScriptArguments, DiffusionSDPOConfig, ModelConfig))
+    parser = TrlParser((PairArguments, DiffusionSDPOConfig, ModelConfig))
     parser.set_defaults(
         model_name_or_path="black-forest-labs/FLUX.1-dev",
         output_dir="flux-sdpo-lora",
@@ -40,21 +41,17 @@ def main(argv=None):
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-
-    def load(split):
-        name, config = script_args.dataset_name, script_args.dataset_config
-        return load_dataset(name, name=config, split=split, streaming=script_args.dataset_streaming)
-
+    train_dataset, eval_dataset = load_datasets(script_args, training_args)
     trainer = DiffusionSDPOTrainer(
         model_args.model_name_or_path,
         None,  # the reference: the model with its LoRA switched off
         training_args,
-        load(script_args.dataset_train_split),
-        load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        train_dataset,
+        eval_dataset,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -63,7 +63,7 @@ def read_words(table, *words: str) -> dict:
         ("sample_prompts: a dog", ["a dog"]),
         ("report_to: [tensorboard, wandb]", ["tensorboard", "wandb"]),
         ("model_init_kwargs: {variant: fp16}", {"variant": "fp16"}),
-        ("model_init_kwargs: '{\"variant\": \"fp16\"}'", '{"variant": "fp16"}'),
+        ('model_init_kwargs: \'{"variant": "fp16"}\'', '{"variant": "fp16"}'),
     ],
 )
 def test_a_setting_of_a_file_is_what_its_option_takes(read_yaml, text, value):

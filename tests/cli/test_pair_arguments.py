@@ -58,7 +58,9 @@ def test_two_splits_are_trained_and_evaluated_on(load, name):
 @pytest.mark.parametrize("name", ["file.parquet", "saved"])
 @pytest.mark.parametrize("more", [{}, {"dataset_test_split": "train"}, {"dataset_test_split": "validation"}])
 def test_one_split_is_not_evaluated_on(load, name, more):
-    with pytest.raises(ValueError, match="is one split, all of it trained on. Name other pairs with `eval_dataset_name`"):
+    with pytest.raises(
+        ValueError, match="is one split, all of it trained on. Name other pairs with `eval_dataset_name`"
+    ):
         load(name, **more)
 
 
@@ -72,7 +74,9 @@ def test_a_folder_that_has_no_such_split_is_told_with_what_to_do(load):
 @pytest.mark.parametrize("name", ["one", "two", "saved_dict", "somebody/on-the-hub"])
 @pytest.mark.parametrize("split", ["train", "train[:10%]"])
 def test_the_training_split_is_not_evaluated_on(load, name, split):
-    with pytest.raises(ValueError, match=r"`dataset_test_split` must be another split than `dataset_train_split`, got"):
+    with pytest.raises(
+        ValueError, match=r"`dataset_test_split` must be another split than `dataset_train_split`, got"
+    ):
         load(name, dataset_test_split=split)
 
 
@@ -145,7 +149,16 @@ def test_an_evaluation_on_the_training_file_is_told_in_one_line(places, sd_folde
 
 def test_a_run_on_one_file_is_evaluated_on_what_was_held_out(places, sd_folder, tmp_path):
     words = ["--model_name_or_path", sd_folder, "--dataset_name", places["file.parquet"], "--use_cpu"]
-    words += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "steps", "--eval_steps", "1", "--test_size", "3"]
+    words += [
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--test_size",
+        "3",
+    ]
     words += ["--max_steps", "1", "--resolution", "16", "--per_device_train_batch_size", "2", "--report_to", "none"]
     assert main(["train", *words, "--disable_tqdm", "true"]) == 0
     history = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]

@@ -76,6 +76,20 @@ def test_the_sd15_lora_example_writes_a_lora_that_the_pipeline_loads(run_example
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
     pipeline.load_lora_weights(output, weight_name=LORA)
     assert pipeline.get_active_adapters()
+    run_example("sd15_lora", sd_folder, "--resume_from_checkpoint", "true", "--max_steps", "3")
+    assert [entry["step"] for entry in history(output) if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])
+def test_no_example_evaluates_on_the_file_that_it_trains_on(run_example, pairs, name):
+    with pytest.raises(ValueError, match="is one split, all of it trained on"):
+        run_example(name, "nowhere", "--dataset_name", f"{pairs}/train.parquet", "--eval_strategy", "epoch")
+
+
+def test_the_example_for_all_weights_refuses_a_lora(run_example, capsys):
+    with pytest.raises(SystemExit):
+        run_example("sd15_full", "nowhere", "--use_peft")
+    assert "belong to sd15_lora.py" in capsys.readouterr().err
 
 
 def test_the_sd15_full_example_writes_a_unet_and_evaluates(run_example, sd_folder):

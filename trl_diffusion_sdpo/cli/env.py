@@ -60,5 +60,6 @@ def _accelerators() -> list[str]:
 
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    accelerator = torch.accelerator.current_accelerator()
-    return [] if accelerator is None else [accelerator.type]
+    if not torch.accelerator.is_available():  # asked for its name without one, torch 2.6 raises
+        return []
+    return [torch.accelerator.current_accelerator().type]

@@ -107,7 +107,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
-        refuse_unknown(unknown, (flag.removeprefix("--") for action in self._actions for flag in action.option_strings))
+        refuse_unknown(
+            unknown, (flag.removeprefix("--") for action in self._actions for flag in action.option_strings)
+        )
         return parsed
 
 

@@ -45,7 +45,9 @@ def describe_options() -> OptionTable:
 
     parser = make_parser()
     options = describe(parser, parser.dataclass_types)
-    theirs = {field.name for upstream in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(upstream)}
+    theirs = {
+        field.name for upstream in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(upstream)
+    }
     return OptionTable(options, launch.launch_options(options), [name for name in options if name not in theirs])
 
 
