@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 # The common base of all mixins that give pipelines `load_lora_weights` and `save_lora_weights`; exported by its module
 # only. Can go when `diffusers.loaders` exports it.
 from diffusers.loaders.lora_base import LoraBaseMixin
+from transformers import TrainingArguments
 
 # numpy's classes without which `torch.load(weights_only=True)` reads no random states of a checkpoint; exported by its
 # module only. Can go when transformers exports it.
@@ -17,7 +18,6 @@ from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 # transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
 # `Trainer._push_from_checkpoint` copies transformers' file names only and uploads a pickle of the arguments.
 # Can go when transformers lets a trainer name the files that it publishes.
-from transformers import TrainingArguments
 from transformers.utils import PushInProgress
 
 # The arguments that transformers 5.23 renamed. Can go when the lowest supported transformers has the new names.
