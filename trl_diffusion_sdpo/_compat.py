@@ -6,19 +6,22 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-# The common base of all mixins that give pipelines `load_lora_weights` and `save_lora_weights`; exported by its module
-# only. Can go when `diffusers.loaders` exports it.
-from diffusers.loaders.lora_base import LoraBaseMixin
+# The common base of all mixins that give pipelines `load_lora_weights` and `save_lora_weights`, and where they keep a
+# LoRA's settings in a file's metadata; exported by their module only. Can go when `diffusers.loaders` exports them.
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
+
+# What a lost connection to the Hub raises comes from the client's HTTP library, httpx or httpx2 by its version; its
+# module of errors has the common base of both. Can go when huggingface_hub has an error of its own for it.
+from huggingface_hub.errors import HTTPError as HubConnectionError
+
+# How PEFT finds a module's own rank or alpha among the patterns of a LoRA's configuration. Can go when `peft.utils`
+# exports it, or a configuration tells a module's alpha.
+from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
 # numpy's classes without which `torch.load(weights_only=True)` reads no random states of a checkpoint; exported by its
 # module only. Can go when transformers exports it.
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
-
-# transformers' handle on uploads in progress, which `Trainer._finish_current_push` waits for. Needed because
-# `Trainer._push_from_checkpoint` copies transformers' file names only and uploads a pickle of the arguments.
-# Can go when transformers lets a trainer name the files that it publishes.
-from transformers.utils import PushInProgress
 
 # The arguments that transformers 5.23 renamed. Can go when the lowest supported transformers has the new names.
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -26,7 +29,8 @@ CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpoint
 
 __all__ = [
     "CHECKPOINTING",
-    "PushInProgress",
+    "LORA_ADAPTER_METADATA_KEY",
+    "HubConnectionError",
     "activation_checkpointing",
     "block_names",
     "checkpoints_activations",
@@ -34,6 +38,7 @@ __all__ = [
     "keeps_zero_gradients",
     "loads_lora",
     "numpy_safe_globals",
+    "pattern_key",
     "zero3_adam_state",
     "zero_gradients",
     "zero_weights",

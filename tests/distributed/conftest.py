@@ -202,10 +202,13 @@ def optimizer_steps(folder: Path, accumulation: int) -> list[list[dict]]:
 
 
 def read_saved(folder: Path, tuning: str) -> dict[str, torch.Tensor]:
-    """The weights as a user finds them."""
+    """The weights as a user finds them; a LoRA's without its scale, as they train."""
     if tuning == "full":
         return UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
-    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    if (folder / "adapter_model.safetensors").is_file():
+        weights = load_file(folder / "adapter_model.safetensors")
+        return {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")  # of the LoRA that training starts from
     return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
 
 

@@ -16,6 +16,9 @@ import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 from huggingface_hub.hf_api import api as default_api
+from huggingface_hub.utils import http_backoff
+
+from trl_diffusion_sdpo.trainer import hub as hub_requests
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt")
 REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called
@@ -64,6 +67,8 @@ class HubServer:
         repos: Repositories by `owner/name`.
         requests: Everything that was asked, in order.
         uploaded_parts: How many parts of LFS files arrived.
+        failing: How often each endpoint (a pattern of `METHOD /path`) still answers 503.
+        forbidden: Repositories that may not be made or changed: 403.
     """
 
     def __init__(self):
@@ -75,6 +80,8 @@ class HubServer:
         self.verified: set[str] = set()
         self.uploaded_parts = 0
         self.requests: list[Request] = []
+        self.failing: dict[str, float] = {}
+        self.forbidden: set[str] = set()
         self.lock = threading.Lock()
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.httpd.server_address[1]}"
@@ -104,6 +111,8 @@ class HubHandler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(Request(self.command, path, authorized, body))
             try:
+                if is_failing(self.hub, f"{self.command} {path}"):
+                    return self.answer(503, b"<html>Service Unavailable</html>")
                 handler, needs_token, match = find_route(self.command, path)
                 if needs_token and not authorized:
                     raise Refusal(401, "Invalid credentials in Authorization header")
@@ -142,6 +151,14 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
 
+def is_failing(hub: HubServer, request: str) -> bool:
+    """Whether an endpoint is to answer 503 as a gateway does, with a page that is no JSON; counts down."""
+    pattern = next((pattern for pattern, left in hub.failing.items() if left and re.search(pattern, request)), None)
+    if pattern is not None:
+        hub.failing[pattern] -= 1
+    return pattern is not None
+
+
 def find_route(method: str, path: str):
     for methods, pattern, needs_token, handler in ROUTES:
         if method in methods and (match := re.fullmatch(pattern, path)):
@@ -169,6 +186,8 @@ def create(hub, body):
     asked = json.loads(body)
     repo_id = f"{asked.get('organization') or hub.user}/{asked['name']}"
     answer = {"url": f"{hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
+    if repo_id in hub.forbidden:
+        raise Refusal(403, f"You may not write to {repo_id}")
     if repo_id in hub.repos:
         return 409, {**answer, "error": "You already created this model repo"}
     hub.repos[repo_id] = HubRepo(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
@@ -353,7 +372,10 @@ ROUTES = (  # methods, path, whether the token is asked for, handler
 
 @pytest.fixture
 def hub_server(monkeypatch, tmp_path):
-    """A running `HubServer` that the installed client talks to, logged in, without the Xet protocol."""
+    """A running `HubServer` that the installed client talks to, logged in, without the Xet protocol. Neither client nor
+    trainer waits long before another attempt."""
+    monkeypatch.setattr(hub_requests, "FIRST_WAIT", 0.01)
+    monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0.01)
     hub = HubServer()
     point_client_at(hub, monkeypatch, tmp_path / "hf_home")
     huggingface_hub.close_session()  # the next one reads the proxy settings anew

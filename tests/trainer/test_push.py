@@ -1,9 +1,12 @@
 """`push_to_hub` through the real client, against a server on this machine that speaks the Hub's protocol."""
 
+import huggingface_hub
 import pytest
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+
+from trl_diffusion_sdpo.trainer.hub import PublishingError
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -86,3 +89,111 @@ def test_a_private_repository_stays_private(make_trainer, hub_server):
     trainer = make_trainer(max_steps=1, hub_model_id="tester/run", hub_private_repo=True)
     trainer.push_to_hub()
     assert hub_server.repos["tester/run"].private
+
+
+ENDPOINTS = {
+    "create": "POST /api/repos/create",
+    "validate": "POST /api/validate-yaml",
+    "preupload": "POST /api/models/.*/preupload/",
+    "batch": r"POST /.*\.git/info/lfs/objects/batch",
+    "upload": "PUT /lfs/",
+    "verify": "POST /verify",
+    "commit": "POST /api/models/.*/commit/",
+}
+
+
+def unsaved(make_trainer, **args):
+    """A trainer whose weights are nowhere yet; from what they come does not matter to the Hub."""
+    return make_trainer(hub_model_id="tester/run", peft_config=LoraConfig(r=4), **args)
+
+
+def test_endpoints_that_are_busy_for_a_while_are_asked_again(make_trainer, hub_server):
+    hub_server.failing = dict.fromkeys(ENDPOINTS.values(), 2)
+    unsaved(make_trainer).push_to_hub()
+    assert set(hub_server.failing.values()) == {0}  # each was asked, in vain, and again
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+    assert len(hub_server.repos["tester/run"].commits) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["create", "commit"])
+def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer, hub_server, tmp_path, endpoint):
+    trainer = unsaved(make_trainer)
+    hub_server.failing = {ENDPOINTS[endpoint]: float("inf")}
+    with pytest.raises(PublishingError) as told:
+        trainer.push_to_hub()
+    message = str(told.value)
+    assert f"The weights are safe in {tmp_path / 'run'}" in message and "`push_to_hub()`" in message
+    assert "\n" not in message and "tester/run" in message
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    asked = [path for path in hub_server.paths("POST") if "create" in path]
+    assert len(asked) == (6 if endpoint == "create" else 1)  # bounded
+
+    hub_server.failing = {}
+    sent = len(hub_server.paths("PUT"))
+    trainer.push_to_hub()
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+    if endpoint == "commit":
+        assert len(hub_server.paths("PUT")) == sent  # the weights had arrived
+
+
+def test_a_refusal_is_not_asked_again(make_trainer, hub_server):
+    hub_server.forbidden = {"tester/run"}
+    with pytest.raises(PublishingError, match="You may not write to tester/run"):
+        unsaved(make_trainer).push_to_hub()
+    assert len([path for path in hub_server.paths("POST") if "create" in path]) == 1
+
+
+def test_a_lost_connection_is_made_anew(make_trainer, hub_server, monkeypatch):
+    trainer, answer, lost = unsaved(make_trainer), hub_server.httpd.finish_request, []
+
+    def lose_the_first(request, address):
+        if lost:
+            return answer(request, address)
+        lost.append(address)
+
+    monkeypatch.setattr(hub_server.httpd, "finish_request", lose_the_first)
+    huggingface_hub.close_session()
+    trainer.push_to_hub()
+    assert lost and "README.md" in files_of(hub_server)
+
+
+def test_a_hub_that_is_away_is_told_before_training(make_trainer, hub_server):
+    hub_server.failing = {ENDPOINTS["create"]: float("inf")}
+    with pytest.raises(PublishingError, match="tester/run failed: .*503.* Nothing was trained") as told:
+        make_trainer(push_to_hub=True, hub_model_id="tester/run")
+    assert "\n" not in str(told.value)
+
+
+def test_a_hub_that_is_away_for_a_moment_does_not_end_a_run_before_it_begins(make_trainer, hub_server):
+    hub_server.failing = {ENDPOINTS["create"]: 3}
+    make_trainer(push_to_hub=True, hub_model_id="tester/run")
+    assert "tester/run" in hub_server.repos
+
+
+def test_an_upload_that_fails_beside_the_training_is_told_and_ends_nothing(make_trainer, hub_server, caplog, tmp_path):
+    hub_server.failing = {ENDPOINTS["commit"]: float("inf")}
+    trainer = make_trainer(
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        hub_model_id="tester/run",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        peft_config=LoraConfig(r=4),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    told = [record.message for record in caplog.records if "Uploading to tester/run failed" in record.message]
+    assert len(told) == 4  # the weights and the checkpoint, twice
+    assert all("503" in line and f"safe in {tmp_path / 'run'}" in line for line in told)
+
+
+def test_an_upload_that_nobody_waits_for_tells_when_it_fails(make_trainer, hub_server, caplog):
+    trainer = unsaved(make_trainer)
+    hub_server.failing = {ENDPOINTS["commit"]: float("inf")}
+    job = trainer.push_to_hub(blocking=False)
+    assert isinstance(job.exception(), PublishingError)
+    hub_server.failing = {}
+    trainer.push_to_hub()  # waits for the reports of what went before
+    assert "Uploading to tester/run failed" in caplog.text

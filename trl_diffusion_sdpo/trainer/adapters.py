@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .._compat import loads_lora
+from .._compat import LORA_ADAPTER_METADATA_KEY, loads_lora
+from .lora_scale import folded, public_settings
 
-PEFT_FILE = "adapter_model.safetensors"
+PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 POLICY_ADAPTER = "default"
 REFERENCE_ADAPTER = "ref"
@@ -206,15 +208,24 @@ def save_adapter(
     """Write an adapter's weights for both `pipeline.load_lora_weights`, where the pipeline has it, and
     [`~peft.PeftModel.from_pretrained`].
 
-    The PEFT names are kept as they are: the renaming of older diffusers formats knows attention layers only and would
-    drop the rest. The LoRA's settings go along as metadata, without which `lora_alpha != r` would be lost.
+    PEFT's file has the weights as they train, and their scale beside them. In the other file the scale is multiplied
+    into the weights: tools that know neither diffusers' metadata nor PEFT's configuration take it for 1. The PEFT names
+    are kept as they are: the renaming of older diffusers formats knows attention layers only and would drop the rest.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     if loads_lora(pipeline_class):
-        metadata = {f"{denoiser_name}_lora_adapter_metadata": config.to_dict()}
-        pipeline_class.save_lora_weights(folder, **{f"{denoiser_name}_lora_layers": weights}, **metadata)
+        scaled, plain = folded(weights, config)
+        settings = {f"{denoiser_name}.{name}": value for name, value in public_settings(plain).items()}
+
+        def write(tensors: dict[str, torch.Tensor], file: str) -> None:
+            # One entry: safetensors writes several in a random order, and equal files would be uploaded again.
+            save_file(tensors, file, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
+
+        layers = {f"{denoiser_name}_lora_layers": scaled}
+        pipeline_class.save_lora_weights(folder, **layers, save_function=write)
     save_file({PEFT_PREFIX + key: value for key, value in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
-    config.save_pretrained(str(folder))
+    text = json.dumps(public_settings(config), indent=2, sort_keys=True)
+    (folder / PEFT_CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from .._compat import PushInProgress, loads_lora
+from .._compat import loads_lora
 from ..losses.preference import KNOB_RANGES
+from .agreeing import everyones, failing_together
 from .callbacks import SampleImagesCallback
+from .hub import PublishingError, Uploads
 from .model_card import ModelCardFacts, build_model_card
 from .processes import in_any_process
 from .saving import ARGS_FILE, SETTINGS_OF_THE_PATH, SavingMixin
 
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 # Checkpoints, pickles, logs, plots, and the arguments, which name folders of the machine; the card has the settings.
 NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", "noise_levels*.png", ARGS_FILE]
 SETTINGS_IN_CARD = (
@@ -36,6 +43,9 @@ SETTINGS_IN_CARD = (
 
 class PublishingMixin(SavingMixin):
     """Overrides of [`~transformers.Trainer`] that concern the Hub; what is published is saved first."""
+
+    hub_model_id: str | None = None
+    _uploads: Uploads | None = None  # once there is a repository to upload to
 
     def create_model_card(
         self,
@@ -93,55 +103,121 @@ class PublishingMixin(SavingMixin):
                 return callback.gallery(callback.last_step)
         return []
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository `args.hub_model_id`, unless there is one; all processes must call it, and know it then.
+
+        Args:
+            token (`str`, *optional*): `args.hub_token` if unset.
+            private (`bool`, *optional*): `args.hub_private_repo` if unset.
+
+        Raises:
+            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
+        """
+        try:
+            self._make_repository(token, private)
+        except PublishingError as error:
+            raise PublishingError(
+                f"{error} Nothing was trained. Without `push_to_hub=True` a run needs no Hub, and can be published "
+                "afterwards by `push_to_hub()`."
+            ) from error
+
+    def _make_repository(self, token: str | None, private: bool | None) -> None:
+        self._uploads = self._uploads or Uploads()
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        with failing_together():
+            if self.is_world_process_zero():
+                self.hub_model_id = self._uploads.create_repository(
+                    name,
+                    token=token or self.args.hub_token,
+                    private=self.args.hub_private_repo if private is None else private,
+                )
+        self.hub_model_id = everyones(self.hub_model_id)[0]
+
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any):
         """Upload the tuned weights and the model card to `args.hub_model_id`; no checkpoint, pickle or log goes along.
 
+        They are saved in `args.output_dir` first. What the Hub does not answer in time is asked again, for about a
+        minute; where that does not help, the files stay, and a second call goes on: large files that arrived are not
+        sent again.
+
         Args:
             commit_message (`str`, *optional*): Of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. A failure is logged
+                otherwise.
             kwargs: `token`, `revision`, `private`, and what [`~DiffusionSDPOTrainer.create_model_card`] takes.
+
+        Returns:
+            What [`~huggingface_hub.HfApi.upload_folder`] returns, or its `Future`; `None` in all processes but the
+            first.
+
+        Raises:
+            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = kwargs.pop("token", None) or self.args.hub_token
+        token = kwargs.pop("token", None)
         revision, private = kwargs.pop("revision", None), kwargs.pop("private", None)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        model_name = kwargs.pop("model_name", None) or self.hub_model_id.split("/")[-1]
-        self.create_model_card(model_name=model_name, **kwargs)
-        self._finish_current_push()
-        return self._upload(self.args.output_dir, commit_message, token=token, revision=revision, later=not blocking)
+        model_name = kwargs.pop("model_name", None)
+        self._finish_current_push()  # it reads the files that are written anew
+        with failing_together():
+            self.save_model(_internal_call=True)
+        done = None
+        with failing_together(), self._saying_what_is_safe():
+            if self.hub_model_id is None:
+                self._make_repository(token, private)
+            if self.is_world_process_zero():
+                self.create_model_card(model_name=model_name or self.hub_model_id.split("/")[-1], **kwargs)
+                done = self._upload(
+                    self.args.output_dir, commit_message, token=token, revision=revision, later=not blocking
+                )
+        return done
+
+    @contextlib.contextmanager
+    def _saying_what_is_safe(self) -> Iterator[None]:
+        try:
+            yield
+        except PublishingError as error:
+            raise PublishingError(f"{error} {self._what_is_safe()}") from error
+
+    def _what_is_safe(self) -> str:
+        return f"The weights are safe in {self.args.output_dir}; another call of `push_to_hub()` goes on from there."
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish while training goes on; the Trainer's own looks for transformers' files and uploads pickles."""
         if self.args.hub_strategy == HubStrategy.END:
             return
-        uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        busy = in_any_process(uploading, self.args.device)  # the first process knows, and all write together
+        uploads_checkpoints = self.args.hub_strategy in CHECKPOINT_STRATEGIES
+        busy = in_any_process(not self._uploads.is_done(), self.args.device)  # the first uploads, all write together
         if busy and not self.args.hub_always_push:
+            if uploads_checkpoints and self.args.save_total_limit is not None:
+                self._finish_current_push()  # the Trainer is about to delete old checkpoints, and this may be one
             return
         self._finish_current_push()  # it reads the files that are now written anew
-        self._save(self.args.output_dir)
-        if not self.is_world_process_zero():
-            return
+        with failing_together():
+            self._save(self.args.output_dir)
+            if self.is_world_process_zero():
+                self._publish_progress(checkpoint_folder)
+
+    def _publish_progress(self, checkpoint_folder: str) -> None:
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
-        jobs = [self._upload(self.args.output_dir, f"Training in progress, {moment}", later=True)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        self._upload(self.args.output_dir, f"Training in progress, {moment}", later=True)
+        if self.args.hub_strategy in CHECKPOINT_STRATEGIES:
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            jobs.append(
-                self._upload(
-                    checkpoint_folder,
-                    f"Training in progress, {moment}, checkpoint",
-                    path_in_repo="last-checkpoint" if last else os.path.basename(checkpoint_folder),
-                    later=True,
-                    ignore=[ARGS_FILE],
-                )
+            self._upload(
+                checkpoint_folder,
+                f"Training in progress, {moment}, checkpoint",
+                path_in_repo="last-checkpoint" if last else os.path.basename(checkpoint_folder),
+                later=True,
+                ignore=[ARGS_FILE],
             )
-        self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        if self._uploads is None:
+            return
+        if not self._uploads.is_done():
+            logger.info("Waiting for the upload in progress.")
+        self._uploads.wait_until_done()
 
     def _upload(
         self,
@@ -154,13 +230,14 @@ class PublishingMixin(SavingMixin):
         later: bool = False,
         ignore: list[str] = NOT_UPLOADED,
     ) -> Any:
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            commit_message=message,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            run_as_future=later,
-            ignore_patterns=ignore,
-        )
+        arguments = {
+            "path_in_repo": path_in_repo,
+            "commit_message": message,
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "ignore_patterns": ignore,
+        }
+        if not later:
+            return self._uploads.upload(self.hub_model_id, folder, **arguments)
+        advice = "Training goes on. " if self.is_in_train else ""
+        return self._uploads.upload_later(self.hub_model_id, folder, advice=advice + self._what_is_safe(), **arguments)
