@@ -142,6 +142,8 @@ def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
 
 
 def train(run: dict, folder: Path) -> None:
+    if run["blocked"] is not None:  # by a folder where a file is to be written
+        (folder.parent / run["output"] / run["blocked"]).mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(run, folder)
     trainer.train(resume_from_checkpoint=run["resumes"])
     check_engine(trainer, run["engine"])
@@ -156,10 +158,10 @@ def train(run: dict, folder: Path) -> None:
 
 
 def train_refused(run: dict, folder: Path) -> None:
-    """A run that must end in an error of the user's, the same in all processes."""
+    """A run that must end in an error, of the user's or of the machine, in all processes."""
     try:
         train(run, folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         (folder / f"refused{dist.get_rank()}.txt").write_text(str(error))
     else:
         raise AssertionError("The run was not refused.")

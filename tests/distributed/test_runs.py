@@ -78,6 +78,7 @@ def build_run(engine: str, tuning: str, kind: str, args: dict | None = None, **g
         "resumes": None,
         "pushes": False,
         "refused": False,
+        "blocked": None,
     }
     return {**run, **given, "args": {**COMMON_ARGS, "learning_rate": RATES[tuning], **(args or {})}}
 
@@ -114,6 +115,7 @@ def hub():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     server = module.HubServer()
+    server.forbidden = {f"tester/forbidden-{kind}" for kind in ("at-start", "at-end")}
     thread = threading.Thread(target=server.httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     yield server
@@ -568,6 +570,68 @@ def test_all_processes_together_publish_one_whole_artefact(found, needs, hub, tm
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert_equal(saved_weights(tmp_path), saved_weights(found[0] / "saved"))
+
+
+def publishing(engine: str, kind: str, **given) -> dict:
+    """Two steps, each with a checkpoint that is published as training goes on."""
+    args = {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "push_to_hub": True,
+        "hub_always_push": True,
+        "hub_strategy": "checkpoint",
+        "hub_model_id": f"tester/{engine}-{kind}",
+        **given.pop("args", {}),
+    }
+    return build_run(engine, "lora", kind, args, **given)
+
+
+@needing([publishing("ddp", "publishing")], [publishing("zero2", "publishing")])
+def test_two_processes_publish_while_they_train(found, needs, hub):
+    repo = hub.repos[needs[0]["args"]["hub_model_id"]]
+    said = [commit.summary for commit in repo.commits]
+    for step in (1, 2):
+        assert said.count(f"Training in progress, step {step}") == 1
+        assert said.count(f"Training in progress, step {step}, checkpoint") == 1
+    assert "last-checkpoint/trainer_state.json" in repo.files and "README.md" in repo.files
+
+
+def told(folder: Path) -> list[str]:
+    """What the two processes ended with."""
+    return [(folder / f"refused{rank}.txt").read_text() for rank in (0, 1)]
+
+
+@needing([publishing("ddp", "unmade", refused=True, args={"hub_model_id": "tester/forbidden-at-start"})])
+def test_a_repository_that_cannot_be_made_ends_all_processes_before_training(found):
+    first, second = told(found[0])
+    assert first.startswith("Making the repository tester/forbidden-at-start failed: the Hub answered 403")
+    assert "Nothing was trained" in first and "Process 0 has failed" in second and "403" in second
+    assert not list((found[0] / "saved").glob("checkpoint-*"))
+
+
+@needing(
+    [
+        build_run(
+            "ddp",
+            "lora",
+            "unpublished",
+            {"max_steps": 1, "hub_model_id": "tester/forbidden-at-end"},
+            pushes=True,
+            refused=True,
+        )
+    ]
+)
+def test_what_cannot_be_published_at_the_end_is_safe_and_ends_all_processes(found):
+    first, second = told(found[0])
+    assert "The weights are safe in" in first and "Process 0 has failed" in second
+    assert (found[0] / "saved" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@needing([publishing("ddp", "blocked", refused=True, blocked="README.md")])
+def test_a_card_that_cannot_be_written_ends_all_processes(found):
+    first, second = told(found[0])
+    assert "README.md" in first and "Process 0 has failed" in second and "README.md" in second
 
 
 # ---- Bad input -----------------------------------------------------------------------------------------------------

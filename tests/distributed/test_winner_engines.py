@@ -60,6 +60,7 @@ def build_run(engine: str, tuning: str, kind: str, resumes: str | None = None, *
         "resumes": resumes,
         "pushes": False,
         "refused": False,
+        "blocked": None,
         "args": {**ARGS, "learning_rate": RATES[tuning], **args},
     }
 

@@ -16,6 +16,7 @@ TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
     "sweep-scale": "Evaluate what a run saved between base and tuned weights.",
+    "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
     "demo": "Train on the embedded world and draw what happened.",
     "env": "Print the versions that a bug report needs.",
 }

@@ -1,0 +1,33 @@
+"""`trl-diffusion-sdpo export`: what a run saved, in a file format of other tools."""
+
+import argparse
+
+EXIT_OK = 0
+FORMATS = ("kohya",)
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description=(
+            "Write the LoRA of a run in the file format of other tools: kohya's scripts, ComfyUI, AUTOMATIC1111's web "
+            "UI, Forge."
+        ),
+    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="FOLDER", help="What the run saved: its output folder or a checkpoint.")
+    add("--output", required=True, metavar="FILE", help="The new file; its name ends in .safetensors.")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="The format (default: kohya).")
+    add("--average", action="store_true", help="Export the average of the weights that `ema_decay` kept.")
+    return parser
+
+
+def run(arguments: list[str], prog: str) -> int:
+    options = make_parser(prog).parse_args(arguments)
+    from ..trainer.lora_export import export_kohya  # seconds: after the arguments are known to be good
+
+    tensors = export_kohya(options.run, options.output, average=options.average)
+    count = sum(key.endswith(".alpha") for key in tensors)
+    print(f"The LoRA of {count} modules is in {options.output}.")
+    return EXIT_OK
