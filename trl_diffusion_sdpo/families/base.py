@@ -202,7 +202,8 @@ class Family(ABC):
             prompts (`list[str]` of length N): May hold empty strings; they are encoded like any other.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device; on
+            the CPU what `predict` reads on the host.
         """
 
     def encode_images(

@@ -3,6 +3,8 @@ grows with the image and that the transformer's own timestep leaves out."""
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -111,5 +113,20 @@ class CogView4Family(Family):
             original_size=conditioning["original_size"],
             target_size=conditioning["target_size"],
             crop_coords=conditioning["crop_coords"],
+            image_rotary_emb=self._rotary(*noisy_latents.shape[-2:], noisy_latents.device),
             return_dict=False,
         )[0]
+
+    def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Positions of latents of a size. The denoiser would make them on the CPU in every prediction, and send them
+        to the accelerator in every layer."""
+        rope: Any = self.denoiser.rope
+        kind = (type(rope), rope.dim, rope.patch_size, tuple(rope.rope_axes_dim), rope.theta)
+        return _made_rotary(kind, height, width, device)
+
+
+@lru_cache(maxsize=64)
+def _made_rotary(kind: tuple[Any, ...], height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """By a module of its own: the denoiser's may carry an engine's hooks, and would be kept alive here."""
+    rope_class, *settings = kind
+    return tuple(part.to(device) for part in rope_class(*settings)(torch.empty(1, 1, height, width)))

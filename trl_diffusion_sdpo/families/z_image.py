@@ -60,7 +60,8 @@ class ZImageFamily(Family):
             )
         # Every batch is as long as the longest prompt may be, so that rows of several batches fit together.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=device)
+        # On the CPU: the lengths shape the denoiser's sequences, so that the host reads them in every prediction.
+        lengths = torch.tensor([len(row) for row in rows])
         return {"prompt_embeds": prompt_embeds, "prompt_lengths": lengths}  # (N, PROMPT_TOKENS, width) and (N,)
 
     def predict(
@@ -72,8 +73,6 @@ class ZImageFamily(Family):
     ) -> torch.Tensor:
         dtype = self.dtype
         latents = noisy_latents.to(dtype).unsqueeze(2)  # (N, C, 1, H, W): images are videos of one frame
-        # The lengths shape the denoiser's sequences, so the host must know them: one wait for a handful of numbers,
-        # where cutting each row by a mask would be N.
         lengths = conditioning["prompt_lengths"].tolist()
         prompts = conditioning["prompt_embeds"].to(dtype)
         velocities = denoiser(

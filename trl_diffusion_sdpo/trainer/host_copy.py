@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -23,8 +25,8 @@ class HostCopy:
             self._arrived = event_on(values.device)
             self._arrived.record()
 
-    def read(self) -> list:
-        """The values as numbers or nested lists of them, as soon as they have arrived."""
+    def read(self) -> Any:
+        """The values as a number or nested lists of them, as soon as they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()

@@ -27,8 +27,15 @@ class MetricMeter:
             return {}
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names])
-        weights = torch.stack([torch.as_tensor(self._weights[name], device=sums.device).float() for name in names])
+        weights = torch.stack([_on_device(self._weights[name], sums.device) for name in names])
         totals = accelerator.reduce(torch.stack([sums, weights]), reduction="sum")
         self._sums, self._weights = {}, {}
-        means, weighed = (totals[0] / totals[1]).tolist(), totals[1].tolist()
+        means, weighed = torch.stack([totals[0] / totals[1], totals[1]]).tolist()  # one wait
         return {name: mean for name, mean, weight in zip(names, means, weighed, strict=True) if weight > 0}
+
+
+def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A weight as a float32 scalar; a number is filled in there, since a copy from the host would wait."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(device).float()
+    return torch.full((), float(weight), dtype=torch.float32, device=device)

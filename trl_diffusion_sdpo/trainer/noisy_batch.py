@@ -15,7 +15,7 @@ class NoisyBatch:
         noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
         target (`torch.Tensor` of shape `(2B, ...)`): What is to be predicted.
         timesteps (`torch.Tensor` of shape `(2B,)`): Equal for the two images of a pair.
-        conditioning (`dict[str, torch.Tensor]`): Each of shape `(2B, ...)`.
+        conditioning (`dict[str, torch.Tensor]`): Each of shape `(2B, ...)`; some may be on the CPU.
         levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
     """
 
@@ -27,7 +27,7 @@ class NoisyBatch:
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
         """The rows that `index` names, in its order."""
-        conditioning = {name: value[index] for name, value in self.conditioning.items()}
+        conditioning = take_rows(self.conditioning, index)
         return NoisyBatch(
             self.noisy[index], self.target[index], self.timesteps[index], conditioning, self.levels[index]
         )
@@ -36,3 +36,10 @@ class NoisyBatch:
         """Winners and losers."""
         pairs = len(self.noisy) // 2
         return self.take(slice(None, pairs)), self.take(slice(pairs, None))
+
+
+def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+    """Rows of a conditioning, of which some tensors are on the CPU and others beside the index."""
+    if isinstance(index, slice):
+        return {name: value[index] for name, value in conditioning.items()}
+    return {name: value[index.to(value.device)] for name, value in conditioning.items()}

@@ -29,6 +29,9 @@ def check_inherited(args: DiffusionSDPOConfig) -> None:
     if args.remove_unused_columns:
         warnings.warn("`remove_unused_columns=True` has no effect: formats know their columns.", stacklevel=4)
         args.remove_unused_columns = False
+    if args.dataloader_pin_memory and args.device.type != "mps":  # which pins none
+        # A batch is then sent without waiting for all that the device still has to do.
+        args.accelerator_config.non_blocking = True
     _, checkpointing = activation_checkpointing(args)
     refused = {
         "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "there are no embeddings to disturb"),

@@ -22,7 +22,7 @@ from ..data.pairs import PreferenceDataset
 from ..losses import order_by_scores
 from .callbacks import evaluating
 from .noise_levels import level_of
-from .noisy_batch import NoisyBatch
+from .noisy_batch import NoisyBatch, take_rows
 
 if TYPE_CHECKING:
     from .diffusion_sdpo_trainer import DiffusionSDPOTrainer
@@ -249,7 +249,7 @@ class WinnerBudgetMixin:
             latents, conditioning = self._encode(inputs)
             if self.loss.needs_scores:  # the winner is whom the scores prefer, as in training
                 order = order_by_scores(inputs["scores"])
-                latents, conditioning = latents[order], {name: value[order] for name, value in conditioning.items()}
+                latents, conditioning = latents[order], take_rows(conditioning, order)
             # Copies: a half would keep the whole.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             for level in range(self.args.noise_levels):
