@@ -1,0 +1,67 @@
+"""What may go wrong on an accelerator and nowhere else, planted in a trainer to see that the pretend device notices."""
+
+import contextlib
+
+import torch
+
+from trl_diffusion_sdpo.trainer import finite
+
+
+@contextlib.contextmanager
+def _misplaced(trainer):
+    """A tensor made on the CPU in the step."""
+    draw = trainer._draw
+
+    def on_the_host(seeds, latents):
+        timesteps, noise, extra = draw(seeds, latents)
+        return timesteps, noise + torch.randn(noise.shape), extra
+
+    trainer._draw = on_the_host
+    yield
+
+
+@contextlib.contextmanager
+def _item(trainer):
+    """A value of the loss read in the step."""
+    loss_of = trainer._loss_of
+
+    def read_loss_of(*args, **kwargs):
+        outputs = loss_of(*args, **kwargs)
+        outputs.loss.item()
+        return outputs
+
+    trainer._loss_of = read_loss_of
+    yield
+
+
+@contextlib.contextmanager
+def _mask(trainer):
+    """Rows chosen by a mask: how many there are, the host must know."""
+    draw = trainer._draw
+
+    def masked(seeds, latents):
+        timesteps, noise, extra = draw(seeds, latents)
+        noise[timesteps >= 0]
+        return timesteps, noise, extra
+
+    trainer._draw = masked
+    yield
+
+
+@contextlib.contextmanager
+def _early(trainer):
+    """A verdict read before it has arrived."""
+    copy = finite.HostCopy.read
+    finite.HostCopy.read = lambda self: self._values.tolist()
+    try:
+        yield
+    finally:
+        finite.HostCopy.read = copy
+
+
+@contextlib.contextmanager
+def _none(trainer):
+    yield
+
+
+FAULTS = {None: _none, "misplaced": _misplaced, "item": _item, "mask": _mask, "early": _early}

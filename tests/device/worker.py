@@ -1,0 +1,100 @@
+"""Trains the cases of a JSON file on the pretend device, one after the other, and writes what each came to: where the
+host waited between two steps, or the error."""
+
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+os.environ["ACCELERATE_TORCH_DEVICE"] = "pretend:0"
+
+import datasets
+import pretend_device
+import torch
+from device.faults import FAULTS
+from peft import LoraConfig
+from tiny_pipelines import quiet
+from transformers import TrainerCallback, training_args
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.families import load_pipeline
+
+STEPS = 2
+
+
+class BetweenSteps(TrainerCallback):
+    """Counts waits from the end of one step to the end of the next, after a first step that makes what is made once."""
+
+    def __init__(self):
+        self.counts: list[Counter] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(pretend_device.WAITS.copy())
+        pretend_device.WAITS.clear()
+
+    def most(self) -> dict[str, int]:
+        """The largest count of a step at every place."""
+        most: Counter = Counter()
+        for counts in self.counts[1:]:
+            most |= counts
+        return dict(most)
+
+
+def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> DiffusionSDPOTrainer:
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "logging_steps": 1000,  # logs are a case of their own
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "optim": "adamw_torch",
+    }
+    data = datasets.load_from_disk(case["data"])
+    return DiffusionSDPOTrainer(
+        pipeline,
+        None,
+        DiffusionSDPOConfig(str(folder), **{**settings, **case["args"]}),
+        data,
+        data.select(range(3)) if case["evaluates"] else None,
+        peft_config=LoraConfig(r=2) if case["tuning"] == "lora" else None,
+        callbacks=[watch],
+    )
+
+
+def run(case: dict, pipeline, folder: Path) -> dict:
+    watch = BetweenSteps()
+    trainer = build(case, pipeline, folder, watch)
+    with FAULTS[case["fault"]](trainer):
+        trainer.train(resume_from_checkpoint=case["resumes"])
+    found = {"waits": watch.most(), "steps": trainer.state.global_step, "log": trainer.state.log_history}
+    on_device = all(weight.device.type == pretend_device.NAME for weight in trainer.denoiser.parameters())
+    with pretend_device.unnoticed():
+        found["sum"] = sum(float(weight.double().abs().sum()) for weight in trainer.denoiser.parameters())
+    if case["saves"]:
+        trainer.save_model()
+    return {**found, "on_device": on_device, "kept_states": pretend_device.DeviceModule.kept_states}
+
+
+def main(file: str, folder: str) -> None:
+    cases = json.loads(Path(file).read_text())
+    pipelines = [quiet(load_pipeline(case["model"])) for case in cases]
+    pretend_device.install()
+    training_args.is_torch_bf16_gpu_available = lambda: True  # transformers asks the devices that it knows
+    for case, pipeline in zip(cases, pipelines, strict=True):
+        pretend_device.WAITS.clear()
+        answer = Path(folder) / f"{case['name']}.json"
+        answer.write_text("{}")  # begun
+        try:
+            found = run(case, pipeline, Path(folder) / case["name"])
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, FloatingPointError) as error:
+            found = {"error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-4000:]}
+        answer.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
