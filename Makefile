@@ -4,6 +4,8 @@
 # make test-distributed    the engines under all settings, two processes on the CPU
 # make test-families    every model family trains, in LoRA and in full, under both safeguards
 # make test-trainer     the trainer's settings, every combination of them
+# make test-gpu PYTHON=python3  the smallest models under every engine on a GPU, with a Python that has a torch for it and
+#                 this package's `test` extra; under ten minutes, and a second call goes on where the first one ended
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
-.PHONY: demo test test-distributed test-families test-trainer bench lint docs clean
+.PHONY: demo test test-distributed test-families test-trainer test-gpu bench lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -27,13 +29,19 @@ test: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 test-distributed: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "matrix or not matrix" tests/distributed
+	$(BIN)/python -m pytest -m "not gpu" tests/distributed tests/gpu
 
 test-families: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device
 
 test-trainer: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/trainer
+
+# No environment is made: the torch that is installed above may be one for CPUs.
+test-gpu:
+	@$(PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
+		{ echo "$(PYTHON) has no torch that sees a GPU: make test-gpu PYTHON=/path/to/python" >&2; exit 1; }
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py
@@ -47,7 +55,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site bench_output demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .test_gpu build dist site bench_output demo_output .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

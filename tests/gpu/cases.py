@@ -1,0 +1,92 @@
+"""What is tried on a GPU: one entry for each run of the smallest model, as data."""
+
+import importlib.util
+
+STEPS = 4
+# What a run does beside training: `resume` from its checkpoint of step 2, `draw`, `push`, `compile`, `keep` an average
+# within a budget, `waits` counted between steps.
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
+KEPT = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 2}
+DRAWN = {"sample_prompts": ["a cat"], "sample_steps": 2, "sample_inference_steps": 2}
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+def entry(engine: str, tuning: str, safeguard: str, precision: str, *extras: str, family: str = "stable_diffusion"):
+    name = "-".join([engine, tuning, safeguard, precision, *extras, *[family][: family != "stable_diffusion"]])
+    args = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "steps" if "resume" in extras else "no",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "beta": 100.0,
+        "safeguard": safeguard,
+        "gradient_accumulation_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **PRECISIONS[precision],
+        **(KEPT if "keep" in extras else {}),
+        **(DRAWN if "draw" in extras else {}),
+        **({"torch_compile": True} if "compile" in extras else {}),
+    }
+    return {"name": name, "engine": engine, "tuning": tuning, "family": family, "extras": extras, "args": args}
+
+
+PLAIN = [
+    entry("plain", "lora", "output", "fp32", "resume", "draw", "push"),
+    entry("plain", "full", "parameter", "fp32", "resume"),
+    entry("plain", "lora", "parameter", "bf16", "waits"),
+    entry("plain", "full", "output", "bf16", "keep", "waits"),
+    entry("plain", "lora", "output", "fp16"),
+    entry("plain", "full", "parameter", "fp16"),
+    entry("plain", "lora", "output", "bf16", "compile"),
+    entry("plain", "qlora", "output", "bf16", "resume"),
+    entry("plain", "lora", "parameter", "fp16", family="stable_diffusion_xl"),
+    entry("plain", "full", "output", "bf16", family="flux"),
+]
+SHARDED = [
+    made
+    for engine in ENGINES
+    for made in (
+        entry(engine, "lora", "output", "bf16", "resume", "draw"),
+        entry(engine, "full", "parameter", "fp32", "resume"),
+        entry(engine, "full", "output", "fp16"),
+    )
+]
+CASES = PLAIN + SHARDED
+
+
+def engine_args(engine: str) -> dict:
+    """The arguments with which a user chooses an engine."""
+    if engine in ("plain", "ddp"):
+        return {}
+    if engine == "fsdp2":
+        wrapped = ["BasicTransformerBlock", "ResnetBlock2D"]
+        return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": wrapped}}
+    return {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": "auto",
+            "train_batch_size": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": "auto", "initial_scale_power": 8},
+            "zero_optimization": {
+                "stage": int(engine.removeprefix("zero")),
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "zero_allow_untested_optimizer": True,
+        }
+    }
+
+
+def skipped(run: dict) -> str | None:
+    """Why a run cannot be done here; `None` if it can."""
+    if run["tuning"] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if run["engine"].startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
+    return None

@@ -1,0 +1,144 @@
+"""Runs on a GPU share processes by engine, and what is done is not done again: the answers lie in `.test_gpu` below the
+project, under a name that changes with the code, the libraries and the device."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.cases import skipped
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+HUB = ROOT / "tests" / "trainer" / "conftest.py"
+RECORD = ROOT / ".test_gpu"
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
+SECONDS = {"start": 120, "run": 90}  # many times what a GPU takes
+
+
+def fingerprint(device: str) -> str:
+    """Of all that an answer depends on."""
+    sources = [*(ROOT / "trl_diffusion_sdpo").rglob("*.py"), *WORKER.parent.glob("*.py")]
+    sources += (ROOT / "tests" / "tiny_pipelines").glob("*.py")
+    digest = hashlib.sha256()
+    for file in sorted(sources):
+        digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    digest.update(" ".join([name, *(f"{library} {_version(library)}" for library in LIBRARIES)]).encode())
+    return f"{device}-{digest.hexdigest()[:16]}"
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The Hub's HTTP API, served on this machine; the workers find it by their environment."""
+    spec = importlib.util.spec_from_file_location("hub_of_gpu_tests", HUB)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.HubServer()
+    thread = threading.Thread(target=server.httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.httpd.shutdown()
+    thread.join()
+    server.httpd.server_close()
+
+
+@pytest.fixture(scope="session")
+def answer_of(request, hub, family_folder, make_pairs, tmp_path_factory):
+    """`answer_of(run, device)`: what a run came to. The selected ones that have no answer yet are done at the first
+    call, engine by engine."""
+    scratch = tmp_path_factory.mktemp("gpu")
+    make_pairs(16).save_to_disk(str(scratch / "pairs"))
+    selected = [item.callspec.params for item in request.session.items if item.path.parent == WORKER.parent]
+    started = set()
+
+    def start(device: str) -> Path:
+        answers = RECORD / fingerprint(device) if device == "cuda" else scratch / device
+        answers.mkdir(parents=True, exist_ok=True)
+        if device not in started:
+            started.add(device)
+            runs = [params["run"] for params in selected if params["device"] == device and not skipped(params["run"])]
+            places = {"data": str(scratch / "pairs")}
+            wanted = [{**run, "model": family_folder(run["family"]), **places} for run in runs]
+            do_all([run for run in wanted if not (answers / f"{run['name']}.json").is_file()], device, answers)
+        return answers
+
+    def do_all(runs: list[dict], device: str, answers: Path) -> None:
+        for engine in dict.fromkeys(run["engine"] for run in runs):
+            pending = [run for run in runs if run["engine"] == engine]
+            while pending:
+                launch(pending, device, answers, scratch, hub)
+                done = [run for run in pending if list(answers.glob(f"{run['name']}.*"))]
+                pending = pending[max(1, len(done)) :]
+
+    def answer(run: dict, device: str) -> dict:
+        answers = start(device)
+        file = answers / f"{run['name']}.json"
+        if not file.is_file():
+            errors = [error.read_text() for error in sorted(answers.glob(f"{run['name']}.*.error"))]
+            output = (scratch / "output.txt").read_text()[-3000:]
+            pytest.fail("\n".join(errors) or f"The process ended without a word:\n{output}", pytrace=False)
+        return json.loads(file.read_text())
+
+    return answer
+
+
+def launch(runs: list[dict], device: str, answers: Path, scratch: Path, hub) -> None:
+    """One process or, for an engine, `torchrun`: world size 1 on a GPU, and two processes on the CPU, where accelerate
+    takes one process for none."""
+    for run in runs:
+        for error in answers.glob(f"{run['name']}.*.error"):
+            error.unlink()
+    (scratch / "runs.json").write_text(json.dumps(runs))
+    started = [sys.executable]
+    if runs[0]["engine"] != "plain":
+        processes = "1" if device == "cuda" else "2"
+        started += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": hub.token,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(scratch / "hf_home"),
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        # Of several GPUs the first: one process trains on one.
+        **({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else first_gpu()),
+    }
+    words = [str(WORKER), str(scratch / "runs.json"), device, str(answers), str(scratch / device)]
+    with open(scratch / "output.txt", "w") as output:
+        limit = SECONDS["start"] + SECONDS["run"] * len(runs)
+        process = subprocess.Popen(
+            [*started, *words], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            output.write(f"\nNothing more came in {limit} seconds.\n")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def first_gpu() -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}

@@ -1,0 +1,185 @@
+"""Does the runs of a JSON file, one after the other, in one process or in those that `torchrun` has started, and writes
+what each came to."""
+
+import gc
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate.state import AcceleratorState
+from gpu.cases import engine_args
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.trainer import host_copy
+
+RANK = int(os.environ.get("RANK", 0))
+PROJECT = f"{Path(__file__).parents[2]}/"
+WEIGHTS = ("pytorch_lora_weights.safetensors", "*/diffusion_pytorch_model.safetensors")
+
+
+class CountWaits(TrainerCallback):
+    """Where CUDA says that the host waits, from the end of one step to the end of the next; the first step makes what
+    is made once."""
+
+    def __init__(self):
+        self.counts: list[Counter] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._show, warnings.showwarning = warnings.showwarning, self._note
+        warnings.filterwarnings("always", message=".*synchronizing CUDA.*")
+        if args.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(Counter())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        warnings.showwarning = self._show
+        if args.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+    def _note(self, message, category, filename, lineno, file=None, line=None):
+        if self.counts and "synchronizing CUDA" in str(message):
+            stack = traceback.extract_stack()[:-1]
+            frames = [frame for frame in stack if _is_of_others(frame.filename) and not frame.name.startswith("<")]
+            place = frames[-1].filename
+            for folder in ("site-packages/", "dist-packages/", PROJECT):
+                place = place.rpartition(folder)[2]
+            self.counts[-1][f"{place}::{frames[-1].name}"] += 1
+
+    def most(self) -> dict[str, int]:
+        """The largest count of a step at every place; what follows the last step is no part of one."""
+        most: Counter = Counter()
+        for counts in self.counts[:-1]:
+            most |= counts
+        return dict(most)
+
+
+def _is_of_others(file: str) -> bool:
+    return "/torch/" not in file and file not in (__file__, warnings.__file__) and not file.startswith("<")
+
+
+class HostEvent:
+    """Of the CPU, where all work is done at once."""
+
+    def __init__(self, device):
+        pass
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+
+def walk_the_branch_of_accelerators() -> None:
+    """On the CPU: what is read on the host takes the way that it takes on a GPU, through memory of its own."""
+    host_copy.is_on_host = lambda values: False
+    host_copy.pinned_like = lambda values: torch.empty(values.shape, dtype=values.dtype)
+    host_copy.event_on = HostEvent
+
+
+def trainer_class(device: str, engine: str):
+    if device == "cuda" or engine == "plain":
+        return DiffusionSDPOTrainer
+    from distributed.worker import RecordingTrainer  # which makes FSDP2 available on CPUs
+
+    return RecordingTrainer
+
+
+def build(run: dict, device: str, folder: Path, watch: CountWaits) -> DiffusionSDPOTrainer:
+    args = DiffusionSDPOConfig(str(folder), use_cpu=device == "cpu", **engine_args(run["engine"]), **run["args"])
+    quantization = None
+    if run["tuning"] == "qlora":
+        from diffusers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return trainer_class(device, run["engine"])(
+        run["model"],
+        None,
+        args,
+        datasets.load_from_disk(run["data"]),
+        peft_config=None if run["tuning"] == "full" else LoraConfig(r=2),
+        quantization_config=quantization,
+        callbacks=[watch] if "waits" in run["extras"] else [],
+    )
+
+
+def act(run: dict, device: str, folder: Path) -> dict:
+    watch = CountWaits()
+    torch.manual_seed(0)  # a fresh LoRA starts at random
+    trainer = build(run, device, folder, watch)
+    trainer.train()
+    trainer.save_model()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found = {
+        "losses": [entry["loss"] for entry in log],
+        "margin": log[0]["rewards/margins"],
+        "steps": trainer.state.global_step,
+        "device": trainer.accelerator.device.type,
+        "engine": f"{type(trainer.model_wrapped).__module__}.{type(trainer.model_wrapped).__name__}",
+        "engine_kind": trainer.accelerator.distributed_type.value,
+        "waits": watch.most(),
+        "drawn": len(list((folder / "samples").glob("*.png"))),
+    }
+    if "push" in run["extras"]:
+        trainer.push_to_hub()
+    if "resume" in run["extras"]:
+        found["resume_difference"] = resumed_difference(run, device, folder)
+    return found
+
+
+def resumed_difference(run: dict, device: str, folder: Path) -> float:
+    """How far a run that resumes at step 2 ends from where the undisturbed one did."""
+    undisturbed = saved_weights(folder)
+    forget_engine()
+    trainer = build(run, device, folder, CountWaits())
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    trainer.save_model()
+    again = saved_weights(folder)
+    return max(float((undisturbed[name] - again[name]).abs().max()) for name in undisturbed)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = [file for pattern in WEIGHTS for file in folder.glob(pattern) if not file.parent.name.startswith("check")]
+    return {name: value.float() for file in files for name, value in load_file(file).items()}
+
+
+def forget_engine() -> None:
+    """Accelerate and transformers remember the last engine, in the environment and in state of their own."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        os.environ.pop(name, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+def main(file: str, device: str, answers: str, scratch: str) -> int:
+    """One that fails is the last: the other processes may wait elsewhere, and those left get new ones."""
+    if device == "cpu":
+        walk_the_branch_of_accelerators()
+    for run in json.loads(Path(file).read_text()):
+        answer = Path(answers) / f"{run['name']}.json"
+        try:
+            found = act(run, device, Path(scratch) / run["name"])
+        except Exception:
+            (Path(answers) / f"{run['name']}.{RANK}.error").write_text(traceback.format_exc()[-6000:])
+            return 1
+        if RANK == 0:
+            answer.with_suffix(".part").write_text(json.dumps(found))
+            answer.with_suffix(".part").rename(answer)
+        forget_engine()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
