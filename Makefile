@@ -6,6 +6,9 @@
 # make test-trainer     the trainer's settings, every combination of them
 # make test-gpu PYTHON=python3  the smallest models under every engine on a GPU, with a Python that has a torch for it and
 #                 this package's `test` extra; under ten minutes, and a second call goes on where the first one ended
+# make test-commands    the commands and benchmarks, the slow ways to end and to resume them among it
+# make test-floors      the lowest declared versions, in an environment of their own: quick tests of what calls libraries
+# make test-pythons     every newer Python of this machine: import, a step of a LoRA, save, load; may take 6 GB for each
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -17,7 +20,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES := trl_diffusion_sdpo tests examples benchmarks
 
-.PHONY: demo test test-distributed test-families test-trainer test-gpu bench lint docs clean
+FLOORS := .venv-floors
+FLOORS_BIN := $(FLOORS)/bin
+# What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
+FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
+	tests/cli/test_given.py tests/cli/test_pair_arguments.py tests/test_cli_surface.py tests/test_versions.py
+
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-gpu test-floors test-pythons bench lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -43,6 +52,15 @@ test-gpu:
 		{ echo "$(PYTHON) has no torch that sees a GPU: make test-gpu PYTHON=/path/to/python" >&2; exit 1; }
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
+test-commands: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/demo
+
+test-floors: $(FLOORS)/installed
+	OMP_NUM_THREADS=1 $(FLOORS_BIN)/python -m pytest -q -m "not slow and not matrix" $(FLOORS_TESTS)
+
+test-pythons:
+	$(PYTHON) tests/versions/run_pythons.py --torch "$(TORCH)"
+
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py
 	$(BIN)/python benchmarks/winner_rises.py
@@ -55,7 +73,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .test_gpu build dist site bench_output demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .test_gpu build dist site bench_output demo_output .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -66,4 +84,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e ".[dev]" -c constraints.txt
+	touch $@
+
+$(FLOORS)/installed: pyproject.toml tests/versions/lowest.py
+	rm -rf $(FLOORS)
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install "$(TORCH)" packaging
+	$(FLOORS_BIN)/python tests/versions/lowest.py > $(FLOORS)/lowest.txt
+	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install -e ".[deepspeed,plots,test]" -c $(FLOORS)/lowest.txt
 	touch $@

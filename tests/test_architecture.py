@@ -17,6 +17,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 FLOORS = {
     "_compat": 0,
     "import_utils": 0,
+    "suggestions": 0,
     "data": 1,
     "families": 1,
     "losses": 1,

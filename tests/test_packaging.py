@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -38,10 +39,9 @@ BASES = {
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, list[str]]:
-    """Tables of pyproject.toml that are lists of strings, as `name = [...]`; tomllib is younger than Python 3.10."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lists = re.findall(r"(?ms)^(\w[\w-]*) = \[(.*?)\](?= *(?:#.*)?$)", text)
-    return {name: re.findall(r'"([^"]+)"', re.sub(r"(?m)#.*$", "", body)) for name, body in lists}
+    """Requirements of pyproject.toml and of its extras, by name."""
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {"dependencies": tables["dependencies"], **tables["optional-dependencies"]}
 
 
 def parse_config(path: Path, tmp_path: Path):

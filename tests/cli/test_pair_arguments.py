@@ -20,8 +20,8 @@ def places(tmp_path_factory, make_pairs):
     found = {name: folder / name for name in ("file.parquet", "saved", "saved_dict", "two", "one", "link.parquet")}
     pairs.to_parquet(found["file.parquet"])
     found["link.parquet"].symlink_to(found["file.parquet"])
-    pairs.save_to_disk(found["saved"])
-    parts.save_to_disk(found["saved_dict"])
+    pairs.save_to_disk(str(found["saved"]))
+    parts.save_to_disk(str(found["saved_dict"]))
     for name, split in (("two", "train"), ("two", "test"), ("one", "train")):
         found[name].mkdir(exist_ok=True)
         parts[split].to_parquet(found[name] / f"{split}.parquet")

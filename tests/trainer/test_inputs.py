@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo._compat import CHECKPOINTING
 
 
 def image(value=0, size=(16, 16)):
@@ -51,7 +52,7 @@ def image(value=0, size=(16, 16)):
         ({"fp16": True}, "a CPU has no fp16 autocast"),
         ({"bf16_full_eval": True}, "would round the policy and not the reference"),
         ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches` cannot send prompts"),
-        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "loses the gradients of a LoRA"),
+        ({f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "loses the gradients of a LoRA"),
         ({"timestep_range": [0, 1.5]}, "`timestep_range` must be two whole numbers"),
         ({"sample_inference_steps": 0}, "`sample_inference_steps` must be at least 1"),
         ({"sample_steps": 0}, "`sample_steps` must be at least 1"),

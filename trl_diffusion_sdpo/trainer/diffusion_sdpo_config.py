@@ -24,6 +24,7 @@ from .setting_checks import (
     check_reference,
     check_winner_arguments,
 )
+from .setting_words import read_words
 from .winner_arguments import WinnerArguments
 
 
@@ -277,6 +278,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
     )
 
     def __post_init__(self):
+        read_words(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         super().__post_init__()

@@ -12,6 +12,7 @@ from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activ
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
+from ..suggestions import did_you_mean
 from .data_arguments import INTERPOLATIONS, ON_BAD_ROW
 from .winner_arguments import METRICS, WinnerArguments
 
@@ -254,4 +255,5 @@ def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
+        near = did_you_mean(str(value), choices)
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.{near}")
