@@ -9,6 +9,7 @@
 # make test-commands    the commands and benchmarks, the slow ways to end and to resume them among it
 # make test-floors      the lowest declared versions, in an environment of their own: quick tests of what calls libraries
 # make test-pythons     every newer Python of this machine: import, a step of a LoRA, save, load; may take 6 GB for each
+# make test-kills       runs killed at random and at every write: KILLS=100 ENGINE="plain ddp" KILLS_OUTPUT=folder
 # Installing is done once: again only after pyproject.toml or constraints.txt has changed.
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ FLOORS_BIN := $(FLOORS)/bin
 FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
 	tests/cli/test_given.py tests/cli/test_pair_arguments.py tests/test_cli_surface.py tests/test_versions.py
 
-.PHONY: demo test test-distributed test-families test-trainer test-commands test-gpu test-floors test-pythons bench lint docs clean
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -61,6 +62,13 @@ test-floors: $(FLOORS)/installed
 test-pythons:
 	$(PYTHON) tests/versions/run_pythons.py --torch "$(TORCH)"
 
+KILLS ?= 100
+ENGINE ?= plain
+KILLS_OUTPUT ?= kills_output
+test-kills: $(VENV)/installed-dev
+	$(BIN)/python tests/kills/kill_runs.py --engine $(ENGINE) --kills $(KILLS) --output $(KILLS_OUTPUT)
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/kills
+
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py
 	$(BIN)/python benchmarks/winner_rises.py
@@ -73,7 +81,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-* .test_gpu build dist site bench_output demo_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .test_gpu build dist site bench_output demo_output kills_output .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

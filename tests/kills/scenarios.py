@@ -18,7 +18,7 @@ from kill_runs import differences, finish, kill_runs, result_of, run_of, undistu
 from lives import live, prepare
 
 PICKLED = (".pt", ".pth", ".bin", ".metadata", ".distcp")
-SEVERAL_ENGINES = ("ddp", "fsdp2", "fsdp2-sharded", "zero1", "zero2", "zero3")
+NEWEST = "checkpoint-5"  # of a run that is done
 
 
 # ---- Dead at a write -------------------------------------------------------------------------------------------------
@@ -44,20 +44,23 @@ def writes(folder: Path, variant: str, every: str = "1") -> dict:
 # ---- Damaged ---------------------------------------------------------------------------------------------------------
 
 
-def damaged(folder: Path, engine: str) -> dict:
-    """For each file of the newest checkpoint: what a run says that resumes with the file missing, from where it goes
-    on, and whether it ends like an undisturbed one."""
+def damaged(folder: Path, engine: str, *only: str) -> dict:
+    """For files of the newest checkpoint that one process alone writes (of `only`, those that end so): what a run says
+    that resumes with the file missing, how many steps it takes, and whether it ends like an undisturbed one."""
     expected, _ = undisturbed(engine, "lora", folder)
     whole = folder / run_of(engine, "lora", "whole")["name"] / "output"
-    names = [path.relative_to(whole / "checkpoint-4").as_posix() for path in (whole / "checkpoint-4").rglob("*")]
-    by_processes = sorted(name for name in names if "rank_1" in name or "rng_state_1" in name or "__1_" in name)
+    newest = whole / NEWEST
+    names = [path.relative_to(newest).as_posix() for path in sorted(newest.rglob("*"))]
+    marks = ("rank_1_", "rng_state_1.", "__1_", "scheduler.pt")
     found = {}
-    for name in [*by_processes, "scheduler.pt"]:
+    for name in names:
+        if not any(mark in name for mark in marks) or (only and not name.endswith(only)):
+            continue
         run = {**run_of(engine, "lora", "damaged"), "resume": True}
         place = folder / run["name"]
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(whole, place / "output")
-        (place / "output" / "checkpoint-4" / name).unlink()
+        (place / "output" / NEWEST / name).unlink()
         finish(run, folder)
         facts = json.loads((place / "facts.json").read_text())
         found[name] = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -45,12 +45,11 @@ class CheckpointFolders:
     """What a trainer knows of the checkpoints in its output folder. Every method is called by all processes.
 
     Args:
-        accelerator (`Accelerator`): Tells how many processes there are.
         args ([`DiffusionSDPOConfig`]): Tells which of them write, how much is kept and whether files are trusted.
     """
 
-    def __init__(self, accelerator: Accelerator, args: DiffusionSDPOConfig):
-        self._accelerator, self._args = accelerator, args
+    def __init__(self, args: DiffusionSDPOConfig):
+        self._args, self._processes = args, PartialState()
         self._begun: Path | None = None
 
     # ---- Writing --------------------------------------------------------------------------------------------------
@@ -64,7 +63,7 @@ class CheckpointFolders:
             folder.mkdir(parents=True)
             Manifest(sequence).write(folder)
         self._begun = folder
-        self._accelerator.wait_for_everyone()
+        self._processes.wait_for_everyone()
 
     def is_begun(self, folder: Path) -> bool:
         """Whether a folder is the checkpoint that is being written."""
@@ -73,8 +72,8 @@ class CheckpointFolders:
     def seal(self, folder: Path) -> None:
         """Say that a checkpoint is whole: every process measures what it has written, and the manifest names all."""
         self._begun = None
-        self._accelerator.wait_for_everyone()
-        process, processes = self._accelerator.process_index, self._accelerator.num_processes
+        self._processes.wait_for_everyone()
+        process, processes = self._processes.process_index, self._processes.num_processes
         own = written_by(files_of(folder), process, processes)
         reports = gather_object([measure(folder, own)])
         if not self._args.should_save:
@@ -139,7 +138,7 @@ class CheckpointFolders:
         """The checkpoint that was written last of those that are whole; `None` if there is none."""
         if self._args.should_save:
             _bring_back(Path(output_dir))
-        self._accelerator.wait_for_everyone()
+        self._processes.wait_for_everyone()
         named = gather_object([(order, str(folder)) for order, folder in _in_order(Path(output_dir))])
         passed_over = False
         for _, name in sorted(set(named), reverse=True):
@@ -192,7 +191,7 @@ class CheckpointFolders:
         """Which part of a checkpoint's files this process looks at: all, where each machine has files of its own."""
         if self._args.save_on_each_node:
             return 0, 1
-        return self._accelerator.process_index, self._accelerator.num_processes
+        return self._processes.process_index, self._processes.num_processes
 
     def _check_named(self, folder: Path) -> None:
         found = self.damage(folder)
@@ -203,7 +202,7 @@ class CheckpointFolders:
             )
 
     def _say(self, level: int, message: str, *values: object) -> None:
-        if self._accelerator.is_main_process:
+        if self._processes.is_main_process:
             logger.log(level, message, *values)
 
 

@@ -106,7 +106,7 @@ class SavingMixin:
 
     @functools.cached_property
     def _checkpoints(self) -> CheckpointFolders:
-        return CheckpointFolders(self.accelerator, self.args)
+        return CheckpointFolders(self.args)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer does it, which looks whether the run is over after a step only."""

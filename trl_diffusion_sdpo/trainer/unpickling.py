@@ -11,6 +11,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .._compat import numpy_safe_globals
@@ -80,7 +81,9 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
     try:
         with safe_globals(list(known)):
             yield
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        if isinstance(error, CheckpointException) and not _met_a_pickle(error):
+            raise
         raise ValueError(
             "A checkpoint must hold tensors, numbers and settings only. One of its files can run code when it is read: "
             "if you know who wrote it, set `trust_checkpoint=True`."
@@ -88,6 +91,11 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
     finally:
         del os.environ[_FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _met_a_pickle(error: CheckpointException) -> bool:
+    """Whether a process has failed to read a distributed checkpoint because a file asked for more."""
+    return any(isinstance(cause, pickle.UnpicklingError) for cause, _ in error.failures.values())
 
 
 def _foreign_to_torch(file: Path) -> list[str]:

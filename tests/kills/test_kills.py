@@ -1,0 +1,117 @@
+"""Runs that die, at random moments and at every write, and checkpoints that are damaged or planted, under every engine.
+The deaths happen in one process that forks them all (`scenarios.py`), started once for the selected tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("scenarios.py")
+ENGINES = ("ddp", "fsdp2", "fsdp2-sharded", "zero1", "zero2", "zero3")
+SECONDS = 3600
+
+
+@pytest.fixture(scope="module")
+def report(request, tmp_path_factory):
+    """`report(scenario)`: what came of it; see `scenarios.py`."""
+    selected = (item for item in request.session.items if item.path == Path(__file__))
+    names = {item.callspec.params["scenario"] for item in selected if "scenario" in item.fixturenames}
+    folder = tmp_path_factory.mktemp("kills")
+    command = [sys.executable, str(SCRIPT), "--output", str(folder), *sorted(names)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS)
+    file = folder / "report.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+
+    def of(scenario: str):
+        assert scenario in found, f"It was not reached:\n{ended.stdout[-3000:]}"
+        return found[scenario]
+
+    return of
+
+
+def scenarios(*names: str):
+    return pytest.mark.parametrize("scenario", names)
+
+
+def assert_killed_and_equal(entries: list[dict], kills: int) -> None:
+    assert sum(len(entry["kills"]) for entry in entries) == kills
+    assert not [entry for entry in entries if entry["differences"]]
+
+
+@scenarios("kills:plain:3")
+def test_a_run_that_is_killed_ends_where_an_undisturbed_one_ends(report, scenario):
+    assert_killed_and_equal(report(scenario), 3)
+
+
+@pytest.mark.matrix
+@scenarios(*[f"kills:{engine}:3" for engine in ENGINES])
+def test_a_run_of_every_engine_that_loses_a_process_ends_where_an_undisturbed_one_ends(report, scenario):
+    assert_killed_and_equal(report(scenario), 3)
+
+
+def assert_survived(found: dict) -> None:
+    assert all(entry["died"] for entry in found["found"])
+    assert not [entry for entry in found["found"] if entry["differences"]]
+    names = " ".join(found["writes"])
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
+        assert f"half of checkpoint-4/{name}" in names  # that the scenario sees what is written
+    for name in ("trainer_state.json", "checkpoint_manifest.json.partial", "diffusion_sdpo_setup.json"):
+        assert f"open checkpoint-4/{name}" in names
+
+
+@scenarios("writes:lora:40")
+def test_a_run_survives_death_at_a_write(report, scenario):
+    assert_survived(report(scenario))
+
+
+@pytest.mark.matrix
+@scenarios("writes:lora:1", "writes:full-kept:1")
+def test_a_run_survives_death_at_every_write(report, scenario):
+    assert_survived(report(scenario))
+
+
+def assert_noticed(found: dict) -> None:
+    assert found
+    for name, entry in found.items():
+        assert f"checkpoint-5: {name} is missing." in entry["said"], name
+        assert entry["steps_taken"] == 1 and entry["differences"] == [], name  # from checkpoint-4
+
+
+@scenarios("damaged:zero2:rank_1_mp_rank_00_optim_states.pt")
+def test_a_part_of_one_process_that_is_missing_is_named(report, scenario):
+    assert_noticed(report(scenario))
+
+
+@pytest.mark.matrix
+@scenarios(*[f"damaged:{engine}" for engine in ENGINES])
+def test_a_part_of_one_process_that_is_missing_is_named_under_every_engine(report, scenario):
+    assert_noticed(report(scenario))
+
+
+def assert_refused(entry: dict) -> None:
+    assert not entry["done"] and not entry["ran"]
+    assert "set `trust_checkpoint=True`" in entry["said"][0]
+
+
+@scenarios("planted:zero2:pp_rank_1_mp_rank_00_optim_states.pt", "planted:fsdp2-sharded:.metadata:__0_0.distcp")
+def test_a_planted_pickle_of_an_engine_does_not_run(report, scenario):
+    found = report(scenario)
+    assert len(found) == scenario.count(":") - 1
+    for entry in found.values():
+        assert_refused(entry)
+
+
+@pytest.mark.matrix
+@scenarios(*[f"planted:{engine}" for engine in ENGINES])
+def test_no_planted_pickle_of_any_engine_runs(report, scenario):
+    found = dict(report(scenario))
+    untouched, trusted = found.pop("untouched"), found.pop("trusted")
+    assert untouched["done"]
+    assert trusted["ran"] == scenario.startswith(
+        ("planted:zero", "planted:fsdp2-sharded")
+    )  # the others never unpickle
+    assert len(found) > 3
+    for entry in found.values():
+        assert_refused(entry)
