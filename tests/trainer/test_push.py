@@ -1,5 +1,7 @@
 """`push_to_hub` through the real client, against a server on this machine that speaks the Hub's protocol."""
 
+import re
+
 import huggingface_hub
 import pytest
 from diffusers import DiffusionPipeline
@@ -7,6 +9,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.trainer.hub import PublishingError
+from trl_diffusion_sdpo.trainer.publishing import whole_mean
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -197,3 +200,28 @@ def test_an_upload_that_nobody_waits_for_tells_when_it_fails(make_trainer, hub_s
     hub_server.failing = {}
     trainer.push_to_hub()  # waits for the reports of what went before
     assert "Uploading to tester/run failed" in caplog.text
+
+
+def test_the_loss_on_the_card_is_of_the_whole_run_after_a_resume(make_trainer, tmp_path):
+    def card_of(**args):
+        trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=3, peft_config=LoraConfig(r=4), **args)
+        trainer.train(resume_from_checkpoint=args.get("resume_from_checkpoint"))
+        trainer.create_model_card()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        text = (tmp_path / "run" / "README.md").read_text()
+        return losses, float(re.search(r"\| `train_loss` \| `(.*)` \|", text)[1])
+
+    losses, whole = card_of(learning_rate=1e-2)
+    assert whole == pytest.approx(sum(losses) / 4, rel=1e-5)
+    again, resumed = card_of(learning_rate=1e-2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert again == losses and abs(losses[-1] - whole) > 1e-3  # of the last step alone it was that
+    assert resumed == pytest.approx(whole, rel=1e-5)
+
+
+def test_means_over_a_whole_run_by_hand():
+    """Ten steps: 3 for five, 1 for three that were logged at step 8, and 2 for those from the checkpoint at 8."""
+    history = [{"loss": 3.0, "step": 5}, {"eval_loss": 9.0, "step": 5}, {"loss": 1.0, "step": 8}]
+    history.append({"loss": 2.0, "step": 10})
+    assert whole_mean(history, 2.0, 8, 10) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)
+    assert whole_mean(history, 2.0, 6, 10) == pytest.approx((3 * 6 + 2 * 4) / 10)  # step 6 was logged by nobody
+    assert whole_mean([], 2.0, 8, 10) == 2.0

@@ -181,12 +181,13 @@ def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) ->
 
 
 def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_args: DiffusionSDPOConfig) -> None:
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-    if training_args.push_to_hub:
+    if not training_args.push_to_hub:
+        trainer.save_model(training_args.output_dir)
+    else:
         is_local = Path(script_args.dataset_name).expanduser().exists()  # a path of this machine tells nobody anything
-        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
-        trainer.accelerator.print(f"They are published as {trainer.hub_model_id}.")
+        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)  # saves first
+        trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
+    trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:

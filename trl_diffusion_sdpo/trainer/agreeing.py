@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .hub import PublishingError
+from .processes import several_processes
 
 PATIENCE = timedelta(days=1)  # one process may upload for hours while the others wait
 
@@ -37,7 +38,7 @@ def failing_together() -> Iterator[None]:
 def everyones(value: Any) -> list[Any]:
     """A small object of every process, by rank. Processes wait for one another on the CPU, and longer than the time
     limit of collectives on the device allows."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     group = dist.new_group(backend="gloo", timeout=PATIENCE)

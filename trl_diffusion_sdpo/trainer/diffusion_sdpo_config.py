@@ -14,6 +14,7 @@ from ..families.timestep_sampling import DENSITIES
 from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
 from ..losses.preference import KNOB_RANGES
 from .data_arguments import DataArguments
+from .masking import masked
 from .pipeline_arguments import PipelineArguments
 from .run_arguments import RunArguments
 from .setting_checks import (
@@ -306,13 +307,14 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`~transformers.TrainingArguments.to_dict`], without tokens: this is what is saved and tracked."""
-        settings = super().to_dict()
-        if isinstance(self.model_init_kwargs, dict):
-            settings["model_init_kwargs"] = {
-                name: "<TOKEN>" if "token" in name.lower() else value for name, value in self.model_init_kwargs.items()
-            }
-        return settings
+        """As [`~transformers.TrainingArguments.to_dict`], without secrets: this is what is saved and tracked."""
+        return masked(super().to_dict())
+
+    def __str__(self) -> str:
+        settings = "".join(f"{name}={value},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{settings})"
+
+    __repr__ = __str__
 
     def _check_loss(self) -> None:
         check_knobs(self.loss_type, self.beta, self.loss_knobs)

@@ -15,6 +15,7 @@ from ..families.lora_keys import Place, find_place
 from .adapters import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX
 from .average import AVERAGE_FOLDER
 from .checkpoint import SETUP_FILE
+from .disk import naming_the_disk
 from .lora_scale import folded, ranks
 
 PREFIX = "lora_unet_"  # of transformers, too
@@ -41,8 +42,9 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
         raise ValueError(f"The output must be a new file whose name ends in .safetensors, got {output}.")
     denoiser_class, config, weights = _read(Path(run), average)
     converted = to_kohya(weights, config, denoiser_class)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(converted, output, {"format": "pt"})
+    with naming_the_disk(output.parent, lambda: sum(tensor.nbytes for tensor in converted.values())):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_file(converted, output, {"format": "pt"})
     return converted
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from .masking import names_secret, without_secrets
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 TUNINGS = {"lora": "adapter", "full": "finetune"}  # our word -> the Hub's relation to the base model
@@ -44,7 +45,6 @@ TRL_BIBTEX = """\
   year    = {2020}
 }"""  # noqa: E501
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PROMPT = "a photo of an astronaut riding a horse"
 
 
@@ -218,8 +218,8 @@ def _cell(value: Any) -> str:
 
 
 def _public_mapping(values: dict[str, Any]) -> dict[str, Any]:
-    """The mapping without tokens, its values as they may be published."""
-    return {key: _public(value) for key, value in values.items() if not _names_token(str(key))}
+    """The mapping without secrets, its values as they may be published."""
+    return {key: _public(value) for key, value in values.items() if not names_secret(str(key))}
 
 
 def _public(value: Any) -> Any:
@@ -231,11 +231,7 @@ def _public(value: Any) -> Any:
         value = os.fspath(value)
     if not isinstance(value, str):
         return value
-    return _TOKEN.sub("hf_...", _leaf(value) if _is_absolute(value) else value)
-
-
-def _names_token(key: str) -> bool:
-    return key.lower() in ("token", "use_auth_token") or key.lower().endswith("_token")
+    return without_secrets(_leaf(value) if _is_absolute(value) else value)
 
 
 def _is_absolute(path: str) -> bool:

@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from .._compat import loads_lora
+from .._compat import first_step, loads_lora
 from ..losses.preference import KNOB_RANGES
 from .agreeing import everyones, failing_together
 from .callbacks import SampleImagesCallback
+from .disk import naming_the_disk
 from .hub import PublishingError, Uploads
 from .model_card import ModelCardFacts, build_model_card
 from .processes import in_any_process
@@ -86,14 +87,21 @@ class PublishingMixin(SavingMixin):
             | {"python": platform.python_version()},
             license=license,
         )
-        output_dir.mkdir(parents=True, exist_ok=True)
-        build_model_card(facts).save(output_dir / "README.md")
+        with naming_the_disk(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            build_model_card(facts).save(output_dir / "README.md")
 
     def _final_metrics(self) -> dict[str, float]:
-        """The last logged value of every metric of the loss, the errors and the safeguard."""
+        """The last logged value of every metric of the loss, the errors and the safeguard; the mean of the loss over
+        the whole run, where transformers' is of what followed the checkpoint that it was resumed from."""
+        history = self.state.log_history
         metrics: dict[str, float] = {}
-        for entry in self.state.log_history:
+        for entry in history:
             metrics |= {name: value for name, value in entry.items() if "/" in name or name.endswith("loss")}
+        if "train_loss" in metrics and first_step(self) > 0:
+            metrics["train_loss"] = whole_mean(
+                history, metrics["train_loss"], first_step(self), self.state.global_step
+            )
         return metrics
 
     def _gallery(self) -> list[tuple[str, str]]:
@@ -241,3 +249,21 @@ class PublishingMixin(SavingMixin):
             return self._uploads.upload(self.hub_model_id, folder, **arguments)
         advice = "Training goes on. " if self.is_in_train else ""
         return self._uploads.upload_later(self.hub_model_id, folder, advice=advice + self._what_is_safe(), **arguments)
+
+
+def whole_mean(history: list[dict[str, float]], resumed_mean: float, begin: int, end: int) -> float:
+    """Mean of the loss over all steps of a run: of those before a checkpoint as they were logged, each entry for the
+    steps since the one before it, and of those after it.
+
+    Args:
+        history (`list[dict[str, float]]`): The log, with `loss` and `step` in some entries.
+        resumed_mean (`float`): Of the steps from `begin`, the checkpoint's, to `end`.
+    """
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry and last < entry["step"] <= begin:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    if last == 0 or end == 0:
+        return resumed_mean
+    return (total / last * begin + resumed_mean * (end - begin)) / end

@@ -18,6 +18,7 @@ from . import sharding
 from .adamw_metric import is_plain_sgd
 from .checkpoint import check_setup, forget_local_origins, own_weights, read_weights, save_weights, write_setup
 from .checkpoint_folders import CheckpointFolders, holds_optimizer
+from .disk import naming_the_disk
 from .run_control import borrowed, stopping_on_interrupt
 from .unpickling import tensors_only
 
@@ -81,6 +82,7 @@ class SavingMixin:
                 code.
             `FloatingPointError`: If a loss is not finite; the weights are as they were before that step.
             `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
+            `DiskFullError`: If a checkpoint or an image finds no room; the message names the disk.
         """
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
@@ -92,7 +94,7 @@ class SavingMixin:
         point = self._checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
         if point is not None:
             self._check_resumable(Path(point))
-        with stopping_on_interrupt(self):
+        with naming_the_disk(self.args.output_dir, self._bytes_to_save), stopping_on_interrupt(self):
             return super().train(point, *args, **kwargs)
 
     def _check_resumable(self, folder: Path) -> None:
@@ -148,9 +150,15 @@ class SavingMixin:
         Args:
             output_dir (`str`, *optional*): `args.output_dir` if unset.
         """
-        self._save(output_dir)
+        with naming_the_disk(output_dir or self.args.output_dir, self._bytes_to_save):
+            self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _bytes_to_save(self) -> int:
+        """Of the weights alone; a LoRA is written twice."""
+        weights = own_weights(self.denoiser, self.adapter).values()
+        return sum(weight.numel() * weight.element_size() for weight in weights) * (1 if self.adapter is None else 2)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

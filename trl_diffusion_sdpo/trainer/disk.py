@@ -1,0 +1,78 @@
+"""Full disks: whatever library was writing, one sentence with the folder and what is free there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LITTLE = 64 * 2**20  # bytes; with more than this free, it may have been another disk that is full
+
+
+class DiskFullError(OSError):
+    """A file could not be written to its end; the message says where, and what is free there."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.errno = errno.ENOSPC
+
+
+@contextlib.contextmanager
+def naming_the_disk(folder: str | os.PathLike, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Have a full disk end what is done within with a `DiskFullError` that names the disk.
+
+    Args:
+        folder (`str` or `os.PathLike`): In which files are written; it need not exist yet.
+        needed (`Callable`, *optional*): At least how many bytes; called on a full disk only.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = free_bytes(Path(folder))
+        if not _is_of_a_full_disk(error, free):
+            raise
+        raise DiskFullError(_message(error, Path(folder), free, needed)) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk of a folder, or of the nearest above it that exists."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _is_of_a_full_disk(error: Exception, free: int) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    if isinstance(error, SafetensorError):  # written by Rust, whose errors arrive as text
+        return any(f"(os error {number})" in str(error) for number in FULL)
+    return "inline_container" in str(error) and free < LITTLE  # of `torch.save`, which tells no reason
+
+
+def _message(error: Exception, folder: Path, free: int, needed: Callable[[], int] | None) -> str:
+    wanted = None if needed is None else needed()
+    if isinstance(error, OSError) and error.errno == errno.EDQUOT:
+        return f"The quota of the disk of {folder} is used up. Free some of it, or choose another `output_dir`."
+    if free < max(LITTLE, wanted or 0):
+        ask = "" if wanted is None else f", and at least {_readable(wanted)} are needed"
+        full = f"The disk of {folder} is full: {_readable(free)} are free{ask}."
+        return f"{full} Free some, or choose another `output_dir`."
+    return (
+        f"A disk is full ({error}), though {folder} has {_readable(free)} free: see to the folders of caches and of "
+        "temporary files."
+    )
+
+
+def _readable(size: int) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
