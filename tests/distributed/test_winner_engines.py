@@ -163,8 +163,12 @@ def alone(start, tmp_path_factory):
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a LoRA, its weights as they trained, without their scale."""
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    return load_file(file if file.is_file() else folder / "pytorch_lora_weights.safetensors")
+    if file.is_file():
+        return load_file(file)
+    weights = load_file(folder / "adapter_model.safetensors")
+    return {name.replace("base_model.model.", "unet."): weight for name, weight in weights.items()}
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:

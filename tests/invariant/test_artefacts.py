@@ -52,13 +52,14 @@ def test_a_lora_loads_into_peft(make_trainer, sd_folder, tmp_path):
 
 
 def test_the_lora_file_carries_its_settings(make_trainer, tmp_path):
+    """Those under which its weights, which hold their scale, act with scale 1."""
     trainer = make_trainer(peft_config=LoraConfig(r=4, lora_alpha=16), max_steps=1)
     trainer.train()
     trainer.save_model()
     with safe_open(tmp_path / "run" / "pytorch_lora_weights.safetensors", "pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])
         assert all(key.startswith("unet.") and ".ref." not in key for key in file.keys())
-    assert settings["unet.r"] == 4 and settings["unet.lora_alpha"] == 16
+    assert settings["unet.r"] == 4 and settings["unet.lora_alpha"] == 4
 
 
 def test_full_weights_load_as_the_denoisers_folder(make_trainer, sd_folder, tmp_path):

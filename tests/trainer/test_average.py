@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 RATES = {"full": 1e-3, "lora": 1e-2}
 
@@ -61,7 +61,11 @@ def averaged_by_hand(walk, decay):
 
 
 def saved(folder, tuning):
-    return load_file(folder / (UNET_FILE if tuning == "full" else LORA_FILE))
+    """Of a LoRA, its weights as they trained, without their scale."""
+    if tuning == "full":
+        return load_file(folder / UNET_FILE)
+    weights = load_file(folder / PEFT_FILE)
+    return {name.replace("base_model.model.", "unet."): weight for name, weight in weights.items()}
 
 
 def draw(pipeline):
@@ -229,7 +233,8 @@ def test_it_is_published_beside_the_weights(build, hub_server, sd_folder, tmp_pa
     for name, content in files.items():
         assert str(tmp_path).encode() not in content and sd_folder.encode() not in content, name
     (tmp_path / "got").mkdir()
-    (tmp_path / "got" / LORA_FILE).write_bytes(files[f"ema/{LORA_FILE}"])
+    for name in (LORA_FILE, PEFT_FILE):
+        (tmp_path / "got" / name).write_bytes(files[f"ema/{name}"])
     stored = saved(tmp_path / "got", "lora")
     for name, value in averaged_by_hand(keep.weights, 0.5).items():
         torch.testing.assert_close(stored[name].double(), value, rtol=1e-6, atol=1e-7)

@@ -9,9 +9,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_pipelines import CASES, case
 
-from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.trainer.adapters import adapter_layers, adapter_state
+from trl_diffusion_sdpo._compat import loads_lora
+from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.trainer.adapters import adapter_layers, adapter_state, add_lora, save_adapter
 from trl_diffusion_sdpo.trainer.lora_scale import folded, public_settings, scaling
 
 EVERY_KIND = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "time_emb_proj"]
@@ -152,3 +154,27 @@ def test_equal_weights_are_equal_files(tuned, make_trainer, sd_folder, tmp_path)
     assert all(other == files[0] for other in files)
     with safe_open(tmp_path / "0" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_that_loads_loras_gets_both_factors_with_their_scale(name, tmp_path):
+    pipeline, fresh = case(name).build(), case(name).build()
+    family = find_family(pipeline)
+    adapter = add_lora(family.denoiser, LoraConfig(r=16, lora_alpha=32), family.lora_target_modules, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    state = adapter_state(family.denoiser, adapter)
+    for weight in state.values():
+        weight.data = torch.randn(weight.shape, generator=generator)
+    config = family.denoiser.peft_config[adapter]
+    save_adapter(state, config, type(pipeline), family.denoiser_name, tmp_path)
+
+    if not loads_lora(type(pipeline)):
+        assert name in ("hunyuan_dit", "ovis_image", "pixart_alpha", "pixart_sigma")
+        assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+        return
+    fresh.load_lora_weights(str(tmp_path), adapter_name="read")
+    read = adapter_state(find_family(fresh).denoiser, "read")
+    assert read.keys() == state.keys()
+    for key, weight in state.items():
+        assert torch.equal(read[key], 2 * weight if "lora_B" in key else weight), key
+    assert all(layer.scaling["read"] == 1 for layer in adapter_layers(find_family(fresh).denoiser))
