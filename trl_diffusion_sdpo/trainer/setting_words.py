@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _OFF = ("none", "no")  # what a choice may call it
-_CHOICES_OF_TRANSFORMERS = {name: ("no",) for name in ("eval_strategy", "logging_strategy", "save_strategy")}
+_CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
 _BOOLEAN = ("bool", "bool | None")
 
 
