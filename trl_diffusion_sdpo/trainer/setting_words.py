@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from inspect import get_annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ def read_words(args: DiffusionSDPOConfig) -> None:
     Raises:
         ValueError: If a switch is a word that means neither, which Python would take as on.
     """
+    # Not `field.type`: making a parser of the dataclass overwrites it, and `str | bool` would then be `bool`.
+    kinds = {name: kind for part in reversed(type(args).__mro__) for name, kind in get_annotations(part).items()}
     for field in fields(args):
-        value = getattr(args, field.name)
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        value, kind = getattr(args, field.name), kinds[field.name]
+        kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
         choices = field.metadata.get("choices") or _CHOICES_OF_TRANSFORMERS.get(field.name, ())
         off = next((word for word in _OFF if word in choices), None)
         if value is False and off is not None:
