@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from tiny_pipelines import case
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, diffusion_preference_loss
 from trl_diffusion_sdpo.cli.demo import make_parser as make_demo_parser
 from trl_diffusion_sdpo.cli.main import COMMANDS
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments
 from trl_diffusion_sdpo.data import FORMATS, detect_format
 from trl_diffusion_sdpo.data.pairs import COUNTS
 from trl_diffusion_sdpo.families import FAMILIES, Family, family_for_class_name
@@ -99,7 +100,7 @@ def own_arguments() -> set[str]:
 def options_of_train() -> set[str]:
     return {
         field.name
-        for holder in (DiffusionSDPOConfig, ScriptArguments, ModelConfig)
+        for holder in (DiffusionSDPOConfig, PairArguments, ModelConfig)
         for field in dataclasses.fields(holder)
     }
 

@@ -26,6 +26,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.matrix
 def test_the_overhead_of_every_mode_is_measured(tmp_path):
     file = tmp_path / "overhead.json"
     shown = run(
@@ -59,6 +60,7 @@ def test_the_rises_of_every_kind_are_counted(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.matrix
 def test_the_front_is_made_resumed_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     file, folder = tmp_path / "front.jsonl", tmp_path / "report"

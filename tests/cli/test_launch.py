@@ -272,7 +272,9 @@ def test_two_processes_train_and_write_one_artefact(sd_folder, make_pairs, two_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(TWO_CPUS, marks=pytest.mark.matrix), ONE_CPU], ids=["two processes", "one process"]
+)
 def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
     """A mistake that only the training sees: a data set that is not there."""
     config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
@@ -283,7 +285,9 @@ def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
+@pytest.mark.parametrize(
+    "settings", [TWO_CPUS, pytest.param(ONE_CPU, marks=pytest.mark.matrix)], ids=["two processes", "one process"]
+)
 def test_ctrl_c_ends_all_processes_with_a_checkpoint(settings, sd_folder, make_pairs, tmp_path):
     """Sent to the launcher and to all that a terminal would send it to, after the first logged step."""
     make_pairs(8).save_to_disk(tmp_path / "pairs")

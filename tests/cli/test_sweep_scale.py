@@ -166,7 +166,7 @@ def test_scale_0_is_the_reference_and_scale_1_what_the_run_measured_itself(
     assert "winner change" in printed and f"{rows[2]['margin']:.5g}" in printed
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.matrix)])
 def test_scale_0_is_the_reference_under_autocast_too(sweep, tmp_path, lora_run, full_run, tuning):
     folder, _ = {"lora": lora_run, "full": full_run}[tuning]
     assert sweep(folder, "--scales", 0, "--mixed_precision", "bf16") == 0

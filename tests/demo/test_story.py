@@ -74,6 +74,7 @@ def test_a_folder_with_other_settings_is_refused(told):
         run_demo(told.folder, **{**TINY, "seed": 1})
 
 
+@pytest.mark.matrix
 def test_an_interrupted_method_goes_on_from_its_checkpoint_to_the_same_end(tmp_path):
     settings = {"seed": 0, "max_steps": 4, "pairs": "off_policy", "samples_per_prompt": 1, "evaluations": 2}
     story = Story(tmp_path / "whole", settings)
