@@ -634,6 +634,53 @@ def test_a_card_that_cannot_be_written_ends_all_processes(found):
     assert "README.md" in first and "Process 0 has failed" in second and "README.md" in second
 
 
+# ---- Resumed with other settings ------------------------------------------------------------------------------------
+
+ADAMW = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+# Both as accelerate makes it of the arguments, and DeepSpeed's own.
+WARMUP = {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 1}}
+
+
+def changed_runs(engine: str, kind: str = "rate", **given) -> list[dict]:
+    """A step, and a second one with another rate, weight decay and betas."""
+    before = build_run(engine, "lora", f"{kind}-before", {**ADAMW, "max_steps": 1}, **given)
+    args = {
+        **ADAMW,
+        "max_steps": 2,
+        "learning_rate": 1e-5,
+        "weight_decay": 0.25,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.75,
+    }
+    after = build_run(engine, "lora", f"{kind}-after", args, output=before["output"], resumes=True, **given)
+    return [before, after]
+
+
+def assert_other_settings(found: list[Path]) -> None:
+    before, after = found
+    assert facts_of(after)["began_at"] == 1
+    assert logged(after, "learning_rate")[-1] == pytest.approx(1e-5)
+    groups = facts_of(after)["groups"]
+    assert groups[0] == pytest.approx([1e-5, 0.5, 0.75, 0.25]) and facts_of(before)["groups"][0][0] == 1e-3
+    states = [torch.cat([weight.flatten() for weight in walk["policy"].values()]) for walk in walk_of(after)]
+    # AdamW's step is at most about the rate an element: a hundredth of what the old rate would have made.
+    assert 0 < (states[-1] - states[0]).abs().max() < 5e-5
+
+
+@needing(changed_runs("fsdp2"), changed_runs("zero2"))
+def test_another_rate_and_other_betas_act_from_the_next_step_on(found):
+    assert_other_settings(found)
+
+
+@pytest.mark.matrix
+@needing(
+    *[changed_runs(engine) for engine in ("ddp", "zero1", "zero3")],
+    changed_runs("zero2", "warmup", engine_settings={"deepspeed": {"scheduler": WARMUP}}),
+)
+def test_another_rate_acts_under_every_engine_and_deepspeed_s_own_schedule(found):
+    assert_other_settings(found)
+
+
 # ---- Bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -658,6 +705,15 @@ OFFLOADED = {
 @needing([WRITER, refused("ddp", "of-zero2", output=WRITER["output"], resumes=True)])
 def test_a_checkpoint_is_resumed_by_the_engine_that_wrote_it(found):
     assert "engine was 'zero2, 2 processes', is 'plain'" in refusal(found[-1])
+
+
+USED = build_run("ddp", "full", "used", {"max_steps": 1, "save_strategy": "steps", "save_steps": 1})
+
+
+@needing([USED, refused("ddp", "used-again", output=USED["output"])])
+def test_a_folder_of_another_run_is_refused_by_all_processes(found):
+    assert "holds one (checkpoint-1, tuned weights)" in refusal(found[-1])
+    assert not (found[0] / "saved" / "_run.lock").exists()
 
 
 @needing([refused("zero2", "offloaded", engine_settings={"deepspeed": OFFLOADED})])

@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from trl_diffusion_sdpo.trainer.run_lock import LOCK_FILE
+
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters() if p.requires_grad}
@@ -179,6 +181,7 @@ def test_a_killed_run_resumes_to_the_same_weights(sd_folder, make_pairs, tmp_pat
             break
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    assert (tmp_path / "killed" / LOCK_FILE).is_file()  # and yet it keeps nobody out
     runs = [start("killed", "resume"), start("whole", "fresh")]
     for run in runs:
         run.communicate()

@@ -126,14 +126,15 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    try:
-        trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
-    finally:
-        interrupt.restore_handlers()
-    if interrupt.interrupted:
-        _say_how_to_resume(trainer)
-    else:
-        _finish(trainer, script_args, training_args)
+    with trainer.run_folder.held(together=True):  # until the last file is written
+        try:
+            trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
+        finally:
+            interrupt.restore_handlers()
+        if interrupt.interrupted:
+            _say_how_to_resume(trainer)
+        else:
+            _finish(trainer, script_args, training_args)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first is gone: all have written
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
@@ -188,6 +189,11 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
         trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
+    from ..trainer.verdict import verdict_of  # seconds, as above
+
+    verdict = verdict_of(trainer)
+    if verdict is not None:
+        trainer.accelerator.print(verdict)
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .fingerprint import pairs_fingerprint
 from .report import HOW_TO_DROP, DataReport, reject
 from .sources import ArrowSource, RowSource, build_index
 from .transforms import ItemMaker, UndecodableImageError, decode_slot
@@ -61,6 +62,10 @@ class PreferenceDataset(Dataset):
         view._places, view._scores = self._places[:count], None if self._scores is None else self._scores[:count]
         view._forget_bad_pairs()
         return view
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these pairs from others; see [`pairs_fingerprint`]."""
+        return pairs_fingerprint(self._source.format.name, self._source, self._places, self._scores)
 
     def verify_images(self, num_proc: int | None = None) -> None:
         """Decodes every image once and drops the pairs of those that fail."""

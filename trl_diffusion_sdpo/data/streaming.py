@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .fingerprint import stream_fingerprint
 from .formats import PairReference, Reject, groups, image_slots, pairs_in_group, resolve_format
 from .report import COUNTS, DataReport, reject
 from .transforms import ItemMaker, UndecodableImageError, decode_slot
@@ -66,6 +67,10 @@ class PreferenceIterableDataset(IterableDataset):
         view._maker = self._maker.for_evaluation()
         view._repeat = False
         return view
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this stream from others; see [`stream_fingerprint`]."""
+        return stream_fingerprint(self._format.name, self._source)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, found = int(self._maker.epoch), True

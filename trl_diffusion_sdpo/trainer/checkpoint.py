@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
+NOT_COMPARED = ("train_data", "run_id")  # name by name
 # Of checkpoints from before these were stored.
 UNKNOWN_BEFORE = ("engine", "processes", "safeguard_anchor", "given_reference")
 # What later settings were before they could be set.
@@ -133,8 +134,11 @@ def write_setup(folder: Path, setup: dict[str, Any]) -> None:
     (folder / SETUP_FILE).write_text(json.dumps(setup, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_setup(folder: Path, setup: dict[str, Any]) -> None:
-    """Compare a checkpoint's set-up with this run's.
+def check_setup(folder: Path, setup: dict[str, Any]) -> dict[str, Any]:
+    """Compare a checkpoint's set-up with this run's, but for its data and its mark, which others look at.
+
+    Returns:
+        `dict[str, Any]`: The checkpoint's.
 
     Raises:
         `ValueError`: If the two cannot be one run: another model, LoRA or kind of reference.
@@ -148,7 +152,7 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
     stored = json.loads(file.read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(setup))
     stored = {**ALWAYS_BEFORE, **{name: ours[name] for name in UNKNOWN_BEFORE}, **stored}
-    differing = [name for name in ours if stored.get(name) != ours[name]]
+    differing = [name for name in ours if name not in NOT_COMPARED and stored.get(name) != ours[name]]
     broken = [name for name in differing if name in STRUCTURE]
     if broken:
         raise ValueError(
@@ -158,3 +162,4 @@ def check_setup(folder: Path, setup: dict[str, Any]) -> None:
         )
     for name in differing:
         logger.warning("Resuming with another `%s`: it was %r, is %r.", name, stored.get(name), ours[name])
+    return stored

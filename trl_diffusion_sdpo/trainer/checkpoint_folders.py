@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"  # as diffusers' scripts call it
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-_REPLACED = ".replaced"
+REPLACED = ".replaced"
 _WORDS = {"true": True, "false": None, "none": None, LATEST: LATEST}
 
 
@@ -224,7 +224,7 @@ def _in_order(output_dir: Path) -> list[tuple[tuple[int, int], Path]]:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + _REPLACED)
+    return folder.with_name(folder.name + REPLACED)
 
 
 def _set_aside(folder: Path) -> None:
@@ -240,8 +240,8 @@ def _set_aside(folder: Path) -> None:
 
 def _bring_back(output_dir: Path) -> None:
     """Undo what [`_set_aside`] did where the new checkpoint was cut off."""
-    for aside in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_REPLACED}"):
-        folder = aside.with_name(aside.name.removesuffix(_REPLACED))
+    for aside in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*{REPLACED}"):
+        folder = aside.with_name(aside.name.removesuffix(REPLACED))
         if not folder.exists() or damage(folder, checksums=False):
             _delete(folder)
             os.rename(aside, folder)

@@ -20,6 +20,7 @@ from .run_arguments import RunArguments
 from .setting_checks import (
     check_data,
     check_inherited,
+    check_length,
     check_noise,
     check_parameter_safeguard,
     check_reference,
@@ -294,6 +295,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
             if isinstance(getattr(self, name), str):
                 setattr(self, name, float(getattr(self, name)))
         check_inherited(self)
+        check_length(self)
         self._check_loss()
         check_data(self)
         check_noise(self)

@@ -68,6 +68,7 @@ class ModelCardFacts:
         settings (`dict[str, Any]`): Becomes a table; tokens are left out at any depth, and of absolute paths only the
             last part is written. `safeguard` set to `"none"` also changes what the card says of the method.
         metrics (`dict[str, float]`): Final values; becomes a table.
+        verdict (`str`, *optional*): What training did to the preferred images, in sentences.
         gallery (`list[tuple[str, str]]`): Image paths relative to the repository, each with its prompt.
         trainer_name, paper_id, paper_title, paper_bibtex (`str`): The method.
         versions (`dict[str, str]`): Package names and versions.
@@ -87,6 +88,7 @@ class ModelCardFacts:
     tags: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    verdict: str | None = None
     gallery: list[tuple[str, str]] = field(default_factory=list)
     trainer_name: str = "Diffusion-SDPO"
     paper_id: str = "2511.03317"
@@ -134,6 +136,7 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         snippet=_snippet(facts, base),
         settings_table=_table(("Setting", "Value"), _public_mapping(facts.settings)),
         metrics_table=_table(("Metric", "Value"), {name: f"{value:.6g}" for name, value in facts.metrics.items()}),
+        verdict=facts.verdict,
         versions=list(facts.versions.items()),
         averaged=facts.settings.get("ema_decay") is not None,
         safeguarded=facts.settings.get("safeguard") != "none",

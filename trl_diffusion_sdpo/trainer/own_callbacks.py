@@ -13,6 +13,7 @@ from .average import AverageCallback
 from .branch_training import MeasureStepCallback
 from .callbacks import EpochCallback, NoiseLevelPlotCallback, SampleImagesCallback, SyncReferenceCallback
 from .run_control import SayNothingIsLeft
+from .verdict import VerdictCallback
 from .winner_budget import WinnerBudgetCallback
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def own_callbacks(
         callbacks.append(_sample_images(trainer, args))
     if args.eval_strategy != "no":
         callbacks.append(NoiseLevelPlotCallback())
-    return callbacks
+    return [*callbacks, VerdictCallback(trainer)]
 
 
 def _sample_images(trainer: DiffusionSDPOTrainer, args: DiffusionSDPOConfig) -> SampleImagesCallback:

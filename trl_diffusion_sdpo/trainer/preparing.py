@@ -44,6 +44,11 @@ def own_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> Di
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
             "Leave `ref_model` out, or pass a copy."
         )
+    if isinstance(model, (str, Path)) and Path(model).resolve() == Path(args.output_dir).resolve():
+        raise ValueError(
+            f"`output_dir` must be another folder than the model's: saving would overwrite the pipeline that is tuned; "
+            f"got {args.output_dir!r} for both."
+        )
     if args.should_save:
         check_output_dir(args.output_dir)
     return copy.copy(args)

@@ -21,13 +21,16 @@ from .disk import naming_the_disk
 from .hub import PublishingError, Uploads
 from .model_card import ModelCardFacts, build_model_card
 from .processes import in_any_process
+from .run_folder import PREVIOUS_RUN
 from .saving import ARGS_FILE, SETTINGS_OF_THE_PATH, SavingMixin
+from .verdict import verdict_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 # Checkpoints, pickles, logs, plots, and the arguments, which name folders of the machine; the card has the settings.
 NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", "noise_levels*.png", ARGS_FILE]
+NOT_UPLOADED += [f"{PREVIOUS_RUN}-*"]
 SETTINGS_IN_CARD = (
     *SETTINGS_OF_THE_PATH,
     *KNOB_RANGES,
@@ -66,7 +69,7 @@ class PublishingMixin(SavingMixin):
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        output_dir = Path(self.args.output_dir)
+        output_dir, verdict = Path(self.args.output_dir), verdict_of(self)
         facts = ModelCardFacts(
             model_name=model_name or output_dir.absolute().name,
             hub_model_id=self.hub_model_id,
@@ -81,6 +84,7 @@ class PublishingMixin(SavingMixin):
             tags=[*self._tag_names, *tags],
             settings={name: getattr(self.args, name) for name in SETTINGS_IN_CARD},
             metrics=self._final_metrics(),
+            verdict=None if verdict is None else verdict.finding,
             gallery=self._gallery(),
             trainer_name=self._name,
             versions={name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "trl")}

@@ -17,6 +17,10 @@ class RunArguments:
         trust_checkpoint (`bool`, *optional*, defaults to `False`):
             Whether to resume from a checkpoint with pickled files that could run code: files that hold more than
             tensors, numbers and settings are refused otherwise. Set it for your own checkpoints only.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a new start may take an `output_dir` that holds another run, whose files are then moved into the
+            folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. A resumed run leaves its
+            folder as it is.
     """
 
     checkpoint_on_interrupt: bool = field(
@@ -26,4 +30,10 @@ class RunArguments:
     trust_checkpoint: bool = field(
         default=False,
         metadata={"help": "Whether to resume from pickled files that could run code; for your own checkpoints only."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a new start may take a folder that holds another run; that is moved into `previous-run-1`."
+        },
     )

@@ -16,10 +16,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..losses.preference import KNOB_RANGES
 from . import sharding
 from .adamw_metric import is_plain_sgd
-from .checkpoint import check_setup, forget_local_origins, own_weights, read_weights, save_weights, write_setup
+from .checkpoint import forget_local_origins, own_weights, read_weights, save_weights, write_setup
 from .checkpoint_folders import CheckpointFolders, holds_optimizer
 from .disk import naming_the_disk
+from .resuming import check_resumable, data_fingerprint, own_optimizer_settings, stored_settings
 from .run_control import borrowed, stopping_on_interrupt
+from .run_folder import RunFolder
 from .unpickling import tensors_only
 
 ARGS_FILE = "training_args.json"
@@ -91,14 +93,19 @@ class SavingMixin:
                 "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
                 "new trainer and pass `resume_from_checkpoint` to go on."
             )
-        point = self._checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
-        if point is not None:
-            self._check_resumable(Path(point))
-        with naming_the_disk(self.args.output_dir, self._bytes_to_save), stopping_on_interrupt(self):
-            return super().train(point, *args, **kwargs)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint  # which the Trainer leaves to scripts
+        with self.run_folder.held(together=True):
+            point = self._checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
+            self._settings_before = {} if point is None else stored_settings(Path(point), ARGS_FILE)
+            if point is not None:
+                self._check_resumable(Path(point))
+            self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
+            with naming_the_disk(self.args.output_dir, self._bytes_to_save), stopping_on_interrupt(self):
+                return super().train(point, *args, **kwargs)
 
     def _check_resumable(self, folder: Path) -> None:
-        check_setup(folder, self._setup())
+        check_resumable(folder, self._setup(), self.args, self._settings_before)
         if not holds_optimizer(folder):
             raise ValueError(
                 f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
@@ -116,6 +123,21 @@ class SavingMixin:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    @functools.cached_property
+    def run_folder(self) -> RunFolder:
+        """The output folder, which one run at a time has."""
+        return RunFolder(self.args, self.accelerator, list(self.pipeline.components))
+
+    @functools.cached_property
+    def _train_data(self) -> dict[str, Any] | None:
+        return data_fingerprint(self.train_dataset)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """As the Trainer does it; but how often to log, save and evaluate is this run's, not the checkpoint's."""
+        begun = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return begun
 
     def _setup(self) -> dict[str, Any]:
         """What a run must share with the one that wrote a checkpoint, and what it should."""
@@ -141,6 +163,8 @@ class SavingMixin:
             "engine": sharding.engine_name(self.accelerator),
             "processes": self.accelerator.num_processes,
             "weights_before_training": self.fingerprint,
+            "train_data": self._train_data,
+            "run_id": self.run_folder.run_id,
             **{name: getattr(self.args, name) for name in (*SETTINGS_OF_THE_PATH, *KNOB_RANGES)},
         }
 
@@ -150,7 +174,10 @@ class SavingMixin:
         Args:
             output_dir (`str`, *optional*): `args.output_dir` if unset.
         """
-        with naming_the_disk(output_dir or self.args.output_dir, self._bytes_to_save):
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        own = folder.resolve() == self.run_folder.folder.resolve()
+        held = self.run_folder.held() if own else contextlib.nullcontext()
+        with held, naming_the_disk(folder, self._bytes_to_save):
             self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -258,13 +285,19 @@ class SavingMixin:
 
     def _load_engine_checkpoint(self, resume_from_checkpoint: str) -> None:
         """Under DeepSpeed, which reads weights and optimizer at once."""
-        self._read_deepspeed_state(resume_from_checkpoint)
-        self._load_kept(Path(resume_from_checkpoint))
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        with self._own_optimizer_settings():
+            self._read_deepspeed_state(resume_from_checkpoint)
+            self._load_kept(Path(resume_from_checkpoint))
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._plain_sgd_whole(), self._tensors_only():
+        with self._own_optimizer_settings(), self._plain_sgd_whole(), self._tensors_only():
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _own_optimizer_settings(self) -> contextlib.AbstractContextManager:
+        """What the arguments say of optimizer and schedule, kept over the loading of a checkpoint."""
+        before = self._settings_before.get("learning_rate")
+        return own_optimizer_settings(self.optimizer, self.lr_scheduler, self.args.learning_rate, before)
 
     @contextlib.contextmanager
     def _plain_sgd_whole(self) -> Iterator[bool]:

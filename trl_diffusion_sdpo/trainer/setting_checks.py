@@ -209,6 +209,16 @@ def check_one_device(args: DiffusionSDPOConfig) -> None:
         )
 
 
+def check_length(args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` where a run would have no steps; with `max_steps=0` the Trainer takes one nevertheless."""
+    if args.max_steps == 0:
+        raise ValueError("A run has at least one step, got `max_steps=0`. Use -1 to go by `num_train_epochs`.")
+    if args.max_steps < 0 and not args.num_train_epochs > 0:
+        raise ValueError(
+            f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
+        )
+
+
 def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
     """Look at what keeps the winners over a training; `ValueError` on what is out of its range or cannot act."""
     if args.noise_levels < 1:
