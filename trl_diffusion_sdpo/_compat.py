@@ -35,7 +35,6 @@ __all__ = [
     "block_names",
     "checkpoints_activations",
     "compile_with_eager_rounding",
-    "first_step",
     "keeps_zero_gradients",
     "loads_lora",
     "numpy_safe_globals",
@@ -66,15 +65,6 @@ def checkpoints_activations(denoiser: ModelMixin) -> bool:
     `_supports_gradient_checkpointing` has no public spelling; can go when there is one.
     """
     return denoiser._supports_gradient_checkpointing
-
-
-def first_step(trainer: Any) -> int:
-    """The optimizer step from which the latest training went on; 0 of one that began anew.
-
-    `_initial_global_step` has no public spelling; can go when the `train_loss` that transformers logs is of the whole
-    run, and not of what followed the last checkpoint.
-    """
-    return trainer._initial_global_step
 
 
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:

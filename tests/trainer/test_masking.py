@@ -52,9 +52,18 @@ def test_secrets_within_texts(text, shown):
 
 
 def test_values_that_are_no_secret_stay_as_they_are():
-    given = {"use_auth_token": True, "token": None, "betas": (0.9, 0.999), "names": ["a"], "path": Path("x/y"), "n": 1}
+    given = {
+        "use_auth_token": True,
+        "token": None,
+        "betas": (0.9, 0.999),
+        "names": ["a"],
+        "path": Path("x/y"),
+        "n": 1,
+        "token_length": 77,
+    }
     assert masked(given) == {**given, "path": "x/y"}
     assert given["path"] == Path("x/y")
+    assert masked({"password": 1234}) == {"password": "<PASSWORD>"}
 
 
 def test_arguments_show_no_secret_anywhere(make_args):

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.trainer.hub import PublishingError
-from trl_diffusion_sdpo.trainer.publishing import whole_mean
+from trl_diffusion_sdpo.trainer.publishing import mean_loss
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -218,10 +218,9 @@ def test_the_loss_on_the_card_is_of_the_whole_run_after_a_resume(make_trainer, t
     assert resumed == pytest.approx(whole, rel=1e-5)
 
 
-def test_means_over_a_whole_run_by_hand():
-    """Ten steps: 3 for five, 1 for three that were logged at step 8, and 2 for those from the checkpoint at 8."""
+def test_a_mean_over_a_whole_run_by_hand():
+    """Ten steps: 3 in each of five, 1 in each of three, 2 in each of two."""
     history = [{"loss": 3.0, "step": 5}, {"eval_loss": 9.0, "step": 5}, {"loss": 1.0, "step": 8}]
-    history.append({"loss": 2.0, "step": 10})
-    assert whole_mean(history, 2.0, 8, 10) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)
-    assert whole_mean(history, 2.0, 6, 10) == pytest.approx((3 * 6 + 2 * 4) / 10)  # step 6 was logged by nobody
-    assert whole_mean([], 2.0, 8, 10) == 2.0
+    history += [{"loss": 2.0, "step": 10}, {"train_loss": 2.0, "step": 10}]
+    assert mean_loss(history) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)
+    assert mean_loss([{"train_loss": 2.0, "step": 10}]) is None

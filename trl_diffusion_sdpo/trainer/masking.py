@@ -30,7 +30,7 @@ def masked(value: Any, name: str = "") -> Any:
     """
     if isinstance(value, dict):
         return {key: masked(entry, str(key)) for key, entry in value.items()}
-    if names_secret(name) and not (value is None or isinstance(value, (bool, int, float))):
+    if names_secret(name) and not (value is None or isinstance(value, bool)):
         return f"<{name.upper()}>"
     if isinstance(value, (list, set, frozenset)) or type(value) is tuple:
         return type(value)(masked(entry, name) for entry in value)

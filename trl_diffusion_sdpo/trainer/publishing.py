@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
-from .._compat import first_step, loads_lora
+from .._compat import loads_lora
 from ..losses.preference import KNOB_RANGES
 from .agreeing import everyones, failing_together
 from .callbacks import SampleImagesCallback
@@ -96,17 +96,13 @@ class PublishingMixin(SavingMixin):
             build_model_card(facts).save(output_dir / "README.md")
 
     def _final_metrics(self) -> dict[str, float]:
-        """The last logged value of every metric of the loss, the errors and the safeguard; the mean of the loss over
-        the whole run, where transformers' is of what followed the checkpoint that it was resumed from."""
-        history = self.state.log_history
+        """The last logged value of every metric of the loss, the errors and the safeguard; of the training loss, the
+        mean over the whole run, where transformers' is of what followed the checkpoint that it was resumed from."""
         metrics: dict[str, float] = {}
-        for entry in history:
+        for entry in self.state.log_history:
             metrics |= {name: value for name, value in entry.items() if "/" in name or name.endswith("loss")}
-        if "train_loss" in metrics and first_step(self) > 0:
-            metrics["train_loss"] = whole_mean(
-                history, metrics["train_loss"], first_step(self), self.state.global_step
-            )
-        return metrics
+        mean = mean_loss(self.state.log_history)
+        return metrics if mean is None else {**metrics, "train_loss": mean}
 
     def _gallery(self) -> list[tuple[str, str]]:
         """The sample images that were drawn last, each with its prompt."""
@@ -255,19 +251,15 @@ class PublishingMixin(SavingMixin):
         return self._uploads.upload_later(self.hub_model_id, folder, advice=advice + self._what_is_safe(), **arguments)
 
 
-def whole_mean(history: list[dict[str, float]], resumed_mean: float, begin: int, end: int) -> float:
-    """Mean of the loss over all steps of a run: of those before a checkpoint as they were logged, each entry for the
-    steps since the one before it, and of those after it.
+def mean_loss(history: list[dict[str, float]]) -> float | None:
+    """Mean of the training loss over all steps that were logged, before and after a checkpoint; `None` if none was.
 
     Args:
-        history (`list[dict[str, float]]`): The log, with `loss` and `step` in some entries.
-        resumed_mean (`float`): Of the steps from `begin`, the checkpoint's, to `end`.
+        history (`list[dict[str, float]]`): The log. An entry with `loss` is of the steps since the one before it.
     """
     total, last = 0.0, 0
     for entry in history:
-        if "loss" in entry and last < entry["step"] <= begin:
+        if "loss" in entry:
             total += entry["loss"] * (entry["step"] - last)
             last = entry["step"]
-    if last == 0 or end == 0:
-        return resumed_mean
-    return (total / last * begin + resumed_mean * (end - begin)) / end
+    return total / last if last else None
