@@ -35,6 +35,7 @@ __all__ = [
     "block_names",
     "checkpoints_activations",
     "compile_with_eager_rounding",
+    "forward_pre_hooks",
     "keeps_zero_gradients",
     "loads_lora",
     "numpy_safe_globals",
@@ -70,6 +71,14 @@ def checkpoints_activations(denoiser: ModelMixin) -> bool:
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Whether a pipeline has `load_lora_weights` and `save_lora_weights`."""
     return issubclass(pipeline_class, LoraBaseMixin)
+
+
+def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
+    """A module's forward pre-hooks, so that none is registered twice.
+
+    `_forward_pre_hooks` has no public spelling; can go when there is one.
+    """
+    return list(module._forward_pre_hooks.values())
 
 
 def compile_with_eager_rounding() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,6 +43,14 @@ def unwrap_peft_model(model: nn.Module) -> nn.Module:
 def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     """The layers that carry adapters."""
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The modules that adapters of these names consist of, such as the two linear layers of a LoRA."""
+    holders = [getattr(layer, kind) for layer in adapter_layers(denoiser) for kind in layer.adapter_layer_names]
+    return [
+        holder[name] for holder in holders if isinstance(holder, nn.ModuleDict) for name in names if name in holder
+    ]
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

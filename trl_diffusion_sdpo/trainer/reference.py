@@ -18,11 +18,13 @@ from .adapters import (
     REFERENCE_ADAPTER,
     adapter_layers,
     adapter_on,
+    adapter_parts,
     adapter_state,
     adapters_off,
     base_tensors,
     copy_adapter,
 )
+from .layouts import read_contiguous
 from .policy import PolicyModel
 
 REFERENCE_FILE = "reference.safetensors"
@@ -159,6 +161,7 @@ class AdapterReference(Reference):
                 "delete it."
             )
         copy_adapter(denoiser, policy_adapter, name)
+        read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -194,6 +197,8 @@ class FrozenReference(Reference):
         follows: bool = False,
     ):
         check_same_architecture(policy, module)
+        if not adapter_layers(policy):  # under a LoRA the base is as frozen as the reference
+            read_contiguous((*policy.modules(), *module.modules()))
         self.module = module.requires_grad_(False).eval()
         self._running = self.module
         self._policy = policy
