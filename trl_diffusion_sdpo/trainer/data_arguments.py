@@ -24,8 +24,9 @@ class DataArguments:
         verify_images (`bool`, *optional*, defaults to `True`):
             Whether to decode every image of a map-style data set once before training (cached by `datasets`). If
             not, bad images are found when they are drawn, and the next good row stands in.
-        resolution (`int`, *optional*):
-            Side of the square training images, in pixels; the model's own if unset.
+        resolution (`int` or `list[int]`, *optional*):
+            Side of the square training images, or their height and width, in pixels; the model's own if unset. On the
+            command line `1024` or `768 1344`, in YAML `1024` or `[768, 1344]`.
         random_crop (`bool`, *optional*, defaults to `False`):
             Whether to crop at random; the centre otherwise. One draw a pair.
         random_flip (`bool`, *optional*, defaults to `True`):
@@ -52,8 +53,9 @@ class DataArguments:
     verify_images: bool = field(
         default=True, metadata={"help": "Whether to decode every image of a map-style data set before training."}
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square training images in pixels; the model's own if unset."}
+    resolution: list[int] | None = field(
+        default=None,
+        metadata={"help": "Side of square images, or height and width, in pixels; the model's own if unset."},
     )
     random_crop: bool = field(default=False, metadata={"help": "Whether to crop at random; the centre otherwise."})
     random_flip: bool = field(default=True, metadata={"help": "Whether to flip half of the pairs horizontally."})

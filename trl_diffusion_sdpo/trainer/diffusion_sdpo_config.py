@@ -25,6 +25,7 @@ from .setting_checks import (
     check_parameter_safeguard,
     check_reference,
     check_winner_arguments,
+    settled_resolution,
 )
 from .setting_words import read_words
 from .winner_arguments import WinnerArguments
@@ -294,6 +295,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
         for name in ("beta", "safeguard_mu", "winner_budget", "ema_decay", *KNOB_RANGES):  # YAML reads 2e3 as text
             if isinstance(getattr(self, name), str):
                 setattr(self, name, float(getattr(self, name)))
+        self.resolution = settled_resolution(self.resolution)
         check_inherited(self)
         check_length(self)
         self._check_loss()

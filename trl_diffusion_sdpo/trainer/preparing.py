@@ -19,7 +19,7 @@ from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .setting_checks import check_one_device
+from .setting_checks import check_one_device, settled_resolution
 from .sharding import tell_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
         "beta": defaults.beta_for(full=full) if loss.uses_beta else None,
         "safeguard_mu": defaults.safeguard_mu,
-        "resolution": family.default_resolution,
+        "resolution": settled_resolution(family.default_resolution),
         "weighting_scheme": family.weighting_scheme if args.timesteps is None else None,
         "guidance_scale": family.guidance_scale,
     }

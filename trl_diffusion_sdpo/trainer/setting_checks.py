@@ -4,7 +4,7 @@ safeguard."""
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Optimizers that step within the backward pass, when the other branch's gradient is not there yet.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
+MIN_SIDE = 8  # pixels, of training images
 MEASUREMENTS_OF_LAG = 10  # of a budget's loop, over which an average may reach back
 
 
@@ -133,17 +134,34 @@ def check_data(args: DiffusionSDPOConfig) -> None:
         raise ValueError(
             f"`proportion_empty_prompts` must be in [0, 1], got {args.proportion_empty_prompts}. Published: 0.2."
         )
-    sides = args.resolution if isinstance(args.resolution, (list, tuple)) else (args.resolution,)
-    if args.resolution is not None and (len(sides) > 2 or any(side < 8 for side in sides)):
-        raise ValueError(
-            f"`resolution` must be one number or a height and a width, at least 8 pixels; got {args.resolution}."
-        )
     if args.sample_inference_steps < 1:
         raise ValueError(f"`sample_inference_steps` must be at least 1, got {args.sample_inference_steps}.")
     if args.sample_steps is not None and args.sample_steps < 1:
         raise ValueError(f"`sample_steps` must be at least 1, got {args.sample_steps}. Leave it unset for none.")
     if args.sample_steps is not None and not args.sample_prompts:
         warnings.warn("`sample_steps` has no effect without `sample_prompts`.", stacklevel=3)
+
+
+def settled_resolution(value: Any) -> int | list[int] | None:
+    """The size of training images in one form, wherever it was given: the side of a square, or `[height, width]`.
+
+    Args:
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): From Python, a command line (where one number
+            comes as a list of one) or YAML.
+
+    Raises:
+        `ValueError`: If it is no size, or smaller than 8 pixels.
+    """
+    if value is None:
+        return None
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not whole or len(sides) not in (1, 2) or min(sides) < MIN_SIDE:
+        raise ValueError(
+            f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
+            "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
+        )
+    return sides[0] if len(set(sides)) == 1 else sides
 
 
 def check_noise(args: DiffusionSDPOConfig) -> None:
