@@ -1,0 +1,80 @@
+"""Whether prompts reach the model: a tokenizer that lost its vocabulary turns all of them into the same tokens, and
+training would go on without a word."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from ..families import Family
+
+# Published models have between 99% and 100% as many tokens as embeddings, which are padded to round numbers. A lost
+# vocabulary leaves a few special tokens, and another model's tokenizer is off by more than this.
+SIZE_RATIOS = (0.75, 1.25)
+PROMPTS = ("a red circle", "a big square")  # of the same lengths: unknown words or letters must not differ by number
+
+
+@torch.no_grad()
+def check_text_encoding(family: Family) -> None:
+    """Raise `ValueError` where a tokenizer does not fit its text encoder, or two prompts come out alike.
+
+    Args:
+        family ([`Family`]): Around a pipeline whose text encoders are where they will run.
+    """
+    for name in family.frozen_components:
+        text_encoder = getattr(family.pipeline, name)
+        tokenizer = _tokenizer_of(family, name)
+        if isinstance(text_encoder, PreTrainedModel) and tokenizer is not None:
+            _check_vocabulary(name, text_encoder, tokenizer)
+            _check_tokens(name, text_encoder, tokenizer)
+    _check_conditioning(family)
+
+
+def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
+    """`tokenizer_2` of `text_encoder_2`, also within a processor."""
+    held = family.pipeline.components.get(text_encoder.replace("text_encoder", "tokenizer"))
+    held = held.tokenizer if isinstance(held, ProcessorMixin) else held
+    return held if isinstance(held, PreTrainedTokenizerBase) else None
+
+
+def _check_vocabulary(name: str, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    known, embedded = len(tokenizer), text_encoder.get_input_embeddings().num_embeddings
+    low, high = SIZE_RATIOS
+    if not low * embedded <= known <= high * embedded:
+        raise ValueError(
+            f"A tokenizer must know about as many tokens as its text encoder has embeddings; that of `{name}` knows "
+            f"{known}, and there are {embedded} embeddings. Its vocabulary is missing or another model's: download the "
+            "tokenizer's folder again."
+        )
+
+
+def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
+    embedded, highest = text_encoder.get_input_embeddings().num_embeddings, max([*first, *second], default=0)
+    if highest >= embedded:
+        raise ValueError(
+            f"A tokenizer must give tokens that its text encoder has embeddings for; that of `{name}` gives the token "
+            f"{highest}, and there are {embedded} embeddings. It is another model's: download the pipeline again."
+        )
+    if first == second:
+        raise ValueError(
+            f"Two prompts must not be the same to a tokenizer; that of `{name}` turns both {PROMPTS[0]!r} and "
+            f"{PROMPTS[1]!r} into {first}. Its vocabulary is missing: download the tokenizer's folder again."
+        )
+
+
+def _check_conditioning(family: Family) -> None:
+    encoded = {
+        name: value for name, value in family.encode_prompts(list(PROMPTS)).items() if value.is_floating_point()
+    }
+    broken = [name for name, value in encoded.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"Encoded prompts must be finite, and `{broken[0]}` of {PROMPTS[0]!r} is not: the text encoder overflows "
+            "in the precision it is held in, or its weights are damaged. Load it in float32, or download it again."
+        )
+    if encoded and all(torch.equal(*value) for value in encoded.values()):
+        raise ValueError(
+            f"Two prompts must not be the same to the model, and {PROMPTS[0]!r} and {PROMPTS[1]!r} are encoded alike. "
+            "The tokenizer's vocabulary or the text encoder's weights are missing: download them again."
+        )
