@@ -60,6 +60,22 @@ def test_the_rises_of_every_kind_are_counted(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_the_vae_is_measured_in_every_precision(tmp_path):
+    file = tmp_path / "vae.json"
+    shown = run(
+        "vae_precision.py",
+        *("--size", "tiny", "--images", "1", "--side", "16", "--rounds", "1", "--device", "cpu"),
+        *("--precisions", "float32", "bfloat16", "float16", "--output", str(file)),
+    )
+    rows = {(row["vae"], row["dtype"]): row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 6 and all(f"| {vae} | {dtype} |" in shown for vae, dtype in rows)
+    for vae in ("demo", "tiny"):
+        assert rows[vae, "float32"]["difference"] == 0
+        # A number has 8 bits in bfloat16 and 11 in float16; layers add their roundings up.
+        assert 2**-9 / 4 < rows[vae, "bfloat16"]["difference"] < 0.2
+    assert rows["tiny", "float32"]["ratio"] == 1 and rows["demo", "float32"]["ratio"] is None
+
+
 @pytest.mark.matrix
 def test_the_front_is_made_resumed_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")

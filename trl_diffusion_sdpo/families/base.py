@@ -91,6 +91,8 @@ class Family(ABC):
         patch_size (`int`): Latents per token along one side, of transformers.
         guidance_scale (`float`, *optional*): Guidance that a distilled denoiser takes as an input, in training; `None`
             where it takes none. May be set on an instance.
+        vae_encode_batch_size (`int`, *optional*): Images that `encode_images` hands to the VAE at once; all of them if
+            `None`. May be set on an instance.
         drawn_image (`str`): Where one drawn image lies in what the pipeline's call returns, as code.
 
     Raises:
@@ -109,6 +111,7 @@ class Family(ABC):
     weighting_scheme: ClassVar[str] = "none"
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None
+    vae_encode_batch_size: int | None = None
     drawn_image: ClassVar[str] = "images[0]"
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -229,10 +232,14 @@ class Family(ABC):
                 f"One generator per image is needed, got {len(generator)} for {len(pixel_values)} images. "
                 "Pass as many generators as images, or None."
             )
-        vae = self.pipeline.vae
+        vae, latents = self.pipeline.vae, []
+        at_once = self.vae_encode_batch_size or len(pixel_values)
         with no_autocast(vae.device), _without_overflow(vae):
-            latents = self.vae_latents(pixel_values.to(vae.device, vae.dtype), generator)
-        return self.scale_latents(latents.float())
+            for first in range(0, len(pixel_values), at_once):
+                part = slice(first, first + at_once)
+                streams = None if generator is None else generator[part]
+                latents.append(self.vae_latents(pixel_values[part].to(vae.device, vae.dtype), streams).float())
+        return self.scale_latents(torch.cat(latents))
 
     def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
         """What the VAE makes of `encode_images`' arguments, which are in its dtype and on its device."""

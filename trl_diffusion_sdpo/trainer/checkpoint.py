@@ -27,6 +27,7 @@ NOT_COMPARED = ("train_data", "run_id")  # name by name
 UNKNOWN_BEFORE = ("engine", "processes", "safeguard_anchor", "given_reference")
 # What later settings were before they could be set.
 ALWAYS_BEFORE = {
+    "vae_dtype": "float32",  # of most VAEs: those of Stable Diffusion, SDXL, SD3 and FLUX say `force_upcast`
     "timesteps": None,
     "weighting_scheme": "none",
     "logit_mean": 0.0,

@@ -23,6 +23,7 @@ from .setting_checks import (
     check_length,
     check_noise,
     check_parameter_safeguard,
+    check_pipeline_arguments,
     check_reference,
     check_winner_arguments,
     settled_resolution,
@@ -299,6 +300,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
         check_inherited(self)
         check_length(self)
         self._check_loss()
+        check_pipeline_arguments(self)
         check_data(self)
         check_noise(self)
         check_reference(self)

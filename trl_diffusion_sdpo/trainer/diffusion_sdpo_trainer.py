@@ -28,6 +28,7 @@ from .checkpoint import fingerprint, own_weights
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluating import EvaluationMixin
 from .finite import FiniteCheck
+from .frozen_parts import working_family
 from .loading import LoadedModel, load_model
 from .metrics import MetricMeter
 from .noise_levels import LevelMeter
@@ -45,7 +46,6 @@ from .preparing import (
     disable_dropout,
     own_args,
     prepare_pairs,
-    working_pipeline,
 )
 from .publishing import PublishingMixin
 from .reference import Reference, build_reference
@@ -359,10 +359,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         self._level_meter, self._acting, self._budget = LevelMeter(args.noise_levels), contextlib.nullcontext, None
         if args.winner_budget is not None:
             self._budget = WinnerBudget(args.winner_budget, args.noise_levels, args.device)
-        # The family gets a pipeline of its own where parts run in half precision; the user's stays as it was loaded.
-        self.family = type(self.family)(working_pipeline(self.family, args))
-        self.family.guidance_scale = args.guidance_scale
-        self.family.settle_dtype()
+        self.family = working_family(self.family, args)
         if args.torch_compile:
             compile_with_eager_rounding()
         for kept in self._kept_weights:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+VAE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass
 class PipelineArguments:
@@ -31,6 +33,13 @@ class PipelineArguments:
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
             intermediate checkpoints).
+        vae_dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision in which the VAE encodes images: `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` is that of
+            autocast, but float32 under fp16 where the VAE's configuration says that it overflows there
+            (`force_upcast`); without autocast, as the VAE was loaded.
+        vae_encode_batch_size (`int`, *optional*):
+            Images that the VAE encodes at once; all of a micro-batch, two a pair, if unset. A smaller number needs
+            less memory and gives the same latents.
     """
 
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -58,4 +67,14 @@ class PipelineArguments:
     )
     save_full_pipeline: bool = field(
         default=False, metadata={"help": "Whether `save_model` writes the whole pipeline beside the tuned weights."}
+    )
+    vae_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision in which the VAE encodes images; `auto` is that of autocast unless it overflows there.",
+            "choices": list(VAE_DTYPES),
+        },
+    )
+    vae_encode_batch_size: int | None = field(
+        default=None, metadata={"help": "Images that the VAE encodes at once; all of a micro-batch if unset."}
     )

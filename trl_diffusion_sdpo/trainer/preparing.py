@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
@@ -167,27 +166,6 @@ def check_guidance(args: DiffusionSDPOConfig, family: Family) -> None:
             f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
             f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for drawing."
         )
-
-
-def working_pipeline(family: Family, args: DiffusionSDPOConfig) -> DiffusionPipeline:
-    """A family's pipeline with what does not train on the device, in the precision in which it runs.
-
-    The denoiser and the parts that keep their precision are shared with the pipeline that was loaded; parts that run
-    in half precision are copies, so that what is saved or drawn with later is not rounded.
-    """
-    half = autocast_dtype(args)
-    working = copy.copy(family.pipeline)
-    for name in family.frozen_components:
-        part = getattr(family.pipeline, name)
-        # A VAE that overflows in half precision says so. Of text encoders CLIP's are known not to in float16, and the
-        # T5 and language models of other families to: they stay as they were loaded.
-        overflows = isinstance(part, ModelMixin) and part.config.get("force_upcast", False)
-        if half == torch.float16 and not isinstance(part, ModelMixin):
-            overflows = not type(part).__name__.startswith("CLIP")
-        if half is not None and not overflows and part.dtype.itemsize > half.itemsize:
-            part = copy.deepcopy(part).to(half)
-        working.register_modules(**{name: part.to(args.device)})
-    return working
 
 
 def autocast_dtype(args: DiffusionSDPOConfig) -> torch.dtype | None:

@@ -38,6 +38,7 @@ SETTINGS_OF_THE_PATH = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "mixed_precision",
+    "vae_dtype",
     "resolution",
     "random_crop",
     "random_flip",

@@ -21,6 +21,7 @@ from ..losses.preference import KNOB_RANGES
 from .adapters import PEFT_FILE, base_tensors
 from .average import AVERAGE_FOLDER
 from .checkpoint import (
+    ALWAYS_BEFORE,
     SETUP_FILE,
     fingerprint,
     forget_local_origins,
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # In which pairs are drawn and measured, so that an evaluation of a saved run is that which the run itself logged.
 SETTINGS_OF_EVALUATION = (
+    "vae_dtype",
     "resolution",
     "image_interpolation",
     "timestep_range",
@@ -84,7 +86,8 @@ class SavedRun:
         names = list(SETTINGS_OF_EVALUATION)
         if spec.needs_reference:
             names += ["loss_type", "beta", *KNOB_RANGES]
-        given = {name: self.setup[name] for name in names if self.setup.get(name) is not None}
+        stored = {**ALWAYS_BEFORE, **self.setup}
+        given = {name: stored[name] for name in names if stored.get(name) is not None}
         return {"loss_type": LOSS_WITH_A_MARGIN, **given, "safeguard": "none"}
 
     def check_base(self, denoiser: nn.Module) -> None:

@@ -14,6 +14,7 @@ from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
 from ..suggestions import did_you_mean
 from .data_arguments import INTERPOLATIONS, ON_BAD_ROW
+from .pipeline_arguments import VAE_DTYPES
 from .winner_arguments import METRICS, WinnerArguments
 
 if TYPE_CHECKING:
@@ -191,6 +192,16 @@ def check_noise(args: DiffusionSDPOConfig) -> None:
         value = getattr(args, name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 for none.")
+
+
+def check_pipeline_arguments(args: DiffusionSDPOConfig) -> None:
+    """Look at how the VAE is to run; `ValueError` on what is out of its range."""
+    _check_choice("vae_dtype", args.vae_dtype, VAE_DTYPES)
+    if args.vae_encode_batch_size is not None and args.vae_encode_batch_size < 1:
+        raise ValueError(
+            f"`vae_encode_batch_size` must be at least 1, got {args.vae_encode_batch_size}. Leave it unset to encode "
+            "the images of a micro-batch together."
+        )
 
 
 def check_reference(args: DiffusionSDPOConfig) -> None:
