@@ -1,8 +1,10 @@
-"""Model families: which pipelines can be trained, found by the name of the pipeline's class, and how a pipeline is
-loaded from a folder or the Hub."""
+"""Model families: which pipelines can be trained, found by the name of the pipeline's class, and how a pipeline or its
+denoiser alone is loaded from a folder or the Hub."""
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "as_text_to_image",
     "family_for_class_name",
     "find_family",
+    "load_denoiser",
     "load_pipeline",
 ]
 
@@ -53,6 +56,7 @@ _SERVED = {
 }
 FAMILIES: dict[str, str] = {name: family for family, classes in _SERVED.items() for name in classes}
 HOW_TO_ADD = "docs/add_a_model_family.md"
+CLASS = "_class_name"  # of the pipeline, in its model_index.json
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")  # what reading a configuration takes
 _REFUSED_OPTIONS = {
@@ -61,6 +65,11 @@ _REFUSED_OPTIONS = {
     "use_safetensors": "Weights are always read from safetensors files.",
     "torch_dtype": "The argument is called `dtype`.",
 }
+# What a model's `from_pretrained` takes that says where its files are and how they are read.
+DENOISER_OPTIONS = (
+    *("revision", "variant", "token", *_HUB_OPTIONS),
+    *("low_cpu_mem_usage", "disable_mmap", "use_flashpack", "offload_folder", "offload_state_dict"),
+)
 
 
 def find_family(pipeline: diffusers.DiffusionPipeline) -> Family:
@@ -111,6 +120,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     token: str | bool | None = None,
+    denoiser_quantization: Any = None,
     **from_pretrained: Any,
 ) -> diffusers.DiffusionPipeline:
     """Load a pipeline that a family can train, from safetensors files and without any code from its repository.
@@ -122,6 +132,8 @@ def load_pipeline(
         name_or_path (`str` or `os.PathLike`): Folder saved by diffusers, or id of a model on the Hub.
         dtype (`torch.dtype`): Of every component.
         revision, variant, token (*optional*): As diffusers takes them.
+        denoiser_quantization (*optional*): A quantization configuration of diffusers, in which the denoiser's weights
+            are held as they are read; in full precision they are never in memory at once.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`: components, cache.
 
     Returns:
@@ -129,15 +141,22 @@ def load_pipeline(
 
     Raises:
         ValueError: If there is no diffusers pipeline there, its class or its UNet is not supported, it has no
-            safetensors weights, or an option is one that is never allowed.
+            safetensors weights, an option is one that is never allowed, or the denoiser would be quantized twice.
     """
     name_or_path = os.fspath(name_or_path)
-    for option in _REFUSED_OPTIONS.keys() & from_pretrained.keys():
-        raise ValueError(f"`{option}` can't be passed on to the pipeline. {_REFUSED_OPTIONS[option]} Leave it out.")
-    hub_options = {key: from_pretrained[key] for key in _HUB_OPTIONS if key in from_pretrained}
-    family = family_for_class_name(_read_class_name(name_or_path, revision=revision, token=token, **hub_options))
+    _refuse_options(from_pretrained)
+    family = family_for_class_name(_read_index(name_or_path, revision=revision, token=token, **from_pretrained)[CLASS])
+    if denoiser_quantization is not None:
+        taken = from_pretrained.keys() & {"quantization_config", family.denoiser_name}
+        if taken:
+            raise ValueError(
+                f"The denoiser's weights are quantized as they are read, by one configuration; got also `{min(taken)}`"
+                " to load the pipeline with. Pass the one or the other."
+            )
+        by_part = {family.denoiser_name: denoiser_quantization}
+        from_pretrained["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=by_part)
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
-    try:
+    with _safetensors_only(name_or_path):
         pipeline = pipeline_class.from_pretrained(
             name_or_path,
             dtype=dtype,
@@ -147,18 +166,69 @@ def load_pipeline(
             use_safetensors=True,
             **from_pretrained,
         )
+    family(pipeline)  # refuses what can't be trained
+    return pipeline
+
+
+def load_denoiser(
+    name_or_path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **from_pretrained: Any
+) -> diffusers.ModelMixin:
+    """Load a pipeline's denoiser and nothing else of it, from safetensors files.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): The pipeline's folder or Hub id.
+        dtype (`torch.dtype`): Of its weights.
+        from_pretrained (*optional*): Of `DENOISER_OPTIONS`.
+
+    Returns:
+        `ModelMixin`: Of the class that the pipeline's `model_index.json` names.
+
+    Raises:
+        ValueError: If there is no pipeline that a family can train, its denoiser has no safetensors weights or is no
+            class of diffusers, or an option belongs to other parts of a pipeline.
+    """
+    name_or_path = os.fspath(name_or_path)
+    _refuse_options(from_pretrained)
+    unknown = sorted(from_pretrained.keys() - set(DENOISER_OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"A denoiser alone is loaded with {', '.join(DENOISER_OPTIONS)} and `dtype`; got also {', '.join(unknown)}."
+            " Leave these out, or pass a loaded pipeline."
+        )
+    index = _read_index(name_or_path, **from_pretrained)
+    part = family_for_class_name(index[CLASS]).denoiser_name
+    library, class_name = index.get(part) or (None, None)
+    if library != "diffusers":
+        raise ValueError(
+            f"The {part} of a pipeline must be one of diffusers' classes; the model_index.json of {name_or_path} says "
+            f"{class_name!r} of {library!r}. Pass a loaded pipeline."
+        )
+    with _safetensors_only(name_or_path):
+        return getattr(diffusers, class_name).from_pretrained(
+            name_or_path, subfolder=part, torch_dtype=dtype, use_safetensors=True, **from_pretrained
+        )
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    for option in _REFUSED_OPTIONS.keys() & options.keys():
+        raise ValueError(f"`{option}` can't be passed on to the pipeline. {_REFUSED_OPTIONS[option]} Leave it out.")
+
+
+@contextmanager
+def _safetensors_only(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"Every component of a pipeline must have its weights in safetensors files, and {name_or_path} could not "
             f"be loaded so: {error}. Pickled weights (.bin) are never read; convert them by loading the pipeline in "
             "diffusers and calling `save_pretrained`."
         ) from error
-    family(pipeline)  # refuses what can't be trained
-    return pipeline
 
 
-def _read_class_name(name_or_path: str, **hub_options: Any) -> str:
-    """Name of the pipeline's class, from `model_index.json` alone."""
+def _read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
+    """`model_index.json` of a pipeline, with the name of one class under `CLASS`; only options that say where files
+    are count."""
     if os.path.isfile(name_or_path):
         raise ValueError(
             f"A pipeline is a folder saved by diffusers or a Hub id, got the file {name_or_path}. Convert it with "
@@ -177,16 +247,18 @@ def _read_class_name(name_or_path: str, **hub_options: Any) -> str:
             "`processing_class`."
         )
     try:
-        class_name = diffusers.DiffusionPipeline.load_config(name_or_path, **hub_options).get("_class_name")
+        hub_options = {key: options[key] for key in ("revision", "token", *_HUB_OPTIONS) if key in options}
+        index = diffusers.DiffusionPipeline.load_config(name_or_path, **hub_options)
     except OSError as error:
         raise ValueError(
             f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, got "
             f"{name_or_path}: {error}"
         ) from error
+    class_name = index.get(CLASS)
     if not isinstance(class_name, str):
         raise ValueError(
             f"The model_index.json of a diffusers pipeline names one of diffusers' classes; that of {name_or_path} "
             f"says {class_name!r}. Code from a model repository is never run; use a pipeline of one of the classes "
             f"{', '.join(FAMILIES)}."
         )
-    return class_name
+    return index

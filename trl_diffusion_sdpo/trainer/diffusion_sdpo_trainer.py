@@ -29,7 +29,7 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluating import EvaluationMixin
 from .finite import FiniteCheck
 from .frozen_parts import working_family
-from .loading import LoadedModel, load_model
+from .loading import LoadedModel, load_model, load_reference
 from .metrics import MetricMeter
 from .noise_levels import LevelMeter
 from .noisy_batch import NoisyBatch
@@ -138,6 +138,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
                 processing_class=processing_class,
                 model_init_kwargs=args.model_init_kwargs,
                 quantization_config=quantization_config,
+                device=args.device,
             )
         self._set_up(loaded, ref_model, args, peft_config)
         train_dataset = self._prepare(train_dataset, args, name="train", training=True)
@@ -404,12 +405,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         given = None
         if ref_model is not None:
             with sharding.loading_whole(args):
-                given = load_model(
-                    ref_model,
-                    processing_class=loaded.pipeline,
-                    model_init_kwargs=args.model_init_kwargs,
-                    role="ref_model",
-                ).denoiser
+                given = load_reference(ref_model, loaded, args)
             if args.disable_dropout:
                 disable_dropout(given)
             if not self.loss.needs_reference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -13,10 +13,19 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftModel
 from torch import nn
 
-from ..families import Family, as_text_to_image, find_family, load_pipeline
+from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
 from .adapters import unwrap_peft_model
 
+if TYPE_CHECKING:
+    from .diffusion_sdpo_config import DiffusionSDPOConfig
+
 CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
+# Of `model_init_kwargs`: what is about this machine and its access to the Hub, and the kind of files, so that it also
+# holds for a reference given by name.
+SHARED_OPTIONS = (
+    *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
+    *("low_cpu_mem_usage", "disable_mmap"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,6 @@ class LoadedModel:
 
     family: Family
     name_or_path: str | None
-
-    def __post_init__(self):
-        align_weights(self.denoiser)
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -49,9 +55,9 @@ def load_model(
     processing_class: DiffusionPipeline | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
-    role: str = "model",
+    device: torch.device | None = None,
 ) -> LoadedModel:
-    """Resolve `model` (or `ref_model`) to a pipeline and its family.
+    """Resolve `model` to a pipeline and its family.
 
     Args:
         model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser, also
@@ -60,11 +66,46 @@ def load_model(
             scheduler. It is copied, not changed.
         model_init_kwargs (`dict`, *optional*): For loading; `dtype` may be a string.
         quantization_config (*optional*): How the denoiser's frozen weights are held, for a Hub id or folder.
-        role (`str`): How the argument is called in errors.
+        device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
 
     Raises:
         `ValueError`: If it is none of these, or arguments are given that it cannot use.
     """
+    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model")
+    _align_for(loaded.denoiser, device)
+    return loaded
+
+
+def load_reference(
+    ref_model: str | Path | DiffusionPipeline | nn.Module, policy: LoadedModel, args: DiffusionSDPOConfig
+) -> nn.Module:
+    """The denoiser of `ref_model`. Of a Hub id or folder nothing else is loaded, for nothing else is used.
+
+    A Hub id or folder is read with `ref_model_init_kwargs`, and with what `model_init_kwargs` say about how files are
+    reached and read; not with the policy's `revision`, which names a state of the policy's repository.
+
+    Raises:
+        `ValueError`: If it is no such thing, or options are given that belong to other parts of a pipeline.
+    """
+    if isinstance(ref_model, (str, Path)):
+        shared = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
+        options = {**shared, **(args.ref_model_init_kwargs or {})}
+        dtype = options.pop("dtype", None)
+        dtype = policy.family.dtype if dtype is None else torch_dtype(dtype)
+        denoiser = load_denoiser(ref_model, dtype=dtype, **options)
+    else:
+        denoiser = _resolve(ref_model, policy.pipeline, None, None, "ref_model").denoiser
+    _align_for(denoiser, args.device)
+    return denoiser
+
+
+def _resolve(
+    model: Any,
+    processing_class: DiffusionPipeline | None,
+    model_init_kwargs: dict[str, Any] | None,
+    quantization_config: Any,
+    role: str,
+) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise ValueError(
             f"`processing_class` belongs to a bare denoiser, and `model` is a whole pipeline; got a "
@@ -91,27 +132,8 @@ def load_model(
 
 def _from_name(name: str, options: dict[str, Any], quantization_config: Any) -> LoadedModel:
     options["dtype"] = torch_dtype(options.pop("dtype", None))
-    pipeline = load_pipeline(name, **options)
-    family = find_family(pipeline)
-    if quantization_config is not None:
-        family = _quantized(name, family, options, quantization_config)
-    return LoadedModel(family, name)
-
-
-def _quantized(name: str, family: Family, options: dict[str, Any], quantization_config: Any) -> Family:
-    """The same pipeline with its denoiser's weights quantized at loading."""
-    denoiser_class = type(family.denoiser)
-    hub_options = {key: options[key] for key in ("revision", "variant", "token", "cache_dir") if key in options}
-    denoiser = denoiser_class.from_pretrained(
-        name,
-        subfolder=family.denoiser_name,
-        quantization_config=diffusers_quantization(quantization_config),
-        torch_dtype=options["dtype"],
-        use_safetensors=True,
-        **hub_options,
-    )
-    family.pipeline.register_modules(**{family.denoiser_name: denoiser})
-    return find_family(family.pipeline)
+    pipeline = load_pipeline(name, denoiser_quantization=diffusers_quantization(quantization_config), **options)
+    return LoadedModel(find_family(pipeline), name)
 
 
 def diffusers_quantization(config: Any) -> Any:
@@ -148,6 +170,12 @@ def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> 
         )
     pipeline.register_modules(**{denoiser_name: denoiser})
     return LoadedModel(find_family(pipeline), _origin(owner))
+
+
+def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
+    """Align weights that stay in this memory; those that move to an accelerator are copied there anyway."""
+    if device is not None and device.type == "cpu":
+        align_weights(denoiser)
 
 
 @torch.no_grad()

@@ -15,7 +15,11 @@ class PipelineArguments:
 
     Parameters:
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for `DiffusionPipeline.from_pretrained`, used when `model` or `ref_model` is a string.
+            Keyword arguments for `DiffusionPipeline.from_pretrained`, used when `model` is a string.
+        ref_model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for the `from_pretrained` of the reference's denoiser, used when `ref_model` is a string;
+            nothing else of its pipeline is loaded. Of `model_init_kwargs`, `dtype`, `variant` and what is about access
+            to the Hub hold for it too unless given here; the policy's `revision` never does.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the model and the reference. With dropout, policy and reference differ from
             the first step.
@@ -44,6 +48,10 @@ class PipelineArguments:
 
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, as JSON."}
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for the `from_pretrained` of a named reference's denoiser, as JSON."},
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Whether to disable dropout in the model and reference model."}

@@ -48,6 +48,11 @@ def own_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> Di
             f"`output_dir` must be another folder than the model's: saving would overwrite the pipeline that is tuned; "
             f"got {args.output_dir!r} for both."
         )
+    if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
+        raise ValueError(
+            "`ref_model_init_kwargs` are for a `ref_model` given as Hub id or folder, got "
+            f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave them out."
+        )
     if args.should_save:
         check_output_dir(args.output_dir)
     return copy.copy(args)
