@@ -93,7 +93,8 @@ def make(run: Run) -> dict[str, Any]:
             logging_steps=0.2,  # of all steps
             report_to="none",
             disable_tqdm=True,
-            verify_images=False,
+            verify_images="none",
+            dataloader_num_workers=0,
             dataloader_pin_memory=False,
             **{"max_steps": STEPS[run.push], **SHARED, **SETTINGS[run.push], **run.settings},
         )

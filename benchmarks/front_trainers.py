@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.data import pixels_as_floats
 from trl_diffusion_sdpo.losses import winner_error_gradient
 from trl_diffusion_sdpo.trainer.branch_backward import ANCHOR
 
@@ -28,7 +29,8 @@ class EncodedTrainer(DiffusionSDPOTrainer):
         keys = [hash(pair.numpy().tobytes()) for pair in torch.stack([winners, losers], 1)]
         new = [row for row, key in enumerate(keys) if key not in self._latents]
         if new:
-            encoded = self.family.encode_images(torch.cat([winners[new], losers[new]])).chunk(2)
+            pixels = pixels_as_floats(torch.cat([winners[new], losers[new]]))
+            encoded = self.family.encode_images(pixels).chunk(2)
             self._latents |= dict(zip((keys[row] for row in new), torch.stack(encoded, 1), strict=True))
         unknown = sorted(set(inputs["prompts"]) - self._texts.keys())
         if unknown:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import datasets
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -36,6 +37,7 @@ __all__ = [
     "checkpoints_activations",
     "compile_with_eager_rounding",
     "forward_pre_hooks",
+    "is_split_by_node",
     "keeps_zero_gradients",
     "loads_lora",
     "numpy_safe_globals",
@@ -79,6 +81,14 @@ def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
     `_forward_pre_hooks` has no public spelling; can go when there is one.
     """
     return list(module._forward_pre_hooks.values())
+
+
+def is_split_by_node(stream: datasets.IterableDataset) -> bool:
+    """Whether `datasets.distributed.split_dataset_by_node` has given each process a part of a stream.
+
+    `_distributed` has no public spelling; can go when there is one.
+    """
+    return stream._distributed is not None
 
 
 def compile_with_eager_rounding() -> None:

@@ -1,11 +1,13 @@
 """Two processes over gloo walk the trajectory of one: the draws belong to the pairs, the mean is over all of them."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import textwrap
 
+import datasets
 import pytest
 
 SCRIPT = textwrap.dedent(
@@ -21,10 +23,13 @@ SCRIPT = textwrap.dedent(
     args = DiffusionSDPOConfig(
         output, max_steps=4, per_device_train_batch_size=8 // world, optim="sgd", learning_rate=1e-5, beta=100.0,
         safeguard_granularity="pair", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
-        disable_tqdm=True, max_grad_norm=0.0, random_crop=True,
+        disable_tqdm=True, max_grad_norm=0.0, random_crop=True, verify_images="all",
     )
+    pairs = datasets.load_from_disk(data)
+    if tuning == "lora":  # as a stream, of which each process decodes its part
+        pairs = pairs.to_iterable_dataset(num_shards=4)
     peft_config = LoraConfig(r=4) if tuning == "lora" else None
-    trainer = DiffusionSDPOTrainer(model, None, args, datasets.load_from_disk(data), peft_config=peft_config)
+    trainer = DiffusionSDPOTrainer(model, None, args, pairs, peft_config=peft_config)
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -37,9 +42,21 @@ SCRIPT = textwrap.dedent(
 )
 
 
+def spoiled(index, image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()[: 40 if index == 5 else None]
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_two_processes_of_four_pairs_walk_like_one_of_eight(sd_folder, make_pairs, tmp_path, tuning):
-    make_pairs(32).save_to_disk(str(tmp_path / "pairs"))
+    """All weights from a table that holds a bad image, which the processes find together; a LoRA from a stream."""
+    pairs = make_pairs(32 + (tuning == "full"))
+    if tuning == "full":
+        pairs = datasets.Dataset.from_list(
+            [{**row, "chosen": spoiled(i, row["chosen"])} for i, row in enumerate(pairs)]
+        )
+    pairs.save_to_disk(str(tmp_path / "pairs"))
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     logs = {}
@@ -50,6 +67,7 @@ def test_two_processes_of_four_pairs_walk_like_one_of_eight(sd_folder, make_pair
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
+        assert tuning != "full" or "32 pairs, 0 ties, 1 undecodable" in done.stderr
         logs[world] = [entry for entry in json.loads((output / "log.json").read_text()) if "loss" in entry]
     for name in ("loss", "errors/winner", "errors/loser", "safeguard/scale"):
         one, two = ([entry[name] for entry in logs[world]] for world in (1, 2))

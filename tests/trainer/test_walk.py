@@ -18,11 +18,12 @@ def by_hand(folder, batch, prompts_of, *, seeds) -> dict[str, torch.Tensor]:
         for parameter in frozen.parameters():
             parameter.mul_(1.001)
     pairs = len(seeds)
+    pixels = (batch["pixel_values"].float() / 255 - 0.5) / 0.5
     errors, residuals = {}, {}
     for half, side in enumerate(("winner", "loser")):
         for i, seed in enumerate(seeds):
             encode = torch.Generator().manual_seed(seed ^ 0x5DEECE66D)
-            posterior = pipe.vae.encode(batch["pixel_values"][half * pairs + i : half * pairs + i + 1]).latent_dist
+            posterior = pipe.vae.encode(pixels[half * pairs + i : half * pairs + i + 1]).latent_dist
             draws = [torch.randn(1, 4, 8, 8, generator=encode) for _ in range(half + 1)]
             latent = (posterior.mean + posterior.std * draws[half]).detach() * 0.18215
             stream = torch.Generator().manual_seed(seed)

@@ -21,6 +21,7 @@ _OF_EVALUATION = ("eval_dataset_name", "test_size", "eval_steps")
 # YAML 1.1 reads off, no, on and yes without quotes as switches; what they say where an option takes words.
 _WORDS_OF_SWITCHES = {
     "report_to": {False: "none"},
+    "verify_images": {True: "all", False: "none"},
     "resume_from_checkpoint": {True: "true", False: "false"},
 }
 _OFF, _ON = ("none", "no", "off", "false"), ("yes", "on", "true")

@@ -137,7 +137,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
 
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
     # Of the first pairs, only those are decoded that are evaluated.
-    data = {} if options.max_pairs is None else {"verify_images": False}
+    data = {} if options.max_pairs is None else {"verify_images": "none"}
     return DiffusionSDPOConfig(
         output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.of_average]),
         per_device_eval_batch_size=options.per_device_eval_batch_size,

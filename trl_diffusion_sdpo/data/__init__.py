@@ -2,8 +2,9 @@
 
 from .collator import PreferenceCollator
 from .formats import FORMATS, PreferenceFormat, detect_format
+from .images import UndecodableImageError, decode_image
 from .pairs import DataReport, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
-from .transforms import PairDraws, PairTransform, UndecodableImageError, decode_image
+from .transforms import PairDraws, PairTransform, pixels_as_floats
 
 __all__ = [
     "FORMATS",
@@ -17,5 +18,6 @@ __all__ = [
     "UndecodableImageError",
     "decode_image",
     "detect_format",
+    "pixels_as_floats",
     "prepare_dataset",
 ]

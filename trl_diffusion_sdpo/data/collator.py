@@ -14,7 +14,8 @@ class PreferenceCollator:
     Returns a `dict` with
 
     - `rows` (`torch.LongTensor` of shape `(B,)`): first, so that who counts a batch by it counts pairs;
-    - `pixel_values` (`torch.FloatTensor` of shape `(2B, 3, H, W)`): winners, then losers, in `[-1, 1]`;
+    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer makes floats in
+      `[-1, 1]` of them on the device, one micro-batch at a time; a collator of your own may give such floats instead;
     - `prompts` (`list[str]` of length B);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where random generators are seeded;

@@ -113,7 +113,7 @@ class PreferenceFormat:
         Raises:
             LabelError: If the label is missing or unreadable.
         """
-        if self.validity_column is not None and row.get(self.validity_column) in (False, 0):
+        if self.validity_column is not None and not _is_valid(row.get(self.validity_column), self.validity_column):
             raise LabelError(f"`{self.validity_column}` is false")
         if self.group_column is not None and row.get(self.group_column) is None:
             raise LabelError(f"`{self.group_column}` is missing")
@@ -255,6 +255,18 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
 def _member_text(value: Any) -> Any:
     text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
     return text.strip() if isinstance(text, str) else text
+
+
+def _is_valid(value: Any, what: str) -> bool:
+    """A truth value; where it is not filled in, the row counts. CSV and JSON files may hold it as text."""
+    if value is None or value != value:  # NaN: what pandas makes of an empty cell
+        return True
+    word = str(_member_text(value)).lower()
+    if word in ("true", "1", "1.0", "yes"):
+        return True
+    if word in ("false", "0", "0.0", "no"):
+        return False
+    raise LabelError(f"`{what}` must be true or false, got {value!r}")
 
 
 def _number(value: Any, what: str = "label") -> float:

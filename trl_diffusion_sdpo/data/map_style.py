@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,25 +10,42 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .checking import (
+    ALONE,
+    FEW_ROWS,
+    SAMPLED_PAIRS,
+    AlikePairs,
+    Peers,
+    forks_by_default,
+    same_image,
+    spread,
+    usable_cores,
+)
 from .fingerprint import pairs_fingerprint
+from .images import ImageReader, UndecodableImageError
 from .report import HOW_TO_DROP, DataReport, reject
 from .sources import ArrowSource, RowSource, build_index
-from .transforms import ItemMaker, UndecodableImageError, decode_slot
+from .transforms import ItemMaker
 
 logger = logging.getLogger(__name__)
+
+Place = tuple[int, int]  # row of the source, image of the row
 
 
 class PreferenceDataset(Dataset):
     """Map-style pairs: a view on a source data set, made by [`prepare_dataset`].
 
-    Items are dicts: `pixel_values` (`torch.FloatTensor` of shape `(2, 3, H, W)`, winner first, in `[-1, 1]`), `prompt`
-    (`""` if dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed`
-    (for noise and timestep), `row` (the pair's index) and, where the source has score columns, `scores`. An item
-    depends on the seed, the epoch and `row`, and on nothing else.
+    Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
+    dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
+    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`. An item depends on the
+    seed, the epoch and `row`, and on nothing else. In place of a pair that cannot be decoded stands the next one that
+    can, whichever process meets it first.
     """
 
-    def __init__(self, source: ArrowSource | RowSource, maker: ItemMaker, *, strict: bool, name: str) -> None:
-        self._source, self._maker, self._strict = source, maker, strict
+    def __init__(
+        self, source: ArrowSource | RowSource, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str
+    ) -> None:
+        self._source, self._maker, self._reader, self._strict = source, maker, reader, strict
         self._report = DataReport(name, source.format.name, rows=len(source))
         self._places, self._scores = build_index(source, self._reject)
         self._forget_bad_pairs()
@@ -41,10 +59,24 @@ class PreferenceDataset(Dataset):
         return self._scores is not None
 
     @property
+    def forks(self) -> bool:
+        """Whether DataLoader workers can read from copies of the source that were made by forking."""
+        return self._source.forks
+
+    @property
     def report(self) -> DataReport:
         """The counts so far, those of all DataLoader workers included."""
         late = int(self._bad.sum())
         return replace(self._report, pairs=len(self) - late, undecodable=self._report.undecodable + late)
+
+    @property
+    def found_late(self) -> torch.Tensor:
+        """Which pairs were found undecodable when their turn came: 1 or 0 for each, uint8 of shape `(P,)`, a copy."""
+        return self._bad.clone()
+
+    def mark_late(self, bad: torch.Tensor) -> None:
+        """Takes over what other processes have found, as `found_late` has it."""
+        self._bad |= bad
 
     def set_epoch(self, epoch: int) -> None:
         """Changes the draws; seen by running DataLoader workers too."""
@@ -67,17 +99,61 @@ class PreferenceDataset(Dataset):
         """What tells these pairs from others; see [`pairs_fingerprint`]."""
         return pairs_fingerprint(self._source.format.name, self._source, self._places, self._scores)
 
-    def verify_images(self, num_proc: int | None = None) -> None:
-        """Decodes every image once and drops the pairs of those that fail."""
+    def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
+        """Decodes some pairs that are spread over the set, and drops those that fail.
+
+        Args:
+            peers (`Peers`): Who takes a share of them.
+            compare (`bool`): Also look whether winner and loser are two images.
+
+        Raises:
+            ValueError: If none of them can be decoded, or all are twice the same image.
+        """
+        places = spread(len(self), SAMPLED_PAIRS).tolist()
+        seen = [self._look_at(pair) for pair in places[peers.index :: peers.count]]
+        looks = [look for share in peers.gather(seen) for look in share]
+        reasons = {place: reason for found, _ in looks for place, reason in found.items()}
+        size, bad = len(self), sum(bool(found) for found, _ in looks)
+        alike = AlikePairs(self._report.name)
+        for _, same in looks:
+            if same is not None:
+                alike.add(same)
+        self._drop(reasons)
+        if bad and len(places) < size:
+            logger.warning(
+                "%s data: of %d pairs that were looked at among %d, %d cannot be decoded. verify_images='all' looks at "
+                "each beforehand; otherwise bad ones are noticed when their turn comes.",
+                *(self._report.name, len(places), size, bad),
+            )
+            if bad == len(places):
+                raise ValueError(f"None of the {bad} pairs that were looked at can be decoded.\n{self.report}")
+        if compare:
+            alike.judge()
+
+    def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
+        """Decodes every image once and drops the pairs of those that fail.
+
+        Args:
+            num_proc (`int`, *optional*): Processes that each of the peers has do it; as many as there are cores for
+                sources that can be copied.
+            peers (`Peers`): Who takes a share of them.
+        """
         if not len(self):
             return
         needed = np.zeros(len(self._source), dtype=np.int64)  # images that the labels of each row speak of
         for row, slot in ((0, 1), (2, 3)):
             np.maximum.at(needed, self._places[:, row], self._places[:, slot] + 1)
-        reasons: dict[tuple[int, int], str] = {}
-        for row, found in self._source.check_images(np.flatnonzero(needed), num_proc):
-            found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
-            reasons.update({(row, slot): reason for slot, reason in enumerate(found) if reason})
+        rows = np.flatnonzero(needed)
+        if num_proc is None and self.forks and forks_by_default() and len(rows) >= FEW_ROWS:
+            num_proc = usable_cores(peers.count)
+        reasons: dict[Place, str] = {}
+        for part in peers.rounds(rows):
+            own: dict[Place, str] = {}
+            for row, found in self._source.check_images(part, self._reader, num_proc) if len(part) else ():
+                found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
+                own.update({(row, slot): reason for slot, reason in enumerate(found) if reason})
+            for share in peers.gather(own):
+                reasons.update(share)
         self._drop(reasons)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -96,10 +172,21 @@ class PreferenceDataset(Dataset):
         winner_row, winner_slot, loser_row, loser_slot = self._places[row].tolist()
         winner_images = self._source.images(winner_row)
         loser_images = winner_images if loser_row == winner_row else self._source.images(loser_row)
-        winner = decode_slot(winner_images, winner_slot)
-        loser = decode_slot(loser_images, loser_slot)
+        winner = self._reader.slot(winner_images, winner_slot)
+        loser = self._reader.slot(loser_images, loser_slot)
         scores = None if self._scores is None else tuple(self._scores[row].tolist())
         return self._maker.item(row, self._source.prompt(winner_row), winner, loser, scores)
+
+    def _look_at(self, pair: int) -> tuple[dict[Place, str], bool | None]:
+        """What is wrong with a pair's images, and whether they are the same; `None` if that cannot be told."""
+        reasons, images = {}, []
+        row, slot, other_row, other_slot = self._places[pair].tolist()
+        for place in ((row, slot), (other_row, other_slot)):
+            try:
+                images.append(self._reader.slot(self._source.images(place[0]), place[1]))
+            except UndecodableImageError as error:
+                reasons[place] = str(error).removeprefix(f"image {place[1]} ")
+        return reasons, None if reasons else same_image(*images)
 
     def _mark_bad(self, row: int, error: UndecodableImageError) -> None:
         rows = sorted({int(self._places[row, 0]), int(self._places[row, 2])})
@@ -109,7 +196,7 @@ class PreferenceDataset(Dataset):
         self._bad[row] = 1
         logger.warning("%s: %s; the next good pair stands in.", where, error)
 
-    def _drop(self, reasons: dict[tuple[int, int], str]) -> None:
+    def _drop(self, reasons: Mapping[Place, str]) -> None:
         places, bad_rows = self._places, np.array([row for row, _ in reasons], dtype=np.int64)
         keep = np.ones(len(places), dtype=bool)
         for pair in np.flatnonzero(np.isin(places[:, 0], bad_rows) | np.isin(places[:, 2], bad_rows)):

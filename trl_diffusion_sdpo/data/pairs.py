@@ -2,10 +2,13 @@
 torch data sets that read, check and transform the images behind it."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 
+from .checking import ALONE, Peers, verify_choice
+from .images import SCHEMES, ImageReader
 from .map_style import PreferenceDataset
 from .report import COUNTS, DataReport
 from .sources import make_source
@@ -25,8 +28,11 @@ def prepare_dataset(
     seed: int = 42,
     dataset_format: str | None = None,
     on_bad_row: str = "drop",
-    verify_images: bool = True,
+    verify_images: str | bool = "sample",
     num_proc: int | None = None,
+    image_schemes: Sequence[str] = (),
+    peers: Peers = ALONE,
+    compare: bool = True,
     training: bool = True,
     repeat: bool = False,
     use_scores: bool = True,
@@ -41,12 +47,15 @@ def prepare_dataset(
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
         seed (`int`, not negative): Start of every random draw.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
-        on_bad_row (`str`): `"drop"` leaves ties, bad prompts, bad labels and undecodable images out and counts them;
-            `"raise"` stops at the first.
-        verify_images (`bool`): Decode every image of a map-style set up front, with a progress bar; the result is
-            cached by `datasets`. Without it a bad image is noticed when its turn comes, and the next good pair stands
-            in.
-        num_proc (`int`, *optional*): Processes for that check.
+        on_bad_row (`str`): `"drop"` leaves bad prompts, bad labels and undecodable images out and counts them;
+            `"raise"` stops at the first. Ties are no bad rows: they are left out and counted either way.
+        verify_images (`str`): Which images of a map-style set to decode up front: `"sample"`, those of
+            `SAMPLED_PAIRS` pairs spread over it; `"all"`, with a progress bar, cached by `datasets`; `"none"`. `True`
+            is all, `False` none. Any other bad image is noticed when its turn comes, and the next good pair stands in.
+        num_proc (`int`, *optional*): Processes that check all images; as many as there are cores if unset.
+        image_schemes (`Sequence[str]`): Of URLs that rows may name besides those of `SCHEMES`, such as `"s3"`.
+        peers (`Peers`): The processes that prepare the same data at this time, and share the check.
+        compare (`bool`): Whether to refuse data whose pairs are twice the same image, as far as they are looked at.
         training (`bool`): `False` crops in the middle, never flips, keeps prompts and ignores the epoch.
         repeat (`bool`): Whether a stream begins anew when it ends, each time with other draws and, if it is shuffled,
             in another order; a run then goes on, and resumes, across its end. No effect on map-style sets.
@@ -61,18 +70,20 @@ def prepare_dataset(
     """
     if on_bad_row not in ("drop", "raise"):
         raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {on_bad_row!r}.')
-    if num_proc is not None and not (verify_images and isinstance(dataset, datasets.Dataset)):
-        logger.warning("`num_proc=%s` has no effect: it serves the up-front check of a datasets.Dataset.", num_proc)
-    maker = ItemMaker(transform, prompt_dropout, seed, training)
+    verify = verify_choice(verify_images)
+    strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
+    reader = ImageReader((*SCHEMES, *image_schemes))
+    if num_proc is not None and (verify != "all" or isinstance(dataset, datasets.IterableDataset)):
+        logger.warning("`num_proc=%s` has no effect: it serves the check of all images of a map-style set.", num_proc)
     if isinstance(dataset, datasets.IterableDataset):
-        strict = on_bad_row == "raise"
-        return PreferenceIterableDataset(
-            dataset, maker, dataset_format, strict=strict, repeat=repeat, use_scores=use_scores, name=name
-        )
+        options = {"strict": strict, "repeat": repeat, "use_scores": use_scores, "compare": compare, "name": name}
+        return PreferenceIterableDataset(dataset, maker, reader, dataset_format, **options)
     source = make_source(dataset, dataset_format, name, use_scores)
-    prepared = PreferenceDataset(source, maker, strict=on_bad_row == "raise", name=name)
-    if verify_images:
-        prepared.verify_images(num_proc)
+    prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name)
+    if verify == "all":
+        prepared.check_all(num_proc, peers)
+    if verify != "none" and len(prepared):
+        prepared.check_sample(peers, compare=compare)
     report = prepared.report
     if not len(prepared):
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")

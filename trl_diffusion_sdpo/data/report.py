@@ -54,7 +54,11 @@ class DataReport:
 
 
 def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
-    """Counts a drop, or raises `ValueError` where that is asked for; true if it was kept as an example."""
-    if strict:
+    """Counts a drop; true if it was kept as an example.
+
+    Raises:
+        ValueError: On a bad row, if `strict`. A tie is none: its labels say that it has no winner.
+    """
+    if strict and kind != "ties":
         raise ValueError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
     return report.add(kind, row, reason, amount)

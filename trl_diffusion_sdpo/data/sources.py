@@ -7,16 +7,22 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .formats import Reject, groups, image_slots, pairs_in_group, resolve_format
+from .images import ImageReader
 from .report import DataReport
-from .transforms import image_problem
 
 
 class ArrowSource:
-    """A `datasets.Dataset`. Images are read as Arrow values, which nothing decodes."""
+    """A `datasets.Dataset`. Images are read as Arrow values, which nothing decodes.
+
+    Attributes:
+        forks (`bool`): Whether processes can read from copies of it that were made by forking.
+    """
+
+    forks = True
 
     def __init__(self, dataset: datasets.Dataset, dataset_format: str | None, use_scores: bool) -> None:
         self.format = resolve_format(dataset_format, dataset.column_names, use_scores=use_scores)
@@ -44,13 +50,20 @@ class ArrowSource:
     def images(self, row: int) -> list[Any]:
         return image_slots(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
 
-    def check_images(self, rows: np.ndarray, num_proc: int | None) -> Iterator[tuple[int, list[str]]]:
+    def check_images(
+        self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """What is wrong with each image of the rows; an empty string if nothing. The result is cached by `datasets`."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         checked = images.map(
             _check_table,
             batched=True,
             batch_size=16,
-            fn_kwargs={"image_columns": self.format.image_columns, "in_list": self.format.images_in_list},
+            fn_kwargs={
+                "image_columns": self.format.image_columns,
+                "in_list": self.format.images_in_list,
+                "reader": reader,
+            },
             features=datasets.Features({"problems": datasets.List(datasets.Value("string"))}),
             remove_columns=images.column_names,
             num_proc=num_proc,
@@ -63,10 +76,15 @@ class ArrowSource:
 
 
 class RowSource:
-    """Any other map-style data set; every look at a row is a call to its `__getitem__`."""
+    """Any other map-style data set; every look at a row is a call to its `__getitem__`.
+
+    Attributes:
+        forks (`bool`): As in [`ArrowSource`]; of a class that is not ours nobody knows.
+    """
 
     def __init__(self, dataset: Any, dataset_format: str | None, use_scores: bool) -> None:
         self._dataset = dataset
+        self.forks = isinstance(dataset, list | tuple)
         self.format = resolve_format(dataset_format, self._row(0), use_scores=use_scores)
 
     def __len__(self) -> int:
@@ -85,15 +103,31 @@ class RowSource:
     def images(self, row: int) -> list[Any]:
         return image_slots(self._row(row), self.format.image_columns, self.format.images_in_list)
 
-    def check_images(self, rows: np.ndarray, num_proc: int | None) -> Iterator[tuple[int, list[str]]]:
-        for row in tqdm(rows.tolist(), desc="Checking images"):
-            yield row, [image_problem(image) for image in self.images(row)]
+    def check_images(
+        self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """What is wrong with each image of the rows; an empty string if nothing."""
+        problems = DataLoader(_Problems(self, rows, reader), batch_size=None, num_workers=num_proc or 0)
+        yield from zip(rows.tolist(), tqdm(problems, desc="Checking images"), strict=True)
 
     def _row(self, number: int) -> Mapping[str, Any]:
         row = self._dataset[number]
         if not isinstance(row, Mapping):
             raise ValueError(f"Rows must be dicts of columns, got {type(row).__name__} at row {number}.")
         return row
+
+
+class _Problems(Dataset):
+    """What is wrong with the images of each row, for a DataLoader's workers."""
+
+    def __init__(self, source: RowSource, rows: np.ndarray, reader: ImageReader) -> None:
+        self._source, self._rows, self._reader = source, rows, reader
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> list[str]:
+        return [self._reader.problem(image) for image in self._source.images(int(self._rows[index]))]
 
 
 def make_source(
@@ -134,6 +168,8 @@ def build_index(source: ArrowSource | RowSource, reject: Reject) -> tuple[np.nda
     return table, np.array(scores).reshape(-1, 2) if len(scores) else None
 
 
-def _check_table(table: Any, image_columns: Sequence[str], in_list: bool) -> dict[str, list[list[str]]]:
+def _check_table(
+    table: Any, image_columns: Sequence[str], in_list: bool, reader: ImageReader
+) -> dict[str, list[list[str]]]:
     rows = (image_slots(row, image_columns, in_list) for row in table.to_pylist())
-    return {"problems": [[image_problem(image) for image in images] for images in rows]}
+    return {"problems": [[reader.problem(image) for image in images] for images in rows]}

@@ -1,21 +1,15 @@
-"""Turns the two images of a pair into one float tensor: decoding whatever a column may hold, then one shared resize,
-flip and crop. Every random choice comes from `PairDraws`, which is a function of seed, epoch and row alone."""
+"""Turns the two images of a pair into one tensor of pixels by one shared resize, flip and crop. Every random choice
+comes from `PairDraws`, which is a function of seed, epoch and row alone."""
 
-import io
-import os
-import struct
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-MIN_SIDE = 8  # a VAE turns 8 pixels into one latent: below that there is nothing to encode
-MAX_ASPECT_RATIO = 64  # beyond it, resizing by the shorter side blows up the longer one past any memory
+from .images import MIN_SIDE
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -23,21 +17,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# Pillow knows formats that run other programs, such as EPS; a data set from elsewhere gets none of these.
-FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-FETCHED = ("http:", "https:", "ftp:")
-
-# What Pillow raises on files that are damaged, of a kind it does not know, or dangerously large.
-_DECODER_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, ImportError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-
 Size = tuple[int, int]
-
-
-class UndecodableImageError(ValueError):
-    """An image that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,7 @@ class PairPixels(NamedTuple):
     """A transformed pair, winner first.
 
     Attributes:
-        pixel_values (`torch.FloatTensor` of shape `(2, 3, H, W)`): In `[-1, 1]`.
+        pixel_values (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): As the images have them.
         original_sizes (two of `(height, width)`): Before resizing.
         crop_top_lefts (two of `(top, left)`): Of the crop in the resized (and maybe mirrored) image.
     """
@@ -78,6 +58,27 @@ class PairPixels(NamedTuple):
     pixel_values: torch.Tensor
     original_sizes: tuple[Size, Size]
     crop_top_lefts: tuple[Size, Size]
+
+
+def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels as the VAE takes them, `(x / 255 - 0.5) / 0.5` in float32, equal to the bit on every device.
+
+    Args:
+        pixels (`torch.Tensor` of any shape, uint8): On any device. Of another dtype they are taken to be in `[-1, 1]`
+            already, and stay as they are.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.float().div_(_white(pixels.device)).sub_(0.5).div_(0.5)
+
+
+@lru_cache(maxsize=16)
+def _white(device: torch.device) -> torch.Tensor:
+    """255 on the device: by a number of the host, CUDA would multiply with its rounded reciprocal."""
+    return torch.full((), 255.0, device=device)
 
 
 class PairTransform:
@@ -154,7 +155,9 @@ class ItemMaker:
         if seed < 0:
             raise ValueError(f"`seed` must not be negative, got {seed}.")
         self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
-        self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # persistent workers read the same memory
+        self.epoch = torch.zeros(1, dtype=torch.long)
+        if training:
+            self.epoch.share_memory_()  # persistent workers read the same memory; it holds a file open
 
     def for_evaluation(self) -> "ItemMaker":
         """One with the same transform and seed that draws nothing but that seed's noise."""
@@ -183,103 +186,6 @@ class ItemMaker:
         return item if scores is None else item | {"scores": scores}
 
 
-def decode_image(value: Any) -> Image.Image:
-    """An upright RGB image from whatever an image column may hold.
-
-    Transparency is laid on white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
-
-    Args:
-        value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path or a URL that
-            fsspec opens; a `dict` has `"bytes"` and `"path"` (bytes go first), as an undecoded `datasets.Image` has.
-
-    Raises:
-        UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of unknown kind.
-    """
-    try:
-        image = _open(value)
-        image.load()
-        image = _to_rgb(ImageOps.exif_transpose(image))
-    except UndecodableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UndecodableImageError("is of no image format that Pillow knows") from error
-    except _DECODER_ERRORS as error:
-        raise UndecodableImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
-    short, long = sorted(image.size)
-    if short < MIN_SIDE:
-        raise UndecodableImageError(f"{image.width}x{image.height} is too small: sides of {MIN_SIDE} pixels at least")
-    if long > MAX_ASPECT_RATIO * short:
-        raise UndecodableImageError(f"{image.width}x{image.height} is too long: {MAX_ASPECT_RATIO} to 1 at most")
-    return image
-
-
-def decode_slot(images: list[Any], slot: int) -> Image.Image:
-    """One of a row's images, decoded; the error names the slot."""
-    if slot >= len(images):
-        raise UndecodableImageError(f"image {slot} is missing: the row has {len(images)} images")
-    try:
-        return decode_image(images[slot])
-    except UndecodableImageError as error:
-        raise UndecodableImageError(f"image {slot} {error}") from error
-
-
-def image_problem(image: Any) -> str:
-    """Why an image cannot be used; empty if it can."""
-    try:
-        decode_image(image)
-    except UndecodableImageError as error:
-        return str(error)
-    return ""
-
-
-def _open(value: Any) -> Image.Image:
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-        if not value:
-            raise UndecodableImageError("is missing: neither bytes nor a path")
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, bytes | bytearray | memoryview):
-        return Image.open(io.BytesIO(value), formats=FILE_FORMATS)
-    if isinstance(value, str | os.PathLike):
-        return _open_path(os.fspath(value))
-    if value is None:
-        raise UndecodableImageError("is missing: got None")
-    raise UndecodableImageError(
-        f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path or a dict of bytes and path"
-    )
-
-
-def _open_path(path: str) -> Image.Image:
-    if any(hop.startswith(FETCHED) for hop in path.split("::")):
-        raise UndecodableImageError(f"is a web address, which a data set may not make this machine fetch: {path}")
-    opener = fsspec.open(path, "rb") if "://" in path else open(path, "rb")  # hf://, s3://, zip://...::hf://...
-    with opener as file:
-        return Image.open(io.BytesIO(file.read()), formats=FILE_FORMATS)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _wide_grey(image)
-    if image.mode == "F":
-        raise UndecodableImageError(
-            "is of mode F: floating-point images have no agreed range, save it in 8 or 16 bits"
-        )
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    canvas = Image.new("RGBA", image.size, "white")
-    canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB")
-
-
-def _wide_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-
-
 def _to_tensor(image: Image.Image) -> torch.Tensor:
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-    return pixels.float().div(255).sub(0.5).div(0.5).contiguous()
+    return pixels.contiguous()

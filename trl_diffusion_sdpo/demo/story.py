@@ -174,7 +174,8 @@ class Story:
             seed=self.settings["seed"],
             use_cpu=True,
             dataloader_pin_memory=False,
-            verify_images=False,  # they were drawn a moment ago
+            verify_images="none",  # they were drawn a moment ago
+            dataloader_num_workers=0,  # and are small
             per_device_eval_batch_size=64,
             eval_strategy="steps",
             eval_steps=pause,

@@ -17,13 +17,21 @@ class DataArguments:
         dataset_format (`str`, *optional*):
             Name of the preference format, such as `"pickapic"`; detected by columns if unset.
         dataset_num_proc (`int`, *optional*):
-            Processes for the check of the images.
+            Processes with `verify_images="all"`, for each process that trains; as many as there are cores if unset.
+        dataloader_num_workers (`int`, *optional*):
+            Processes that decode images beside each process that trains. If unset: none for data that are decoded in
+            seconds, one for a stream, else up to four, as cores, shared memory and the start method allow; the trainer
+            logs what it chose. Map-style data give the same batches with any number.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
-            `"drop"` leaves out ties, undecodable images and prompts that are no text, counted and reported; `"raise"`
-            stops at the first.
-        verify_images (`bool`, *optional*, defaults to `True`):
-            Whether to decode every image of a map-style data set once before training (cached by `datasets`). If
-            not, bad images are found when they are drawn, and the next good row stands in.
+            `"drop"` leaves out undecodable images, unreadable labels and prompts that are no text, counted and
+            reported; `"raise"` stops at the first. Ties are left out and counted either way.
+        verify_images (`str`, *optional*, defaults to `"sample"`):
+            Which images of a map-style data set are decoded before training: `"sample"`, those of 128 pairs spread
+            over it; `"all"`, shared among the processes (cached by `datasets`); `"none"`. Other bad images are found
+            when they are drawn, and the next good pair stands in. `True` is all, `False` none.
+        image_schemes (`list[str]`, *optional*):
+            Schemes of URLs that rows may name besides `file`, `hf`, `zip` and `tar`, such as `s3`: what a row names is
+            opened on this machine.
         resolution (`int` or `list[int]`, *optional*):
             Side of the square training images, or their height and width, in pixels; the model's own if unset. On the
             command line `1024` or `768 1344`, in YAML `1024` or `[768, 1344]`.
@@ -41,17 +49,30 @@ class DataArguments:
         default=None, metadata={"help": "Name of the preference format; detected by columns if unset."}
     )
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Number of processes to use for checking the dataset."}
+        default=None,
+        metadata={"help": "Number of processes with `verify_images=all`; as many as there are cores if unset."},
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Number of processes that decode images; chosen by data and cores if unset."},
     )
     on_bad_row: str = field(
         default="drop",
         metadata={
-            "help": "`drop` leaves out ties and bad rows, counted; `raise` stops at the first.",
+            "help": "`drop` leaves out bad rows, counted; `raise` stops at the first. Ties are always left out.",
             "choices": list(ON_BAD_ROW),
         },
     )
-    verify_images: bool = field(
-        default=True, metadata={"help": "Whether to decode every image of a map-style data set before training."}
+    verify_images: str = field(
+        default="sample",
+        metadata={
+            "help": "Which images of a map-style data set to decode before training: those of a `sample` of pairs, "
+            "`all` or `none`."
+        },
+    )
+    image_schemes: list[str] | None = field(
+        default=None,
+        metadata={"help": "Schemes of URLs that rows may name besides `file`, `hf`, `zip` and `tar`, such as `s3`."},
     )
     resolution: list[int] | None = field(
         default=None,

@@ -130,6 +130,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
     > - `weight_decay`: `0.01`, as in diffusers' scripts.
     > - `lr_scheduler_type`: `"constant_with_warmup"`, as published.
     > - `logging_steps`: `10`.
+    > - `dataloader_num_workers`: chosen by data and cores if unset.
     > - `bf16`: `True` on an accelerator that has it, unless `fp16` is set.
     > - `remove_unused_columns`: `False`; the columns are the data set format's business.
     > - `logging_nan_inf_filter`: `False`; a loss that is not finite stops the run before the weights change.
@@ -285,7 +286,12 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
         read_words(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+        open_workers = self.dataloader_num_workers is None
+        if open_workers:  # the trainer decides, when it knows the data; for the checks of transformers it is a number
+            self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
+        if open_workers:
+            self.dataloader_num_workers = None
         if self.accelerator_config.dispatch_batches is None:
             # Batches carry host values (prompts, seeds), which accelerate cannot send between processes.
             self.accelerator_config.dispatch_batches = False

@@ -19,16 +19,19 @@ from transformers.trainer_utils import EvalPrediction
 
 from .._compat import compile_with_eager_rounding
 from ..data.collator import PreferenceCollator
+from ..data.transforms import pixels_as_floats
 from ..losses import DiffusionPreferenceLoss, diffusion_preference_loss, loss_spec
 from . import sharding
 from .adapters import active_adapter, add_lora, base_tensors, check_adapter_weight, train_only_adapter
 from .average import AverageWeights
 from .branch_training import BranchTrainingMixin
 from .checkpoint import fingerprint, own_weights
+from .data_loading import DataLoadingMixin, check_batches
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluating import EvaluationMixin
 from .finite import FiniteCheck
 from .frozen_parts import working_family
+from .loaders import BatchLoaders, choose_workers
 from .loading import LoadedModel, load_model, load_reference
 from .metrics import MetricMeter
 from .noise_levels import LevelMeter
@@ -45,7 +48,6 @@ from .preparing import (
     complete_args,
     disable_dropout,
     own_args,
-    prepare_pairs,
 )
 from .publishing import PublishingMixin
 from .reference import Reference, build_reference
@@ -55,10 +57,11 @@ from .winner_budget import WinnerBudget, WinnerBudgetMixin
 logger = logging.getLogger(__name__)
 
 VAE_STREAM = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that of its noise
-BATCH_COLUMNS = ["rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores"]
 
 
-class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMixin, PublishingMixin, Trainer):
+class DiffusionSDPOTrainer(
+    BranchTrainingMixin, WinnerBudgetMixin, EvaluationMixin, DataLoadingMixin, PublishingMixin, Trainer
+):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -143,6 +146,9 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         self._set_up(loaded, ref_model, args, peft_config)
         train_dataset = self._prepare(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval(eval_dataset, args)
+        check_batches(train_dataset, args)
+        if reason := choose_workers(args, train_dataset):
+            logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         super().__init__(
             model=PolicyModel(loaded.denoiser),
             args=args,
@@ -155,6 +161,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
+        self._loaders = BatchLoaders(self.args, self.accelerator)
         sharding.check_engine(self.accelerator)
         for kept in self._kept_weights:
             kept.accelerator = self.accelerator
@@ -233,7 +240,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
 
     def _encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
-        pixels = inputs["pixel_values"]
+        pixels = pixels_as_floats(inputs["pixel_values"])
         streams = self._streams([seed ^ VAE_STREAM for seed in inputs["seeds"]])
         # A VAE may answer channels last, a layout that convolutions keep without gradients and drop with them: policy
         # and reference would round differently.
@@ -284,7 +291,7 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
         """One random stream a pair: its draws depend on neither its place in the batch nor the batch's size."""
         return [torch.Generator(self.args.device).manual_seed(seed) for seed in seeds]
 
-    # ---- Steps, logs, data ----------------------------------------------------------------------------------------
+    # ---- Steps, logs ----------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As the Trainer does it; then what must live as the engine has the policy live."""
@@ -314,18 +321,6 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
             logs = {**logs, **self._meter["train"].drain(self.accelerator)}
             self._warn_of_budget(logs.get("budget/unmet", 0.0))
         super().log(logs, start_time)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = BATCH_COLUMNS
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset, self.args, name="eval", training=False).for_evaluation()
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        test_dataset = self._prepare(test_dataset, self.args, name="test", training=False)
-        return super().get_test_dataloader(test_dataset.for_evaluation())
 
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 
@@ -426,11 +421,3 @@ class DiffusionSDPOTrainer(BranchTrainingMixin, WinnerBudgetMixin, EvaluationMix
             if args.ref_model_half_precision and not sharding.by_engine(args)
             else None,
         )
-
-    def _prepare(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
-        return prepare_pairs(dataset, args, self.loss, name=name, training=training)
-
-    def _prepare_eval(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
-        if isinstance(dataset, dict):
-            return {name: self._prepare(part, args, name=name, training=False) for name, part in dataset.items()}
-        return self._prepare(dataset, args, name="eval", training=False)

@@ -12,6 +12,7 @@ from . import sharding
 from .average import AverageCallback
 from .branch_training import MeasureStepCallback
 from .callbacks import EpochCallback, NoiseLevelPlotCallback, SampleImagesCallback, SyncReferenceCallback
+from .data_loading import PREPARED, DataReportCallback
 from .run_control import SayNothingIsLeft
 from .verdict import VerdictCallback
 from .winner_budget import WinnerBudgetCallback
@@ -28,6 +29,8 @@ def own_callbacks(
     callbacks: list[TrainerCallback] = [SayNothingIsLeft()]
     if isinstance(train_dataset, PreferenceDataset):
         callbacks.append(EpochCallback(train_dataset))
+    if isinstance(train_dataset, PREPARED):
+        callbacks.append(DataReportCallback(train_dataset))
     if args.safeguard_diagnostics_steps is not None:
         callbacks.append(MeasureStepCallback(trainer))
     if trainer.average is not None:

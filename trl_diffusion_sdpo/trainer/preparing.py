@@ -1,4 +1,4 @@
-"""What is done once, before the first batch: unset settings completed, precision checked, data prepared."""
+"""What is done once, before the first batch: unset settings completed, precision checked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
-from ..data.transforms import PairTransform
 from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
@@ -22,8 +20,6 @@ from .setting_checks import check_one_device, settled_resolution
 from .sharding import tell_learning_rate
 
 logger = logging.getLogger(__name__)
-
-PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
 
 def own_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
@@ -189,40 +185,3 @@ def default_output_dir(model: Any) -> str:
     """Where a run without `args` writes to."""
     name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
     return f"{name}-DiffusionSDPO"
-
-
-def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """A user's data as a torch data set of pairs; one that is prepared already, or `None`, as it is.
-
-    Raises:
-        `ValueError`: If the data are in no known format, none are left, or the loss needs scores that are not there.
-    """
-    if dataset is None or isinstance(dataset, PREPARED):
-        return dataset
-    transform = PairTransform(
-        args.resolution,
-        center_crop=not (training and args.random_crop),
-        random_flip=training and args.random_flip,
-        interpolation=args.image_interpolation,
-    )
-    with args.main_process_first(desc=f"check of the {name} data"):  # the others find it in the cache
-        dataset = prepare_dataset(
-            dataset,
-            transform=transform,
-            prompt_dropout=args.proportion_empty_prompts if training else 0.0,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            dataset_format=args.dataset_format,
-            on_bad_row=args.on_bad_row,
-            verify_images=args.verify_images,
-            num_proc=args.dataset_num_proc,
-            training=training,
-            repeat=training,
-            use_scores=loss.needs_scores,
-            name=name,
-        )
-    if loss.needs_scores and not dataset.has_scores:
-        raise ValueError(
-            f"The loss {args.loss_type!r} needs score columns (`chosen_score`, `rejected_score`), and the {name} data "
-            "has none. Score the images first, or choose another loss."
-        )
-    return dataset

@@ -16,8 +16,8 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .checkpoint import check_setup
+from .data_loading import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .preparing import PREPARED
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ NOT_COMPARED = (
     *("trackio_static_space_id", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
     *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
-    *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
+    "dataloader_multiprocessing_context",
 )
 # Optimizers that read one another's state; all others are of their own kind.
 LIKE_ADAMW = ("adamw_torch", "adamw_torch_fused")

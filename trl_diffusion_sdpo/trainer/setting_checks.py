@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
+from ..data.checking import verify_choice
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
@@ -32,16 +33,13 @@ def check_inherited(args: DiffusionSDPOConfig) -> None:
     if args.remove_unused_columns:
         warnings.warn("`remove_unused_columns=True` has no effect: formats know their columns.", stacklevel=4)
         args.remove_unused_columns = False
-    if args.dataloader_pin_memory and args.device.type != "mps":  # which pins none
-        # A batch is then sent without waiting for all that the device still has to do.
-        args.accelerator_config.non_blocking = True
     _, checkpointing = activation_checkpointing(args)
     refused = {
         "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "there are no embeddings to disturb"),
         "use_liger_kernel": (args.use_liger_kernel, "its kernels are those of language models"),
         "label_smoothing_factor": (bool(args.label_smoothing_factor), "use `loss_type='robust'`"),
         "train_sampling_strategy": (
-            "length" in str(args.train_sampling_strategy),
+            args.train_sampling_strategy not in ("random", "sequential"),
             "images have one size; use 'random'",
         ),
         "include_for_metrics": (bool(args.include_for_metrics), "`compute_metrics` receives rewards alone"),
@@ -130,6 +128,9 @@ def refuse_dropout(denoiser: nn.Module, what: str) -> None:
 def check_data(args: DiffusionSDPOConfig) -> None:
     """Look at the settings of the data and of sample images; `ValueError` on what is out of its range."""
     _check_choice("on_bad_row", args.on_bad_row, ON_BAD_ROW)
+    args.verify_images = verify_choice(args.verify_images)
+    if args.dataset_num_proc is not None and args.dataset_num_proc < 1:
+        raise ValueError(f"`dataset_num_proc` must be at least 1, got {args.dataset_num_proc}. Leave it unset.")
     _check_choice("image_interpolation", args.image_interpolation, INTERPOLATIONS)
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise ValueError(

@@ -1,0 +1,225 @@
+"""What is looked at before training: a sample, everything or nothing, by one process or by several."""
+
+import io
+import logging
+import threading
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import map_style as map_style_module
+from trl_diffusion_sdpo.data.checking import Peers, spread, verify_choice
+from trl_diffusion_sdpo.data.images import ImageReader
+
+JUNK = b"this is no image"
+
+
+def png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (level % 256,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(count, bad=(), alike=()):
+    pictures = [png(level) for level in range(256)]
+    return [
+        {
+            "prompt": f"p{i}",
+            "chosen": JUNK if i in bad else pictures[i % 256],
+            "rejected": pictures[i % 256 if i in alike else (i + 1) % 256],
+        }
+        for i in range(count)
+    ]
+
+
+def prepare(data, **options):
+    return prepare_dataset(data, transform=PairTransform(16), **options)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many images have been decoded so far."""
+    counted, decode = [], ImageReader.decode
+
+    def spy(self, value):
+        counted.append(value)
+        return decode(self, value)
+
+    monkeypatch.setattr(ImageReader, "decode", spy)
+    return counted
+
+
+class Meeting:
+    """Lets threads stand for processes: each is one of `Peers`, and what one gathers the others gave."""
+
+    def __init__(self, count):
+        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=60)
+        self.meetings = 0
+
+    def peers(self, index):
+        def gather(value):
+            self.given[index] = value
+            self.barrier.wait()
+            found = list(self.given)
+            if self.barrier.wait() == 0:
+                self.meetings += 1
+            return found
+
+        return Peers(index, self.count, gather)
+
+    def run(self, function):
+        results = [None] * self.count
+
+        def call(index):
+            results[index] = function(self.peers(index))
+
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(self.count)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        return results
+
+
+def test_by_default_128_pairs_are_looked_at_and_the_others_when_their_turn_comes(decoded, caplog):
+    data = rows(1000, bad={0, 3})  # places of the sample are 0, 7, 15, ...
+    prepared = prepare(data)
+    assert len(decoded) == 2 * 128
+    assert len(prepared) == 999 and prepared.report.undecodable == 1
+    assert "of 128 pairs that were looked at among 1000, 1 cannot be decoded" in caplog.text
+    assert prepared[2]["prompt"] == "p4"  # pair 2 is row 3 now, which is bad: the next one stands in
+    assert (prepared.report.pairs, prepared.report.undecodable) == (998, 2)
+
+
+def test_a_small_set_is_looked_at_whole_and_none_not_at_all(decoded):
+    assert len(prepare(rows(100, bad={50}))) == 99 and len(decoded) == 200
+    decoded.clear()
+    assert len(prepare(rows(100, bad={50}), verify_images="none")) == 100 and not decoded
+
+
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_all_looks_at_every_image(style):
+    data = rows(300, bad={1, 150, 299})
+    prepared = prepare(datasets.Dataset.from_list(data) if style == "arrow" else data, verify_images="all")
+    assert len(prepared) == 297 and [row for row, _ in prepared.report.examples["undecodable"]] == [1, 150, 299]
+
+
+def test_a_list_is_checked_by_several_processes_where_asked_to(caplog):
+    data = rows(300, bad={1, 150, 299})
+    prepared = prepare(data, verify_images="all", num_proc=2)
+    assert len(prepared) == 297 and "no effect" not in caplog.text
+
+
+def test_a_sample_without_a_single_good_pair_is_an_error():
+    with pytest.raises(ValueError, match="None of the 128 pairs that were looked at can be decoded"):
+        prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("sample", "sample"), ("all", "all"), ("none", "none"), (True, "all"), (False, "none"), ("True", "all"),
+        ("false", "none"), ("yes", "all"), ("no", "none"), ("on", "all"), ("off", "none"), ("ALL", "all"),
+    ],
+)  # fmt: skip
+def test_booleans_of_old_and_their_spellings_are_understood(given, meant):
+    assert verify_choice(given) == meant
+
+
+@pytest.mark.parametrize("given", ["some", 2, ""])
+def test_other_words_are_refused(given):
+    with pytest.raises(ValueError, match="`verify_images` must be one of sample, all, none"):
+        verify_choice(given)
+
+
+def test_a_sample_is_spread_from_the_first_on_and_takes_no_pair_twice():
+    assert spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread(3, 128).tolist() == [0, 1, 2]
+    assert spread(0, 128).tolist() == []
+    assert len(set(spread(1_000_003, 128).tolist())) == 128
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_processes_share_the_check_and_come_to_the_same_set(verify, style, decoded, monkeypatch):
+    monkeypatch.setattr("trl_diffusion_sdpo.data.checking.ROUND_ROWS", 20)
+    data = rows(100, bad={5, 41, 99})
+    if style == "arrow":
+        data = datasets.Dataset.from_list(data)
+    meeting = Meeting(3)
+    three = meeting.run(lambda peers: prepare(data, verify_images=verify, peers=peers))
+    assert [len(prepared) for prepared in three] == [97] * 3
+    assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
+    # All rows once in two rounds of 60 rows, then the sample; then one process alone.
+    assert meeting.meetings == (3 if verify == "all" else 1)
+
+
+def test_processes_decode_a_share_each(decoded):
+    Meeting(4).run(lambda peers: prepare(rows(100), peers=peers))
+    assert len(decoded) == 200
+
+
+def test_a_bad_row_raises_in_all_processes_where_it_is_in_the_share_of_one():
+    def attempt(peers):
+        with pytest.raises(ValueError, match="row 41: image 0 is of no image format"):
+            prepare(rows(100, bad={41}), on_bad_row="raise", peers=peers)
+        return True
+
+    assert Meeting(3).run(attempt) == [True] * 3
+
+
+def test_pairs_that_are_twice_the_same_image_are_refused():
+    with pytest.raises(ValueError, match="In 50 of 50 pairs of the train data .* are the same image"):
+        prepare(rows(50, alike=range(50)))
+    with pytest.raises(ValueError, match="In 128 of 128 pairs"):
+        prepare(rows(1000, alike=range(1000)))
+    assert len(prepare(rows(50, alike=range(50)), compare=False)) == 50
+    assert len(prepare(rows(50, alike=range(50)), verify_images="none")) == 50
+
+
+def test_mostly_the_same_image_is_a_warning_with_the_numbers(caplog):
+    prepare(rows(50, alike=range(26)))
+    assert "In 26 of 50 pairs of the train data that were looked at, chosen and rejected" in caplog.text
+    caplog.clear()
+    prepare(rows(50, alike=range(25)))
+    assert "the same image" not in caplog.text
+
+
+def test_of_a_stream_the_first_pairs_are_compared(caplog):
+    def stream(count, alike):
+        return prepare(datasets.Dataset.from_list(rows(count, alike=alike)).to_iterable_dataset())
+
+    with pytest.raises(ValueError, match="In 128 of 128 pairs"):
+        list(stream(200, alike=range(150)))
+    with pytest.raises(ValueError, match="In 20 of 20 pairs"):
+        list(stream(20, alike=range(20)))
+    mostly = stream(200, alike=range(100))
+    assert len(list(mostly)) == len(list(mostly)) == 200
+    assert caplog.text.count("In 100 of 128 pairs") == 1
+
+
+def test_nothing_is_started_for_a_few_rows(monkeypatch):
+    started = []
+    monkeypatch.setattr(map_style_module, "usable_cores", lambda count: started.append(count) or 2)
+    prepare(rows(999), verify_images="all")
+    assert not started
+    prepare(rows(1000), verify_images="all")
+    assert started == [1]
+
+
+def test_a_report_of_late_finds_is_that_of_all_processes():
+    prepared = prepare(rows(10, bad={3, 7}), verify_images="none")
+    prepared[3]
+    other = prepare(rows(10, bad={3, 7}), verify_images="none")
+    other[7]
+    found = np.flatnonzero(prepared.found_late.numpy()).tolist()
+    assert found == [3]
+    prepared.mark_late(other.found_late)
+    assert (prepared.report.pairs, prepared.report.undecodable) == (8, 2)
+
+
+def test_what_was_looked_at_is_no_secret(caplog):
+    with caplog.at_level(logging.INFO):
+        prepare(rows(200))
+    assert "train data (canonical): 200 rows, 200 pairs" in caplog.text

@@ -1,0 +1,169 @@
+"""A row may name anything: what is not a file of this machine or of the Hub is not opened, and no row ends the run."""
+
+import io
+import os
+import signal
+import threading
+import warnings
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import fsspec
+import pytest
+from PIL import Image
+
+from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, images, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader
+
+
+def png(level=7, size=(16, 16)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def soon():
+    """Ends a test that waits for what never comes."""
+
+    def late(*_):
+        raise AssertionError("it waited")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def web():
+    """A server on this machine that serves one image at every path; `asked` are the paths that were asked for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(png())))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(png())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_no_address_in_a_row_reaches_another_machine_unasked(web, soon):
+    host = f"127.0.0.1:{web.server_address[1]}"
+    for address in (
+        f"http://{host}/a.png",
+        f"webhdfs://{host}/a.png",
+        f"zip://a.png::http://{host}/a.zip",
+        f"simplecache::http://{host}/a.png",
+        f"filecache::zip://a.png::http://{host}/a.zip",
+        f"github://owner:repo@{host}/a.png",
+    ):
+        with pytest.raises(UndecodableImageError, match="rows may not have opened"):
+            decode_image(address)
+    assert web.asked == []
+
+
+def test_schemes_that_were_asked_for_are_opened():
+    with fsspec.open("memory://a.png", "wb") as file:
+        file.write(png(7))
+    rows = [{"prompt": "a", "chosen": "memory://a.png", "rejected": png(9)}]
+    prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=("memory",))
+    assert prepared[0]["pixel_values"][:, 0, 0, 0].tolist() == [7, 9]
+    with pytest.raises(ValueError, match="No pair is left"):
+        prepare_dataset(rows, transform=PairTransform(16))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "jupyter://a.png", "dbfs://a.png", "reference://a.png", "s3://bucket/a.png", "gs://bucket/a.png", "ftp://h/a",
+        "memory://a.png", "libarchive://a.png::/b", "HTTP://127.0.0.1/a", "://a", "zip://a.png::cached",
+        "hf://datasets/nobody/nothing/a.png", "zip://a::zip://b::zip://c::/d.zip", "file:///nowhere/a.png",
+        "zip://a.png::/nowhere.zip", "nul\0byte.png", "nul\0byte://a",
+    ],
+)  # fmt: skip
+def test_a_row_that_names_what_cannot_be_opened_is_one_bad_row(address, soon):
+    rows = [{"prompt": name, "chosen": image, "rejected": png(9)} for name, image in (("a", png()), ("b", address))]
+    prepared = prepare_dataset(rows, transform=PairTransform(16))
+    assert (len(prepared), prepared.report.undecodable) == (1, 1)
+
+
+def test_pipes_devices_and_folders_are_not_opened(tmp_path, soon):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path / "link.png", tmp_path):
+        for spelling in (str(path), f"file://{path}", f"zip://a.png::{path}", f"zip://a.png::file://{path}"):
+            with pytest.raises(UndecodableImageError, match="no regular file"):
+                decode_image(spelling)
+
+
+def test_members_of_archives_and_links_to_files_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("in/a.png", png(3))
+    (tmp_path / "b.png").write_bytes(png(4))
+    (tmp_path / "link.png").symlink_to(tmp_path / "b.png")
+    found = [
+        decode_image(path).getpixel((0, 0))[0]
+        for path in (
+            f"zip://in/a.png::{tmp_path}/images.zip",
+            f"zip://in/a.png::file://{tmp_path}/images.zip",
+            f"{tmp_path}/link.png",
+            f"file://{tmp_path}/b.png",
+        )
+    ]
+    assert found == [3, 3, 4, 4]
+
+
+def test_large_files_are_refused_before_they_are_read(tmp_path):
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(images.MAX_FILE_BYTES + 1)  # holds no blocks
+    with pytest.raises(UndecodableImageError, match=f"{images.MAX_FILE_BYTES + 1} bytes"):
+        decode_image(str(large))
+
+
+def test_what_unfolds_from_an_archive_is_read_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10_000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10_001))
+    assert (tmp_path / "bomb.zip").stat().st_size < 500
+    with pytest.raises(UndecodableImageError, match="more than 10000 bytes"):
+        decode_image(f"zip://a.png::{tmp_path}/bomb.zip")
+
+
+def test_pixels_are_counted_before_they_are_decoded_whatever_pillow_allows(monkeypatch):
+    """People set Pillow's own limit to None."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 16)
+    assert decode_image(png()).size == (16, 16)
+    cut_off = png(size=(16, 17))[:60]  # decoding would fail otherwise
+    with pytest.raises(UndecodableImageError, match="16x17 is too large: 256 pixels at most"):
+        decode_image(cut_off)
+
+
+def test_an_error_of_any_kind_is_one_bad_image():
+    class Strange(Image.Image):
+        def load(self):
+            raise AttributeError("of a decoder")
+
+    strange = Strange()
+    strange._size = (16, 16)
+    with pytest.raises(UndecodableImageError, match="AttributeError: of a decoder"):
+        decode_image(strange)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ImageReader().problem(strange) and ImageReader().problem(png()) == ""

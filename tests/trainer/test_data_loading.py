@@ -1,0 +1,210 @@
+"""The way of the data into the trainer: bytes on the host until their turn comes, workers where they pay, evaluations
+that leave nothing open, and batches that the data can fill."""
+
+import logging
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.trainer import loaders
+from trl_diffusion_sdpo.trainer.data_loading import check_batches
+from trl_diffusion_sdpo.trainer.loaders import choose_workers
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class FloatCollator(PreferenceCollator):
+    """As somebody may have written it for pixels that were floats."""
+
+    def __call__(self, items):
+        batch = super().__call__(items)
+        return {**batch, "pixel_values": (batch["pixel_values"].float() / 255 - 0.5) / 0.5}
+
+
+def test_a_steps_micro_batches_wait_on_the_host_as_bytes(make_trainer):
+    trainer = make_trainer(gradient_accumulation_steps=3, per_device_train_batch_size=2, max_steps=1)
+    loader = trainer.get_train_dataloader()
+    assert loader.device is None  # accelerate's loaders would move a batch as soon as it is asked for
+    waiting, _ = trainer.get_batch_samples(iter(loader), 3, torch.device("meta"))
+    assert [batch["pixel_values"].dtype for batch in waiting] == [torch.uint8] * 3
+    assert [batch["pixel_values"].device.type for batch in waiting] == ["cpu"] * 3
+    assert waiting[0]["pixel_values"].shape == (4, 3, 16, 16)
+
+
+def test_a_batch_goes_to_the_device_in_its_turn_and_grows_to_floats_there(make_trainer):
+    from trl_diffusion_sdpo.trainer.data_loading import on_device
+
+    batch = next(iter(make_trainer().get_train_dataloader()))
+    moved = on_device(batch, torch.device("meta"))
+    assert moved["pixel_values"].device.type == "meta" and moved["pixel_values"].dtype == torch.uint8
+    assert moved["rows"].device.type == "meta" and moved["seeds"] == batch["seeds"]
+    assert batch["pixel_values"].device.type == "cpu"
+
+
+def test_floats_of_a_collator_of_ones_own_train_as_the_bytes_do(make_trainer):
+    assert losses(make_trainer()) == losses(make_trainer(data_collator=FloatCollator()))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_evaluations_leave_no_file_open(make_trainer, make_pairs):
+    rows = list(make_pairs(1, seed=2))
+    trainer = make_trainer(eval_dataset=make_pairs(1, seed=1))
+
+    def opened():
+        trainer.evaluate()
+        trainer.evaluate(rows)
+        return len(os.listdir("/proc/self/fd"))
+
+    opened()
+    assert opened() == opened()
+
+
+def test_an_evaluation_set_is_prepared_once_and_another_ones_own_is_not_kept(make_trainer, make_pairs):
+    trainer = make_trainer(eval_dataset={"a": make_pairs(2, seed=1), "b": make_pairs(2, seed=2)})
+    first = trainer.get_eval_dataloader("a")
+    assert trainer.get_eval_dataloader("a") is trainer.get_eval_dataloader(trainer.eval_dataset["a"]) is first
+    assert trainer.get_eval_dataloader("b") is not first
+    other = make_pairs(2, seed=3)
+    assert trainer.get_eval_dataloader(other) is not trainer.get_eval_dataloader(other)
+
+
+class Args:
+    """What `choose_workers` reads, without the seconds that a configuration takes."""
+
+    def __init__(self, **changes):
+        self.dataloader_num_workers = self.dataloader_prefetch_factor = self.dataloader_multiprocessing_context = None
+        self.dataloader_persistent_workers, self.world_size = False, 1
+        self.resolution, self.train_batch_size = 512, 4
+        vars(self).update(changes)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """600 pairs of one image each way."""
+    picture, other = (Image.fromarray(np.full((16, 16, 3), level, dtype=np.uint8)) for level in (1, 2))
+    rows = [{"prompt": "p", "chosen": picture, "rejected": other}] * 600
+    return datasets.Dataset.from_list(rows)
+
+
+def chosen(data, **changes):
+    args = Args(**changes)
+    return choose_workers(args, data), args.dataloader_num_workers
+
+
+def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):
+    arrow, few, stream = (
+        prepare_dataset(data, transform=PairTransform(16), verify_images="none")
+        for data in (many, many.select(range(500)), many.to_iterable_dataset())
+    )
+    cores, room = 16, 10**12
+    monkeypatch.setattr(loaders, "usable_cores", lambda processes: cores // processes)
+    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda _: type("Usage", (), {"free": room}))
+    assert chosen(arrow)[1] == 4
+    assert chosen(arrow, world_size=8)[1] == 1  # two cores each, one of which trains
+    assert chosen(stream)[1] == 1
+    assert chosen(few) == ("", 0) and chosen(None) == ("", 0)
+    assert chosen(arrow, dataloader_num_workers=7) == ("", 7)
+    assert chosen(few, dataloader_persistent_workers=True)[1] == 1
+    # A batch is 2 * 4 * 3 * 512 * 512 bytes, 6 MiB; of 64 MiB half is for batches, three of which a worker takes.
+    room = 64 * 2**20
+    assert chosen(arrow)[1] == 1
+    cores = 1
+    reason, workers = chosen(arrow)
+    assert workers == 0 and "0 cores" in reason
+
+
+def test_no_worker_is_started_where_it_could_not_be_a_copy(many, monkeypatch):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 600
+
+        def __getitem__(self, index):
+            return many[index]
+
+    custom = prepare_dataset(Rows(), transform=PairTransform(16), verify_images="none")
+    reason, workers = chosen(custom)
+    assert workers == 0 and "another class" in reason
+    arrow = prepare_dataset(many, transform=PairTransform(16), verify_images="none")
+    monkeypatch.setattr(loaders, "forks_by_default", lambda: False)
+    reason, workers = chosen(arrow)
+    assert workers == 0 and "import the main module" in reason
+
+
+def test_the_trainer_says_how_many_workers_it_takes(make_trainer, many, caplog):
+    trainer = make_trainer(train=many)
+    assert "Chosen: dataloader_num_workers=" in caplog.text
+    assert trainer.get_train_dataloader().num_workers == trainer.args.dataloader_num_workers
+
+
+def test_a_configuration_leaves_the_number_of_workers_open(tmp_path):
+    assert DiffusionSDPOConfig(str(tmp_path), use_cpu=True).dataloader_num_workers is None
+    assert (
+        DiffusionSDPOConfig(str(tmp_path), use_cpu=True, dataloader_prefetch_factor=4).dataloader_num_workers is None
+    )
+    assert DiffusionSDPOConfig(str(tmp_path), use_cpu=True, dataloader_num_workers=0).dataloader_num_workers == 0
+
+
+def batch_args(**changes):
+    return Args(
+        **{
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "dataloader_drop_last": False,
+            **changes,
+        }
+    )
+
+
+def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(many, caplog):
+    three = prepare_dataset(many.select(range(3)), transform=PairTransform(16))
+    caplog.clear()
+    check_batches(three, batch_args())
+    assert "4 pairs a device are 4, and there are 3 pairs" in caplog.text
+    with pytest.raises(ValueError, match="leaves no batch: 4 pairs a device are 4, and the training data are 3 pairs"):
+        check_batches(three, batch_args(dataloader_drop_last=True))
+    caplog.clear()
+    check_batches(three, batch_args(world_size=2))
+    assert "4 pairs a device on 2 processes are 8, and there are 3 pairs" in caplog.text
+    assert "some pairs twice" in caplog.text
+    caplog.clear()
+    eight = prepare_dataset(many.select(range(8)), transform=PairTransform(16))
+    check_batches(eight, batch_args(gradient_accumulation_steps=8))
+    assert "over 8 accumulation steps are 32, and there are 8 pairs" in caplog.text
+    assert "one epoch of 2 micro-batches" in caplog.text
+    caplog.clear()
+    check_batches(eight, batch_args(gradient_accumulation_steps=2))
+    check_batches(None, batch_args())
+    assert not caplog.records
+
+
+def test_a_trainer_without_a_single_batch_is_refused(make_trainer, make_pairs):
+    with pytest.raises(ValueError, match="leaves no batch"):
+        make_trainer(train=make_pairs(3), dataloader_drop_last=True)
+
+
+def test_bad_pairs_found_in_training_are_reported_at_its_end(make_trainer, make_pairs, caplog):
+    rows = [dict(row) for row in make_pairs(6)]
+    rows[2]["chosen"] = b"this is no image"
+    trainer = make_trainer(train=rows, verify_images="none", max_steps=2)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "Bad pairs were found in training. train data (canonical): 6 rows, 5 pairs, 0 ties, 1 undecodable" in (
+        caplog.text
+    )
+
+
+def test_alike_images_are_refused_unless_the_loss_reads_winners_only(make_trainer):
+    picture = Image.fromarray(np.full((16, 16, 3), 9, dtype=np.uint8))
+    rows = [{"prompt": "p", "chosen": picture, "rejected": picture}] * 4
+    with pytest.raises(ValueError, match="In 4 of 4 pairs"):
+        make_trainer(train=rows)
+    make_trainer(train=rows, loss_type="sft")
