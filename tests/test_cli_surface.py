@@ -110,6 +110,8 @@ def test_the_help_is_that_of_the_parser_that_reads_the_arguments(described):
     ],
 )
 def test_help_and_mistakes_are_told_before_torch_is_imported(words, code, tmp_path):
+    if options.read_table() is None and words[0] == "train":
+        pytest.skip("the options are described for other versions, so the parser is made")
     (tmp_path / "typo.yaml").write_text("safegard: none\n")
     program = (
         "import sys\nfrom trl_diffusion_sdpo.cli.main import main\n"
@@ -120,8 +122,7 @@ def test_help_and_mistakes_are_told_before_torch_is_imported(words, code, tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    if options.read_table() is not None or words[0] != "train":
-        assert done.returncode == code, done.stderr[-500:]
+    assert done.returncode == code, done.stderr[-500:]
 
 
 def test_under_other_versions_an_unknown_name_is_told_from_their_sources(described, tmp_path, monkeypatch):
