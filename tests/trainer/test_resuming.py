@@ -165,7 +165,8 @@ def test_every_setting_that_differs_is_named_once_and_places_are_not(make, caplo
 def test_a_checkpoint_from_before_the_arguments_were_stored_resumes(make, tmp_path):
     make(2).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    (checkpoint / "training_args.json").unlink()
+    for file in ("training_args.json", "checkpoint_manifest.json"):
+        (checkpoint / file).unlink()
     setup = json.loads((checkpoint / "diffusion_sdpo_setup.json").read_text())
     for name in ("train_data", "run_id"):
         del setup[name]
@@ -212,6 +213,11 @@ def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(make, tmp_path):
     resumed = make(3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     resumed.train()
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3]
+    newest = make(4, resume_from_checkpoint="true")  # as YAML and the command line have it
+    newest.train()
+    assert [entry["step"] for entry in newest.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="holds one"):
+        make(4, resume_from_checkpoint="true").train(resume_from_checkpoint=False)
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])

@@ -86,9 +86,20 @@ def test_all_weights_and_a_whole_pipeline_are_moved_aside_as_well(make, tmp_path
 def test_what_a_killed_first_save_left_is_no_other_run(make, tmp_path):
     make().train()
     (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()
-    make().train()
-    assert (tmp_path / "run" / "previous-run-1" / "checkpoint-2").is_dir()
+    make().train(resume_from_checkpoint="latest")
     assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()
+    make().train()
+    assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert not list((tmp_path / "run").glob("previous-run-*"))
+
+
+def test_what_a_kill_has_cut_off_is_written_anew_in_its_place(make, tmp_path):
+    make(4).train()
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").unlink()
+    make(4).train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").is_file()
+    assert not list((tmp_path / "run").glob("previous-run-*"))
 
 
 def test_a_resumed_run_keeps_its_folder_and_its_mark(make, tmp_path):

@@ -169,7 +169,7 @@ class PublishingMixin(SavingMixin):
         with failing_together():
             self.save_model(_internal_call=True)
         done = None
-        with failing_together(), self._saying_what_is_safe():
+        with failing_together(), self._saying_what_is_safe(), self.run_folder.held():
             if self.hub_model_id is None:
                 self._make_repository(token, private)
             if self.is_world_process_zero():

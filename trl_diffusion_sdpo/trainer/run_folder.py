@@ -130,7 +130,7 @@ class RunFolder:
                 "`resume_from_checkpoint=True`, name another folder, or set `overwrite_output_dir=True`, which moves "
                 f"what is there into {PREVIOUS_RUN}-{self._next_number()}."
             )
-        if checkpoints or found:
+        if found:  # what a kill has cut off is no run: the next checkpoints take its place
             others = self._matching((*PICTURES, RUN_FILE))
             self._set_aside([*checkpoints, *replaced_in(self.folder), *self._results(), *others], "another run")
 
@@ -149,6 +149,7 @@ class RunFolder:
         step = step_of(checkpoint)
         found = [*checkpoints_in(self.folder), *replaced_in(self.folder)]
         later = [path for path in found if step is not None and step_of(path.with_suffix("")) > step]
+        later = [path for path in later if not damage(path, checksums=False)]
         if later:
             self._set_aside([*later, *self._results()], f"after {checkpoint.name}")
 
@@ -158,16 +159,14 @@ class RunFolder:
         return self._matching((*RESULTS, *self.parts))
 
     def _matching(self, patterns: tuple[str, ...]) -> list[Path]:
-        return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+        return sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
 
     def _set_aside(self, paths: list[Path], what: str) -> None:
         aside = self.folder / f"{PREVIOUS_RUN}-{self._next_number()}"
         aside.mkdir()
-        for path in dict.fromkeys(paths):
+        for path in paths:
             path.rename(aside / path.name)
-        logger.warning(
-            "Moved to %s, as of %s: %s.", aside, what, ", ".join(path.name for path in dict.fromkeys(paths))
-        )
+        logger.warning("Moved to %s, as of %s: %s.", aside, what, ", ".join(path.name for path in paths))
 
     def _next_number(self) -> int:
         numbers = [path.name.rpartition("-")[2] for path in self.folder.glob(f"{PREVIOUS_RUN}-*")]
@@ -190,9 +189,8 @@ class RunFolder:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, whole or not, by step."""
-    return sorted(
-        (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) is not None), key=step_of
-    )
+    named = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) is not None)
+    return sorted(named, key=step_of)
 
 
 def replaced_in(folder: Path) -> list[Path]:
