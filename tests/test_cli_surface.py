@@ -72,7 +72,7 @@ def test_fields_of_every_class_that_the_configuration_inherits_are_options(descr
         assert declared <= set(described.options)
         if holder.__module__.startswith("trl_diffusion_sdpo"):
             overridden = {"learning_rate", "weight_decay", "lr_scheduler_type", "logging_steps", "bf16"}
-            overridden |= {"remove_unused_columns", "logging_nan_inf_filter"}
+            overridden |= {"remove_unused_columns", "logging_nan_inf_filter", "dataloader_num_workers"}
             assert set(inspect.get_annotations(holder)) - overridden - {"_VALID_DICT_FIELDS"} <= set(described.own)
 
 

@@ -72,8 +72,8 @@ def picture(value):
 def test_files_count_by_their_names_and_not_by_their_folders(tmp_path):
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
-        for name in ("w", "l", "other"):
-            picture(3).save(tmp_path / folder / f"{name}.png")
+        for level, name in enumerate(("w", "l", "other")):
+            picture(level).save(tmp_path / folder / f"{name}.png")
 
     def rows(folder, loser="l"):
         paths = {"chosen": str(tmp_path / folder / "w.png"), "rejected": str(tmp_path / folder / f"{loser}.png")}
