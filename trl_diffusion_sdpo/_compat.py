@@ -38,10 +38,12 @@ __all__ = [
     "compile_with_eager_rounding",
     "forward_pre_hooks",
     "is_split_by_node",
+    "keeps_order",
     "keeps_zero_gradients",
     "loads_lora",
     "numpy_safe_globals",
     "pattern_key",
+    "start_method",
     "zero3_adam_state",
     "zero_gradients",
     "zero_weights",
@@ -81,6 +83,17 @@ def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
     `_forward_pre_hooks` has no public spelling; can go when there is one.
     """
     return list(module._forward_pre_hooks.values())
+
+
+def start_method(args: TrainingArguments) -> str | None:
+    """How DataLoader workers are to be started: an argument that transformers 5.14 does not have. Can go when the
+    lowest supported transformers has it."""
+    return getattr(args, "dataloader_multiprocessing_context", None)
+
+
+def keeps_order(args: TrainingArguments) -> bool:
+    """Whether batches come in the order in which they were asked for; as [`start_method`]."""
+    return getattr(args, "dataloader_in_order", True)
 
 
 def is_split_by_node(stream: datasets.IterableDataset) -> bool:

@@ -5,6 +5,7 @@ import logging
 import os
 
 import datasets
+import datasets.distributed
 import numpy as np
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_no_worker_is_started_where_it_could_not_be_a_copy(many, monkeypatch):
     monkeypatch.setattr(loaders, "forks_by_default", lambda: False)
     reason, workers = chosen(arrow)
     assert workers == 0 and "import the main module" in reason
+
+
+def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs):
+    stream = make_pairs(8).to_iterable_dataset(num_shards=4)
+    split = datasets.distributed.split_dataset_by_node(stream, rank=1, world_size=2)
+    trainers = {"whole": make_trainer(train=stream), "split": make_trainer(train=split)}
+    assert not trainers["whole"].train_dataset.is_split and trainers["split"].train_dataset.is_split
+    batch = next(iter(trainers["split"].get_train_dataloader()))
+    assert batch["prompts"] == ["prompt 2", "prompt 3", "prompt 6", "prompt 7"]  # the second and the fourth shard
 
 
 def test_the_trainer_says_how_many_workers_it_takes(make_trainer, many, caplog):

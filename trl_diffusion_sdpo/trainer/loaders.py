@@ -15,6 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import seed_worker
 
+from .._compat import keeps_order, start_method
 from ..data.checking import forks_by_default, usable_cores
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..data.streaming import Share
@@ -78,12 +79,10 @@ class BatchLoaders:
             pin_memory=args.dataloader_pin_memory,
             drop_last=args.dataloader_drop_last,
             worker_init_fn=start,
-            multiprocessing_context=worker_context(args.dataloader_multiprocessing_context)
-            if args.dataloader_num_workers
-            else None,
+            multiprocessing_context=worker_context(start_method(args)) if args.dataloader_num_workers else None,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
-            in_order=args.dataloader_in_order,
+            in_order=keeps_order(args),
             **options,
         )
         # Not `Accelerator.prepare`: it keeps every loader for ever, and its loaders move each batch to the device when
@@ -127,7 +126,7 @@ def _sensible_workers(args: DiffusionSDPOConfig, dataset: Pairs | None) -> tuple
     """As many as the data need and the machine bears, and the reason."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0, ""
-    if args.dataloader_multiprocessing_context is None and not forks_by_default():
+    if start_method(args) is None and not forks_by_default():
         return 0, "here new processes import the main module, which may not be made for it"
     if isinstance(dataset, PreferenceDataset) and not dataset.forks:
         return 0, "a data set of another class may not bear being copied into other processes"
