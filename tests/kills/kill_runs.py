@@ -33,7 +33,7 @@ VARIANTS = {
     "lora-kept-workers": {"lora": True, "args": {**KEPT, **WORKERS, "learning_rate": 0.5}},
     "full-kept": {"lora": False, "args": {**KEPT, "learning_rate": 0.03}},
 }
-KILLS_A_RUN = 5
+KILLS_A_RUN = 3
 SHARES = (0.1, 0.5, 0.4)  # of the kills, timed from the start, the begin of training, the begin of a checkpoint
 BUILDING, SAVING = 1.0, 0.3  # seconds over which the first and the last of these are spread
 

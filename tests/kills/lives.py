@@ -27,6 +27,7 @@ import datasets  # noqa: E402  after the environment is as the libraries shall f
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from deepspeed.comm.torch import build_shm_op  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from tiny_pipelines import stable_diffusion  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
@@ -102,7 +103,9 @@ class Trainer(RecordingTrainer):
 
 
 def prepare(folder: Path) -> None:
-    """The tiny pipeline and the pairs that all lives train, in a process of their own."""
+    """The tiny pipeline and the pairs that all lives train, in a process of their own; and DeepSpeed's extension,
+    before any life is killed: a process that dies while it loads it leaves a lock on which all others wait for ever."""
+    build_shm_op()
     if not (folder / "pairs").is_dir():
         assert wait_for([fork(lambda: _prepare(folder), folder / "prepare.txt")], time.monotonic() + SECONDS) == [0]
 
