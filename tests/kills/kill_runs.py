@@ -33,6 +33,7 @@ VARIANTS = {
     "lora-kept-workers": {"lora": True, "args": {**KEPT, **WORKERS, "learning_rate": 0.5}},
     "full-kept": {"lora": False, "args": {**KEPT, "learning_rate": 0.03}},
 }
+RESULTS = ("", "unet/", "ema/", "ema/unet/")  # folders of the weights beside the checkpoints
 KILLS_A_RUN = 3
 SHARES = (0.1, 0.5, 0.4)  # of the kills, timed from the start, the begin of training, the begin of a checkpoint
 BUILDING, SAVING = 1.0, 0.3  # seconds over which the first and the last of these are spread
@@ -45,7 +46,7 @@ def run_of(engine: str, variant: str, name: str) -> dict:
 def result_of(run: dict, folder: Path) -> dict:
     """What a run that is done has left: its weights, its average's, and the losses that it logged."""
     output = folder / run["name"] / "output"
-    files = [path for path in output.rglob("*.safetensors") if "checkpoint-" not in str(path.relative_to(output))]
+    files = [path for place in RESULTS for path in output.glob(f"{place}*.safetensors")]
     facts = json.loads((folder / run["name"] / "facts.json").read_text())
     weights = {str(path.relative_to(output)): load_file(path) for path in sorted(files)}
     return {"weights": weights, "step": facts["step"], "log": facts["log"]}
