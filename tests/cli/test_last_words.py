@@ -1,0 +1,39 @@
+"""What the training command says last, and that it holds its folder until then."""
+
+import pytest
+
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.trainer import saving
+from trl_diffusion_sdpo.trainer.run_lock import LOCK_FILE
+
+
+@pytest.mark.parametrize("rate, word", [("1e-7", "kept"), ("0.3", "ruined")])
+def test_the_last_words_are_the_verdict_and_the_folder_is_held_until_the_weights_are_there(
+    rate, word, sd_folder, make_pairs, tmp_path, capsys, monkeypatch
+):
+    make_pairs().save_to_disk(str(tmp_path / "pairs"))
+    held, write = [], saving.write_setup
+
+    def watched(folder, setup):
+        held.append((tmp_path / "run" / LOCK_FILE).is_file())
+        write(folder, setup)
+
+    monkeypatch.setattr(saving, "write_setup", watched)
+    words = {
+        "model_name_or_path": sd_folder,
+        "dataset_name": tmp_path / "pairs",
+        "output_dir": tmp_path / "run",
+        "learning_rate": rate,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "safeguard": "none",
+        "loss_type": "linear",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    assert main(["train", *(str(part) for name, value in words.items() for part in (f"--{name}", value))]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert last[0].startswith("The tuned weights are in") and last[1].startswith(f"Verdict: {word}. ")
+    assert held == [True] and not (tmp_path / "run" / LOCK_FILE).exists()
