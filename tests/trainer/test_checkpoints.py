@@ -269,8 +269,13 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(buil
 
 
 def test_the_newest_is_the_one_that_was_written_last(build, run):
-    """Not the one with the highest number, nor that with the newest files."""
-    os.rename(run / "checkpoint-2", run / "checkpoint-9")
+    build(max_steps=3, save_steps=1).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert kept(run) == ["checkpoint-2", "checkpoint-3"]  # that of step 4, of the line that was left, is moved aside
+    assert build()._checkpoints.newest(run) == run / "checkpoint-3"
+
+
+def test_the_order_of_writing_goes_before_the_step(build, run):
+    (run / "checkpoint-2").rename(run / "checkpoint-9")
     os.utime(run / "checkpoint-4", (0, 0))
     assert build()._checkpoints.newest(run) == run / "checkpoint-4"
 
