@@ -102,12 +102,13 @@ def test_a_quantized_base_is_never_loaded_in_full_precision(sd_folder, grid, loa
 
 
 def test_a_quantized_base_is_reached_and_read_with_every_option(sd_folder, grid, loaded_with, tmp_path):
-    reads = loaded_with(StableDiffusionPipeline)
+    reads, denoisers = loaded_with(StableDiffusionPipeline), loaded_with(UNet2DConditionModel)
     options = {**ACCESS, "cache_dir": str(tmp_path), "revision": "main", "disable_mmap": True}
     load_model(sd_folder, quantization_config=grid, model_init_kwargs={**options, "dtype": "bfloat16"})
     (call,) = reads
     assert {name: call[name] for name in options} == options
     assert call["dtype"] == torch.bfloat16 and call["use_safetensors"]
+    assert len(denoisers) == 1  # by the pipeline: not once more, with other options
 
 
 def test_a_lora_trains_on_a_quantized_base(sd_folder, grid, make_args, make_pairs):
