@@ -94,7 +94,10 @@ def test_workers_end_with_the_process_that_trains_even_if_they_are_stuck(end, tm
     assert len(pids) == 2
     if end == "kill":
         run.kill()
-    run.wait(timeout=60)
+    try:
+        run.wait(timeout=60)
+    finally:
+        run.kill()
     deadline = time.monotonic() + 30
     while any(runs(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -132,7 +135,10 @@ def test_sigterm_to_the_group_of_a_run_with_workers_leaves_a_whole_checkpoint(sd
     else:
         pytest.fail("".join(said)[-3000:])
     os.killpg(run.pid, signal.SIGTERM)
-    rest = run.communicate(timeout=300)[0]
+    try:
+        rest = run.communicate(timeout=300)[0]
+    finally:
+        run.kill()
     checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
     assert len(checkpoints) == 1, rest[-3000:]
     assert Manifest.read(checkpoints[0]) is not None and not damage(checkpoints[0])
