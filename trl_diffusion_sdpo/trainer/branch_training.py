@@ -57,7 +57,7 @@ class BranchTrainingMixin:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         norm = whole(super()._get_grad_norm(model, grad_norm))
-        # With fp16 an overflow is everyday, and the scaler leaves that step out by itself.
+        # With fp16 an overflow is usual, and the scaler skips that step by itself.
         if norm is not None and not self.args.fp16:
             self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
         return norm

@@ -21,8 +21,8 @@ class StepExchange:
     A process that is asked to stop after it has sent its message says so in the next step.
 
     Args:
-        callbacks (`Iterable`, *optional*): Those of the trainer; a [`CheckpointOnInterrupt`] among them is asked
-            for its wish, and hears here what all have agreed on.
+        callbacks (`Iterable`, *optional*): Those of the trainer; the flag of a [`CheckpointOnInterrupt`] among
+            them is part of the message, and it reads from here whether any process has set it.
     """
 
     def __init__(self, callbacks: Iterable[Any] = ()):
