@@ -16,9 +16,9 @@ class FiniteCheck:
 
     A loss is caught before the optimizer's step: once a step, the verdict over all micro-batches and processes is
     copied to the host while the last backward pass is being queued and read after it, so that the host waits for the
-    forward pass only while the accelerator has the backward pass to run. All processes share one verdict, since a gradient is averaged
-    over them. A gradient that is not finite although the loss is, which is rare, is caught one step later, before
-    anything is saved.
+    forward pass only while the accelerator has the backward pass to run. All processes share one verdict, since a
+    gradient is averaged over them. A gradient that is not finite although the loss is, which is rare, is caught one
+    step later, before anything is saved.
 
     Args:
         callbacks (`Iterable`, *optional*): Those of the trainer, for [`~.step_exchange.StepExchange`], which carries
