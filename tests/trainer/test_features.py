@@ -82,24 +82,24 @@ def test_compute_metrics_receives_the_rewards_of_every_pair(make_trainer, make_p
     assert seen["predictions"][:, 0].mean() == pytest.approx(metrics["eval_rewards/chosen"], rel=1e-4)
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, make_pairs, tmp_path):
-    for tuning in ({}, {"peft_config": LoraConfig(r=4)}):
-        trainer = make_trainer(
-            eval_dataset=make_pairs(4, seed=1),
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            max_steps=4,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_errors/winner",
-            greater_is_better=False,
-            **tuning,
-        )
-        trainer.train()
-        best = min(entry["eval_errors/winner"] for entry in trainer.state.log_history if "eval_errors/winner" in entry)
-        assert trainer.state.best_metric == best
-        assert trainer.evaluate()["eval_errors/winner"] == pytest.approx(best, rel=1e-6)
+@pytest.mark.parametrize("tuning", [{}, {"peft_config": LoraConfig(r=4)}], ids=["full", "lora"])
+def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, make_pairs, tuning):
+    trainer = make_trainer(
+        eval_dataset=make_pairs(4, seed=1),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_errors/winner",
+        greater_is_better=False,
+        **tuning,
+    )
+    trainer.train()
+    best = min(entry["eval_errors/winner"] for entry in trainer.state.log_history if "eval_errors/winner" in entry)
+    assert trainer.state.best_metric == best
+    assert trainer.evaluate()["eval_errors/winner"] == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("settings", [None, {"use_reentrant": False, "preserve_rng_state": False}])
