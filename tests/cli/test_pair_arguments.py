@@ -85,6 +85,58 @@ def test_slices_of_one_file_are_two_splits(load):
     assert found == (prompts(range(9)), prompts(range(9, COUNT)))
 
 
+@pytest.mark.parametrize("name", ["saved", "saved_dict"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_slices_of_what_was_saved_to_disk_are_read(load, name, streaming):
+    found = load(
+        name,
+        dataset_train_split="train[:25%]+train[-2:]",
+        dataset_test_split="train[50%:60%]",
+        dataset_streaming=streaming,
+    )
+    count = COUNT if name == "saved" else 8
+    assert found[0] == prompts([*range(count // 4), count - 2, count - 1])
+    assert found[1] == prompts({12: [6], 8: [4]}[count])  # 60% of 12 is 7.2 rows, of 8 is 4.8
+
+
+def test_a_split_that_was_not_saved_to_disk_is_told(load):
+    with pytest.raises(ValueError, match=r"must have the split 'trian\[:50%\]'; it has train, test"):
+        load("saved_dict", dataset_train_split="trian[:50%]")
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [
+        ("file.parquet", "train[:75%]", "train[50%:]"),
+        ("file.parquet", "train[:75%]", "test[50%:]"),
+        ("file.parquet", "train", "train[:10%]"),
+        ("saved", "train[:75%]", "train[50%:]"),
+        ("saved_dict", "train[:-1]", "train[6:]"),
+        ("one", "train[:75%]", "train[50%:]"),
+        ("two", "train[:75%]", "train[50%:]"),
+        ("two", "train[:2]+test[2:]", "test[1:3]"),
+        ("two", "train+test", "test"),
+        ("two", "test+train[:2]", "test"),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_slices_that_share_rows_are_refused(load, name, train, test, named):
+    other = {"eval_dataset_name": name} if named else {}
+    with pytest.raises(ValueError, match="all of it trained on|on training pairs|other pairs than those that are"):
+        load(name, dataset_train_split=train, dataset_test_split=test, **other)
+
+
+@pytest.mark.parametrize("name", ["file.parquet", "one", "saved", "two", "saved_dict"])
+def test_other_slices_of_the_training_data_are_evaluated_on_where_those_are_named_again(load, name):
+    more = {"dataset_train_split": "train[:3]", "dataset_test_split": "train[3:5]"}
+    assert load(name, eval_dataset_name=name, **more) == (prompts(range(3)), prompts(range(3, 5)))
+
+
+@pytest.mark.parametrize("name", ["file.parquet", "saved"])
+def test_a_slice_of_one_split_is_evaluated_on_whatever_that_is_called(load, name):
+    assert load("one", eval_dataset_name=name, dataset_test_split="test[:1]")[1] == prompts([0])
+
+
 @pytest.mark.parametrize("name", ["one", "file.parquet", "saved"])
 def test_pairs_for_evaluation_are_named(load, name):
     found = load(name, eval_dataset_name="two")
@@ -103,6 +155,8 @@ def test_one_split_is_evaluated_on_whatever_it_is_called(load, name):
         ("file.parquet", "link.parquet", {}),
         ("saved", "saved", {}),
         ("two", "two", {"dataset_test_split": "train"}),
+        ("two", "two", {"dataset_train_split": "train[:10%]", "dataset_test_split": "train"}),
+        ("two", "two", {"dataset_test_split": "train[:10%]"}),
         ("somebody/on-the-hub", "somebody/on-the-hub", {"dataset_test_split": "train"}),
     ],
 )

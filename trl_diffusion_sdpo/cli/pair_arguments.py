@@ -11,12 +11,14 @@ import datasets
 from trl import ScriptArguments
 
 from ..data.holdout import hold_out
+from .split_slices import rename, rows_of, share_rows, surely_share_rows
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
 
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
+_ONLY_SPLIT = "train"  # what the Datasets library calls the rows of data without splits
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _HOW_TO_EVALUATE = (
     "Name other pairs with `eval_dataset_name`, hold some out of these with `test_size`, or leave `eval_strategy` out."
@@ -73,15 +75,20 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     train_split = script_args.dataset_train_split
     if training_args.eval_strategy == "no":
         return load_split(script_args, train_split), None
-    if script_args.eval_dataset_name is not None:
-        evaluation = _load_named_for_evaluation(script_args)
+    if script_args.eval_dataset_name is not None and not _names_one_data_set(script_args):
+        evaluation = _load_other(script_args)
         return load_split(script_args, train_split), evaluation
     if script_args.test_size is not None:
         _refuse_streaming(script_args)
         known = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
         return hold_out(load_split(script_args, train_split), script_args.test_size, **known)
-    _refuse_training_pairs(script_args)
-    return load_split(script_args, train_split), _load_test_split(script_args)
+    if surely_share_rows(*_splits(script_args)):
+        raise _on_training_pairs(script_args)
+    train, evaluation = load_split(script_args, train_split), _load_test_split(script_args)
+    lengths = _lengths(script_args, train)
+    if lengths is not None and share_rows(*_splits(script_args), lengths):
+        raise _on_training_pairs(script_args)
+    return train, evaluation
 
 
 def load_split(script_args: ScriptArguments, split: str) -> Any:
@@ -104,51 +111,75 @@ def load_split(script_args: ScriptArguments, split: str) -> Any:
             raise ValueError(
                 f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {name}. Pass its folder instead."
             )
-        files = {_name_of(split): str(path)}
+        files, split = {_ONLY_SPLIT: str(path)}, rename(split, _ONLY_SPLIT)
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
     if path.is_dir():
         return datasets.load_dataset(str(path), split=split, streaming=streaming)
     return datasets.load_dataset(name, name=script_args.dataset_config, split=split, streaming=streaming)
 
 
-def _load_named_for_evaluation(script_args: PairArguments) -> Any:
-    """Pairs of `eval_dataset_name`, if they are others than those that are trained on."""
+def _names_one_data_set(script_args: PairArguments) -> bool:
+    """Whether `eval_dataset_name` is the data set that is trained on."""
     here, there = (Path(name).expanduser() for name in (script_args.dataset_name, script_args.eval_dataset_name))
-    same = here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
-    split = script_args.dataset_test_split
-    if same and (_is_one_split(here) or split == script_args.dataset_train_split):
-        raise ValueError(
-            f"`eval_dataset_name` must name other pairs than those that are trained on, got {there} for both. Hold "
-            "pairs out of them with `test_size`."
-        )
+    return here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
+
+
+def _load_other(script_args: PairArguments) -> Any:
+    """Pairs of `eval_dataset_name`, which is another data set than the one that is trained on."""
+    there, split = Path(script_args.eval_dataset_name).expanduser(), script_args.dataset_test_split
     other = ScriptArguments(
         dataset_name=script_args.eval_dataset_name,
         dataset_config=None if there.exists() else script_args.dataset_config,
         dataset_streaming=script_args.dataset_streaming,
     )
-    return load_split(other, "train" if _is_one_split(there) else split)
+    return load_split(other, rename(split, _ONLY_SPLIT) if _is_one_split(there) else split)
 
 
-def _refuse_training_pairs(script_args: PairArguments) -> None:
-    """Raise `ValueError` where the split to evaluate on is the one that is trained on."""
+def _splits(script_args: PairArguments) -> tuple[str, str]:
+    """What is trained and evaluated on, both of `dataset_name`; where that is one split, both by its name."""
+    splits = script_args.dataset_train_split, script_args.dataset_test_split
+    if _is_one_split(Path(script_args.dataset_name).expanduser()):
+        return rename(splits[0], _ONLY_SPLIT), rename(splits[1], _ONLY_SPLIT)
+    return splits
+
+
+def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
+    """Rows of each split of `dataset_name`; `None` of a stream, whose splits are whole ones.
+
+    Args:
+        script_args (`PairArguments`): Which data.
+        train (`Dataset` or `IterableDataset`): What was loaded of them.
+    """
     path = Path(script_args.dataset_name).expanduser()
-    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
-    sliced = "[" in train_split and "[" in test_split and train_split != test_split
-    if _is_one_split(path) and not sliced:
-        raise ValueError(
-            f"`eval_strategy` needs pairs that are not trained on, and {path} is one split, all of it trained on. "
+    if _is_saved(path):
+        return {name: len(part) for name, part in _saved_parts(path).items()}
+    if script_args.dataset_streaming:
+        return None
+    return {name: part.num_examples for name, part in train.info.splits.items()}
+
+
+def _on_training_pairs(script_args: PairArguments) -> ValueError:
+    """The error that the pairs to evaluate on are among those that are trained on."""
+    name, test_split = script_args.dataset_name, script_args.dataset_test_split
+    if script_args.eval_dataset_name is not None:
+        return ValueError(
+            f"`eval_dataset_name` must name other pairs than those that are trained on, got {name} for both, "
+            f"{test_split} beside {script_args.dataset_train_split}. Hold pairs out of them with `test_size`."
+        )
+    if _is_one_split(Path(name).expanduser()) and "[" not in test_split:
+        return ValueError(
+            f"`eval_strategy` needs pairs that are not trained on, and {name} is one split, all of it trained on. "
             f"{_HOW_TO_EVALUATE}"
         )
-    if _name_of(train_split) == _name_of(test_split) and not sliced:
-        raise ValueError(
-            f"`dataset_test_split` must be another split than `dataset_train_split`, got {test_split} beside "
-            f"{train_split}: the evaluation would be on training pairs. {_HOW_TO_EVALUATE}"
-        )
+    return ValueError(
+        f"`dataset_test_split` must be another split than `dataset_train_split`, got {test_split} beside "
+        f"{script_args.dataset_train_split}: the evaluation would be on training pairs. {_HOW_TO_EVALUATE}"
+    )
 
 
 def _load_test_split(script_args: PairArguments) -> Any:
     try:
-        return load_split(script_args, script_args.dataset_test_split)
+        return load_split(script_args, _splits(script_args)[1])
     except ValueError as error:  # that there is no such split
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
@@ -173,15 +204,19 @@ def _is_one_split(path: Path) -> bool:
     return path.is_file() or (_is_saved(path) and not _is_saved_dict(path))
 
 
-def _name_of(split: str) -> str:
-    """`train` of `train[:90%]`."""
-    return split.partition("[")[0]
-
-
-def _load_saved(path: Path, split: str) -> Any:
-    """A split of what `save_to_disk` wrote; a single `Dataset` is the split `train`."""
+def _saved_parts(path: Path) -> dict[str, datasets.Dataset]:
+    """What `save_to_disk` wrote, by split; a single `Dataset` is the split `train`."""
     saved = datasets.load_from_disk(str(path))
-    parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    if split not in parts:
-        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.")
-    return parts[split]
+    return saved if isinstance(saved, datasets.DatasetDict) else {_ONLY_SPLIT: saved}
+
+
+def _load_saved(path: Path, split: str) -> datasets.Dataset:
+    """A split of what `save_to_disk` wrote, or slices of it."""
+    parts = _saved_parts(path)
+    if split in parts:
+        return parts[split]
+    try:
+        rows = rows_of(split, {name: len(part) for name, part in parts.items()})
+    except ValueError as error:
+        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.") from error
+    return datasets.concatenate_datasets([parts[name].select(part) for name, part in rows])
