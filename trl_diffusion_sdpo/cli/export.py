@@ -2,14 +2,15 @@
 
 import argparse
 
+from .options import OneLineParser
+
 EXIT_OK = 0
 FORMATS = ("kohya",)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
-        allow_abbrev=False,
         description=(
             "Write the LoRA of a run in the file format of other tools: kohya's scripts, ComfyUI, AUTOMATIC1111's web "
             "UI, Forge."
