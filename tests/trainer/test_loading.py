@@ -207,10 +207,20 @@ def test_a_reference_of_another_class_or_in_pickles_is_refused(make_trainer, sdx
         make_trainer(ref_model=bare_folder)
 
 
-def test_a_denoiser_that_is_no_class_of_diffusers_is_refused(bare_folder):
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("my_package", "MyUNet"),
+        ("diffusers", "MyUNet"),
+        ("diffusers", "DDPMScheduler"),
+        ("diffusers", "utils"),
+        ("diffusers", None),
+    ],
+)
+def test_a_denoiser_that_is_no_model_of_diffusers_is_refused(bare_folder, library, name):
     index = Path(bare_folder) / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["my_package", "MyUNet"]}))
-    with pytest.raises(ValueError, match="says 'MyUNet' of 'my_package'. Pass a loaded pipeline"):
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": [library, name]}))
+    with pytest.raises(ValueError, match=f"says {name!r} of {library!r}. Pass a loaded pipeline"):
         load_denoiser(bare_folder)
 
 

@@ -198,13 +198,14 @@ def load_denoiser(
     index = _read_index(name_or_path, **from_pretrained)
     part = family_for_class_name(index[CLASS]).denoiser_name
     library, class_name = index.get(part) or (None, None)
-    if library != "diffusers":
+    denoiser_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+    if not isinstance(denoiser_class, type) or not issubclass(denoiser_class, diffusers.ModelMixin):
         raise ValueError(
-            f"The {part} of a pipeline must be one of diffusers' classes; the model_index.json of {name_or_path} says "
+            f"The {part} of a pipeline must be one of diffusers' models; the model_index.json of {name_or_path} says "
             f"{class_name!r} of {library!r}. Pass a loaded pipeline."
         )
     with _safetensors_only(name_or_path):
-        return getattr(diffusers, class_name).from_pretrained(
+        return denoiser_class.from_pretrained(
             name_or_path, subfolder=part, torch_dtype=dtype, use_safetensors=True, **from_pretrained
         )
 
