@@ -43,7 +43,7 @@ class PipelineArguments:
             (`force_upcast`); without autocast, as the VAE was loaded.
         vae_encode_batch_size (`int`, *optional*):
             Images that the VAE encodes at once; all of a micro-batch, two a pair, if unset. A smaller number needs
-            less memory and gives the same latents.
+            less memory and gives the same latents, to rounding.
     """
 
     model_init_kwargs: dict[str, Any] | str | None = field(
