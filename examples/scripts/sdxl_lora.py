@@ -15,7 +15,7 @@ or in a YAML file with `--config`; `--help` lists them.
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets, public_name
 from trl_diffusion_sdpo.cli.train import resume_point
 
 
@@ -52,7 +52,7 @@ def main(argv=None):
     trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=public_name(script_args))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,24 @@ def run_example(monkeypatch, pairs, tmp_path):
     return run
 
 
+class RecordsNames:
+    """In the place of the trainer, which would talk to the Hub: keeps the names of the data that it is to publish."""
+
+    published: list = []
+
+    def __init__(self, *_, **__):
+        pass
+
+    def train(self, resume_from_checkpoint):
+        pass
+
+    def save_model(self, folder):
+        pass
+
+    def push_to_hub(self, dataset_name):
+        self.published.append(dataset_name)
+
+
 def history(output: Path) -> list[dict]:
     newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return json.loads((newest / "trainer_state.json").read_text())["log_history"]
@@ -110,6 +128,18 @@ def test_the_examples_of_transformers_write_a_lora(run_example, family_folder, n
     output = run_example(name, family_folder(family))
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     assert all(weight.startswith("transformer.") for weight in load_file(output / LORA))
+
+
+@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])
+@pytest.mark.parametrize(("dataset", "published"), [("PAIRS", None), ("owner/preferences", "owner/preferences")])
+def test_an_example_publishes_no_path_of_this_machine(monkeypatch, pairs, tmp_path, name, dataset, published):
+    """The trainer is a stand-in, and nothing is loaded: what counts is the name that the script hands on."""
+    monkeypatch.setattr("trl_diffusion_sdpo.DiffusionSDPOTrainer", RecordsNames)
+    monkeypatch.setattr("trl_diffusion_sdpo.cli.pair_arguments.load_datasets", lambda *_: (None, None))
+    monkeypatch.setattr(RecordsNames, "published", [])
+    words = ["--dataset_name", dataset.replace("PAIRS", pairs), "--output_dir", str(tmp_path), "--push_to_hub", *TINY]
+    runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"](words)
+    assert RecordsNames.published == [published]
 
 
 @pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])

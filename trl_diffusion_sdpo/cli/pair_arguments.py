@@ -118,6 +118,12 @@ def load_split(script_args: ScriptArguments, split: str) -> Any:
     return datasets.load_dataset(name, name=script_args.dataset_config, split=split, streaming=streaming)
 
 
+def public_name(script_args: ScriptArguments) -> str | None:
+    """`dataset_name` for others to read: `None` of a path of this machine, which tells nobody anything."""
+    name = script_args.dataset_name
+    return None if Path(name).expanduser().exists() else name
+
+
 def _names_one_data_set(script_args: PairArguments) -> bool:
     """Whether `eval_dataset_name` is the data set that is trained on."""
     here, there = (Path(name).expanduser() for name in (script_args.dataset_name, script_args.eval_dataset_name))

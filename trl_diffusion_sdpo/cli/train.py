@@ -185,8 +185,9 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
     if not training_args.push_to_hub:
         trainer.save_model(training_args.output_dir)
     else:
-        is_local = Path(script_args.dataset_name).expanduser().exists()  # a path of this machine tells nobody anything
-        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)  # saves first
+        from .pair_arguments import public_name  # seconds
+
+        trainer.push_to_hub(dataset_name=public_name(script_args))  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
     from ..trainer.verdict import verdict_of  # seconds, as above
