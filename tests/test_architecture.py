@@ -18,6 +18,7 @@ FLOORS = {
     "_compat": 0,
     "import_utils": 0,
     "suggestions": 0,
+    "switch_words": 0,
     "data": 1,
     "families": 1,
     "losses": 1,

@@ -2,6 +2,20 @@
 
 import pytest
 
+from trl_diffusion_sdpo.cli.options import Option
+from trl_diffusion_sdpo.data.checking import verify_choice
+
+OPTION = Option(
+    flags=["--switch"],
+    off_flags=[],
+    kinds=["bool"],
+    elements="bool",
+    nargs="?",
+    choices=None,
+    default=False,
+    help=None,
+)
+
 
 @pytest.mark.parametrize(
     ("name", "given", "meant"),
@@ -24,6 +38,19 @@ import pytest
 def test_a_word_is_the_switch_that_it_means_and_off_the_choice_that_means_it(make_args, name, given, meant):
     value = getattr(make_args(**{name: given}), name)
     assert value == meant and isinstance(value, type(meant))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        *((word, True) for word in ("true", "True", "yes", "on", "t", "y", "1")),
+        *((word, False) for word in ("false", "False", "no", "off", "f", "n", "0")),
+    ],
+)
+def test_a_word_is_the_same_switch_wherever_it_is_written(make_args, word, meant):
+    assert make_args(random_flip=word).random_flip is meant
+    assert OPTION.read(word) is meant
+    assert verify_choice(word) == ("all" if meant else "none")
 
 
 @pytest.mark.parametrize("name", ["random_flip", "disable_tqdm", "bf16"])

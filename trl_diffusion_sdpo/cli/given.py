@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..suggestions import did_you_mean
+from ..switch_words import choice_of_switch
 from . import launch
 from .options import Option, OptionTable, names_in_sources, option_parser, refuse_unknown
 
@@ -24,7 +25,6 @@ _WORDS_OF_SWITCHES = {
     "verify_images": {True: "all", False: "none"},
     "resume_from_checkpoint": {True: "true", False: "false"},
 }
-_OFF, _ON = ("none", "no", "off", "false"), ("yes", "on", "true")
 _REQUIRED = {
     "model_name_or_path": "the Hub id or folder of a diffusers pipeline",
     "dataset_name": "the Hub id, folder or file of a preference data set",
@@ -150,13 +150,9 @@ def _scalar(name: str, option: Option, value: Any, kinds: set[str]) -> Any:
 
 
 def _word_of_switch(name: str, option: Option, value: bool) -> str:
-    words = _WORDS_OF_SWITCHES.get(name, {})
-    for word in _ON if value else _OFF:
-        if word in (option.choices or ()):
-            words = {value: word}
-            break
-    if value in words:
-        return words[value]
+    word = choice_of_switch(value, option.choices or ()) or _WORDS_OF_SWITCHES.get(name, {}).get(value)
+    if word is not None:
+        return word
     if option.choices:
         rule = f"one of {', '.join(option.choices)}"
     else:

@@ -21,16 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from ..suggestions import did_you_mean
+from ..switch_words import SWITCH_WORDS
 
 TABLE_FILE = Path(__file__).with_name("train_options.json")
 DESCRIBED = ("accelerate", "transformers", "trl")
 # Where the fields are declared that are not this package's: library -> files.
 _SOURCES = {"transformers": ["training_args.py"], "trl": ["scripts/utils.py", "trainer/model_config.py"]}
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null"}
-SWITCH_WORDS = {
-    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
-    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
-}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..switch_words import SWITCH_WORDS
+
 logger = logging.getLogger(__name__)
 
 VERIFY_IMAGES = ("sample", "all", "none")
@@ -90,10 +92,8 @@ def verify_choice(value: Any) -> str:
         ValueError: On anything else.
     """
     word = str(value).lower()
-    if word in ("true", "yes", "on", "1"):
-        return "all"
-    if word in ("false", "no", "off", "0"):
-        return "none"
+    if word in SWITCH_WORDS:
+        return "all" if SWITCH_WORDS[word] else "none"
     if word not in VERIFY_IMAGES:
         raise ValueError(f"`verify_images` must be one of {', '.join(VERIFY_IMAGES)}; got {value!r}.")
     return word

@@ -6,11 +6,11 @@ from dataclasses import fields
 from inspect import get_annotations
 from typing import TYPE_CHECKING
 
+from ..switch_words import SWITCH_WORDS, choice_of_switch
+
 if TYPE_CHECKING:
     from .diffusion_sdpo_config import DiffusionSDPOConfig
 
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_OFF = ("none", "no")  # what a choice may call it
 _CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
 _BOOLEAN = ("bool", "bool | None")
 
@@ -27,10 +27,10 @@ def read_words(args: DiffusionSDPOConfig) -> None:
         value, kind = getattr(args, field.name), kinds[field.name]
         kind = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
         choices = field.metadata.get("choices") or _CHOICES_OF_TRANSFORMERS.get(field.name, ())
-        off = next((word for word in _OFF if word in choices), None)
-        if value is False and off is not None:
-            setattr(args, field.name, off)
+        meant = choice_of_switch(value, choices) if isinstance(value, bool) else None
+        if meant is not None:
+            setattr(args, field.name, meant)
         elif isinstance(value, str) and kind in _BOOLEAN:
-            if value.lower() not in SWITCHES:
+            if value.lower() not in SWITCH_WORDS:
                 raise ValueError(f"`{field.name}` must be True or False, got {value!r}.")
-            setattr(args, field.name, SWITCHES[value.lower()])
+            setattr(args, field.name, SWITCH_WORDS[value.lower()])

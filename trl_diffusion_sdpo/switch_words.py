@@ -1,0 +1,15 @@
+"""How a switch is written where there is only text: on a command line, in YAML, in a script."""
+
+from collections.abc import Iterable
+
+SWITCH_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
+}
+
+
+def choice_of_switch(value: bool, choices: Iterable[str]) -> str | None:
+    """The choice that a switch means, such as `"none"` or `"no"` for one that is off; `None` if there is none."""
+    words = [word for word, meant in SWITCH_WORDS.items() if meant is value]
+    known = set(choices)
+    return next((word for word in (words if value else ["none", *words]) if word in known), None)
