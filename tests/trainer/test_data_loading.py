@@ -1,6 +1,7 @@
 """The way of the data into the trainer: bytes on the host until their turn comes, workers where they pay, evaluations
 that leave nothing open, and batches that the data can fill."""
 
+import copy
 import logging
 import os
 
@@ -13,9 +14,18 @@ from PIL import Image
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.trainer import loaders
-from trl_diffusion_sdpo.trainer.data_loading import check_batches
+from trl_diffusion_sdpo.trainer.data_loading import check_batches, prepare_pairs
 from trl_diffusion_sdpo.trainer.loaders import choose_workers
+
+
+def two_processes(args, rank):
+    """The settings of one of two processes that train together."""
+    kind = type("TwoProcesses", (type(args),), {"world_size": 2, "process_index": rank})
+    args = copy.copy(args)
+    args.__class__ = kind
+    return args
 
 
 def losses(trainer):
@@ -147,6 +157,24 @@ def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs)
     assert not trainers["whole"].train_dataset.is_split and trainers["split"].train_dataset.is_split
     batch = next(iter(trainers["split"].get_train_dataloader()))
     assert batch["prompts"] == ["prompt 2", "prompt 3", "prompt 6", "prompt 7"]  # the second and the fourth shard
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_several_processes_do_not_evaluate_on_parts_of_a_stream_which_may_differ_in_length(make_trainer, many, rank):
+    """Of 33 pairs one process would have 17 and the other 16: nine batches of two, and eight."""
+    stream = many.select(range(33)).to_iterable_dataset(num_shards=2)
+    split = datasets.distributed.split_dataset_by_node(stream, rank=rank, world_size=2)
+    assert sum(1 for _ in split) == 17 - rank
+    trainer = make_trainer(eval_dataset=stream)
+    args = two_processes(trainer.args, rank)
+    prepare_pairs(split, args, trainer.loss, name="train", training=True)
+    with pytest.raises(ValueError, match="eval data are a stream that `split_dataset_by_node` has given 2 processes"):
+        prepare_pairs(split, args, trainer.loss, name="eval", training=False)
+    prepared = prepare_pairs(split, trainer.args, trainer.loss, name="eval", training=False)
+    with pytest.raises(ValueError, match="Pass the stream as it was before"):
+        prepare_pairs(prepared, args, trainer.loss, name="eval", training=False)
+    whole = prepare_pairs(stream, args, trainer.loss, name="eval", training=False)
+    assert sum(1 for _ in whole.for_process(Share(rank, 2, 2))) == 18
 
 
 def test_the_trainer_says_how_many_workers_it_takes(make_trainer, many, caplog):

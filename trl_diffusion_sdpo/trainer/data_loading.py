@@ -106,12 +106,16 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
     """A user's data as a torch data set of pairs; one that is prepared already, or `None`, as it is. All processes
-    prepare all of it, but for the check of the images, which they share; none waits for another.
+    prepare all of it, but for the check of the images, which they share; none waits
+    for another longer than their shares differ in time.
 
     Raises:
-        `ValueError`: If the data are in no known format, none are left, or the loss needs scores that are not there.
+        `ValueError`: If the data are in no known format, none are left, the loss needs scores that are not there, or
+            several processes are to evaluate on parts of a stream that may differ in length.
     """
     if dataset is None or isinstance(dataset, PREPARED):
+        if not training:
+            _refuse_parts(dataset, args, name)
         return dataset
     transform = PairTransform(
         args.resolution,
@@ -138,12 +142,25 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     )
     if isinstance(prepared, PreferenceIterableDataset):
         prepared.is_split = is_split_by_node(dataset)
+        if not training:
+            _refuse_parts(prepared, args, name)
     if loss.needs_scores and not prepared.has_scores:
         raise ValueError(
             f"The loss {args.loss_type!r} needs score columns (`chosen_score`, `rejected_score`), and the {name} data "
             "has none. Score the images first, or choose another loss."
         )
     return prepared
+
+
+def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
+    """Raise `ValueError` where processes would evaluate on parts of a stream: a part that has fewer batches than
+    another leaves its process out of the others' exchanges, and they would wait for ever."""
+    if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
+        raise ValueError(
+            f"The {name} data are a stream that `split_dataset_by_node` has given {args.world_size} processes parts "
+            "of, and an evaluation needs as many batches in each. Pass the stream as it was before: it is dealt out "
+            "evenly."
+        )
 
 
 def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
