@@ -94,7 +94,7 @@ class Args:
     def __init__(self, **changes):
         self.dataloader_num_workers = self.dataloader_prefetch_factor = self.dataloader_multiprocessing_context = None
         self.dataloader_persistent_workers, self.world_size = False, 1
-        self.resolution, self.train_batch_size = 512, 4
+        self.resolution, self.train_batch_size, self.eval_batch_size = 512, 4, 8
         vars(self).update(changes)
 
 
@@ -106,9 +106,9 @@ def many():
     return datasets.Dataset.from_list(rows)
 
 
-def chosen(data, **changes):
+def chosen(data, *, evaluates=False, **changes):
     args = Args(**changes)
-    return choose_workers(args, data), args.dataloader_num_workers
+    return choose_workers(args, data, evaluates=evaluates), args.dataloader_num_workers
 
 
 def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):
@@ -131,6 +131,42 @@ def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):
     cores = 1
     reason, workers = chosen(arrow)
     assert workers == 0 and "0 cores" in reason
+
+
+def test_all_processes_batches_of_training_and_evaluation_fit_into_the_shared_memory(many, monkeypatch):
+    """A pair is 2 * 3 * 512 * 512 bytes, 1.5 MiB: a worker's three batches of 4 pairs are 18 MiB, and those of 8 pairs
+    for evaluation 36 MiB more. Half of the memory is theirs."""
+    arrow = prepare_dataset(many, transform=PairTransform(16), verify_images="none")
+    monkeypatch.setattr(loaders, "usable_cores", lambda processes: 64 // processes)
+    usage = type("Usage", (), {"free": 2 * 18 * 4 * 2**20})
+    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert chosen(arrow)[1] == 4
+    assert chosen(arrow, evaluates=True)[1] == 1  # 72 MiB have room for one of 54
+    assert chosen(arrow, world_size=2)[1] == 2
+    assert chosen(arrow, dataloader_prefetch_factor=5)[1] == 2  # six batches each
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert chosen(arrow, world_size=8)[1] == 1
+
+
+def test_an_evaluation_set_has_no_more_workers_than_its_kind_bears(make_trainer, many, make_pairs, monkeypatch):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return many[index]
+
+    sets = {"stream": make_pairs(4).to_iterable_dataset(num_shards=2), "rows": Rows(), "arrow": make_pairs(4)}
+    monkeypatch.setattr(loaders, "usable_cores", lambda processes: 16)
+
+    def workers(**options):
+        trainer = make_trainer(train=many, eval_dataset=sets, **options)
+        return [trainer.get_eval_dataloader(name).num_workers for name in sets]
+
+    assert workers() == [1, 0, 4]
+    assert workers(dataloader_prefetch_factor=3) == [1, 1, 4]  # torch refuses the setting without a worker
+    assert workers(dataloader_num_workers=2) == [2, 2, 2]
 
 
 def test_no_worker_is_started_where_it_could_not_be_a_copy(many, monkeypatch):

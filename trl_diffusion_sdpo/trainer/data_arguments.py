@@ -21,7 +21,8 @@ class DataArguments:
         dataloader_num_workers (`int`, *optional*):
             Processes that decode images beside each process that trains. If unset: none for data that are decoded in
             seconds, one for a stream, else up to four, as cores, shared memory and the start method allow; the trainer
-            logs what it chose. Map-style data give the same batches with any number.
+            logs what it chose. Map-style data give the same batches with any number. Loaders for evaluation follow it;
+            where it was unset, with at most one worker for a stream, and none for a data set of another class.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
             `"drop"` leaves out undecodable images, unreadable labels and prompts that are no text, counted and
             reported; `"raise"` stops at the first. Ties are left out and counted either way.

@@ -147,7 +147,8 @@ class DiffusionSDPOTrainer(
         train_dataset = self._prepare(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval(eval_dataset, args)
         check_batches(train_dataset, args)
-        if reason := choose_workers(args, train_dataset):
+        workers_are_open = args.dataloader_num_workers is None
+        if reason := choose_workers(args, train_dataset, evaluates=eval_dataset is not None):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         super().__init__(
             model=PolicyModel(loaded.denoiser),
@@ -161,7 +162,7 @@ class DiffusionSDPOTrainer(
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
-        self._loaders = BatchLoaders(self.args, self.accelerator)
+        self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_open)
         sharding.check_engine(self.accelerator)
         for kept in self._kept_weights:
             kept.accelerator = self.accelerator

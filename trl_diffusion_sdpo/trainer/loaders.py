@@ -38,15 +38,17 @@ class BatchLoaders:
     Args:
         args ([`DiffusionSDPOConfig`]): With the number of workers decided.
         accelerator (`Accelerator`): Knows the processes and how samplers are seeded.
+        workers_are_chosen (`bool`): Whether the number of workers is `choose_workers`', which looks at the training
+            data; a loader of other data then takes no more than those bear.
     """
 
-    def __init__(self, args: DiffusionSDPOConfig, accelerator: Accelerator):
-        self._args, self._accelerator = args, accelerator
+    def __init__(self, args: DiffusionSDPOConfig, accelerator: Accelerator, *, workers_are_chosen: bool = False):
+        self._args, self._accelerator, self._workers_are_chosen = args, accelerator, workers_are_chosen
         self._evaluation: dict[tuple[int, int], tuple[Pairs, DataLoader]] = {}
 
     def training(self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable) -> DataLoader:
         """A loader of this process's batches, shuffled by `sampler`."""
-        workers = self._args.dataloader_num_workers
+        workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
@@ -67,6 +69,7 @@ class BatchLoaders:
     ) -> DataLoader:
         args, accelerator = self._args, self._accelerator
         options: dict[str, Any] = {"sampler": sampler}
+        workers = self._workers(dataset)
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # which deals out its pairs by itself
             dataset, options = dataset.for_process(self._share(dataset, batch_size)), {}
@@ -75,11 +78,11 @@ class BatchLoaders:
             dataset,
             batch_size=batch_size,
             collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
+            num_workers=workers,
             pin_memory=args.dataloader_pin_memory,
             drop_last=args.dataloader_drop_last,
             worker_init_fn=start,
-            multiprocessing_context=worker_context(start_method(args)) if args.dataloader_num_workers else None,
+            multiprocessing_context=worker_context(start_method(args)) if workers else None,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             in_order=keeps_order(args),
@@ -100,6 +103,12 @@ class BatchLoaders:
             **processes,
         )
 
+    def _workers(self, dataset: Pairs) -> int:
+        workers = self._args.dataloader_num_workers
+        if not self._workers_are_chosen:
+            return workers
+        return max(_least_workers(self._args), min(workers, _most_workers(dataset)))
+
     def _share(self, dataset: PreferenceIterableDataset, batch_size: int) -> Share:
         args = self._args
         return Share(
@@ -107,40 +116,62 @@ class BatchLoaders:
         )
 
 
-def choose_workers(args: DiffusionSDPOConfig, dataset: Pairs | None) -> str:
+def choose_workers(args: DiffusionSDPOConfig, dataset: Pairs | None, *, evaluates: bool = False) -> str:
     """Set the number of DataLoader workers where it was left open.
+
+    Args:
+        args ([`DiffusionSDPOConfig`]): The settings, which are changed.
+        dataset ([`PreferenceDataset`] or [`PreferenceIterableDataset`], *optional*): What is trained on.
+        evaluates (`bool`): Whether there are evaluations in between, whose batches wait beside those of the training.
 
     Returns:
         `str`: Why so many, for the log; empty if it was given, or there is nothing to say.
     """
     if args.dataloader_num_workers is not None:
         return ""
-    args.dataloader_num_workers, reason = _sensible_workers(args, dataset)
-    wants = args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None
-    if wants and args.dataloader_num_workers == 0:
-        args.dataloader_num_workers, reason = 1, "settings of workers are given"
+    args.dataloader_num_workers, reason = _sensible_workers(args, dataset, evaluates)
+    if args.dataloader_num_workers < _least_workers(args):
+        args.dataloader_num_workers, reason = _least_workers(args), "settings of workers are given"
     return reason
 
 
-def _sensible_workers(args: DiffusionSDPOConfig, dataset: Pairs | None) -> tuple[int, str]:
+def _least_workers(args: DiffusionSDPOConfig) -> int:
+    """One where there are settings that torch refuses without any."""
+    return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
+
+
+def _most_workers(dataset: Pairs) -> int:
+    """As many as a kind of data bears: none where its class may not be copied, one for a stream, whose order and draws
+    depend on their number."""
+    if isinstance(dataset, PreferenceIterableDataset):
+        return 1
+    return MOST_WORKERS if dataset.forks else 0
+
+
+def _sensible_workers(args: DiffusionSDPOConfig, dataset: Pairs | None, evaluates: bool) -> tuple[int, str]:
     """As many as the data need and the machine bears, and the reason."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0, ""
     if start_method(args) is None and not forks_by_default():
         return 0, "here new processes import the main module, which may not be made for it"
-    if isinstance(dataset, PreferenceDataset) and not dataset.forks:
+    most = _most_workers(dataset)
+    if most == 0:
         return 0, "a data set of another class may not bear being copied into other processes"
-    spare = usable_cores(int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))) - 1
-    room = _batches_in_shared_memory(args) // (1 + PREFETCHED)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
+    spare = usable_cores(processes) - 1
+    room = _workers_in_shared_memory(args, processes, evaluates)
     if isinstance(dataset, PreferenceIterableDataset):
-        return min(1, spare, room), "with more workers a stream's order would depend on their number"
-    return min(MOST_WORKERS, spare, room), f"{spare} cores and shared memory for {room} workers are free"
+        return min(most, spare, room), "with more workers a stream's order would depend on their number"
+    return min(most, spare, room), f"{spare} cores and shared memory for {room} workers are free"
 
 
-def _batches_in_shared_memory(args: DiffusionSDPOConfig) -> int:
-    """How many batches fit into half of the shared memory that is free, which containers often have little of."""
+def _workers_in_shared_memory(args: DiffusionSDPOConfig, processes: int, evaluates: bool) -> int:
+    """How many workers' batches fit into this process's part of half of the shared memory that is free, which
+    containers often have little of. During an evaluation the training's batches wait there as well."""
     if not SHARED_MEMORY.is_dir():
-        return MOST_WORKERS * (1 + PREFETCHED)
+        return MOST_WORKERS
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
-    batch = 2 * args.train_batch_size * 3 * sides[0] * sides[-1]
-    return shutil.disk_usage(SHARED_MEMORY).free // (2 * batch)
+    pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
+    batches = 1 + (PREFETCHED if args.dataloader_prefetch_factor is None else args.dataloader_prefetch_factor)
+    worker = batches * 2 * pairs * 3 * sides[0] * sides[-1]  # bytes
+    return shutil.disk_usage(SHARED_MEMORY).free // (2 * processes * worker)
