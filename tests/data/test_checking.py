@@ -7,6 +7,7 @@ import threading
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
@@ -56,7 +57,7 @@ class Meeting:
     """Lets threads stand for processes: each is one of `Peers`, and what one gathers the others gave."""
 
     def __init__(self, count):
-        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=60)
+        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
         self.meetings = 0
 
     def peers(self, index):
@@ -109,6 +110,69 @@ def test_a_list_is_checked_by_several_processes_where_asked_to(caplog):
     data = rows(300, bad={1, 150, 299})
     prepared = prepare(data, verify_images="all", num_proc=2)
     assert len(prepared) == 297 and "no effect" not in caplog.text
+
+
+class Torn(torch.utils.data.Dataset):
+    """Decodes by itself: once `torn`, row 3 raises."""
+
+    def __init__(self, error):
+        self.error, self.torn = error, False
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if self.torn and index == 3:
+            raise self.error
+        return rows(12)[index]
+
+
+@pytest.mark.parametrize("error", [OSError("truncated"), KeyError("label")])
+def test_a_row_that_a_class_of_ones_own_fails_to_read_is_one_bad_row(error):
+    data = Torn(error)
+    prepared = prepare(data, verify_images="none")
+    data.torn = True
+    assert prepared[3]["prompt"] == "p4"
+    assert prepared.report.undecodable == 1
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+def test_processes_that_look_at_data_together_all_leave_out_a_row_that_one_of_them_cannot_read(verify):
+    def look(peers):
+        data = Torn(OSError("truncated"))
+        prepared = prepare(data, verify_images="none")
+        data.torn = True
+        if verify == "all":
+            prepared.check_all(peers=peers)
+        prepared.check_sample(peers)
+        return prepared.report
+
+    reports = Meeting(2).run(look)
+    assert reports[0] == reports[1] and (reports[0].pairs, reports[0].undecodable) == (11, 1)
+    assert "OSError: truncated" in str(reports[0])
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+def test_where_one_process_fails_to_look_at_its_part_all_of_them_end(verify):
+    """A disk that is full, for example; the second process has rows of its own that are well."""
+
+    def full(*_):
+        raise OSError("no space left")
+
+    def look(peers):
+        prepared = prepare(rows(12), verify_images="none")
+        if peers.index == 0:
+            prepared._look_at = prepared._source.check_images = full
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            prepared.check_sample(peers) if verify == "sample" else prepared.check_all(peers=peers)
+        return f"{caught.type.__name__}: {caught.value}"
+
+    first, second = Meeting(2).run(look)
+    assert first == "OSError: no space left"
+    assert second == (
+        "RuntimeError: Process 0 has failed to look at its part of the data, and all end with it: "
+        "OSError: no space left"
+    )
 
 
 def test_a_sample_without_a_single_good_pair_is_an_error():

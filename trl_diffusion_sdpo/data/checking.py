@@ -48,6 +48,32 @@ class Peers:
             own = start + ROUND_ROWS * self.index
             yield rows[own : min(own + ROUND_ROWS, len(rows))]
 
+    def share(self, look: Callable[[], Any]) -> list[Any]:
+        """What everyone has found, in the order of `index`; all call it at once.
+
+        Args:
+            look (`Callable`): This process's part of the work. Where it fails all of them end, and none waits for it.
+
+        Raises:
+            The process's own error, and `RuntimeError` with the message of another's where it had none.
+        """
+        own: Exception | None = None
+        found = None
+        try:
+            found = look()
+        except Exception as error:
+            own = error
+        everyones = self.gather((found, None if own is None else f"{type(own).__name__}: {own}"))
+        if own is not None:
+            raise own
+        failed = [index for index, (_, message) in enumerate(everyones) if message is not None]
+        if failed:
+            raise RuntimeError(
+                f"Process {failed[0]} has failed to look at its part of the data, and all end with it: "
+                f"{everyones[failed[0]][1]}"
+            )
+        return [value for value, _ in everyones]
+
 
 ALONE = Peers()
 

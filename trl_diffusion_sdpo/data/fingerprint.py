@@ -10,6 +10,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .images import UndecodableImageError
+
 PROBED_PAIRS = 16  # of which prompts are read
 PROBED_IMAGES = 4  # pairs whose images are read as well, undecoded
 
@@ -70,8 +72,11 @@ def _spread(length: int, wanted: int) -> Iterator[int]:
 
 
 def _steady(read: Callable[[], list[bytes]]) -> str | None:
-    """A hash of what is read, if it is the same twice: rows may be made by code that draws at random."""
-    hashes = {_short(hashlib.sha256(b"\0".join(read()))) for _ in range(2)}
+    """A hash of what is read, if it can be and is the same twice: rows may be made by code that draws at random."""
+    try:
+        hashes = {_short(hashlib.sha256(b"\0".join(read()))) for _ in range(2)}
+    except UndecodableImageError:
+        return None
     return hashes.pop() if len(hashes) == 1 else None
 
 

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,8 @@ class PreferenceDataset(Dataset):
             ValueError: If none of them can be decoded, or all are twice the same image.
         """
         places = spread(len(self), SAMPLED_PAIRS).tolist()
-        seen = [self._look_at(pair) for pair in places[peers.index :: peers.count]]
-        looks = [look for share in peers.gather(seen) for look in share]
+        own = places[peers.index :: peers.count]
+        looks = [look for share in peers.share(lambda: [self._look_at(pair) for pair in own]) for look in share]
         reasons = {place: reason for found, _ in looks for place, reason in found.items()}
         size, bad = len(self), sum(bool(found) for found, _ in looks)
         alike = AlikePairs(self._report.name)
@@ -148,13 +149,17 @@ class PreferenceDataset(Dataset):
             num_proc = usable_cores(peers.count)
         reasons: dict[Place, str] = {}
         for part in peers.rounds(rows):
-            own: dict[Place, str] = {}
-            for row, found in self._source.check_images(part, self._reader, num_proc) if len(part) else ():
-                found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
-                own.update({(row, slot): reason for slot, reason in enumerate(found) if reason})
-            for share in peers.gather(own):
+            for share in peers.share(partial(self._problems, part, needed, num_proc)):
                 reasons.update(share)
         self._drop(reasons)
+
+    def _problems(self, rows: np.ndarray, needed: np.ndarray, num_proc: int | None) -> dict[Place, str]:
+        """What is wrong with images of some rows, of which `needed` says how many each must have."""
+        reasons: dict[Place, str] = {}
+        for row, found in self._source.check_images(rows, self._reader, num_proc) if len(rows) else ():
+            found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
+            reasons.update({(row, slot): reason for slot, reason in enumerate(found) if reason})
+        return reasons
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]

@@ -1,6 +1,7 @@
 """Reads rows, prompts and undecoded images from map-style data, and builds the index of their pairs from the label
 columns alone."""
 
+import contextlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .formats import Reject, groups, image_slots, pairs_in_group, resolve_format
-from .images import ImageReader
+from .images import ImageReader, UndecodableImageError
 from .report import DataReport
 
 
@@ -98,10 +99,12 @@ class RowSource:
         return (row.get(column) for _, row in self.text_rows())
 
     def prompt(self, row: int) -> str:
-        return self.format.prompt(self._row(row))
+        with _one_bad_row():
+            return self.format.prompt(self._row(row))
 
     def images(self, row: int) -> list[Any]:
-        return image_slots(self._row(row), self.format.image_columns, self.format.images_in_list)
+        with _one_bad_row():
+            return image_slots(self._row(row), self.format.image_columns, self.format.images_in_list)
 
     def check_images(
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
@@ -127,7 +130,20 @@ class _Problems(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> list[str]:
-        return [self._reader.problem(image) for image in self._source.images(int(self._rows[index]))]
+        try:
+            images = self._source.images(int(self._rows[index]))
+        except UndecodableImageError as error:
+            return [str(error)] * len(self._source.format.image_columns)
+        return [self._reader.problem(image) for image in images]
+
+
+@contextlib.contextmanager
+def _one_bad_row() -> Iterator[None]:
+    """Has whatever a class of its user's raises be one row that cannot be used, as it may decode by itself."""
+    try:
+        yield
+    except Exception as error:
+        raise UndecodableImageError(f"cannot be read ({type(error).__name__}: {error})") from error
 
 
 def make_source(
