@@ -87,14 +87,14 @@ def test_by_default_128_pairs_are_looked_at_and_the_others_when_their_turn_comes
     data = rows(1000, bad={0, 3})  # places of the sample are 0, 7, 15, ...
     prepared = prepare(data)
     assert len(decoded) == 2 * 128
-    assert len(prepared) == 999 and prepared.report.undecodable == 1
+    assert len(prepared) == 1000 and (prepared.report.pairs, prepared.report.undecodable) == (999, 1)
     assert "of 128 pairs that were looked at among 1000, 1 cannot be decoded" in caplog.text
-    assert prepared[2]["prompt"] == "p4"  # pair 2 is row 3 now, which is bad: the next one stands in
+    assert prepared[0]["prompt"] == "p1" and prepared[3]["prompt"] == "p4"  # the next good ones stand in
     assert (prepared.report.pairs, prepared.report.undecodable) == (998, 2)
 
 
 def test_a_small_set_is_looked_at_whole_and_none_not_at_all(decoded):
-    assert len(prepare(rows(100, bad={50}))) == 99 and len(decoded) == 200
+    assert prepare(rows(100, bad={50})).report.pairs == 99 and len(decoded) == 200
     decoded.clear()
     assert len(prepare(rows(100, bad={50}), verify_images="none")) == 100 and not decoded
 
@@ -110,6 +110,16 @@ def test_a_list_is_checked_by_several_processes_where_asked_to(caplog):
     data = rows(300, bad={1, 150, 299})
     prepared = prepare(data, verify_images="all", num_proc=2)
     assert len(prepared) == 297 and "no effect" not in caplog.text
+
+
+def test_a_file_that_could_not_be_read_at_the_start_makes_no_other_data_of_them():
+    """As a run sees it that resumes after a share has come back: it finds its place by the number and the order."""
+    well, torn = prepare(rows(300)), prepare(rows(300, bad={0}))
+    assert len(torn) == len(well) == 300
+    assert torn.fingerprint()["index"] == well.fingerprint()["index"]
+    assert [torn[place]["prompt"] for place in (0, 1, 299)] == ["p1", "p1", "p299"]
+    assert torn.report.examples["undecodable"][0][0] == 0
+    assert torn.first(2)[0]["prompt"] == "p1" and torn.first(2).report.pairs == 1
 
 
 class Torn(torch.utils.data.Dataset):
@@ -213,7 +223,8 @@ def test_processes_share_the_check_and_come_to_the_same_set(verify, style, decod
         data = datasets.Dataset.from_list(data)
     meeting = Meeting(3)
     three = meeting.run(lambda peers: prepare(data, verify_images=verify, peers=peers))
-    assert [len(prepared) for prepared in three] == [97] * 3
+    assert [prepared.report.pairs for prepared in three] == [97] * 3
+    assert all(torch.equal(prepared.found_late, three[0].found_late) for prepared in three)
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
     # All rows once in two rounds of 60 rows, then the sample; then one process alone.
     assert meeting.meetings == (3 if verify == "all" else 1)

@@ -99,7 +99,7 @@ def test_schemes_that_were_asked_for_are_opened():
 def test_a_row_that_names_what_cannot_be_opened_is_one_bad_row(address, soon):
     rows = [{"prompt": name, "chosen": image, "rejected": png(9)} for name, image in (("a", png()), ("b", address))]
     prepared = prepare_dataset(rows, transform=PairTransform(16))
-    assert (len(prepared), prepared.report.undecodable) == (1, 1)
+    assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
 
 
 def test_pipes_devices_and_folders_are_not_opened(tmp_path, soon):

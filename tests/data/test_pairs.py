@@ -236,7 +236,7 @@ def bad_rows():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_bad_rows_are_dropped_counted_and_named(style):
-    prepared = prepare(in_style(bad_rows(), style))
+    prepared = prepare(in_style(bad_rows(), style), verify_images="all")
     assert levels(prepared) == [("good", 1, 2), ("fine", 3, 4)]
     report = prepared.report
     assert (report.rows, report.pairs, report.undecodable, report.bad_prompts) == (7, 2, 4, 1)
@@ -408,9 +408,8 @@ def test_scores_stay_with_their_pair_when_another_is_dropped(style):
         {"prompt": "a", "chosen": JUNK, "rejected": png(1), "chosen_score": 1.0, "rejected_score": 2.0},
         {"prompt": "b", "chosen": png(2), "rejected": png(1), "chosen_score": 3.0, "rejected_score": 4.0},
     ]
-    assert [(item["prompt"], item["scores"]) for item in items_of(prepare(in_style(rows, style)))] == [
-        ("b", (3.0, 4.0))
-    ]
+    prepared = prepare(in_style(rows, style), verify_images="all")
+    assert [(item["prompt"], item["scores"]) for item in items_of(prepared)] == [("b", (3.0, 4.0))]
 
 
 def test_a_large_set_is_indexed_from_its_labels_alone():

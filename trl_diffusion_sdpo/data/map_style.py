@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -93,7 +93,7 @@ class PreferenceDataset(Dataset):
         """The first pairs, at most `count`; they draw as they do in the whole."""
         view = copy.copy(self)
         view._places, view._scores = self._places[:count], None if self._scores is None else self._scores[:count]
-        view._forget_bad_pairs()
+        view._bad = self._bad[:count].clone().share_memory_()
         return view
 
     def fingerprint(self) -> dict[str, Any]:
@@ -101,7 +101,9 @@ class PreferenceDataset(Dataset):
         return pairs_fingerprint(self._source.format.name, self._source, self._places, self._scores)
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
-        """Decodes some pairs that are spread over the set, and drops those that fail.
+        """Decodes some pairs that are spread over the set. For those that fail the next good pair stands in, as if it
+        had been found when their turn came: which pairs there are, by which a run finds its place when it resumes,
+        does not depend on whether a file could be read at its start.
 
         Args:
             peers (`Peers`): Who takes a share of them.
@@ -119,7 +121,11 @@ class PreferenceDataset(Dataset):
         for _, same in looks:
             if same is not None:
                 alike.add(same)
-        self._drop(reasons)
+        for pair, guilty in self._guilty(reasons):
+            if self._strict:
+                self._reject("undecodable", guilty[0], f"image {guilty[1]} {reasons[guilty]}", 1)
+            self._bad[pair] = 1  # which counts it
+            self._report.add("undecodable", guilty[0], f"image {guilty[1]} {reasons[guilty]}", amount=0)
         if bad and len(places) < size:
             logger.warning(
                 "%s data: of %d pairs that were looked at among %d, %d cannot be decoded. verify_images='all' looks at "
@@ -202,17 +208,22 @@ class PreferenceDataset(Dataset):
         logger.warning("%s: %s; the next good pair stands in.", where, error)
 
     def _drop(self, reasons: Mapping[Place, str]) -> None:
+        keep = np.ones(len(self._places), dtype=bool)
+        for pair, guilty in self._guilty(reasons):
+            keep[pair] = False
+            self._reject("undecodable", guilty[0], f"image {guilty[1]} {reasons[guilty]}", 1)
+        self._places = self._places[keep]
+        self._scores = None if self._scores is None else self._scores[keep]
+        self._forget_bad_pairs()
+
+    def _guilty(self, reasons: Mapping[Place, str]) -> Iterator[tuple[int, Place]]:
+        """Pairs of which an image cannot be used, and the first such image of each."""
         places, bad_rows = self._places, np.array([row for row, _ in reasons], dtype=np.int64)
-        keep = np.ones(len(places), dtype=bool)
-        for pair in np.flatnonzero(np.isin(places[:, 0], bad_rows) | np.isin(places[:, 2], bad_rows)):
+        for pair in np.flatnonzero(np.isin(places[:, 0], bad_rows) | np.isin(places[:, 2], bad_rows)).tolist():
             row, slot, other_row, other_slot = places[pair].tolist()
             guilty = (row, slot) if (row, slot) in reasons else (other_row, other_slot)
             if guilty in reasons:
-                keep[pair] = False
-                self._reject("undecodable", guilty[0], f"image {guilty[1]} {reasons[guilty]}", 1)
-        self._places = places[keep]
-        self._scores = None if self._scores is None else self._scores[keep]
-        self._forget_bad_pairs()
+                yield pair, guilty
 
     def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
         reject(self._report, self._strict, kind, row, reason, amount)

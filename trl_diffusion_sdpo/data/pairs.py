@@ -51,7 +51,8 @@ def prepare_dataset(
             `"raise"` stops at the first. Ties are no bad rows: they are left out and counted either way.
         verify_images (`str`): Which images of a map-style set to decode up front: `"sample"`, those of
             `SAMPLED_PAIRS` pairs spread over it; `"all"`, with a progress bar, cached by `datasets`; `"none"`. `True`
-            is all, `False` none. Any other bad image is noticed when its turn comes, and the next good pair stands in.
+            is all, `False` none. Any other bad image is noticed when its turn comes. The next good pair stands in for
+            a bad one, unless all were looked at: then there are none.
         num_proc (`int`, *optional*): Processes that check all images; as many as there are cores if unset.
         image_schemes (`Sequence[str]`): Of URLs that rows may name besides those of `SCHEMES`, such as `"s3"`.
         peers (`Peers`): The processes that prepare the same data at this time, and share the check.
@@ -85,7 +86,7 @@ def prepare_dataset(
     if verify != "none" and len(prepared):
         prepared.check_sample(peers, compare=compare)
     report = prepared.report
-    if not len(prepared):
+    if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
     logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
     return prepared

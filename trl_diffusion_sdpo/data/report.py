@@ -37,7 +37,7 @@ class DataReport:
         return self.ties + self.undecodable + self.bad_prompts + self.bad_labels
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
-        """Counts a drop; true if it was kept as an example."""
+        """Counts a drop, as `amount` of them; true if it was kept as an example."""
         setattr(self, kind, getattr(self, kind) + amount)
         kept = self.examples.setdefault(kind, [])
         if len(kept) == EXAMPLES_KEPT:

@@ -28,8 +28,9 @@ class DataArguments:
             reported; `"raise"` stops at the first. Ties are left out and counted either way.
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Which images of a map-style data set are decoded before training: `"sample"`, those of 128 pairs spread
-            over it; `"all"`, shared among the processes (cached by `datasets`); `"none"`. Other bad images are found
-            when they are drawn, and the next good pair stands in. `True` is all, `False` none.
+            over it; `"all"`, shared among the processes (cached by `datasets`), which leaves bad pairs out; `"none"`.
+            Other bad images are found when they are drawn. The next good pair stands in for a bad one. `True` is all,
+            `False` none.
         image_schemes (`list[str]`, *optional*):
             Schemes of URLs that rows may name besides `file`, `hf`, `zip` and `tar`, such as `s3`: what a row names is
             opened on this machine.

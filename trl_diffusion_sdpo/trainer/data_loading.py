@@ -71,7 +71,7 @@ class DataLoadingMixin:
 
 
 class DataReportCallback(TrainerCallback):
-    """Says at the end of training what became of the data, where bad pairs were found on the way.
+    """Says at the end of training what became of the data, where more bad pairs were found on the way.
 
     Args:
         dataset ([`PreferenceDataset`] or [`PreferenceIterableDataset`]): What was trained on.
@@ -79,6 +79,7 @@ class DataReportCallback(TrainerCallback):
 
     def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
         self._dataset = dataset
+        self._known = int(dataset.found_late.sum()) if isinstance(dataset, PreferenceDataset) else 0
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         late = 0
@@ -87,7 +88,7 @@ class DataReportCallback(TrainerCallback):
             for found in _peers(args).gather(torch.nonzero(bad).flatten().tolist()):
                 bad[found] = 1
             self._dataset.mark_late(bad)
-            late = int(bad.sum())
+            late = int(bad.sum()) - self._known
         else:
             late = self._dataset.report.dropped
         if late and state.is_world_process_zero:
