@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import map_style as map_style_module
@@ -205,6 +206,19 @@ def test_booleans_of_old_and_their_spellings_are_understood(given, meant):
 def test_other_words_are_refused(given):
     with pytest.raises(ValueError, match="`verify_images` must be one of sample, all, none"):
         verify_choice(given)
+
+
+def test_a_misspelt_word_is_answered_with_the_near_one_and_with_what_to_do():
+    with pytest.raises(ValueError, match="got 'smaple'. Did you mean `sample`. Leave it unset for a sample."):
+        verify_choice("smaple")
+
+
+def test_one_worker_alone_finds_alike_pairs_in_a_short_stream():
+    """One worker is what a stream has by default; of several each has a part."""
+    data = datasets.Dataset.from_list(rows(20, alike=range(20))).to_iterable_dataset(num_shards=2)
+    with pytest.raises(ValueError, match="In 20 of 20 pairs"):
+        list(DataLoader(prepare(data), batch_size=None, num_workers=1))
+    assert len(list(DataLoader(prepare(data), batch_size=None, num_workers=2))) == 20
 
 
 def test_a_sample_is_spread_from_the_first_on_and_takes_no_pair_twice():

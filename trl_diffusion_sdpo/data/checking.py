@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..suggestions import did_you_mean
 from ..switch_words import SWITCH_WORDS
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,10 @@ def verify_choice(value: Any) -> str:
     if word in SWITCH_WORDS:
         return "all" if SWITCH_WORDS[word] else "none"
     if word not in VERIFY_IMAGES:
-        raise ValueError(f"`verify_images` must be one of {', '.join(VERIFY_IMAGES)}; got {value!r}.")
+        raise ValueError(
+            f"`verify_images` must be one of {', '.join(VERIFY_IMAGES)}; got {value!r}."
+            f"{did_you_mean(word, VERIFY_IMAGES)} Leave it unset for a sample."
+        )
     return word
 
 

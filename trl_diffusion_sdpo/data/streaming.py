@@ -209,7 +209,8 @@ class PreferenceIterableDataset(IterableDataset):
 
     def _judge(self, alike: AlikePairs, *, at_end: bool) -> None:
         """Says whether pairs are twice the same image, once enough are seen; of a part of a few that says nothing."""
-        alone = get_worker_info() is None and self._share.count == 1
+        worker = get_worker_info()
+        alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if alike.seen >= SAMPLED_PAIRS or (at_end and alone):
             self._compare = False
             alike.judge()
