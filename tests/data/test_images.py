@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import tarfile
 import threading
 import warnings
 import zipfile
@@ -85,6 +86,33 @@ def test_schemes_that_were_asked_for_are_opened():
     assert prepared[0]["pixel_values"][:, 0, 0, 0].tolist() == [7, 9]
     with pytest.raises(ValueError, match="No pair is left"):
         prepare_dataset(rows, transform=PairTransform(16))
+
+
+@pytest.mark.parametrize("given", ["memory", "memory://", ["MEMORY"], ("Memory://", "memory")])
+def test_schemes_may_be_spelt_as_in_a_url_and_one_needs_no_list(given):
+    assert images.settled_schemes(given) == ("memory",)
+    with fsspec.open("memory://b.png", "wb") as file:
+        file.write(png(7))
+    rows = [{"prompt": "a", "chosen": "memory://b.png", "rejected": png(9)}]
+    assert prepare_dataset(rows, transform=PairTransform(16), image_schemes=given).report.pairs == 1
+
+
+def test_a_scheme_that_nothing_opens_is_refused():
+    assert images.settled_schemes(None) == images.settled_schemes([]) == ()
+    with pytest.raises(ValueError, match="`image_schemes` must be schemes.*got 'memroy'. Did you mean `memory`"):
+        prepare_dataset([], transform=PairTransform(16), image_schemes=["memroy"])
+
+
+@pytest.mark.parametrize("suffix", ["gz", "GZ", "bz2", "xz"])
+def test_a_compressed_archive_is_not_unpacked_for_a_member(suffix, tmp_path):
+    path = tmp_path / f"a.tar.{suffix}"
+    with tarfile.open(path, f"w:{suffix.lower()}") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png())
+        archive.addfile(info, io.BytesIO(png()))
+    for address in (f"tar://a.png::{path}", f"tar://a.png::file://{path}"):
+        with pytest.raises(UndecodableImageError, match="is in a compressed archive.*Pack it as .tar"):
+            decode_image(address)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def image(value=0, size=(16, 16)):
         ({"timestep_range": [0, 1.5]}, "`timestep_range` must be two whole numbers"),
         ({"sample_inference_steps": 0}, "`sample_inference_steps` must be at least 1"),
         ({"sample_steps": 0}, "`sample_steps` must be at least 1"),
+        ({"image_schemes": "memroy"}, "`image_schemes`.*Did you mean `memory`"),
     ],
 )
 def test_settings_out_of_range_are_refused(make_args, settings, message):

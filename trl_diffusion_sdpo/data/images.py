@@ -12,7 +12,10 @@ from typing import Any
 import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
+from fsspec.utils import infer_compression
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..suggestions import did_you_mean
 
 MIN_SIDE = 8  # a VAE turns 8 pixels into one latent: below that there is nothing to encode
 MAX_ASPECT_RATIO = 64  # beyond it, resizing by the shorter side blows up the longer one past any memory
@@ -24,6 +27,32 @@ FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # What a row may name without being asked for: this machine's files, members of archives, and files of the Hub, which is
 # how `datasets` names the images of a set that it streams from there.
 SCHEMES = ("file", "hf", "zip", "tar")
+
+
+def settled_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Schemes of URLs in one form, wherever they were given.
+
+    Args:
+        value (`str` or `Sequence[str]`, *optional*): One or several, such as `"s3"`, `"S3"` or `"s3://"`.
+
+    Returns:
+        `tuple[str, ...]`: As fsspec names them, each once.
+
+    Raises:
+        ValueError: If fsspec knows no such scheme.
+    """
+    given = [value] if isinstance(value, str) else list(value or ())
+    known = fsspec.available_protocols()
+    schemes: dict[str, None] = {}
+    for word in given:
+        scheme = str(word).removesuffix("://").lower()
+        if scheme not in known:
+            raise ValueError(
+                "`image_schemes` must be schemes of URLs that fsspec knows (`fsspec.available_protocols()`), such as "
+                f"s3; got {word!r}.{did_you_mean(scheme, known)}"
+            )
+        schemes[scheme] = None
+    return tuple(schemes)
 
 
 class UndecodableImageError(ValueError):
@@ -122,6 +151,10 @@ class ImageReader:
                 )
             if place > 1:
                 raise UndecodableImageError(f"is in an archive within an archive: {path}")
+            if place and _scheme(hops[place - 1]) == "tar" and infer_compression(hop) is not None:
+                raise UndecodableImageError(
+                    f"is in a compressed archive, which would be unpacked whole to find it: {path}. Pack it as .tar"
+                )
             if scheme in ("", "file"):
                 _check_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
         with fsspec.open(path, "rb") as file:

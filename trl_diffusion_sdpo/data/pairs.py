@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from .checking import ALONE, Peers, verify_choice
-from .images import SCHEMES, ImageReader
+from .images import SCHEMES, ImageReader, settled_schemes
 from .map_style import PreferenceDataset
 from .report import COUNTS, DataReport
 from .sources import make_source
@@ -30,7 +30,7 @@ def prepare_dataset(
     on_bad_row: str = "drop",
     verify_images: str | bool = "sample",
     num_proc: int | None = None,
-    image_schemes: Sequence[str] = (),
+    image_schemes: str | Sequence[str] | None = None,
     peers: Peers = ALONE,
     compare: bool = True,
     training: bool = True,
@@ -54,7 +54,8 @@ def prepare_dataset(
             is all, `False` none. Any other bad image is noticed when its turn comes. The next good pair stands in for
             a bad one, unless all were looked at: then there are none.
         num_proc (`int`, *optional*): Processes that check all images; as many as there are cores if unset.
-        image_schemes (`Sequence[str]`): Of URLs that rows may name besides those of `SCHEMES`, such as `"s3"`.
+        image_schemes (`str` or `Sequence[str]`, *optional*): Of URLs that rows may name besides those of `SCHEMES`,
+            such as `"s3"`.
         peers (`Peers`): The processes that prepare the same data at this time, and share the check.
         compare (`bool`): Whether to refuse data whose pairs are twice the same image, as far as they are looked at.
         training (`bool`): `False` crops in the middle, never flips, keeps prompts and ignores the epoch.
@@ -73,7 +74,7 @@ def prepare_dataset(
         raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {on_bad_row!r}.')
     verify = verify_choice(verify_images)
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
-    reader = ImageReader((*SCHEMES, *image_schemes))
+    reader = ImageReader((*SCHEMES, *settled_schemes(image_schemes)))
     if num_proc is not None and (verify != "all" or isinstance(dataset, datasets.IterableDataset)):
         logger.warning("`num_proc=%s` has no effect: it serves the check of all images of a map-style set.", num_proc)
     if isinstance(dataset, datasets.IterableDataset):

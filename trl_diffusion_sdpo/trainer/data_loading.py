@@ -133,7 +133,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         on_bad_row=args.on_bad_row,
         verify_images=args.verify_images,
         num_proc=args.dataset_num_proc,
-        image_schemes=args.image_schemes or (),
+        image_schemes=args.image_schemes,
         peers=_peers(args),
         compare=loss.uses_loser,
         training=training,

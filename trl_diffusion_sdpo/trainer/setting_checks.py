@@ -10,6 +10,7 @@ from torch import nn
 
 from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
 from ..data.checking import verify_choice
+from ..data.images import settled_schemes
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import ANCHORS, LossSpec, loss_spec
@@ -129,6 +130,7 @@ def check_data(args: DiffusionSDPOConfig) -> None:
     """Look at the settings of the data and of sample images; `ValueError` on what is out of its range."""
     _check_choice("on_bad_row", args.on_bad_row, ON_BAD_ROW)
     args.verify_images = verify_choice(args.verify_images)
+    args.image_schemes = list(settled_schemes(args.image_schemes)) or None
     if args.dataset_num_proc is not None and args.dataset_num_proc < 1:
         raise ValueError(f"`dataset_num_proc` must be at least 1, got {args.dataset_num_proc}. Leave it unset.")
     _check_choice("image_interpolation", args.image_interpolation, INTERPOLATIONS)
