@@ -81,6 +81,19 @@ def test_training_publishes_as_it_goes(make_trainer, hub_server, strategy):
         assert f"{folder}/trainer_state.json" in files and f"{folder}/optimizer.pt" in files
 
 
+def test_a_published_checkpoint_is_downloaded_and_resumed(make_trainer, hub_server, tmp_path):
+    settings = {"peft_config": LoraConfig(r=4), "hub_model_id": "tester/run"}
+    publishing = {"push_to_hub": True, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1}
+    make_trainer(max_steps=1, **publishing, **settings).train()
+    got = huggingface_hub.snapshot_download(
+        "tester/run", allow_patterns="last-checkpoint/*", local_dir=tmp_path / "got"
+    )
+    assert not (tmp_path / "got" / "last-checkpoint" / "training_args.json").exists()
+    resumed = make_trainer(max_steps=2, output_dir=str(tmp_path / "other"), **settings)
+    resumed.train(resume_from_checkpoint=f"{got}/last-checkpoint")
+    assert resumed._initial_global_step == 1 and resumed.state.global_step == 2
+
+
 def test_saving_publishes_where_it_was_asked_for(make_trainer, hub_server):
     trainer = make_trainer(push_to_hub=True, hub_model_id="tester/run", max_steps=1, peft_config=LoraConfig(r=4))
     trainer.train()

@@ -15,6 +15,7 @@ import xxhash
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 MANIFEST_FILE = "checkpoint_manifest.json"
+ARGS_FILE = "training_args.json"  # a run resumes without it, as from what was published: it names local folders
 # Of one process or DDP, FSDP2 (whole or in shards), DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 CUT_OFF = "it was not written to its end"
@@ -124,7 +125,7 @@ def checksum(file: Path) -> str:
 def _damage_of_file(folder: Path, name: str, size: int, expected: str, checksums: bool) -> str | None:
     file = folder / name
     if not file.is_file():
-        return f"{name} is missing"
+        return None if name == ARGS_FILE else f"{name} is missing"
     if file.stat().st_size != size:
         return f"{name} has {file.stat().st_size} bytes, and was written with {size}"
     if checksums and checksum(file) != expected:

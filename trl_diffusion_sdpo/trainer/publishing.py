@@ -19,10 +19,11 @@ from .agreeing import everyones, failing_together
 from .callbacks import SampleImagesCallback
 from .disk import naming_the_disk
 from .hub import PublishingError, Uploads
+from .manifest import ARGS_FILE
 from .model_card import ModelCardFacts, build_model_card
 from .processes import in_any_process
 from .run_folder import PREVIOUS_RUN
-from .saving import ARGS_FILE, SETTINGS_OF_THE_PATH, SavingMixin
+from .saving import SETTINGS_OF_THE_PATH, SavingMixin
 from .verdict import verdict_of
 
 logger = logging.getLogger(__name__)

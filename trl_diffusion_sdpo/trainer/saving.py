@@ -19,12 +19,12 @@ from .adamw_metric import is_plain_sgd
 from .checkpoint import forget_local_origins, own_weights, read_weights, save_weights, write_setup
 from .checkpoint_folders import CheckpointFolders, holds_optimizer
 from .disk import naming_the_disk
+from .manifest import ARGS_FILE
 from .resuming import check_resumable, data_fingerprint, own_optimizer_settings, stored_settings
 from .run_control import borrowed, stopping_on_interrupt
 from .run_folder import RunFolder
 from .unpickling import tensors_only
 
-ARGS_FILE = "training_args.json"
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 # What decides where training goes; a run that resumes with other values is told so.
 SETTINGS_OF_THE_PATH = (
