@@ -215,6 +215,23 @@ def test_an_upload_that_nobody_waits_for_tells_when_it_fails(make_trainer, hub_s
     assert "Uploading to tester/run failed" in caplog.text
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_large_file_that_does_not_arrive_is_sent_again_and_then_told(make_trainer, hub_server, caplog, blocking):
+    trainer = unsaved(make_trainer)
+    hub_server.failing = {ENDPOINTS["upload"]: float("inf")}
+    told = r"Uploading to tester/run failed: .*[.]safetensors.*503.*The weights are safe in"
+    if blocking:
+        with pytest.raises(PublishingError, match=told):
+            trainer.push_to_hub()
+    else:
+        assert isinstance(trainer.push_to_hub(blocking=False).exception(), PublishingError)
+        assert re.search(told, caplog.text)
+    assert len([path for path in hub_server.paths("POST") if path.endswith("objects/batch")]) == 6  # each attempt's
+    hub_server.failing = {}
+    trainer.push_to_hub()
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+
+
 def test_the_loss_on_the_card_is_of_the_whole_run_after_a_resume(make_trainer, tmp_path):
     def card_of(**args):
         trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=3, peft_config=LoraConfig(r=4), **args)

@@ -84,8 +84,10 @@ class Uploads:
         def upload() -> Any:
             try:
                 return self.upload(repository, folder, **arguments)
-            except PublishingError as error:
-                logger.warning("%s %s", error, advice)
+            except Exception as error:  # of any kind: nobody else may look at the job's
+                known = isinstance(error, PublishingError)
+                told = str(error) if known else f"Uploading to {repository} failed: {_reason(error)}."
+                logger.warning("%s %s", told, advice)
                 raise
 
         job = self._api.run_as_future(upload)
@@ -99,13 +101,19 @@ def _persistently(what: str, request: Callable[[], Result]) -> Result:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
-        except (HubConnectionError, OSError, ValueError) as error:
-            if attempt == ATTEMPTS or not _is_transient(error):
+        except (HubConnectionError, OSError, ValueError, RuntimeError) as error:
+            if attempt == ATTEMPTS or not _is_transient(_origin(error)):
                 raise PublishingError(f"{what} failed: {_reason(error)}.") from error
-            wait = _wait(attempt, error)
+            wait = _wait(attempt, _origin(error))
             logger.info("%s failed (%s). Another attempt follows in %.1f s.", what, _reason(error), wait)
             time.sleep(wait)
     raise AssertionError("The last attempt returns or raises.")
+
+
+def _origin(error: Exception) -> Exception:
+    """What went wrong itself: the client wraps every error of a large file into a `RuntimeError` with its name."""
+    wraps = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if wraps else error
 
 
 def _is_transient(error: Exception) -> bool:
@@ -125,6 +133,8 @@ def _wait(attempt: int, error: Exception) -> float:
 
 def _reason(error: Exception) -> str:
     """One line, without secrets, as signed addresses have them."""
+    if _origin(error) is not error:
+        return f"{without_secrets(str(error)).rstrip('.')}: {_reason(_origin(error))}"
     if isinstance(error, HfHubHTTPError):
         answer = f"the Hub answered {error.response.status_code} {error.response.reason_phrase}"
         text = f"{answer}: {error.server_message}" if error.server_message else answer
