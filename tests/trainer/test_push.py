@@ -1,15 +1,21 @@
 """`push_to_hub` through the real client, against a server on this machine that speaks the Hub's protocol."""
 
+import datetime
+import multiprocessing
 import re
+import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from trl_diffusion_sdpo.trainer.hub import PublishingError
-from trl_diffusion_sdpo.trainer.publishing import mean_loss
+from trl_diffusion_sdpo.trainer.hub import PublishingError, Uploads
+from trl_diffusion_sdpo.trainer.publishing import PublishingMixin, mean_loss
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -230,6 +236,28 @@ def test_a_large_file_that_does_not_arrive_is_sent_again_and_then_told(make_trai
     hub_server.failing = {}
     trainer.push_to_hub()
     assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+
+
+def wait_for_the_upload_of_the_first(rank: int, folder: str) -> None:
+    """Two processes whose collectives have three seconds, and an upload of six in the first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
+    uploads = Uploads()
+    if rank == 0:
+        uploads._jobs.append(uploads._api.run_as_future(time.sleep, 6))
+    PublishingMixin._finish_current_push(SimpleNamespace(_uploads=uploads))
+    dist.all_reduce(torch.ones(1), group=short)
+    dist.destroy_process_group()
+
+
+def test_all_processes_wait_for_an_upload_longer_than_a_collective_may_last(tmp_path):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=wait_for_the_upload_of_the_first, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
 
 
 def test_the_loss_on_the_card_is_of_the_whole_run_after_a_resume(make_trainer, tmp_path):

@@ -227,6 +227,7 @@ class PublishingMixin(SavingMixin):
         if not self._uploads.is_done():
             logger.info("Waiting for the upload in progress.")
         self._uploads.wait_until_done()
+        everyones(None)  # which waits for the first process for longer than the next collective on the device would
 
     def _upload(
         self,
