@@ -107,6 +107,15 @@ def test_saving_publishes_where_it_was_asked_for(make_trainer, hub_server):
     assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
 
 
+def test_saving_writes_once_and_not_while_an_upload_reads(make_trainer, hub_server, monkeypatch):
+    trainer = make_trainer(push_to_hub=True, hub_model_id="tester/run", max_steps=1, peft_config=LoraConfig(r=4))
+    save, idle = trainer._save, []
+    monkeypatch.setattr(trainer, "_save", lambda folder: (idle.append(trainer._uploads.is_done()), save(folder)))
+    trainer._uploads._jobs.append(trainer._uploads._api.run_as_future(time.sleep, 1))
+    trainer.save_model()
+    assert idle == [True]
+
+
 def test_a_private_repository_stays_private(make_trainer, hub_server):
     trainer = make_trainer(max_steps=1, hub_model_id="tester/run", hub_private_repo=True)
     trainer.push_to_hub()

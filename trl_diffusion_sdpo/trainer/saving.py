@@ -177,10 +177,12 @@ class SavingMixin:
         """
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         own = folder.resolve() == self.run_folder.folder.resolve()
-        held = self.run_folder.held() if own else contextlib.nullcontext()
-        with held, naming_the_disk(folder, self._bytes_to_save):
-            self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
+        pushes = self.args.push_to_hub and not _internal_call
+        if not (own and pushes):  # `push_to_hub` saves there itself, once no upload reads the files any more
+            held = self.run_folder.held() if own else contextlib.nullcontext()
+            with held, naming_the_disk(folder, self._bytes_to_save):
+                self._save(output_dir)
+        if pushes:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _bytes_to_save(self) -> int:
