@@ -396,6 +396,13 @@ def test_a_script_is_interrupted_once_its_checkpoint_is_written(build, own_handl
     assert not unequal(weights(whole), weights(resumed))
 
 
+def test_an_interrupted_run_that_keeps_weights_alone_promises_no_resuming(build, own_handlers, tmp_path):
+    trainer = build(max_steps=2, save_strategy="no", save_only_model=True, callbacks=[SignalAt(1, signal.SIGTERM)])
+    with pytest.raises(KeyboardInterrupt, match="weights are in .*checkpoint-1. It cannot be resumed") as told:
+        trainer.train()
+    assert "resume_from_checkpoint" not in str(told.value) and kept(tmp_path / "run") == ["checkpoint-1"]
+
+
 def test_a_script_may_leave_signals_alone_or_handle_them_by_a_callback(build, own_handlers, tmp_path):
     build(
         max_steps=2, save_strategy="no", checkpoint_on_interrupt=False, callbacks=[SignalAt(1, signal.SIGTERM)]

@@ -198,11 +198,10 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    trainer.accelerator.print(
-        f"\nInterrupted; all that the run needs to go on is in {folder}. To resume, run the same command with\n"
-        "  --resume_from_checkpoint true"
-    )
+    from ..trainer.run_control import what_is_left  # seconds
+
+    left = what_is_left(trainer, "To resume, run the same command with\n  --resume_from_checkpoint true")
+    trainer.accelerator.print(f"\nInterrupted; {left}")
 
 
 def _show_progress(training_args: DiffusionSDPOConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,11 +40,21 @@ def stopping_on_interrupt(trainer: DiffusionSDPOTrainer) -> Iterator[None]:
         trainer.remove_callback(interrupt)
     if interrupt.interrupted is not None:
         trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first is gone
-        step = trainer.state.global_step
+        left = what_is_left(trainer, "Pass `resume_from_checkpoint=True` to go on.")
         raise KeyboardInterrupt(
-            f"{interrupt.interrupted.name}: training stopped after step {step}; all that it needs to go on is in "
-            f"{trainer.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{step}. Pass `resume_from_checkpoint=True` to go on."
+            f"{interrupt.interrupted.name}: training stopped after step {trainer.state.global_step}; {left}"
         )
+
+
+def what_is_left(trainer: DiffusionSDPOTrainer, how_to_go_on: str) -> str:
+    """Where an interrupted run's checkpoint is, and how to go on from it if it holds more than weights."""
+    folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    if trainer.args.save_only_model:
+        return (
+            f"its weights are in {folder}. It cannot be resumed, as `save_only_model=True` keeps no state of the "
+            "optimizer."
+        )
+    return f"all that it needs to go on is in {folder}. {how_to_go_on}"
 
 
 class SayNothingIsLeft(TrainerCallback):
