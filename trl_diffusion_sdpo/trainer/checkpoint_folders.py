@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -73,17 +73,31 @@ class CheckpointFolders:
         """Say that a checkpoint is whole: every process measures what it has written, and the manifest names all."""
         self._begun = None
         self._processes.wait_for_everyone()
-        process, processes = self._processes.process_index, self._processes.num_processes
-        own = written_by(files_of(folder), process, processes)
-        reports = gather_object([measure(folder, own)])
+        if self._args.save_on_each_node:  # each machine has a folder of its own: other machines' files are other ones
+            files = measure(folder, files_of(folder) if self._args.should_save else [])
+        else:
+            files = self._measured_by_all(folder)
         if not self._args.should_save:
             return
-        files = {name: record for report in reports for name, record in report.items()}
-        if self._args.save_on_each_node:  # each machine has a folder of its own
-            files = {name: record for name, record in files.items() if (folder / name).is_file()}
-            files |= measure(folder, [name for name in files_of(folder) if name not in files])
         Manifest(Manifest.read(folder).sequence, True, files).write(folder)
         _delete(_aside(folder))
+
+    def _measured_by_all(self, folder: Path) -> dict[str, list[Any]]:
+        """Every process's files, for the manifest in the first one's folder. Without a folder that all machines share,
+        the others' files are not in it, and a manifest that named them would call the checkpoint damaged for ever."""
+        own = written_by(files_of(folder), self._processes.process_index, self._processes.num_processes)
+        reports = gather_object([measure(folder, own)])
+        files = {name: record for report in reports for name, record in report.items()}
+        if not self._args.should_save:
+            return files
+        elsewhere = sorted(name for name in files if not (folder / name).is_file())
+        if elsewhere:
+            logger.warning(
+                "%s lies in another folder on each machine: %s are on other machines only, and are not checked. To "
+                "resume on all of them, name an `output_dir` that all share, or set `save_on_each_node=True`.",
+                *(folder, ", ".join(elsewhere)),
+            )
+        return {name: record for name, record in files.items() if name not in elsewhere}
 
     def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
         """Delete what is more than `save_total_limit`, oldest first, in the order in which they were written; never the
