@@ -286,6 +286,17 @@ def test_a_broken_checkpoint_takes_no_place_of_a_whole_one(build, run):
     assert kept(run) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(build, run, tmp_path, caplog):
+    """One that the user has moved to another disk and linked: `shutil.rmtree` takes no link."""
+    (run / "checkpoint-2").rename(tmp_path / "elsewhere")
+    (run / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    trainer = build(max_steps=6, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert kept(run) == ["checkpoint-2", "checkpoint-6"]
+    assert f"Could not delete {run / 'checkpoint-2'}" in caplog.text
+
+
 def test_the_best_and_the_newest_are_never_deleted(build, make_pairs, tmp_path):
     trainer = build(
         max_steps=4,

@@ -80,7 +80,7 @@ class CheckpointFolders:
         if not self._args.should_save:
             return
         Manifest(Manifest.read(folder).sequence, True, files).write(folder)
-        _delete(_aside(folder))
+        _delete_if_possible(_aside(folder))
 
     def _measured_by_all(self, folder: Path) -> dict[str, list[Any]]:
         """Every process's files, for the manifest in the first one's folder. Without a folder that all machines share,
@@ -118,7 +118,7 @@ class CheckpointFolders:
         for folder in folders:
             if folder not in kept:
                 logger.info("Deleting %s, as `save_total_limit` is %s.", folder, limit)
-                _delete(folder)
+                _delete_if_possible(folder)
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ def _bring_back(output_dir: Path) -> None:
             _delete(folder)
             os.rename(aside, folder)
         else:
-            _delete(aside)
+            _delete_if_possible(aside)
 
 
 def _delete(folder: Path) -> None:
@@ -268,3 +268,11 @@ def _delete(folder: Path) -> None:
     if folder.exists():
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def _delete_if_possible(folder: Path) -> None:
+    """Delete what is no longer needed; what cannot be deleted costs room on the disk, and is no reason to end a run."""
+    try:
+        _delete(folder)
+    except OSError as error:
+        logger.warning("Could not delete %s, which is no longer needed: %s. Delete it by hand.", folder, error)
