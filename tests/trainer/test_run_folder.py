@@ -94,6 +94,18 @@ def test_what_a_killed_first_save_left_is_no_other_run(make, tmp_path):
     assert not list((tmp_path / "run").glob("previous-run-*"))
 
 
+def test_a_whole_checkpoint_that_a_cut_off_one_was_to_replace_is_another_run(make, tmp_path):
+    make().train()
+    run = tmp_path / "run"
+    (run / "checkpoint-2").rename(run / "checkpoint-2.replaced")
+    (run / "checkpoint-2").mkdir()
+    before = content(run / "checkpoint-2.replaced")
+    with pytest.raises(ValueError, match=r"holds one \(checkpoint-2.replaced\)"):
+        make().train()
+    make(overwrite_output_dir=True).train()
+    assert content(run / "previous-run-1" / "checkpoint-2.replaced") == before
+
+
 def test_what_a_kill_has_cut_off_is_written_anew_in_its_place(make, tmp_path):
     make(4).train()
     (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").unlink()

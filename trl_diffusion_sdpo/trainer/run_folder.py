@@ -118,7 +118,7 @@ class RunFolder:
 
     def _make_room(self, overwrite: bool) -> None:
         """For a run that has nothing in this folder yet."""
-        checkpoints = checkpoints_in(self.folder)
+        checkpoints = [*checkpoints_in(self.folder), *replaced_in(self.folder)]  # these may be all that a kill has left
         whole = [path.name for path in checkpoints if not damage(path, checksums=False)]
         has_weights = self.run_id is None and (self.folder / SETUP_FILE).is_file()  # not this trainer's own
         found = [*whole[:3], *([f"{len(whole) - 3} more checkpoints"] if len(whole) > 3 else [])]
@@ -132,7 +132,7 @@ class RunFolder:
             )
         if found:  # what a kill has cut off is no run: the next checkpoints take its place
             others = self._matching((*PICTURES, RUN_FILE))
-            self._set_aside([*checkpoints, *replaced_in(self.folder), *self._results(), *others], "another run")
+            self._set_aside([*checkpoints, *self._results(), *others], "another run")
 
     def _same_run(self, checkpoint: Path) -> str | None:
         here, there = _run_of(self.folder / RUN_FILE), _run_of(checkpoint / SETUP_FILE)
