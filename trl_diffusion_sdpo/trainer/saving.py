@@ -291,10 +291,15 @@ class SavingMixin:
         with self._own_optimizer_settings():
             self._read_deepspeed_state(resume_from_checkpoint)
             self._load_kept(Path(resume_from_checkpoint))
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._read_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._own_optimizer_settings(), self._plain_sgd_whole(), self._tensors_only():
+        with self._own_optimizer_settings():
+            self._read_optimizer_and_scheduler(checkpoint)
+
+    def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Within one block of this run's own settings: two would scale a schedule's last rate twice."""
+        with self._plain_sgd_whole(), self._tensors_only():
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _own_optimizer_settings(self) -> contextlib.AbstractContextManager:
