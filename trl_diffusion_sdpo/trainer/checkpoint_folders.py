@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .manifest import OPTIMIZER_STATES, Manifest, damage, files_of, measure, written_by
+from .manifest import NOT_WEIGHTS, OPTIMIZER_STATES, Manifest, damage, files_of, measure, written_by
 from .unpickling import foreign_code
 
 if TYPE_CHECKING:
@@ -165,17 +165,17 @@ class CheckpointFolders:
             self._say(logging.WARNING, "Passing over %s: %s.", name, "; ".join(found))
         return None
 
-    def damage(self, folder: Path) -> list[str]:
+    def damage(self, folder: Path, *, without: Sequence[str] = ()) -> list[str]:
         """What is wrong with a checkpoint: each process reads a share of its files, and all know what any found."""
         part, parts = self._share()
-        found = sorted(set(gather_object(damage(folder, part=part, parts=parts))))
+        found = sorted(set(gather_object(damage(folder, part=part, parts=parts, without=without))))
         if not found and Manifest.read(folder) is None:
             self._say(logging.WARNING, "%s has no checksums, as older versions wrote it: taken as it is.", folder)
         return found
 
     def check_best(self, folder: Path) -> None:
-        """Raise `ValueError` where the best checkpoint, whose weights training ends with, is damaged."""
-        found = self.damage(folder)
+        """Raise `ValueError` where the weights of the best checkpoint, which training ends with, are damaged."""
+        found = self.damage(folder, without=NOT_WEIGHTS)
         if found:
             raise ValueError(
                 f"`load_best_model_at_end` needs the best checkpoint as it was written; {folder} is not: "

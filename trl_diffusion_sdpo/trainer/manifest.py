@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ MANIFEST_FILE = "checkpoint_manifest.json"
 ARGS_FILE = "training_args.json"  # a run resumes without it, as from what was published: it names local folders
 # Of one process or DDP, FSDP2 (whole or in shards), DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+# What only a run that resumes reads; DeepSpeed keeps the weights beside the optimizer's state, which is not of these.
+NOT_WEIGHTS = (
+    "optimizer.pt",
+    "optimizer.bin",
+    "optimizer_*",
+    SCHEDULER_NAME,
+    "rng_state*",
+    TRAINER_STATE_NAME,
+    ARGS_FILE,
+)
 CUT_OFF = "it was not written to its end"
 _BLOCK = 16 * 2**20  # bytes read at once
 # The number of the process that writes a file: of random states, of ZeRO's parts, of FSDP2's parts.
@@ -94,7 +105,9 @@ def measure(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
     return measured
 
 
-def damage(folder: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
+def damage(
+    folder: Path, *, part: int = 0, parts: int = 1, checksums: bool = True, without: Iterable[str] = ()
+) -> list[str]:
     """What is wrong with a checkpoint, in words that name the file; nothing if it is as it was written.
 
     Args:
@@ -102,6 +115,7 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, checksums: bool = Tru
             run reads.
         part, parts (`int`): Which share of the files to look at, so that several processes look at all of them.
         checksums (`bool`): Whether to read the files. Otherwise only their sizes are compared.
+        without (`Iterable[str]`): Patterns of the files and folders in it that do not matter.
     """
     manifest = Manifest.read(folder)
     if manifest is None:
@@ -109,6 +123,7 @@ def damage(folder: Path, *, part: int = 0, parts: int = 1, checksums: bool = Tru
     if not manifest.complete:
         return [CUT_OFF]
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))
+    names = [name for name in names if not any(fnmatchcase(name.partition("/")[0], pattern) for pattern in without)]
     found = (_damage_of_file(folder, name, *manifest.files[name], checksums) for name in names[part::parts])
     return [word for word in found if word is not None]
 
