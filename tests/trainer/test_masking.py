@@ -24,6 +24,8 @@ KWARGS = {
     [
         *((name, True) for name in ("hub_token", "HF_TOKEN", "authToken", "use_auth_token", "api_key", "API-Key")),
         *((name, True) for name in ("client_secret", "password", "aws_access_key_id", "credentials", "Authorization")),
+        *((name, True) for name in ("account_key", "connection_string", "hub_tokens", "auth", "passwords", "cookies")),
+        *((name, False) for name in ("max_new_tokens", "num_tokens", "author")),
         *((name, False) for name in ("token_length", "tokenizer", "max_tokens", "key", "secondary", "passes")),
     ],
 )
@@ -43,6 +45,9 @@ def test_names_of_secrets(name, secret):
             "https://s3/a?X-Amz-Credential=...&X-Amz-Signature=...",
         ),
         ("https://blob/a?sv=1&sig=f00", "https://blob/a?sv=1&sig=..."),
+        ("token=abc", "token=..."),
+        ("AccountName=me;AccountKey=f00==;Suffix=x", "AccountName=me;AccountKey=...;Suffix=x"),
+        ("of token_length=77, max_tokens=5, key=len", "of token_length=77, max_tokens=5, key=len"),
         ("Authorization: Bearer abcdefghij", "Authorization: Bearer ..."),
         ("me/model at main, a@b.example, 5 > 4?", "me/model at main, a@b.example, 5 > 4?"),
     ],
@@ -64,6 +69,7 @@ def test_values_that_are_no_secret_stay_as_they_are():
     assert masked(given) == {**given, "path": "x/y"}
     assert given["path"] == Path("x/y")
     assert masked({"password": 1234}) == {"password": "<PASSWORD>"}
+    assert masked({"credentials": {"user": "me", "value": "s3cr3t"}}) == {"credentials": "<CREDENTIALS>"}
 
 
 def test_arguments_show_no_secret_anywhere(make_args):

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .hub import PublishingError
+from .masking import without_secrets
 from .processes import several_processes
 
 PATIENCE = timedelta(days=1)  # one process may upload for hours while the others wait
@@ -27,7 +28,7 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    messages = everyones(None if own is None else f"{type(own).__name__}: {own}")
+    messages = everyones(None if own is None else without_secrets(f"{type(own).__name__}: {own}"))
     if own is not None:
         raise own
     failed = [rank for rank, message in enumerate(messages) if message is not None]

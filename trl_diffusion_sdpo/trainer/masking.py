@@ -7,16 +7,21 @@ import re
 from typing import Any
 
 # Of names, in lower case and without separators: ends that mean a secret, and parts that do.
-_SECRET_ENDS = ("token", "passwd", "passphrase", "authorization", "cookie")
-_SECRET_PARTS = ("secret", "password", "apikey", "accesskey", "privatekey", "credential")
+_SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
+_SECRET_PARTS = ("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential")
+_SECRET_PARTS += ("connectionstring",)
+_TOKENS = re.compile(r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$")  # of access, not of a text
 # Parameters of an address, as clouds sign them.
 _SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"
+# Names before a sign of equality, anywhere: of these only the end counts, as `token_length=77` is no secret.
+_GIVEN = r"[\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|account|private)[_-]?key)"
 _IN_TEXT = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_..."),
     (re.compile(r"\b(?:gh[pousr]_|github_pat_|sk-|api_org_)\w{16,}"), "..."),
     (re.compile(r"(?i)\b(bearer|basic) [\w.~+/=-]{8,}"), r"\1 ..."),
     (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#@]+@"), r"\1...@"),  # the password of an address, and who has it
     (re.compile(rf"(?i)([?&;](?:{_SIGNED})=)[^\s&#;'\"]+"), r"\1..."),
+    (re.compile(rf"(?i)((?<![\w.-]){_GIVEN}=)[^\s&#;,'\"]+"), r"\1..."),
 )
 
 
@@ -26,12 +31,12 @@ def masked(value: Any, name: str = "") -> Any:
     Args:
         value: A dictionary, list, tuple, set, text or path, which are looked into; anything else is given back as it
             is.
-        name (`str`): Of the setting; one such as `hub_token` has its text replaced by `<HUB_TOKEN>`.
+        name (`str`): Of the setting; one such as `hub_token` has its value replaced by `<HUB_TOKEN>`.
     """
-    if isinstance(value, dict):
-        return {key: masked(entry, str(key)) for key, entry in value.items()}
     if names_secret(name) and not (value is None or isinstance(value, bool)):
         return f"<{name.upper()}>"
+    if isinstance(value, dict):
+        return {key: masked(entry, str(key)) for key, entry in value.items()}
     if isinstance(value, (list, set, frozenset)) or type(value) is tuple:
         return type(value)(masked(entry, name) for entry in value)
     if isinstance(value, os.PathLike):
@@ -42,7 +47,8 @@ def masked(value: Any, name: str = "") -> Any:
 def names_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret: `hub_token` does, `token_length` does not."""
     plain = re.sub(r"[\W_]", "", name.lower())
-    return plain.endswith(_SECRET_ENDS) or any(part in plain for part in _SECRET_PARTS)
+    ends = plain.endswith(_SECRET_ENDS) or _TOKENS.search(plain) is not None
+    return ends or any(part in plain for part in _SECRET_PARTS)
 
 
 def without_secrets(text: str) -> str:
