@@ -31,10 +31,7 @@ class PublishingError(OSError):
 
 
 class Uploads:
-    """Uploads of one trainer to one repository, which may go on beside the training, one after the other.
-
-    Has what transformers' Trainer asks of a push in progress: `is_done` and `wait_until_done`.
-    """
+    """Uploads of one trainer to one repository, which may go on beside the training, one after the other."""
 
     def __init__(self):
         self._api = HfApi()
