@@ -167,17 +167,18 @@ class PublishingMixin(SavingMixin):
         revision, private = kwargs.pop("revision", None), kwargs.pop("private", None)
         model_name = kwargs.pop("model_name", None)
         self._finish_current_push()  # it reads the files that are written anew
-        with failing_together():
-            self.save_model(_internal_call=True)
         done = None
-        with failing_together(), self._saying_what_is_safe(), self.run_folder.held():
-            if self.hub_model_id is None:
-                self._make_repository(token, private)
-            if self.is_world_process_zero():
-                self.create_model_card(model_name=model_name or self.hub_model_id.split("/")[-1], **kwargs)
-                done = self._upload(
-                    self.args.output_dir, commit_message, token=token, revision=revision, later=not blocking
-                )
+        with self.run_folder.held(together=True):  # first of all: what follows has collectives
+            with failing_together():
+                self.save_model(_internal_call=True)
+            with failing_together(), self._saying_what_is_safe():
+                if self.hub_model_id is None:
+                    self._make_repository(token, private)
+                if self.is_world_process_zero():
+                    self.create_model_card(model_name=model_name or self.hub_model_id.split("/")[-1], **kwargs)
+                    done = self._upload(
+                        self.args.output_dir, commit_message, token=token, revision=revision, later=not blocking
+                    )
         return done
 
     @contextlib.contextmanager

@@ -179,7 +179,7 @@ class SavingMixin:
         own = folder.resolve() == self.run_folder.folder.resolve()
         pushes = self.args.push_to_hub and not _internal_call
         if not (own and pushes):  # `push_to_hub` saves there itself, once no upload reads the files any more
-            held = self.run_folder.held() if own else contextlib.nullcontext()
+            held = self.run_folder.held(together=self._holds_parts()) if own else contextlib.nullcontext()
             with held, naming_the_disk(folder, self._bytes_to_save):
                 self._save(output_dir)
         if pushes:
