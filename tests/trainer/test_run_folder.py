@@ -141,6 +141,16 @@ def test_from_an_earlier_checkpoint_later_ones_are_moved_out_of_the_way(make, tm
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("text", ["", "[]"], ids=["empty", "a list"])
+def test_a_mark_that_a_loss_of_power_has_spoilt_is_taken_from_the_checkpoint(make, tmp_path, caplog, text):
+    make(2).train()
+    mark = run_id(tmp_path / "run")
+    (tmp_path / "run" / RUN_FILE).write_text(text)
+    make(3).train(resume_from_checkpoint=True)
+    assert run_id(tmp_path / "run") == mark
+    assert f"{tmp_path / 'run' / RUN_FILE} cannot be read" in caplog.text
+
+
 def test_a_checkpoint_of_another_run_among_a_folder_s_own_is_refused(make, tmp_path):
     make(2).train()
     make(4, output_dir=str(tmp_path / "older")).train()

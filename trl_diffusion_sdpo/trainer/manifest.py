@@ -65,13 +65,18 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all, so that it survives a loss of power."""
-        partial = folder / f"{MANIFEST_FILE}.partial"
         content = {"sequence": self.sequence, "complete": self.complete, "files": self.files}
-        partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        _settle(partial)
-        os.replace(partial, folder / MANIFEST_FILE)
-        for place in (folder, folder.parent):
-            _settle_folder(place)
+        write_whole(folder / MANIFEST_FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        _settle_folder(folder.parent)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, whole or not at all, so that it survives a kill and a loss of power."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _settle(partial)
+    os.replace(partial, file)
+    _settle_folder(file.parent)
 
 
 def files_of(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from .average import AVERAGE_FOLDER
 from .callbacks import SAMPLES_FOLDER
 from .checkpoint import SETUP_FILE
 from .checkpoint_folders import REPLACED
-from .manifest import damage
+from .manifest import damage, write_whole
 from .run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,7 @@ class RunFolder:
             run_id = self._same_run(checkpoint)
             self._leave_later_ones(checkpoint)
         run_id = run_id or secrets.token_hex(6)
-        written = self.folder / f"{RUN_FILE}.part"  # a kill leaves the old one or the new one
-        written.write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
-        written.replace(self.folder / RUN_FILE)
+        write_whole(self.folder / RUN_FILE, json.dumps({"run_id": run_id}) + "\n")
         return run_id
 
     def _make_room(self, overwrite: bool) -> None:
@@ -206,5 +204,11 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def _run_of(file: Path) -> str | None:
-    """The run that a file of a folder or of a checkpoint names."""
-    return json.loads(file.read_text(encoding="utf-8")).get("run_id") if file.is_file() else None
+    """The run that a file of a folder or of a checkpoint names; `None` where there is none or it cannot be read."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("run_id")
+    except (OSError, ValueError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s): taken as of an unknown run.", file, error)
+        return None
