@@ -151,6 +151,16 @@ def test_a_mark_that_a_loss_of_power_has_spoilt_is_taken_from_the_checkpoint(mak
     assert f"{tmp_path / 'run' / RUN_FILE} cannot be read" in caplog.text
 
 
+def test_where_latest_finds_only_damaged_checkpoints_of_the_right_size_the_way_out_is_told(make, tmp_path):
+    make(2).train()
+    file = tmp_path / "run" / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(b"0" * file.stat().st_size)
+    with pytest.raises(ValueError, match="all were passed over as damaged, only their sizes are right: delete them"):
+        make(4).train(resume_from_checkpoint="latest")
+    make(4, overwrite_output_dir=True).train(resume_from_checkpoint="latest")
+    assert (tmp_path / "run" / "previous-run-1" / "checkpoint-2" / "optimizer.pt").is_file()
+
+
 def test_a_checkpoint_of_another_run_among_a_folder_s_own_is_refused(make, tmp_path):
     make(2).train()
     make(4, output_dir=str(tmp_path / "older")).train()

@@ -116,7 +116,10 @@ class RunFolder:
 
     def _make_room(self, overwrite: bool) -> None:
         """For a run that has nothing in this folder yet."""
-        checkpoints = [*checkpoints_in(self.folder), *replaced_in(self.folder)]  # these may be all that a kill has left
+        checkpoints = [
+            *checkpoints_in(self.folder),
+            *replaced_in(self.folder),
+        ]  # these may be all that a kill has left
         whole = [path.name for path in checkpoints if not damage(path, checksums=False)]
         has_weights = self.run_id is None and (self.folder / SETUP_FILE).is_file()  # not this trainer's own
         found = [*whole[:3], *([f"{len(whole) - 3} more checkpoints"] if len(whole) > 3 else [])]
@@ -126,7 +129,8 @@ class RunFolder:
                 f"A run starts in a folder without another run, and `output_dir` {self.folder} holds one "
                 f"({', '.join(found)}): their checkpoints would be taken for one another's. Go on with "
                 "`resume_from_checkpoint=True`, name another folder, or set `overwrite_output_dir=True`, which moves "
-                f"what is there into {PREVIOUS_RUN}-{self._next_number()}."
+                f"what is there into {PREVIOUS_RUN}-{self._next_number()}. If it was to resume and all were passed "
+                "over as damaged, only their sizes are right: delete them, or do one of the latter two."
             )
         if found:  # what a kill has cut off is no run: the next checkpoints take its place
             others = self._matching((*PICTURES, RUN_FILE))
