@@ -113,3 +113,8 @@ def test_other_errors_stay_what_they_are(tmp_path, error):
 def test_a_quota_is_named(tmp_path):
     with pytest.raises(DiskFullError, match="The quota of the disk of"), naming_the_disk(tmp_path):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def test_where_the_disk_cannot_be_asked_the_error_itself_is_seen():
+    with pytest.raises(RuntimeError, match="of the training"), naming_the_disk("a" * 300):  # too long for any disk
+        raise RuntimeError("of the training")

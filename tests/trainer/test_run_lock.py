@@ -116,6 +116,30 @@ def test_a_lock_that_somebody_else_has_taken_over_is_left_to_him(tmp_path):
     assert (tmp_path / LOCK_FILE).read_text() == text
 
 
+def test_a_lock_that_is_away_for_a_moment_gives_signs_of_life_again(tmp_path):
+    mine = lock(tmp_path)
+    mine.acquire()
+    (tmp_path / LOCK_FILE).rename(tmp_path / "away")
+    time.sleep(0.2)  # four beats
+    (tmp_path / "away").rename(tmp_path / LOCK_FILE)
+    os.utime(tmp_path / LOCK_FILE, (0, 0))
+    until = time.monotonic() + 10
+    while (tmp_path / LOCK_FILE).stat().st_mtime == 0 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / LOCK_FILE).stat().st_mtime > 0
+    mine.release()
+
+
+def test_a_lock_that_cannot_be_given_back_leaves_the_run_s_own_error(tmp_path, caplog):
+    """The file has become a folder, which can be neither read nor deleted as one."""
+    mine = lock(tmp_path)
+    mine.acquire()
+    (tmp_path / LOCK_FILE).unlink()
+    (tmp_path / LOCK_FILE).mkdir()
+    mine.release()
+    assert f"Could not delete {tmp_path / LOCK_FILE}" in caplog.text
+
+
 def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     """Four processes at once, ten times."""
     script = """

@@ -36,8 +36,11 @@ def naming_the_disk(folder: str | os.PathLike, needed: Callable[[], int] | None 
     except DiskFullError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = free_bytes(Path(folder))
-        if not _is_of_a_full_disk(error, free):
+        try:
+            free = free_bytes(Path(folder))
+        except OSError:
+            free = None  # storage that cannot be asked: what came first is the error to see
+        if free is None or not _is_of_a_full_disk(error, free):
             raise
         raise DiskFullError(_message(error, Path(folder), free, needed)) from error
 

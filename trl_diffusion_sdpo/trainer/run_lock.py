@@ -89,10 +89,14 @@ class RunLock:
         threading.Thread(target=self._give_signs_of_life, name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give it back; a lock that somebody else has taken by now stays."""
+        """Give it back; a lock that somebody else has taken by now stays. Storage that fails is said only: what ends
+        the run may be an error of its own, which must not be replaced."""
         self._over.set()
-        if _content(self.file) == self._text:
-            self.file.unlink(missing_ok=True)
+        try:
+            if _content(self.file) == self._text:
+                self.file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("Could not delete %s: %s. If the next run is refused for it, delete it.", self.file, error)
 
     def _create(self) -> bool:
         try:
@@ -162,8 +166,8 @@ class RunLock:
     def _give_signs_of_life(self) -> None:
         while not self._over.wait(self.beat):
             try:
-                if _content(self.file) != self._text:
-                    return
+                if _content(self.file) not in (self._text, None):
+                    return  # somebody else's; one that is not there may be back, as from a look whether it is dead
                 os.utime(self.file)
             except OSError:  # of storage that is away for a moment: the next beat tries again
                 continue
