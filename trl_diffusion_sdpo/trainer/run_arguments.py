@@ -19,8 +19,8 @@ class RunArguments:
             tensors, numbers and settings are refused otherwise. Set it for your own checkpoints only.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a new start may take an `output_dir` that holds another run, whose files are then moved into the
-            folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. A resumed run leaves its
-            folder as it is.
+            folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. A run that goes on from
+            a checkpoint in the folder needs no leave: it moves there only what was written after that checkpoint.
     """
 
     checkpoint_on_interrupt: bool = field(
