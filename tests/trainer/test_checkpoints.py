@@ -244,6 +244,11 @@ def test_the_processes_share_the_files_that_they_measure():
     assert shares[0] == [names[0], names[2], names[3], zero[0], fsdp[0], fsdp[2], whole[0]]  # no third process
 
 
+def test_a_checkpoint_that_is_not_there_is_not_called_cut_off(build, tmp_path):
+    with pytest.raises(ValueError, match="chekpoint-4 is not: there is no such folder"):
+        build().train(resume_from_checkpoint=str(tmp_path / "chekpoint-4"))
+
+
 # ---- Rotation --------------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ NOT_WEIGHTS = (
     ARGS_FILE,
 )
 CUT_OFF = "it was not written to its end"
+NOT_THERE = "there is no such folder"
 _BLOCK = 16 * 2**20  # bytes read at once
 # The number of the process that writes a file: of random states, of ZeRO's parts, of FSDP2's parts.
 _WRITER = re.compile(r"rng_state_(\d+)\.pth$|pp_rank_(\d+)_mp_rank_|/__(\d+)_\d+\.distcp$")
@@ -122,6 +123,8 @@ def damage(
         checksums (`bool`): Whether to read the files. Otherwise only their sizes are compared.
         without (`Iterable[str]`): Patterns of the files and folders in it that do not matter.
     """
+    if not folder.is_dir():
+        return [NOT_THERE]
     manifest = Manifest.read(folder)
     if manifest is None:
         return _damage_without_manifest(folder)
