@@ -129,7 +129,7 @@ def test_a_schedule_without_a_base_rate_is_scaled_by_the_arguments(make):
 
 
 def test_under_deepspeed_a_last_rate_is_scaled_once(make, tmp_path, monkeypatch):
-    """As an engine's checkpoint is loaded; optimizer and schedule are torch's own here, and no engine reads anything."""
+    """As an engine's checkpoint is loaded; optimizer and schedule are torch's own here, and no engine reads any."""
     with_scheduler(make, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
     resumed = with_scheduler(make, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
     resumed._settings_before = {"learning_rate": 8e-4}
