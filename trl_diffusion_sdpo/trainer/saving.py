@@ -96,13 +96,14 @@ class SavingMixin:
             )
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint  # which the Trainer leaves to scripts
-        with self.run_folder.held(together=True):
+        disk = naming_the_disk(self.args.output_dir, self._bytes_to_save)
+        with disk, self.run_folder.held(together=True):
             point = self._checkpoints.resume_point(resume_from_checkpoint, self.args.output_dir)
             self._settings_before = {} if point is None else stored_settings(Path(point), ARGS_FILE)
             if point is not None:
                 self._check_resumable(Path(point))
             self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
-            with naming_the_disk(self.args.output_dir, self._bytes_to_save), stopping_on_interrupt(self):
+            with stopping_on_interrupt(self):
                 return super().train(point, *args, **kwargs)
 
     def _check_resumable(self, folder: Path) -> None:
@@ -180,7 +181,7 @@ class SavingMixin:
         pushes = self.args.push_to_hub and not _internal_call
         if not (own and pushes):  # `push_to_hub` saves there itself, once no upload reads the files any more
             held = self.run_folder.held(together=self._holds_parts()) if own else contextlib.nullcontext()
-            with held, naming_the_disk(folder, self._bytes_to_save):
+            with naming_the_disk(folder, self._bytes_to_save), held:
                 self._save(output_dir)
         if pushes:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
