@@ -127,6 +127,17 @@ def test_pickapic_rows_without_a_label_are_no_pairs():
     assert read("pickapic", rows) == ([], [("bad_labels", 0, 1), ("bad_labels", 1, 1), ("bad_labels", 2, 1)])
 
 
+@pytest.mark.parametrize("said, counts", [("False", False), ("0", False), (b"no", False), ("true", True), ("1", True)])
+def test_pickapic_takes_has_label_as_text_for_what_it_says(said, counts):
+    row = {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": said}
+    assert read("pickapic", [row]) == (([(0, 0, 0, 1)], []) if counts else ([], [("bad_labels", 0, 1)]))
+
+
+def test_pickapic_with_an_unreadable_has_label_is_a_bad_label():
+    row = {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": "perhaps"}
+    assert read("pickapic", [row]) == ([], [("bad_labels", 0, 1)])
+
+
 def test_pickapic_with_the_first_label_only():
     rows = [{"caption": "a", "label_0": value} for value in (0.0, 0.5, 1.0)]
     assert read("pickapic", rows) == ([(0, 1, 0, 0), (2, 0, 2, 1)], [("ties", 1, 1)])
