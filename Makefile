@@ -45,7 +45,7 @@ test-families: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device
 
 test-trainer: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/trainer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/artifacts tests/runs tests/trainer
 
 # No environment is made: the torch that is installed above may be one for CPUs.
 test-gpu:

@@ -10,7 +10,7 @@ import torch
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import pixels_as_floats
 from trl_diffusion_sdpo.losses import winner_error_gradient
-from trl_diffusion_sdpo.trainer.branch_backward import ANCHOR
+from trl_diffusion_sdpo.step.branch_gradients import ANCHOR
 
 RATE_CUT = 0.7  # of the trust region
 

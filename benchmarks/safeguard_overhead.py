@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.trainer.reference import FrozenReference
+from trl_diffusion_sdpo.models.reference import FrozenReference
 
 MODES: dict[str, dict[str, Any]] = {
     "none": {"safeguard": "none"},

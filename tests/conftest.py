@@ -4,6 +4,7 @@ weights, saved to a folder once a session and loaded back as a user would."""
 import datasets
 import numpy as np
 import pytest
+from local_hub import hub_server  # noqa: F401  (a fixture)
 from PIL import Image
 from tiny_pipelines import case, quiet, stable_diffusion, stable_diffusion_xl
 

@@ -54,7 +54,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_the_public_names_are_there_and_no_other():
-    public = ["DiffusionPreferenceLoss", "DiffusionSDPOConfig", "DiffusionSDPOTrainer", "diffusion_preference_loss"]
+    public = ["PreferenceLossOutput", "DiffusionSDPOConfig", "DiffusionSDPOTrainer", "diffusion_preference_loss"]
     assert trl_diffusion_sdpo.__all__ == public
     assert all(name in dir(trl_diffusion_sdpo) for name in public)
     for name in public:

@@ -8,15 +8,15 @@ from .import_utils import lazy_attributes
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "DiffusionPreferenceLoss": ".losses",
+    "PreferenceLossOutput": ".losses",
     "DiffusionSDPOConfig": ".trainer",
     "DiffusionSDPOTrainer": ".trainer",
     "diffusion_preference_loss": ".losses",
 }
-__all__ = ["DiffusionPreferenceLoss", "DiffusionSDPOConfig", "DiffusionSDPOTrainer", "diffusion_preference_loss"]
+__all__ = ["PreferenceLossOutput", "DiffusionSDPOConfig", "DiffusionSDPOTrainer", "diffusion_preference_loss"]
 
 if TYPE_CHECKING:
-    from .losses import DiffusionPreferenceLoss, diffusion_preference_loss
+    from .losses import PreferenceLossOutput, diffusion_preference_loss
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES, ["__version__"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_diffusion_sdpo.trainer.branch_backward import ANCHOR, LOSER, WINNER
-from trl_diffusion_sdpo.trainer.noisy_batch import NoisyBatch
+from trl_diffusion_sdpo.step.branch_gradients import ANCHOR, LOSER, WINNER
+from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
 
 BRANCHES = (WINNER, LOSER, ANCHOR)
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -95,7 +95,7 @@ def test_a_constant_lambda_scales_the_losers_gradient_and_nothing_else(make_trie
 
 @pytest.mark.parametrize(("largest", "cuts"), [(0.24, 2), (0.26, 0)])
 def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried, largest, cuts):
-    settings = {"winner_budget": 1e6, "winner_budget_pairs": 2, "winner_budget_steps": 1, "noise_levels": 3}
+    settings = {"winner_budget": 1e6, "winner_budget_pairs": 2, "winner_budget_steps": 1, "num_noise_bins": 3}
     trainer = make_tried({"trust_region": largest}, **settings)
     # Two steps; a quarter up at one level after each, less at another, and one that the schedule does not visit.
     risen = torch.tensor([1.25, 2.2, float("nan")])

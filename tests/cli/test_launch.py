@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from trl_diffusion_sdpo import import_utils
 from trl_diffusion_sdpo.cli import launch, train
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.trainer.policy import PolicyModel
+from trl_diffusion_sdpo.models.denoiser_wrapper import DenoiserWrapper
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "accelerate_configs"
@@ -209,7 +209,7 @@ def test_deepspeed_takes_what_transformers_makes_of_a_configuration(stage, make_
         plugin.set_mixed_precision("bf16")
     config = HfTrainerDeepSpeedConfig(plugin.deepspeed_config)
     config.trainer_config_process(args)
-    config.trainer_config_finalize(args, PolicyModel(sd_pipeline.unet), num_training_steps=2)
+    config.trainer_config_finalize(args, DenoiserWrapper(sd_pipeline.unet), num_training_steps=2)
     unset_hf_deepspeed_config()
     assert "auto" not in str(config.config)
     assert config.config["gradient_accumulation_steps"] == 8
@@ -225,7 +225,7 @@ def test_a_width_that_is_left_to_be_filled_in_is_what_diffusers_models_do_not_ha
     """The error that the configurations above avoid."""
     config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
     with pytest.raises(ValueError, match="neither `hidden_size` nor `hidden_sizes`"):
-        config.trainer_config_finalize(make_args(), PolicyModel(sd_pipeline.unet), num_training_steps=2)
+        config.trainer_config_finalize(make_args(), DenoiserWrapper(sd_pipeline.unet), num_training_steps=2)
     unset_hf_deepspeed_config()
 
 

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_pipelines import case
 
+from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, between, read_run, scaled_factor
 from trl_diffusion_sdpo.cli import sweep_scale
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.import_utils import EXTRAS
-from trl_diffusion_sdpo.trainer.scaling import ScaledWeights, between, read_run, scaled_factor
 
 METRICS = {
     "margin": "rewards/margins",
@@ -47,7 +47,7 @@ def train_run(tmp_path_factory, make_pairs, sd_folder):
         folder = tmp_path_factory.mktemp("runs") / name
         args = DiffusionSDPOConfig(
             **{"output_dir": str(folder), "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
-            | {"noise_levels": 3, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+            | {"num_noise_bins": 3, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
             | {"per_device_eval_batch_size": 8, "random_flip": False, **settings}
         )
         data = {"train_dataset": make_pairs(4), "eval_dataset": make_pairs(6, seed=1)}

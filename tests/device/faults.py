@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from trl_diffusion_sdpo.trainer import finite
+from trl_diffusion_sdpo.step import finite_check as finite
 
 
 @contextlib.contextmanager

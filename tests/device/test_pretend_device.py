@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(MISSING, reason="this torch has no Python back e
 
 KEPT = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 1}
 DRAWING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
-EVERYTHING = {"safeguard_metric": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
+EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, whole or by halves
 
@@ -109,7 +109,7 @@ def test_average_budget_and_diagnostics_wait_for_nothing(found, cases):
 @each(run("z_image", "lora", "parameter", "scores", KEPT | {"loss_type": "smpo"}))
 def test_pairs_that_scores_put_in_order_take_what_lies_on_the_host_along(found, cases):
     """The lengths of its prompts do: the order is read once for them."""
-    check_waits(found[0], listed(cases[0]) + Counter({"trl_diffusion_sdpo/trainer/noisy_batch.py::take_rows": 1}))
+    check_waits(found[0], listed(cases[0]) + Counter({"trl_diffusion_sdpo/step/noisy_batch.py::take_rows": 1}))
 
 
 @pytest.mark.matrix

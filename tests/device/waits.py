@@ -74,10 +74,10 @@ A_PREDICTION = {
 }
 A_LOG = {
     "transformers/trainer.py::_maybe_log_save_evaluate": 2,  # the loss and the gradient's norm
-    "trl_diffusion_sdpo/trainer/metrics.py::drain": 1,
+    "trl_diffusion_sdpo/step/meters.py::drain": 1,
 }
 AN_EVALUATION = {
     "transformers/trainer_pt_utils.py::nested_numpify": 1,  # the losses
-    "trl_diffusion_sdpo/trainer/metrics.py::drain": 1,
-    "trl_diffusion_sdpo/trainer/noise_levels.py::drain": 1,
+    "trl_diffusion_sdpo/step/meters.py::drain": 1,
+    "trl_diffusion_sdpo/step/meters.py::drain": 1,
 }

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from worker import engine_args
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.trainer.sharding import Float32Parts
+from trl_diffusion_sdpo.engines.sharding import Float32Parts
 
 
 def message(act) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WORKER = Path(__file__).with_name("run_worker.py")
-HUB = Path(__file__).parents[1] / "trainer" / "conftest.py"
+HUB = Path(__file__).parents[1] / "local_hub.py"
 SECONDS_A_RUN = 30  # a hundred times what one takes
 SHARDING = ("fsdp2", "zero3")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -54,7 +54,7 @@ KEPT = {
     "winner_budget": 1e-4,
     "winner_budget_pairs": 4,
     "winner_budget_steps": 1,
-    "noise_levels": 3,
+    "num_noise_bins": 3,
 }
 WORSE = {"full": 0.03, "lora": 0.5}  # rates so large that the winners get worse
 RATES = {"full": 1e-3, "lora": 1e-2}

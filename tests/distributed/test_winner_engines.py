@@ -32,7 +32,7 @@ ARGS = {
     "max_grad_norm": 0.0,
     "beta": 500.0,
     "safeguard": "none",
-    "noise_levels": 4,
+    "num_noise_bins": 4,
     "loser_noise_range": [0.3, 1.0],
     "winner_budget": 0.01,
     "winner_budget_pairs": 4,

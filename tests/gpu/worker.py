@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.trainer import host_copy
+from trl_diffusion_sdpo.engines import host_copy
 
 RANK = int(os.environ.get("RANK", 0))
 PROJECT = f"{Path(__file__).parents[2]}/"

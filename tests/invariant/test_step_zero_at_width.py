@@ -11,9 +11,9 @@ from peft import LoraConfig
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
-from trl_diffusion_sdpo.trainer.adapters import adapter_on, add_lora
-from trl_diffusion_sdpo.trainer.layouts import read_contiguous
-from trl_diffusion_sdpo.trainer.reference import AdapterReference, FrozenReference
+from trl_diffusion_sdpo.models.adapters import adapter_on, add_lora
+from trl_diffusion_sdpo.models.memory_layout import read_contiguous
+from trl_diffusion_sdpo.models.reference import AdapterReference, FrozenReference
 
 ROWS = 4
 # Tiny pipeline -> its denoiser's published widths and as few layers as there can be, and its conditioning's widths.

@@ -24,7 +24,7 @@ KEPT = {
     "winner_budget": 1e-4,
     "winner_budget_pairs": 4,
     "winner_budget_steps": 1,
-    "noise_levels": 3,
+    "num_noise_bins": 3,
 }
 WORKERS = {"dataloader_num_workers": 2}
 VARIANTS = {

@@ -94,9 +94,9 @@ def rows_of(tensor: torch.Tensor) -> list[list[float]]:
 def losses_by_hand() -> Callable[..., list[float]]:
     """Tensors in, a list of Python floats out; every value a double, none of the package's code."""
 
-    def run(name, pred, target, ref, *, beta, knobs=None, scores=None) -> list[float]:
+    def run(name, pred, target, ref, *, beta, loss_kwargs=None, scores=None) -> list[float]:
         scores = None if scores is None else scores.tolist()
-        return plain_losses(name, rows_of(pred), rows_of(target), rows_of(ref), beta, knobs or {}, scores)
+        return plain_losses(name, rows_of(pred), rows_of(target), rows_of(ref), beta, loss_kwargs or {}, scores)
 
     return run
 
@@ -105,9 +105,9 @@ def losses_by_hand() -> Callable[..., list[float]]:
 def gradient_by_differences() -> Callable[..., torch.Tensor]:
     """Central differences of the mean loss of `plain_losses` in doubles, shaped as the predictions."""
 
-    def run(name, pred, target, ref, *, beta, knobs=None, scores=None, step=1e-5) -> torch.Tensor:
+    def run(name, pred, target, ref, *, beta, loss_kwargs=None, scores=None, step=1e-5) -> torch.Tensor:
         base, scores = rows_of(pred), None if scores is None else scores.tolist()
-        fixed = (rows_of(target), rows_of(ref), beta, knobs or {}, scores)
+        fixed = (rows_of(target), rows_of(ref), beta, loss_kwargs or {}, scores)
         gradient = torch.zeros(len(base), len(base[0]), dtype=torch.float64)
         for i, row in enumerate(base):
             for j, value in enumerate(row):

@@ -65,10 +65,12 @@ def test_pair_weights_multiply_losses_before_the_mean(seeded_pairs):
 
 @pytest.mark.parametrize("loss_type", MILD)
 def test_bfloat16_predictions_are_computed_in_float32(loss_type: str, seeded_pairs, losses_by_hand):
-    beta, knobs = MILD[loss_type]
+    beta, loss_kwargs = MILD[loss_type]
     model, target, reference = (tensor.bfloat16() for tensor in seeded_pairs())
-    out = diffusion_preference_loss(model, target, reference, loss_type=loss_type, beta=beta, scores=SCORES, **knobs)
-    expected = losses_by_hand(loss_type, model, target, reference, beta=beta, knobs=knobs, scores=SCORES)
+    out = diffusion_preference_loss(
+        model, target, reference, loss_type=loss_type, beta=beta, scores=SCORES, **loss_kwargs
+    )
+    expected = losses_by_hand(loss_type, model, target, reference, beta=beta, loss_kwargs=loss_kwargs, scores=SCORES)
     assert out.loss.item() == pytest.approx(math.fsum(expected) / 3, rel=1e-5)
 
 
@@ -169,7 +171,7 @@ def test_unknown_names_are_refused_with_those_there_are(seeded_pairs):
         ({"mu": math.nan}, r"`safeguard_mu` must be in \[0, 1\], got nan"),
         (
             {"granularity": "token"},
-            "`safeguard_granularity` must be one of batch, pair, weighted, bucket; got 'token'",
+            "`safeguard_granularity` must be one of batch, pair, weighted, noise_bin; got 'token'",
         ),
         ({"eps": -1e-9}, "`safeguard_eps` must be at least 0, got -1e-09"),
         ({"eps": math.inf}, "`safeguard_eps` must be at least 0, got inf"),

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss
 
-GRANULARITIES = ("batch", "pair", "weighted", "bucket")
+GRANULARITIES = ("batch", "pair", "weighted", "noise_bin")
 WEIGHTS = torch.tensor([0.25, 0.0, 1.0])
 SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])
 SETTINGS = {
@@ -73,11 +73,11 @@ def parts_by_hand(name, model, target, ref, beta):
 
 
 def gradient(tensors, name="sigmoid", **given):
-    beta, knobs = SETTINGS[name]
+    beta, loss_kwargs = SETTINGS[name]
     model, target, ref = tensors
     leaf = model.clone().requires_grad_()
     out = diffusion_preference_loss(
-        leaf, target, ref, loss_type=name, beta=beta, scores=SCORES if name == "smpo" else None, **knobs, **given
+        leaf, target, ref, loss_type=name, beta=beta, scores=SCORES if name == "smpo" else None, **loss_kwargs, **given
     )
     out.loss.backward()
     return leaf.grad, out
@@ -142,13 +142,13 @@ def test_values_stay_bit_for_bit(name, safeguard, seeded_pairs):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_weights_of_one_change_no_bit_of_the_gradient(name, dtype, seeded_pairs):
     tensors = [tensor.to(dtype) for tensor in seeded_pairs()]
-    buckets = {"buckets": torch.tensor([1, 0, 1]), "n_buckets": 2}
+    noise_bins = {"noise_bins": torch.tensor([1, 0, 1]), "num_noise_bins": 2}
     settings = [{"safeguard_granularity": which} for which in GRANULARITIES]
     if dtype == torch.float32:  # without any scale, what DSPO reads twice is rounded to half precision twice
         settings.append({"safeguard": "none"})
     for setting in settings:
-        plain, _ = gradient(tensors, name, **setting, **buckets)
-        weighted, _ = gradient(tensors, name, **setting, **buckets, loser_weights=torch.ones(3))
+        plain, _ = gradient(tensors, name, **setting, **noise_bins)
+        weighted, _ = gradient(tensors, name, **setting, **noise_bins, loser_weights=torch.ones(3))
         assert torch.equal(plain, weighted), setting
 
 
@@ -162,8 +162,8 @@ def test_weights_of_zero_leave_the_winners_alone(name, seeded_pairs):
             name,
             safeguard_granularity=granularity,
             loser_weights=torch.zeros(3),
-            buckets=torch.tensor([0, 1, 1]),
-            n_buckets=2,
+            noise_bins=torch.tensor([0, 1, 1]),
+            num_noise_bins=2,
         )
         assert torch.equal(got[:3], plain[:3]) and not got[3:].any(), granularity
         assert (out.scale == 1).all(), granularity  # nothing to bound
@@ -197,19 +197,19 @@ def test_lambda_of_a_pair_knows_its_own_weight():
 
 
 @pytest.mark.parametrize(
-    ("buckets", "weights", "mu", "expected"),
+    ("noise_bins", "weights", "mu", "expected"),
     [
         ([0, 0, 1], None, 0.0, [2 / 6, 2 / 6, 1.0]),  # 25 / 24, clamped
         ([0, 0, 1], None, 0.52, [0.48 * 2 / 6, 0.48 * 2 / 6, 0.5]),
-        ([3, 1, 3], None, 0.0, [1.0, 1 / 4, 1.0]),  # 26 / 26; two of four buckets are empty
+        ([3, 1, 3], None, 0.0, [1.0, 1 / 4, 1.0]),  # 26 / 26; two of four noise_bins are empty
         ([0, 1, 2], None, 0.0, [1 / 2, 1 / 4, 1.0]),
         ([0, 0, 1], [1.0, 0.5, 0.0], 0.0, [2 / 4, 2 / 4, 1.0]),
         ([0, 1, 1], [1.0, 1.0, 0.0], 0.0, [1 / 2, 1 / 4, 1 / 4]),
     ],
 )
-def test_lambda_of_a_bucket_is_that_of_its_pairs(buckets, weights, mu, expected):
+def test_lambda_of_a_bucket_is_that_of_its_pairs(noise_bins, weights, mu, expected):
     weights = None if weights is None else torch.tensor(weights)
-    scale = lambda_of("bucket", mu, buckets=torch.tensor(buckets), n_buckets=4, loser_weights=weights)
+    scale = lambda_of("noise_bin", mu, noise_bins=torch.tensor(noise_bins), num_noise_bins=4, loser_weights=weights)
     assert scale.tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -221,9 +221,9 @@ def test_each_bucket_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
         (model, target, ref),
         name,
         safeguard_mu=0.9,
-        safeguard_granularity="bucket",
-        buckets=torch.tensor([1, 0, 1]),
-        n_buckets=2,
+        safeguard_granularity="noise_bin",
+        noise_bins=torch.tensor([1, 0, 1]),
+        num_noise_bins=2,
     )
     assert (out.scale < 1).any()
     for pairs in ([0, 2], [1]):
@@ -236,10 +236,10 @@ def test_each_bucket_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0]])
 def test_one_bucket_is_the_batch_exactly(weights):
     given = {"loser_weights": None if weights is None else torch.tensor(weights)}
-    one = {"buckets": torch.zeros(3, dtype=torch.long), "n_buckets": 1}
+    one = {"noise_bins": torch.zeros(3, dtype=torch.long), "num_noise_bins": 1}
     tensors = THREE, torch.zeros(6, 2), THREE.flip(0)
     batch, whole = gradient(tensors, safeguard_mu=0.5, **given)
-    bucket, each = gradient(tensors, safeguard_mu=0.5, safeguard_granularity="bucket", **given, **one)
+    bucket, each = gradient(tensors, safeguard_mu=0.5, safeguard_granularity="noise_bin", **given, **one)
     assert whole.scale < 1
     assert torch.equal(each.scale, whole.scale.expand(3))
     assert torch.equal(batch, bucket)
@@ -247,15 +247,15 @@ def test_one_bucket_is_the_batch_exactly(weights):
 
 def test_one_bucket_of_many_pairs_is_the_batch_but_for_the_order_of_a_sum(seeded_pairs):
     tensors = seeded_pairs(pairs=37, shape=(4, 8, 8))
-    one = {"buckets": torch.zeros(37, dtype=torch.long), "n_buckets": 1}
+    one = {"noise_bins": torch.zeros(37, dtype=torch.long), "num_noise_bins": 1}
     _, whole = gradient(tensors, safeguard_mu=0.6)
-    _, each = gradient(tensors, safeguard_mu=0.6, safeguard_granularity="bucket", **one)
+    _, each = gradient(tensors, safeguard_mu=0.6, safeguard_granularity="noise_bin", **one)
     assert whole.scale < 1
     assert each.scale.tolist() == pytest.approx([float(whole.scale)] * 37, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (6,), (1,), ()])
-@pytest.mark.parametrize("name", ["loser_weights", "buckets"])
+@pytest.mark.parametrize("name", ["loser_weights", "noise_bins"])
 def test_weights_and_buckets_of_another_shape_are_refused(name, shape, seeded_pairs):
     given = torch.ones(shape) if name == "loser_weights" else torch.zeros(shape, dtype=torch.long)
     with pytest.raises(ValueError, match=rf"`{name}` must have shape \(3,\), one a pair, got"):
@@ -263,9 +263,11 @@ def test_weights_and_buckets_of_another_shape_are_refused(name, shape, seeded_pa
 
 
 def test_buckets_are_needed_where_lambda_is_one_a_bucket(seeded_pairs):
-    with pytest.raises(ValueError, match="`safeguard_granularity='bucket'` needs `buckets`"):
-        diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="bucket")
-    diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="bucket", safeguard="none")  # asks for no lambda
+    with pytest.raises(ValueError, match="`safeguard_granularity='noise_bin'` needs `noise_bins`"):
+        diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="noise_bin")
+    diffusion_preference_loss(
+        *seeded_pairs(), safeguard_granularity="noise_bin", safeguard="none"
+    )  # asks for no lambda
 
 
 def test_weights_of_losers_do_nothing_where_there_is_no_loser(seeded_pairs):

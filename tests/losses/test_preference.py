@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from trl_diffusion_sdpo.losses import (
     LOSSES,
     PairTerms,
-    check_knobs,
+    check_loss_kwargs,
     diffusion_preference_loss,
     loss_spec,
     pair_terms,
 )
-from trl_diffusion_sdpo.losses.preference import KNOB_RANGES, pair_losses
+from trl_diffusion_sdpo.losses.preference import LOSS_KWARG_RANGES, pair_losses
 
 LOG3 = math.log(3)
 
@@ -73,9 +73,16 @@ def terms_of_logit(logit, beta: float) -> PairTerms:
     return terms_of_errors(margin.clamp_min(0), (-margin).clamp_min(0))
 
 
-def plain(model_pred, target, ref_pred, loss_type, beta, knobs=None, scores=None):
+def plain(model_pred, target, ref_pred, loss_type, beta, loss_kwargs=None, scores=None):
     return diffusion_preference_loss(
-        model_pred, target, ref_pred, loss_type=loss_type, beta=beta, safeguard="none", scores=scores, **(knobs or {})
+        model_pred,
+        target,
+        ref_pred,
+        loss_type=loss_type,
+        beta=beta,
+        safeguard="none",
+        scores=scores,
+        **(loss_kwargs or {}),
     )
 
 
@@ -85,40 +92,44 @@ def test_every_loss_of_the_table_is_tested_here():
 
 @pytest.mark.parametrize("loss_type", BY_HAND)
 def test_the_value_is_the_one_derived_by_hand(loss_type: str):
-    beta, knobs, expected = BY_HAND[loss_type]
+    beta, loss_kwargs, expected = BY_HAND[loss_type]
     model, reference = torch.tensor(MODEL), torch.tensor(REFERENCE)
-    out = plain(model, torch.zeros(2, 1), reference, loss_type, beta, knobs, SCORES)
+    out = plain(model, torch.zeros(2, 1), reference, loss_type, beta, loss_kwargs, SCORES)
     assert out.loss.item() == pytest.approx(expected, rel=1e-6)
     assert out.pair_losses.tolist() == pytest.approx([expected], rel=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", MILD)
 def test_losses_of_a_batch_agree_with_plain_python(loss_type: str, seeded_pairs, losses_by_hand):
-    beta, knobs = MILD[loss_type]
+    beta, loss_kwargs = MILD[loss_type]
     model, target, reference = seeded_pairs()
-    out = plain(model, target, reference, loss_type, beta, knobs, MILD_SCORES)
-    expected = losses_by_hand(loss_type, model, target, reference, beta=beta, knobs=knobs, scores=MILD_SCORES)
+    out = plain(model, target, reference, loss_type, beta, loss_kwargs, MILD_SCORES)
+    expected = losses_by_hand(
+        loss_type, model, target, reference, beta=beta, loss_kwargs=loss_kwargs, scores=MILD_SCORES
+    )
     assert out.pair_losses.tolist() == pytest.approx(expected, rel=2e-6)
     assert out.loss.item() == pytest.approx(math.fsum(expected) / 3, rel=2e-6)
 
 
 @pytest.mark.parametrize("loss_type", MILD)
 def test_gradients_agree_with_differences_of_plain_python(loss_type: str, seeded_pairs, gradient_by_differences):
-    beta, knobs = MILD[loss_type]
+    beta, loss_kwargs = MILD[loss_type]
     model, target, reference = seeded_pairs(seed=1)
     leaf = model.clone().requires_grad_()
-    plain(leaf, target, reference, loss_type, beta, knobs, MILD_SCORES).loss.backward()
-    expected = gradient_by_differences(loss_type, model, target, reference, beta=beta, knobs=knobs, scores=MILD_SCORES)
+    plain(leaf, target, reference, loss_type, beta, loss_kwargs, MILD_SCORES).loss.backward()
+    expected = gradient_by_differences(
+        loss_type, model, target, reference, beta=beta, loss_kwargs=loss_kwargs, scores=MILD_SCORES
+    )
     assert (leaf.grad - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("loss_type", sorted(set(MILD) - {"dspo", "dspo_sdxl", "linear", "smpo"}))
 def test_gradients_in_the_errors_pass_gradcheck_in_float64(loss_type: str):
-    beta, knobs = MILD[loss_type]
+    beta, loss_kwargs = MILD[loss_type]
     errors = torch.tensor([[1.2, 0.7], [0.9, 1.4]], dtype=torch.float64, requires_grad=True)
 
     def losses(winner_and_loser: torch.Tensor) -> torch.Tensor:
-        return pair_losses(terms_of_errors(*winner_and_loser, 0.8, 1.1), loss_type, beta=beta, **knobs)
+        return pair_losses(terms_of_errors(*winner_and_loser, 0.8, 1.1), loss_type, beta=beta, **loss_kwargs)
 
     assert torch.autograd.gradcheck(losses, (errors,))
 
@@ -161,8 +172,8 @@ def test_huge_logits_give_finite_losses_and_gradients(loss_type: str, sign: int)
 
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
 def test_far_logits_reach_their_asymptotes(logit: float):
-    def loss(loss_type: str, **knobs: float) -> float:
-        return pair_losses(terms_of_logit(logit, 2.0), loss_type, beta=2.0, **knobs).item()
+    def loss(loss_type: str, **loss_kwargs: float) -> float:
+        return pair_losses(terms_of_logit(logit, 2.0), loss_type, beta=2.0, **loss_kwargs).item()
 
     assert loss("sigmoid") == pytest.approx(max(-logit, 0.0), abs=1e-12)
     assert loss("hinge") == pytest.approx(max(1 - logit, 0.0))
@@ -230,8 +241,8 @@ def test_dspo_sdxl_chooses_its_form_on_the_whole_batch():
     # Winner 2: prediction 1, reference 1, d_w = 0; loser: 2.5^2 - 0.5^2 = 6 = d_l; u = (beta / 2) 6 = 3 beta as well.
     model, reference = torch.tensor([[1.0], [1.0], [2.0], [2.5]]), torch.tensor([[-2.0], [1.0], [1.0], [0.5]])
     for threshold, expected in ((4.5, [9 / 16, 0.0]), (4.6, [1 / 16, 1 / 16])):
-        knobs = {"dspo_threshold": threshold}
-        out = plain(model, torch.zeros(4, 1), reference, "dspo_sdxl", LOG3 / 3, knobs)
+        loss_kwargs = {"dspo_threshold": threshold}
+        out = plain(model, torch.zeros(4, 1), reference, "dspo_sdxl", LOG3 / 3, loss_kwargs)
         assert out.pair_losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -297,10 +308,12 @@ def test_smpo_relabels_pairs_that_the_scores_rank_the_other_way(seeded_pairs):
     model, target, reference = seeded_pairs(pairs=2)
     swap_first = torch.tensor([2, 1, 0, 3])  # the first pair's sides exchanged
     scores = torch.tensor([1.5, 0.2, -0.5, 0.1])
-    knobs = {"smpo_coefficient": 3.0}
+    loss_kwargs = {"smpo_coefficient": 3.0}
     leaf, swapped_leaf = model.clone().requires_grad_(), model[swap_first].clone().requires_grad_()
-    ordered = plain(leaf, target, reference, "smpo", 0.8, knobs, scores)
-    swapped = plain(swapped_leaf, target[swap_first], reference[swap_first], "smpo", 0.8, knobs, scores[swap_first])
+    ordered = plain(leaf, target, reference, "smpo", 0.8, loss_kwargs, scores)
+    swapped = plain(
+        swapped_leaf, target[swap_first], reference[swap_first], "smpo", 0.8, loss_kwargs, scores[swap_first]
+    )
     ordered.loss.backward()
     swapped.loss.backward()
     assert torch.equal(ordered.pair_losses, swapped.pair_losses)
@@ -320,10 +333,10 @@ def test_smpo_learns_nothing_from_equal_scores(seeded_pairs):
 
 @pytest.mark.parametrize("loss_type", [name for name, spec in LOSSES.items() if not spec.needs_reference])
 def test_losses_without_a_reference_ignore_one(loss_type: str, seeded_pairs):
-    beta, knobs = MILD[loss_type]
+    beta, loss_kwargs = MILD[loss_type]
     model, target, reference = seeded_pairs()
-    without = plain(model, target, None, loss_type, beta, knobs)
-    assert torch.equal(without.pair_losses, plain(model, target, reference, loss_type, beta, knobs).pair_losses)
+    without = plain(model, target, None, loss_type, beta, loss_kwargs)
+    assert torch.equal(without.pair_losses, plain(model, target, reference, loss_type, beta, loss_kwargs).pair_losses)
 
 
 def test_the_reference_and_the_target_are_constants(seeded_pairs):
@@ -339,7 +352,7 @@ def test_timestep_weights_multiply_errors(seeded_pairs, losses_by_hand):
     model, target, reference = seeded_pairs()
     weights = torch.tensor([0.25, 1.0, 4.0])
     root = weights.sqrt().repeat(2).view(-1, 1, 1)
-    for loss_type, (beta, knobs) in MILD.items():
+    for loss_type, (beta, loss_kwargs) in MILD.items():
         out = diffusion_preference_loss(
             model,
             target,
@@ -348,10 +361,10 @@ def test_timestep_weights_multiply_errors(seeded_pairs, losses_by_hand):
             beta=beta,
             timestep_weights=weights,
             scores=MILD_SCORES,
-            **knobs,
+            **loss_kwargs,
         )
         rows = (root * (model - target), torch.zeros_like(target), root * (reference - target))
-        expected = losses_by_hand(loss_type, *rows, beta=beta, knobs=knobs, scores=MILD_SCORES)
+        expected = losses_by_hand(loss_type, *rows, beta=beta, loss_kwargs=loss_kwargs, scores=MILD_SCORES)
         assert out.pair_losses.tolist() == pytest.approx(expected, rel=5e-6), loss_type
 
 
@@ -369,11 +382,11 @@ def test_the_table_knows_the_knobs_and_ranges_of_every_loss():
     for loss_type, spec in LOSSES.items():
         parameters = inspect.signature(spec.function).parameters
         named = tuple(name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY)
-        assert tuple(name for name in named if name != "beta") == spec.knobs
+        assert tuple(name for name in named if name != "beta") == spec.loss_kwargs
         assert ("beta" in named) == spec.uses_beta
-        defaults = {name: parameters[name].default for name in spec.knobs}
-        check_knobs(loss_type, spec.default_beta, defaults)
-        assert set(spec.knobs) <= set(KNOB_RANGES)
+        defaults = {name: parameters[name].default for name in spec.loss_kwargs}
+        check_loss_kwargs(loss_type, spec.default_beta, defaults)
+        assert set(spec.loss_kwargs) <= set(LOSS_KWARG_RANGES)
 
 
 def test_default_betas_are_the_published_ones():
@@ -390,11 +403,11 @@ def test_an_unknown_loss_is_refused_with_the_names_there_are():
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
 def test_a_beta_that_is_not_positive_and_finite_is_refused(beta: float):
     with pytest.raises(ValueError, match="`beta` must be a finite number greater than 0"):
-        check_knobs("sigmoid", beta, {})
+        check_loss_kwargs("sigmoid", beta, {})
 
 
 def test_sft_has_no_beta_to_refuse():
-    check_knobs("sft", -1.0, {})
+    check_loss_kwargs("sft", -1.0, {})
 
 
 @pytest.mark.parametrize(
@@ -418,7 +431,7 @@ def test_sft_has_no_beta_to_refuse():
 )
 def test_knobs_out_of_range_are_refused(loss_type: str, knob: str, value: float, rule: str):
     with pytest.raises(ValueError, match=f"`{knob}` must be {rule}"):
-        check_knobs(loss_type, 1.0, {knob: value})
+        check_loss_kwargs(loss_type, 1.0, {knob: value})
 
 
 @pytest.mark.parametrize(
@@ -427,11 +440,11 @@ def test_knobs_out_of_range_are_refused(loss_type: str, knob: str, value: float,
 )
 def test_infinite_knobs_that_would_give_nan_are_refused(loss_type: str, knob: str):
     with pytest.raises(ValueError, match=f"`{knob}` must be "):
-        check_knobs(loss_type, 1.0, {knob: math.inf})
+        check_loss_kwargs(loss_type, 1.0, {knob: math.inf})
 
 
 def test_knobs_of_another_loss_are_refused():
     with pytest.raises(ValueError, match="`dmpo_alpha` is no knob of the loss 'sigmoid': it takes none"):
-        check_knobs("sigmoid", 1.0, {"dmpo_alpha": 0.01})
+        check_loss_kwargs("sigmoid", 1.0, {"dmpo_alpha": 0.01})
     with pytest.raises(ValueError, match="`simpo_gamma` is no knob of the loss 'mapo': it takes mapo_temperature"):
-        check_knobs("mapo", 1.0, {"simpo_gamma": 0.01})
+        check_loss_kwargs("mapo", 1.0, {"simpo_gamma": 0.01})

@@ -28,7 +28,7 @@ SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])  # winners first, each ah
 
 
 def guarded(model, target, reference, loss_type="sigmoid", *, beta=None, mu=0.0, granularity="batch", **settings):
-    mild_beta, knobs = MILD[loss_type]
+    mild_beta, loss_kwargs = MILD[loss_type]
     return diffusion_preference_loss(
         model,
         target,
@@ -38,7 +38,7 @@ def guarded(model, target, reference, loss_type="sigmoid", *, beta=None, mu=0.0,
         safeguard_mu=mu,
         safeguard_granularity=granularity,
         scores=SCORES if loss_type == "smpo" and len(model) == 6 else settings.pop("scores", None),
-        **(knobs | settings),
+        **(loss_kwargs | settings),
     )
 
 
@@ -201,9 +201,11 @@ def test_past_its_target_a_loss_turns_the_branches_round(loss_type, beta, loser,
     # The loss now raises the winner's error. Aligned residuals: the loser's branch lowers it and stays whole;
     # anti-aligned: it raises it as well and is dropped.
     model, reference = torch.tensor([[1.0], [loser]]), torch.tensor([[2.0], [1.0]])
-    knobs = {"dmpo_alpha": 0.4} if loss_type == "dmpo" else {}
+    loss_kwargs = {"dmpo_alpha": 0.4} if loss_type == "dmpo" else {}
     for granularity in ("pair", "weighted"):
-        out = guarded(model, torch.zeros(2, 1), reference, loss_type, beta=beta, granularity=granularity, **knobs)
+        out = guarded(
+            model, torch.zeros(2, 1), reference, loss_type, beta=beta, granularity=granularity, **loss_kwargs
+        )
         assert out.scale.view(()).item() == expected
         assert out.metrics["safeguard/past_target"].item() == 1
 
@@ -221,18 +223,18 @@ def test_half_of_the_pairs_past_the_target_are_counted_as_half():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "knobs", "target"),
+    ("loss_type", "loss_kwargs", "target"),
     [
         ("ipo", {}, 0.5),
         ("dmpo", {"dmpo_alpha": 0.1}, math.log(9)),  # sigmoid(u) = 0.9
     ],
 )
-def test_the_target_is_where_the_gradient_changes_sign(loss_type: str, knobs: dict, target: float):
+def test_the_target_is_where_the_gradient_changes_sign(loss_type: str, loss_kwargs: dict, target: float):
     # one element: err_w 1, ref 4, err_l 4, ref 1: u = 3 beta
     model, reference = torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [1.0]])
     for logit, past in ((0.99 * target, 0.0), (1.01 * target, 1.0)):
         leaf = model.clone().requires_grad_()
-        out = guarded(leaf, torch.zeros(2, 1), reference, loss_type, beta=logit / 3, safeguard="none", **knobs)
+        out = guarded(leaf, torch.zeros(2, 1), reference, loss_type, beta=logit / 3, safeguard="none", **loss_kwargs)
         out.loss.backward()
         assert out.metrics["safeguard/past_target"].item() == past
         assert (leaf.grad[0] < 0) == bool(past)  # past it, descent makes the winner's prediction worse

@@ -15,9 +15,9 @@ from PIL import Image
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.streaming import Share
-from trl_diffusion_sdpo.trainer import loaders
-from trl_diffusion_sdpo.trainer.data_loading import check_batches, prepare_pairs
-from trl_diffusion_sdpo.trainer.loaders import choose_workers
+from trl_diffusion_sdpo.engines import batch_loaders as loaders
+from trl_diffusion_sdpo.engines.batch_loaders import choose_workers
+from trl_diffusion_sdpo.trainer.data_preparation import check_batches, prepare_pairs
 
 
 def two_processes(args, rank):
@@ -52,7 +52,7 @@ def test_a_steps_micro_batches_wait_on_the_host_as_bytes(make_trainer):
 
 
 def test_a_batch_goes_to_the_device_in_its_turn_and_grows_to_floats_there(make_trainer):
-    from trl_diffusion_sdpo.trainer.data_loading import on_device
+    from trl_diffusion_sdpo.trainer.data_preparation import on_device
 
     batch = next(iter(make_trainer().get_train_dataloader()))
     moved = on_device(batch, torch.device("meta"))
@@ -203,13 +203,13 @@ def test_several_processes_do_not_evaluate_on_parts_of_a_stream_which_may_differ
     assert sum(1 for _ in split) == 17 - rank
     trainer = make_trainer(eval_dataset=stream)
     args = two_processes(trainer.args, rank)
-    prepare_pairs(split, args, trainer.loss, name="train", training=True)
+    prepare_pairs(split, args, trainer.loss_spec, name="train", training=True)
     with pytest.raises(ValueError, match="eval data are a stream that `split_dataset_by_node` has given 2 processes"):
-        prepare_pairs(split, args, trainer.loss, name="eval", training=False)
-    prepared = prepare_pairs(split, trainer.args, trainer.loss, name="eval", training=False)
+        prepare_pairs(split, args, trainer.loss_spec, name="eval", training=False)
+    prepared = prepare_pairs(split, trainer.args, trainer.loss_spec, name="eval", training=False)
     with pytest.raises(ValueError, match="Pass the stream as it was before"):
-        prepare_pairs(prepared, args, trainer.loss, name="eval", training=False)
-    whole = prepare_pairs(stream, args, trainer.loss, name="eval", training=False)
+        prepare_pairs(prepared, args, trainer.loss_spec, name="eval", training=False)
+    whole = prepare_pairs(stream, args, trainer.loss_spec, name="eval", training=False)
     assert sum(1 for _ in whole.for_process(Share(rank, 2, 2))) == 18
 
 

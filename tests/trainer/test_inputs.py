@@ -26,7 +26,7 @@ def image(value=0, size=(16, 16)):
         ({"safeguard_mu": 1.5}, r"`safeguard_mu` must be in \[0, 1\], got 1.5"),
         ({"safeguard_mu": -0.1}, r"`safeguard_mu` must be in \[0, 1\], got -0.1"),
         ({"safeguard": "weights"}, "`safeguard` must be one of none, output, parameter; got 'weights'"),
-        ({"safeguard_granularity": "row"}, "must be one of batch, pair, weighted, bucket; got 'row'"),
+        ({"safeguard_granularity": "row"}, "must be one of batch, pair, weighted, noise_bin; got 'row'"),
         ({"safeguard_eps": -1.0}, "`safeguard_eps` must be at least 0, got -1.0"),
         ({"loss_type": "dpo"}, "`loss_type` must be one of sigmoid, .*; got 'dpo'"),
         ({"loss_type": "sigmoid", "dmpo_alpha": 0.1}, "`dmpo_alpha` is no knob of the loss 'sigmoid'"),
@@ -241,7 +241,7 @@ def test_a_quantization_of_transformers_becomes_one_of_diffusers():
     from diffusers import BitsAndBytesConfig
     from transformers import BitsAndBytesConfig as TransformersConfig
 
-    from trl_diffusion_sdpo.trainer.loading import diffusers_quantization
+    from trl_diffusion_sdpo.models.loading import diffusers_quantization
 
     given = TransformersConfig(load_in_8bit=True, llm_int8_threshold=5.0, bnb_4bit_compute_dtype="bfloat16")
     ours = diffusers_quantization(given)

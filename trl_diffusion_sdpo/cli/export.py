@@ -26,7 +26,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
-    from ..trainer.lora_export import export_kohya  # seconds: after the arguments are known to be good
+    from ..artifacts.lora_export import export_kohya  # seconds: after the arguments are known to be good
 
     tensors = export_kohya(options.run, options.output, average=options.average)
     count = sum(key.endswith(".alpha") for key in tensors)

@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import draw_scale_sweep, read_sweep, sweep_row, sweep_table, write_sweep
-from ..evaluation.scale_sweep import PICTURE_FILE, SWEEP_FILE
 from ..import_utils import require
 from .options import OneLineParser
+from .scale_sweep import PICTURE_FILE, SWEEP_FILE, plot_scale_sweep, read_sweep, sweep_row, sweep_table, write_sweep
 
 if TYPE_CHECKING:
     import datasets
     from transformers import TrainerCallback
 
+    from ..artifacts.interpolation import SavedRun, ScaledWeights
+    from ..models.loading import LoadedModel
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-    from ..trainer.loading import LoadedModel
-    from ..trainer.scaling import SavedRun, ScaledWeights
 
 EXIT_OK = 0
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -78,7 +77,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: On a folder, a base, data or settings that cannot act together.
     """
-    from ..trainer.scaling import ScaledWeights, check_free_folder, read_run, save_scaled  # seconds
+    from ..artifacts.interpolation import ScaledWeights, check_free_folder, read_run, save_scaled  # seconds
 
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
@@ -110,7 +109,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _load_base(options: argparse.Namespace, run: SavedRun) -> LoadedModel:
-    from ..trainer.loading import load_model
+    from ..models.loading import load_model
 
     origin = {"revision": options.model_revision, "dtype": options.dtype}
     loaded = load_model(options.model_name_or_path, model_init_kwargs=origin)
@@ -200,7 +199,7 @@ def _evaluate(
                 rows.append(sweep_row(scale, trainer.evaluate()))
             rows.sort(key=lambda row: row["scale"])
             write_sweep(file, settings, rows)
-    draw_scale_sweep(rows, trainer.args.noise_levels, folder / PICTURE_FILE)
+    plot_scale_sweep(rows, trainer.args.num_noise_bins, folder / PICTURE_FILE)
     print(f"{sweep_table(rows)}\n\nThe numbers and the picture are in {folder}.")
     return rows
 

@@ -147,7 +147,7 @@ def resume_point(value: str | bool | None) -> str | bool | None:
     Raises:
         ValueError: If it is a folder that is not there.
     """
-    from ..trainer.checkpoint_folders import LATEST, meaning  # seconds
+    from ..runs.checkpoint_folders import LATEST, meaning  # seconds
 
     point = meaning(value)
     if isinstance(point, str) and point != LATEST and not Path(point).is_dir():
@@ -190,7 +190,7 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
         trainer.push_to_hub(dataset_name=public_name(script_args))  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-    from ..trainer.verdict import verdict_of  # seconds, as above
+    from ..evaluation.verdict import verdict_of  # seconds, as above
 
     verdict = verdict_of(trainer)
     if verdict is not None:

@@ -93,7 +93,7 @@ class Family(ABC):
             where it takes none. May be set on an instance.
         vae_encode_batch_size (`int`, *optional*): Images that `encode_images` hands to the VAE at once; all of them if
             `None`. May be set on an instance.
-        drawn_image (`str`): Where one drawn image lies in what the pipeline's call returns, as code.
+        generated_image (`str`): Where one drawn image lies in what the pipeline's call returns, as code.
 
     Raises:
         ValueError: If the pipeline cannot be trained as this family (`check_pipeline`, `noise_process_class`).
@@ -112,7 +112,7 @@ class Family(ABC):
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None
     vae_encode_batch_size: int | None = None
-    drawn_image: ClassVar[str] = "images[0]"
+    generated_image: ClassVar[str] = "images[0]"
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -168,7 +168,7 @@ class Family(ABC):
         """Tokens that the denoiser makes of one of these latents, `(N, C, ..., H, W)`."""
         return math.prod(latents.shape[2:]) // self.patch_size**2
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Arguments of the pipeline's own call with which images are drawn in the course of training.
 
         Args:
@@ -237,8 +237,8 @@ class Family(ABC):
         with no_autocast(vae.device), _without_overflow(vae):
             for first in range(0, len(pixel_values), at_once):
                 part = slice(first, first + at_once)
-                streams = None if generator is None else generator[part]
-                latents.append(self.vae_latents(pixel_values[part].to(vae.device, vae.dtype), streams).float())
+                generators = None if generator is None else generator[part]
+                latents.append(self.vae_latents(pixel_values[part].to(vae.device, vae.dtype), generators).float())
         return self.scale_latents(torch.cat(latents))
 
     def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:

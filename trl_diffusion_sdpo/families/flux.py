@@ -53,9 +53,9 @@ class FluxFamily(Family):
         their model cards have it."""
         return 512 if self.denoiser.config.guidance_embeds else 256
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and prompts of the length that training uses: the pipeline's call has dev's for schnell too."""
-        return {**super().drawing_options(scale), "max_sequence_length": self.max_sequence_length}
+        return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
 
     def check_pipeline(self) -> None:
         super().check_pipeline()

@@ -34,9 +34,9 @@ class HunyuanDiTFamily(Family):
     noise_process_class = DDPMProcess
     patch_size = 2
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
-        return {**super().drawing_options(scale), "use_resolution_binning": False}
+        return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
         super().check_pipeline()

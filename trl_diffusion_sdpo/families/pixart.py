@@ -36,9 +36,9 @@ class PixArtAlphaFamily(Family):
     noise_process_class = DDPMProcess
     patch_size = 2
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
-        return {**super().drawing_options(scale), "use_resolution_binning": False}
+        return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return encode_with_mask(self.pipeline, prompts)
@@ -91,9 +91,9 @@ class PixArtSigmaFamily(Family):
                 "does, as PixArt-alpha's for 1024 pixels: the pipeline gives it none. Load it as PixArtAlphaPipeline."
             )
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
-        return {**super().drawing_options(scale), "use_resolution_binning": False}
+        return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return encode_with_mask(self.pipeline, prompts)

@@ -44,7 +44,7 @@ class QwenImageFamily(Family):
         last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and the space that the model card gives as negative prompt: without one there is no guidance."""
         own = {} if scale is None else {"true_cfg_scale": scale}
         return own if scale is not None and scale <= 1 else {**own, "negative_prompt": " "}

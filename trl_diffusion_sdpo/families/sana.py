@@ -33,9 +33,9 @@ class SanaFamily(Family):
     noise_process_class = FlowMatchingProcess
     patch_size = 1  # the autoencoder alone compresses
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
-        return {**super().drawing_options(scale), "use_resolution_binning": False}
+        return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
         super().check_pipeline()

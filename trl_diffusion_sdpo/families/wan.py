@@ -31,7 +31,7 @@ class WanFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
-    drawn_image = "frames[0][0]"
+    generated_image = "frames[0][0]"
 
     @property
     def vae_scale_factor(self) -> int:
@@ -42,9 +42,9 @@ class WanFamily(Family):
         """The pipeline's own default, which suits every checkpoint; the larger ones also know 720 lines."""
         return 480, 832
 
-    def drawing_options(self, scale: float | None) -> dict[str, Any]:
+    def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and one frame: an image."""
-        return {**super().drawing_options(scale), "num_frames": 1, "output_type": "pil"}
+        return {**super().generation_kwargs(scale), "num_frames": 1, "output_type": "pil"}
 
     def check_pipeline(self) -> None:
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:

@@ -2,13 +2,13 @@
 
 from .diffusion_preference import (
     SAFEGUARDS,
-    DiffusionPreferenceLoss,
+    PreferenceLossOutput,
     check_safeguard,
     diffusion_preference_loss,
     order_by_scores,
 )
 from .pair_terms import PairTerms, pair_terms
-from .preference import LOSSES, LossSpec, check_knobs, loss_spec
+from .preference import LOSSES, LossSpec, check_loss_kwargs, loss_spec
 from .safeguard import (
     ANCHORS,
     GRANULARITIES,
@@ -25,11 +25,11 @@ __all__ = [
     "GRANULARITIES",
     "LOSSES",
     "SAFEGUARDS",
-    "DiffusionPreferenceLoss",
+    "PreferenceLossOutput",
     "LossSpec",
     "PairTerms",
     "adamw_scale",
-    "check_knobs",
+    "check_loss_kwargs",
     "check_safeguard",
     "diffusion_preference_loss",
     "loser_scale",

@@ -8,19 +8,19 @@ import torch
 
 from .metrics import pair_metrics, pair_rewards, plain_errors, safeguard_metrics
 from .pair_terms import PairTerms, pair_terms
-from .preference import LossSpec, check_knobs, loss_spec, pair_losses, past_target
+from .preference import LossSpec, check_loss_kwargs, loss_spec, pair_losses, past_target
 from .safeguard import GRANULARITIES, output_cosine, output_scale, scale_gradient
 
 SAFEGUARDS = ("none", "output", "parameter")
 
 
 @dataclass(frozen=True)
-class DiffusionPreferenceLoss:
+class PreferenceLossOutput:
     """What [`diffusion_preference_loss`] gives back.
 
     Args:
         loss (`torch.Tensor` of shape `()`): To be back-propagated; its gradient is the safeguarded one.
-        scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"bucket"`): Lambda, detached.
+        scale (`torch.Tensor` of shape `()`, or `(B,)` with `"pair"` and `"noise_bin"`): Lambda, detached.
         metrics (`dict[str, torch.Tensor]`): Detached scalars.
         pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, before weights.
         pair_rewards (`torch.Tensor` of shape `(B, 2)`): Detached rewards of winner and loser.
@@ -50,11 +50,11 @@ def diffusion_preference_loss(
     pair_weights: torch.Tensor | None = None,
     timestep_weights: torch.Tensor | None = None,
     loser_weights: torch.Tensor | None = None,
-    buckets: torch.Tensor | None = None,
-    n_buckets: int = 1,
+    noise_bins: torch.Tensor | None = None,
+    num_noise_bins: int = 1,
     scores: torch.Tensor | None = None,
-    **knobs: float,
-) -> DiffusionPreferenceLoss:
+    **loss_kwargs: float,
+) -> PreferenceLossOutput:
     r"""Preference loss of a batch of pairs, with the safeguard in output space.
 
     Args:
@@ -70,20 +70,20 @@ def diffusion_preference_loss(
             measured from the residuals; `"none"` is the plain loss.
         safeguard_mu (`float`, *optional*, defaults to 0.9): Margin in `[0, 1]`; larger is stricter.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`): `"batch"` (the authors' rule), `"pair"`,
-            `"weighted"` or `"bucket"`.
+            `"weighted"` or `"noise_bin"`.
         safeguard_eps (`float`, *optional*, defaults to 0): Added to the dot product of the output gradients of the
             mean errors, which carry the factor `2 / N`. The authors' code has 1e-9.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' losses before the mean.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' errors, as min-SNR does.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`: multiply the losers' gradients, besides
             lambda; values stay as they are. A pair of weight 0 trains its winner only.
-        buckets (`torch.Tensor` of shape `(B,)`, int64, *optional*): Each pair's bucket, for `"bucket"`.
-        n_buckets (`int`, *optional*, defaults to 1): How many buckets there are.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Each pair's bucket, for `"noise_bin"`.
+        num_noise_bins (`int`, *optional*, defaults to 1): How many noise_bins there are.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first; read by `smpo`.
-        knobs (`float`): The loss's own settings, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
+        loss_kwargs (`float`): The loss's own settings, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
     Returns:
-        [`DiffusionPreferenceLoss`]
+        [`PreferenceLossOutput`]
 
     Raises:
         `ValueError`: On an unknown loss, a setting out of range or of another loss, shapes that do not fit, a missing
@@ -100,9 +100,9 @@ def diffusion_preference_loss(
     """
     spec = loss_spec(loss_type)
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
-    _check_at_output(safeguard, safeguard_granularity, buckets)
-    _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores, knobs)
-    _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, buckets)
+    _check_at_output(safeguard, safeguard_granularity, noise_bins)
+    _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores, loss_kwargs)
+    _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
     if spec.needs_scores:
         order = order_by_scores(scores).to(model_pred.device)
         scores = scores.to(model_pred.device)[order]
@@ -112,7 +112,7 @@ def diffusion_preference_loss(
         return pair_terms(prediction, target, ref_pred, timestep_weights=timestep_weights, scores=scores)
 
     def reduced(terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
-        losses = pair_losses(terms, loss_type, beta=beta, **knobs)
+        losses = pair_losses(terms, loss_type, beta=beta, **loss_kwargs)
         return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
 
     def branch_gradients() -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,7 @@ def diffusion_preference_loss(
     if safeguarded := safeguard == "output" and spec.uses_loser:
         rule = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
         rule |= {"equal_weights": spec.equal_weights, "positive_weights": spec.positive_weights}
-        parts = {"loser_weights": loser_weights, "buckets": buckets, "n_buckets": n_buckets}
+        parts = {"loser_weights": loser_weights, "noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
         scale = output_scale(*residuals, branch_gradients=branch_gradients, **rule, **parts)
     acting = scale if loser_weights is None else scale * loser_weights.to(scale)
     scaled = spec.uses_loser and (safeguarded or loser_weights is not None)
@@ -135,10 +135,10 @@ def diffusion_preference_loss(
     losses, loss = reduced(terms)
     metrics = pair_metrics(terms, beta=beta if spec.uses_beta else None)
     if spec.uses_loser:
-        past = past_target(terms, loss_type, beta=beta, **knobs)
+        past = past_target(terms, loss_type, beta=beta, **loss_kwargs)
         metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
     rewards = torch.stack(pair_rewards(terms, beta=beta if spec.uses_beta else 1.0), 1)
-    return DiffusionPreferenceLoss(loss, scale, metrics, losses.detach(), rewards, torch.stack(plain_errors(terms), 1))
+    return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, torch.stack(plain_errors(terms), 1))
 
 
 def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> None:
@@ -153,9 +153,11 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
         raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. The authors' code has 1e-9; 0 is exact.")
 
 
-def _check_at_output(safeguard: str, granularity: str, buckets: torch.Tensor | None) -> None:
-    if safeguard == "output" and granularity == "bucket" and buckets is None:
-        raise ValueError("`safeguard_granularity='bucket'` needs `buckets`, one a pair, and `n_buckets`; got None.")
+def _check_at_output(safeguard: str, granularity: str, noise_bins: torch.Tensor | None) -> None:
+    if safeguard == "output" and granularity == "noise_bin" and noise_bins is None:
+        raise ValueError(
+            "`safeguard_granularity='noise_bin'` needs `noise_bins`, one a pair, and `num_noise_bins`; got None."
+        )
     if safeguard == "parameter":
         raise ValueError(
             "`safeguard='parameter'` needs the model's gradients, which one loss does not have. Use the trainer, or "
@@ -163,9 +165,9 @@ def _check_at_output(safeguard: str, granularity: str, buckets: torch.Tensor | N
         )
 
 
-def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta, scores, knobs) -> None:
+def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta, scores, loss_kwargs) -> None:
     """Raise `ValueError` where the settings do not fit the loss, or the tensors each other or the loss."""
-    check_knobs(loss_type, beta, knobs)
+    check_loss_kwargs(loss_type, beta, loss_kwargs)
     if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
         raise ValueError(
             "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
@@ -183,7 +185,7 @@ def _check_inputs(spec: LossSpec, loss_type, model_pred, target, ref_pred, beta,
 
 
 def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
-    names = ("pair_weights", "timestep_weights", "loser_weights", "buckets")
+    names = ("pair_weights", "timestep_weights", "loser_weights", "noise_bins")
     for name, given in zip(names, weights, strict=True):
         if given is not None and given.shape != (pairs,):
             raise ValueError(f"`{name}` must have shape ({pairs},), one a pair, got {tuple(given.shape)}.")

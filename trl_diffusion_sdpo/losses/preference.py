@@ -143,8 +143,8 @@ class LossSpec:
     """What the trainer must know of a row of [`LOSSES`].
 
     Args:
-        function (`Callable`): From [`PairTerms`] and its knobs to one loss a pair, `(B,)`.
-        knobs (`tuple[str, ...]`): Names of the keyword arguments besides `beta`.
+        function (`Callable`): From [`PairTerms`] and its loss_kwargs to one loss a pair, `(B,)`.
+        loss_kwargs (`tuple[str, ...]`): Names of the keyword arguments besides `beta`.
         needs_reference (`bool`): Whether the loss reads the reference's errors.
         uses_beta (`bool`): Whether the loss has a `beta`.
         uses_loser (`bool`): Whether the loss reads the loser; if not, there is nothing to safeguard.
@@ -153,7 +153,7 @@ class LossSpec:
             it as if it did: the `"batch"` lambda then comes from the plain residuals.
         positive_weights (`bool`): Whether these equal weights are also positive for every pair, so that they cancel in
             the bound of the `"pair"` lambda.
-        target_logit (`Callable`, *optional*): The finite logit at which the loss is smallest, from its knobs. Past it
+        target_logit (`Callable`, *optional*): The finite logit at which the loss is smallest, from its loss_kwargs. Past it
             the loss itself raises the winner's error, whatever the safeguard does.
         anchor (`str`): What the parameter-space safeguard protects unless told otherwise: `"branch"` where the gradient
             of the winner's branch is a non-negative multiple of each pair's winner error's, `"error"` where it is not.
@@ -161,7 +161,7 @@ class LossSpec:
     """
 
     function: Callable[..., torch.Tensor]
-    knobs: tuple[str, ...] = ()
+    loss_kwargs: tuple[str, ...] = ()
     needs_reference: bool = True
     uses_beta: bool = True
     uses_loser: bool = True
@@ -186,12 +186,12 @@ LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss),
     "hinge": LossSpec(hinge_loss),
     "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=_ipo_target, anchor="error"),
-    "robust": LossSpec(robust_loss, knobs=("label_smoothing",)),
+    "robust": LossSpec(robust_loss, loss_kwargs=("label_smoothing",)),
     "dspo": LossSpec(dspo_loss, positive_weights=False, anchor="error", default_beta=0.001),
-    "dspo_sdxl": LossSpec(dspo_sdxl_loss, knobs=("dspo_threshold",), positive_weights=False, anchor="error"),
+    "dspo_sdxl": LossSpec(dspo_sdxl_loss, loss_kwargs=("dspo_threshold",), positive_weights=False, anchor="error"),
     "dmpo": LossSpec(
         dmpo_loss,
-        knobs=("dmpo_alpha",),
+        loss_kwargs=("dmpo_alpha",),
         positive_weights=False,
         target_logit=_dmpo_target_logit,
         anchor="error",
@@ -200,19 +200,19 @@ LOSSES: dict[str, LossSpec] = {
     "sft": LossSpec(sft_loss, needs_reference=False, uses_beta=False, uses_loser=False),
     "mapo": LossSpec(
         mapo_loss,
-        knobs=("mapo_temperature", "mapo_scale"),
+        loss_kwargs=("mapo_temperature", "mapo_scale"),
         needs_reference=False,
         equal_weights=False,
         positive_weights=False,
         default_beta=0.1,
     ),
-    "simpo": LossSpec(simpo_loss, knobs=("simpo_gamma",), needs_reference=False),
-    "dpop": LossSpec(dpop_loss, knobs=("dpop_lambda",), equal_weights=False, positive_weights=False),
-    "linear": LossSpec(linear_loss, knobs=("linear_eta",), default_beta=100.0),
-    "smpo": LossSpec(smpo_loss, knobs=("smpo_coefficient", "smpo_score_scale"), needs_scores=True),
+    "simpo": LossSpec(simpo_loss, loss_kwargs=("simpo_gamma",), needs_reference=False),
+    "dpop": LossSpec(dpop_loss, loss_kwargs=("dpop_lambda",), equal_weights=False, positive_weights=False),
+    "linear": LossSpec(linear_loss, loss_kwargs=("linear_eta",), default_beta=100.0),
+    "smpo": LossSpec(smpo_loss, loss_kwargs=("smpo_coefficient", "smpo_score_scale"), needs_scores=True),
 }
 
-KNOB_RANGES: dict[str, tuple[float, float, str]] = {
+LOSS_KWARG_RANGES: dict[str, tuple[float, float, str]] = {
     # name: (lowest, highest, rule); the ends are excluded where the rule says so
     "label_smoothing": (0.0, 0.5, "in [0, 0.5)"),
     "dspo_threshold": (0.0, math.inf, "at least 0"),
@@ -238,33 +238,33 @@ def loss_spec(loss_type: str) -> LossSpec:
     return LOSSES[loss_type]
 
 
-def check_knobs(loss_type: str, beta: float | None, knobs: dict[str, float]) -> None:
+def check_loss_kwargs(loss_type: str, beta: float | None, loss_kwargs: dict[str, float]) -> None:
     """Raise `ValueError` where a loss's settings are out of range or belong to another loss."""
     spec = loss_spec(loss_type)
     if spec.uses_beta and beta is not None and not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"`beta` must be a finite number greater than 0, got {beta}. Diffusion-DPO uses 5000.")
-    for name, value in knobs.items():
-        if name not in spec.knobs:
-            accepted = f"it takes {', '.join(spec.knobs)}" if spec.knobs else "it takes none"
+    for name, value in loss_kwargs.items():
+        if name not in spec.loss_kwargs:
+            accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"
             raise ValueError(f"`{name}` is no knob of the loss {loss_type!r}: {accepted}. Leave it unset.")
-        low, high, rule = KNOB_RANGES[name]
+        low, high, rule = LOSS_KWARG_RANGES[name]
         excluded = (rule.startswith(("in (", "greater")) and value == low) or (rule.endswith(")") and value == high)
         if not low <= value <= high or excluded or not math.isfinite(value):
             raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
 
-def past_target(terms: PairTerms, loss_type: str, *, beta: float | None, **knobs: float) -> torch.Tensor | None:
+def past_target(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
     """Which pairs are past the finite target of their loss, bool `(B,)`; `None` for losses without one."""
     spec = LOSSES[loss_type]
     if spec.target_logit is None:
         return None
-    return terms.logit(beta).detach() > spec.target_logit(**knobs)
+    return terms.logit(beta).detach() > spec.target_logit(**loss_kwargs)
 
 
-def pair_losses(terms: PairTerms, loss_type: str, *, beta: float | None, **knobs: float) -> torch.Tensor:
+def pair_losses(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
     """One loss a pair, `(B,)`, by the row `loss_type` of [`LOSSES`]."""
     spec = LOSSES[loss_type]
-    return spec.function(terms, beta=beta, **knobs) if spec.uses_beta else spec.function(terms, **knobs)
+    return spec.function(terms, beta=beta, **loss_kwargs) if spec.uses_beta else spec.function(terms, **loss_kwargs)
 
 
 def _dmpo_target(alpha: float) -> float:

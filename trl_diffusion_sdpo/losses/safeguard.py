@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-GRANULARITIES = ("batch", "pair", "weighted", "bucket")
+GRANULARITIES = ("batch", "pair", "weighted", "noise_bin")
 ANCHORS = ("branch", "error")
 
 
@@ -146,8 +146,8 @@ def output_scale(
     equal_weights: bool,
     positive_weights: bool,
     loser_weights: torch.Tensor | None = None,
-    buckets: torch.Tensor | None = None,
-    n_buckets: int = 1,
+    noise_bins: torch.Tensor | None = None,
+    num_noise_bins: int = 1,
 ) -> torch.Tensor:
     """Lambda measured at the model's output.
 
@@ -155,7 +155,7 @@ def output_scale(
         winner_residual, loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target`.
         mu (`float`): Margin in `[0, 1]`.
         granularity (`str`): `"batch"`, one lambda from the summed plain residuals, the authors' rule; `"pair"`, one
-            lambda a pair; `"weighted"`, one lambda from the sums under the pairs' true weights; `"bucket"`, the rule of
+            lambda a pair; `"weighted"`, one lambda from the sums under the pairs' true weights; `"noise_bin"`, the rule of
             `"batch"` within each bucket.
         eps (`float`): Added to the dot product.
         branch_gradients (`Callable`): Gives `dL/d prediction` of both branches; called only where it is needed.
@@ -165,13 +165,15 @@ def output_scale(
             use the plain residuals.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`, what each loser's gradient is
             multiplied by besides. Pairs of weight 0 have no loser to be measured against: they are left out.
-        buckets (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bucket of each pair, in `[0, n_buckets)`.
-        n_buckets (`int`): How many there are.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bucket of each pair, in `[0, num_noise_bins)`.
+        num_noise_bins (`int`): How many there are.
 
     Returns:
-        `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"bucket"`.
+        `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"noise_bin"`.
     """
-    plain = {"batch": equal_weights, "pair": positive_weights, "weighted": False, "bucket": equal_weights}[granularity]
+    plain = {"batch": equal_weights, "pair": positive_weights, "weighted": False, "noise_bin": equal_weights}[
+        granularity
+    ]
     gradients = None if plain else branch_gradients()
     winner_gain, dot = output_products(winner_residual, loser_residual, gradients)
     if loser_weights is not None:
@@ -182,11 +184,11 @@ def output_scale(
     if granularity == "pair":
         # Each pair's own mean errors, so that `eps` weighs alike however pairs are batched.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
-    elif granularity == "bucket":
+    elif granularity == "noise_bin":
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
-        sums = torch.zeros(3, n_buckets, device=dot.device, dtype=dot.dtype).index_add(1, buckets, rows)
+        sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
         sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2  # means of each bucket's own pairs, for `eps`
-        return loser_scale(sums[0], sums[1], mu, eps)[buckets]  # one a bucket -> one a pair
+        return loser_scale(sums[0], sums[1], mu, eps)[noise_bins]  # one a bucket -> one a pair
     else:
         winner_gain, dot = winner_gain.sum(), dot.sum()
     return loser_scale(winner_gain, dot, mu, eps)

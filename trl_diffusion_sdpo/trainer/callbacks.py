@@ -22,13 +22,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..evaluation import draw_noise_levels, level_changes
+from ..engines.processes import in_any_process
+from ..engines.sharding import DenoiserView, runs_deepspeed
 from ..import_utils import is_plots_available
-from .processes import in_any_process
-from .sharding import DenoiserView, runs_deepspeed
+from .noise_bin_plot import changes_by_noise_bin, plot_noise_bins
 
 if TYPE_CHECKING:
-    from .step_exchange import StepExchange
+    from ..engines.step_exchange import StepExchange
 
 logger = logging.getLogger(__name__)
 
@@ -288,18 +288,18 @@ class SyncReferenceCallback(TrainerCallback):
             self.reference.sync(self.alpha)
 
 
-class NoiseLevelPlotCallback(TrainerCallback):
+class NoiseBinPlotCallback(TrainerCallback):
     """Draws what training did to the errors at each noise level, after every evaluation, into the output folder:
-    `noise_levels.png` for the prefix `eval`, `noise_levels_ema.png` for `eval_ema`. Without matplotlib, which is an
+    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an
     extra, the numbers are in the log alone."""
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero or not is_plots_available():
             return
-        for prefix, records in level_changes(state.log_history).items():
-            name = f"noise_levels{prefix.removeprefix('eval').replace('/', '_')}.png"
+        for prefix, records in changes_by_noise_bin(state.log_history).items():
+            name = f"noise_bins{prefix.removeprefix('eval').replace('/', '_')}.png"
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            draw_noise_levels(records[-SHOWN_EVALUATIONS:], args.noise_levels, Path(args.output_dir) / name)
+            plot_noise_bins(records[-SHOWN_EVALUATIONS:], args.num_noise_bins, Path(args.output_dir) / name)
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:

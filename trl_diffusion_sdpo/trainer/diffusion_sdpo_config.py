@@ -11,13 +11,11 @@ from transformers import TrainingArguments
 
 from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import DENSITIES
-from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_knobs, check_safeguard, loss_spec
-from ..losses.preference import KNOB_RANGES
-from .data_arguments import DataArguments
-from .masking import masked
-from .pipeline_arguments import PipelineArguments
-from .run_arguments import RunArguments
-from .setting_checks import (
+from ..losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS, check_loss_kwargs, check_safeguard, loss_spec
+from ..losses.preference import LOSS_KWARG_RANGES
+from ..masking import masked
+from .argument_groups import DataArguments, PipelineArguments, RunArguments, WinnerArguments
+from .config_checks import (
     check_data,
     check_inherited,
     check_length,
@@ -29,7 +27,6 @@ from .setting_checks import (
     settled_resolution,
 )
 from .setting_words import read_words
-from .winner_arguments import WinnerArguments
 
 
 @dataclass
@@ -85,7 +82,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
             Share of the winner's descent that must remain, in `[0, 1]`.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
             `"batch"`, one lambda a micro-batch and process, as published; `"pair"`, one a pair, which does not depend
-            on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights; `"bucket"`, one a
+            on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights; `"noise_bin"`, one a
             noise level of the micro-batch.
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
             Added to the dot product; 1e-9 reproduces the authors' code.
@@ -226,7 +223,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
         default="batch",
         metadata={
             "help": "One lambda a micro-batch (`batch`, as published), a pair (`pair`), a micro-batch under true "
-            "weights (`weighted`), or a noise level of the micro-batch (`bucket`).",
+            "weights (`weighted`), or a noise level of the micro-batch (`noise_bin`).",
             "choices": list(GRANULARITIES),
         },
     )
@@ -299,7 +296,13 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
             self.ddp_find_unused_parameters = False  # weights that take no part do not train
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
-        for name in ("beta", "safeguard_mu", "winner_budget", "ema_decay", *KNOB_RANGES):  # YAML reads 2e3 as text
+        for name in (
+            "beta",
+            "safeguard_mu",
+            "winner_budget",
+            "ema_decay",
+            *LOSS_KWARG_RANGES,
+        ):  # YAML reads 2e3 as text
             if isinstance(getattr(self, name), str):
                 setattr(self, name, float(getattr(self, name)))
         self.resolution = settled_resolution(self.resolution)
@@ -313,9 +316,9 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
         check_winner_arguments(self)
 
     @property
-    def loss_knobs(self) -> dict[str, float]:
+    def loss_kwargs(self) -> dict[str, float]:
         """The loss's own settings that were given, by name."""
-        values = {name: getattr(self, name) for name in KNOB_RANGES}
+        values = {name: getattr(self, name) for name in LOSS_KWARG_RANGES}
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,7 +332,7 @@ class DiffusionSDPOConfig(PipelineArguments, DataArguments, WinnerArguments, Run
     __repr__ = __str__
 
     def _check_loss(self) -> None:
-        check_knobs(self.loss_type, self.beta, self.loss_knobs)
+        check_loss_kwargs(self.loss_type, self.beta, self.loss_kwargs)
         check_safeguard(
             self.safeguard,
             0.0 if self.safeguard_mu is None else self.safeguard_mu,

@@ -18,26 +18,28 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from .._compat import compile_with_eager_rounding
+from ..artifacts.weights import fingerprint, trained_weights
 from ..data.collator import PreferenceCollator
 from ..data.transforms import pixels_as_floats
-from ..losses import DiffusionPreferenceLoss, diffusion_preference_loss, loss_spec
-from . import sharding
-from .adapters import active_adapter, add_lora, base_tensors, check_adapter_weight, train_only_adapter
-from .average import AverageWeights
-from .branch_training import BranchTrainingMixin
-from .checkpoint import fingerprint, own_weights
-from .data_loading import DataLoadingMixin, check_batches
+from ..engines import sharding
+from ..engines.batch_loaders import BatchLoaders, choose_workers
+from ..losses import PreferenceLossOutput, diffusion_preference_loss, loss_spec
+from ..models.adapters import active_adapter, add_lora, base_tensors, check_adapter_weight, train_only_adapter
+from ..models.denoiser_wrapper import DenoiserWrapper
+from ..models.ema import EMAWeights
+from ..models.frozen_components import working_family
+from ..models.loading import LoadedModel, load_model, load_reference
+from ..models.reference import Reference, build_reference
+from ..step.finite_check import FiniteCheck
+from ..step.meters import MetricMeter, NoiseBinMeter
+from ..step.noisy_batch import NoisyBatch
+from ..step.parameter_safeguard import BranchTrainingMixin
+from ..step.winner_budget import WinnerBudget, WinnerBudgetMixin
+from .config_checks import check_activation_checkpointing, check_without_dropout
+from .data_preparation import DataLoadingMixin, check_batches
+from .default_callbacks import default_callbacks
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluating import EvaluationMixin
-from .finite import FiniteCheck
-from .frozen_parts import working_family
-from .loaders import BatchLoaders, choose_workers
-from .loading import LoadedModel, load_model, load_reference
-from .metrics import MetricMeter
-from .noise_levels import LevelMeter
-from .noisy_batch import NoisyBatch
-from .own_callbacks import own_callbacks
-from .policy import PolicyModel
 from .preparing import (
     autocast_dtype,
     check_guidance,
@@ -46,17 +48,14 @@ from .preparing import (
     check_resolution,
     checked_timesteps,
     complete_args,
+    copy_and_check_args,
     disable_dropout,
-    own_args,
 )
 from .publishing import PublishingMixin
-from .reference import Reference, build_reference
-from .setting_checks import check_activation_checkpointing, check_without_dropout
-from .winner_budget import WinnerBudget, WinnerBudgetMixin
 
 logger = logging.getLogger(__name__)
 
-VAE_STREAM = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that of its noise
+VAE_SEED_MASK = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that of its noise
 
 
 class DiffusionSDPOTrainer(
@@ -129,13 +128,13 @@ class DiffusionSDPOTrainer(
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
     ):
-        args = own_args(model, ref_model, args)
+        args = copy_and_check_args(model, ref_model, args)
         if quantization_config is not None and peft_config is None:
             raise ValueError(
                 "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, "
                 "or leave the quantization out."
             )
-        with sharding.loading_whole(args):
+        with sharding.loading_unsharded(args):
             loaded = load_model(
                 model,
                 processing_class=processing_class,
@@ -151,20 +150,20 @@ class DiffusionSDPOTrainer(
         if reason := choose_workers(args, train_dataset, evaluates=eval_dataset is not None):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         super().__init__(
-            model=PolicyModel(loaded.denoiser),
+            model=DenoiserWrapper(loaded.denoiser),
             args=args,
             data_collator=PreferenceCollator() if data_collator is None else data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.pipeline,
             compute_metrics=compute_metrics,
-            callbacks=[*own_callbacks(self, args, train_dataset), *(callbacks or [])],
+            callbacks=[*default_callbacks(self, args, train_dataset), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
         self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_open)
         sharding.check_engine(self.accelerator)
-        for kept in self._kept_weights:
+        for kept in self._shadow_weights:
             kept.accelerator = self.accelerator
 
     @property
@@ -180,7 +179,7 @@ class DiffusionSDPOTrainer(
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, DiffusionPreferenceLoss]:
+    ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
         """Loss of a batch of B pairs, a scalar; with `return_outputs` also what came with it."""
         batch, model_pred, ref_pred = self._predict_pairs(model, inputs)
         outputs = self._loss_of(model_pred, batch, ref_pred, inputs.get("scores"))
@@ -219,7 +218,7 @@ class DiffusionSDPOTrainer(
         ref_pred: torch.Tensor | None,
         scores: torch.Tensor | None,
         safeguard: str | None = None,
-    ) -> DiffusionPreferenceLoss:
+    ) -> PreferenceLossOutput:
         """The loss of predictions `(2B, ...)`, with the safeguard in output space if that is the one."""
         if safeguard is None:
             safeguard = "none" if self.args.safeguard == "parameter" else self.args.safeguard
@@ -236,16 +235,16 @@ class DiffusionSDPOTrainer(
             timestep_weights=self._timestep_weights(batch),
             **self._loser_weights(batch.levels.chunk(2)[0]),
             scores=scores,
-            **self.args.loss_knobs,
+            **self.args.loss_kwargs,
         )
 
     def _encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
         pixels = pixels_as_floats(inputs["pixel_values"])
-        streams = self._streams([seed ^ VAE_STREAM for seed in inputs["seeds"]])
+        generators = self._generators([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         # A VAE may answer channels last, a layout that convolutions keep without gradients and drop with them: policy
         # and reference would round differently.
-        latents = self.family.encode_images(pixels, [*streams, *streams]).contiguous()
+        latents = self.family.encode_images(pixels, [*generators, *generators]).contiguous()
         conditioning = self.family.encode_prompts(inputs["prompts"])  # one for a pair's two images
         conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(
@@ -261,16 +260,16 @@ class DiffusionSDPOTrainer(
         Returns:
             Timesteps `(2B,)`, noise `(2B, ...)`, and what the model's input carries on top of it.
         """
-        streams = self._streams(seeds)
+        generators = self._generators(seeds)
         shape = (len(seeds), *latents.shape[1:])
-        uniform = torch.cat([torch.rand(1, generator=stream, device=latents.device) for stream in streams])
-        noise = randn_tensor(shape, streams, latents.device, latents.dtype)
+        uniform = torch.cat([torch.rand(1, generator=stream, device=latents.device) for stream in generators])
+        noise = randn_tensor(shape, generators, latents.device, latents.dtype)
         if self.args.noise_offset:
             constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
-            noise = noise + self.args.noise_offset * randn_tensor(constant, streams, latents.device, latents.dtype)
+            noise = noise + self.args.noise_offset * randn_tensor(constant, generators, latents.device, latents.dtype)
         extra: torch.Tensor | float = 0.0
         if self.args.input_perturbation:
-            extra = self.args.input_perturbation * randn_tensor(shape, streams, latents.device, latents.dtype)
+            extra = self.args.input_perturbation * randn_tensor(shape, generators, latents.device, latents.dtype)
             extra = torch.cat([extra, extra])
         length = self.family.image_seq_len(latents)
         timesteps = self.family.noise_process.timesteps(uniform, image_seq_len=length, **self._timesteps)
@@ -288,7 +287,7 @@ class DiffusionSDPOTrainer(
         weighting = {"snr_gamma": self.args.snr_gamma, "weighting": self.args.timestep_weighting}
         return self.family.noise_process.weights(timesteps, image_seq_len=length, **weighting)
 
-    def _streams(self, seeds: list[int]) -> list[torch.Generator]:
+    def _generators(self, seeds: list[int]) -> list[torch.Generator]:
         """One random stream a pair: its draws depend on neither its place in the batch nor the batch's size."""
         return [torch.Generator(self.args.device).manual_seed(seed) for seed in seeds]
 
@@ -300,14 +299,14 @@ class DiffusionSDPOTrainer(
         self._finite = FiniteCheck(self.callback_handler.callbacks)
         sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
         unrounded = sharding.unrounded(self.denoiser, self.accelerator)
-        for kept in self._kept_weights:
+        for kept in self._shadow_weights:
             kept.keep_exact()
         deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
         )
         sharding.restore_unrounded(unrounded)
-        for kept in self._kept_weights:
+        for kept in self._shadow_weights:
             kept.prepare(self.model_wrapped)
         self._engine_ready = True
         if deepspeed_resumes:
@@ -334,32 +333,33 @@ class DiffusionSDPOTrainer(
             sharding.check_whole(getattr(self.pipeline, name), name)
         self.model_name_or_path = loaded.name_or_path
         self.fingerprint = fingerprint(base_tensors(loaded.denoiser))  # before training changes them
-        self.loss = loss_spec(args.loss_type)
+        self.loss_spec = loss_spec(args.loss_type)
         self.adapter, fresh = self._choose_weights(loaded, peft_config, args)
         self.reference = self._make_reference(loaded, ref_model, args, fresh)
         self.gave_reference = ref_model is not None
         self.average = None
         if args.ema_decay is not None:
-            self.average = AverageWeights(loaded.denoiser, self.adapter, args.ema_decay)
-        self._kept_weights = [self.reference, *([] if self.average is None else [self.average.kept])]
+            self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay)
+        self._shadow_weights = [self.reference, *([] if self.average is None else [self.average.kept])]
         check_guidance(args, self.family)
-        complete_args(args, self.family, self.loss, full=self.adapter is None)
+        complete_args(args, self.family, self.loss_spec, full=self.adapter is None)
         check_resolution(args, self.family)
         self._timesteps = checked_timesteps(args, self.family)
         check_noise_range(args, self.family, self._timesteps)
         check_without_dropout(args, loaded.denoiser)
         check_activation_checkpointing(args, loaded.denoiser)
-        self._shapes = {name: tuple(w.shape) for name, w in own_weights(loaded.denoiser, self.adapter).items()}
+        self._shapes = {name: tuple(w.shape) for name, w in trained_weights(loaded.denoiser, self.adapter).items()}
         self._branches, self._probe, self._engine_ready = None, None, False
         self._finite = FiniteCheck()
         self._meter = {"train": MetricMeter(), "eval": MetricMeter()}
-        self._level_meter, self._acting, self._budget = LevelMeter(args.noise_levels), contextlib.nullcontext, None
+        self._noise_bin_meter = NoiseBinMeter(args.num_noise_bins)
+        self._acting, self._budget = contextlib.nullcontext, None
         if args.winner_budget is not None:
-            self._budget = WinnerBudget(args.winner_budget, args.noise_levels, args.device)
+            self._budget = WinnerBudget(args.winner_budget, args.num_noise_bins, args.device)
         self.family = working_family(self.family, args)
         if args.torch_compile:
             compile_with_eager_rounding()
-        for kept in self._kept_weights:
+        for kept in self._shadow_weights:
             kept.to(args.device)
             if args.torch_compile:
                 kept.compile(args.torch_compile_backend, args.torch_compile_mode)
@@ -400,20 +400,20 @@ class DiffusionSDPOTrainer(
     ) -> Reference:
         given = None
         if ref_model is not None:
-            with sharding.loading_whole(args):
+            with sharding.loading_unsharded(args):
                 given = load_reference(ref_model, loaded, args)
             if args.disable_dropout:
                 disable_dropout(given)
-            if not self.loss.needs_reference:
+            if not self.loss_spec.needs_reference:
                 logger.warning(
                     "The loss %r reads no reference; `ref_model` serves the metrics `errors/*_change` only.",
                     args.loss_type,
                 )
         return build_reference(
             loaded.denoiser,
-            needed=self.loss.needs_reference,
+            needed=self.loss_spec.needs_reference,
             given=given,
-            given_is_ours=isinstance(ref_model, (str, Path)),
+            may_modify_given=isinstance(ref_model, (str, Path)),
             changed_by_engine=sharding.by_engine(args),
             fresh_adapter=self.adapter if fresh_adapter else None,
             started_adapter=None if fresh_adapter else self.adapter,

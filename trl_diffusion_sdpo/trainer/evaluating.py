@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..losses import DiffusionPreferenceLoss
-from .average import AVERAGE_FOLDER
-from .noisy_batch import NoisyBatch
+from ..losses import PreferenceLossOutput
+from ..models.ema import EMA_FOLDER
+from ..step.noisy_batch import NoisyBatch
 
 
 class EvaluationMixin:
@@ -39,7 +39,7 @@ class EvaluationMixin:
         self._meter["eval"].add({**self._shown(measured.metrics), "loss": measured.loss}, real)
         if ref_pred is not None:
             levels = batch.levels[: len(measured.pair_errors)]
-            self._level_meter.add(levels, measured.pair_errors, counts=real > 0)
+            self._noise_bin_meter.add(levels, measured.pair_errors, counts=real > 0)
         loss = outputs.loss.detach()
         if prediction_loss_only:
             return loss, None, None
@@ -53,7 +53,7 @@ class EvaluationMixin:
         model_pred: torch.Tensor,
         ref_pred: torch.Tensor | None,
         inputs: dict[str, Any],
-    ) -> DiffusionPreferenceLoss:
+    ) -> PreferenceLossOutput:
         """The loss of some of a batch's pairs, from predictions that are there: a forward pass would take all
         processes."""
         scores = inputs.get("scores")
@@ -78,7 +78,7 @@ class EvaluationMixin:
         if self.average is not None:
             self._acting = self.average.active
             try:
-                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{AVERAGE_FOLDER}")
+                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{EMA_FOLDER}")
             finally:
                 self._acting = contextlib.nullcontext
             output.metrics.update(averaged.metrics)
@@ -86,10 +86,10 @@ class EvaluationMixin:
 
     def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
         """One pass over the data, with what the meters have seen in it."""
-        for meter in (self._meter["eval"], self._level_meter):
+        for meter in (self._meter["eval"], self._noise_bin_meter):
             meter.drain(self.accelerator)
         output = super().evaluation_loop(dataloader, *settings)
-        measured = {**self._meter["eval"].drain(self.accelerator), **self._level_meter.drain(self.accelerator)}
+        measured = {**self._meter["eval"].drain(self.accelerator), **self._noise_bin_meter.drain(self.accelerator)}
         output.metrics.update({f"{settings[-1]}_{name}": value for name, value in measured.items()})
         return output
 

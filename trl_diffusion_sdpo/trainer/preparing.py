@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engines.sharding import set_deepspeed_learning_rate
 from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
+from .config_checks import check_one_device, settled_resolution
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .setting_checks import check_one_device, settled_resolution
-from .sharding import tell_learning_rate
 
 logger = logging.getLogger(__name__)
 
 
-def own_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
+def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
     """The trainer's own copy of the settings, after the checks that need no model.
 
     Raises:
@@ -68,7 +68,7 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
     chosen = {name: value for name, value in defaults_by_name.items() if getattr(args, name) is None}
     for name, value in chosen.items():
         setattr(args, name, value)
-    tell_learning_rate(args)
+    set_deepspeed_learning_rate(args)
     safeguarded = args.safeguard != "none" and loss.uses_loser
     told = {name: value for name, value in chosen.items() if value is not None}
     if not safeguarded:

@@ -14,27 +14,27 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from .._compat import loads_lora
-from ..losses.preference import KNOB_RANGES
-from .agreeing import everyones, failing_together
+from ..artifacts.disk import naming_the_disk
+from ..artifacts.hub import PublishingError, Uploads
+from ..artifacts.model_card import ModelCardFacts, build_model_card
+from ..engines.agreeing import everyones, failing_together
+from ..engines.processes import in_any_process
+from ..evaluation.verdict import verdict_of
+from ..losses.preference import LOSS_KWARG_RANGES
+from ..runs.manifest import ARGS_FILE
+from ..runs.run_folder import PREVIOUS_RUN
 from .callbacks import SampleImagesCallback
-from .disk import naming_the_disk
-from .hub import PublishingError, Uploads
-from .manifest import ARGS_FILE
-from .model_card import ModelCardFacts, build_model_card
-from .processes import in_any_process
-from .run_folder import PREVIOUS_RUN
 from .saving import SETTINGS_OF_THE_PATH, SavingMixin
-from .verdict import verdict_of
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 # Checkpoints, pickles, logs, plots, and the arguments, which name folders of the machine; the card has the settings.
-NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", "noise_levels*.png", ARGS_FILE]
+NOT_UPLOADED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin", "runs/*", "noise_bins*.png", ARGS_FILE]
 NOT_UPLOADED += [f"{PREVIOUS_RUN}-*"]
 SETTINGS_IN_CARD = (
     *SETTINGS_OF_THE_PATH,
-    *KNOB_RANGES,
+    *LOSS_KWARG_RANGES,
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -79,8 +79,8 @@ class PublishingMixin(SavingMixin):
             denoiser_name=self.family.denoiser_name,
             tuning="full" if self.adapter is None else "lora",
             loads_lora=loads_lora(type(self.pipeline)),
-            drawing_options=self.family.drawing_options(None),
-            drawn_image=self.family.drawn_image,
+            generation_kwargs=self.family.generation_kwargs(None),
+            generated_image=self.family.generated_image,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *tags],
             settings={name: getattr(self.args, name) for name in SETTINGS_IN_CARD},

@@ -13,17 +13,17 @@ import torch
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..losses.preference import KNOB_RANGES
-from . import sharding
-from .adamw_metric import is_plain_sgd
-from .checkpoint import forget_local_origins, own_weights, read_weights, save_weights, write_setup
-from .checkpoint_folders import CheckpointFolders, holds_optimizer
-from .disk import naming_the_disk
-from .manifest import ARGS_FILE
-from .resuming import check_resumable, data_fingerprint, own_optimizer_settings, stored_settings
+from ..artifacts.disk import naming_the_disk
+from ..artifacts.weights import read_weights, remove_local_paths, save_weights, trained_weights, write_setup
+from ..engines import sharding
+from ..engines.adamw_preconditioner import is_plain_sgd
+from ..losses.preference import LOSS_KWARG_RANGES
+from ..runs.checkpoint_folders import CheckpointFolders, holds_optimizer
+from ..runs.manifest import ARGS_FILE
+from ..runs.resuming import check_resumable, data_fingerprint, keep_optimizer_settings, stored_settings
+from ..runs.run_folder import RunFolder
+from ..runs.unpickling import tensors_only
 from .run_control import borrowed, stopping_on_interrupt
-from .run_folder import RunFolder
-from .unpickling import tensors_only
 
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 # What decides where training goes; a run that resumes with other values is told so.
@@ -55,13 +55,13 @@ SETTINGS_OF_THE_PATH = (
     "snr_gamma",
     "noise_offset",
     "input_perturbation",
-    "noise_levels",
+    "num_noise_bins",
     "loser_noise_range",
     "winner_budget",
     "winner_budget_pairs",
     "winner_budget_steps",
     "ema_decay",
-    "safeguard_metric",
+    "safeguard_preconditioner",
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
@@ -167,7 +167,7 @@ class SavingMixin:
             "weights_before_training": self.fingerprint,
             "train_data": self._train_data,
             "run_id": self.run_folder.run_id,
-            **{name: getattr(self.args, name) for name in (*SETTINGS_OF_THE_PATH, *KNOB_RANGES)},
+            **{name: getattr(self.args, name) for name in (*SETTINGS_OF_THE_PATH, *LOSS_KWARG_RANGES)},
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -188,7 +188,7 @@ class SavingMixin:
 
     def _bytes_to_save(self) -> int:
         """Of the weights alone; a LoRA is written twice."""
-        weights = own_weights(self.denoiser, self.adapter).values()
+        weights = trained_weights(self.denoiser, self.adapter).values()
         return sum(weight.numel() * weight.element_size() for weight in weights) * (1 if self.adapter is None else 2)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -199,9 +199,9 @@ class SavingMixin:
         whole = None
         if self._holds_parts():
             sharding.shard_again(self.model_wrapped)
-            whole = sharding.gather(own_weights(self.denoiser, self.adapter), self.accelerator, keep=writes)
+            whole = sharding.gather(trained_weights(self.denoiser, self.adapter), self.accelerator, keep=writes)
         if checkpoint:
-            for kept in self._kept_weights:
+            for kept in self._shadow_weights:
                 kept.save(folder, write=writes)
         average = None if self.average is None or checkpoint else self.average.whole(keep=writes)
         if not writes:
@@ -222,8 +222,8 @@ class SavingMixin:
         write_setup(folder, self._setup())
         if not checkpoint:
             self._write_args(folder)
-        forget_local_origins([folder / "model_index.json"])
-        forget_local_origins(folder / name / file for name in self.pipeline.components for file in COMPONENT_CONFIGS)
+        remove_local_paths([folder / "model_index.json"])
+        remove_local_paths(folder / name / file for name in self.pipeline.components for file in COMPONENT_CONFIGS)
 
     def _write_args(self, folder: Path) -> None:
         """Readable, without tokens, and no pickle: the Trainer's own training_args.bin is all three the other way."""
@@ -239,11 +239,11 @@ class SavingMixin:
             adapter=self.adapter,
             whole=weights,
         )
-        forget_local_origins([folder / self.family.denoiser_name / "config.json"])
+        remove_local_paths([folder / self.family.denoiser_name / "config.json"])
 
     def _load_kept(self, folder: Path) -> None:
         """What moves beside the policy."""
-        for kept in self._kept_weights:
+        for kept in self._shadow_weights:
             kept.load(folder)
         if self._budget is not None:
             self._budget.load(folder)
@@ -289,13 +289,13 @@ class SavingMixin:
 
     def _load_engine_checkpoint(self, resume_from_checkpoint: str) -> None:
         """Under DeepSpeed, which reads weights and optimizer at once."""
-        with self._own_optimizer_settings():
+        with self._keep_optimizer_settings():
             self._read_deepspeed_state(resume_from_checkpoint)
             self._load_kept(Path(resume_from_checkpoint))
             self._read_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._own_optimizer_settings():
+        with self._keep_optimizer_settings():
             self._read_optimizer_and_scheduler(checkpoint)
 
     def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -303,10 +303,10 @@ class SavingMixin:
         with self._plain_sgd_whole(), self._tensors_only():
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _own_optimizer_settings(self) -> contextlib.AbstractContextManager:
+    def _keep_optimizer_settings(self) -> contextlib.AbstractContextManager:
         """What the arguments say of optimizer and schedule, kept over the loading of a checkpoint."""
         before = self._settings_before.get("learning_rate")
-        return own_optimizer_settings(self.optimizer, self.lr_scheduler, self.args.learning_rate, before)
+        return keep_optimizer_settings(self.optimizer, self.lr_scheduler, self.args.learning_rate, before)
 
     @contextlib.contextmanager
     def _plain_sgd_whole(self) -> Iterator[bool]:
@@ -346,4 +346,4 @@ class SavingMixin:
             shapes=self._shapes,
         )
         sharding.shard_again(self.model_wrapped)
-        sharding.scatter(weights, own_weights(self.denoiser, self.adapter), self.accelerator)
+        sharding.scatter(weights, trained_weights(self.denoiser, self.adapter), self.accelerator)

@@ -1,0 +1,198 @@
+"""What processes agree on in a step without waiting: losses, the gradient's norm, a wish to stop. The branch that only
+accelerators take is walked with memory and events of this file's own."""
+
+import math
+import multiprocessing
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.engines import host_copy
+from trl_diffusion_sdpo.step import parameter_safeguard as branch_training
+from trl_diffusion_sdpo.step.finite_check import FiniteCheck
+from trl_diffusion_sdpo.trainer.callbacks import CheckpointOnInterrupt
+
+PROCESSES = 2
+MICRO_BATCHES = 3
+
+
+class LateEvent:
+    """Of an accelerator: the values that were copied before it was recorded are there once it was waited for."""
+
+    waited = 0
+
+    def __init__(self, device):
+        self.recorded = False
+
+    def record(self):
+        self.recorded = True
+
+    def synchronize(self):
+        assert self.recorded, "an event that was never recorded is waited for"
+        type(self).waited += 1
+
+
+@pytest.fixture
+def like_an_accelerator(monkeypatch):
+    """The branch of accelerators, on the CPU."""
+    monkeypatch.setattr(LateEvent, "waited", 0)
+    monkeypatch.setattr(host_copy, "is_on_host", lambda values: False)
+    monkeypatch.setattr(host_copy, "pinned_like", lambda values: torch.empty(values.shape, dtype=values.dtype))
+    monkeypatch.setattr(host_copy, "event_on", LateEvent)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process, and its mesh."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded_norm(mesh, *values):
+    """The norm of gradients that FSDP2 has sharded, as clipping makes it."""
+    gradients = [distribute_tensor(torch.tensor([value, 0.0]), mesh, [Shard(0)]) for value in values]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def test_on_an_accelerator_the_host_waits_only_when_it_reads(like_an_accelerator):
+    copy = host_copy.HostCopy(torch.tensor([1, 2]))
+    assert LateEvent.waited == 0
+    assert copy.read() == [1, 2]
+    assert LateEvent.waited == 1
+
+
+def test_the_norm_of_sharded_gradients_is_watched_on_an_accelerator(make_trainer, alone, like_an_accelerator):
+    trainer = make_trainer()
+    assert float(trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, 4.0))) == 5
+    trainer._finite.verify_gradient()
+    trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, math.inf))
+    with pytest.raises(FloatingPointError, match="Every gradient must be finite"):
+        trainer._finite.verify_gradient()
+
+
+def test_a_norm_that_stayed_distributed_would_be_noticed(make_trainer, alone, like_an_accelerator, monkeypatch):
+    monkeypatch.setattr(branch_training, "whole", lambda value: value)
+    trainer = make_trainer()
+    with pytest.raises((RuntimeError, AssertionError)):  # of torch's dispatch, by version
+        trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, 4.0))
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_a_bad_loss_in_the_first_of_two_micro_batches_stops_before_the_weights_move(make_trainer, safeguard):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                self.weights = [weight.detach().clone() for weight in model.parameters()]
+                self.hook = model.register_forward_hook(lambda module, args, output: (output[0] * math.nan,))
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                self.hook.remove()
+
+    poison = Poison()
+    trainer = make_trainer(
+        callbacks=[poison],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        safeguard=safeguard,
+    )
+    with pytest.raises(FloatingPointError, match=r"at step 2, 2 of 4 were not \(row \d+: nan, row \d+: nan\)"):
+        trainer.train()
+    for before, now in zip(poison.weights, trainer.model.parameters(), strict=True):
+        assert torch.equal(before, now)
+
+
+def test_a_training_that_begins_anew_forgets_what_the_last_one_watched(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer._finite.watch(torch.tensor([math.nan]), torch.tensor([0]), last=True)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# ---- Two processes -------------------------------------------------------------------------------------------------
+
+
+def steps_of_a_process(rank, folder, asked_at, ruined_at, answers):
+    """Four steps as the trainer has them. Process 0 is interrupted in step `asked_at`, before the step's message is
+    sent or after; process 1 meets a loss that is not finite in the second micro-batch of step `ruined_at`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    messages, plain = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (messages.append(1), plain(*args, **kwargs))[1]
+    interrupt, control = CheckpointOnInterrupt(), TrainerControl()
+    check, ended = FiniteCheck([interrupt]), "regularly"
+    for step in range(1, 5):
+        for index in range(MICRO_BATCHES):
+            last = index == MICRO_BATCHES - 1
+            if last and rank == 0 and asked_at == (step, "before"):
+                interrupt.interrupted = signal.SIGTERM
+            bad = rank == 1 and step == ruined_at and index == 1
+            check.watch(torch.tensor([0.5, math.nan if bad else 0.5]), torch.tensor([4, 7]), last=last)
+        if rank == 0 and asked_at == (step, "after"):
+            interrupt.interrupted = signal.SIGTERM
+        try:
+            check.verify(step)
+        except FloatingPointError as error:
+            ended = str(error)
+            break
+        interrupt.on_step_end(None, TrainerState(), control)
+        if control.should_training_stop:
+            ended = "stopped"
+            break
+    interrupt.on_train_end(None, TrainerState(), control)
+    answers.put((rank, step, ended, len(messages) / step, interrupt.interrupted is not None))
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder, asked_at=None, ruined_at=None):
+    """What each of the processes has to say, in their order, without its rank."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    given = (str(folder), asked_at, ruined_at, answers)
+    processes = [context.Process(target=steps_of_a_process, args=(rank, *given)) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    found = sorted(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(30)
+    return [answer[1:] for answer in found]
+
+
+def test_processes_send_one_message_a_step_whatever_the_micro_batches(tmp_path):
+    assert in_two_processes(tmp_path) == [(4, "regularly", 1, False)] * 2
+
+
+def test_a_bad_loss_in_one_process_stops_all_at_the_same_step(tmp_path):
+    (first, other), (second, own) = [(answer[0], answer[1]) for answer in in_two_processes(tmp_path, ruined_at=3)]
+    assert first == second == 3
+    assert "0 of 6 were not (those of another process)" in other
+    assert "1 of 6 were not (row 7: nan)" in own
+
+
+@pytest.mark.parametrize(("asked_at", "stopped_at"), [((2, "before"), 2), ((2, "after"), 3)])
+def test_an_interrupted_process_stops_all_at_the_same_step(tmp_path, asked_at, stopped_at):
+    assert in_two_processes(tmp_path, asked_at=asked_at) == [(stopped_at, "stopped", 1, True)] * 2
+
+
+def test_a_signal_after_the_last_step_ends_all_processes_as_usual(tmp_path):
+    """One has seen the signal and the other has not: both go on to save and publish, or one would wait for ever."""
+    assert in_two_processes(tmp_path, asked_at=(4, "after")) == [(4, "regularly", 1, False)] * 2
+
+
+# ---- Several devices in one process --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter", "none"])
+def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(make_args, safeguard):
+    args = make_args(safeguard=safeguard)
+    args._n_gpu = 2  # what transformers counts on such a machine
+    with pytest.raises(ValueError, match="this one sees 2. Start .*--accelerate_config multi_gpu") as refused:
+        DiffusionSDPOTrainer("no/such-model", None, args, [])
+    assert "CUDA_VISIBLE_DEVICES=0" in str(refused.value)

@@ -1,0 +1,409 @@
+"""A local server that speaks the Hub's HTTP API, so that publishing is tested through the real `huggingface_hub`
+client: repositories, files and commits live in memory, and every request is recorded."""
+
+import hashlib
+import json
+import re
+import threading
+from base64 import b64decode
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import transformers.utils.hub
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.hf_api import api as default_api
+from huggingface_hub.utils import http_backoff
+
+from trl_diffusion_sdpo.artifacts import hub as hub_requests
+
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt")
+REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called
+PART_SIZE = 2**20  # larger LFS files are uploaded in parts
+ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
+
+
+@dataclass
+class Commit:
+    oid: str
+    summary: str
+    description: str
+    changes: dict[str, str]  # path -> "file", "lfsFile", "deletedFile" or "deletedFolder"
+
+
+@dataclass
+class HubRepo:
+    repo_id: str
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    lfs: set[str] = field(default_factory=set)  # the paths that are stored as LFS
+    commits: list[Commit] = field(default_factory=list)
+
+    @property
+    def sha(self) -> str:
+        return self.commits[-1].oid if self.commits else "0" * 40
+
+    def oid(self, path: str) -> str:
+        data = self.files[path]
+        return hashlib.sha256(data).hexdigest() if path in self.lfs else git_oid(data)
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    authorized: bool
+    body: bytes
+
+
+class HubServer:
+    """The server as tests see it.
+
+    Attributes:
+        endpoint, token, user: Where it listens, the one token it accepts, and whose that is.
+        repos: Repositories by `owner/name`.
+        requests: Everything that was asked, in order.
+        uploaded_parts: How many parts of LFS files arrived.
+        failing: How often each endpoint (a pattern of `METHOD /path`) still answers 503.
+        forbidden: Repositories that may not be made or changed: 403.
+    """
+
+    def __init__(self):
+        self.token = "hf_localtesttokenlocaltest"
+        self.user = "tester"
+        self.repos: dict[str, HubRepo] = {}
+        self.objects: dict[str, bytes] = {}  # LFS objects by SHA-256
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.verified: set[str] = set()
+        self.uploaded_parts = 0
+        self.requests: list[Request] = []
+        self.failing: dict[str, float] = {}
+        self.forbidden: set[str] = set()
+        self.lock = threading.Lock()
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self.httpd.server_address[1]}"
+
+    def paths(self, method: str) -> list[str]:
+        return [request.path for request in self.requests if request.method == method]
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, code: str = ""):
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Finds the route, asks for the token where the Hub does, and writes the answer."""
+
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def handle_any(self):
+        body, path = self.read_body(), unquote(urlsplit(self.path).path)
+        authorization = self.headers.get("Authorization")
+        authorized = authorization == f"Bearer {self.hub.token}"
+        with self.hub.lock:
+            self.hub.requests.append(Request(self.command, path, authorized, body))
+            try:
+                if is_failing(self.hub, f"{self.command} {path}"):
+                    return self.answer(503, b"<html>Service Unavailable</html>")
+                handler, needs_token, match = find_route(self.command, path)
+                if needs_token and not authorized:
+                    raise Refusal(401, "Invalid credentials in Authorization header")
+                if path.startswith("/lfs/") and authorization is not None:
+                    raise Refusal(400, "A presigned URL takes no Authorization header")
+                self.answer(*handler(self.hub, body, **match.groupdict()))
+            except Refusal as refusal:
+                extra = {"X-Error-Message": refusal.message, "X-Error-Code": refusal.code}
+                self.answer(
+                    refusal.status, {"error": refusal.message, "errors": [{"message": refusal.message}]}, extra
+                )
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def answer(self, status: int, content, headers: dict[str, str] | None = None):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def is_failing(hub: HubServer, request: str) -> bool:
+    """Whether an endpoint is to answer 503 as a gateway does, with a page that is no JSON; counts down."""
+    pattern = next((pattern for pattern, left in hub.failing.items() if left and re.search(pattern, request)), None)
+    if pattern is not None:
+        hub.failing[pattern] -= 1
+    return pattern is not None
+
+
+def find_route(method: str, path: str):
+    for methods, pattern, needs_token, handler in ROUTES:
+        if method in methods and (match := re.fullmatch(pattern, path)):
+            return handler, needs_token, match
+    raise Refusal(404, f"No such route: {method} {path}")
+
+
+def find_repo(hub: HubServer, repo: str, revision: str = "main") -> HubRepo:
+    if repo not in hub.repos:
+        raise Refusal(404, "Repository not found", "RepoNotFound")
+    if revision not in ("main", hub.repos[repo].sha):
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+    return hub.repos[repo]
+
+
+def whoami(hub, body):
+    return 200, {"type": "user", "name": hub.user, "fullname": hub.user, "orgs": [], "auth": {"type": "access_token"}}
+
+
+def harnesses(hub, body):
+    return 200, {"standardEnvVars": [], "harnesses": {}}
+
+
+def create(hub, body):
+    asked = json.loads(body)
+    repo_id = f"{asked.get('organization') or hub.user}/{asked['name']}"
+    answer = {"url": f"{hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
+    if repo_id in hub.forbidden:
+        raise Refusal(403, f"You may not write to {repo_id}")
+    if repo_id in hub.repos:
+        return 409, {**answer, "error": "You already created this model repo"}
+    hub.repos[repo_id] = HubRepo(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+    return 200, answer
+
+
+def validate_yaml(hub, body):
+    content = json.loads(body)["content"]
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
+    if match is None:
+        return 200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+    errors = card_errors(yaml.safe_load(match[1]))
+    return 400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []}
+
+
+def card_errors(data) -> list[str]:
+    """What the Hub's documentation of model cards asks of the metadata."""
+    if not isinstance(data, dict):
+        return ["metadata must be a mapping"]
+    errors = []
+    for key in ("license", "library_name", "pipeline_tag", "base_model_relation"):
+        if key in data and not isinstance(data[key], str):
+            errors.append(f'"{key}" must be a string')
+    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
+        errors.append('"tags" must be an array of strings')
+    bases = data.get("base_model", [])
+    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", base) for base in ([bases] if isinstance(bases, str) else bases)):
+        errors.append('"base_model" must be an id of the Hub')
+    if data.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
+        errors.append('"base_model_relation" is unknown')
+    if not all(isinstance(entry["text"], str) and entry["output"]["url"] for entry in data.get("widget", [])):
+        errors.append('"widget" entries need a text and an output url')
+    return errors
+
+
+def info(hub, body, repo, revision="main"):
+    found = find_repo(hub, repo, revision)
+    siblings = [{"rfilename": path} for path in sorted(found.files)]
+    return 200, {"id": repo, "modelId": repo, "sha": found.sha, "private": found.private, "siblings": siblings}
+
+
+def tree(hub, body, repo, revision):
+    found = find_repo(hub, repo, revision)
+    return 200, [
+        {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)} for path, data in found.files.items()
+    ]
+
+
+def resolve(hub, body, repo, revision, path):
+    found = find_repo(hub, repo, revision)
+    if path not in found.files:
+        raise Refusal(404, "Entry not found", "EntryNotFound")
+    return 200, found.files[path], {"ETag": f'"{found.oid(path)}"', "X-Repo-Commit": found.sha}
+
+
+def preupload(hub, body, repo, revision):
+    found = find_repo(hub, repo, revision)
+    return 200, {
+        "files": [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if goes_to_lfs(file) else "regular",
+                "shouldIgnore": False,
+                "oid": found.oid(file["path"]) if file["path"] in found.files else None,
+            }
+            for file in json.loads(body)["files"]
+        ]
+    }
+
+
+def goes_to_lfs(file: dict) -> bool:
+    return file["path"].endswith(LFS_SUFFIXES) or file["size"] > REGULAR_LIMIT
+
+
+def lfs_batch(hub, body, repo):
+    find_repo(hub, repo)
+    asked = json.loads(body)
+    if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
+        raise Refusal(422, "Unsupported LFS batch request")
+    return 200, {"transfer": "basic", "objects": [lfs_object(hub, **item) for item in asked["objects"]]}
+
+
+def lfs_object(hub, oid: str, size: int) -> dict:
+    if oid in hub.objects:
+        return {"oid": oid, "size": size}
+    upload = {"href": f"{hub.endpoint}/lfs/{oid}"}
+    if size > PART_SIZE:
+        parts = {str(n + 1): f"{hub.endpoint}/lfs/{oid}/part/{n + 1}" for n in range(-(-size // PART_SIZE))}
+        upload = {"href": f"{hub.endpoint}/lfs/{oid}/complete", "header": {"chunk_size": str(PART_SIZE), **parts}}
+    verify = {"href": f"{hub.endpoint}/verify"}
+    return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
+
+
+def lfs_put(hub, body, oid):
+    store(hub, oid, body)
+    return 200, {}
+
+
+def lfs_put_part(hub, body, oid, part):
+    hub.parts[oid, int(part)] = body
+    hub.uploaded_parts += 1
+    return 200, {}, {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+
+
+def lfs_complete(hub, body, oid):
+    asked = json.loads(body)
+    data = [hub.parts.pop((oid, part["partNumber"])) for part in asked["parts"]]
+    if [f'"{hashlib.md5(piece).hexdigest()}"' for piece in data] != [part["etag"] for part in asked["parts"]]:
+        raise Refusal(400, "The parts are not those that were sent")
+    store(hub, oid, b"".join(data))
+    return 200, {"success": True}
+
+
+def store(hub, oid: str, data: bytes):
+    if hashlib.sha256(data).hexdigest() != oid:
+        raise Refusal(400, "The content is not what its SHA-256 promises")
+    hub.objects[oid] = data
+
+
+def lfs_verify(hub, body):
+    asked = json.loads(body)
+    if len(hub.objects.get(asked["oid"], b"")) != asked["size"]:
+        raise Refusal(404, "The object has not arrived")
+    hub.verified.add(asked["oid"])
+    return 200, {}
+
+
+def commit(hub, body, repo, revision):
+    found = find_repo(hub, repo, revision)
+    header, *operations = [json.loads(line) for line in body.splitlines()]
+    if header["value"].get("parentCommit", found.sha) != found.sha:
+        raise Refusal(412, "A commit has happened since")
+    for operation in operations:
+        apply(hub, found, operation["key"], operation["value"])
+    oid = hashlib.sha1(body + found.sha.encode()).hexdigest()
+    changes = {operation["value"]["path"]: operation["key"] for operation in operations}
+    found.commits.append(Commit(oid, header["value"]["summary"], header["value"]["description"], changes))
+    return 200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.endpoint}/{repo}/commit/{oid}"}
+
+
+def apply(hub, repo: HubRepo, key: str, value: dict):
+    path = value["path"]
+    if key == "file":
+        repo.files[path] = b64decode(value["content"])
+        repo.lfs.discard(path)
+    elif key == "lfsFile":
+        if value["oid"] not in hub.verified:
+            raise Refusal(400, f"The LFS object of {path} was not uploaded and verified")
+        repo.files[path] = hub.objects[value["oid"]]
+        repo.lfs.add(path)
+    elif key in ("deletedFile", "deletedFolder"):
+        gone = [name for name in repo.files if name == path or name.startswith(path.rstrip("/") + "/")]
+        for name in gone:
+            del repo.files[name]
+    else:
+        raise Refusal(400, f"Unknown operation: {key}")
+
+
+def git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+READ = ("GET", "HEAD")
+ROUTES = (  # methods, path, whether the token is asked for, handler
+    (READ, "/api/whoami-v2", True, whoami),
+    (READ, "/api/agent-harnesses", False, harnesses),
+    (("POST",), "/api/validate-yaml", False, validate_yaml),
+    (("POST",), "/api/repos/create", True, create),
+    (READ, f"/api/models/{ID}", True, info),
+    (READ, f"/api/models/{ID}/revision/(?P<revision>[^/]+)", True, info),
+    (READ, f"/api/models/{ID}/tree/(?P<revision>[^/]+)", True, tree),
+    (READ, f"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", True, resolve),
+    (("POST",), f"/api/models/{ID}/preupload/(?P<revision>[^/]+)", True, preupload),
+    (("POST",), rf"/{ID}\.git/info/lfs/objects/batch", True, lfs_batch),
+    (("PUT",), r"/lfs/(?P<oid>\w+)", False, lfs_put),
+    (("PUT",), r"/lfs/(?P<oid>\w+)/part/(?P<part>\d+)", False, lfs_put_part),
+    (("POST",), r"/lfs/(?P<oid>\w+)/complete", False, lfs_complete),
+    (("POST",), "/verify", True, lfs_verify),
+    (("POST",), f"/api/models/{ID}/commit/(?P<revision>[^/]+)", True, commit),
+)
+
+
+@pytest.fixture
+def hub_server(monkeypatch, tmp_path):
+    """A running `HubServer` that the installed client talks to, logged in, without the Xet protocol. Neither client nor
+    trainer waits long before another attempt."""
+    monkeypatch.setattr(hub_requests, "FIRST_WAIT", 0.01)
+    monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0.01)
+    hub = HubServer()
+    point_client_at(hub, monkeypatch, tmp_path / "hf_home")
+    huggingface_hub.close_session()  # the next one reads the proxy settings anew
+    thread = threading.Thread(target=hub.httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield hub
+    huggingface_hub.close_session()
+    hub.httpd.shutdown()
+    thread.join()
+    hub.httpd.server_close()
+
+
+def point_client_at(hub: HubServer, monkeypatch, home):
+    """The client reads its environment when it is imported, so the constants are set as well."""
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    for name, value in {**environment, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    for name, value in {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "AGENT_HARNESSES_PATH": str(home / "agent_harnesses.json"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(default_api, "endpoint", hub.endpoint)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made anew, for this endpoint

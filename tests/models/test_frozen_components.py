@@ -1,0 +1,153 @@
+"""The VAE's precision, and how many images it encodes at once."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_pipelines import CASES, case
+from tiny_pipelines.parts import kl_vae
+
+from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
+from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.models.frozen_components import working_pipeline
+
+HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FULL, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def working_vae(pipeline, wanted="auto", mixed_precision="no"):
+    settings = SimpleNamespace(mixed_precision=mixed_precision, vae_dtype=wanted, device=torch.device("cpu"))
+    return working_pipeline(find_family(pipeline), settings).vae
+
+
+def encode(family, pixels, seeds):
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        return family.encode_images(pixels, [*streams, *streams])
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+@pytest.mark.parametrize(
+    ("wanted", "precision", "loaded", "expected"),
+    [
+        ("auto", "no", FULL, FULL),
+        ("auto", "bf16", FULL, BF16),  # float32's range: nothing overflows there
+        ("auto", "fp16", FULL, {True: FULL, False: FP16}),
+        ("auto", "bf16", FP16, {True: BF16, False: FP16}),
+        ("auto", "fp16", FP16, {True: FULL, False: FP16}),
+        ("auto", "fp16", BF16, BF16),
+        ("float32", "bf16", FULL, FULL),
+        ("float32", "fp16", FP16, FULL),
+        ("bfloat16", "no", FULL, BF16),
+        ("bfloat16", "fp16", FULL, BF16),
+        ("float16", "bf16", FULL, FP16),
+        ("float16", "fp16", FP16, FP16),
+    ],
+)
+def test_the_vae_runs_in_the_precision_of_autocast_unless_it_overflows_there(
+    sd_pipeline, overflows, wanted, precision, loaded, expected
+):
+    sd_pipeline.register_modules(vae=kl_vae(force_upcast=overflows).to(loaded))
+    vae = working_vae(sd_pipeline, wanted, precision)
+    assert vae.dtype == (expected[overflows] if isinstance(expected, dict) else expected)
+    assert sd_pipeline.vae.dtype == loaded and sd_pipeline.vae.config.force_upcast == overflows
+
+
+def test_a_vae_that_keeps_its_precision_is_not_copied(sd_pipeline):
+    assert working_vae(sd_pipeline) is sd_pipeline.vae
+    assert working_vae(sd_pipeline, "float32", "bf16") is sd_pipeline.vae
+
+
+def test_what_overflows_runs_in_float16_if_one_insists_and_says_so(sd_pipeline, caplog):
+    """Otherwise its weights would be lent in float32 for every batch."""
+    sd_pipeline.vae.register_to_config(force_upcast=True)
+    ran = []
+    vae = working_vae(sd_pipeline, "float16", "bf16")
+    vae.encoder.register_forward_pre_hook(lambda part, args: ran.append(args[0].dtype))
+    sd_pipeline.register_modules(vae=vae)
+    encode(find_family(sd_pipeline), torch.zeros(2, 3, 16, 16), [0])
+    assert ran == [FP16]
+    assert "it overflows there (`force_upcast`)" in caplog.text
+
+
+def test_training_in_bf16_encodes_in_bf16_unless_told_otherwise(make_trainer, sd_folder, caplog):
+    trainer = make_trainer(bf16=True, max_steps=2, save_strategy="steps", save_steps=1)
+    assert trainer.family.pipeline.vae.dtype == BF16 and trainer.pipeline.vae.dtype == FULL
+    assert trainer.args.vae_dtype == "bfloat16"
+    trainer.train()
+    other = make_trainer(bf16=True, max_steps=2, vae_dtype="float32")
+    assert other.family.pipeline.vae.dtype == FULL
+    other.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+    assert "Resuming with another `vae_dtype`: it was 'bfloat16', is 'float32'." in caplog.text
+
+
+def test_settings_of_the_vae_that_are_none_are_refused(make_args):
+    with pytest.raises(ValueError, match="`vae_dtype` must be one of auto, float32, bfloat16, float16; got 'half'"):
+        make_args(vae_dtype="half")
+    with pytest.raises(ValueError, match="`vae_encode_batch_size` must be at least 1, got 0"):
+        make_args(vae_encode_batch_size=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_latents_do_not_depend_on_how_many_images_are_encoded_at_once(name, at_once, family_folder, whole_latents):
+    """A stream draws for a pair's winner and then for its loser, so the order of the draws counts."""
+    family, pixels, whole = whole_latents(name)
+    family.vae_encode_batch_size = at_once
+    torch.testing.assert_close(encode(family, pixels, [1, 2, 3]), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole_latents(family_folder):
+    """`whole_latents(name)`: a family, six images, and their latents, encoded together."""
+
+    @functools.cache
+    def build(name):
+        family = find_family(load_pipeline(family_folder(name)))
+        side = case(name).RESOLUTION
+        pixels = torch.rand(6, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return family, pixels, encode(family, pixels, [1, 2, 3])
+
+    return build
+
+
+def test_the_vae_meets_no_more_images_than_it_is_told_and_casts_no_more(make_trainer):
+    trainer = make_trainer(bf16=True, max_steps=1, vae_encode_batch_size=3)
+    met = []
+    trainer.family.pipeline.vae.encoder.register_forward_pre_hook(
+        lambda part, args: met.append((len(args[0]), args[0].dtype))
+    )
+    trainer.train()
+    assert met == [(3, BF16), (3, BF16), (2, BF16)]  # four pairs
+
+
+def test_encoding_in_chunks_walks_the_trajectory_of_encoding_at_once(make_trainer):
+    def weights(**settings):
+        trainer = make_trainer(max_steps=3, **settings)
+        trainer.train()
+        return trainer.denoiser.state_dict()
+
+    whole, chunks = weights(), weights(vae_encode_batch_size=2)
+    for name, value in whole.items():
+        torch.testing.assert_close(chunks[name], value, rtol=1e-5, atol=1e-6)
+
+
+def peak_of_encoding(family, pixels) -> int:
+    """Bytes that are held at most beyond those at the beginning, by PyTorch's profiler."""
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        encode(family, pixels, range(len(pixels) // 2))
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_fewer_images_at_once_need_less_memory():
+    family = find_family(load_base_pipeline())
+    pixels = torch.zeros(16, 3, 32, 32)
+    whole = peak_of_encoding(family, pixels)
+    family.vae_encode_batch_size = 2
+    assert peak_of_encoding(family, pixels) < whole / 4

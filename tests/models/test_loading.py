@@ -1,0 +1,236 @@
+"""What is read from a folder or the Hub, and with which options: of a base that is quantized no full-precision
+denoiser, of a reference given by name nothing but its denoiser."""
+
+import enum
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.quantizers import auto as quantizers
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
+from trl_diffusion_sdpo.models.loading import CPU_ALIGNMENT, load_model
+
+GRID = 1 / 64
+ACCESS = {
+    "local_files_only": True,
+    "proxies": {"https": "http://127.0.0.1:9"},
+    "token": False,
+    "force_download": False,
+}
+NETWORKS = ("unet", "vae", "text_encoder")
+
+
+class Method(enum.StrEnum):
+    GRID = "grid"
+
+
+class GridConfig(QuantizationConfigMixin):
+    """Weights on a grid: a quantization that needs no package and no accelerator."""
+
+    def __init__(self):
+        self.quant_method = Method.GRID
+
+    def to_diff_dict(self):
+        return self.to_dict()
+
+
+class GridQuantizer(DiffusersQuantizer):
+    @property
+    def is_serializable(self):
+        return False
+
+    @property
+    def is_trainable(self):
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_((weight / GRID).round() * GRID)
+        return model
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "grid", GridConfig)
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "grid", GridQuantizer)
+    return GridConfig()
+
+
+@pytest.fixture
+def loaded_with(monkeypatch):
+    """`loaded_with(cls)`: the keyword arguments of every call of `cls.from_pretrained` from then on."""
+
+    def spy(cls):
+        own, calls = cls.from_pretrained.__func__, []
+
+        @functools.wraps(own)
+        def from_pretrained(cls, *args, **kwargs):
+            calls.append(kwargs)
+            return own(cls, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
+        return calls
+
+    return spy
+
+
+def on_grid(weight: torch.Tensor) -> bool:
+    return torch.equal(weight, (weight / GRID).round() * GRID)
+
+
+def test_a_quantized_base_is_never_loaded_in_full_precision(sd_folder, grid, loaded_with):
+    reads = loaded_with(UNet2DConditionModel)
+    pipeline = load_model(sd_folder, quantization_config=grid).pipeline
+    assert [call.get("quantization_config") for call in reads] == [grid]
+    assert all(on_grid(weight) for weight in pipeline.unet.parameters())
+    assert not any(on_grid(weight) for weight in pipeline.vae.encoder.conv_in.parameters())
+    assert not on_grid(pipeline.text_encoder.get_input_embeddings().weight)
+
+
+def test_a_quantized_base_is_reached_and_read_with_every_option(sd_folder, grid, loaded_with, tmp_path):
+    reads, denoisers = loaded_with(StableDiffusionPipeline), loaded_with(UNet2DConditionModel)
+    options = {**ACCESS, "cache_dir": str(tmp_path), "revision": "main", "disable_mmap": True}
+    load_model(sd_folder, quantization_config=grid, model_init_kwargs={**options, "dtype": "bfloat16"})
+    (call,) = reads
+    assert {name: call[name] for name in options} == options
+    assert call["dtype"] == torch.bfloat16 and call["use_safetensors"]
+    assert len(denoisers) == 1  # by the pipeline: not once more, with other options
+
+
+def test_a_lora_trains_on_a_quantized_base(sd_folder, grid, make_args, make_pairs):
+    lora = LoraConfig(r=4)
+    trainer = DiffusionSDPOTrainer(
+        sd_folder, None, make_args(), make_pairs(), peft_config=lora, quantization_config=grid
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/margins"] == 0 and first["grad_norm"] > 0
+    assert all(on_grid(weight) for name, weight in trainer.denoiser.named_parameters() if "lora_" not in name)
+
+
+def test_a_denoiser_is_not_quantized_twice(sd_folder, sd_pipeline, grid):
+    from diffusers import PipelineQuantizationConfig
+
+    other = PipelineQuantizationConfig(quant_mapping={"text_encoder": grid})
+    with pytest.raises(ValueError, match="by one configuration; got also `quantization_config`"):
+        load_model(sd_folder, quantization_config=grid, model_init_kwargs={"quantization_config": other})
+    with pytest.raises(ValueError, match="by one configuration; got also `unet`"):
+        load_model(sd_folder, quantization_config=grid, model_init_kwargs={"unet": sd_pipeline.unet})
+
+
+@pytest.fixture
+def bare_folder(sd_folder, tmp_path) -> str:
+    """A pipeline of which the weights of all but the denoiser are missing."""
+    folder = Path(shutil.copytree(sd_folder, tmp_path / "bare"))
+    for name in NETWORKS[1:]:
+        for weights in (folder / name).glob("*.safetensors"):
+            weights.unlink()
+    return str(folder)
+
+
+def test_of_a_named_reference_the_denoiser_alone_is_loaded(make_trainer, bare_folder, sd_pipeline):
+    trainer = make_trainer(ref_model=bare_folder, max_steps=1)
+    reference = trainer.reference.module.state_dict()
+    assert all(torch.equal(value, reference[name]) for name, value in sd_pipeline.unet.state_dict().items())
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_a_named_reference_is_reached_as_the_policy_but_not_at_its_revision(make_trainer, sd_folder, loaded_with):
+    reads = loaded_with(UNet2DConditionModel)
+    policy = {**ACCESS, "revision": "of-the-policy", "dtype": "float32", "safety_checker": None}
+    make_trainer(ref_model=sd_folder, model_init_kwargs=policy)
+    reference = next(call for call in reads if call.get("subfolder") == "unet")
+    assert {name: reference[name] for name in ACCESS} == ACCESS
+    assert reference["torch_dtype"] == torch.float32 and reference["use_safetensors"]
+    assert not reference.keys() & {"revision", "safety_checker"}
+
+
+def test_a_named_reference_takes_options_of_its_own(make_trainer, sd_folder, loaded_with):
+    reads = loaded_with(UNet2DConditionModel)
+    own = {"revision": "v2", "token": "hf_other", "dtype": "bfloat16"}
+    trainer = make_trainer(
+        ref_model=sd_folder, model_init_kwargs={**ACCESS, "revision": "v1"}, ref_model_init_kwargs=own, bf16=True
+    )
+    reference = next(call for call in reads if call.get("subfolder") == "unet")
+    assert (reference["revision"], reference["token"], reference["torch_dtype"]) == ("v2", "hf_other", torch.bfloat16)
+    assert reference["proxies"] == ACCESS["proxies"]
+    assert trainer.reference.module.conv_norm_out.weight.dtype == torch.bfloat16
+    assert trainer.args.to_dict()["ref_model_init_kwargs"]["token"] == "<TOKEN>"
+
+
+def test_a_named_reference_is_held_as_a_policy_that_came_loaded(make_trainer, sd_folder):
+    policy = load_pipeline(sd_folder, dtype=torch.bfloat16)
+    trainer = make_trainer(policy, ref_model=sd_folder, bf16=True, max_steps=1, peft_config=LoraConfig(r=4))
+    assert trainer.reference.module.dtype == torch.bfloat16
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_options_of_a_reference_come_from_the_command_line_as_json(make_args):
+    args = make_args(ref_model_init_kwargs='{"revision": "v2"}')
+    assert args.ref_model_init_kwargs == {"revision": "v2"}
+
+
+def test_options_of_a_reference_that_cannot_act_are_refused(make_trainer, sd_folder, sd_v_pipeline):
+    with pytest.raises(ValueError, match="`ref_model_init_kwargs` are for a `ref_model` given as Hub id .* got none"):
+        make_trainer(ref_model_init_kwargs={"revision": "v2"})
+    with pytest.raises(ValueError, match="got a StableDiffusionPipeline. Leave them out"):
+        make_trainer(ref_model=sd_v_pipeline, ref_model_init_kwargs={"revision": "v2"})
+    with pytest.raises(ValueError, match="A denoiser alone is loaded with .*; got also safety_checker, scheduler"):
+        make_trainer(ref_model=sd_folder, ref_model_init_kwargs={"scheduler": None, "safety_checker": None})
+    with pytest.raises(ValueError, match="`trust_remote_code` can't be passed on"):
+        make_trainer(ref_model=sd_folder, ref_model_init_kwargs={"trust_remote_code": True})
+
+
+def test_a_reference_of_another_class_or_in_pickles_is_refused(make_trainer, sdxl_folder, bare_folder):
+    with pytest.raises(ValueError, match="`ref_model` must have the architecture of `model`"):
+        make_trainer(ref_model=sdxl_folder)
+    weights = Path(bare_folder) / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="must have its weights in safetensors files"):
+        make_trainer(ref_model=bare_folder)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("my_package", "MyUNet"),
+        ("diffusers", "MyUNet"),
+        ("diffusers", "DDPMScheduler"),
+        ("diffusers", "utils"),
+        ("diffusers", None),
+    ],
+)
+def test_a_denoiser_that_is_no_model_of_diffusers_is_refused(bare_folder, library, name):
+    index = Path(bare_folder) / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": [library, name]}))
+    with pytest.raises(ValueError, match=f"says {name!r} of {library!r}. Pass a loaded pipeline"):
+        load_denoiser(bare_folder)
+
+
+def unaligned(module: torch.nn.Module) -> int:
+    return sum(bool(weight.data_ptr() % CPU_ALIGNMENT) for weight in module.parameters())
+
+
+def test_weights_are_copied_to_be_aligned_only_where_they_train_on_a_cpu(sd_folder):
+    """A denoiser that moves to an accelerator is copied there; a second copy in host memory would serve nobody."""
+    mapped = unaligned(load_pipeline(sd_folder).unet)
+    assert mapped > 0
+    assert unaligned(load_model(sd_folder, device=torch.device("cpu")).denoiser) == 0
+    assert unaligned(load_model(sd_folder, device=torch.device("cuda")).denoiser) == mapped

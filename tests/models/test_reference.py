@@ -1,0 +1,113 @@
+"""Which reference is chosen, and how it moves."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model
+
+from trl_diffusion_sdpo.models.adapters import adapter_state
+
+
+def test_each_set_up_recovers_the_old_policy_in_its_own_way(make_trainer, sd_folder):
+    assert make_trainer().reference.kind == "frozen"
+    assert make_trainer(ref_model=sd_folder).reference.kind == "frozen"
+    assert make_trainer(peft_config=LoraConfig(r=4)).reference.kind == "adapter_off"
+    assert make_trainer(peft_config=LoraConfig(r=4), sync_ref_model=True).reference.kind == "ref_adapter"
+    assert make_trainer(loss_type="sft").reference.kind == "none"
+    assert make_trainer(loss_type="mapo", peft_config=LoraConfig(r=4)).reference.kind == "none"
+
+
+def test_the_reference_stays_while_the_policy_moves(make_trainer, sd_folder):
+    for tuning in ({}, {"peft_config": LoraConfig(r=4)}):
+        trainer = make_trainer(max_steps=3, **tuning)
+        base = StableDiffusionPipeline.from_pretrained(sd_folder).unet
+        inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 16, 32)
+        trainer.train()
+        with torch.no_grad(), trainer.reference.active(trainer.model) as reference:
+            torch.testing.assert_close(reference(*inputs).sample, base(*inputs).sample, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            assert not torch.allclose(trainer.denoiser(*inputs).sample, base(*inputs).sample, atol=1e-4)
+
+
+def test_a_full_reference_moves_by_the_mixing_rule(make_trainer, sd_folder):
+    trainer = make_trainer(max_steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25)
+    start = copy.deepcopy(trainer.denoiser.state_dict())
+    trainer.train()
+    policy, reference = trainer.denoiser.state_dict(), trainer.reference.module.state_dict()
+    for name in start:
+        torch.testing.assert_close(reference[name], 0.25 * policy[name] + 0.75 * start[name])
+
+
+def test_a_full_reference_waits_for_its_step(make_trainer):
+    trainer = make_trainer(max_steps=1, sync_ref_model=True, ref_model_sync_steps=2)
+    start = copy.deepcopy(trainer.denoiser.state_dict())
+    trainer.train()
+    assert all(torch.equal(start[name], value) for name, value in trainer.reference.module.state_dict().items())
+
+
+def test_a_synchronised_adapter_moves_factor_by_factor(make_trainer):
+    trainer = make_trainer(
+        max_steps=2,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.25,
+        peft_config=LoraConfig(r=4),
+    )
+    start = {name: value.clone() for name, value in adapter_state(trainer.denoiser, "default").items()}
+    trainer.train()
+    policy, reference = (adapter_state(trainer.denoiser, name) for name in ("default", "ref"))
+    for name in start:
+        torch.testing.assert_close(reference[name], 0.25 * policy[name] + 0.75 * start[name])
+
+
+def test_only_the_policy_trains(make_trainer, sd_pipeline):
+    model = get_peft_model(sd_pipeline.unet, LoraConfig(r=4, target_modules=["to_q"]))
+    trainer = make_trainer(model, processing_class=sd_pipeline, max_steps=2)
+    trainer.train()
+    trained = {name for name, p in trainer.denoiser.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name and ".default." in name for name in trained)
+    for part in ("vae", "text_encoder"):
+        assert not any(p.requires_grad for p in getattr(trainer.pipeline, part).parameters())
+
+
+def test_a_reference_given_to_a_loss_without_one_serves_the_metrics(make_trainer, sd_folder):
+    trainer = make_trainer(ref_model=sd_folder, loss_type="sft")
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["errors/winner_change"] == 0 and first["loss"] == pytest.approx(first["errors/winner"])
+    assert "errors/winner_change" not in _logged(make_trainer(loss_type="sft"))
+
+
+def test_model_and_reference_must_be_two_objects(make_trainer, sd_pipeline):
+    with pytest.raises(ValueError, match="two objects"):
+        make_trainer(sd_pipeline, sd_pipeline)
+    with pytest.raises(ValueError, match="two objects"):
+        make_trainer(sd_pipeline, sd_pipeline.unet)
+
+
+def test_a_reference_of_another_architecture_is_refused(make_trainer, make_sd_pipeline, sdxl_folder):
+    with pytest.raises(ValueError, match="must have the architecture of `model`"):
+        make_trainer(ref_model=make_sd_pipeline(block_out_channels=(16, 16)))
+    with pytest.raises(ValueError, match="must have the architecture of `model`"):
+        make_trainer(ref_model=sdxl_folder)
+
+
+def test_a_reference_with_an_adapter_stands_for_a_policy_with_another(make_trainer, sd_folder):
+    given = StableDiffusionPipeline.from_pretrained(sd_folder)
+    given.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    trainer = make_trainer(ref_model=given, peft_config=LoraConfig(r=4))
+    trainer.train()
+    assert not any(p.requires_grad for p in trainer.reference.module.parameters())
+    assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_a_synchronised_reference_cannot_be_a_given_model_under_lora(make_trainer, sd_folder):
+    with pytest.raises(ValueError, match="Leave `ref_model` out"):
+        make_trainer(ref_model=sd_folder, peft_config=LoraConfig(r=4), sync_ref_model=True)
+
+
+def _logged(trainer) -> dict:
+    trainer.train()
+    return trainer.state.log_history[0]

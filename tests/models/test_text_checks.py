@@ -1,0 +1,128 @@
+"""A tokenizer that lost its vocabulary is refused at the start, for every text encoder of every kind of model."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import CASES, case
+from transformers import PreTrainedModel
+
+from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
+from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.models.text_checks import SIZE_RATIOS, check_text_encoding
+
+SETTINGS_ALONE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Tokens that a published tokenizer knows, and embeddings of its text encoder.
+PUBLISHED = {
+    "CLIP": (49408, 49408),
+    "T5 1.1": (32100, 32128),
+    "mT5": (250100, 250112),
+    "Gemma 2": (256000, 256000),
+    "Qwen 2.5": (151665, 152064),
+    "Qwen 3": (151669, 151936),
+}
+
+
+def text_encoders(pipeline) -> list[str]:
+    return [name for name, part in pipeline.components.items() if isinstance(part, PreTrainedModel)]
+
+
+def without_vocabulary(tokenizer, folder: Path):
+    """The tokenizer as it loads from a folder in which only its settings arrived; `None` where that is an error."""
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        if file.name not in SETTINGS_ALONE:
+            file.unlink()
+    try:
+        return type(tokenizer).from_pretrained(folder)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tokenizer_without_its_vocabulary_is_refused(name, family_folder, tmp_path):
+    pipeline = load_pipeline(family_folder(name))
+    check_text_encoding(find_family(pipeline))
+    encoders = text_encoders(pipeline)
+    assert encoders
+    for encoder in encoders:
+        part = encoder.replace("text_encoder", "tokenizer")
+        whole = getattr(pipeline, part)
+        broken = without_vocabulary(whole, tmp_path / part)
+        if broken is None:  # nothing that could be trained with
+            continue
+        pipeline.register_modules(**{part: broken})
+        with pytest.raises(ValueError, match=f"that of `{encoder}` knows {len(broken)}, and there are"):
+            check_text_encoding(find_family(pipeline))
+        pipeline.register_modules(**{part: whole})
+
+
+def test_training_does_not_begin_without_a_vocabulary(make_trainer, sd_folder, tmp_path):
+    folder = Path(shutil.copytree(sd_folder, tmp_path / "copy"))
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="that of `text_encoder` knows 2, and there are 514 embeddings"):
+        make_trainer(str(folder))
+
+
+def test_the_demos_own_model_is_accepted():
+    check_text_encoding(find_family(load_base_pipeline()))
+
+
+@pytest.mark.parametrize("known, embedded", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_sizes_are_far_from_what_is_refused(known, embedded):
+    low, high = SIZE_RATIOS
+    assert low + 0.2 < known / embedded < high - 0.2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (514, None),
+        (600, None),
+        (700, "knows 514, and there are 700 embeddings"),
+        (513, "gives the token 513, and there are 513 embeddings"),
+        (400, "knows 514, and there are 400 embeddings"),
+    ],
+)
+def test_embeddings_may_be_padded_but_not_another_models(sd_pipeline, rows, message):
+    """The tokenizer knows 514 tokens, of which the last one ends every prompt."""
+    weight = sd_pipeline.text_encoder.get_input_embeddings().weight.detach()
+    rows_of_it = torch.cat([weight, weight])[:rows]
+    sd_pipeline.text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows_of_it))
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_text_encoding(find_family(sd_pipeline))
+
+
+def test_text_encoders_without_their_weights_are_refused(sd_pipeline):
+    with torch.no_grad():
+        sd_pipeline.text_encoder.get_input_embeddings().weight.zero_()
+    with pytest.raises(ValueError, match="'a red circle' and 'a big square' are encoded alike"):
+        check_text_encoding(find_family(sd_pipeline))
+
+
+def test_a_text_encoder_that_overflows_is_refused(sd_pipeline):
+    with torch.no_grad():
+        sd_pipeline.text_encoder.get_input_embeddings().weight.mul_(float("inf"))
+    with pytest.raises(ValueError, match="`prompt_embeds` of 'a red circle' is not"):
+        check_text_encoding(find_family(sd_pipeline))
+
+
+def test_a_tokenizer_of_the_right_size_that_reads_nothing_is_refused(sd_pipeline):
+    tokenizer = sd_pipeline.tokenizer
+    deaf = type(tokenizer)(
+        vocab={f"{index}token": index for index in range(512)} | {"<|startoftext|>": 512, "<|endoftext|>": 513},
+        merges=[],
+        model_max_length=tokenizer.model_max_length,
+    )
+    sd_pipeline.register_modules(tokenizer=deaf)
+    with pytest.raises(ValueError, match="that of `text_encoder` turns both 'a red circle' and 'a big square'"):
+        check_text_encoding(find_family(sd_pipeline))
+
+
+def test_the_second_of_two_text_encoders_is_looked_at_as_well(tmp_path):
+    pipeline = case("stable_diffusion_xl").build()
+    pipeline.register_modules(tokenizer_2=without_vocabulary(pipeline.tokenizer_2, tmp_path / "broken"))
+    with pytest.raises(ValueError, match="that of `text_encoder_2` knows 2"):
+        check_text_encoding(find_family(pipeline))

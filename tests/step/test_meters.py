@@ -1,0 +1,321 @@
+"""Losers within a range of noise levels, down to the last bit, and what evaluation says of each level."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_pipelines import case
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.families import load_pipeline
+
+
+def levels_of(timesteps):
+    """Noise levels of Stable Diffusion's timesteps, from its betas in float64."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    a = (1 - betas).cumprod(0)[timesteps]
+    return (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
+
+
+def moved(folder, scale=0.02):
+    """A pipeline whose denoiser has left the reference."""
+    pipeline = load_pipeline(folder)
+    generator = torch.Generator().manual_seed(3)
+    denoiser = pipeline.components.get("unet") or pipeline.transformer
+    for weight in denoiser.parameters():
+        weight.data += scale * torch.randn(weight.shape, generator=generator)
+    return pipeline
+
+
+def without_losers(trainer, keep=None):
+    """The same trainer with the losers' branch cut off at the predictions, of all pairs or of those with `keep` (of a
+    pair's noise level) false."""
+    original = trainer._loss_of
+
+    def detached(model_pred, batch, *given, **named):
+        winner, loser = model_pred.chunk(2)
+        held = loser.detach()
+        if keep is not None:
+            mask = keep(levels_of(batch.timesteps.chunk(2)[1])).view(-1, *[1] * (loser.dim() - 1))
+            held = torch.where(mask, loser, loser.detach())
+        return original(torch.cat([winner, held]), batch, *given, **named)
+
+    trainer._loss_of = detached
+    return trainer
+
+
+def walked(trainer):
+    """The trained weights after a training, and what it logged of every step."""
+    trainer.train()
+    weights = [weight.detach() for weight in trainer.denoiser.parameters() if weight.requires_grad]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return torch.cat([weight.flatten() for weight in weights]), logs
+
+
+@pytest.fixture
+def build(make_trainer, family_folder, sd_folder):
+    """`build(family, tuning, safeguard, **settings)`: a trainer of a policy that is not its reference."""
+
+    def trainer_of(family, tuning, safeguard, **settings):
+        folder = sd_folder if family == "stable_diffusion" else family_folder(family)
+        lora = LoraConfig(r=4, lora_alpha=8) if tuning == "lora" else None
+        return make_trainer(
+            moved(folder),
+            folder,
+            peft_config=lora,
+            **{
+                "resolution": case(family).RESOLUTION,
+                "safeguard": safeguard,
+                "safeguard_mu": 0.5,
+                "beta": 50.0,
+                "max_steps": 2,
+                "learning_rate": 1e-3,
+                **settings,
+            },
+        )
+
+    return trainer_of
+
+
+# Levels that no pair is drawn at: above the schedule's, and next to the clean image.
+NEVER = {"stable_diffusion": [0.999, 1.0], "flux": [0.0, 1e-6]}
+IN_CI = [
+    ("stable_diffusion", "lora", "output"),
+    ("stable_diffusion", "full", "parameter"),
+    ("flux", "lora", "parameter"),
+]
+RUNS = [
+    pytest.param(family, tuning, safeguard, marks=() if (family, tuning, safeguard) in IN_CI else pytest.mark.matrix)
+    for family in NEVER
+    for tuning in ("full", "lora")
+    for safeguard in ("none", "output", "parameter")
+]
+
+
+def assert_same_walk(first, second):
+    assert torch.equal(first[0], second[0])
+    for name in ("loss", "grad_norm", "rewards/margins", "errors/winner", "errors/loser_change"):
+        assert [entry[name] for entry in first[1]] == [entry[name] for entry in second[1]], name
+
+
+def loser_weights(walk):
+    return [entry["safeguard/loser_weight"] for entry in walk[1]]
+
+
+@pytest.mark.parametrize(("family", "tuning", "safeguard"), RUNS)
+def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_bit(build, family, tuning, safeguard):
+    run = family, tuning, safeguard
+    plain = walked(build(*run))
+    every = walked(build(*run, loser_noise_range=[0.0, 1.0]))
+    nowhere = build(*run)
+    nowhere.args.loser_noise_range = NEVER[family]  # a user's would be refused at set-up
+    never = walked(nowhere)
+    winners = walked(without_losers(build(*run)))
+    assert_same_walk(plain, every)
+    assert_same_walk(never, winners)
+    assert not torch.equal(plain[0], winners[0])
+    assert "safeguard/loser_weight" not in plain[1][0]
+    assert loser_weights(every) == [1, 1] and loser_weights(never) == [0, 0]
+
+
+@pytest.mark.parametrize("loss_type", ["dspo", "dmpo", "mapo", "linear"])
+def test_the_range_does_the_same_under_other_losses(build, loss_type):
+    beta = {"dspo": 0.5, "mapo": 0.1}.get(loss_type, 20.0)
+    trainer = build("stable_diffusion", "full", "output", loss_type=loss_type, beta=beta)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def gradient(span):
+        trainer.args.loser_noise_range = span
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        return torch.cat([weight.grad.flatten() for weight in trainer.denoiser.parameters()])
+
+    plain, every, never = gradient(None), gradient([0.0, 1.0]), gradient([0.999, 1.0])
+    without_losers(trainer)
+    winners = gradient(None)
+    assert torch.equal(plain, every)
+    assert torch.equal(never, winners)
+    assert not torch.equal(plain, winners)
+
+
+@pytest.mark.parametrize("safeguard", ["none", "parameter"])
+def test_outside_a_range_a_pair_trains_its_winner_only(build, safeguard):
+    """Half a range: the levels of the drawn timesteps say, pair by pair, whose loser's branch is cut off."""
+    ranged = walked(build("stable_diffusion", "full", safeguard, loser_noise_range=[0.3, 0.7]))
+    cut = without_losers(build("stable_diffusion", "full", safeguard), lambda level: (level >= 0.3) & (level <= 0.7))
+    assert_same_walk(ranged, walked(cut))
+    assert any(0 < weight < 1 for weight in loser_weights(ranged))
+
+
+def test_lambda_within_a_range_is_that_of_its_pairs(build):
+    """Of the first batch, by hand: losers within the range against the winners of the same pairs."""
+    trainer = build("stable_diffusion", "full", "output", loser_noise_range=[0.3, 0.7], max_steps=1)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        batch, prediction, _ = trainer._predict_pairs(trainer.model, inputs)
+    levels = levels_of(batch.timesteps.chunk(2)[0])
+    within = (levels >= 0.3) & (levels <= 0.7)
+    assert within.any() and not within.all()
+    winner, loser = ((prediction - batch.target).double().chunk(2)[half][within] for half in (0, 1))
+    scale = min(1.0, 0.5 * float(winner.square().sum() / (winner * loser).sum()))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["safeguard/scale"] == pytest.approx(scale, rel=1e-4) and scale < 1
+    assert log["safeguard/loser_weight"] == pytest.approx(float(within.double().mean()))
+
+
+def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
+    trainer = build(
+        "stable_diffusion", "full", "output", safeguard_granularity="noise_bin", num_noise_bins=2, max_steps=1
+    )
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        batch, prediction, _ = trainer._predict_pairs(trainer.model, inputs)
+    upper = levels_of(batch.timesteps.chunk(2)[0]) >= 0.5
+    assert upper.any() and not upper.all()
+    winner, loser = (prediction - batch.target).double().chunk(2)
+    scales = torch.zeros(len(upper), dtype=torch.float64)
+    for part in (upper, ~upper):
+        dot = (winner * loser)[part].sum()
+        scales[part] = (0.5 * winner[part].square().sum() / dot).clamp(0, 1) if dot > 0 else 1.0
+    outputs = trainer._loss_of(prediction, batch, None if trainer.reference is None else prediction, None)
+    assert outputs.scale.tolist() == pytest.approx(scales.tolist(), rel=1e-4)
+    trainer.train()
+    assert trainer.state.log_history[0]["safeguard/scale"] == pytest.approx(float(scales.mean()), rel=1e-4)
+
+
+# ---- Evaluation by noise level -------------------------------------------------------------------------------------
+
+
+def recording(trainer):
+    """What the trainer predicts of every batch, kept: `(levels, errors)`, `(B,)` and `(B, 4)` in float64."""
+    kept, original = [], trainer._predict_pairs
+
+    def predict(model, inputs):
+        batch, model_pred, ref_pred = original(model, inputs)
+        halves = [
+            (prediction - batch.target).double().square().flatten(1).mean(1).chunk(2)
+            for prediction in (model_pred, ref_pred)
+        ]
+        errors = torch.stack([halves[0][0], halves[0][1], halves[1][0], halves[1][1]], 1)
+        kept.append((levels_of(batch.timesteps.chunk(2)[0]), errors))
+        return batch, model_pred, ref_pred
+
+    trainer._predict_pairs = predict
+    return kept
+
+
+def by_level(levels, errors, parts):
+    """Metrics by hand, pair by pair."""
+    found = {}
+    for level in sorted({int(value * parts) for value in levels.tolist()}):
+        rows = [errors[i].tolist() for i in range(len(levels)) if int(levels[i] * parts) == level]
+        for name, ours, theirs in (("winner", 0, 2), ("loser", 1, 3)):
+            change = sum(row[ours] - row[theirs] for row in rows)
+            found[f"errors/{name}_change@{level}"] = change / len(rows)
+            found[f"errors/{name}_change_relative@{level}"] = change / sum(row[theirs] for row in rows)
+    return found
+
+
+def of_levels(metrics, prefix="eval_"):
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if "@" in name}
+
+
+@pytest.mark.parametrize("parts", [1, 4, 40])
+def test_an_evaluation_tells_the_change_at_each_level_that_it_met(make_trainer, make_pairs, sd_folder, parts):
+    trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(10, seed=4), num_noise_bins=parts)
+    kept = recording(trainer)
+    metrics = trainer.evaluate()
+    levels, errors = (torch.cat([batch[place] for batch in kept]) for place in (0, 1))
+    expected = by_level(levels, errors, parts)
+    assert len(levels) == 10 and (parts < 40 or len(expected) < 4 * 10 + 1)
+    assert of_levels(metrics) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert metrics["eval_errors/winner_change"] == pytest.approx(float((errors[:, 0] - errors[:, 2]).mean()), rel=1e-4)
+
+
+class LastBatch:
+    """What accelerate knows of a data loader at its last batch: how many of its rows are no repetitions."""
+
+    end_of_dataloader = True
+    use_seedable_sampler = False
+
+    def __init__(self, remainder):
+        self.remainder = remainder
+
+
+@pytest.mark.parametrize("real", [1, 3])
+def test_repetitions_that_fill_up_the_last_batch_are_in_no_level(make_trainer, make_pairs, sd_folder, real):
+    """As two processes would have it, of which this is the first and has some real pairs in its last batch of four."""
+    trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(4, seed=4), num_noise_bins=4)
+    inputs = next(iter(trainer.get_eval_dataloader()))
+    kept = recording(trainer)
+    state = trainer.accelerator.gradient_state
+    last = LastBatch(real)
+    state._add_dataloader(last)
+    try:
+        trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
+    finally:
+        state._remove_dataloader(last)
+    (levels, errors), found = kept[0], trainer._noise_bin_meter.drain(trainer.accelerator)
+    assert len(levels) == 4
+    assert found == pytest.approx(by_level(levels[:real], errors[:real], 4), rel=1e-4, abs=1e-7)
+
+
+def test_two_evaluations_do_not_run_into_each_other(make_trainer, make_pairs, sd_folder):
+    trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(6, seed=4))
+    assert of_levels(trainer.evaluate()) == of_levels(trainer.evaluate())
+
+
+def test_before_training_no_level_has_changed(make_trainer, make_pairs):
+    metrics = of_levels(make_trainer(eval_dataset=make_pairs(6, seed=4)).evaluate())
+    assert metrics and set(metrics.values()) == {0.0}
+
+
+def test_without_a_reference_there_is_no_change_to_tell(make_trainer, make_pairs):
+    metrics = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo").evaluate()
+    assert not of_levels(metrics) and "eval_errors/winner" in metrics
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "span", [[0.7, 0.3], [0.5, 0.5], [-0.1, 0.5], [0.5, 1.1], [0.5], [0.1, 0.2, 0.3], [], [float("nan"), 1.0]]
+)
+def test_a_range_that_is_none_is_refused(tmp_path, span):
+    with pytest.raises(ValueError, match="`loser_noise_range` must be two noise levels, the lower one first"):
+        DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", loser_noise_range=span)
+
+
+@pytest.mark.parametrize("span", [[0.95, 1.0], [0.0, 0.02]])
+def test_a_range_that_the_schedule_never_visits_is_refused(make_trainer, span):
+    """Stable Diffusion's levels, of its betas in float64: the lowest is 0.028 and the highest 0.936."""
+    levels = levels_of(torch.arange(1000))
+    assert (round(float(levels.min()), 3), round(float(levels.max()), 3)) == (0.028, 0.936)
+    with pytest.raises(ValueError, match=r"must meet the noise levels that are drawn, 0.028 to 0.936; got"):
+        make_trainer(loser_noise_range=span)
+
+
+def test_the_timesteps_of_a_range_are_told(make_trainer, caplog):
+    steps = [step for step, level in enumerate(levels_of(torch.arange(1000)).tolist()) if 0.62 <= level]
+    make_trainer(loser_noise_range=[0.62, 1.0])
+    assert f"Losers train at the noise levels 0.62 to 1: timesteps {steps[0]} to 999 of 1000." in caplog.text
+
+
+def test_a_range_without_losers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`loser_noise_range` cannot act: the loss 'sft' has no loser"):
+        DiffusionSDPOConfig(
+            str(tmp_path), use_cpu=True, report_to="none", loss_type="sft", loser_noise_range=[0.5, 1.0]
+        )
+
+
+@pytest.mark.parametrize("parts", [0, -1])
+def test_no_noise_levels_are_refused(tmp_path, parts):
+    with pytest.raises(ValueError, match=f"`num_noise_bins` must be at least 1, got {parts}"):
+        DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", num_noise_bins=parts)
+
+
+def test_a_range_that_the_drawn_timesteps_never_meet_is_refused(build):
+    with pytest.raises(
+        ValueError, match=r"must meet the noise levels that are drawn, 0.028 to 0.38.; got \[0.62, 1.0\]"
+    ):
+        build("stable_diffusion", "lora", "output", timestep_range=[0, 220], loser_noise_range=[0.62, 1.0])

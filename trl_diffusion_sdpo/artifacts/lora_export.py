@@ -1,0 +1,145 @@
+"""The LoRA that a run saved, in the file format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI, Forge and
+others read."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from ..families.lora_keys import Place, find_place
+from ..models.adapters import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX
+from ..models.ema import EMA_FOLDER
+from .disk import naming_the_disk
+from .lora_scale import folded, ranks
+from .weights import SETUP_FILE
+
+PREFIX = "lora_unet_"  # of transformers, too
+_A, _B = "lora_A.weight", "lora_B.weight"
+Factors = tuple[torch.Tensor, torch.Tensor]  # (r, in, ...) and (out, r, ...)
+
+
+def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) -> dict[str, torch.Tensor]:
+    """Write a run's LoRA in kohya's format.
+
+    Args:
+        run (`str` or `Path`): What `save_model` wrote, or a checkpoint.
+        output (`str` or `Path`): The file, whose name ends in `.safetensors`.
+        average (`bool`): Whether the average of the weights that `ema_decay` kept is meant.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What was written.
+
+    Raises:
+        `ValueError`: If the folder holds no LoRA, the format has no place for it, or the file is there already.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors" or output.exists():
+        raise ValueError(f"The output must be a new file whose name ends in .safetensors, got {output}.")
+    denoiser_class, config, weights = _read(Path(run), average)
+    converted = to_kohya(weights, config, denoiser_class)
+    with naming_the_disk(output.parent, lambda: sum(tensor.nbytes for tensor in converted.values())):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_file(converted, output, {"format": "pt"})
+    return converted
+
+
+def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_class: str) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors under kohya's keys: `lora_unet_...` with `.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Under their PEFT names.
+        config ([`~peft.LoraConfig`]): Under which they act.
+        denoiser_class (`str`): diffusers' class of the model.
+
+    Raises:
+        `ValueError`: If the format has no place for the LoRA.
+    """
+    if config.use_dora:
+        raise ValueError(
+            "A DoRA cannot be exported: tools disagree on the norm that its magnitudes multiply. Merge it into "
+            "the model."
+        )
+    others = [key for key in weights if not key.endswith((_A, _B))]
+    if others:
+        raise ValueError(f"The format knows two factors of a module; this LoRA holds {others[0]} besides. Merge it.")
+    weights, _ = folded(weights, config)
+    parts: dict[str, dict[int, Factors]] = defaultdict(dict)
+    places: dict[str, Place] = {}
+    for module in ranks(weights):
+        place = find_place(denoiser_class, module)
+        places[place.module] = place
+        parts[place.module][place.part] = (weights[f"{module}.{_A}"], weights[f"{module}.{_B}"])
+    return _named({name: _above_one_another(places[name], parts[name]) for name in parts})
+
+
+def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Tensor]]:
+    folder = run / EMA_FOLDER if average else run
+    missing = [
+        file for file in (run / SETUP_FILE, folder / PEFT_FILE, folder / PEFT_CONFIG_FILE) if not file.is_file()
+    ]
+    if missing:
+        raise ValueError(
+            f"The run must be a folder in which the trainer saved a LoRA; there is no {missing[0]}. Weights that were "
+            "tuned in full are a model of their own, which other tools load in place of the base."
+        )
+    setup = json.loads((run / SETUP_FILE).read_text(encoding="utf-8"))
+    weights = load_file(folder / PEFT_FILE)
+    config = LoraConfig.from_pretrained(str(folder))
+    return setup["denoiser_class"], config, {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
+
+
+def _above_one_another(place: Place, parts: dict[int, Factors]) -> Factors:
+    """One pair of factors `(sum r, in)` and `(sum out, sum r)` for matrices that the original model has in one: the
+    second factor is zero but for its blocks. Where a part has no LoRA, its rows are zero."""
+    if len(place.heights) == 1:
+        return parts[0]
+    heights = _heights(place, parts)
+    down = torch.cat([parts[part][0] for part in sorted(parts)])
+    up = torch.zeros(sum(heights), down.shape[0], dtype=down.dtype)
+    rank = 0
+    for part in sorted(parts):
+        block = parts[part][1]
+        top = sum(heights[:part])
+        up[top : top + block.shape[0], rank : rank + block.shape[1]] = block
+        rank += block.shape[1]
+    return down, up
+
+
+def _heights(place: Place, parts: dict[int, Factors]) -> list[int]:
+    """Rows of each part, known from the parts that have a LoRA."""
+    known = {part: factors[1].shape[0] for part, factors in parts.items()}
+    part, rows = next(iter(known.items()))
+    relative = place.heights[part]
+    heights = []
+    for other, height in enumerate(place.heights):
+        if other not in known and (height is None or relative is None):
+            raise ValueError(
+                f"{place.module} of the original model holds {len(place.heights)} matrices of unlike sizes, and the "
+                f"LoRA covers {len(known)} of them. Train queries, keys and values together to export it."
+            )
+        heights.append(known[other] if other in known else rows * height // relative)
+    return heights
+
+
+def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
+    """Factors under their keys, with the alpha that has them act with scale 1, as they are.
+
+    Where ranks differ, all modules get one alpha, and the second factors what then is missing: diffusers overlooks, of
+    a UNet's LoRA, alphas that differ from module to module.
+    """
+    rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
+    common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None
+    tensors = {}
+    for name, (down, up) in modules.items():
+        rank = rank_of[name]
+        alpha = rank if common is None else common
+        key = PREFIX + name.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = down.contiguous()
+        tensors[f"{key}.lora_up.weight"] = (up * (rank / alpha)).contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    return tensors

@@ -1,0 +1,264 @@
+"""Writes the model card of a tuned model: what it is, how diffusers loads it, with which settings it was made and what
+to cite. A card is public, so neither tokens nor folders of the machine that trained reach it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..masking import names_secret, without_secrets
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TUNINGS = {"lora": "adapter", "full": "finetune"}  # our word -> the Hub's relation to the base model
+COMMON_TAGS = ("text-to-image", "diffusers", "diffusers-training", "trl-diffusion-sdpo", "diffusion-sdpo", "dpo")
+LORA_TAGS = ("lora", "template:sd-lora")
+
+PAPER_BIBTEX = """\
+@article{fu2025diffusionsdpo,
+  title   = {{Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models}},
+  author  = {Fu, Minghao and Wang, Guo-Hua and Cui, Tianyu and Chen, Qing-Guo and Xu, Zhao and Luo, Weihua and Zhang, Kaifu},
+  journal = {arXiv preprint arXiv:2511.03317},
+  year    = {2025}
+}"""  # noqa: E501
+
+DIFFUSION_DPO_BIBTEX = """\
+@article{wallace2023diffusiondpo,
+  title   = {{Diffusion Model Alignment Using Direct Preference Optimization}},
+  author  = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and Purushwalkam, Senthil and Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and Naik, Nikhil},
+  journal = {arXiv preprint arXiv:2311.12908},
+  year    = {2023}
+}"""  # noqa: E501
+
+TRL_BIBTEX = """\
+@software{vonwerra2020trl,
+  title   = {{TRL: Transformers Reinforcement Learning}},
+  author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallou{\\'e}dec, Quentin},
+  license = {Apache-2.0},
+  url     = {https://github.com/huggingface/trl},
+  year    = {2020}
+}"""  # noqa: E501
+
+_PROMPT = "a photo of an astronaut riding a horse"
+
+
+@dataclass(frozen=True)
+class ModelCardFacts:
+    """What a card says.
+
+    Args:
+        model_name (`str`): Heading.
+        hub_model_id (`str`, *optional*): Repository the model is published as; a placeholder stands in without it.
+        base_model (`str`, *optional*): Hub id or folder of the pipeline that was tuned. Of a folder only the name is
+            written, and only a Hub id becomes metadata.
+        pipeline_class (`str`): diffusers class of that pipeline.
+        denoiser_name (`str`): Its attribute that was tuned, `"unet"` or `"transformer"`.
+        tuning (`str`): `"lora"` or `"full"`.
+        loads_lora (`bool`): Whether the pipeline has `load_lora_weights`; PEFT reads the LoRA of one that has not.
+        generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call beside the prompt.
+        generated_image (`str`): Where an image lies in what the call returns.
+        dataset_name (`str`, *optional*): Hub id or folder of the preference data, treated as `base_model` is.
+        tags (`list[str]`): Joined to the usual ones.
+        settings (`dict[str, Any]`): Becomes a table; tokens are left out at any depth, and of absolute paths only the
+            last part is written. `safeguard` set to `"none"` also changes what the card says of the method.
+        metrics (`dict[str, float]`): Final values; becomes a table.
+        verdict (`str`, *optional*): What training did to the preferred images, in sentences.
+        gallery (`list[tuple[str, str]]`): Image paths relative to the repository, each with its prompt.
+        trainer_name, paper_id, paper_title, paper_bibtex (`str`): The method.
+        versions (`dict[str, str]`): Package names and versions.
+        license (`str`, *optional*): The Hub's identifier of the license.
+
+    Raises:
+        `ValueError`: If `tuning` is none of the two, or a gallery path is not relative to the repository.
+    """
+
+    model_name: str
+    hub_model_id: str | None
+    base_model: str | None
+    pipeline_class: str
+    denoiser_name: str
+    tuning: str
+    dataset_name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    verdict: str | None = None
+    gallery: list[tuple[str, str]] = field(default_factory=list)
+    trainer_name: str = "Diffusion-SDPO"
+    paper_id: str = "2511.03317"
+    paper_title: str = "Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models"
+    paper_bibtex: str = PAPER_BIBTEX
+    versions: dict[str, str] = field(default_factory=dict)
+    license: str | None = None
+    loads_lora: bool = True
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+    generated_image: str = "images[0]"
+
+    def __post_init__(self):
+        if self.tuning not in TUNINGS:
+            raise ValueError(f"`tuning` must be one of {', '.join(TUNINGS)}; got {self.tuning!r}.")
+        for path, _ in self.gallery:
+            if _is_absolute(path) or ".." in PurePosixPath(path).parts:
+                raise ValueError(
+                    f"A gallery image must lie within the repository, got {path!r}. Give a relative path."
+                )
+
+
+def build_model_card(facts: ModelCardFacts) -> ModelCard:
+    """The card, with the Hub's metadata and a body that a reader can follow to load the model.
+
+    Args:
+        facts ([`ModelCardFacts`]): What to say.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: Save it as `README.md` beside the weights.
+    """
+    base_is_hub = _is_hub_id(facts.base_model)
+    base = facts.base_model if base_is_hub else _leaf(facts.base_model) or "path/to/base-pipeline"
+    return ModelCard.from_template(
+        _metadata(facts),
+        template_path=str(TEMPLATE),
+        model_name=_leaf(facts.model_name) or "Tuned model",
+        tuning=facts.tuning,
+        denoiser_name=facts.denoiser_name,
+        pipeline_class=facts.pipeline_class,
+        base_text=_link(facts.base_model, "https://huggingface.co/") or "a text-to-image pipeline",
+        base_is_local=not base_is_hub,
+        base_for_loading=base,
+        dataset_text=_link(facts.dataset_name, "https://huggingface.co/datasets/") or "preference pairs",
+        has_gallery=bool(facts.gallery),
+        snippet=_snippet(facts, base),
+        settings_table=_table(("Setting", "Value"), _public_mapping(facts.settings)),
+        metrics_table=_table(("Metric", "Value"), {name: f"{value:.6g}" for name, value in facts.metrics.items()}),
+        verdict=facts.verdict,
+        versions=list(facts.versions.items()),
+        averaged=facts.settings.get("ema_decay") is not None,
+        safeguarded=facts.settings.get("safeguard") != "none",
+        trainer_name=facts.trainer_name,
+        paper_id=facts.paper_id,
+        paper_title=facts.paper_title,
+        paper_bibtex=facts.paper_bibtex.strip(),
+        diffusion_dpo_bibtex=DIFFUSION_DPO_BIBTEX,
+        trl_bibtex=TRL_BIBTEX,
+    )
+
+
+def _metadata(facts: ModelCardFacts) -> ModelCardData:
+    optional: dict[str, Any] = {}
+    if _is_hub_id(facts.base_model):
+        optional |= {"base_model": facts.base_model, "base_model_relation": TUNINGS[facts.tuning]}
+    if _is_hub_id(facts.dataset_name):
+        optional["datasets"] = [facts.dataset_name]
+    if facts.gallery:
+        optional["widget"] = [{"text": prompt, "output": {"url": path}} for path, prompt in facts.gallery]
+    lora_tags = LORA_TAGS if facts.tuning == "lora" else ()
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=facts.license,
+        tags=list(dict.fromkeys((*COMMON_TAGS, *lora_tags, *facts.tags))),
+        **optional,
+    )
+
+
+def _snippet(facts: ModelCardFacts, base: str) -> str:
+    """Code that loads the base pipeline with the tuned weights and draws one image."""
+    repository = _quoted(facts.hub_model_id or f"path/to/{_leaf(facts.model_name) or 'tuned-model'}")
+    base = _quoted(base)
+    given = {"prompt": facts.gallery[0][1] if facts.gallery else _PROMPT, **facts.generation_kwargs}
+    arguments = ", ".join(
+        f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given.items()
+    )
+    use = ['pipeline.to("cuda")', f"image = pipeline({arguments}).{facts.generated_image}"]
+    if facts.tuning == "lora" and not facts.loads_lora:
+        name = facts.denoiser_name
+        load = [
+            "from diffusers import DiffusionPipeline",
+            "from peft import PeftModel",
+            "",
+            f"pipeline = DiffusionPipeline.from_pretrained({base})",
+            f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {repository})",
+        ]
+    elif facts.tuning == "lora":
+        load = [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipeline = DiffusionPipeline.from_pretrained({base})",
+            f"pipeline.load_lora_weights({repository})",
+        ]
+    else:
+        name = facts.denoiser_name
+        load = [
+            "from diffusers import AutoModel, DiffusionPipeline",
+            "",
+            f'{name} = AutoModel.from_pretrained({repository}, subfolder="{name}")',
+            f"pipeline = DiffusionPipeline.from_pretrained({base}, {name}={name})",
+        ]
+    return "\n".join(load + use)
+
+
+def _quoted(text: str) -> str:
+    """Python's literal of the text, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
+    if not rows:
+        return ""
+    cells = [header, ("---", "---"), *((f"`{name}`", f"`{_cell(value)}`") for name, value in rows.items())]
+    return "\n".join(f"| {left} | {right} |" for left, right in cells)
+
+
+def _cell(value: Any) -> str:
+    """One line that neither ends the cell nor the code within it."""
+    return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") or " "
+
+
+def _public_mapping(values: dict[str, Any]) -> dict[str, Any]:
+    """The mapping without secrets, its values as they may be published."""
+    return {key: _public(value) for key, value in values.items() if not names_secret(str(key))}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _public_mapping(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_public(item) for item in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        return value
+    return without_secrets(_leaf(value) if _is_absolute(value) else value)
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("~") or PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+
+
+def _leaf(path: str | None) -> str:
+    """Last part of a path of either kind of system; the empty string for none."""
+    return PureWindowsPath(path).name if path else ""
+
+
+def _is_hub_id(name: str | None) -> bool:
+    """True for `owner/name` that is no folder here; a bare name may always be a folder."""
+    if name is None or name.count("/") != 1 or os.path.isdir(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _link(name: str | None, site: str) -> str:
+    """Markdown link to a Hub id; of anything else, its last part as code."""
+    if _is_hub_id(name):
+        return f"[{name}]({site}{name})"
+    return f"`{_leaf(name)}`" if _leaf(name) else ""

@@ -1,0 +1,194 @@
+"""From what a user passes as `model` and `ref_model` to a pipeline, its family and its denoisers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import PeftModel
+from torch import nn
+
+from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
+from .adapters import unwrap_peft_model
+
+if TYPE_CHECKING:
+    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
+
+CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
+# Of `model_init_kwargs`: what is about this machine and its access to the Hub, and the kind of files, so that it also
+# holds for a reference given by name.
+SHARED_OPTIONS = (
+    *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
+    *("low_cpu_mem_usage", "disable_mmap"),
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline whose denoiser is to be trained.
+
+    Args:
+        family ([`Family`]): Around `pipeline`.
+        name_or_path (`str`, *optional*): Where the pipeline came from, as far as it is known.
+    """
+
+    family: Family
+    name_or_path: str | None
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        return self.family.pipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.family.denoiser
+
+
+def load_model(
+    model: str | Path | DiffusionPipeline | nn.Module,
+    *,
+    processing_class: DiffusionPipeline | None = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    device: torch.device | None = None,
+) -> LoadedModel:
+    """Resolve `model` to a pipeline and its family.
+
+    Args:
+        model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser, also
+            within a [`~peft.PeftModel`].
+        processing_class (`DiffusionPipeline`, *optional*): Owner of a bare denoiser's VAE, text encoders and
+            scheduler. It is copied, not changed.
+        model_init_kwargs (`dict`, *optional*): For loading; `dtype` may be a string.
+        quantization_config (*optional*): How the denoiser's frozen weights are held, for a Hub id or folder.
+        device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
+
+    Raises:
+        `ValueError`: If it is none of these, or arguments are given that it cannot use.
+    """
+    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model")
+    _align_for(loaded.denoiser, device)
+    return loaded
+
+
+def load_reference(
+    ref_model: str | Path | DiffusionPipeline | nn.Module, policy: LoadedModel, args: DiffusionSDPOConfig
+) -> nn.Module:
+    """The denoiser of `ref_model`. Of a Hub id or folder nothing else is loaded, for nothing else is used.
+
+    A Hub id or folder is read with `ref_model_init_kwargs`, and with what `model_init_kwargs` say about how files are
+    reached and read; not with the policy's `revision`, which names a state of the policy's repository.
+
+    Raises:
+        `ValueError`: If it is no such thing, or options are given that belong to other parts of a pipeline.
+    """
+    if isinstance(ref_model, (str, Path)):
+        shared = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
+        options = {**shared, **(args.ref_model_init_kwargs or {})}
+        dtype = options.pop("dtype", None)
+        dtype = policy.family.dtype if dtype is None else torch_dtype(dtype)
+        denoiser = load_denoiser(ref_model, dtype=dtype, **options)
+    else:
+        denoiser = _resolve(ref_model, policy.pipeline, None, None, "ref_model").denoiser
+    _align_for(denoiser, args.device)
+    return denoiser
+
+
+def _resolve(
+    model: Any,
+    processing_class: DiffusionPipeline | None,
+    model_init_kwargs: dict[str, Any] | None,
+    quantization_config: Any,
+    role: str,
+) -> LoadedModel:
+    if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
+        raise ValueError(
+            f"`processing_class` belongs to a bare denoiser, and `model` is a whole pipeline; got a "
+            f"{type(processing_class).__name__} beside it. Leave it out, or put its parts into the pipeline."
+        )
+    if isinstance(model, (str, Path)):
+        return _from_name(str(model), dict(model_init_kwargs or {}), quantization_config)
+    for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
+        if value is not None and role == "model":
+            raise ValueError(f"`{name}` is for a `{role}` given as Hub id or folder, got a {type(model).__name__}.")
+    if isinstance(model, DiffusionPipeline):
+        return LoadedModel(find_family(as_text_to_image(model)), _origin(model))
+    if not isinstance(model, (ModelMixin, PeftModel)):
+        raise ValueError(
+            f"`{role}` must be a Hub id, a folder, a diffusers pipeline or its denoiser, got {type(model).__name__}."
+        )
+    if not isinstance(processing_class, DiffusionPipeline):
+        raise ValueError(
+            f"A bare denoiser as `{role}` needs `processing_class=` the pipeline that owns its VAE, text encoders and "
+            f"scheduler, got {type(processing_class).__name__}."
+        )
+    return _from_denoiser(unwrap_peft_model(model), as_text_to_image(processing_class), role)
+
+
+def _from_name(name: str, options: dict[str, Any], quantization_config: Any) -> LoadedModel:
+    options["dtype"] = torch_dtype(options.pop("dtype", None))
+    pipeline = load_pipeline(name, denoiser_quantization=diffusers_quantization(quantization_config), **options)
+    return LoadedModel(find_family(pipeline), name)
+
+
+def diffusers_quantization(config: Any) -> Any:
+    """A quantization configuration of transformers (what TRL's `get_quantization_config` gives) as diffusers' own."""
+    counterpart = {"BitsAndBytesConfig": diffusers.BitsAndBytesConfig}.get(type(config).__name__)
+    if counterpart is None or isinstance(config, counterpart):
+        return config
+    return counterpart.from_dict(config.to_dict())
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
+    """A dtype from its name; float32 if unset.
+
+    Raises:
+        `ValueError`: If there is no such floating point dtype.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return torch.float32
+    dtype = known.get(name) if isinstance(name, str) else name
+    if dtype not in known.values():
+        raise ValueError(f"`dtype` must be one of {', '.join(known)}; got {name!r}.")
+    return dtype
+
+
+def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> LoadedModel:
+    pipeline = copy.copy(owner)  # the user's pipeline keeps its own denoiser
+    denoiser_name = find_family(owner).denoiser_name
+    expected = type(getattr(owner, denoiser_name))
+    if not isinstance(denoiser, expected):
+        raise ValueError(
+            f"`{role}` must be the {denoiser_name} of `processing_class`, a {expected.__name__}; got a "
+            f"{type(denoiser).__name__}."
+        )
+    pipeline.register_modules(**{denoiser_name: denoiser})
+    return LoadedModel(find_family(pipeline), _origin(owner))
+
+
+def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
+    """Align weights that stay in this memory; those that move to an accelerator are copied there anyway."""
+    if device is not None and device.type == "cpu":
+        align_weights(denoiser)
+
+
+@torch.no_grad()
+def align_weights(module: nn.Module) -> None:
+    """Give a module's tensors memory as PyTorch allocates it.
+
+    Weights mapped from a safetensors file start wherever the file puts them, and matrix products on a CPU round by
+    alignment: a policy mapped from a file and a copy of it would differ in the last bit.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def _origin(pipeline: DiffusionPipeline) -> str | None:
+    return pipeline.config.get("_name_or_path") or None

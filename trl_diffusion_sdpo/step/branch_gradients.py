@@ -1,0 +1,85 @@
+"""One backward pass per branch, and the safeguard hook after both.
+
+The graph is cut at the predictions, so that each branch is a scalar `(prediction * gradient).sum()` of its own. Every
+backward pass adds to the branch's own accumulator; after the last micro-batch of an optimizer step, a few inner
+products give lambda, and the back end is handed the gradient `W - lambda L` before the engine clips and steps.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..engines.adamw_preconditioner import AdamWPreconditioner
+from ..engines.gradient_backends import GradientBackend
+from ..engines.gradients import Gradient, inner_products, subtract_scaled
+from ..engines.sharding import local
+from ..losses import parameter_scale
+
+WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
+
+
+class BranchBackward:
+    """The gradients of an optimizer step, branch by branch, and the lambda that joins them.
+
+    Args:
+        engine ([`GradientBackend`]): How gradients are taken and given back.
+        mu (`float`): Margin in `[0, 1]`.
+        anchor (`str`): `"branch"` or `"error"`, what lambda protects, as
+            [`~trl_diffusion_sdpo.losses.parameter_scale`] has it.
+        adamw ([`AdamWPreconditioner`], *optional*): Bounds lambda by AdamW's own step as well.
+    """
+
+    def __init__(self, engine: GradientBackend, *, mu: float, anchor: str, adamw: AdamWPreconditioner | None = None):
+        self.engine = engine
+        self.mu = mu
+        self.anchor = anchor
+        self.adamw = adamw
+        self.gradients: dict[str, Gradient] = {}
+
+    def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
+        """Add a micro-batch's gradient to a branch.
+
+        Args:
+            branch (`str`): `"winner"`, `"loser"` or `"anchor"`. The loser's objective must point up the loser's
+                branch, so that the gradient of the loss is winner minus loser.
+            objective (`torch.Tensor` of shape `()`): Already divided by the accumulation steps.
+            retain_graph (`bool`): Whether another pass through the same graph follows.
+        """
+        self.gradients[branch] = self.engine.backward(objective, self.gradients.get(branch), retain_graph=retain_graph)
+
+    @torch.no_grad()
+    def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, Gradient | None]:
+        """The safeguard hook: leave `W - lambda L` with the engine as the gradient of the step.
+
+        Returns:
+            The metrics of [`~trl_diffusion_sdpo.losses.parameter_scale`]; whether the gradients were finite, a boolean
+            scalar on the device (with fp16 they are not now and then, and the scaler leaves that step out); and the
+            anchor's gradient where there is one.
+
+        Raises:
+            `RuntimeError`: If a branch reached no trained weight.
+        """
+        gradients, self.gradients = self.gradients, {}
+        for name, gradient in gradients.items():
+            if all(part is None for part in gradient):
+                raise RuntimeError(f"The {name}'s backward pass reached no trained weight. Does the denoiser use any?")
+            gradients[name] = self.engine.reduced(gradient)
+        ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
+        products = self.engine.total(inner_products(ordered))
+        scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
+        if self.adamw is not None:
+            scale = metrics["safeguard/scale"] = self._bounded_by_adamw(ordered, products, scale)
+            metrics["safeguard/active"] = (scale < 1).to(scale)
+        finite = products.isfinite().all()
+        # Where only the anchor is not finite, the step is still not to be taken: the gradient says so.
+        subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
+        self.engine.put(ordered[0])
+        return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
+
+    def _bounded_by_adamw(self, ordered: list[Gradient], products: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        parts = [[None if part is None else local(part) for part in gradient] for gradient in ordered]
+        states = self.engine.adam_states(self.adamw.optimizer)
+        clip = self.adamw.clip(products, scale, self.engine.loss_scale)
+        anchored = -1 if self.anchor == "error" else 0
+        sums = self.adamw.products(states, self.engine.weights(), parts, anchored, scale, clip)
+        return self.adamw.bound(self.engine.total(sums), scale, self.mu)

@@ -1,0 +1,81 @@
+"""A look at every loss and gradient for values that are not finite, without holding the accelerator up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..engines.host_copy import HostCopy
+from ..engines.step_exchange import StepExchange
+
+
+class FiniteCheck:
+    """Stops a run whose loss or gradient is not finite.
+
+    A loss is caught before the optimizer's step: once a step, the verdict over all micro-batches and processes is
+    copied to the host while the last backward pass is being queued and read after it, so that the host waits for the
+    forward pass only while the accelerator has the backward pass to run. All processes share one verdict, since a
+    gradient is averaged over them. A gradient that is not finite although the loss is, which is rare, is caught one
+    step later, before anything is saved.
+
+    Args:
+        callbacks (`Iterable`, *optional*): Those of the trainer, for [`~.step_exchange.StepExchange`], which carries
+            the verdict between processes.
+    """
+
+    def __init__(self, callbacks: Iterable[Any] = ()):
+        self._exchange = StepExchange(callbacks)
+        self._gradient: HostCopy | None = None
+        self._gradient_step = 0
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step: losses and rows
+        self._ruined: torch.Tensor | None = None
+        self._sent = False
+
+    def watch(self, pair_losses: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+        """Note a micro-batch's losses `(B,)`; `rows` `(B,)` are its pairs' numbers in the data set. The `last` one
+        before an optimizer step sends the verdict."""
+        if self._sent:
+            self._watched, self._ruined, self._sent = [], None, False
+        self._watched.append((pair_losses.detach(), rows))
+        ruined = ~torch.isfinite(pair_losses.detach()).all()
+        self._ruined = ruined if self._ruined is None else self._ruined | ruined
+        if last:
+            self._exchange.send(self._ruined)
+            self._sent = True
+
+    def watch_gradient(self, norm: torch.Tensor, step: int) -> None:
+        """Note the gradient's norm, a plain tensor that is the same on all processes, before the optimizer takes
+        `step`."""
+        self._gradient, self._gradient_step = HostCopy(torch.isfinite(norm)), step
+
+    def verify(self, step: int) -> None:
+        """Raise if the losses of the step, once all were watched, or the gradient of the step before were not finite.
+
+        Raises:
+            `FloatingPointError`: With the optimizer step and, for a loss, the rows; the weights then are as they were.
+        """
+        self.verify_gradient()
+        if self._exchange.receive():
+            self._report(step)
+
+    def verify_gradient(self) -> None:
+        """Raise if the gradient of the last step was not finite; called before anything is saved."""
+        gradient, self._gradient = self._gradient, None
+        if gradient is not None and not gradient.read():
+            raise FloatingPointError(
+                f"Every gradient must be finite; at step {self._gradient_step} its norm was not, while the loss was. "
+                "Unless DeepSpeed has left that step out, it has spoiled the weights; nothing was saved since. Resume "
+                "from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+            )
+
+    def _report(self, step: int) -> None:
+        losses, rows = (torch.cat(parts) for parts in zip(*self._watched, strict=True))
+        values = zip(rows.tolist(), losses.float().tolist(), strict=True)
+        bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
+        listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "those of another process"
+        raise FloatingPointError(
+            f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not ({listed}). "
+            "The weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
+        )

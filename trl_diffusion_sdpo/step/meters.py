@@ -1,0 +1,90 @@
+"""Sums of a step's or an evaluation's detached scalars, kept on the device until they are logged."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from ..engines.gradients import exact_dtype
+
+CHANGES = ("winner_change", "loser_change")
+
+
+def noise_bin_of(levels: torch.Tensor, parts: int) -> torch.Tensor:
+    """Which of `parts` equal parts of [0, 1] noise levels lie in; int64, of the same shape."""
+    return (levels * parts).long().clamp(0, parts - 1)
+
+
+class NoiseBinMeter:
+    """Sums of errors by noise level over an evaluation; one reduction over processes when they are read.
+
+    Args:
+        parts (`int`): Number of noise levels.
+    """
+
+    def __init__(self, parts: int):
+        self.parts = parts
+        self._sums: torch.Tensor | None = None
+
+    def add(self, levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
+        """Add a batch.
+
+        Args:
+            levels (`torch.Tensor` of shape `(B,)`): Noise levels of the pairs.
+            errors (`torch.Tensor` of shape `(B, 4)`): Of winner and loser, and of the reference's.
+            counts (`bool`): Whether the pairs count; if not, only the names come into being.
+        """
+        rows = torch.cat([errors, torch.ones_like(errors[:, :1])], 1) * float(counts)
+        sums = torch.zeros(self.parts, rows.shape[1], device=rows.device, dtype=exact_dtype(rows.device))
+        sums.index_add_(0, noise_bin_of(levels, self.parts), rows.to(sums))
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """`errors/winner_change@0` and so on, absolute and as a share of the reference's error (`..._relative@0`), of
+        the levels that had a pair; every process must call it together."""
+        if self._sums is None:
+            return {}
+        sums, self._sums = accelerator.reduce(self._sums, reduction="sum").tolist(), None
+        metrics = {}
+        for level, (*errors, count) in enumerate(sums):
+            if not count:
+                continue
+            for name, error, before in zip(CHANGES, errors[:2], errors[2:], strict=True):
+                metrics[f"errors/{name}@{level}"] = (error - before) / count
+                metrics[f"errors/{name}_relative@{level}"] = (error - before) / before if before else 0.0
+        return metrics
+
+
+class MetricMeter:
+    """Weighted sums of named scalars; one transfer to the host, and one reduction over processes, per log."""
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, float | torch.Tensor] = {}
+
+    def add(self, metrics: dict[str, torch.Tensor], weight: float | torch.Tensor) -> None:
+        """Add a batch's means; `weight` is its size in pairs, or what a value that belongs to a step counts for."""
+        for name, value in metrics.items():
+            weighted = value.detach().float() * weight
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all pairs of all processes since the last call, without what has weighed nothing; every process
+        must call it together."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        weights = torch.stack([_on_device(self._weights[name], sums.device) for name in names])
+        totals = accelerator.reduce(torch.stack([sums, weights]), reduction="sum")
+        self._sums, self._weights = {}, {}
+        means, weighed = torch.stack([totals[0] / totals[1], totals[1]]).tolist()  # one wait
+        return {name: mean for name, mean, weight in zip(names, means, weighed, strict=True) if weight > 0}
+
+
+def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A weight as a float32 scalar; a number is filled in there, since a copy from the host would wait."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(device).float()
+    return torch.full((), float(weight), dtype=torch.float32, device=device)
