@@ -1,5 +1,5 @@
 # make demo    install, then train on the embedded world and draw what happened
-# make test    install, lint, run the tests, build the documentation
+# make test    install, lint, check the types, run the tests, build the documentation
 # make bench   what the safeguard costs, and how often a step raises its winners' error: 10 to 20 minutes
 # make test-distributed    the engines under all settings, two processes on the CPU
 # make test-families    every model family trains, in LoRA and in full, under both safeguards
@@ -35,6 +35,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 	$(BIN)/mkdocs build --strict
 
@@ -66,7 +67,7 @@ KILLS ?= 100
 ENGINE ?= plain
 KILLS_OUTPUT ?= kills_output
 test-kills: $(VENV)/installed-dev
-	$(BIN)/python tests/kills/kill_runs.py --engine $(ENGINE) --kills $(KILLS) --output $(KILLS_OUTPUT)
+	$(BIN)/python tests/kills/random_kills.py --engine $(ENGINE) --kills $(KILLS) --output $(KILLS_OUTPUT)
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/kills
 
 bench: $(VENV)/installed
@@ -81,7 +82,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-* .test_gpu build dist site bench_output demo_output kills_output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .test_gpu build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -49,7 +49,7 @@ from transformers import PrinterCallback
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.demo.oracle import oracle_score
 from trl_diffusion_sdpo.demo.pairs import eval_pairs, off_policy_pairs, on_policy_pairs
-from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, load_base_pipeline, sample_images
+from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load_base_pipeline
 from trl_diffusion_sdpo.demo.world import captions
 
 
@@ -75,7 +75,7 @@ def judged(pipeline: Any, part: str, seed: int, *, smallest: bool) -> float:
     generator = torch.Generator().manual_seed(SCORE_SEED + seed)
     latents = randn_tensor((len(prompts), *LATENT_SHAPE), generator)
     with torch.no_grad():
-        return float(np.mean(oracle_score(sample_images(pipeline, prompts, latents), prompts)))
+        return float(np.mean(oracle_score(generate_images(pipeline, prompts, latents), prompts)))
 
 
 def make(run: Run) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def make(run: Run) -> dict[str, Any]:
                 averaged = pipeline
                 if adapter is None:
                     averaged = load_base_pipeline()
-                    averaged.register_modules(unet=trainer.average.kept.module)
+                    averaged.register_modules(unet=trainer.average.second.module)
                 scores["ema"] = judged(averaged, part, run.seed, smallest=smallest)
             row["measured"][part] = {
                 weights: {"oracle": scores[weights], **changes(metrics, prefix)}

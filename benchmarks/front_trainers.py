@@ -2,29 +2,31 @@
 front and not taken into the package."""
 
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.data import pixels_as_floats
-from trl_diffusion_sdpo.losses import winner_error_gradient
+from trl_diffusion_sdpo.losses import mean_error, winner_error_gradient
 from trl_diffusion_sdpo.step.branch_gradients import ANCHOR
+from trl_diffusion_sdpo.step.pair_forward import PairForward
+from trl_diffusion_sdpo.step.parameter_safeguard import ParameterSafeguard
 
 RATE_CUT = 0.7  # of the trust region
 
 
-class EncodedTrainer(DiffusionSDPOTrainer):
-    """Encodes each image and prompt once: the pictures are never cropped or flipped here, and the VAE's most likely
-    latent stands for its sample."""
+class EncodedForward(PairForward):
+    """Encodes each image and prompt once: the images are never cropped or flipped here, and the mode of the VAE's
+    posterior stands for its sample."""
 
-    def __init__(self, *parts, **options):
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
         self._latents: dict[int, torch.Tensor] = {}
         self._texts: dict[str, torch.Tensor] = {}
-        super().__init__(*parts, **options)
 
-    def _encode(self, inputs):
+    def encode(self, inputs):
         winners, losers = inputs["pixel_values"].chunk(2)
         keys = [hash(pair.numpy().tobytes()) for pair in torch.stack([winners, losers], 1)]
         new = [row for row, key in enumerate(keys) if key not in self._latents]
@@ -40,7 +42,14 @@ class EncodedTrainer(DiffusionSDPOTrainer):
         return latents, {"prompt_embeds": torch.cat([text, text])}
 
 
-class TriedTrainer(EncodedTrainer):
+class EncodedTrainer(DiffusionSDPOTrainer):
+    """The public trainer with [`EncodedForward`]."""
+
+    pair_forward_class = EncodedForward
+
+
+@dataclass
+class Rules:
     """Rules that were tried and not taken up.
 
     Args:
@@ -54,93 +63,109 @@ class TriedTrainer(EncodedTrainer):
         loser_share (`float`): A constant factor of the losers' gradients, besides lambda.
         fresh_anchor (`bool`): Whether parameter space protects the winners of the batch before, which are not in the
             step's own gradient. With one micro-batch a step.
-        trust_region (`float`, *optional*): Largest rise of a probe's winners at any noise level, as a share, under the
+        trust_region (`float`, *optional*): Largest rise of a probe's winners at any noise bin, as a share, under the
             averaged weights; whenever it is exceeded, the learning rate is cut for good, from the step after the next.
             Needs `winner_budget`, whose probe it takes.
     """
 
-    def __init__(
-        self,
-        *parts: Any,
-        winner_error: float = 0.0,
-        reference_pull: float = 0.0,
-        pull_below: float = 1.0,
-        relative: bool = False,
-        loser_share: float = 1.0,
-        fresh_anchor: bool = False,
-        trust_region: float | None = None,
-        **options: Any,
-    ):
-        super().__init__(*parts, **options)
-        assert not fresh_anchor or self.args.gradient_accumulation_steps == 1
-        self.winner_error, self.reference_pull, self.pull_below = winner_error, reference_pull, pull_below
-        self.relative, self.loser_share = relative, loser_share
-        self.fresh_anchor, self.trust_region = fresh_anchor, trust_region
-        self._ref_error: torch.Tensor | None = None  # of the winners whose loss is being taken
-        self._met, self._before = None, None  # winners of this batch and of the one before
+    winner_error: float = 0.0
+    reference_pull: float = 0.0
+    pull_below: float = 1.0
+    relative: bool = False
+    loser_share: float = 1.0
+    fresh_anchor: bool = False
+    trust_region: float | None = None
 
-    def _loss_of(self, model_pred, batch, ref_pred, scores, safeguard=None):
-        if self.relative:
-            self._ref_error = _mean_square((ref_pred.float() - batch.target.float()).chunk(2)[0])
-        outputs = super()._loss_of(model_pred, batch, ref_pred, scores, safeguard)
-        if not model_pred.requires_grad or not (self.winner_error or self.reference_pull):
+
+class TriedForward(EncodedForward):
+    """The forward passes under [`Rules`]."""
+
+    rules = Rules()
+    _ref_error: torch.Tensor | None = None  # of the winners whose loss is being taken
+
+    def loss(self, predictions, safeguard=None):
+        batch, rules = predictions.batch, self.rules
+        if rules.relative:
+            self._ref_error = mean_error((predictions.reference.float() - batch.target.float()).chunk(2)[0])
+        outputs = super().loss(predictions, safeguard)
+        if not predictions.policy.requires_grad or not (rules.winner_error or rules.reference_pull):
             return outputs
-        pred, ref, target = (part.float().chunk(2)[0] for part in (model_pred, ref_pred, batch.target))
-        ref_error = _mean_square(ref - target)
-        below = batch.levels.chunk(2)[0] <= self.pull_below
-        more = self.winner_error * _mean_square(pred - target) + self.reference_pull * below * _mean_square(pred - ref)
+        given = (predictions.policy, predictions.reference, batch.target)
+        pred, ref, target = (part.float().chunk(2)[0] for part in given)
+        ref_error = mean_error(ref - target)
+        below = batch.noise_levels.chunk(2)[0] <= rules.pull_below
+        more = rules.winner_error * mean_error(pred - target) + rules.reference_pull * below * mean_error(pred - ref)
         return replace(outputs, loss=outputs.loss + (more / ref_error).mean())
 
-    def _timestep_weights(self, batch):
-        if not self.relative:
-            return super()._timestep_weights(batch)
+    def timestep_weights(self, batch):
+        if not self.rules.relative:
+            return super().timestep_weights(batch)
         weights = 1 / self._ref_error
         return weights / weights.mean()
 
-    def _loser_weights(self, levels):
-        found = super()._loser_weights(levels)
-        if self.loser_share != 1:
-            within = torch.ones_like(levels) if found["loser_weights"] is None else found["loser_weights"]
-            found["loser_weights"] = self.loser_share * within
-        return found
+    def loser_weights(self, noise_levels):
+        weights = super().loser_weights(noise_levels)
+        if self.rules.loser_share == 1:
+            return weights
+        return self.rules.loser_share * (torch.ones_like(noise_levels) if weights is None else weights)
 
-    def _noisy_batch(self, inputs):
-        batch = super()._noisy_batch(inputs)
-        if self.fresh_anchor and self.model.training:
-            self._before, self._met = self._met, batch.halves()[0]
-        return batch
 
-    def _backward_by_branch(self, model, inputs, probing):
-        if not self.fresh_anchor:
-            return super()._backward_by_branch(model, inputs, probing)
-        branches = self._branches
-        with _own_anchor_off(branches):
-            outputs = super()._backward_by_branch(model, inputs, probing)
-        winners = self._met if self._before is None else self._before
-        prediction = self._predict(model, winners)
-        push = winner_error_gradient(prediction - winners.target.float())
-        branches.backward(ANCHOR, (prediction * push).sum())
-        return outputs
+class FreshAnchor(ParameterSafeguard):
+    """Protects the winners of the batch before."""
 
-    def steer_by_probe(self) -> None:
-        if self.trust_region is None:
-            return super().steer_by_probe()
-        before = self._budget.before  # NaN at levels that are not visited
-        change = (self._probe_errors() / before - 1).nan_to_num(nan=torch.inf)
-        if torch.where(before > 0, change, 0).max() > self.trust_region:
-            self.lr_scheduler.base_lrs = [RATE_CUT * rate for rate in self.lr_scheduler.base_lrs]
+    enabled = False
+    met = before = None  # winners of this batch and of the one before
+
+    def predict_pairs(self, model, inputs):
+        predictions = super().predict_pairs(model, inputs)
+        self.before, self.met = self.met, predictions.batch.halves()[0]
+        self.model = model
+        return predictions
+
+    def backward(self, loss, *, step, share):
+        if not self.enabled:
+            return super().backward(loss, step=step, share=share)
+        gradients = self.gradients
+        with _own_anchor_off(gradients):
+            super().backward(loss, step=step, share=share)
+        winners = self.met if self.before is None else self.before
+        prediction = self._forward.predict(self.model, winners)
+        grad_anchor = winner_error_gradient(prediction - winners.target.float())
+        gradients.backward(ANCHOR, (prediction * grad_anchor).sum())
         return None
 
 
+class TriedTrainer(EncodedTrainer):
+    """A trainer under [`Rules`], which are given by name."""
+
+    pair_forward_class = TriedForward
+    parameter_safeguard_class = FreshAnchor
+
+    def __init__(self, *given: Any, **named: Any):
+        self.rules = Rules(**{field.name: named.pop(field.name) for field in fields(Rules) if field.name in named})
+        super().__init__(*given, **named)
+        assert not self.rules.fresh_anchor or self.args.gradient_accumulation_steps == 1
+        self.pair_forward.rules = self.rules
+        if self.rules.trust_region is not None:
+            self.winner_budget.update = self._keep_within_trust_region
+
+    def set_up_safeguard(self):
+        super().set_up_safeguard()
+        if self.parameter_safeguard is not None:
+            self.parameter_safeguard.enabled = self.rules.fresh_anchor
+
+    def _keep_within_trust_region(self) -> None:
+        before = self.winner_budget.controller.initial_errors  # NaN at noise bins that are not visited
+        change = (self.winner_budget.measure() / before - 1).nan_to_num(nan=torch.inf)
+        if torch.where(before > 0, change, 0).max() > self.rules.trust_region:
+            self.lr_scheduler.base_lrs = [RATE_CUT * rate for rate in self.lr_scheduler.base_lrs]
+
+
 @contextmanager
-def _own_anchor_off(branches):
+def _own_anchor_off(gradients):
     """The anchor 'error' without its own backward pass: the caller makes one."""
-    before, branches.anchor = branches.anchor, "branch"
+    before, gradients.anchor = gradients.anchor, "branch"
     try:
         yield
     finally:
-        branches.anchor = before
-
-
-def _mean_square(residual: torch.Tensor) -> torch.Tensor:
-    return residual.square().flatten(1).mean(1)
+        gradients.anchor = before

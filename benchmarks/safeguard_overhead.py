@@ -160,7 +160,7 @@ class Meter(TrainerCallback):
         for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
             setattr(self.trainer.args, name, value)
         # What the trainer does by itself when training begins, for the one mode that it then has.
-        self.trainer._set_up_branches(self.trainer.model_wrapped)
+        self.trainer.set_up_safeguard()
         if args.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

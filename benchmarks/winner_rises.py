@@ -42,11 +42,18 @@ WINDOW = 10  # steps that a point of the smooth curves averages
 class WatchingTrainer(DiffusionSDPOTrainer):
     """Keeps the winners of the step's batch, and their error before the step."""
 
-    def _noisy_batch(self, inputs):
-        batch = super()._noisy_batch(inputs)
-        self.winners = batch.halves()[0]
-        self.error_before = self.winner_error()
-        return batch
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.pair_forward.noisy_batch = self.watch(self.pair_forward.noisy_batch)
+
+    def watch(self, noisy_batch):
+        def watched(inputs):
+            batch = noisy_batch(inputs)
+            self.winners = batch.halves()[0]
+            self.error_before = self.winner_error()
+            return batch
+
+        return watched
 
     @torch.no_grad()
     def winner_error(self) -> float:

@@ -1,11 +1,13 @@
 """A local server that speaks the Hub's HTTP API, so that publishing is tested through the real `huggingface_hub`
 client: repositories, files and commits live in memory, and every request is recorded."""
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
 from base64 import b64decode
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -376,13 +378,20 @@ def hub_server(monkeypatch, tmp_path):
     trainer waits long before another attempt."""
     monkeypatch.setattr(hub_requests, "FIRST_WAIT", 0.01)
     monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0.01)
+    with running_hub() as hub:
+        point_client_at(hub, monkeypatch, tmp_path / "hf_home")
+        huggingface_hub.close_session()  # the next one reads the proxy settings anew
+        yield hub
+        huggingface_hub.close_session()
+
+
+@contextlib.contextmanager
+def running_hub() -> Iterator[HubServer]:
+    """A `HubServer` in a thread; subprocesses find it by their environment."""
     hub = HubServer()
-    point_client_at(hub, monkeypatch, tmp_path / "hf_home")
-    huggingface_hub.close_session()  # the next one reads the proxy settings anew
     thread = threading.Thread(target=hub.httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     yield hub
-    huggingface_hub.close_session()
     hub.httpd.shutdown()
     thread.join()
     hub.httpd.server_close()

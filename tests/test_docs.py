@@ -346,10 +346,10 @@ def test_every_format_has_a_row_that_is_recognised_as_it():
         names: dict = {}
         exec(re.search(r"```python\n(row = .*?)```", section, re.DOTALL)[1], names)
         assert detect_format(names["row"]).name == name
-        assert FORMATS[name].goodness(names["row"]).values
+        assert FORMATS[name].image_scores(names["row"]).values
 
 
-def test_everything_that_is_counted_stands_on_the_data_page():
+def test_every_count_of_the_report_is_explained_on_the_data_page():
     (table,) = tables_with(DOCS / "dataset_formats.md", "Counted as")
     assert [code(row[0])[0] for row in table.rows] == [count.replace("_", " ") for count in COUNTS]
 

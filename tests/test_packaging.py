@@ -54,7 +54,13 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_the_public_names_are_there_and_no_other():
-    public = ["PreferenceLossOutput", "DiffusionSDPOConfig", "DiffusionSDPOTrainer", "diffusion_preference_loss"]
+    public = [
+        "PreferenceLossOutput",
+        "DiffusionSDPOConfig",
+        "DiffusionSDPOTrainer",
+        "diffusion_preference_loss",
+        "register_family",
+    ]
     assert trl_diffusion_sdpo.__all__ == public
     assert all(name in dir(trl_diffusion_sdpo) for name in public)
     for name in public:
@@ -140,7 +146,12 @@ def test_no_published_row_is_missing():
 
 
 def test_the_model_card_template_is_shipped():
-    assert list((ROOT / "trl_diffusion_sdpo" / "trainer" / "templates").iterdir())
+    assert list((ROOT / "trl_diffusion_sdpo" / "artifacts" / "templates").iterdir())
+
+
+def test_the_package_says_that_it_is_typed():
+    """Without the file, type checkers ignore the annotations of an installed package (PEP 561)."""
+    assert (ROOT / "trl_diffusion_sdpo" / "py.typed").read_bytes() == b""
 
 
 def test_the_readme_names_both_commands():

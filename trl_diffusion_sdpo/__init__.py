@@ -12,10 +12,18 @@ _HOMES = {
     "DiffusionSDPOConfig": ".trainer",
     "DiffusionSDPOTrainer": ".trainer",
     "diffusion_preference_loss": ".losses",
+    "register_family": ".families",
 }
-__all__ = ["PreferenceLossOutput", "DiffusionSDPOConfig", "DiffusionSDPOTrainer", "diffusion_preference_loss"]
+__all__ = [
+    "PreferenceLossOutput",
+    "DiffusionSDPOConfig",
+    "DiffusionSDPOTrainer",
+    "diffusion_preference_loss",
+    "register_family",
+]
 
 if TYPE_CHECKING:
+    from .families import register_family
     from .losses import PreferenceLossOutput, diffusion_preference_loss
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 

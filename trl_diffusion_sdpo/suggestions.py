@@ -1,19 +1,19 @@
-"""What a misspelt word was probably meant to be."""
+"""Suggestions for misspelt names in error messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question for the end of an error message.
+    """A sentence for the end of an error message, with the nearest known names.
 
     Args:
-        word (`str`): What was given; dashes count as underscores.
-        known (`Iterable[str]`): What there is.
+        word (`str`): The unknown name; dashes count as underscores.
+        known (`Iterable[str]`): The known names.
         prefix (`str`): Written before each name, such as `--`.
 
     Returns:
-        `str`: Such as " Did you mean `beta`?", with up to two names, or nothing if none is near.
+        `str`: Such as " Did you mean `beta`?", with up to two names, or an empty string if none is near.
     """
     near = difflib.get_close_matches(word.lower().replace("-", "_"), list(known), n=2, cutoff=0.7)
     return f" Did you mean {' or '.join(f'`{prefix}{name}`' for name in near)}?" if near else ""

@@ -13,8 +13,9 @@ from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo._compat import loads_lora
 from trl_diffusion_sdpo.artifacts.lora_scale import folded, public_settings, scaling
+from trl_diffusion_sdpo.artifacts.weights import save_adapter
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_state, add_lora, save_adapter
+from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_state, add_lora
 
 EVERY_KIND = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.0.proj", "time_emb_proj"]
 CONFIGS = {

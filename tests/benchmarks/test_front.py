@@ -3,6 +3,7 @@ another measurement."""
 
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from trl_diffusion_sdpo.step.branch_gradients import ANCHOR, LOSER, WINNER
 from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
+from trl_diffusion_sdpo.step.pair_forward import PairPredictions
 
 BRANCHES = (WINNER, LOSER, ANCHOR)
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -59,9 +61,10 @@ def test_the_terms_are_shares_of_the_references_error_up_to_a_noise_level(make_t
     pred = torch.full((4, 1, 1, 1), 3.0).requires_grad_()  # winner's error 9, distance from the reference 1
     levels = torch.tensor([0.25, 0.75, 0.25, 0.75])
     batch = NoisyBatch(target, target, levels, {}, levels)
-    more = trainer._loss_of(pred, batch, ref_pred, None).loss
-    trainer.winner_error = trainer.reference_pull = 0.0
-    plain = trainer._loss_of(pred, batch, ref_pred, None).loss
+    predictions = PairPredictions(batch, pred, ref_pred, None)
+    more = trainer.pair_forward.loss(predictions).loss
+    trainer.rules.winner_error = trainer.rules.reference_pull = 0.0
+    plain = trainer.pair_forward.loss(predictions).loss
     # (2 * 9 + 3 * 1) / 4 below the level, 2 * 9 / 4 above it
     assert (more - plain).item() == pytest.approx((5.25 + 4.5) / 2, rel=1e-5)
 
@@ -72,7 +75,8 @@ def test_relative_errors_weigh_as_one_over_the_references_in_units_of_their_mean
     ref_pred = torch.tensor([1.0, 2.0, 1.0, 2.0]).view(4, 1, 1, 1)  # errors 1 and 4: weights 1.6 and 0.4
     pred = torch.tensor([0.5, 1.0, 2.0, 3.0]).view(4, 1, 1, 1).requires_grad_()
     levels = torch.full((4,), 0.5)
-    rewards = trainer._loss_of(pred, NoisyBatch(target, target, levels, {}, levels), ref_pred, None).pair_rewards
+    batch = NoisyBatch(target, target, levels, {}, levels)
+    rewards = trainer.pair_forward.loss(PairPredictions(batch, pred, ref_pred, None)).pair_rewards
     # beta / 2 = 50 times the weighted fall of the error: winners 1 - 1/4 and 4 - 1, losers 1 - 4 and 4 - 9
     expected = 50 * torch.tensor([[1.6 * 0.75, 1.6 * -3.0], [0.4 * 3.0, 0.4 * -5.0]])
     torch.testing.assert_close(rewards, expected)
@@ -84,7 +88,8 @@ def test_a_constant_lambda_scales_the_losers_gradient_and_nothing_else(make_trie
         target = torch.zeros(2, 1, 1, 1)
         pred = torch.tensor([0.5, 0.7]).view(2, 1, 1, 1).requires_grad_()
         levels = torch.full((2,), 0.5)
-        loss = trainer._loss_of(pred, NoisyBatch(target, target, levels, {}, levels), target + 0.6, None).loss
+        batch = NoisyBatch(target, target, levels, {}, levels)
+        loss = trainer.pair_forward.loss(PairPredictions(batch, pred, target + 0.6, None)).loss
         loss.backward()
         return loss.item(), pred.grad.flatten()
 
@@ -99,7 +104,8 @@ def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried
     trainer = make_tried({"trust_region": largest}, **settings)
     # Two steps; a quarter up at one level after each, less at another, and one that the schedule does not visit.
     risen = torch.tensor([1.25, 2.2, float("nan")])
-    trainer._probe_errors = lambda: risen if trainer.state.global_step else torch.tensor([1.0, 2.0, float("nan")])
+    start = torch.tensor([1.0, 2.0, float("nan")])
+    trainer.winner_budget.measure = lambda: risen if trainer.state.global_step else start
     trainer.train()
     assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3 * 0.7**cuts)
 
@@ -107,23 +113,28 @@ def test_the_trust_region_cuts_the_rate_whenever_the_probe_is_over_it(make_tried
 def test_the_fresh_anchor_is_the_error_gradient_of_the_winners_before(make_tried):
     settings = {"safeguard": "parameter", "safeguard_anchor": "error", "safeguard_mu": 0.6}
     trainer = make_tried({"fresh_anchor": True}, **settings)
-    seen, met, combine = [], [], trainer._combine_branches
+    seen, met, set_up = [], [], trainer.set_up_safeguard
 
-    def watched():
-        met.append(trainer._met)
+    def watched(combine):
+        met.append(trainer.parameter_safeguard.met)
         before = met[-2] if len(met) > 1 else met[-1]  # the first batch has none before it
         weights = [weight for weight in trainer.denoiser.parameters() if weight.requires_grad]
         text = before.conditioning["prompt_embeds"]
         predicted = trainer.denoiser(before.noisy, before.timesteps, encoder_hidden_states=text).sample
         error = (predicted - before.target).square().mean()
         by_hand = flat(torch.autograd.grad(error, weights, allow_unused=True), weights)
-        winner, loser, anchor = (flat(trainer._branches.gradients[name], weights) for name in BRANCHES)
+        branches = trainer.parameter_safeguard.gradients.gradients
+        winner, loser, anchor = (flat(branches[name], weights) for name in BRANCHES)
         torch.testing.assert_close(anchor, by_hand, rtol=1e-4, atol=1e-7)
         fall, rise = (by_hand @ part for part in (winner, loser))
         seen.append(float((0.4 * fall / rise).clamp(0, 1)) if rise > 0 and fall > 0 else float(fall > 0))
         combine()
 
-    trainer._combine_branches = watched
+    def set_up_watched():
+        set_up()
+        trainer.parameter_safeguard.step = partial(watched, trainer.parameter_safeguard.step)
+
+    trainer.set_up_safeguard = set_up_watched
     trainer.train()
     logged = [entry["safeguard/scale"] for entry in trainer.state.log_history if "safeguard/scale" in entry]
     assert len(seen) == 2 and logged == pytest.approx(seen, rel=1e-3)

@@ -72,13 +72,13 @@ def test_a_setting_of_a_file_is_what_its_option_takes(read_yaml, text, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("safeguard: on", "`safeguard` must be one of none, output, parameter, got a switch that is on"),
+        ("safeguard: on", "`safeguard` must be one of none, output, parameter, got true"),
         ("loss_type: off", "`loss_type` must be one of sigmoid, "),
         ("loss_type: sigmoit", "got 'sigmoit'. Did you mean `sigmoid`?"),
-        ("run_name: on", "`run_name` must be text, got a switch that is on: YAML reads on, off, yes and no so."),
-        ("max_steps: off", "`max_steps` must be a whole number, got a switch"),
+        ("run_name: on", "`run_name` must be text, got true: YAML reads on, off, yes and no as booleans."),
+        ("max_steps: off", "`max_steps` must be a whole number, got false"),
         ("max_steps: 2.5", "`max_steps` must be a whole number, got 2.5"),
         ("max_steps: many", "`max_steps` must be a whole number, got 'many'"),
         ("max_steps:", "`max_steps` must be a whole number, got nothing"),
@@ -90,16 +90,16 @@ def test_a_setting_of_a_file_is_what_its_option_takes(read_yaml, text, value):
         ("timesteps: [999, off]", "`timesteps` must be"),
         ("betta: 5", "`betta` is none. Did you mean `beta`?"),
         ("learning-rate: 5", "Did you mean `learning_rate`?"),
-        ("beta: 1\nbeta: 2", "beta stands in it twice"),
-        ("model_init_kwargs: {variant: a, variant: b}", "variant stands in it twice"),
+        ("beta: 1\nbeta: 2", "beta is given twice"),
+        ("model_init_kwargs: {variant: a, variant: b}", "variant is given twice"),
         ("num_processes: 2", "need `--accelerate_config`; got `--num_processes`"),
         ("env: off", "`env` of the file must map names to values"),
     ],
 )
-def test_a_setting_that_its_option_does_not_take_is_refused_with_the_rule(read_yaml, text, said):
+def test_a_setting_that_its_option_does_not_take_is_refused_with_the_rule(read_yaml, text, message):
     with pytest.raises(ValueError) as caught:
         read_yaml(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_environment_of_a_file_is_set_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
@@ -141,7 +141,7 @@ def test_every_option_of_trls_model_arguments_that_needs_an_adapter_is_known():
 
     from trl import ModelConfig
 
-    others = {field.name for field in fields(ModelConfig) if not field.name.startswith(given._OF_ADAPTERS)}
+    others = {field.name for field in fields(ModelConfig) if not field.name.startswith(given._ADAPTER_PREFIXES)}
     assert others <= {"model_name_or_path", "model_revision", "dtype", "attn_implementation", "use_peft"} | {
         "trust_remote_code"  # of older versions
     }

@@ -2,6 +2,7 @@
 and transformers, what is refused before anything starts, and one launch of two processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,10 +25,9 @@ from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.denoiser_wrapper import DenoiserWrapper
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples" / "accelerate_configs"
 NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
 OWN = set(train.describe_options().options)
-SETTINGS = {name: yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")) for name in NAMES}
+SETTINGS = {name: yaml.safe_load(launch.config_path(name).read_text(encoding="utf-8")) for name in NAMES}
 TWO_CPUS = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_GPU",  # accelerate's word for processes of torch's launcher
@@ -58,17 +58,21 @@ def write_yaml(path: Path, settings: dict) -> str:
     return str(path)
 
 
-def test_the_examples_are_the_configurations_that_the_command_knows_by_name():
+def test_the_packaged_configurations_are_known_by_name():
     assert launch.config_names() == NAMES
-    for name in NAMES:
-        assert (EXAMPLES / f"{name}.yaml").read_bytes() == launch.config_path(name).read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_configuration_is_bf16_explains_itself_and_stands_in_the_readme(name):
+def test_a_configuration_is_bf16_explains_itself_and_is_in_the_readme_of_the_examples(name):
     assert SETTINGS[name]["mixed_precision"] == "bf16"
-    assert (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8").startswith("# ")
-    assert f"{name}.yaml" in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert launch.config_path(name).read_text(encoding="utf-8").startswith("# ")
+    assert f"| `{name}` |" in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_file_that_the_documentation_names_by_python_is_the_packaged_one(capsys):
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    exec(re.search(r'\$\(python -c "(.*)"\)', page)[1])
+    assert Path(capsys.readouterr().out.strip()).name == "zero2.yaml"
 
 
 @pytest.mark.parametrize("name", NAMES)

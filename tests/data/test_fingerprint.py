@@ -1,4 +1,4 @@
-"""What tells one training set from another: any change of what trains shows, and nothing that a machine makes of it."""
+"""The fingerprint of a data set: it changes with the data, and not with the machine or the way they are stored."""
 
 import shutil
 import time
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.data.fingerprint import pairs_fingerprint
+from trl_diffusion_sdpo.data.formats import FORMATS
 from trl_diffusion_sdpo.data.pairs import prepare_dataset
+from trl_diffusion_sdpo.data.sources import pairs_fingerprint
 from trl_diffusion_sdpo.data.transforms import PairTransform
 
 
@@ -30,7 +31,7 @@ def labelled(make_pairs):
     return named.remove_columns(["chosen_score", "rejected_score"]).add_column("label_0", label)
 
 
-def test_the_same_data_have_the_same_fingerprint_however_they_are_held(make_pairs, tmp_path):
+def test_the_fingerprint_does_not_depend_on_how_the_data_are_stored(make_pairs, tmp_path):
     pairs = make_pairs()
     pairs.save_to_disk(str(tmp_path / "saved"))
     shutil.move(tmp_path / "saved", tmp_path / "moved")
@@ -39,7 +40,7 @@ def test_the_same_data_have_the_same_fingerprint_however_they_are_held(make_pair
     assert fingerprint(pairs, seed=7, verify_images=False) == fingerprint(pairs)
 
 
-def test_size_order_labels_scores_prompts_and_images_show(labelled, make_pairs):
+def test_size_order_labels_scores_prompts_and_images_change_the_fingerprint(labelled, make_pairs):
     start = fingerprint(labelled)
     assert "pairs" in changed(start, fingerprint(labelled.select(range(19))))
     assert "prompts" in changed(start, fingerprint(labelled.select(range(19, -1, -1))))
@@ -54,7 +55,7 @@ def test_size_order_labels_scores_prompts_and_images_show(labelled, make_pairs):
     assert changed(fingerprint(scored), fingerprint(images)) == {"images"}
 
 
-def test_a_row_that_reads_otherwise_each_time_is_not_compared(make_pairs):
+def test_rows_that_differ_from_read_to_read_are_not_compared(make_pairs):
     class Random(list):
         def __getitem__(self, number):
             row = super().__getitem__(number)
@@ -69,7 +70,7 @@ def picture(value):
     return Image.new("RGB", (16, 16), (value, value, value))
 
 
-def test_files_count_by_their_names_and_not_by_their_folders(tmp_path):
+def test_of_image_files_the_name_counts_and_not_the_folder(tmp_path):
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
         for level, name in enumerate(("w", "l", "other")):
@@ -84,21 +85,23 @@ def test_files_count_by_their_names_and_not_by_their_folders(tmp_path):
 
 
 def test_a_million_pairs_take_less_than_a_second():
-    class Rows:
+    class Source:
+        format = FORMATS["canonical"]
+
         def prompt(self, row):
             return "a"
 
         def images(self, row):
             return [b"0", b"1"]
 
-    places = np.tile(np.arange(1_000_000)[:, None], (1, 4))
+    index = np.tile(np.arange(1_000_000)[:, None], (1, 4))
     started = time.process_time()
-    found = pairs_fingerprint("canonical", Rows(), places, places[:, :2] / 2)
+    found = pairs_fingerprint(Source(), index, index[:, :2] / 2)
     assert time.process_time() - started < 1
     assert found["pairs"] == 1_000_000
 
 
-def test_a_stream_is_told_by_what_it_says_and_never_read(make_pairs):
+def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):
     stream = make_pairs().to_iterable_dataset(num_shards=2)
     read = []
     watched = stream.map(lambda row: read.append(1) or row, features=stream.features)

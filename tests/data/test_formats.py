@@ -28,7 +28,7 @@ REAL_COLUMNS = {
 
 
 def read(name, rows):
-    """Pairs as (winner row, slot, loser row, slot), and every rejection as (kind, row, amount)."""
+    """Pairs as (winner row, image, loser row, image), and every rejection as (kind, row, amount)."""
     rejected = []
 
     def reject(kind, row, reason, amount):
@@ -86,7 +86,7 @@ def test_a_named_format_must_exist_and_fit():
     assert resolve_format("pickapic", PICKAPIC).name == "pickapic"
 
 
-def test_equal_goodness_is_a_tie_and_larger_wins():
+def test_equal_scores_are_a_tie_and_the_larger_wins():
     assert compare([0.0, 1.0]) == ([(1, 0)], 0)
     assert compare([0.5, 0.5]) == ([], 1)
     assert compare([3.0, 1.0, 3.0]) == ([(0, 1), (2, 1)], 1)
@@ -103,10 +103,10 @@ def test_canonical_prefers_the_chosen_column():
 
 def test_canonical_scores_are_read():
     known = FORMATS["canonical"]
-    assert known.scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
-    assert known.scores({"prompt": "a"}) is None
+    assert known.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
+    assert known.reward_scores({"prompt": "a"}) is None
     with pytest.raises(LabelError, match="rejected_score"):
-        known.scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
+        known.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
 
 
 def test_pickapic_labels_choose_the_winner_and_half_is_a_tie():

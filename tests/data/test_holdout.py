@@ -6,7 +6,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from trl_diffusion_sdpo.data.holdout import hold_out
+from trl_diffusion_sdpo.data.pairs import hold_out
 
 
 def pairs(prompts: list[str | None], **columns: list) -> datasets.Dataset:

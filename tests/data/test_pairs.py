@@ -285,7 +285,7 @@ def test_one_bad_image_of_a_ranking_costs_only_its_pairs():
 
 
 @pytest.mark.parametrize("style", ["arrow", "list"])
-def test_without_verification_the_next_good_pair_stands_in(style, caplog):
+def test_without_verification_a_bad_pair_is_replaced_by_the_next_good_one(style, caplog):
     prepared = prepare(in_style(bad_rows(), style), verify_images=False)
     assert len(prepared) == 6
     with caplog.at_level(logging.WARNING):
@@ -294,10 +294,10 @@ def test_without_verification_the_next_good_pair_stands_in(style, caplog):
     assert [item["row"] for item in items] == [0, 5, 5, 5, 5, 5]
     assert all(same(item, prepared[5]) for item in items[1:])
     assert (prepared.report.pairs, prepared.report.undecodable) == (2, 4)
-    assert len([record for record in caplog.records if "stands in" in record.message]) == 4
+    assert len([record for record in caplog.records if "is used instead" in record.message]) == 4
 
 
-def test_stand_ins_in_workers_are_counted_in_the_main_process():
+def test_pairs_replaced_in_workers_are_counted_in_the_main_process():
     prepared = prepare(bad_rows(), verify_images=False)
     list(DataLoader(prepared, batch_size=None, num_workers=2))
     assert prepared.report.undecodable == 4
@@ -420,7 +420,7 @@ def test_a_large_set_is_indexed_from_its_labels_alone():
     assert isinstance(prepared, PreferenceDataset)
     assert (prepared.report.pairs, prepared.report.ties) == (75_000, 25_000)
     held = [value for value in vars(prepared).values() if isinstance(value, np.ndarray | torch.Tensor)]
-    assert sum(value.nbytes for value in held) <= 33 * len(prepared)  # four int64 places and one byte a pair
+    assert sum(value.nbytes for value in held) <= 33 * len(prepared)  # four int64 and one byte per pair
 
 
 def test_a_repeating_stream_goes_on_with_new_draws_and_the_same_pairs():

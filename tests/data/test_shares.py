@@ -127,7 +127,7 @@ def test_one_worker_reads_a_stream_as_none_does():
 
 
 def test_processes_that_read_streams_of_their_own_take_all_of_them_and_draw_apart():
-    found = [told(islice(stream(3).for_process(Share(index, 2, 2, apart=True)), 6)) for index in (0, 1)]
+    found = [told(islice(stream(3).for_process(Share(index, 2, 2, is_split=True)), 6)) for index in (0, 1)]
     assert [[prompt for prompt, *_ in share] for share in found] == [["p0", "p1", "p2"] * 2] * 2
     assert [[row for _, row, _ in share] for share in found] == [[0, 2, 4] * 2, [1, 3, 5] * 2]
     assert not {seed for *_, seed in found[0]} & {seed for *_, seed in found[1]}

@@ -12,8 +12,8 @@ from trl_diffusion_sdpo.demo.pipeline import (
     base_pipeline_folder,
     build_pipeline,
     build_tokenizer,
+    generate_images,
     load_base_pipeline,
-    sample_images,
     score_latents,
     score_prompts,
 )
@@ -93,9 +93,9 @@ def test_equal_latents_give_equal_images_and_leave_the_pipeline_alone(base):
     scheduler = DDPMScheduler.from_config(base.scheduler.config)
     pipeline = StableDiffusionPipeline(**{**base.components, "scheduler": scheduler}, requires_safety_checker=False)
     latents, prompts = score_latents(1)[:3], score_prompts(1)[:3]
-    first = sample_images(pipeline, prompts, latents, steps=3)
+    first = generate_images(pipeline, prompts, latents, steps=3)
     assert first.shape == (3, 32, 32, 3) and first.dtype == np.uint8
-    assert np.array_equal(first, sample_images(pipeline, prompts, latents, steps=3))
+    assert np.array_equal(first, generate_images(pipeline, prompts, latents, steps=3))
     assert pipeline.scheduler is scheduler
 
 
@@ -108,11 +108,11 @@ def test_prompts_and_latents_for_scoring_belong_together():
 
 def test_a_latent_too_few_is_refused(base):
     with pytest.raises(ValueError, match="2 prompts and 1 latents"):
-        sample_images(base, score_prompts(1)[:2], score_latents(1)[:1])
+        generate_images(base, score_prompts(1)[:2], score_latents(1)[:1])
 
 
 def test_the_base_model_draws_what_it_is_asked_but_leaves_room_to_improve(base):
-    images = sample_images(base, score_prompts(3), score_latents(3))
+    images = generate_images(base, score_prompts(3), score_latents(3))
     parts, mismatched = oracle_parts(images, score_prompts(3)), oracle_parts(images, score_prompts(3)[::-1])
     assert 0.35 < parts.score.mean() < 0.45  # measured 0.400, standard error 0.012
     assert parts.colour.mean() > 3 * mismatched.colour.mean()
@@ -123,7 +123,7 @@ def test_the_build_command_makes_a_loadable_folder_and_resumes(tmp_path, monkeyp
     arguments = ["--output", str(tmp_path / "base"), "--work_dir", str(tmp_path / "work")]
     build_base.main([*arguments, "--vae_steps", "2", "--unet_steps", "2"])
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    assert sample_images(loaded, score_prompts(1)[:1], score_latents(1)[:1], steps=1).shape == (1, 32, 32, 3)
+    assert generate_images(loaded, score_prompts(1)[:1], score_latents(1)[:1], steps=1).shape == (1, 32, 32, 3)
 
     with caplog.at_level("INFO"):
         build_base.main([*arguments, "--vae_steps", "2", "--unet_steps", "2"])

@@ -134,7 +134,7 @@ def test_a_method_is_read_back_as_it_was_written(make_result, tmp_path):
     method = make_result({"sdpo": 0.6}).methods[0]
     method.write(tmp_path)
     again = MethodResult.read(tmp_path)
-    assert again.facts() == method.facts()
+    assert again.to_dict() == method.to_dict()
     assert np.array_equal(again.samples, method.samples) and np.array_equal(again.scores, method.scores)
     assert again.best == (50, Score(0.9, 0.01))
 

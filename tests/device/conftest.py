@@ -1,4 +1,4 @@
-"""Cases on the pretend device share a process of their own, in which torch is patched."""
+"""Cases on the pretend device share a subprocess, in which torch is patched."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
-SECONDS_A_CASE = 120  # many times what one takes
+SECONDS_PER_CASE = 120  # timeout, many times the usual
 
 
 @pytest.fixture(scope="session")
@@ -21,20 +21,20 @@ def start_data(make_pairs, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def on_pretend_device(request, start_data, family_folder, tmp_path_factory):
-    """`on_pretend_device(case)`: what the worker found of a case. All selected ones are done at the first call."""
+    """`on_pretend_device(case)`: the result of a case. The first call runs all selected cases."""
     folder = tmp_path_factory.mktemp("pretend")
     selected = (item for item in request.session.items if "cases" in item.fixturenames)
     cases = {case["name"]: case for item in selected for case in item.callspec.params["cases"]}
     pending = [
-        {**case, "model": family_folder(case["family"]), "data": start_data, "resumes": _place(case, folder)}
+        {**case, "model": family_folder(case["family"]), "data": start_data, "resumes": _checkpoint(case, folder)}
         for case in cases.values()
     ]
     output = ""
     while pending:
         output = _train(pending, folder)
-        begun = [case for case in pending if (folder / f"{case['name']}.json").is_file()]
-        assert begun, f"The worker did not start:\n{output[-3000:]}"
-        pending = pending[len(begun) :]  # torch's C++ may have ended the process
+        started = [case for case in pending if (folder / f"{case['name']}.json").is_file()]
+        assert started, f"The worker did not start:\n{output[-3000:]}"
+        pending = pending[len(started) :]  # torch's C++ may have aborted the process
 
     def found(case: dict) -> dict:
         answer = json.loads((folder / f"{case['name']}.json").read_text())
@@ -44,7 +44,7 @@ def on_pretend_device(request, start_data, family_folder, tmp_path_factory):
     return found
 
 
-def _place(case: dict, folder: Path) -> str | None:
+def _checkpoint(case: dict, folder: Path) -> str | None:
     """The checkpoint that a case resumes from, given as another case's name and a step."""
     if case["resumes"] is None:
         return None
@@ -62,6 +62,6 @@ def _train(cases: list[dict], folder: Path) -> str:
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=60 + SECONDS_A_CASE * len(cases),
+            timeout=60 + SECONDS_PER_CASE * len(cases),
         )
         return (folder / "output.txt").read_text()

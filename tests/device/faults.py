@@ -10,41 +10,41 @@ from trl_diffusion_sdpo.step import finite_check as finite
 @contextlib.contextmanager
 def _misplaced(trainer):
     """A tensor made on the CPU in the step."""
-    draw = trainer._draw
+    draw = trainer.pair_forward.draw_noise
 
     def on_the_host(seeds, latents):
         timesteps, noise, extra = draw(seeds, latents)
         return timesteps, noise + torch.randn(noise.shape), extra
 
-    trainer._draw = on_the_host
+    trainer.pair_forward.draw_noise = on_the_host
     yield
 
 
 @contextlib.contextmanager
 def _item(trainer):
     """A value of the loss read in the step."""
-    loss_of = trainer._loss_of
+    loss_of = trainer.pair_forward.loss
 
     def read_loss_of(*args, **kwargs):
         outputs = loss_of(*args, **kwargs)
         outputs.loss.item()
         return outputs
 
-    trainer._loss_of = read_loss_of
+    trainer.pair_forward.loss = read_loss_of
     yield
 
 
 @contextlib.contextmanager
 def _mask(trainer):
     """Rows chosen by a mask: how many there are, the host must know."""
-    draw = trainer._draw
+    draw = trainer.pair_forward.draw_noise
 
     def masked(seeds, latents):
         timesteps, noise, extra = draw(seeds, latents)
         noise[timesteps >= 0]
         return timesteps, noise, extra
 
-    trainer._draw = masked
+    trainer.pair_forward.draw_noise = masked
     yield
 
 

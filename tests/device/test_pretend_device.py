@@ -1,5 +1,4 @@
-"""Every kind of model trains on the pretend device: no tensor is left on the host, and a step waits for the device
-where the lists say and nowhere else."""
+"""Every family trains on the pretend device: all tensors are on the device, and a step synchronizes only as listed."""
 
 import math
 from collections import Counter
@@ -11,15 +10,15 @@ import torch.utils.backend_registration
 from device.waits import A_LOG, A_MICRO_BATCH, A_PREDICTION, AN_EVALUATION
 from tiny_pipelines import CASES, case
 
-# torch's Python back end for new devices, on which the pretend device stands.
+# torch's Python back end for new devices, which the pretend device uses.
 MISSING = "_setup_privateuseone_for_python_backend" not in vars(torch.utils.backend_registration)
 pytestmark = pytest.mark.skipif(MISSING, reason="this torch has no Python back end for new devices")
 
-KEPT = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 1}
-DRAWING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
+EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 1}
+SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
 EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, whole or by halves
+PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
 
 def run(family: str, tuning: str, safeguard: str, kind: str = "", args: dict | None = None, **given) -> dict:
@@ -30,7 +29,7 @@ def run(family: str, tuning: str, safeguard: str, kind: str = "", args: dict | N
 
 
 def each(*runs: dict, **marks):
-    """The runs, one a test; the worker finds them by the name `cases`."""
+    """One test per run; the fixture finds the runs by the parameter `cases`."""
     return pytest.mark.parametrize("cases", [pytest.param((one,), id=one["name"], **marks) for one in runs])
 
 
@@ -53,7 +52,7 @@ def found(on_pretend_device, cases) -> list[dict]:
 
 
 def listed(one: dict) -> Counter:
-    """What the lists allow a step of a run."""
+    """The synchronizations that the lists allow in a step of a run."""
     calls = PREDICTIONS[one["args"]["safeguard"]]
     family = one["family"]
     predicted = {place: calls * count for place, count in A_PREDICTION.get(family, {}).items()}
@@ -61,7 +60,7 @@ def listed(one: dict) -> Counter:
 
 
 def check_waits(answer: dict, allowed: dict) -> None:
-    """Upstream's places are compared with the versions that the lists were made with."""
+    """Locations in other libraries are compared only with the versions of constraints.txt."""
     waits = answer["waits"]
     if not _versions_of_the_lists():
         waits, allowed = (
@@ -69,9 +68,9 @@ def check_waits(answer: dict, allowed: dict) -> None:
             for given in (waits, allowed)
         )
     more = {place: count for place, count in waits.items() if count > allowed.get(place, 0)}
-    assert not more, f"the host waits where it need not: {more}"
+    assert not more, f"unexpected synchronizations: {more}"
     gone = set(allowed) - set(waits)
-    assert not gone, f"no longer waited for, take off the list: {gone}"
+    assert not gone, f"no longer synchronizes, remove from the list: {gone}"
 
 
 def _versions_of_the_lists() -> bool:
@@ -80,51 +79,51 @@ def _versions_of_the_lists() -> bool:
     return all(stated[name] == version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers"))
 
 
-# Each family in one of the four ways, and in all of them by `make test-families`.
+# Each family in one of the four ways; in all of them by `make test-families`.
 WAYS = [("lora", "output"), ("full", "parameter"), ("lora", "parameter"), ("full", "output")]
 IN_CI = [run(family, *WAYS[number % len(WAYS)]) for number, family in enumerate(CASES)]
 OTHERS = [made for family in CASES for way in WAYS if (made := run(family, *way)) not in IN_CI]
 
 
 @each(*IN_CI)
-def test_a_step_of_every_family_waits_where_the_list_says(found, cases):
+def test_a_step_of_every_family_synchronizes_as_listed(found, cases):
     check_waits(found[0], listed(cases[0]))
 
 
 @pytest.mark.matrix
 @each(*OTHERS)
-def test_the_other_ways_wait_where_the_list_says(found, cases):
+def test_the_other_ways_synchronize_as_listed(found, cases):
     check_waits(found[0], listed(cases[0]))
 
 
 @each(
-    sd("full", "parameter", "everything", KEPT | EVERYTHING),
-    run("stable_diffusion_3", "lora", "output", "kept", KEPT),
+    sd("full", "parameter", "everything", EMA_AND_BUDGET | EVERYTHING),
+    run("stable_diffusion_3", "lora", "output", "averaged", EMA_AND_BUDGET),
 )
-def test_average_budget_and_diagnostics_wait_for_nothing(found, cases):
+def test_average_budget_and_diagnostics_do_not_synchronize(found, cases):
     micro_batches = cases[0]["args"].get("gradient_accumulation_steps", 1)
     check_waits(found[0], {place: micro_batches * count for place, count in listed(cases[0]).items()})
 
 
-@each(run("z_image", "lora", "parameter", "scores", KEPT | {"loss_type": "smpo"}))
-def test_pairs_that_scores_put_in_order_take_what_lies_on_the_host_along(found, cases):
-    """The lengths of its prompts do: the order is read once for them."""
+@each(run("z_image", "lora", "parameter", "scores", EMA_AND_BUDGET | {"loss_type": "smpo"}))
+def test_reordering_pairs_by_scores_synchronizes_once_for_values_on_the_host(found, cases):
+    """The lengths of the prompts are on the host, so the order is read once."""
     check_waits(found[0], listed(cases[0]) + Counter({"trl_diffusion_sdpo/step/noisy_batch.py::take_rows": 1}))
 
 
 @pytest.mark.matrix
-@each(*[run(family, "full", "parameter", "kept", KEPT) for family in CASES])
-def test_average_and_budget_of_every_family_leave_no_tensor_behind(found):
+@each(*[run(family, "full", "parameter", "averaged", EMA_AND_BUDGET) for family in CASES])
+def test_average_and_budget_of_every_family_run_on_the_device(found):
     assert all(answer["steps"] == 2 for answer in found)
 
 
 @each(sd("lora", "output", "logged", {"logging_steps": 1}))
-def test_a_log_waits_once_for_all_metrics(found, cases):
+def test_a_log_synchronizes_once_for_all_metrics(found, cases):
     check_waits(found[0], listed(cases[0]) + Counter(A_LOG))
 
 
 @each(sd("full", "output", "evaluated", {"eval_strategy": "steps", "eval_steps": 1}, evaluates=True))
-def test_an_evaluation_waits_once_for_each_kind_of_result(found, cases):
+def test_an_evaluation_synchronizes_once_for_each_kind_of_result(found, cases):
     batches = 2  # of evaluation, whose prompts are encoded too
     prompts = {place: (1 + batches) * count for place, count in A_MICRO_BATCH["stable_diffusion"].items()}
     check_waits(found[0], Counter(prompts) + Counter(AN_EVALUATION))
@@ -142,18 +141,18 @@ def test_under_bf16_autocast_the_first_step_is_neutral(found):
 
 @pytest.mark.matrix
 @each(*[run(family, "full", "output", "bf16", {"bf16": True}) for family in CASES])
-def test_under_bf16_autocast_no_tensor_of_a_family_is_left_behind(found):
+def test_under_bf16_autocast_every_family_runs_on_the_device(found):
     assert all(answer["steps"] == 2 for answer in found)
 
 
-@each(sd("lora", "output", "drawn", DRAWING), run("flux", "lora", "output", "drawn", DRAWING))
-def test_images_are_drawn_and_the_devices_random_state_is_kept(found):
+@each(sd("lora", "output", "sampled", SAMPLING), run("flux", "lora", "output", "sampled", SAMPLING))
+def test_images_are_generated_and_the_devices_random_state_is_restored(found):
     assert found[0]["kept_states"] >= 3
 
 
 @pytest.mark.matrix
-@each(*[run(family, "lora", "output", "drawn-too", DRAWING) for family in CASES])
-def test_images_of_every_family_are_drawn_on_the_device(found):
+@each(*[run(family, "lora", "output", "sampled-too", SAMPLING) for family in CASES])
+def test_images_of_every_family_are_generated_on_the_device(found):
     assert found[0]["kept_states"] >= 3
 
 
@@ -161,7 +160,7 @@ def test_images_of_every_family_are_drawn_on_the_device(found):
     sd("full", "output", "saved", SAVING, saves=True),
     sd("full", "output", "resumed", SAVING, resumes=["stable_diffusion-full-output-saved", 2]),
 )
-def test_a_run_resumed_on_the_device_ends_where_the_other_did(found):
+def test_a_run_resumed_on_the_device_ends_like_an_uninterrupted_one(found):
     saved, resumed = found
     assert saved["sum"] == resumed["sum"]
 
@@ -177,25 +176,25 @@ def test_a_run_resumed_on_the_device_ends_where_the_other_did(found):
         resumes=["stable_diffusion_xl-lora-output-saved", 2],
     ),
 )
-def test_a_lora_resumed_on_the_device_ends_where_the_other_did(found):
+def test_a_lora_resumed_on_the_device_ends_like_an_uninterrupted_one(found):
     saved, resumed = found
     assert saved["sum"] == resumed["sum"]
 
 
-# ---- What it notices ------------------------------------------------------------------------------------------------
+# ---- Faults are detected --------------------------------------------------------------------------------------------
 
 
 @each(sd("lora", "output", "misplaced", fault="misplaced"))
-def test_a_tensor_made_on_the_host_is_noticed(found):
+def test_a_tensor_made_on_the_host_is_detected(found):
     assert "Expected all tensors to be on the same device" in found[0]["error"]
 
 
 @each(sd("lora", "output", "item", fault="item"), sd("lora", "output", "mask", fault="mask"))
-def test_a_wait_in_the_step_is_noticed(found, cases):
-    with pytest.raises(AssertionError, match=r"waits where it need not: \{'tests/device/faults.py"):
+def test_a_synchronization_in_the_step_is_detected(found, cases):
+    with pytest.raises(AssertionError, match=r"unexpected synchronizations: \{'tests/device/faults.py"):
         check_waits(found[0], listed(cases[0]))
 
 
 @each(sd("lora", "output", "early", fault="early"))
-def test_a_verdict_that_is_read_before_it_has_arrived_is_noticed(found):
+def test_a_value_read_before_its_copy_has_finished_is_detected(found):
     assert "Every pair's loss must be finite" in found[0]["error"]

@@ -78,6 +78,5 @@ A_LOG = {
 }
 AN_EVALUATION = {
     "transformers/trainer_pt_utils.py::nested_numpify": 1,  # the losses
-    "trl_diffusion_sdpo/step/meters.py::drain": 1,
-    "trl_diffusion_sdpo/step/meters.py::drain": 1,
+    "trl_diffusion_sdpo/step/meters.py::drain": 2,  # of metrics, and of noise bins
 }

@@ -1,5 +1,5 @@
-"""Trains the cases of a JSON file on the pretend device, one after the other, and writes what each came to: where the
-host waited between two steps, or the error."""
+"""Trains the cases of a JSON file on the pretend device in turn, and writes their results: the synchronizations of a
+step, or the error."""
 
 import json
 import os
@@ -25,7 +25,8 @@ STEPS = 2
 
 
 class BetweenSteps(TrainerCallback):
-    """Counts waits from the end of one step to the end of the next, after a first step that makes what is made once."""
+    """Counts synchronizations from the end of one step to the end of the next; the first step, which allocates state,
+    is left out."""
 
     def __init__(self):
         self.counts: list[Counter] = []
@@ -35,7 +36,7 @@ class BetweenSteps(TrainerCallback):
         pretend_device.WAITS.clear()
 
     def most(self) -> dict[str, int]:
-        """The largest count of a step at every place."""
+        """The largest count of a step for every code location."""
         most: Counter = Counter()
         for counts in self.counts[1:]:
             most |= counts
@@ -47,7 +48,7 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> DiffusionS
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
-        "logging_steps": 1000,  # logs are a case of their own
+        "logging_steps": 1000,  # another case tests logs
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -83,11 +84,11 @@ def main(file: str, folder: str) -> None:
     cases = json.loads(Path(file).read_text())
     pipelines = [quiet(load_pipeline(case["model"])) for case in cases]
     pretend_device.install()
-    training_args.is_torch_bf16_gpu_available = lambda: True  # transformers asks the devices that it knows
+    training_args.is_torch_bf16_gpu_available = lambda: True  # transformers checks known devices only
     for case, pipeline in zip(cases, pipelines, strict=True):
         pretend_device.WAITS.clear()
         answer = Path(folder) / f"{case['name']}.json"
-        answer.write_text("{}")  # begun
+        answer.write_text("{}")  # started
         try:
             found = run(case, pipeline, Path(folder) / case["name"])
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, FloatingPointError) as error:

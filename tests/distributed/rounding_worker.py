@@ -16,7 +16,6 @@ from diffusers import StableDiffusionPipeline
 from worker import engine_args
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.engines.sharding import Float32Parts
 
 
 def message(act) -> str:
@@ -33,20 +32,20 @@ def small_moves(trainer: DiffusionSDPOTrainer) -> float:
     name = "conv_out.bias"
     policy = dict(trainer.denoiser.named_parameters())
     target = safe_get_full_fp32_param(policy[name]).clone()
-    by_hand = trainer.reference.exact.whole(name).clone()
+    by_hand = trainer.reference.float32_shards.full(name).clone()
     for _ in range(50):
-        trainer.reference.sync(0.01)
+        trainer.reference.update(0.01)
         by_hand.lerp_(target, 0.01)
-    return (trainer.reference.exact.whole(name) - by_hand).abs().max().item()
+    return (trainer.reference.float32_shards.full(name) - by_hand).abs().max().item()
 
 
-def uneven_parts(trainer: DiffusionSDPOTrainer) -> bool:
+def uneven_shards(trainer: DiffusionSDPOTrainer) -> bool:
     """Whether weights that do not divide by two come back whole, as given and as replaced."""
     weights = {"odd": torch.arange(7.0).view(7, 1), "one": torch.tensor([3.0])}
-    parts = Float32Parts(weights, trainer.accelerator)
-    kept = all(torch.equal(parts.whole(name), weight) for name, weight in weights.items())
-    parts.set("odd", 2 * weights["odd"])
-    return kept and torch.equal(parts.whole("odd"), 2 * weights["odd"])
+    shards = trainer.engine.float32_shards(weights)
+    kept = all(torch.equal(shards.full(name), weight) for name, weight in weights.items())
+    shards.set("odd", 2 * weights["odd"])
+    return kept and torch.equal(shards.full("odd"), 2 * weights["odd"])
 
 
 def main() -> None:
@@ -76,7 +75,7 @@ def main() -> None:
     found["again"] = message(trainer.train)
     found["given"] = all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
     found["small_moves"] = small_moves(trainer)
-    found["uneven_parts"] = uneven_parts(trainer)
+    found["uneven_shards"] = uneven_shards(trainer)
     if dist.get_rank() == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()

@@ -32,7 +32,7 @@ def test_a_reference_follows_in_moves_that_half_precision_would_lose(found):
 
 
 def test_weights_that_do_not_divide_evenly_come_back_whole(found):
-    assert found["uneven_parts"]
+    assert found["uneven_shards"]
 
 
 def test_evaluation_without_an_engine_is_refused(found):

@@ -40,6 +40,7 @@ ARGS = {
     "ema_decay": 0.25,
     "save_strategy": "steps",
     "save_steps": 2,
+    "save_only_model": True,  # under FSDP2, plain SGD has no state that could be read
     "eval_strategy": "steps",
     "eval_steps": STEPS,
 }
@@ -66,7 +67,7 @@ def build_run(engine: str, tuning: str, kind: str, resumes: str | None = None, *
 
 
 def with_resumed(engine: str, tuning: str) -> list[dict]:
-    args = {"optim": "adamw_torch", "learning_rate": {"full": 1e-3, "lora": 1e-2}[tuning]}
+    args = {"optim": "adamw_torch", "save_only_model": False, "learning_rate": {"full": 1e-3, "lora": 1e-2}[tuning]}
     whole = build_run(engine, tuning, "undisturbed", **args)
     return [whole, build_run(engine, tuning, "resumed", resumes=whole["name"], **args)]
 

@@ -48,10 +48,10 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.is_fsdp_enabled = True
 
-    def _set_up_branches(self, model) -> None:
-        super()._set_up_branches(model)
+    def set_up_safeguard(self) -> None:
+        super().set_up_safeguard()
         if self.fault is not None:
-            FAULTS[self.fault](self._branches.engine)
+            FAULTS[self.fault](self.parameter_safeguard.gradients.backend)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.batches.append(inputs)
@@ -59,8 +59,8 @@ class RecordingTrainer(DiffusionSDPOTrainer):
 
 
 def reduce_only_the_first_branch(engine) -> None:
-    reduced, branches = engine.reduced, itertools.cycle([True, False])
-    engine.reduced = lambda gradient: reduced(gradient) if next(branches) else gradient
+    all_reduced, branches = engine.all_reduced, itertools.cycle([True, False])
+    engine.all_reduced = lambda gradient: all_reduced(gradient) if next(branches) else gradient
 
 
 def leave_gradients_between_branches(engine) -> None:
@@ -68,7 +68,7 @@ def leave_gradients_between_branches(engine) -> None:
 
 
 def measure_lambda_on_the_own_shard(engine) -> None:
-    engine.total = lambda products: products
+    engine.sum_over_shards = lambda products: products
 
 
 FAULTS = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trl_diffusion_sdpo.engines.gradient_backends import ReplicatedBackend
-from trl_diffusion_sdpo.step.branch_gradients import LOSER, WINNER, BranchBackward
+from trl_diffusion_sdpo.step.branch_gradients import LOSER, WINNER, BranchGradients
 
 RATE = 0.5
 
@@ -20,7 +20,7 @@ def one_step(scaler, winner: list[float], loser: list[float]):
     line.weight.data = torch.tensor([[1.0, 2.0]])
     optimizer = torch.optim.SGD(line.parameters(), lr=RATE)
     accelerator = SimpleNamespace(scaler=scaler, num_processes=1, no_sync=lambda model: contextlib.nullcontext())
-    branches = BranchBackward(ReplicatedBackend(line, accelerator), mu=0.5, anchor="branch")
+    branches = BranchGradients(ReplicatedBackend(line, accelerator), mu=0.5, anchor="branch")
     branches.backward(WINNER, line(torch.tensor([winner])).sum())
     branches.backward(LOSER, line(torch.tensor([loser])).sum())
     metrics, finite, _ = branches.combine()

@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.engines import host_copy
-from trl_diffusion_sdpo.step import parameter_safeguard as branch_training
 from trl_diffusion_sdpo.step.finite_check import FiniteCheck
-from trl_diffusion_sdpo.trainer.callbacks import CheckpointOnInterrupt
+from trl_diffusion_sdpo.trainer import diffusion_sdpo_trainer
+from trl_diffusion_sdpo.trainer.interrupts import CheckpointOnInterrupt, step_exchange
 
 PROCESSES = 2
 MICRO_BATCHES = 3
@@ -78,7 +78,7 @@ def test_the_norm_of_sharded_gradients_is_watched_on_an_accelerator(make_trainer
 
 
 def test_a_norm_that_stayed_distributed_would_be_noticed(make_trainer, alone, like_an_accelerator, monkeypatch):
-    monkeypatch.setattr(branch_training, "whole", lambda value: value)
+    monkeypatch.setattr(diffusion_sdpo_trainer, "full_tensor", lambda value: value)
     trainer = make_trainer()
     with pytest.raises((RuntimeError, AssertionError)):  # of torch's dispatch, by version
         trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, 4.0))
@@ -127,7 +127,7 @@ def steps_of_a_process(rank, folder, asked_at, ruined_at, answers):
     messages, plain = [], dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (messages.append(1), plain(*args, **kwargs))[1]
     interrupt, control = CheckpointOnInterrupt(), TrainerControl()
-    check, ended = FiniteCheck([interrupt]), "regularly"
+    check, ended = FiniteCheck(step_exchange([interrupt])), "regularly"
     for step in range(1, 5):
         for index in range(MICRO_BATCHES):
             last = index == MICRO_BATCHES - 1

@@ -37,7 +37,7 @@ def trained(history, *, moves=False, given=False, best=None, safeguard="output",
     """What a trainer shows of itself after a training with such logs."""
     args = SimpleNamespace(sync_ref_model=moves, load_best_model_at_end=best is not None, safeguard=safeguard)
     state = SimpleNamespace(log_history=history, best_global_step=best)
-    return SimpleNamespace(args=args, state=state, gave_reference=given, loss=loss_spec(loss))
+    return SimpleNamespace(args=args, state=state, gave_reference=given, loss_spec=loss_spec(loss))
 
 
 def evaluated(step, winner, change=None, prefix="eval", **levels) -> dict:

@@ -1,5 +1,5 @@
-"""Each example, and the command line with a configuration of the paper, end to end: two steps on tiny pipelines that
-diffusers has saved, and a run that is interrupted and resumed."""
+"""The example script with the example configurations, and the command line, end to end: two steps on tiny pipelines in
+diffusers' format, and a run that is interrupted and resumed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from trl_diffusion_sdpo.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "examples" / "scripts"
+SCRIPT = ROOT / "examples" / "scripts" / "diffusion_sdpo.py"
 CONFIGS = ROOT / "examples" / "configs"
 LORA = "pytorch_lora_weights.safetensors"
 TINY = [
@@ -49,20 +49,21 @@ def pairs(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run_example(monkeypatch, pairs, tmp_path):
-    """Run an example as its own program would, in this process; returns the output folder."""
+    """Run the example as a program, in this process, with a configuration; returns the output folder."""
 
-    def run(name: str, pipeline: str, *more: str) -> Path:
-        output = tmp_path / name
-        words = ["--model_name_or_path", pipeline, "--dataset_name", pairs, "--output_dir", str(output), *TINY, *more]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    def run(config: str, pipeline: str, *more: str) -> Path:
+        output = tmp_path / config
+        words = ["--config", str(CONFIGS / f"{config}.yaml"), "--model_name_or_path", pipeline]
+        words += ["--dataset_name", pairs, "--output_dir", str(output), *TINY, *more]
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *words])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
         return output
 
     return run
 
 
-class RecordsNames:
-    """In the place of the trainer, which would talk to the Hub: keeps the names of the data that it is to publish."""
+class PublishingRecorder:
+    """Replaces the trainer, which would talk to the Hub: records the names of the data sets to publish."""
 
     published: list = []
 
@@ -88,63 +89,55 @@ def logged(output: Path, name: str) -> list[float]:
     return [entry[name] for entry in history(output) if name in entry]
 
 
-def test_the_sd15_lora_example_writes_a_lora_that_the_pipeline_loads(run_example, sd_folder):
-    output = run_example("sd15_lora", sd_folder)
+def test_the_example_writes_a_lora_that_the_pipeline_loads_and_resumes(run_example, sd_folder):
+    output = run_example("sd15_lora_small_gpu", sd_folder)
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
     pipeline.load_lora_weights(output, weight_name=LORA)
     assert pipeline.get_active_adapters()
-    run_example("sd15_lora", sd_folder, "--resume_from_checkpoint", "true", "--max_steps", "3")
+    run_example("sd15_lora_small_gpu", sd_folder, "--resume_from_checkpoint", "true", "--max_steps", "3")
     assert [entry["step"] for entry in history(output) if "loss" in entry] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])
-def test_no_example_evaluates_on_the_file_that_it_trains_on(run_example, pairs, name):
+def test_the_example_does_not_evaluate_on_the_file_that_it_trains_on(run_example, pairs):
+    file = f"{pairs}/train.parquet"
     with pytest.raises(ValueError, match="is one split, all of it trained on"):
-        run_example(name, "nowhere", "--dataset_name", f"{pairs}/train.parquet", "--eval_strategy", "epoch")
+        run_example("sd15_sigmoid", "nowhere", "--dataset_name", file, "--eval_strategy", "epoch")
 
 
-def test_the_example_for_all_weights_refuses_a_lora(run_example, capsys):
-    with pytest.raises(SystemExit):
-        run_example("sd15_full", "nowhere", "--use_peft")
-    assert "belong to sd15_lora.py" in capsys.readouterr().err
-
-
-def test_the_sd15_full_example_writes_a_unet_and_evaluates(run_example, sd_folder):
-    output = run_example("sd15_full", sd_folder, "--eval_strategy", "steps", "--eval_steps", "1")
+def test_the_example_tunes_all_weights_and_evaluates(run_example, sd_folder):
+    output = run_example("sd15_sigmoid", sd_folder, "--eval_strategy", "steps", "--eval_steps", "1")
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     assert len(logged(output, "eval_loss")) == 2
     assert UNet2DConditionModel.from_pretrained(output / "unet").config.sample_size == 8
 
 
-def test_the_sdxl_lora_example_writes_a_lora(run_example, sdxl_folder):
-    output = run_example("sdxl_lora", sdxl_folder)
+def test_the_example_writes_a_lora_of_sdxl(run_example, sdxl_folder):
+    output = run_example("sdxl_lora_small_gpu", sdxl_folder)
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     assert all(name.startswith("unet.") for name in load_file(output / LORA))
 
 
-@pytest.mark.parametrize(("name", "family"), [("sd3_lora", "stable_diffusion_3"), ("flux_lora", "flux")])
-def test_the_examples_of_transformers_write_a_lora(run_example, family_folder, name, family):
-    output = run_example(name, family_folder(family))
+@pytest.mark.parametrize(("config", "family"), [("sd35", "stable_diffusion_3"), ("flux", "flux")])
+def test_the_example_writes_a_lora_of_a_transformer(run_example, family_folder, config, family):
+    output = run_example(f"{config}_lora_small_gpu", family_folder(family), "--load_in_4bit", "false")
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     assert all(weight.startswith("transformer.") for weight in load_file(output / LORA))
 
 
-@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])
 @pytest.mark.parametrize(("dataset", "published"), [("PAIRS", None), ("owner/preferences", "owner/preferences")])
-def test_an_example_publishes_no_path_of_this_machine(monkeypatch, pairs, tmp_path, name, dataset, published):
-    """The trainer is a stand-in, and nothing is loaded: what counts is the name that the script hands on."""
-    monkeypatch.setattr("trl_diffusion_sdpo.DiffusionSDPOTrainer", RecordsNames)
+def test_the_example_publishes_no_path_of_this_machine(monkeypatch, pairs, tmp_path, dataset, published):
+    """With a fake trainer and without data: only the name that the script hands on counts."""
+    monkeypatch.setattr("trl_diffusion_sdpo.DiffusionSDPOTrainer", PublishingRecorder)
     monkeypatch.setattr("trl_diffusion_sdpo.cli.pair_arguments.load_datasets", lambda *_: (None, None))
-    monkeypatch.setattr(RecordsNames, "published", [])
+    monkeypatch.setattr(PublishingRecorder, "published", [])
     words = ["--dataset_name", dataset.replace("PAIRS", pairs), "--output_dir", str(tmp_path), "--push_to_hub", *TINY]
-    runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"](words)
-    assert RecordsNames.published == [published]
+    runpy.run_path(str(SCRIPT))["main"](words)
+    assert PublishingRecorder.published == [published]
 
 
-@pytest.mark.parametrize("name", ["sd15_lora", "sd15_full", "sdxl_lora", "sd3_lora", "flux_lora"])
-def test_an_example_fits_on_a_page(name):
-    assert len((SCRIPTS / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 100
+def test_the_example_fits_on_a_page():
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 100
 
 
 def test_a_configuration_of_the_paper_runs_through_the_command_line(sd_folder, pairs, tmp_path, capsys):
@@ -179,7 +172,7 @@ def test_one_file_is_a_data_set(sd_folder, pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "named"),
     [
         (["--dataset_name", "PAIRS", "--model_name_or_path", "EMPTY"], "model_index.json"),
         (["--dataset_name", "EMPTY", "--model_name_or_path", "MODEL"], "data"),
@@ -190,17 +183,17 @@ def test_one_file_is_a_data_set(sd_folder, pairs, tmp_path):
         ),
     ],
 )
-def test_a_wrong_folder_or_split_is_told_in_one_line(arguments, said, sd_folder, pairs, tmp_path, capsys):
+def test_a_wrong_folder_or_split_is_an_error_of_one_line(arguments, named, sd_folder, pairs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    places = {"PAIRS": pairs, "MODEL": sd_folder, "EMPTY": str(tmp_path / "empty")}
-    words = [places.get(word, word) for word in arguments]
+    paths = {"PAIRS": pairs, "MODEL": sd_folder, "EMPTY": str(tmp_path / "empty")}
+    words = [paths.get(word, word) for word in arguments]
     assert main(["train", *words, "--output_dir", str(tmp_path / "run"), *TINY]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and said in errors[0]
+    assert len(errors) == 1 and named in errors[0]
 
 
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(sd_folder, pairs, tmp_path):
-    """In a process of its own, by the installed entry: after the first logged step it is sent SIGINT."""
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_resumes(sd_folder, pairs, tmp_path):
+    """A subprocess of the installed entry point receives SIGINT after the first logged step."""
     output = tmp_path / "run"
     command = [sys.executable, "-m", "trl_diffusion_sdpo.cli.main", "train", "--model_name_or_path", sd_folder]
     command += ["--dataset_name", pairs, "--output_dir", str(output), *TINY, "--disable_tqdm", "true"]

@@ -177,8 +177,8 @@ def test_predict_casts_its_inputs_to_the_denoiser_but_keeps_time_ids_exact(case)
             case.family.denoiser, torch.ones(3, 4, 8, 8), torch.tensor([3, 420, 990]), conditioning
         )
     hook.remove()
-    (latents, _), kwargs = seen[0]
-    assert latents.dtype == kwargs["encoder_hidden_states"].dtype == prediction.dtype == torch.bfloat16
+    _, kwargs = seen[0]
+    assert kwargs["sample"].dtype == kwargs["encoder_hidden_states"].dtype == prediction.dtype == torch.bfloat16
     added = kwargs.get("added_cond_kwargs", {})
     assert "time_ids" not in conditioning or torch.equal(added["time_ids"], conditioning["time_ids"])
 

@@ -32,7 +32,7 @@ def uniform_draws():
 
 
 def drawn_timesteps(trainer, channels=4, side=8):
-    timesteps, _, _ = trainer._draw(SEEDS, torch.zeros(2, channels, side, side))
+    timesteps, _, _ = trainer.pair_forward.draw_noise(SEEDS, torch.zeros(2, channels, side, side))
     assert torch.equal(*timesteps.chunk(2))
     return timesteps[: len(SEEDS)]
 
@@ -113,7 +113,8 @@ def test_timestep_weighting_multiplies_the_errors(trainer_of, family_folder):
     trainer = trainer_of("stable_diffusion_3", **settings)
     inputs = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
-        batch, policy, frozen = trainer._predict_pairs(trainer.model, inputs)
+        predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
+        batch, policy, frozen = predictions.batch, predictions.policy, predictions.reference
         loss = trainer.compute_loss(trainer.model, inputs)
     weights = (1 - batch.timesteps[:4] / 1000) ** 2
     errors, ref_errors = ((seen - batch.target).square().mean((1, 2, 3)) for seen in (policy, frozen))

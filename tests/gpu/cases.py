@@ -1,13 +1,13 @@
-"""What is tried on a GPU: one entry for each run of the smallest model, as data."""
+"""The runs of the smallest models on a GPU, as data."""
 
 import importlib.util
 
 STEPS = 4
-# What a run does beside training: `resume` from its checkpoint of step 2, `draw`, `push`, `compile`, `keep` an average
-# within a budget, `waits` counted between steps.
+# What a run does besides training: `resume` from its checkpoint of step 2, generate `samples`, `push`, `compile`, have
+# an average and a `budget`, count the host's `waits` in each step.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
-KEPT = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 2}
-DRAWN = {"sample_prompts": ["a cat"], "sample_steps": 2, "sample_inference_steps": 2}
+EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 2}
+SAMPLES = {"sample_prompts": ["a cat"], "sample_steps": 2, "sample_inference_steps": 2}
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -28,18 +28,18 @@ def entry(engine: str, tuning: str, safeguard: str, precision: str, *extras: str
         "report_to": "none",
         "disable_tqdm": True,
         **PRECISIONS[precision],
-        **(KEPT if "keep" in extras else {}),
-        **(DRAWN if "draw" in extras else {}),
+        **(EMA_AND_BUDGET if "budget" in extras else {}),
+        **(SAMPLES if "samples" in extras else {}),
         **({"torch_compile": True} if "compile" in extras else {}),
     }
     return {"name": name, "engine": engine, "tuning": tuning, "family": family, "extras": extras, "args": args}
 
 
 PLAIN = [
-    entry("plain", "lora", "output", "fp32", "resume", "draw", "push"),
+    entry("plain", "lora", "output", "fp32", "resume", "samples", "push"),
     entry("plain", "full", "parameter", "fp32", "resume"),
     entry("plain", "lora", "parameter", "bf16", "waits"),
-    entry("plain", "full", "output", "bf16", "keep", "waits"),
+    entry("plain", "full", "output", "bf16", "budget", "waits"),
     entry("plain", "lora", "output", "fp16"),
     entry("plain", "full", "parameter", "fp16"),
     entry("plain", "lora", "output", "bf16", "compile"),
@@ -51,7 +51,7 @@ SHARDED = [
     made
     for engine in ENGINES
     for made in (
-        entry(engine, "lora", "output", "bf16", "resume", "draw"),
+        entry(engine, "lora", "output", "bf16", "resume", "samples"),
         entry(engine, "full", "parameter", "fp32", "resume"),
         entry(engine, "full", "output", "fp16"),
     )
@@ -60,7 +60,7 @@ CASES = PLAIN + SHARDED
 
 
 def engine_args(engine: str) -> dict:
-    """The arguments with which a user chooses an engine."""
+    """The training arguments that choose an engine."""
     if engine in ("plain", "ddp"):
         return {}
     if engine == "fsdp2":
@@ -84,7 +84,7 @@ def engine_args(engine: str) -> dict:
 
 
 def skipped(run: dict) -> str | None:
-    """Why a run cannot be done here; `None` if it can."""
+    """Why a run is skipped; `None` if it is not."""
     if run["tuning"] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     if run["engine"].startswith("zero") and importlib.util.find_spec("deepspeed") is None:

@@ -1,32 +1,30 @@
-"""Runs on a GPU share processes by engine, and what is done is not done again: the answers lie in `.test_gpu` below the
-project, under a name that changes with the code, the libraries and the device."""
+"""Runs on a GPU share processes by engine. Their results are cached in the project's folder `.test_gpu`, under a name
+that changes with the code, the libraries and the device."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
-import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
 from gpu.cases import skipped
+from local_hub import running_hub
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-HUB = ROOT / "tests" / "trainer" / "conftest.py"
-RECORD = ROOT / ".test_gpu"
+CACHE = ROOT / ".test_gpu"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
-SECONDS = {"start": 120, "run": 90}  # many times what a GPU takes
+SECONDS = {"start": 120, "run": 90}  # timeouts, many times the usual
 
 
 def fingerprint(device: str) -> str:
-    """Of all that an answer depends on."""
+    """A hash of everything that a result depends on."""
     sources = [*(ROOT / "trl_diffusion_sdpo").rglob("*.py"), *WORKER.parent.glob("*.py")]
     sources += (ROOT / "tests" / "tiny_pipelines").glob("*.py")
     digest = hashlib.sha256()
@@ -46,36 +44,28 @@ def _version(library: str) -> str:
 
 @pytest.fixture(scope="session")
 def hub():
-    """The Hub's HTTP API, served on this machine; the workers find it by their environment."""
-    spec = importlib.util.spec_from_file_location("hub_of_gpu_tests", HUB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server = module.HubServer()
-    thread = threading.Thread(target=server.httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield server
-    server.httpd.shutdown()
-    thread.join()
-    server.httpd.server_close()
+    """The Hub's HTTP API on this machine; the workers find it by their environment."""
+    with running_hub() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def answer_of(request, hub, family_folder, make_pairs, tmp_path_factory):
-    """`answer_of(run, device)`: what a run came to. The selected ones that have no answer yet are done at the first
-    call, engine by engine."""
+    """`answer_of(run, device)`: the result of a run. The first call does all selected runs without a cached result,
+    engine by engine."""
     scratch = tmp_path_factory.mktemp("gpu")
     make_pairs(16).save_to_disk(str(scratch / "pairs"))
     selected = [item.callspec.params for item in request.session.items if item.path.parent == WORKER.parent]
     started = set()
 
     def start(device: str) -> Path:
-        answers = RECORD / fingerprint(device) if device == "cuda" else scratch / device
+        answers = CACHE / fingerprint(device) if device == "cuda" else scratch / device
         answers.mkdir(parents=True, exist_ok=True)
         if device not in started:
             started.add(device)
             runs = [params["run"] for params in selected if params["device"] == device and not skipped(params["run"])]
-            places = {"data": str(scratch / "pairs")}
-            wanted = [{**run, "model": family_folder(run["family"]), **places} for run in runs]
+            data = str(scratch / "pairs")
+            wanted = [{**run, "model": family_folder(run["family"]), "data": data} for run in runs]
             do_all([run for run in wanted if not (answers / f"{run['name']}.json").is_file()], device, answers)
         return answers
 
@@ -93,15 +83,15 @@ def answer_of(request, hub, family_folder, make_pairs, tmp_path_factory):
         if not file.is_file():
             errors = [error.read_text() for error in sorted(answers.glob(f"{run['name']}.*.error"))]
             output = (scratch / "output.txt").read_text()[-3000:]
-            pytest.fail("\n".join(errors) or f"The process ended without a word:\n{output}", pytrace=False)
+            pytest.fail("\n".join(errors) or f"The process ended without a result:\n{output}", pytrace=False)
         return json.loads(file.read_text())
 
     return answer
 
 
 def launch(runs: list[dict], device: str, answers: Path, scratch: Path, hub) -> None:
-    """One process or, for an engine, `torchrun`: world size 1 on a GPU, and two processes on the CPU, where accelerate
-    takes one process for none."""
+    """One process or, for an engine, `torchrun`: world size 1 on a GPU, and two processes on the CPU, as accelerate
+    does not start an engine there for one."""
     for run in runs:
         for error in answers.glob(f"{run['name']}.*.error"):
             error.unlink()
@@ -121,7 +111,7 @@ def launch(runs: list[dict], device: str, answers: Path, scratch: Path, hub) -> 
         "HF_HOME": str(scratch / "hf_home"),
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
-        # Of several GPUs the first: one process trains on one.
+        # Only the first of several GPUs.
         **({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else first_gpu()),
     }
     words = [str(WORKER), str(scratch / "runs.json"), device, str(answers), str(scratch / device)]
@@ -133,7 +123,7 @@ def launch(runs: list[dict], device: str, answers: Path, scratch: Path, hub) -> 
         try:
             process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            output.write(f"\nNothing more came in {limit} seconds.\n")
+            output.write(f"\nTimeout after {limit} seconds.\n")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

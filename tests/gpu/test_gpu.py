@@ -1,5 +1,5 @@
-"""The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. Some of the same runs are done on
-the CPU by `make test`, so that what is written here is known to run."""
+"""The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. Some of these runs also run on the
+CPU in `make test`, which tests this code itself."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from device.waits import A_LOG, A_MICRO_BATCH
 from gpu.cases import CASES, STEPS, skipped
 
-IN_CI = "plain-lora-output-fp32-resume-draw-push"
+IN_CI = "plain-lora-output-fp32-resume-samples-push"
 ENGINES = {"ddp": "MULTI_", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 NOT_ON_THE_CPU = ("fp16", "qlora", "compile")
 
@@ -23,9 +23,9 @@ def on_devices() -> list:
 
 
 @pytest.mark.parametrize(("device", "run"), on_devices())
-def test_a_run_trains_saves_and_resumes_as_it_should(answer_of, hub, device, run):
+def test_a_run_trains_saves_and_resumes(answer_of, hub, device, run):
     if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device is seen")
+        pytest.skip("there is no CUDA device")
     if skipped(run) is not None:
         pytest.skip(skipped(run))
     found = answer_of(run, device)
@@ -34,12 +34,12 @@ def test_a_run_trains_saves_and_resumes_as_it_should(answer_of, hub, device, run
     # Neutral before the first step, whatever the precision.
     assert found["losses"][0] == pytest.approx(math.log(2), rel=1e-6) and found["margin"] == 0
     assert all(math.isfinite(loss) for loss in found["losses"])
-    if "fp16" not in run["args"]:  # whose first steps may all be left out
+    if "fp16" not in run["args"]:  # the loss scaler may skip all of its first steps
         assert found["losses"][-1] != found["losses"][0]
     if "resume" in run["extras"]:
         assert found["resume_difference"] <= (2e-4 if device == "cuda" else 0)
-    if "draw" in run["extras"]:
-        assert found["drawn"] == 2 * (1 + STEPS // 2)
+    if "samples" in run["extras"]:
+        assert found["samples"] == 2 * (1 + STEPS // 2)
     if "push" in run["extras"]:
         check_pushed(hub, run)
     if "waits" in run["extras"] and device == "cuda":
@@ -47,14 +47,14 @@ def test_a_run_trains_saves_and_resumes_as_it_should(answer_of, hub, device, run
 
 
 def check_pushed(hub, run: dict) -> None:
-    """The Hub lives as long as this session: of an answer that an earlier one has left there is nothing to see."""
+    """The Hub runs in this session: a cached result of an earlier session has no repository."""
     repository = hub.repos.get(f"{hub.user}/{run['name']}")
     if repository is not None:
         assert "pytorch_lora_weights.safetensors" in repository.files and "README.md" in repository.files
 
 
 def check_waits(waits: dict[str, int]) -> None:
-    """By the lists of the pretend device: two micro-batches and a log in every step."""
+    """Against the lists of the pretend device: two micro-batches and a log in every step."""
     allowed = {place: 2 * count for place, count in A_MICRO_BATCH["stable_diffusion"].items()} | A_LOG
     more = {place: count for place, count in waits.items() if count > allowed.get(place, 0)}
-    assert not more, f"the host waits where it need not: {more}"
+    assert not more, f"unexpected synchronizations: {more}"

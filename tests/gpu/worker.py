@@ -1,5 +1,4 @@
-"""Does the runs of a JSON file, one after the other, in one process or in those that `torchrun` has started, and writes
-what each came to."""
+"""Does the runs of a JSON file in turn, in one process or in those of `torchrun`, and writes their results."""
 
 import gc
 import json
@@ -28,8 +27,8 @@ WEIGHTS = ("pytorch_lora_weights.safetensors", "*/diffusion_pytorch_model.safete
 
 
 class CountWaits(TrainerCallback):
-    """Where CUDA says that the host waits, from the end of one step to the end of the next; the first step makes what
-    is made once."""
+    """Counts CUDA's warnings of synchronizations from the end of one step to the end of the next; the first step is
+    left out, as it allocates state."""
 
     def __init__(self):
         self.counts: list[Counter] = []
@@ -51,26 +50,26 @@ class CountWaits(TrainerCallback):
     def _note(self, message, category, filename, lineno, file=None, line=None):
         if self.counts and "synchronizing CUDA" in str(message):
             stack = traceback.extract_stack()[:-1]
-            frames = [frame for frame in stack if _is_of_others(frame.filename) and not frame.name.startswith("<")]
-            place = frames[-1].filename
+            frames = [frame for frame in stack if _is_traced(frame.filename) and not frame.name.startswith("<")]
+            file = frames[-1].filename
             for folder in ("site-packages/", "dist-packages/", PROJECT):
-                place = place.rpartition(folder)[2]
-            self.counts[-1][f"{place}::{frames[-1].name}"] += 1
+                file = file.rpartition(folder)[2]
+            self.counts[-1][f"{file}::{frames[-1].name}"] += 1
 
     def most(self) -> dict[str, int]:
-        """The largest count of a step at every place; what follows the last step is no part of one."""
+        """The largest count of a step for every code location, without what follows the last step."""
         most: Counter = Counter()
         for counts in self.counts[:-1]:
             most |= counts
         return dict(most)
 
 
-def _is_of_others(file: str) -> bool:
+def _is_traced(file: str) -> bool:
     return "/torch/" not in file and file not in (__file__, warnings.__file__) and not file.startswith("<")
 
 
 class HostEvent:
-    """Of the CPU, where all work is done at once."""
+    """An event of the CPU, where all work is synchronous."""
 
     def __init__(self, device):
         pass
@@ -81,8 +80,8 @@ class HostEvent:
     synchronize = record
 
 
-def walk_the_branch_of_accelerators() -> None:
-    """On the CPU: what is read on the host takes the way that it takes on a GPU, through memory of its own."""
+def use_device_to_host_copies() -> None:
+    """On the CPU, read values through asynchronous copies as on a GPU."""
     host_copy.is_on_host = lambda values: False
     host_copy.pinned_like = lambda values: torch.empty(values.shape, dtype=values.dtype)
     host_copy.event_on = HostEvent
@@ -91,7 +90,7 @@ def walk_the_branch_of_accelerators() -> None:
 def trainer_class(device: str, engine: str):
     if device == "cuda" or engine == "plain":
         return DiffusionSDPOTrainer
-    from distributed.worker import RecordingTrainer  # which makes FSDP2 available on CPUs
+    from distributed.worker import RecordingTrainer  # supports FSDP2 on CPUs
 
     return RecordingTrainer
 
@@ -114,9 +113,9 @@ def build(run: dict, device: str, folder: Path, watch: CountWaits) -> DiffusionS
     )
 
 
-def act(run: dict, device: str, folder: Path) -> dict:
+def do_run(run: dict, device: str, folder: Path) -> dict:
     watch = CountWaits()
-    torch.manual_seed(0)  # a fresh LoRA starts at random
+    torch.manual_seed(0)  # for the initial weights of a LoRA
     trainer = build(run, device, folder, watch)
     trainer.train()
     trainer.save_model()
@@ -129,7 +128,7 @@ def act(run: dict, device: str, folder: Path) -> dict:
         "engine": f"{type(trainer.model_wrapped).__module__}.{type(trainer.model_wrapped).__name__}",
         "engine_kind": trainer.accelerator.distributed_type.value,
         "waits": watch.most(),
-        "drawn": len(list((folder / "samples").glob("*.png"))),
+        "samples": len(list((folder / "samples").glob("*.png"))),
     }
     if "push" in run["extras"]:
         trainer.push_to_hub()
@@ -139,14 +138,14 @@ def act(run: dict, device: str, folder: Path) -> dict:
 
 
 def resumed_difference(run: dict, device: str, folder: Path) -> float:
-    """How far a run that resumes at step 2 ends from where the undisturbed one did."""
-    undisturbed = saved_weights(folder)
-    forget_engine()
+    """Largest difference between the weights of an uninterrupted run and of one resumed at step 2."""
+    uninterrupted = saved_weights(folder)
+    reset_engine()
     trainer = build(run, device, folder, CountWaits())
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     trainer.save_model()
     again = saved_weights(folder)
-    return max(float((undisturbed[name] - again[name]).abs().max()) for name in undisturbed)
+    return max(float((uninterrupted[name] - again[name]).abs().max()) for name in uninterrupted)
 
 
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -154,8 +153,8 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value.float() for file in files for name, value in load_file(file).items()}
 
 
-def forget_engine() -> None:
-    """Accelerate and transformers remember the last engine, in the environment and in state of their own."""
+def reset_engine() -> None:
+    """Resets the engine that accelerate and transformers store in the environment and in global state."""
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         os.environ.pop(name, None)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -164,20 +163,20 @@ def forget_engine() -> None:
 
 
 def main(file: str, device: str, answers: str, scratch: str) -> int:
-    """One that fails is the last: the other processes may wait elsewhere, and those left get new ones."""
+    """Ends at the first failure, as other processes may wait in a collective; new processes do the remaining runs."""
     if device == "cpu":
-        walk_the_branch_of_accelerators()
+        use_device_to_host_copies()
     for run in json.loads(Path(file).read_text()):
         answer = Path(answers) / f"{run['name']}.json"
         try:
-            found = act(run, device, Path(scratch) / run["name"])
+            found = do_run(run, device, Path(scratch) / run["name"])
         except Exception:
             (Path(answers) / f"{run['name']}.{RANK}.error").write_text(traceback.format_exc()[-6000:])
             return 1
         if RANK == 0:
             answer.with_suffix(".part").write_text(json.dumps(found))
             answer.with_suffix(".part").rename(answer)
-        forget_engine()
+        reset_engine()
     return 0
 
 

@@ -17,12 +17,19 @@ PAIRS = 8
 class WatchingTrainer(DiffusionSDPOTrainer):
     """Keeps the winners of the step's own batch, and their error before the step."""
 
-    def _noisy_batch(self, inputs):
-        batch = super()._noisy_batch(inputs)
-        self.winners = batch.halves()[0]
-        self.watched = (self.state.global_step + 1) % self.every == 0
-        self.error_before = self.winner_error() if self.watched else None
-        return batch
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.pair_forward.noisy_batch = self.watch(self.pair_forward.noisy_batch)
+
+    def watch(self, noisy_batch):
+        def watched(inputs):
+            batch = noisy_batch(inputs)
+            self.winners = batch.halves()[0]
+            self.watched = (self.state.global_step + 1) % self.every == 0
+            self.error_before = self.winner_error() if self.watched else None
+            return batch
+
+        return watched
 
     @torch.no_grad()
     def winner_error(self) -> float:

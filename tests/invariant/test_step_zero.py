@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.models.reference import halve_autocast_weights
+from trl_diffusion_sdpo.models.numerics import halve_autocast_weights
 
 LORA = {"r": 4, "lora_alpha": 8}
 

@@ -12,7 +12,7 @@ from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
 from trl_diffusion_sdpo.models.adapters import adapter_on, add_lora
-from trl_diffusion_sdpo.models.memory_layout import read_contiguous
+from trl_diffusion_sdpo.models.numerics import read_contiguous
 from trl_diffusion_sdpo.models.reference import AdapterReference, FrozenReference
 
 ROWS = 4

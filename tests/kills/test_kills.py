@@ -1,5 +1,5 @@
-"""Runs that die, at random moments and at every write, and checkpoints that are damaged or planted, under every engine.
-The deaths happen in one process that forks them all (`scenarios.py`), started once for the selected tests."""
+"""Runs that are killed, at random times and at every write, and damaged or malicious checkpoints, under every engine.
+All runs are forked from one process (`scenarios.py`), started once for the selected tests."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ SECONDS = 3600
 
 @pytest.fixture(scope="module")
 def report(request, tmp_path_factory):
-    """`report(scenario)`: what came of it; see `scenarios.py`."""
+    """`report(scenario)`: its results; see `scenarios.py`."""
     selected = (item for item in request.session.items if item.path == Path(__file__))
     names = {item.callspec.params["scenario"] for item in selected if "scenario" in item.fixturenames}
     folder = tmp_path_factory.mktemp("kills")
@@ -25,7 +25,7 @@ def report(request, tmp_path_factory):
     found = json.loads(file.read_text()) if file.is_file() else {}
 
     def of(scenario: str):
-        assert scenario in found, f"It was not reached:\n{ended.stdout[-3000:]}"
+        assert scenario in found, f"The scenario did not run:\n{ended.stdout[-3000:]}"
         return found[scenario]
 
     return of
@@ -41,13 +41,13 @@ def assert_killed_and_equal(entries: list[dict], kills: int) -> None:
 
 
 @scenarios("kills:plain:3")
-def test_a_run_that_is_killed_ends_where_an_undisturbed_one_ends(report, scenario):
+def test_a_killed_run_ends_like_an_uninterrupted_one(report, scenario):
     assert_killed_and_equal(report(scenario), 3)
 
 
 @pytest.mark.matrix
 @scenarios(*[f"kills:{engine}:3" for engine in ENGINES])
-def test_a_run_of_every_engine_that_loses_a_process_ends_where_an_undisturbed_one_ends(report, scenario):
+def test_a_run_of_every_engine_that_loses_a_process_ends_like_an_uninterrupted_one(report, scenario):
     assert_killed_and_equal(report(scenario), 3)
 
 
@@ -56,43 +56,43 @@ def assert_survived(found: dict) -> None:
     assert not [entry for entry in found["found"] if entry["differences"]]
     names = " ".join(found["writes"])
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
-        assert f"half of checkpoint-4/{name}" in names  # that the scenario sees what is written
+        assert f"half of checkpoint-4/{name}" in names  # the scenario records these writes
     for name in ("trainer_state.json", "checkpoint_manifest.json.partial", "diffusion_sdpo_setup.json"):
         assert f"open checkpoint-4/{name}" in names
 
 
 @scenarios("writes:lora:40")
-def test_a_run_survives_death_at_a_write(report, scenario):
+def test_a_run_survives_a_kill_at_a_write(report, scenario):
     assert_survived(report(scenario))
 
 
 @pytest.mark.matrix
-@scenarios("writes:lora:1", "writes:full-kept:1")
-def test_a_run_survives_death_at_every_write(report, scenario):
+@scenarios("writes:lora:1", "writes:full-ema:1")
+def test_a_run_survives_a_kill_at_every_write(report, scenario):
     assert_survived(report(scenario))
 
 
 def assert_noticed(found: dict) -> None:
     assert found
     for name, entry in found.items():
-        assert f"checkpoint-5: {name} is missing." in entry["said"], name
+        assert f"checkpoint-5: {name} is missing." in entry["log"], name
         assert entry["steps_taken"] == 1 and entry["differences"] == [], name  # from checkpoint-4
 
 
 @scenarios("damaged:zero2:rank_1_mp_rank_00_optim_states.pt")
-def test_a_part_of_one_process_that_is_missing_is_named(report, scenario):
+def test_a_missing_file_of_one_process_is_named(report, scenario):
     assert_noticed(report(scenario))
 
 
 @pytest.mark.matrix
 @scenarios(*[f"damaged:{engine}" for engine in ENGINES])
-def test_a_part_of_one_process_that_is_missing_is_named_under_every_engine(report, scenario):
+def test_a_missing_file_of_one_process_is_named_under_every_engine(report, scenario):
     assert_noticed(report(scenario))
 
 
 def assert_refused(entry: dict) -> None:
     assert not entry["done"] and not entry["ran"]
-    assert "set `trust_checkpoint=True`" in entry["said"][0]
+    assert "set `trust_checkpoint=True`" in entry["logs"][0]
 
 
 @scenarios("planted:zero2:pp_rank_1_mp_rank_00_optim_states.pt", "planted:fsdp2-sharded:.metadata:__0_0.distcp")

@@ -156,7 +156,7 @@ def test_unknown_names_are_refused_with_those_there_are(seeded_pairs):
     tensors = seeded_pairs()
     with pytest.raises(ValueError, match="`loss_type` must be one of sigmoid, .*; got 'kto'"):
         diffusion_preference_loss(*tensors, loss_type="kto")
-    with pytest.raises(ValueError, match="`dmpo_alpha` is no knob of the loss 'sigmoid'"):
+    with pytest.raises(ValueError, match="`dmpo_alpha` is no setting of the loss 'sigmoid'"):
         diffusion_preference_loss(*tensors, dmpo_alpha=0.01)
     with pytest.raises(ValueError, match="`beta` must be a finite number greater than 0, got 0"):
         diffusion_preference_loss(*tensors, beta=0.0)

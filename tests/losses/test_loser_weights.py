@@ -1,5 +1,5 @@
-"""What losers are multiplied by besides lambda, and one lambda a bucket: gradients by hand in float64, and values that
-stay."""
+"""What losers are multiplied by besides lambda, and one lambda per noise bin: gradients by hand in float64, and values
+that stay equal to the bit."""
 
 import pytest
 import torch
@@ -201,21 +201,21 @@ def test_lambda_of_a_pair_knows_its_own_weight():
     [
         ([0, 0, 1], None, 0.0, [2 / 6, 2 / 6, 1.0]),  # 25 / 24, clamped
         ([0, 0, 1], None, 0.52, [0.48 * 2 / 6, 0.48 * 2 / 6, 0.5]),
-        ([3, 1, 3], None, 0.0, [1.0, 1 / 4, 1.0]),  # 26 / 26; two of four noise_bins are empty
+        ([3, 1, 3], None, 0.0, [1.0, 1 / 4, 1.0]),  # 26 / 26; two of four bins are empty
         ([0, 1, 2], None, 0.0, [1 / 2, 1 / 4, 1.0]),
         ([0, 0, 1], [1.0, 0.5, 0.0], 0.0, [2 / 4, 2 / 4, 1.0]),
         ([0, 1, 1], [1.0, 1.0, 0.0], 0.0, [1 / 2, 1 / 4, 1 / 4]),
     ],
 )
-def test_lambda_of_a_bucket_is_that_of_its_pairs(noise_bins, weights, mu, expected):
+def test_lambda_of_a_noise_bin_is_that_of_its_pairs(noise_bins, weights, mu, expected):
     weights = None if weights is None else torch.tensor(weights)
     scale = lambda_of("noise_bin", mu, noise_bins=torch.tensor(noise_bins), num_noise_bins=4, loser_weights=weights)
     assert scale.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "mapo", "dpop"])
-def test_each_bucket_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
-    """Whatever the weights of the loss are: a batch of one bucket's pairs alone is measured alike."""
+def test_each_noise_bin_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
+    """Whatever the weights of the loss are: a batch of one bin's pairs alone is measured alike."""
     model, target, ref = seeded_pairs()
     _, out = gradient(
         (model, target, ref),
@@ -234,18 +234,18 @@ def test_each_bucket_has_the_lambda_of_a_batch_of_its_own(name, seeded_pairs):
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0]])
-def test_one_bucket_is_the_batch_exactly(weights):
+def test_one_noise_bin_is_the_batch_exactly(weights):
     given = {"loser_weights": None if weights is None else torch.tensor(weights)}
     one = {"noise_bins": torch.zeros(3, dtype=torch.long), "num_noise_bins": 1}
     tensors = THREE, torch.zeros(6, 2), THREE.flip(0)
     batch, whole = gradient(tensors, safeguard_mu=0.5, **given)
-    bucket, each = gradient(tensors, safeguard_mu=0.5, safeguard_granularity="noise_bin", **given, **one)
+    binned, each = gradient(tensors, safeguard_mu=0.5, safeguard_granularity="noise_bin", **given, **one)
     assert whole.scale < 1
     assert torch.equal(each.scale, whole.scale.expand(3))
-    assert torch.equal(batch, bucket)
+    assert torch.equal(batch, binned)
 
 
-def test_one_bucket_of_many_pairs_is_the_batch_but_for_the_order_of_a_sum(seeded_pairs):
+def test_one_noise_bin_of_many_pairs_is_the_batch_but_for_the_order_of_a_sum(seeded_pairs):
     tensors = seeded_pairs(pairs=37, shape=(4, 8, 8))
     one = {"noise_bins": torch.zeros(37, dtype=torch.long), "num_noise_bins": 1}
     _, whole = gradient(tensors, safeguard_mu=0.6)
@@ -256,13 +256,13 @@ def test_one_bucket_of_many_pairs_is_the_batch_but_for_the_order_of_a_sum(seeded
 
 @pytest.mark.parametrize("shape", [(3, 1), (6,), (1,), ()])
 @pytest.mark.parametrize("name", ["loser_weights", "noise_bins"])
-def test_weights_and_buckets_of_another_shape_are_refused(name, shape, seeded_pairs):
+def test_weights_and_noise_bins_of_another_shape_are_refused(name, shape, seeded_pairs):
     given = torch.ones(shape) if name == "loser_weights" else torch.zeros(shape, dtype=torch.long)
-    with pytest.raises(ValueError, match=rf"`{name}` must have shape \(3,\), one a pair, got"):
+    with pytest.raises(ValueError, match=rf"`{name}` must have shape \(3,\), one value per pair, got"):
         diffusion_preference_loss(*seeded_pairs(), **{name: given})
 
 
-def test_buckets_are_needed_where_lambda_is_one_a_bucket(seeded_pairs):
+def test_noise_bins_are_needed_where_each_has_a_lambda(seeded_pairs):
     with pytest.raises(ValueError, match="`safeguard_granularity='noise_bin'` needs `noise_bins`"):
         diffusion_preference_loss(*seeded_pairs(), safeguard_granularity="noise_bin")
     diffusion_preference_loss(

@@ -1,7 +1,7 @@
 """The loss table: values derived by hand, a second implementation in plain Python, limits and identities."""
 
-import inspect
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from trl_diffusion_sdpo.losses import (
     LOSSES,
     PairTerms,
+    batch_mean_error,
     check_loss_kwargs,
     diffusion_preference_loss,
     loss_spec,
+    mean_error,
     pair_terms,
 )
-from trl_diffusion_sdpo.losses.preference import LOSS_KWARG_RANGES, pair_losses
+from trl_diffusion_sdpo.losses.preference import LOSS_KWARG_RANGES, LossType, pair_losses
 
 LOG3 = math.log(3)
 
@@ -378,15 +380,38 @@ def test_pair_terms_are_float32_means_over_all_but_the_batch():
     assert {terms.winner_error.dtype, terms.ref_loser_error.dtype, terms.winner_residual.dtype} == {torch.float32}
 
 
-def test_the_table_knows_the_knobs_and_ranges_of_every_loss():
+def test_the_signatures_say_the_settings_and_defaults_of_every_loss_and_each_has_a_range():
+    settings = {
+        "robust": {"label_smoothing": 0.1},
+        "dspo_sdxl": {"dspo_threshold": 0.1},
+        "dmpo": {"dmpo_alpha": 0.01},
+        "mapo": {"mapo_temperature": 1000.0, "mapo_scale": 0.5},
+        "simpo": {"simpo_gamma": 0.5},
+        "dpop": {"dpop_lambda": 5.0},
+        "linear": {"linear_eta": 1e-3},
+        "smpo": {"smpo_coefficient": 10.0, "smpo_score_scale": 1.0},
+    }
     for loss_type, spec in LOSSES.items():
-        parameters = inspect.signature(spec.function).parameters
-        named = tuple(name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY)
-        assert tuple(name for name in named if name != "beta") == spec.loss_kwargs
-        assert ("beta" in named) == spec.uses_beta
-        defaults = {name: parameters[name].default for name in spec.loss_kwargs}
-        check_loss_kwargs(loss_type, spec.default_beta, defaults)
-        assert set(spec.loss_kwargs) <= set(LOSS_KWARG_RANGES)
+        assert spec.loss_kwargs == settings.get(loss_type, {})
+        assert spec.uses_beta == (loss_type != "sft")
+        check_loss_kwargs(loss_type, spec.default_beta, spec.loss_kwargs)
+    assert {name for named in settings.values() for name in named} == set(LOSS_KWARG_RANGES)
+
+
+def test_the_type_of_losses_names_the_table():
+    assert get_args(LossType) == tuple(LOSSES)
+
+
+def test_lambda_follows_from_residuals_where_a_pairs_errors_weigh_alike():
+    alike = {"sigmoid", "hinge", "robust", "simpo", "linear", "smpo", "sft"}
+    in_a_batch = alike | {"ipo", "dspo", "dspo_sdxl", "dmpo"}  # for the authors of the safeguard
+    for granularity, expected in {
+        "batch": in_a_batch,
+        "noise_bin": in_a_batch,
+        "pair": alike,
+        "weighted": set(),
+    }.items():
+        assert {name for name, spec in LOSSES.items() if spec.uses_residuals(granularity)} == expected
 
 
 def test_default_betas_are_the_published_ones():
@@ -411,7 +436,7 @@ def test_sft_has_no_beta_to_refuse():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "knob", "value", "rule"),
+    ("loss_type", "setting", "value", "rule"),
     [
         ("robust", "label_smoothing", -0.1, r"in \[0, 0.5\)"),
         ("robust", "label_smoothing", 0.5, r"in \[0, 0.5\)"),
@@ -429,22 +454,28 @@ def test_sft_has_no_beta_to_refuse():
         ("smpo", "smpo_score_scale", 0.0, "greater than 0"),
     ],
 )
-def test_knobs_out_of_range_are_refused(loss_type: str, knob: str, value: float, rule: str):
-    with pytest.raises(ValueError, match=f"`{knob}` must be {rule}"):
-        check_loss_kwargs(loss_type, 1.0, {knob: value})
+def test_settings_out_of_range_are_refused(loss_type: str, setting: str, value: float, rule: str):
+    with pytest.raises(ValueError, match=f"`{setting}` must be {rule}"):
+        check_loss_kwargs(loss_type, 1.0, {setting: value})
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "knob"),
+    ("loss_type", "setting"),
     [("mapo", "mapo_temperature"), ("mapo", "mapo_scale"), ("dpop", "dpop_lambda"), ("smpo", "smpo_coefficient")],
 )
-def test_infinite_knobs_that_would_give_nan_are_refused(loss_type: str, knob: str):
-    with pytest.raises(ValueError, match=f"`{knob}` must be "):
-        check_loss_kwargs(loss_type, 1.0, {knob: math.inf})
+def test_infinite_settings_that_would_give_nan_are_refused(loss_type: str, setting: str):
+    with pytest.raises(ValueError, match=f"`{setting}` must be "):
+        check_loss_kwargs(loss_type, 1.0, {setting: math.inf})
 
 
-def test_knobs_of_another_loss_are_refused():
-    with pytest.raises(ValueError, match="`dmpo_alpha` is no knob of the loss 'sigmoid': it takes none"):
+def test_settings_of_another_loss_are_refused():
+    with pytest.raises(ValueError, match="`dmpo_alpha` is no setting of the loss 'sigmoid': it takes none"):
         check_loss_kwargs("sigmoid", 1.0, {"dmpo_alpha": 0.01})
-    with pytest.raises(ValueError, match="`simpo_gamma` is no knob of the loss 'mapo': it takes mapo_temperature"):
+    with pytest.raises(ValueError, match="`simpo_gamma` is no setting of the loss 'mapo': it takes mapo_temperature"):
         check_loss_kwargs("mapo", 1.0, {"simpo_gamma": 0.01})
+
+
+def test_errors_of_samples_and_of_the_batch_are_means_in_float32():
+    residual = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]]], dtype=torch.bfloat16)
+    assert mean_error(residual).tolist() == [7.5, 1.0] and mean_error(residual).dtype == torch.float32
+    assert batch_mean_error(residual).item() == 4.25 and batch_mean_error(residual).shape == ()

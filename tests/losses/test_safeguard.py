@@ -368,29 +368,31 @@ def test_the_batch_lambda_can_let_a_heavy_pair_down_where_the_weighted_one_does_
     assert weighted.mean() <= 1e-9
 
 
-def test_branch_gradients_are_measured_only_where_needed():
-    calls = []
+def test_lambda_is_of_the_branch_gradients_where_they_are_given():
     winner, loser = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    for granularity in GRANULARITIES:
+        assert output_scale(winner, loser, mu=0.5, granularity=granularity).item() == 0.25
+        gradients = 3 * winner, -loser  # <a, W> = 3, <a, L> = 2 of the mean error: 0.5 * 3 / 2
+        assert output_scale(winner, loser, gradients, mu=0.5, granularity=granularity).item() == 0.75
 
-    def branch_gradients():
-        calls.append(None)
-        return 3 * winner, -loser  # a = 3, b = 1: bound 3 * 1 / 2
 
-    def scale(granularity: str, equal: bool, positive: bool) -> float:
-        return output_scale(
-            winner,
-            loser,
-            mu=0.5,
-            granularity=granularity,
-            branch_gradients=branch_gradients,
-            equal_weights=equal,
-            positive_weights=positive,
-        ).item()
-
-    assert scale("batch", True, False) == 0.25 and scale("pair", False, True) == 0.25
-    assert not calls
-    assert scale("batch", False, True) == scale("pair", True, False) == scale("weighted", True, True) == 0.75
-    assert len(calls) == 3
+@pytest.mark.parametrize(
+    ("loss_type", "granularity", "needed"),
+    [
+        ("sigmoid", "batch", 0),
+        ("sigmoid", "pair", 0),
+        ("sigmoid", "weighted", 1),
+        ("ipo", "batch", 0),
+        ("ipo", "pair", 1),
+        ("mapo", "batch", 1),
+        ("mapo", "pair", 1),
+    ],
+)
+def test_branch_gradients_are_measured_only_where_needed(loss_type, granularity, needed, seeded_pairs, monkeypatch):
+    calls, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **named: calls.append(None) or grad(*given, **named))
+    guarded(*seeded_pairs(), loss_type, mu=0.5, granularity=granularity)
+    assert len(calls) == needed
 
 
 def test_output_products_are_inner_products_of_the_mean_errors_gradients():

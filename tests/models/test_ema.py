@@ -284,7 +284,7 @@ def test_a_reference_that_follows_the_policy_is_refused(tmp_path):
 def test_a_lora_of_its_name_is_refused(make_trainer, sd_folder):
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
     pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]), adapter_name="ema")
-    with pytest.raises(ValueError, match="The adapter name 'ema' is kept"):
+    with pytest.raises(ValueError, match="The adapter name 'ema' is reserved"):
         make_trainer(pipeline, ema_decay=0.9)
 
 
@@ -304,7 +304,7 @@ def test_the_best_steps_average_comes_with_its_weights(build, make_pairs, tmp_pa
     trainer.train()
     best = load_file(f"{trainer.state.best_model_checkpoint}/ema.safetensors")
     assert not trainer.state.best_model_checkpoint.endswith("-3")
-    now = trainer.average.whole(keep=True)
+    now = trainer.average.gather(keep=True)
     assert all(torch.equal(now[name], value) for name, value in best.items())
 
 

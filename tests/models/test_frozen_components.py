@@ -1,7 +1,6 @@
 """The VAE's precision, and how many images it encodes at once."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ FULL, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def working_vae(pipeline, wanted="auto", mixed_precision="no"):
-    settings = SimpleNamespace(mixed_precision=mixed_precision, vae_dtype=wanted, device=torch.device("cpu"))
-    return working_pipeline(find_family(pipeline), settings).vae
+    half = HALVES[mixed_precision]
+    cpu = torch.device("cpu")
+    return working_pipeline(find_family(pipeline), device=cpu, half_dtype=half, vae_dtype=wanted).vae
 
 
 def encode(family, pixels, seeds):

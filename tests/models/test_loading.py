@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
-from trl_diffusion_sdpo.models.loading import CPU_ALIGNMENT, load_model
+from trl_diffusion_sdpo.models.loading import load_model
+from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT
 
 GRID = 1 / 64
 ACCESS = {

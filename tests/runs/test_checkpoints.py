@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.runs.checkpoint_folders import meaning
 from trl_diffusion_sdpo.runs.manifest import written_by
-from trl_diffusion_sdpo.trainer.callbacks import CheckpointOnInterrupt
+from trl_diffusion_sdpo.trainer.interrupts import CheckpointOnInterrupt
 
 MANIFEST = "checkpoint_manifest.json"
 SETTINGS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}  # 8 steps an epoch

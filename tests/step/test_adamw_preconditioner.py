@@ -1,19 +1,18 @@
 """The bound of lambda by AdamW's own step, against torch's AdamW itself and by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from trl_diffusion_sdpo.engines.adamw_preconditioner import (
-    AdamWPreconditioner,
-    AdamWState,
-    adamw_products,
-    clip_scale,
-    plain_optimizer,
-)
+from trl_diffusion_sdpo.engines.gradient_backends import ReplicatedBackend, split_adam_state
 from trl_diffusion_sdpo.engines.gradients import inner_products
-from trl_diffusion_sdpo.losses import adamw_scale, parameter_scale
+from trl_diffusion_sdpo.losses import adamw_scale
+from trl_diffusion_sdpo.losses.adamw import AdamWState, adamw_products, clip_scale
+from trl_diffusion_sdpo.step.branch_gradients import LOSER, WINNER, BranchGradients
 
 SHAPES = [(3, 4), (5,), (2, 2)]
+ONE_PROCESS = SimpleNamespace(scaler=None, num_processes=1)
 
 
 def drawn(seed: int) -> list[torch.Tensor]:
@@ -40,8 +39,7 @@ def test_products_say_how_far_torchs_adamw_moves_along_the_anchor(steps_before, 
         step(drawn(10 + number))
     winner, loser, anchor = drawn(1), drawn(2), drawn(3)
     gradients = [[part.float() for part in parts] for parts in (winner, loser, anchor)]
-    groups_of = {id(w): group for group in optimizer.param_groups for w in group["params"]}
-    states = [AdamWState.of(optimizer.state[w], groups_of[id(w)]) for w in weights]
+    states = ReplicatedBackend(torch.nn.ParameterList(weights), ONE_PROCESS).adam_states(optimizer)
     lam = torch.tensor(scale)
     clip = clip_scale(inner_products(gradients), lam, max_norm, 1.0)
     history, fresh, held = adamw_products(states, weights, gradients, 2, lam, clip)
@@ -56,11 +54,10 @@ def test_products_say_how_far_torchs_adamw_moves_along_the_anchor(steps_before, 
 
 def test_the_first_step_of_adamw_without_history_by_hand():
     # One weight 2, W = 3, L = 1, a = 5, lambda 1: g = 2. v = (1 - b2) 4, corrected 4, its root 2; m corrected: 2.
-    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.5}
+    state = AdamWState(None, None, 0.0, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.5})
     gradients = [[torch.tensor([value])] for value in (3.0, 1.0, 5.0)]
-    sums = adamw_products(
-        [AdamWState.of({}, group)], [torch.tensor([2.0])], gradients, 2, torch.tensor(1.0), torch.tensor(1.0)
-    )
+    clip = torch.tensor(1.0, dtype=torch.float64)
+    sums = adamw_products([state], [torch.tensor([2.0])], gradients, 2, torch.tensor(1.0), clip)
     # a lr wd theta = 5 * 0.1 * 0.5 * 2; a lr W / 2 = 5 * 0.1 * 3 / 2; a lr L / 2.
     torch.testing.assert_close(sums, torch.tensor([0.5, 0.75, 0.25], dtype=torch.float64), rtol=1e-5, atol=0)
 
@@ -93,9 +90,9 @@ def test_the_gradient_is_clipped_as_the_trainer_clips_it():
 
 def test_a_flat_shards_state_is_split_as_its_weights_are():
     state = AdamWState(torch.arange(6.0), torch.arange(6.0) * 2, 3.0, {})
-    first, second = state.split([2, 3])
+    first, second = split_adam_state(state, [2, 3])
     assert first.first.tolist() == [0, 1] and second.second.tolist() == [4, 6, 8]
-    assert all(part.first is None for part in AdamWState(None, None, 0.0, {}).split([2, 3]))
+    assert all(part.first is None for part in split_adam_state(AdamWState(None, None, 0.0, {}), [2, 3]))
 
 
 @pytest.mark.parametrize("anchor", ["branch", "error"])
@@ -122,11 +119,14 @@ def test_other_optimizers_and_output_space_are_refused(make_trainer, make_args):
         make_args(safeguard="parameter", safeguard_preconditioner="adam")
 
 
-def test_the_bound_is_the_smaller_of_the_two():
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    metric = AdamWPreconditioner(plain_optimizer(optimizer), 1.0)
-    products = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    plain = parameter_scale(torch.tensor([[1.0, 4.0], [4.0, 20.0]], dtype=torch.float64), 0.0)[0]
-    assert plain == 0.25
-    assert metric.bound(products, plain, 0.0) == 0.25
-    assert metric.bound(products, torch.ones_like(plain), 0.0) == 0.5
+@pytest.mark.parametrize(("loser", "expected"), [((4.0, 3.0), 0.5), ((0.0, 5.0), 0.45)])
+def test_the_bound_is_the_smaller_of_the_two(loser, expected):
+    """W = (1, 2), so W.W = 5; W.L = 10 gives 0.5 by the plain rule. There the first step of AdamW without epsilon
+    divides by |W - L / 2|, which is (1, 1/2): W becomes (1, 4), and the two bounds are 9 / 16 and 9 / 20."""
+    line = torch.nn.Linear(2, 1, bias=False)
+    adamw = torch.optim.AdamW(line.parameters(), eps=0.0, weight_decay=0.0)
+    branches = BranchGradients(ReplicatedBackend(line, ONE_PROCESS), mu=0.0, anchor="branch", adamw=adamw)
+    branches.backward(WINNER, line(torch.tensor([[1.0, 2.0]])).sum())
+    branches.backward(LOSER, line(torch.tensor([loser])).sum())
+    metrics, _, _ = branches.combine()
+    assert float(metrics["safeguard/scale"]) == pytest.approx(expected, rel=1e-6)

@@ -1,5 +1,7 @@
 """Losers within a range of noise levels, down to the last bit, and what evaluation says of each level."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -29,18 +31,24 @@ def moved(folder, scale=0.02):
 def without_losers(trainer, keep=None):
     """The same trainer with the losers' branch cut off at the predictions, of all pairs or of those with `keep` (of a
     pair's noise level) false."""
-    original = trainer._loss_of
+    original = trainer.pair_forward.loss
 
-    def detached(model_pred, batch, *given, **named):
-        winner, loser = model_pred.chunk(2)
+    def detached(predictions, safeguard=None):
+        batch = predictions.batch
+        winner, loser = predictions.policy.chunk(2)
         held = loser.detach()
         if keep is not None:
             mask = keep(levels_of(batch.timesteps.chunk(2)[1])).view(-1, *[1] * (loser.dim() - 1))
             held = torch.where(mask, loser, loser.detach())
-        return original(torch.cat([winner, held]), batch, *given, **named)
+        return original(replace(predictions, policy=torch.cat([winner, held])), safeguard)
 
-    trainer._loss_of = detached
+    trainer.pair_forward.loss = detached
     return trainer
+
+
+def set_range(trainer, span):
+    forward = trainer.pair_forward
+    forward.loss_settings = replace(forward.loss_settings, loser_noise_range=span)
 
 
 def walked(trainer):
@@ -107,7 +115,7 @@ def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_b
     plain = walked(build(*run))
     every = walked(build(*run, loser_noise_range=[0.0, 1.0]))
     nowhere = build(*run)
-    nowhere.args.loser_noise_range = NEVER[family]  # a user's would be refused at set-up
+    set_range(nowhere, NEVER[family])  # a user's would be refused at set-up
     never = walked(nowhere)
     winners = walked(without_losers(build(*run)))
     assert_same_walk(plain, every)
@@ -124,7 +132,7 @@ def test_the_range_does_the_same_under_other_losses(build, loss_type):
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
     def gradient(span):
-        trainer.args.loser_noise_range = span
+        set_range(trainer, span)
         trainer.model.zero_grad()
         trainer.compute_loss(trainer.model, inputs).backward()
         return torch.cat([weight.grad.flatten() for weight in trainer.denoiser.parameters()])
@@ -151,7 +159,8 @@ def test_lambda_within_a_range_is_that_of_its_pairs(build):
     trainer = build("stable_diffusion", "full", "output", loser_noise_range=[0.3, 0.7], max_steps=1)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
-        batch, prediction, _ = trainer._predict_pairs(trainer.model, inputs)
+        predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
+    batch, prediction = predictions.batch, predictions.policy
     levels = levels_of(batch.timesteps.chunk(2)[0])
     within = (levels >= 0.3) & (levels <= 0.7)
     assert within.any() and not within.all()
@@ -169,7 +178,8 @@ def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
     )
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
-        batch, prediction, _ = trainer._predict_pairs(trainer.model, inputs)
+        predictions = trainer.pair_forward.predict_pairs(trainer.model, inputs)
+    batch, prediction = predictions.batch, predictions.policy
     upper = levels_of(batch.timesteps.chunk(2)[0]) >= 0.5
     assert upper.any() and not upper.all()
     winner, loser = (prediction - batch.target).double().chunk(2)
@@ -177,7 +187,7 @@ def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
     for part in (upper, ~upper):
         dot = (winner * loser)[part].sum()
         scales[part] = (0.5 * winner[part].square().sum() / dot).clamp(0, 1) if dot > 0 else 1.0
-    outputs = trainer._loss_of(prediction, batch, None if trainer.reference is None else prediction, None)
+    outputs = trainer.pair_forward.loss(replace(predictions, reference=prediction))
     assert outputs.scale.tolist() == pytest.approx(scales.tolist(), rel=1e-4)
     trainer.train()
     assert trainer.state.log_history[0]["safeguard/scale"] == pytest.approx(float(scales.mean()), rel=1e-4)
@@ -188,19 +198,20 @@ def test_lambda_of_a_bucket_is_that_of_a_noise_level(build):
 
 def recording(trainer):
     """What the trainer predicts of every batch, kept: `(levels, errors)`, `(B,)` and `(B, 4)` in float64."""
-    kept, original = [], trainer._predict_pairs
+    kept, original = [], trainer.pair_forward.predict_pairs
 
-    def predict(model, inputs):
-        batch, model_pred, ref_pred = original(model, inputs)
+    def predict(model, inputs, weights=None):
+        predictions = original(model, inputs, weights)
+        batch = predictions.batch
         halves = [
             (prediction - batch.target).double().square().flatten(1).mean(1).chunk(2)
-            for prediction in (model_pred, ref_pred)
+            for prediction in (predictions.policy, predictions.reference)
         ]
         errors = torch.stack([halves[0][0], halves[0][1], halves[1][0], halves[1][1]], 1)
         kept.append((levels_of(batch.timesteps.chunk(2)[0]), errors))
-        return batch, model_pred, ref_pred
+        return predictions
 
-    trainer._predict_pairs = predict
+    trainer.pair_forward.predict_pairs = predict
     return kept
 
 
@@ -255,7 +266,7 @@ def test_repetitions_that_fill_up_the_last_batch_are_in_no_level(make_trainer, m
         trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
     finally:
         state._remove_dataloader(last)
-    (levels, errors), found = kept[0], trainer._noise_bin_meter.drain(trainer.accelerator)
+    (levels, errors), found = kept[0], of_levels(trainer._evaluation.drain(trainer.accelerator), prefix="")
     assert len(levels) == 4
     assert found == pytest.approx(by_level(levels[:real], errors[:real], 4), rel=1e-4, abs=1e-7)
 

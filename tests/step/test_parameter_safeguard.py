@@ -15,7 +15,7 @@ from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.engines.gradient_backends import ReplicatedBackend
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import LOSSES, parameter_scale
-from trl_diffusion_sdpo.step.branch_gradients import BranchBackward
+from trl_diffusion_sdpo.step.branch_gradients import BranchGradients
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
 PARAMETER = {"safeguard": "parameter", "beta": 500.0, "safeguard_mu": 0.3, **SGD}
@@ -62,7 +62,7 @@ def by_hand(trainer, batches, loss, mu, anchor):
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     sums = {name: [torch.zeros_like(weight) for weight in trained] for name in ("winner", "loser", "error")}
     for inputs in batches:
-        batch = trainer._noisy_batch(inputs)
+        batch = trainer.pair_forward.noisy_batch(inputs)
         noisy, target = batch.noisy.double(), batch.target.double()
         text = batch.conditioning["prompt_embeds"].double()
         with torch.no_grad(), trainer.reference.active(trainer.model) as reference:
@@ -201,7 +201,7 @@ def test_an_anchor_that_overflows_alone_leaves_the_step_out():
             self._weights, self._accelerator = weights, type("One", (), {"num_processes": 1})
 
     weight = torch.nn.Parameter(torch.zeros(2))
-    branches = BranchBackward(Engine([weight]), mu=0.3, anchor="error")
+    branches = BranchGradients(Engine([weight]), mu=0.3, anchor="error")
     for name, values in (("winner", (1.0, 0.0)), ("loser", (1.0, 1.0)), ("anchor", (float("inf"), 1.0))):
         branches.gradients[name] = [torch.tensor(values)]
     metrics, finite, _ = branches.combine()
@@ -230,8 +230,8 @@ def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder, tuni
 def test_with_every_lambda_one_the_step_is_that_of_the_joint_backward_pass(make_trainer, sd_folder):
     class NeverBound(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            if trainer._branches is not None:
-                trainer._branches.mu = -1e9  # beyond what a user may ask for
+            if trainer.parameter_safeguard is not None:
+                trainer.parameter_safeguard.gradients.mu = -1e9  # beyond what a user may ask for
 
     moves = []
     for safeguard in ("none", "parameter"):
@@ -282,10 +282,10 @@ def test_smpo_sends_back_as_winner_what_its_scores_rank_first(make_trainer, sd_f
         mask = flipped.view(-1, *[1] * (first.dim() - 1))
         return torch.cat([torch.where(mask, second, first), torch.where(mask, first, second)])
 
-    original = trainer._noisy_batch
-    trainer._noisy_batch = lambda given: _in_order(original(given), in_order)
+    original = trainer.pair_forward.noisy_batch
+    trainer.pair_forward.noisy_batch = lambda given: _in_order(original(given), in_order)
     scale, gradient, _ = by_hand(trainer, [inputs], smpo, 0.3, "branch")
-    trainer._noisy_batch = original
+    trainer.pair_forward.noisy_batch = original
     log, move = trained_step(trainer)
     assert log["safeguard/scale"] == pytest.approx(scale, abs=1e-5)
     assert (move.double() + 1e-2 * gradient).norm() <= 1e-3 * (1e-2 * gradient).norm()
@@ -293,7 +293,9 @@ def test_smpo_sends_back_as_winner_what_its_scores_rank_first(make_trainer, sd_f
 
 def _in_order(batch, in_order):
     conditioning = {name: in_order(value) for name, value in batch.conditioning.items()}
-    return type(batch)(in_order(batch.noisy), in_order(batch.target), batch.timesteps, conditioning, batch.levels)
+    return type(batch)(
+        in_order(batch.noisy), in_order(batch.target), batch.timesteps, conditioning, batch.noise_levels
+    )
 
 
 def test_diagnostics_predict_a_small_step_and_measure_it(make_trainer, sd_folder):
@@ -361,7 +363,7 @@ def test_the_default_anchor_is_the_losses(make_trainer):
     assert anchored == {"ipo", "dspo", "dspo_sdxl", "dmpo"}
     trainer = make_trainer(loss_type="ipo", safeguard="parameter", max_steps=1)
     trainer.train()
-    assert trainer._branches.anchor == "error"
+    assert trainer.parameter_safeguard.gradients.anchor == "error"
 
 
 def test_evaluation_shows_no_lambda_that_was_not_measured(make_trainer, make_pairs):

@@ -1,9 +1,10 @@
-"""The budget for the winners: the loop by hand, its probe against the model's own predictions, and what becomes of a
+"""The budget for the winners: its file, its probe against the model's own predictions, and what becomes of a
 training with one."""
 
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,140 +12,39 @@ from peft import LoraConfig
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.losses import BudgetController
 from trl_diffusion_sdpo.step.winner_budget import BUDGET_FILE, WinnerBudget
+from trl_diffusion_sdpo.trainer.data_preparation import probe_items
 
 NAN = float("nan")
 SHUT = math.log(0.005)  # half of the lowest scale that is not 0
 
 
-def loop(levels=3, budget=0.1, before=(1.0, 2.0, 4.0)):
-    made = WinnerBudget(budget, levels, torch.device("cpu"))
-    made.steer(torch.tensor(before))
-    return made
+# ---- The file ------------------------------------------------------------------------------------------------------
 
 
-def steer(made, *errors):
-    return {name: float(value) for name, value in made.steer(torch.tensor(errors)).items()}
-
-
-# ---- The loop by hand ----------------------------------------------------------------------------------------------
-
-
-def test_it_begins_open_and_the_first_errors_are_those_before_training():
-    made = WinnerBudget(0.1, 3, torch.device("cpu"))
-    assert made.scale.tolist() == [1, 1, 1] and made.before is None
-    found = steer(made, 1.0, 2.0, 4.0)
-    assert made.before.tolist() == [1, 2, 4]
-    assert made.scale.tolist() == [1, 1, 1]
-    assert found == {"budget/winner_change": 0, "budget/scale": 1, "budget/over": 0, "budget/unmet": 0}
-
-
-def test_a_scale_moves_by_half_its_distance_from_the_budget():
-    made = loop(budget=0.25)
-    # Changes of 3/8, 1/4 and -1/8 against 1/4: moves of half of -1/2, 0 and 3/2, the last one from the top.
-    found = steer(made, 1.375, 2.5, 3.5)
-    assert made.log_scale.tolist() == [-0.25, 0, 0]
-    assert found["budget/winner_change"] == 0.375
-    assert found["budget/scale"] == pytest.approx((math.exp(-0.25) + 2) / 3, rel=1e-6)
-    assert found["budget/over"] == pytest.approx(1 / 3) and found["budget/unmet"] == 0
-    # 3/4, 1/2 and 1/4: moves of half of -2, -1 and 0.
-    found = steer(made, 1.75, 3.0, 5.0)
-    assert made.log_scale.tolist() == [-1.25, -0.5, 0]
-    assert found["budget/over"] == pytest.approx(2 / 3)
-    # 1/8, 0 and -1: half of 1/2, 1 and 5.
-    steer(made, 1.125, 2.0, 0.0)
-    assert made.log_scale.tolist() == [-1.0, 0, 0]
-
-
-def test_one_measurement_moves_it_by_one_and_a_half_at_most():
-    made = loop()
-    steer(made, 100.0, 2.0, 4.0)
-    assert made.log_scale.tolist() == pytest.approx([-1.5, 0, 0])
-    steer(made, float("inf"), 2.0, 4.0)
-    assert made.log_scale.tolist() == pytest.approx([-3.0, 0, 0])
-    assert made.scale.tolist() == pytest.approx([math.exp(-3), 1, 1])
-    made.log_scale[0] = -4.0
-    steer(made, -100.0, 2.0, 4.0)  # as far as a measurement goes upwards
-    assert made.log_scale.tolist() == pytest.approx([-2.5, 0, 0])
-
-
-def test_below_a_hundredth_a_level_is_shut_and_only_then_the_budget_is_unmet():
-    made = loop()
-    scales, unmet = [], []
-    for _ in range(5):
-        unmet.append(steer(made, 9.0, 2.0, 4.0)["budget/unmet"])
-        scales.append(float(made.scale[0]))
-    assert scales == pytest.approx([math.exp(-1.5), math.exp(-3), math.exp(-4.5), 0, 0])  # e^-4.5 is 0.011
-    assert unmet == pytest.approx([0, 0, 0, 0, 1 / 3])  # over it though shut when it was measured
-    assert float(made.log_scale[0]) == pytest.approx(SHUT)
-
-
-def test_a_level_that_keeps_the_budget_again_is_opened_again():
-    made = loop()
-    for _ in range(6):
-        steer(made, 9.0, 2.0, 4.0)
-    # Unchanged winners are half a step upwards: e^0.5 * 0.005 = 0.0082 is still shut, e * 0.005 = 0.0136 is not.
-    assert steer(made, 1.0, 2.0, 4.0)["budget/unmet"] == 0 and made.scale[0] == 0
-    steer(made, 1.0, 2.0, 4.0)
-    assert float(made.scale[0]) == pytest.approx(0.005 * math.e, rel=1e-5)
-    for _ in range(10):
-        steer(made, 1.0, 2.0, 4.0)
-    assert made.scale.tolist() == [1, 1, 1]
-
-
-def test_while_a_shut_level_is_over_the_budget_the_others_are_scaled_down_as_fast():
-    made = loop()
-    made.log_scale = torch.tensor([SHUT, 0.0, -1.0])
-    # Changes of 20, 5 and -10 per cent against 10: own moves of -0.5, 0.25 and 1; the first level is shut already.
-    found = steer(made, 1.2, 2.1, 3.6)
-    assert made.log_scale.tolist() == pytest.approx([SHUT, -0.5, -1.5], abs=1e-5)
-    assert found["budget/unmet"] == pytest.approx(1 / 3)
-    # A level that does worse still goes faster: 40 per cent there is -1.5.
-    steer(made, 1.2, 2.8, 4.0)
-    assert made.log_scale.tolist() == pytest.approx([SHUT, -2.0, -2.0], abs=1e-5)
-    # Within the budget again: every level moves on its own, also one that is still shut.
-    steer(made, 1.0, 2.0, 4.0)
-    assert made.log_scale.tolist() == pytest.approx([SHUT + 0.5, -1.5, -1.5], abs=1e-5)
-
-
-def test_levels_that_the_schedule_does_not_visit_count_for_nothing():
-    made = loop(before=(NAN, 2.0, 4.0))
-    found = steer(made, NAN, 2.4, 3.6)  # 20 and -10 per cent
-    assert made.log_scale[1:].tolist() == pytest.approx([-0.5, 0], abs=1e-5)
-    assert found["budget/winner_change"] == pytest.approx(0.2, rel=1e-4)
-    assert found["budget/scale"] == pytest.approx((math.exp(-0.5) + 1) / 2, rel=1e-4)
-    assert found["budget/over"] == pytest.approx(1 / 2) and found["budget/unmet"] == 0
-    assert made.scale[0] == 1
-    assert steer(loop(before=(NAN, 2.0, 4.0)), NAN, 1.0, 3.0)["budget/winner_change"] == pytest.approx(-0.25)
-
-
-def test_each_pair_gets_the_scale_of_its_level():
-    made = loop(levels=4, before=(1.0,) * 4)
-    made.log_scale = torch.tensor([0.0, math.log(0.5), math.log(0.25), SHUT])
-    levels = torch.tensor([0.0, 0.249, 0.25, 0.5, 0.74, 0.75, 1.0])
-    assert made.weights(levels).tolist() == pytest.approx([1, 1, 0.5, 0.25, 0.25, 0, 0])
+def budget_of(bins=3):
+    controller = BudgetController(0.1, bins, torch.device("cpu"))
+    return WinnerBudget(controller, None, None, sorts_by_scores=False, average=None)
 
 
 def test_its_state_is_read_as_it_was_written_to_the_bit(tmp_path):
-    made = loop(before=(NAN, 2.0, 4.0))
-    steer(made, NAN, 2.345678, 4.56789)
-    made.save(tmp_path)
-    other = WinnerBudget(0.1, 3, torch.device("cpu"))
-    other.load(tmp_path)
+    budget, restored = budget_of(), budget_of()
+    made, other = budget.controller, restored.controller
+    made.steer(torch.tensor([NAN, 2.0, 4.0]))
+    made.steer(torch.tensor([NAN, 2.345678, 4.56789]))
+    budget.save(tmp_path)
+    restored.load(tmp_path)
     assert torch.equal(other.log_scale, made.log_scale)
-    assert torch.equal(other.before[1:], made.before[1:]) and other.before[0].isnan()
-    fresh = WinnerBudget(0.1, 3, torch.device("cpu"))
-    fresh.save(tmp_path)
-    other.load(tmp_path)
-    assert other.before is None and other.scale.tolist() == [1, 1, 1]
+    assert torch.equal(other.initial_errors[1:], made.initial_errors[1:]) and other.initial_errors[0].isnan()
 
 
-def test_a_state_that_is_missing_or_of_other_levels_is_refused(tmp_path):
+def test_a_state_that_is_missing_or_of_other_noise_bins_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"must hold {BUDGET_FILE}"):
-        loop().load(tmp_path)
-    loop().save(tmp_path)
-    with pytest.raises(ValueError, match="holds 3 noise levels, and `num_noise_bins` is 4"):
-        loop(levels=4, before=(1.0,) * 4).load(tmp_path)
+        budget_of().load(tmp_path)
+    budget_of().save(tmp_path)
+    with pytest.raises(ValueError, match="holds 3 noise bins, and `num_noise_bins` is 4"):
+        budget_of(4).load(tmp_path)
 
 
 # ---- The probe -----------------------------------------------------------------------------------------------------
@@ -154,6 +54,20 @@ def levels_of(timesteps):
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     a = (1 - betas).cumprod(0)[timesteps]
     return (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt()), a
+
+
+def probe_of(trainer):
+    return trainer.winner_budget.make_probe(trainer._load_probe())
+
+
+def items_of(trainer):
+    return probe_items(trainer.train_dataset, trainer.args.winner_budget_pairs)
+
+
+def begin(trainer):
+    """As when training begins."""
+    trainer.winner_budget.attach(trainer.model_wrapped, trainer.accelerator)
+    trainer.winner_budget.begin(trainer._load_probe())
 
 
 def by_hand(unet, probe, parts):
@@ -179,17 +93,17 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
         num_noise_bins=4,
         per_device_train_batch_size=1,
     )
-    trainer.begin_budget()
-    probe = trainer._draw_probe()
+    begin(trainer)
+    probe = probe_of(trainer)
     errors = by_hand(trainer.denoiser, probe, 4)
     assert [len(level) for level in errors] == [3, 3, 3, 3]
     expected = [sum(level) / 3 for level in errors]
-    assert trainer._budget.before.tolist() == pytest.approx(expected, rel=1e-5)
+    assert trainer.winner_budget.controller.initial_errors.tolist() == pytest.approx(expected, rel=1e-5)
     # The latents under the noise are those of the winners, of every third pair of the evaluation data.
     items = [trainer.eval_dataset.for_evaluation()[row] for row in (0, 3, 6)]
-    latents, conditioning = trainer._encode(trainer.data_collator(items))
+    latents, conditioning = trainer.pair_forward.encode(trainer.data_collator(items))
     for level in range(4):
-        rows = [batch for batch, part in zip(probe.batches, probe.parts, strict=True) if part[0] == level]
+        rows = [batch for batch, part in zip(probe.batches, probe.noise_bins, strict=True) if part[0] == level]
         noisy = torch.cat([row.noisy for row in rows])
         noise = torch.cat([row.target for row in rows])
         timesteps = torch.cat([row.timesteps for row in rows])
@@ -207,8 +121,8 @@ def test_levels_without_a_timestep_have_no_error(make_trainer, make_pairs):
     )
     visited = {int(level * 40) for level in levels_of(torch.arange(1000))[0].tolist()}
     assert 0 not in visited and 39 not in visited
-    trainer.begin_budget()
-    found = trainer._budget.before
+    begin(trainer)
+    found = trainer.winner_budget.controller.initial_errors
     assert {level for level in range(40) if not found[level].isnan()} == visited
     trainer.train()
 
@@ -216,10 +130,10 @@ def test_levels_without_a_timestep_have_no_error(make_trainer, make_pairs):
 def test_it_is_drawn_anew_the_same_and_leaves_the_random_state_alone(make_trainer, make_pairs):
     trainer = make_trainer(train=make_pairs(4), winner_budget=0.1, winner_budget_pairs=2)
     state = torch.random.get_rng_state()
-    trainer.begin_budget()
-    first = trainer._probe_errors()
-    trainer.begin_budget()
-    assert torch.equal(trainer._probe_errors(), first)
+    begin(trainer)
+    first = trainer.winner_budget.measure()
+    begin(trainer)
+    assert torch.equal(trainer.winner_budget.measure(), first)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -233,13 +147,13 @@ def walked(trainer):
 
 
 def without_losers(trainer):
-    original = trainer._loss_of
+    original = trainer.pair_forward.loss
 
-    def detached(model_pred, *given, **named):
-        winner, loser = model_pred.chunk(2)
-        return original(torch.cat([winner, loser.detach()]), *given, **named)
+    def detached(predictions, safeguard=None):
+        winner, loser = predictions.policy.chunk(2)
+        return original(replace(predictions, policy=torch.cat([winner, loser.detach()])), safeguard)
 
-    trainer._loss_of = detached
+    trainer.pair_forward.loss = detached
     return trainer
 
 
@@ -267,8 +181,8 @@ def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build
     trainer = build(safeguard=safeguard, max_steps=5, winner_budget_steps=2)
     untrained = copy.deepcopy(trainer.denoiser)
     _, logs = walked(trainer)
-    before = [sum(level) / len(level) for level in by_hand(untrained, trainer._draw_probe(), 2)]
-    assert trainer._budget.before.tolist() == pytest.approx(before, rel=1e-5)
+    before = [sum(level) / len(level) for level in by_hand(untrained, probe_of(trainer), 2)]
+    assert trainer.winner_budget.controller.initial_errors.tolist() == pytest.approx(before, rel=1e-5)
     # Logged when the step is: after the second and the fourth.
     assert ["budget/winner_change" in log for log in logs] == [False, True, False, True, False]
     assert all("safeguard/loser_weight" in log for log in logs)
@@ -277,8 +191,9 @@ def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build
 def test_the_logged_change_is_that_of_the_trained_model(build):
     trainer = build(max_steps=1, learning_rate=1e-3)
     _, logs = walked(trainer)
-    now = [sum(level) / len(level) for level in by_hand(trainer.denoiser, trainer._draw_probe(), 2)]
-    changes = [error / before - 1 for error, before in zip(now, trainer._budget.before.tolist(), strict=True)]
+    initial = trainer.winner_budget.controller.initial_errors.tolist()
+    now = [sum(level) / len(level) for level in by_hand(trainer.denoiser, probe_of(trainer), 2)]
+    changes = [error / before - 1 for error, before in zip(now, initial, strict=True)]
     assert logs[0]["budget/winner_change"] == pytest.approx(max(changes), rel=1e-3, abs=1e-6)
 
 
@@ -296,7 +211,7 @@ def test_a_budget_that_is_never_reached_changes_no_bit_of_the_training(build, ma
 def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build, safeguard):
     settings = {"safeguard": safeguard, "peft_config": LoraConfig(r=4), "learning_rate": 1e-2}
     shut = build(**settings, winner_budget_steps=100)
-    shut._budget.log_scale.fill_(SHUT)
+    shut.winner_budget.controller.log_scale.fill_(SHUT)
     weights, logs = walked(shut)
     expected, _ = walked(without_losers(build(**settings, winner_budget=None)))
     assert torch.equal(weights, expected)
@@ -305,11 +220,9 @@ def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build, safegu
 
 def test_scales_are_those_of_the_pairs_levels_and_multiply_the_range(build):
     trainer = build(loser_noise_range=[0.3, 1.0], num_noise_bins=4)
-    trainer._budget.log_scale = torch.tensor([0.5, 0.25, 0.125, SHUT]).clamp(min=0.005).log()
+    trainer.winner_budget.controller.log_scale = torch.tensor([0.5, 0.25, 0.125, SHUT]).clamp(min=0.005).log()
     levels = torch.tensor([0.1, 0.29, 0.31, 0.6, 0.8])
-    found = trainer._loser_weights(levels)
-    assert found["loser_weights"].tolist() == pytest.approx([0, 0, 0.25, 0.125, 0])
-    assert found["noise_bins"].tolist() == [0, 1, 1, 2, 3] and found["num_noise_bins"] == 4
+    assert trainer.pair_forward.loser_weights(levels).tolist() == pytest.approx([0, 0, 0.25, 0.125, 0])
 
 
 def test_a_budget_that_cannot_be_met_shuts_the_losers_is_reported_and_training_goes_on(build, caplog):
@@ -318,7 +231,7 @@ def test_a_budget_that_cannot_be_met_shuts_the_losers_is_reported_and_training_g
     assert len(logs) == 8 and all(math.isfinite(log["loss"]) for log in logs)
     assert logs[-1]["budget/unmet"] > 0 and logs[-1]["budget/over"] > 0
     assert logs[-1]["budget/winner_change"] > 1e-9
-    assert (trainer._budget.scale == 0).any()
+    assert (trainer.winner_budget.controller.scale == 0).any()
     assert logs[-1]["safeguard/loser_weight"] < logs[0]["safeguard/loser_weight"] == 1
     assert caplog.text.count("`winner_budget=1e-09` is exceeded at some noise level with its losers shut off") == 1
 
@@ -336,15 +249,15 @@ def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path, t
         return build(**where, winner_budget=1.0, max_steps=4, random_crop=True, **more)
 
     whole = make("whole", save_strategy="steps", save_steps=2)
-    whole._budget.log_scale = torch.tensor([-4.0, -3.0])  # opens by about a half a step
+    whole.winner_budget.controller.log_scale = torch.tensor([-4.0, -3.0])  # opens by about a half a step
     weights, logs = walked(whole)
     resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     state = json.loads((tmp_path / "whole" / "checkpoint-2" / BUDGET_FILE).read_text())
-    scales = [-4.0, -3.0], state["log_scale"], whole._budget.log_scale.tolist()
+    scales = [-4.0, -3.0], state["log_scale"], whole.winner_budget.controller.log_scale.tolist()
     assert all(first < second < third < 0 for first, second, third in zip(*scales, strict=True))
-    assert torch.equal(resumed._budget.log_scale, whole._budget.log_scale)
-    assert torch.equal(resumed._budget.before, whole._budget.before)
+    assert torch.equal(resumed.winner_budget.controller.log_scale, whole.winner_budget.controller.log_scale)
+    assert torch.equal(resumed.winner_budget.controller.initial_errors, whole.winner_budget.controller.initial_errors)
     ours = [weight.detach().flatten() for weight in resumed.denoiser.parameters() if weight.requires_grad]
     assert torch.equal(torch.cat(ours), weights)
     later = [entry for entry in resumed.state.log_history if "loss" in entry][2:]
@@ -362,10 +275,10 @@ def test_a_second_training_measures_what_is_left_of_the_start(build, sd_folder):
     """Errors before training are those of the start, also where a trainer goes on."""
     trainer = build(max_steps=1)
     trainer.train()
-    first = trainer._budget.before.clone()
+    first = trainer.winner_budget.controller.initial_errors.clone()
     trainer.train()
-    assert torch.equal(trainer._budget.before, first)
-    errors = by_hand(load_pipeline(sd_folder).unet, trainer._draw_probe(), 2)
+    assert torch.equal(trainer.winner_budget.controller.initial_errors, first)
+    errors = by_hand(load_pipeline(sd_folder).unet, probe_of(trainer), 2)
     assert first.tolist() == pytest.approx([sum(level) / len(level) for level in errors], rel=1e-5)
 
 
@@ -391,54 +304,41 @@ def test_settings_under_which_it_cannot_act_are_errors(tmp_path, settings, rule)
 
 def test_the_probe_keeps_to_the_timesteps_that_training_draws(build):
     trainer = build(timestep_range=[0, 300])
-    assert max(int(batch.timesteps.max()) for batch in trainer._draw_probe().batches) < 300
+    assert max(int(batch.timesteps.max()) for batch in probe_of(trainer).batches) < 300
     trainer = build(timesteps=[999, 50])
-    visited = {int(t) for batch in trainer._draw_probe().batches for t in batch.timesteps}
+    visited = {int(t) for batch in probe_of(trainer).batches for t in batch.timesteps}
     assert visited == {999, 50}
 
 
 def test_the_probe_holds_its_winners_conditioning_once(build):
-    probe = build()._draw_probe()
+    probe = probe_of(build())
     first = probe.batches[0].conditioning["prompt_embeds"]
     assert first.untyped_storage().nbytes() == first.nbytes
     shared = [batch for batch in probe.batches if batch.conditioning["prompt_embeds"] is first]
     assert len(shared) > 1
 
 
-def test_errors_that_are_no_numbers_shut_their_level_and_then_the_others():
-    budget = WinnerBudget(0.1, 2, torch.device("cpu"))
-    budget.before = torch.tensor([1.0, 1.0])
-    scales = []
-    for _ in range(8):
-        metrics = budget.steer(torch.tensor([float("nan"), 1.0]))
-        scales.append(budget.scale.tolist())
-    assert scales[3] == [0.0, 1.0]  # e^-6
-    assert scales[4] == pytest.approx([0.0, math.exp(-1.5)])
-    assert scales[7] == [0.0, 0.0]
-    assert metrics["budget/over"] == metrics["budget/unmet"] == 0.5
-
-
 def test_the_probe_is_spread_over_all_of_the_data(make_trainer, make_pairs):
     trainer = make_trainer(train=make_pairs(7), winner_budget=0.1, winner_budget_pairs=4)
     everything = [item["prompt"] for item in trainer.train_dataset.for_evaluation()]
-    assert [item["prompt"] for item in trainer._probe_items()] == [everything[row] for row in (0, 1, 3, 5)]
+    assert [item["prompt"] for item in items_of(trainer)] == [everything[row] for row in (0, 1, 3, 5)]
     few = make_trainer(train=make_pairs(3), winner_budget=0.1, winner_budget_pairs=4)
-    assert len(few._probe_items()) == 3
+    assert len(items_of(few)) == 3
 
 
 def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs):
     pairs = make_pairs(2)
 
-    def probe_of(chosen, rejected):
+    def scored_probe(chosen, rejected):
         scored = pairs.remove_columns(["chosen_score", "rejected_score"])
         scored = scored.add_column("chosen_score", chosen).add_column("rejected_score", rejected)
         trainer = make_trainer(train=scored, loss_type="smpo", winner_budget=0.1, winner_budget_pairs=2)
-        return trainer, trainer._draw_probe()
+        return trainer, probe_of(trainer)
 
-    trainer, agreeing = probe_of([2.0, 2.0], [1.0, 1.0])
-    _, reversed_first = probe_of([1.0, 2.0], [2.0, 1.0])
-    inputs = trainer.data_collator(trainer._probe_items())
-    winners, losers = trainer._encode(inputs)[0].chunk(2)
+    trainer, agreeing = scored_probe([2.0, 2.0], [1.0, 1.0])
+    _, reversed_first = scored_probe([1.0, 2.0], [2.0, 1.0])
+    inputs = trainer.data_collator(items_of(trainer))
+    winners, losers = trainer.pair_forward.encode(inputs)[0].chunk(2)
     for mine, plain in zip(reversed_first.batches, agreeing.batches, strict=True):
         a = levels_of(mine.timesteps)[1].view(-1, 1, 1, 1)
         moved = (mine.noisy - plain.noisy) / a.sqrt()
@@ -449,8 +349,8 @@ def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs)
 @pytest.mark.parametrize("unmet_at", ["log", "end"])
 def test_a_budget_that_is_missed_is_said_with_and_without_logs(build, caplog, unmet_at):
     trainer = build(winner_budget=1e-9, max_steps=1, logging_strategy="steps" if unmet_at == "log" else "no")
-    trainer._budget.log_scale.fill_(SHUT)
-    trainer._probe_errors = lambda: torch.tensor([2.0, 2.0]) * (1 + trainer.state.global_step)
+    trainer.winner_budget.controller.log_scale.fill_(SHUT)
+    trainer.winner_budget.measure = lambda: torch.tensor([2.0, 2.0]) * (1 + trainer.state.global_step)
     trainer.train()
     assert caplog.text.count("is exceeded at some noise level") == 1
 

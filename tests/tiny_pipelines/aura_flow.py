@@ -3,7 +3,7 @@
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, lively, seeded, t5_tokenizer, with_lively_text
+from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, seeded, t5_tokenizer, with_large_embeddings
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 1.0}
@@ -38,9 +38,9 @@ def build(seed: int = 0) -> AuraFlowPipeline:
         )
         return AuraFlowPipeline(
             tokenizer=tokenizer,
-            text_encoder=with_lively_text(text_encoder),
+            text_encoder=with_large_embeddings(text_encoder),
             vae=kl_vae(scaling_factor=0.13025),
-            transformer=attentive(lively(transformer)),
+            transformer=attentive(nonzero(transformer)),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         )
 

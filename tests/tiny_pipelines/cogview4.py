@@ -5,7 +5,7 @@ from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEul
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 
-from tiny_pipelines.parts import TEXT_WIDTH, byte_letters, kl_vae, lively, seeded, with_lively_text
+from tiny_pipelines.parts import TEXT_WIDTH, byte_letters, kl_vae, nonzero, seeded, with_large_embeddings
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 1.0}
@@ -33,7 +33,7 @@ def build(seed: int = 0) -> CogView4Pipeline:
             tokenizer=tokenizer,
             text_encoder=glm_encoder(tokenizer),
             vae=kl_vae(latent_channels=16, scaling_factor=1.0, shift_factor=0.0),
-            transformer=lively(transformer),
+            transformer=nonzero(transformer),
             scheduler=FlowMatchEulerDiscreteScheduler(
                 base_image_seq_len=256,
                 max_image_seq_len=4096,
@@ -76,4 +76,4 @@ def glm_encoder(tokenizer: PreTrainedTokenizerFast) -> GlmModel:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return with_lively_text(GlmModel(config))
+    return with_large_embeddings(GlmModel(config))

@@ -6,8 +6,8 @@ from tiny_pipelines.parts import (
     TEXT_WIDTH,
     clip_text_model,
     clip_tokenizer,
+    enlarged,
     kl_vae,
-    loud,
     pack_squares,
     seeded,
     t5_encoder,
@@ -52,7 +52,7 @@ def build_flux(seed: int, scheduler: dict, *, guidance_embeds: bool) -> FluxPipe
             tokenizer=tokenizer,
             text_encoder_2=t5_encoder(tokenizer_2),
             tokenizer_2=tokenizer_2,
-            transformer=loud(transformer),
+            transformer=enlarged(transformer),
         )
 
 

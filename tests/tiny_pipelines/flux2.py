@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
-from tiny_pipelines.parts import lively, qwen2_tokenizer, seeded, with_lively_text
+from tiny_pipelines.parts import nonzero, qwen2_tokenizer, seeded, with_large_embeddings
 
 RESOLUTION = 16
 CALL = {"guidance_scale": 1.0}
@@ -62,7 +62,7 @@ def transformer(**overrides) -> Flux2Transformer2DModel:
     transformer = Flux2Transformer2DModel(**{**settings, **overrides})
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         torch.nn.init.constant_(block.attn.norm_q.weight, 4.0)
-    return lively(transformer)
+    return nonzero(transformer)
 
 
 def vae() -> AutoencoderKLFlux2:
@@ -98,4 +98,4 @@ def _text_encoder(vocab_size: int, image_token: int) -> Mistral3ForConditionalGe
         hidden_size=TEXT_WIDTH, intermediate_size=TEXT_WIDTH, num_hidden_layers=1, num_attention_heads=2, image_size=28
     )
     config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=image_token)
-    return with_lively_text(Mistral3ForConditionalGeneration(config))
+    return with_large_embeddings(Mistral3ForConditionalGeneration(config))

@@ -5,7 +5,7 @@ from diffusers import Flux2KleinPipeline
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tiny_pipelines.flux2 import from_pipeline, scheduler, to_pipeline, transformer, vae
-from tiny_pipelines.parts import qwen2_tokenizer, seeded, with_lively_text
+from tiny_pipelines.parts import qwen2_tokenizer, seeded, with_large_embeddings
 
 __all__ = ["CALL", "RESOLUTION", "build", "from_pipeline", "to_pipeline"]
 
@@ -46,4 +46,4 @@ def _text_encoder(vocab_size: int) -> Qwen3ForCausalLM:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    return with_lively_text(Qwen3ForCausalLM(config))
+    return with_large_embeddings(Qwen3ForCausalLM(config))

@@ -6,7 +6,7 @@ import string
 from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, lively, seeded, t5_encoder, t5_tokenizer, with_lively_text
+from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, seeded, t5_encoder, t5_tokenizer, with_large_embeddings
 
 RESOLUTION = 32
 # The pipeline would draw only the sizes it lists, and say that the image was 1024 by 1024 before.
@@ -60,7 +60,7 @@ def transformer(**overrides) -> HunyuanDiT2DModel:
         "text_len": TEXT_LENGTH,
         "text_len_t5": TEXT_LENGTH_2,
     }
-    return lively(HunyuanDiT2DModel(**{**settings, **overrides}))
+    return nonzero(HunyuanDiT2DModel(**{**settings, **overrides}))
 
 
 def bert_tokenizer() -> BertTokenizer:
@@ -80,4 +80,4 @@ def bert(tokenizer: BertTokenizer) -> BertModel:
         max_position_embeddings=TEXT_LENGTH,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return with_lively_text(BertModel(config))
+    return with_large_embeddings(BertModel(config))

@@ -3,7 +3,7 @@
 
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, gemma2_encoder, gemma_tokenizer, kl_vae, lively, seeded
+from tiny_pipelines.parts import TEXT_WIDTH, gemma2_encoder, gemma_tokenizer, kl_vae, nonzero, seeded
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 1.0}
@@ -23,7 +23,7 @@ def build(seed: int = 0) -> Lumina2Pipeline:
             use_post_quant_conv=False,
         )
         text_encoder = gemma2_encoder(tokenizer)
-        transformer = lively(denoiser())
+        transformer = nonzero(denoiser())
     pipeline = Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),

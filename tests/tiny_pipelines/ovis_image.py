@@ -4,8 +4,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisIm
 
 from tiny_pipelines.parts import (
     TEXT_WIDTH,
+    enlarged,
     kl_vae,
-    loud,
     pack_squares,
     qwen2_tokenizer,
     qwen3_encoder,
@@ -48,7 +48,7 @@ def build(seed: int = 0) -> OvisImagePipeline:
             vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
             text_encoder=qwen3_encoder(tokenizer),
             tokenizer=tokenizer,
-            transformer=loud(transformer),
+            transformer=enlarged(transformer),
         )
 
 

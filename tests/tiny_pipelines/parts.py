@@ -1,4 +1,4 @@
-"""Parts that several tiny pipelines share: tokenizers made on the spot, text encoders and VAEs of a few kilobytes."""
+"""Components that several tiny pipelines share: tokenizers, text encoders and VAEs of a few kilobytes."""
 
 from contextlib import contextmanager
 
@@ -27,15 +27,15 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @contextmanager
 def seeded(seed: int):
-    """Random weights from a seed, without disturbing the random state outside."""
+    """Seeds random weights, without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
-def lively(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
-    """Give every weight that starts at zero, or all weights of a layer that starts so, small random values: a network
-    whose last layer or modulation is zero predicts nothing of its inputs."""
+def nonzero(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+    """Give parameters that are initialized with zeros small random values: the prediction of a network whose last layer
+    or modulation is zero does not depend on its inputs."""
     for parameter in module.parameters():
         if parameter.numel() > 1 and not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=std)
@@ -81,11 +81,11 @@ def clip_config(tokenizer: CLIPTokenizer, **overrides) -> CLIPTextConfig:
 
 def clip_text_model(tokenizer: CLIPTokenizer, *, projection: bool = False) -> torch.nn.Module:
     model_class = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return with_lively_text(model_class(clip_config(tokenizer)))
+    return with_large_embeddings(model_class(clip_config(tokenizer)))
 
 
-def with_lively_text(text_encoder: torch.nn.Module) -> torch.nn.Module:
-    """Initial token embeddings hardly differ: make them large, so that the prompt changes the prediction."""
+def with_large_embeddings(text_encoder: torch.nn.Module) -> torch.nn.Module:
+    """Make the token embeddings large: initially they hardly differ, and prompts would not change the prediction."""
     torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
     return text_encoder.eval()
 
@@ -122,7 +122,7 @@ def t5_encoder(tokenizer: T5Tokenizer, **overrides) -> T5EncoderModel:
         "num_heads": 4,
         "feed_forward_proj": "gated-gelu",
     }
-    return with_lively_text(T5EncoderModel(T5Config(**{**settings, **overrides})))
+    return with_large_embeddings(T5EncoderModel(T5Config(**{**settings, **overrides})))
 
 
 def qwen2_tokenizer(special_tokens: tuple[str, ...] = (), chat_template: str | None = None) -> Qwen2Tokenizer:
@@ -135,11 +135,11 @@ def qwen2_tokenizer(special_tokens: tuple[str, ...] = (), chat_template: str | N
 
 
 def gemma_tokenizer(words: tuple[str, ...] = ()) -> GemmaTokenizer:
-    """A Gemma tokenizer whose pieces are single characters, and these words where a space comes before them; anything
-    but ASCII falls back to bytes."""
+    """A Gemma tokenizer whose pieces are single characters, and these words after a space; anything but ASCII falls
+    back to bytes."""
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     letters = ["\n", "▁", *(chr(code) for code in range(33, 127))]
-    # Each word grows letter by letter from its space.
+    # Merges build each word letter by letter from its space.
     merges = list(dict.fromkeys(("▁" + word[:end], word[end]) for word in words for end in range(len(word))))
     grown = ["".join(pair) for pair in merges]
     pieces = [*specials, *letters, *(f"<0x{byte:02X}>" for byte in range(256)), *grown]
@@ -161,7 +161,7 @@ def gemma2_encoder(tokenizer: GemmaTokenizer, **overrides) -> Gemma2Model:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    return with_lively_text(Gemma2Model(Gemma2Config(**{**settings, **overrides})))
+    return with_large_embeddings(Gemma2Model(Gemma2Config(**{**settings, **overrides})))
 
 
 def pack_squares(latents: torch.Tensor) -> torch.Tensor:
@@ -202,13 +202,13 @@ def qwen3_encoder(tokenizer: Qwen2Tokenizer, **overrides) -> Qwen3Model:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return with_lively_text(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
+    return with_large_embeddings(Qwen3Model(Qwen3Config(**{**settings, **overrides})))
 
 
-def loud(transformer: torch.nn.Module, factor: float = 2.0) -> torch.nn.Module:
-    """Enlarge all matrices: with initial weights, a few letters among hundreds of tokens hardly change a prediction."""
+def enlarged(transformer: torch.nn.Module, factor: float = 2.0) -> torch.nn.Module:
+    """Multiply all matrices: initially, a few letters among hundreds of tokens hardly change a prediction."""
     with torch.no_grad():
         for parameter in transformer.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(factor)
-    return lively(transformer)
+    return nonzero(transformer)

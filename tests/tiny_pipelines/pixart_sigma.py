@@ -3,7 +3,7 @@ and a T5 text encoder."""
 
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, lively, seeded, t5_encoder, t5_tokenizer
+from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, seeded, t5_encoder, t5_tokenizer
 
 RESOLUTION = 16
 # Binning knows the published sample sizes only.
@@ -17,7 +17,7 @@ def build(seed: int = 0) -> PixArtSigmaPipeline:
             tokenizer=tokenizer,
             text_encoder=t5_encoder(tokenizer),
             vae=kl_vae(scaling_factor=0.13025),
-            transformer=lively(tiny_transformer()),
+            transformer=nonzero(tiny_transformer()),
             scheduler=DPMSolverMultistepScheduler(),  # linear betas from 1e-4 to 0.02, as published
         )
 

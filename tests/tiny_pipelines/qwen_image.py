@@ -5,13 +5,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from tiny_pipelines.parts import (
     TEXT_WIDTH,
-    loud,
+    enlarged,
     pack_squares,
     qwen2_tokenizer,
     qwen_image_vae,
     seeded,
     unpack_squares,
-    with_lively_text,
+    with_large_embeddings,
 )
 
 RESOLUTION = 32
@@ -44,7 +44,7 @@ def build(seed: int = 0) -> QwenImagePipeline:
             vae=qwen_image_vae(),
             text_encoder=text_encoder(tokenizer),
             tokenizer=tokenizer,
-            transformer=loud(transformer),
+            transformer=enlarged(transformer),
         )
 
 
@@ -79,7 +79,7 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
         vision_start_token_id=marks["<|vision_start|>"],
         vision_end_token_id=marks["<|vision_end|>"],
     )
-    return with_lively_text(Qwen2_5_VLForConditionalGeneration(config))
+    return with_large_embeddings(Qwen2_5_VLForConditionalGeneration(config))
 
 
 to_pipeline = pack_squares

@@ -5,7 +5,7 @@ import inspect
 
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, gemma2_encoder, gemma_tokenizer, lively, seeded
+from tiny_pipelines.parts import TEXT_WIDTH, gemma2_encoder, gemma_tokenizer, nonzero, seeded
 
 RESOLUTION = 32  # the pipeline takes multiples of 32 only
 # Binning would round the size to one of the published ones.
@@ -17,9 +17,9 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 def build(seed: int = 0) -> SanaPipeline:
     tokenizer = gemma_tokenizer(tuple(" ".join(INSTRUCTION).split()))
     with seeded(seed):
-        vae = lively(dc_autoencoder())
+        vae = nonzero(dc_autoencoder())
         text_encoder = gemma2_encoder(tokenizer)
-        transformer = lively(denoiser())
+        transformer = nonzero(denoiser())
     pipeline = SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,

@@ -8,7 +8,7 @@ from tiny_pipelines.parts import (
     clip_text_model,
     clip_tokenizer,
     kl_vae,
-    lively,
+    nonzero,
     seeded,
     t5_encoder,
     t5_tokenizer,
@@ -23,7 +23,7 @@ def build(seed: int = 0, *, with_t5: bool = True) -> StableDiffusion3Pipeline:
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
     with seeded(seed):
         return StableDiffusion3Pipeline(
-            transformer=lively(tiny_transformer()),
+            transformer=nonzero(tiny_transformer()),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=kl_vae(
                 latent_channels=16,

@@ -3,7 +3,7 @@
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, lively, seeded, t5_tokenizer, with_lively_text
+from tiny_pipelines.parts import TEXT_WIDTH, nonzero, seeded, t5_tokenizer, with_large_embeddings
 
 RESOLUTION = 32
 CALL = {"guidance_scale": 1.0, "num_frames": 1}
@@ -36,7 +36,7 @@ def _text_encoder(vocab_size: int) -> UMT5EncoderModel:
         num_heads=4,
         feed_forward_proj="gated-gelu",
     )
-    return with_lively_text(UMT5EncoderModel(config))
+    return with_large_embeddings(UMT5EncoderModel(config))
 
 
 def _vae() -> AutoencoderKLWan:
@@ -54,4 +54,4 @@ def _transformer() -> WanTransformer3DModel:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    return lively(transformer)
+    return nonzero(transformer)

@@ -3,7 +3,7 @@ Images of 16x16 pixels have 8x8 latents of 4 channels, in sixteen tokens that th
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
-from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, lively, qwen2_tokenizer, qwen3_encoder, seeded
+from tiny_pipelines.parts import TEXT_WIDTH, kl_vae, nonzero, qwen2_tokenizer, qwen3_encoder, seeded
 
 RESOLUTION = 16
 CALL = {"guidance_scale": 0.0}  # this pipeline adds the scaled difference to the conditional prediction: 0 is off
@@ -18,7 +18,7 @@ def build(seed: int = 0) -> ZImagePipeline:
     with seeded(seed):
         vae = kl_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
         text_encoder = qwen3_encoder(tokenizer)
-        transformer = lively(denoiser())
+        transformer = nonzero(denoiser())
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,

@@ -14,13 +14,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_diffusion_sdpo.trainer.callbacks import (
-    CheckpointOnInterrupt,
-    EpochCallback,
-    SampleImagesCallback,
-    SyncReferenceCallback,
-    labelled_grid,
-)
+from trl_diffusion_sdpo.trainer.callbacks import EpochCallback, SyncReferenceCallback
+from trl_diffusion_sdpo.trainer.interrupts import CheckpointOnInterrupt
+from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, labelled_grid
 
 PROMPTS = ["a red cube", "ein Würfel 🧊"]
 
@@ -387,7 +383,7 @@ class Reference:
     def __init__(self):
         self.alphas = []
 
-    def sync(self, alpha):
+    def update(self, alpha):
         self.alphas.append(alpha)
 
 

@@ -94,7 +94,7 @@ class Args:
     def __init__(self, **changes):
         self.dataloader_num_workers = self.dataloader_prefetch_factor = self.dataloader_multiprocessing_context = None
         self.dataloader_persistent_workers, self.world_size = False, 1
-        self.resolution, self.train_batch_size, self.eval_batch_size = 512, 4, 8
+        self.train_batch_size, self.eval_batch_size = 4, 8
         vars(self).update(changes)
 
 
@@ -108,7 +108,7 @@ def many():
 
 def chosen(data, *, evaluates=False, **changes):
     args = Args(**changes)
-    return choose_workers(args, data, evaluates=evaluates), args.dataloader_num_workers
+    return choose_workers(args, data, resolution=512, evaluates=evaluates), args.dataloader_num_workers
 
 
 def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):

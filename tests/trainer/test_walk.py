@@ -78,7 +78,7 @@ def test_a_step_is_the_papers_step(make_trainer, sd_folder):
 def test_one_draw_serves_both_images_of_a_pair(make_trainer):
     trainer = make_trainer(noise_offset=0.3, input_perturbation=0.2)
     latents = torch.zeros(6, 4, 8, 8)
-    timesteps, noise, extra = trainer._draw([11, 12, 13], latents)
+    timesteps, noise, extra = trainer.pair_forward.draw_noise([11, 12, 13], latents)
     for drawn in (timesteps, noise, extra):
         assert torch.equal(drawn[:3], drawn[3:])
     assert len(set(timesteps.tolist())) > 1 and not torch.equal(noise[0], noise[1])
@@ -87,23 +87,23 @@ def test_one_draw_serves_both_images_of_a_pair(make_trainer):
 def test_input_perturbation_reaches_the_input_and_not_the_target(make_trainer):
     plain, perturbed = make_trainer(), make_trainer(input_perturbation=0.5)
     latents = torch.zeros(4, 4, 8, 8)
-    timesteps, noise, extra = plain._draw([1, 2], latents)
-    same_timesteps, same_noise, more = perturbed._draw([1, 2], latents)
-    assert extra == 0.0 and torch.equal(noise, same_noise) and torch.equal(timesteps, same_timesteps)
+    timesteps, noise, extra = plain.pair_forward.draw_noise([1, 2], latents)
+    same_timesteps, same_noise, more = perturbed.pair_forward.draw_noise([1, 2], latents)
+    assert extra is None and torch.equal(noise, same_noise) and torch.equal(timesteps, same_timesteps)
     assert float(more.std()) == pytest.approx(0.5, rel=0.2)
 
 
 def test_noise_offset_is_one_value_a_channel(make_trainer):
     latents = torch.zeros(2, 4, 8, 8)
-    plain = make_trainer()._draw([5], latents)[1]
-    offset = make_trainer(noise_offset=0.1)._draw([5], latents)[1] - plain
+    plain = make_trainer().pair_forward.draw_noise([5], latents)[1]
+    offset = make_trainer(noise_offset=0.1).pair_forward.draw_noise([5], latents)[1] - plain
     torch.testing.assert_close(offset, offset[..., :1, :1].expand_as(offset))
     assert offset[0, 0, 0, 0] != offset[0, 1, 0, 0]
 
 
 def test_timesteps_stay_in_their_range(make_trainer):
     trainer = make_trainer(timestep_range=[250, 260])
-    timesteps, _, _ = trainer._draw(list(range(200)), torch.zeros(2, 4, 8, 8))
+    timesteps, _, _ = trainer.pair_forward.draw_noise(list(range(200)), torch.zeros(2, 4, 8, 8))
     assert timesteps.min() == 250 and timesteps.max() == 259
 
 
@@ -121,7 +121,7 @@ def test_min_snr_weighs_the_errors_by_timestep(make_trainer):
 def test_size_conditioning_reaches_the_denoiser(make_trainer, sdxl_folder, make_pairs):
     trainer = make_trainer(sdxl_folder, train=make_pairs(8, size=(20, 24)))
     batch = next(iter(trainer.get_train_dataloader()))
-    _, conditioning = trainer._encode(batch)
+    _, conditioning = trainer.pair_forward.encode(batch)
     # 20 x 24 resized to 16 x 19, the centre crop begins at round(1.5) = 2
     assert conditioning["time_ids"].tolist() == [[20, 24, 0, 2, 16, 16]] * 8
 

@@ -1,5 +1,5 @@
-"""Import, one optimizer step of a LoRA on the demo's tiny pipeline, save, and load it back in plain diffusers: what
-`make test-pythons` runs under every Python that it finds."""
+"""Import, one optimizer step of a LoRA on the demo's tiny pipeline, save, and load in plain diffusers:
+`make test-pythons` runs this under every Python that it finds."""
 
 import sys
 import tempfile
@@ -33,7 +33,7 @@ def main() -> None:
         plain.load_lora_weights(output)
         after = predict(plain.unet)
         torch.testing.assert_close(after, predict(trainer.denoiser), rtol=1e-4, atol=1e-5)
-        assert (after - before).abs().max() > 1e-4, "the step moved nothing"
+        assert (after - before).abs().max() > 1e-4, "the step changed nothing"
     python = ".".join(map(str, sys.version_info[:3]))
     sys.stdout.write(f"Python {python}, torch {torch.__version__}: {trl_diffusion_sdpo.__version__} tunes a LoRA.\n")
 
@@ -48,7 +48,7 @@ def pairs() -> datasets.Dataset:
 
 
 def predict(unet: torch.nn.Module) -> torch.Tensor:
-    """What it makes of some noise and text, (2, 4, 8, 8)."""
+    """Its prediction for fixed noise and text, (2, 4, 8, 8)."""
     generator = torch.Generator().manual_seed(0)
     noisy, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
     with torch.no_grad():

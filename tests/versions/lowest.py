@@ -1,5 +1,5 @@
-"""Prints the lowest declared version of every requirement, a line each, for `make test-floors`; torch is left out, of
-which there is one build that the tests can install."""
+"""Prints the lowest declared version of every requirement, one per line, for `make test-floors`. Torch is left out, as
+the tests can install one build of it only."""
 
 import sys
 import tomllib
@@ -22,7 +22,7 @@ def lowest_versions(pyproject: Path) -> dict[str, str]:
     for requirement in map(Requirement, lines):
         floors = [clause.version for clause in requirement.specifier if clause.operator == ">="]
         if len(floors) != 1 or lowest.get(requirement.name, floors[0]) != floors[0]:
-            raise ValueError(f"`{requirement}` must have one lowest version, the same wherever it stands.")
+            raise ValueError(f"`{requirement}` must have one lowest version, the same in all lists.")
         lowest[requirement.name] = floors[0]
     del lowest["torch"]
     return lowest

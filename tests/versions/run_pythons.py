@@ -1,5 +1,5 @@
-"""Installs the package under every newer Python that this machine has, and tunes, saves and loads a LoRA with each:
-`make test-pythons`. A Python for which only PyTorch's CUDA build is to be had takes about 6 GB of disk."""
+"""Installs the package under every newer Python of this machine, and tunes, saves and loads a LoRA with each: `make
+test-pythons`. A Python for which there is only PyTorch's CUDA build takes about 6 GB of disk."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ROUND = Path(__file__).with_name("lora_round.py")
-FIRST = (3, 12)  # the tests themselves run under the version below
+FIRST = (3, 12)  # the other tests run under 3.11
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def find_pythons() -> dict[tuple[int, ...], Path]:
-    """The newest interpreter of each minor version, on the path or of pyenv; (3, 12) -> where it is."""
+    """The newest interpreter of each minor version, on the path or of pyenv; (3, 12) -> its path."""
     named = [shutil.which(f"python3.{minor}") for minor in range(FIRST[1], FIRST[1] + 8)]
     home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [Path(path) for path in named if path] + list((home / "versions").glob("*/bin/python"))
@@ -46,7 +46,7 @@ def find_pythons() -> dict[tuple[int, ...], Path]:
 
 
 def runs(version: tuple[int, ...], python: Path, options: argparse.Namespace) -> bool:
-    """Whether the package installs and a LoRA makes its round under this interpreter."""
+    """Whether the package installs and `lora_round.py` succeeds under this interpreter."""
     folder = options.environments / f".venv-python{'.'.join(map(str, version))}"
     inside = folder / "bin" / "python"
     install = [inside, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", ROOT / "constraints.txt"]

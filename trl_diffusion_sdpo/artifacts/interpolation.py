@@ -18,11 +18,12 @@ from torch import nn
 
 from ..losses import loss_spec
 from ..losses.preference import LOSS_KWARG_RANGES
-from ..models.adapters import PEFT_FILE, base_tensors
+from ..models.adapters import base_tensors
 from ..models.ema import EMA_FOLDER
 from ..trainer.saving import COMPONENT_CONFIGS
 from .weights import (
     ALWAYS_BEFORE,
+    PEFT_FILE,
     SETUP_FILE,
     fingerprint,
     read_weights,

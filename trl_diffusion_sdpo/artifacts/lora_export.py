@@ -12,11 +12,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from ..families.lora_keys import Place, find_place
-from ..models.adapters import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX
 from ..models.ema import EMA_FOLDER
 from .disk import naming_the_disk
 from .lora_scale import folded, ranks
-from .weights import SETUP_FILE
+from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, SETUP_FILE
 
 PREFIX = "lora_unet_"  # of transformers, too
 _A, _B = "lora_A.weight", "lora_B.weight"

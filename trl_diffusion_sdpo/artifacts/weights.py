@@ -14,12 +14,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..models.adapters import PEFT_FILE, adapter_state, read_adapter, save_adapter
+from .._compat import LORA_ADAPTER_METADATA_KEY, loads_lora
+from ..models.adapters import adapter_state
+from .lora_scale import folded, public_settings
 
 logger = logging.getLogger(__name__)
 
+PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 SETUP_FILE = "diffusion_sdpo_setup.json"
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
 NOT_COMPARED = ("train_data", "run_id")  # name by name
@@ -107,6 +113,56 @@ def read_weights(
         hint = " It holds a LoRA: resume with `peft_config`." if (folder / PEFT_FILE).is_file() else ""
         raise ValueError(f"A checkpoint of full tuning must hold the folder {denoiser_name}; {folder} does not.{hint}")
     return type(denoiser).from_pretrained(source, use_safetensors=True).state_dict()
+
+
+def save_adapter(
+    weights: dict[str, torch.Tensor],
+    config: LoraConfig,
+    pipeline_class: type[DiffusionPipeline],
+    denoiser_name: str,
+    folder: Path,
+) -> None:
+    """Write an adapter's weights for [`~peft.PeftModel.from_pretrained`] and, where the pipeline has it, for
+    `pipeline.load_lora_weights`.
+
+    PEFT's file has the weights as they train, and their scale beside them. In the other file the scale is multiplied
+    into the weights: tools that read neither diffusers' metadata nor PEFT's configuration assume 1. Both have PEFT's
+    names: renaming to older diffusers formats knows attention layers only and would drop the rest.
+    """
+    weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
+    if loads_lora(pipeline_class):
+        scaled, plain = folded(weights, config)
+        settings = {f"{denoiser_name}.{name}": value for name, value in public_settings(plain).items()}
+
+        def write(tensors: dict[str, torch.Tensor], file: str) -> None:
+            # One entry: safetensors writes several in a random order, and equal files would be uploaded again.
+            save_file(tensors, file, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
+
+        layers = {f"{denoiser_name}_lora_layers": scaled}
+        pipeline_class.save_lora_weights(folder, **layers, save_function=write)
+    save_file({PEFT_PREFIX + key: value for key, value in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
+    text = json.dumps(public_settings(config), indent=2, sort_keys=True)
+    (folder / PEFT_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
+    """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes.
+
+    Raises:
+        `ValueError`: If the file is missing or its tensors are not the adapter's.
+    """
+    file = folder / PEFT_FILE
+    if not file.is_file():
+        raise ValueError(f"A LoRA checkpoint must hold {PEFT_FILE}; {folder} does not. Was it tuned in full?")
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
+    stored = {key: tuple(value.shape) for key, value in state.items()}
+    if shapes != stored:
+        differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
+        raise ValueError(
+            f"{file} holds a LoRA of another set-up: {len(stored)} tensors for {len(shapes)}, such as {differing}. "
+            "Resume with the `peft_config` of the run that wrote it."
+        )
+    return state
 
 
 def remove_local_paths(configs: Iterable[Path]) -> None:

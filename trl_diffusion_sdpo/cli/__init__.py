@@ -1,1 +1,5 @@
-"""The command line: words into objects, one file for each command."""
+"""The command line, one file per command."""
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2  # as in argparse
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells

@@ -1,10 +1,11 @@
-"""`trl-diffusion-sdpo env`: the versions that a bug report needs."""
+"""`trl-diffusion-sdpo env`: the versions for a bug report."""
 
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
+from . import EXIT_OK
 from .options import OneLineParser
 
 PACKAGES = (
@@ -34,11 +35,11 @@ def run(arguments: list[str], prog: str) -> int:
     print("Copy this into a bug report:\n")
     for name, value in environment().items():
         print(f"- {name}: {value}")
-    return 0
+    return EXIT_OK
 
 
 def environment() -> dict[str, str]:
-    """What this package runs on, by name."""
+    """Versions, platform and accelerators, by name."""
     return {
         "trl-diffusion-sdpo": __version__,
         "Platform": platform.platform(),
@@ -56,10 +57,10 @@ def _installed_version(package: str) -> str:
 
 
 def _accelerators() -> list[str]:
-    import torch  # seconds: only here
+    import torch  # takes seconds
 
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if not torch.accelerator.is_available():  # asked for its name without one, torch 2.6 raises
+    if not torch.accelerator.is_available():  # without one, `current_accelerator` raises in torch 2.6
         return []
     return [torch.accelerator.current_accelerator().type]

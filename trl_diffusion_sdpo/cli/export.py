@@ -1,10 +1,10 @@
-"""`trl-diffusion-sdpo export`: what a run saved, in a file format of other tools."""
+"""`trl-diffusion-sdpo export`: the LoRA of a run in a file format of other tools."""
 
 import argparse
 
+from . import EXIT_OK
 from .options import OneLineParser
 
-EXIT_OK = 0
 FORMATS = ("kohya",)
 
 
@@ -17,16 +17,16 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         ),
     )
     add = parser.add_argument
-    add("--run", required=True, metavar="FOLDER", help="What the run saved: its output folder or a checkpoint.")
+    add("--run", required=True, metavar="FOLDER", help="Output folder of the run, or one of its checkpoints.")
     add("--output", required=True, metavar="FILE", help="The new file; its name ends in .safetensors.")
     add("--format", choices=FORMATS, default=FORMATS[0], help="The format (default: kohya).")
-    add("--average", action="store_true", help="Export the average of the weights that `ema_decay` kept.")
+    add("--average", action="store_true", help="Export the averaged weights of `ema_decay`.")
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
-    from ..artifacts.lora_export import export_kohya  # seconds: after the arguments are known to be good
+    from ..artifacts.lora_export import export_kohya  # takes seconds: after the arguments are checked
 
     tensors = export_kohya(options.run, options.output, average=options.average)
     count = sum(key.endswith(".alpha") for key in tensors)

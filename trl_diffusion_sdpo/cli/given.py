@@ -1,4 +1,4 @@
-"""What was typed and what stands in the file of `--config`, checked against the options before anything is loaded."""
+"""Reads the command line and the file of `--config`, and checks both against the options before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .options import Option, OptionTable, names_in_sources, option_parser, refus
 
 logger = logging.getLogger(__name__)
 
-# Options that act with `use_peft` alone, by the beginnings of their names in TRL's `ModelConfig`.
-_OF_ADAPTERS = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
-# Options that act with `eval_strategy` alone.
-_OF_EVALUATION = ("eval_dataset_name", "test_size", "eval_steps")
-# YAML 1.1 reads off, no, on and yes without quotes as switches; what they say where an option takes words.
-_WORDS_OF_SWITCHES = {
+# Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
+_ADAPTER_PREFIXES = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
+# Options that need `eval_strategy`.
+_EVALUATION_OPTIONS = ("eval_dataset_name", "test_size", "eval_steps")
+# YAML 1.1 reads off, no, on and yes without quotes as booleans; their meaning for options of type str.
+_WORDS_OF_BOOLEANS = {
     "report_to": {False: "none"},
     "verify_images": {True: "all", False: "none"},
     "resume_from_checkpoint": {True: "true", False: "false"},
@@ -40,13 +40,13 @@ _RULES = {
 
 
 class Given(NamedTuple):
-    """What was given.
+    """The arguments of the command.
 
     Attributes:
-        words (`list[str]`): The command's own, without `--config`.
-        settings (`dict[str, Any]`): Of the file, as the options take them.
-        environment (`dict[str, str]`): Environment variables that the file asks for.
-        typed (`dict[str, Any]`): What the words say, by option.
+        words (`list[str]`): Words of the command line, without `--config` and those of `accelerate launch`.
+        settings (`dict[str, Any]`): Settings of the file, converted to the options' types.
+        environment (`dict[str, str]`): Environment variables that the file sets.
+        typed (`dict[str, Any]`): Values of `words`, by option.
     """
 
     words: list[str]
@@ -56,7 +56,7 @@ class Given(NamedTuple):
 
 
 def refuse_missing(given: Given) -> None:
-    """Raise `ValueError` where there is no pipeline or no data."""
+    """Raise `ValueError` if the pipeline or the data set is not given."""
     values = {**given.settings, **given.typed}
     for name, what in _REQUIRED.items():
         if not values.get(name):
@@ -64,15 +64,15 @@ def refuse_missing(given: Given) -> None:
 
 
 def refuse_unknown_names(arguments: list[str]) -> None:
-    """Refuse options that no installed version knows, where the table of the options describes others than those.
+    """Refuse unknown options early, where the shipped table describes other versions than the installed ones.
 
     Raises:
-        ValueError: With what was probably meant.
+        ValueError: With the nearest known names.
     """
     known = names_in_sources()
     file = launch.read_file(arguments)
     if known is None or launch.OPTION in file or launch.take_option(arguments, launch.OPTION)[0] is not None:
-        return  # the options of accelerate's launcher may follow, and it knows them itself
+        return  # options of `accelerate launch` may follow, which its parser checks
     known |= {f"no_{name}" for name in known} | {"config", "help", *launch.keys_used_by_the_launcher()}
     names = (launch.option_of(word) for word in arguments)
     refuse_unknown([f"--{name}" for name in names if name and name not in known], known)
@@ -80,14 +80,14 @@ def refuse_unknown_names(arguments: list[str]) -> None:
 
 
 def read_given(arguments: list[str], table: OptionTable) -> Given:
-    """Look at everything that was given.
+    """Read and check all arguments.
 
     Args:
         arguments (`list[str]`): Of the command, and those of `accelerate launch` with `--accelerate_config`.
-        table (`OptionTable`): The options that there are.
+        table (`OptionTable`): The known options.
 
     Raises:
-        ValueError: If a name is unknown, a value is none that its option takes, or options contradict one another.
+        ValueError: If a name is unknown, a value has the wrong type, or options contradict one another.
     """
     file = launch.read_file(arguments)
     environment = file.pop(launch.ENVIRONMENT_KEY, {})
@@ -103,23 +103,23 @@ def read_given(arguments: list[str], table: OptionTable) -> Given:
     else:
         _refuse_options_of_the_launcher([*words, *(f"--{key}" for key in file if key not in launched)], table)
     typed = _read_words(words, table.options, table.launch_options if launches else ())
-    own = {key: value for key, value in file.items() if key not in launched or key in table.options}
-    _refuse_unknown_keys({key for key in own if key not in table.options}, table.options)
-    settings = {key: setting(key, table.options[key], value) for key, value in own.items()}
+    ours = {key: value for key, value in file.items() if key not in launched or key in table.options}
+    _refuse_unknown_keys({key for key in ours if key not in table.options}, table.options)
+    settings = {key: setting(key, table.options[key], value) for key, value in ours.items()}
     _check_together({**settings, **typed})
     return Given(words, settings, {str(key): str(value) for key, value in environment.items()}, typed)
 
 
 def setting(name: str, option: Option, value: Any) -> Any:
-    """A value of YAML as an option takes it.
+    """Converts a value of the YAML file to the type of its option.
 
     Args:
-        name (`str`): Of the option, for messages.
+        name (`str`): Name of the option in messages.
         option (`Option`): The option.
-        value (`Any`): What YAML made of the file.
+        value (`Any`): As YAML parses it.
 
     Raises:
-        ValueError: If the option takes no such value.
+        ValueError: If the option does not take the value.
     """
     kinds = set(option.kinds)
     if "other" in kinds or (value is None and "null" in kinds) or (isinstance(value, dict) and "dict" in kinds):
@@ -132,13 +132,13 @@ def setting(name: str, option: Option, value: Any) -> Any:
 
 def _scalar(name: str, option: Option, value: Any, kinds: set[str]) -> Any:
     if isinstance(value, bool) and "bool" not in kinds:
-        return _word_of_switch(name, option, value)
+        return _word_of_boolean(name, option, value)
     if isinstance(value, bool) or (isinstance(value, float) and "float" in kinds):
         return value
     if isinstance(value, int):
         if kinds & {"int", "float"}:
             return value
-        value = str(value)  # a number for text, such as a revision; 0 and 1 for a switch
+        value = str(value)  # of an option of type str, such as a revision, or of a boolean one: 0 and 1
     if isinstance(value, str):
         try:
             return option.read(value)
@@ -149,8 +149,8 @@ def _scalar(name: str, option: Option, value: Any, kinds: set[str]) -> Any:
     raise ValueError(f"`{name}` must be {rule}, got {'nothing' if value is None else repr(value)}.{quote}")
 
 
-def _word_of_switch(name: str, option: Option, value: bool) -> str:
-    word = choice_of_switch(value, option.choices or ()) or _WORDS_OF_SWITCHES.get(name, {}).get(value)
+def _word_of_boolean(name: str, option: Option, value: bool) -> str:
+    word = choice_of_switch(value, option.choices or ()) or _WORDS_OF_BOOLEANS.get(name, {}).get(value)
     if word is not None:
         return word
     if option.choices:
@@ -158,13 +158,13 @@ def _word_of_switch(name: str, option: Option, value: bool) -> str:
     else:
         rule = " or ".join(_RULES[kind] for kind in option.kinds if kind in _RULES)
     raise ValueError(
-        f"`{name}` must be {rule}, got a switch that is {'on' if value else 'off'}: YAML reads on, off, yes and no so. "
-        "Write the word in quotes if it is meant as text."
+        f"`{name}` must be {rule}, got {str(value).lower()}: YAML reads on, off, yes and no as booleans. Write the "
+        "word in quotes if it is meant as text."
     )
 
 
 def _read_words(words: list[str], options: Mapping[str, Option], others: Iterable[str]) -> dict[str, Any]:
-    """Values of the options that were typed; of one that was typed again, the last."""
+    """Values of the typed options; the last one of an option that is given twice."""
     parser = option_parser(options, only_given=True, add_help=False)
     typed, unknown = parser.parse_known_args(words)
     flags = {flag: name for name, option in options.items() for flag in (*option.flags, *option.off_flags)}
@@ -176,8 +176,8 @@ def _read_words(words: list[str], options: Mapping[str, Option], others: Iterabl
 
 
 def _check_together(given: Mapping[str, Any]) -> None:
-    """Options that do nothing, or something else than they say, without another one."""
-    idle = [name for name, value in given.items() if name.startswith(_OF_ADAPTERS) and value not in (False, None)]
+    """Refuse adapter options without `use_peft`; warn of evaluation options without `eval_strategy`."""
+    idle = [name for name, value in given.items() if name.startswith(_ADAPTER_PREFIXES) and value not in (False, None)]
     if idle and not given.get("use_peft"):
         listed = ", ".join(f"`{name}`" for name in idle)
         raise ValueError(
@@ -185,12 +185,12 @@ def _check_together(given: Mapping[str, Any]) -> None:
             "`--use_peft` for a LoRA, or leave the others out."
         )
     if given.get("eval_strategy", "no") == "no" and not given.get("do_eval"):
-        for name in (name for name in _OF_EVALUATION if given.get(name) is not None):
+        for name in (name for name in _EVALUATION_OPTIONS if given.get(name) is not None):
             _warn(f"`{name}={given[name]}` has no effect without `eval_strategy`.")
 
 
 def _warn(message: str) -> None:
-    """Once for all processes: the launcher has said it already, or rank 0 says it."""
+    """Warn once for all processes: in the launching process, or on rank 0."""
     if launch.LAUNCHED_VARIABLE not in os.environ and os.environ.get("RANK", "0") == "0":
         logger.warning(message)
 
@@ -204,5 +204,7 @@ def _refuse_options_of_the_launcher(words: list[str], table: OptionTable) -> Non
 
 def _refuse_unknown_keys(unknown: set[str], known: Any) -> None:
     if unknown:
-        told = " ".join(f"`{key}` is none.{did_you_mean(str(key), known)}" for key in sorted(map(str, unknown)))
-        raise ValueError(f"The file of `--config` must hold options of the command or of `accelerate launch`: {told}")
+        listed = " ".join(f"`{key}` is none.{did_you_mean(str(key), known)}" for key in sorted(map(str, unknown)))
+        raise ValueError(
+            f"The file of `--config` must hold options of the command or of `accelerate launch`: {listed}"
+        )

@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo train --accelerate_config NAME`: the same command once more, in as many processes as a
-configuration of accelerate says, by `accelerate launch`."""
+"""`trl-diffusion-sdpo train --accelerate_config NAME`: runs the same command by `accelerate launch`, in the processes
+of a configuration of accelerate."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..import_utils import require
+from . import EXIT_INTERRUPTED, EXIT_OK
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 OPTION = "accelerate_config"
 MODULE = f"{__package__}.main"
 
-# Set in the processes that are started here: which keys of the file of `--config` the launcher has used.
+# Set in the launched processes: the keys of the file of `--config` that the launcher has used.
 LAUNCHED_VARIABLE = "TRL_DIFFUSION_SDPO_LAUNCHED"
 
-# What torch's launcher waits between Ctrl-C and killing its processes, in seconds; 30 if unset, in which a large model
-# does not end its step and write its checkpoint.
+# Seconds that torch's launcher waits between Ctrl-C and killing its processes. Its default of 30 is too short for a
+# large model to end its step and write a checkpoint.
 SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-# Options of `accelerate launch` that are given here and by nobody else.
+# Options of `accelerate launch` that users cannot give, as this module sets them.
 _RESERVED = {"config_file", "module", "no_python", "help"}
-ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as TRL's parser has it; not accelerate's
+ENVIRONMENT_KEY = "env"  # in a file of `--config`: environment variables, as in TRL's parser; not accelerate's option
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class Launch(NamedTuple):
-    """What is to be started.
+    """A launch of the command.
 
     Attributes:
         config_file (`Path`): The configuration of accelerate.
         options (`list[str]`): Arguments of `accelerate launch`.
-        arguments (`list[str]`): Arguments of the command, without those that the launcher has used.
-        used_keys (`list[str]`): Keys of the file of `--config` that the launcher has used.
+        arguments (`list[str]`): Arguments of the command, without those of the launcher.
+        used_keys (`list[str]`): Keys of the file of `--config` that the launcher uses.
     """
 
     config_file: Path
@@ -53,7 +53,7 @@ class Launch(NamedTuple):
 
 
 def config_names() -> list[str]:
-    """Names of the configurations that come with this package."""
+    """Names of the packaged configurations."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -73,21 +73,21 @@ def config_path(name: str) -> Path:
 
 
 def keys_used_by_the_launcher() -> list[str]:
-    """In a process that was started here: keys of the file of `--config` that are not the command's."""
+    """In a launched process: keys of the file of `--config` that are the launcher's and not the command's."""
     return os.environ.get(LAUNCHED_VARIABLE, "").split(",")
 
 
 def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
-    """Which processes the arguments ask for.
+    """The launch that the arguments ask for.
 
     Args:
-        arguments (`list[str]`): Of the command: its own and those of `accelerate launch`.
-        own_options (`Collection[str]`): The command's options, without dashes. They win over accelerate's of the same
-            name, such as `gradient_accumulation_steps`.
+        arguments (`list[str]`): Of the command and of `accelerate launch`.
+        own_options (`Collection[str]`): The command's options, without dashes. They take precedence over accelerate's
+            of the same name, such as `gradient_accumulation_steps`.
 
     Returns:
-        `Launch` or `None`: `None` if the command runs in this process: without `accelerate_config`, or in a process
-        that was started here.
+        `Launch` or `None`: `None` if the command runs in this process: without `accelerate_config`, or in a launched
+        process.
 
     Raises:
         ValueError: If there is no such configuration, or another launcher started this process.
@@ -108,7 +108,7 @@ def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
     settings = _read_yaml(file)
     if settings.get("distributed_type") == "DEEPSPEED":
         require("deepspeed", f"The configuration {chosen}")
-    options = [*_as_words(used, takes_value), *options]  # the later one wins
+    options = [*_as_words(used, takes_value), *options]  # the command line overrides the file
     return Launch(file, [*_processes(settings, options), *options], own, [OPTION, *used])
 
 
@@ -116,12 +116,12 @@ def start(launch: Launch, command: str) -> int:
     """Start a command under accelerate and wait for its end.
 
     Args:
-        launch (`Launch`): What is to be started.
+        launch (`Launch`): The launch.
         command (`str`): Name of the command.
 
     Returns:
-        `int`: The exit code: 0; that of the first process that failed, with 128 added to the number of a signal; 130
-        after an interruption.
+        `int`: The exit code: 0; that of the first process that failed, 128 plus the signal's number if it was killed
+        by one; 130 after an interruption.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
@@ -133,7 +133,7 @@ def start(launch: Launch, command: str) -> int:
     environment = {LAUNCHED_VARIABLE: ",".join(launch.used_keys)}
     environment[SHUTDOWN_VARIABLE] = os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_SECONDS)
     try:
-        with patch_environment(**environment), _interrupts_are_the_childs(launch.config_file):
+        with patch_environment(**environment), _ignore_interrupts_with_one_process(launch.config_file):
             launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -144,14 +144,14 @@ def start(launch: Launch, command: str) -> int:
         return _exit_code(error.returncode)
     except SignalException:
         return EXIT_INTERRUPTED
-    return 0
+    return EXIT_OK
 
 
 def read_file(arguments: list[str]) -> dict[str, Any]:
-    """What stands in the file of `--config`; nothing without one.
+    """The contents of the file of `--config`; empty without one.
 
     Raises:
-        ValueError: If it is not YAML that maps names to values, or is named twice.
+        ValueError: If it is not a mapping in YAML, or two files are given.
     """
     name, _ = take_option(arguments, "config")
     return {} if name is None else _read_yaml(Path(name))
@@ -176,18 +176,18 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
 
 
 def launch_options(own_options: Collection[str]) -> dict[str, bool]:
-    """The options of `accelerate launch` that may be given, and whether each takes a value."""
+    """The options of `accelerate launch` that users can give, and whether each takes a value."""
     actions = [action for action in _launch_parser()._actions if action.option_strings]
     taken = {*own_options, *_RESERVED}
     return {action.dest: action.nargs != 0 for action in actions if action.dest not in taken}
 
 
 def separate(arguments: list[str], takes_value: dict[str, bool]) -> tuple[list[str], list[str]]:
-    """Part the arguments of `accelerate launch` from the others; both keep their order.
+    """Separate the arguments of `accelerate launch` from the others, in order.
 
     Args:
-        arguments (`list[str]`): All of them.
-        takes_value (`dict[str, bool]`): Those of `accelerate launch`, as of [`launch_options`].
+        arguments (`list[str]`): All arguments.
+        takes_value (`dict[str, bool]`): The options of `accelerate launch`, from [`launch_options`].
 
     Raises:
         ValueError: If a value is missing.
@@ -214,13 +214,13 @@ def option_of(word: str) -> str | None:
 
 
 def _launch_parser() -> argparse.ArgumentParser:
-    from accelerate.commands.launch import launch_command_parser  # sets up logging: only where it is needed
+    from accelerate.commands.launch import launch_command_parser  # configures logging when imported
 
     return launch_command_parser()
 
 
 def _as_words(settings: dict[str, Any], takes_value: dict[str, bool]) -> list[str]:
-    """Keys and values of a file as arguments; a switch stands alone, and only if it is on."""
+    """Keys and values of a file as arguments; a flag without a value is written if it is true."""
     words = []
     for name, value in settings.items():
         words += [f"--{name}", str(value)] if takes_value[name] else [f"--{name}"] * bool(value)
@@ -228,14 +228,14 @@ def _as_words(settings: dict[str, Any], takes_value: dict[str, bool]) -> list[st
 
 
 def _processes(settings: dict[str, Any], options: list[str]) -> list[str]:
-    """One process for each accelerator of each machine, where neither the file nor the arguments say how many."""
+    """One process per accelerator of each machine, unless the file or the arguments give the number."""
     if "num_processes" in settings or settings.get("distributed_type") == "NO":
         return []
     given = _launch_parser().parse_args([*options, MODULE])
     if given.num_processes is not None:
         return []
     machines = given.num_machines or settings.get("num_machines", 1)
-    import torch  # seconds: only where something is started
+    import torch  # takes seconds
 
     devices = torch.accelerator.device_count()
     if devices == 0:
@@ -264,24 +264,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which YAML would take the last without a word."""
+    """Refuses a duplicate key, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands in it twice. Leave one out")
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} is given twice. Remove one")
         return super().construct_mapping(node, deep)
 
 
 @contextlib.contextmanager
-def _interrupts_are_the_childs(config_file: Path) -> Iterator[None]:
-    """A single process is a plain child, which gets a terminal's Ctrl-C itself: wait until it has written its
-    checkpoint. torch's launcher has handlers of its own."""
+def _ignore_interrupts_with_one_process(config_file: Path) -> Iterator[None]:
+    """Ignores SIGINT while a single child process runs: the terminal sends it Ctrl-C too, and it writes a checkpoint
+    before it ends. For several processes, torch's launcher has its own handlers."""
     if _read_yaml(config_file).get("distributed_type") != "NO":
         yield
         return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)  # is the default again in the child
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)  # unlike SIG_IGN, not inherited by the child
     try:
         yield
     finally:
@@ -289,5 +289,5 @@ def _interrupts_are_the_childs(config_file: Path) -> Iterator[None]:
 
 
 def _exit_code(code: int) -> int:
-    """As shells have it: 128 and the number of the signal, which Python gives as a negative code."""
+    """128 plus the number of a signal, as in shells; Python reports signals as negative codes."""
     return 128 - code if code < 0 else code

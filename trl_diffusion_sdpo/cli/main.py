@@ -1,4 +1,4 @@
-"""The entry of `trl-diffusion-sdpo`: which commands there are, and how a run ends for the shell."""
+"""The entry point `trl-diffusion-sdpo`: its commands and exit codes."""
 
 import os
 import sys
@@ -7,25 +7,23 @@ from importlib import import_module
 from .. import __version__
 from ..import_utils import MissingExtraError
 from ..suggestions import did_you_mean
+from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 
-# Command -> what it does. Each is a module of this room, dashes as underscores, with `run(arguments, prog) -> exit
-# code`.
+# Command -> help. Each is a module of this folder, with underscores for dashes, and has `run(arguments, prog) -> int`,
+# which returns the exit code.
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
-    "sweep-scale": "Evaluate what a run saved between base and tuned weights.",
+    "sweep-scale": "Evaluate a run's weights between base and tuned weights.",
     "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
-    "demo": "Train on the embedded world and draw what happened.",
+    "demo": "Train on the embedded world and plot the results.",
     "env": "Print the versions that a bug report needs.",
 }
 
-EXIT_OK = 0
-EXIT_USER_ERROR = 2  # as argparse has it
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-# Mistakes of the caller, and troubles of the machine, that one sentence explains.
+# Errors whose message is shown without a traceback.
 _EXPLAINED = (ValueError, OSError, FloatingPointError, MissingExtraError)
 
 
@@ -33,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv (`list[str]`, *optional*): The command and its arguments; those of the process if unset.
+        argv (`list[str]`, *optional*): The command and its arguments; `sys.argv[1:]` if unset.
 
     Returns:
-        `int`: The exit code: 0 on success and for help, 2 for a mistake of the caller, 130 after an interruption.
+        `int`: The exit code: 0 on success and for help, 2 for a user error, 130 after an interruption.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

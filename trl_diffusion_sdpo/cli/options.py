@@ -1,8 +1,8 @@
-"""Which options `train` has, known before torch is imported.
+"""The options of `train`, without importing torch.
 
-`train_options.json` describes the parser that TRL makes of the dataclasses, under the versions of transformers, TRL and
-accelerate that it names. Under other versions the parser is made and described, which takes seconds. After a change of
-the options the file is written anew with `python tests/test_cli_surface.py`."""
+`train_options.json` describes the parser that TRL makes from the dataclasses, for the versions of transformers, TRL and
+accelerate that it names. With other versions the parser is made and described at run time, which takes seconds. After a
+change of the options, `python tests/test_cli_surface.py` rewrites the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..switch_words import SWITCH_WORDS
 
 TABLE_FILE = Path(__file__).with_name("train_options.json")
 DESCRIBED = ("accelerate", "transformers", "trl")
-# Where the fields are declared that are not this package's: library -> files.
+# Files that declare the fields of other libraries.
 _SOURCES = {"transformers": ["training_args.py"], "trl": ["scripts/utils.py", "trainer/model_config.py"]}
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null"}
 
@@ -35,14 +35,14 @@ class Option:
     """One option.
 
     Attributes:
-        flags (`list[str]`): How it is written on the command line.
-        off_flags (`list[str]`): How it is switched off there, if it is on by default.
-        kinds (`list[str]`): Which values it takes: `bool`, `int`, `float`, `str`, `list`, `dict`, `null` and `other`.
-        elements (`str`): The kind of a list's elements and of a word of the command line.
-        nargs (`str`, *optional*): As argparse has it.
-        choices (`list[str]`, *optional*): The values that there are.
-        default (`Any`): If nothing is given.
-        help (`str`, *optional*): What it does.
+        flags (`list[str]`): Its flags on the command line.
+        off_flags (`list[str]`): Flags that disable it, if it is on by default.
+        kinds (`list[str]`): Types of its values: `bool`, `int`, `float`, `str`, `list`, `dict`, `null` and `other`.
+        elements (`str`): Type of a list's elements and of a word of the command line.
+        nargs (`str`, *optional*): As in argparse.
+        choices (`list[str]`, *optional*): The allowed values.
+        default (`Any`): Value if it is not given.
+        help (`str`, *optional*): Help text.
     """
 
     flags: list[str]
@@ -55,10 +55,10 @@ class Option:
     help: str | None
 
     def read(self, word: str) -> Any:
-        """A word of the command line as a value.
+        """Converts a word of the command line to a value.
 
         Raises:
-            ValueError: If it is none that the option takes; the message goes on after its name.
+            ValueError: If the option does not take it; the message continues a sentence that begins with its name.
         """
         optional = "null" in self.kinds and self.elements != "str"
         if optional and word.lower() in ("none", "null"):
@@ -75,12 +75,12 @@ class Option:
 
 
 class OptionTable(typing.NamedTuple):
-    """What can be typed after `train`.
+    """All options of `train`.
 
     Attributes:
         options (`dict[str, Option]`): By name.
-        launch_options (`dict[str, bool]`): Names of `accelerate launch`, and whether each takes a value.
-        own (`list[str]`): Names that this package declares, and neither transformers nor TRL.
+        launch_options (`dict[str, bool]`): Options of `accelerate launch`, and whether each takes a value.
+        own (`list[str]`): Names of the options that this package declares, not transformers or TRL.
     """
 
     options: dict[str, Option]
@@ -89,7 +89,7 @@ class OptionTable(typing.NamedTuple):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with what was probably meant, and which knows no abbreviations."""
+    """A parser without abbreviations, whose errors are one line that names the nearest known option."""
 
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False, **settings})
@@ -111,18 +111,18 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def refuse_unknown(words: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `ValueError` on words that a parser could not place, with what was probably meant."""
+    """Raise `ValueError` on words that a parser did not recognize, with the nearest known options."""
     words, known = list(words), list(known)
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     if flags:
-        told = (f"`{flag}` is no option of this command.{_nearest_flag(flag, known)}" for flag in flags)
-        raise ValueError(f"{' '.join(told)} `--help` lists all.")
+        listed = (f"`{flag}` is no option of this command.{_nearest_flag(flag, known)}" for flag in flags)
+        raise ValueError(f"{' '.join(listed)} `--help` lists all.")
     if words:
         raise ValueError(f"These words belong to no option: {' '.join(words)}. Options begin with `--`.")
 
 
 def read_table() -> OptionTable | None:
-    """The table that ships with the package, or `None` if other versions are installed than it describes."""
+    """The packaged table, or `None` if it describes other versions than the installed ones."""
     stored = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
     if stored["versions"] != installed_versions():
         return None
@@ -131,7 +131,7 @@ def read_table() -> OptionTable | None:
 
 
 def write_table(table: OptionTable) -> None:
-    """Write the table that ships with the package, one line for each option."""
+    """Write the packaged table, one line per option."""
     rows = {name: asdict(option) for name, option in table.options.items()}
     TABLE_FILE.write_text(
         f'{{"versions": {json.dumps(installed_versions())},\n"own": {json.dumps(table.own)},\n'
@@ -143,16 +143,16 @@ def write_table(table: OptionTable) -> None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the libraries whose options the table describes."""
+    """Versions of the libraries whose options the table describes."""
     return {library: _version(library) for library in DESCRIBED}
 
 
 def names_in_sources() -> set[str] | None:
-    """Names of all options under any versions, read from the installed sources as text, without an import.
+    """Names of all options of the installed versions, read from their sources as text, without importing them.
 
     Returns:
-        `set[str]` or `None`: More names than there are options, perhaps; `None` where the libraries declare their
-        fields elsewhere than the table knows.
+        `set[str]` or `None`: Possibly more names than options; `None` where the libraries declare their fields in
+        other files.
     """
     stored = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
     found = set()
@@ -168,11 +168,11 @@ def names_in_sources() -> set[str] | None:
 
 
 def describe(parser: argparse.ArgumentParser, dataclasses: Iterable[type]) -> dict[str, Option]:
-    """The options of a parser that was made of dataclasses.
+    """The options of a parser that was made from dataclasses.
 
     Args:
         parser (`argparse.ArgumentParser`): The parser.
-        dataclasses (`Iterable[type]`): Of which it was made; their annotations say what YAML may hold.
+        dataclasses (`Iterable[type]`): Its dataclasses; their annotations give the types of values in YAML.
     """
     hints = {name: hint for holder in dataclasses for name, hint in typing.get_type_hints(holder).items()}
     actions: dict[str, list[argparse.Action]] = {}
@@ -183,11 +183,11 @@ def describe(parser: argparse.ArgumentParser, dataclasses: Iterable[type]) -> di
 
 
 def option_parser(options: Mapping[str, Option], *, only_given: bool = False, **settings: Any) -> OneLineParser:
-    """A parser of the described options, with the help of the parser that was described.
+    """A parser of the described options.
 
     Args:
         options (`Mapping[str, Option]`): By name.
-        only_given (`bool`): Whether what is parsed holds no defaults.
+        only_given (`bool`): Whether to leave defaults out of the parsed namespace.
         settings: Of [`OneLineParser`].
     """
     parser = OneLineParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
@@ -208,7 +208,7 @@ def option_parser(options: Mapping[str, Option], *, only_given: bool = False, **
 
 
 def _argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse, which shows the messages of its own error alone."""
+    """`read` as a `type` of argparse, which shows messages of `ArgumentTypeError` only."""
 
     def read_argument(word: str) -> Any:
         try:

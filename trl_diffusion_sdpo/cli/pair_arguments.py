@@ -1,4 +1,4 @@
-"""Which pairs a run trains on and which it is evaluated on, from words to data sets."""
+"""The arguments that name the training and evaluation pairs, and the data sets that they load."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from trl import ScriptArguments
 
-from ..data.holdout import hold_out
-from .split_slices import rename, rows_of, share_rows, surely_share_rows
+from ..data.pairs import hold_out
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
 
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
-_ONLY_SPLIT = "train"  # what the Datasets library calls the rows of data without splits
+_ALL_SPLITS = "all"  # the Datasets library's name for the concatenation of all splits
+_ONLY_SPLIT = "train"  # the Datasets library's name for the rows of data without splits
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _HOW_TO_EVALUATE = (
     "Name other pairs with `eval_dataset_name`, hold some out of these with `test_size`, or leave `eval_strategy` out."
@@ -28,11 +28,11 @@ _HOW_TO_EVALUATE = (
 @dataclass
 class PairArguments(ScriptArguments):
     r"""
-    [`~trl.ScriptArguments`] with two ways to say which pairs a run is evaluated on.
+    [`~trl.ScriptArguments`] with two ways to name the pairs for evaluation.
 
     Parameters:
         eval_dataset_name (`str`, *optional*):
-            Pairs for evaluation, of the kinds that `dataset_name` takes; their split `dataset_test_split`. The data of
+            Pairs for evaluation, given like `dataset_name`; their split `dataset_test_split` is used. The data of
             `dataset_name` if unset.
         test_size (`float`, *optional*):
             Holds pairs out of the training split for evaluation: a share in `(0, 1)`, or a whole number of rows. All
@@ -60,14 +60,14 @@ class PairArguments(ScriptArguments):
 
 
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-    """The pairs to train on, and those to evaluate on if `eval_strategy` asks for them.
+    """The pairs for training, and those for evaluation unless `eval_strategy` is `"no"`.
 
     `dataset_name` is a Hub id, a file (parquet, arrow, JSON, CSV), a folder of such files or of images, or a folder
     that `save_to_disk` wrote.
 
     Args:
-        script_args (`PairArguments` or `trl.ScriptArguments`): Which data.
-        training_args (`DiffusionSDPOConfig`): Whether there is an evaluation, the seed and the format.
+        script_args (`PairArguments` or `trl.ScriptArguments`): The data.
+        training_args (`DiffusionSDPOConfig`): `eval_strategy`, seed and format.
 
     Raises:
         ValueError: If there is no such data set or split, or the evaluation would be on training pairs.
@@ -82,17 +82,17 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         _refuse_streaming(script_args)
         known = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
         return hold_out(load_split(script_args, train_split), script_args.test_size, **known)
-    if surely_share_rows(*_splits(script_args)):
+    if _surely_share_rows(*_splits(script_args)):
         raise _on_training_pairs(script_args)
     train, evaluation = load_split(script_args, train_split), _load_test_split(script_args)
     lengths = _lengths(script_args, train)
-    if lengths is not None and share_rows(*_splits(script_args), lengths):
+    if lengths is not None and _share_rows(*_splits(script_args), lengths):
         raise _on_training_pairs(script_args)
     return train, evaluation
 
 
 def load_split(script_args: ScriptArguments, split: str) -> Any:
-    """One split of `dataset_name`; a file is one split, whatever that is called.
+    """One split of `dataset_name`; a file is one split under any name.
 
     Raises:
         ValueError: If there is no such data set or split.
@@ -111,7 +111,7 @@ def load_split(script_args: ScriptArguments, split: str) -> Any:
             raise ValueError(
                 f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {name}. Pass its folder instead."
             )
-        files, split = {_ONLY_SPLIT: str(path)}, rename(split, _ONLY_SPLIT)
+        files, split = {_ONLY_SPLIT: str(path)}, _rename_split(split, _ONLY_SPLIT)
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
     if path.is_dir():
         return datasets.load_dataset(str(path), split=split, streaming=streaming)
@@ -119,42 +119,42 @@ def load_split(script_args: ScriptArguments, split: str) -> Any:
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
-    """`dataset_name` for others to read: `None` of a path of this machine, which tells nobody anything."""
+    """`dataset_name` if it is a Hub id; `None` for a local path, which is not published."""
     name = script_args.dataset_name
     return None if Path(name).expanduser().exists() else name
 
 
 def _names_one_data_set(script_args: PairArguments) -> bool:
-    """Whether `eval_dataset_name` is the data set that is trained on."""
+    """Whether `eval_dataset_name` is the training data set."""
     here, there = (Path(name).expanduser() for name in (script_args.dataset_name, script_args.eval_dataset_name))
     return here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
 
 
 def _load_other(script_args: PairArguments) -> Any:
-    """Pairs of `eval_dataset_name`, which is another data set than the one that is trained on."""
+    """Pairs of `eval_dataset_name`, where it is not the training data set."""
     there, split = Path(script_args.eval_dataset_name).expanduser(), script_args.dataset_test_split
     other = ScriptArguments(
         dataset_name=script_args.eval_dataset_name,
         dataset_config=None if there.exists() else script_args.dataset_config,
         dataset_streaming=script_args.dataset_streaming,
     )
-    return load_split(other, rename(split, _ONLY_SPLIT) if _is_one_split(there) else split)
+    return load_split(other, _rename_split(split, _ONLY_SPLIT) if _is_one_split(there) else split)
 
 
 def _splits(script_args: PairArguments) -> tuple[str, str]:
-    """What is trained and evaluated on, both of `dataset_name`; where that is one split, both by its name."""
+    """The splits of `dataset_name` for training and evaluation, by the only name there is if it has one split."""
     splits = script_args.dataset_train_split, script_args.dataset_test_split
     if _is_one_split(Path(script_args.dataset_name).expanduser()):
-        return rename(splits[0], _ONLY_SPLIT), rename(splits[1], _ONLY_SPLIT)
+        return _rename_split(splits[0], _ONLY_SPLIT), _rename_split(splits[1], _ONLY_SPLIT)
     return splits
 
 
 def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
-    """Rows of each split of `dataset_name`; `None` of a stream, whose splits are whole ones.
+    """Number of rows of each split of `dataset_name`; `None` for a stream, whose splits cannot be sliced.
 
     Args:
-        script_args (`PairArguments`): Which data.
-        train (`Dataset` or `IterableDataset`): What was loaded of them.
+        script_args (`PairArguments`): The data.
+        train (`Dataset` or `IterableDataset`): Their loaded training split.
     """
     path = Path(script_args.dataset_name).expanduser()
     if _is_saved(path):
@@ -165,7 +165,7 @@ def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
 
 
 def _on_training_pairs(script_args: PairArguments) -> ValueError:
-    """The error that the pairs to evaluate on are among those that are trained on."""
+    """The error for evaluation pairs that are also training pairs."""
     name, test_split = script_args.dataset_name, script_args.dataset_test_split
     if script_args.eval_dataset_name is not None:
         return ValueError(
@@ -186,7 +186,7 @@ def _on_training_pairs(script_args: PairArguments) -> ValueError:
 def _load_test_split(script_args: PairArguments) -> Any:
     try:
         return load_split(script_args, _splits(script_args)[1])
-    except ValueError as error:  # that there is no such split
+    except ValueError as error:  # no such split
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
 
@@ -211,18 +211,69 @@ def _is_one_split(path: Path) -> bool:
 
 
 def _saved_parts(path: Path) -> dict[str, datasets.Dataset]:
-    """What `save_to_disk` wrote, by split; a single `Dataset` is the split `train`."""
+    """Data written by `save_to_disk`, by split; a single `Dataset` is the split `train`."""
     saved = datasets.load_from_disk(str(path))
     return saved if isinstance(saved, datasets.DatasetDict) else {_ONLY_SPLIT: saved}
 
 
 def _load_saved(path: Path, split: str) -> datasets.Dataset:
-    """A split of what `save_to_disk` wrote, or slices of it."""
+    """A split of data written by `save_to_disk`, or slices of it."""
     parts = _saved_parts(path)
     if split in parts:
         return parts[split]
     try:
-        rows = rows_of(split, {name: len(part) for name, part in parts.items()})
+        rows = _rows_of(split, {name: len(part) for name, part in parts.items()})
     except ValueError as error:
         raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.") from error
     return datasets.concatenate_datasets([parts[name].select(part) for name, part in rows])
+
+
+def _rename_split(split: str, name: str) -> str:
+    """Replaces the name of a split and keeps its slices: `test[:90%]` becomes `train[:90%]`."""
+    return "+".join(name + part[len(_split_name(part)) :] for part in _split_parts(split))
+
+
+def _rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
+    """The rows of a split expression: a split's name and a range of its rows, for each part of a sum.
+
+    Args:
+        split (`str`): As the Datasets library reads it, such as `train[:90%]` or `train[:100]+test`.
+        lengths (`dict[str, int]`): Number of rows of each split.
+
+    Raises:
+        ValueError: If there is no such split, or the expression is invalid.
+    """
+    if split == _ALL_SPLITS:
+        return [(name, range(length)) for name, length in lengths.items()]
+    absolute = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [(part.splitname, range(part.from_, part.to)) for part in absolute]
+
+
+def _share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
+    """Whether two splits of one data set have a row in common, given the lengths of its splits."""
+    return any(
+        name == other and max(rows.start, others.start) < min(rows.stop, others.stop)
+        for name, rows in _rows_of(first, lengths)
+        for other, others in _rows_of(second, lengths)
+    )
+
+
+def _surely_share_rows(first: str, second: str) -> bool:
+    """Whether two splits of one data set have a row in common whatever the splits' lengths, which are unknown before
+    the data are loaded: they have an equal part, or a part of one is all of a split that the other slices."""
+    if _ALL_SPLITS in (first, second):
+        return True
+    return any(
+        _split_name(part) == _split_name(other) and (part == other or _split_name(part) in (part, other))
+        for part in _split_parts(first)
+        for other in _split_parts(second)
+    )
+
+
+def _split_parts(split: str) -> list[str]:
+    return [part.strip() for part in split.split("+")]
+
+
+def _split_name(part: str) -> str:
+    """`train` of `train[:90%]`."""
+    return part.partition("[")[0]

@@ -1,18 +1,19 @@
-"""`trl-diffusion-sdpo sweep-scale`: evaluate what a run saved at several scales between its base and its weights, and
-write one of them."""
+"""`trl-diffusion-sdpo sweep-scale`: evaluates weights of a run between reference (scale 0) and policy (scale 1), writes
+the results as JSON, table and plot, and can save the weights at one scale."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..import_utils import require
+from . import EXIT_OK
 from .options import OneLineParser
-from .scale_sweep import PICTURE_FILE, SWEEP_FILE, plot_scale_sweep, read_sweep, sweep_row, sweep_table, write_sweep
 
 if TYPE_CHECKING:
     import datasets
@@ -22,23 +23,31 @@ if TYPE_CHECKING:
     from ..models.loading import LoadedModel
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
-EXIT_OK = 0
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PRECISIONS = ("no", "bf16", "fp16")
-DEFAULT_FOLDERS = {False: "scale_sweep", True: "scale_sweep_ema"}  # below the run's, by --average
+DEFAULT_FOLDERS = {False: "scale_sweep", True: "scale_sweep_ema"}  # in the run's folder, by --average
+SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
+# Key of a row -> its metric, and its heading in the table.
+VALUES = {
+    "margin": ("rewards/margins", "margin"),
+    "accuracy": ("rewards/accuracies", "accuracy"),
+    "winner_change": ("errors/winner_change", "winner change"),
+    "loser_change": ("errors/loser_change", "loser change"),
+}
+_WINNER_AT = "errors/winner_change_relative@"
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description=(
-            "Evaluate what a run saved at several scales: 0 is the base that the run began with, 1 its tuned weights. "
-            "Writes the numbers, and a picture of margin and accuracy against what became of the winners. A second "
-            "call evaluates only the scales that are missing."
+            "Evaluate the weights of a run at several scales: 0 is the base that the run started from, 1 its tuned "
+            "weights. Writes the numbers, and a plot of margin and accuracy against the change of the winners' error. "
+            "A second call evaluates only the scales that are missing."
         ),
     )
     add = parser.add_argument
-    add("--run", required=True, metavar="FOLDER", help="What the run saved: its output folder or a checkpoint.")
+    add("--run", required=True, metavar="FOLDER", help="Output folder of the run, or one of its checkpoints.")
     add("--model_name_or_path", required=True, metavar="ID", help="The run's base, a Hub id or folder.")
     add("--dataset_name", required=True, metavar="ID", help="Preference pairs, as `train` takes them.")
     add("--dataset_config", metavar="NAME", help="Configuration of a Hub data set.")
@@ -47,35 +56,35 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--max_pairs", type=int, metavar="N", help="Evaluate the first N pairs only.")
     listed = " ".join(f"{scale:g}" for scale in SCALES)
     add("--scales", type=float, nargs="+", default=list(SCALES), help=f"Scales to evaluate (default: {listed}).")
-    add("--average", action="store_true", help="Sweep the average of the weights that `ema_decay` kept.")
-    add("--bake", type=float, metavar="SCALE", help="Write the weights at this scale into --baked_dir.")
-    add("--baked_dir", metavar="FOLDER", help="Where to.")
-    add("--output_dir", metavar="FOLDER", help="For numbers and picture; `scale_sweep` in the run's folder if unset.")
+    add("--average", action="store_true", help="Sweep the averaged weights of `ema_decay`.")
+    add("--bake", type=float, metavar="SCALE", help="Write the weights at this scale to --baked_dir.")
+    add("--baked_dir", metavar="FOLDER", help="Folder for the weights of --bake.")
+    add("--output_dir", metavar="FOLDER", help="For numbers and plot; `scale_sweep` in the run's folder if unset.")
     add("--per_device_eval_batch_size", type=int, default=8, metavar="N", help="Pairs in a batch (default: 8).")
     add("--mixed_precision", choices=PRECISIONS, help="Autocast of the predictions; the run's if unset.")
     add("--model_revision", metavar="NAME", help="Branch, tag or commit of the base.")
-    add("--dtype", metavar="NAME", help="In which the base is loaded, as in the run (default: float32).")
-    add("--use_cpu", action="store_true", help="Leave accelerators alone.")
+    add("--dtype", metavar="NAME", help="Dtype in which the base is loaded, as in the run (default: float32).")
+    add("--use_cpu", action="store_true", help="Run on the CPU.")
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
     _check(options)
-    require("plots", "Drawing a sweep over scales")
+    require("plots", "Plotting a sweep over scales")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     sweep(options)
     return EXIT_OK
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate the scales that are missing, then draw all, and write the one to be baked.
+    """Evaluate the missing scales, plot all of them, and save the weights of `--bake`.
 
     Returns:
-        `list[dict]`: The rows of all scales evaluated so far, as [`~trl_diffusion_sdpo.evaluation.sweep_row`] has them.
+        `list[dict]`: The rows of all scales evaluated so far, as of [`sweep_row`].
 
     Raises:
-        ValueError: On a folder, a base, data or settings that cannot act together.
+        ValueError: On a folder, base, data or settings that do not fit together.
     """
     from ..artifacts.interpolation import ScaledWeights, check_free_folder, read_run, save_scaled  # seconds
 
@@ -95,7 +104,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise `ValueError` on options that no folder and no model would make good."""
+    """Raise `ValueError` on options that are wrong whatever the run is."""
     scales = [*options.scales, *([] if options.bake is None else [options.bake])]
     wrong = [scale for scale in scales if not (math.isfinite(scale) and scale >= 0)]
     if wrong:
@@ -118,7 +127,7 @@ def _load_base(options: argparse.Namespace, run: SavedRun) -> LoadedModel:
 
 
 def _make_trainer(options: argparse.Namespace, run: SavedRun, loaded: LoadedModel) -> DiffusionSDPOTrainer:
-    """Around the base, which is the reference, too; it measures as the run did."""
+    """A trainer of the base, which is also the reference, with the run's evaluation settings."""
     from transformers import PrinterCallback
 
     from ..trainer import DiffusionSDPOTrainer
@@ -135,8 +144,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
     from ..trainer import DiffusionSDPOConfig
 
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
-    # Of the first pairs, only those are decoded that are evaluated.
-    data = {} if options.max_pairs is None else {"verify_images": "none"}
+    data = {} if options.max_pairs is None else {"verify_images": "none"}  # decodes the evaluated pairs only
     return DiffusionSDPOConfig(
         output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.of_average]),
         per_device_eval_batch_size=options.per_device_eval_batch_size,
@@ -146,7 +154,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
         learning_rate=0.0,  # nothing trains here
         dataset_format=options.dataset_format,
         report_to="none",
-        disable_tqdm=True,  # one bar over all scales in place of one for each
+        disable_tqdm=True,  # `_evaluate` shows one bar for all scales
         **data,
         **run.evaluation_settings(),
     )
@@ -164,7 +172,7 @@ def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
 def _settings(
     options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer, weights: ScaledWeights
 ) -> dict[str, Any]:
-    """What rows of one file have in common."""
+    """The settings that all rows of one file share."""
     used = {name: trainer.args.to_dict()[name] for name in (*run.evaluation_settings(), "beta", "resolution")}
     return {
         "weights": weights.fingerprint,
@@ -183,7 +191,7 @@ def _settings(
 def _evaluate(
     trainer: DiffusionSDPOTrainer, weights: ScaledWeights, scales: Sequence[float], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Add the scales that are missing to what the output folder holds, each as soon as it is evaluated; then draw."""
+    """Evaluate the scales that the output folder lacks, writing each at once; then plot all."""
     from tqdm.auto import tqdm
 
     folder = Path(trainer.args.output_dir)
@@ -192,24 +200,141 @@ def _evaluate(
     missing = sorted(set(scales) - {row["scale"] for row in rows})
     steps = len(missing) * len(trainer.get_eval_dataloader())
     with tqdm(total=steps, desc="Scales", unit="batch", disable=not missing) as bar:
-        trainer.add_callback(_tell_of_batches(bar.update))
+        trainer.add_callback(_batch_callback(bar.update))
         for scale in missing:
             bar.set_postfix_str(f"scale {scale:g}")
             with weights.active(scale):
                 rows.append(sweep_row(scale, trainer.evaluate()))
             rows.sort(key=lambda row: row["scale"])
             write_sweep(file, settings, rows)
-    plot_scale_sweep(rows, trainer.args.num_noise_bins, folder / PICTURE_FILE)
-    print(f"{sweep_table(rows)}\n\nThe numbers and the picture are in {folder}.")
+    plot_scale_sweep(rows, trainer.args.num_noise_bins, folder / PLOT_FILE)
+    print(f"{sweep_table(rows)}\n\nThe numbers and the plot are in {folder}.")
     return rows
 
 
-def _tell_of_batches(done: Callable[[], Any]) -> TrainerCallback:
-    """A callback that tells that a batch is evaluated."""
+def _batch_callback(on_batch: Callable[[], Any]) -> TrainerCallback:
+    """A callback that calls `on_batch` after each evaluated batch."""
     from transformers import TrainerCallback
 
     class BatchCallback(TrainerCallback):
         def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any):
-            done()
+            on_batch()
 
     return BatchCallback()
+
+
+def sweep_row(scale: float, metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, Any]:
+    """The evaluation at one scale as a row of the sweep.
+
+    Args:
+        scale (`float`): 0 is the reference, 1 the policy.
+        metrics (`Mapping[str, float]`): Of the trainer's `evaluate`, with a reference.
+        prefix (`str`): Prefix of their names.
+
+    Returns:
+        `dict[str, Any]`: `scale`, `margin`, `accuracy`, `winner_change`, `loser_change`, `winner_change_relative` (to
+        the reference's error), and `winner_change_relative_at`, the same by noise bin.
+    """
+    row: dict[str, Any] = {"scale": scale}
+    row |= {key: metrics[f"{prefix}_{metric}"] for key, (metric, _) in VALUES.items()}
+    before = metrics[f"{prefix}_errors/winner"] - row["winner_change"]
+    row["winner_change_relative"] = row["winner_change"] / before if before else 0.0
+    start = f"{prefix}_{_WINNER_AT}"
+    bins = {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
+    row["winner_change_relative_at"] = {noise_bin: bins[noise_bin] for noise_bin in sorted(bins, key=int)}
+    return row
+
+
+def read_sweep(file: str | Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier sweep, which this one continues; none if there is no file.
+
+    Args:
+        file (`str` or `Path`): Written by [`write_sweep`].
+        settings (`Mapping[str, Any]`): Settings of this sweep.
+
+    Raises:
+        ValueError: If the file is not of a sweep, or of one with other settings.
+    """
+    file = Path(file)
+    if not file.is_file():
+        return []
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        rows, theirs = stored["rows"], stored["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no sweep. Remove it, or write to another folder.") from error
+    ours = json.loads(json.dumps(dict(settings)))
+    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if differing:
+        listed = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differing)
+        raise ValueError(f"{file} is of a sweep with other settings: {listed}. Write to another folder, or remove it.")
+    return rows
+
+
+def write_sweep(file: str | Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows with their settings, atomically."""
+    file = Path(file)
+    draft = file.with_name(f"{file.name}.new")
+    draft.write_text(json.dumps({"settings": dict(settings), "rows": list(rows)}, indent=2) + "\n", encoding="utf-8")
+    draft.replace(file)
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table for the terminal."""
+    heads = ["scale", *(head for _, head in VALUES.values()), "winner change, %", "at the worst noise level, %"]
+    lines = [heads]
+    for row in rows:
+        worst = max(row["winner_change_relative_at"].values(), default=math.nan)
+        shares = [f"{100 * share:+.3f}" for share in (row["winner_change_relative"], worst)]
+        lines.append([f"{row['scale']:g}", *(f"{row[key]:.5g}" for key in VALUES), *shares])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def plot_scale_sweep(rows: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
+    """Plot margin and accuracy against the winners' change: over all noise levels, and for each noise bin.
+
+    The accuracy at scale 0 is left out: all margins are 0 there, and none is above 0.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`): As [`sweep_row`] returns them; at least one.
+        num_noise_bins (`int`): Number of bins of the noise level between 0 and 1.
+        file (`str` or `Path`): Image file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    require("plots", "Plotting a sweep over scales")
+    from matplotlib import colormaps  # seconds to import, and an extra
+    from matplotlib.figure import Figure
+
+    rows = sorted(rows, key=lambda row: row["scale"])
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    for (overall, by_bin), metric in zip(panels, ("margin", "accuracy"), strict=True):
+        shown = [row for row in rows if metric == "margin" or row["scale"] > 0]
+        overall.plot([row["winner_change"] for row in shown], [row[metric] for row in shown], marker="o")
+        for row in shown:
+            at = (row["winner_change"], row[metric])
+            overall.annotate(f"{row['scale']:g}", at, (5, 5), textcoords="offset points")
+        for noise_bin in range(num_noise_bins):
+            points = [
+                (100 * row["winner_change_relative_at"][str(noise_bin)], row[metric])
+                for row in shown
+                if str(noise_bin) in row["winner_change_relative_at"]
+            ]
+            if points:
+                label = f"{noise_bin / num_noise_bins:.3g} to {(noise_bin + 1) / num_noise_bins:.3g}"
+                colour = colormaps["viridis"](noise_bin / max(1, num_noise_bins - 1))
+                by_bin.plot(*zip(*points, strict=True), marker=".", color=colour, linewidth=1.2, label=label)
+        overall.set_ylabel(metric)
+        for panel in (overall, by_bin):
+            panel.axvline(0, color="black", linewidth=0.8)
+            panel.grid(alpha=0.25)
+    panels[0, 0].set_title("all noise levels; the numbers are scales")
+    panels[0, 1].set_title("winners' change in each noise bin")
+    panels[1, 0].set_xlabel("change of the winners' error")
+    panels[1, 1].set_xlabel("change of the winners' error, % of the reference's")
+    if panels[0, 1].lines[:-1]:
+        panels[0, 1].legend(title="noise level", frameon=False, fontsize="small")
+    figure.savefig(file, dpi=120)

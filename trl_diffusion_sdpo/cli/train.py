@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo train`: TRL's arguments and the trainer's, from a YAML file and the command line, into one
-run, in this process or under accelerate."""
+"""`trl-diffusion-sdpo train`: a run from TRL's and the trainer's arguments, in a YAML file and on the command line, in
+this process or under accelerate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import launch
+from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .given import Given, read_given, refuse_missing, refuse_unknown_names
 from .options import OptionTable, describe, option_parser, read_table
 
@@ -19,27 +19,25 @@ if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
     from .pair_arguments import PairArguments
 
-EXIT_OK = 0
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-# What TRL's dataclasses offer to language models alone; set, it would be ignored.
+# Options of TRL's dataclasses that apply to language models only.
 _WITHOUT_EFFECT = {"attn_implementation": None, "ignore_bias_buffers": False, "lora_task_type": "CAUSAL_LM"}
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    """The parser of the command: the arguments of TRL's scripts with [`DiffusionSDPOConfig`]. Takes seconds."""
+    """The parser of the command, with the arguments of TRL's scripts and [`DiffusionSDPOConfig`]. Takes seconds."""
     from trl import ModelConfig, TrlParser
 
     from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
     from .pair_arguments import PairArguments
 
     parser = TrlParser((PairArguments, DiffusionSDPOConfig, ModelConfig), allow_abbrev=False, **_texts(prog))
-    parser.set_defaults(lora_dropout=0.0)  # dropout would part the policy from its reference at the first step
+    parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
     return parser
 
 
 def describe_options() -> OptionTable:
-    """The options under the versions that are installed. Takes seconds."""
+    """The options of the installed versions. Takes seconds."""
     from transformers import TrainingArguments
     from trl import ModelConfig, ScriptArguments
 
@@ -55,7 +53,7 @@ def run(arguments: list[str], prog: str) -> int:
     arguments = _with_one_config(arguments)
     table = _options_for(arguments)
     if {"-h", "--help"} & set(arguments):
-        option_parser(table.options, **_texts(prog)).parse_args(["--help"])  # ends the process
+        option_parser(table.options, **_texts(prog)).parse_args(["--help"])  # exits
     given = read_given(arguments, table)
     os.environ.update(given.environment)
     planned = launch.plan(arguments, table.options)
@@ -64,10 +62,10 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
-    """Arguments as dataclasses.
+    """Parses the arguments into dataclasses.
 
     Raises:
-        ValueError: If an argument or the YAML file is not as it must be.
+        ValueError: If an argument or the YAML file is invalid.
     """
     arguments = _with_one_config(arguments)
     given = read_given(arguments, _options_for(arguments))
@@ -100,19 +98,19 @@ def _texts(prog: str | None) -> dict[str, Any]:
 
 
 def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
-    """One run: load, train, save, publish if asked.
+    """Load, train, save, and publish with `push_to_hub`.
 
     Returns:
-        `int`: The exit code: 0, or 130 if it was interrupted and has left a checkpoint.
+        `int`: The exit code: 0, or 130 if it was interrupted and has written a checkpoint.
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ..trainer import DiffusionSDPOTrainer  # seconds: after the arguments are known to be good
-    from ..trainer.callbacks import CheckpointOnInterrupt
+    from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
+    from ..trainer.interrupts import CheckpointOnInterrupt
     from .pair_arguments import load_datasets
 
     _show_progress(training_args)
-    _warn_of_idle(script_args, model_args)
+    _warn_of_ignored(script_args, model_args)
     training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
     train_dataset, eval_dataset = load_datasets(script_args, training_args)
     interrupt = CheckpointOnInterrupt()
@@ -126,7 +124,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    with trainer.run_folder.held(together=True):  # until the last file is written
+    with trainer.run_folder.held(together=True):  # holds the lock until the last file is written
         try:
             trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
         finally:
@@ -135,19 +133,19 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
             _say_how_to_resume(trainer)
         else:
             _finish(trainer, script_args, training_args)
-    trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first is gone: all have written
+    trainer.accelerator.wait_for_everyone()  # a launcher may end the other processes when the first has exited
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:
-    """`resume_from_checkpoint` as the Trainer takes it: a folder, `True` for the newest, `"latest"` for the newest if
-    there is one, `None` for a new start.
+    """`resume_from_checkpoint` for `Trainer.train`: a folder, `True` for the newest checkpoint, `"latest"` for the
+    newest if there is one, `None` for a new start.
 
     Raises:
-        ValueError: If it is a folder that is not there.
+        ValueError: If the folder does not exist.
     """
-    from ..runs.checkpoint_folders import LATEST, meaning  # seconds
+    from ..runs.checkpoint_folders import LATEST, meaning  # takes seconds
 
     point = meaning(value)
     if isinstance(point, str) and point != LATEST and not Path(point).is_dir():
@@ -159,14 +157,14 @@ def resume_point(value: str | bool | None) -> str | bool | None:
 
 
 def _with_one_config(arguments: list[str]) -> list[str]:
-    """With `--config=FILE` in the two words that TRL's parser looks for, at most once."""
+    """Splits `--config=FILE` into the two words that TRL's parser expects, and refuses a second one."""
     split = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if split.count("--config") > 1 or split[-1:] == ["--config"]:
         raise ValueError("`--config` takes one YAML file, once. Put the settings into one file.")
     return split
 
 
-def _warn_of_idle(script_args: PairArguments, model_args: ModelConfig) -> None:
+def _warn_of_ignored(script_args: PairArguments, model_args: ModelConfig) -> None:
     settings = {**vars(script_args), **vars(model_args)}
     for name, default in _WITHOUT_EFFECT.items():
         if settings[name] != default:
@@ -174,7 +172,7 @@ def _warn_of_idle(script_args: PairArguments, model_args: ModelConfig) -> None:
 
 
 def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """How the pipeline is loaded; `model_init_kwargs` win over TRL's model arguments."""
+    """Arguments for loading the pipeline; `model_init_kwargs` override TRL's model arguments."""
     given = training_args.model_init_kwargs or {}
     if not isinstance(given, dict):
         raise ValueError(f"`model_init_kwargs` must be a JSON object, got {given!r}.")
@@ -185,12 +183,12 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
     if not training_args.push_to_hub:
         trainer.save_model(training_args.output_dir)
     else:
-        from .pair_arguments import public_name  # seconds
+        from .pair_arguments import public_name  # takes seconds
 
         trainer.push_to_hub(dataset_name=public_name(script_args))  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-    from ..evaluation.verdict import verdict_of  # seconds, as above
+    from ..evaluation.verdict import verdict_of  # takes seconds
 
     verdict = verdict_of(trainer)
     if verdict is not None:
@@ -198,14 +196,14 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    from ..trainer.run_control import what_is_left  # seconds
+    from ..trainer.run_control import what_is_left  # takes seconds
 
     left = what_is_left(trainer, "To resume, run the same command with\n  --resume_from_checkpoint true")
     trainer.accelerator.print(f"\nInterrupted; {left}")
 
 
 def _show_progress(training_args: DiffusionSDPOConfig) -> None:
-    """What the trainer chose and dropped, once for all processes."""
+    """Log the trainer's choices and the dropped pairs on the main process."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     package = __package__.partition(".")[0]
     logging.getLogger(package).setLevel(logging.INFO if training_args.should_log else logging.WARNING)

@@ -1,4 +1,4 @@
-"""Preference data: from the columns of published sets to batches of winners and losers."""
+"""Preference data: from the columns of published sets to batches of pairs."""
 
 from .collator import PreferenceCollator
 from .formats import FORMATS, PreferenceFormat, detect_format

@@ -1,11 +1,11 @@
-"""What is looked at before the first batch: a sample of the pairs, or every image, shared among the processes that
-prepare the same data. No process waits for another longer than their shares differ in time."""
+"""Checks before the first batch (a sample of the pairs, or every image, divided among the processes that prepare the
+same data) and the report of what was read and dropped."""
 
 import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,102 +18,160 @@ logger = logging.getLogger(__name__)
 
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
-ROUND_ROWS = 10_000  # rows that a process checks between two exchanges
-FEW_ROWS = 1000  # which one process checks faster than several start
+ROUND_ROWS = 10_000  # rows that a process checks between two gathers
+FEW_ROWS = 1000  # below this, starting processes takes longer than checking in one
+
+COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels")
+MAX_EXAMPLES = 5
+HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
 
-def _alone(value: Any) -> list[Any]:
+@dataclass
+class DataReport:
+    """Counts of the rows, pairs and drops of a preference set, with examples of what was dropped.
+
+    Attributes:
+        name, format (`str`): Name of the set in messages, and its key in `FORMATS`.
+        rows (`int`): Rows of the source.
+        pairs (`int`): Pairs to train on.
+        ties (`int`): Pairs of images that were judged equal.
+        undecodable (`int`): Pairs with an image that cannot be decoded.
+        bad_prompts, bad_labels (`int`): Rows whose prompt is no string; whose label or score is missing or unreadable.
+        examples (`dict[str, list[tuple[int, str]]]`): For each kind of drop, the first few row numbers and reasons.
+    """
+
+    name: str
+    format: str
+    rows: int = 0
+    pairs: int = 0
+    ties: int = 0
+    undecodable: int = 0
+    bad_prompts: int = 0
+    bad_labels: int = 0
+    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> int:
+        """All drops, of every kind."""
+        return self.ties + self.undecodable + self.bad_prompts + self.bad_labels
+
+    def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
+        """Counts `amount` drops; true if the row was added to the examples."""
+        setattr(self, kind, getattr(self, kind) + amount)
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) == MAX_EXAMPLES:
+            return False
+        examples.append((row, reason))
+        return True
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{getattr(self, count)} {count.replace('_', ' ')}" for count in COUNTS)
+        lines = [f"{self.name} data ({self.format}): {counts}"]
+        for kind, examples in self.examples.items():
+            lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
+        return "\n".join(lines)
+
+
+def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
+    """Counts a drop; true if the row was added to the examples.
+
+    Raises:
+        ValueError: On a bad row, if `strict`. A tie is not one: its labels are valid.
+    """
+    if strict and kind != "ties":
+        raise ValueError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
+    return report.add(kind, row, reason, amount)
+
+
+def _single_process(value: Any) -> list[Any]:
     return [value]
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes that prepare the same data at the same time; by default there is one.
+    """The processes that prepare the same data at the same time; one by default.
 
     Args:
-        index (`int`): Of this process, from 0.
-        count (`int`): How many there are.
-        gather (`Callable`): Called by all of them at once with a value; returns everyone's, in the order of `index`.
+        index (`int`): Rank of this process, from 0.
+        count (`int`): Number of processes.
+        gather (`Callable`): Collective: called by all of them with a value, it returns everyone's in the order of
+            `index`.
     """
 
     index: int = 0
     count: int = 1
-    gather: Callable[[Any], list[Any]] = _alone
+    gather: Callable[[Any], list[Any]] = _single_process
 
-    def rounds(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """This process's rows, in as many parts as each of the others has, some maybe empty."""
+    def chunks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """This process's rows in chunks, equally many on every process; a chunk may be empty."""
         if self.count == 1:
             yield rows
             return
         for start in range(0, len(rows), ROUND_ROWS * self.count):
-            own = start + ROUND_ROWS * self.index
-            yield rows[own : min(own + ROUND_ROWS, len(rows))]
+            first = start + ROUND_ROWS * self.index
+            yield rows[first : min(first + ROUND_ROWS, len(rows))]
 
-    def share(self, look: Callable[[], Any]) -> list[Any]:
-        """What everyone has found, in the order of `index`; all call it at once.
+    def gather_results(self, check: Callable[[], Any]) -> list[Any]:
+        """Runs `check` on every process and gathers the results in the order of `index`. A collective call.
 
         Args:
-            look (`Callable`): This process's part of the work. Where it fails all of them end, and none waits for it.
+            check (`Callable`): This process's share of the work. If it raises on one process, all raise.
 
         Raises:
-            The process's own error, and `RuntimeError` with the message of another's where it had none.
+            The process's own error, or `RuntimeError` with the message of the first process that failed.
         """
-        own: Exception | None = None
-        found = None
+        failure: Exception | None = None
+        result = None
         try:
-            found = look()
+            result = check()
         except Exception as error:
-            own = error
-        everyones = self.gather((found, None if own is None else f"{type(own).__name__}: {own}"))
-        if own is not None:
-            raise own
-        failed = [index for index, (_, message) in enumerate(everyones) if message is not None]
+            failure = error
+        gathered = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        failed = [index for index, (_, message) in enumerate(gathered) if message is not None]
         if failed:
-            raise RuntimeError(
-                f"Process {failed[0]} has failed to look at its part of the data, and all end with it: "
-                f"{everyones[failed[0]][1]}"
-            )
-        return [value for value, _ in everyones]
+            raise RuntimeError(f"Process {failed[0]} failed to check its part of the data: {gathered[failed[0]][1]}")
+        return [value for value, _ in gathered]
 
 
 ALONE = Peers()
 
 
-class AlikePairs:
-    """Counts pairs whose two images are the same, in which there is nothing to prefer.
+class IdenticalPairs:
+    """Counts pairs whose two images are identical, so that there is no preference to learn.
 
     Args:
-        name (`str`): What to call the data set in messages.
+        name (`str`): Name of the data set in messages.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.seen, self.alike = name, 0, 0
+        self.name, self.checked, self.identical = name, 0, 0
 
-    def add(self, alike: bool) -> None:
+    def add(self, identical: bool) -> None:
         """Counts a pair."""
-        self.seen += 1
-        self.alike += alike
+        self.checked += 1
+        self.identical += identical
 
-    def judge(self) -> None:
-        """Says so if most pairs are alike.
+    def verify(self) -> None:
+        """Warns if most pairs are identical.
 
         Raises:
             ValueError: If all are.
         """
-        found = (
-            f"In {self.alike} of {self.seen} pairs of the {self.name} data that were looked at, chosen and rejected"
-        )
-        if 0 < self.seen == self.alike:
+        counts = f"{self.identical} of {self.checked}"
+        found = f"In {counts} pairs of the {self.name} data that were checked, chosen and rejected"
+        if 0 < self.checked == self.identical:
             raise ValueError(
                 f"{found} are the same image: there is nothing to prefer. Check the columns, or use `loss_type='sft'` "
                 "to train on the winners alone."
             )
-        if 2 * self.alike > self.seen:
+        if 2 * self.identical > self.checked:
             logger.warning("%s are the same image: such pairs teach nothing. Check the columns.", found)
 
 
 def verify_choice(value: Any) -> str:
-    """One of `VERIFY_IMAGES`; also of the booleans, and their spellings on a command line or in YAML, that came first.
+    """One of `VERIFY_IMAGES`; a boolean, or its spelling on a command line or in YAML, means `"all"` or `"none"`.
 
     Raises:
         ValueError: On anything else.
@@ -129,8 +187,8 @@ def verify_choice(value: Any) -> str:
     return word
 
 
-def spread(size: int, wanted: int) -> np.ndarray:
-    """Places of at most `wanted` of `size` things, evenly spread, each once, from the first on."""
+def evenly_spaced(size: int, wanted: int) -> np.ndarray:
+    """At most `wanted` of the indices `0 .. size - 1`, evenly spaced, without repeats, starting at 0."""
     count = min(size, wanted)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
 
@@ -141,13 +199,13 @@ def same_image(first: Image.Image, second: Image.Image) -> bool:
 
 
 def usable_cores(processes: int = 1) -> int:
-    """Cores that each of some processes on this machine may use."""
+    """CPU cores for each of `processes` processes on this machine."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     return max(1, cores // processes)
 
 
 def forks_by_default() -> bool:
-    """Whether new processes are copies of this one, which need no main module that can be imported anew."""
+    """Whether new processes are forked: unlike spawned ones, they need no importable main module."""
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return method == "fork" and not multiprocessing.current_process().daemon

@@ -1,5 +1,4 @@
-"""Stacks prepared pairs into one batch, and is the border where `chosen`/`rejected` become winners and losers: B pairs
-turn into 2B rows, winners first."""
+"""Stacks B prepared pairs into one batch of 2B rows, winners first."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,17 @@ class PreferenceCollator:
 
     Returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): first, so that who counts a batch by it counts pairs;
-    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer makes floats in
-      `[-1, 1]` of them on the device, one micro-batch at a time; a collator of your own may give such floats instead;
+    - `rows` (`torch.LongTensor` of shape `(B,)`): the first entry, by which accelerate and transformers find the batch
+      size, here the number of pairs;
+    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
+      to floats in `[-1, 1]` on the device, one micro-batch at a time; another collator may return such floats;
     - `prompts` (`list[str]` of length B);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
-    - `seeds` (`list[int]` of length B): on the host, where random generators are seeded;
+    - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns.
 
     Raises:
-        ValueError: If there is no item, or some items have scores and others have none.
+        ValueError: If there are no items, or only some of them have scores.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:

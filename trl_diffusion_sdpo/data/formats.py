@@ -1,7 +1,6 @@
-"""Knows how published preference sets spell a comparison, and turns their label columns into references to images.
-Every format is one row of the table `FORMATS`. Reading a row means giving each of its images a *goodness*, a number
-that is larger for a better image; which image wins, which loses and which two are tied then follows from one function.
-No pixel is touched here."""
+"""The formats of published preference sets, each one entry of the table `FORMATS`, and the pairs that their label
+columns describe. A format reads from a row one score per image, larger for a better one; one function turns the scores
+into winners, losers and ties. Nothing here reads an image."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-# kind of drop, row, reason, how many: counts it or raises
+# (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], None]
 
 
@@ -18,22 +17,22 @@ class LabelError(ValueError):
 
 
 class PairReference(NamedTuple):
-    """Where a pair's images are: a row of the source, and which of the row's images."""
+    """The images of a pair, each as `(row, image)`: a row of the source, and the index of the image within the row."""
 
     winner_row: int
-    winner_slot: int
+    winner_image: int
     loser_row: int
-    loser_slot: int
+    loser_image: int
     scores: tuple[float, float] | None
 
 
-class Goodness(NamedTuple):
-    """What one row says about its images.
+class ImageScores(NamedTuple):
+    """How a row's label ranks the row's images.
 
     Attributes:
         values (`tuple[float, ...]`): One number per image of the row; larger is better.
-        ranked (`bool`): Whether equal numbers are a tie. Where only one image was picked out of many they are not: the
-            images that were not picked were never compared with each other.
+        ranked (`bool`): Whether equal numbers are a tie. They are not where one image was picked out of many: the
+            others were never compared with each other.
     """
 
     values: tuple[float, ...]
@@ -42,25 +41,25 @@ class Goodness(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """Where one kind of preference set keeps its prompt, its images and its verdict.
+    """The columns in which one kind of preference set keeps prompts, images and labels.
 
     Attributes:
         name (`str`): Key in `FORMATS`.
         prompt_columns (`tuple[str, ...]`): Accepted names of the prompt column; the first one present is read.
         image_columns (`tuple[str, ...]`): The two image columns, or the single one.
-        label_readers (`Mapping`): Label columns to the function that turns their values into `Goodness`, in order of
-            preference; a row uses the first whose columns are all present and filled.
+        label_readers (`Mapping`): Label columns to the function that turns their values into `ImageScores`, in order
+            of preference; a row uses the first whose columns are all present and filled.
         images_in_list (`bool`): The single image column holds a list of images.
         group_column (`str`, *optional*): Rows of one image each are compared within equal values of this column.
-        validity_column (`str`, *optional*): Where present and false, the row carries no label.
-        score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, carried along where present.
-        text_members (`bool`): Prompts are members of an archive: maybe bytes, maybe ending in a line break.
+        validity_column (`str`, *optional*): Where present and false, the row has no label.
+        score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read where present.
+        text_members (`bool`): Prompts are members of an archive: possibly bytes, possibly with a trailing newline.
     """
 
     name: str
     prompt_columns: tuple[str, ...]
     image_columns: tuple[str, ...]
-    label_readers: Mapping[tuple[str, ...], Callable[[Sequence[Any]], Goodness]]
+    label_readers: Mapping[tuple[str, ...], Callable[[Sequence[Any]], ImageScores]]
     images_in_list: bool = False
     group_column: str | None = None
     validity_column: str | None = None
@@ -74,7 +73,7 @@ class PreferenceFormat:
         object.__setattr__(self, "_text_columns", tuple(dict.fromkeys(n for n in names if n is not None)))
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
-        """What a set with these columns lacks to be read in this format; empty if it can be read."""
+        """The columns that a set with these columns lacks for this format; empty if it can be read."""
         found = set(column_names)
         lacking = [column for column in (*self.image_columns, self.group_column) if column and column not in found]
         if not found.intersection(self.prompt_columns):
@@ -84,7 +83,7 @@ class PreferenceFormat:
         return lacking
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
-        """Every column but the images that this format reads from a set with these columns."""
+        """The columns that this format reads from a set with these columns, without the images."""
         found = set(column_names)
         return [column for column in self._text_columns if column in found]
 
@@ -107,8 +106,8 @@ class PreferenceFormat:
             raise ValueError(f"the prompt must be a string, got {type(value).__name__}")
         return value
 
-    def goodness(self, row: Mapping[str, Any]) -> Goodness:
-        """How good the row says each of its images is.
+    def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
+        """The label of a row as one score per image.
 
         Raises:
             LabelError: If the label is missing or unreadable.
@@ -123,8 +122,8 @@ class PreferenceFormat:
                 return read(values)
         raise LabelError("no label: " + " or ".join("+".join(columns) for columns in self.label_readers) + " is empty")
 
-    def scores(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
-        """Scores of winner and loser, or `None` where the set has no score columns.
+    def reward_scores(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Reward scores of winner and loser, or `None` where the set has no score columns.
 
         Raises:
             LabelError: If the columns are there and the row's values are not numbers.
@@ -158,9 +157,9 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
 def resolve_format(
     dataset_format: str | None, column_names: Iterable[str], *, use_scores: bool = True
 ) -> PreferenceFormat:
-    """The named format after checking that the columns fit it, or the detected one for `None`.
+    """The named format, after checking that the columns fit it; the detected one for `None`.
 
-    With `use_scores=False` score columns are not read, and a row without a score is as good as any.
+    With `use_scores=False` score columns are not read, and a row without a score is valid.
     """
     known = _named_format(dataset_format, list(column_names))
     return known if use_scores else replace(known, score_columns=None)
@@ -181,27 +180,27 @@ def _named_format(dataset_format: str | None, columns: list[str]) -> PreferenceF
     return chosen
 
 
-def compare(goodness: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """All pairs that a list of goodness implies.
+def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
+    """All pairs that a list of image scores implies.
 
     Args:
-        goodness (`Sequence[float]`): One number per image; larger is better.
+        scores (`Sequence[float]`): One number per image; larger is better.
         ranked (`bool`): Count equal images as ties even if other images of the list differ.
 
     Returns:
-        `tuple`: Pairs `(winner, loser)` of positions, and the number of ties left out.
+        `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties, which are left out.
     """
     pairs, ties = [], 0
-    for first, second in combinations(range(len(goodness)), 2):
-        if goodness[first] == goodness[second]:
+    for first, second in combinations(range(len(scores)), 2):
+        if scores[first] == scores[second]:
             ties += 1
         else:
-            pairs.append((first, second) if goodness[first] > goodness[second] else (second, first))
+            pairs.append((first, second) if scores[first] > scores[second] else (second, first))
     return pairs, ties if ranked or not pairs else 0
 
 
 def groups(known: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Rows whose images are compared with one another: each row by itself, or neighbours with one group value."""
+    """Rows whose images are compared with one another: each row by itself, or consecutive rows of one group value."""
     if known.group_column is None:
         yield from ([numbered] for numbered in rows)
         return
@@ -213,28 +212,28 @@ def pairs_in_group(
     known: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
     """The pairs within a group; bad prompts, bad labels and ties go to `reject`."""
-    places, values, ranked, scores = [], [], True, None
+    images, scores, ranked, reward_scores = [], [], True, None
     for number, row in group:
         try:
-            goodness, scores = known.goodness(row), known.scores(row)
+            labels, reward_scores = known.image_scores(row), known.reward_scores(row)
             known.prompt(row)
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
-        places += [(number, slot) for slot in range(len(goodness.values))]
-        values += goodness.values
-        ranked = goodness.ranked
-    if len(values) == 1:
-        reject("bad_labels", places[0][0], "one image alone: nothing to compare it with", 1)
-    pairs, ties = compare(values, ranked=ranked)
+        images += [(number, image) for image in range(len(labels.values))]
+        scores += labels.values
+        ranked = labels.ranked
+    if len(scores) == 1:
+        reject("bad_labels", images[0][0], "one image alone: nothing to compare it with", 1)
+    pairs, ties = compare(scores, ranked=ranked)
     if ties:
-        reject("ties", places[0][0], "images judged equal", ties)
+        reject("ties", images[0][0], "images judged equal", ties)
     for winner, loser in pairs:
-        yield PairReference(*places[winner], *places[loser], scores)
+        yield PairReference(*images[winner], *images[loser], reward_scores)
 
 
-def image_slots(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:
-    """The row's images, undecoded, in the order that `Goodness.values` counts them."""
+def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:
+    """The row's images, undecoded, in the order of `ImageScores.values`."""
     if not in_list:
         return [row.get(column) for column in image_columns]
     images = row.get(image_columns[0])
@@ -247,7 +246,7 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
     present = [column for column in chosen.score_columns if column in columns]
     if len(present) == 1:
         raise ValueError(
-            f"Score columns come in twos: found `{present[0]}` alone, expected both of {list(chosen.score_columns)}. "
+            f"Score columns must come in pairs: found `{present[0]}`, expected both of {list(chosen.score_columns)}. "
             "Add the other one or remove it."
         )
 
@@ -258,8 +257,8 @@ def _member_text(value: Any) -> Any:
 
 
 def _is_valid(value: Any, what: str) -> bool:
-    """A truth value; where it is not filled in, the row counts. CSV and JSON files may hold it as text."""
-    if value is None or value != value:  # NaN: what pandas makes of an empty cell
+    """A boolean, true where it is missing. CSV and JSON files may hold it as text."""
+    if value is None or value != value:  # NaN: pandas' value of an empty cell
         return True
     word = str(_member_text(value)).lower()
     if word in ("true", "1", "1.0", "yes"):
@@ -289,29 +288,29 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return numbers
 
 
-def _first_is_preferred(_: Sequence[Any]) -> Goodness:
-    return Goodness((1.0, 0.0))
+def _first_is_preferred(_: Sequence[Any]) -> ImageScores:
+    return ImageScores((1.0, 0.0))
 
 
-def _larger_is_better(values: Sequence[Any]) -> Goodness:
-    return Goodness(_numbers(values))
+def _larger_is_better(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(_numbers(values))
 
 
-def _probability_of_first(values: Sequence[Any]) -> Goodness:
+def _probability_of_first(values: Sequence[Any]) -> ImageScores:
     first = _number(values[0])
-    return Goodness((first, 1.0 - first))
+    return ImageScores((first, 1.0 - first))
 
 
-def _picked_from_list(values: Sequence[Any]) -> Goodness:
-    return Goodness(_numbers(values[0]), ranked=False)
+def _picked_from_list(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(_numbers(values[0]), ranked=False)
 
 
-def _rank_list(values: Sequence[Any]) -> Goodness:
-    return Goodness(tuple(-rank for rank in _numbers(values[0])))
+def _rank_list(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(tuple(-rank for rank in _numbers(values[0])))
 
 
-def _own_rank(values: Sequence[Any]) -> Goodness:
-    return Goodness((-_number(values[0], "rank"),))
+def _rank_of_row(values: Sequence[Any]) -> ImageScores:
+    return ImageScores((-_number(values[0], "rank"),))
 
 
 _PROMPTS = ("prompt", "caption", "original_prompt")
@@ -361,7 +360,7 @@ FORMATS: dict[str, PreferenceFormat] = {
             name="imagerewarddb",
             prompt_columns=_PROMPTS,
             image_columns=("image",),
-            label_readers={("rank",): _own_rank},
+            label_readers={("rank",): _rank_of_row},
             group_column="prompt_id",
         ),
         PreferenceFormat(

@@ -1,5 +1,5 @@
-"""Decodes whatever an image column may hold. What a row names is not trusted: a path may lead to a device, a pipe or
-another machine, and a small file may unfold to any size. Whatever goes wrong is one unusable image, with the reason."""
+"""Decodes the values of image columns. Paths and URLs in rows are not trusted: they may name a device, a pipe or
+another host, and a small file may decompress to any size. Every failure is an `UndecodableImageError`."""
 
 import io
 import os
@@ -17,26 +17,26 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..suggestions import did_you_mean
 
-MIN_SIDE = 8  # a VAE turns 8 pixels into one latent: below that there is nothing to encode
-MAX_ASPECT_RATIO = 64  # beyond it, resizing by the shorter side blows up the longer one past any memory
+MIN_SIDE = 8  # a VAE encodes 8 x 8 pixels to one latent
+MAX_ASPECT_RATIO = 64  # an image is resized by its shorter side: the longer one would exceed any memory
 MAX_FILE_BYTES = 256 * 2**20
-MAX_PIXELS = 178_956_970  # where Pillow refuses by default; half a gigabyte as RGB
+MAX_PIXELS = 178_956_970  # Pillow's default limit; half a gigabyte as RGB
 
-# Pillow knows formats that run other programs, such as EPS; a data set from elsewhere gets none of these.
+# Without the formats that Pillow decodes by running other programs, such as EPS.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# What a row may name without being asked for: this machine's files, members of archives, and files of the Hub, which is
-# how `datasets` names the images of a set that it streams from there.
+# Schemes that rows may use by default: local files, members of archives, and files of the Hub, which is how `datasets`
+# names the images of a set that it streams from there.
 SCHEMES = ("file", "hf", "zip", "tar")
 
 
 def settled_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Schemes of URLs in one form, wherever they were given.
+    """Normalizes the schemes of `image_schemes`.
 
     Args:
         value (`str` or `Sequence[str]`, *optional*): One or several, such as `"s3"`, `"S3"` or `"s3://"`.
 
     Returns:
-        `tuple[str, ...]`: As fsspec names them, each once.
+        `tuple[str, ...]`: fsspec's names, without repeats.
 
     Raises:
         ValueError: If fsspec knows no such scheme.
@@ -64,24 +64,24 @@ class ImageReader:
     """Opens and decodes the images of rows.
 
     Args:
-        schemes (`tuple[str, ...]`): Of URLs that rows may name, also within chains such as `zip://a.png::hf://...`.
+        schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chains such as `zip://a.png::hf://...`.
     """
 
     schemes: tuple[str, ...] = SCHEMES
 
     def decode(self, value: Any) -> Image.Image:
-        """An upright RGB image from whatever an image column may hold.
+        """The value of an image column as an upright RGB image.
 
-        Transparency is laid on white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
+        Transparent images are composited on white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
 
         Args:
             value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path or a URL of one
-                of `schemes`; a `dict` has `"bytes"` and `"path"` (bytes go first), as an undecoded `datasets.Image`
-                has.
+                of `schemes`; a `dict` has `"bytes"` and `"path"` (bytes take precedence), as an undecoded
+                `datasets.Image` has.
 
         Raises:
-            UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of unknown kind,
-                or at a place where rows may not send this machine.
+            UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of an unknown
+                type, or at a URL whose scheme is not allowed.
         """
         try:
             image = self._open(value)
@@ -93,7 +93,7 @@ class ImageReader:
             raise
         except UnidentifiedImageError as error:
             raise UndecodableImageError("is of no image format that Pillow knows") from error
-        except Exception as error:  # decoders and file systems raise every kind, and no row may end the run
+        except Exception as error:  # of any type, from decoders and file systems; no row may end the run
             raise UndecodableImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
         short, long = sorted(image.size)
         if short < MIN_SIDE:
@@ -102,14 +102,14 @@ class ImageReader:
             raise UndecodableImageError(f"{_size(image)} is too long: {MAX_ASPECT_RATIO} to 1 at most")
         return image
 
-    def slot(self, images: Sequence[Any], slot: int) -> Image.Image:
-        """One of a row's images, decoded; the error names the slot."""
-        if slot >= len(images):
-            raise UndecodableImageError(f"image {slot} is missing: the row has {len(images)} images")
+    def decode_at(self, images: Sequence[Any], index: int) -> Image.Image:
+        """One of a row's images, decoded; the error names its index."""
+        if index >= len(images):
+            raise UndecodableImageError(f"image {index} is missing: the row has {len(images)} images")
         try:
-            return self.decode(images[slot])
+            return self.decode(images[index])
         except UndecodableImageError as error:
-            raise UndecodableImageError(f"image {slot} {error}") from error
+            raise UndecodableImageError(f"image {index} {error}") from error
 
     def problem(self, image: Any) -> str:
         """Why an image cannot be used; empty if it can."""
@@ -137,23 +137,23 @@ class ImageReader:
         )
 
     def _read(self, path: str) -> bytes:
-        """What stands at a path or URL, which is not opened before it is known to be harmless."""
+        """The bytes at a path or URL, which is checked before it is opened."""
         if "://" not in path:
             _check_file(path, MAX_FILE_BYTES)
             with open(path, "rb") as file:
                 return _bounded(file.read(MAX_FILE_BYTES + 1))
         hops = path.split("::")
-        for place, hop in enumerate(hops):
+        for depth, hop in enumerate(hops):
             scheme = _scheme(hop)
-            if scheme not in self.schemes and not (scheme == "" and place == len(hops) - 1):
+            if scheme not in self.schemes and not (scheme == "" and depth == len(hops) - 1):
                 raise UndecodableImageError(
                     f"is at {scheme or hop}://, which rows may not have opened (`image_schemes` allows more): {path}"
                 )
-            if place > 1:
+            if depth > 1:
                 raise UndecodableImageError(f"is in an archive within an archive: {path}")
-            if place and _scheme(hops[place - 1]) == "tar" and infer_compression(hop) is not None:
+            if depth and _scheme(hops[depth - 1]) == "tar" and infer_compression(hop) is not None:
                 raise UndecodableImageError(
-                    f"is in a compressed archive, which would be unpacked whole to find it: {path}. Pack it as .tar"
+                    f"is in a compressed archive, all of which would be unpacked to find it: {path}. Pack it as .tar"
                 )
             if scheme in ("", "file"):
                 _check_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
@@ -162,23 +162,23 @@ class ImageReader:
 
 
 def decode_image(value: Any) -> Image.Image:
-    """[`ImageReader.decode`] with the schemes that need not be asked for."""
+    """[`ImageReader.decode`] with the default schemes."""
     return ImageReader().decode(value)
 
 
 def _scheme(hop: str) -> str:
-    """Of one hop of a chain; empty for a plain path. fsspec takes a bare word for a scheme."""
+    """The scheme of one part of a chained URL, empty for a plain path. fsspec takes a bare word as a scheme."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
 
-def _check_file(path: str, most: int | None) -> None:
-    """Refuse what is no regular file, before it is opened: a pipe would wait for ever, a device never end."""
+def _check_file(path: str, max_bytes: int | None) -> None:
+    """Refuse anything but a regular file before it is opened: reading a pipe blocks, and a device has no end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise UndecodableImageError(f"is no regular file: {path}")
-    if most is not None and status.st_size > most:
-        raise UndecodableImageError(f"is too large a file: {status.st_size} bytes, {most} at most: {path}")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UndecodableImageError(f"is too large a file: {status.st_size} bytes, {max_bytes} at most: {path}")
 
 
 def _bounded(data: bytes) -> bytes:
@@ -206,7 +206,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _wide_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
+    """16-bit grey scaled to 8 bits; Pillow's conversion clips everything above 255 to white."""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")

@@ -1,21 +1,22 @@
-"""Makes training pairs out of any preference set: an index over label columns, built without touching a pixel, and two
-torch data sets that read, check and transform the images behind it."""
+"""Makes training pairs out of any preference set: an index over the label columns, built without reading an image, and
+torch data sets that read, check and transform the images. Also splits a data set for evaluation, by prompt."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 
-from .checking import ALONE, Peers, verify_choice
+from .checking import ALONE, COUNTS, DataReport, Peers, verify_choice
+from .formats import PreferenceFormat, resolve_format
 from .images import SCHEMES, ImageReader, settled_schemes
 from .map_style import PreferenceDataset
-from .report import COUNTS, DataReport
 from .sources import make_source
 from .streaming import PreferenceIterableDataset
 from .transforms import ItemMaker, PairTransform
 
-__all__ = ["COUNTS", "DataReport", "PreferenceDataset", "PreferenceIterableDataset", "prepare_dataset"]
+__all__ = ["COUNTS", "DataReport", "PreferenceDataset", "PreferenceIterableDataset", "hold_out", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +39,31 @@ def prepare_dataset(
     use_scores: bool = True,
     name: str = "train",
 ) -> "PreferenceDataset | PreferenceIterableDataset":
-    """A torch data set of pairs over any preference set.
+    """A torch data set of pairs from any preference set.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`, map-style torch data set or sequence of dicts):
             In one of `FORMATS`.
         transform (`PairTransform`): How images become pixels.
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
-        seed (`int`, not negative): Start of every random draw.
+        seed (`int`, not negative): Seed of every random draw.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
         on_bad_row (`str`): `"drop"` leaves bad prompts, bad labels and undecodable images out and counts them;
-            `"raise"` stops at the first. Ties are no bad rows: they are left out and counted either way.
-        verify_images (`str`): Which images of a map-style set to decode up front: `"sample"`, those of
-            `SAMPLED_PAIRS` pairs spread over it; `"all"`, with a progress bar, cached by `datasets`; `"none"`. `True`
-            is all, `False` none. Any other bad image is noticed when its turn comes. The next good pair stands in for
-            a bad one, unless all were looked at: then there are none.
+            `"raise"` stops at the first. Ties are not bad rows: they are left out and counted either way.
+        verify_images (`str`): Which images of a map-style set to decode beforehand: `"sample"`, those of
+            `SAMPLED_PAIRS` evenly spaced pairs; `"all"`, with a progress bar, cached by `datasets`; `"none"`. `True`
+            is all, `False` none. `"all"` drops the pairs of bad images. Otherwise a bad image is found when it is
+            read, and its pair is replaced by the next good one.
         num_proc (`int`, *optional*): Processes that check all images; as many as there are cores if unset.
-        image_schemes (`str` or `Sequence[str]`, *optional*): Of URLs that rows may name besides those of `SCHEMES`,
-            such as `"s3"`.
-        peers (`Peers`): The processes that prepare the same data at this time, and share the check.
-        compare (`bool`): Whether to refuse data whose pairs are twice the same image, as far as they are looked at.
-        training (`bool`): `False` crops in the middle, never flips, keeps prompts and ignores the epoch.
-        repeat (`bool`): Whether a stream begins anew when it ends, each time with other draws and, if it is shuffled,
-            in another order; a run then goes on, and resumes, across its end. No effect on map-style sets.
-        use_scores (`bool`): Whether to read score columns where there are some; without a score, a row then is bad.
-        name (`str`): What to call the set in messages.
+        image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use besides `SCHEMES`, such as
+            `"s3"`.
+        peers (`Peers`): The processes that prepare the same data at the same time, and divide the check.
+        compare (`bool`): Whether to refuse data whose checked pairs have identical images.
+        training (`bool`): `False` center-crops, never flips, keeps prompts and ignores the epoch.
+        repeat (`bool`): Whether a stream restarts when it ends, each time with new draws and, if it is shuffled, in a
+            new order; training, and resuming, then continue across its end. No effect on map-style sets.
+        use_scores (`bool`): Whether to read score columns where present; a row without a score is then a bad row.
+        name (`str`): Name of the set in messages.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
@@ -76,7 +77,7 @@ def prepare_dataset(
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
     reader = ImageReader((*SCHEMES, *settled_schemes(image_schemes)))
     if num_proc is not None and (verify != "all" or isinstance(dataset, datasets.IterableDataset)):
-        logger.warning("`num_proc=%s` has no effect: it serves the check of all images of a map-style set.", num_proc)
+        logger.warning("`num_proc=%s` has no effect: it is for the check of all images of a map-style set.", num_proc)
     if isinstance(dataset, datasets.IterableDataset):
         options = {"strict": strict, "repeat": repeat, "use_scores": use_scores, "compare": compare, "name": name}
         return PreferenceIterableDataset(dataset, maker, reader, dataset_format, **options)
@@ -91,3 +92,77 @@ def prepare_dataset(
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
     logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
     return prepared
+
+
+def hold_out(
+    dataset: datasets.Dataset, size: float, *, seed: int, dataset_format: str | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split a data set by prompt, so that no prompt of the training rows is evaluated.
+
+    Args:
+        dataset (`datasets.Dataset`): In one of `FORMATS`.
+        size (`float`): Share of the rows in `(0, 1)`, or a whole number of rows, to hold out. An upper bound: all rows
+            of a prompt go to one side. At least one row is held out.
+        seed (`int`): Seed of the choice.
+        dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
+
+    Returns:
+        `tuple`: The rows to train on and the rows held out, each in the original order.
+
+    Raises:
+        ValueError: If no rows would be left to train on.
+    """
+    wanted = max(1, round(size * len(dataset))) if size < 1 else int(size)
+    if wanted >= len(dataset):
+        raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {len(dataset)}.")
+    known = resolve_format(dataset_format, dataset.column_names)
+    held = _choose(_rows_by_prompt(dataset, known), wanted, seed)
+    if not held:
+        logger.warning("Every prompt has more than the %d rows of `test_size`: prompts are on both sides.", wanted)
+        held = np.random.default_rng(seed).permutation(len(dataset))[:wanted].tolist()
+    training = np.setdiff1d(np.arange(len(dataset)), held)
+    logger.info("Held out for evaluation: %d of %d rows.", len(held), len(dataset))
+    return dataset.select(training), dataset.select(sorted(held))
+
+
+def _rows_by_prompt(dataset: datasets.Dataset, known: PreferenceFormat) -> list[list[int]]:
+    """Row numbers grouped by prompt, and by the group column where the format compares rows."""
+    columns = [name for name in (*known.prompt_columns, known.group_column) if name in dataset.column_names]
+    columns = columns[:1] if known.group_column is None else list(dict.fromkeys([columns[0], known.group_column]))
+    labels = [_labels(dataset, column) for column in columns]
+    return _connected(list(zip(*labels, strict=True)))
+
+
+def _labels(dataset: datasets.Dataset, column: str) -> Iterator[Hashable]:
+    for batch in dataset.with_format(None).select_columns([column]).iter(batch_size=1000):
+        yield from ((column, repr(value)) for value in batch[column])
+
+
+def _connected(labels: Sequence[tuple[Hashable, ...]]) -> list[list[int]]:
+    """Groups of rows connected by a shared label (union-find), in the order of their first rows."""
+    parent = list(range(len(labels)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    first: dict[Hashable, int] = {}
+    for row, names in enumerate(labels):
+        for name in names:
+            one, other = sorted((root(row), root(first.setdefault(name, row))))
+            parent[other] = one
+    groups: dict[int, list[int]] = {}
+    for row in range(len(labels)):
+        groups.setdefault(root(row), []).append(row)
+    return list(groups.values())
+
+
+def _choose(groups: list[list[int]], wanted: int, seed: int) -> list[int]:
+    """Takes groups in a random order while they fit."""
+    held: list[Any] = []
+    for number in np.random.default_rng(seed).permutation(len(groups)):
+        if len(held) + len(groups[number]) <= wanted:
+            held += groups[number]
+    return held

@@ -1,29 +1,36 @@
-"""Reads rows, prompts and undecoded images from map-style data, and builds the index of their pairs from the label
-columns alone."""
+"""Map-style sources: their rows, prompts and undecoded images, the index of their pairs (built from the label columns
+alone), and the fingerprint by which a resumed run recognizes its data."""
+
+from __future__ import annotations
 
 import contextlib
+import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from .formats import Reject, groups, image_slots, pairs_in_group, resolve_format
+from .checking import DataReport, evenly_spaced
+from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import ImageReader, UndecodableImageError
-from .report import DataReport
+
+FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
+FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 
 
 class ArrowSource:
-    """A `datasets.Dataset`. Images are read as Arrow values, which nothing decodes.
+    """A `datasets.Dataset`. Images are read as Arrow values, without decoding.
 
     Attributes:
-        forks (`bool`): Whether processes can read from copies of it that were made by forking.
+        fork_safe (`bool`): Whether forked processes can read from their copies of it.
     """
 
-    forks = True
+    fork_safe = True
 
     def __init__(self, dataset: datasets.Dataset, dataset_format: str | None, use_scores: bool) -> None:
         self.format = resolve_format(dataset_format, dataset.column_names, use_scores=use_scores)
@@ -49,12 +56,12 @@ class ArrowSource:
         return self.format.prompt(self._text[row])
 
     def images(self, row: int) -> list[Any]:
-        return image_slots(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
+        return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
 
     def check_images(
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
     ) -> Iterator[tuple[int, list[str]]]:
-        """What is wrong with each image of the rows; an empty string if nothing. The result is cached by `datasets`."""
+        """For each row, the problem of each of its images, or an empty string. The result is cached by `datasets`."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         checked = images.map(
             _check_table,
@@ -77,15 +84,15 @@ class ArrowSource:
 
 
 class RowSource:
-    """Any other map-style data set; every look at a row is a call to its `__getitem__`.
+    """Any other map-style data set; every read of a row calls its `__getitem__`.
 
     Attributes:
-        forks (`bool`): As in [`ArrowSource`]; of a class that is not ours nobody knows.
+        fork_safe (`bool`): As in [`ArrowSource`]; false for a user's class, of which it is unknown.
     """
 
     def __init__(self, dataset: Any, dataset_format: str | None, use_scores: bool) -> None:
         self._dataset = dataset
-        self.forks = isinstance(dataset, list | tuple)
+        self.fork_safe = isinstance(dataset, list | tuple)
         self.format = resolve_format(dataset_format, self._row(0), use_scores=use_scores)
 
     def __len__(self) -> int:
@@ -99,17 +106,17 @@ class RowSource:
         return (row.get(column) for _, row in self.text_rows())
 
     def prompt(self, row: int) -> str:
-        with _one_bad_row():
+        with _errors_as_undecodable():
             return self.format.prompt(self._row(row))
 
     def images(self, row: int) -> list[Any]:
-        with _one_bad_row():
-            return image_slots(self._row(row), self.format.image_columns, self.format.images_in_list)
+        with _errors_as_undecodable():
+            return images_of_row(self._row(row), self.format.image_columns, self.format.images_in_list)
 
     def check_images(
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
     ) -> Iterator[tuple[int, list[str]]]:
-        """What is wrong with each image of the rows; an empty string if nothing."""
+        """For each row, the problem of each of its images, or an empty string."""
         problems = DataLoader(_Problems(self, rows, reader), batch_size=None, num_workers=num_proc or 0)
         yield from zip(rows.tolist(), tqdm(problems, desc="Checking images"), strict=True)
 
@@ -121,7 +128,7 @@ class RowSource:
 
 
 class _Problems(Dataset):
-    """What is wrong with the images of each row, for a DataLoader's workers."""
+    """The problems of each row's images, for DataLoader workers."""
 
     def __init__(self, source: RowSource, rows: np.ndarray, reader: ImageReader) -> None:
         self._source, self._rows, self._reader = source, rows, reader
@@ -138,8 +145,8 @@ class _Problems(Dataset):
 
 
 @contextlib.contextmanager
-def _one_bad_row() -> Iterator[None]:
-    """Has whatever a class of its user's raises be one row that cannot be used, as it may decode by itself."""
+def _errors_as_undecodable() -> Iterator[None]:
+    """A user's data set may decode in `__getitem__`: whatever it raises makes the row undecodable."""
     try:
         yield
     except Exception as error:
@@ -170,22 +177,93 @@ def make_source(
 
 
 def build_index(source: ArrowSource | RowSource, reject: Reject) -> tuple[np.ndarray, np.ndarray | None]:
-    """Places of all pairs, int64 of shape (P, 4) as in `PairReference`, and their scores of shape (P, 2) or `None`."""
-    places, scores, order = array("q"), array("d"), None
+    """The pairs of a source.
+
+    Returns:
+        `tuple`: The index, int64 of shape `(P, 4)` with the columns winner row, winner image, loser row, loser image,
+        and reward scores of shape `(P, 2)`, or `None`.
+    """
+    index, scores, order = array("q"), array("d"), None
     if source.format.group_column is not None:
         codes: dict[Any, int] = {}
         members = [codes.setdefault(value, len(codes)) for value in source.group_values(source.format.group_column)]
         order = np.argsort(np.array(members, dtype=np.int64), kind="stable")
     for group in groups(source.format, source.text_rows(order)):
         for pair in pairs_in_group(source.format, group, reject):
-            places.extend(pair[:4])
+            index.extend(pair[:4])
             scores.extend(pair.scores or ())
-    table = np.array(places, dtype=np.int64).reshape(-1, 4)
+    table = np.array(index, dtype=np.int64).reshape(-1, 4)
     return table, np.array(scores).reshape(-1, 2) if len(scores) else None
+
+
+def pairs_fingerprint(source: ArrowSource | RowSource, index: np.ndarray, scores: np.ndarray | None) -> dict[str, Any]:
+    """Identifies map-style pairs, equally on every machine and in a time that does not grow with the images.
+
+    Args:
+        source (`ArrowSource` or `RowSource`): Where the pairs are read.
+        index (int64 of shape `(P, 4)`): The pairs, as `build_index` returns them, without those dropped.
+        scores (`np.ndarray` of shape `(P, 2)`, *optional*): Reward scores of winners and losers.
+
+    Returns:
+        `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts` and
+        `images` (hashes of those of a few evenly spaced pairs; `None` where two reads of a row differ).
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(index, dtype="<i8"))
+    if scores is not None:
+        digest.update(np.ascontiguousarray(scores, dtype="<f8"))
+    prompt_rows = index[evenly_spaced(len(index), FINGERPRINTED_PROMPTS), 0].tolist()
+    image_rows = index[evenly_spaced(len(index), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist()
+    return {
+        "format": source.format.name,
+        "pairs": len(index),
+        "index": _short(digest),
+        "prompts": _repeatable_hash(lambda: [repr(source.prompt(row)).encode() for row in prompt_rows]),
+        "images": _repeatable_hash(
+            lambda: [_undecoded_bytes(image) for row in image_rows for image in source.images(row)]
+        ),
+    }
+
+
+def stream_fingerprint(format_name: str, source: datasets.IterableDataset) -> dict[str, Any]:
+    """Identifies a stream by its metadata. No row is read: a shuffled stream would fill its buffer for the first one.
+
+    Returns:
+        `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
+    """
+    return {
+        "format": format_name,
+        "columns": None if source.column_names is None else sorted(source.column_names),
+        "split": None if source.split is None else str(source.split),
+        "shards": source.num_shards,
+    }
+
+
+def _repeatable_hash(read: Callable[[], list[bytes]]) -> str | None:
+    """A hash of what `read` returns; `None` if it fails or differs between two calls, as with random rows."""
+    try:
+        hashes = {_short(hashlib.sha256(b"\0".join(read()))) for _ in range(2)}
+    except UndecodableImageError:
+        return None
+    return hashes.pop() if len(hashes) == 1 else None
+
+
+def _undecoded_bytes(image: Any) -> bytes:
+    """The bytes of an image before decoding; of a path the file name, as folders differ between machines."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, Image.Image):
+        return repr((image.mode, image.size)).encode() + image.tobytes()
+    if isinstance(image, str):
+        return image.replace("\\", "/").rpartition("/")[2].encode()
+    return image if isinstance(image, bytes) else repr(type(image)).encode()
+
+
+def _short(digest: Any) -> str:
+    return digest.hexdigest()[:16]
 
 
 def _check_table(
     table: Any, image_columns: Sequence[str], in_list: bool, reader: ImageReader
 ) -> dict[str, list[list[str]]]:
-    rows = (image_slots(row, image_columns, in_list) for row in table.to_pylist())
+    rows = (images_of_row(row, image_columns, in_list) for row in table.to_pylist())
     return {"problems": [[reader.problem(image) for image in images] for images in rows]}

@@ -1,5 +1,5 @@
-"""Turns the two images of a pair into one tensor of pixels by one shared resize, flip and crop. Every random choice
-comes from `PairDraws`, which is a function of seed, epoch and row alone."""
+"""Turns the two images of a pair into one tensor of pixels by the same resize, flip and crop. Every random number comes
+from `PairDraws`, which depends on seed, epoch and row alone."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,14 +22,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class PairDraws:
-    """All random choices of one pair in one epoch, made at once: switching one off leaves the others as they were.
+    """All random numbers of one pair in one epoch, drawn together: disabling one use does not change the others.
 
     Attributes:
-        top, left (`float` in `[0, 1)`): Where to crop, as fractions of the free space, so that images of unlike size
-            are cropped alike.
+        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space, so that images of different sizes
+            are cropped at the same relative position.
         flip (`float` in `[0, 1)`): Mirrored below 0.5.
         dropout (`float` in `[0, 1)`): The prompt is emptied below the dropout probability.
-        seed (`int` in `[0, 2**63)`): For whoever needs more randomness for this pair: noise and timestep.
+        seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
     """
 
     top: float
@@ -40,7 +40,7 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
-        """The draws of a pair, the same on every machine and in every process for the same non-negative key."""
+        """The draws of a pair, equal on every machine and in every process for the same non-negative key."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
@@ -50,9 +50,9 @@ class PairPixels(NamedTuple):
     """A transformed pair, winner first.
 
     Attributes:
-        pixel_values (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): As the images have them.
+        pixel_values (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): RGB values.
         original_sizes (two of `(height, width)`): Before resizing.
-        crop_top_lefts (two of `(top, left)`): Of the crop in the resized (and maybe mirrored) image.
+        crop_top_lefts (two of `(top, left)`): Crop offsets in the resized, possibly mirrored, image.
     """
 
     pixel_values: torch.Tensor
@@ -64,8 +64,8 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
     """Pixels as the VAE takes them, `(x / 255 - 0.5) / 0.5` in float32, equal to the bit on every device.
 
     Args:
-        pixels (`torch.Tensor` of any shape, uint8): On any device. Of another dtype they are taken to be in `[-1, 1]`
-            already, and stay as they are.
+        pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
+            `[-1, 1]` and returned unchanged.
 
     Returns:
         `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
@@ -77,19 +77,19 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _white(device: torch.device) -> torch.Tensor:
-    """255 on the device: by a number of the host, CUDA would multiply with its rounded reciprocal."""
+    """255 as a tensor on the device: CUDA divides by a Python scalar by multiplying with its rounded reciprocal."""
     return torch.full((), 255.0, device=device)
 
 
 class PairTransform:
     """Resizes, flips and crops both images of a pair with the same draws.
 
-    The resize covers the target with the image's aspect ratio kept: for a square target the shorter side becomes
-    `resolution` and the longer one is rounded down, as torchvision's `Resize(int)` does on PIL images.
+    The resize keeps the aspect ratio and covers the target: for a square target the shorter side becomes `resolution`
+    and the longer one is rounded down, as torchvision's `Resize(int)` does on PIL images.
 
     Args:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
-        center_crop (`bool`): Crop in the middle instead of at random.
+        center_crop (`bool`): Crop at the center instead of at random.
         random_flip (`bool`): Mirror half of the pairs.
         interpolation (`str`): `"bilinear"`, `"bicubic"` or `"lanczos"`.
     """
@@ -119,15 +119,15 @@ class PairTransform:
 
         Args:
             winner, loser (`PIL.Image.Image` in mode RGB): Of any two sizes.
-            draws (`PairDraws`, *optional*): `None` crops in the middle and never flips, whatever the settings.
+            draws (`PairDraws`, *optional*): `None` center-crops and never flips, whatever the settings.
         """
         pixels, corners = zip(*(self._transform(image, draws) for image in (winner, loser)), strict=True)
         sizes = ((winner.height, winner.width), (loser.height, loser.width))
         return PairPixels(torch.stack(pixels), sizes, corners)
 
     def resized_size(self, height: int, width: int) -> Size:
-        """Smallest `(height, width)` of the image's own aspect ratio that covers the target."""
-        if width * self.height <= height * self.width:  # the width is what limits
+        """Smallest `(height, width)` of the image's aspect ratio that covers the target."""
+        if width * self.height <= height * self.width:  # the width determines the scale
             return self.width * height // width, self.width
         return self.height, self.height * width // height
 
@@ -147,7 +147,7 @@ class PairTransform:
 
 
 class ItemMaker:
-    """Everything between two decoded images and an item, and the one place that knows the epoch."""
+    """Makes items from decoded images, and holds the epoch that their random draws depend on."""
 
     def __init__(self, transform: PairTransform, prompt_dropout: float, seed: int, training: bool) -> None:
         if not 0.0 <= prompt_dropout <= 1.0:
@@ -157,10 +157,10 @@ class ItemMaker:
         self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
         self.epoch = torch.zeros(1, dtype=torch.long)
         if training:
-            self.epoch.share_memory_()  # persistent workers read the same memory; it holds a file open
+            self.epoch.share_memory_()  # for persistent workers; it holds a file open
 
     def for_evaluation(self) -> "ItemMaker":
-        """One with the same transform and seed that draws nothing but that seed's noise."""
+        """One with the same transform and seed: no augmentation, and draws that do not depend on the epoch."""
         return ItemMaker(self.transform, 0.0, self.seed, training=False)
 
     def set_epoch(self, epoch: int) -> None:
@@ -177,7 +177,7 @@ class ItemMaker:
         scores: tuple[float, float] | None,
         epoch: int | None = None,
     ) -> dict[str, Any]:
-        """An item; `epoch` is the one that was set, unless a stream counts its own."""
+        """An item; `epoch` overrides the one that was set, for repeating streams."""
         epoch = int(self.epoch) if epoch is None else epoch
         draws = PairDraws.from_key(self.seed, epoch if self.training else 0, row)
         item = self.transform(winner, loser, draws if self.training else None)._asdict()

@@ -1,6 +1,6 @@
-"""The embedded world: captioned shapes, an oracle that scores them, ranked pairs, and a tiny real pipeline to tune.
+"""The embedded world: captioned shapes, an oracle that scores them, ranked pairs, and a tiny pipeline to tune.
 
-The world and the oracle are numpy only and imported here; the pairs are in `pairs`, the pipeline in `pipeline`.
+The world and the oracle need numpy only and are imported here; the pairs are in `pairs`, the pipeline in `pipeline`.
 """
 
 from .oracle import OracleParts, oracle_parts, oracle_score

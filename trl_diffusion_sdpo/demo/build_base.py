@@ -1,7 +1,7 @@
-"""Rebuild the demo's base model from nothing: `python -m trl_diffusion_sdpo.demo.build_base`.
+"""Train the demo's base model from scratch: `python -m trl_diffusion_sdpo.demo.build_base`.
 
-First the autoencoder learns the flawed images of the world, then the denoiser and the text encoder learn to draw them
-from captions. A finished stage is kept in `--work_dir` and skipped when the command is run again.
+First the autoencoder is trained on the flawed images of the world, then the denoiser and the text encoder on captioned
+latents. A finished autoencoder is saved in `--work_dir` and not trained again by a second call.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Build both stages and save the pipeline as bfloat16 safetensors in `--output`."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
-    images, prompts = draw_training_data(args.seed)
+    images, prompts = render_training_data(args.seed)
     pipeline = build_pipeline(args.seed)
 
     vae_folder = args.work_dir / "vae"
@@ -48,30 +48,30 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info("The base model is in %s.", args.output)
 
 
-def draw_training_data(seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Draw the flawed images that both stages learn.
+def render_training_data(seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Render the flawed images that both stages train on.
 
     Args:
-        seed (`int`): Equal seeds give equal images.
+        seed (`int`): Seed of the flaws.
 
     Returns:
         `torch.Tensor` of shape `(N, 3, 32, 32)` in `[-1, 1]`, and N prompts.
     """
     generator = np.random.default_rng(seed)
     shown = [caption for caption in captions() for _ in range(IMAGES_PER_PROMPT)]
-    drawn = np.stack([imperfect_render(caption, generator) for caption in tqdm(shown, desc="drawing")])
-    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, H, W, C) -> (N, C, H, W)
+    rendered = np.stack([imperfect_render(caption, generator) for caption in tqdm(shown, desc="rendering")])
+    images = torch.from_numpy(rendered).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, H, W, C) -> (N, C, H, W)
     return images, [caption.text for caption in shown]
 
 
 def train_vae(vae: AutoencoderKL, images: torch.Tensor, *, steps: int, seed: int) -> None:
-    """Train the autoencoder in place on MSE + L1 / 2 and a whiff of KL, then set its scaling factor.
+    """Train the autoencoder in place on MSE + L1 / 2 + 1e-7 KL, then set its scaling factor.
 
     Args:
         vae (`AutoencoderKL`): Trained in place.
         images (`torch.Tensor` of shape `(N, 3, 32, 32)`): In `[-1, 1]`.
         steps (`int`): Optimizer steps.
-        seed (`int`): Decides the batches and the latent noise.
+        seed (`int`): Seed of the batches and the latent noise.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR)
@@ -91,14 +91,14 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, *, steps: int, seed: int
 def train_unet(
     pipeline: StableDiffusionPipeline, images: torch.Tensor, prompts: list[str], *, steps: int, seed: int
 ) -> None:
-    """Train denoiser and text encoder in place to predict the noise, and leave them with their averaged weights.
+    """Train denoiser and text encoder in place to predict the noise, and set them to their averaged weights.
 
     Args:
-        pipeline (`StableDiffusionPipeline`): Its autoencoder is finished; the rest is trained.
+        pipeline (`StableDiffusionPipeline`): Its autoencoder is trained already.
         images (`torch.Tensor` of shape `(N, 3, 32, 32)`): In `[-1, 1]`.
         prompts (`list[str]` of length N): Their captions.
         steps (`int`): Optimizer steps.
-        seed (`int`): Decides the batches, timesteps, noise and dropped captions.
+        seed (`int`): Seed of the batches, timesteps, noise and dropped captions.
     """
     generator = torch.Generator().manual_seed(seed)
     latents = encode(pipeline.vae, images) * pipeline.vae.config.scaling_factor
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "--work_dir",
         type=Path,
         default=Path("build/demo_base"),
-        help="folder of finished stages; empty it to start anew",
+        help="folder of the trained autoencoder; delete it to start anew",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=2000)

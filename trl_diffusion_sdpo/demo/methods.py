@@ -1,5 +1,4 @@
-"""The methods that the demo compares, and how it watches one train: what sets each apart, the oracle's score on the
-way, and a progress bar."""
+"""The methods that the demo compares, and the callbacks of their training: the oracle's score and a progress bar."""
 
 import time
 from dataclasses import dataclass, field
@@ -12,15 +11,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .oracle import oracle_score
-from .pipeline import sample_images, score_latents, score_prompts
+from .pipeline import generate_images, score_latents, score_prompts
 from .results import Score
 
 HARD = {"learning_rate": 2e-4, "beta": 100.0}
 GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
-# For keeping the winners over a training: of the front that benchmarks/front.py measures, a point that gives up a
-# little reward.
+# Keeps the winners' error low for a little less reward: a point of the front that benchmarks/front.py measures.
 RECIPE = {"loss_type": "sigmoid", "safeguard": "parameter", "safeguard_mu": 0.8, "lr_scheduler_type": "cosine"}
 
 
@@ -29,8 +27,8 @@ class Method:
     """One way to train.
 
     Attributes:
-        key, label (`str`): Name of its folder, and name for people.
-        settings (`dict[str, Any]`): Fields of `DiffusionSDPOConfig` that set it apart.
+        key, label (`str`): Name of its folder, and name to display.
+        settings (`dict[str, Any]`): Its fields of `DiffusionSDPOConfig`.
         gentle (`bool`): Whether these are the gentle settings, trained for half as many steps.
     """
 
@@ -52,12 +50,12 @@ GENTLE_METHODS = (
 )
 
 
-class Judge:
-    """Draws from a pipeline with the same prompts and latents every time, and asks the oracle.
+class ImageScorer:
+    """Generates images from fixed prompts and latents, and scores them by the oracle.
 
     Args:
         samples_per_prompt (`int`): Images for each of the 72 prompts.
-        seed (`int`): Decides the latents.
+        seed (`int`): Seed of the latents.
     """
 
     def __init__(self, samples_per_prompt: int, seed: int):
@@ -65,34 +63,34 @@ class Judge:
         self.latents = score_latents(samples_per_prompt, seed)
 
     def __call__(self, pipeline: StableDiffusionPipeline) -> tuple[np.ndarray, np.ndarray]:
-        """Images `(N, 32, 32, 3)` and their scores `(N,)`; networks keep their modes, and no gradient is recorded."""
+        """Images `(N, 32, 32, 3)` and their scores `(N,)`; the UNet keeps its training mode."""
         training = pipeline.unet.training
         pipeline.unet.eval()
         try:
             with torch.no_grad():
-                images = sample_images(pipeline, self.prompts, self.latents)
+                images = generate_images(pipeline, self.prompts, self.latents)
         finally:
             pipeline.unet.train(training)
         return images, oracle_score(images, self.prompts)
 
 
 class OracleCallback(TrainerCallback):
-    """Adds the oracle's score to the log history whenever the trainer evaluates, and evaluates after the last step.
+    """Adds the oracle's score to the log history at every evaluation, and evaluates after the last step.
 
-    The entry has `step`, `oracle`, `oracle_stderr` and `seconds`, the time trained so far. As it lies in the log
-    history, a checkpoint carries it along.
+    The entry has `step`, `oracle`, `oracle_stderr` and `seconds`, the training time so far. Checkpoints store it with
+    the log history.
 
     Args:
-        pipeline (`StableDiffusionPipeline`): The one that owns the UNet being trained.
-        judge (`Judge`): Draws and scores.
-        base (`Score`): The score before training, which is known.
+        pipeline (`StableDiffusionPipeline`): The pipeline whose UNet is trained.
+        scorer (`ImageScorer`): Generates and scores images.
+        base (`Score`): The score before training.
 
     Attributes:
         latest (`tuple[np.ndarray, np.ndarray]`): Newest images and their scores; both empty before the first.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, judge: Judge, base: Score):
-        self.pipeline, self.judge, self.base = pipeline, judge, base
+    def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
+        self.pipeline, self.scorer, self.base = pipeline, scorer, base
         self.latest = (np.empty(0), np.empty(0))
         self._start = 0.0
 
@@ -103,22 +101,22 @@ class OracleCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
-            control.should_save = False  # the finished result follows at once
+            control.should_save = False  # the result is saved after training
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         score = self.base
         if state.global_step > 0:
-            self.latest = self.judge(self.pipeline)
+            self.latest = self.scorer(self.pipeline)
             score = Score.of(self.latest[1])
         entry = {"oracle": score.mean, "oracle_stderr": score.stderr, "seconds": time.monotonic() - self._start}
         state.log_history.append({**entry, "step": state.global_step})
 
 
 class ProgressCallback(TrainerCallback):
-    """One bar for the whole of a method, with the newest score; evaluations have none of their own.
+    """One progress bar for a method, with the newest score, in place of one for each evaluation.
 
     Args:
-        title (`str`): Stands before the bar.
+        title (`str`): Description of the bar.
     """
 
     def __init__(self, title: str):
@@ -140,7 +138,7 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar off; harmless when called again."""
+        """Close the bar, if it is open."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,7 +1,7 @@
-"""The embedded world's judge: scores an image against its caption in [0, 1], from pixels alone.
+"""The reward of the embedded world: scores an image against its caption in [0, 1], from its pixels.
 
-It finds the background as the median of the border and the object as what differs from it, so colour, shape, position
-and sharpness are read independently of one another.
+The background is the median of the border, and the object is what differs from it; colour, shape, position and
+sharpness are measured independently of one another.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPE_AREA, SHAPES, inside,
 COLOUR_REACH = 0.6  # RGB distance at which a colour scores 0
 CENTRE_REACH = 8.0  # pixels off the centre at which the position scores 0
 CRISP_EDGE, SOFT_EDGE = 1.0, 4.0  # edge widths in pixels that score 1 and 0
-MIN_CONTRAST = 0.15  # RGB distance below which there is no object at all
-AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # pixels outside of which it is speckle or flood, no object
+MIN_CONTRAST = 0.15  # RGB distance below which there is no object
+AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # pixels; outside of this range there is no object
 
 # Perimeter of each shape of area 1, from its definition in `world`.
 PERIMETERS = {
@@ -46,25 +46,25 @@ def oracle_score(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[s
     """Score images against their prompts; 1 is the ideal render.
 
     Args:
-        images (`np.ndarray` of shape `(N, 32, 32, 3)`, uint8 or float in `[0, 1]`, or N PIL images): What to judge.
+        images (`np.ndarray` of shape `(N, 32, 32, 3)`, uint8 or float in `[0, 1]`, or N PIL images): The images.
         prompts (`Sequence[str]` of length N): Prompts of the world.
 
     Returns:
         `np.ndarray` of shape `(N,)`: Scores in `[0, 1]`.
 
     Raises:
-        ValueError: If the images are of another size, their number differs from the prompts', or a prompt is foreign.
+        ValueError: If the images have another size or another number than the prompts, or a prompt is not of the world.
     """
     return oracle_parts(images, prompts).score
 
 
 def oracle_parts(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> OracleParts:
-    """The parts of `oracle_score`, with the same arguments and errors.
+    """The four parts of `oracle_score`, with the same arguments and errors.
 
     Returns:
         `OracleParts`: `colour`, the worse of object and background; `shape`, the overlap with the captioned shape of
-        equal area and centre, or 0 where another shape fits better; `centred`; `sharp`, the width of the edge. All are
-        0 where there is no object.
+        equal area and centre, or 0 where another shape overlaps more; `centred`; `sharp`, the width of the edge. All
+        are 0 where there is no object.
     """
     pixels = _as_float(images)
     wanted = [parse_caption(prompt) for prompt in prompts]
@@ -101,18 +101,18 @@ def _as_float(images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
         images = np.stack([np.asarray(image.convert("RGB")) for image in images])
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
-            f"The oracle judges RGB images of {IMAGE_SIZE} x {IMAGE_SIZE}, got an array of shape {images.shape}. "
+            f"The oracle scores RGB images of {IMAGE_SIZE} x {IMAGE_SIZE}, got an array of shape {images.shape}. "
             f"Pass an array of shape (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) or a list of PIL images."
         )
     return images / 255.0 if images.dtype == np.uint8 else images.astype(np.float64)
 
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Background and object colour, `(N, 3)` each, and how much of each pixel is object, `(N, 32, 32)` in `[0, 1]`."""
+    """Background and object colour, `(N, 3)` each, and the object's share of each pixel, `(N, 32, 32)` in `[0, 1]`."""
     rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
     background = np.median(rim, axis=1)
     distance = np.linalg.norm(pixels - background[:, None, None], axis=-1)  # (N, 32, 32)
-    # An object fills about 15% of the image, so the 95th percentile lies in its core, past any stray pixel.
+    # An object covers about 15% of the image, so the 95th percentile is inside it and robust to single pixels.
     core = distance >= 0.8 * np.quantile(distance, 0.95, axis=(1, 2), keepdims=True)
     colour = (pixels * core[..., None]).sum(axis=(1, 2)) / core.sum(axis=(1, 2))[:, None]
     contrast = np.maximum(np.linalg.norm(colour - background, axis=-1), MIN_CONTRAST)
@@ -121,18 +121,18 @@ def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _centroid(mask: np.ndarray, area: np.ndarray) -> np.ndarray:
     """Mean position of the mask's pixels relative to the image's centre, right and down, `(N, 2)`."""
-    place = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
-    right = (mask * place[None, None, :]).sum(axis=(1, 2)) / area
-    down = (mask * place[None, :, None]).sum(axis=(1, 2)) / area
+    position = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
+    right = (mask * position[None, None, :]).sum(axis=(1, 2)) / area
+    down = (mask * position[None, :, None]).sum(axis=(1, 2)) / area
     return np.stack([right, down], axis=-1)
 
 
 def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Intersection over union of each mask with every shape of its area and centre, `(N, number of shapes)`."""
-    place = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
+    position = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
     scale = np.sqrt(area)[:, None, None]
-    x = (place[None, None, :] - centre[:, 0, None, None]) / scale
-    y = (place[None, :, None] - centre[:, 1, None, None]) / scale
+    x = (position[None, None, :] - centre[:, 0, None, None]) / scale
+    y = (position[None, :, None] - centre[:, 1, None, None]) / scale
     x, y = np.broadcast_arrays(x, y)  # (N, 32, 32)
     templates = [inside(name, x, y) for name in SHAPES]
     shares = [(mask & template).sum(axis=(1, 2)) / (mask | template).sum(axis=(1, 2)) for template in templates]
@@ -140,5 +140,5 @@ def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndar
 
 
 def _fade(value: np.ndarray, full: float, zero: float) -> np.ndarray:
-    """1 up to `full`, 0 from `zero` on, straight between."""
+    """1 up to `full`, 0 from `zero` on, linear between."""
     return np.clip((zero - value) / (zero - full), 0, 1)

@@ -1,4 +1,4 @@
-"""The embedded world's tiny but real `StableDiffusionPipeline`: how it is built, loaded and sampled."""
+"""The embedded world's tiny `StableDiffusionPipeline`: building, loading and generating images."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -12,17 +12,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, captions
 
 LATENT_SHAPE = (4, 8, 8)
-TEXT_LENGTH = 8  # start, five words, end, and one to spare
+TEXT_LENGTH = 8  # start, five words, end, one unused
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
-_CHUNK = 256  # images sampled at once
+_CHUNK = 256  # images per forward pass
 
 
 def load_base_pipeline() -> StableDiffusionPipeline:
-    """Load the shipped base model in float32 on the CPU.
+    """Load the packaged base model in float32 on the CPU.
 
     Returns:
-        `StableDiffusionPipeline`: Fresh modules in evaluation mode, no progress bar, no safety checker.
+        `StableDiffusionPipeline`: In evaluation mode, without progress bar and safety checker.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline_folder(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -30,7 +30,7 @@ def load_base_pipeline() -> StableDiffusionPipeline:
 
 
 def base_pipeline_folder() -> Path:
-    """Folder of the shipped base model, in diffusers' own layout, bfloat16 safetensors.
+    """Folder of the packaged base model, in diffusers' layout, bfloat16 safetensors.
 
     Raises:
         ValueError: If the installed package lacks the folder.
@@ -38,17 +38,17 @@ def base_pipeline_folder() -> Path:
     folder = Path(str(files(__package__))) / "base"
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"The demo's base model must lie in {folder}, but there is no model_index.json. "
+            f"The demo's base model must be in {folder}, but there is no model_index.json. "
             "Reinstall the package, or rebuild it with `python -m trl_diffusion_sdpo.demo.build_base`."
         )
     return folder
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """Build the pipeline untrained: 1.8 million parameters over 32 x 32 images and 4 x 8 x 8 latents.
+    """Build the untrained pipeline: 1.8 million parameters, 32 x 32 images, 4 x 8 x 8 latents.
 
     Args:
-        seed (`int`): Decides the initial weights. The global random state is left as it was.
+        seed (`int`): Seed of the initial weights. The global random state is not changed.
 
     Returns:
         `StableDiffusionPipeline`: In float32 on the CPU.
@@ -78,10 +78,10 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Build a CLIP tokenizer that gives every word of the world one token, and any other text its bytes.
+    """Build a CLIP tokenizer with one token for every word of the world, and bytes for any other text.
 
-    The merges follow from the word list alone: each word in turn is split with the merges so far, then its first two
-    pieces are merged until one is left. A merge added later ranks lower, so it can't split an earlier word.
+    The merges follow from the word list: each word in turn is split with the merges so far, then its first two pieces
+    are merged until one is left. A later merge has a lower rank, so it cannot split an earlier word.
     """
     words = ["a", "on", *COLOURS, *SHAPES, *BACKGROUNDS]
     merges: list[tuple[str, str]] = []
@@ -90,8 +90,8 @@ def build_tokenizer() -> CLIPTokenizer:
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
-    letters = _byte_letters()
-    tokens = [*letters, *(letter + _WORD_END for letter in letters), *(a + b for a, b in merges), _START, _END]
+    characters = _byte_characters()
+    tokens = [*characters, *(one + _WORD_END for one in characters), *(a + b for a, b in merges), _START, _END]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(
         vocab=vocab,
@@ -104,15 +104,15 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
-def sample_images(
+def generate_images(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], latents: torch.Tensor, steps: int = 12
 ) -> np.ndarray:
-    """Sample one image per prompt from given latents: DDIM, guidance 1, hence no chance and no unconditional pass.
+    """Generate one image per prompt from given latents: deterministic DDIM, without classifier-free guidance.
 
     Args:
-        pipeline (`StableDiffusionPipeline`): Left as it was, its scheduler too.
-        prompts (`Sequence[str]` of length N): What to draw.
-        latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Standard normal starting points.
+        pipeline (`StableDiffusionPipeline`): Not changed, nor its scheduler.
+        prompts (`Sequence[str]` of length N): The prompts.
+        latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Initial latents, standard normal.
         steps (`int`): Number of denoising steps.
 
     Returns:
@@ -146,16 +146,16 @@ def sample_images(
 
 
 def score_prompts(n_per_prompt: int = 3) -> list[str]:
-    """Every prompt of the world `n_per_prompt` times in a row: the prompts that belong to `score_latents`."""
+    """Every prompt of the world, `n_per_prompt` times in a row; the prompts of `score_latents`."""
     return [caption.text for caption in captions() for _ in range(n_per_prompt)]
 
 
 def score_latents(n_per_prompt: int = 3, seed: int = 0) -> torch.Tensor:
-    """Fixed starting latents for `score_prompts`, so that models are compared on equal noise.
+    """Fixed initial latents for `score_prompts`, so that models are compared on equal noise.
 
     Args:
         n_per_prompt (`int`): Latents per prompt.
-        seed (`int`): Equal seeds give equal latents.
+        seed (`int`): Seed of the latents.
 
     Returns:
         `torch.Tensor` of shape `(72 * n_per_prompt, 4, 8, 8)`, float32.
@@ -222,8 +222,8 @@ def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-def _byte_letters() -> list[str]:
-    """A letter for each of the 256 bytes, as byte-level BPE has them; printable ones stand for themselves."""
+def _byte_characters() -> list[str]:
+    """The character of each of the 256 bytes in byte-level BPE; printable bytes are their own characters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    spares = range(256, 256 + 256 - len(printable))
-    return [chr(code) for code in [*printable, *spares]]
+    others = range(256, 256 + 256 - len(printable))
+    return [chr(code) for code in [*printable, *others]]

@@ -1,5 +1,4 @@
-"""What the demo writes: curves, a grid of images from equal latents, a table, the numbers, and a summary that claims no
-more than was measured."""
+"""The demo's report: curves, a grid of images from equal latents, a table, the numbers, and a summary."""
 
 import json
 from pathlib import Path
@@ -16,8 +15,8 @@ from .world import IMAGE_SIZE
 CURVES_FILE, GRID_FILE = "curves.png", "grid.png"
 TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE = "table.md", "results.json", "summary.txt"
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; every line has a marker of its own besides.
-LOOKS = {
+# Okabe and Ito's palette for colour-blind readers, and the marker of each line.
+STYLES = {
     "base": ("#000000", ""),
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
@@ -26,12 +25,12 @@ LOOKS = {
     "dpo_gentle": ("#E69F00", "^"),
     "sdpo_gentle": ("#56B4E9", "D"),
 }
-GRID_PROMPT_EVERY = 10  # rows of the grid: this rule, not a choice, picks the prompts
+GRID_PROMPT_EVERY = 10  # the grid shows every tenth prompt
 GRID_ZOOM = 4
 
 
 def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
-    """Write everything into the result's folder.
+    """Write the report to the result's folder.
 
     Returns:
         The summary, and the files.
@@ -40,7 +39,7 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
         MissingExtraError: If matplotlib is not installed.
     """
     folder = result.folder
-    draw_curves(result, folder / CURVES_FILE)
+    plot_curves(result, folder / CURVES_FILE)
     draw_grid(result).save(folder / GRID_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
     (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
@@ -50,22 +49,22 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     return text, tuple(folder / name for name in names)
 
 
-def draw_curves(result: DemoResult, path: Path) -> None:
-    """Draw winner and loser error change, lambda and the oracle's score over the steps, a line for each method."""
-    require("plots", "Drawing the demo's curves")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # seconds to import, and an extra
+def plot_curves(result: DemoResult, path: Path) -> None:
+    """Plot winner and loser error change, lambda and the oracle's score over the steps, a line per method."""
+    require("plots", "Plotting the demo's curves")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes seconds, and is an extra
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2)
     for method in result.methods:
-        curves, look = method.curves, _look(method)
-        panels[0, 0].plot(curves.steps, curves.winner_change, **look)
-        panels[0, 1].plot(curves.steps, curves.loser_change, **look)
-        _draw_oracle(panels[1, 0], method, look)
+        curves, style = method.curves, _style(method)
+        panels[0, 0].plot(curves.steps, curves.winner_change, **style)
+        panels[0, 1].plot(curves.steps, curves.loser_change, **style)
+        _plot_oracle(panels[1, 0], method, style)
         if curves.scale:
-            panels[1, 1].plot(curves.scale_steps, curves.scale, **{**look, "marker": ""})
+            panels[1, 1].plot(curves.scale_steps, curves.scale, **{**style, "marker": ""})
     panels[1, 0].axhline(result.base.mean, color="black", linestyle=":", label="base model")
     _name_panels(panels)
     handles, labels = panels[1, 0].get_legend_handles_labels()
@@ -77,25 +76,25 @@ def draw_curves(result: DemoResult, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_oracle(panel: Any, method: MethodResult, look: dict[str, Any]) -> None:
+def _plot_oracle(panel: Any, method: MethodResult, style: dict[str, Any]) -> None:
     mean = np.array([score.mean for score in method.curves.oracle])
     stderr = np.array([score.stderr for score in method.curves.oracle])
-    panel.plot(method.curves.steps, mean, **look)
-    panel.fill_between(method.curves.steps, mean - stderr, mean + stderr, color=look["color"], alpha=0.15, lw=0)
+    panel.plot(method.curves.steps, mean, **style)
+    panel.fill_between(method.curves.steps, mean - stderr, mean + stderr, color=style["color"], alpha=0.15, lw=0)
 
 
-def _look(method: MethodResult) -> dict[str, Any]:
-    colour, marker = LOOKS[method.key]
+def _style(method: MethodResult) -> dict[str, Any]:
+    colour, marker = STYLES[method.key]
     style = "--" if method.gentle else "-"
     return {"color": colour, "marker": marker, "linestyle": style, "label": method.label, "lw": 2.2, "ms": 7}
 
 
 def _name_panels(panels: Any) -> None:
     titles = (
-        ("Error on held-out winners, change", "up = preferred images drawn worse"),
-        ("Error on held-out losers, change", "up = rejected images become less likely, as asked for"),
-        ("Oracle score of samples", "up = images fit their prompts better; band: ± 1 standard error"),
-        ("Scale of the loser's gradient, λ", "1 = not held back"),
+        ("Error on held-out winners, change", "up = preferred images become less likely"),
+        ("Error on held-out losers, change", "up = rejected images become less likely"),
+        ("Oracle score of generated images", "up = images fit their prompts better; band: ± 1 standard error"),
+        ("Scale of the loser's gradient, λ", "1 = unchanged"),
     )
     for panel, (title, note) in zip(panels.flat, titles, strict=True):
         panel.set_title(title, fontsize=13, loc="left", pad=22)
@@ -108,15 +107,15 @@ def _name_panels(panels: Any) -> None:
         panel.axhline(0, color="black", linestyle=":")
     bottom, top = min(p.get_ylim()[0] for p in panels[0]), max(p.get_ylim()[1] for p in panels[0])
     for panel in panels[0]:
-        panel.set_ylim(bottom, top)  # so that the two can be compared
+        panel.set_ylim(bottom, top)  # one scale for both
     panels[1, 1].set_ylim(0, 1.05)
 
 
 def draw_grid(result: DemoResult) -> Image.Image:
-    """Draw images from equal latents: a row for every tenth prompt, a column for the base model and each method.
+    """A grid of images from equal latents: a row for every tenth prompt, a column for the base model and each method.
 
     Returns:
-        `Image.Image`: With the oracle's score at each image, and each column's mean over all prompts.
+        `Image.Image`: With the score of each image, and the mean score of each column over all prompts.
     """
     prompts = score_prompts(result.settings["samples_per_prompt"])
     rows = range(0, len(prompts), GRID_PROMPT_EVERY * result.settings["samples_per_prompt"])
@@ -130,7 +129,7 @@ def draw_grid(result: DemoResult) -> Image.Image:
     for column, (key, label, mean, samples, scores) in enumerate(columns):
         x = left + column * step_x
         short = label.replace("Diffusion-", "").replace(", ", " ")
-        pen.text((x + side / 2, 8), short, LOOKS[key][0], font.bold, anchor="ma")
+        pen.text((x + side / 2, 8), short, STYLES[key][0], font.bold, anchor="ma")
         pen.text((x + side / 2, 34), f"mean {mean.mean:.3f}", "#333333", font.small, anchor="ma")
         for row, index in enumerate(rows):
             y = top + row * step_y
@@ -148,7 +147,7 @@ def draw_grid(result: DemoResult) -> Image.Image:
 
 
 class _Fonts:
-    """Pillow's own font, in the grid's sizes."""
+    """Pillow's default font in the sizes of the grid."""
 
     def __init__(self):
         self.bold, self.normal, self.small = (ImageFont.load_default(size) for size in (21, 15, 14))
@@ -157,7 +156,7 @@ class _Fonts:
 def table(result: DemoResult) -> str:
     """The final numbers as a Markdown table."""
     lines = [
-        "| method | oracle score | best on the way | winner error change | loser error change | seconds |",
+        "| method | oracle score | best evaluation | winner error change | loser error change | seconds |",
         "|---|---|---|---|---|---|",
         f"| base model | {result.base} | | 0 | 0 | |",
     ]
@@ -183,19 +182,19 @@ def table(result: DemoResult) -> str:
 
 
 def numbers(result: DemoResult) -> dict[str, Any]:
-    """Everything that was measured, as JSON knows it."""
+    """All measurements, for JSON."""
     return {
         "settings": result.settings,
         "train_pairs": result.train_pairs,
         "eval_pairs": result.eval_pairs,
         "seconds": result.seconds,
         "base": {"oracle": result.base.mean, "oracle_stderr": result.base.stderr},
-        "methods": [method.facts() for method in result.methods],
+        "methods": [method.to_dict() for method in result.methods],
     }
 
 
 def summary(result: DemoResult) -> str:
-    """What happened, for a terminal: the numbers first, then what may and may not be read from them."""
+    """The numbers, for a terminal, and what they do and do not show."""
     steps, seed = result.settings["max_steps"], result.settings["seed"]
     kind = result.settings["pairs"].replace("_", "-")
     width = max(len(method.label) for method in result.methods)
@@ -209,13 +208,13 @@ def summary(result: DemoResult) -> str:
         curves = method.curves
         changes = f"{_change(curves.winner_change):>12}  {_change(curves.loser_change):>11}"
         lines.append(f"  {method.label:{width}}  {method.oracle}  {changes}")
-    lines += ["", *_reading(result), ""]
+    lines += ["", *_interpretation(result), ""]
     lines += [f"Written to {result.folder}: {CURVES_FILE}, {GRID_FILE}, {TABLE_FILE}, {NUMBERS_FILE}."]
     return "\n".join(lines)
 
 
-def _reading(result: DemoResult) -> list[str]:
-    """Sentences that hold whatever came out."""
+def _interpretation(result: DemoResult) -> list[str]:
+    """The interpretation of the numbers, whatever they are."""
     by_key = {method.key: method for method in result.methods}
     dpo, sdpo, recipe = (by_key[key] for key in ("dpo", "sdpo", "sdpo_recipe"))
     lines = [
@@ -229,9 +228,9 @@ def _reading(result: DemoResult) -> list[str]:
     if "sdpo_gentle" in by_key:
         gentle = _comparison(by_key["sdpo_gentle"], by_key["dpo_gentle"])
         steps = by_key["sdpo_gentle"].curves.steps[-1]
-        lines.append(f"With the gentle setting (beta 500, learning rate 1e-4), after {steps} steps:\n{gentle}.")
+        lines.append(f"With the gentle settings (beta 500, learning rate 1e-4), after {steps} steps:\n{gentle}.")
     else:
-        lines.append("A gentle setting (beta 500, learning rate 1e-4) was not run; DPO and SDPO may lie closer there.")
+        lines.append("Gentle settings (beta 500, learning rate 1e-4) were not run; DPO and SDPO may lie closer there.")
     lines.append(
         "This is one seed of a toy world. The safeguard acts to first order, so the winner's error can still rise,"
     )
@@ -240,7 +239,7 @@ def _reading(result: DemoResult) -> list[str]:
 
 
 def _comparison(first: MethodResult, second: MethodResult) -> str:
-    """Who scored higher, and by how many standard errors of the paired difference."""
+    """Which scored higher, by the mean and standard error of the paired difference."""
     difference = first.scores - second.scores  # from equal latents
     score = Score.of(difference)
     apart = abs(score.mean) > 2 * score.stderr

@@ -1,4 +1,4 @@
-"""What a run of the demo leaves behind: the curves and samples of each method, in memory and in files."""
+"""Results of the demo: the curves and generated images of each method, in memory and in files."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,13 +10,13 @@ from PIL import Image
 
 from .world import IMAGE_SIZE, captions
 
-RESULT_FILE = "result.json"  # written last: a method's folder that has it is finished
+RESULT_FILE = "result.json"  # written last: marks a finished method
 SAMPLES_FILE = "samples.png"
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the oracle says of a set of images.
+    """The oracle's score of a set of images.
 
     Attributes:
         mean (`float`): Mean score in `[0, 1]`.
@@ -28,7 +28,7 @@ class Score:
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Score":
-        """Sum up scores of shape `(N,)`; of a single one the error is not known, and given as 0."""
+        """From scores of shape `(N,)`; the standard error of a single one is given as 0."""
         spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
         return cls(mean=float(scores.mean()), stderr=spread / len(scores) ** 0.5)
 
@@ -38,15 +38,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Curves:
-    """A method over its training steps. The first four lists belong together, and so do the last two.
+    """A method over its training steps. The first four lists have equal lengths, and so have the last two.
 
     Attributes:
-        steps (`list[int]`): Optimizer steps at which it was evaluated, 0 among them.
+        steps (`list[int]`): Optimizer steps of the evaluations, from 0.
         winner_change, loser_change (`list[float]`): Error on the chosen and on the rejected images of the held-out
             pairs, minus that before training, under the same noise and timesteps.
-        oracle (`list[Score]`): Scores of samples from equal latents.
+        oracle (`list[Score]`): Scores of images from equal latents.
         scale_steps (`list[int]`): Optimizer steps at which the scale was logged.
-        scale (`list[float]`): Mean lambda of the safeguard since the log before; empty without one.
+        scale (`list[float]`): Mean lambda of the safeguard since the previous log; empty without a safeguard.
     """
 
     steps: list[int]
@@ -62,13 +62,13 @@ class MethodResult:
     """One trained method.
 
     Attributes:
-        key, label (`str`): Name of its folder, and name for people.
-        gentle (`bool`): Whether it ran under the gentle setting.
-        settings (`dict[str, Any]`): What set it apart from the other methods.
-        seconds (`float`): Time of training with its evaluations.
-        curves (`Curves`): What was measured on the way.
+        key, label (`str`): Name of its folder, and name to display.
+        gentle (`bool`): Whether it has the gentle settings.
+        settings (`dict[str, Any]`): Its fields of `DiffusionSDPOConfig`.
+        seconds (`float`): Time of training and evaluations.
+        curves (`Curves`): Measurements during training.
         samples (`np.ndarray` of shape `(72 * n, 32, 32, 3)`, uint8): Its images after training, prompt by prompt.
-        scores (`np.ndarray` of shape `(72 * n,)`): What the oracle says of each.
+        scores (`np.ndarray` of shape `(72 * n,)`): Their scores.
     """
 
     key: str
@@ -91,22 +91,22 @@ class MethodResult:
         curves = self.curves
         return max(zip(curves.steps, curves.oracle, strict=True), key=lambda point: point[1].mean)
 
-    def facts(self) -> dict[str, Any]:
-        """Everything but the images, as JSON knows it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but images and scores, for JSON."""
         facts = {name: getattr(self, name) for name in ("key", "label", "gentle", "settings", "seconds")}
         return {**facts, "curves": asdict(self.curves)}
 
     def write(self, folder: Path) -> None:
-        """Write the samples as a sheet of images (a row for each prompt), and everything else as JSON, last."""
+        """Write the images as one sheet with a row for each prompt, then everything else as JSON."""
         write_sheet(self.samples, folder / SAMPLES_FILE)
-        facts = {**self.facts(), "scores": self.scores.tolist()}
+        facts = {**self.to_dict(), "scores": self.scores.tolist()}
         unfinished = folder / f"{RESULT_FILE}.tmp"
         unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(folder / RESULT_FILE)
 
     @classmethod
     def read(cls, folder: Path) -> "MethodResult":
-        """Read what `write` left."""
+        """Read the files of `write`."""
         facts = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
         curves, scores = facts.pop("curves"), np.array(facts.pop("scores"))
         curves["oracle"] = [Score(**score) for score in curves["oracle"]]
@@ -115,17 +115,17 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The whole story.
+    """All results of the demo.
 
     Attributes:
-        folder (`Path`): Where the pictures, the table and the numbers lie.
-        settings (`dict[str, Any]`): Seed, kind of pairs, steps, and what all methods shared.
+        folder (`Path`): Folder of the plots, the table and the numbers.
+        settings (`dict[str, Any]`): Seed, kind of pairs, steps, and the settings of all methods.
         train_pairs, eval_pairs (`int`): Numbers of pairs.
-        base (`Score`), base_samples, base_scores (`np.ndarray`): The model that every method started from.
+        base (`Score`), base_samples, base_scores (`np.ndarray`): The model that every method starts from.
         methods (`list[MethodResult]`): In the order of training.
-        seconds (`float`): Time of this run; short where methods were already trained.
-        summary (`str`): What happened, in a few lines.
-        files (`list[Path]`): What was written into `folder`.
+        seconds (`float`): Time of this call, without methods trained before.
+        summary (`str`): The results in a few lines.
+        files (`tuple[Path, ...]`): The files written to `folder`.
     """
 
     folder: Path
@@ -149,7 +149,7 @@ def write_sheet(samples: np.ndarray, path: Path) -> None:
 
 
 def read_sheet(path: Path) -> np.ndarray:
-    """Read what `write_sheet` wrote."""
+    """Read a file of `write_sheet`."""
     rows = len(captions())
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))

@@ -1,6 +1,6 @@
-"""The embedded world: 72 captions of coloured shapes, how each ideally looks, and the flawed images of the base model.
+"""The embedded world: 72 captions of coloured shapes, their ideal images, and the flawed images of the base model.
 
-Everything is numpy, so the same generator state gives the same picture on every machine.
+Everything is numpy, so the same generator state gives the same image on every machine.
 """
 
 import itertools
@@ -37,7 +37,7 @@ _SUPERSAMPLE = 8
 
 @dataclass(frozen=True)
 class Caption:
-    """What one image should show. `text` is the prompt."""
+    """The content of an image. `text` is the prompt."""
 
     colour: str
     shape: str
@@ -54,7 +54,7 @@ def captions() -> list[Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """Read a prompt of this world back into its parts.
+    """Parse a prompt of this world.
 
     Args:
         text (`str`): For example `"a red circle on white"`.
@@ -80,11 +80,11 @@ def parse_caption(text: str) -> Caption:
 def render(
     caption: Caption, *, offset: tuple[float, float] = (0.0, 0.0), blur: float = 0.0, area: float = SHAPE_AREA
 ) -> np.ndarray:
-    """Draw a caption; without options, its ideal image: centred, sharp, the right shape in the right colour.
+    """Render a caption; by default its ideal image: centred, sharp, the right shape in the right colour.
 
     Args:
-        caption (`Caption`): What to draw.
-        offset (`tuple[float, float]`): How far the shape's centroid is moved right and down, in pixels.
+        caption (`Caption`): The caption.
+        offset (`tuple[float, float]`): Offset of the shape's centroid to the right and down, in pixels.
         blur (`float`): Standard deviation in pixels of a Gaussian blur; 0 for none.
         area (`float`): Area of the shape in pixels.
 
@@ -100,14 +100,14 @@ def render(
 
 
 def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.ndarray:
-    """Draw a caption with the flaws of the base model's training data.
+    """Render a caption with the flaws of the base model's training data.
 
     The centroid is off by a normal of 3 pixels on each axis (at most 6), 60% are blurred, 10% show a wrong colour and
     10% a wrong shape, each independently of the others.
 
     Args:
-        caption (`Caption`): What the image claims to show.
-        generator (`np.random.Generator`): The only source of chance; every call draws equally many numbers.
+        caption (`Caption`): The caption of the image.
+        generator (`np.random.Generator`): Every call draws equally many numbers.
 
     Returns:
         `np.ndarray` of shape `(32, 32, 3)`, uint8.
@@ -126,7 +126,7 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Tell which points lie in the shape of area 1 whose centroid is the origin.
+    """Which points are inside the shape of area 1 whose centroid is the origin.
 
     Args:
         shape (`str`): One of `SHAPES`.

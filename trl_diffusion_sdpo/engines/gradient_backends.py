@@ -1,7 +1,5 @@
-"""How each engine accumulates, reduces and receives the gradient of one backward pass.
-
-Where the engine shards gradients, an accumulator is a shard: nothing of full size is held.
-"""
+"""How each engine accumulates the gradients of several backward passes apart, averages them, and takes the one to step
+with. Where the engine shards gradients, accumulators are shards."""
 
 from __future__ import annotations
 
@@ -12,75 +10,86 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from .._compat import keeps_zero_gradients, zero3_adam_state, zero_gradients, zero_weights
-from .adamw_preconditioner import AdamWState
+from ..losses.adamw import AdamWState
 from .gradients import Gradient, add
-from .sharding import local
+from .sharding import local_tensor
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
 REDUCE_BUCKET = 1 << 25  # elements that one all-reduce takes
 
 
 class GradientBackend(ABC):
-    """How one engine accumulates, reduces and receives gradients.
+    """How one engine computes, averages and steps with gradients.
 
-    A gradient is a list with one tensor for each trained weight (or shard of it), `None` for a weight that took no
-    part. Lists of one engine always have the same order.
+    A gradient is a list with a tensor for each trained weight (or shard), in an order that stays the same; `None` for a
+    weight that the graph does not contain.
     """
 
-    retains_graph = True  # whether one forward pass may be walked back twice
+    retains_graph = True  # whether two backward passes may follow one forward pass
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        """Add the gradient of `objective` to `into`, which may be changed in place; a new one where it is `None`."""
+        """Backpropagate, and return the gradient added to `into`, which may be changed in place.
+
+        Args:
+            objective (`torch.Tensor` of shape `()`): Already divided by the accumulation steps.
+            into (`Gradient`, *optional*): That of earlier micro-batches.
+            retain_graph (`bool`): Whether another backward pass through the same graph follows.
+        """
 
     @abstractmethod
-    def put(self, gradient: Gradient) -> None:
-        """Make this the gradient that is clipped and stepped with."""
+    def set_gradient(self, gradient: Gradient) -> None:
+        """Make this the gradient that is clipped and that the optimizer steps with."""
 
-    def reduced(self, gradient: Gradient) -> Gradient:
+    def all_reduced(self, gradient: Gradient) -> Gradient:
         """The gradient averaged over the processes, where `backward` has not done so."""
         return gradient
 
-    def total(self, products: torch.Tensor) -> torch.Tensor:
-        """Inner products over all shards, from those of this process."""
+    def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
+        """Inner products over all shards, from those over this process's shards; may change them in place."""
         return products
 
     def step(self) -> None:
-        """Take the optimizer's step, where the engine does it by itself."""
+        """Take the optimizer's step, where the engine itself does it."""
         return None
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        """Entered around the forward and backward passes of a micro-batch."""
+        """Entered around the forward and backward passes of each micro-batch."""
         return contextlib.nullcontext()
 
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
-        """The float32 weights, or shards of them, that a gradient belongs to, in its order."""
+        """The float32 weights, or shards, in a gradient's order."""
 
     @abstractmethod
     def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        """AdamW's state of the weights, or shards, in a gradient's order; `optimizer` is the one without wrappers."""
+        """AdamW's state of each weight, or shard, in a gradient's order.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): As [`unwrapped_adamw`] returns it.
+        """
 
     @property
     def loss_scale(self) -> float:
-        """By which gradients are multiplied, against underflow in fp16."""
+        """By which fp16 training multiplies gradients against underflow."""
         return 1.0
 
 
 class ReplicatedBackend(GradientBackend):
-    """One process, or DDP: every process holds whole gradients, and averages them once an optimizer step."""
+    """One process, or DDP: every process holds full gradients, and averages them once an optimizer step."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self._model, self._accelerator = model, accelerator
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Autograd adds to the gradient that it finds, in place.
+        # Autograd accumulates in place.
         for weight, gradient in zip(self._weights, into or [None] * len(self._weights), strict=True):
             weight.grad = gradient
         scaler = self._accelerator.scaler
@@ -93,21 +102,21 @@ class ReplicatedBackend(GradientBackend):
         gradient, weight.grad = weight.grad, None
         return gradient
 
-    def reduced(self, gradient: Gradient) -> Gradient:
+    def all_reduced(self, gradient: Gradient) -> Gradient:
         if self._accelerator.num_processes == 1:
             return gradient
-        # A weight may have taken part in some processes only; all send the same message.
+        # A weight may have a gradient in some processes only, and the all-reduce must have the same size in all.
         pairs = zip(gradient, self._weights, strict=True)
-        whole = [torch.zeros_like(weight) if part is None else part for part, weight in pairs]
-        all_reduce_mean(whole)
-        return whole
+        full = [torch.zeros_like(weight) if part is None else part for part, weight in pairs]
+        all_reduce_mean(full)
+        return full
 
-    def put(self, gradient: Gradient) -> None:
+    def set_gradient(self, gradient: Gradient) -> None:
         for weight, part in zip(self._weights, gradient, strict=True):
             weight.grad = part
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # DDP would average one branch's gradient and then, its work done, leave the other's as it is.
+        # DDP's reducer runs once per forward pass, so the second backward pass would never be all-reduced.
         return self._accelerator.no_sync(self._model)
 
     def weights(self) -> list[torch.Tensor]:
@@ -115,7 +124,7 @@ class ReplicatedBackend(GradientBackend):
 
     def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
         groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
-        return [AdamWState.of(optimizer.state[weight], groups[id(weight)]) for weight in self._weights]
+        return [_adam_state(optimizer.state[weight], groups[id(weight)]) for weight in self._weights]
 
     @property
     def loss_scale(self) -> float:
@@ -123,32 +132,33 @@ class ReplicatedBackend(GradientBackend):
 
 
 class Fsdp2Backend(ReplicatedBackend):
-    """FSDP2: the backward pass itself averages gradients and leaves this process its shard."""
+    """FSDP2: the backward pass reduce-scatters gradients."""
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # Without this, gradients of all but the last micro-batch wait whole, outside of `.grad`, branches mixed.
+        # Otherwise FSDP2 keeps the gradients of all but the last micro-batch unsharded, outside of `.grad`, the
+        # branches added up.
         self._model.set_requires_gradient_sync(True)
         return contextlib.nullcontext()
 
-    def reduced(self, gradient: Gradient) -> Gradient:
+    def all_reduced(self, gradient: Gradient) -> Gradient:
         return gradient
 
-    def total(self, products: torch.Tensor) -> torch.Tensor:
+    def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)
 
     def weights(self) -> list[torch.Tensor]:
-        return [local(weight.detach()) for weight in self._weights]
+        return [local_tensor(weight.detach()) for weight in self._weights]
 
 
 class ZeroBackend(GradientBackend):
-    """DeepSpeed: the engine's optimizer averages gradients into shards during the backward pass."""
+    """DeepSpeed: the backward pass reduce-scatters gradients into the engine's optimizer."""
 
     def __init__(self, engine: Any):
         self._engine = engine
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Without the flag, the engine keeps whole gradients until the last micro-batch, branches mixed, and counts
-        # backward passes where it should count micro-batches.
+        # Otherwise the engine keeps unsharded gradients until the last micro-batch, the branches added up, and counts
+        # backward passes as micro-batches.
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
@@ -157,13 +167,13 @@ class ZeroBackend(GradientBackend):
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
-        """The shards of the latest backward pass, no longer the engine's; added to `into` if there is one."""
+        """Take the shards of the latest backward pass from the engine; added to `into` if there is one."""
 
     def clear(self) -> None:
-        """Leave nothing of one branch for the other."""
+        """Clear the engine's gradients, so that the next branch starts from zero."""
         self._engine.optimizer.zero_grad()
 
-    def total(self, products: torch.Tensor) -> torch.Tensor:
+    def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)
 
     def step(self) -> None:
@@ -180,7 +190,7 @@ class Zero12Backend(ZeroBackend):
 
     def __init__(self, engine: Any):
         super().__init__(engine)
-        self._groups: dict[int, list[torch.Tensor]] = {}  # DeepSpeed's own lists, those of the latest pass
+        self._groups: dict[int, list[torch.Tensor]] = {}  # DeepSpeed's lists of the latest backward pass
         self._sizes: dict[int, list[int]] = {}
 
     def take(self, into: Gradient | None) -> Gradient:
@@ -191,14 +201,14 @@ class Zero12Backend(ZeroBackend):
         taken = [part for group in self._groups.values() for part in group]
         return taken if into is None else add(into, taken)
 
-    def put(self, gradient: Gradient) -> None:
-        # A list may carry the flat tensor that its parts are views of, so the parts are filled and not replaced. The
-        # latest pass was the loser's, which is not needed any more.
+    def set_gradient(self, gradient: Gradient) -> None:
+        # The tensors may be views of a flat one that DeepSpeed holds, so they are filled and not replaced. They hold
+        # the gradient of the latest pass, the loser's, which is not needed any more.
         parts = iter(gradient)
-        for group, own in self._groups.items():
-            for part in own:
-                part.copy_(next(parts))
-            zero_gradients(self._engine.optimizer)[group] = own
+        for group, shards in self._groups.items():
+            for shard in shards:
+                shard.copy_(next(parts))
+            zero_gradients(self._engine.optimizer)[group] = shards
         self._groups = {}
 
     def weights(self) -> list[torch.Tensor]:
@@ -211,15 +221,15 @@ class Zero12Backend(ZeroBackend):
     def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
         states = []
         for index, flat in enumerate(zero_weights(self._engine.optimizer)):
-            state, sizes = AdamWState.of(optimizer.state[flat], optimizer.param_groups[index]), self._sizes[index]
-            states += state.split(sizes)
+            state = _adam_state(optimizer.state[flat], optimizer.param_groups[index])
+            states += split_adam_state(state, self._sizes[index])
         return states
 
 
 class Zero3Backend(ZeroBackend):
     """ZeRO-3: a shard of each parameter."""
 
-    retains_graph = False  # weights are gathered for one backward pass a forward pass, and gone in the next
+    retains_graph = False  # weights are gathered for one backward pass per forward pass
 
     def __init__(self, engine: Any):
         super().__init__(engine)
@@ -232,7 +242,7 @@ class Zero3Backend(ZeroBackend):
             return [safe_get_local_grad(weight).clone() for weight in self._weights]
         return add(into, (safe_get_local_grad(weight) for weight in self._weights))
 
-    def put(self, gradient: Gradient) -> None:
+    def set_gradient(self, gradient: Gradient) -> None:
         from deepspeed.utils import safe_set_local_grad
 
         for weight, part in zip(self._weights, gradient, strict=True):
@@ -244,15 +254,11 @@ class Zero3Backend(ZeroBackend):
         return [safe_get_local_fp32_param(weight) for weight in self._weights]
 
     def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        return [AdamWState.of(*zero3_adam_state(self._engine.optimizer, weight)) for weight in self._weights]
+        return [_adam_state(*zero3_adam_state(self._engine.optimizer, weight)) for weight in self._weights]
 
 
 def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBackend:
-    """The engine that `accelerator` trains `model` with; both as they are after `accelerator.prepare`.
-
-    Raises:
-        `ValueError`: If gradients of two branches cannot be kept apart under it.
-    """
+    """The back end of the engine that trains; see [`Engine.gradient_backend`]."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_backend(model)
     if accelerator.is_fsdp2:
@@ -299,7 +305,7 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
 
 
 def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
-    """Average tensors over all processes, in place, some at a time as one message."""
+    """Average tensors over all processes, in place, in buckets."""
     world = dist.get_world_size()
     bucket: list[torch.Tensor] = []
     size = 0
@@ -319,3 +325,46 @@ def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
     """The sum of a small tensor over all processes."""
     dist.all_reduce(products)
     return products
+
+
+def unwrapped_adamw(optimizer: Any) -> torch.optim.AdamW:
+    """torch's AdamW within the wrappers of accelerate and DeepSpeed.
+
+    Raises:
+        `ValueError`: If it is another optimizer, or one with amsgrad.
+    """
+    plain = unwrapped(optimizer)
+    is_adamw = isinstance(plain, torch.optim.AdamW)
+    if not is_adamw or any(group["amsgrad"] or group["maximize"] for group in plain.param_groups):
+        raise ValueError(
+            f"`safeguard_preconditioner='adamw'` needs torch's AdamW, got {type(plain).__name__}. Set "
+            "`optim='adamw_torch'` without amsgrad, or `safeguard_preconditioner='plain'`."
+        )
+    return plain
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer within the wrappers of accelerate and DeepSpeed, which all call it `optimizer`."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _adam_state(state: dict[str, Any], group: dict[str, Any]) -> AdamWState:
+    """From an entry of a torch optimizer's `state`, which is empty before the first step."""
+    first, second = (state.get(name) for name in ("exp_avg", "exp_avg_sq"))
+    return AdamWState(
+        None if first is None else local_tensor(first),
+        None if second is None else local_tensor(second),
+        state.get("step", 0.0),
+        group,
+    )
+
+
+def split_adam_state(state: AdamWState, sizes: list[int]) -> list[AdamWState]:
+    """The states of the weights, of these sizes, that a flat shard holds."""
+    moments = [
+        [None] * len(sizes) if moment is None else moment[: sum(sizes)].split(sizes)
+        for moment in (state.first, state.second)
+    ]
+    return [AdamWState(first, second, state.step, state.group) for first, second in zip(*moments, strict=True)]

@@ -1,21 +1,21 @@
-"""Arithmetic on gradients that are lists of tensors: inner products, sums and the part that a process holds."""
+"""Arithmetic on gradients that are lists of tensors: inner products and sums of this process's shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from .sharding import local
+from .sharding import local_tensor
 
-CHUNK = 1 << 22  # elements that are in float64 at once, for each branch: few kernels on an accelerator,
-CPU_CHUNK = 1 << 16  # and on the CPU what its cache holds
+CHUNK = 1 << 22  # elements converted to float64 at once, for each gradient: few kernels on an accelerator,
+CPU_CHUNK = 1 << 16  # and on a CPU what fits into its cache
 
 Gradient = list[torch.Tensor | None]
 
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
-    """All inner products of a few gradients, in float64: `(n, n)` for `n` of them, of this process's parts."""
+    """All inner products of `n` gradients, `(n, n)`, in float64, over this process's shards."""
     first = next(part for part in gradients[0] if part is not None)
     dtype = exact_dtype(first.device)
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
@@ -28,12 +28,12 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
     return products.triu() + products.triu(1).T
 
 
-def _chunks(gradients: list[Gradient], limit: int):
-    """The gradients' elements side by side, at most `limit` at a time; a missing part counts as zeros."""
+def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.Tensor]]]:
+    """Corresponding pieces of the gradients, at most `limit` elements at a time; `None` counts as zeros."""
     pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
     size = 0
     for parts in zip(*gradients, strict=True):
-        flats = [None if part is None else local(part).flatten() for part in parts]
+        flats = [None if part is None else local_tensor(part).flatten() for part in parts]
         present = next((flat for flat in flats if flat is not None), None)
         if present is None:
             continue
@@ -56,7 +56,7 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
             continue
         if w is None:
             winner[i] = w = torch.zeros_like(part)
-        local(w).addcmul_(local(part), scale.to(w.dtype), value=-1)
+        local_tensor(w).addcmul_(local_tensor(part), scale.to(w.dtype), value=-1)
 
 
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
@@ -67,5 +67,5 @@ def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, but on Apple's GPUs, which have none."""
+    """float64, except on Apple's GPUs, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64

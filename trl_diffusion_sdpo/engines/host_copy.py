@@ -1,4 +1,4 @@
-"""A few numbers on their way from an accelerator to the host, which goes on queueing work in the meantime."""
+"""Asynchronous device-to-host copies of a few numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 
 
 class HostCopy:
-    """Values that the host will read later.
+    """An asynchronous device-to-host copy into pinned memory.
 
-    On an accelerator the copy is queued behind the work that makes the values, into pinned memory, and `read` waits
-    for that work only, not for what was queued after it. On the CPU there is nothing to wait for.
+    `read` waits for the work that makes the values, not for what was queued after it. On the CPU nothing is copied.
 
     Args:
-        values (`torch.Tensor`): Small; a plain tensor, whole on this process.
+        values (`torch.Tensor`): Small; not a DTensor.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -26,25 +25,25 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> Any:
-        """The values as a number or nested lists of them, as soon as they have arrived."""
+        """The values as a number or nested lists, once they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
 
 
-# Functions of their own, so that a test can walk the branch of accelerators without one.
+# Functions, so that a test can replace them and take the branch of accelerators on a CPU.
 
 
 def is_on_host(values: torch.Tensor) -> bool:
-    """Whether reading them waits for nothing."""
+    """Whether the values can be read without waiting."""
     return values.device.type == "cpu"
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Memory of the host that an accelerator can copy to while the host does something else."""
+    """Pinned host memory of the same shape and dtype."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
 
 
 def event_on(device: torch.device) -> torch.Event:
-    """To be recorded behind the work that is queued on a device, and waited for."""
+    """An event to be recorded on the device's current stream."""
     return torch.Event(device=device)

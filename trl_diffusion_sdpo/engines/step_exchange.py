@@ -1,58 +1,53 @@
-"""What processes tell one another in every optimizer step: one small message, sent while the backward pass is queued
-and read before the weights change."""
+"""One small all-reduce in every optimizer step, queued before the last backward pass and read before the weights
+change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from ..trainer.callbacks import CheckpointOnInterrupt
 from .host_copy import HostCopy
 from .processes import several_processes
 
 
 class StepExchange:
     """Whether any process has met a loss that is not finite, and whether any was asked to stop: all processes know the
-    same at the same step, and none waits for more than its last forward pass of the step and that of the others.
+    same at the same step, and the host waits for the step's forward passes only.
 
-    A process that is asked to stop after it has sent its message says so in the next step.
+    A process that is asked to stop after it has sent its flags says so in the next step.
 
     Args:
-        callbacks (`Iterable`, *optional*): Those of the trainer; the flag of a [`CheckpointOnInterrupt`] among
-            them is part of the message, and it reads from here whether any process has set it.
+        stop_requested (`Callable`, *optional*): Tells whether this process was asked to stop; read by
+            [`StepExchange.send`].
     """
 
-    def __init__(self, callbacks: Iterable[Any] = ()):
-        self._interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
-        for callback in self._interrupts:
-            callback.exchange = self
+    def __init__(self, stop_requested: Callable[[], bool] | None = None):
+        self._stop_requested = stop_requested
         self._message: HostCopy | None = None
         self._stops = False
 
-    def send(self, ruined: torch.Tensor) -> None:
-        """Send this step's message on its way; all processes must call it together.
+    def send(self, bad_loss: torch.Tensor) -> None:
+        """Queue this step's all-reduce; all processes must call it.
 
         Args:
-            ruined (`torch.Tensor` of shape `()`, bool): Whether a loss of this process was not finite.
+            bad_loss (`torch.Tensor` of shape `()`, bool): Whether a loss of this process was not finite.
         """
-        asked = any(callback.interrupted is not None for callback in self._interrupts)
-        message = torch.stack([ruined, torch.full_like(ruined, asked)]).to(torch.int32)
+        stop = self._stop_requested is not None and self._stop_requested()
+        message = torch.stack([bad_loss, torch.full_like(bad_loss, stop)]).to(torch.int32)
         if several_processes():
             dist.all_reduce(message, op=dist.ReduceOp.MAX)
         self._message = HostCopy(message)
 
     def receive(self) -> bool:
-        """Whether a loss of any process was not finite; no, where no message is under way."""
+        """Whether a loss of any process was not finite; `False` where nothing was sent since the last call."""
         if self._message is None:
             return False
-        (ruined, stops), self._message = self._message.read(), None
+        (bad_loss, stops), self._message = self._message.read(), None
         self._stops = bool(stops)
-        return bool(ruined)
+        return bool(bad_loss)
 
-    def stops(self, asked: bool) -> bool:
-        """Whether training stops after this step: as all have agreed, or where there is one process as it was
-        `asked`."""
-        return self._stops if several_processes() else asked
+    def stops(self, requested: bool) -> bool:
+        """Whether training stops after this step: with one process as `requested` says, else as all have agreed."""
+        return self._stops if several_processes() else requested

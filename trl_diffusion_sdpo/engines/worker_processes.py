@@ -1,5 +1,5 @@
-"""Processes of data loaders. SIGTERM and Ctrl-C are sent to all processes of a job, and the one that trains answers
-them with a checkpoint, for which it may need another batch: its workers take no notice, from their start on."""
+"""DataLoader workers that ignore SIGINT and SIGTERM. Both are sent to all processes of a job; the training process
+answers with a checkpoint after the current step, for which it may need another batch."""
 
 from __future__ import annotations
 
@@ -19,80 +19,82 @@ from multiprocessing.context import BaseContext
 import torch
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-STARTS_SHIELDED = sys.platform != "win32"  # where processes inherit which signals are blocked
+INHERITS_SIGNAL_MASK = sys.platform != "win32"
 
 
 @dataclass
 class WorkerStart:
-    """What a worker does first. It takes no notice of signals, and ends when the process that trains tells it to, ends
-    or dies, even in the middle of a batch.
+    """`worker_init_fn` of a worker that ignores signals, and exits when its parent process exits or dies, even in the
+    middle of a batch.
 
     Args:
         seed (`Callable`, *optional*): Called with the worker's number.
+        parent_exits (`torch.Tensor`): A flag in shared memory that the parent sets when it exits.
     """
 
     seed: Callable[[int], None] | None = None
-    over: torch.Tensor = field(default_factory=lambda: _process_is_over())
+    parent_exits: torch.Tensor = field(default_factory=lambda: _exit_flag())
 
     def __call__(self, worker_id: int) -> None:
         for number in INTERRUPTS:
-            signal.signal(number, signal.SIG_IGN)  # forgets those that came while they were blocked
-        if STARTS_SHIELDED:
+            signal.signal(number, signal.SIG_IGN)  # also drops those that are pending
+        if INHERITS_SIGNAL_MASK:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-        threading.Thread(target=_end_with_parent, args=(self.over,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(self.parent_exits,), daemon=True).start()
         if self.seed is not None:
             self.seed(worker_id)
 
 
 @lru_cache(maxsize=1)
-def _process_is_over() -> torch.Tensor:
-    """A flag in shared memory that is set when this process ends: where it ends by an exception, multiprocessing sends
-    its workers SIGTERM, and then waits for them."""
+def _exit_flag() -> torch.Tensor:
+    """A flag in shared memory that is set when this process exits. After an exception, multiprocessing sends workers
+    SIGTERM, which they ignore, and joins them."""
     flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
     atexit.register(flag.fill_, 1)
     return flag
 
 
-def _end_with_parent(over: torch.Tensor) -> None:
-    """End this process when the one that started it ends or has died."""
+def _exit_with_parent(parent_exits: torch.Tensor) -> None:
+    """Exit this process when its parent exits or has died."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    while not over[0]:
+    while not parent_exits[0]:
         if wait([parent.sentinel], timeout=1.0):
             break
     os._exit(0)
 
 
 def worker_context(method: str | None) -> BaseContext | str | None:
-    """What a DataLoader starts its workers by.
+    """The `multiprocessing_context` of a DataLoader whose workers start with the signals blocked.
 
     Args:
-        method (`str`, *optional*): `"fork"`, `"spawn"` or `"forkserver"`; the default one of this process if unset.
+        method (`str`, *optional*): `"fork"`, `"spawn"` or `"forkserver"`, which is returned unchanged; the default
+            method of this process if unset.
     """
-    if not STARTS_SHIELDED:
+    if not INHERITS_SIGNAL_MASK:
         return method
     method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return {"fork": _ForkContext, "spawn": _SpawnContext}[method]() if method != "forkserver" else method
 
 
-if STARTS_SHIELDED:
+if INHERITS_SIGNAL_MASK:
     from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
 
-    class _Shielded:
-        """A process that is born with the signals blocked; `WorkerStart` decides about them."""
+    class _StartsBlocked:
+        """A process that starts with the signals blocked; [`WorkerStart`] unblocks them."""
 
         def start(self) -> None:
-            resource_tracker.ensure_running()  # it would unblock them when it is started on the way
+            resource_tracker.ensure_running()  # starting it below would unblock them
             before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
             try:
                 super().start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    class _ForkProcess(_Shielded, ForkProcess):
+    class _ForkProcess(_StartsBlocked, ForkProcess):
         pass
 
-    class _SpawnProcess(_Shielded, SpawnProcess):
+    class _SpawnProcess(_StartsBlocked, SpawnProcess):
         pass
 
     class _ForkContext(ForkContext):

@@ -3,13 +3,15 @@ shift."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
-CALL_RESOLUTION = 1024  # what the pipeline's call draws; the published configurations' `sample_size` says 512
+CALL_RESOLUTION = 1024  # default of the pipeline's call; the published configurations' `sample_size` gives 512
 
 
 class AuraFlowFamily(Family):
@@ -23,8 +25,8 @@ class AuraFlowFamily(Family):
     pipeline_classes = ("AuraFlowPipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Our choice, as diffusers has no script for it: those of its Stable Diffusion 3 script, whose joint blocks are
-    # alike. The text's own projections are in the four joint blocks only.
+    # Our choice, as diffusers has no script for it: those of its script for Stable Diffusion 3, which has similar joint
+    # blocks. Projections of the text exist in the four joint blocks only.
     lora_target_modules = (
         "add_k_proj",
         "add_q_proj",
@@ -47,7 +49,7 @@ class AuraFlowFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """What the pipeline's call draws if no size is given, or the largest image that there are positions for."""
+        """The default of the pipeline's call, or the largest image for which there are positions."""
         return min(CALL_RESOLUTION, self._positions_per_side * self.patch_size * self.vae_scale_factor)
 
     @property
@@ -55,8 +57,7 @@ class AuraFlowFamily(Family):
         return math.isqrt(self.denoiser.config.pos_embed_max_size)
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Refuse images with more tokens along a side than there are positions: the transformer would silently give
-        tokens the positions of others."""
+        """Refuse images with more tokens along a side than positions, which the transformer would silently reuse."""
         known = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > known:
             raise ValueError(
@@ -65,22 +66,14 @@ class AuraFlowFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, *_ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        prompt_embeds, *_ = self.call_encode_prompt(prompts, do_classifier_free_guidance=False)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width)
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        return denoiser(
-            noisy_latents.to(dtype),
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            timestep=timesteps / 1000,  # the transformer's embedding multiplies by the same number
-            return_dict=False,
-        )[0]
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "timestep": timesteps / 1000,  # the transformer's embedding multiplies by the same number
+        }

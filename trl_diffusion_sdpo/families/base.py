@@ -1,64 +1,22 @@
-"""What every model family offers the trainer: published defaults as data, and a few hooks around one diffusers
-pipeline. A family knows how its pipeline encodes and denoises, and nothing about preferences or references."""
+"""The base class of model families: default settings as data, and hooks around one diffusers pipeline for encoding and
+prediction. Families know nothing about preferences or references."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 
+from .loss_defaults import FALLBACK, LossDefaults
 from .noise import NoiseProcess
+from .timestep_sampling import WeightingScheme
 
-FALLBACK = "default"  # the row of `Family.defaults` for losses that have none of their own
-
-
-@dataclass(frozen=True)
-class LossDefaults:
-    """Settings chosen for a loss when the user leaves them unset.
-
-    Attributes:
-        beta (`float`): Strength of the preference, in the `beta / 2` convention of Diffusion-DPO.
-        safeguard_mu (`float`): Margin of the safeguard in `[0, 1]`.
-        beta_lora (`float`, *optional*): `beta` with a LoRA, where it differs.
-    """
-
-    beta: float
-    safeguard_mu: float
-    beta_lora: float | None = None
-
-    def beta_for(self, *, full: bool) -> float:
-        """`beta` of full tuning or of a LoRA."""
-        return self.beta if full or self.beta_lora is None else self.beta_lora
-
-
-# For DDPM models without published numbers: those of SDXL, which predicts noise at such sizes too.
-DDPM_DEFAULTS: dict[str, LossDefaults] = {
-    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),
-    "dmpo": LossDefaults(beta=6000.0, safeguard_mu=0.6),
-    "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
-    "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
-    "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
-    "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
-}
-# beta of flow models: 2000 with all weights and 100 with a LoRA, as is usual for Diffusion-DPO on them. Both are for
-# errors of velocities, which are larger than those of noise. mu is that of SDXL, the largest model of
-# https://huggingface.co/papers/2511.03317: no number is published for a flow model. simpo has a tenth
-# of the fallback, as for UNets; dspo, mapo and linear are left as they are there. All of it is this package's choice.
-FLOW_DEFAULTS: dict[str, LossDefaults] = {
-    FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
-    "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
-    "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
-    "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
-    "simpo": LossDefaults(beta=200.0, safeguard_mu=0.6, beta_lora=10.0),
-}
-
-# Attention of blocks that see image and text at once, both sides: what diffusers' LoRA script for SD3 takes, and those
-# for FLUX.1 among others.
+# Joint attention of image and text, projections of both: targets of diffusers' LoRA script for SD3, and among those of
+# the script for FLUX.1.
 JOINT_ATTENTION_TARGETS = (
     "attn.to_k",
     "attn.to_q",
@@ -72,35 +30,38 @@ JOINT_ATTENTION_TARGETS = (
 
 
 class Family(ABC):
-    """One kind of pipeline, as data and hooks. `N` below is any batch; latents may have any rank.
+    """One kind of pipeline, as data and hooks. `N` below is the size of any batch; latents may have any rank.
 
     Args:
-        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is used, never changed.
+        pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is not modified.
 
     Attributes:
-        name (`str`): Name for people.
-        pipeline_classes (`tuple[str, ...]`): diffusers classes served; the first is the text-to-image pipeline that
-            such a folder is loaded as.
+        name (`str`): Name in messages.
+        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes served. The first is the text-to-image
+            pipeline, as which folders of all of them are loaded.
+        pipeline_class (`type[DiffusionPipeline]`, *optional*): The first of `pipeline_classes`, if diffusers does not
+            export it.
         denoiser_name (`str`): Attribute of the pipeline that is trained.
         frozen_components (`tuple[str, ...]`): Attributes of the pipeline that are used but not trained.
         lora_target_modules (`tuple[str, ...]`): Name endings of the modules that get LoRA by default.
         learning_rate_full, learning_rate_lora (`float`): For AdamW at small batches.
         defaults (`Mapping[str, LossDefaults]`): Rows by loss name, and the row `FALLBACK` for all others.
         noise_process_class (`type[NoiseProcess]`): Built from the configuration of the pipeline's scheduler.
-        weighting_scheme (`str`): Density of the timesteps, as `TimestepSampling` names them.
+        weighting_scheme (`str`): Density of the timesteps, as in [`TimestepSampling`].
         patch_size (`int`): Latents per token along one side, of transformers.
-        guidance_scale (`float`, *optional*): Guidance that a distilled denoiser takes as an input, in training; `None`
-            where it takes none. May be set on an instance.
-        vae_encode_batch_size (`int`, *optional*): Images that `encode_images` hands to the VAE at once; all of them if
-            `None`. May be set on an instance.
-        generated_image (`str`): Where one drawn image lies in what the pipeline's call returns, as code.
+        guidance_scale (`float`, *optional*): Guidance scale in training, for distilled denoisers that take it as an
+            input; else `None`. May be set on an instance.
+        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE in `encode_images`; `None` for all at
+            once. May be set on an instance.
+        generated_image (`str`): The first generated image in the output of the pipeline's call, as code.
 
     Raises:
-        ValueError: If the pipeline cannot be trained as this family (`check_pipeline`, `noise_process_class`).
+        ValueError: If the pipeline cannot be trained with this family (`check_pipeline`, `noise_process_class`).
     """
 
     name: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
+    pipeline_class: ClassVar[type[DiffusionPipeline] | None] = None
     denoiser_name: ClassVar[str]
     frozen_components: ClassVar[tuple[str, ...]]
     lora_target_modules: ClassVar[tuple[str, ...]]
@@ -108,7 +69,7 @@ class Family(ABC):
     learning_rate_lora: ClassVar[float]
     defaults: ClassVar[Mapping[str, LossDefaults]]
     noise_process_class: ClassVar[type[NoiseProcess]]
-    weighting_scheme: ClassVar[str] = "none"
+    weighting_scheme: ClassVar[WeightingScheme] = "none"
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None
     vae_encode_batch_size: int | None = None
@@ -127,27 +88,27 @@ class Family(ABC):
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        """The pipeline's own denoiser, whatever wrappers training puts around it."""
+        """The pipeline's denoiser, without the wrappers of training."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of the denoiser's modules whose answer nothing reads; they get no gradient and are not trained."""
+        """Names of the denoiser's modules whose output is not used. They get no gradient and are not trained."""
         return ()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision in which the denoiser takes latents and conditioning: that of its own weights, or what was settled.
+        """Dtype of the denoiser's inputs: that of its weights, or the one that `settle_dtype` stored.
 
-        An adapter's weights do not count: a base whose own are quantized would be called after them.
+        The weights of adapters are ignored, since they may differ from those of a quantized base model.
         """
         if self._settled_dtype is not None:
             return self._settled_dtype
-        own = (weight for name, weight in self.denoiser.named_parameters() if "lora_" not in name)
-        return next((weight.dtype for weight in own if weight.is_floating_point()), self.denoiser.dtype)
+        weights = (weight for name, weight in self.denoiser.named_parameters() if "lora_" not in name)
+        return next((weight.dtype for weight in weights if weight.is_floating_point()), self.denoiser.dtype)
 
     def settle_dtype(self) -> None:
-        """Keep `dtype` as it now is: engines that shard show other weights from one pass to the next."""
+        """Store the present `dtype`: under engines that shard, the dtype of the weights changes between passes."""
         self._settled_dtype = None
         self._settled_dtype = self.dtype
 
@@ -158,37 +119,37 @@ class Family(ABC):
 
     @property
     def default_resolution(self) -> int | tuple[int, int]:
-        """Image size the denoiser was configured for: one number if square, else `(height, width)`."""
+        """Image size that the denoiser was configured for: one number if square, else `(height, width)`."""
         sample_size = self.denoiser.config.sample_size
         if isinstance(sample_size, int):
             return sample_size * self.vae_scale_factor
         return tuple(size * self.vae_scale_factor for size in sample_size)
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
-        """Tokens that the denoiser makes of one of these latents, `(N, C, ..., H, W)`."""
+        """Number of the denoiser's tokens for one of these latents, `(N, C, ..., H, W)`."""
         return math.prod(latents.shape[2:]) // self.patch_size**2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Arguments of the pipeline's own call with which images are drawn in the course of training.
+        """Arguments of the pipeline's call for generating sample images during training.
 
         Args:
-            scale (`float`, *optional*): Guidance scale; the pipeline's own if `None`.
+            scale (`float`, *optional*): Guidance scale; the pipeline's default if `None`.
         """
         return {} if scale is None else {"guidance_scale": scale}
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Refuse training images of a size, in pixels, that the denoiser cannot tell its way about in.
+        """Refuse training images of a size, in pixels, for which the denoiser has no positions.
 
         Raises:
-            ValueError: From families whose denoisers know a limited number of positions.
+            ValueError: From families whose denoisers have a limited number of positions.
         """
         return None
 
     def check_pipeline(self) -> None:
-        """Refuse a pipeline of the right class that can't be trained as this family.
+        """Refuse a pipeline of the right class that this family cannot train.
 
         Raises:
-            ValueError: Here, if a network is missing; families add what else they can't train.
+            ValueError: If a network is missing; families add further conditions.
         """
         for component in (self.denoiser_name, *self.frozen_components):
             if getattr(self.pipeline, component) is None:
@@ -199,33 +160,47 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Conditioning of the prompts through the pipeline's own `encode_prompt`, without guidance.
+        """Conditioning of the prompts by the pipeline's `encode_prompt`, without guidance.
 
         Args:
-            prompts (`list[str]` of length N): May hold empty strings; they are encoded like any other.
+            prompts (`list[str]` of length N): May contain empty strings, which are encoded like any other.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device; on
-            the CPU what `predict` reads on the host.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device;
+            those that `denoiser_inputs` reads on the host are on the CPU.
         """
+
+    def call_encode_prompt(
+        self, prompts: list[str], *, text_encoder: str = "text_encoder", **arguments: Any
+    ) -> tuple[Any, ...]:
+        """The pipeline's `encode_prompt` outside autocast and on the device of one of its text encoders.
+
+        Args:
+            prompts (`list[str]`): As in `encode_prompts`.
+            text_encoder (`str`): Name of the component whose device is used.
+            arguments: Further arguments of `encode_prompt`.
+        """
+        device = getattr(self.pipeline, text_encoder).device
+        with no_autocast(device):
+            return self.pipeline.encode_prompt(prompts, device=device, **arguments)
 
     def encode_images(
         self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """Latents of the images as the denoiser knows them (scaled).
+        """Latents of the images, scaled for the denoiser.
 
-        The VAE runs in its own dtype and outside autocast, so that latents made now and latents made beforehand agree.
+        The VAE runs in its own dtype and outside autocast, so that latents do not depend on the training's precision.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): Images in `[-1, 1]`.
-            generator (`list[torch.Generator]` of length N, *optional*): One for each image, from which its latent is
-                sampled. `None` takes the most likely latent.
+            generator (`list[torch.Generator]` of length N, *optional*): Generators from which the images' latents are
+                sampled. `None` takes the modes of the posteriors.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32, on the VAE's device.
 
         Raises:
-            ValueError: If there is not one generator per image.
+            ValueError: If the numbers of generators and images differ.
         """
         if generator is not None and len(generator) != len(pixel_values):
             raise ValueError(
@@ -242,19 +217,19 @@ class Family(ABC):
         return self.scale_latents(torch.cat(latents))
 
     def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """What the VAE makes of `encode_images`' arguments, which are in its dtype and on its device."""
+        """Latents from the VAE, unscaled, for the arguments of `encode_images` in its dtype and on its device."""
         posterior = self.pipeline.vae.encode(pixel_values).latent_dist
         return posterior.mode() if generator is None else posterior.sample(generator)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents as the denoiser knows them, both `(N, ...)`: undone by the pipeline when it decodes."""
+        """The VAE's latents `(N, ...)`, scaled for the denoiser: the inverse of what the pipeline does to decode."""
         config = self.pipeline.vae.config
         return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Conditioning on image sizes, for families that know it; empty for the others.
+        """Conditioning on image sizes; empty for families without it.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) before any resizing.
@@ -262,11 +237,10 @@ class Family(ABC):
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)` that join those of `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, added to those of `encode_prompts`.
         """
         return {}
 
-    @abstractmethod
     def predict(
         self,
         denoiser: torch.nn.Module,
@@ -274,25 +248,43 @@ class Family(ABC):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The denoiser's prediction, as the pipeline would hand it to its scheduler with guidance off.
+        """The denoiser's prediction, as the pipeline would hand it to its scheduler without guidance.
 
         Args:
             denoiser (`torch.nn.Module`): The pipeline's denoiser, another of equal configuration, or a wrapper.
             noisy_latents (`torch.Tensor` of shape `(N, ...)`): Cast to the dtype of the pipeline's denoiser.
             timesteps (`torch.Tensor` of shape `(N,)`): One for each row.
-            conditioning (`Mapping[str, torch.Tensor]`): What `encode_prompts` and `size_conditioning` gave, N rows.
+            conditioning (`Mapping[str, torch.Tensor]`): Results of `encode_prompts` and `size_conditioning`, N rows.
 
         Returns:
-            `torch.Tensor` of shape `(N, ...)`, in the dtype that the denoiser answers with.
+            `torch.Tensor` of shape `(N, ...)`, in the dtype of the denoiser's output.
         """
+        latents = noisy_latents.to(self.dtype)
+        output = denoiser(**self.denoiser_inputs(latents, timesteps, conditioning), return_dict=False)[0]
+        return self.prediction_of(output, latents)
+
+    @abstractmethod
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Keyword arguments of the denoiser's `forward`, without `return_dict`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(N, ...)`): Noisy latents in the denoiser's dtype.
+            timesteps, conditioning: As in `predict`.
+        """
+
+    def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
+        """The prediction `(N, ...)` in the denoiser's output for these latents: by default the output itself."""
+        return output
 
 
 def check_in_channels(family: Family, expected: int) -> None:
-    """Refuse transformers that see more than noisy latents, for the families that train a transformer.
+    """Refuse transformers with other input channels than those of noisy latents.
 
     Args:
-        family (`Family`): Its denoiser states `in_channels`.
-        expected (`int`): Channels of the latents, as the transformer counts them.
+        family (`Family`): Its denoiser's configuration has `in_channels`.
+        expected (`int`): Channels of the latents, of a token if latents are packed.
 
     Raises:
         ValueError: For transformers made for inpainting, control images or editing, or for another VAE.
@@ -307,7 +299,7 @@ def check_in_channels(family: Family, expected: int) -> None:
 
 
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
-    """Refuse UNets that need more than noisy latents and a prompt, for the families that train a UNet.
+    """Refuse UNets that take more than noisy latents and a prompt.
 
     Raises:
         ValueError: For inpainting, depth or editing UNets (more input channels than latents have), and for UNets
@@ -330,18 +322,19 @@ def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
 
 @lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers as a tensor, made once: a copy to an accelerator in every step would wait for it. Not to be changed."""
+    """Cached tensor of constants, not to be modified: a copy from the host in every step would wait for the device."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """A context in which frozen components run in their stored precision, even if training runs under autocast."""
+    """A context without autocast, so that frozen components run in their stored precision."""
     return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
 def _without_overflow(vae: torch.nn.Module) -> Iterator[None]:
-    """Lend the VAE float32 weights if its configuration says that float16 overflows; exact both ways."""
+    """A context in which a float16 VAE whose configuration says that it overflows has float32 weights; both casts are
+    exact."""
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)

@@ -1,5 +1,5 @@
 """CogView4: a transformer conditioned on a GLM language model and on image sizes, over flow matching with a shift that
-grows with the image and that the transformer's own timestep leaves out."""
+grows with the image. The transformer's timesteps are those before the shift."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, constant, no_autocast
+from .base import Family, check_in_channels, constant
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .timestep_sampling import TimestepSampling
 
@@ -16,11 +17,11 @@ PATCH_SIZE = 2
 
 
 class CogView4Process(FlowMatchingProcess):
-    """Flow matching in which a timestep is a level *before* the shift, and noise is added at the level after it.
+    """Flow matching with timesteps *before* the shift, and noise levels after it.
 
-    The pipeline hands its transformer timesteps that are evenly spaced, and its scheduler the same levels shifted by
-    the size of the image; so does the published training. Timesteps here are those of the transformer. What share of
-    noise one stands for is known only with an image's number of tokens.
+    The pipeline gives its transformer evenly spaced timesteps, and its scheduler the same levels shifted by the size of
+    the image; so does the published training. Timesteps here are those of the transformer. Their noise levels depend on
+    an image's number of tokens.
 
     Source: `CogView4Pipeline` and diffusers' `train_control_cogview4.py`.
     """
@@ -35,10 +36,10 @@ class CogView4Process(FlowMatchingProcess):
         return (1.0 - sigmas) * latents.float() + sigmas * noise.float()
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`, in images of this many tokens.
+        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`, for images with this number of tokens.
 
         Raises:
-            ValueError: If `image_seq_len` is needed and not given.
+            ValueError: If `image_seq_len` is needed and `None`.
         """
         levels, factor = timesteps.float() / self.num_train_timesteps, self._shift_factor(image_seq_len)
         return factor * levels / (1.0 + (factor - 1.0) * levels)
@@ -52,18 +53,18 @@ class CogView4Process(FlowMatchingProcess):
 
 
 class CogView4Family(Family):
-    """`CogView4Pipeline`; the control pipeline's transformers, which take the control image too, are refused.
+    """`CogView4Pipeline`; transformers of the control pipeline, which take a control image, are refused.
 
-    Prompts of a call are padded on the left to the longest one's tokens, rounded up to 16, and nothing masks the
-    padding. A prompt's embedding therefore depends, as in the pipeline, on the length of the longest prompt beside it;
-    only prompts of one length can be joined row by row.
+    The prompts of a call are padded on the left to the length of the longest, rounded up to 16, without a mask. As in
+    the pipeline, a prompt's embedding depends on the longest prompt of its batch; only prompts of one length can be
+    joined row by row.
     """
 
     name = "CogView4"
     pipeline_classes = ("CogView4Pipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Our choice, as diffusers' script for CogView4 trains all weights: what its LoRA scripts take of an attention.
+    # Our choice, as diffusers' script for CogView4 trains all weights: the attention targets of its LoRA scripts.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6B)
     learning_rate_lora = 1e-4  # as diffusers' script for control, over all weights
@@ -82,9 +83,7 @@ class CogView4Family(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+        prompt_embeds, _ = self.call_encode_prompt(prompts, do_classifier_free_guidance=False)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width)
 
     def size_conditioning(
@@ -98,28 +97,22 @@ class CogView4Family(Family):
             "crop_coords": crop_top_lefts.float(),
         }
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        return denoiser(
-            hidden_states=noisy_latents.to(dtype),
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            timestep=timesteps,
-            original_size=conditioning["original_size"],
-            target_size=conditioning["target_size"],
-            crop_coords=conditioning["crop_coords"],
-            image_rotary_emb=self._rotary(*noisy_latents.shape[-2:], noisy_latents.device),
-            return_dict=False,
-        )[0]
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "timestep": timesteps,
+            "original_size": conditioning["original_size"],
+            "target_size": conditioning["target_size"],
+            "crop_coords": conditioning["crop_coords"],
+            "image_rotary_emb": self._rotary(*latents.shape[-2:], latents.device),
+        }
 
     def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Positions of latents of a size. The denoiser would make them on the CPU in every prediction, and send them
-        to the accelerator in every layer."""
+        """Cached rotary positions for a size of latents. The denoiser would compute them on the CPU in every prediction
+        and copy them to the accelerator in every layer."""
         rope: Any = self.denoiser.rope
         kind = (type(rope), rope.dim, rope.patch_size, tuple(rope.rope_axes_dim), rope.theta)
         return _made_rotary(kind, height, width, device)
@@ -127,6 +120,6 @@ class CogView4Family(Family):
 
 @lru_cache(maxsize=64)
 def _made_rotary(kind: tuple[Any, ...], height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """By a module of its own: the denoiser's may carry an engine's hooks, and would be kept alive here."""
+    """Computed by a new module: that of the denoiser may have an engine's hooks, and the cache would keep it alive."""
     rope_class, *settings = kind
     return tuple(part.to(device) for part in rope_class(*settings)(torch.empty(1, 1, height, width)))

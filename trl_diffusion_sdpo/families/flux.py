@@ -1,5 +1,5 @@
-"""FLUX.1: a transformer over packed latents, conditioned on T5 tokens, pooled CLIP text and, where it was distilled to
-take one, a guidance scale; over flow matching."""
+"""FLUX.1: a transformer over packed latents, conditioned on T5 tokens, pooled CLIP text and, if distilled for it, a
+guidance scale; over flow matching."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
 class FluxFamily(Family):
     """`FluxPipeline` with the transformer of FLUX.1 dev or schnell, and folders of its image-to-image and inpainting
-    classes, which hold the same transformer. Those of Fill, Canny and Depth, which see further images, are refused.
+    classes, which hold the same transformer. Fill, Canny and Depth, which take further images, are refused.
 
-    dev was distilled to take the guidance scale as an input. Training fixes it at `guidance_scale`; images are drawn
-    at any scale afterwards, as one does with models of diffusers' own script. schnell has no such input. It was
-    distilled to few steps besides, and nothing in flow matching keeps that: prefer dev where there is a choice.
+    dev was distilled to take the guidance scale as an input. Training fixes it at `guidance_scale`; images can be
+    generated at any scale afterwards, as with models from diffusers' script. schnell has no such input. It was
+    distilled to few steps, which training on flow matching unlearns: prefer dev if there is a choice.
     """
 
     name = "FLUX.1"
@@ -28,14 +29,14 @@ class FluxFamily(Family):
     # As diffusers' own LoRA script for FLUX: attention and feed-forward of the blocks with two streams, attention of
     # the others.
     lora_target_modules = TWO_STREAM_TARGETS
-    # Our choice: half of Stable Diffusion's, because weights of a larger and distilled model bear smaller steps.
+    # Our choice: half of Stable Diffusion's, because larger and distilled models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
-    # As the README of diffusers' scripts trains dev: at 1 the distilled model predicts what it would without guidance,
-    # and that is what the targets are made of.
+    # As in the README of diffusers' scripts: at 1 the distilled model predicts as without guidance, and the targets are
+    # made without guidance.
     guidance_scale = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -49,12 +50,12 @@ class FluxFamily(Family):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens that a prompt is padded to, all of which the transformer sees: 512 for dev and 256 for schnell, as
-        their model cards have it."""
+        """Tokens that a prompt is padded to, without a mask: 512 for dev and 256 for schnell, as in their model
+        cards."""
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and prompts of the length that training uses: the pipeline's call has dev's for schnell too."""
+        """The scale, and the length of prompts in training: the default of the pipeline's call is that of dev."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
 
     def check_pipeline(self) -> None:
@@ -62,35 +63,30 @@ class FluxFamily(Family):
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder_2.device
-        with no_autocast(device):
-            prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-                prompts, device=device, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
-            )
+        arguments = {"num_images_per_prompt": 1, "max_sequence_length": self.max_sequence_length}
+        prompt_embeds, pooled_prompt_embeds, _ = self.call_encode_prompt(
+            prompts, text_encoder="text_encoder_2", **arguments
+        )
         # (N, tokens, width of T5) and (N, width of CLIP)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype, device = self.dtype, noisy_latents.device
-        height, width = noisy_latents.shape[-2:]
-        prompt_embeds = conditioning["prompt_embeds"].to(dtype)
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        device = latents.device
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full(timesteps.shape, self.guidance_scale, device=device, dtype=torch.float32)
-        tokens = denoiser(
-            hidden_states=pack_patches(noisy_latents.to(dtype)),  # (N, H/2 * W/2, 4C)
-            timestep=timesteps / 1000,
-            guidance=guidance,
-            pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
-            encoder_hidden_states=prompt_embeds,
-            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
-            img_ids=patch_positions(height, width, device),
-            return_dict=False,
-        )[0]
-        return unpack_patches(tokens, height, width)
+        prompt_embeds = conditioning["prompt_embeds"].to(latents.dtype)
+        return {
+            "hidden_states": pack_patches(latents),  # (N, H/2 * W/2, 4C)
+            "timestep": timesteps / 1000,
+            "guidance": guidance,
+            "pooled_projections": conditioning["pooled_prompt_embeds"].to(latents.dtype),
+            "encoder_hidden_states": prompt_embeds,
+            "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=device),
+            "img_ids": patch_positions(*latents.shape[-2:], device),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return unpack_patches(output, *latents.shape[-2:])

@@ -1,5 +1,5 @@
 """FLUX.2: a transformer over text and image tokens. Its latents are squares of two by two of the VAE's, normalised by
-the statistics of a batch norm that the VAE carries. The dev model takes guidance as an input, klein does not."""
+the statistics of a batch norm in the VAE. The dev model takes guidance as an input, klein does not."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
-# As diffusers' LoRA script for klein; that for dev leaves out the single-stream blocks, 48 of its 56. Their `to_out`
-# is a layer, and a list of layers in the other blocks: it can only be named block by block.
+# As diffusers' LoRA script for klein; that for dev omits the single-stream blocks, 48 of its 56. Their `to_out` is a
+# layer, and in the other blocks a list of layers, so that it must be named block by block.
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
 LORA_TARGETS += tuple(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48))
 
@@ -25,7 +26,7 @@ class Flux2Process(FlowMatchingProcess):
 
 
 class Flux2Hooks:
-    """What the pipelines of dev and klein have in common, as hooks for a family of each."""
+    """Hooks that the families of dev and klein share."""
 
     @property
     def vae_scale_factor(self) -> int:
@@ -40,36 +41,32 @@ class Flux2Hooks:
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """The text encoder's states of three layers side by side, every prompt padded to one length."""
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, _ = self.pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1)
+        """States of three layers of the text encoder, concatenated; prompts are padded to one length."""
+        prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, by the statistics that the VAE's batch norm has stored."""
+        """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, normalised by the running statistics of the VAE's batch norm."""
         vae = self.pipeline.vae
         mean, variance = (stored.float().view(1, -1, 1, 1) for stored in (vae.bn.running_mean, vae.bn.running_var))
         squares = torch.nn.functional.pixel_unshuffle(latents, 2)
         return (squares - mean) / (variance + vae.config.batch_norm_eps).sqrt()
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        inputs = token_inputs(noisy_latents.to(self.dtype), timesteps, conditioning["prompt_embeds"].to(self.dtype))
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        inputs = token_inputs(latents, timesteps, conditioning["prompt_embeds"].to(latents.dtype))
         if self.guidance_scale is not None:
             inputs["guidance"] = torch.full_like(timesteps, self.guidance_scale, dtype=torch.float32)  # (N,)
-        tokens = denoiser(**inputs, return_dict=False)[0]
-        return tokens.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
+        return inputs
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return output.transpose(1, 2).unflatten(2, latents.shape[2:])
 
 
 class Flux2Family(Flux2Hooks, Family):
     """`Flux2Pipeline`: FLUX.2 [dev], prompted through Mistral Small and distilled to take the guidance scale as an
-    input. Training fixes it at `guidance_scale`; images are drawn at any scale afterwards."""
+    input. Training fixes it at `guidance_scale`; images can be generated at any scale afterwards."""
 
     name = "FLUX.2"
     pipeline_classes = ("Flux2Pipeline",)
@@ -80,16 +77,16 @@ class Flux2Family(Flux2Hooks, Family):
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = Flux2Process
-    # As the README of diffusers' script: at 1 the distilled model predicts what it would without guidance, and that is
-    # what the targets are made of.
+    # As in the README of diffusers' script: at 1 the distilled model predicts as without guidance, and the targets are
+    # made without guidance.
     guidance_scale = 1.0
 
 
 class Flux2KleinFamily(Flux2Hooks, Family):
     """`Flux2KleinPipeline` and folders of its inpainting class: FLUX.2 [klein], prompted through Qwen3.
 
-    Nothing in flow matching keeps the few steps of a distilled checkpoint (`is_distilled`): tune the base one of the
-    same size, whose LoRA fits both, or keep to the timesteps that the few steps visit.
+    Training on flow matching unlearns the few steps of a distilled checkpoint (`is_distilled`): tune the base model of
+    the same size, whose LoRA fits both, or restrict the timesteps to those of the few steps.
     """
 
     name = "FLUX.2 klein"
@@ -104,7 +101,7 @@ class Flux2KleinFamily(Flux2Hooks, Family):
 
 
 def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:
-    """What the transformer reads: latents `(N, 4C, H, W)` as tokens, and every token's image, row, column and word."""
+    """Inputs of the transformer: latents `(N, 4C, H, W)` as tokens, and every token's image, row, column and word."""
     ranges = [torch.arange(length, device=timesteps.device) for length in (1, *noisy_latents.shape[2:])]
     words = torch.arange(prompt_embeds.shape[1], device=timesteps.device)
     return {

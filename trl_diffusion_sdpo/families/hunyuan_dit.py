@@ -8,18 +8,19 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
-from .base import DDPM_DEFAULTS, Family, constant, no_autocast
+from .base import Family, constant
+from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess
 
-BASE_LATENTS = 512 // 8  # side of the image, in latents, whose grid the rotary positions of all sizes are fitted into
-BERT, MT5 = 0, 1  # as the pipeline counts its text encoders
+BASE_LATENTS = 512 // 8  # side, in latents, of the image whose grid the rotary positions of all sizes are scaled to
+BERT, MT5 = 0, 1  # the pipeline's indices of its text encoders
 
 
 class HunyuanDiTFamily(Family):
-    """`HunyuanDiTPipeline`, versions 1.0 to 1.2. From 1.2 on the transformer takes and ignores sizes and style.
+    """`HunyuanDiTPipeline`, versions 1.0 to 1.2. Since 1.2 the transformer takes sizes and style and ignores them.
 
-    The pipeline's call draws only the sizes it lists unless it is told `use_resolution_binning=False`, and takes
-    `original_size` for 1024 by 1024 unless told.
+    The pipeline's call generates the sizes of a list only, unless `use_resolution_binning=False`, and its default of
+    `original_size` is 1024 by 1024.
     """
 
     name = "HunyuanDiT"
@@ -35,7 +36,7 @@ class HunyuanDiTFamily(Family):
     patch_size = 2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
+        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -49,8 +50,8 @@ class HunyuanDiTFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        embeds, mask = self._encode_with(BERT, self.pipeline.text_encoder, prompts)
-        embeds_2, mask_2 = self._encode_with(MT5, self.pipeline.text_encoder_2, prompts)
+        embeds, mask = self._encode_with("text_encoder", BERT, prompts)
+        embeds_2, mask_2 = self._encode_with("text_encoder_2", MT5, prompts)
         return {
             "prompt_embeds": embeds,  # (N, 77, width of BERT)
             "prompt_attention_mask": mask,  # (N, 77)
@@ -58,17 +59,14 @@ class HunyuanDiTFamily(Family):
             "prompt_attention_mask_2": mask_2,  # (N, 256)
         }
 
-    def _encode_with(
-        self, index: int, text_encoder: torch.nn.Module, prompts: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with no_autocast(text_encoder.device):
-            embeds, _, mask, _ = self.pipeline.encode_prompt(
-                prompts,
-                device=text_encoder.device,
-                dtype=text_encoder.dtype,
-                do_classifier_free_guidance=False,
-                text_encoder_index=index,
-            )
+    def _encode_with(self, text_encoder: str, index: int, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, _, mask, _ = self.call_encode_prompt(
+            prompts,
+            text_encoder=text_encoder,
+            dtype=getattr(self.pipeline, text_encoder).dtype,
+            do_classifier_free_guidance=False,
+            text_encoder_index=index,
+        )
         return embeds, mask.bool()
 
     def size_conditioning(
@@ -81,28 +79,25 @@ class HunyuanDiTFamily(Family):
         image_meta_size = torch.cat([original_sizes, target_sizes, crop_top_lefts.to(original_sizes)], dim=1)
         return {"image_meta_size": image_meta_size.float()}
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        prediction = denoiser(
-            noisy_latents.to(dtype),
-            timesteps.to(dtype),  # the transformer computes its conditioning in the timesteps' dtype
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            text_embedding_mask=conditioning["prompt_attention_mask"],
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        dtype = latents.dtype
+        return {
+            "hidden_states": latents,
+            "timestep": timesteps.to(dtype),  # the transformer computes its conditioning in the timesteps' dtype
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(dtype),
+            "text_embedding_mask": conditioning["prompt_attention_mask"],
             # The transformer flattens these two by `view`.
-            encoder_hidden_states_t5=conditioning["prompt_embeds_2"].to(dtype).contiguous(),
-            image_meta_size=conditioning["image_meta_size"].contiguous(),
-            text_embedding_mask_t5=conditioning["prompt_attention_mask_2"],
-            style=torch.zeros_like(timesteps, dtype=torch.long),  # the only style there is
-            image_rotary_emb=self._rotary_embedding(noisy_latents),
-            return_dict=False,
-        )[0]
-        return prediction.chunk(2, dim=1)[0]  # (N, 2C, H, W): the learned sigma is not sampled with
+            "encoder_hidden_states_t5": conditioning["prompt_embeds_2"].to(dtype).contiguous(),
+            "image_meta_size": conditioning["image_meta_size"].contiguous(),
+            "text_embedding_mask_t5": conditioning["prompt_attention_mask_2"],
+            "style": torch.zeros_like(timesteps, dtype=torch.long),  # the only style
+            "image_rotary_emb": self._rotary_embedding(latents),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return output.chunk(2, dim=1)[0]  # (N, 2C, H, W): without the learned variance
 
     def _rotary_embedding(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of shape `(tokens, width of a head)`."""

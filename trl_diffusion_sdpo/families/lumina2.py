@@ -1,19 +1,21 @@
-"""Lumina Image 2.0: a transformer that attends to a Gemma 2 prompt and to the image jointly, over flow matching whose
-clock runs the other way round."""
+"""Lumina Image 2.0: a transformer with joint attention over a Gemma 2 prompt and the image, over flow matching with
+time from noise (0) to image (1)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
 
 class Lumina2Family(Family):
-    """`Lumina2Pipeline` and the checkpoints saved under its older name.
+    """`Lumina2Pipeline`, and checkpoints saved under its older name.
 
-    The denoiser counts time from noise to image and predicts image minus noise; both are turned round in `predict`.
-    Prompts get the pipeline's own system prompt in front, as they do when it draws.
+    The denoiser's time goes from noise to image, and it predicts image minus noise; both are reversed here. Prompts are
+    preceded by the pipeline's system prompt, as in its call.
 
     Sources: https://huggingface.co/papers/2503.21758 for the model; LoRA targets and rate as diffusers' own script.
     """
@@ -35,26 +37,20 @@ class Lumina2Family(Family):
         check_in_channels(self, self.pipeline.vae.config.latent_channels)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, mask, _, _ = self.pipeline.encode_prompt(
-                prompts, do_classifier_free_guidance=False, num_images_per_prompt=1, device=device
-            )
+        prompt_embeds, mask, _, _ = self.call_encode_prompt(
+            prompts, do_classifier_free_guidance=False, num_images_per_prompt=1
+        )
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        velocity = denoiser(
-            hidden_states=noisy_latents.to(dtype),
-            timestep=1 - timesteps / self.noise_process.num_train_timesteps,  # 0 is noise, 1 the image
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            encoder_attention_mask=conditioning["prompt_mask"],
-            return_dict=False,
-        )[0]
-        return -velocity
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": 1 - timesteps / self.noise_process.num_train_timesteps,  # 0 is noise, 1 the image
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "encoder_attention_mask": conditioning["prompt_mask"],
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return -output

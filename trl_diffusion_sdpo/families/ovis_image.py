@@ -2,26 +2,28 @@
 matching."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, no_autocast
+from .base import Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_patches
 
 
 class OvisImageFamily(Family):
-    """`OvisImagePipeline`. A prompt is padded with zeros to one length, all of which the transformer sees."""
+    """`OvisImagePipeline`. Prompts are padded with zeros to one length, and the padding is not masked."""
 
     name = "Ovis-Image"
     pipeline_classes = ("OvisImagePipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Our choice, because diffusers has no script for it: what its LoRA script for FLUX takes, whose blocks these are.
+    # Our choice, as diffusers has no script for it: targets of its LoRA script for FLUX.1, which has the same blocks.
     lora_target_modules = TWO_STREAM_TARGETS
-    # Our choice: half of Stable Diffusion's, because weights of a larger model bear smaller steps.
+    # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
     learning_rate_full = 1e-6
-    learning_rate_lora = 1e-4  # as diffusers' scripts for its kin
+    learning_rate_lora = 1e-4  # as diffusers' scripts for similar transformers
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
@@ -35,32 +37,26 @@ class OvisImageFamily(Family):
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds = self.pipeline.encode_prompt(
-                prompts, do_classifier_free_guidance=False, device=device, num_images_per_prompt=1
-            )[0]
+        prompt_embeds, *_ = self.call_encode_prompt(
+            prompts, do_classifier_free_guidance=False, num_images_per_prompt=1
+        )
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width)
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype, device = self.dtype, noisy_latents.device
-        height, width = noisy_latents.shape[-2:]
-        prompt_embeds = conditioning["prompt_embeds"].to(dtype)
-        tokens = denoiser(
-            hidden_states=pack_patches(noisy_latents.to(dtype)),  # (N, H/2 * W/2, 4C)
-            timestep=timesteps / 1000,
-            encoder_hidden_states=prompt_embeds,
-            txt_ids=_text_positions(prompt_embeds.shape[1], device),
-            img_ids=patch_positions(height, width, device),
-            return_dict=False,
-        )[0]
-        return unpack_patches(tokens, height, width)
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        height, width = latents.shape[-2:]
+        prompt_embeds = conditioning["prompt_embeds"].to(latents.dtype)
+        return {
+            "hidden_states": pack_patches(latents),  # (N, H/2 * W/2, 4C)
+            "timestep": timesteps / 1000,
+            "encoder_hidden_states": prompt_embeds,
+            "txt_ids": _text_positions(prompt_embeds.shape[1], latents.device),
+            "img_ids": patch_positions(height, width, latents.device),
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return unpack_patches(output, *latents.shape[-2:])
 
 
 def _text_positions(length: int, device: torch.device) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""What transformers of the FLUX kind share: latents as rows of tokens, each a square of two by two, and blocks with two
-streams."""
+"""Shared by transformers like FLUX.1's: latents packed into tokens of two by two, their positions, and LoRA targets of
+blocks with two streams."""
 
 import torch
 
 from .base import JOINT_ATTENTION_TARGETS
 
-# What diffusers' LoRA script for FLUX.1 takes: attention and feed-forward of the blocks with two streams, and attention
-# of the others.
+# Targets of diffusers' LoRA script for FLUX.1: attention and feed-forward layers of the blocks with two streams, and
+# attention of the others.
 TWO_STREAM_TARGETS = (
     *JOINT_ATTENTION_TARGETS,
     "ff.net.0.proj",
@@ -17,7 +17,7 @@ TWO_STREAM_TARGETS = (
 
 
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:
-    """Latents as tokens, row by row; within a token channel by channel.
+    """Pack latents into tokens, row by row; the elements of a token are ordered by channel.
 
     Args:
         latents (`torch.Tensor` of shape `(N, C, H, W)`): Of even height and width.
@@ -34,7 +34,7 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
     """Undo `pack_patches`.
 
     Args:
-        tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): As `pack_patches` gives them.
+        tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): As from `pack_patches`.
         height, width (`int`): H and W, in latents.
 
     Returns:
@@ -46,7 +46,7 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Position ids `(H/2 * W/2, 3)` of packed latents: zero, row, column; float32, as FLUX's rotary embedding reads
+    """Position ids `(H/2 * W/2, 3)` of packed latents: zero, row, column; float32, as FLUX's rotary embedding takes
     them."""
     ids = torch.zeros(height // 2, width // 2, 3, device=device)
     ids[..., 1] = torch.arange(height // 2, device=device)[:, None]

@@ -1,26 +1,26 @@
 """PixArt-alpha and PixArt-Sigma: transformers conditioned on a T5 text encoder, over a DDPM noise process. They differ
-in the length of the text, in alpha's conditioning on image sizes and in the VAE."""
+in the length of prompts, in alpha's conditioning on image sizes and in the VAE."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from .base import DDPM_DEFAULTS, Family, constant, no_autocast
+from .base import Family, constant
+from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess
 
-# As PixArt's own LoRA script, which is written with diffusers (diffusers has none): every linear layer of the blocks,
-# and the embeddings of text, timestep, sizes and patches. `proj` is that of the patches and of the feed-forwards.
+# As PixArt's LoRA script (diffusers has none): every linear layer of the blocks, and the embeddings of text, timestep,
+# sizes and patches. `proj` is the projection of patches and of feed-forward layers.
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "proj", "proj_out", "ff.net.2", "linear", "linear_1", "linear_2")
-# Our choice: a tenth of the 2e-5 of the published training configurations, which begin much further from the end.
+# Our choice: a tenth of the 2e-5 of the published training configurations, which begin from less trained weights.
 LEARNING_RATE_FULL = 2e-6
-LEARNING_RATE_LORA = 1e-4  # our choice, as for the other families; PixArt's script leaves it at 1e-6
+LEARNING_RATE_LORA = 1e-4  # our choice, as for other families; the default of PixArt's script is 1e-6
 
 
 class PixArtAlphaFamily(Family):
-    """`PixArtAlphaPipeline`, with and without conditioning on sizes; prompts are cut at 120 tokens, as there.
+    """`PixArtAlphaPipeline`, with and without conditioning on sizes; prompts are truncated at 120 tokens, as there.
 
     Source of the conditioning on sizes: https://huggingface.co/papers/2310.00426.
     """
@@ -37,17 +37,18 @@ class PixArtAlphaFamily(Family):
     patch_size = 2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
+        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return encode_with_mask(self.pipeline, prompts)
+        return encode_with_mask(self, prompts)
 
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """The size of the training images `(N, 2)` and height by width `(N, 1)`, float32; empty for transformers that
-        take no sizes. The pipeline conditions on the size that it draws, and PixArt's LoRA script on the same."""
+        """The size of the training images `(N, 2)` and height divided by width `(N, 1)`, float32; empty if the
+        transformer takes no sizes. The pipeline conditions on the size that it generates, and PixArt's LoRA script
+        likewise."""
         if not takes_sizes(self.denoiser):
             return {}
         height, width = target_size
@@ -56,18 +57,17 @@ class PixArtAlphaFamily(Family):
         aspect_ratio = constant((height / width,), torch.float32, device)
         return {"resolution": resolution.repeat(n, 1), "aspect_ratio": aspect_ratio.repeat(n, 1)}
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        return predict_without_variance(denoiser, noisy_latents, timesteps, conditioning, self.dtype)
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return transformer_inputs(latents, timesteps, conditioning)
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return without_variance(output, latents)
 
 
 class PixArtSigmaFamily(Family):
-    """`PixArtSigmaPipeline`; prompts are cut at 300 tokens, as there.
+    """`PixArtSigmaPipeline`; prompts are truncated at 300 tokens, as there.
 
     Source: https://huggingface.co/papers/2403.04692.
     """
@@ -92,57 +92,52 @@ class PixArtSigmaFamily(Family):
             )
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
+        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return encode_with_mask(self.pipeline, prompts)
+        return encode_with_mask(self, prompts)
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        return predict_without_variance(denoiser, noisy_latents, timesteps, conditioning, self.dtype)
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return transformer_inputs(latents, timesteps, conditioning)
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return without_variance(output, latents)
 
 
 def takes_sizes(transformer: torch.nn.Module) -> bool:
-    """Whether a PixArt transformer is conditioned on sizes; where its configuration is silent, 1024 pixels decide."""
+    """Whether a PixArt transformer is conditioned on sizes: by default if it is for 1024 pixels, as in diffusers."""
     stated = transformer.config.use_additional_conditions
     return transformer.config.sample_size == 128 if stated is None else stated
 
 
-def encode_with_mask(pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Embeddings `(N, tokens, width)` and which tokens are text `(N, tokens)`, bool. Prompts are cleaned as the
-    pipeline's own call cleans them by default: where the packages for it are installed."""
-    device = pipeline.text_encoder.device
-    with no_autocast(device):
-        prompt_embeds, mask, _, _ = pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            num_images_per_prompt=1,
-            device=device,
-            clean_caption=is_bs4_available() and is_ftfy_available(),
-        )
+def encode_with_mask(family: Family, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Embeddings `(N, tokens, width)` and their mask `(N, tokens)`, bool. Prompts are cleaned as by default in the
+    pipeline's call, if the packages for it are installed."""
+    prompt_embeds, mask, _, _ = family.call_encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        num_images_per_prompt=1,
+        clean_caption=is_bs4_available() and is_ftfy_available(),
+    )
     return {"prompt_embeds": prompt_embeds, "prompt_attention_mask": mask.bool()}
 
 
-def predict_without_variance(
-    denoiser: torch.nn.Module,
-    noisy_latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    conditioning: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The prediction without the learned variance, where the transformer answers with twice the latents' channels."""
-    output = denoiser(
-        noisy_latents.to(dtype),
-        encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-        encoder_attention_mask=conditioning["prompt_attention_mask"],
-        timestep=timesteps,
-        added_cond_kwargs={name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
-        return_dict=False,
-    )[0]
-    return output[:, : noisy_latents.shape[1]]
+def transformer_inputs(
+    latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """`denoiser_inputs` of both families; sizes are `None` where the transformer takes none."""
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+        "timestep": timesteps,
+        "added_cond_kwargs": {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
+    }
+
+
+def without_variance(output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The prediction without the learned variance, which takes the second half of the channels if there is one."""
+    return output[:, : latents.shape[1]]

@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, constant, no_autocast
+from .base import Family, check_in_channels, constant
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
 
-# Of transformers that edit or draw in layers, or that no pipeline of diffusers can call.
+# Options of transformers for editing or layers, or that no pipeline of diffusers can call.
 _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 class QwenImageFamily(Family):
     """`QwenImagePipeline`, and folders of its image-to-image and inpainting classes, which hold the same transformer.
-    Those of Qwen-Image-Edit and Qwen-Image-Layered, which take further images, are other pipelines.
+    Qwen-Image-Edit and Qwen-Image-Layered, which take further images, are other pipelines.
 
-    An image is a video of one frame to the VAE; latents here are without that frame, `(N, C, H, W)`.
+    The VAE takes videos, here of one frame; latents have no axis of frames, `(N, C, H, W)`.
     """
 
     name = "Qwen-Image"
@@ -26,13 +27,13 @@ class QwenImageFamily(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own LoRA script for Qwen-Image
-    # Our choice: half of Stable Diffusion's, because weights of a larger model bear smaller steps.
+    # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
-    max_sequence_length = 512  # of a prompt, in tokens, as the pipeline's own call; longer ones are cut
+    max_sequence_length = 512  # tokens of a prompt, the default of the pipeline's call; longer prompts are truncated
 
     @property
     def default_resolution(self) -> int:
@@ -46,8 +47,8 @@ class QwenImageFamily(Family):
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and the space that the model card gives as negative prompt: without one there is no guidance."""
-        own = {} if scale is None else {"true_cfg_scale": scale}
-        return own if scale is not None and scale <= 1 else {**own, "negative_prompt": " "}
+        guidance = {} if scale is None else {"true_cfg_scale": scale}
+        return guidance if scale is not None and scale <= 1 else {**guidance, "negative_prompt": " "}
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
@@ -60,13 +61,11 @@ class QwenImageFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, mask = self.pipeline.encode_prompt(
-                prompts, device=device, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
-            )
-        if mask is None:  # the pipeline's word for prompts of one length
-            mask = torch.ones(prompt_embeds.shape[:2], device=device)
+        prompt_embeds, mask = self.call_encode_prompt(
+            prompts, num_images_per_prompt=1, max_sequence_length=self.max_sequence_length
+        )
+        if mask is None:  # all prompts have the same length
+            mask = torch.ones(prompt_embeds.shape[:2], device=self.pipeline.text_encoder.device)
         # (N, tokens of the longest prompt, width) and (N, tokens)
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
 
@@ -80,21 +79,17 @@ class QwenImageFamily(Family):
         mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1) for v in stated)
         return (latents - mean) / std
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        height, width = noisy_latents.shape[-2:]
-        tokens = denoiser(
-            hidden_states=pack_patches(noisy_latents.to(dtype)),  # (N, H/2 * W/2, 4C)
-            timestep=timesteps / 1000,
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            encoder_hidden_states_mask=conditioning["prompt_mask"],
-            img_shapes=[[(1, height // 2, width // 2)]] * len(noisy_latents),  # frames, rows and columns of tokens
-            return_dict=False,
-        )[0]
-        return unpack_patches(tokens, height, width)
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        height, width = latents.shape[-2:]
+        return {
+            "hidden_states": pack_patches(latents),  # (N, H/2 * W/2, 4C)
+            "timestep": timesteps / 1000,
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "encoder_hidden_states_mask": conditioning["prompt_mask"],
+            "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),  # frames, rows and columns of tokens
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return unpack_patches(output, *latents.shape[-2:])

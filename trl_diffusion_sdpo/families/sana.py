@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, no_autocast
+from .base import Family
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
 
 class SanaFamily(Family):
-    """`SanaPipeline`: Sana and Sana 1.5. Sana-Sprint, distilled to draw in a few steps with another objective, is
-    refused.
+    """`SanaPipeline`: Sana and Sana 1.5. Sana-Sprint, distilled to few steps with another objective, is refused.
 
-    Prompts get the pipeline's own instruction in front, the default of its call, as they do when it draws. The
-    autoencoder's latent is deterministic: no generator changes it.
+    Prompts are preceded by the pipeline's instruction, the default of its call. The autoencoder's latent is
+    deterministic and does not depend on generators.
 
     Sources: https://huggingface.co/papers/2410.10629 for the model; LoRA targets and rate as diffusers' own script.
     """
@@ -34,7 +34,7 @@ class SanaFamily(Family):
     patch_size = 1  # the autoencoder alone compresses
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the size that is asked for, not of the nearest in the pipeline's list."""
+        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -47,38 +47,31 @@ class SanaFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, mask, _, _ = self.pipeline.encode_prompt(
-                prompts,
-                do_classifier_free_guidance=False,
-                num_images_per_prompt=1,
-                device=device,
-                complex_human_instruction=self._instruction(),
-            )
+        prompt_embeds, mask, _, _ = self.call_encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            num_images_per_prompt=1,
+            complex_human_instruction=self._instruction(),
+        )
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
     def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """The one latent there is, whether or not generators come."""
+        """The deterministic latent; generators are not used."""
         return self.pipeline.vae.encode(pixel_values).latent
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        config, dtype = self.denoiser.config, self.dtype
-        prediction = denoiser(
-            noisy_latents.to(dtype),
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            timestep=timesteps * config.timestep_scale,
-            encoder_attention_mask=conditioning["prompt_mask"],
-            return_dict=False,
-        )[0]
-        return prediction[:, : config.in_channels]  # without a learned variance, if it answers with one
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "timestep": timesteps * self.denoiser.config.timestep_scale,
+            "encoder_attention_mask": conditioning["prompt_mask"],
+        }
+
+    def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return output[:, : self.denoiser.config.in_channels]  # without a learned variance, if there is one
 
     def _instruction(self) -> list[str]:
-        """What the pipeline's call puts before prompts: `encode_prompt` alone puts nothing there."""
+        """The instruction that the pipeline's call adds to prompts by default; `encode_prompt` does not."""
         return inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default

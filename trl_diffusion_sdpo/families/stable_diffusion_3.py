@@ -2,11 +2,13 @@
 encoders and optionally T5, over a flow matching process."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from .base import FLOW_DEFAULTS, JOINT_ATTENTION_TARGETS, Family, check_in_channels, no_autocast
+from .base import JOINT_ATTENTION_TARGETS, Family, check_in_channels
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
 
@@ -14,8 +16,7 @@ class StableDiffusion3Family(Family):
     """`StableDiffusion3Pipeline`, and folders of its image-to-image and inpainting classes if their transformer is the
     text-to-image one.
 
-    T5 may be left out, as diffusers allows (`text_encoder_3=None, tokenizer_3=None`): its part of the text is then
-    zeros, here as in the pipeline.
+    T5 may be omitted (`text_encoder_3=None, tokenizer_3=None`): its embeddings are then zeros, as in the pipeline.
 
     Source of the architecture and the process: https://huggingface.co/papers/2403.03206.
     """
@@ -28,8 +29,8 @@ class StableDiffusion3Family(Family):
     )
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    # As diffusers' script train_dreambooth_lora_sd3.py: the joint attention of every block, image and text side. The
-    # second attention (`attn2`) that some blocks of 3.5 Medium have for the image alone is left as it is, as there.
+    # As diffusers' script train_dreambooth_lora_sd3.py: the joint attention of every block, of image and text, without
+    # the second attention (`attn2`) of the image in some blocks of 3.5 Medium.
     lora_target_modules = JOINT_ATTENTION_TARGETS
     # Our choice, because nothing is published for full tuning: between those of Stable Diffusion and SDXL.
     learning_rate_full = 1e-6
@@ -49,31 +50,18 @@ class StableDiffusion3Family(Family):
         check_in_channels(self, self.pipeline.vae.config.latent_channels)
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-                prompts,
-                prompt_2=None,
-                prompt_3=None,
-                device=device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
+        prompt_embeds, _, pooled_prompt_embeds, _ = self.call_encode_prompt(
+            prompts, prompt_2=None, prompt_3=None, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         # (N, tokens of CLIP and then of T5, width of T5) and (N, projection widths of both CLIP encoders)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        return denoiser(
-            hidden_states=noisy_latents.to(dtype),
-            timestep=timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
-            return_dict=False,
-        )[0]
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": timesteps,
+            "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
+            "pooled_projections": conditioning["pooled_prompt_embeds"].to(latents.dtype),
+        }

@@ -2,10 +2,12 @@
 DDPM noise process."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .base import FALLBACK, Family, LossDefaults, check_text_to_image_unet, constant, no_autocast
+from .base import Family, check_text_to_image_unet, constant
+from .loss_defaults import STABLE_DIFFUSION_XL_DEFAULTS
 from .noise import DDPMProcess
 
 N_TIME_IDS = 6  # original height and width, crop top and left, target height and width
@@ -14,13 +16,10 @@ N_TIME_IDS = 6  # original height and width, crop top and left, target height an
 class StableDiffusionXLFamily(Family):
     """`StableDiffusionXLPipeline` with a base UNet; the refiner's, which takes an aesthetic score, is refused.
 
-    An empty prompt is encoded as text, as diffusers' training scripts do, also where the pipeline's
-    `force_zeros_for_empty_prompt` replaces the negative prompt by zeros at guidance.
+    An empty prompt is encoded as text, as in diffusers' training scripts, even if the pipeline's
+    `force_zeros_for_empty_prompt` replaces the negative prompt by zeros under guidance.
 
-    Sources of `defaults`: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
-    https://huggingface.co/papers/2406.06424 for MaPO's beta; the published script of
-    https://huggingface.co/papers/2506.02698 for SmPO's. Source of the size conditioning:
-    https://huggingface.co/papers/2307.01952, section 2.2.
+    Source of the size conditioning: https://huggingface.co/papers/2307.01952, section 2.2.
     """
 
     name = "Stable Diffusion XL"
@@ -28,20 +27,10 @@ class StableDiffusionXLFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own DPO script
-    # Published: 2.05e-6 for Adafactor at 2048 pairs. This is the same under the square root rule at about 20 pairs.
+    # Published: 2.05e-6 for Adafactor at 2048 pairs. By the square root rule, this is the same at about 20 pairs.
     learning_rate_full = 2e-7
     learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5
-    defaults = {
-        FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),
-        "sigmoid": LossDefaults(beta=5000.0, safeguard_mu=0.6),
-        "dmpo": LossDefaults(beta=6000.0, safeguard_mu=0.6),
-        "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
-        "dspo_sdxl": LossDefaults(beta=5000.0, safeguard_mu=0.6),
-        "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
-        "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
-        "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),  # half of it is MaPO's slope at 0: T s / 2 = 250
-        "smpo": LossDefaults(beta=5000.0, safeguard_mu=0.6),
-    }
+    defaults = STABLE_DIFFUSION_XL_DEFAULTS
     noise_process_class = DDPMProcess
 
     def check_pipeline(self) -> None:
@@ -63,16 +52,15 @@ class StableDiffusionXLFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder_2.device
-        with no_autocast(device):
-            prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-                prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
+        arguments = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        prompt_embeds, _, pooled_prompt_embeds, _ = self.call_encode_prompt(
+            prompts, text_encoder="text_encoder_2", **arguments
+        )
         # (N, tokens, width of both encoders) and (N, projection width)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """As the base does, or by the channel means and deviations that some SDXL VAEs state."""
+        """By the scaling factor, and by the channels' means and deviations if the VAE's configuration has them."""
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
@@ -89,22 +77,17 @@ class StableDiffusionXLFamily(Family):
         time_ids = torch.cat([original_sizes, crop_top_lefts.to(original_sizes), target_sizes], dim=1)
         return {"time_ids": time_ids.float()}
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
         added = {
-            "text_embeds": conditioning["pooled_prompt_embeds"].to(dtype),
+            "text_embeds": conditioning["pooled_prompt_embeds"].to(latents.dtype),
             "time_ids": conditioning["time_ids"],
         }
-        return denoiser(
-            noisy_latents.to(dtype),
-            timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
+        text = conditioning["prompt_embeds"].to(latents.dtype)
+        return {
+            "sample": latents,
+            "timestep": timesteps,
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": added,
+        }

@@ -1,13 +1,15 @@
-"""How noise levels are drawn: densities over the levels from clean (0) to noise (1), as quantile functions of uniform
-draws. A level is the share of `num_train_timesteps` under DDPM, and sigma before any shift under flow matching."""
+"""Densities from which noise levels in `[0, 1]` are drawn, as quantile functions of uniform numbers. A level is the
+share of `num_train_timesteps` under DDPM, and sigma before any shift under flow matching."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
-_BISECTIONS = 50  # halves [0, 1] down to rounding in float64
+_BISECTIONS = 50  # of [0, 1], to the rounding of float64
+WeightingScheme = Literal["none", "logit_normal", "mode"]
 
 
 @dataclass(frozen=True)
@@ -15,20 +17,20 @@ class TimestepSampling:
     """A density of noise levels.
 
     Args:
-        scheme (`str`): `"none"`, uniform; `"logit_normal"`; or `"mode"`, heavy around the middle: the names of
+        scheme (`str`): `"none"` (uniform), `"logit_normal"` or `"mode"` (more mass around the middle), the names of
             `weighting_scheme` in diffusers' scripts.
-        logit_mean (`float`): Of `"logit_normal"`: above 0 draws noisier levels. (diffusers' scripts index descending
-            timesteps with their draw, so that there the same sign draws cleaner ones.)
+        logit_mean (`float`): Of `"logit_normal"`: above 0, noisier levels are more frequent. (diffusers' scripts index
+            descending timesteps, so that the sign there has the opposite effect.)
         logit_std (`float`): Of `"logit_normal"`, above 0.
-        mode_scale (`float`): Of `"mode"`, in `[-1, 1.75]`: 0 is uniform, larger is heavier around the middle.
+        mode_scale (`float`): Of `"mode"`, in `[-1, 1.75]`: 0 is uniform, larger values have more mass in the middle.
 
     Raises:
-        ValueError: If the scheme is unknown or a number is out of its range.
+        ValueError: If the scheme is unknown or a number is out of range.
 
     Source: https://huggingface.co/papers/2403.03206, section 3.1.
     """
 
-    scheme: str = "none"
+    scheme: WeightingScheme = "none"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
@@ -42,11 +44,12 @@ class TimestepSampling:
             raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. Usual is 1.")
         if not -1 <= self.mode_scale <= 1.75:
             raise ValueError(
-                f"`mode_scale` must be in [-1, 1.75], where the density is one; got {self.mode_scale}. Usual is 1.29."
+                "`mode_scale` must be in [-1, 1.75], where the density is not negative; "
+                f"got {self.mode_scale}. Usual is 1.29."
             )
 
     def quantile(self, share: torch.Tensor) -> torch.Tensor:
-        """Levels in `[0, 1]` below which these shares of the draws lie: increasing, 0 at 0 and 1 at 1.
+        """Noise levels below which these shares of all levels lie: increasing, 0 at 0 and 1 at 1.
 
         Args:
             share (`torch.Tensor`): Of any shape, in `[0, 1]`, a float dtype.
@@ -54,7 +57,7 @@ class TimestepSampling:
         return DENSITIES[self.scheme](self, share)
 
     def share_below(self, level: float) -> float:
-        """The inverse of `quantile`: the share of the draws below a level in `[0, 1]`."""
+        """The share of all levels below one in `[0, 1]`: the inverse of `quantile`."""
         return _share_below(self, level)
 
 
@@ -63,11 +66,11 @@ def _logit_normal(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tens
 
 
 def _mode(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
-    # Equation 20 of the paper at 1 - share, which turns its decreasing map of the uniform draw into an increasing one.
+    # Equation 20 of the paper at 1 - share: its map is decreasing, a quantile function increases.
     return share - sampling.mode_scale * (torch.sin(torch.pi / 2 * share).square() - share)
 
 
-DENSITIES: dict[str, Callable[[TimestepSampling, torch.Tensor], torch.Tensor]] = {
+DENSITIES: dict[WeightingScheme, Callable[[TimestepSampling, torch.Tensor], torch.Tensor]] = {
     "none": lambda sampling, share: share,
     "logit_normal": _logit_normal,
     "mode": _mode,

@@ -6,26 +6,27 @@ from typing import Any
 
 import torch
 
-from .base import FLOW_DEFAULTS, Family, check_in_channels, constant, no_autocast
+from .base import Family, check_in_channels, constant
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
-MAX_SEQUENCE_LENGTH = 512  # tokens that prompts are padded to, as in the pipeline's own call
+MAX_SEQUENCE_LENGTH = 512  # tokens that prompts are padded to, the default of the pipeline's call
 
 
 class WanFamily(Family):
     """`WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
 
-    The two transformers of Wan 2.2 A14B share the timesteps out among them. They are refused together; each can be
-    trained in a pipeline of its own, over its share of the timesteps. Image-to-video transformers are refused.
+    Wan 2.2 A14B has two transformers for two ranges of timesteps. They are refused together; each can be trained in a
+    pipeline with one transformer, over its range. Image-to-video transformers are refused.
     """
 
     name = "Wan"
     pipeline_classes = ("WanPipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # The attention over the clip and that over the text, as finetrainers' examples for Wan: diffusers has no script.
+    # Attention over the clip and over the text, as finetrainers' examples for Wan: diffusers has no script.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    # Our choice: half of Stable Diffusion's, because weights of a larger model bear smaller steps.
+    # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # our choice, as diffusers' scripts for other transformers
     defaults = FLOW_DEFAULTS
@@ -39,7 +40,7 @@ class WanFamily(Family):
 
     @property
     def default_resolution(self) -> tuple[int, int]:
-        """The pipeline's own default, which suits every checkpoint; the larger ones also know 720 lines."""
+        """The default of the pipeline's call, which fits every checkpoint; the larger ones also support 720 lines."""
         return 480, 832
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
@@ -49,11 +50,11 @@ class WanFamily(Family):
     def check_pipeline(self) -> None:
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
             raise ValueError(
-                "A Wan pipeline must have one transformer for all timesteps, and this one shares them out among two "
+                "A Wan pipeline must have one transformer for all timesteps, and this one has two for two ranges "
                 f"(`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train them one by one: load the "
                 "pipeline with `transformer_2=None, boundary_ratio=None`, for the second one also with it as "
-                "`transformer`, and keep `timestep_range` to that one's side of `1000 * boundary_ratio`; the first "
-                "has the upper side."
+                "`transformer`, and set `timestep_range` to its range: the first transformer has the timesteps above "
+                "`1000 * boundary_ratio`."
             )
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.z_dim)
@@ -64,23 +65,20 @@ class WanFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            prompt_embeds, _ = self.pipeline.encode_prompt(
-                prompts,
-                do_classifier_free_guidance=False,
-                num_videos_per_prompt=1,
-                max_sequence_length=MAX_SEQUENCE_LENGTH,
-                device=device,
-            )
+        prompt_embeds, _ = self.call_encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            num_videos_per_prompt=1,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+        )
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zero after the prompt's end
 
     def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """Of images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`; `(N, C, 1 + (frames - 1) / 4, H / 8, W / 8)` under
-        the VAE of Wan 2.1.
+        """Latents of images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`; with the VAE of Wan 2.1 of shape
+        `(N, C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
 
         Raises:
-            ValueError: If the frames do not fill the latents. The VAE would leave the last ones out.
+            ValueError: If the frames do not fill the latents: the VAE would ignore the last ones.
         """
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
         frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
@@ -97,19 +95,10 @@ class WanFamily(Family):
         mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1, 1) for v in stated)
         return (latents - mean) / std
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """Timesteps are passed by row, also where the pipeline repeats them for every token (`expand_timesteps`): that
-        is only for clips that begin with a given image, and equal timesteps give equal modulations."""
-        dtype = self.dtype
-        return denoiser(
-            hidden_states=noisy_latents.to(dtype),
-            timestep=timesteps,
-            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            return_dict=False,
-        )[0]
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Timesteps are passed by row, also if the pipeline repeats them for every token (`expand_timesteps`): it needs
+        that for clips that begin with a given image, and equal timesteps give equal modulations."""
+        text = conditioning["prompt_embeds"].to(latents.dtype)
+        return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}

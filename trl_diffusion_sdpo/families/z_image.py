@@ -1,12 +1,14 @@
-"""Z-Image: one stream of image and prompt tokens, conditioned on as many Qwen 3 tokens as a prompt has, over flow
-matching whose clock runs the other way round."""
+"""Z-Image: one stream of image and prompt tokens, conditioned on Qwen 3 tokens without padding, over flow matching with
+time from noise (0) to image (1)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from .base import FLOW_DEFAULTS, Family, no_autocast
+from .base import Family
+from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
 PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
@@ -15,12 +17,12 @@ PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
 class ZImageFamily(Family):
     """`ZImagePipeline`: Z-Image, and by the same class Z-Image-Turbo; Omni transformers are refused.
 
-    Turbo is distilled from Z-Image to draw in about eight steps without guidance, and nothing in its configuration
-    says so. Its LoRA trains here as any other, on the objective of the model it was distilled from: a long training
-    costs it the few steps. Tune Z-Image where that matters.
+    Turbo is distilled from Z-Image to generate in about eight steps without guidance, which its configuration does not
+    say. Its LoRA trains with the objective of the original model, so that a long training unlearns the few steps. Tune
+    Z-Image if that matters.
 
-    The denoiser counts time from noise to image and predicts image minus noise; both are turned round in `predict`.
-    Guidance is off at `guidance_scale=0`, not 1: the pipeline adds the scaled difference to the prompt's prediction.
+    The denoiser's time goes from noise to image, and it predicts image minus noise; both are reversed here. Guidance
+    is off at `guidance_scale=0`, not 1: the pipeline adds the scaled difference to the prompt's prediction.
 
     Sources: https://huggingface.co/papers/2511.22699 for the model; LoRA targets and rate as diffusers' own script.
     """
@@ -39,7 +41,7 @@ class ZImageFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """What the pipeline draws if told nothing; its denoiser states no size."""
+        """The default of the pipeline's call; the denoiser's configuration has no size."""
         return 1024
 
     def check_pipeline(self) -> None:
@@ -52,33 +54,26 @@ class ZImageFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline.text_encoder.device
-        with no_autocast(device):
-            # A copy of the list: the pipeline writes its chat template into the one it gets.
-            rows, _ = self.pipeline.encode_prompt(
-                list(prompts), device=device, do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
-            )
-        # Every batch is as long as the longest prompt may be, so that rows of several batches fit together.
+        # A copy of the list: the pipeline writes its chat template into its argument.
+        rows, _ = self.call_encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
+        )
+        # Padded to the maximum length, so that rows of several batches can be joined.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
-        # On the CPU: the lengths shape the denoiser's sequences, so that the host reads them in every prediction.
+        # On the CPU: the host reads the lengths in every prediction, to cut the sequences.
         lengths = torch.tensor([len(row) for row in rows])
         return {"prompt_embeds": prompt_embeds, "prompt_lengths": lengths}  # (N, PROMPT_TOKENS, width) and (N,)
 
-    def predict(
-        self,
-        denoiser: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        dtype = self.dtype
-        latents = noisy_latents.to(dtype).unsqueeze(2)  # (N, C, 1, H, W): images are videos of one frame
+    def denoiser_inputs(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
         lengths = conditioning["prompt_lengths"].tolist()
-        prompts = conditioning["prompt_embeds"].to(dtype)
-        velocities = denoiser(
-            list(latents.unbind()),
-            (1000 - timesteps) / 1000,  # 0 is noise, 1 the image
-            [row[:length] for row, length in zip(prompts, lengths, strict=True)],
-            return_dict=False,
-        )[0]
-        return -torch.stack(velocities).squeeze(2)  # N of (C, 1, H, W) -> (N, C, H, W)
+        prompts = conditioning["prompt_embeds"].to(latents.dtype)
+        return {
+            "x": list(latents.unsqueeze(2).unbind()),  # N of (C, 1, H, W): images are videos of one frame
+            "t": (1000 - timesteps) / 1000,  # 0 is noise, 1 the image
+            "cap_feats": [row[:length] for row, length in zip(prompts, lengths, strict=True)],
+        }
+
+    def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
+        return -torch.stack(output).squeeze(2)  # N of (C, 1, H, W) -> (N, C, H, W)

@@ -1,17 +1,22 @@
-"""Preference losses and the safeguard, on tensors alone."""
+"""Every formula of the project, on tensors and numbers: losses, safeguard, metrics, noise bins, winner budget."""
 
+from .averaging import ema_decay
 from .diffusion_preference import (
     SAFEGUARDS,
     PreferenceLossOutput,
+    Safeguard,
     check_safeguard,
     diffusion_preference_loss,
     order_by_scores,
 )
-from .pair_terms import PairTerms, pair_terms
-from .preference import LOSSES, LossSpec, check_loss_kwargs, loss_spec
+from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
+from .pair_terms import PairTerms, batch_mean_error, mean_error, pair_terms
+from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType, check_loss_kwargs, loss_spec
 from .safeguard import (
     ANCHORS,
     GRANULARITIES,
+    Anchor,
+    Granularity,
     adamw_scale,
     loser_scale,
     output_scale,
@@ -19,21 +24,34 @@ from .safeguard import (
     scale_gradient,
     winner_error_gradient,
 )
+from .winner_budget import BudgetController
 
 __all__ = [
     "ANCHORS",
     "GRANULARITIES",
     "LOSSES",
+    "LOSS_KWARG_RANGES",
     "SAFEGUARDS",
-    "PreferenceLossOutput",
+    "Anchor",
+    "BudgetController",
+    "Granularity",
     "LossSpec",
+    "LossType",
     "PairTerms",
+    "PreferenceLossOutput",
+    "Safeguard",
     "adamw_scale",
+    "batch_mean_error",
     "check_loss_kwargs",
     "check_safeguard",
     "diffusion_preference_loss",
+    "ema_decay",
     "loser_scale",
     "loss_spec",
+    "mean_error",
+    "noise_bin_changes",
+    "noise_bin_of",
+    "noise_range_weights",
     "order_by_scores",
     "output_scale",
     "pair_terms",

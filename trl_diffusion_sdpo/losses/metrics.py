@@ -1,4 +1,4 @@
-"""Names for the detached scalars of a batch: rewards as TRL calls them, errors and safeguard as the paper has them."""
+"""Metrics of a batch as detached scalars: rewards under TRL's names, errors and the safeguard under the paper's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Ten
 
 
 def pair_rewards(terms: PairTerms, *, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Implicit rewards of winner and loser, `-(beta / 2)` times what training did to their errors; each `(B,)`."""
+    """Implicit rewards of winner and loser, `-(beta / 2)` times the change of their errors; detached, each `(B,)`."""
     return -0.5 * beta * terms.winner_change.detach(), -0.5 * beta * terms.loser_change.detach()
 
 
@@ -45,19 +45,18 @@ def safeguard_metrics(
     past: torch.Tensor | None = None,
     loser_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the safeguard did, detached scalars.
+    """Detached scalars of the safeguard.
 
     Args:
         scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda.
-        cosine (`torch.Tensor` of shape `()`, *optional*): Of the two branches' gradients where they were measured.
-        past (`torch.Tensor` of shape `(B,)`, *optional*): Pairs past the finite target of their loss.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): What the losers' gradients are multiplied by
-            besides lambda.
+        cosine (`torch.Tensor` of shape `()`, *optional*): Cosine of the two branches' gradients.
+        past (`torch.Tensor` of shape `(B,)`, *optional*): Pairs whose logit exceeds their loss's target.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients besides lambda.
 
     Returns:
-        `dict[str, torch.Tensor]`: `safeguard/scale`, `safeguard/active` (share of lambdas below 1), and where given
-        `safeguard/cosine`, `safeguard/past_target` (share of pairs whose loss pushes the winner's error up) and
-        `safeguard/loser_weight` (mean).
+        `dict[str, torch.Tensor]`: `safeguard/scale`, `safeguard/active` (share of lambdas below 1), and of the
+        optional arguments `safeguard/cosine`, `safeguard/past_target` (share of pairs whose loss raises the winner's
+        error) and `safeguard/loser_weight` (mean).
     """
     metrics = {"safeguard/scale": scale.mean(), "safeguard/active": (scale < 1).float().mean()}
     if cosine is not None:
@@ -70,14 +69,14 @@ def safeguard_metrics(
 
 
 def plain_errors(terms: PairTerms) -> list[torch.Tensor]:
-    """Detached errors of winner and loser, and of the reference's where there is one; each `(B,)`, without timestep
+    """Detached errors of winner and loser, and under the reference if there is one; each `(B,)`, without timestep
     weights."""
     errors = [terms.winner_error, terms.loser_error, terms.ref_winner_error, terms.ref_loser_error]
     return [_plain(error, terms).detach() for error in errors if error is not None]
 
 
 def _plain(errors: torch.Tensor, terms: PairTerms) -> torch.Tensor:
-    """Errors without the timestep weight that they carry; pairs of weight 0 count as 0."""
+    """Errors divided by their timestep weights; 0 where the weight is 0."""
     weights = terms.timestep_weights
     if weights is None:
         return errors

@@ -1,4 +1,4 @@
-"""The quantities every pairwise loss is written in: errors of winner and loser under policy and reference."""
+"""Quantities that pairwise losses are functions of: errors of winner and loser under policy and reference."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 class PairTerms:
     r"""Errors of `B` preference pairs, in float32.
 
-    An error is the mean squared residual of one sample over its non-batch dimensions, times the sample's timestep
-    weight where there is one.
+    An error is the mean squared residual of one sample over its non-batch dimensions, times the pair's timestep weight
+    if there is one.
 
     Args:
         winner_error (`torch.Tensor` of shape `(B,)`): Error of the preferred image under the policy.
         loser_error (`torch.Tensor` of shape `(B,)`): Error of the rejected image under the policy.
-        ref_winner_error (`torch.Tensor` of shape `(B,)`, *optional*): The winner's under the reference, if any.
-        ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): The loser's under the reference, if any.
+        ref_winner_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the preferred image under the reference.
+        ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): `prediction - reference prediction` of the
-            winner, which DSPO reads.
+            winner, for DSPO.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores of winner and loser.
-        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that the errors already carry.
-            Residual and shift carry their square root, so that their mean square is weighted alike.
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that are factors of the errors.
+            Residual and shift are multiplied by their square roots, so that their mean squares are weighted alike.
     """
 
     winner_error: torch.Tensor
@@ -38,12 +38,12 @@ class PairTerms:
 
     @property
     def winner_change(self) -> torch.Tensor:
-        """What training did to the winner's error, `(B,)`; without a reference, the error itself."""
+        """Error of the winner minus its error under the reference, `(B,)`; without a reference, the error."""
         return self.winner_error if self.ref_winner_error is None else self.winner_error - self.ref_winner_error
 
     @property
     def loser_change(self) -> torch.Tensor:
-        """What training did to the loser's error, `(B,)`; without a reference, the error itself."""
+        """Error of the loser minus its error under the reference, `(B,)`; without a reference, the error."""
         return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
 
     def logit(self, beta: float) -> torch.Tensor:
@@ -59,6 +59,14 @@ def mean_error(residual: torch.Tensor) -> torch.Tensor:
     return residual.float().square().flatten(1).mean(1)
 
 
+def batch_mean_error(residual: torch.Tensor) -> torch.Tensor:
+    """Mean square over all dimensions at once, in float32: `(N, ...) -> ()`.
+
+    It differs from the mean of [`mean_error`] by the rounding of another order of summation.
+    """
+    return residual.float().square().mean()
+
+
 def pair_terms(
     model_pred: torch.Tensor,
     target: torch.Tensor,
@@ -71,10 +79,10 @@ def pair_terms(
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
-        target (`torch.Tensor` of shape `(2B, ...)`): What was to be predicted.
+        target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference; detached here.
-        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): One weight a pair on all of its errors, such as
-            min-SNR weights (the omega of Diffusion-DPO's equation 14).
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
+            weights (the omega of Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
 
     Returns:
@@ -108,5 +116,5 @@ def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch
 
 
 def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """A `(B, ...)` tensor times the root of its pair's weight, so that its mean square carries the weight."""
+    """A `(B, ...)` tensor times the square roots of the pairs' weights."""
     return tensor if weights is None else tensor * weights.sqrt().view(-1, *[1] * (tensor.dim() - 1))

@@ -1,15 +1,19 @@
-"""The loss table: every pairwise preference loss as a pure function from [`PairTerms`] to one value a pair."""
+"""The table of losses: each one a pure function from [`PairTerms`] and settings to the loss of each pair."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from .pair_terms import PairTerms
+from .pair_terms import PairTerms, batch_mean_error, mean_error
+from .safeguard import Anchor, Granularity
 
 
 def sigmoid_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
@@ -43,26 +47,26 @@ def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) 
 def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """DSPO as published for SD1.5, `mean((r_w - beta (1 - sigmoid(u)) D_w)^2)`, `(B,)`.
 
-    Nothing but the reference is detached: the gradient also passes through `sigmoid(u)`. At the published beta of
-    0.001 the loser reaches the loss only with a factor of order `beta^2`, and the safeguard has nothing to hold. Where
-    `beta (1 - sigmoid(u))` exceeds 1, the winner's own branch pushes its error up, whatever lambda is.
+    Only the reference is detached: the gradient also passes through `sigmoid(u)`. At the published beta of 0.001 the
+    loser's gradient has a factor of order `beta^2`, so that lambda has next to no effect. Where
+    `beta (1 - sigmoid(u))` exceeds 1, the winner's own branch raises its error, whatever lambda is.
 
     Source: Direct Score Preference Optimization (ICLR 2025) and its code.
     """
-    push = beta * torch.sigmoid(-terms.logit(beta))
-    return _mean_square(terms.winner_residual - _per_sample(push, terms.winner_shift) * terms.winner_shift)
+    weight = beta * torch.sigmoid(-terms.logit(beta))
+    return mean_error(terms.winner_residual - _per_sample(weight, terms.winner_shift) * terms.winner_shift)
 
 
 def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1) -> torch.Tensor:
-    """DSPO as published for SDXL, `(B,)`: `mean(((1 - sigmoid(u)) D_w)^2)` where the batch's mean `D_w^2` reaches
-    `dspo_threshold`, else `(1 - sigmoid(u))^2`. The choice is made on the batch, on the device. The first form pulls
-    the winner towards the reference, which may raise its error: the safeguard then bounds the loser's part alone.
+    """DSPO as published for SDXL, `(B,)`: `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least
+    `dspo_threshold`, else `(1 - sigmoid(u))^2`. The comparison stays on the device. The first form pulls the winner
+    towards the reference, which may raise its error; the safeguard bounds the loser's part only.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
-    push = torch.sigmoid(-terms.logit(beta))
-    far = terms.winner_shift.detach().square().mean() >= dspo_threshold
-    return torch.where(far, _mean_square(_per_sample(push, terms.winner_shift) * terms.winner_shift), push.square())
+    weight = torch.sigmoid(-terms.logit(beta))
+    far = batch_mean_error(terms.winner_shift.detach()) >= dspo_threshold
+    return torch.where(far, mean_error(_per_sample(weight, terms.winner_shift) * terms.winner_shift), weight.square())
 
 
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
@@ -80,7 +84,7 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
 
 
 def sft_loss(terms: PairTerms) -> torch.Tensor:
-    """Supervised fine-tuning on the winners, their error, `(B,)`. No loser, no reference."""
+    """Supervised fine-tuning on the winners: their error, `(B,)`. No loser, no reference."""
     return terms.winner_error
 
 
@@ -107,7 +111,7 @@ def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> to
 
 def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> torch.Tensor:
     """DPO-Positive, `-logsigmoid(u - lambda (beta / 2) relu(err_w - ref_err_w))`, `(B,)`: a rise of the winner's error
-    is charged within the logit.
+    lowers the logit.
 
     Source: https://huggingface.co/papers/2402.13228, equation 3.
     """
@@ -129,7 +133,7 @@ def smpo_loss(
     """Smoothed preference optimization's coefficient, `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
     `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the softmax of the pair's normalised scores. Pairs that
-    the scores rank the other way are relabelled before they get here, so `p >= 0.5`.
+    the scores rank the other way are swapped beforehand, so `p >= 0.5`.
 
     Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling (without ReNoise inversion).
     """
@@ -140,40 +144,55 @@ def smpo_loss(
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the trainer must know of a row of [`LOSSES`].
+    """A row of [`LOSSES`]: a loss function, and what its callers must know of it.
 
     Args:
-        function (`Callable`): From [`PairTerms`] and its loss_kwargs to one loss a pair, `(B,)`.
-        loss_kwargs (`tuple[str, ...]`): Names of the keyword arguments besides `beta`.
-        needs_reference (`bool`): Whether the loss reads the reference's errors.
-        uses_beta (`bool`): Whether the loss has a `beta`.
-        uses_loser (`bool`): Whether the loss reads the loser; if not, there is nothing to safeguard.
-        needs_scores (`bool`): Whether the loss reads score columns.
-        equal_weights (`bool`): Whether a pair's loss weighs both errors alike, or the authors of the safeguard measure
-            it as if it did: the `"batch"` lambda then comes from the plain residuals.
-        positive_weights (`bool`): Whether these equal weights are also positive for every pair, so that they cancel in
-            the bound of the `"pair"` lambda.
-        target_logit (`Callable`, *optional*): The finite logit at which the loss is smallest, from its loss_kwargs. Past it
-            the loss itself raises the winner's error, whatever the safeguard does.
-        anchor (`str`): What the parameter-space safeguard protects unless told otherwise: `"branch"` where the gradient
-            of the winner's branch is a non-negative multiple of each pair's winner error's, `"error"` where it is not.
-        default_beta (`float`): Used where neither the user nor the model family says otherwise.
+        function (`Callable`): From [`PairTerms`] and settings, as keyword arguments, to the loss of each pair, `(B,)`.
+        needs_reference (`bool`): Whether it reads the reference's errors.
+        uses_loser (`bool`): Whether it reads the loser's error; if not, no safeguard applies.
+        needs_scores (`bool`): Whether it reads reward scores.
+        equal_weights (`bool`): Whether the gradients of each pair's loss by its two errors have equal sizes, or the
+            authors of the safeguard treat them so. Lambdas of a batch or a noise bin then follow from residuals.
+        positive_weights (`bool`): Whether the gradient by the winner's error is also positive for every pair. The
+            lambda of a pair then follows from residuals.
+        target_logit (`Callable`, *optional*): From `loss_kwargs` to the finite logit of the smallest loss. At larger
+            logits the loss's gradient raises the winner's error, whatever lambda is.
+        anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the gradient of the winner's branch is a
+            non-negative multiple of the gradient of each winner's error, else `"error"`.
+        default_beta (`float`): Value of `beta` if neither the user nor the model family has one.
     """
 
     function: Callable[..., torch.Tensor]
-    loss_kwargs: tuple[str, ...] = ()
     needs_reference: bool = True
-    uses_beta: bool = True
     uses_loser: bool = True
     needs_scores: bool = False
     equal_weights: bool = True
     positive_weights: bool = True
-    target_logit: Callable[..., float] | None = field(default=None)
-    anchor: str = "branch"
+    target_logit: Callable[..., float] | None = None
+    anchor: Anchor = "branch"
     default_beta: float = 5000.0
 
+    @cached_property
+    def uses_beta(self) -> bool:
+        """Whether the function takes `beta`."""
+        return "beta" in inspect.signature(self.function).parameters
 
-def _ipo_target(**_: float) -> float:
+    @cached_property
+    def loss_kwargs(self) -> dict[str, float]:
+        """The function's settings besides `beta`, with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {
+            each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "beta"
+        }
+
+    def uses_residuals(self, granularity: Granularity) -> bool:
+        """Whether lambda in output space follows from residuals, without gradients of the loss."""
+        if granularity == "weighted":
+            return False
+        return self.positive_weights if granularity == "pair" else self.equal_weights
+
+
+def _ipo_target_logit() -> float:
     return 0.5
 
 
@@ -182,79 +201,72 @@ def _dmpo_target_logit(dmpo_alpha: float = 0.01) -> float:
     return math.log(target) - math.log1p(-target)
 
 
-LOSSES: dict[str, LossSpec] = {
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "robust", "dspo", "dspo_sdxl", "dmpo", "sft", "mapo", "simpo", "dpop", "linear", "smpo"
+]
+LOSSES: dict[LossType, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss),
     "hinge": LossSpec(hinge_loss),
-    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=_ipo_target, anchor="error"),
-    "robust": LossSpec(robust_loss, loss_kwargs=("label_smoothing",)),
+    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=_ipo_target_logit, anchor="error"),
+    "robust": LossSpec(robust_loss),
     "dspo": LossSpec(dspo_loss, positive_weights=False, anchor="error", default_beta=0.001),
-    "dspo_sdxl": LossSpec(dspo_sdxl_loss, loss_kwargs=("dspo_threshold",), positive_weights=False, anchor="error"),
+    "dspo_sdxl": LossSpec(dspo_sdxl_loss, positive_weights=False, anchor="error"),
     "dmpo": LossSpec(
-        dmpo_loss,
-        loss_kwargs=("dmpo_alpha",),
-        positive_weights=False,
-        target_logit=_dmpo_target_logit,
-        anchor="error",
-        default_beta=2000.0,
+        dmpo_loss, positive_weights=False, target_logit=_dmpo_target_logit, anchor="error", default_beta=2000.0
     ),
-    "sft": LossSpec(sft_loss, needs_reference=False, uses_beta=False, uses_loser=False),
-    "mapo": LossSpec(
-        mapo_loss,
-        loss_kwargs=("mapo_temperature", "mapo_scale"),
-        needs_reference=False,
-        equal_weights=False,
-        positive_weights=False,
-        default_beta=0.1,
-    ),
-    "simpo": LossSpec(simpo_loss, loss_kwargs=("simpo_gamma",), needs_reference=False),
-    "dpop": LossSpec(dpop_loss, loss_kwargs=("dpop_lambda",), equal_weights=False, positive_weights=False),
-    "linear": LossSpec(linear_loss, loss_kwargs=("linear_eta",), default_beta=100.0),
-    "smpo": LossSpec(smpo_loss, loss_kwargs=("smpo_coefficient", "smpo_score_scale"), needs_scores=True),
+    "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False),
+    "mapo": LossSpec(mapo_loss, needs_reference=False, equal_weights=False, positive_weights=False, default_beta=0.1),
+    "simpo": LossSpec(simpo_loss, needs_reference=False),
+    "dpop": LossSpec(dpop_loss, equal_weights=False, positive_weights=False),
+    "linear": LossSpec(linear_loss, default_beta=100.0),
+    "smpo": LossSpec(smpo_loss, needs_scores=True),
 }
 
-LOSS_KWARG_RANGES: dict[str, tuple[float, float, str]] = {
-    # name: (lowest, highest, rule); the ends are excluded where the rule says so
-    "label_smoothing": (0.0, 0.5, "in [0, 0.5)"),
-    "dspo_threshold": (0.0, math.inf, "at least 0"),
-    "dmpo_alpha": (0.0, 0.5, "in (0, 0.5)"),
-    "mapo_temperature": (0.0, math.inf, "greater than 0"),
-    "mapo_scale": (0.0, math.inf, "greater than 0"),
-    "simpo_gamma": (0.0, math.inf, "at least 0"),
-    "dpop_lambda": (0.0, math.inf, "at least 0"),
-    "linear_eta": (0.0, 0.5, "in [0, 0.5)"),
-    "smpo_coefficient": (0.0, math.inf, "greater than 0"),
-    "smpo_score_scale": (0.0, math.inf, "greater than 0"),
+_Range = tuple[str, Callable[[float], bool]]  # in words, and as a check of a finite number
+_BELOW_HALF: _Range = ("in [0, 0.5)", lambda value: 0 <= value < 0.5)
+_AT_LEAST_0: _Range = ("at least 0", lambda value: value >= 0)
+_ABOVE_0: _Range = ("greater than 0", lambda value: value > 0)
+LOSS_KWARG_RANGES: dict[str, _Range] = {
+    "label_smoothing": _BELOW_HALF,
+    "dspo_threshold": _AT_LEAST_0,
+    "dmpo_alpha": ("in (0, 0.5)", lambda value: 0 < value < 0.5),
+    "mapo_temperature": _ABOVE_0,
+    "mapo_scale": _ABOVE_0,
+    "simpo_gamma": _AT_LEAST_0,
+    "dpop_lambda": _AT_LEAST_0,
+    "linear_eta": _BELOW_HALF,
+    "smpo_coefficient": _ABOVE_0,
+    "smpo_score_scale": _ABOVE_0,
 }
 
 
-def loss_spec(loss_type: str) -> LossSpec:
-    """The row of [`LOSSES`] of that name.
+def loss_spec(loss_type: LossType) -> LossSpec:
+    """The row of [`LOSSES`] with this name.
 
     Raises:
-        `ValueError`: If there is none; it names those there are.
+        `ValueError`: If there is none.
     """
     if loss_type not in LOSSES:
         raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {loss_type!r}.")
     return LOSSES[loss_type]
 
 
-def check_loss_kwargs(loss_type: str, beta: float | None, loss_kwargs: dict[str, float]) -> None:
-    """Raise `ValueError` where a loss's settings are out of range or belong to another loss."""
+def check_loss_kwargs(loss_type: LossType, beta: float | None, loss_kwargs: dict[str, float]) -> None:
+    """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss."""
     spec = loss_spec(loss_type)
     if spec.uses_beta and beta is not None and not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"`beta` must be a finite number greater than 0, got {beta}. Diffusion-DPO uses 5000.")
     for name, value in loss_kwargs.items():
         if name not in spec.loss_kwargs:
             accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"
-            raise ValueError(f"`{name}` is no knob of the loss {loss_type!r}: {accepted}. Leave it unset.")
-        low, high, rule = LOSS_KWARG_RANGES[name]
-        excluded = (rule.startswith(("in (", "greater")) and value == low) or (rule.endswith(")") and value == high)
-        if not low <= value <= high or excluded or not math.isfinite(value):
+            raise ValueError(f"`{name}` is no setting of the loss {loss_type!r}: {accepted}. Leave it unset.")
+        rule, holds = LOSS_KWARG_RANGES[name]
+        if not (math.isfinite(value) and holds(value)):
             raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
 
 def past_target(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
-    """Which pairs are past the finite target of their loss, bool `(B,)`; `None` for losses without one."""
+    """Whether each pair's logit exceeds its loss's `target_logit`, bool `(B,)`; `None` for losses without one."""
     spec = LOSSES[loss_type]
     if spec.target_logit is None:
         return None
@@ -262,7 +274,7 @@ def past_target(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_
 
 
 def pair_losses(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
-    """One loss a pair, `(B,)`, by the row `loss_type` of [`LOSSES`]."""
+    """The loss of each pair, `(B,)`, by the function in [`LOSSES`]."""
     spec = LOSSES[loss_type]
     return spec.function(terms, beta=beta, **loss_kwargs) if spec.uses_beta else spec.function(terms, **loss_kwargs)
 
@@ -276,15 +288,11 @@ def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
-def _mean_square(residual: torch.Tensor) -> torch.Tensor:
-    return residual.square().flatten(1).mean(1)
-
-
 def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
     """`s x / expm1(s x)`, exactly 1 at 0, with a finite gradient there (-s/2)."""
     x = scale * error
     small = x < 1e-4
-    series = 1 - x / 2 + x.square() / 12  # the function's own expansion; its error is below float32 rounding here
+    series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding here
     safe = torch.where(small, torch.ones_like(x), x)
-    # The same as x / expm1(x), in a form whose gradient does not overflow at large errors.
+    # Equals x / expm1(x), in a form whose gradient does not overflow at large errors.
     return torch.where(small, series, safe * torch.exp(-safe) / -torch.expm1(-safe))

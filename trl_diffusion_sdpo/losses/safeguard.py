@@ -1,13 +1,16 @@
-"""The safeguard: how much of the loser's gradient may act, so that the winner's error does not rise to first order."""
+"""The safeguard: the largest factor of the loser's gradient under which the winner's error does not rise, to first
+order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 
-GRANULARITIES = ("batch", "pair", "weighted", "noise_bin")
-ANCHORS = ("branch", "error")
+Granularity = Literal["batch", "pair", "weighted", "noise_bin"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+Anchor = Literal["branch", "error"]
+ANCHORS: tuple[str, ...] = get_args(Anchor)
 
 
 def loser_scale(winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: float = 0.0) -> torch.Tensor:
@@ -15,19 +18,17 @@ def loser_scale(winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: fl
 
     A step along `-(W - lambda L)` changes the winner's error by `-(<a, W> - lambda <a, L>)`, where `a` is the gradient
     of the winner's error. Asking for at least `mu <a, W>` of descent bounds lambda by `(1 - mu) <a, W> / <a, L>`
-    where the product with the loser is positive; elsewhere the loser's gradient helps and is left whole.
+    where the product with the loser is positive; elsewhere the loser's gradient lowers the error, and lambda is 1.
 
     Args:
-        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): `<a, W>`; the squared norm of the winner's gradient where
-            the branch and the error agree.
+        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): `<a, W>`; the squared norm of `W` if `a = W`.
         dot (`torch.Tensor` of the same shape): `<a, L>`, inner product with the loser's gradient.
         mu (`float`): Margin in `[0, 1]`; larger is stricter. At 1 every aligned loser gradient is dropped.
-        eps (`float`, *optional*, defaults to 0): Added to `dot` before it divides, as the authors' code does. It bites
-            at large latents and small residuals: for parity only.
+        eps (`float`, *optional*, defaults to 0): Added to `dot`, as in the authors' code. It changes lambda where
+            residuals are small and latents large; use it to reproduce their numbers only.
 
     Returns:
-        `torch.Tensor`: Scale in `[0, 1]`, detached. 0 where the winner's own branch raises its error while the
-        loser's would as well.
+        `torch.Tensor`: Scale in `[0, 1]`, detached. 0 where both branches raise the winner's error.
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
@@ -38,22 +39,22 @@ def loser_scale(winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: fl
 
 
 def parameter_scale(
-    products: torch.Tensor, mu: float, *, anchor: str = "branch"
+    products: torch.Tensor, mu: float, *, anchor: Anchor = "branch"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    r"""Lambda from the true gradients of an optimizer step.
+    r"""Lambda from the gradients of the weights in one optimizer step.
 
     Args:
         products (`torch.Tensor` of shape `(2, 2)` or `(3, 3)`): Inner products of the gradients `W` of the winner's
             branch, `L` (which points up the loser's branch: the loss's gradient is `W - L`) and, third, `a` of the
             mean winner error; over all trained weights, the whole batch and all processes.
         mu (`float`): Margin in `[0, 1]`.
-        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` protects the winner error as the loss weighs it,
-            `a = W`; `"error"` protects the plain mean, and needs the third gradient.
+        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` bounds the change of the winner's branch,
+            `a = W`; `"error"` that of the mean winner error, and needs the third gradient.
 
     Returns:
         Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
-        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`: 1 where `<a, W> <= 0`, so that the winner's own
-        branch does not lower the error that is to be kept. Lambda is 0 there.
+        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`: 1 if `<a, W> <= 0`, when the winner's own branch
+        does not lower the anchored error; lambda is then 0.
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
@@ -75,16 +76,16 @@ def parameter_scale(
 def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
     r"""Largest lambda under which AdamW's own step does not raise the winner's error, to first order.
 
-    The step lowers the error by `H + A - lambda B`, where `H` is what momentum and weight decay do, `A` and `B` what
-    comes of the winner's and the loser's gradient through the preconditioner. Asking for at least `mu A` of descent, or
-    none where `A` is negative, bounds lambda by `(H + A - mu max(A, 0)) / B` where `B` is positive.
+    The step lowers the error by `H + A - lambda B`: `H` by momentum and weight decay, `A` and `B` by the
+    preconditioned gradients of winner and loser. Asking for at least `mu max(A, 0)` of descent bounds lambda by
+    `(H + A - mu max(A, 0)) / B` where `B` is positive.
 
     Args:
         products (`torch.Tensor` of shape `(3,)`): `H`, `A` and `B`, over all trained weights and processes.
         mu (`float`): Margin in `[0, 1]`.
 
     Returns:
-        `torch.Tensor` of shape `()`: Scale in `[0, 1]`, detached; 0 where history alone undoes the winner's descent.
+        `torch.Tensor` of shape `()`: Scale in `[0, 1]`, detached; 0 where `H` cancels the winner's descent.
     """
     history, winner, loser = products.detach()
     aligned = loser > 0
@@ -93,14 +94,14 @@ def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
 
 
 def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
-    """Gradient of a batch's mean winner error at the model's output, `2/N r` with `N` elements; detached."""
+    """Gradient of a batch's mean winner error at the model's output, `2 r / N` with `N` elements; detached."""
     return 2 / winner_residual.numel() * winner_residual.detach().float()
 
 
 def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The same values bit for bit, with the gradient times `scale` (broadcastable, detached)."""
-    still = tensor.detach()
-    return still + scale.detach() * (tensor - still)  # x + scale * 0
+    """Equal values to the bit, with the gradient times `scale` (broadcastable, detached)."""
+    constant = tensor.detach()
+    return constant + scale.detach() * (tensor - constant)  # x + scale * 0
 
 
 def output_products(
@@ -108,18 +109,18 @@ def output_products(
     loser_residual: torch.Tensor,
     branch_gradients: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two products of each pair that the bound divides, from gradients at the model's output.
+    """The two inner products of [`loser_scale`] for each pair, from gradients at the model's output.
 
     Args:
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         loser_residual (`torch.Tensor` of shape `(B, ...)`): The same of the loser.
         branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): `dL/d prediction` of winner
-            and loser. Without them the branches are the errors themselves: right wherever a pair's loss weighs both
-            errors alike.
+            and loser. Without them, the gradients of the mean errors, which is exact where a pair's loss gives both
+            errors weights of equal size.
 
     Returns:
-        `<a, W>` and `<a, L>`, each `(B,)`, where `a = 2/N r_w` is the gradient of the batch's mean winner error, `N`
-        the number of elements of all winners, and `L` points up the loser's error.
+        `<a, W>` and `<a, L>`, each `(B,)`, where `a = 2 r_w / N` is the gradient of the batch's mean winner error, with
+        `N` elements in all winners, and `L` points up the loser's branch.
     """
     anchor = winner_error_gradient(winner_residual).flatten(1)  # (B, N)
     if branch_gradients is None:
@@ -130,7 +131,7 @@ def output_products(
 
 
 def output_cosine(winner_residual: torch.Tensor, loser_residual: torch.Tensor) -> torch.Tensor:
-    """Cosine of the batch's two output gradients, a detached scalar in `[-1, 1]`."""
+    """Cosine between the residuals of all winners and of all losers, a detached scalar in `[-1, 1]`."""
     winner, loser = winner_residual.detach().float().flatten(), loser_residual.detach().float().flatten()
     return torch.nn.functional.cosine_similarity(winner, loser, dim=0)
 
@@ -138,57 +139,47 @@ def output_cosine(winner_residual: torch.Tensor, loser_residual: torch.Tensor) -
 def output_scale(
     winner_residual: torch.Tensor,
     loser_residual: torch.Tensor,
+    branch_gradients: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     mu: float,
-    granularity: str = "batch",
+    granularity: Granularity = "batch",
     eps: float = 0.0,
-    branch_gradients: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    equal_weights: bool,
-    positive_weights: bool,
     loser_weights: torch.Tensor | None = None,
     noise_bins: torch.Tensor | None = None,
     num_noise_bins: int = 1,
 ) -> torch.Tensor:
-    """Lambda measured at the model's output.
+    """Lambda from gradients at the model's output.
 
     Args:
         winner_residual, loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target`.
+        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): As in [`output_products`].
         mu (`float`): Margin in `[0, 1]`.
-        granularity (`str`): `"batch"`, one lambda from the summed plain residuals, the authors' rule; `"pair"`, one
-            lambda a pair; `"weighted"`, one lambda from the sums under the pairs' true weights; `"noise_bin"`, the rule of
-            `"batch"` within each bucket.
-        eps (`float`): Added to the dot product.
-        branch_gradients (`Callable`): Gives `dL/d prediction` of both branches; called only where it is needed.
-        equal_weights (`bool`): Whether `"batch"` uses the plain residuals, as the authors do for Diffusion-DPO, DSPO
-            and DMPO.
-        positive_weights (`bool`): Whether a pair's loss weighs both errors alike and positively, so that `"pair"` can
-            use the plain residuals.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`, what each loser's gradient is
-            multiplied by besides. Pairs of weight 0 have no loser to be measured against: they are left out.
-        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bucket of each pair, in `[0, num_noise_bins)`.
-        num_noise_bins (`int`): How many there are.
+        granularity (`str`): `"batch"`, one lambda from sums over all pairs; `"pair"`, one lambda per pair;
+            `"weighted"`, as `"batch"`, from branch gradients for every loss; `"noise_bin"`, one lambda per noise bin,
+            from sums over its pairs.
+        eps (`float`): Added to the inner product.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`, further factors of the losers'
+            gradients. Branch gradients must contain them. Pairs of weight 0 are left out of the sums.
+        noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bin of each pair, in `[0, num_noise_bins)`.
+        num_noise_bins (`int`): Number of noise bins.
 
     Returns:
         `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"noise_bin"`.
     """
-    plain = {"batch": equal_weights, "pair": positive_weights, "weighted": False, "noise_bin": equal_weights}[
-        granularity
-    ]
-    gradients = None if plain else branch_gradients()
-    winner_gain, dot = output_products(winner_residual, loser_residual, gradients)
+    winner_gain, dot = output_products(winner_residual, loser_residual, branch_gradients)
     if loser_weights is not None:
-        eps = eps if not eps else eps * (loser_weights > 0).any()  # where no loser acts, lambda is 1
+        eps = eps if not eps else eps * (loser_weights > 0).any()  # without any loser, lambda is 1
         winner_gain = winner_gain * (loser_weights > 0)
-        if plain:  # the gradients of the loss have them in them
+        if branch_gradients is None:
             dot = dot * loser_weights
     if granularity == "pair":
-        # Each pair's own mean errors, so that `eps` weighs alike however pairs are batched.
+        # Scaled to the gradients of each pair's own mean error, so that `eps` does not depend on the batch size.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "noise_bin":
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
         sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
-        sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2  # means of each bucket's own pairs, for `eps`
-        return loser_scale(sums[0], sums[1], mu, eps)[noise_bins]  # one a bucket -> one a pair
+        sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2  # to the gradients of each bin's mean error, for `eps`
+        return loser_scale(sums[0], sums[1], mu, eps)[noise_bins]  # (num_noise_bins,) -> (B,)
     else:
         winner_gain, dot = winner_gain.sum(), dot.sum()
     return loser_scale(winner_gain, dot, mu, eps)

@@ -1,4 +1,4 @@
-"""The denoiser in the shape in which transformers' Trainer expects a model."""
+"""A wrapper that gives a diffusers denoiser the interface that transformers' Trainer expects of a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .._compat import block_names
 class DenoiserWrapper(nn.Module):
     """A diffusers denoiser that [`~transformers.Trainer`] can train.
 
-    Calls pass through unchanged. It exists because a diffusers model differs from a transformers one where the Trainer
-    looks: its `config` is a frozen dictionary (trackers call `config.to_json_string()`), and it spells activation
-    checkpointing `enable_gradient_checkpointing`.
+    Calls pass through unchanged. The wrapper hides the diffusers model's `config`, a frozen dictionary (trackers call
+    `config.to_json_string()`), and translates activation checkpointing, which diffusers calls
+    `enable_gradient_checkpointing`.
 
     Args:
-        denoiser (`diffusers.ModelMixin`): The UNet or transformer. Reach it again as `.denoiser`.
+        denoiser (`diffusers.ModelMixin`): The UNet or transformer.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over pairs: the Trainer divides by the accumulation steps
@@ -34,8 +34,8 @@ class DenoiserWrapper(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The denoiser's blocks that FSDP shards as units; accelerate looks for them here, under this name, and wants
-        only such as are there."""
+        """Class names of the blocks that FSDP shards as units, under the name that accelerate reads; it accepts only
+        classes that occur in the model."""
         present = {type(module).__name__ for module in self.denoiser.modules()}
         return [name for name in block_names(self.denoiser) if name in present]
 
@@ -45,16 +45,16 @@ class DenoiserWrapper(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Turn on activation checkpointing as the denoiser does it.
+        """Turn on activation checkpointing.
 
         Args:
             activation_checkpointing_kwargs (`dict`, *optional*): For `torch.utils.checkpoint.checkpoint`; diffusers'
-                own choice if unset.
-            every_n_layers (`int`): Only 1: diffusers marks its blocks itself.
+                defaults if unset.
+            every_n_layers (`int`): Only 1: diffusers chooses the blocks.
             offload (`bool`): Only `False`.
 
         Raises:
-            `ValueError`: On settings that a diffusers model does not offer.
+            `ValueError`: On settings that a diffusers model does not support.
         """
         if every_n_layers != 1 or offload:
             raise ValueError(
@@ -67,7 +67,7 @@ class DenoiserWrapper(nn.Module):
         self.denoiser.enable_gradient_checkpointing(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """What transformers before 5.23 calls [`~DenoiserWrapper.activation_checkpointing_enable`]."""
+        """[`~DenoiserWrapper.activation_checkpointing_enable`] for transformers before 5.23."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 

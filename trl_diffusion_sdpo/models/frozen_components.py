@@ -1,5 +1,5 @@
-"""The parts of a pipeline that work and do not train, VAE and text encoders: on the device, in the precision in which
-they run."""
+"""The components of a pipeline that do not train, VAE and text encoders: on the device, in the precision in which they
+run."""
 
 from __future__ import annotations
 
@@ -11,56 +11,73 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..families import Family
-from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
-from ..trainer.preparing import autocast_dtype
-from .loading import torch_dtype
+from .numerics import torch_dtype
 from .text_checks import check_text_encoding
 
 logger = logging.getLogger(__name__)
 
 VAE = "vae"
-OVERFLOWS = "force_upcast"  # of a VAE's configuration: float16 is too small for it
+OVERFLOWS = "force_upcast"  # in a VAE's configuration: it overflows in float16
 
 
-def working_family(family: Family, args: DiffusionSDPOConfig) -> Family:
-    """The family around a pipeline of the trainer's own, set as the arguments say; the user's pipeline stays as it was.
+def working_family(
+    family: Family,
+    *,
+    device: torch.device,
+    half_dtype: torch.dtype | None,
+    vae_dtype: str,
+    vae_encode_batch_size: int | None,
+    guidance_scale: float | None,
+) -> Family:
+    """A family around a copy of its pipeline, as training uses it; the given pipeline is not changed.
 
-    `args.vae_dtype` becomes the precision that was chosen.
+    Args:
+        family ([`Family`]): Around the pipeline that was loaded.
+        device (`torch.device`): Of training.
+        half_dtype (`torch.dtype`, *optional*): The dtype of autocast; `None` without autocast.
+        vae_dtype (`str`): A dtype, or `"auto"` for that of autocast unless the VAE overflows there.
+        vae_encode_batch_size (`int`, *optional*): Images encoded at once.
+        guidance_scale (`float`, *optional*): Input of a denoiser that takes one.
 
     Raises:
-        `ValueError`: If the pipeline's prompts all mean the same to it.
+        `ValueError`: If different prompts are encoded alike.
     """
-    working = type(family)(working_pipeline(family, args))
-    working.guidance_scale = args.guidance_scale
-    working.vae_encode_batch_size = args.vae_encode_batch_size
+    working = type(family)(working_pipeline(family, device=device, half_dtype=half_dtype, vae_dtype=vae_dtype))
+    working.guidance_scale = guidance_scale
+    working.vae_encode_batch_size = vae_encode_batch_size
     working.settle_dtype()
-    args.vae_dtype = str(working.pipeline.vae.dtype).removeprefix("torch.")
     check_text_encoding(working)
     return working
 
 
-def working_pipeline(family: Family, args: DiffusionSDPOConfig) -> DiffusionPipeline:
-    """A family's pipeline with what does not train on the device, in the precision in which it runs.
+def working_pipeline(
+    family: Family, *, device: torch.device, half_dtype: torch.dtype | None, vae_dtype: str
+) -> DiffusionPipeline:
+    """A copy of a family's pipeline with its frozen components on the device, in the precision in which they run; see
+    [`working_family`].
 
-    The denoiser and the parts that keep their precision are shared with the pipeline that was loaded; parts that run
-    in another one are copies, so that what is saved or drawn with later is not rounded.
+    The denoiser and components that keep their precision are shared with the given pipeline; others are copied, so
+    that what is saved, or generated after training, is not rounded.
     """
-    half = autocast_dtype(args)
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
         part = getattr(family.pipeline, name)
         if name == VAE:
-            part = _working_vae(part, half, args.vae_dtype)
-        elif half is not None and part.dtype.itemsize > half.itemsize and not _text_overflows(part, half):
-            part = copy.deepcopy(part).to(half)
-        working.register_modules(**{name: part.to(args.device)})
+            part = _working_vae(part, half_dtype, vae_dtype)
+        elif (
+            half_dtype is not None
+            and part.dtype.itemsize > half_dtype.itemsize
+            and not _text_overflows(part, half_dtype)
+        ):
+            part = copy.deepcopy(part).to(half_dtype)
+        working.register_modules(**{name: part.to(device)})
     return working
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """The VAE in the precision that is wanted; with `"auto"` that of autocast, unless it is known to overflow there.
+    """The VAE in the wanted precision; `"auto"` is that of autocast, unless the VAE is known to overflow there.
 
-    What overflows is float16, whose largest number is 65504. bfloat16 has float32's range.
+    Only float16 overflows, at 65504; bfloat16 has float32's range.
     """
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
@@ -70,21 +87,20 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
         dtype = half
     if wanted == "auto" and overflows and dtype == torch.float16:
         dtype = torch.bfloat16 if half == torch.bfloat16 else torch.float32
-    insists = overflows and dtype == torch.float16
-    if dtype == vae.dtype and not insists:
+    forced = overflows and dtype == torch.float16
+    if dtype == vae.dtype and not forced:
         return vae
     vae = copy.deepcopy(vae).to(dtype)
-    if insists:
+    if forced:
         logger.warning(
             "`vae_dtype='float16'` though the VAE's configuration says that it overflows there (`%s`): latents that "
             "are not finite will stop the run.",
             OVERFLOWS,
         )
-        vae.register_to_config(**{OVERFLOWS: False})  # or its images would be encoded in float32
+        vae.register_to_config(**{OVERFLOWS: False})  # otherwise diffusers would encode in float32
     return vae
 
 
 def _text_overflows(text_encoder: nn.Module, half: torch.dtype) -> bool:
-    """Of text encoders CLIP's are known not to overflow in float16, and the T5 and language models of other families
-    to."""
+    """Whether a text encoder may overflow: CLIP's do not in float16, T5 and language models do."""
     return half == torch.float16 and not type(text_encoder).__name__.startswith("CLIP")

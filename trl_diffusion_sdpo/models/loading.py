@@ -1,11 +1,11 @@
-"""From what a user passes as `model` and `ref_model` to a pipeline, its family and its denoisers."""
+"""Resolves `model` and `ref_model` to a pipeline, its family and denoisers."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -15,13 +15,10 @@ from torch import nn
 
 from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
 from .adapters import unwrap_peft_model
+from .numerics import align_weights, torch_dtype
 
-if TYPE_CHECKING:
-    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
-
-CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
-# Of `model_init_kwargs`: what is about this machine and its access to the Hub, and the kind of files, so that it also
-# holds for a reference given by name.
+# Of `model_init_kwargs`: options about the machine, its access to the Hub and the kind of files, which also apply to a
+# reference given by name.
 SHARED_OPTIONS = (
     *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
     *("low_cpu_mem_usage", "disable_mmap"),
@@ -33,8 +30,8 @@ class LoadedModel:
     """A pipeline whose denoiser is to be trained.
 
     Args:
-        family ([`Family`]): Around `pipeline`.
-        name_or_path (`str`, *optional*): Where the pipeline came from, as far as it is known.
+        family ([`Family`]): Around the pipeline.
+        name_or_path (`str`, *optional*): The Hub id or folder, if known.
     """
 
     family: Family
@@ -65,7 +62,7 @@ def load_model(
         processing_class (`DiffusionPipeline`, *optional*): Owner of a bare denoiser's VAE, text encoders and
             scheduler. It is copied, not changed.
         model_init_kwargs (`dict`, *optional*): For loading; `dtype` may be a string.
-        quantization_config (*optional*): How the denoiser's frozen weights are held, for a Hub id or folder.
+        quantization_config (*optional*): Of the denoiser's frozen weights, for a Hub id or folder.
         device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
 
     Raises:
@@ -77,25 +74,35 @@ def load_model(
 
 
 def load_reference(
-    ref_model: str | Path | DiffusionPipeline | nn.Module, policy: LoadedModel, args: DiffusionSDPOConfig
+    ref_model: str | Path | DiffusionPipeline | nn.Module,
+    policy: LoadedModel,
+    *,
+    model_init_kwargs: dict[str, Any] | None = None,
+    ref_model_init_kwargs: dict[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
-    """The denoiser of `ref_model`. Of a Hub id or folder nothing else is loaded, for nothing else is used.
+    """The denoiser of `ref_model`; of a Hub id or folder, nothing else is loaded.
 
-    A Hub id or folder is read with `ref_model_init_kwargs`, and with what `model_init_kwargs` say about how files are
-    reached and read; not with the policy's `revision`, which names a state of the policy's repository.
+    Args:
+        ref_model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): Of the kinds that [`load_model`] takes.
+        policy ([`LoadedModel`]): Tells the dtype, and owns the other components.
+        model_init_kwargs (`dict`, *optional*): The policy's options. Those of how files are reached and read apply to
+            a Hub id or folder as well; `revision` does not, which names a state of the policy's repository.
+        ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder.
+        device (`torch.device`, *optional*): As for [`load_model`].
 
     Raises:
-        `ValueError`: If it is no such thing, or options are given that belong to other parts of a pipeline.
+        `ValueError`: If it is none of these, or options are given that belong to other components of a pipeline.
     """
     if isinstance(ref_model, (str, Path)):
-        shared = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
-        options = {**shared, **(args.ref_model_init_kwargs or {})}
+        shared = {key: value for key, value in (model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
+        options = {**shared, **(ref_model_init_kwargs or {})}
         dtype = options.pop("dtype", None)
         dtype = policy.family.dtype if dtype is None else torch_dtype(dtype)
         denoiser = load_denoiser(ref_model, dtype=dtype, **options)
     else:
         denoiser = _resolve(ref_model, policy.pipeline, None, None, "ref_model").denoiser
-    _align_for(denoiser, args.device)
+    _align_for(denoiser, device)
     return denoiser
 
 
@@ -137,26 +144,11 @@ def _from_name(name: str, options: dict[str, Any], quantization_config: Any) -> 
 
 
 def diffusers_quantization(config: Any) -> Any:
-    """A quantization configuration of transformers (what TRL's `get_quantization_config` gives) as diffusers' own."""
+    """A quantization configuration of transformers (as TRL's `get_quantization_config` returns) as diffusers'."""
     counterpart = {"BitsAndBytesConfig": diffusers.BitsAndBytesConfig}.get(type(config).__name__)
     if counterpart is None or isinstance(config, counterpart):
         return config
     return counterpart.from_dict(config.to_dict())
-
-
-def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
-    """A dtype from its name; float32 if unset.
-
-    Raises:
-        `ValueError`: If there is no such floating point dtype.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is None:
-        return torch.float32
-    dtype = known.get(name) if isinstance(name, str) else name
-    if dtype not in known.values():
-        raise ValueError(f"`dtype` must be one of {', '.join(known)}; got {name!r}.")
-    return dtype
 
 
 def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> LoadedModel:
@@ -173,21 +165,9 @@ def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> 
 
 
 def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
-    """Align weights that stay in this memory; those that move to an accelerator are copied there anyway."""
+    """Align weights that stay on the CPU; copying to an accelerator aligns the others."""
     if device is not None and device.type == "cpu":
         align_weights(denoiser)
-
-
-@torch.no_grad()
-def align_weights(module: nn.Module) -> None:
-    """Give a module's tensors memory as PyTorch allocates it.
-
-    Weights mapped from a safetensors file start wherever the file puts them, and matrix products on a CPU round by
-    alignment: a policy mapped from a file and a copy of it would differ in the last bit.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
-            tensor.data = tensor.data.clone()
 
 
 def _origin(pipeline: DiffusionPipeline) -> str | None:

@@ -1,5 +1,5 @@
-"""Whether prompts reach the model: a tokenizer that lost its vocabulary turns all of them into the same tokens, and
-training would go on without a word."""
+"""Checks that prompts reach the model: a tokenizer without its vocabulary turns all of them into the same tokens, and
+training would go on without an error."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..families import Family
 
-# Published models have between 99% and 100% as many tokens as embeddings, which are padded to round numbers. A lost
-# vocabulary leaves a few special tokens, and another model's tokenizer is off by more than this.
+# Tokens per embedding. Published models have between 99% and 100%, as embeddings are padded to round numbers; a missing
+# vocabulary leaves a few special tokens, and another model's tokenizer differs by more than this.
 SIZE_RATIOS = (0.75, 1.25)
-PROMPTS = ("a red circle", "a big square")  # of the same lengths: unknown words or letters must not differ by number
+PROMPTS = ("a red circle", "a big square")  # words of equal lengths: otherwise unknown tokens would differ in number
 
 
 @torch.no_grad()
 def check_text_encoding(family: Family) -> None:
-    """Raise `ValueError` where a tokenizer does not fit its text encoder, or two prompts come out alike.
+    """Raise `ValueError` where a tokenizer does not fit its text encoder, or two prompts are encoded alike.
 
     Args:
-        family ([`Family`]): Around a pipeline whose text encoders are where they will run.
+        family ([`Family`]): With its text encoders on the device and in the dtype of training.
     """
     for name in family.frozen_components:
         text_encoder = getattr(family.pipeline, name)

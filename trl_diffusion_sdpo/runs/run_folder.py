@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..artifacts.weights import SETUP_FILE
-from ..engines.agreeing import everyones
-from ..models.adapters import PEFT_FILE
+from ..artifacts.weights import PEFT_FILE, SETUP_FILE
+from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER
-from ..trainer.callbacks import SAMPLES_FOLDER
+from ..trainer.sample_images import SAMPLES_FOLDER
 from .checkpoint_folders import REPLACED
 from .manifest import damage, write_whole
 from .run_lock import RunLock
@@ -183,7 +182,7 @@ class RunFolder:
                 result = action()
             except (ValueError, OSError) as raised:  # the others would wait for it
                 error = raised
-        result, message = everyones((result, None if error is None else str(error)))[0]
+        result, message = gather_objects((result, None if error is None else str(error)))[0]
         if message is not None:
             raise error or ValueError(message)
         return result

@@ -9,31 +9,40 @@ from __future__ import annotations
 
 import torch
 
-from ..engines.adamw_preconditioner import AdamWPreconditioner
 from ..engines.gradient_backends import GradientBackend
 from ..engines.gradients import Gradient, inner_products, subtract_scaled
-from ..engines.sharding import local
-from ..losses import parameter_scale
+from ..engines.sharding import local_tensor
+from ..losses import adamw_scale, parameter_scale
+from ..losses.adamw import adamw_products, clip_scale
 
 WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 
 
-class BranchBackward:
+class BranchGradients:
     """The gradients of an optimizer step, branch by branch, and the lambda that joins them.
 
     Args:
-        engine ([`GradientBackend`]): How gradients are taken and given back.
+        backend ([`GradientBackend`]): Accumulates, reduces and receives gradients.
         mu (`float`): Margin in `[0, 1]`.
         anchor (`str`): `"branch"` or `"error"`, what lambda protects, as
             [`~trl_diffusion_sdpo.losses.parameter_scale`] has it.
-        adamw ([`AdamWPreconditioner`], *optional*): Bounds lambda by AdamW's own step as well.
+        adamw (`torch.optim.AdamW`, *optional*): Bounds lambda by its step as well; without wrappers.
+        max_norm (`float`, *optional*): To which the gradient is clipped before that step.
     """
 
-    def __init__(self, engine: GradientBackend, *, mu: float, anchor: str, adamw: AdamWPreconditioner | None = None):
-        self.engine = engine
+    def __init__(
+        self,
+        backend: GradientBackend,
+        *,
+        mu: float,
+        anchor: str,
+        adamw: torch.optim.AdamW | None = None,
+        max_norm: float | None = None,
+    ):
+        self.backend = backend
         self.mu = mu
         self.anchor = anchor
-        self.adamw = adamw
+        self.adamw, self.max_norm = adamw, max_norm
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
@@ -45,7 +54,9 @@ class BranchBackward:
             objective (`torch.Tensor` of shape `()`): Already divided by the accumulation steps.
             retain_graph (`bool`): Whether another pass through the same graph follows.
         """
-        self.gradients[branch] = self.engine.backward(objective, self.gradients.get(branch), retain_graph=retain_graph)
+        self.gradients[branch] = self.backend.backward(
+            objective, self.gradients.get(branch), retain_graph=retain_graph
+        )
 
     @torch.no_grad()
     def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, Gradient | None]:
@@ -63,9 +74,9 @@ class BranchBackward:
         for name, gradient in gradients.items():
             if all(part is None for part in gradient):
                 raise RuntimeError(f"The {name}'s backward pass reached no trained weight. Does the denoiser use any?")
-            gradients[name] = self.engine.reduced(gradient)
+            gradients[name] = self.backend.all_reduced(gradient)
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
-        products = self.engine.total(inner_products(ordered))
+        products = self.backend.sum_over_shards(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
         if self.adamw is not None:
             scale = metrics["safeguard/scale"] = self._bounded_by_adamw(ordered, products, scale)
@@ -73,13 +84,13 @@ class BranchBackward:
         finite = products.isfinite().all()
         # Where only the anchor is not finite, the step is still not to be taken: the gradient says so.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
-        self.engine.put(ordered[0])
+        self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
 
     def _bounded_by_adamw(self, ordered: list[Gradient], products: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        parts = [[None if part is None else local(part) for part in gradient] for gradient in ordered]
-        states = self.engine.adam_states(self.adamw.optimizer)
-        clip = self.adamw.clip(products, scale, self.engine.loss_scale)
+        parts = [[None if part is None else local_tensor(part) for part in gradient] for gradient in ordered]
+        states = self.backend.adam_states(self.adamw)
+        clip = clip_scale(products, scale, self.max_norm, self.backend.loss_scale)
         anchored = -1 if self.anchor == "error" else 0
-        sums = self.adamw.products(states, self.engine.weights(), parts, anchored, scale, clip)
-        return self.adamw.bound(self.engine.total(sums), scale, self.mu)
+        sums = adamw_products(states, self.backend.weights(), parts, anchored, scale, clip)
+        return torch.minimum(scale, adamw_scale(self.backend.sum_over_shards(sums), self.mu).to(scale))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 
 from ..engines.host_copy import HostCopy
@@ -21,12 +18,11 @@ class FiniteCheck:
     step later, before anything is saved.
 
     Args:
-        callbacks (`Iterable`, *optional*): Those of the trainer, for [`~.step_exchange.StepExchange`], which carries
-            the verdict between processes.
+        exchange ([`~.step_exchange.StepExchange`], *optional*): Carries the verdict between processes.
     """
 
-    def __init__(self, callbacks: Iterable[Any] = ()):
-        self._exchange = StepExchange(callbacks)
+    def __init__(self, exchange: StepExchange | None = None):
+        self._exchange = StepExchange() if exchange is None else exchange
         self._gradient: HostCopy | None = None
         self._gradient_step = 0
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step: losses and rows

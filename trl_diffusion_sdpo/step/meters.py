@@ -6,13 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ..engines.gradients import exact_dtype
-
-CHANGES = ("winner_change", "loser_change")
-
-
-def noise_bin_of(levels: torch.Tensor, parts: int) -> torch.Tensor:
-    """Which of `parts` equal parts of [0, 1] noise levels lie in; int64, of the same shape."""
-    return (levels * parts).long().clamp(0, parts - 1)
+from ..losses import noise_bin_changes, noise_bin_of
 
 
 class NoiseBinMeter:
@@ -40,19 +34,11 @@ class NoiseBinMeter:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """`errors/winner_change@0` and so on, absolute and as a share of the reference's error (`..._relative@0`), of
-        the levels that had a pair; every process must call it together."""
+        """The metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`]; all processes must call it together."""
         if self._sums is None:
             return {}
         sums, self._sums = accelerator.reduce(self._sums, reduction="sum").tolist(), None
-        metrics = {}
-        for level, (*errors, count) in enumerate(sums):
-            if not count:
-                continue
-            for name, error, before in zip(CHANGES, errors[:2], errors[2:], strict=True):
-                metrics[f"errors/{name}@{level}"] = (error - before) / count
-                metrics[f"errors/{name}_relative@{level}"] = (error - before) / before if before else 0.0
-        return metrics
+        return noise_bin_changes(sums)
 
 
 class MetricMeter:

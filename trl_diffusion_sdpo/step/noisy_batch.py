@@ -1,4 +1,4 @@
-"""A batch of pairs as the denoiser meets it."""
+"""A batch of noisy latents: the inputs of a denoiser and its target."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class NoisyBatch:
         target (`torch.Tensor` of shape `(2B, ...)`): What is to be predicted.
         timesteps (`torch.Tensor` of shape `(2B,)`): Equal for the two images of a pair.
         conditioning (`dict[str, torch.Tensor]`): Each of shape `(2B, ...)`; some may be on the CPU.
-        levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
+        noise_levels (`torch.Tensor` of shape `(2B,)`): Of the timesteps, in `[0, 1]`.
     """
 
     noisy: torch.Tensor
     target: torch.Tensor
     timesteps: torch.Tensor
     conditioning: dict[str, torch.Tensor]
-    levels: torch.Tensor
+    noise_levels: torch.Tensor
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
         """The rows that `index` names, in its order."""
         conditioning = take_rows(self.conditioning, index)
         return NoisyBatch(
-            self.noisy[index], self.target[index], self.timesteps[index], conditioning, self.levels[index]
+            self.noisy[index], self.target[index], self.timesteps[index], conditioning, self.noise_levels[index]
         )
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
@@ -39,7 +39,7 @@ class NoisyBatch:
 
 
 def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
-    """Rows of a conditioning, of which some tensors are on the CPU and others beside the index."""
+    """Rows of a conditioning; some of its tensors are on the CPU, others on the device of the index."""
     if isinstance(index, slice):
         return {name: value[index] for name, value in conditioning.items()}
     return {name: value[index.to(value.device)] for name, value in conditioning.items()}

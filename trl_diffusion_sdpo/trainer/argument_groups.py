@@ -1,14 +1,47 @@
-"""The settings of the pipeline, the data, the winners and the run, in groups that [`DiffusionSDPOConfig`] inherits."""
+"""The settings of the pipeline, the data and the run, in groups that [`DiffusionSDPOConfig`] inherits.
+
+A field holds the default and the help of a setting; its annotation holds the choices as a `Literal`, the allowed
+numbers as a [`Range`], and the lists of settings that it belongs to. (The parser of transformers passes all metadata of
+a field on to `argparse`, so these facts cannot be among it.)
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-VAE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-ON_BAD_ROW = ("drop", "raise")
-METRICS = ("plain", "adamw")
+RESUME = "resume"  # it changes the trajectory: resuming compares it, and the model card shows it
+EVALUATION = "evaluation"  # an evaluation of saved weights depends on it
+
+VaeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+OnBadRow = Literal["drop", "raise"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have.
+
+    Args:
+        interval (`str`): Such as `"(0, 1]"`; `"[1, inf)"` has no upper end.
+        advice (`str`): Ends the error message.
+    """
+
+    interval: str
+    advice: str = ""
+
+    def __contains__(self, value: object) -> bool:
+        low, high = (float(end) for end in self.interval[1:-1].split(","))
+        if not isinstance(value, (int, float)):
+            return False
+        above = value > low if self.interval[0] == "(" else value >= low
+        return above and (value < high if self.interval[-1] == ")" else value <= high)
+
+    def __str__(self) -> str:
+        low, _, high = self.interval[1:-1].partition(", ")
+        if high != "inf":
+            return f"in {self.interval}"
+        return f"greater than {low}" if self.interval[0] == "(" else f"at least {low}"
 
 
 @dataclass
@@ -59,14 +92,14 @@ class PipelineArguments:
     disable_dropout: bool = field(
         default=True, metadata={"help": "Whether to disable dropout in the model and reference model."}
     )
-    sync_ref_model: bool = field(
+    sync_ref_model: Annotated[bool, RESUME] = field(
         default=False,
         metadata={"help": "Whether to move the reference towards the policy every `ref_model_sync_steps` steps."},
     )
-    ref_model_mixup_alpha: float = field(
+    ref_model_mixup_alpha: Annotated[float, Range("(0, 1]"), RESUME] = field(
         default=0.6, metadata={"help": "Share of the policy in the new reference, in (0, 1]."}
     )
-    ref_model_sync_steps: int = field(
+    ref_model_sync_steps: Annotated[int, Range("[1, inf)"), RESUME] = field(
         default=512, metadata={"help": "Optimizer steps between two moves of the reference."}
     )
     ref_model_half_precision: bool = field(
@@ -79,16 +112,15 @@ class PipelineArguments:
     save_full_pipeline: bool = field(
         default=False, metadata={"help": "Whether `save_model` writes the whole pipeline beside the tuned weights."}
     )
-    vae_dtype: str = field(
+    vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = field(
         default="auto",
         metadata={
-            "help": "Precision in which the VAE encodes images; `auto` is that of autocast unless it overflows there.",
-            "choices": list(VAE_DTYPES),
+            "help": "Precision in which the VAE encodes images; `auto` is that of autocast unless it overflows there."
         },
     )
-    vae_encode_batch_size: int | None = field(
-        default=None, metadata={"help": "Images that the VAE encodes at once; all of a micro-batch if unset."}
-    )
+    vae_encode_batch_size: Annotated[
+        int | None, Range("[1, inf)", "Leave it unset to encode the images of a micro-batch together.")
+    ] = field(default=None, metadata={"help": "Images that the VAE encodes at once; all of a micro-batch if unset."})
 
 
 @dataclass
@@ -133,19 +165,17 @@ class DataArguments:
     dataset_format: str | None = field(
         default=None, metadata={"help": "Name of the preference format; detected by columns if unset."}
     )
-    dataset_num_proc: int | None = field(
+    dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = field(
         default=None,
         metadata={"help": "Number of processes with `verify_images=all`; as many as there are cores if unset."},
     )
     dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Number of processes that decode images; chosen by data and cores if unset."},
+        default=None, metadata={"help": "Number of processes that decode images; chosen by data and cores if unset."}
     )
-    on_bad_row: str = field(
+    on_bad_row: OnBadRow = field(
         default="drop",
         metadata={
-            "help": "`drop` leaves out bad rows, counted; `raise` stops at the first. Ties are always left out.",
-            "choices": list(ON_BAD_ROW),
+            "help": "`drop` leaves out bad rows, counted; `raise` stops at the first. Ties are always left out."
         },
     )
     verify_images: str = field(
@@ -159,82 +189,21 @@ class DataArguments:
         default=None,
         metadata={"help": "Schemes of URLs that rows may name besides `file`, `hf`, `zip` and `tar`, such as `s3`."},
     )
-    resolution: list[int] | None = field(
+    resolution: Annotated[list[int] | None, RESUME, EVALUATION] = field(
         default=None,
         metadata={"help": "Side of square images, or height and width, in pixels; the model's own if unset."},
     )
-    random_crop: bool = field(default=False, metadata={"help": "Whether to crop at random; the centre otherwise."})
-    random_flip: bool = field(default=True, metadata={"help": "Whether to flip half of the pairs horizontally."})
-    image_interpolation: str = field(
-        default="bilinear",
-        metadata={"help": "How images are resized.", "choices": list(INTERPOLATIONS)},
+    random_crop: Annotated[bool, RESUME] = field(
+        default=False, metadata={"help": "Whether to crop at random; the centre otherwise."}
     )
-    proportion_empty_prompts: float = field(
+    random_flip: Annotated[bool, RESUME] = field(
+        default=True, metadata={"help": "Whether to flip half of the pairs horizontally."}
+    )
+    image_interpolation: Annotated[Interpolation, RESUME, EVALUATION] = field(
+        default="bilinear", metadata={"help": "How images are resized."}
+    )
+    proportion_empty_prompts: Annotated[float, Range("[0, 1]", "Published: 0.2."), RESUME] = field(
         default=0.0, metadata={"help": "Share of pairs trained with an empty prompt, in [0, 1]; the paper has 0.2."}
-    )
-
-
-@dataclass
-class WinnerArguments:
-    r"""
-    The part of [`DiffusionSDPOConfig`] that watches and steers what training does to the preferred images. A noise
-    level is the share of noise in a noisy latent, from 0 (clean) to 1: sigma of flow matching, and under DDPM the sigma
-    with the same ratio of signal to noise. It means the same for every model.
-
-    Parameters:
-        num_noise_bins (`int`, *optional*, defaults to `8`):
-            Equal parts of the noise levels from 0 to 1: evaluation reports the change of errors in each,
-            `safeguard_granularity="noise_bin"` has a lambda for each, `winner_budget` steers each.
-        loser_noise_range (`list[float]`, *optional*):
-            Two noise levels, lowest and highest, within which losers train, such as `0.6 1`; outside, a pair trains its
-            winner only. All levels if unset.
-        winner_budget (`float`, *optional*):
-            Target for the winners' error at every noise level: its largest rise, as a share of the error before
-            training; 0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down at noise levels
-            above it, back up below, and at all levels while one is above it with its own losers shut off. With
-            `ema_decay` it is the averaged weights that are measured and held to it, and the last ones lie above. Not
-            watched if unset.
-        winner_budget_pairs (`int`, *optional*, defaults to `32`):
-            Pairs of the probe: spread over the evaluation data (of several sets, the first), or the first of a stream;
-            over the training data where there are none.
-        winner_budget_steps (`int`, *optional*, defaults to `10`):
-            Optimizer steps between two measurements of the probe.
-        ema_decay (`float`, *optional*):
-            Keeps an average of the trained weights, `average = decay * average + (1 - decay) * weights` after every
-            step, in `(0, 1)`; early steps use `(1 + step) / (10 + step)` where that is smaller. It is evaluated, saved
-            and pushed beside the weights, in the folder `ema`. None if unset.
-        safeguard_preconditioner (`str`, *optional*, defaults to `"plain"`):
-            With `safeguard="parameter"`: `"adamw"` bounds lambda also by what AdamW makes of the gradient, with its
-            momentum, preconditioner, weight decay and clipping. Experimental.
-    """
-
-    num_noise_bins: int = field(
-        default=8,
-        metadata={"help": "Equal parts of the noise levels from 0 to 1, for reports, noise_bins and budget."},
-    )
-    loser_noise_range: list[float] | None = field(
-        default=None,
-        metadata={"help": "Lowest and highest noise level, in [0, 1], at which losers train; all if unset."},
-    )
-    winner_budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest rise of the winners' error, as a share of that before training; unwatched if unset."
-        },
-    )
-    winner_budget_pairs: int = field(default=32, metadata={"help": "Pairs on which `winner_budget` is measured."})
-    winner_budget_steps: int = field(
-        default=10, metadata={"help": "Optimizer steps between two measurements of `winner_budget`."}
-    )
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of an average of the trained weights, in (0, 1); none if unset."}
-    )
-    safeguard_preconditioner: str = field(
-        default="plain",
-        metadata={
-            "help": "`adamw` bounds the parameter-space lambda also by what AdamW makes of the gradient. Experimental.",
-            "choices": list(METRICS),
-        },
     )
 
 
@@ -269,4 +238,37 @@ class RunArguments:
         metadata={
             "help": "Whether a new start may take a folder that holds another run; that is moved into `previous-run-1`."
         },
+    )
+
+
+@dataclass
+class SampleArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls sample images.
+
+    Parameters:
+        sample_prompts (`list[str]`, *optional*):
+            Prompts of images that are generated with fixed seeds before, during and after training, into `samples/` of
+            the output folder and the gallery of the model card.
+        sample_steps (`int`, *optional*):
+            Optimizer steps between two generations of them; before and after training only, if unset.
+        sample_inference_steps (`int`, *optional*, defaults to `30`):
+            Denoising steps of a generated image.
+        sample_guidance_scale (`float`, *optional*):
+            Guidance scale of the generated images; the pipeline's default if unset.
+    """
+
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Prompts of images generated with fixed seeds before, during and after training."},
+    )
+    sample_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = field(
+        default=None,
+        metadata={"help": "Optimizer steps between generations of sample images; before and after training if unset."},
+    )
+    sample_inference_steps: Annotated[int, Range("[1, inf)")] = field(
+        default=30, metadata={"help": "Denoising steps of a sample image."}
+    )
+    sample_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of the sample images; the pipeline's default if unset."}
     )

@@ -1,40 +1,33 @@
-"""What happens beside the training loop: sample images with fixed seeds, a checkpoint when the run is interrupted, the
-epoch told to the data, and the reference moved towards the policy."""
+"""What happens beside the training loop, and which callbacks the settings call for."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import logging
-import os
-import signal
-import threading
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
-from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..engines.processes import in_any_process
-from ..engines.sharding import DenoiserView, runs_deepspeed
+from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
+from ..engines.engine_settings import by_engine
+from ..evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
+from ..families import Family
 from ..import_utils import is_plots_available
-from .noise_bin_plot import changes_by_noise_bin, plot_noise_bins
-
-if TYPE_CHECKING:
-    from ..engines.step_exchange import StepExchange
+from ..models.ema import EMAWeights
+from ..models.reference import Reference
+from ..step.step_diagnostics import StepDiagnostics
+from ..step.winner_budget import ProbeInputs, WinnerBudget
+from .data_preparation import PREPARED, peers
+from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .run_control import SayNothingIsLeft
+from .sample_images import SampleImagesCallback
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_FOLDER = "samples"
-SHOWN_EVALUATIONS = 12  # on the plot of noise levels
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+SHOWN_EVALUATIONS = 12  # in the plot of noise bins
 
 
 class HasEpoch(Protocol):
@@ -43,206 +36,50 @@ class HasEpoch(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
 
-class Syncable(Protocol):
-    """A reference that can move towards the policy."""
-
-    def sync(self, alpha: float) -> None: ...
-
-
-class SampleImagesCallback(TrainerCallback):
-    """Draws every prompt with fixed seeds before, during and after training.
-
-    Writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and `samples/step-000050-0.png` and
-    so on, one file for each prompt, which also carries its prompt and seed as PNG text. Training is left as it was:
-    modes, random states and the pipeline's scheduler are borrowed or copied. Runs on the first process only.
-
-    Args:
-        pipeline (`DiffusionPipeline`): The one that owns the denoiser being trained; every component on one device.
-        prompts (`Sequence[str]`): What to draw; prompt `i` always starts from the noise of `seed + i`.
-        every_n_steps (`int`, *optional*): Optimizer steps between two drawings; only first and last if unset.
-        num_inference_steps (`int`): Denoising steps.
-        seed (`int`): Of the first prompt.
-        resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
-            the model's own if unset.
-        call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
-        denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs
-            under the autocast of training, while frozen components run in their stored precision.
-        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must draw, as each holds a part
-            of the denoiser; it then is called through the `model` that the Trainer hands to callbacks.
-
-    Raises:
-        `ValueError`: If there are no prompts, or `every_n_steps` is less than 1.
-    """
-
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        prompts: Sequence[str],
-        *,
-        every_n_steps: int | None,
-        num_inference_steps: int,
-        seed: int,
-        resolution: int | tuple[int, int] | None,
-        call_options: dict[str, Any] | None = None,
-        denoiser_name: str = "unet",
-        every_process: bool = False,
-    ):
-        if not prompts:
-            raise ValueError("`prompts` must name at least one prompt, got none. Leave the callback out instead.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}. Use None for first and last.")
-        self.pipeline = pipeline
-        self.prompts = list(prompts)
-        self.every_n_steps = every_n_steps
-        self.seed = seed
-        self.denoiser_name = denoiser_name
-        self.every_process = every_process
-        self.drawing = {"num_inference_steps": num_inference_steps, **(call_options or {})}
-        if resolution is not None:
-            height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-            self.drawing |= {"height": height, "width": width}
-        self._last_step: int | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        resumed = state.global_step > 0
-        self._last_step = None
-        drawn = resumed and grid_path(args.output_dir, state.global_step).exists()
-        if in_any_process(drawn, args.device):
-            self._last_step = state.global_step  # drawn by the run that wrote the checkpoint, from the same weights
-        self._draw_once(args, state, state.global_step, kwargs.get("model"))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
-            self._draw_once(args, state, state.global_step, kwargs.get("model"))
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        best = state.best_global_step if args.load_best_model_at_end else None
-        self._draw_once(args, state, best or state.global_step, kwargs.get("model"))
-
-    def gallery(self, step: int) -> list[tuple[str, str]]:
-        """Image paths relative to the output folder, each with its prompt, as the model card takes them."""
-        return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
-
-    @property
-    def last_step(self) -> int | None:
-        """Step of the newest images; `None` before the first."""
-        return self._last_step
-
-    def _draw_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
-        if step == self._last_step or not (self.every_process or state.is_world_process_zero):
-            return
-        images = self.draw(_autocast(args), through=model if self.every_process else None)
-        self._last_step = step
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
-        for i, (image, (path, prompt)) in enumerate(zip(images, self.gallery(step), strict=True)):
-            note = PngInfo()
-            note.add_itxt("prompt", prompt)
-            note.add_itxt("seed", str(self.seed + i))
-            image.save(folder / path, pnginfo=note)
-        labelled_grid(images, self.prompts).save(grid_path(folder, step))
-
-    def draw(
-        self,
-        autocast: contextlib.AbstractContextManager | None = None,
-        through: nn.Module | None = None,
-    ) -> list[Image.Image]:
-        """One image for each prompt, from the model as it stands.
-
-        Args:
-            autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
-            through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
-
-        Returns:
-            `list[Image.Image]`: In the order of the prompts.
-        """
-        pipeline = copy.copy(self.pipeline)  # the same networks; scheduler, progress bar and guidance of its own
-        pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        if "safety_checker" in pipeline.components:
-            pipeline.safety_checker = None  # stays where it was loaded, and would black out what is to be looked at
-        _hold_frozen_parts_alike(pipeline, self.denoiser_name)
-        networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-        denoiser = pipeline.components[self.denoiser_name]
-        if through is not None:
-            pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
-        with torch.no_grad(), evaluating(networks), _kept_random_state(pipeline.device):
-            precision = _in_training_precision(denoiser, autocast or contextlib.nullcontext())
-            with precision, _in_own_precision(pipeline.vae):
-                return [self._draw_one(pipeline, i) for i in range(len(self.prompts))]
-
-    def _draw_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
-        generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
-        drawn = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.drawing)[0][0]
-        return drawn[0] if isinstance(drawn, list) else drawn  # of a clip, its first frame
+def default_callbacks(
+    args: DiffusionSDPOConfig,
+    train_dataset: Dataset | IterableDataset | None,
+    *,
+    family: Family,
+    reference: Reference,
+    average: EMAWeights | None,
+    budget: WinnerBudget | None,
+    load_probe: Callable[[], Sequence[ProbeInputs]],
+    diagnostics: StepDiagnostics | None,
+) -> list[TrainerCallback]:
+    """Those that the settings call for, in the order in which they act."""
+    callbacks: list[TrainerCallback] = [SayNothingIsLeft()]
+    if isinstance(train_dataset, PreferenceDataset):
+        callbacks.append(EpochCallback(train_dataset))
+    if isinstance(train_dataset, PREPARED):
+        callbacks.append(DataReportCallback(train_dataset))
+    if diagnostics is not None:
+        callbacks.append(StepDiagnosticsCallback(diagnostics))
+    if average is not None:
+        callbacks.append(EMACallback(average))
+    if budget is not None:
+        callbacks.append(WinnerBudgetCallback(budget, load_probe))
+    if args.sync_ref_model:
+        callbacks.append(SyncReferenceCallback(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+    if args.sample_prompts:
+        callbacks.append(_sample_images(args, family))
+    if args.eval_strategy != "no":
+        callbacks.append(NoiseBinPlotCallback())
+    return callbacks
 
 
-class CheckpointOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a checkpoint after the current step and a regular end; a second
-    one raises `KeyboardInterrupt` at once.
-
-    Acts between begin and end of training and only in the main thread, where Python allows signal handlers. If
-    training ends by an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop
-    together after the step in which any of them was interrupted, or the next.
-
-    Attributes:
-        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, if one did.
-        exchange (`StepExchange` or `None`): Where processes agree without waiting; set by the trainer that has one.
-    """
-
-    def __init__(self):
-        self.interrupted: signal.Signals | None = None
-        self.exchange: StepExchange | None = None
-        self._agreed = False
-        self._previous: dict[signal.Signals, Any] = {}
-        self._owner = os.getpid()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._agreed, self.interrupted = False, None
-        self.restore_handlers()
-        self._owner = os.getpid()
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in INTERRUPTS}
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        asked = self.interrupted is not None
-        if in_any_process(asked, args.device) if self.exchange is None else self.exchange.stops(asked):
-            self._agreed, self.interrupted = True, self.interrupted or signal.SIGINT  # all processes end alike
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.restore_handlers()
-        if not self._agreed:  # the run was over when the signal came; other processes have not seen it
-            self.interrupted = None
-
-    def restore_handlers(self) -> None:
-        """Give the signals back to whoever had them before; harmless when called again."""
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:
-            return self._on_signal_in_worker(number)
-        if self.interrupted is not None:
-            self.restore_handlers()
-            raise KeyboardInterrupt(f"interrupted again by {signal.Signals(number).name}")
-        self.interrupted = signal.Signals(number)
-        logger.warning(
-            "%s: training stops with a checkpoint after this step. Once more stops at once, without a checkpoint.",
-            self.interrupted.name,
-        )
-
-    def _on_signal_in_worker(self, number: int) -> None:
-        """A forked data loader worker has inherited the handler. A terminal sends Ctrl-C to it as well, and it must go
-        on until the step is done; SIGTERM is how it is told to end."""
-        if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+def _sample_images(args: DiffusionSDPOConfig, family: Family) -> SampleImagesCallback:
+    return SampleImagesCallback(
+        family.pipeline,
+        args.sample_prompts,
+        every_n_steps=args.sample_steps,
+        num_inference_steps=args.sample_inference_steps,
+        call_options=family.generation_kwargs(args.sample_guidance_scale),
+        seed=args.seed,
+        resolution=args.resolution,
+        denoiser_name=family.denoiser_name,
+        every_process=by_engine(args),
+    )
 
 
 class EpochCallback(TrainerCallback):
@@ -271,27 +108,82 @@ class SyncReferenceCallback(TrainerCallback):
     """Moves the reference towards the policy every so many optimizer steps.
 
     Args:
-        reference (`Syncable`): Has `sync(alpha)`.
+        reference ([`~trl_diffusion_sdpo.models.reference.Reference`]): To be moved.
         alpha (`float`): Share of the policy in the new reference.
         steps (`int`): Optimizer steps between two moves.
 
     Source: https://huggingface.co/papers/2404.09656, the soft update.
     """
 
-    def __init__(self, reference: Syncable, alpha: float, steps: int):
+    def __init__(self, reference: Reference, alpha: float, steps: int):
         self.reference = reference
         self.alpha = alpha
         self.steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step % self.steps == 0:
-            self.reference.sync(self.alpha)
+            self.reference.update(self.alpha)
+
+
+class EMACallback(TrainerCallback):
+    """Updates the averaged weights after every optimizer step.
+
+    Args:
+        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`]): To be updated.
+    """
+
+    def __init__(self, average: EMAWeights):
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.average.after_step(state.global_step)
+
+
+class StepDiagnosticsCallback(TrainerCallback):
+    """Has measured steps finished once the optimizer has moved the weights, whoever called it.
+
+    Args:
+        diagnostics ([`~trl_diffusion_sdpo.step.step_diagnostics.StepDiagnostics`]): To be called.
+    """
+
+    def __init__(self, diagnostics: StepDiagnostics):
+        self._diagnostics = diagnostics
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._diagnostics.after_step()
+
+
+class WinnerBudgetCallback(TrainerCallback):
+    """Has the winner budget's probe measured before the first step and after every `winner_budget_steps`.
+
+    Args:
+        budget ([`~trl_diffusion_sdpo.step.winner_budget.WinnerBudget`]): To be called.
+        load_pairs (`Callable`): Gives this process's pairs of the probe.
+    """
+
+    def __init__(self, budget: WinnerBudget, load_pairs: Callable[[], Sequence[ProbeInputs]]):
+        self._budget, self._load_pairs = budget, load_pairs
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if args.winner_budget_steps > state.max_steps:
+            logger.warning(
+                "`winner_budget_steps=%s` is more than the run's %s steps: nothing will be measured. Set fewer.",
+                *(args.winner_budget_steps, state.max_steps),
+            )
+        self._budget.begin(self._load_pairs())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._budget.end()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.global_step % args.winner_budget_steps == 0:
+            self._budget.update()
 
 
 class NoiseBinPlotCallback(TrainerCallback):
-    """Draws what training did to the errors at each noise level, after every evaluation, into the output folder:
-    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an
-    extra, the numbers are in the log alone."""
+    """Plots what training did to the errors at each noise bin, after every evaluation, into the output folder:
+    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an extra,
+    the numbers are in the log alone."""
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero or not is_plots_available():
@@ -302,144 +194,26 @@ class NoiseBinPlotCallback(TrainerCallback):
             plot_noise_bins(records[-SHOWN_EVALUATIONS:], args.num_noise_bins, Path(args.output_dir) / name)
 
 
-def grid_path(output_dir: str | Path, step: int) -> Path:
-    """Where the grid of a step is written."""
-    return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
-
-
-def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
-    """Images below one another, each with its label to the right.
+class DataReportCallback(TrainerCallback):
+    """Says at the end of training what became of the data, where more bad pairs were found on the way.
 
     Args:
-        images (`Sequence[Image.Image]`): Of any sizes.
-        labels (`Sequence[str]`): One for each; broken into lines and cut where the row ends.
-        gap (`int`, *optional*, defaults to 4): Pixels between and around.
-
-    Returns:
-        `Image.Image`: RGB.
+        dataset ([`PreferenceDataset`] or [`PreferenceIterableDataset`]): What was trained on.
     """
-    font = ImageFont.load_default()
-    line_height = 14
-    text_width = 256
-    rows = [max(image.height, 3 * line_height) for image in images]
-    left = max(image.width for image in images) + 2 * gap
-    grid = Image.new("RGB", (left + text_width + gap, sum(rows) + gap * (len(rows) + 1)), "white")
-    pen, top = ImageDraw.Draw(grid), gap
-    for image, label, height in zip(images, labels, rows, strict=True):
-        grid.paste(image.convert("RGB"), (gap, top))
-        for i, line in enumerate(_lines(label, font, text_width)[: height // line_height]):
-            pen.text((left, top + i * line_height), line, fill="black", font=font)
-        top += height + gap
-    return grid
 
+    def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
+        self._dataset = dataset
+        self._known = int(dataset.undecodable.sum()) if isinstance(dataset, PreferenceDataset) else 0
 
-def _lines(text: str, font: Any, width: int) -> list[str]:
-    """Words broken into lines. Pillow's built-in font has ASCII only: accents go, others become question marks."""
-    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    lines: list[str] = []
-    for word in "".join(letters).encode("ascii", "replace").decode("ascii").split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        late = 0
+        if isinstance(self._dataset, PreferenceDataset):
+            bad = self._dataset.undecodable
+            for found in peers(args).gather(torch.nonzero(bad).flatten().tolist()):
+                bad[found] = 1
+            self._dataset.mark_undecodable(bad)
+            late = int(bad.sum()) - self._known
         else:
-            lines.append(word)
-    return lines
-
-
-def _stem(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def _hold_frozen_parts_alike(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
-    """Give a copied pipeline rounded copies of the parts that training keeps more precise than others, such as a VAE:
-    a pipeline hands its tensors from part to part as they are. Encoding for training goes on in full precision."""
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    frozen = {name: part for name, part in parts.items() if name != denoiser_name}
-    coarsest = min((part.dtype for part in frozen.values()), key=lambda dtype: dtype.itemsize)
-    for name, part in frozen.items():
-        if part.dtype != coarsest:
-            setattr(pipeline, name, copy.deepcopy(part).to(coarsest))
-
-
-@contextlib.contextmanager
-def evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Networks in evaluation mode, then every part of them in the mode it had."""
-    modes = [(part, part.training) for network in networks for part in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextlib.contextmanager
-def _in_own_precision(vae: nn.Module) -> Iterator[None]:
-    """The VAE with inputs in its own dtype: some pipelines hand it latents in the denoiser's. Decoding calls the VAE's
-    parts, never the VAE itself."""
-
-    def enter(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _cast(inputs, vae.dtype)
-
-    handles = [part.register_forward_pre_hook(enter) for part in vae.children()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """The denoiser under autocast, its inputs in its own dtype and its answer in the dtype that it was asked with, so
-    that frozen components may be held in another precision."""
-    calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        asked = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        stack = contextlib.ExitStack()
-        stack.enter_context(autocast)
-        calls.append((stack, asked))
-        return _cast(args, module.dtype), _cast(kwargs, module.dtype)
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        stack, asked = calls.pop()
-        stack.close()
-        return _cast(output, asked)
-
-    handles = [
-        denoiser.register_forward_pre_hook(enter, with_kwargs=True),
-        denoiser.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors within tuples and dictionaries in the given dtype. Timesteps stay as they are, which have no
-    more than one dimension and would be rounded."""
-    if isinstance(values, torch.Tensor):
-        return values.to(dtype) if values.is_floating_point() and values.ndim > 1 else values
-    if type(values) is tuple:
-        return tuple(_cast(value, dtype) for value in values)
-    if type(values) is dict:
-        return {key: _cast(value, dtype) for key, value in values.items()}
-    return values
-
-
-def _autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    """The autocast that training runs under; DeepSpeed rounds the weights instead."""
-    if runs_deepspeed(args) or not (args.bf16 or args.fp16):
-        return contextlib.nullcontext()
-    return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
-
-
-def _kept_random_state(device: torch.device) -> contextlib.AbstractContextManager:
-    """Random states of the CPU and of an accelerator that keeps one per device, as they were."""
-    if device.type in ("cpu", "mps"):  # Apple's has one random state, which `fork_rng` does not know
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+            late = self._dataset.report.dropped
+        if late and state.is_world_process_zero:
+            logger.warning("Bad pairs were found in training. %s", self._dataset.report)

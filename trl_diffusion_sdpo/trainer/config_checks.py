@@ -1,36 +1,143 @@
-"""Checks of arguments that are more than a range: what cannot act on a diffusion model, or with the parameter-space
-safeguard."""
+"""Arguments as they were given: words read as what they mean, then checked, as far as no model is needed."""
 
 from __future__ import annotations
 
+import functools
+import types
 import warnings
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import nn
+from transformers import TrainingArguments
 
 from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
 from ..data.checking import verify_choice
 from ..data.images import settled_schemes
-from ..families.noise import WEIGHTINGS
 from ..families.timestep_sampling import TimestepSampling
-from ..losses import ANCHORS, LossSpec, loss_spec
+from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
-from .argument_groups import INTERPOLATIONS, METRICS, ON_BAD_ROW, VAE_DTYPES, WinnerArguments
+from ..switch_words import SWITCH_WORDS, choice_of_switch
+from .argument_groups import DataArguments, PipelineArguments, Range, RunArguments, SampleArguments
+from .loss_arguments import LossArguments, NoiseArguments, WinnerArguments
 
-if TYPE_CHECKING:
-    from .diffusion_sdpo_config import DiffusionSDPOConfig
-
-# Optimizers that step within the backward pass, when the other branch's gradient is not there yet.
+# Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
 MIN_SIDE = 8  # pixels, of training images
-MEASUREMENTS_OF_LAG = 10  # of a budget's loop, over which an average may reach back
+MEASUREMENTS_OF_LAG = 10  # of a budget, over which an average may reach back
+_CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
 
 
-def check_inherited(args: DiffusionSDPOConfig) -> None:
-    """Settings of language models and classifiers that cannot act on a diffusion model."""
+@dataclass
+class AllArguments(
+    PipelineArguments,
+    NoiseArguments,
+    LossArguments,
+    DataArguments,
+    WinnerArguments,
+    SampleArguments,
+    RunArguments,
+    TrainingArguments,
+):
+    """All settings, which [`DiffusionSDPOConfig`] completes and checks."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the annotation of a setting says.
+
+    Args:
+        types (`frozenset`): The types that it may have besides `None`.
+        choices (`tuple[str, ...]`): The words that it may have, if there are such.
+        facts (`tuple`): What `Annotated` says besides.
+    """
+
+    types: frozenset[Any]
+    choices: tuple[str, ...]
+    facts: tuple[Any, ...]
+
+
+@functools.cache
+def settings_of(config: type[AllArguments]) -> dict[str, Setting]:
+    """All settings of a configuration, by name."""
+    hints = get_type_hints(config, include_extras=True)
+    return {field.name: _setting(hints[field.name]) for field in fields(config)}
+
+
+def _setting(hint: Any) -> Setting:
+    facts: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *facts = get_args(hint)
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    choices = tuple(word for word in words if isinstance(word, str))
+    return Setting(frozenset(members) - {type(None)}, choices, tuple(facts))
+
+
+def read_words(args: AllArguments) -> None:
+    """Read switches and numbers that YAML or a person has written as text, and a switch that is off as the choice that
+    means it: `"yes"` as `True`, `"2e3"` as 2000.0, `False` as `"none"`.
+
+    Raises:
+        ValueError: If the word for a switch means neither on nor off, or that for a number is none.
+    """
+    for name, setting in settings_of(type(args)).items():
+        value = getattr(args, name)
+        choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
+        meant = choice_of_switch(value, choices) if isinstance(value, bool) else None
+        if meant is not None:
+            setattr(args, name, meant)
+        elif isinstance(value, str) and setting.types == {bool}:
+            if value.lower() not in SWITCH_WORDS:
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+            setattr(args, name, SWITCH_WORDS[value.lower()])
+        elif isinstance(value, str) and setting.types == {float}:
+            setattr(args, name, float(value))
+
+
+def check_settings(args: AllArguments) -> None:
+    """Look at all settings, alone and together.
+
+    Raises:
+        `ValueError`: On a value out of its range, and on settings that cannot act.
+    """
+    for name, setting in settings_of(type(args)).items():
+        _check_value(name, setting, getattr(args, name))
+    loss = loss_spec(args.loss_type)
+    _check_inherited(args)
+    _check_length(args)
+    _check_loss(args, loss)
+    _check_parameter_safeguard(args, loss)
+    _check_preconditioner(args)
+    _check_data(args)
+    _check_noise(args)
+    _check_reference(args, loss)
+    _check_loser_noise_range(args, loss)
+    _check_winner_budget(args, loss)
+    _check_average(args)
+
+
+def _check_value(name: str, setting: Setting, value: Any) -> None:
+    if value is None:
+        return
+    if setting.choices and str not in setting.types and value not in setting.choices:
+        near = did_you_mean(str(value), setting.choices)
+        raise ValueError(f"`{name}` must be one of {', '.join(setting.choices)}; got {value!r}.{near}")
+    for allowed in setting.facts:
+        if isinstance(allowed, Range) and value not in allowed:
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
+
+
+def _warn(message: str) -> None:
+    """Warn the caller of the configuration, through a check, `check_settings`, `__post_init__` and `__init__`."""
+    warnings.warn(message, stacklevel=6)
+
+
+def _check_inherited(args: AllArguments) -> None:
+    """Refuse settings of language models and classifiers that cannot act on a diffusion model."""
     if args.remove_unused_columns:
-        warnings.warn("`remove_unused_columns=True` has no effect: formats know their columns.", stacklevel=4)
+        _warn("`remove_unused_columns=True` has no effect: formats know their columns.")
         args.remove_unused_columns = False
     _, checkpointing = activation_checkpointing(args)
     refused = {
@@ -50,7 +157,7 @@ def check_inherited(args: DiffusionSDPOConfig) -> None:
         "fp16_full_eval": (args.fp16_full_eval, "it would round the policy and not the reference; use `fp16`"),
         "fp16": (args.fp16 and args.device.type == "cpu", "a CPU has no fp16 autocast; use `bf16`"),
         "accelerator_config": (
-            bool(args.accelerator_config.dispatch_batches),
+            bool(cast(Any, args.accelerator_config).dispatch_batches),
             "`dispatch_batches` cannot send prompts and seeds between processes; leave it off",
         ),
         f"{CHECKPOINTING}_kwargs": (
@@ -63,25 +170,41 @@ def check_inherited(args: DiffusionSDPOConfig) -> None:
             raise ValueError(f"`{name}={getattr(args, name)}` cannot act on a diffusion model: {advice}.")
 
 
-def check_parameter_safeguard(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
-    """Look at what can be told from the arguments alone.
-
-    Raises:
-        `ValueError`: On settings under which lambda or the gradients could not be right.
-    """
-    if args.safeguard_anchor is not None and args.safeguard_anchor not in ANCHORS:
-        raise ValueError(f"`safeguard_anchor` must be one of {', '.join(ANCHORS)}; got {args.safeguard_anchor!r}.")
-    if args.safeguard_diagnostics_steps is not None and args.safeguard_diagnostics_steps < 1:
+def _check_length(args: AllArguments) -> None:
+    """Refuse a run without steps; with `max_steps=0` transformers' Trainer takes one nevertheless."""
+    if args.max_steps == 0:
+        raise ValueError("A run has at least one step, got `max_steps=0`. Use -1 to go by `num_train_epochs`.")
+    if args.max_steps < 0 and not args.num_train_epochs > 0:
         raise ValueError(
-            f"`safeguard_diagnostics_steps` must be at least 1, got {args.safeguard_diagnostics_steps}. Leave it unset "
-            "for none."
+            f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
         )
+
+
+def _check_loss(args: AllArguments, loss: LossSpec) -> None:
+    check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
+    mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
+    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
+    if not loss.uses_beta and args.beta is not None:
+        _warn(f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has none.")
+    if args.loss_type == "dspo" and args.beta is not None and args.beta > 1:
+        _warn(
+            f"`beta={args.beta}` with the loss 'dspo' multiplies the distance to the reference; the published value is "
+            "0.001. The form with a beta in the thousands is 'dspo_sdxl'."
+        )
+    unsafe = args.safeguard == "none" or not loss.uses_loser
+    if unsafe and (args.safeguard_mu is not None or args.safeguard_eps or args.safeguard_granularity != "batch"):
+        reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r} has no loser"
+        _warn(f"The `safeguard_*` settings have no effect: {reason}.")
+
+
+def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
+    """Refuse settings under which lambda or the gradients could not be right."""
     if args.safeguard != "parameter":
         names = ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps")
         idle = [name for name in names if getattr(args, name)]
         if idle:
             listed = ", ".join(f"`{name}`" for name in idle)
-            warnings.warn(f"{listed} has no effect: it belongs to `safeguard='parameter'`.", stacklevel=4)
+            _warn(f"{listed} has no effect: it belongs to `safeguard='parameter'`.")
         return
     if not loss.uses_loser:
         raise ValueError(
@@ -89,10 +212,9 @@ def check_parameter_safeguard(args: DiffusionSDPOConfig, loss: LossSpec) -> None
             "`safeguard='none'`, which is the same here and costs less."
         )
     if args.safeguard_granularity != "batch" or args.safeguard_eps:
-        warnings.warn(
+        _warn(
             "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`: it has one "
-            "lambda an optimizer step, and no division that needs an epsilon.",
-            stacklevel=4,
+            "lambda an optimizer step, and no division that needs an epsilon."
         )
     optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
     if optimizer in FUSED_OPTIMIZERS or LAYERWISE in optimizer:
@@ -102,72 +224,27 @@ def check_parameter_safeguard(args: DiffusionSDPOConfig, loss: LossSpec) -> None
         )
     if args.ddp_static_graph:
         raise ValueError(
-            "`ddp_static_graph=True` cannot act with `safeguard='parameter'`, which walks the graph once for each "
-            "branch. Leave it off."
+            "`ddp_static_graph=True` cannot act with `safeguard='parameter'`, which runs one backward pass per branch. "
+            "Leave it off."
         )
 
 
-def check_without_dropout(args: DiffusionSDPOConfig, denoiser: nn.Module) -> None:
-    """Raise `ValueError` where the same input would be predicted twice, and dropout would make two things of it."""
-    twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
-    if args.safeguard != "parameter" or not twice:
-        return
-    refuse_dropout(denoiser, f"`{twice[0]}`")
-
-
-def refuse_dropout(denoiser: nn.Module, what: str) -> None:
-    """Raise `ValueError` where `what`, which predicts the same images twice, meets dropout."""
-    if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
+def _check_preconditioner(args: AllArguments) -> None:
+    if args.safeguard_preconditioner != "plain" and args.safeguard != "parameter":
         raise ValueError(
-            f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
-            "leave it out."
+            f"`safeguard_preconditioner={args.safeguard_preconditioner!r}` needs `safeguard='parameter'`: output space "
+            f"has no gradients of weights; got {args.safeguard!r}."
         )
 
 
-def check_data(args: DiffusionSDPOConfig) -> None:
-    """Look at the settings of the data and of sample images; `ValueError` on what is out of its range."""
-    _check_choice("on_bad_row", args.on_bad_row, ON_BAD_ROW)
+def _check_data(args: AllArguments) -> None:
     args.verify_images = verify_choice(args.verify_images)
     args.image_schemes = list(settled_schemes(args.image_schemes)) or None
-    if args.dataset_num_proc is not None and args.dataset_num_proc < 1:
-        raise ValueError(f"`dataset_num_proc` must be at least 1, got {args.dataset_num_proc}. Leave it unset.")
-    _check_choice("image_interpolation", args.image_interpolation, INTERPOLATIONS)
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        raise ValueError(
-            f"`proportion_empty_prompts` must be in [0, 1], got {args.proportion_empty_prompts}. Published: 0.2."
-        )
-    if args.sample_inference_steps < 1:
-        raise ValueError(f"`sample_inference_steps` must be at least 1, got {args.sample_inference_steps}.")
-    if args.sample_steps is not None and args.sample_steps < 1:
-        raise ValueError(f"`sample_steps` must be at least 1, got {args.sample_steps}. Leave it unset for none.")
     if args.sample_steps is not None and not args.sample_prompts:
-        warnings.warn("`sample_steps` has no effect without `sample_prompts`.", stacklevel=3)
+        _warn("`sample_steps` has no effect without `sample_prompts`.")
 
 
-def settled_resolution(value: Any) -> int | list[int] | None:
-    """The size of training images in one form, wherever it was given: the side of a square, or `[height, width]`.
-
-    Args:
-        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): From Python, a command line (where one number
-            comes as a list of one) or YAML.
-
-    Raises:
-        `ValueError`: If it is no size, or smaller than 8 pixels.
-    """
-    if value is None:
-        return None
-    sides = list(value) if isinstance(value, (list, tuple)) else [value]
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not whole or len(sides) not in (1, 2) or min(sides) < MIN_SIDE:
-        raise ValueError(
-            f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
-            "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
-        )
-    return sides[0] if len(set(sides)) == 1 else sides
-
-
-def check_noise(args: DiffusionSDPOConfig) -> None:
-    """Look at the settings of the noise that need no model; `ValueError` on what is out of its range."""
+def _check_noise(args: AllArguments) -> None:
     if args.timestep_range is not None:
         span = list(args.timestep_range)
         if len(span) != 2 or not all(isinstance(end, int) for end in span) or not 0 <= span[0] < span[1]:
@@ -180,46 +257,103 @@ def check_noise(args: DiffusionSDPOConfig) -> None:
             f"`timesteps` takes the place of `timestep_range` and `weighting_scheme`; got {list(args.timesteps)} "
             f"beside {args.timestep_range} and {args.weighting_scheme!r}. Set the one or the others."
         )
-    if args.snr_gamma is not None and not args.snr_gamma > 0:
-        raise ValueError(f"`snr_gamma` must be greater than 0, got {args.snr_gamma}. Leave it unset for none.")
     TimestepSampling(args.weighting_scheme or "none", args.logit_mean, args.logit_std, args.mode_scale)
-    _check_choice("timestep_weighting", args.timestep_weighting, WEIGHTINGS)
     if args.snr_gamma is not None and args.timestep_weighting != "none":
         raise ValueError(
             "`snr_gamma` and `timestep_weighting` both weigh the timesteps, one for DDPM and one for flow matching; "
             f"got {args.snr_gamma} and {args.timestep_weighting!r}. Set one."
         )
-    for name in ("noise_offset", "input_perturbation"):
-        value = getattr(args, name)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 for none.")
 
 
-def check_pipeline_arguments(args: DiffusionSDPOConfig) -> None:
-    """Look at how the VAE is to run; `ValueError` on what is out of its range."""
-    _check_choice("vae_dtype", args.vae_dtype, VAE_DTYPES)
-    if args.vae_encode_batch_size is not None and args.vae_encode_batch_size < 1:
-        raise ValueError(
-            f"`vae_encode_batch_size` must be at least 1, got {args.vae_encode_batch_size}. Leave it unset to encode "
-            "the images of a micro-batch together."
-        )
-
-
-def check_reference(args: DiffusionSDPOConfig) -> None:
-    """Look at the settings of a reference that moves; `ValueError` on what cannot act."""
-    if not 0 < args.ref_model_mixup_alpha <= 1:
-        raise ValueError(f"`ref_model_mixup_alpha` must be in (0, 1], got {args.ref_model_mixup_alpha}.")
-    if args.ref_model_sync_steps < 1:
-        raise ValueError(f"`ref_model_sync_steps` must be at least 1, got {args.ref_model_sync_steps}.")
-    if args.sync_ref_model and not loss_spec(args.loss_type).needs_reference:
+def _check_reference(args: AllArguments, loss: LossSpec) -> None:
+    if args.sync_ref_model and not loss.needs_reference:
         raise ValueError(
             f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
             "choose a loss with a reference."
         )
 
 
-def check_activation_checkpointing(args: DiffusionSDPOConfig, denoiser: nn.Module) -> None:
-    """Raise `ValueError` where activation checkpointing is asked of a denoiser that has none."""
+def _check_loser_noise_range(args: AllArguments, loss: LossSpec) -> None:
+    levels = args.loser_noise_range
+    if levels is not None and (len(levels) != 2 or not 0 <= levels[0] < levels[1] <= 1):
+        raise ValueError(
+            f"`loser_noise_range` must be two noise levels, the lower one first, in [0, 1]; got {list(levels)}. For "
+            "the noisier part use 0.6 1."
+        )
+    if levels is not None and not loss.uses_loser:
+        raise ValueError(_without_loser("loser_noise_range", args))
+
+
+def _check_winner_budget(args: AllArguments, loss: LossSpec) -> None:
+    for name in ("winner_budget_pairs", "winner_budget_steps"):
+        if args.winner_budget is None and getattr(args, name) != getattr(WinnerArguments, name):
+            _warn(f"`{name}` has no effect without `winner_budget`.")
+    if args.winner_budget is not None and not loss.uses_loser:
+        raise ValueError(_without_loser("winner_budget", args))
+
+
+def _without_loser(name: str, args: AllArguments) -> str:
+    return f"`{name}` cannot act: the loss {args.loss_type!r} has no loser. Leave it unset."
+
+
+def _check_average(args: AllArguments) -> None:
+    if args.ema_decay is None:
+        return
+    if args.sync_ref_model:
+        raise ValueError(
+            "`ema_decay` averages the policy against a reference that stays as it is, and `sync_ref_model` moves it; "
+            "got both. Leave one out."
+        )
+    lag = 1 / (1 - args.ema_decay)  # steps over which the average reaches back
+    if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * args.winner_budget_steps:
+        _warn(
+            f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
+            f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
+            f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
+        )
+
+
+def settled_resolution(value: Any) -> int | list[int] | None:
+    """The size of training images in one form: the side of a square, or `[height, width]`.
+
+    Args:
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): From Python, a command line (where one number
+            comes as a list of one) or YAML.
+
+    Raises:
+        `ValueError`: If it is not a size, or smaller than 8 pixels.
+    """
+    if value is None:
+        return None
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    integers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not integers or len(sides) not in (1, 2) or min(sides) < MIN_SIDE:
+        raise ValueError(
+            f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
+            "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
+        )
+    return sides[0] if len(set(sides)) == 1 else sides
+
+
+def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
+    """Raise `ValueError` where a setting predicts the same input twice and dropout would make the two differ."""
+    twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
+    if args.safeguard != "parameter" or not twice:
+        return
+    refuse_dropout(denoiser, f"`{twice[0]}`")
+
+
+def refuse_dropout(denoiser: nn.Module, what: str) -> None:
+    """Raise `ValueError` where a denoiser has dropout that acts; `what` predicts the same images twice."""
+    if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
+        raise ValueError(
+            f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
+            "leave it out."
+        )
+
+
+def check_activation_checkpointing(args: AllArguments, denoiser: nn.Module) -> None:
+    """Raise `ValueError` where activation checkpointing is asked of a denoiser that does not support it."""
     is_on, _ = activation_checkpointing(args)
     if is_on and not checkpoints_activations(denoiser):
         raise ValueError(
@@ -228,72 +362,12 @@ def check_activation_checkpointing(args: DiffusionSDPOConfig, denoiser: nn.Modul
         )
 
 
-def check_one_device(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` where transformers would spread a batch over several devices of one process: a reference, a
-    safeguard's cut and a family's hooks live on one device, and `nn.DataParallel` would copy none of them."""
+def check_one_device(args: AllArguments) -> None:
+    """Raise `ValueError` where transformers would wrap the model in `nn.DataParallel`, which replicates neither the
+    reference nor the hooks of a family and of the safeguard."""
     if args.n_gpu > 1:
         raise ValueError(
             f"One process trains on one GPU, and this one sees {args.n_gpu}. Start a process for each with "
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or show it one with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-
-
-def check_length(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` where a run would have no steps; with `max_steps=0` the Trainer takes one nevertheless."""
-    if args.max_steps == 0:
-        raise ValueError("A run has at least one step, got `max_steps=0`. Use -1 to go by `num_train_epochs`.")
-    if args.max_steps < 0 and not args.num_train_epochs > 0:
-        raise ValueError(
-            f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
-        )
-
-
-def check_winner_arguments(args: DiffusionSDPOConfig) -> None:
-    """Look at what keeps the winners over a training; `ValueError` on what is out of its range or cannot act."""
-    if args.num_noise_bins < 1:
-        raise ValueError(f"`num_noise_bins` must be at least 1, got {args.num_noise_bins}.")
-    span = args.loser_noise_range
-    if span is not None and (len(span) != 2 or not 0 <= span[0] < span[1] <= 1):
-        raise ValueError(
-            f"`loser_noise_range` must be two noise levels, the lower one first, in [0, 1]; got {list(span)}. For the "
-            "noisier part use 0.6 1."
-        )
-    if args.winner_budget is not None and not 0 < args.winner_budget < float("inf"):
-        raise ValueError(f"`winner_budget` must be greater than 0, got {args.winner_budget}. 0.01 is one per cent.")
-    for name in ("winner_budget_pairs", "winner_budget_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
-        if args.winner_budget is None and getattr(args, name) != getattr(WinnerArguments, name):
-            warnings.warn(f"`{name}` has no effect without `winner_budget`.", stacklevel=4)
-    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
-        raise ValueError(f"`ema_decay` must be in (0, 1), got {args.ema_decay}. Usual: 0.98 to 0.9999.")
-    lag = 0.0 if args.ema_decay is None else 1 / (1 - args.ema_decay)  # steps over which the average reaches back
-    if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * args.winner_budget_steps:
-        warnings.warn(
-            f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
-            f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
-            f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`.",
-            stacklevel=4,
-        )
-    if args.ema_decay is not None and args.sync_ref_model:
-        raise ValueError(
-            "`ema_decay` averages the policy against a reference that stands still, and `sync_ref_model` moves it; got "
-            "both. Leave one out."
-        )
-    if not loss_spec(args.loss_type).uses_loser:
-        for name, value in (("loser_noise_range", span), ("winner_budget", args.winner_budget)):
-            if value is not None:
-                raise ValueError(f"`{name}` cannot act: the loss {args.loss_type!r} has no loser. Leave it unset.")
-    _check_choice("safeguard_preconditioner", args.safeguard_preconditioner, METRICS)
-    if args.safeguard_preconditioner != "plain" and args.safeguard != "parameter":
-        raise ValueError(
-            f"`safeguard_preconditioner={args.safeguard_preconditioner!r}` needs `safeguard='parameter'`: output space has no "
-            f"gradients of weights; got {args.safeguard!r}."
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = did_you_mean(str(value), choices)
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.{near}")

@@ -1,22 +1,24 @@
-"""The way of the data into the trainer: prepared as pairs, checked against the batch size, loaded, moved to the
-device one micro-batch at a time."""
+"""A user's data as pairs: prepared, checked against the batch size, and loaded one micro-batch at a time."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .._compat import is_split_by_node
 from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
+from ..engines.batch_loaders import BatchLoaders
 from ..losses import LossSpec
+from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -25,9 +27,12 @@ PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 BATCH_COLUMNS = ["rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores"]
 
 
-class DataLoadingMixin:
-    """Overrides of [`~transformers.Trainer`] that concern data; what they need of the trainer's own is `_loaders`, a
-    [`BatchLoaders`]."""
+class DataOverrides(Trainer):
+    """Overrides of [`~transformers.Trainer`] that concern data."""
+
+    args: DiffusionSDPOConfig
+    loss_spec: LossSpec
+    _loaders: BatchLoaders
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -36,8 +41,8 @@ class DataLoadingMixin:
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of a data set for evaluation; of the trainer's own sets, given by name or as they are, it is the
-        same at every call."""
+        """The loader of an evaluation's data. A set of the trainer's, given by name or object, has the same loader at
+        every call."""
         own = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         if eval_dataset is None:
             eval_dataset = self.eval_dataset
@@ -45,60 +50,53 @@ class DataLoadingMixin:
             raise ValueError("Evaluation needs an `eval_dataset`, got none.")
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        prepared = self._prepare(eval_dataset, self.args, name="eval", training=False)
+        prepared = self._prepare_pairs(eval_dataset, self.args, name="eval", training=False)
         keep = any(prepared is part for part in own)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        prepared = self._prepare(test_dataset, self.args, name="test", training=False)
+        prepared = self._prepare_pairs(test_dataset, self.args, name="test", training=False)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on the device. Until now it was on the host: of a step's micro-batches only the one whose turn it is
-        takes memory on the device."""
+        """A batch on the device. The loaders leave it on the host, so that of a step's micro-batches only the current
+        one takes memory on the device."""
         return super()._prepare_inputs(on_device(inputs, self.args.device))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = BATCH_COLUMNS
 
-    def _prepare(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
+    def _prepare_pairs(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
         return prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
 
-    def _prepare_eval(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
+    def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
         if isinstance(dataset, dict):
-            return {name: self._prepare(part, args, name=name, training=False) for name, part in dataset.items()}
-        return self._prepare(dataset, args, name="eval", training=False)
+            return {name: self._prepare_pairs(part, args, name=name, training=False) for name, part in dataset.items()}
+        return self._prepare_pairs(dataset, args, name="eval", training=False)
 
-
-class DataReportCallback(TrainerCallback):
-    """Says at the end of training what became of the data, where more bad pairs were found on the way.
-
-    Args:
-        dataset ([`PreferenceDataset`] or [`PreferenceIterableDataset`]): What was trained on.
-    """
-
-    def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
-        self._dataset = dataset
-        self._known = int(dataset.found_late.sum()) if isinstance(dataset, PreferenceDataset) else 0
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        late = 0
-        if isinstance(self._dataset, PreferenceDataset):
-            bad = self._dataset.found_late
-            for found in _peers(args).gather(torch.nonzero(bad).flatten().tolist()):
-                bad[found] = 1
-            self._dataset.mark_late(bad)
-            late = int(bad.sum()) - self._known
-        else:
-            late = self._dataset.report.dropped
-        if late and state.is_world_process_zero:
-            logger.warning("Bad pairs were found in training. %s", self._dataset.report)
+    def _load_probe(self) -> list[ProbeInputs]:
+        """This process's pairs of the winner budget's probe."""
+        if self.eval_dataset is None:
+            logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
+        if self.loss_spec.anchor == "error":
+            logger.warning(
+                "Under the loss %r a winner's own branch can raise its error: levels over the budget may not come back "
+                "with their losers shut off.",
+                self.args.loss_type,
+            )
+        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        return probe_inputs(
+            probe_items(data, self.args.winner_budget_pairs),
+            2 * (self._train_batch_size or self.args.per_device_train_batch_size),
+            lambda items: self._prepare_inputs(self.data_collator(items)),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on the device. From pinned memory they are copied while the host goes on, and the device
-    finishes what it has to do."""
-    waits = device.type == "mps"  # which pins none
+    """A batch with its tensors on the device; from pinned memory, by asynchronous copies."""
+    waits = device.type == "mps"  # which has no pinned memory
     return {
         name: value.to(device, non_blocking=not waits) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
@@ -134,7 +132,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         verify_images=args.verify_images,
         num_proc=args.dataset_num_proc,
         image_schemes=args.image_schemes,
-        peers=_peers(args),
+        peers=peers(args),
         compare=loss.uses_loser,
         training=training,
         repeat=training,
@@ -196,8 +194,49 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
         )
 
 
-def _peers(args: TrainingArguments) -> Peers:
+def peers(args: TrainingArguments) -> Peers:
     """The processes of this training."""
     if args.world_size == 1:
         return ALONE
     return Peers(args.process_index, args.world_size, lambda value: gather_object([value]))
+
+
+def probe_items(dataset: Any, wanted: int) -> list[Any]:
+    """Pairs of the winner budget's probe, as the collator takes them: spread over a data set, the first of a stream.
+
+    Raises:
+        `ValueError`: If there are none.
+    """
+    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    view = dataset.for_evaluation()
+    if isinstance(view, PreferenceDataset):
+        wanted = min(wanted, len(view))
+        items = [view[place * len(view) // wanted] for place in range(wanted)]
+    else:
+        items = list(islice(iter(view), wanted))
+    if not items:
+        raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
+    return items
+
+
+def probe_inputs(
+    items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
+) -> list[ProbeInputs]:
+    """This process's share of the probe's pairs, in batches.
+
+    Args:
+        items (`Sequence`): The pairs of all processes.
+        batch_size (`int`): Pairs a batch.
+        to_inputs (`Callable`): Collates pairs and moves them to the device.
+        rank, world (`int`): Which process this is, of how many.
+    """
+    rows = list(items[rank::world])
+    own = len(rows)
+    # Under engines a forward pass takes all processes: each has as many rows as the one with most.
+    rows += items[:1] * (-(-len(items) // world) - own)
+    starts = range(0, len(rows), batch_size)
+    counts = [[place < own for place in range(start, min(start + batch_size, len(rows)))] for start in starts]
+    return [
+        ProbeInputs(to_inputs(rows[start : start + batch_size]), count)
+        for start, count in zip(starts, counts, strict=True)
+    ]

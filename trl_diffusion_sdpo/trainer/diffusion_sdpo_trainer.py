@@ -1,66 +1,64 @@
-"""The trainer: one batch walks from images to a safeguarded loss; everything else is transformers' Trainer."""
+"""The trainer: what it is made of, and the overrides of transformers' Trainer that concern a step, an evaluation or the
+data. Those that concern files are in `file_overrides`."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftConfig
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .._compat import compile_with_eager_rounding
 from ..artifacts.weights import fingerprint, trained_weights
 from ..data.collator import PreferenceCollator
-from ..data.transforms import pixels_as_floats
-from ..engines import sharding
 from ..engines.batch_loaders import BatchLoaders, choose_workers
-from ..losses import PreferenceLossOutput, diffusion_preference_loss, loss_spec
-from ..models.adapters import active_adapter, add_lora, base_tensors, check_adapter_weight, train_only_adapter
+from ..engines.engine import Engine
+from ..engines.engine_settings import check_unsharded, loading_unsharded
+from ..engines.gradient_backends import unwrapped_adamw
+from ..engines.sharding import full_tensor
+from ..evaluation.verdict import VerdictCallback
+from ..losses import BudgetController, PreferenceLossOutput, loss_spec
+from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
-from ..models.ema import EMAWeights
+from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import working_family
-from ..models.loading import LoadedModel, load_model, load_reference
-from ..models.reference import Reference, build_reference
+from ..models.loading import LoadedModel, load_model
+from ..models.numerics import autocast_dtype
+from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
-from ..step.meters import MetricMeter, NoiseBinMeter
-from ..step.noisy_batch import NoisyBatch
-from ..step.parameter_safeguard import BranchTrainingMixin
-from ..step.winner_budget import WinnerBudget, WinnerBudgetMixin
-from .config_checks import check_activation_checkpointing, check_without_dropout
-from .data_preparation import DataLoadingMixin, check_batches
-from .default_callbacks import default_callbacks
+from ..step.meters import MetricMeter
+from ..step.pair_evaluation import PairEvaluation, real_pairs
+from ..step.pair_forward import PairForward
+from ..step.parameter_safeguard import ParameterSafeguard
+from ..step.step_diagnostics import StepDiagnostics
+from ..step.winner_budget import WinnerBudget
+from .callbacks import default_callbacks
+from .config_checks import refuse_dropout
+from .data_preparation import DataOverrides, check_batches
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .evaluating import EvaluationMixin
+from .interrupts import step_exchange
 from .preparing import (
-    autocast_dtype,
-    check_guidance,
-    check_noise_range,
-    check_precision,
-    check_resolution,
-    checked_timesteps,
-    complete_args,
+    check_and_complete,
+    choose_trained_weights,
     copy_and_check_args,
-    disable_dropout,
+    loss_settings,
+    make_reference,
 )
 from .publishing import PublishingMixin
 
 logger = logging.getLogger(__name__)
 
-VAE_SEED_MASK = 0x5DEECE66D  # sets the seed of a pair's encoding apart from that of its noise
 
-
-class DiffusionSDPOTrainer(
-    BranchTrainingMixin, WinnerBudgetMixin, EvaluationMixin, DataLoadingMixin, PublishingMixin, Trainer
-):
+class DiffusionSDPOTrainer(PublishingMixin, DataOverrides):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -112,6 +110,10 @@ class DiffusionSDPOTrainer(
         "id": "2511.03317",
     }
 
+    # For subclasses that change the forward passes of a pair, or the step under the parameter-space safeguard.
+    pair_forward_class = PairForward
+    parameter_safeguard_class = ParameterSafeguard
+
     def __init__(
         self,
         model: str | Path | DiffusionPipeline | nn.Module,
@@ -134,7 +136,7 @@ class DiffusionSDPOTrainer(
                 "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, "
                 "or leave the quantization out."
             )
-        with sharding.loading_unsharded(args):
+        with loading_unsharded(args):
             loaded = load_model(
                 model,
                 processing_class=processing_class,
@@ -142,12 +144,15 @@ class DiffusionSDPOTrainer(
                 quantization_config=quantization_config,
                 device=args.device,
             )
-        self._set_up(loaded, ref_model, args, peft_config)
-        train_dataset = self._prepare(train_dataset, args, name="train", training=True)
-        eval_dataset = self._prepare_eval(eval_dataset, args)
+        self._set_up_model(loaded, ref_model, args, peft_config)
+        self._set_up_step(args)
+        train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
+        eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
         check_batches(train_dataset, args)
-        workers_are_open = args.dataloader_num_workers is None
-        if reason := choose_workers(args, train_dataset, evaluates=eval_dataset is not None):
+        workers_are_chosen = args.dataloader_num_workers is None
+        if reason := choose_workers(
+            args, train_dataset, resolution=args.resolution, evaluates=eval_dataset is not None
+        ):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
@@ -157,21 +162,23 @@ class DiffusionSDPOTrainer(
             eval_dataset=eval_dataset,
             processing_class=self.pipeline,
             compute_metrics=compute_metrics,
-            callbacks=[*default_callbacks(self, args, train_dataset), *(callbacks or [])],
+            callbacks=[*self._default_callbacks(args, train_dataset), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
-        self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_open)
-        sharding.check_engine(self.accelerator)
-        for kept in self._shadow_weights:
-            kept.accelerator = self.accelerator
+        self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_chosen)
+        self.engine = Engine(self.accelerator)
+        self.engine.check()
+        self.pair_forward.attach(self.accelerator)
+        for weights in self._shadow_weights:
+            weights.attach(self.engine)
 
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer that trains, adapters included."""
         return self.family.denoiser
 
-    # ---- One batch, walking ---------------------------------------------------------------------------------------
+    # ---- A step ---------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -180,245 +187,237 @@ class DiffusionSDPOTrainer(
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Loss of a batch of B pairs, a scalar; with `return_outputs` also what came with it."""
-        batch, model_pred, ref_pred = self._predict_pairs(model, inputs)
-        outputs = self._loss_of(model_pred, batch, ref_pred, inputs.get("scores"))
+        """Loss of a batch of B pairs, a scalar; with `return_outputs` also what came with it.
+
+        A subclass may change the loss under every safeguard. With `safeguard="parameter"` the graph ends at the
+        predictions: what it adds must depend on the model through them.
+        """
+        by_branch = model.training and self.parameter_safeguard is not None
+        predictions = (self.parameter_safeguard if by_branch else self.pair_forward).predict_pairs(model, inputs)
+        outputs = self.pair_forward.loss(predictions)
         if model.training:
             self._finite.watch(outputs.pair_losses, inputs["rows"], last=self.accelerator.sync_gradients)
-            self._meter["train"].add(outputs.metrics, len(inputs["seeds"]))
-            if self.is_deepspeed_enabled:  # whose backward pass ends with the optimizer's step
+            self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
+            if self.engine.steps_in_backward and not by_branch:
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _predict_pairs(
-        self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[NoisyBatch, torch.Tensor, torch.Tensor | None]:
-        """A batch at its noise, and what policy and reference predict of it."""
-        batch = self._noisy_batch(inputs)
-        # The reference goes first: its activations are gone before the policy's are kept.
-        with torch.no_grad(), self.reference.active(model) as reference:
-            ref_pred = self._predict(reference, batch)
-        with self._acting(model) as policy:
-            return batch, self._predict(policy, batch), ref_pred
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.parameter_safeguard is not None:
+            return self._training_step_by_branch(model, inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.verify(self.state.global_step + 1)
+        return loss
 
-    @torch.no_grad()
-    def _noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:
-        """Images and prompts, encoded, at the timestep and with the noise of their pair."""
-        latents, conditioning = self._encode(inputs)
-        timesteps, noise, extra = self._draw(inputs["seeds"], latents)
-        process = self.family.noise_process
-        noisy = process.add_noise(latents, noise + extra, timesteps)
-        levels = process.noise_level(timesteps, self.family.image_seq_len(latents))
-        return NoisyBatch(noisy, process.target(latents, noise, timesteps), timesteps, conditioning, levels)
+    def _training_step_by_branch(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """One micro-batch; after the last of an optimizer step, the branches are combined."""
+        model.train()
+        self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        step, share = self.state.global_step + 1, 1 / self.current_gradient_accumulation_steps
+        with self.compute_loss_context_manager(), self.parameter_safeguard.accumulating():
+            loss = self.compute_loss(model, inputs)
+            self.parameter_safeguard.backward(loss, step=step, share=share)
+        self._finite.verify(step)
+        if self.accelerator.sync_gradients:
+            self.parameter_safeguard.step()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss.detach() / self.current_gradient_accumulation_steps
 
-    def _loss_of(
-        self,
-        model_pred: torch.Tensor,
-        batch: NoisyBatch,
-        ref_pred: torch.Tensor | None,
-        scores: torch.Tensor | None,
-        safeguard: str | None = None,
-    ) -> PreferenceLossOutput:
-        """The loss of predictions `(2B, ...)`, with the safeguard in output space if that is the one."""
-        if safeguard is None:
-            safeguard = "none" if self.args.safeguard == "parameter" else self.args.safeguard
-        return diffusion_preference_loss(
-            model_pred,
-            batch.target,
-            ref_pred,
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            safeguard=safeguard,
-            safeguard_mu=self.args.safeguard_mu,
-            safeguard_granularity=self.args.safeguard_granularity,
-            safeguard_eps=self.args.safeguard_eps,
-            timestep_weights=self._timestep_weights(batch),
-            **self._loser_weights(batch.levels.chunk(2)[0]),
-            scores=scores,
-            **self.args.loss_kwargs,
-        )
-
-    def _encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
-        pixels = pixels_as_floats(inputs["pixel_values"])
-        generators = self._generators([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
-        # A VAE may answer channels last, a layout that convolutions keep without gradients and drop with them: policy
-        # and reference would round differently.
-        latents = self.family.encode_images(pixels, [*generators, *generators]).contiguous()
-        conditioning = self.family.encode_prompts(inputs["prompts"])  # one for a pair's two images
-        conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
-        sizes = self.family.size_conditioning(
-            inputs["original_sizes"], inputs["crop_top_lefts"], tuple(pixels.shape[-2:])
-        )
-        return latents, conditioning | sizes
-
-    def _draw(
-        self, seeds: list[int], latents: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """One timestep, noise and perturbation a pair, from the pair's own seed, for both halves.
-
-        Returns:
-            Timesteps `(2B,)`, noise `(2B, ...)`, and what the model's input carries on top of it.
-        """
-        generators = self._generators(seeds)
-        shape = (len(seeds), *latents.shape[1:])
-        uniform = torch.cat([torch.rand(1, generator=stream, device=latents.device) for stream in generators])
-        noise = randn_tensor(shape, generators, latents.device, latents.dtype)
-        if self.args.noise_offset:
-            constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
-            noise = noise + self.args.noise_offset * randn_tensor(constant, generators, latents.device, latents.dtype)
-        extra: torch.Tensor | float = 0.0
-        if self.args.input_perturbation:
-            extra = self.args.input_perturbation * randn_tensor(shape, generators, latents.device, latents.dtype)
-            extra = torch.cat([extra, extra])
-        length = self.family.image_seq_len(latents)
-        timesteps = self.family.noise_process.timesteps(uniform, image_seq_len=length, **self._timesteps)
-        return torch.cat([timesteps, timesteps]), torch.cat([noise, noise]), extra
-
-    def _predict(self, denoiser: nn.Module | None, batch: NoisyBatch) -> torch.Tensor | None:
-        """A denoiser's prediction `(N, ...)` in float32, in the precision of training; `None` of no denoiser."""
-        if denoiser is None:
-            return None
-        with self.accelerator.autocast():
-            return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
-
-    def _timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        timesteps, length = batch.timesteps.chunk(2)[0], self.family.image_seq_len(batch.noisy)
-        weighting = {"snr_gamma": self.args.snr_gamma, "weighting": self.args.timestep_weighting}
-        return self.family.noise_process.weights(timesteps, image_seq_len=length, **weighting)
-
-    def _generators(self, seeds: list[int]) -> list[torch.Generator]:
-        """One random stream a pair: its draws depend on neither its place in the batch nor the batch's size."""
-        return [torch.Generator(self.args.device).manual_seed(seed) for seed in seeds]
-
-    # ---- Steps, logs ----------------------------------------------------------------------------------------------
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
+        norm = full_tensor(super()._get_grad_norm(model, grad_norm))
+        # With fp16 an overflow is usual, and the scaler skips that step by itself.
+        if norm is not None and not self.args.fp16:
+            self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
+        return norm
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """As the Trainer does it; then what must live as the engine has the policy live."""
-        self._branches, self._probe = None, None  # of an attempt with larger batches
-        self._finite = FiniteCheck(self.callback_handler.callbacks)
-        sharding.set_precision(self.accelerator, exact_gradients=self.args.safeguard == "parameter")
-        unrounded = sharding.unrounded(self.denoiser, self.accelerator)
-        for kept in self._shadow_weights:
-            kept.keep_exact()
-        deepspeed_resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
+        """As the Trainer does it; then what depends on how the engine holds the policy."""
+        self.parameter_safeguard = None  # of an earlier training
+        self._finite = FiniteCheck(step_exchange(self.callback_handler.callbacks))
+        self.engine.set_precision(exact_gradients=self.args.safeguard == "parameter")
+        unrounded = self.engine.unrounded(self.denoiser)
+        for weights in self._shadow_weights:
+            weights.keep_unrounded()
+        by_engine = self.engine.loads_weights_with_optimizer and resume_from_checkpoint is not None
         prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if deepspeed_resumes else resume_from_checkpoint
+            max_steps, train_dataloader, None if by_engine else resume_from_checkpoint
         )
-        sharding.restore_unrounded(unrounded)
-        for kept in self._shadow_weights:
-            kept.prepare(self.model_wrapped)
+        self.engine.restore_unrounded(unrounded)
+        for weights in self._shadow_weights:
+            weights.prepare(self.model_wrapped)
         self._engine_ready = True
-        if deepspeed_resumes:
+        if by_engine:
             self._load_engine_checkpoint(resume_from_checkpoint)
-        if self.is_deepspeed_enabled:  # which has rounded the weights for good
+        if self.engine.casts_weights:
             self.family.settle_dtype()
-        self._set_up_branches(self.model_wrapped)
+        if self.winner_budget is not None:
+            self.winner_budget.attach(self.model_wrapped, self.accelerator)
+        self.set_up_safeguard()
         return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._meter["train"].drain(self.accelerator)}
-            self._warn_of_budget(logs.get("budget/unmet", 0.0))
+            logs = {**logs, **self._meter.drain(self.accelerator)}
+            if self.winner_budget is not None:
+                self.winner_budget.warn_if_unmet(logs.get("budget/unmet", 0.0))
         super().log(logs, start_time)
+
+    # ---- Evaluation -----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            predictions = self.pair_forward.predict_pairs(model, inputs, self._evaluated_weights)
+            state, pairs = self.accelerator.gradient_state, len(inputs["seeds"])
+            outputs = self._evaluation.add(predictions, real_pairs(state, pairs, self.args.process_index))
+        loss = outputs.loss.detach()
+        if prediction_loss_only:
+            return loss, None, None
+        rewards = outputs.pair_rewards
+        return loss, rewards, torch.zeros(len(rewards), device=rewards.device)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if self.engine.holds_shards and not self._engine_ready:
+            raise ValueError(
+                "Under DeepSpeed and FSDP, evaluation runs in the engine that training sets up. Set "
+                "`eval_on_start=True`, call it after `train()`, or evaluate in a trainer without them."
+            )
+        settings = (description, prediction_loss_only, ignore_keys)
+        output = self._measured_loop(dataloader, *settings, metric_key_prefix)
+        if self.average is not None:
+            self._evaluated_weights = self.average
+            try:
+                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{EMA_FOLDER}")
+            finally:
+                self._evaluated_weights = None
+            output.metrics.update(averaged.metrics)
+        return output
+
+    def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
+        """One pass over the data, with the metrics of its pairs."""
+        self._evaluation.drain(self.accelerator)
+        output = super().evaluation_loop(dataloader, *settings)
+        measured = self._evaluation.drain(self.accelerator)
+        output.metrics.update({f"{settings[-1]}_{name}": value for name, value in measured.items()})
+        return output
 
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 
-    def _set_up(
+    def _set_up_model(
         self, loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, peft_config: PeftConfig | None
     ) -> None:
         """Model, adapter, reference and settings, before transformers' Trainer begins."""
         self.pipeline, self.family = loaded.pipeline, loaded.family
         for name in (*self.family.frozen_components, self.family.denoiser_name):
-            sharding.check_whole(getattr(self.pipeline, name), name)
+            check_unsharded(getattr(self.pipeline, name), name)
         self.model_name_or_path = loaded.name_or_path
         self.fingerprint = fingerprint(base_tensors(loaded.denoiser))  # before training changes them
         self.loss_spec = loss_spec(args.loss_type)
-        self.adapter, fresh = self._choose_weights(loaded, peft_config, args)
-        self.reference = self._make_reference(loaded, ref_model, args, fresh)
+        self.adapter, added = choose_trained_weights(loaded, peft_config, args)
+        self.reference = make_reference(loaded, ref_model, args, self.loss_spec, adapter=self.adapter, added=added)
         self.gave_reference = ref_model is not None
         self.average = None
         if args.ema_decay is not None:
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay)
-        self._shadow_weights = [self.reference, *([] if self.average is None else [self.average.kept])]
-        check_guidance(args, self.family)
-        complete_args(args, self.family, self.loss_spec, full=self.adapter is None)
-        check_resolution(args, self.family)
-        self._timesteps = checked_timesteps(args, self.family)
-        check_noise_range(args, self.family, self._timesteps)
-        check_without_dropout(args, loaded.denoiser)
-        check_activation_checkpointing(args, loaded.denoiser)
+        self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
+        self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
         self._shapes = {name: tuple(w.shape) for name, w in trained_weights(loaded.denoiser, self.adapter).items()}
-        self._branches, self._probe, self._engine_ready = None, None, False
-        self._finite = FiniteCheck()
-        self._meter = {"train": MetricMeter(), "eval": MetricMeter()}
-        self._noise_bin_meter = NoiseBinMeter(args.num_noise_bins)
-        self._acting, self._budget = contextlib.nullcontext, None
-        if args.winner_budget is not None:
-            self._budget = WinnerBudget(args.winner_budget, args.num_noise_bins, args.device)
-        self.family = working_family(self.family, args)
+        self.family = working_family(
+            self.family,
+            device=args.device,
+            half_dtype=autocast_dtype(args.mixed_precision),
+            vae_dtype=args.vae_dtype,
+            vae_encode_batch_size=args.vae_encode_batch_size,
+            guidance_scale=args.guidance_scale,
+        )
+        args.vae_dtype = str(self.family.pipeline.vae.dtype).removeprefix("torch.")
         if args.torch_compile:
             compile_with_eager_rounding()
-        for kept in self._shadow_weights:
-            kept.to(args.device)
+        for weights in self._shadow_weights:
+            weights.to(args.device)
             if args.torch_compile:
-                kept.compile(args.torch_compile_backend, args.torch_compile_mode)
+                weights.compile(args.torch_compile_backend, args.torch_compile_mode)
 
-    def _choose_weights(
-        self, loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
-    ) -> tuple[str | None, bool]:
-        """Freeze and unfreeze; the trained adapter's name (`None` in full tuning) and whether it was added here."""
-        denoiser = loaded.denoiser
-        if args.disable_dropout:
-            disable_dropout(denoiser)
-        for name in loaded.family.frozen_components:
-            getattr(loaded.pipeline, name).requires_grad_(False).eval()
-        if peft_config is not None:
-            adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
-            if args.disable_dropout:
-                disable_dropout(denoiser)
-        else:
-            adapter = active_adapter(denoiser)
-            if adapter is not None:
-                check_adapter_weight(denoiser, adapter)
-        check_precision(denoiser, adapter, args)
-        if args.save_full_pipeline and adapter is not None:
-            raise ValueError(
-                "`save_full_pipeline=True` would save the base without its LoRA. Leave it off and load the LoRA with "
-                "`load_lora_weights`, or tune in full."
+    def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
+        """What one step is made of."""
+        self._meter, self._finite = MetricMeter(), FiniteCheck()
+        self.parameter_safeguard: ParameterSafeguard | None = None  # once the engine has the policy
+        self._engine_ready = False
+        self._evaluated_weights: EMAWeights | None = None  # in place of the policy's
+        controller = None
+        if args.winner_budget is not None:
+            controller = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
+        self.pair_forward = self.pair_forward_class(
+            self.family,
+            self.reference,
+            device=args.device,
+            noise=self._noise_settings,
+            loss=loss_settings(args),
+            budget=controller,
+        )
+        self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
+        self.winner_budget = None
+        if controller is not None:
+            self.winner_budget = WinnerBudget(
+                controller,
+                self.pair_forward,
+                self._meter,
+                sorts_by_scores=self.loss_spec.needs_scores,
+                average=self.average,
             )
-        if adapter is None:
-            denoiser.requires_grad_(True)
-            for name in loaded.family.idle_modules:
-                denoiser.get_submodule(name).requires_grad_(False)
-        else:
-            train_only_adapter(denoiser, adapter)
-        return adapter, peft_config is not None
 
-    def _make_reference(
-        self, loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, fresh_adapter: bool
-    ) -> Reference:
-        given = None
-        if ref_model is not None:
-            with sharding.loading_unsharded(args):
-                given = load_reference(ref_model, loaded, args)
-            if args.disable_dropout:
-                disable_dropout(given)
-            if not self.loss_spec.needs_reference:
-                logger.warning(
-                    "The loss %r reads no reference; `ref_model` serves the metrics `errors/*_change` only.",
-                    args.loss_type,
-                )
-        return build_reference(
-            loaded.denoiser,
-            needed=self.loss_spec.needs_reference,
-            given=given,
-            may_modify_given=isinstance(ref_model, (str, Path)),
-            changed_by_engine=sharding.by_engine(args),
-            fresh_adapter=self.adapter if fresh_adapter else None,
-            started_adapter=None if fresh_adapter else self.adapter,
-            follows=args.sync_ref_model,
-            half_dtype=autocast_dtype(args)
-            if args.ref_model_half_precision and not sharding.by_engine(args)
-            else None,
+        self._diagnostics = None
+        if args.safeguard_diagnostics_steps is not None:
+            self._diagnostics = StepDiagnostics(self.pair_forward, self._meter, args.safeguard_diagnostics_steps)
+
+    def _default_callbacks(self, args: DiffusionSDPOConfig, train_dataset: Any) -> list[TrainerCallback]:
+        callbacks = default_callbacks(
+            args,
+            train_dataset,
+            family=self.family,
+            reference=self.reference,
+            average=self.average,
+            budget=self.winner_budget,
+            load_probe=self._load_probe,
+            diagnostics=self._diagnostics,
+        )
+        return [*callbacks, VerdictCallback(self)]
+
+    def set_up_safeguard(self) -> None:
+        """Make what `args.safeguard` needs, once the engine has the policy and the optimizer."""
+        args, self.parameter_safeguard = self.args, None
+        if args.safeguard != "parameter":
+            return
+        backend = self.engine.gradient_backend(self.model_wrapped)
+        anchor = args.safeguard_anchor or self.loss_spec.anchor
+        if anchor == "error" and not backend.retains_graph:
+            refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
+        adamw = unwrapped_adamw(self.optimizer) if args.safeguard_preconditioner == "adamw" else None
+        if self._diagnostics is not None:
+            self._diagnostics.attach(self.model_wrapped, backend)
+        self.parameter_safeguard = self.parameter_safeguard_class(
+            self.pair_forward,
+            BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor, adamw=adamw, max_norm=args.max_grad_norm),
+            self._meter,
+            sorts_by_scores=self.loss_spec.needs_scores,
+            low_memory=args.safeguard_low_memory,
+            diagnostics=self._diagnostics,
         )

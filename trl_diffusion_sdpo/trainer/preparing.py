@@ -1,4 +1,5 @@
-"""What is done once, before the first batch: unset settings completed, precision checked."""
+"""What is done once, before the first batch: weights chosen, settings completed by family and loss, and checked against
+the model."""
 
 from __future__ import annotations
 
@@ -10,13 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
-from ..engines.sharding import set_deepspeed_learning_rate
+from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate
 from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
-from .config_checks import check_one_device, settled_resolution
+from ..models.adapters import active_adapter, add_lora, check_adapter_weight, train_only_adapter
+from ..models.loading import LoadedModel, load_reference
+from ..models.numerics import autocast_dtype
+from ..models.reference import Reference, build_reference
+from ..step.pair_forward import LossSettings, NoiseSettings
+from .config_checks import (
+    check_activation_checkpointing,
+    check_one_device,
+    check_without_dropout,
+    settled_resolution,
+)
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +66,115 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     return copy.copy(args)
 
 
+def choose_trained_weights(
+    loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
+) -> tuple[str | None, bool]:
+    """Add a LoRA if one is asked for, and freeze what does not train.
+
+    Returns:
+        The trained adapter's name (`None` in full tuning), and whether it was added here.
+    """
+    denoiser = loaded.denoiser
+    if args.disable_dropout:
+        disable_dropout(denoiser)
+    for name in loaded.family.frozen_components:
+        getattr(loaded.pipeline, name).requires_grad_(False).eval()
+    if peft_config is not None:
+        adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
+        if args.disable_dropout:
+            disable_dropout(denoiser)
+    else:
+        adapter = active_adapter(denoiser)
+        if adapter is not None:
+            check_adapter_weight(denoiser, adapter)
+    check_precision(denoiser, adapter, args)
+    if args.save_full_pipeline and adapter is not None:
+        raise ValueError(
+            "`save_full_pipeline=True` would save the base without its LoRA. Leave it off and load the LoRA with "
+            "`load_lora_weights`, or tune in full."
+        )
+    if adapter is None:
+        denoiser.requires_grad_(True)
+        for name in loaded.family.idle_modules:
+            denoiser.get_submodule(name).requires_grad_(False)
+    else:
+        train_only_adapter(denoiser, adapter)
+    return adapter, peft_config is not None
+
+
+def make_reference(
+    loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, adapter: str | None, added: bool
+) -> Reference:
+    """How the old policy is recovered; `adapter` is the trained one, and `added` whether it starts at zero."""
+    given = None
+    if ref_model is not None:
+        with loading_unsharded(args):
+            given = load_reference(
+                ref_model,
+                loaded,
+                model_init_kwargs=args.model_init_kwargs,
+                ref_model_init_kwargs=args.ref_model_init_kwargs,
+                device=args.device,
+            )
+        if args.disable_dropout:
+            disable_dropout(given)
+        if not loss.needs_reference:
+            logger.warning(
+                "The loss %r reads no reference; `ref_model` serves the metrics `errors/*_change` only.",
+                args.loss_type,
+            )
+    changed_by_engine = by_engine(args)
+    halves = args.ref_model_half_precision and not changed_by_engine
+    return build_reference(
+        loaded.denoiser,
+        needed=loss.needs_reference,
+        given=given,
+        may_modify_given=isinstance(ref_model, (str, Path)),
+        changed_by_engine=changed_by_engine,
+        fresh_adapter=adapter if added else None,
+        started_adapter=None if added else adapter,
+        follows=args.sync_ref_model,
+        half_dtype=autocast_dtype(args.mixed_precision) if halves else None,
+    )
+
+
+def check_and_complete(
+    args: DiffusionSDPOConfig, loaded: LoadedModel, loss: LossSpec, *, adapter: str | None
+) -> NoiseSettings:
+    """Check the settings against the model, and fill in those that were left to the family and the loss.
+
+    Returns:
+        [`~trl_diffusion_sdpo.step.pair_forward.NoiseSettings`]: How noise and timesteps are drawn.
+    """
+    family = loaded.family
+    check_guidance(args, family)
+    complete_args(args, family, loss, full=adapter is None)
+    check_resolution(args, family)
+    timesteps = checked_timesteps(args, family)
+    check_noise_range(args, family, timesteps)
+    check_without_dropout(args, loaded.denoiser)
+    check_activation_checkpointing(args, loaded.denoiser)
+    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation)
+
+
+def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
+    """What the settings say of the loss."""
+    span = args.loser_noise_range
+    return LossSettings(
+        loss_type=args.loss_type,
+        beta=args.beta,
+        safeguard=args.safeguard,
+        safeguard_mu=args.safeguard_mu,
+        safeguard_granularity=args.safeguard_granularity,
+        safeguard_eps=args.safeguard_eps,
+        loss_kwargs=args.loss_kwargs,
+        snr_gamma=args.snr_gamma,
+        timestep_weighting=args.timestep_weighting,
+        num_noise_bins=args.num_noise_bins,
+        loser_noise_range=None if span is None else (span[0], span[1]),
+    )
+
+
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
     """Fill in what was left to the family and the loss, and say so."""
     defaults = family.loss_defaults(args.loss_type)
@@ -86,7 +207,7 @@ def check_precision(denoiser: nn.Module, adapter: str | None, args: DiffusionSDP
             f"Full tuning needs float32 weights, got {', '.join(halves)}: small updates would be rounded away. Load "
             "with `dtype='float32'` and set `bf16=True` for autocast."
         )
-    if halves and autocast_dtype(args) is None:
+    if halves and autocast_dtype(args.mixed_precision) is None:
         raise ValueError(
             f"A base held in {', '.join(halves)} needs `bf16=True` or `fp16=True`, as its LoRA is held in float32."
         )
@@ -167,11 +288,6 @@ def check_guidance(args: DiffusionSDPOConfig, family: Family) -> None:
             f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
             f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for drawing."
         )
-
-
-def autocast_dtype(args: DiffusionSDPOConfig) -> torch.dtype | None:
-    """The half precision that training runs in; `None` of float32."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
 
 
 def disable_dropout(module: nn.Module) -> None:

@@ -17,13 +17,12 @@ from .._compat import loads_lora
 from ..artifacts.disk import naming_the_disk
 from ..artifacts.hub import PublishingError, Uploads
 from ..artifacts.model_card import ModelCardFacts, build_model_card
-from ..engines.agreeing import everyones, failing_together
-from ..engines.processes import in_any_process
+from ..engines.processes import failing_together, gather_objects, in_any_process
 from ..evaluation.verdict import verdict_of
 from ..losses.preference import LOSS_KWARG_RANGES
 from ..runs.manifest import ARGS_FILE
 from ..runs.run_folder import PREVIOUS_RUN
-from .callbacks import SampleImagesCallback
+from .sample_images import SampleImagesCallback
 from .saving import SETTINGS_OF_THE_PATH, SavingMixin
 
 logger = logging.getLogger(__name__)
@@ -133,14 +132,14 @@ class PublishingMixin(SavingMixin):
     def _make_repository(self, token: str | None, private: bool | None) -> None:
         self._uploads = self._uploads or Uploads()
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with failing_together():
+        with failing_together(PublishingError):
             if self.is_world_process_zero():
                 self.hub_model_id = self._uploads.create_repository(
                     name,
                     token=token or self.args.hub_token,
                     private=self.args.hub_private_repo if private is None else private,
                 )
-        self.hub_model_id = everyones(self.hub_model_id)[0]
+        self.hub_model_id = gather_objects(self.hub_model_id)[0]
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any):
         """Upload the tuned weights and the model card to `args.hub_model_id`; no checkpoint, pickle or log goes along.
@@ -169,9 +168,9 @@ class PublishingMixin(SavingMixin):
         self._finish_current_push()  # it reads the files that are written anew
         done = None
         with self.run_folder.held(together=True):  # first of all: what follows has collectives
-            with failing_together():
+            with failing_together(PublishingError):
                 self.save_model(_internal_call=True)
-            with failing_together(), self._saying_what_is_safe():
+            with failing_together(PublishingError), self._saying_what_is_safe():
                 if self.hub_model_id is None:
                     self._make_repository(token, private)
                 if self.is_world_process_zero():
@@ -202,7 +201,7 @@ class PublishingMixin(SavingMixin):
                 self._finish_current_push()  # the Trainer is about to delete old checkpoints, and this may be one
             return
         self._finish_current_push()  # it reads the files that are now written anew
-        with failing_together():
+        with failing_together(PublishingError):
             self._save(self.args.output_dir)
             if self.is_world_process_zero():
                 self._publish_progress(checkpoint_folder)
@@ -228,7 +227,9 @@ class PublishingMixin(SavingMixin):
         if not self._uploads.is_done():
             logger.info("Waiting for the upload in progress.")
         self._uploads.wait_until_done()
-        everyones(None)  # which waits for the first process for longer than the next collective on the device would
+        gather_objects(
+            None
+        )  # which waits for the first process for longer than the next collective on the device would
 
     def _upload(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .callbacks import CheckpointOnInterrupt
+from .interrupts import CheckpointOnInterrupt
 
 if TYPE_CHECKING:
     from .diffusion_sdpo_trainer import DiffusionSDPOTrainer

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..artifacts.disk import naming_the_disk
 from ..artifacts.weights import read_weights, remove_local_paths, save_weights, trained_weights, write_setup
-from ..engines import sharding
-from ..engines.adamw_preconditioner import is_plain_sgd
 from ..losses.preference import LOSS_KWARG_RANGES
+from ..models.ema import EMA_FOLDER
 from ..runs.checkpoint_folders import CheckpointFolders, holds_optimizer
 from ..runs.manifest import ARGS_FILE
 from ..runs.resuming import check_resumable, data_fingerprint, keep_optimizer_settings, stored_settings
@@ -113,7 +111,7 @@ class SavingMixin:
                 f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
                 "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
             )
-        self._checkpoints.refuse_code(folder, sharding.pickled_types(self.accelerator))
+        self._checkpoints.refuse_code(folder, self.engine.pickled_types)
 
     @functools.cached_property
     def _checkpoints(self) -> CheckpointFolders:
@@ -162,7 +160,7 @@ class SavingMixin:
             "lora": lora,
             "reference": self.reference.kind,
             "given_reference": self.gave_reference,
-            "engine": sharding.engine_name(self.accelerator),
+            "engine": self.engine.name,
             "processes": self.accelerator.num_processes,
             "weights_before_training": self.fingerprint,
             "train_data": self._train_data,
@@ -198,16 +196,16 @@ class SavingMixin:
             folder.mkdir(parents=True, exist_ok=True)
         whole = None
         if self._holds_parts():
-            sharding.shard_again(self.model_wrapped)
-            whole = sharding.gather(trained_weights(self.denoiser, self.adapter), self.accelerator, keep=writes)
+            self.engine.reshard(self.model_wrapped)
+            whole = self.engine.gather(trained_weights(self.denoiser, self.adapter), keep=writes)
         if checkpoint:
-            for kept in self._shadow_weights:
-                kept.save(folder, write=writes)
-        average = None if self.average is None or checkpoint else self.average.whole(keep=writes)
+            for shadow in self._shadow_weights:
+                shadow.save(folder, write=writes)
+        average = None if self.average is None or checkpoint else self.average.gather(keep=writes)
         if not writes:
             return
-        if checkpoint and self._budget is not None:
-            self._budget.save(folder)
+        if checkpoint and self.winner_budget is not None:
+            self.winner_budget.save(folder)
         save_weights(
             folder,
             pipeline=self.pipeline,
@@ -218,7 +216,7 @@ class SavingMixin:
             full_pipeline=self.args.save_full_pipeline and not checkpoint,
         )
         if average is not None:
-            self._save_average(self.average.folder(folder), average)
+            self._save_average(folder / EMA_FOLDER, average)
         write_setup(folder, self._setup())
         if not checkpoint:
             self._write_args(folder)
@@ -243,14 +241,14 @@ class SavingMixin:
 
     def _load_kept(self, folder: Path) -> None:
         """What moves beside the policy."""
-        for kept in self._shadow_weights:
-            kept.load(folder)
-        if self._budget is not None:
-            self._budget.load(folder)
+        for shadow in self._shadow_weights:
+            shadow.load(folder)
+        if self.winner_budget is not None:
+            self.winner_budget.load(folder)
 
     def _holds_parts(self) -> bool:
         """Whether the engine keeps the weights, or their float32 form, in shards."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.engine.holds_shards
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._finite.verify_gradient()
@@ -269,11 +267,10 @@ class SavingMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Beside the tuned weights, which are there already: an engine's own form of them, without what is frozen."""
-        with self._plain_sgd_whole() as whole:
-            if whole or not self._holds_parts():
-                super()._save_optimizer_and_scheduler(output_dir)
-                return
-        sharding.save_engine_state(self.model_wrapped, self.optimizer, self.accelerator, output_dir)
+        if not self._holds_parts():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.engine.save_state(self.model_wrapped, self.optimizer, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
@@ -295,12 +292,14 @@ class SavingMixin:
             self._read_optimizer_and_scheduler(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None or (self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model):
+            self.engine.check_resumable(self.optimizer)
         with self._keep_optimizer_settings():
             self._read_optimizer_and_scheduler(checkpoint)
 
     def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Within one block of this run's own settings: two would scale a schedule's last rate twice."""
-        with self._plain_sgd_whole(), self._tensors_only():
+        with self._tensors_only():
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _keep_optimizer_settings(self) -> contextlib.AbstractContextManager:
@@ -308,34 +307,22 @@ class SavingMixin:
         before = self._settings_before.get("learning_rate")
         return keep_optimizer_settings(self.optimizer, self.lr_scheduler, self.args.learning_rate, before)
 
-    @contextlib.contextmanager
-    def _plain_sgd_whole(self) -> Iterator[bool]:
-        """Have transformers treat plain SGD under FSDP2 as it does in one process; whether it is that. To deal out an
-        optimizer's state, torch learns from one of its tensors where to put it, and here there is none."""
-        before = self.is_fsdp_enabled
-        whole = before and is_plain_sgd(self.optimizer)
-        self.is_fsdp_enabled = before and not whole
-        try:
-            yield whole
-        finally:
-            self.is_fsdp_enabled = before
-
     def _read_deepspeed_state(self, folder: str) -> None:
         with self._tensors_only():
-            sharding.load_deepspeed_state(self.model_wrapped, folder)
+            self.engine.load_state(self.model_wrapped, folder)
 
     def _tensors_only(self) -> contextlib.AbstractContextManager:
-        return tensors_only(sharding.pickled_types(self.accelerator), trust=self.args.trust_checkpoint)
+        return tensors_only(self.engine.pickled_types, trust=self.args.trust_checkpoint)
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         self._checkpoints.check_best(best)
-        if self.is_deepspeed_enabled:
+        if self.engine.loads_weights_with_optimizer:
             self._read_deepspeed_state(str(best))
         else:
             self._read_weights(best)
         if self.average is not None:  # the metric may have chosen it, and the two belong together
-            self.average.kept.load(best)
+            self.average.load(best)
 
     def _read_weights(self, folder: Path) -> None:
         weights = read_weights(
@@ -345,5 +332,5 @@ class SavingMixin:
             adapter=self.adapter,
             shapes=self._shapes,
         )
-        sharding.shard_again(self.model_wrapped)
-        sharding.scatter(weights, trained_weights(self.denoiser, self.adapter), self.accelerator)
+        self.engine.reshard(self.model_wrapped)
+        self.engine.scatter(weights, trained_weights(self.denoiser, self.adapter))

@@ -1,0 +1,59 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-diffusion-sdpo"]
+# ///
+"""Tune a text-to-image pipeline on preference pairs: a LoRA with `--use_peft`, all weights without.
+
+A LoRA of Stable Diffusion 1.5; `sdxl`, `sd35` and `flux` in place of `sd15` for the other pipelines:
+
+```bash
+python examples/scripts/diffusion_sdpo.py --config examples/configs/sd15_lora_small_gpu.yaml \\
+    --dataset_name OWNER/PREFERENCES
+```
+
+All weights of Stable Diffusion 1.5's UNet, on eight GPUs:
+
+```bash
+accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config examples/configs/sd15_sigmoid.yaml \\
+    --dataset_name OWNER/PREFERENCES
+```
+
+Every option of `PairArguments`, of TRL's `ModelConfig` and of `DiffusionSDPOConfig` can be given, on the command line
+or in the YAML file of `--config`; the command line wins, and `--help` lists them. `--load_in_4bit true` quantizes the
+frozen base of a LoRA and needs the extra `quantization`.
+"""
+
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets, public_name
+from trl_diffusion_sdpo.cli.train import resume_point
+
+
+def main(argv=None):
+    parser = TrlParser((PairArguments, DiffusionSDPOConfig, ModelConfig))
+    parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
+    script_args, training_args, model_args = parser.parse_args_and_config(argv)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = load_datasets(script_args, training_args)
+    trainer = DiffusionSDPOTrainer(
+        model_args.model_name_or_path,
+        None,  # the reference: the base without the LoRA, or a frozen copy where all weights are trained
+        training_args,
+        train_dataset,
+        eval_dataset,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=public_name(script_args))
+
+
+if __name__ == "__main__":
+    main()

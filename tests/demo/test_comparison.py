@@ -1,0 +1,156 @@
+"""The demo in its smallest form, with the real trainer: what it trains, resumes and refuses."""
+
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from trl_diffusion_sdpo.demo.comparison import Comparison, has_time_for_gentle, read_curves, run_demo
+from trl_diffusion_sdpo.demo.methods import METHODS, ImageScorer, OracleCallback
+from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
+from trl_diffusion_sdpo.demo.results import MethodResult, Score
+from trl_diffusion_sdpo.import_utils import EXTRAS, MissingExtraError
+
+TINY = {"max_steps": 2, "samples_per_prompt": 1, "evaluations": 1, "gentle": False}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("demo"), **TINY)
+
+
+def test_the_demo_trains_sft_dpo_sdpo_and_the_recipe_and_writes_its_report(result):
+    assert [method.key for method in result.methods] == ["sft", "dpo", "sdpo", "sdpo_recipe"]
+    assert {path.name for path in result.files} == {
+        "curves.png",
+        "grid.png",
+        "table.md",
+        "results.json",
+        "summary.txt",
+    }
+    assert all(path.is_file() for path in result.files)
+
+
+def test_every_method_starts_from_the_base_model(result):
+    for method in result.methods:
+        curves = method.curves
+        assert curves.steps == [0, 2]
+        assert curves.winner_change[0] == curves.loser_change[0] == 0.0
+        assert curves.oracle[0] == result.base
+
+
+def test_lambda_is_1_for_plain_dpo_and_sft_has_none(result):
+    sft, dpo, *safe = result.methods
+    assert sft.curves.scale == []
+    assert dpo.curves.scale == [1.0, 1.0]
+    for method in safe:
+        assert len(method.curves.scale) == 2
+        assert all(0 < scale <= 1 for scale in method.curves.scale)
+
+
+def test_a_second_call_trains_nothing_again(result):
+    files = [result.folder / "runs" / method.key / "result.json" for method in result.methods]
+    written = [file.stat().st_mtime_ns for file in files]
+    again = run_demo(result.folder, **TINY)
+    assert [file.stat().st_mtime_ns for file in files] == written
+    assert [method.to_dict() for method in again.methods] == [method.to_dict() for method in result.methods]
+    assert np.array_equal(again.methods[2].samples, result.methods[2].samples)
+
+
+def test_the_tuned_pipeline_loads_in_plain_diffusers_and_generates_the_reported_images(result):
+    folder = result.folder / "runs" / "sdpo"
+    tuned = StableDiffusionPipeline.from_pretrained(folder)
+    images, _ = ImageScorer(1, seed=20_000)(tuned)
+    assert np.abs(images.astype(int) - result.methods[2].samples).max() <= 1
+    assert not np.array_equal(result.methods[2].samples, result.base_samples)
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_folder_with_other_settings_is_refused(result):
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        run_demo(result.folder, **{**TINY, "seed": 1})
+
+
+@pytest.mark.matrix
+def test_an_interrupted_method_resumes_from_its_checkpoint_to_the_same_result(tmp_path):
+    settings = {"seed": 0, "max_steps": 4, "pairs": "off_policy", "samples_per_prompt": 1, "evaluations": 2}
+    comparison = Comparison(tmp_path / "whole", settings)
+    whole = comparison.train(METHODS[2], "whole")
+
+    comparison.folder = tmp_path / "broken"
+    scorer = comparison.scorer
+
+    def interrupt_while_generating(pipeline):
+        signal.raise_signal(signal.SIGINT)
+        return scorer(pipeline)
+
+    comparison.scorer = interrupt_while_generating
+    with pytest.raises(KeyboardInterrupt):
+        comparison.train(METHODS[2], "broken")
+    folder = tmp_path / "broken" / "runs" / "sdpo"
+    assert not (folder / "result.json").exists()
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text(encoding="utf-8"))
+    known = next(entry for entry in state["log_history"] if "eval_errors/winner" in entry and entry["step"] == 2)
+    assert known["eval_errors/winner_change"] == pytest.approx(whole.curves.winner_change[1], rel=1e-4, abs=1e-7)
+
+    comparison.scorer = scorer
+    resumed = comparison.train(METHODS[2], "resumed")
+    assert [step for step in resumed.curves.steps if step != 3] == [0, 2, 4]
+    assert resumed.curves.winner_change[-1] == pytest.approx(whole.curves.winner_change[-1], rel=1e-4, abs=1e-7)
+    assert resumed.oracle.mean == pytest.approx(whole.oracle.mean, abs=1e-4)
+    assert MethodResult.read(folder).to_dict() == resumed.to_dict()
+
+
+def test_curves_are_changes_since_the_first_evaluation_and_a_step_counts_once():
+    history = [
+        {"step": 0, "eval_errors/winner": 0.5, "eval_errors/loser": 0.25},
+        {"step": 0, "oracle": 0.4, "oracle_stderr": 0.1, "seconds": 1.0},
+        {"step": 5, "loss": 0.7, "safeguard/scale": 0.75},
+        {"step": 10, "eval_errors/winner": 0.625, "eval_errors/loser": 1.0},
+        {"step": 10, "oracle": 0.3, "oracle_stderr": 0.1, "seconds": 2.0},
+        {"step": 10, "eval_errors/winner": 0.75, "eval_errors/loser": 1.25},
+        {"step": 10, "oracle": 0.2, "oracle_stderr": 0.1, "seconds": 3.0},
+        {"step": 10, "train_loss": 0.6},
+    ]
+    curves = read_curves(history)
+    assert curves.steps == [0, 10]
+    assert curves.winner_change == [0.0, 0.25]
+    assert curves.loser_change == [0.0, 1.0]
+    assert curves.oracle == [Score(0.4, 0.1), Score(0.2, 0.1)]
+    assert (curves.scale_steps, curves.scale) == ([5], [0.75])
+
+
+@pytest.mark.parametrize(("seconds", "fits"), [(54.0, True), (54.1, False)])
+def test_the_gentle_runs_of_half_the_steps_are_added_if_all_fit_into_270_seconds(result, seconds, fits):
+    methods = [dataclasses.replace(method, seconds=seconds) for method in result.methods]
+    assert has_time_for_gentle(methods) is fits
+
+
+def test_the_scorer_generates_equal_images_and_keeps_the_training_mode(tmp_path):
+    pipeline = load_base_pipeline()
+    pipeline.unet.train()
+    scorer = ImageScorer(1, seed=3)
+    images, scores = scorer(pipeline)
+    assert pipeline.unet.training
+    assert images.shape == (72, 32, 32, 3) and scores.shape == (72,)
+    assert np.array_equal(images, scorer(pipeline)[0])
+    assert OracleCallback(pipeline, scorer, Score(0.4, 0.0)).latest[0].size == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"pairs": "none"}, {"seed": -1}, {"max_steps": 0}, {"samples_per_prompt": 0}, {"evaluations": 0}]
+)
+def test_arguments_out_of_range_are_named_before_anything_is_written(tmp_path, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        run_demo(tmp_path / "demo", **wrong)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_without_matplotlib_the_extra_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXTRAS, "plots", "no_such_module")
+    with pytest.raises(MissingExtraError, match=r"trl-diffusion-sdpo\[plots\]"):
+        run_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

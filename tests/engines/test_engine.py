@@ -1,0 +1,75 @@
+"""What callers are told of an engine, from an accelerator's settings alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+
+from trl_diffusion_sdpo.engines.engine import Engine
+
+
+def engine(kind: str, **deepspeed_config) -> Engine:
+    """`kind` is one of accelerate's distributed types; DeepSpeed runs ZeRO-2."""
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config=deepspeed_config)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType(kind),
+        is_fsdp2=False,
+        num_processes=8,
+        parallelism_config=None,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    return Engine(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shards", "deepspeed"),
+    [
+        ("NO", "plain", False, False),
+        ("MULTI_GPU", "plain", False, False),
+        ("FSDP", "fsdp", True, False),
+        ("DEEPSPEED", "zero2, 8 processes", True, True),
+    ],
+)
+def test_an_engine_says_what_its_callers_act_on(kind, name, shards, deepspeed):
+    found = engine(kind)
+    assert (found.name, found.holds_shards) == (name, shards)
+    assert found.steps_in_backward == found.casts_weights == found.loads_weights_with_optimizer == deepspeed
+    assert bool(found.pickled_types) == deepspeed
+
+
+@pytest.mark.parametrize(("config", "rounds"), [({}, False), ({"enabled": False}, False), ({"enabled": True}, True)])
+def test_only_half_precision_of_deepspeed_rounds_the_weights_themselves(config, rounds):
+    found, module = engine("DEEPSPEED", bf16=config), torch.nn.Linear(2, 1)
+    module.bias.requires_grad_(False)
+    assert found.rounds_weights == rounds
+    assert list(found.unrounded(module)) == ([module.weight] if rounds else [])
+    assert engine("FSDP").unrounded(module) == engine("NO").unrounded(module) == {}
+
+
+def test_version_1_of_fsdp_and_zero_plus_plus_are_refused():
+    with pytest.raises(ValueError, match="FSDP must be version 2, got 1"):
+        engine("FSDP").check()
+    with pytest.raises(ValueError, match="ZeRO.. cannot act here, got {'zero_quantized_weights': True}"):
+        engine("DEEPSPEED", zero_optimization={"zero_quantized_weights": True}).check()
+    engine("DEEPSPEED").check()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, AcceleratedOptimizer])
+def test_sgd_without_momentum_is_refused_under_fsdp_alone(momentum, wrap):
+    Accelerator(cpu=True)  # without it, no optimizer can be wrapped
+    optimizer = wrap(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=momentum))
+    for kind in ("NO", "MULTI_GPU", "DEEPSPEED"):
+        engine(kind).check_resumable(optimizer)
+    if momentum:
+        engine("FSDP").check_resumable(optimizer)
+    else:
+        with pytest.raises(ValueError, match="SGD without momentum cannot be resumed"):
+            engine("FSDP").check_resumable(optimizer)
+
+
+def test_adamw_is_resumed_under_fsdp():
+    engine("FSDP").check_resumable(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))

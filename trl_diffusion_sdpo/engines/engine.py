@@ -1,0 +1,268 @@
+"""How the process group trains, behind one interface: one process or DDP, FSDP2, DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model, save_fsdp_optimizer
+from torch import nn
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from . import sharding
+from .gradient_backends import GradientBackend, gradient_backend, unwrapped
+from .sharding import Float32Shards
+
+
+class Engine:
+    """How the process group trains: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO.
+
+    Args:
+        accelerator (`Accelerator`): With the plugins of the run; its settings are read at each call, since
+            transformers completes them until training begins.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    # ---- What runs ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """On what a checkpoint depends: `"plain"`, `"fsdp"`, or `"zero1, 8 processes"` and so on."""
+        if self._is_deepspeed:
+            return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
+        return "fsdp" if self._is_fsdp else "plain"
+
+    @property
+    def holds_shards(self) -> bool:
+        """Whether weights, or their float32 form, are sharded. Such an engine trains a model once, and evaluates it
+        only after training has set it up."""
+        return self._is_deepspeed or self._is_fsdp
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether accelerate's backward pass ends with the optimizer's step."""
+        return self._is_deepspeed
+
+    @property
+    def loads_weights_with_optimizer(self) -> bool:
+        """Whether a checkpoint's weights and optimizer state are read together, by [`Engine.load_state`], after the
+        engine has wrapped the model."""
+        return self._is_deepspeed
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether preparing the model changes the dtype of its weights."""
+        return self._is_deepspeed
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the module's weights themselves are rounded to half precision, not copies of them."""
+        return self._is_deepspeed and self._half_dtype is not None
+
+    @property
+    def pickled_types(self) -> list[type]:
+        """The engine's classes within its checkpoints; reading them runs no code."""
+        if not self._is_deepspeed:
+            return []
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+    @property
+    def _is_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _is_fsdp(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def _zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self._is_deepspeed else 0
+
+    @property
+    def _half_dtype(self) -> torch.dtype | None:
+        """The half precision in which the engine computes with all weights; `None` where autocast decides."""
+        if self.accelerator.is_fsdp2:
+            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+            return None if policy is None else policy.param_dtype
+        if not self._is_deepspeed:
+            return None
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if config.get(name, {}).get("enabled") is True:
+                return dtype
+        return None
+
+    # ---- Set-up ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `ValueError` where one image would be split over processes, or gradients be rounded on the way."""
+        parallel = self.accelerator.parallelism_config
+        split = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled)
+        if self._is_deepspeed:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            split = split or config.get("tensor_parallel", {}).get("autotp_size", 0) > 1
+            _refuse_zero_plus_plus(config.get("zero_optimization", {}))
+        if split:
+            raise ValueError(
+                "Tensor, context and sequence parallelism spread one image over several processes, and the errors of "
+                "this trainer are means over whole images. Use data parallelism: DDP, FSDP2 or ZeRO."
+            )
+        if self._is_fsdp and not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (`fsdp_config={'version': 2}`).")
+
+    def set_precision(self, *, exact_gradients: bool) -> None:
+        """Complete the plugin's precision settings, before the model is prepared.
+
+        Args:
+            exact_gradients (`bool`): Whether gradients are averaged in float32: the difference of two branches loses
+                digits that their sum would not.
+        """
+        if self.accelerator.is_fsdp2:
+            plugin = self.accelerator.state.fsdp_plugin
+            policy = plugin.mixed_precision_policy
+            if policy is not None and policy.param_dtype is not None:
+                # FSDP would round every input, timesteps too; autocast rounds what weights are multiplied with.
+                settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
+                plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
+        elif self._zero_stage >= 2 and exact_gradients:  # with these settings, ZeRO-1 uses another optimizer class
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            config.setdefault("communication_data_type", "fp32")
+
+    def unrounded(self, module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+        """The trained weights before the model is prepared, for [`Engine.restore_unrounded`]; empty where the engine
+        does not round them."""
+        if not self.rounds_weights:
+            return {}
+        return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
+
+    def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
+        """After the model is prepared: let the optimizer start from these weights, and empty the dictionary."""
+        sharding.restore_unrounded(weights)
+
+    def gradient_backend(self, model: nn.Module) -> GradientBackend:
+        """How gradients of two branches are kept apart.
+
+        Args:
+            model (`nn.Module`): As returned by `accelerator.prepare`.
+
+        Raises:
+            `ValueError`: If that is impossible with the engine's settings.
+        """
+        return gradient_backend(model, self.accelerator)
+
+    # ---- Weights --------------------------------------------------------------------------------------------------
+
+    def reshard(self, model: nn.Module) -> None:
+        """Free what FSDP2 has left gathered; call it before weights are read or written outside of a forward pass."""
+        sharding.reshard(model)
+
+    def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+        """Gather named weights on the CPU, one at a time; all processes must call it.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): A module's parameters and buffers, not detached.
+            keep (`bool`): Whether this process gets them; others only send their shards and get an empty dictionary.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Copies; trained weights in float32, as the optimizer holds them.
+        """
+        found = {}
+        for name, tensor in tensors.items():
+            value = sharding.gather_float32(tensor, self._zero_stage)
+            if keep:
+                found[name] = value.detach().to("cpu", copy=True).contiguous()
+        return found
+
+    @torch.no_grad()
+    def scatter(self, values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
+        """Copy full tensors into named weights, which may be sharded; all processes must call it."""
+        for name, tensor in into.items():
+            sharding.scatter(values[name], tensor, self._zero_stage)
+
+    @torch.no_grad()
+    def mix(self, references: Iterable[torch.Tensor], policies: Iterable[torch.Tensor], alpha: float) -> None:
+        """`ref = alpha * policy + (1 - alpha) * ref` in place, weight by weight; all processes must call it."""
+        for reference, policy in zip(references, policies, strict=True):
+            with sharding.gathered([reference, policy] if self._zero_stage == 3 else [], write=True):
+                reference.lerp_(policy.to(reference.dtype), alpha)
+
+    def float32_shards(self, weights: dict[str, torch.Tensor]) -> Float32Shards:
+        """Sharded float32 copies of weights that the engine will round; before the model is prepared."""
+        return Float32Shards(weights, self.accelerator, self._zero_stage)
+
+    def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
+        """Shard a frozen module as the engine has sharded the policy, in the policy's precision.
+
+        Args:
+            module (`nn.Module`): In evaluation mode; changed in place.
+            moves (`bool`): Whether its weights will be updated by steps too small for half precision.
+
+        Returns:
+            `nn.Module`: To be called in place of `module`.
+        """
+        dtype = self._half_dtype
+        if self.accelerator.is_fsdp2:
+            for weight in module.parameters() if dtype is not None and not moves else ():
+                weight.data = weight.data.to(dtype)  # FSDP rounds them to it at every use
+            return fsdp2_prepare_model(self.accelerator, module).eval()
+        if not self._is_deepspeed:
+            return module
+        if self._zero_stage < 3:
+            return module if dtype is None else module.to(dtype)
+        return sharding.zero3_engine(module, self.accelerator)
+
+    # ---- Checkpoints ----------------------------------------------------------------------------------------------
+
+    def check_resumable(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise `ValueError` where the optimizer's state could not be read from a checkpoint.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): As returned by `accelerator.prepare`.
+        """
+        plain = unwrapped(optimizer)
+        stateless = isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
+        if self._is_fsdp and stateless:  # torch takes the device of a sharded state from one of its tensors
+            raise ValueError(
+                "Under FSDP, SGD without momentum cannot be resumed: torch reads no optimizer state without tensors. "
+                "Set `save_strategy='no'` or `save_only_model=True`, use momentum, or train with DDP or ZeRO."
+            )
+
+    def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
+        """Write the sharded optimizer state, where the engine holds shards; all processes must call it.
+
+        Args:
+            model (`nn.Module`): As the engine wrapped it.
+            optimizer (`torch.optim.Optimizer`): As returned by `accelerator.prepare`.
+            folder (`str`): The checkpoint.
+        """
+        if self._is_deepspeed:
+            model.save_checkpoint(folder, exclude_frozen_parameters=True)
+        else:
+            save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, optimizer, model, folder)
+
+    def load_state(self, model: nn.Module, folder: str) -> None:
+        """Read weights and optimizer state that DeepSpeed wrote by [`Engine.save_state`]."""
+        # Not strict: the checkpoint lacks the frozen weights.
+        deepspeed_load_checkpoint(model, folder, load_module_strict=False)
+
+
+def _refuse_zero_plus_plus(config: dict[str, Any]) -> None:
+    """ZeRO++ rounds gradients and keeps second shards of the weights."""
+    changed = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
+    given = {name: config[name] for name, off in changed.items() if config.get(name, off) != off}
+    if given:
+        raise ValueError(
+            f"DeepSpeed's ZeRO++ cannot act here, got {given}: policy and reference would be rounded apart, and "
+            "gradients are rounded before they are compared. Leave these settings out."
+        )

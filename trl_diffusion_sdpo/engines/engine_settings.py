@@ -1,0 +1,69 @@
+"""What the training arguments say about DeepSpeed and FSDP before there is an accelerator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+
+def runs_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed will train, by the arguments or by the launcher."""
+    return args.deepspeed_plugin is not None
+
+
+def by_engine(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed or FSDP will train, which shard or round the weights."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
+
+
+def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
+    """Fill in the learning rate of DeepSpeed's configuration where `"auto"` was resolved before the rate was known."""
+    if not runs_deepspeed(args):
+        return
+    config = args.deepspeed_plugin.hf_ds_config
+    for name in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
+        node, key = config.find_config_node(name)
+        if node is not None and key in node and node[key] is None:
+            node[key] = args.learning_rate
+
+
+@contextlib.contextmanager
+def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
+    """Load complete weights in every process. Under ZeRO-3, transformers would create text encoders as shards, which
+    only the engine that owns them can run; under FSDP, it would read them in the first process only."""
+    first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    if first_process_only:
+        disable_fsdp_ram_efficient_loading()
+    if runs_deepspeed(args):
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if first_process_only:
+            enable_fsdp_ram_efficient_loading()
+        if runs_deepspeed(args):
+            set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
+
+
+def check_unsharded(module: nn.Module, name: str) -> None:
+    """Raise `ValueError` where a module was loaded as shards of ZeRO-3."""
+    if any(weight.numel() == 0 for weight in module.parameters()):
+        raise ValueError(
+            f"The pipeline's {name} must be whole, but it was loaded as shards of ZeRO-3. Pass the Hub id or folder, "
+            "or load the pipeline before making the configuration with `deepspeed`."
+        )
+
+
+def training_autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
+    """The autocast of training. DeepSpeed rounds the weights instead."""
+    if runs_deepspeed(args) or not (args.bf16 or args.fp16):
+        return contextlib.nullcontext()
+    return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)

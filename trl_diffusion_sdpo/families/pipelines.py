@@ -1,0 +1,222 @@
+"""Loading of pipelines, or of their denoisers only, from a folder or the Hub: from safetensors files, without code from
+a model repository."""
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import diffusers
+import torch
+
+from .base import Family
+from .registry import family_for_class_name, known_pipeline_classes
+
+CLASS = "_class_name"  # of the pipeline, in its model_index.json
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")  # of `load_config`
+_REFUSED_OPTIONS = {
+    "trust_remote_code": "Code from a model repository is never run.",
+    "custom_pipeline": "Code from a model repository is never run.",
+    "use_safetensors": "Weights are always read from safetensors files.",
+    "torch_dtype": "The argument is called `dtype`.",
+}
+# Options of a model's `from_pretrained` about where its files are and how they are read.
+DENOISER_OPTIONS = (
+    *("revision", "variant", "token", *_HUB_OPTIONS),
+    *("low_cpu_mem_usage", "disable_mmap", "use_flashpack", "offload_folder", "offload_state_dict"),
+)
+
+
+def as_text_to_image(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
+    """A pipeline's networks in its family's text-to-image class, which [`load_pipeline`] returns as well; a pipeline of
+    that class is returned unchanged.
+
+    Raises:
+        `ValueError`: If no family serves the pipeline's class.
+    """
+    family = family_for_class_name(type(pipeline).__name__)
+    if type(pipeline).__name__ == family.pipeline_classes[0]:
+        return pipeline
+    pipeline_class = _text_to_image_class(family)
+    taken = inspect.signature(pipeline_class).parameters
+    return pipeline_class(**{name: value for name, value in pipeline.components.items() if name in taken})
+
+
+def load_pipeline(
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    denoiser_quantization: Any = None,
+    **from_pretrained: Any,
+) -> diffusers.DiffusionPipeline:
+    """Load a pipeline that a family can train, from safetensors files and without any code from its repository.
+
+    The class is checked before any weights are read. A folder of another class of the same family, such as an
+    image-to-image pipeline, is loaded as the family's text-to-image class.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Folder saved by diffusers, or id of a model on the Hub.
+        dtype (`torch.dtype`): Of every component.
+        revision, variant, token (*optional*): As diffusers takes them.
+        denoiser_quantization (*optional*): A quantization configuration of diffusers. The denoiser's weights are
+            quantized as they are read, so that they are never in memory in full precision.
+        from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`: components, cache.
+
+    Returns:
+        `DiffusionPipeline`: Of the first of its family's `pipeline_classes`.
+
+    Raises:
+        ValueError: If there is no diffusers pipeline there, no family can train it, it has no safetensors weights, an
+            option is not allowed, or there are two quantization configurations for the denoiser.
+    """
+    name_or_path = os.fspath(name_or_path)
+    _refuse_options(from_pretrained)
+    family = family_for_class_name(_read_index(name_or_path, revision=revision, token=token, **from_pretrained)[CLASS])
+    if denoiser_quantization is not None:
+        taken = from_pretrained.keys() & {"quantization_config", family.denoiser_name}
+        if taken:
+            raise ValueError(
+                f"The denoiser's weights are quantized as they are read, by one configuration; got also `{min(taken)}`"
+                " to load the pipeline with. Pass one of them."
+            )
+        mapping = {family.denoiser_name: denoiser_quantization}
+        from_pretrained["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
+    pipeline_class = _text_to_image_class(family)
+    with _safetensors_only(name_or_path):
+        pipeline = pipeline_class.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            token=token,
+            use_safetensors=True,
+            **from_pretrained,
+        )
+    family(pipeline)  # refuses what can't be trained
+    return pipeline
+
+
+def load_denoiser(
+    name_or_path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **from_pretrained: Any
+) -> diffusers.ModelMixin:
+    """Load the denoiser of a pipeline without its other components, from safetensors files.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): The pipeline's folder or Hub id.
+        dtype (`torch.dtype`): Of its weights.
+        from_pretrained (*optional*): Options named in `DENOISER_OPTIONS`.
+
+    Returns:
+        `ModelMixin`: Of the class that the pipeline's `model_index.json` names.
+
+    Raises:
+        ValueError: If there is no pipeline that a family can train, its denoiser has no safetensors weights or is
+            neither of diffusers nor of the family's package, or an option is not one of a denoiser.
+    """
+    name_or_path = os.fspath(name_or_path)
+    _refuse_options(from_pretrained)
+    unknown = sorted(from_pretrained.keys() - set(DENOISER_OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"A denoiser alone is loaded with {', '.join(DENOISER_OPTIONS)} and `dtype`; got also {', '.join(unknown)}."
+            " Leave these out, or pass a loaded pipeline."
+        )
+    index = _read_index(name_or_path, **from_pretrained)
+    family = family_for_class_name(index[CLASS])
+    denoiser_class = _denoiser_class(family, index, name_or_path)
+    with _safetensors_only(name_or_path):
+        return denoiser_class.from_pretrained(
+            name_or_path, subfolder=family.denoiser_name, torch_dtype=dtype, use_safetensors=True, **from_pretrained
+        )
+
+
+def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeline]:
+    """The first of a family's `pipeline_classes`: of the family itself, or of diffusers."""
+    name = family.pipeline_classes[0]
+    pipeline_class = family.pipeline_class or getattr(diffusers, name, None)
+    if pipeline_class is None or pipeline_class.__name__ != name:
+        raise ValueError(
+            f"A {family.name} pipeline is loaded as {name}, the first of its family's `pipeline_classes`. diffusers "
+            f"has no such class, and the family's `pipeline_class` is {family.pipeline_class}. Set it to the class."
+        )
+    return pipeline_class
+
+
+def _denoiser_class(family: type[Family], index: dict[str, Any], name_or_path: str) -> type[diffusers.ModelMixin]:
+    """The class that a pipeline's index names for the denoiser, if it belongs to diffusers or to the package of the
+    family. An index from the Hub must not cause any other import."""
+    library, class_name = index.get(family.denoiser_name) or (None, None)
+    denoiser_class = None
+    if library == "diffusers" or str(library).partition(".")[0] == family.__module__.partition(".")[0]:
+        try:
+            denoiser_class = getattr(import_module(library), str(class_name), None)
+        except ImportError as error:
+            raise ValueError(f"The denoiser's class in {name_or_path} could not be imported: {error}.") from error
+    if not isinstance(denoiser_class, type) or not issubclass(denoiser_class, diffusers.ModelMixin):
+        raise ValueError(
+            f"The {family.denoiser_name} of a pipeline must be one of diffusers' models, or a model in the package of "
+            f"its family; the model_index.json of {name_or_path} says {class_name!r} of {library!r}. Pass a loaded "
+            "pipeline."
+        )
+    return denoiser_class
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    for option in _REFUSED_OPTIONS.keys() & options.keys():
+        raise ValueError(f"`{option}` can't be passed on to the pipeline. {_REFUSED_OPTIONS[option]} Leave it out.")
+
+
+@contextmanager
+def _safetensors_only(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"Every component of a pipeline must have its weights in safetensors files, and {name_or_path} could not "
+            f"be loaded so: {error}. Pickled weights (.bin) are never read; convert them by loading the pipeline in "
+            "diffusers and calling `save_pretrained`."
+        ) from error
+
+
+def _read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
+    """`model_index.json` of a pipeline, whose entry `CLASS` is a class name. Only the options `revision`, `token` and
+    those in `_HUB_OPTIONS` are used."""
+    if os.path.isfile(name_or_path):
+        raise ValueError(
+            f"A pipeline is a folder saved by diffusers or a Hub id, got the file {name_or_path}. Convert it with "
+            "`from_single_file(...)` of its pipeline class and `save_pretrained`."
+        )
+    is_folder = os.path.isdir(name_or_path)
+    if not is_folder and (os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") > 1):
+        raise ValueError(
+            f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, and there is "
+            f"no folder {name_or_path}. Check the path; a Hub id looks like owner/name."
+        )
+    if is_folder and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
+        raise ValueError(
+            f"A folder saved by diffusers has a model_index.json, and {name_or_path} has none. Pass the whole "
+            "pipeline's folder; pass a bare UNet or transformer as a loaded model, with its pipeline as "
+            "`processing_class`."
+        )
+    try:
+        hub_options = {key: options[key] for key in ("revision", "token", *_HUB_OPTIONS) if key in options}
+        index = diffusers.DiffusionPipeline.load_config(name_or_path, **hub_options)
+    except OSError as error:
+        raise ValueError(
+            f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, got "
+            f"{name_or_path}: {error}"
+        ) from error
+    class_name = index.get(CLASS)
+    if not isinstance(class_name, str):
+        raise ValueError(
+            f"The model_index.json of a diffusers pipeline names one of diffusers' classes; that of {name_or_path} "
+            f"says {class_name!r}. Code from a model repository is never run; use a pipeline of one of the classes "
+            f"{', '.join(known_pipeline_classes())}."
+        )
+    return index

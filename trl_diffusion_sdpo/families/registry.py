@@ -1,0 +1,154 @@
+"""Which family trains which pipeline class: the package's own families, those that users register, and those that
+installed packages declare as entry points. A family's module is imported when one of its pipelines is used."""
+
+import re
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from diffusers import DiffusionPipeline
+
+from .base import Family
+
+ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
+HOW_TO_ADD = "docs/add_a_model_family.md"
+
+# Where a family is defined -> the pipeline classes that it serves.
+_SERVED = {
+    "stable_diffusion:StableDiffusionFamily": (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+    ),
+    "stable_diffusion_xl:StableDiffusionXLFamily": ("StableDiffusionXLPipeline",),
+    "stable_diffusion_3:StableDiffusion3Family": (
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+    ),
+    "flux:FluxFamily": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    "pixart:PixArtAlphaFamily": ("PixArtAlphaPipeline",),
+    "pixart:PixArtSigmaFamily": ("PixArtSigmaPipeline",),
+    "sana:SanaFamily": ("SanaPipeline",),
+    "qwen_image:QwenImageFamily": ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+    "z_image:ZImageFamily": ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    "ovis_image:OvisImageFamily": ("OvisImagePipeline",),
+    "lumina2:Lumina2Family": ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+    "aura_flow:AuraFlowFamily": ("AuraFlowPipeline",),
+    "cogview4:CogView4Family": ("CogView4Pipeline",),
+    "hunyuan_dit:HunyuanDiTFamily": ("HunyuanDiTPipeline",),
+    "flux2:Flux2Family": ("Flux2Pipeline",),
+    "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+    "wan:WanFamily": ("WanPipeline",),
+}
+# Pipeline class -> "module:Class" of its family, of those in this package.
+FAMILIES: dict[str, str] = {name: f"{__package__}.{family}" for family, names in _SERVED.items() for name in names}
+_registered: dict[str, str] = {}  # by `register_family`
+
+
+def register_family(pipeline_class: str, family: str, *, replace: bool = False) -> None:
+    """Train pipelines of a class with a family that this package does not contain.
+
+    The family's module is imported when such a pipeline is first used.
+
+    Args:
+        pipeline_class (`str`): Name of the pipeline's class, as in the `_class_name` of its `model_index.json`.
+        family (`str`): The [`Family`] as `"package.module:Class"`; its `pipeline_classes` must contain
+            `pipeline_class`.
+        replace (`bool`, *optional*, defaults to `False`): Whether to replace another family of this class.
+
+    Raises:
+        `ValueError`: If a name is malformed, or the class has another family and `replace` is not set.
+
+    Example:
+
+    ```python
+    register_family("MyPipeline", "my_package.my_family:MyFamily")
+    trainer = DiffusionSDPOTrainer("path/to/my_pipeline", args=args, train_dataset=pairs)
+    ```
+    """
+    if not pipeline_class.isidentifier() or not re.fullmatch(r"\w+(\.\w+)*:\w+", family):
+        raise ValueError(
+            "A family is registered as the name of a pipeline class and 'package.module:Class', got "
+            f"{pipeline_class!r} and {family!r}. An example: register_family('MyPipeline', 'my_package:MyFamily')."
+        )
+    others = {path for path, _ in _sources(pipeline_class)} - {family}
+    if others and not replace:
+        raise ValueError(
+            f"{pipeline_class} already has the family {', '.join(sorted(others))}; got {family}. Pass `replace=True` "
+            "to train it with the new one."
+        )
+    _registered[pipeline_class] = family
+
+
+def known_pipeline_classes() -> list[str]:
+    """Names of all pipeline classes that have a family."""
+    return list(dict.fromkeys([*FAMILIES, *_registered, *(entry.name for entry in _entry_points())]))
+
+
+def family_for_class_name(name: str) -> type[Family]:
+    """The family of a pipeline class: the one that was registered for it, else the package's own or the one of an entry
+    point.
+
+    Raises:
+        `ValueError`: If there is none, if several sources have one and none was registered, or if it cannot be imported
+            or is not a [`Family`] that lists the class.
+    """
+    sources = _sources(name)
+    if not sources:
+        raise ValueError(
+            f"The pipeline class must be one of {', '.join(known_pipeline_classes())}; got {name}. Load a pipeline of "
+            "one of these classes, or write a family for it: the page 'Add a model family' of the documentation "
+            f"({HOW_TO_ADD}) explains how."
+        )
+    if name not in _registered and len({path for path, _ in sources}) > 1:
+        listed = ", ".join(f"{path} ({source})" for path, source in sources)
+        raise ValueError(
+            f"{name} has several families: {listed}. Choose one with register_family({name!r}, ..., replace=True), or "
+            "uninstall a package."
+        )
+    path, source = sources[0]
+    return _import_family(name, path, source)
+
+
+def find_family(pipeline: DiffusionPipeline) -> Family:
+    """The family of a loaded pipeline, around that pipeline.
+
+    Raises:
+        `ValueError`: If no family serves the pipeline's class, or its family cannot train it.
+    """
+    return family_for_class_name(type(pipeline).__name__)(pipeline)
+
+
+def _entry_points():
+    return entry_points(group=ENTRY_POINT_GROUP)
+
+
+def _sources(name: str) -> list[tuple[str, str]]:
+    """All families of a pipeline class as `("module:Class", where it is declared)`; a registered one comes first."""
+    sources = [(_registered[name], "register_family")] if name in _registered else []
+    if name in FAMILIES:
+        sources.append((FAMILIES[name], "built in"))
+    for entry in _entry_points():
+        if entry.name == name:
+            package = entry.dist.name if entry.dist is not None else "unknown"
+            sources.append((entry.value, f"entry point of {package}"))
+    return sources
+
+
+def _import_family(name: str, path: str, source: str) -> type[Family]:
+    module, _, attribute = path.partition(":")
+    try:
+        family = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"The family of {name} could not be imported from {path!r} ({source}): {error}. Install its package, or "
+            "correct the name, which has the form 'package.module:Class'."
+        ) from error
+    if not isinstance(family, type) or not issubclass(family, Family):
+        raise ValueError(f"The family of {name}, {path!r} ({source}), must be a subclass of `Family`; got {family!r}.")
+    if name not in family.pipeline_classes:
+        raise ValueError(
+            f"The family {path!r} ({source}) must list {name} in its `pipeline_classes`, got "
+            f"{', '.join(family.pipeline_classes)}."
+        )
+    return family

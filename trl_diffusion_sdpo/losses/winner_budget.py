@@ -1,0 +1,98 @@
+"""The controller of the winner budget: it turns measured winner errors into weights of the losers' gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .noise_bins import noise_bin_of
+
+GAIN = 0.5  # a measurement adds GAIN (1 - change / budget) to the logarithm of a scale
+MAX_MOVE = 1.5  # bound of that addition
+MIN_SCALE = 1e-2  # smaller scales act as 0; the logarithm does not fall below that of half of it
+
+
+class BudgetController:
+    """Scales of the losers' gradients, one per noise bin, under proportional control of the winners' errors.
+
+    With `c` the relative change of the winners' error in a bin since before training, and `b` the budget, a measurement
+    multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts as 0: pairs in
+    that bin train their winners only, until the change is within the budget again. Bins share the model's weights, so
+    while a bin whose scale is 0 exceeds the budget, the scales of all other bins fall at least as fast as its own.
+
+    Args:
+        budget (`float`): Largest relative change, greater than 0.
+        num_noise_bins (`int`): Number of noise bins.
+        device (`torch.device`): Of the scales; no method copies from it to the host, except `state`.
+    """
+
+    def __init__(self, budget: float, num_noise_bins: int, device: torch.device):
+        self.budget = budget
+        self.num_noise_bins = num_noise_bins
+        self.log_scale = torch.zeros(num_noise_bins, device=device)
+        self.initial_errors: torch.Tensor | None = None  # before training, (num_noise_bins,)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Multipliers of the losers' gradients, `(num_noise_bins,)` in `[0, 1]`."""
+        scale = self.log_scale.exp()
+        return torch.where(scale < MIN_SCALE, 0, scale)
+
+    def weights(self, noise_levels: torch.Tensor) -> torch.Tensor:
+        """The scale of each pair, `(B,)`, from the pairs' noise levels `(B,)`."""
+        return self.scale[noise_bin_of(noise_levels, self.num_noise_bins)]
+
+    def steer(self, errors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Move the scales by a measurement; without `initial_errors`, these errors become them.
+
+        Args:
+            errors (`torch.Tensor` of shape `(num_noise_bins,)`): The winners' mean error in each bin; NaN in bins that
+                no timestep lies in.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Scalars: the largest relative change (`budget/winner_change`), the mean scale
+            (`budget/scale`), the share of bins over the budget (`budget/over`) and the share of bins over the budget
+            whose scale was 0 already (`budget/unmet`).
+        """
+        if self.initial_errors is None:
+            self.initial_errors = errors
+        visited = self.initial_errors > 0  # not NaN
+        # An error that is NaN or infinite exceeds every budget.
+        change = torch.where(visited, (errors / self.initial_errors - 1).nan_to_num(nan=torch.inf), 0)
+        unmet = (change > self.budget) & (self.scale == 0)
+        move = (GAIN * (1 - change / self.budget)).clamp(-MAX_MOVE, MAX_MOVE)
+        largest = torch.where(unmet, move, torch.inf).min()  # negative if any bin is unmet, else infinite
+        self.log_scale = (self.log_scale + torch.minimum(move, largest)).clamp(min=math.log(MIN_SCALE / 2), max=0.0)
+        count = visited.sum()
+        return {
+            "budget/winner_change": torch.where(visited, change, -torch.inf).max(),
+            "budget/scale": torch.where(visited, self.scale, 0).sum() / count,
+            "budget/over": ((change > self.budget) & visited).sum() / count,
+            "budget/unmet": (unmet & visited).sum() / count,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Numbers from which [`BudgetController.load_state`] continues to the bit, with `None` for NaN."""
+        initial = None if self.initial_errors is None else self.initial_errors.tolist()
+        if initial is not None:
+            initial = [None if math.isnan(error) else error for error in initial]
+        return {"log_scale": self.log_scale.tolist(), "before": initial}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what [`BudgetController.state`] returned.
+
+        Raises:
+            `ValueError`: If it has another number of noise bins.
+        """
+        if len(state["log_scale"]) != self.num_noise_bins:
+            raise ValueError(
+                f"The saved winner budget holds {len(state['log_scale'])} noise bins, and `num_noise_bins` is "
+                f"{self.num_noise_bins}. Resume with the settings that wrote it."
+            )
+        self.log_scale = self.log_scale.new_tensor(state["log_scale"])
+        self.initial_errors = None
+        if state["before"] is not None:
+            initial = [math.nan if error is None else error for error in state["before"]]
+            self.initial_errors = self.log_scale.new_tensor(initial)

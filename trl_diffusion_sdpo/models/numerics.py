@@ -1,0 +1,74 @@
+"""Precision and memory layout of weights and inputs, on which rounding depends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._compat import forward_pre_hooks
+
+CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
+    """A dtype from its name; float32 if unset.
+
+    Raises:
+        `ValueError`: If it is not float32, bfloat16 or float16.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return torch.float32
+    dtype = known.get(name) if isinstance(name, str) else name
+    if dtype not in known.values():
+        raise ValueError(f"`dtype` must be one of {', '.join(known)}; got {name!r}.")
+    return dtype
+
+
+def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
+    """The dtype of autocast for `"bf16"`, `"fp16"` or `"no"`; `None` without autocast."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+
+
+def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of linear and convolution layers, which autocast casts at every use, to its dtype.
+
+    Norms and embeddings are not autocast, so casting them would change results.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            layer.to(dtype)
+
+
+@torch.no_grad()
+def align_weights(module: nn.Module) -> None:
+    """Align a module's CPU tensors as PyTorch allocates them.
+
+    Weights mapped from a safetensors file start at any offset, and matrix products on a CPU round by alignment: a
+    policy mapped from a file and a copy of it would differ in the last bit.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def read_contiguous(modules: Iterable[nn.Module]) -> None:
+    """Make the linear layers among `modules` copy inputs that are not contiguous.
+
+    With a weight that trains, PyTorch computes one large matrix product whatever the input's layout; with a frozen
+    weight, or without gradients, a batch of products where the input's rows are not adjacent, which saves the copy. The
+    two round differently, so a policy and its frozen reference would differ before the first step.
+
+    Args:
+        modules (`Iterable[nn.Module]`): Layers of policy and reference; only [`~torch.nn.Linear`] is changed, and once.
+    """
+    for layer in modules:
+        if isinstance(layer, nn.Linear) and _contiguous not in forward_pre_hooks(layer):
+            layer.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].contiguous(), *args[1:])

@@ -1,0 +1,224 @@
+"""Second copies of the policy's weights, for a reference or an average: a second adapter or a second denoiser, sharded
+and rounded as the engine does it with the policy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..engines.engine import Engine
+from ..engines.sharding import Float32Shards
+from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, copy_adapter
+from .denoiser_wrapper import DenoiserWrapper
+from .numerics import halve_autocast_weights, read_contiguous
+
+
+class SecondAdapter:
+    """A second, frozen LoRA on the policy's denoiser, with the weights that the trained one has now.
+
+    Args:
+        denoiser (`nn.Module`): The policy's.
+        policy_adapter (`str`): The adapter that trains.
+        name (`str`): Of the second one.
+
+    Raises:
+        `ValueError`: If the denoiser has an adapter of this name.
+    """
+
+    def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str):
+        if name in denoiser.peft_config:
+            raise ValueError(
+                f"The adapter name {name!r} is reserved for weights beside the policy's, but the model has one. Rename "
+                "or delete it."
+            )
+        self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
+        copy_adapter(denoiser, policy_adapter, name)
+        read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
+
+    @contextlib.contextmanager
+    def active(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Lend `model`, the policy as the engine wrapped it, with the second adapter active."""
+        with adapter_on(self._denoiser, self._name, back=self._policy):
+            yield model
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Its parameters, not copied."""
+        return adapter_state(self._denoiser, self._name)
+
+    def policy_weights(self) -> dict[str, torch.Tensor]:
+        """The policy's parameters under the same names. Updates mix the two LoRAs factor by factor, since their
+        product cannot be mixed at the same rank."""
+        return adapter_state(self._denoiser, self._policy)
+
+
+class SecondDenoiser:
+    """A second denoiser that is never trained.
+
+    Args:
+        module (`nn.Module`): Frozen and put into evaluation mode here.
+        policy (`nn.Module`): The denoiser that trains.
+        half_dtype (`torch.dtype`, *optional*): The dtype of autocast, to which the weights that autocast would cast at
+            every use are then cast once: less memory, equal results.
+    """
+
+    def __init__(self, module: nn.Module, policy: nn.Module, *, half_dtype: torch.dtype | None = None):
+        if not adapter_layers(policy):  # under a LoRA the base is as frozen as the second denoiser
+            read_contiguous((*policy.modules(), *module.modules()))
+        self.module = module.requires_grad_(False).eval()
+        self._engine_model = self.module
+        self._policy = policy
+        if half_dtype is not None:
+            halve_autocast_weights(self.module, half_dtype)
+
+    @contextlib.contextmanager
+    def active(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Lend it, as the engine wrapped it, in place of `model`."""
+        yield self._engine_model
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Its parameters and buffers, not copied."""
+        return self.module.state_dict(keep_vars=True)
+
+    def policy_weights(self) -> dict[str, torch.Tensor]:
+        """The policy's parameters and buffers under the same names."""
+        return self._policy.state_dict(keep_vars=True)
+
+    def shard(self, engine: Engine, *, moves: bool) -> nn.Module:
+        """Shard it as the engine has sharded the policy; the module that the engine wrapped."""
+        if self._engine_model is self.module:
+            self._engine_model = engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
+        return self._engine_model
+
+
+class ShadowWeights:
+    """Weights beside the policy's: prepared, moved, gathered, written and read under every engine.
+
+    Args:
+        second (`SecondAdapter` or `SecondDenoiser`, *optional*): Holds the weights; `None` where the policy's are used.
+        file (`str`): Name of their file in checkpoints.
+        stored (`bool`): Whether checkpoints hold them, since they move or cannot be made again.
+
+    Attributes:
+        engine_models (`tuple[nn.Module, ...]`): What the engine wrapped: the policy, and a second denoiser.
+        float32_shards ([`Float32Shards`], *optional*): Of stored weights that the engine rounds.
+    """
+
+    _engine: Engine  # set by `attach`
+
+    def __init__(self, second: SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
+        self.second, self.file, self.stored = second, file, stored
+        self.engine_models: tuple[nn.Module, ...] = ()
+        self.float32_shards: Float32Shards | None = None
+        self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None  # these, the policy's
+
+    def to(self, device: torch.device) -> None:
+        """Move a second denoiser; an adapter moves with the policy."""
+        if isinstance(self.second, SecondDenoiser):
+            self.second.module.to(device)
+
+    def compile(self, backend: str, mode: str | None) -> None:
+        """Compile a second denoiser; an adapter is compiled with the policy."""
+        if isinstance(self.second, SecondDenoiser):
+            self.second.module.compile(backend=backend, mode=mode)
+
+    def attach(self, engine: Engine) -> None:
+        """Set the engine, before any of the methods below is called."""
+        self._engine = engine
+
+    def keep_unrounded(self) -> None:
+        """Before the engine prepares the policy: copy what it will round."""
+        weights = self._weights()
+        if weights and self.float32_shards is None and self._engine.rounds_weights:
+            self.float32_shards = self._engine.float32_shards(_parameters(weights))
+
+    def prepare(self, engine_model: nn.Module) -> None:
+        """Shard a second denoiser as the engine has sharded `engine_model`, the policy."""
+        self.engine_models, self._mixed = (engine_model,), None
+        if isinstance(self.second, SecondDenoiser):
+            self.engine_models += (self.second.shard(self._engine, moves=self.stored),)
+
+    def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
+        """Lend the module that predicts with these weights.
+
+        Args:
+            model (`nn.Module`): The policy as the engine wrapped it.
+        """
+        return contextlib.nullcontext() if self.second is None else self.second.active(model)
+
+    @torch.no_grad()
+    def update(self, alpha: float) -> None:
+        """Move towards the policy, `w = alpha * policy + (1 - alpha) * w`; all processes must call it."""
+        assert self.second is not None and self.stored, "These weights do not move."
+        self._reshard()
+        if self._mixed is None:  # listing all weights takes longer than mixing those of a LoRA
+            weights, policy = _parameters(self._weights()), self.second.policy_weights()
+            self._mixed = weights, {name: policy[name] for name in weights}
+        weights, policy = self._mixed
+        if self.float32_shards is None:
+            self._engine.mix(weights.values(), policy.values(), alpha)
+        else:
+            self.float32_shards.mix(weights, policy, alpha)
+
+    def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Gather the weights that a checkpoint holds on the CPU, under the policy's names; all processes must call it.
+
+        Args:
+            keep (`bool`): Whether this process gets them; see [`Engine.gather`].
+        """
+        self._reshard()
+        if self.float32_shards is None:
+            return self._engine.gather(self._weights(), keep=keep)
+        exact = {name: self.float32_shards.full(name).cpu() for name in self.float32_shards.names}
+        buffers = {name: weight for name, weight in self._weights().items() if name not in exact}
+        return {**self._engine.gather(buffers, keep=keep), **exact}
+
+    def save(self, folder: Path, *, write: bool) -> None:
+        """Write what a resumed run needs. All processes must call it; those with `write` write."""
+        weights = self.gather(keep=write)
+        if write and weights:
+            save_file(weights, folder / self.file)
+
+    def load(self, folder: Path) -> None:
+        """Read what [`ShadowWeights.save`] wrote.
+
+        Raises:
+            `ValueError`: If the file is missing or holds other weights.
+        """
+        self._reshard()
+        weights = self._weights()
+        if not weights:
+            return
+        stored = _read(weights, folder / self.file)
+        self._engine.scatter(stored, weights)
+        for name in self.float32_shards.names if self.float32_shards is not None else ():
+            self.float32_shards.set(name, stored[name])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, not copied."""
+        return self.second.weights() if self.second is not None and self.stored else {}
+
+    def _reshard(self) -> None:
+        for model in self.engine_models:
+            self._engine.reshard(model)
+
+
+def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without buffers."""
+    return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+
+
+def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise ValueError(
+            f"A checkpoint with weights that move beside the policy's must hold {file.name}; {file.parent} does not. "
+            "Resume with the settings that wrote it."
+        )
+    stored = load_file(file)
+    if stored.keys() != weights.keys():
+        raise ValueError(f"{file} holds the weights of another set-up. Resume with the settings that wrote it.")
+    return stored

@@ -1,0 +1,288 @@
+"""The forward passes of a batch of pairs: encode, draw noise, predict with policy and reference, take the loss.
+
+Training under both safeguards, evaluation and the winner budget's probe all go through [`PairForward`].
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from ..data.transforms import pixels_as_floats
+from ..families import Family
+from ..losses import (
+    BudgetController,
+    PreferenceLossOutput,
+    diffusion_preference_loss,
+    noise_bin_of,
+    noise_range_weights,
+)
+from ..models.ema import EMAWeights
+from ..models.reference import Reference
+from .noisy_batch import NoisyBatch
+
+VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
+
+# Measured on the joint prediction; with the parameter-space safeguard these names mean its own lambda.
+OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How noise and timesteps are drawn.
+
+    Args:
+        timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
+        noise_offset (`float`): Scale of the per-channel constant noise.
+        input_perturbation (`float`): Scale of extra noise that the input carries and the target does not.
+    """
+
+    timesteps: dict[str, Any] = field(default_factory=dict)
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Arguments of [`~trl_diffusion_sdpo.diffusion_preference_loss`], and what weighs pairs and losers.
+
+    Args:
+        loss_kwargs (`dict[str, float]`): The loss's own settings that were given.
+        snr_gamma, timestep_weighting: As [`~trl_diffusion_sdpo.families.NoiseProcess.weights`] has them.
+        num_noise_bins (`int`): Equal bins of the noise levels in `[0, 1]`.
+        loser_noise_range (`tuple[float, float]`, *optional*): Noise levels within which losers train.
+    """
+
+    loss_type: str
+    beta: float | None
+    safeguard: str
+    safeguard_mu: float
+    safeguard_granularity: str
+    safeguard_eps: float
+    loss_kwargs: dict[str, float]
+    snr_gamma: float | None
+    timestep_weighting: str
+    num_noise_bins: int
+    loser_noise_range: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class PairPredictions:
+    """What policy and reference predict of B pairs, winners first.
+
+    Args:
+        batch ([`NoisyBatch`]): Their inputs.
+        policy (`torch.Tensor` of shape `(2B, ...)`): float32.
+        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): float32, without a graph.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores.
+    """
+
+    batch: NoisyBatch
+    policy: torch.Tensor
+    reference: torch.Tensor | None
+    scores: torch.Tensor | None
+
+    def take(self, rows: torch.Tensor) -> PairPredictions:
+        """Some of the rows, in the order of `rows`."""
+        reference, scores = (None if tensor is None else tensor[rows] for tensor in (self.reference, self.scores))
+        return PairPredictions(self.batch.take(rows), self.policy[rows], reference, scores)
+
+
+class PairForward:
+    """The forward passes of a batch of pairs.
+
+    Args:
+        family ([`~trl_diffusion_sdpo.families.Family`]): Around the pipeline that works: on the device, in the
+            precision in which it runs.
+        reference ([`~trl_diffusion_sdpo.models.reference.Reference`]): The old policy.
+        device (`torch.device`): Where batches are, and where noise is drawn.
+        noise ([`NoiseSettings`]): Of the inputs.
+        loss ([`LossSettings`]): Of the loss and the safeguard in output space.
+        budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales the losers' gradients by noise bin.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        reference: Reference,
+        *,
+        device: torch.device,
+        noise: NoiseSettings,
+        loss: LossSettings,
+        budget: BudgetController | None = None,
+    ):
+        self.family, self.reference, self.budget = family, reference, budget
+        self.noise_settings, self.loss_settings = noise, loss
+        self._device = device
+        self._accelerator: Accelerator | None = None
+
+    def attach(self, accelerator: Accelerator) -> None:
+        """Predict under the autocast of `accelerator` from now on."""
+        self._accelerator = accelerator
+
+    def predict_pairs(
+        self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
+    ) -> PairPredictions:
+        """Noisy latents of a collated batch, and what policy and reference predict of them.
+
+        Args:
+            model (`nn.Module`): The policy as the engine wrapped it.
+            inputs (`dict[str, Any]`): A batch of the collator, on the device.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Predict with these instead of the
+                policy's own weights.
+        """
+        batch = self.noisy_batch(inputs)
+        # The reference first: its activations are freed before the policy's are kept for the backward pass.
+        (reference,) = self.predict_reference(model, [batch])
+        with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
+            return PairPredictions(batch, self.predict(policy, batch), reference, inputs.get("scores"))
+
+    def loss(self, predictions: PairPredictions, safeguard: str | None = None) -> PreferenceLossOutput:
+        """The loss of predictions, with the safeguard of the settings if that is one in output space.
+
+        Args:
+            predictions ([`PairPredictions`]): Of B pairs.
+            safeguard (`str`, *optional*): `"output"` or `"none"` instead of the settings' own.
+        """
+        settings = self.loss_settings
+        if safeguard is None:
+            safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
+        noise_levels = predictions.batch.noise_levels.chunk(2)[0]
+        return diffusion_preference_loss(
+            predictions.policy,
+            predictions.batch.target,
+            predictions.reference,
+            loss_type=settings.loss_type,
+            beta=settings.beta,
+            safeguard=safeguard,
+            safeguard_mu=settings.safeguard_mu,
+            safeguard_granularity=settings.safeguard_granularity,
+            safeguard_eps=settings.safeguard_eps,
+            timestep_weights=self.timestep_weights(predictions.batch),
+            loser_weights=self.loser_weights(noise_levels),
+            noise_bins=noise_bin_of(noise_levels, settings.num_noise_bins),
+            num_noise_bins=settings.num_noise_bins,
+            scores=predictions.scores,
+            **settings.loss_kwargs,
+        )
+
+    def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
+        """A batch's metrics without those whose names the parameter-space safeguard has for its own."""
+        if self.loss_settings.safeguard != "parameter":
+            return outputs.metrics
+        return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}
+
+    # ---- Its parts ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:
+        """Images and prompts of a collated batch, encoded, at the timestep and with the noise of their pair."""
+        latents, conditioning = self.encode(inputs)
+        timesteps, noise, perturbation = self.draw_noise(inputs["seeds"], latents)
+        return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
+
+    def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
+        pixels = pixels_as_floats(inputs["pixel_values"])
+        generators = self.generators([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
+        # A VAE may return channels-last latents. Convolutions keep that layout without gradients and drop it with them,
+        # so that policy and reference would round differently.
+        latents = self.family.encode_images(pixels, [*generators, *generators]).contiguous()
+        conditioning = self.family.encode_prompts(inputs["prompts"])  # one for a pair's two images
+        conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+        sizes = self.family.size_conditioning(
+            inputs["original_sizes"], inputs["crop_top_lefts"], tuple(pixels.shape[-2:])
+        )
+        return latents, conditioning | sizes
+
+    def draw_noise(
+        self, seeds: Sequence[int], latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One timestep, noise and input perturbation a pair, from the pair's own seed, for both halves.
+
+        Returns:
+            Timesteps `(2B,)`, noise `(2B, ...)`, and the perturbation `(2B, ...)` where there is one.
+        """
+        generators, settings = self.generators(seeds), self.noise_settings
+        shape = (len(seeds), *latents.shape[1:])
+        uniform = torch.cat([torch.rand(1, generator=generator, device=latents.device) for generator in generators])
+        noise = randn_tensor(shape, generators, latents.device, latents.dtype)
+        if settings.noise_offset:
+            constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
+            noise = noise + settings.noise_offset * randn_tensor(constant, generators, latents.device, latents.dtype)
+        perturbation = None
+        if settings.input_perturbation:
+            perturbation = settings.input_perturbation * randn_tensor(shape, generators, latents.device, latents.dtype)
+            perturbation = torch.cat([perturbation, perturbation])
+        length = self.family.image_seq_len(latents)
+        timesteps = self.family.noise_process.timesteps(uniform, image_seq_len=length, **settings.timesteps)
+        return torch.cat([timesteps, timesteps]), torch.cat([noise, noise]), perturbation
+
+    def add_noise(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        perturbation: torch.Tensor | None = None,
+    ) -> NoisyBatch:
+        """Clean latents `(N, ...)` with noise at their timesteps `(N,)`; the target knows nothing of a perturbation."""
+        process = self.family.noise_process
+        return NoisyBatch(
+            process.add_noise(latents, noise if perturbation is None else noise + perturbation, timesteps),
+            process.target(latents, noise, timesteps),
+            timesteps,
+            conditioning,
+            process.noise_level(timesteps, self.family.image_seq_len(latents)),
+        )
+
+    def predict(self, denoiser: nn.Module, batch: NoisyBatch) -> torch.Tensor:
+        """A denoiser's prediction `(N, ...)` in float32, under the autocast of training."""
+        with self._accelerator.autocast():
+            return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
+
+    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
+        """The reference's prediction of each batch, without a graph; `None` of no reference."""
+        with torch.no_grad(), self.reference.active(model) as reference:
+            return [None if reference is None else self.predict(reference, batch) for batch in batches]
+
+    def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
+        """One generator a pair: its draws depend on neither its place in the batch nor the batch's size."""
+        return [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
+
+    def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
+        """What the losers' gradients are multiplied by besides lambda, `(B,)`, from the pairs' noise levels `(B,)`;
+        `None` of no range and no budget."""
+        weights: torch.Tensor | None = None
+        if self.loss_settings.loser_noise_range is not None:
+            weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)
+        if self.budget is not None:
+            scales = self.budget.weights(noise_levels)
+            weights = scales if weights is None else weights * scales
+        return weights
+
+    def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
+        """What the pairs' errors are multiplied by, `(B,)`; `None` of no weighting."""
+        settings, length = self.loss_settings, self.family.image_seq_len(batch.noisy)
+        weighting = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
+        return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
+
+
+@contextlib.contextmanager
+def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Networks in evaluation mode, then each of their modules in the mode it had."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

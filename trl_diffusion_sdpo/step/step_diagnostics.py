@@ -1,0 +1,103 @@
+"""Measurements of single optimizer steps under the parameter-space safeguard: lambda of output space beside its own,
+and the change of the winners' error, predicted from its gradient and realised by the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..engines.gradient_backends import GradientBackend
+from ..engines.gradients import Gradient, inner_products
+from ..engines.sharding import local_tensor
+from ..losses import batch_mean_error
+from .meters import MetricMeter
+from .noisy_batch import NoisyBatch
+from .pair_forward import PairForward, PairPredictions
+
+
+@dataclass
+class _Measured:
+    """What is kept of a measured step until the weights have moved.
+
+    Args:
+        winners (`list[NoisyBatch]`): Those of each micro-batch.
+        errors (`list[torch.Tensor]`): Their mean errors before the step, `()` each.
+        weights (`list[torch.Tensor]`): The trained weights, or this process's shards, before the step.
+        gradient (`list[torch.Tensor]`): The mean winner error's, over the whole batch of the step.
+        finite (`torch.Tensor` of shape `()`): Whether the step's gradients were finite; a skipped step counts for
+            nothing.
+        loss_scale (`float`): By which `gradient` is multiplied.
+    """
+
+    winners: list[NoisyBatch] = field(default_factory=list)
+    errors: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    gradient: Gradient = field(default_factory=list)
+    finite: torch.Tensor | None = None
+    loss_scale: float = 1.0
+
+
+class StepDiagnostics:
+    """Measures every so many optimizer steps.
+
+    Args:
+        forward ([`PairForward`]): The forward passes.
+        meter ([`MetricMeter`]): Of training.
+        every (`int`): Optimizer steps between two measurements.
+    """
+
+    def __init__(self, forward: PairForward, meter: MetricMeter, every: int):
+        self._forward, self._meter, self._every = forward, meter, every
+        self._measured: _Measured | None = None
+
+    def attach(self, model: nn.Module, backend: GradientBackend) -> None:
+        """Measure `model`, the policy as the engine wrapped it, whose gradients `backend` has, from now on."""
+        self._model, self._backend, self._measured = model, backend, None
+
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step `step`, counted from 1, is measured."""
+        return step % self._every == 0
+
+    def record(self, winners: NoisyBatch, predictions: PairPredictions) -> None:
+        """A micro-batch's winners and their error, and the lambda of output space."""
+        self._measured = self._measured or _Measured()
+        self._measured.winners.append(winners)
+        winner_pred = predictions.policy.detach().chunk(2)[0]
+        self._measured.errors.append(batch_mean_error(winner_pred - winners.target.float()))
+        metrics = self._forward.loss(predictions, safeguard="output").metrics
+        logged = {f"safeguard/output_{name}": metrics[f"safeguard/{name}"] for name in ("scale", "cosine")}
+        self._meter.add(logged, len(winners.noisy))
+
+    def before_step(self, gradient: Gradient | None, finite: torch.Tensor) -> None:
+        """Keep the weights and the gradient `gradient` of the mean winner error, where the step is measured."""
+        if self._measured is None:
+            return
+        self._measured.gradient, self._measured.finite = gradient, finite
+        self._measured.loss_scale = self._backend.loss_scale  # the scaler's next step may change it
+        self._measured.weights = [weight.clone() for weight in self._backend.weights()]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Log what the optimizer's step did to the winners' error, and what the gradient predicts of the same move."""
+        measured, self._measured = self._measured, None
+        if measured is None:
+            return
+        for winners, before in zip(measured.winners, measured.errors, strict=True):
+            residual = self._forward.predict(self._model, winners) - winners.target.float()
+            weight = len(winners.noisy) * measured.finite
+            self._meter.add({"safeguard/realised_winner_change": batch_mean_error(residual) - before}, weight)
+        moves = [now - before for now, before in zip(self._backend.weights(), measured.weights, strict=True)]
+        gradient = [None if part is None else local_tensor(part) for part in measured.gradient]
+        products = self._backend.sum_over_shards(inner_products([_shaped_like(gradient, moves), moves]))
+        predicted = torch.where(measured.finite, products[0, 1] / measured.loss_scale, 0)
+        self._meter.add({"safeguard/predicted_winner_change": predicted}, measured.finite)
+
+
+def _shaped_like(gradient: Gradient, moves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A gradient in float32 and in the shapes of the weights; zeros for weights that took no part."""
+    return [
+        torch.zeros_like(move) if part is None else part.float().reshape(move.shape)
+        for part, move in zip(gradient, moves, strict=True)
+    ]

@@ -1,0 +1,96 @@
+"""A checkpoint when the run is interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..engines.processes import in_any_process
+from ..engines.step_exchange import StepExchange
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+class CheckpointOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a checkpoint after the current step and a regular end; a second
+    one raises `KeyboardInterrupt` at once.
+
+    Acts between begin and end of training and only in the main thread, where Python allows signal handlers. If
+    training ends by an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop
+    together after the step in which any of them was interrupted, or the next.
+
+    Attributes:
+        interrupted (`signal.Signals` or `None`): The signal that ended the latest training, if one did.
+        exchange (`StepExchange` or `None`): Where processes agree without waiting; set by [`step_exchange`].
+    """
+
+    def __init__(self):
+        self.interrupted: signal.Signals | None = None
+        self.exchange: StepExchange | None = None
+        self._agreed = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._owner = os.getpid()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._agreed, self.interrupted = False, None
+        self.restore_handlers()
+        self._owner = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in INTERRUPTS}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        asked = self.interrupted is not None
+        if in_any_process(asked, args.device) if self.exchange is None else self.exchange.stops(asked):
+            self._agreed, self.interrupted = True, self.interrupted or signal.SIGINT  # all processes end alike
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.restore_handlers()
+        if not self._agreed:  # the run was over when the signal came; other processes have not seen it
+            self.interrupted = None
+
+    def restore_handlers(self) -> None:
+        """Give the signals back to whoever had them before; harmless when called again."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return self._on_signal_in_worker(number)
+        if self.interrupted is not None:
+            self.restore_handlers()
+            raise KeyboardInterrupt(f"interrupted again by {signal.Signals(number).name}")
+        self.interrupted = signal.Signals(number)
+        logger.warning(
+            "%s: training stops with a checkpoint after this step. Once more stops at once, without a checkpoint.",
+            self.interrupted.name,
+        )
+
+    def _on_signal_in_worker(self, number: int) -> None:
+        """A forked data loader worker has inherited the handler. A terminal sends Ctrl-C to it as well, and it must go
+        on until the step is done; SIGTERM is how it is told to end."""
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
+    """An exchange that tells all processes of a signal that a [`CheckpointOnInterrupt`] among the callbacks of one of
+    them has received."""
+    interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
+    exchange = StepExchange(lambda: any(callback.interrupted is not None for callback in interrupts))
+    for callback in interrupts:
+        callback.exchange = exchange
+    return exchange
