@@ -42,7 +42,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_whoever_writes_the_disk_is_named(small_disk, writer):
-    with pytest.raises(DiskFullError) as told, naming_the_disk(small_disk / "run", lambda: 4 * SIZE):
+    with pytest.raises(DiskFullError) as told, naming_the_disk(small_disk / "run", 4 * SIZE):
         WRITERS[writer](small_disk)
     assert str(told.value).startswith(f"The disk of {small_disk / 'run'} is full: ")
     assert "at least 1.2 MB are needed" in str(told.value) and told.value.errno == errno.ENOSPC

@@ -98,12 +98,12 @@ def test_a_card_with_nothing_to_tell_says_so():
         settings={}, metrics={}, gallery=[], versions={}, dataset_name=None, base_model=None, hub_model_id=None
     )
     text = build_model_card(empty).text
-    assert "No sample images were drawn" in text and text.count("None were recorded.") == 2
+    assert "No sample images were generated" in text and text.count("None were recorded.") == 2
     assert "path/to/sd-tuned" in text and "path/to/base-pipeline" in text
 
 
 def test_the_safeguard_is_only_claimed_where_it_acted():
-    claim = "whose safeguard holds back"
+    claim = "whose safeguard scales down"
     assert claim in build_model_card(facts(settings={"safeguard": "output"})).text
     plain = build_model_card(facts(settings={"safeguard": "none"})).text
     assert claim not in plain and "its safeguard switched off" in plain
@@ -129,7 +129,7 @@ def test_of_local_folders_only_the_name_is_told(path):
     card = build_model_card(facts(base_model=path, dataset_name=path, settings={"output_dir": path, "beta": 1.0}))
     assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
     assert "base_model_relation" not in metadata(card)
-    assert "`sd` stands for the pipeline that was tuned" in card.text
+    assert "`sd` is a placeholder: the pipeline that was tuned" in card.text
     body = re.sub(r"\| `output_dir`.*", "", str(card)) if path == "someone/a/sd" else str(card)
     assert "someone" not in body
 

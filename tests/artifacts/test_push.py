@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.artifacts.hub import PublishingError, Uploads
-from trl_diffusion_sdpo.trainer.publishing import PublishingMixin, mean_loss
+from trl_diffusion_sdpo.artifacts.model_card import mean_loss
+from trl_diffusion_sdpo.artifacts.publishing import Publisher
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -110,9 +111,9 @@ def test_saving_publishes_where_it_was_asked_for(make_trainer, hub_server):
 
 def test_saving_writes_once_and_not_while_an_upload_reads(make_trainer, hub_server, monkeypatch):
     trainer = make_trainer(push_to_hub=True, hub_model_id="tester/run", max_steps=1, peft_config=LoraConfig(r=4))
-    save, idle = trainer._save, []
-    monkeypatch.setattr(trainer, "_save", lambda folder: (idle.append(trainer._uploads.is_done()), save(folder)))
-    trainer._uploads._jobs.append(trainer._uploads._api.run_as_future(time.sleep, 1))
+    save, uploads, idle = trainer._save, trainer.publisher.uploads, []
+    monkeypatch.setattr(trainer, "_save", lambda folder: (idle.append(uploads.is_done()), save(folder)))
+    uploads._jobs.append(uploads._api.run_as_future(time.sleep, 1))
     trainer.save_model()
     assert idle == [True]
 
@@ -256,10 +257,11 @@ def wait_for_the_upload_of_the_first(rank: int, folder: str) -> None:
     """Two processes whose collectives have three seconds, and an upload of six in the first."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
-    uploads = Uploads()
+    publisher = Publisher(SimpleNamespace())
+    publisher.uploads = uploads = Uploads()
     if rank == 0:
         uploads._jobs.append(uploads._api.run_as_future(time.sleep, 6))
-    PublishingMixin._finish_current_push(SimpleNamespace(_uploads=uploads))
+    publisher.wait()
     dist.all_reduce(torch.ones(1), group=short)
     dist.destroy_process_group()
 

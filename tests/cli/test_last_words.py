@@ -3,8 +3,8 @@
 import pytest
 
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.runs import run_files
 from trl_diffusion_sdpo.runs.run_lock import LOCK_FILE
-from trl_diffusion_sdpo.trainer import saving
 
 
 @pytest.mark.parametrize("rate, word", [("1e-7", "kept"), ("0.3", "ruined")])
@@ -12,13 +12,13 @@ def test_the_last_words_are_the_verdict_and_the_folder_is_held_until_the_weights
     rate, word, sd_folder, make_pairs, tmp_path, capsys, monkeypatch
 ):
     make_pairs().save_to_disk(str(tmp_path / "pairs"))
-    held, write = [], saving.write_setup
+    held, write = [], run_files.write_setup
 
     def watched(folder, setup):
         held.append((tmp_path / "run" / LOCK_FILE).is_file())
         write(folder, setup)
 
-    monkeypatch.setattr(saving, "write_setup", watched)
+    monkeypatch.setattr(run_files, "write_setup", watched)
     words = {
         "model_name_or_path": sd_folder,
         "dataset_name": tmp_path / "pairs",

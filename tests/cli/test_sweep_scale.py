@@ -139,7 +139,7 @@ def test_weights_at_a_scale_are_given_back_exactly(make_trainer, lora_run, full_
     trainer = make_trainer(peft_config=run.lora)
     denoiser = trainer.denoiser
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    weights = ScaledWeights(denoiser, "unet", trainer.adapter, run.weights)
+    weights = ScaledWeights(trainer.weight_files, run)
     with weights.active(0.5):
         during = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     after = denoiser.state_dict()

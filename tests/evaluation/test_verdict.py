@@ -2,12 +2,11 @@
 
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig
 
-from trl_diffusion_sdpo.evaluation.verdict import judge, verdict_of
+from trl_diffusion_sdpo.evaluation.verdict import Run, judge, verdict_of
 from trl_diffusion_sdpo.losses import loss_spec
 
 
@@ -33,11 +32,10 @@ def test_the_rule(change, level, word):
     assert judge(change, level) == word
 
 
-def trained(history, *, moves=False, given=False, best=None, safeguard="output", loss="sigmoid"):
-    """What a trainer shows of itself after a training with such logs."""
-    args = SimpleNamespace(sync_ref_model=moves, load_best_model_at_end=best is not None, safeguard=safeguard)
-    state = SimpleNamespace(log_history=history, best_global_step=best)
-    return SimpleNamespace(args=args, state=state, gave_reference=given, loss_spec=loss_spec(loss))
+def verdict_on(history, *, moves=False, given=False, best=None, safeguard="output", loss="sigmoid"):
+    """The verdict on a training with such logs."""
+    uses_loser = loss_spec(loss).uses_loser
+    return verdict_of(history, Run(moves, given, uses_loser, safeguard != "none", "_ema"), best)
 
 
 def evaluated(step, winner, change=None, prefix="eval", **levels) -> dict:
@@ -48,54 +46,54 @@ def evaluated(step, winner, change=None, prefix="eval", **levels) -> dict:
 
 
 def test_a_model_whose_held_out_error_is_seven_times_as_large_is_ruined():
-    verdict = verdict_of(trained([evaluated(40, 0.053, 0.003), evaluated(240, 0.365, 0.315, _0=0.4, _7=60.0)]))
+    verdict = verdict_on([evaluated(40, 0.053, 0.003), evaluated(240, 0.365, 0.315, _0=0.4, _7=60.0)])
     assert verdict.word == "ruined"
     assert verdict.finding == (
         "Verdict: ruined. The error on the preferred images of the evaluation pairs is 630.0% above that before "
-        "training (0.365 against 0.05) at step 240; the noise level that changed most for the worse is 7, +6000.0%."
+        "training (0.365 against 0.05) at step 240; the noise bin with the largest increase is 7, +6000.0%."
     )
     assert "Do not use these weights" in verdict.advice and "lowest at step 40 (+6.0%)" in verdict.advice
 
 
 def test_a_kept_model_needs_no_advice():
-    verdict = verdict_of(trained([evaluated(10, 0.101, 0.001, _0=0.02)]))
+    verdict = verdict_on([evaluated(10, 0.101, 0.001, _0=0.02)])
     assert (verdict.word, verdict.advice) == ("kept", "")
     assert "1.0% above that before training" in str(verdict)
 
 
 def test_advice_goes_by_what_is_set():
     worse = [evaluated(10, 0.12, 0.02)]
-    assert "a `safeguard` or a `winner_budget`" in verdict_of(trained(worse, safeguard="none")).advice
-    assert "a larger `safeguard_mu`" in verdict_of(trained(worse)).advice
-    assert "safeguard" not in verdict_of(trained(worse, loss="sft", safeguard="none")).advice
+    assert "a `safeguard` or a `winner_budget`" in verdict_on(worse, safeguard="none").advice
+    assert "a larger `safeguard_mu`" in verdict_on(worse).advice
+    assert "safeguard" not in verdict_on(worse, loss="sft", safeguard="none").advice
 
 
 def test_an_evaluation_before_the_first_step_is_what_counts():
     """Against the reference, which is another model here, the error has fallen; since the start it has doubled."""
     history = [evaluated(0, 0.1, -0.4), evaluated(5, 0.21, -0.29)]
-    assert verdict_of(trained(history, given=True)).word == "ruined"
-    assert "58.0% below that of the reference" in verdict_of(trained(history[1:], given=True)).finding
+    assert verdict_on(history, given=True).word == "ruined"
+    assert "58.0% below that of the reference" in verdict_on(history[1:], given=True).finding
 
 
 def test_a_reference_that_moves_is_no_measure_and_the_first_evaluation_is():
     history = [evaluated(10, 0.1, 0.0), evaluated(20, 0.11, 0.0)]
-    assert "10.0% above that at step 10" in verdict_of(trained(history, moves=True)).finding
-    assert verdict_of(trained(history[:1], moves=True)) is None
-    assert verdict_of(trained([evaluated(10, 0.1)])) is None  # nor is there one without a reference
+    assert "10.0% above that at step 10" in verdict_on(history, moves=True).finding
+    assert verdict_on(history[:1], moves=True) is None
+    assert verdict_on([evaluated(10, 0.1)]) is None  # nor is there one without a reference
 
 
 def test_of_several_sets_the_worst_counts_and_averages_are_told_beside():
     history = [
         evaluated(5, 0.1, 0.0, "eval_a") | evaluated(5, 0.2, 0.1, "eval_b") | evaluated(5, 0.102, 0.002, "eval_b_ema")
     ]
-    verdict = verdict_of(trained(history))
+    verdict = verdict_on(history)
     assert verdict.word == "worse" and "100.0% above" in verdict.finding
     assert "That of the averaged weights is 2.0% above that before training." in verdict.finding
 
 
 def test_the_best_checkpoint_is_judged_where_it_was_loaded():
     history = [evaluated(10, 0.09, -0.01), evaluated(20, 0.9, 0.8)]
-    assert verdict_of(trained(history, best=10)).word == "better"
+    assert verdict_on(history, best=10).word == "better"
 
 
 def test_without_evaluation_the_last_ten_logs_of_training_count():
@@ -103,15 +101,15 @@ def test_without_evaluation_the_last_ten_logs_of_training_count():
         return {"step": step, "loss": 0.5, "errors/winner": winner, "errors/winner_change": change}
 
     history = [log(1, 0.9, 0.8), *[log(step, 0.13, 0.03) for step in range(2, 12)], {"step": 11, "train_runtime": 1.0}]
-    verdict = verdict_of(trained(history))
+    verdict = verdict_on(history)
     assert verdict.word == "worse" and "training pairs is 30.0% above" in verdict.finding
     assert "nothing is known of other pairs" in verdict.finding
-    assert verdict_of(trained([])) is None
+    assert verdict_on([]) is None
 
 
 def test_an_error_that_is_no_number_is_ruined():
-    assert verdict_of(trained([evaluated(3, math.nan, math.nan)])).word == "ruined"
-    assert verdict_of(trained([evaluated(0, 0.1), evaluated(3, math.inf)])).word == "ruined"
+    assert verdict_on([evaluated(3, math.nan, math.nan)]).word == "ruined"
+    assert verdict_on([evaluated(0, 0.1), evaluated(3, math.inf)]).word == "ruined"
 
 
 # ---- Said ------------------------------------------------------------------------------------------------------------

@@ -200,8 +200,8 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(make_trainer, 
     resumed = make_trainer(max_steps=6)
     resumed.train(resume_from_checkpoint=True)
 
-    assert f"Passing over {newest}: trainer_state.json has 1 bytes" in caplog.text
-    assert f"Going on from {newest.with_name('checkpoint-2')}, the newest checkpoint that is whole." in caplog.text
+    assert f"Skipping {newest}: trainer_state.json has 1 bytes" in caplog.text
+    assert f"Resuming from {newest.with_name('checkpoint-2')}, the newest undamaged checkpoint." in caplog.text
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(ValueError, match="written to its end"):
         make_trainer(max_steps=6).train(resume_from_checkpoint=str(newest))

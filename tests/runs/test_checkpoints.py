@@ -120,7 +120,7 @@ def test_latest_begins_anew_where_the_first_save_was_cut_off(build, run, caplog)
     trainer = build(max_steps=3)
     trainer.train(resume_from_checkpoint="latest")
     assert trainer.state.global_step == 3
-    assert f"Passing over {run / 'checkpoint-2'}: it was not written to its end." in caplog.text
+    assert f"Skipping {run / 'checkpoint-2'}: it was not written to its end." in caplog.text
 
 
 # ---- Whole or damaged ------------------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ def test_a_damage_of_any_file_is_named_and_the_checkpoint_before_it_is_taken(bui
             kept = (newest / name).read_bytes()
             damage = harm(newest / name)
             caplog.clear()
-            assert trainer._checkpoints.newest(run) == run / "checkpoint-2"
-            assert f"Passing over {newest}: {name} {damage}." in caplog.text
-            assert f"Going on from {run / 'checkpoint-2'}, the newest checkpoint that is whole." in caplog.text
+            assert trainer.run_files.checkpoints.newest(run) == run / "checkpoint-2"
+            assert f"Skipping {newest}: {name} {damage}." in caplog.text
+            assert f"Resuming from {run / 'checkpoint-2'}, the newest undamaged checkpoint." in caplog.text
             (newest / name).write_bytes(kept)
-    assert trainer._checkpoints.newest(run) == newest
+    assert trainer.run_files.checkpoints.newest(run) == newest
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(build, run, tmp_path):
@@ -189,7 +189,7 @@ def test_a_checkpoint_without_a_manifest_resumes_with_a_word(build, run, caplog)
     trainer = build(max_steps=5)
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
     assert trainer._initial_global_step == 4
-    assert f"{run / 'checkpoint-4'} has no checksums, as older versions wrote it" in caplog.text
+    assert f"{run / 'checkpoint-4'} has no checksums: its files cannot be checked" in caplog.text
     (run / "checkpoint-4" / MANIFEST).unlink(missing_ok=True)
     (run / "checkpoint-4" / "scheduler.pt").unlink()
     with pytest.raises(ValueError, match="checkpoint-4 is not: scheduler.pt is missing"):
@@ -199,7 +199,7 @@ def test_a_checkpoint_without_a_manifest_resumes_with_a_word(build, run, caplog)
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"sequence": 1, "complete": true, "files": [1]}'])
 def test_a_manifest_that_is_none_makes_no_checkpoint(build, run, content):
     (run / "checkpoint-4" / MANIFEST).write_text(content)
-    assert build()._checkpoints.newest(run) == run / "checkpoint-2"
+    assert build().run_files.checkpoints.newest(run) == run / "checkpoint-2"
 
 
 def test_the_settings_of_a_checkpoint_are_those_that_were_given(build, tmp_path):
@@ -274,19 +274,19 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(buil
     trainer = build(max_steps=3, save_steps=1, save_total_limit=1)
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert kept(run) == ["checkpoint-3"]
-    assert trainer._checkpoints.newest(run) == run / "checkpoint-3"
+    assert trainer.run_files.checkpoints.newest(run) == run / "checkpoint-3"
 
 
 def test_the_newest_is_the_one_that_was_written_last(build, run):
     build(max_steps=3, save_steps=1).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert kept(run) == ["checkpoint-2", "checkpoint-3"]  # that of step 4, of the line that was left, is moved aside
-    assert build()._checkpoints.newest(run) == run / "checkpoint-3"
+    assert build().run_files.checkpoints.newest(run) == run / "checkpoint-3"
 
 
 def test_the_order_of_writing_goes_before_the_step(build, run):
     (run / "checkpoint-2").rename(run / "checkpoint-9")
     os.utime(run / "checkpoint-4", (0, 0))
-    assert build()._checkpoints.newest(run) == run / "checkpoint-4"
+    assert build().run_files.checkpoints.newest(run) == run / "checkpoint-4"
 
 
 def test_a_broken_checkpoint_takes_no_place_of_a_whole_one(build, run):

@@ -128,13 +128,13 @@ def test_a_schedule_without_a_base_rate_is_scaled_by_the_arguments(make):
     assert rates(resumed) == pytest.approx([8e-4, 8e-4, 2e-4, 2e-4])
 
 
-def test_under_deepspeed_a_last_rate_is_scaled_once(make, tmp_path, monkeypatch):
+def test_under_deepspeed_a_last_rate_is_scaled_once(make, tmp_path):
     """As an engine's checkpoint is loaded; optimizer and schedule are torch's own here, and no engine reads any."""
     with_scheduler(make, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
     resumed = with_scheduler(make, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
-    resumed._settings_before = {"learning_rate": 8e-4}
-    monkeypatch.setattr(resumed, "_read_deepspeed_state", lambda folder: None)
-    resumed._load_engine_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    assert resumed.run_files.resume_point(checkpoint, resumed._setup) == checkpoint
+    resumed._load_engine_checkpoint(checkpoint)
     assert [group["lr"] for group in groups(resumed)] == pytest.approx([2e-4])
 
 

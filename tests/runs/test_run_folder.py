@@ -155,7 +155,7 @@ def test_where_latest_finds_only_damaged_checkpoints_of_the_right_size_the_way_o
     make(2).train()
     file = tmp_path / "run" / "checkpoint-2" / "optimizer.pt"
     file.write_bytes(b"0" * file.stat().st_size)
-    with pytest.raises(ValueError, match="all were passed over as damaged, only their sizes are right: delete them"):
+    with pytest.raises(ValueError, match="all were skipped as damaged, only their sizes are right: delete them"):
         make(4).train(resume_from_checkpoint="latest")
     make(4, overwrite_output_dir=True).train(resume_from_checkpoint="latest")
     assert (tmp_path / "run" / "previous-run-1" / "checkpoint-2" / "optimizer.pt").is_file()

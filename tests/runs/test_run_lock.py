@@ -17,7 +17,7 @@ import sys, time
 from pathlib import Path
 from trl_diffusion_sdpo.runs.run_lock import RunLock
 
-RunLock(Path(sys.argv[1]), beat=0.05).acquire()
+RunLock(Path(sys.argv[1]), heartbeat=0.05).acquire()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -35,7 +35,7 @@ def other(tmp_path):
 
 
 def lock(folder) -> RunLock:
-    return RunLock(folder, beat=0.05, patience=0.3)
+    return RunLock(folder, heartbeat=0.05, timeout=0.3)
 
 
 def write_lock(folder, **other) -> str:
@@ -56,7 +56,7 @@ def test_a_killed_run_blocks_nobody_even_before_its_parent_has_waited_for_it(oth
     started = time.monotonic()
     mine = lock(tmp_path)
     mine.acquire()
-    assert time.monotonic() - started < 0.3  # at once: no patience where the process can be looked at
+    assert time.monotonic() - started < 0.3  # at once: no timeout for a local process
     assert f"from process {other.pid}" in caplog.text
     assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     mine.release()
@@ -95,7 +95,7 @@ def test_a_lock_from_elsewhere_that_gives_signs_of_life_is_kept(tmp_path):
     holder.acquire()
     holder._text = write_lock(tmp_path, host="node17", pid=4711)
     with pytest.raises(FolderInUseError, match=r"process 4711 on node17 .*delete"):
-        RunLock(tmp_path, beat=0.05, patience=10).acquire()
+        RunLock(tmp_path, heartbeat=0.05, timeout=10).acquire()
     holder.release()
 
 
@@ -108,7 +108,7 @@ def test_a_lock_that_somebody_else_has_taken_over_is_left_to_him(tmp_path):
     mine = lock(tmp_path)
     mine.acquire()
     text = write_lock(tmp_path, host="node17")
-    time.sleep(0.12)  # two beats: nor is a sign given on behalf of somebody else
+    time.sleep(0.12)  # two heartbeats: none is sent for another process
     changed = (tmp_path / LOCK_FILE).stat().st_mtime_ns
     time.sleep(0.12)
     assert (tmp_path / LOCK_FILE).stat().st_mtime_ns == changed
@@ -120,7 +120,7 @@ def test_a_lock_that_is_away_for_a_moment_gives_signs_of_life_again(tmp_path):
     mine = lock(tmp_path)
     mine.acquire()
     (tmp_path / LOCK_FILE).rename(tmp_path / "away")
-    time.sleep(0.2)  # four beats
+    time.sleep(0.2)  # four heartbeats
     (tmp_path / "away").rename(tmp_path / LOCK_FILE)
     os.utime(tmp_path / LOCK_FILE, (0, 0))
     until = time.monotonic() + 10
@@ -179,5 +179,5 @@ sys.stdin.readline()
 def test_the_holder_names_machine_and_process():
     holder = Holder.this_process()
     assert (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
-    assert holder.can_be_seen and holder.lives
-    assert not replace(holder, pid=2**22 + 1).lives
+    assert holder.is_local and holder.is_running
+    assert not replace(holder, pid=2**22 + 1).is_running

@@ -1,1 +1,1 @@
-"""What is written for others to read: weights, LoRA files, the model card, uploads to the Hub."""
+"""Files for others: tuned weights, LoRA formats, the set-up file, the model card, uploads to the Hub."""

@@ -1,4 +1,4 @@
-"""Full disks: whatever library was writing, one sentence with the folder and what is free there."""
+"""One error for a full disk, whatever library was writing, that names the folder and its free space."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LITTLE = 64 * 2**20  # bytes; with more than this free, it may have been another disk that is full
+LITTLE = 64 * 2**20  # bytes; with more than this free, another disk may be the full one
 
 
 class DiskFullError(OSError):
-    """A file could not be written to its end; the message says where, and what is free there."""
+    """A file could not be written completely; the message names the folder and its free space."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -24,12 +24,12 @@ class DiskFullError(OSError):
 
 
 @contextlib.contextmanager
-def naming_the_disk(folder: str | os.PathLike, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Have a full disk end what is done within with a `DiskFullError` that names the disk.
+def naming_the_disk(folder: str | os.PathLike, needed: int | None = None) -> Iterator[None]:
+    """Turn errors of a full disk within the context into a `DiskFullError`.
 
     Args:
         folder (`str` or `os.PathLike`): In which files are written; it need not exist yet.
-        needed (`Callable`, *optional*): At least how many bytes; called on a full disk only.
+        needed (`int`, *optional*): Lower bound of the bytes to be written.
     """
     try:
         yield
@@ -39,14 +39,14 @@ def naming_the_disk(folder: str | os.PathLike, needed: Callable[[], int] | None 
         try:
             free = free_bytes(Path(folder))
         except OSError:
-            free = None  # storage that cannot be asked: what came first is the error to see
+            free = None  # unreachable storage: the first error is the one to raise
         if free is None or not _is_of_a_full_disk(error, free):
             raise
         raise DiskFullError(_message(error, Path(folder), free, needed)) from error
 
 
 def free_bytes(folder: Path) -> int:
-    """Free on the disk of a folder, or of the nearest above it that exists."""
+    """Free space on the disk of a folder, or of its nearest parent that exists."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -56,15 +56,14 @@ def _is_of_a_full_disk(error: Exception, free: int) -> bool:
         return error.errno in FULL
     if isinstance(error, SafetensorError):  # written by Rust, whose errors arrive as text
         return any(f"(os error {number})" in str(error) for number in FULL)
-    return "inline_container" in str(error) and free < LITTLE  # of `torch.save`, which tells no reason
+    return "inline_container" in str(error) and free < LITTLE  # of `torch.save`, which names no cause
 
 
-def _message(error: Exception, folder: Path, free: int, needed: Callable[[], int] | None) -> str:
-    wanted = None if needed is None else needed()
+def _message(error: Exception, folder: Path, free: int, needed: int | None) -> str:
     if isinstance(error, OSError) and error.errno == errno.EDQUOT:
         return f"The quota of the disk of {folder} is used up. Free some of it, or choose another `output_dir`."
-    if free < max(LITTLE, wanted or 0):
-        ask = "" if wanted is None else f", and at least {_readable(wanted)} are needed"
+    if free < max(LITTLE, needed or 0):
+        ask = "" if needed is None else f", and at least {_readable(needed)} are needed"
         full = f"The disk of {folder} is full: {_readable(free)} are free{ask}."
         return f"{full} Free some, or choose another `output_dir`."
     return (

@@ -1,9 +1,7 @@
-"""The LoRA that a run saved, in the file format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI, Forge and
-others read."""
+"""A run's LoRA in the file format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI, Forge and others read."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,9 +13,10 @@ from ..families.lora_keys import Place, find_place
 from ..models.ema import EMA_FOLDER
 from .disk import naming_the_disk
 from .lora_scale import folded, ranks
-from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, SETUP_FILE
+from .setup import SETUP_FILE, read_setup
+from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX
 
-PREFIX = "lora_unet_"  # of transformers, too
+PREFIX = "lora_unet_"  # also of transformers
 _A, _B = "lora_A.weight", "lora_B.weight"
 Factors = tuple[torch.Tensor, torch.Tensor]  # (r, in, ...) and (out, r, ...)
 
@@ -28,20 +27,20 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     Args:
         run (`str` or `Path`): What `save_model` wrote, or a checkpoint.
         output (`str` or `Path`): The file, whose name ends in `.safetensors`.
-        average (`bool`): Whether the average of the weights that `ema_decay` kept is meant.
+        average (`bool`): Whether to export the averaged weights of `ema_decay`.
 
     Returns:
-        `dict[str, torch.Tensor]`: What was written.
+        `dict[str, torch.Tensor]`: The tensors that were written.
 
     Raises:
-        `ValueError`: If the folder holds no LoRA, the format has no place for it, or the file is there already.
+        `ValueError`: If the folder holds no LoRA, the format cannot hold it, or the file exists.
     """
     output = Path(output)
     if output.suffix != ".safetensors" or output.exists():
         raise ValueError(f"The output must be a new file whose name ends in .safetensors, got {output}.")
     denoiser_class, config, weights = _read(Path(run), average)
     converted = to_kohya(weights, config, denoiser_class)
-    with naming_the_disk(output.parent, lambda: sum(tensor.nbytes for tensor in converted.values())):
+    with naming_the_disk(output.parent, sum(tensor.nbytes for tensor in converted.values())):
         output.parent.mkdir(parents=True, exist_ok=True)
         save_file(converted, output, {"format": "pt"})
     return converted
@@ -52,11 +51,11 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
 
     Args:
         weights (`dict[str, torch.Tensor]`): Under their PEFT names.
-        config ([`~peft.LoraConfig`]): Under which they act.
+        config ([`~peft.LoraConfig`]): With the LoRA's ranks and alphas.
         denoiser_class (`str`): diffusers' class of the model.
 
     Raises:
-        `ValueError`: If the format has no place for the LoRA.
+        `ValueError`: If the format cannot hold the LoRA.
     """
     if config.use_dora:
         raise ValueError(
@@ -65,7 +64,7 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
         )
     others = [key for key in weights if not key.endswith((_A, _B))]
     if others:
-        raise ValueError(f"The format knows two factors of a module; this LoRA holds {others[0]} besides. Merge it.")
+        raise ValueError(f"The format knows two factors of a module; this LoRA also holds {others[0]}. Merge it.")
     weights, _ = folded(weights, config)
     parts: dict[str, dict[int, Factors]] = defaultdict(dict)
     places: dict[str, Place] = {}
@@ -73,7 +72,7 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
         place = find_place(denoiser_class, module)
         places[place.module] = place
         parts[place.module][place.part] = (weights[f"{module}.{_A}"], weights[f"{module}.{_B}"])
-    return _named({name: _above_one_another(places[name], parts[name]) for name in parts})
+    return _named({name: _stacked(places[name], parts[name]) for name in parts})
 
 
 def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Tensor]]:
@@ -86,15 +85,18 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
             f"The run must be a folder in which the trainer saved a LoRA; there is no {missing[0]}. Weights that were "
             "tuned in full are a model of their own, which other tools load in place of the base."
         )
-    setup = json.loads((run / SETUP_FILE).read_text(encoding="utf-8"))
     weights = load_file(folder / PEFT_FILE)
     config = LoraConfig.from_pretrained(str(folder))
-    return setup["denoiser_class"], config, {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
+    return (
+        read_setup(run)["denoiser_class"],
+        config,
+        {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()},
+    )
 
 
-def _above_one_another(place: Place, parts: dict[int, Factors]) -> Factors:
-    """One pair of factors `(sum r, in)` and `(sum out, sum r)` for matrices that the original model has in one: the
-    second factor is zero but for its blocks. Where a part has no LoRA, its rows are zero."""
+def _stacked(place: Place, parts: dict[int, Factors]) -> Factors:
+    """One pair of factors, `(sum r, in)` and `(sum out, sum r)`, for matrices that the original model stores stacked.
+    The second factor is block-diagonal; rows of matrices without a LoRA are zero."""
     if len(place.heights) == 1:
         return parts[0]
     heights = _heights(place, parts)
@@ -110,7 +112,7 @@ def _above_one_another(place: Place, parts: dict[int, Factors]) -> Factors:
 
 
 def _heights(place: Place, parts: dict[int, Factors]) -> list[int]:
-    """Rows of each part, known from the parts that have a LoRA."""
+    """Rows of each matrix, from those of the matrices with a LoRA."""
     known = {part: factors[1].shape[0] for part, factors in parts.items()}
     part, rows = next(iter(known.items()))
     relative = place.heights[part]
@@ -126,10 +128,10 @@ def _heights(place: Place, parts: dict[int, Factors]) -> list[int]:
 
 
 def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """Factors under their keys, with the alpha that has them act with scale 1, as they are.
+    """Factors under their keys, with the alpha for scale 1.
 
-    Where ranks differ, all modules get one alpha, and the second factors what then is missing: diffusers overlooks, of
-    a UNet's LoRA, alphas that differ from module to module.
+    Where ranks differ, all modules get the same alpha, and the second factors are multiplied by the remaining scale:
+    diffusers ignores alphas that differ between modules of a UNet's LoRA.
     """
     rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
     common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None

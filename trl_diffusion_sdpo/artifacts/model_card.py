@@ -1,11 +1,14 @@
-"""Writes the model card of a tuned model: what it is, how diffusers loads it, with which settings it was made and what
-to cite. A card is public, so neither tokens nor folders of the machine that trained reach it."""
+"""The model card of a tuned model: how diffusers loads it, its settings, metrics and citations. Cards are public, so
+tokens and local folders are left out."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..masking import names_secret, without_secrets
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-TUNINGS = {"lora": "adapter", "full": "finetune"}  # our word -> the Hub's relation to the base model
+TUNINGS = {"lora": "adapter", "full": "finetune"}  # `tuning` -> `base_model_relation` of the Hub
 COMMON_TAGS = ("text-to-image", "diffusers", "diffusers-training", "trl-diffusion-sdpo", "diffusion-sdpo", "dpo")
 LORA_TAGS = ("lora", "template:sd-lora")
 
@@ -50,32 +53,32 @@ _PROMPT = "a photo of an astronaut riding a horse"
 
 @dataclass(frozen=True)
 class ModelCardFacts:
-    """What a card says.
+    """The content of a card.
 
     Args:
-        model_name (`str`): Heading.
-        hub_model_id (`str`, *optional*): Repository the model is published as; a placeholder stands in without it.
+        model_name (`str`): The heading.
+        hub_model_id (`str`, *optional*): Repository of the model; a placeholder if unset.
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was tuned. Of a folder only the name is
-            written, and only a Hub id becomes metadata.
+            written; only a Hub id becomes metadata.
         pipeline_class (`str`): diffusers class of that pipeline.
         denoiser_name (`str`): Its attribute that was tuned, `"unet"` or `"transformer"`.
         tuning (`str`): `"lora"` or `"full"`.
-        loads_lora (`bool`): Whether the pipeline has `load_lora_weights`; PEFT reads the LoRA of one that has not.
+        loads_lora (`bool`): Whether the pipeline has `load_lora_weights`; PEFT loads the LoRA otherwise.
         generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call beside the prompt.
-        generated_image (`str`): Where an image lies in what the call returns.
-        dataset_name (`str`, *optional*): Hub id or folder of the preference data, treated as `base_model` is.
-        tags (`list[str]`): Joined to the usual ones.
-        settings (`dict[str, Any]`): Becomes a table; tokens are left out at any depth, and of absolute paths only the
-            last part is written. `safeguard` set to `"none"` also changes what the card says of the method.
+        generated_image (`str`): Expression for one image in the result of the call.
+        dataset_name (`str`, *optional*): Hub id or folder of the preference data, as `base_model`.
+        tags (`list[str]`): Added to the usual ones.
+        settings (`dict[str, Any]`): Becomes a table, without tokens at any depth and with the last part of absolute
+            paths only. `safeguard="none"` also changes the description of the method.
         metrics (`dict[str, float]`): Final values; becomes a table.
-        verdict (`str`, *optional*): What training did to the preferred images, in sentences.
+        verdict (`str`, *optional*): Sentences on the change of the error on preferred images.
         gallery (`list[tuple[str, str]]`): Image paths relative to the repository, each with its prompt.
         trainer_name, paper_id, paper_title, paper_bibtex (`str`): The method.
         versions (`dict[str, str]`): Package names and versions.
         license (`str`, *optional*): The Hub's identifier of the license.
 
     Raises:
-        `ValueError`: If `tuning` is none of the two, or a gallery path is not relative to the repository.
+        `ValueError`: If `tuning` is neither of the two, or a gallery path is not relative to the repository.
     """
 
     model_name: str
@@ -111,13 +114,13 @@ class ModelCardFacts:
 
 
 def build_model_card(facts: ModelCardFacts) -> ModelCard:
-    """The card, with the Hub's metadata and a body that a reader can follow to load the model.
+    """Build the card from its template, with the Hub's metadata.
 
     Args:
-        facts ([`ModelCardFacts`]): What to say.
+        facts ([`ModelCardFacts`]): Its content.
 
     Returns:
-        [`~huggingface_hub.ModelCard`]: Save it as `README.md` beside the weights.
+        [`~huggingface_hub.ModelCard`]: To be saved as `README.md`.
     """
     base_is_hub = _is_hub_id(facts.base_model)
     base = facts.base_model if base_is_hub else _leaf(facts.base_model) or "path/to/base-pipeline"
@@ -149,6 +152,42 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
     )
 
 
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that training depends on."""
+    names = ("torch", "diffusers", "transformers", "peft", "trl")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def final_metrics(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The last logged value of every metric of the loss, the errors and the safeguard, by its name.
+
+    Args:
+        history (`Iterable[Mapping[str, float]]`): The log history. Its `train_loss` is replaced by the mean over the
+            whole run; that of transformers leaves out the steps before the checkpoint that the run was resumed from.
+    """
+    history = list(history)
+    metrics: dict[str, float] = {}
+    for entry in history:
+        metrics |= {name: value for name, value in entry.items() if "/" in name or name.endswith("loss")}
+    mean = mean_loss(history)
+    return metrics if mean is None else {**metrics, "train_loss": mean}
+
+
+def mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
+    """Mean of the training loss over all logged steps; `None` if there are none.
+
+    Args:
+        history (`Iterable[Mapping[str, float]]`): The log history. An entry with `loss` is a mean over the steps since
+            the previous one.
+    """
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
+
+
 def _metadata(facts: ModelCardFacts) -> ModelCardData:
     optional: dict[str, Any] = {}
     if _is_hub_id(facts.base_model):
@@ -168,14 +207,14 @@ def _metadata(facts: ModelCardFacts) -> ModelCardData:
 
 
 def _snippet(facts: ModelCardFacts, base: str) -> str:
-    """Code that loads the base pipeline with the tuned weights and draws one image."""
+    """Code that loads the base pipeline with the tuned weights and generates one image."""
     repository = _quoted(facts.hub_model_id or f"path/to/{_leaf(facts.model_name) or 'tuned-model'}")
     base = _quoted(base)
     given = {"prompt": facts.gallery[0][1] if facts.gallery else _PROMPT, **facts.generation_kwargs}
     arguments = ", ".join(
         f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given.items()
     )
-    use = ['pipeline.to("cuda")', f"image = pipeline({arguments}).{facts.generated_image}"]
+    generate = ['pipeline.to("cuda")', f"image = pipeline({arguments}).{facts.generated_image}"]
     if facts.tuning == "lora" and not facts.loads_lora:
         name = facts.denoiser_name
         load = [
@@ -200,11 +239,11 @@ def _snippet(facts: ModelCardFacts, base: str) -> str:
             f'{name} = AutoModel.from_pretrained({repository}, subfolder="{name}")',
             f"pipeline = DiffusionPipeline.from_pretrained({base}, {name}={name})",
         ]
-    return "\n".join(load + use)
+    return "\n".join(load + generate)
 
 
 def _quoted(text: str) -> str:
-    """Python's literal of the text, in double quotes."""
+    """A Python string literal in double quotes."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -216,12 +255,12 @@ def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line that neither ends the cell nor the code within it."""
+    """The value in one line, without characters that end a table cell or inline code."""
     return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") or " "
 
 
 def _public_mapping(values: dict[str, Any]) -> dict[str, Any]:
-    """The mapping without secrets, its values as they may be published."""
+    """The mapping without secrets and local folders."""
     return {key: _public(value) for key, value in values.items() if not names_secret(str(key))}
 
 
@@ -242,12 +281,12 @@ def _is_absolute(path: str) -> bool:
 
 
 def _leaf(path: str | None) -> str:
-    """Last part of a path of either kind of system; the empty string for none."""
+    """Last part of a POSIX or Windows path; the empty string for none."""
     return PureWindowsPath(path).name if path else ""
 
 
 def _is_hub_id(name: str | None) -> bool:
-    """True for `owner/name` that is no folder here; a bare name may always be a folder."""
+    """Whether a name is `owner/name` and no local folder; a bare name may be a folder elsewhere."""
     if name is None or name.count("/") != 1 or os.path.isdir(name):
         return False
     try:

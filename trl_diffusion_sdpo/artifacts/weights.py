@@ -1,11 +1,9 @@
-"""Writing tuned weights in the formats that diffusers and PEFT read, and reading them back exactly."""
+"""Writing tuned weights in the formats of diffusers and PEFT, and reading them back exactly."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,97 +20,110 @@ from .._compat import LORA_ADAPTER_METADATA_KEY, loads_lora
 from ..models.adapters import adapter_state
 from .lora_scale import folded, public_settings
 
-logger = logging.getLogger(__name__)
-
+COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
-SETUP_FILE = "diffusion_sdpo_setup.json"
-STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-NOT_COMPARED = ("train_data", "run_id")  # name by name
-# Of checkpoints from before these were stored.
-UNKNOWN_BEFORE = ("engine", "processes", "safeguard_anchor", "given_reference")
-# What later settings were before they could be set.
-ALWAYS_BEFORE = {
-    "vae_dtype": "float32",  # of most VAEs: those of Stable Diffusion, SDXL, SD3 and FLUX say `force_upcast`
-    "timesteps": None,
-    "weighting_scheme": "none",
-    "logit_mean": 0.0,
-    "logit_std": 1.0,
-    "mode_scale": 1.29,
-    "timestep_weighting": "none",
-    "guidance_scale": None,
-    "num_noise_bins": 8,
-    "loser_noise_range": None,
-    "winner_budget": None,
-    "winner_budget_pairs": 32,
-    "winner_budget_steps": 10,
-    "ema_decay": None,
-    "safeguard_preconditioner": "plain",
-}
 
 
-def trained_weights(denoiser: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
-    """What a run saves: the adapter's parameters, or all parameters and buffers of the denoiser; not copied."""
-    return denoiser.state_dict(keep_vars=True) if adapter is None else adapter_state(denoiser, adapter)
+class WeightFiles:
+    """Reads and writes the weights that a run tunes: a LoRA, or all weights of the denoiser.
 
-
-def save_weights(
-    folder: Path,
-    *,
-    pipeline: DiffusionPipeline,
-    denoiser: nn.Module,
-    denoiser_name: str,
-    adapter: str | None,
-    whole: dict[str, torch.Tensor] | None = None,
-    full_pipeline: bool = False,
-) -> None:
-    """Write the LoRA as `pytorch_lora_weights.safetensors` and for PEFT, or the denoiser as its own folder.
+    Make it before an engine shards the weights: it records their shapes.
 
     Args:
-        whole (`dict[str, torch.Tensor]`, *optional*): The tensors of [`trained_weights`] where the denoiser itself holds
-            parts of them only.
-        full_pipeline (`bool`): Whether to write the pipeline's other parts as well; not with a LoRA.
+        pipeline (`DiffusionPipeline`): Its denoiser is tuned.
+        denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
+        adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
+
+    Attributes:
+        shapes (`dict[str, tuple[int, ...]]`): Of the tuned tensors.
+        bytes_needed (`int`): On the disk; a LoRA is written in two formats.
     """
-    if adapter is not None:
-        weights = trained_weights(denoiser, adapter) if whole is None else whole
-        save_adapter(weights, denoiser.peft_config[adapter], type(pipeline), denoiser_name, folder)
-        return
-    if whole is not None:
-        denoiser = with_weights(denoiser, whole)
-        pipeline = copy.copy(pipeline)
-        pipeline.register_modules(**{denoiser_name: denoiser})
-    if full_pipeline:
-        pipeline.save_pretrained(folder, safe_serialization=True)
-    else:
-        denoiser.save_pretrained(folder / denoiser_name, safe_serialization=True)
+
+    def __init__(self, pipeline: DiffusionPipeline, denoiser_name: str, adapter: str | None):
+        self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
+        tensors = self.tensors()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * (1 if adapter is None else 2)
+
+    @property
+    def _denoiser(self) -> nn.Module:
+        return self._pipeline.components[self._denoiser_name]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's parameters, or all parameters and buffers of the denoiser; not copied."""
+        if self._adapter is None:
+            return self._denoiser.state_dict(keep_vars=True)
+        return adapter_state(self._denoiser, self._adapter)
+
+    def describe(self) -> dict[str, Any]:
+        """What is tuned, for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
+        lora = None
+        if self._adapter is not None:
+            config = self._denoiser.peft_config[self._adapter]
+            names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+            lora = {name: getattr(config, name) for name in names}
+            if not isinstance(config.target_modules, str):
+                lora["target_modules"] = sorted(config.target_modules)
+        return {
+            "pipeline_class": type(self._pipeline).__name__,
+            "denoiser_class": type(self._denoiser).__name__,
+            "tuning": "full" if lora is None else "lora",
+            "lora": lora,
+        }
+
+    def save(
+        self, folder: Path, weights: dict[str, torch.Tensor] | None = None, *, full_pipeline: bool = False
+    ) -> None:
+        """Write the LoRA as `pytorch_lora_weights.safetensors` and for PEFT, or the denoiser as a folder of its name.
+
+        Args:
+            folder (`Path`): Made if it is missing.
+            weights (`dict[str, torch.Tensor]`, *optional*): To be written in place of [`WeightFiles.tensors`], under
+                the same names; unsharded.
+            full_pipeline (`bool`): Whether to write the pipeline's other components as well; not with a LoRA.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._adapter is not None:
+            config = self._denoiser.peft_config[self._adapter]
+            tensors = self.tensors() if weights is None else weights
+            save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
+            return
+        pipeline = self._pipeline
+        if weights is not None:
+            pipeline = copy.copy(pipeline)
+            pipeline.register_modules(**{self._denoiser_name: _with_weights(self._denoiser, weights)})
+        if full_pipeline:
+            pipeline.save_pretrained(folder, safe_serialization=True)
+        else:
+            denoiser = pipeline.components[self._denoiser_name]
+            denoiser.save_pretrained(folder / self._denoiser_name, safe_serialization=True)
+        configs = (folder / name / file for name in self._pipeline.components for file in COMPONENT_CONFIGS)
+        _remove_local_paths([folder / "model_index.json", *configs])
+
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Read what [`WeightFiles.save`] wrote.
+
+        Raises:
+            `ValueError`: If the folder holds no such weights, or those of another model.
+        """
+        if self._adapter is not None:
+            return read_adapter(self.shapes, folder)
+        source = folder / self._denoiser_name
+        if not source.is_dir():
+            hint = " It holds a LoRA: resume with `peft_config`." if (folder / PEFT_FILE).is_file() else ""
+            raise ValueError(
+                f"A checkpoint of full tuning must hold the folder {self._denoiser_name}; {folder} does not.{hint}"
+            )
+        return type(self._denoiser).from_pretrained(source, use_safetensors=True).state_dict()
 
 
-def with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+def _with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
     """A denoiser of the same architecture that holds these tensors, which are not copied."""
     with init_empty_weights():
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
     return twin
-
-
-def read_weights(
-    folder: Path, *, denoiser: nn.Module, denoiser_name: str, adapter: str | None, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, torch.Tensor]:
-    """Read what [`save_weights`] wrote, exactly.
-
-    Args:
-        shapes (`dict[str, tuple[int, ...]]`): Of the tensors of [`trained_weights`], whole.
-
-    Raises:
-        `ValueError`: If the folder holds no such weights, or those of another model.
-    """
-    if adapter is not None:
-        return read_adapter(shapes, folder)
-    source = folder / denoiser_name
-    if not source.is_dir():
-        hint = " It holds a LoRA: resume with `peft_config`." if (folder / PEFT_FILE).is_file() else ""
-        raise ValueError(f"A checkpoint of full tuning must hold the folder {denoiser_name}; {folder} does not.{hint}")
-    return type(denoiser).from_pretrained(source, use_safetensors=True).state_dict()
 
 
 def save_adapter(
@@ -165,8 +176,8 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
     return state
 
 
-def remove_local_paths(configs: Iterable[Path]) -> None:
-    """Take out of configurations just saved from which folder of this machine a component was loaded."""
+def _remove_local_paths(configs: Iterable[Path]) -> None:
+    """Remove local folders, from which components were loaded, from configurations just saved."""
     for file in configs:
         if not file.is_file():
             continue
@@ -174,49 +185,3 @@ def remove_local_paths(configs: Iterable[Path]) -> None:
         if os.path.exists(str(config.get("_name_or_path", ""))):
             del config["_name_or_path"]
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """A short mark of weights, from their names, shapes and a few values of each; equal on every machine."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().flatten()
-        few = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + few.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def write_setup(folder: Path, setup: dict[str, Any]) -> None:
-    """Write what a later run must share to resume here."""
-    (folder / SETUP_FILE).write_text(json.dumps(setup, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def check_setup(folder: Path, setup: dict[str, Any]) -> dict[str, Any]:
-    """Compare a checkpoint's set-up with this run's, but for its data and its mark, which others look at.
-
-    Returns:
-        `dict[str, Any]`: The checkpoint's.
-
-    Raises:
-        `ValueError`: If the two cannot be one run: another model, LoRA or kind of reference.
-    """
-    file = folder / SETUP_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"A checkpoint to resume from must hold {SETUP_FILE}; {folder} does not. Pass a `checkpoint-*` folder "
-            "that this trainer wrote."
-        )
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    ours = json.loads(json.dumps(setup))
-    stored = {**ALWAYS_BEFORE, **{name: ours[name] for name in UNKNOWN_BEFORE}, **stored}
-    differing = [name for name in ours if name not in NOT_COMPARED and stored.get(name) != ours[name]]
-    broken = [name for name in differing if name in STRUCTURE]
-    if broken:
-        raise ValueError(
-            "A run resumes with the set-up that wrote its checkpoint; differing: "
-            + "; ".join(f"{name} was {stored.get(name)!r}, is {ours[name]!r}" for name in broken)
-            + f". Restore these, or start anew instead of resuming from {folder}."
-        )
-    for name in differing:
-        logger.warning("Resuming with another `%s`: it was %r, is %r.", name, stored.get(name), ours[name])
-    return stored

@@ -86,19 +86,17 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: On a folder, base, data or settings that do not fit together.
     """
-    from ..artifacts.interpolation import ScaledWeights, check_free_folder, read_run, save_scaled  # seconds
+    from ..artifacts.interpolation import ScaledWeights, check_free_folder, read_run  # seconds
 
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
         check_free_folder(Path(options.baked_dir), run)
     loaded = _load_base(options, run)
     trainer = _make_trainer(options, run, loaded)
-    name = trainer.family.denoiser_name
-    weights = ScaledWeights(trainer.denoiser, name, trainer.adapter, run.weights)
+    weights = ScaledWeights(trainer.weight_files, run)
     rows = _evaluate(trainer, weights, options.scales, _settings(options, run, trainer, weights))
     if options.bake is not None:
-        given = {"pipeline": trainer.pipeline, "denoiser_name": name, "adapter": trainer.adapter}
-        save_scaled(Path(options.baked_dir), run=run, scale=options.bake, weights=weights, **given)
+        weights.save(Path(options.baked_dir), options.bake)
         print(f"The weights at scale {options.bake:g} are in {options.baked_dir}.")
     return rows
 
@@ -146,7 +144,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
     data = {} if options.max_pairs is None else {"verify_images": "none"}  # decodes the evaluated pairs only
     return DiffusionSDPOConfig(
-        output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.of_average]),
+        output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.is_average]),
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -156,8 +154,15 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
         report_to="none",
         disable_tqdm=True,  # `_evaluate` shows one bar for all scales
         **data,
-        **run.evaluation_settings(),
+        **_evaluation_settings(run),
     )
+
+
+def _evaluation_settings(run: SavedRun) -> dict[str, Any]:
+    from ..trainer.argument_groups import EVALUATION  # seconds
+    from ..trainer.diffusion_sdpo_config import settings_with
+
+    return run.evaluation_settings(settings_with(EVALUATION))
 
 
 def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
@@ -172,12 +177,12 @@ def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
 def _settings(
     options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer, weights: ScaledWeights
 ) -> dict[str, Any]:
-    """The settings that all rows of one file share."""
-    used = {name: trainer.args.to_dict()[name] for name in (*run.evaluation_settings(), "beta", "resolution")}
+    """What rows of one file have in common."""
+    used = {name: trainer.args.to_dict()[name] for name in (*_evaluation_settings(run), "beta", "resolution")}
     return {
         "weights": weights.fingerprint,
         "base": run.setup["weights_before_training"],
-        "average": run.of_average,
+        "average": run.is_average,
         "dataset_name": options.dataset_name,
         "dataset_config": options.dataset_config,
         "dataset_test_split": options.dataset_test_split,

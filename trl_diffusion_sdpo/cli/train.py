@@ -124,7 +124,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    with trainer.run_folder.held(together=True):  # holds the lock until the last file is written
+    with trainer.run_folder.locked(all_processes=True):  # until the last file is written
         try:
             trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
         finally:
@@ -188,18 +188,17 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
         trainer.push_to_hub(dataset_name=public_name(script_args))  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-    from ..evaluation.verdict import verdict_of  # takes seconds
-
-    verdict = verdict_of(trainer)
+    verdict = trainer.verdict()
     if verdict is not None:
         trainer.accelerator.print(verdict)
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    from ..trainer.run_control import what_is_left  # takes seconds
+    from ..trainer.interrupts import resume_hint  # seconds
 
-    left = what_is_left(trainer, "To resume, run the same command with\n  --resume_from_checkpoint true")
-    trainer.accelerator.print(f"\nInterrupted; {left}")
+    how = "To resume, run the same command with\n  --resume_from_checkpoint true"
+    hint = resume_hint(trainer.args, trainer.state.global_step, how)
+    trainer.accelerator.print(f"\nInterrupted; {hint}")
 
 
 def _show_progress(training_args: DiffusionSDPOConfig) -> None:

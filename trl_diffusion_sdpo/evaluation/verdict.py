@@ -1,46 +1,64 @@
-"""What a training did to the preferred images, in one word and its numbers: at the end, and as soon as it is ruined."""
+"""The verdict on a training: how the denoiser's error on preferred images has changed, with numbers and advice."""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ..models.ema import EMA_FOLDER
-
-if TYPE_CHECKING:
-    from ..trainer.diffusion_sdpo_trainer import DiffusionSDPOTrainer
-
-logger = logging.getLogger(__name__)
-
-# Changes of the winners' mean error, as a share of that before training.
+# Changes of the winners' mean error, relative to that before training.
 BETTER = -0.01  # at or below
-KEPT = 0.05  # at or below: what draws of other pairs, or of other noise, also make
+KEPT = 0.05  # at or below: the variation between random pairs, and between random noise
 RUINED = 1.0  # above: the error has doubled
-LEVEL_WORSE = 1.0  # above, at any one noise level: worse, whatever the mean says
-STRETCH = 10  # logs of training that are averaged where there is no evaluation
-STRETCH_TO_WARN = 3  # as many at least for a warning on the way
+BIN_WORSE = 1.0  # above, in any noise bin: worse, whatever the mean
+AVERAGED_LOGS = 10  # of training, without an evaluation
+LOGS_TO_WARN = 3  # at least, during training
 
 BEFORE_TRAINING = "before training"
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 
+History = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a verdict needs to know of a run beside its log history.
+
+    Args:
+        reference_moves (`bool`): Whether the reference follows the policy, so that errors relative to it do not count.
+        reference_was_given (`bool`): Whether the reference is not the policy before training.
+        uses_loser (`bool`): Whether the loss has a loser's branch.
+        safeguarded (`bool`): Whether a safeguard acts on it.
+        average_suffix (`str`): Of the metrics' prefixes of averaged weights, such as `"_ema"`.
+    """
+
+    reference_moves: bool
+    reference_was_given: bool
+    uses_loser: bool
+    safeguarded: bool
+    average_suffix: str
+
+    @property
+    def reference(self) -> str:
+        """What `errors/winner_change` is relative to; empty if the reference moves."""
+        if self.reference_moves:
+            return ""
+        return "of the reference" if self.reference_was_given else BEFORE_TRAINING
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """The winners' error at a moment.
+    """The winners' error at one step.
 
     Attributes:
         step (`int`): Optimizer steps done.
         error (`float`): Mean squared error of the denoiser on the winners.
-        before (`float`): The same of what it is compared with.
-        since (`str`): What that is.
-        worst (`tuple[int, float]`, *optional*): The noise level that rose most, and by which share.
+        before (`float`): The error it is compared with.
+        since (`str`): Description of the latter.
+        worst (`tuple[int, float]`, *optional*): The noise bin with the largest relative increase, and the increase.
     """
 
     step: int
@@ -51,13 +69,19 @@ class Measurement:
 
     @property
     def change(self) -> float:
-        """As a share of what it is compared with; infinite if the error is no number."""
+        """Relative change; infinite if the error is not finite."""
         return self.error / self.before - 1 if math.isfinite(self.error) else math.inf
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.error):
+            return "no number"
+        side = "above" if self.change >= 0 else "below"
+        return f"{abs(self.change):.1%} {side} that {self.since}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said.
+    """A verdict in words.
 
     Attributes:
         word (`str`): `"better"`, `"kept"`, `"worse"` or `"ruined"`.
@@ -73,191 +97,155 @@ class Verdict:
         return f"{self.finding} {self.advice}".strip()
 
 
-def judge(change: float, worst_level: float | None = None) -> str:
+def judge(change: float, worst_bin: float | None = None) -> str:
     """The rule.
 
     Args:
-        change (`float`): Of the winners' mean error, as a share of that before training.
-        worst_level (`float`, *optional*): The largest such change at one noise level.
+        change (`float`): Of the winners' mean error, relative to that before training.
+        worst_bin (`float`, *optional*): The largest such change in one noise bin.
 
     Returns:
-        `str`: `"ruined"` above +100%, or if the error is no number; `"worse"` above +5%, or above +100% at one noise
-        level; `"better"` at -1% and below; `"kept"` between.
+        `str`: `"ruined"` above +100%, or if the error is not finite; `"worse"` above +5%, or above +100% in one noise
+        bin; `"better"` at -1% and below; `"kept"` otherwise.
     """
     if not change <= RUINED:
         return "ruined"
-    if change > KEPT or (worst_level is not None and not worst_level <= LEVEL_WORSE):
+    if change > KEPT or (worst_bin is not None and not worst_bin <= BIN_WORSE):
         return "worse"
     return "better" if change <= BETTER else "kept"
 
 
-def verdict_of(trainer: DiffusionSDPOTrainer) -> Verdict | None:
-    """The verdict on a trainer's weights as they stand: from its last evaluation, or from its last logs if it has none.
-
-    Returns:
-        `Verdict` or `None`: `None` where nothing was measured that the error could be compared with.
-    """
-    rises = _Rises(trainer)
-    at = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
-    evaluations = rises.evaluations(trainer.state.log_history)
-    own = [history for prefix, history in evaluations.items() if not _is_average(prefix)]
-    last = [_at(history, at) for history in own if history]
-    if last:
-        measured = max(last, key=lambda found: found.change)  # of several sets, the one that suffered most
-        history = own[last.index(measured)]
-        averages = [_at(history, at) for prefix, history in evaluations.items() if _is_average(prefix)]
-        return _worded(measured, "evaluation", trainer, history, averages)
-    measured = rises.training(trainer.state.log_history)
-    return None if measured is None else _worded(measured, "training", trainer, [], [])
-
-
-class VerdictCallback(TrainerCallback):
-    """Says the verdict at the end of training, and once on the way if the model is ruined.
+def verdict_of(history: History, run: Run, step: int | None = None) -> Verdict | None:
+    """The verdict by the last evaluation, or by the last logs of training if there is none.
 
     Args:
-        trainer ([`DiffusionSDPOTrainer`]): Whose logs are read.
+        history (`Sequence[Mapping]`): The trainer's log history.
+        run ([`Run`]): Facts of the run.
+        step (`int`, *optional*): Whose weights are judged, if not the last ones.
+
+    Returns:
+        `Verdict` or `None`: `None` if no error was logged that can be compared.
     """
-
-    def __init__(self, trainer: DiffusionSDPOTrainer):
-        self._trainer, self._warned = trainer, False
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._warned = False
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._warned or not state.is_world_process_zero:
-            return
-        newest, rises = state.log_history[-1], _Rises(self._trainer)
-        if any(_WINNER.match(name) and not _is_average(name) for name in newest):
-            found = [history[-1] for history in rises.evaluations(state.log_history).values() if history]
-            found = [measured for measured in found if measured.step == newest["step"]]
-        elif "errors/winner" in newest and args.eval_strategy == "no":
-            measured = rises.training(state.log_history, at_least=STRETCH_TO_WARN)
-            found = [] if measured is None else [measured]
-        else:
-            return
-        worst = max(found, key=lambda measured: measured.change, default=None)
-        if worst is not None and judge(worst.change) == "ruined":
-            self._warned = True
-            logger.warning(
-                "The model is being ruined: at step %d the error on preferred images is %s (%.4g against %.4g). %s",
-                *(worst.step, _compared(worst), worst.error, worst.before, _advice("ruined", self._trainer)),
-            )
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        verdict = verdict_of(self._trainer) if state.is_world_process_zero else None
-        if verdict is not None:
-            logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
+    evaluations = _evaluations(history, run)
+    of_policy = [found for prefix, found in evaluations.items() if not _is_average(prefix, run)]
+    if of_policy:
+        last = [_at(found, step) for found in of_policy]
+        measured = max(last, key=lambda found: found.change)  # of several sets, the one with the largest increase
+        averages = [_at(found, step) for prefix, found in evaluations.items() if _is_average(prefix, run)]
+        return _worded(measured, "evaluation", run, of_policy[last.index(measured)], averages)
+    measured = _last_training(history, run)
+    return None if measured is None else _worded(measured, "training", run, [], [])
 
 
-class _Rises:
-    """Reads measurements from a log history.
+def warning_of(history: History, run: Run, *, evaluates: bool) -> str | None:
+    """A warning if the newest log shows a ruined model.
 
-    What the error is compared with is, if it was measured, that of the evaluation before the first step; else the
-    reference's where it stands still; else that of the first evaluation.
+    Args:
+        history (`Sequence[Mapping]`): The trainer's log history; not empty.
+        run ([`Run`]): Facts of the run.
+        evaluates (`bool`): Whether the run evaluates; then only evaluations count.
     """
+    newest = history[-1]
+    found: list[Measurement] = []
+    if any(_WINNER.match(name) and not _is_average(name.partition("_errors/")[0], run) for name in newest):
+        last = (measured[-1] for measured in _evaluations(history, run).values())
+        found = [measured for measured in last if measured.step == newest["step"]]
+    elif "errors/winner" in newest and not evaluates:
+        measured = _last_training(history, run, at_least=LOGS_TO_WARN)
+        found = [] if measured is None else [measured]
+    worst = max(found, key=lambda measured: measured.change, default=None)
+    if worst is None or judge(worst.change) != "ruined":
+        return None
+    return (
+        f"The model is being ruined: at step {worst.step} the error on preferred images is {worst} "
+        f"({worst.error:.4g} against {worst.before:.4g}). {_advice('ruined', run)}"
+    )
 
-    def __init__(self, trainer: DiffusionSDPOTrainer):
-        self._reference = "" if trainer.args.sync_ref_model else BEFORE_TRAINING
-        if self._reference and trainer.gave_reference:
-            self._reference = "of the reference"
 
-    def evaluations(self, history: Sequence[Mapping[str, Any]]) -> dict[str, list[Measurement]]:
-        """By their prefix, such as `eval` or `eval_ema`, in order."""
-        found: dict[str, list[Measurement]] = {}
-        first: dict[str, tuple[int, float]] = {}
-        for entry in history:
-            for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
-                error = entry[f"{prefix}_errors/winner"]
-                start, start_error = first.setdefault(prefix, (entry["step"], error))
-                change = entry.get(f"{prefix}_errors/winner_change")
-                measured = None
-                if start == 0:
-                    measured = Measurement(entry["step"], error, start_error, BEFORE_TRAINING, _worst(entry, prefix))
-                elif self._reference and change is not None:
-                    measured = _relative(entry["step"], error, change, self._reference, _worst(entry, prefix))
-                elif entry["step"] > start:
-                    measured = Measurement(entry["step"], error, start_error, f"at step {start}")
-                if measured is not None and measured.before > 0:
-                    found.setdefault(prefix, []).append(measured)
-        return found
+def _evaluations(history: History, run: Run) -> dict[str, list[Measurement]]:
+    """Measurements in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
 
-    def training(self, history: Sequence[Mapping[str, Any]], at_least: int = 1) -> Measurement | None:
-        """Over the last logs of training; `None` of fewer than `at_least`, or without a reference that stands still."""
-        logs = list(islice((entry for entry in reversed(history) if "errors/winner_change" in entry), STRETCH))
-        if not self._reference or len(logs) < at_least:
-            return None
-        error, change = (
-            sum(log[f"errors/{name}"] for log in logs) / len(logs) for name in ("winner", "winner_change")
-        )
-        measured = _relative(logs[0]["step"], error, change, self._reference, None)
-        return measured if measured.before > 0 else None
+    An error is compared with the evaluation before the first step, else with the reference unless it moves, else with
+    the first evaluation.
+    """
+    found: dict[str, list[Measurement]] = {}
+    first: dict[str, tuple[int, float]] = {}
+    for entry in history:
+        for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
+            step, error = entry["step"], entry[f"{prefix}_errors/winner"]
+            start, start_error = first.setdefault(prefix, (step, error))
+            change = entry.get(f"{prefix}_errors/winner_change")
+            measured = None
+            if start == 0:
+                measured = Measurement(step, error, start_error, BEFORE_TRAINING, _worst_bin(entry, prefix))
+            elif run.reference and change is not None:
+                measured = _relative(step, error, change, run.reference, _worst_bin(entry, prefix))
+            elif step > start:
+                measured = Measurement(step, error, start_error, f"at step {start}")
+            if measured is not None and measured.before > 0:
+                found.setdefault(prefix, []).append(measured)
+    return found
+
+
+def _last_training(history: History, run: Run, at_least: int = 1) -> Measurement | None:
+    """Mean over the last logs of training; `None` with fewer than `at_least`, or if the reference moves."""
+    logs = list(islice((entry for entry in reversed(history) if "errors/winner_change" in entry), AVERAGED_LOGS))
+    if not run.reference or len(logs) < at_least:
+        return None
+    error, change = (sum(log[f"errors/{name}"] for log in logs) / len(logs) for name in ("winner", "winner_change"))
+    measured = _relative(logs[0]["step"], error, change, run.reference, None)
+    return measured if measured.before > 0 else None
 
 
 def _relative(step: int, error: float, change: float, since: str, worst: tuple[int, float] | None) -> Measurement:
-    """From the error and by how much it exceeds the other; if they are no numbers, the other does not count."""
+    """From the error and its difference to the other; where that is not finite, the other's value is irrelevant."""
     before = error - change
     return Measurement(step, error, before if math.isfinite(before) else 1.0, since, worst)
 
 
-def _worst(entry: Mapping[str, Any], prefix: str) -> tuple[int, float] | None:
+def _worst_bin(entry: Mapping[str, Any], prefix: str) -> tuple[int, float] | None:
     start = f"{prefix}_errors/winner_change_relative@"
-    levels = {int(name.removeprefix(start)): value for name, value in entry.items() if name.startswith(start)}
-    return max(levels.items(), key=lambda found: found[1], default=None)
+    changes = {int(name.removeprefix(start)): value for name, value in entry.items() if name.startswith(start)}
+    return max(changes.items(), key=lambda found: found[1], default=None)
 
 
-def _at(history: list[Measurement], step: int | None) -> Measurement:
-    """The measurement of a step, or the last."""
-    return next((measured for measured in reversed(history) if measured.step == step), history[-1])
+def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
+    """The measurement at a step, or the last."""
+    return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 
-def _is_average(name: str) -> bool:
-    return name.partition("_errors/")[0].endswith(f"_{EMA_FOLDER}")
+def _is_average(prefix: str, run: Run) -> bool:
+    return prefix.endswith(run.average_suffix)
 
 
 def _worded(
-    measured: Measurement,
-    where: str,
-    trainer: DiffusionSDPOTrainer,
-    history: list[Measurement],
-    averages: Iterable[Measurement],
+    measured: Measurement, pairs: str, run: Run, history: Sequence[Measurement], averages: Iterable[Measurement]
 ) -> Verdict:
     word = judge(measured.change, None if measured.worst is None else measured.worst[1])
     finding = (
-        f"Verdict: {word}. The error on the preferred images of the {where} pairs is {_compared(measured)} "
+        f"Verdict: {word}. The error on the preferred images of the {pairs} pairs is {measured} "
         f"({measured.error:.4g} against {measured.before:.4g}) at step {measured.step}"
     )
     if measured.worst is not None:
-        finding += (
-            f"; the noise level that changed most for the worse is {measured.worst[0]}, {measured.worst[1]:+.1%}"
-        )
+        finding += f"; the noise bin with the largest increase is {measured.worst[0]}, {measured.worst[1]:+.1%}"
     finding += "."
     for average in averages:
-        finding += f" That of the averaged weights is {_compared(average)}."
-    if where == "training":
+        finding += f" That of the averaged weights is {average}."
+    if pairs == "training":
         finding += " Without an `eval_dataset`, nothing is known of other pairs."
-    advice = _advice(word, trainer)
+    advice = _advice(word, run)
     lowest = min(history, key=lambda found: found.change, default=None)
     if advice and lowest is not None and lowest.step not in (0, measured.step):
         advice += f" It was lowest at step {lowest.step} ({lowest.change:+.1%})."
     return Verdict(word, finding, advice)
 
 
-def _compared(measured: Measurement) -> str:
-    if not math.isfinite(measured.error):
-        return "no number"
-    side = "above" if measured.change >= 0 else "below"
-    return f"{abs(measured.change):.1%} {side} that {measured.since}"
-
-
-def _advice(word: str, trainer: DiffusionSDPOTrainer) -> str:
+def _advice(word: str, run: Run) -> str:
     if word not in ("worse", "ruined"):
         return ""
     ways = ["a lower or decaying `learning_rate`"]
-    if trainer.loss_spec.uses_loser:
-        safeguarded = trainer.args.safeguard != "none"
-        ways += ["a larger `safeguard_mu`" if safeguarded else "a `safeguard`", "a `winner_budget`"]
-    begin = (
-        "Do not use these weights; train again" if word == "ruined" else "Look at images before you use them, or train"
-    )
+    if run.uses_loser:
+        ways += ["a larger `safeguard_mu`" if run.safeguarded else "a `safeguard`", "a `winner_budget`"]
+    ruined = word == "ruined"
+    begin = "Do not use these weights; train again" if ruined else "Look at images before you use them, or train"
     return f"{begin} with {' or '.join(ways)}."

@@ -1,1 +1,1 @@
-"""The output folder of a run: its lock, its checkpoints, and what a resumed run takes from them."""
+"""The files of a run: its folder and lock, its checkpoints, and resuming from them."""

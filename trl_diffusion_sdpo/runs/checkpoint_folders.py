@@ -1,4 +1,4 @@
-"""The checkpoints of a run on the disk: begun, sealed, found again, checked and rotated, by all processes together."""
+"""The checkpoint folders of a run: begun, completed, found, checked and rotated by all processes together."""
 
 from __future__ import annotations
 
@@ -8,29 +8,27 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .manifest import NOT_WEIGHTS, OPTIMIZER_STATES, Manifest, damage, files_of, measure, written_by
 from .unpickling import foreign_code
 
-if TYPE_CHECKING:
-    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
-
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"  # as diffusers' scripts call it
+LATEST = "latest"  # as in diffusers' scripts
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-REPLACED = ".replaced"
+_REPLACED = ".replaced"
 _WORDS = {"true": True, "false": None, "none": None, LATEST: LATEST}
 
 
 def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
-    """`resume_from_checkpoint` in the form that the trainer takes, also from the words of a command line.
+    """The value of `resume_from_checkpoint`, also from the words of a command line.
 
     Returns:
         `True` for the newest checkpoint, `"latest"` for the newest if there is one, `None` for a new start, or a
@@ -41,25 +39,39 @@ def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
     return _WORDS.get(str(value).lower(), str(value))
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; `None` for other names."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(folder: Path) -> dict[Path, int]:
+    """The checkpoints in a folder, intact or not, with their steps, in the order of steps; also those that were about
+    to be replaced when a run was killed."""
+    found = {path: step_of(path.with_name(path.name.removesuffix(_REPLACED))) for path in folder.glob("*")}
+    steps = {path: step for path, step in found.items() if step is not None}
+    return dict(sorted(steps.items(), key=lambda item: (item[1], item[0])))
+
+
 class CheckpointFolders:
-    """What a trainer knows of the checkpoints in its output folder. Every method is called by all processes.
+    """The checkpoints in a run's output folder. All processes must call every method.
 
     Args:
-        args ([`DiffusionSDPOConfig`]): Tells which of them write, how much is kept and whether files are trusted.
+        args (`TrainingArguments`): Which processes write, and how many checkpoints are kept.
     """
 
-    def __init__(self, args: DiffusionSDPOConfig):
+    def __init__(self, args: TrainingArguments):
         self._args, self._processes = args, PartialState()
         self._begun: Path | None = None
 
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path) -> None:
-        """Make a folder for a checkpoint that is unfinished until it is sealed. An earlier one of the same step is set
-        aside until then."""
+        """Make the folder of a checkpoint, incomplete until [`CheckpointFolders.complete`]. Until then, an earlier
+        checkpoint of the same step is kept under another name."""
         if self._args.should_save:
             sequence = 1 + max((order[0] for order, _ in _in_order(folder.parent)), default=0)
-            _set_aside(folder)
+            _rename_replaced(folder)
             folder.mkdir(parents=True)
             Manifest(sequence).write(folder)
         self._begun = folder
@@ -69,24 +81,24 @@ class CheckpointFolders:
         """Whether a folder is the checkpoint that is being written."""
         return folder == self._begun
 
-    def seal(self, folder: Path) -> None:
-        """Say that a checkpoint is whole: every process measures what it has written, and the manifest names all."""
+    def complete(self, folder: Path) -> None:
+        """Mark a checkpoint as complete: every process measures its files, and the manifest lists all of them."""
         self._begun = None
         self._processes.wait_for_everyone()
-        if self._args.save_on_each_node:  # each machine has a folder of its own: other machines' files are other ones
+        if self._args.save_on_each_node:  # each machine has its own folder with its own files
             files = measure(folder, files_of(folder) if self._args.should_save else [])
         else:
             files = self._measured_by_all(folder)
         if not self._args.should_save:
             return
         Manifest(Manifest.read(folder).sequence, True, files).write(folder)
-        _delete_if_possible(_aside(folder))
+        _delete_if_possible(_replaced(folder))
 
     def _measured_by_all(self, folder: Path) -> dict[str, list[Any]]:
-        """Every process's files, for the manifest in the first one's folder. Without a folder that all machines share,
-        the others' files are not in it, and a manifest that named them would call the checkpoint damaged for ever."""
-        own = written_by(files_of(folder), self._processes.process_index, self._processes.num_processes)
-        reports = gather_object([measure(folder, own)])
+        """Sizes and checksums of all processes' files, for the manifest in the first one's folder. Without a folder
+        that machines share, the other machines' files are missing there, and are not listed."""
+        names = written_by(files_of(folder), self._processes.process_index, self._processes.num_processes)
+        reports = gather_object([measure(folder, names)])
         files = {name: record for report in reports for name, record in report.items()}
         if not self._args.should_save:
             return files
@@ -100,37 +112,35 @@ class CheckpointFolders:
         return {name: record for name, record in files.items() if name not in elsewhere}
 
     def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
-        """Delete what is more than `save_total_limit`, oldest first, in the order in which they were written; never the
-        best one or the newest whole one, and broken ones before whole ones."""
+        """Delete checkpoints beyond `save_total_limit` in the order in which they were written; damaged ones first,
+        never the best one or the newest complete one."""
         limit = self._args.save_total_limit
         if limit is None or limit <= 0 or not self._args.should_save:
             return
         folders = [folder for _, folder in _in_order(Path(output_dir))]
-        whole = [folder for folder in folders if not damage(folder, checksums=False)]
-        if not whole:
+        complete = [folder for folder in folders if not damage(folder, checksums=False)]
+        if not complete:
             return
         best_folder = None if best is None else Path(best).resolve()
-        others = [folder for folder in whole if folder.resolve() != best_folder]
-        room = max(limit - (len(whole) - len(others)), 1 if whole[-1] in others else 0)
-        kept = {folder for folder in folders if folder.resolve() == best_folder} | {
-            *others[max(len(others) - room, 0) :]
-        }
+        others = [folder for folder in complete if folder.resolve() != best_folder]
+        count = max(limit - (len(complete) - len(others)), 1 if complete[-1] in others else 0)
+        newest = others[max(len(others) - count, 0) :]
         for folder in folders:
-            if folder not in kept:
+            if folder not in newest and folder.resolve() != best_folder:
                 logger.info("Deleting %s, as `save_total_limit` is %s.", folder, limit)
                 _delete_if_possible(folder)
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def resume_point(self, value: str | os.PathLike | bool | None, output_dir: str) -> str | None:
-        """The checkpoint to go on from, verified; `None` for a new start.
+        """The checkpoint to resume from, after its checksums were compared; `None` for a new start.
 
         Args:
             value (`str` or `bool`, *optional*): See [`meaning`].
             output_dir (`str`): Where `True` and `"latest"` look.
 
         Raises:
-            `ValueError`: If there is no whole one, or the one that was named is not whole.
+            `ValueError`: If there is none that is complete, or the one that was named is damaged.
         """
         point = meaning(value)
         if point is None:
@@ -149,9 +159,9 @@ class CheckpointFolders:
         return None if found is None else str(found)
 
     def newest(self, output_dir: str | os.PathLike) -> Path | None:
-        """The checkpoint that was written last of those that are whole; `None` if there is none."""
+        """The undamaged checkpoint that was written last; `None` if there is none."""
         if self._args.should_save:
-            _bring_back(Path(output_dir))
+            _restore_replaced(Path(output_dir))
         self._processes.wait_for_everyone()
         named = gather_object([(order, str(folder)) for order, folder in _in_order(Path(output_dir))])
         passed_over = False
@@ -159,22 +169,22 @@ class CheckpointFolders:
             found = self.damage(Path(name))
             if not found:
                 if passed_over:
-                    self._say(logging.WARNING, "Going on from %s, the newest checkpoint that is whole.", name)
+                    self._say(logging.WARNING, "Resuming from %s, the newest undamaged checkpoint.", name)
                 return Path(name)
             passed_over = True
-            self._say(logging.WARNING, "Passing over %s: %s.", name, "; ".join(found))
+            self._say(logging.WARNING, "Skipping %s: %s.", name, "; ".join(found))
         return None
 
     def damage(self, folder: Path, *, without: Sequence[str] = ()) -> list[str]:
-        """What is wrong with a checkpoint: each process reads a share of its files, and all know what any found."""
+        """See [`~.manifest.damage`]; each process reads a share of the files, and all return the findings of all."""
         part, parts = self._share()
         found = sorted(set(gather_object(damage(folder, part=part, parts=parts, without=without))))
         if not found and Manifest.read(folder) is None:
-            self._say(logging.WARNING, "%s has no checksums, as older versions wrote it: taken as it is.", folder)
+            self._say(logging.WARNING, "%s has no checksums: its files cannot be checked.", folder)
         return found
 
     def check_best(self, folder: Path) -> None:
-        """Raise `ValueError` where the weights of the best checkpoint, which training ends with, are damaged."""
+        """Raise `ValueError` where the weights of the best checkpoint are damaged."""
         found = self.damage(folder, without=NOT_WEIGHTS)
         if found:
             raise ValueError(
@@ -184,14 +194,12 @@ class CheckpointFolders:
             )
 
     def refuse_code(self, folder: Path, known: Sequence[type]) -> None:
-        """Raise `ValueError` where a checkpoint's pickled files could run code, unless `trust_checkpoint` is set.
+        """Raise `ValueError` where a checkpoint's pickled files could run code.
 
         Args:
             folder (`Path`): The checkpoint.
-            known (`Sequence[type]`): The engine's own classes in its files.
+            known (`Sequence[type]`): The engine's classes, which are allowed.
         """
-        if self._args.trust_checkpoint:
-            return
         part, parts = self._share()
         found = sorted(set(gather_object(foreign_code(folder, known, part=part, parts=parts))))
         if found:
@@ -202,7 +210,7 @@ class CheckpointFolders:
             )
 
     def _share(self) -> tuple[int, int]:
-        """Which part of a checkpoint's files this process looks at: all, where each machine has files of its own."""
+        """This process's index and number of shares of a checkpoint's files; all files where machines share none."""
         if self._args.save_on_each_node:
             return 0, 1
         return self._processes.process_index, self._processes.num_processes
@@ -212,7 +220,7 @@ class CheckpointFolders:
         if found:
             raise ValueError(
                 f"A checkpoint to resume from must have been written to its end and be as it was written; {folder} is "
-                f"not: {'; '.join(found)}. Pass another one, or True to have the newest whole one found."
+                f"not: {'; '.join(found)}. Pass another one, or True for the newest undamaged one."
             )
 
     def _say(self, level: int, message: str, *values: object) -> None:
@@ -226,52 +234,52 @@ def holds_optimizer(folder: Path) -> bool:
 
 
 def _in_order(output_dir: Path) -> list[tuple[tuple[int, int], Path]]:
-    """Checkpoints, oldest first: in the order in which they were begun, then by step. Clocks tell nothing of copied
-    files, and the step nothing of a run that went on from an earlier checkpoint."""
+    """Checkpoints by the order in which they were begun, then by step. Times of files change when they are copied, and
+    a run that resumed from an earlier checkpoint repeats steps."""
     found = []
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        name = _NAME.fullmatch(folder.name)
-        if name is not None and folder.is_dir():
+        step = step_of(folder)
+        if step is not None and folder.is_dir():
             manifest = Manifest.read(folder)
-            found.append(((0 if manifest is None else manifest.sequence, int(name[1])), folder))
+            found.append(((0 if manifest is None else manifest.sequence, step), folder))
     return sorted(found)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + REPLACED)
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(folder.name + _REPLACED)
 
 
-def _set_aside(folder: Path) -> None:
-    """Make room for a checkpoint of the same step; one that is whole stays until the new one is."""
+def _rename_replaced(folder: Path) -> None:
+    """Make room for a checkpoint of the same step; a complete one is deleted only when the new one is complete."""
     if not folder.exists():
         return
     if damage(folder, checksums=False):
         _delete(folder)
         return
-    _delete(_aside(folder))
-    os.rename(folder, _aside(folder))
+    _delete(_replaced(folder))
+    os.rename(folder, _replaced(folder))
 
 
-def _bring_back(output_dir: Path) -> None:
-    """Undo what [`_set_aside`] did where the new checkpoint was cut off."""
-    for aside in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*{REPLACED}"):
-        folder = aside.with_name(aside.name.removesuffix(REPLACED))
+def _restore_replaced(output_dir: Path) -> None:
+    """Undo [`_rename_replaced`] where the new checkpoint was not completed."""
+    for replaced in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*{_REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(_REPLACED))
         if not folder.exists() or damage(folder, checksums=False):
             _delete(folder)
-            os.rename(aside, folder)
+            os.rename(replaced, folder)
         else:
-            _delete_if_possible(aside)
+            _delete_if_possible(replaced)
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint if it is there. What is left by a kill meanwhile is no checkpoint for any version."""
+    """Delete a checkpoint if it exists; the file first without which no version takes the rest for a checkpoint."""
     if folder.exists():
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def _delete_if_possible(folder: Path) -> None:
-    """Delete what is no longer needed; what cannot be deleted costs room on the disk, and is no reason to end a run."""
+    """Delete a checkpoint that is no longer needed; a failure is logged, and ends no run."""
     try:
         _delete(folder)
     except OSError as error:

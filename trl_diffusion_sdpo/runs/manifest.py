@@ -1,4 +1,4 @@
-"""A checkpoint's files with their sizes and checksums: a list that is written last and says that all is there."""
+"""The manifest of a checkpoint: sizes and checksums of its files, written last."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 import xxhash
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from ..artifacts.setup import ARGS_FILE
+
 MANIFEST_FILE = "checkpoint_manifest.json"
-ARGS_FILE = "training_args.json"  # a run resumes without it, as from what was published: it names local folders
-# Of one process or DDP, FSDP2 (whole or in shards), DeepSpeed.
+# Of one process or DDP, FSDP2 (full or sharded), DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-# What only a run that resumes reads; DeepSpeed keeps the weights beside the optimizer's state, which is not of these.
+# Read only when a run resumes. Not DeepSpeed's optimizer state, whose files also hold the weights.
 NOT_WEIGHTS = (
     "optimizer.pt",
     "optimizer.bin",
@@ -32,18 +33,17 @@ NOT_WEIGHTS = (
 CUT_OFF = "it was not written to its end"
 NOT_THERE = "there is no such folder"
 _BLOCK = 16 * 2**20  # bytes read at once
-# The number of the process that writes a file: of random states, of ZeRO's parts, of FSDP2's parts.
-_WRITER = re.compile(r"rng_state_(\d+)\.pth$|pp_rank_(\d+)_mp_rank_|/__(\d+)_\d+\.distcp$")
+# The rank of the process that writes a file: of random states, ZeRO's shards, FSDP2's shards.
+_RANK = re.compile(r"rng_state_(\d+)\.pth$|pp_rank_(\d+)_mp_rank_|/__(\d+)_\d+\.distcp$")
 
 
 @dataclass
 class Manifest:
-    """What stands in the file of the manifest.
+    """The content of the manifest.
 
     Attributes:
-        sequence (`int`): Counts the checkpoints of an output folder in the order in which they were begun; 0 of those
-            from before there were manifests.
-        complete (`bool`): Whether the checkpoint was written to its end.
+        sequence (`int`): Counts the checkpoints of an output folder in the order in which they were begun.
+        complete (`bool`): Whether all files were written.
         files (`dict[str, list]`): Size in bytes and checksum of each file, by its path within the checkpoint.
     """
 
@@ -53,7 +53,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """That of a checkpoint; `None` if there is none, and an unfinished one if it cannot be read."""
+        """Read a checkpoint's manifest; `None` if there is none, an incomplete one if it is malformed."""
         file = folder / MANIFEST_FILE
         if not file.is_file():
             return None
@@ -65,63 +65,59 @@ class Manifest:
             return cls()
 
     def write(self, folder: Path) -> None:
-        """Write it, whole or not at all, so that it survives a loss of power."""
+        """Write it atomically and durably."""
         content = {"sequence": self.sequence, "complete": self.complete, "files": self.files}
-        write_whole(folder / MANIFEST_FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
-        _settle_folder(folder.parent)
+        write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        _sync_folder(folder.parent)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file, whole or not at all, so that it survives a kill and a loss of power."""
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file such that a kill or a loss of power leaves the old content or the new."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    _settle(partial)
+    _sync(partial)
     os.replace(partial, file)
-    _settle_folder(file.parent)
+    _sync_folder(file.parent)
 
 
 def files_of(folder: Path) -> list[str]:
-    """Paths of a checkpoint's files within it, sorted, without those of the manifest."""
+    """Paths of a checkpoint's files relative to it, sorted, without the manifest."""
     inside = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in inside if not name.startswith(MANIFEST_FILE))
 
 
 def written_by(names: Iterable[str], process: int, processes: int) -> list[str]:
-    """Those files that a process has written, by the numbers in their names; the first also has all the others."""
+    """The files that a process has written, by the ranks in their names; files without a rank are the first's."""
 
-    def writer(name: str) -> int:
-        found = _WRITER.search(f"/{name}")
-        number = 0 if found is None else int(next(part for part in found.groups() if part is not None))
-        return number if number < processes else 0
+    def rank_in(name: str) -> int:
+        found = _RANK.search(f"/{name}")
+        rank = 0 if found is None else int(next(group for group in found.groups() if group is not None))
+        return rank if rank < processes else 0
 
-    return [name for name in names if writer(name) == process]
+    return [name for name in names if rank_in(name) == process]
 
 
 def measure(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-    """Size and checksum of files that were just written, by path; they are on the disk afterwards, with their folders.
-
-    Reads them once, mostly from memory: some GiB a second.
-    """
+    """Size and checksum of files that were just written, by path; they and their folders are synced to the disk."""
     measured = {}
     for name in names:
-        _settle(folder / name)
+        _sync(folder / name)
         measured[name] = [(folder / name).stat().st_size, checksum(folder / name)]
-    for place in {(folder / name).parent for name in measured}:
-        _settle_folder(place)
+    for parent in {(folder / name).parent for name in measured}:
+        _sync_folder(parent)
     return measured
 
 
 def damage(
     folder: Path, *, part: int = 0, parts: int = 1, checksums: bool = True, without: Iterable[str] = ()
 ) -> list[str]:
-    """What is wrong with a checkpoint, in words that name the file; nothing if it is as it was written.
+    """What is wrong with a checkpoint, one sentence a file; empty if it is intact.
 
     Args:
-        folder (`Path`): The checkpoint. One from before there were manifests must hold the files that every resumed
-            run reads.
-        part, parts (`int`): Which share of the files to look at, so that several processes look at all of them.
-        checksums (`bool`): Whether to read the files. Otherwise only their sizes are compared.
-        without (`Iterable[str]`): Patterns of the files and folders in it that do not matter.
+        folder (`Path`): The checkpoint. Without a manifest, the files that a resumed run needs must be there.
+        part, parts (`int`): Which of several shares of the files to check.
+        checksums (`bool`): Whether to compare checksums, not sizes only.
+        without (`Iterable[str]`): Patterns of files and folders to leave out.
     """
     if not folder.is_dir():
         return [NOT_THERE]
@@ -137,7 +133,7 @@ def damage(
 
 
 def checksum(file: Path) -> str:
-    """XXH3 with 128 bits: tells damage, at the speed at which files are read; no protection against forgery."""
+    """XXH3 with 128 bits, as fast as files are read. It detects damage, not forgery."""
     digest = xxhash.xxh3_128()
     with open(file, "rb") as stream:
         while block := stream.read(_BLOCK):
@@ -160,20 +156,20 @@ def _damage_without_manifest(folder: Path) -> list[str]:
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return [CUT_OFF]  # the trainer's state was the last file of such a checkpoint
+        return [CUT_OFF]  # transformers writes this file last
     trains_on = any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
-    if trains_on and not (folder / SCHEDULER_NAME).is_file():  # without it, nobody reads the optimizer's state either
+    if trains_on and not (folder / SCHEDULER_NAME).is_file():  # transformers then ignores the optimizer's state
         return [f"{SCHEDULER_NAME} is missing"]
     return []
 
 
-def _settle(file: Path) -> None:
-    with open(file, "r+b") as stream:  # some systems want it open for writing
+def _sync(file: Path) -> None:
+    with open(file, "r+b") as stream:  # some systems sync only files opened for writing
         os.fsync(stream.fileno())
 
 
-def _settle_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some systems and some network file systems know this of files only
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems sync files only
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,5 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its own arguments: where to resume, which settings and
-data differ, and the optimizer's settings, which apply as they are given now."""
+"""Comparing a run with the checkpoint that it resumes from, and applying its own optimizer settings."""
 
 from __future__ import annotations
 
@@ -14,14 +13,15 @@ from typing import Any
 import torch
 from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainingArguments
 
-from ..artifacts.weights import check_setup
-from ..trainer.data_preparation import PREPARED
-from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
+from ..artifacts.setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
 
-# Where things lie, what is told where, and which process this is: nothing of what is trained.
+# Of the set-up: without these, a checkpoint's weights cannot be loaded or mean something else.
+STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
+# Paths, logging, the Hub, loader processes: nothing of it changes what is trained. The last two are compared elsewhere.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -29,88 +29,83 @@ NOT_COMPARED = (
     *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
-    "dataloader_multiprocessing_context",
+    *("dataloader_multiprocessing_context", "train_data", "run_id"),
 )
-# Optimizers that read one another's state; all others are of their own kind.
-LIKE_ADAMW = ("adamw_torch", "adamw_torch_fused")
+# Optimizers that can load each other's state.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Schedules that are no function of the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
-# What arguments set in an optimizer's groups, where some optimizers keep state as well.
+# Settings in an optimizer's parameter groups, where some optimizers keep state as well.
 GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
 
 
+def stored_settings(checkpoint: Path) -> dict[str, Any]:
+    """All arguments of the run that wrote a checkpoint; empty for a published one, which has no such file."""
+    file = checkpoint / ARGS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def check_resumable(
-    checkpoint: Path, setup: dict[str, Any], args: DiffusionSDPOConfig, settings_before: dict[str, Any]
+    checkpoint: Path, setup: dict[str, Any], stored_args: dict[str, Any], args: TrainingArguments
 ) -> None:
-    """Compare a checkpoint with the run that is to go on from it, before anything is loaded.
+    """Compare a checkpoint with the run that resumes from it, before anything is loaded; settings that differ are
+    logged.
 
     Args:
         checkpoint (`Path`): Its folder.
-        setup (`dict[str, Any]`): This run's, see [`~checkpoint.write_setup`].
-        args ([`DiffusionSDPOConfig`]): This run's.
-        settings_before (`dict[str, Any]`): As of [`stored_settings`].
+        setup (`dict[str, Any]`): Of this run, as written by [`~.setup.write_setup`].
+        stored_args (`dict[str, Any]`): Of the run that wrote the checkpoint, see [`stored_settings`].
+        args (`TrainingArguments`): Of this run.
 
     Raises:
-        `ValueError`: If the two cannot be one run: another model, optimizer or data.
+        `ValueError`: If the checkpoint is of another model, optimizer or data.
     """
-    before = check_setup(checkpoint, setup)
-    check_settings(settings_before, args, compared_already=set(before))
-    check_data(before.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
+    stored = read_setup(checkpoint)
+    if not stored:
+        raise ValueError(
+            f"A checkpoint to resume from must hold {SETUP_FILE}; {checkpoint} does not. Pass a `checkpoint-*` folder "
+            "that this trainer wrote."
+        )
+    _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
+    _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
 
 
-def stored_settings(checkpoint: Path, file: str) -> dict[str, Any]:
-    """All arguments of the run that wrote a checkpoint; none of one from before they were stored."""
-    path = checkpoint / file
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
-    """What tells the training data from others; `None` of data that this package has not prepared."""
-    return dataset.fingerprint() if isinstance(dataset, PREPARED) else None
-
-
-def check_settings(stored: dict[str, Any], args: DiffusionSDPOConfig, compared_already: set[str]) -> None:
-    """Name every setting that is another than the checkpoint's.
-
-    Args:
-        stored (`dict[str, Any]`): As of [`stored_settings`].
-        args ([`DiffusionSDPOConfig`]): This run's.
-        compared_already (`set[str]`): Names of which others tell.
-
-    Raises:
-        `ValueError`: Where what the checkpoint holds cannot serve under a setting.
-    """
-    ours = json.loads(args.to_json_string())
-    skipped = {*NOT_COMPARED, *compared_already}
-    differing = [name for name in ours if name in stored and name not in skipped and stored[name] != ours[name]]
-    for name in differing:
-        reason = _why_not(name, stored[name], ours[name])
+def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, Any], checkpoint: Path) -> None:
+    current = {**json.loads(args.to_json_string()), **setup}
+    names = [name for name in current if name not in NOT_COMPARED and (name in stored or name in setup)]
+    differing = {name: (stored.get(name), current[name]) for name in names if stored.get(name) != current[name]}
+    broken = [
+        f"{name} was {differing[name][0]!r}, is {differing[name][1]!r}" for name in STRUCTURE if name in differing
+    ]
+    if broken:
+        raise ValueError(
+            f"A run resumes with the set-up that wrote its checkpoint; differing: {'; '.join(broken)}. Restore these, "
+            f"or start anew instead of resuming from {checkpoint}."
+        )
+    for name, (before, now) in differing.items():
+        reason = _why_not(name, before, now)
         if reason:
             raise ValueError(
-                f"A run cannot resume with another `{name}`, as {reason}: it was {stored[name]!r}, is {ours[name]!r}. "
+                f"A run cannot resume with another `{name}`, as {reason}: it was {before!r}, is {now!r}. "
                 "Restore it, or pass the checkpoint's weights as `model` to start anew from them."
             )
-    for name in differing:
-        logger.warning("Resuming with another `%s`: it was %r, is %r.", name, stored[name], ours[name])
+    for name, (before, now) in differing.items():
+        logger.warning("Resuming with another `%s`: it was %r, is %r.", name, before, now)
 
 
 def _why_not(name: str, before: Any, now: Any) -> str:
-    if name == "optim" and not {before, now} <= set(LIKE_ADAMW):
+    if name == "optim" and not {before, now} <= set(ADAMW):
         return "one optimizer cannot read another's state"
     if name == "lr_scheduler_type" and {before, now} & set(SCHEDULES_WITH_STATE):
         return "such a schedule cannot read another's state"
     return ""
 
 
-def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
-    """Compare the training data's fingerprint with the checkpoint's.
-
-    Args:
-        before, now (`dict[str, Any]`, *optional*): As of `fingerprint` of the prepared data; `None` where unknown.
-        starts_anew (`bool`): Whether the run begins its data from their start, `ignore_data_skip`.
+def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
+    """Compare fingerprints of the training data, as their `fingerprint` returns them; `None` if unknown.
 
     Raises:
-        `ValueError`: If they are other data, in which the run cannot find its place.
+        `ValueError`: If the data differ, unless the run starts at their beginning.
     """
     if before is None or now is None:
         return
@@ -134,42 +129,42 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, sta
 def keep_optimizer_settings(
     optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None
 ) -> Iterator[None]:
-    """Have what this run's arguments set in optimizer and schedule survive the loading of a checkpoint within; see
+    """Set this run's optimizer settings again after a checkpoint's optimizer and schedule were loaded within; see
     [`OptimizerSettings`]."""
-    own = OptimizerSettings(optimizer, scheduler, rate, rate_before)
+    settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
     yield
-    own.restore(optimizer, scheduler)
+    settings.restore(optimizer, scheduler)
 
 
 class OptimizerSettings:
-    """The learning rate, weight decay, betas and so on as this run's arguments have set them, to be set again after a
-    checkpoint's optimizer and schedule were loaded, which bring along what they had.
+    """Learning rate, weight decay, betas and so on as the arguments have set them. Loading a checkpoint's optimizer and
+    schedule overwrites them.
 
     Args:
         optimizer (`torch.optim.Optimizer`): As the engine has wrapped it, before anything is loaded.
         scheduler (`LRScheduler`): Likewise.
         rate (`float`): The run's learning rate.
-        rate_before (`float`, *optional*): The checkpoint's; of one from before it was stored, this run's.
+        rate_before (`float`, *optional*): The checkpoint's; this run's if unknown.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None):
-        kept = (*GROUP_SETTINGS, "initial_lr")
-        self.groups = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
-        self.base_rates = list(_inner(scheduler).__dict__.get("base_lrs", ()))
-        self.rate, self.rate_before = rate, rate if rate_before is None else rate_before
+        names = (*GROUP_SETTINGS, "initial_lr")
+        self._groups = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+        self._base_rates = list(_unwrapped(scheduler).__dict__.get("base_lrs", ()))
+        self._rate, self._rate_before = rate, rate if rate_before is None else rate_before
 
     def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Set them again; the schedule's place stays the checkpoint's."""
-        groups, schedule = optimizer.param_groups, _inner(scheduler)
+        """Set them again; the schedule stays at the checkpoint's step."""
+        groups, schedule = optimizer.param_groups, _unwrapped(scheduler)
         factors = []
-        for group, ours in zip(groups, self.groups, strict=True):
-            factors.append(self._factor(ours.get("initial_lr"), group.get("initial_lr")))
-            for name, value in ours.items():
-                if name in group and _plain(group[name]) != _plain(value):
+        for group, settings in zip(groups, self._groups, strict=True):
+            factors.append(self._factor(settings.get("initial_lr"), group.get("initial_lr")))
+            for name, value in settings.items():
+                if name in group and _as_list(group[name]) != _as_list(value):
                     group[name] = value
-        if self.base_rates:
-            schedule.base_lrs = list(self.base_rates)
-        for group, rate in zip(groups, self._rates(groups, schedule, factors), strict=True):
+        if self._base_rates:
+            schedule.base_lrs = list(self._base_rates)
+        for group, rate in zip(groups, self._next_rates(groups, schedule, factors), strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -177,25 +172,24 @@ class OptimizerSettings:
         if "_last_lr" in schedule.__dict__:
             schedule._last_lr = [group["lr"] for group in groups]
 
-    def _rates(self, groups: list[dict[str, Any]], schedule: Any, factors: list[float]) -> list[Any]:
-        """The rates of the next step."""
+    def _next_rates(self, groups: list[dict[str, Any]], schedule: Any, factors: list[float]) -> list[Any]:
         if isinstance(schedule, LambdaLR):
             step = schedule.last_epoch
-            return [base * of(step) for base, of in zip(self.base_rates, schedule.lr_lambdas, strict=True)]
-        if not isinstance(schedule, LRScheduler):  # DeepSpeed's own, which read their rates from its configuration
+            return [base * of(step) for base, of in zip(self._base_rates, schedule.lr_lambdas, strict=True)]
+        if not isinstance(schedule, LRScheduler):  # DeepSpeed's, which take their rates from its configuration
             return list(schedule.get_lr())
         return [group["lr"] * factor for group, factor in zip(groups, factors, strict=True)]
 
     def _factor(self, now: float | None, before: float | None) -> float:
-        """How much larger the rate is, for schedules that go on from their last one."""
+        """Ratio of the rates, for schedules that compute a rate from the last one."""
         if now is None or before is None:
-            now, before = self.rate, self.rate_before
+            now, before = self._rate, self._rate_before
         return 1.0 if math.isclose(now, before, rel_tol=1e-12) else now / before
 
 
-def _inner(scheduler: Any) -> Any:
+def _unwrapped(scheduler: Any) -> Any:
     return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""A lock file that keeps two runs from writing into one folder, and that no killed run leaves behind for good."""
+"""A lock file against two runs in one folder; the lock of a killed run expires."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "_run.lock"  # with an underscore: not published
-BEAT_SECONDS = 20.0  # between two signs of life
-PATIENCE_SECONDS = 90.0  # without one, for a holder that cannot be looked at from here
+LOCK_FILE = "_run.lock"  # files with an underscore are not published
+HEARTBEAT_SECONDS = 20.0
+TIMEOUT_SECONDS = 90.0  # without a heartbeat, of a holder on another machine
 BOOT_ID, PID_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 class FolderInUseError(ValueError):
-    """Another run that lives writes into the folder."""
+    """Another running process has locked the folder."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process as a lock names it.
+    """The process that holds a lock.
 
     Attributes:
-        host (`str`): Its machine's name.
-        machine (`str`): What tells apart machines and containers of one name, and one machine before and after it was
-            started anew; empty where the system does not tell.
-        pid (`int`): Its number there.
-        started (`str`): When it started, as numbers are given again.
+        host (`str`): Name of its machine.
+        machine (`str`): Identifies the machine or container since its last start; empty where the system has no such
+            identifier.
+        pid (`int`): Its process id.
+        started (`str`): Its start time, since process ids are reused.
     """
 
     host: str
@@ -43,38 +43,38 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        """The process that asks."""
+        """The calling process."""
         machine = _machine()
-        return cls(socket.gethostname(), machine, os.getpid(), (_start_of(os.getpid()) or "") if machine else "")
+        return cls(socket.gethostname(), machine, os.getpid(), (_start_time(os.getpid()) or "") if machine else "")
 
     @property
-    def can_be_seen(self) -> bool:
-        """Whether its number means here what it meant where the lock was taken."""
+    def is_local(self) -> bool:
+        """Whether its process id is one of this machine and container."""
         return self.machine != "" and (self.host, self.machine) == (socket.gethostname(), _machine())
 
     @property
-    def lives(self) -> bool:
-        """Whether the process is still there; only where it can be seen."""
-        return _start_of(self.pid) == self.started
+    def is_running(self) -> bool:
+        """Whether the process is running; to be asked of a local one only."""
+        return _start_time(self.pid) == self.started
 
 
 class RunLock:
-    """A file in a folder for as long as a run writes there, with who holds it.
+    """A lock file in a folder that names the process that holds it.
 
-    A lock whose process is gone is taken over: at once where its process could be seen from here, and else, as on other
-    machines, in other containers and on systems other than Linux, when it has given no sign of life for `patience`
-    seconds. The holder gives one every `beat` seconds, by the file's time of change.
+    The lock of a dead process is taken over: at once if the process was local, and otherwise (on other machines, in
+    other containers, on systems other than Linux) after `timeout` seconds without a heartbeat. The holder updates the
+    file's modification time every `heartbeat` seconds.
 
     Args:
-        folder (`Path`): Must be there.
-        beat, patience (`float`, *optional*): In seconds.
+        folder (`Path`): Must exist.
+        heartbeat, timeout (`float`, *optional*): In seconds.
     """
 
-    def __init__(self, folder: Path, *, beat: float = BEAT_SECONDS, patience: float = PATIENCE_SECONDS):
+    def __init__(self, folder: Path, *, heartbeat: float = HEARTBEAT_SECONDS, timeout: float = TIMEOUT_SECONDS):
         self.file = folder / LOCK_FILE
-        self.beat, self.patience = beat, patience
+        self.heartbeat, self.timeout = heartbeat, timeout
         self._text = ""
-        self._over = threading.Event()
+        self._released = threading.Event()
 
     def acquire(self) -> None:
         """Take the lock.
@@ -84,14 +84,14 @@ class RunLock:
         """
         self._text = json.dumps(asdict(Holder.this_process())) + "\n"
         while not self._create():
-            self._take_away_if_dead()
-        self._over.clear()
-        threading.Thread(target=self._give_signs_of_life, name="run lock", daemon=True).start()
+            self._remove_if_dead()
+        self._released.clear()
+        threading.Thread(target=self._send_heartbeats, name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give it back; a lock that somebody else has taken by now stays. Storage that fails is said only: what ends
-        the run may be an error of its own, which must not be replaced."""
-        self._over.set()
+        """Delete the file, unless another process has taken the lock over. Failing storage is logged and not raised,
+        so that it does not replace an error that ends the run."""
+        self._released.set()
         try:
             if _content(self.file) == self._text:
                 self.file.unlink(missing_ok=True)
@@ -111,20 +111,20 @@ class RunLock:
             raise
         return True
 
-    def _take_away_if_dead(self) -> None:
+    def _remove_if_dead(self) -> None:
         found = _content(self.file)
         if found is None:
             return
         holder = _parsed(found)
         if holder is None:
-            if self._watch(lambda: _content(self.file) != found, poll=0.05):
-                return  # it was just being written
-        elif holder.can_be_seen:
-            if holder.lives:
+            if self._wait_for(lambda: _content(self.file) != found, poll=0.05):
+                return  # its holder was writing it
+        elif holder.is_local:
+            if holder.is_running:
                 raise FolderInUseError(self._refusal(f"process {holder.pid} on this machine ({holder.host})"))
-        elif self._gives_signs_of_life(holder):
+        elif self._has_heartbeat(holder):
             raise FolderInUseError(self._refusal(f"process {holder.pid} on {holder.host}"))
-        self._take_away(found, holder)
+        self._remove(found, holder)
 
     def _refusal(self, who: str) -> str:
         return (
@@ -132,25 +132,25 @@ class RunLock:
             f"or wait until that run has ended; if you are sure that there is none, delete {self.file}."
         )
 
-    def _gives_signs_of_life(self, holder: Holder) -> bool:
+    def _has_heartbeat(self, holder: Holder) -> bool:
         logger.warning(
-            "%s is of process %d on %s, which cannot be seen from here: watching for %.0f seconds whether it lives.",
-            *(self.file, holder.pid, holder.host, self.patience),
+            "%s is of process %d on %s: waiting up to %.0f seconds for a heartbeat.",
+            *(self.file, holder.pid, holder.host, self.timeout),
         )
-        before = _changed(self.file)
-        return self._watch(lambda: _changed(self.file) != before, poll=1.0) and _changed(self.file) is not None
+        before = _modified(self.file)
+        return self._wait_for(lambda: _modified(self.file) != before, poll=1.0) and _modified(self.file) is not None
 
-    def _watch(self, happens: Callable[[], bool], *, poll: float) -> bool:
-        """Whether something happens before the patience is at its end."""
-        until = time.monotonic() + self.patience
-        while time.monotonic() < until:
-            if happens():
+    def _wait_for(self, condition: Callable[[], bool], *, poll: float) -> bool:
+        """Whether a condition becomes true before the timeout."""
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end:
+            if condition():
                 return True
-            time.sleep(min(poll, self.beat))
+            time.sleep(min(poll, self.heartbeat))
         return False
 
-    def _take_away(self, found: str, holder: Holder | None) -> None:
-        """Move a dead lock out of the way, unless somebody else has done so and holds a new one."""
+    def _remove(self, found: str, holder: Holder | None) -> None:
+        """Remove a dead process's lock, unless another process has done so and taken the lock."""
         aside = self.file.with_name(f"{LOCK_FILE}.{os.getpid()}.{threading.get_ident()}")
         try:
             self.file.rename(aside)
@@ -163,26 +163,25 @@ class RunLock:
         else:
             aside.rename(self.file)
 
-    def _give_signs_of_life(self) -> None:
-        while not self._over.wait(self.beat):
+    def _send_heartbeats(self) -> None:
+        while not self._released.wait(self.heartbeat):
             try:
                 if _content(self.file) not in (self._text, None):
-                    return  # somebody else's; one that is not there may be back, as from a look whether it is dead
+                    return  # another process's; a missing file may return, as another process renames it to check it
                 os.utime(self.file)
-            except OSError:  # of storage that is away for a moment: the next beat tries again
+            except OSError:  # storage may be unavailable for a moment
                 continue
 
 
 def _machine() -> str:
-    """This start of this machine, or of this container; empty where the system does not tell."""
+    """Identifies this machine or container since its last start; empty where the system has no such identifier."""
     if not (BOOT_ID.is_file() and PID_NAMESPACE.is_symlink()):
         return ""
     return f"{BOOT_ID.read_text(encoding='ascii').strip()} {os.readlink(PID_NAMESPACE)}"
 
 
-def _start_of(pid: int) -> str | None:
-    """When a process of Linux started, in clock ticks since the machine did, which no change of the clock moves; `None`
-    of one that is gone, or has ended and is not waited for yet."""
+def _start_time(pid: int) -> str | None:
+    """Start time of a Linux process in clock ticks since boot; `None` if it has ended, also as a zombie."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
     except (FileNotFoundError, ProcessLookupError):
@@ -198,8 +197,8 @@ def _content(file: Path) -> str | None:
         return None
 
 
-def _changed(file: Path) -> int | None:
-    """When the file was changed; opened for it, as file systems of a network look anew only then."""
+def _modified(file: Path) -> int | None:
+    """Modification time of a file; it is opened, since network file systems refresh their cache only then."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime_ns
@@ -208,7 +207,7 @@ def _changed(file: Path) -> int | None:
 
 
 def _parsed(text: str) -> Holder | None:
-    """The holder; `None` of a lock that is just being written or was cut off."""
+    """The holder; `None` if the lock is incomplete."""
     try:
         values = json.loads(text)
         return Holder(**{field.name: values[field.name] for field in fields(Holder)})

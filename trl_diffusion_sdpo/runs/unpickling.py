@@ -1,4 +1,4 @@
-"""Reading a checkpoint's pickled files so that none of them can run code."""
+"""Loading a checkpoint's pickled files such that none of them can run code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from .._compat import numpy_safe_globals
 
 TORCH_FILES = (".pt", ".pth", ".bin")
-DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # of `torch.distributed.checkpoint`, by which FSDP2 writes its parts
+DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # of `torch.distributed.checkpoint`, for FSDP2's shards
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _METADATA_NAMES = {
     ("pathlib", "PosixPath"),
@@ -42,14 +42,13 @@ _METADATA_NAMES = {
 
 
 def foreign_code(folder: Path, known: Sequence[type], *, part: int = 0, parts: int = 1) -> list[str]:
-    """What pickled files of a checkpoint ask for beyond tensors, numbers and settings, in words that name the file.
-
-    Nothing of the files is run.
+    """What a checkpoint's pickled files import beyond tensors, numbers and settings, one sentence a name. Runs no code
+    of the files.
 
     Args:
         folder (`Path`): The checkpoint.
-        known (`Sequence[type]`): Classes of the engine that wrote it.
-        part, parts (`int`): Which share of the files to look at, so that several processes look at all of them.
+        known (`Sequence[type]`): The engine's classes, which are allowed.
+        part, parts (`int`): Which of several shares of the files to check.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix in TORCH_FILES and path.is_file())
     metadata = sorted(path for path in folder.glob(DISTRIBUTED_METADATA) if path.is_file())
@@ -64,14 +63,14 @@ def foreign_code(folder: Path, known: Sequence[type], *, part: int = 0, parts: i
 
 @contextlib.contextmanager
 def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
-    """Have every `torch.load` refuse what could run code, also where a library asks for more.
+    """Make every `torch.load` within refuse pickles that could run code, also in libraries that allow them.
 
     Args:
-        known (`Sequence[type]`): Classes of the engine, which are let through.
-        trust (`bool`): Leaves everything as it is.
+        known (`Sequence[type]`): The engine's classes, which are allowed.
+        trust (`bool`): Whether to refuse nothing.
 
     Raises:
-        `ValueError`: If a file asks for more.
+        `ValueError`: If a file is refused.
     """
     if trust:
         yield
@@ -94,7 +93,7 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
 
 
 def _met_a_pickle(error: CheckpointException) -> bool:
-    """Whether a process has failed to read a distributed checkpoint because a file asked for more."""
+    """Whether a distributed checkpoint could not be read because a pickle was refused."""
     return any(isinstance(cause, pickle.UnpicklingError) for cause, _ in error.failures.values())
 
 
@@ -108,18 +107,18 @@ def _foreign_to_torch(file: Path) -> list[str]:
 def _foreign_to_metadata(file: Path) -> list[str]:
     try:
         with open(file, "rb") as stream:
-            _MetadataReader(stream).load()
-    except Exception as error:  # whatever a stream of bytes that is none can raise
+            _MetadataUnpickler(stream).load()
+    except Exception as error:  # malformed pickles raise errors of many types
         return [str(error) if isinstance(error, _Foreign) else f"cannot be looked through: {error}"]
     return []
 
 
 class _Foreign(pickle.UnpicklingError):
-    """A name that the metadata of a distributed checkpoint does not need."""
+    """An import that the metadata of a distributed checkpoint does not need."""
 
 
-class _MetadataReader(pickle.Unpickler):
-    """Finds the classes of such metadata, and nothing else."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the metadata's classes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

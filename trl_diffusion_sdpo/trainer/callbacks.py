@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
+from ..evaluation.verdict import Run, verdict_of, warning_of
 from ..families import Family
 from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
@@ -22,7 +23,6 @@ from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
 from .data_preparation import PREPARED, peers
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .run_control import SayNothingIsLeft
 from .sample_images import SampleImagesCallback
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,10 @@ def default_callbacks(
     budget: WinnerBudget | None,
     load_probe: Callable[[], Sequence[ProbeInputs]],
     diagnostics: StepDiagnostics | None,
+    run_facts: Run,
 ) -> list[TrainerCallback]:
     """Those that the settings call for, in the order in which they act."""
-    callbacks: list[TrainerCallback] = [SayNothingIsLeft()]
+    callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
     if isinstance(train_dataset, PreferenceDataset):
         callbacks.append(EpochCallback(train_dataset))
     if isinstance(train_dataset, PREPARED):
@@ -65,7 +66,7 @@ def default_callbacks(
         callbacks.append(_sample_images(args, family))
     if args.eval_strategy != "no":
         callbacks.append(NoiseBinPlotCallback())
-    return callbacks
+    return [*callbacks, VerdictCallback(run_facts)]
 
 
 def _sample_images(args: DiffusionSDPOConfig, family: Family) -> SampleImagesCallback:
@@ -217,3 +218,50 @@ class DataReportCallback(TrainerCallback):
             late = self._dataset.report.dropped
         if late and state.is_world_process_zero:
             logger.warning("Bad pairs were found in training. %s", self._dataset.report)
+
+
+class VerdictCallback(TrainerCallback):
+    """Logs the verdict at the end of training, and one warning during training if the model is ruined.
+
+    Args:
+        run ([`~.verdict.Run`]): Facts of the run.
+    """
+
+    def __init__(self, run: Run):
+        self._run, self._warned = run, False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._warned = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._warned or not state.is_world_process_zero:
+            return
+        warning = warning_of(state.log_history, self._run, evaluates=args.eval_strategy != "no")
+        if warning is not None:
+            self._warned = True
+            logger.warning("%s", warning)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if not state.is_world_process_zero:
+            return
+        verdict = verdict_of(state.log_history, self._run, final_step(args, state))
+        if verdict is not None:
+            logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
+
+
+class NothingToTrainCallback(TrainerCallback):
+    """Warns if a run resumes from a checkpoint at or after its last step."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
+            logger.warning(
+                "Nothing is left to train: the checkpoint is of step %s, and the run ends at %s. The weights are those "
+                "of the checkpoint. More `max_steps` or `num_train_epochs` train on.",
+                state.global_step,
+                state.max_steps,
+            )
+
+
+def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step whose weights training ends with; `None` if the last one."""
+    return state.best_global_step if args.load_best_model_at_end else None

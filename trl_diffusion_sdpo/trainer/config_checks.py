@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
 from ..data.checking import verify_choice
-from ..data.images import settled_schemes
+from ..data.images import MIN_SIDE, settled_schemes
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
@@ -24,7 +24,6 @@ from .loss_arguments import LossArguments, NoiseArguments, WinnerArguments
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
-MIN_SIDE = 8  # pixels, of training images
 MEASUREMENTS_OF_LAG = 10  # of a budget, over which an average may reach back
 _CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
 

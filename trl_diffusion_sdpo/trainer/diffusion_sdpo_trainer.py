@@ -18,14 +18,16 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .._compat import compile_with_eager_rounding
-from ..artifacts.weights import fingerprint, trained_weights
+from ..artifacts.publishing import Publisher
+from ..artifacts.setup import fingerprint
+from ..artifacts.weights import WeightFiles
 from ..data.collator import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.engine import Engine
 from ..engines.engine_settings import check_unsharded, loading_unsharded
 from ..engines.gradient_backends import unwrapped_adamw
 from ..engines.sharding import full_tensor
-from ..evaluation.verdict import VerdictCallback
+from ..evaluation.verdict import Run
 from ..losses import BudgetController, PreferenceLossOutput, loss_spec
 from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
@@ -33,6 +35,8 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import working_family
 from ..models.loading import LoadedModel, load_model
 from ..models.numerics import autocast_dtype
+from ..runs.run_files import RunFiles
+from ..runs.run_folder import RunFolder
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
 from ..step.meters import MetricMeter
@@ -45,6 +49,7 @@ from .callbacks import default_callbacks
 from .config_checks import refuse_dropout
 from .data_preparation import DataOverrides, check_batches
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .file_overrides import NOT_PUBLISHED, PLOTS, FileOverrides
 from .interrupts import step_exchange
 from .preparing import (
     check_and_complete,
@@ -53,12 +58,11 @@ from .preparing import (
     loss_settings,
     make_reference,
 )
-from .publishing import PublishingMixin
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionSDPOTrainer(PublishingMixin, DataOverrides):
+class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -172,6 +176,17 @@ class DiffusionSDPOTrainer(PublishingMixin, DataOverrides):
         self.pair_forward.attach(self.accelerator)
         for weights in self._shadow_weights:
             weights.attach(self.engine)
+        self.run_folder = RunFolder(self.args, list(self.pipeline.components), PLOTS)
+        self.run_files = RunFiles(
+            self.args,
+            self.engine,
+            self.weight_files,
+            shadow_weights=self._shadow_weights,
+            average=self.average,
+            budget=self.winner_budget,
+            full_pipeline=self.args.save_full_pipeline,
+            trust_pickles=self.args.trust_checkpoint,
+        )
 
     @property
     def denoiser(self) -> nn.Module:
@@ -339,7 +354,15 @@ class DiffusionSDPOTrainer(PublishingMixin, DataOverrides):
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay)
         self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
-        self._shapes = {name: tuple(w.shape) for name, w in trained_weights(loaded.denoiser, self.adapter).items()}
+        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter)
+        self.publisher = Publisher(args, NOT_PUBLISHED)
+        self.run_facts = Run(
+            reference_moves=args.sync_ref_model,
+            reference_was_given=self.gave_reference,
+            uses_loser=self.loss_spec.uses_loser,
+            safeguarded=args.safeguard != "none",
+            average_suffix=f"_{EMA_FOLDER}",
+        )
         self.family = working_family(
             self.family,
             device=args.device,
@@ -389,7 +412,7 @@ class DiffusionSDPOTrainer(PublishingMixin, DataOverrides):
             self._diagnostics = StepDiagnostics(self.pair_forward, self._meter, args.safeguard_diagnostics_steps)
 
     def _default_callbacks(self, args: DiffusionSDPOConfig, train_dataset: Any) -> list[TrainerCallback]:
-        callbacks = default_callbacks(
+        return default_callbacks(
             args,
             train_dataset,
             family=self.family,
@@ -398,8 +421,8 @@ class DiffusionSDPOTrainer(PublishingMixin, DataOverrides):
             budget=self.winner_budget,
             load_probe=self._load_probe,
             diagnostics=self._diagnostics,
+            run_facts=self.run_facts,
         )
-        return [*callbacks, VerdictCallback(self)]
 
     def set_up_safeguard(self) -> None:
         """Make what `args.safeguard` needs, once the engine has the policy and the optimizer."""

@@ -1,23 +1,28 @@
-"""A checkpoint when the run is interrupted."""
+"""How an interrupted run ends: with a checkpoint, and a `KeyboardInterrupt` that says how to resume."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..engines.processes import in_any_process
 from ..engines.step_exchange import StepExchange
+from ..engines.worker_processes import INTERRUPTS
+from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
-
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class CheckpointOnInterrupt(TrainerCallback):
@@ -94,3 +99,41 @@ def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
     for callback in interrupts:
         callback.exchange = exchange
     return exchange
+
+
+@contextlib.contextmanager
+def stopping_on_interrupt(
+    args: DiffusionSDPOConfig, callbacks: CallbackHandler, global_step: Callable[[], int]
+) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM within end the training with a checkpoint, and then raise `KeyboardInterrupt` in
+    all processes, since what follows `train()` in a script is meant for a finished run.
+
+    Does nothing if signals are handled already: by a [`CheckpointOnInterrupt`] among the callbacks, after which
+    `train()` returns, or by transformers' `enable_jit_checkpoint`.
+    """
+    handled = any(isinstance(callback, CheckpointOnInterrupt) for callback in callbacks.callbacks)
+    if handled or args.enable_jit_checkpoint or not args.checkpoint_on_interrupt:
+        yield
+        return
+    interrupt = CheckpointOnInterrupt()
+    callbacks.add_callback(interrupt)
+    try:
+        yield
+    finally:
+        interrupt.restore_handlers()
+        callbacks.remove_callback(interrupt)
+    if interrupt.interrupted is not None:
+        PartialState().wait_for_everyone()  # a launcher kills the other processes when the first one exits
+        hint = resume_hint(args, global_step(), "Pass `resume_from_checkpoint=True` to go on.")
+        raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}; {hint}")
+
+
+def resume_hint(args: DiffusionSDPOConfig, step: int, how: str) -> str:
+    """Where an interrupted run's checkpoint is, and, if it holds more than weights, how to resume."""
+    folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if args.save_only_model:
+        return (
+            f"its weights are in {folder}. It cannot be resumed, as `save_only_model=True` keeps no state of the "
+            "optimizer."
+        )
+    return f"all that it needs to go on is in {folder}. {how}"

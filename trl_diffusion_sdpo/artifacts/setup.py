@@ -1,0 +1,37 @@
+"""The set-up file beside saved weights: model, engine, data and settings of the run that wrote them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SETUP_FILE = "diffusion_sdpo_setup.json"
+ARGS_FILE = "training_args.json"  # all arguments; not published, as they name local folders
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """A short hash of weights, of their names, shapes and up to 16 values of each; equal on every machine."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        few = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + few.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_setup(folder: Path, setup: dict[str, Any]) -> None:
+    """Write the set-up file into a folder."""
+    (folder / SETUP_FILE).write_text(json.dumps(setup, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_setup(folder: Path) -> dict[str, Any]:
+    """Read a folder's set-up file; empty where it is missing or no JSON object."""
+    try:
+        setup = json.loads((folder / SETUP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return setup if isinstance(setup, dict) else {}

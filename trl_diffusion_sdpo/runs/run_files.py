@@ -1,0 +1,190 @@
+"""What a run writes and resumes from: weights, weights beside the policy's, winner budget, set-up, optimizer state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from ..artifacts.setup import ARGS_FILE, write_setup
+from ..artifacts.weights import WeightFiles
+from ..engines.engine import Engine
+from ..models.ema import EMA_FOLDER, EMAWeights
+from ..models.shadow_weights import ShadowWeights
+from .checkpoint_folders import CheckpointFolders, holds_optimizer
+from .resuming import check_resumable, keep_optimizer_settings, stored_settings
+from .unpickling import tensors_only
+
+
+class RunFiles:
+    """Writes a run's results and checkpoints, and reads checkpoints. All processes must call its methods.
+
+    Results are the weights, their average, the set-up and the arguments. A checkpoint holds the weights and everything
+    that changes during training; [`~transformers.Trainer`] adds its own files.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        engine ([`Engine`]): Shards weights and optimizer state.
+        weights ([`WeightFiles`]): Of the policy.
+        shadow_weights (`Sequence`): Weights beside the policy's: reference and average.
+        average ([`EMAWeights`], *optional*): The average, which is part of the results.
+        budget ([`WinnerBudget`], *optional*): Has a state to be kept.
+        full_pipeline (`bool`): Whether the results include the pipeline's other components.
+        trust_pickles (`bool`): Whether to load pickled files that could run code.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        engine: Engine,
+        weights: WeightFiles,
+        *,
+        shadow_weights: Sequence[ShadowWeights],
+        average: EMAWeights | None,
+        budget: Any,
+        full_pipeline: bool,
+        trust_pickles: bool,
+    ):
+        self._args, self._engine, self._weights = args, engine, weights
+        self._shadow_weights, self._average, self._budget = shadow_weights, average, budget
+        self._full_pipeline, self._trust_pickles = full_pipeline, trust_pickles
+        self._resumed_args: dict[str, Any] = {}
+        self.checkpoints = CheckpointFolders(args)
+
+    # ---- Writing --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
+        """Write into a folder: of the checkpoint that was begun there, what changes during training; results elsewhere.
+
+        Args:
+            folder (`Path`): Made if it is missing.
+            model (`nn.Module`): The policy as the engine wrapped it.
+            setup (`dict[str, Any]`): For the set-up file.
+        """
+        writes, checkpoint = self._args.should_save, self.checkpoints.is_begun(folder)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        gathered = self._gather(model, keep=writes)
+        if checkpoint:
+            self._save_state(folder)
+        average = None
+        if self._average is not None and not checkpoint:
+            average = self._average.gather(keep=writes)
+        if not writes:
+            return
+        self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not checkpoint)
+        if average is not None:
+            self._weights.save(folder / EMA_FOLDER, average)
+        write_setup(folder, setup)
+        if not checkpoint:
+            self._write_args(folder)
+
+    def _gather(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
+        if not self._engine.holds_shards:
+            return None
+        self._engine.reshard(model)
+        return self._engine.gather(self._weights.tensors(), keep=keep)
+
+    def _save_state(self, folder: Path) -> None:
+        for shadow in self._shadow_weights:
+            shadow.save(folder, write=self._args.should_save)
+        if self._budget is not None and self._args.should_save:
+            self._budget.save(folder)
+
+    def _write_args(self, folder: Path) -> None:
+        """As JSON without tokens; the `training_args.bin` of transformers is a pickle with them."""
+        (folder / ARGS_FILE).write_text(self._args.to_json_string() + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def writing_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Begin a checkpoint, and mark it as complete when all of its files were written within the context."""
+        self.checkpoints.begin(folder)
+        yield
+        if self._args.should_save:
+            self._write_args(folder)
+        self.checkpoints.complete(folder)
+
+    def save_sharded_optimizer(
+        self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        """Write the optimizer's state as the engine shards it, without frozen weights, and the schedule's."""
+        self._engine.save_state(model, optimizer, folder)
+        if self._args.should_save:
+            torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
+
+    # ---- Reading --------------------------------------------------------------------------------------------------
+
+    def resume_point(self, value: str | bool | None, setup: Callable[[], dict[str, Any]]) -> str | None:
+        """The checkpoint to resume from, after all checks; `None` for a new start.
+
+        Args:
+            value (`str` or `bool`, *optional*): As of [`~transformers.Trainer.train`], or `"latest"`.
+            setup (`Callable`): Returns this run's set-up.
+
+        Raises:
+            `ValueError`: If there is no such checkpoint, or it is incomplete, damaged, of another set-up, without an
+                optimizer state, or holds pickles that could run code.
+        """
+        point = self.checkpoints.resume_point(value, self._args.output_dir)
+        self._resumed_args = {}
+        if point is not None:
+            self.check_resumable(Path(point), setup())
+        return point
+
+    def check_resumable(self, folder: Path, setup: dict[str, Any]) -> None:
+        """The checks of [`RunFiles.resume_point`] on one checkpoint, but for damage."""
+        self._resumed_args = stored_settings(folder)
+        check_resumable(folder, setup, self._resumed_args, self._args)
+        if not holds_optimizer(folder):
+            raise ValueError(
+                f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
+                "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
+            )
+        if not self._trust_pickles:
+            self.checkpoints.refuse_code(folder, self._engine.pickled_types)
+
+    @contextlib.contextmanager
+    def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
+        """Load a checkpoint's optimizer and schedule within, from tensors only; this run's settings of both apply
+        afterwards. Not to be nested: a schedule's last rate would be scaled twice."""
+        rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
+        with keep_optimizer_settings(optimizer, scheduler, rate, rate_before), self._tensors_only():
+            yield
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Read everything that [`RunFiles.save`] wrote into a checkpoint."""
+        self._load_weights(folder, model)
+        for shadow in self._shadow_weights:
+            shadow.load(folder)
+        if self._budget is not None:
+            self._budget.load(folder)
+
+    def load_best(self, folder: Path, model: nn.Module) -> None:
+        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on.
+
+        Raises:
+            `ValueError`: If its files are damaged.
+        """
+        self.checkpoints.check_best(folder)
+        self._load_weights(folder, model)
+        if self._average is not None:
+            self._average.load(folder)
+
+    def _load_weights(self, folder: Path, model: nn.Module) -> None:
+        if self._engine.loads_weights_with_optimizer:
+            with self._tensors_only():
+                self._engine.load_state(model, str(folder))
+            return
+        weights = self._weights.read(folder)
+        self._engine.reshard(model)
+        self._engine.scatter(weights, self._weights.tensors())
+
+    def _tensors_only(self) -> contextlib.AbstractContextManager:
+        return tensors_only(self._engine.pickled_types, trust=self._trust_pickles)

@@ -1,0 +1,342 @@
+"""The overrides of transformers' Trainer that write, read and publish files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from .._compat import loads_lora
+from ..artifacts.disk import naming_the_disk
+from ..artifacts.hub import PublishingError
+from ..artifacts.model_card import ModelCardFacts, build_model_card, final_metrics, package_versions
+from ..artifacts.publishing import Publisher
+from ..artifacts.weights import WeightFiles
+from ..engines.engine import Engine
+from ..engines.processes import failing_together
+from ..evaluation.verdict import Run, Verdict, verdict_of
+from ..families import Family
+from ..models.reference import Reference
+from ..runs.run_files import RunFiles
+from ..runs.run_folder import PREVIOUS_RUN, RunFolder
+from ..step.finite_check import FiniteCheck
+from .argument_groups import RESUME
+from .callbacks import final_step
+from .data_preparation import PREPARED
+from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
+from .interrupts import stopping_on_interrupt
+from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
+
+PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
+RESUME_SETTINGS = settings_with(RESUME)
+NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", "noise_bins*.png")
+CARD_SETTINGS = (
+    *RESUME_SETTINGS,
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
+    "num_train_epochs",
+)
+
+
+class FileOverrides(Trainer):
+    """A [`~transformers.Trainer`] whose files are written and read by collaborators.
+
+    Attributes:
+        pipeline, family, adapter, reference: The model that is tuned.
+        engine ([`Engine`]): How the process group trains.
+        weight_files ([`WeightFiles`]): Of the policy.
+        run_files ([`RunFiles`]): Results and checkpoints.
+        run_folder ([`RunFolder`]): The output folder.
+        publisher ([`Publisher`]): The Hub.
+        run_facts ([`~.verdict.Run`]): For the verdict.
+    """
+
+    args: DiffusionSDPOConfig
+    pipeline: DiffusionPipeline
+    family: Family
+    adapter: str | None
+    reference: Reference
+    gave_reference: bool
+    model_name_or_path: str | None
+    fingerprint: str
+    engine: Engine
+    weight_files: WeightFiles
+    run_files: RunFiles
+    run_folder: RunFolder
+    publisher: Publisher
+    run_facts: Run
+    _engine_ready: bool
+    _finite: FiniteCheck
+    _tag_names: list[str]
+    _name: str
+
+    # ---- Training, resuming ---------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, `True` for the newest
+                undamaged one in `output_dir`, or `"latest"` for the same, and a new start if there is none.
+
+        Raises:
+            `ValueError`: If there is nothing to train on, or the checkpoint is damaged, of another set-up or could run
+                code.
+            `FloatingPointError`: If a loss is not finite; the weights are as they were before that step.
+            `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
+            `DiskFullError`: If a checkpoint or an image does not fit on the disk.
+        """
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
+        if self._engine_ready and self.engine.holds_shards:
+            raise ValueError(
+                "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
+                "new trainer and pass `resume_from_checkpoint` to go on."
+            )
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers leaves it to scripts
+        disk = naming_the_disk(self.args.output_dir, self.weight_files.bytes_needed)
+        with disk, self.run_folder.locked(all_processes=True):
+            point = self.run_files.resume_point(resume_from_checkpoint, self._setup)
+            self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
+            with stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step):
+                return super().train(point, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """How often to log, save and evaluate is this run's, not the checkpoint's."""
+        progress = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return progress
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers checks for the end of the run only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any) -> Any:
+        self._finite.verify_gradient()
+        with temporarily(self.args, save_total_limit=None):  # with 1, transformers would delete all but the best
+            return super()._finalize_training(*args)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.run_files.load(Path(resume_from_checkpoint), self.model_wrapped)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None or (self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model):
+            self.engine.check_resumable(self.optimizer)
+        with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_engine_checkpoint(self, checkpoint: str) -> None:
+        """Load a checkpoint where the engine reads weights and optimizer at once."""
+        with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
+            self.run_files.load(Path(checkpoint), self.model_wrapped)
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.run_files.load_best(Path(self.state.best_model_checkpoint), self.model_wrapped)
+
+    # ---- Saving ---------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the tuned weights in the formats of diffusers and PEFT; under every engine, all processes must call it.
+
+        Args:
+            output_dir (`str`, *optional*): `args.output_dir` if unset.
+        """
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        is_output_dir = folder.resolve() == self.run_folder.path.resolve()
+        pushes = self.args.push_to_hub and not _internal_call
+        if not (is_output_dir and pushes):  # `push_to_hub` saves there itself, after uploads in progress
+            lock = contextlib.nullcontext()
+            if is_output_dir:
+                lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
+            with naming_the_disk(folder, self.weight_files.bytes_needed), lock:
+                self._save(output_dir)
+        if pushes:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        self.run_files.save(folder, self.model_wrapped, self._setup())
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._finite.verify_gradient()
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # Uploads need the manifest, and rotation goes by its sequence: transformers would go by times of files.
+        own_settings = temporarily(self.args, push_to_hub=False, save_total_limit=None)
+        with self.run_files.writing_checkpoint(folder), own_settings:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.engine.holds_shards:
+            self.run_files.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _setup(self) -> dict[str, Any]:
+        """The content of the set-up file."""
+        return {
+            **self.weight_files.describe(),
+            "reference": self.reference.kind,
+            "given_reference": self.gave_reference,
+            "engine": self.engine.name,
+            "processes": self.accelerator.num_processes,
+            "weights_before_training": self.fingerprint,
+            "train_data": self._data_fingerprint,
+            "run_id": self.run_folder.run_id,
+            **{name: getattr(self.args, name) for name in RESUME_SETTINGS},
+        }
+
+    @functools.cached_property
+    def _data_fingerprint(self) -> dict[str, Any] | None:
+        return self.train_dataset.fingerprint() if isinstance(self.train_dataset, PREPARED) else None
+
+    # ---- Publishing -----------------------------------------------------------------------------------------------
+
+    def verdict(self) -> Verdict | None:
+        """How the error on preferred images has changed, by the last evaluation, or the last logs of training without
+        one; `None` if nothing was measured."""
+        return verdict_of(self.state.log_history, self.run_facts, final_step(self.args, self.state))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write a model card, `README.md` in the output folder.
+
+        Args:
+            model_name (`str`, *optional*): Name of the model; the output folder's if unset.
+            dataset_name (`str`, *optional*): Hub id of the training data.
+            tags (`str` or `list[str]`, *optional*): Beside the trainer's own.
+            license (`str`, *optional*): Identifier of the licence; that of the base model applies if unset.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        folder, verdict = Path(self.args.output_dir), self.verdict()
+        facts = ModelCardFacts(
+            model_name=model_name or folder.absolute().name,
+            hub_model_id=self.hub_model_id,
+            base_model=self.model_name_or_path,
+            pipeline_class=type(self.pipeline).__name__,
+            denoiser_name=self.family.denoiser_name,
+            tuning="full" if self.adapter is None else "lora",
+            loads_lora=loads_lora(type(self.pipeline)),
+            generation_kwargs=self.family.generation_kwargs(None),
+            generated_image=self.family.generated_image,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *tags],
+            settings={name: getattr(self.args, name) for name in CARD_SETTINGS},
+            metrics=final_metrics(self.state.log_history),
+            verdict=None if verdict is None else verdict.finding,
+            gallery=self._gallery(),
+            trainer_name=self._name,
+            versions=package_versions(),
+            license=license,
+        )
+        with naming_the_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            build_model_card(facts).save(folder / "README.md")
+
+    def _gallery(self) -> list[tuple[str, str]]:
+        """The newest sample images, each with its prompt."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SampleImagesCallback) and callback.last_step is not None:
+                return callback.gallery(callback.last_step)
+        return []
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository `args.hub_model_id` unless it exists; all processes must call it.
+
+        Args:
+            token (`str`, *optional*): `args.hub_token` if unset.
+            private (`bool`, *optional*): `args.hub_private_repo` if unset.
+
+        Raises:
+            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
+        """
+        try:
+            self.hub_model_id = self.publisher.create_repository(token, private)
+        except PublishingError as error:
+            raise PublishingError(
+                f"{error} Nothing was trained. Without `push_to_hub=True` a run needs no Hub, and can be published "
+                "afterwards by `push_to_hub()`."
+            ) from error
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any):
+        """Upload the tuned weights and the model card to `args.hub_model_id`, without checkpoints, pickles and logs.
+
+        They are saved in `args.output_dir` first. Requests are repeated for about a minute. If that does not help, the
+        files stay, and a second call continues: large files that arrived are not sent again.
+
+        Args:
+            commit_message (`str`, *optional*): Of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. A failure is logged
+                otherwise.
+            kwargs: `token`, `revision`, `private`, and arguments of [`~DiffusionSDPOTrainer.create_model_card`].
+
+        Returns:
+            What [`~huggingface_hub.HfApi.upload_folder`] returns, or its `Future`; `None` in all processes but the
+            first.
+
+        Raises:
+            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token, revision, private = (kwargs.pop(name, None) for name in ("token", "revision", "private"))
+        model_name = kwargs.pop("model_name", None)
+        self._finish_current_push()  # it reads the files that are written next
+        uploaded = None
+        with self.run_folder.locked(all_processes=True):
+            with failing_together(PublishingError):
+                self.save_model(_internal_call=True)
+            with self.publisher.failing_after_save():
+                if self.hub_model_id is None:
+                    self.hub_model_id = self.publisher.create_repository(token, private)
+                if self.is_world_process_zero():
+                    self.create_model_card(model_name=model_name or self.hub_model_id.split("/")[-1], **kwargs)
+                    options = {"blocking": blocking, "training": self.is_in_train}
+                    uploaded = self.publisher.upload(commit_message, token=token, revision=revision, **options)
+        return uploaded
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish during training. transformers would look for its own files, and upload pickles."""
+        if not self.publisher.is_ready_for_progress():
+            return
+        with failing_together(PublishingError):
+            self._save(self.args.output_dir)
+            if self.is_world_process_zero():
+                self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+                self.publisher.upload_progress(Path(checkpoint_folder), self.state)
+
+    def _finish_current_push(self) -> None:
+        self.publisher.wait()
+
+
+@contextlib.contextmanager
+def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
+    """Other settings within, where transformers reads them and must not act on them."""
+    before = {name: getattr(args, name) for name in settings}
+    for name, value in settings.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
