@@ -1,9 +1,9 @@
-"""How large the families' denoisers are, and what training them holds in memory at least: prints the table of
+"""The sizes of the families' denoisers, and the memory that training them needs at least: prints the table of
 docs/model_families.md, a row for each family.
 
-Every denoiser is built from its published configuration on PyTorch's meta device, which knows shapes and holds no
-numbers: nothing is downloaded, and it takes seconds. Parameters and LoRA are counted. Memory is computed from them:
-weights, gradients, AdamW's two moments and the reference, without activations, text encoders and VAE.
+Every denoiser is built from its published configuration on PyTorch's meta device, without weights and downloads, in
+seconds. Parameters and LoRA are counted. Memory is computed from them: weights, gradients, AdamW's two moments and the
+reference, without activations, text encoders and VAE.
 """
 
 import re
@@ -20,9 +20,9 @@ from trl_diffusion_sdpo.families import FAMILIES, family_for_class_name
 from trl_diffusion_sdpo.families.base import Family
 
 RANK = 16  # TRL's default of `lora_r`
-BASE_BYTES = 2  # of a frozen weight, bf16: the base of a LoRA, and the copy that is the reference of full tuning
-TRAINED_BYTES = 16  # of a trained weight, float32: itself, its gradient and AdamW's two moments
-BUFFER_BYTES = 4  # of a table of positions that full tuning holds beside the weights, in policy and reference
+BASE_BYTES = 2  # per frozen weight, bf16: the base of a LoRA, and the reference of full tuning
+TRAINED_BYTES = 16  # per trained weight, float32: the weight, its gradient and AdamW's two moments
+BUFFER_BYTES = 4  # per element of a position table, which full tuning holds in policy and reference
 
 SD15 = {
     "sample_size": 64,
@@ -96,9 +96,9 @@ class Size:
     """A denoiser of a published size.
 
     Attributes:
-        name (`str`): Of the size, within its family.
+        name (`str`): Name of the size within its family.
         denoiser_class (`str`): Class of diffusers.
-        settings (`Mapping[str, Any]`): Where its configuration differs from the class's own defaults.
+        settings (`Mapping[str, Any]`): Differences of its configuration from the class's defaults.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of a denoiser: parameters, those of a LoRA of rank `RANK` on the family's targets, and buffers."""
+    """Elements of a denoiser: parameters, those of a LoRA of rank `RANK` on the default targets, and buffers."""
 
     parameters: int
     lora: int
@@ -116,16 +116,16 @@ class Counts:
 
     @property
     def lora_bytes(self) -> int:
-        """Of a LoRA on a base in bf16; the base itself is the reference."""
+        """For a LoRA on a base in bf16, which is also the reference."""
         return BASE_BYTES * (self.parameters + self.buffers) + TRAINED_BYTES * self.lora
 
     @property
     def full_bytes(self) -> int:
-        """Of all weights in float32, and a copy in bf16 as reference."""
+        """For all weights in float32, with a reference in bf16."""
         return (TRAINED_BYTES + BASE_BYTES) * self.parameters + 2 * BUFFER_BYTES * self.buffers
 
 
-# First of a family's pipeline classes -> its published sizes.
+# First pipeline class of a family -> its published sizes.
 PUBLISHED = {
     "StableDiffusionPipeline": (Size("1.5", "UNet2DConditionModel", SD15), Size("2.1", "UNet2DConditionModel", SD21)),
     "StableDiffusionXLPipeline": (Size("base", "UNet2DConditionModel", SDXL),),
@@ -167,7 +167,7 @@ PREDICTS = {
     "PixArtSigmaPipeline": "`epsilon`",
     "HunyuanDiTPipeline": "`v_prediction`",
 }
-# Whose tiny pipelines `make test` trains for some steps; those of the others train in `make test-families`.
+# Families whose tiny pipelines `make test` trains; those of the others train in `make test-families`.
 ALWAYS_TRAINED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 HEADER = ("Pipeline class", "Parameters", "Predicts", "LoRA targets", "Tested how", "Memory, LoRA")
 HEADER += ("Memory, all weights",)
@@ -200,24 +200,24 @@ def table() -> list[str]:
 
 
 def count(size: Size, family: type[Family]) -> Counts:
-    """Count a denoiser without weights, before and after a LoRA is put on it."""
+    """Count the elements of a denoiser, before and after a LoRA is added."""
     with torch.device("meta"):
         denoiser = getattr(diffusers, size.denoiser_class)(**size.settings)
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         buffers = sum(buffer.numel() for buffer in denoiser.buffers())
         inject_adapter_in_model(LoraConfig(r=RANK, target_modules=list(family.lora_target_modules)), denoiser)
-    whole = sum(parameter.numel() for parameter in denoiser.parameters())
-    return Counts(parameters=parameters, lora=whole - parameters, buffers=buffers)
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    return Counts(parameters=parameters, lora=total - parameters, buffers=buffers)
 
 
 def targets_in_words(family: type[Family]) -> str:
-    """The default targets; names that differ by the number of a block count as one."""
+    """The default targets; names that differ by the index of a block are listed once."""
     names = dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", name) for name in family.lora_target_modules)
     return ", ".join(f"`{name}`" for name in names)
 
 
 def by_size(counts: Mapping[str, Counts], text: Callable[[Counts], str]) -> str:
-    """One figure, or one for each size under its name."""
+    """The value of the only size, or one line per size."""
     if len(counts) == 1:
         return text(*counts.values())
     return "<br>".join(f"{name}: {text(numbers)}" for name, numbers in counts.items())

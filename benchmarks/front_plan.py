@@ -1,11 +1,11 @@
-"""What `front.py` runs: rules for the loser's gradient at their strengths, under which settings, and in which plans."""
+"""The runs of `front.py`: rules for the loser's gradient, their strengths and settings, in plans."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE
 
-LEVELS = 8
+NUM_NOISE_BINS = 8
 STEPS = {"stress": 200, "gentle": 100, "lora": 200, "dmpo": 200, "smallest": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "stress": {"learning_rate": 2e-4, "beta": 100.0},
@@ -22,10 +22,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 LORA_RANK = 16
 PARTS = ("selection", "final")
-PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 30_000, 40_000  # apart from those of training
-HELD_OUT_COPIES = 3  # each held-out pair is measured at this many draws of noise and timestep
+# Offsets of the seed, so that data differ from those of training.
+PROBE_SEED, HELD_OUT_SEED, SCORE_SEED = 50_000, 30_000, 40_000
+HELD_OUT_COPIES = 3  # draws of noise and timestep per held-out pair
 SAMPLES_PER_PROMPT = 8
-# Rows that were measured otherwise do not belong into one table.
+# Rows with another measurement cannot be in one table.
 HOW = {"held_out": HELD_OUT_SEED, "copies": HELD_OUT_COPIES, "score": SCORE_SEED, "samples": SAMPLES_PER_PROMPT}
 EMA_DECAY = 0.98
 SHARED = {
@@ -35,13 +36,13 @@ SHARED = {
     "warmup_steps": 20,
     "random_flip": False,
     "resolution": IMAGE_SIZE,
-    "num_noise_bins": LEVELS,
+    "num_noise_bins": NUM_NOISE_BINS,
     "ema_decay": EMA_DECAY,
     "winner_budget_pairs": 32,
     "winner_budget_steps": 10,
 }
 UPPER = [0.62, 1.0]  # noise levels of timesteps 503 and above
-DECAY = {"lr_scheduler_type": "cosine"}  # to 0 at the last step; without it the rate is constant after its warm-up
+DECAY = {"lr_scheduler_type": "cosine"}  # to 0 at the last step; otherwise the rate is constant after its warm-up
 LONG, LONGER = {"max_steps": 400}, {"max_steps": 800}
 FAST = {"learning_rate": 4e-4}
 
@@ -52,12 +53,12 @@ class Run:
 
     Args:
         rule (`str`): Name of the rule.
-        strength (`float`): What is varied within it.
-        settings (`dict[str, Any]`): Fields of `DiffusionSDPOConfig` that make it.
-        seed (`int`): Of pairs, noise and samples.
-        pairs (`str`): `"off_policy"` or `"on_policy"`, those of training; held-out pairs are drawn images in both.
-        push (`str`): A name of `SETTINGS`: how hard, what trains and by which loss; all weights but under `"lora"`.
-        tried (`dict[str, Any]`): Arguments of [`TriedTrainer`] that make it.
+        strength (`float`): Parameter of the rule.
+        settings (`dict[str, Any]`): Its fields of `DiffusionSDPOConfig`.
+        seed (`int`): Seed of pairs, noise and generated images.
+        pairs (`str`): `"off_policy"` or `"on_policy"`, the training pairs; held-out pairs are rendered images in both.
+        push (`str`): A key of `SETTINGS`: learning rate, beta, loss, and whether a LoRA or all weights are trained.
+        tried (`dict[str, Any]`): Its arguments of [`TriedTrainer`].
     """
 
     rule: str
@@ -73,7 +74,7 @@ class Run:
         return f"{self.rule}|{self.strength:g}|{self.seed}|{self.pairs}|{self.push}"
 
     def is_made(self, row: dict[str, Any] | None) -> bool:
-        """Whether a row is of this run, with the same settings and measured alike."""
+        """Whether a row is of this run, with the same settings and measurement."""
         return row is not None and {**asdict(self), "how": HOW} == {
             name: row.get(name) for name in (*asdict(self), "how")
         }
@@ -82,7 +83,7 @@ class Run:
 def rule_settings(rule: str, strength: float) -> dict[str, Any]:
     """The configuration of a rule at one strength: a margin mu, a budget, or the weight of a term.
 
-    A rule is named by what makes it, `"parameter, decay"` for instance.
+    The name of a rule lists its parts, such as `"parameter, decay"`.
     """
     none = {"safeguard": "none"}
     output = {"safeguard": "output", "safeguard_mu": strength}
@@ -94,7 +95,7 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
         "output": output,
         "parameter": parameter,
         "budget": none | {"winner_budget": strength},
-        # Tried, and not taken up: what makes them is in `tried_settings`.
+        # Tried, and not in the package: see `tried_settings`.
         "winner error": none,
         "reference": none,
         "constant lambda": none,
@@ -102,7 +103,7 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
         "trust region": parameter | {"safeguard_mu": 0.6, "winner_budget": 1e6},
         "low pull": {},
         "relative": {},
-        # Second parts of a name.
+        # Second parts of names.
         "range": {"loser_noise_range": UPPER},
         "decay": DECAY,
         "long": LONG,
@@ -110,7 +111,7 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
         "fast": FAST,
         "pair": {"safeguard_granularity": "pair"},
         "weighted": {"safeguard_granularity": "weighted"},
-        "noise_bin": {"safeguard_granularity": "noise_bin"},
+        "noise bin": {"safeguard_granularity": "noise_bin"},
         "error": {"safeguard_anchor": "error"},
         "AdamW": {"safeguard_preconditioner": "adamw", "safeguard_anchor": "error"},
         "at mu 0.6": {"safeguard": "parameter", "safeguard_mu": 0.6},
@@ -120,7 +121,7 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
 
 
 def tried_settings(rule: str, strength: float) -> dict[str, Any]:
-    """What [`TriedTrainer`] takes for a rule; nothing for those of the package."""
+    """Arguments of [`TriedTrainer`] for a rule; empty for rules of the package."""
     tried = {
         "winner error": {"winner_error": strength},
         "reference": {"reference_pull": strength},
@@ -128,8 +129,8 @@ def tried_settings(rule: str, strength: float) -> dict[str, Any]:
         "fresh anchor": {"fresh_anchor": True},
         "trust region": {"trust_region": strength},
     }.get(rule.split(", ")[0], {})
-    if "low pull" in rule:  # the lowest two noise levels are held to the reference
-        tried |= {"reference_pull": 1.0, "pull_below": 2 / LEVELS}
+    if "low pull" in rule:  # the pull acts in the lowest two noise bins
+        tried |= {"reference_pull": 1.0, "pull_below": 2 / NUM_NOISE_BINS}
     return tried | ({"relative": True} if "relative" in rule else {})
 
 
@@ -178,19 +179,19 @@ ELSEWHERE: dict[str, tuple[float, ...]] = {
     "DPO": (0.0,),
 }
 OF_ANOTHER_LOSS = {"no safeguard" if rule == "DPO" else rule: strengths for rule, strengths in ELSEWHERE.items()}
-# For a look at whether everything runs.
+# For the tests.
 SMALLEST: dict[str, tuple[float, ...]] = {
     "budget, range": (0.1,),
     "winner error, low pull, decay": (1.0,),
     "fresh anchor": (0.6,),
     "trust region": (0.1,),
 }
-# What was tried besides: the most promising, on all seeds.
+# Rules not in the package: the most promising, on all seeds.
 CLOSEST: dict[str, tuple[float, ...]] = {
     "output, low pull, decay": (0.7, 0.8),
     "parameter, low pull, decay": (0.6, 0.7),
 }
-# And the rest, on one.
+# The others, on one seed.
 EXPLORED: dict[str, tuple[float, ...]] = {
     "winner error, decay": (0.3, 1.0, 3.0),
     "winner error, low pull, decay, long": (1.0,),
@@ -206,10 +207,10 @@ EXPLORED: dict[str, tuple[float, ...]] = {
     "parameter, error, decay": (0.8,),
     "budget, decay": (0.05,),
     "output, pair, decay": (0.8,),
-    "output, bucket, decay": (0.8,),
+    "output, noise bin, decay": (0.8,),
     "output, weighted": (0.6,),
     "output, pair": (0.6,),
-    "output, bucket": (0.6,),
+    "output, noise bin": (0.6,),
     "parameter, AdamW": (0.1,),
     "parameter, range": (0.3,),
     "budget, in parameter space": (0.1,),

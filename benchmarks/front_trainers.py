@@ -122,12 +122,12 @@ class FreshAnchor(ParameterSafeguard):
         self.model = model
         return predictions
 
-    def backward(self, loss, *, step, share):
+    def backward_branches(self, loss, *, step, share):
         if not self.enabled:
-            return super().backward(loss, step=step, share=share)
+            return super().backward_branches(loss, step=step, share=share)
         gradients = self.gradients
         with _own_anchor_off(gradients):
-            super().backward(loss, step=step, share=share)
+            super().backward_branches(loss, step=step, share=share)
         winners = self.met if self.before is None else self.before
         prediction = self._forward.predict(self.model, winners)
         grad_anchor = winner_error_gradient(prediction - winners.target.float())

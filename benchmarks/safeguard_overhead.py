@@ -1,8 +1,8 @@
-"""What the safeguard costs: time and peak memory of a training step with each kind of safeguard, against none.
+"""The cost of the safeguard: time and peak memory of a training step with each kind of safeguard, relative to none.
 
-The steps are the real trainer's, from `training_step` to the optimizer, on a UNet with random weights. One run takes
-them in rounds, one step of every mode a round in a new order, so that load on the machine meets all modes alike:
-reported is the median over rounds of a mode's time over that of the same round's step without a safeguard.
+The steps are those of the trainer, from the batch to the optimizer, on a UNet with random weights. They run in rounds
+of one step per mode in random order, so that other load on the machine affects all modes equally: reported is the
+median over rounds of a mode's time relative to the same round's step without a safeguard.
 """
 
 import argparse
@@ -18,22 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
-from datasets import Dataset
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from peft import LoraConfig
-from PIL import Image
+from random_pipeline import UNETS, build_pipeline, random_pairs
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.models.reference import FrozenReference
@@ -51,7 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 PLAIN = "none"
 UNSET = {"safeguard_anchor": None, "safeguard_low_memory": False}
-# Highest ratio of time that is aimed at, reference included, at 4 pairs.
+# Target of the ratio of time, with a reference, at 4 pairs.
 TARGETS = {
     ("lora", "output"): 1.02,
     ("full", "output"): 1.02,
@@ -59,67 +49,20 @@ TARGETS = {
     ("full", "parameter"): 1.15,
 }
 
-UNETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "sample_size": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-    },
-    "28m": {
-        "sample_size": 32,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (96, 192, 384),
-        "layers_per_block": 1,
-        "cross_attention_dim": 256,
-        "attention_head_dim": 8,
-    },
-    "sd15": {
-        "sample_size": 64,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-XL_TEXT_WIDTHS = (768, 1280)
-PROMPT_TOKENS = 77
-START, END = "<|startoftext|>", "<|endoftext|>"
-
 
 @dataclass
 class Row:
-    """One mode's figures.
+    """The measurements of one mode.
 
     Attributes:
         tuning, mode (`str`): `"lora"` or `"full"`, and a key of `MODES`.
-        reference (`bool`): Whether the loss, and so the step, has a reference.
-        seconds (`list[float]`): Of each timed step, one a round.
-        ratio (`float`): Median over rounds of the time over that of the same round's plain step.
+        reference (`bool`): Whether the loss has a reference.
+        seconds (`list[float]`): Time of the step of each round.
+        ratio (`float`): Median over rounds of the time relative to the same round's step without a safeguard.
         spread (`tuple[float, float]`): First and third quartile of these ratios.
-        step_bytes (`int`): Peak memory above what rests between steps: activations and gradients.
-        peak_bytes (`int`): The same with what rests: weights, reference, optimizer.
-        target (`float`, *optional*): Highest ratio that is aimed at.
+        step_bytes (`int`): Peak memory above that between steps: activations and gradients.
+        peak_bytes (`int`): Peak memory with weights, reference and optimizer.
+        target (`float`, *optional*): Target of the ratio.
     """
 
     tuning: str
@@ -134,17 +77,16 @@ class Row:
 
 
 class Meter(TrainerCallback):
-    """Sets the mode at the begin of every step, and measures until its end.
+    """Sets the mode at the beginning of every step, and measures the step.
 
-    On CUDA time is the wall's and memory the allocator's peak. On the CPU time is the process's own, which waiting for
-    other programs does not lengthen, and memory is what the profiler sees allocated and freed, in a last round of
-    untimed steps.
+    On CUDA, wall-clock time and the allocator's peak. On the CPU, CPU time of the process, and the allocations that the
+    profiler records in a last round of untimed steps.
 
     Args:
         plan (`list[str]`): The mode of each step.
-        untimed (`int`): Steps at the begin that are not counted.
-        profiled (`int`): Steps at the end under the profiler; 0 on CUDA.
-        bar (`tqdm`): Moves once a step.
+        untimed (`int`): Warm-up steps.
+        profiled (`int`): Last steps, under the profiler; 0 on CUDA.
+        bar (`tqdm`): Progress bar of the steps.
     """
 
     def __init__(self, plan: list[str], untimed: int, profiled: int, bar: tqdm):
@@ -212,7 +154,7 @@ def measure(options: argparse.Namespace, tuning: str, reference: bool, bar: tqdm
     seconds = meter.timed()
     rows = []
     for mode in MODES:
-        ratios = [own / plain for own, plain in zip(seconds[mode], seconds[PLAIN], strict=True)]
+        ratios = [timed / plain for timed, plain in zip(seconds[mode], seconds[PLAIN], strict=True)]
         quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
         rows.append(
             Row(
@@ -240,7 +182,7 @@ def build_trainer(
         # SimPO has the same two branches and no reference.
         loss_type="sigmoid" if reference else "simpo",
         safeguard="parameter",
-        learning_rate=1e-9,  # the steps are real, but the weights should stay where they are
+        learning_rate=1e-9,  # so small that the weights hardly change
         activation_checkpointing=options.checkpointing,
         bf16=options.dtype == "bf16",
         use_cpu=options.device == "cpu",
@@ -260,21 +202,21 @@ def build_trainer(
 
 
 def peak_bytes(profiler: torch.profiler.profile) -> int:
-    """Highest sum of what was allocated and not yet freed, of tensors that began under the profiler."""
+    """Highest number of allocated and not yet freed bytes, of tensors allocated under the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         trace = json.loads(file.read_text())
     changes = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"]
-    held, peak = 0, 0
+    allocated, peak = 0, 0
     for event in sorted(changes, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
+        allocated += event["args"]["Bytes"]
+        peak = max(peak, allocated)
     return peak
 
 
 def resting_bytes(trainer: DiffusionSDPOTrainer) -> int:
-    """What policy, reference and optimizer hold between two steps."""
+    """Bytes of policy, reference and optimizer between two steps."""
     modules = [trainer.model]
     if isinstance(trainer.reference, FrozenReference):
         modules.append(trainer.reference.module)
@@ -284,91 +226,12 @@ def resting_bytes(trainer: DiffusionSDPOTrainer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-# ---- A pipeline of random weights -----------------------------------------------------------------------------------
-
-
-def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
-    """A UNet of the size wanted; text encoders of one layer, and a VAE that keeps the image's size, cost next to
-    nothing. They would cost every mode the same and draw the ratios towards 1."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[size] | {"sample_size": latents})
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    shared = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": build_tokenizer()}
-    if size != "sdxl":
-        text_encoder = CLIPTextModel(text_config(unet.config.cross_attention_dim))
-        return StableDiffusionPipeline(
-            **shared,
-            text_encoder=text_encoder,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    first, second = XL_TEXT_WIDTHS
-    return StableDiffusionXLPipeline(
-        **shared,
-        text_encoder=CLIPTextModel(text_config(first)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(second)),
-        tokenizer_2=build_tokenizer(),
-        add_watermarker=False,
-    )
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's, with every byte a token."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), START, END]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(
-        vocab=vocabulary,
-        merges=[],
-        bos_token=START,
-        eos_token=END,
-        unk_token=END,
-        pad_token=END,
-        model_max_length=PROMPT_TOKENS,
-    )
-
-
-def text_config(width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=width,
-        intermediate_size=width,
-        projection_dim=width,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=PROMPT_TOKENS,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
-
-
-def random_pairs(count: int, side: int) -> Dataset:
-    generator = np.random.default_rng(0)
-
-    def image() -> Image.Image:
-        return Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
-
-    return Dataset.from_list([{"prompt": f"{i}", "chosen": image(), "rejected": image()} for i in range(count)])
-
-
 # ---- Report ---------------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| tuning | reference | safeguard | time | of plain (quartiles) | target | step's peak | of plain | whole |",
+        "| tuning | reference | safeguard | time | of plain (quartiles) | target | step's peak | of plain | total |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -400,14 +263,14 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet (default: 28m)")
-    parser.add_argument("--latents", type=int, help="side of the latents (default: the UNet's own)")
+    parser.add_argument("--latents", type=int, help="side of the latents (default: of the UNet)")
     parser.add_argument("--tuning", choices=["lora", "full", "both"], default="both")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
     parser.add_argument(
         "--reference",
         action=argparse.BooleanOptionalAction,
@@ -415,7 +278,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="only with, or only without, the forward pass of a reference (default: both)",
     )
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steady on a busy machine")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steadiest on a busy machine")
     parser.add_argument(
         "--output", type=Path, default=Path("bench_output/safeguard_overhead.json"), help="file for all numbers"
     )

@@ -1,9 +1,9 @@
-"""What the VAE's precision changes: how far latents in half precision are from those in float32, and how long encoding
-takes.
+"""The effect of the VAE's precision: the difference of latents in half precision to those in float32, and the time of
+encoding.
 
-Three VAEs: the demo's, which was trained, on the demo's own images; and those of Stable Diffusion 1.5 and XL in their
-published shapes, which is one shape, with random weights on smooth random images. Time is that of an encoding pass in
-rounds, one of every precision a round in a new order; reported is the median over rounds of its ratio to float32.
+Two VAEs: the demo's, which is trained, on the demo's images; and one in the shape of Stable Diffusion's (1.5 and XL
+have the same), with random weights, on smooth random images. An encoding pass of every precision is timed in rounds, in
+a new order each; reported is the median over rounds of the ratio to float32.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4},
     "sd": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
 }
-COARSE = 8  # pixels along the side of what a random image is drawn at, to be enlarged: noise has no large forms
+COARSE = 8  # side of the noise that is enlarged to a random image, which then is smooth
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,52 +78,52 @@ def demo_images() -> torch.Tensor:
 
 
 def smooth_images(count: int, side: int, generator: torch.Generator) -> torch.Tensor:
-    """Random images `(N, 3, side, side)` in `[-1, 1]`, with large forms and a little noise."""
+    """Random images `(N, 3, side, side)` in `[-1, 1]`, smooth with a little noise."""
     coarse = torch.rand(count, 3, COARSE, COARSE, generator=generator) * 2 - 1
     large = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
     return (large + 0.05 * torch.randn(large.shape, generator=generator)).clamp(-1, 1)
 
 
 def encoder(vae: AutoencoderKL, dtype: torch.dtype, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From images to the most likely latents, float32."""
-    own = AutoencoderKL.from_config(vae.config)
-    own.load_state_dict(vae.state_dict())
-    own.eval().to(device, dtype)
+    """Encodes images to the mode of the posterior, float32."""
+    copied = AutoencoderKL.from_config(vae.config)
+    copied.load_state_dict(vae.state_dict())
+    copied.eval().to(device, dtype)
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        return own.encode(images.to(device, dtype)).latent_dist.mode().float()
+        return copied.encode(images.to(device, dtype)).latent_dist.mode().float()
 
     return encode
 
 
 def difference(latents: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference as a share of the norm of what varies within the exact latents' channels."""
+    """Norm of the difference relative to the norm of the exact latents minus their channel means."""
     varying = exact - exact.mean(dim=(0, 2, 3), keepdim=True)
     return ((latents - exact).norm() / varying.norm()).item()
 
 
 def time_rounds(
-    encoders: dict[str, Callable], images: torch.Tensor, rounds: int, device: torch.device, chance: random.Random
+    encoders: dict[str, Callable], images: torch.Tensor, rounds: int, device: torch.device, generator: random.Random
 ) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {kind: [] for kind in encoders}
     for _ in tqdm(range(rounds), unit="round", leave=False, disable=None):
-        for kind in chance.sample(list(encoders), len(encoders)):
+        for kind in generator.sample(list(encoders), len(encoders)):
             seconds[kind].append(timed(lambda encode=encoders[kind]: encode(images), device))
     return seconds
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Of the wall on an accelerator; on a CPU of the process, which other programs' turns do not lengthen."""
+    """Wall-clock time on an accelerator; CPU time of the process on a CPU, which does not count other programs."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    settle(device)
+    synchronize(device)
     started = clock()
     work()
-    settle(device)
+    synchronize(device)
     return clock() - started
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -145,7 +145,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SHAPES), default="sd", help="shape of the VAE with random weights")
     parser.add_argument("--images", type=int, default=2, help="images encoded at once")
-    parser.add_argument("--side", type=int, default=256, help="of these images, in pixels")
+    parser.add_argument("--side", type=int, default=256, help="side of these images in pixels")
     parser.add_argument("--rounds", type=int, default=5, help="timed encodings of each precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""How often a step raises the error of the very winners it was taken on, with each kind of safeguard.
+"""How often a step raises the error of its own batch's winners, with each kind of safeguard.
 
-The full UNet of the demo's embedded world trains on off-policy pairs by plain SGD. After every step, the winners of
-its batch are predicted once more, with the same noise and at the same timesteps, and their mean error is compared with
-that before the step. All kinds meet the same batches, each on its own way through the weights.
+The full UNet of the demo's embedded world is trained on off-policy pairs by plain SGD. After every step, the winners of
+its batch are predicted again, with the same noise and timesteps, and their mean error is compared with that before the
+step. All kinds of safeguard train on the same batches.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLORS = {
     "output space, mu 0.6": "#2471a3",
     "parameter space, mu 0.1": "#1e8449",
 }
-WINDOW = 10  # steps that a point of the smooth curves averages
+WINDOW = 10  # steps of the moving average
 
 
 class WatchingTrainer(DiffusionSDPOTrainer):
@@ -84,7 +84,7 @@ class WatchCallback(TrainerCallback):
 
 
 def watch(kind: str, learning_rate: float, pairs: Dataset, options: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
-    """Train with one kind, and measure every step."""
+    """Train with one kind of safeguard, and measure every step."""
     callback = WatchCallback(bar)
     with tempfile.TemporaryDirectory() as folder:
         args = DiffusionSDPOConfig(
@@ -111,7 +111,14 @@ def watch(kind: str, learning_rate: float, pairs: Dataset, options: argparse.Nam
         trainer.remove_callback(PrinterCallback)
         callback.trainer = trainer
         trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "errors/winner_change" in entry]
+    return summary(kind, learning_rate, callback, trainer.state.log_history)
+
+
+def summary(
+    kind: str, learning_rate: float, callback: "WatchCallback", history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The rises and falls of a training, and its last tenth."""
+    steps = [entry for entry in history if "errors/winner_change" in entry]
     rises = [change for change in callback.changes if change > 0]
     falls = [-change for change in callback.changes if change <= 0]
     last = steps[-max(1, len(steps) // 10) :]
@@ -150,18 +157,18 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """A row for each learning rate: what each step did to its own winners, and the winner's error over the steps."""
+    """A row per learning rate: each step's change of its winners' error, and the winners' error over the steps."""
     matplotlib.use("Agg")
     rates = list(dict.fromkeys(found["learning_rate"] for found in results))
     figure, rows = plt.subplots(len(rates), 2, figsize=(11, 3.6 * len(rates)), squeeze=False, layout="constrained")
     for (left, right), rate in zip(rows, rates, strict=True):
         for found in (one for one in results if one["learning_rate"] == rate):
             style = {"color": COLORS[found["kind"]], "label": f"{found['kind']}: {found['rises']} rises"}
-            under = 2 if found["kind"] == "Diffusion-DPO" else 1  # wider, to be seen where another covers it
-            left.plot(range(1, found["steps"] + 1), found["changes"], ".", markersize=4 * under, **style)
+            width = 2 if found["kind"] == "Diffusion-DPO" else 1  # drawn first: wider, so that others do not hide it
+            left.plot(range(1, found["steps"] + 1), found["changes"], ".", markersize=4 * width, **style)
             error = found["winner_change"]
             smooth = [statistics.mean(error[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(error))]
-            right.plot(range(1, len(smooth) + 1), smooth, linewidth=1.5 * under, **style)
+            right.plot(range(1, len(smooth) + 1), smooth, linewidth=1.5 * width, **style)
         for axes in (left, right):
             axes.axhline(0, color="black", linewidth=0.8)
             axes.set_xlabel("step")
@@ -185,9 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("bench_output/winner_rises.json"), help="file for all numbers"
     )
-    parser.add_argument(
-        "--plot", type=Path, default=Path("bench_output/winner_rises.png"), help="file for the picture"
-    )
+    parser.add_argument("--plot", type=Path, default=Path("bench_output/winner_rises.png"), help="file for the plot")
     return parser.parse_args(arguments)
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,7 +301,7 @@ def test_the_family_that_is_walked_through_is_quoted_whole():
     quoted = "".join(re.findall(r"^```py\n(.*?)^```$", walk, re.MULTILINE | re.DOTALL))
     file = (ROOT / "trl_diffusion_sdpo/families/lumina2.py").read_text(encoding="utf-8")
     assert [line for line in quoted.splitlines() if line] == [line for line in file.splitlines() if line]
-    named = (ROOT / "trl_diffusion_sdpo/families/__init__.py").read_text(encoding="utf-8")
+    named = (ROOT / "trl_diffusion_sdpo/families/registry.py").read_text(encoding="utf-8")
     (line,) = re.findall(r"^```py\n( *\"lumina2:.*)\n```$", page, re.MULTILINE)
     assert line in named.splitlines()
 
@@ -454,6 +455,20 @@ def test_relative_links_lead_somewhere(page):
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_names_of_the_package_that_a_page_names_exist(page):
+    named = re.findall(r"\btrl_diffusion_sdpo(?:\.\w+)+", page.read_text(encoding="utf-8"))
+    assert [name for name in sorted(set(named)) if not _is_importable(name)] == []
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_every_page_is_in_the_navigation():

@@ -146,3 +146,12 @@ def zero3_adam_state(optimizer: Any, weight: torch.Tensor) -> tuple[dict[str, An
     state = optimizer.optimizer.state[optimizer.fp32_partitioned_groups_flat[sub_group]]
     own = {name: value.narrow(0, offset, length) if value.dim() else value for name, value in state.items()}
     return own, optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+
+
+def set_last_rates(schedule: Any, rates: list[Any]) -> None:
+    """Set what a schedule's `get_last_lr` returns, as a checkpoint's state has overwritten it.
+
+    Can go when torch's schedules have a setter.
+    """
+    if "_last_lr" in vars(schedule):
+        schedule._last_lr = rates

@@ -8,8 +8,9 @@ from typing import Any
 
 # Of names, in lower case and without separators: ends that mean a secret, and parts that do.
 _SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
-_SECRET_PARTS = ("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential")
-_SECRET_PARTS += ("connectionstring",)
+_SECRET_PARTS = (
+    *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
+)
 _TOKENS = re.compile(r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$")  # of access, not of a text
 # Parameters of an address, as clouds sign them.
 _SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"

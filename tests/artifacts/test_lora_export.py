@@ -13,7 +13,7 @@ from trl_diffusion_sdpo.artifacts.lora_export import to_kohya
 from trl_diffusion_sdpo.artifacts.lora_scale import ranks, split_key
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.families.lora_keys import PLACES
+from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 EVERY_KIND = [
@@ -281,7 +281,7 @@ def test_every_family_is_exported_by_default_or_refused(name):
     targets = [(name, module) for name, module in denoiser.named_modules() if f".{name}".endswith(ends)]
     rows = {name: module.weight.shape[0] for name, module in targets if isinstance(module, LAYERS)}
     weights, config = lora({name: (height, 4) for name, height in rows.items()})
-    if type(denoiser).__name__ not in PLACES:
+    if type(denoiser).__name__ not in ORIGINAL_MODULES:
         assert name in ("sana", "hunyuan_dit", "cogview4", "ovis_image")
         return
     tensors = to_kohya(weights, config, type(denoiser).__name__)

@@ -1,5 +1,5 @@
-"""The benchmarks run to their end in their smallest form, and write what they promise. Their numbers mean nothing so
-small, and none is looked at here but those that say that all modes were measured."""
+"""The benchmarks run in their smallest form and write their files. Their numbers mean nothing at this size: the tests
+check that all modes are measured."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *arguments: str) -> str:
-    """What the script prints."""
+    """The output of the script."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
@@ -71,13 +71,13 @@ def test_the_vae_is_measured_in_every_precision(tmp_path):
     assert len(rows) == 6 and all(f"| {vae} | {dtype} |" in shown for vae, dtype in rows)
     for vae in ("demo", "tiny"):
         assert rows[vae, "float32"]["difference"] == 0
-        # A number has 8 bits in bfloat16 and 11 in float16; layers add their roundings up.
+        # bfloat16 has 8 significant bits and float16 has 11; the rounding errors of layers add up.
         assert 2**-9 / 4 < rows[vae, "bfloat16"]["difference"] < 0.2
     assert rows["tiny", "float32"]["ratio"] == 1 and rows["demo", "float32"]["ratio"] is None
 
 
 @pytest.mark.matrix
-def test_the_front_is_made_resumed_and_drawn(tmp_path):
+def test_the_front_is_made_resumed_and_plotted(tmp_path):
     pytest.importorskip("matplotlib")
     file, folder = tmp_path / "front.jsonl", tmp_path / "report"
     make = ("front.py", "run", "--plan", "smallest", "--file", str(file), "--workers", "1")

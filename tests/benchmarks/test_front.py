@@ -158,7 +158,7 @@ def test_a_row_counts_as_made_only_with_the_same_settings_and_measurement(front,
         front.report(file, "final", tmp_path)
 
 
-def test_a_run_that_fails_is_told_and_the_others_are_made(front, front_plan, tmp_path, monkeypatch, capsys):
+def test_a_failed_run_is_reported_and_the_others_are_made(front, front_plan, tmp_path, monkeypatch, capsys):
     """Without processes of their own, which would not see what is put in here."""
     bad, good = front_plan.planned({"DPO": (0.0,), "output": (0.6,)}, range(1))
 

@@ -1,5 +1,4 @@
-"""What is typed and what stands in a YAML file, as the options take it: switches, words, numbers and lists, what is
-refused, and what is told to do nothing."""
+"""The command line and YAML files as values of options: booleans, text, numbers, lists, errors and warnings."""
 
 import pytest
 
@@ -66,7 +65,7 @@ def read_words(table, *words: str) -> dict:
         ('model_init_kwargs: \'{"variant": "fp16"}\'', '{"variant": "fp16"}'),
     ],
 )
-def test_a_setting_of_a_file_is_what_its_option_takes(read_yaml, text, value):
+def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, text, value):
     (read,) = read_yaml(text).values()
     assert read == value and type(read) is type(value)
 
@@ -128,7 +127,7 @@ def test_options_of_an_adapter_are_refused_where_all_weights_are_trained(table, 
     assert read_words(table, *(word for word in words if "peft" not in word and word != "false"), "--use_peft")
 
 
-def test_options_of_an_adapter_in_a_file_are_refused_alike(read_yaml):
+def test_options_of_an_adapter_in_a_file_are_refused_too(read_yaml):
     with pytest.raises(ValueError, match="`lora_r` would do nothing"):
         read_yaml("lora_r: 8\nload_in_4bit: false")
     assert read_yaml("lora_r: 8\nuse_peft: yes") == {"lora_r": 8, "use_peft": True}
@@ -136,7 +135,7 @@ def test_options_of_an_adapter_in_a_file_are_refused_alike(read_yaml):
 
 
 def test_every_option_of_trls_model_arguments_that_needs_an_adapter_is_known():
-    """Those that are left act on all weights as well, or are told to have no effect."""
+    """The others apply to all weights too, or have no effect, with a warning."""
     from dataclasses import fields
 
     from trl import ModelConfig
@@ -147,13 +146,13 @@ def test_every_option_of_trls_model_arguments_that_needs_an_adapter_is_known():
     }
 
 
-def test_an_option_that_is_typed_twice_is_told_and_the_last_counts(table, caplog):
+def test_the_last_of_an_option_given_twice_counts_with_a_warning(table, caplog):
     assert read_words(table, "--beta", "5", "--max_steps", "3", "--beta=6")["beta"] == 6.0
     (record,) = caplog.records
     assert record.message == "`--beta` is given 2 times; the last one, 6.0, counts."
 
 
-def test_both_flags_of_a_switch_are_told_as_one_option_given_twice(table, caplog):
+def test_both_flags_of_a_boolean_are_one_option_given_twice(table, caplog):
     assert read_words(table, "--random_flip", "--no_random_flip")["random_flip"] is False
     assert "`--random_flip` is given 2 times; the last one, False" in caplog.text
 
@@ -168,7 +167,7 @@ def test_a_process_that_the_launcher_started_repeats_no_warning(table, caplog, m
 
 
 @pytest.mark.parametrize("words", [["--test_size", "0.1"], ["--eval_steps", "5"], ["--eval_dataset_name", "other"]])
-def test_options_of_an_evaluation_are_told_to_do_nothing_without_one(table, caplog, words):
+def test_options_of_an_evaluation_without_one_are_a_warning(table, caplog, words):
     read_words(table, *words, "--eval_strategy", "steps")
     assert not caplog.records
     read_words(table, *words)
@@ -186,7 +185,7 @@ def test_a_file_of_arguments_beside_the_program_is_not_read(tmp_path, monkeypatc
     assert args.beta is None
 
 
-def test_settings_and_words_arrive_in_the_arguments(tmp_path):
+def test_settings_of_the_file_and_the_command_line_are_in_the_arguments(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"safeguard: off\nrandom_flip: no\neval_strategy: no\nuse_cpu: on\nbeta: 2e3\noutput_dir: {tmp_path}\n"

@@ -1,5 +1,5 @@
-"""Training by `--accelerate_config`: which arguments go where, what the configurations make of themselves in accelerate
-and transformers, what is refused before anything starts, and one launch of two processes."""
+"""Training by `--accelerate_config`: which arguments go where, how accelerate and transformers read the configurations,
+errors before anything starts, and one launch of two processes."""
 
 import os
 import re
@@ -83,7 +83,7 @@ def test_accelerate_launch_reads_a_configuration(name):
     assert load_config_from_file(str(launch.config_path(name))).distributed_type.value == expected
 
 
-def test_arguments_of_accelerate_launch_are_parted_from_those_of_the_command():
+def test_arguments_of_accelerate_launch_are_separated_from_those_of_the_command():
     takes_value = launch.launch_options(OWN)
     arguments = ["--config", "run.yaml", "--num_processes", "4", "--beta", "5", "--main-process-ip=10.0.0.1"]
     arguments += ["--sample_prompts", "a dog", "a cat", "--enable_cpu_affinity", "--learning_rate", "-1"]
@@ -94,17 +94,17 @@ def test_arguments_of_accelerate_launch_are_parted_from_those_of_the_command():
     ]
 
 
-def test_an_option_that_both_have_is_the_commands():
+def test_an_option_of_both_belongs_to_the_command():
     options, own = launch.separate(["--gradient_accumulation_steps", "8"], launch.launch_options(OWN))
     assert (options, own) == ([], ["--gradient_accumulation_steps", "8"])
 
 
-def test_the_options_of_several_machines_are_accelerates():
+def test_options_for_several_machines_belong_to_accelerate():
     named = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend"}
     assert named <= {name for name, takes_value in launch.launch_options(OWN).items() if takes_value}
 
 
-def test_the_plan_holds_the_file_the_options_and_the_rest():
+def test_the_plan_has_the_file_the_options_and_the_arguments():
     given = ["--accelerate_config", "multi_gpu", "--num_processes", "4", "--model_name_or_path", "folder"]
     planned = launch.plan(given, OWN)
     assert planned.config_file == launch.config_path("multi_gpu")
@@ -130,7 +130,7 @@ def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins
     assert set(planned.used_keys) == {"accelerate_config", "num_processes", "enable_cpu_affinity"}
 
 
-def test_a_started_process_launches_nothing_and_drops_what_the_launcher_used(tmp_path, monkeypatch):
+def test_a_launched_process_launches_nothing_and_drops_the_launchers_keys(tmp_path, monkeypatch):
     file = write_yaml(tmp_path / "run.yaml", {"accelerate_config": "zero2", "num_processes": 4, "beta": 7.0})
     monkeypatch.setenv(launch.LAUNCHED_VARIABLE, "accelerate_config,num_processes")
     arguments = ["--config", file, "--use_cpu", "--output_dir", str(tmp_path / "run")]
@@ -138,7 +138,7 @@ def test_a_started_process_launches_nothing_and_drops_what_the_launcher_used(tmp
     assert train.parse(arguments)[1].beta == 7.0
 
 
-def test_every_accelerator_of_every_machine_gets_a_process_if_nothing_else_is_said(monkeypatch):
+def test_by_default_there_is_one_process_per_accelerator_of_each_machine(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     assert launch.plan(["--accelerate_config", "multi_gpu"], OWN).options == ["--num_processes", "8"]
     planned = launch.plan(["--accelerate_config", "multi_gpu", "--num_machines", "4"], OWN)
@@ -161,7 +161,7 @@ def test_every_accelerator_of_every_machine_gets_a_process_if_nothing_else_is_sa
         (["--num_processes", "2"], "need `--accelerate_config`"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_anything_starts(arguments, said, two_cpus, tmp_path, capsys):
+def test_a_mistake_is_an_error_of_one_line_before_anything_starts(arguments, said, two_cpus, tmp_path, capsys):
     unreadable = tmp_path / "unreadable.yaml"
     unreadable.write_text("distributed_type: [1, 2\n")
     unknown = write_yaml(tmp_path / "unknown.yaml", {"betta": 5})
@@ -171,7 +171,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_starts(arguments, said, t
     assert said in error and "Traceback" not in error and error.count("error: ") == 1
 
 
-def test_a_process_of_another_launcher_is_not_to_launch_again(monkeypatch, capsys):
+def test_a_process_of_another_launcher_does_not_launch_again(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["train", "--accelerate_config", "multi_gpu"]) == 2
     assert "started by torchrun" in capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_help_is_the_commands_and_names_the_configurations(capsys):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_takes_what_transformers_makes_of_a_configuration(stage, make_args, sd_pipeline):
+def test_deepspeed_accepts_a_configuration_as_transformers_completes_it(stage, make_args, sd_pipeline):
     """Through the environment that `accelerate launch` sets, into the dictionary that DeepSpeed's engine gets."""
     given = SETTINGS[f"zero{stage}"]["deepspeed_config"]
     names = {
@@ -225,7 +225,7 @@ def test_deepspeed_takes_what_transformers_makes_of_a_configuration(stage, make_
     assert plugin.zero3_init_flag is False
 
 
-def test_a_width_that_is_left_to_be_filled_in_is_what_diffusers_models_do_not_have(make_args, sd_pipeline):
+def test_auto_bucket_sizes_need_a_hidden_size_which_diffusers_models_lack(make_args, sd_pipeline):
     """The error that the configurations above avoid."""
     config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
     with pytest.raises(ValueError, match="neither `hidden_size` nor `hidden_sizes`"):
@@ -233,7 +233,7 @@ def test_a_width_that_is_left_to_be_filled_in_is_what_diffusers_models_do_not_ha
     unset_hf_deepspeed_config()
 
 
-def test_the_fsdp_plugin_is_of_version_2_and_leaves_text_encoders_whole():
+def test_the_fsdp_plugin_is_of_version_2_and_does_not_shard_text_encoders():
     given = SETTINGS["fsdp2"]["fsdp_config"]
     with patch_environment(**{key: str(value) for key, value in given.items()}):
         plugin = FullyShardedDataParallelPlugin()
@@ -261,8 +261,8 @@ def tiny_run(sd_folder: str, pairs: Path, output: Path) -> dict:
     }
 
 
-def test_two_processes_train_and_write_one_artefact(sd_folder, make_pairs, two_cpus, tmp_path):
-    """The file of `--config` names the configuration, so a process that launched again would be seen."""
+def test_two_processes_train_and_write_one_artifact(sd_folder, make_pairs, two_cpus, tmp_path):
+    """The file of `--config` names the configuration, so the test would notice a process that launches again."""
     make_pairs(8).save_to_disk(tmp_path / "pairs")
     settings = {**tiny_run(sd_folder, tmp_path / "pairs", tmp_path / "run"), "accelerate_config": two_cpus}
     file = write_yaml(tmp_path / "run.yaml", {**settings, "main_process_port": 0})
@@ -280,7 +280,7 @@ def test_two_processes_train_and_write_one_artefact(sd_folder, make_pairs, two_c
     "settings", [pytest.param(TWO_CPUS, marks=pytest.mark.matrix), ONE_CPU], ids=["two processes", "one process"]
 )
 def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
-    """A mistake that only the training sees: a data set that is not there."""
+    """An error within the launched processes: a missing data set."""
     config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
     file = write_yaml(tmp_path / "run.yaml", tiny_run(sd_folder, tmp_path / "nothing.parquet", tmp_path / "run"))
     done = run_cli(["--accelerate_config", config, "--config", file], tmp_path)
@@ -293,7 +293,7 @@ def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
     "settings", [TWO_CPUS, pytest.param(ONE_CPU, marks=pytest.mark.matrix)], ids=["two processes", "one process"]
 )
 def test_ctrl_c_ends_all_processes_with_a_checkpoint(settings, sd_folder, make_pairs, tmp_path):
-    """Sent to the launcher and to all that a terminal would send it to, after the first logged step."""
+    """Sent to the process group after the first logged step, as by a terminal."""
     make_pairs(8).save_to_disk(tmp_path / "pairs")
     config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
     endless = {**tiny_run(sd_folder, tmp_path / "pairs", tmp_path / "run"), "max_steps": 100000}

@@ -46,7 +46,7 @@ def prompts(rows) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["file.parquet", "saved"])
-def test_one_split_trains_whole_without_an_evaluation(load, name):
+def test_all_of_one_split_is_trained_on_without_an_evaluation(load, name):
     assert load(name, eval_strategy="no") == (prompts(range(COUNT)), None)
 
 
@@ -64,7 +64,7 @@ def test_one_split_is_not_evaluated_on(load, name, more):
         load(name, **more)
 
 
-def test_a_folder_that_has_no_such_split_is_told_with_what_to_do(load):
+def test_a_missing_test_split_is_an_error_with_advice(load):
     with pytest.raises(ValueError, match="test.*Name other pairs with `eval_dataset_name`, hold some out"):
         load("one")
     with pytest.raises(ValueError, match="test.*Name other pairs"):
@@ -99,7 +99,7 @@ def test_slices_of_what_was_saved_to_disk_are_read(load, name, streaming):
     assert found[1] == prompts({12: [6], 8: [4]}[count])  # 60% of 12 is 7.2 rows, of 8 is 4.8
 
 
-def test_a_split_that_was_not_saved_to_disk_is_told(load):
+def test_a_split_that_was_not_saved_to_disk_is_an_error(load):
     with pytest.raises(ValueError, match=r"must have the split 'trian\[:50%\]'; it has train, test"):
         load("saved_dict", dataset_train_split="trian[:50%]")
 
@@ -133,7 +133,7 @@ def test_other_slices_of_the_training_data_are_evaluated_on_where_those_are_name
 
 
 @pytest.mark.parametrize("name", ["file.parquet", "saved"])
-def test_a_slice_of_one_split_is_evaluated_on_whatever_that_is_called(load, name):
+def test_a_slice_of_one_split_is_evaluated_on_under_any_name(load, name):
     assert load("one", eval_dataset_name=name, dataset_test_split="test[:1]")[1] == prompts([0])
 
 
@@ -144,7 +144,7 @@ def test_pairs_for_evaluation_are_named(load, name):
 
 
 @pytest.mark.parametrize("name", ["file.parquet", "saved"])
-def test_one_split_is_evaluated_on_whatever_it_is_called(load, name):
+def test_one_split_is_evaluated_on_under_any_name(load, name):
     assert load("one", eval_dataset_name=name)[1] == prompts(range(COUNT))
 
 
@@ -173,7 +173,7 @@ def test_pairs_are_held_out_of_the_training_split(load, name):
     assert load(name, test_size=0.25) == (train, test), "the run's seed decides"
 
 
-def test_a_stream_is_not_parted(load):
+def test_a_stream_is_not_split(load):
     with pytest.raises(ValueError, match="cannot act on a stream"):
         load("file.parquet", test_size=0.25, dataset_streaming=True)
 
@@ -194,7 +194,7 @@ def test_a_configuration_of_a_hub_data_set_has_no_effect_on_a_path(places, caplo
     assert "`dataset_config=2024` has no effect" in caplog.text
 
 
-def test_an_evaluation_on_the_training_file_is_told_in_one_line(places, sd_folder, tmp_path, capsys):
+def test_an_evaluation_on_the_training_file_is_an_error_of_one_line(places, sd_folder, tmp_path, capsys):
     words = ["--model_name_or_path", sd_folder, "--dataset_name", places["file.parquet"], "--use_cpu"]
     words += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "steps", "--eval_steps", "1"]
     assert main(["train", *words]) == 2

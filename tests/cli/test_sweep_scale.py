@@ -1,4 +1,4 @@
-"""The sweep over scales: what lies between a base and what a run made of it, measured, drawn, and written."""
+"""The sweep over scales between a base and a run's weights: measured, plotted, and written."""
 
 import json
 import shutil
@@ -12,10 +12,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, between, read_run, scaled_factor
+from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, read_run, scaled_factor
 from trl_diffusion_sdpo.cli import sweep_scale
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.import_utils import EXTRAS
+from trl_diffusion_sdpo.losses import interpolate
 
 METRICS = {
     "margin": "rewards/margins",
@@ -36,7 +37,7 @@ def pairs_folder(tmp_path_factory, make_pairs):
 
 @pytest.fixture(scope="module")
 def train_run(tmp_path_factory, make_pairs, sd_folder):
-    """`train_run(name, base=, lora=, **settings)`: folder of a short run, and what it measured itself; once a name."""
+    """`train_run(name, base=, lora=, **settings)`: folder of a short run, and its evaluation; one run per name."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
     runs = {}
@@ -117,14 +118,14 @@ def assert_is_the_reference(row: dict):
 
 def test_weights_between_base_and_tuned_are_those_by_hand():
     base, tuned = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([4.0, 1.0, 2.0])
-    assert between(base, tuned, 0.25).tolist() == [1.0, 1.0, -1.0]
-    assert between(base, tuned, 1.5).tolist() == [6.0, 1.0, 4.0]
+    assert interpolate(base, tuned, 0.25).tolist() == [1.0, 1.0, -1.0]
+    assert interpolate(base, tuned, 1.5).tolist() == [6.0, 1.0, 4.0]
 
 
 def test_the_ends_between_base_and_tuned_are_exact():
     base, tuned = torch.randn(1000), 1e-4 * torch.randn(1000)
-    assert torch.equal(between(base, tuned, 0.0), base)
-    assert torch.equal(between(base, tuned, 1.0), tuned)
+    assert torch.equal(interpolate(base, tuned, 0.0), base)
+    assert torch.equal(interpolate(base, tuned, 1.0), tuned)
 
 
 def test_of_a_lora_the_factor_b_alone_is_scaled():
@@ -134,7 +135,7 @@ def test_of_a_lora_the_factor_b_alone_is_scaled():
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_weights_at_a_scale_are_given_back_exactly(make_trainer, lora_run, full_run, tuning):
+def test_weights_are_restored_exactly_after_a_scale(make_trainer, lora_run, full_run, tuning):
     run = read_run({"lora": lora_run, "full": full_run}[tuning][0])
     trainer = make_trainer(peft_config=run.lora)
     denoiser = trainer.denoiser
@@ -151,7 +152,7 @@ def test_weights_at_a_scale_are_given_back_exactly(make_trainer, lora_run, full_
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_scale_0_is_the_reference_and_scale_1_what_the_run_measured_itself(
+def test_scale_0_is_the_reference_and_scale_1_equals_the_runs_evaluation(
     sweep, tmp_path, lora_run, full_run, tuning, capsys
 ):
     folder, measured = {"lora": lora_run, "full": full_run}[tuning]
@@ -186,7 +187,7 @@ def test_scale_1_is_the_artefact_loaded_by_plain_diffusers(sweep, tmp_path, make
     assert_is_what_the_run_measured(rows_in(tmp_path / "sweep")[0], loaded.evaluate())
 
 
-def test_a_flow_model_is_swept_alike(sweep, tmp_path, train_run, family_folder):
+def test_a_flow_model_is_swept(sweep, tmp_path, train_run, family_folder):
     base = family_folder("flux")
     folder, measured = train_run(
         "flux", base=base, peft_config=LoraConfig(r=2), resolution=case("flux").RESOLUTION, guidance_scale=2.0
@@ -199,7 +200,7 @@ def test_a_flow_model_is_swept_alike(sweep, tmp_path, train_run, family_folder):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_the_average_of_the_weights_is_swept_on_demand(sweep, tmp_path, lora_run, full_run, tuning):
+def test_averaged_weights_are_swept_with_average(sweep, tmp_path, lora_run, full_run, tuning):
     folder, measured = {"lora": lora_run, "full": full_run}[tuning]
     assert sweep(folder, "--scales", 1, "--average") == 0
     assert measured["eval_ema_rewards/margins"] != measured["eval_rewards/margins"]
@@ -223,7 +224,7 @@ def test_a_run_without_a_reference_is_measured_by_the_sigmoid_loss(sweep, tmp_pa
         ("given", {"ref_model": True}, "was given as `ref_model`"),
     ],
 )
-def test_a_reference_of_the_runs_own_is_told_to_be_another_than_the_sweeps(train_run, caplog, name, settings, said):
+def test_a_run_with_another_reference_than_the_sweeps_is_a_warning(train_run, caplog, name, settings, said):
     folder, _ = train_run(name, max_steps=1, **settings)
     read_run(folder)
     assert f"The run's own reference {said}" in caplog.text
@@ -307,7 +308,7 @@ def test_a_run_that_saved_its_whole_pipeline_is_baked_as_one(sweep, tmp_path, tr
     assert all(torch.equal(tensor, tuned[name]) for name, tensor in loaded.unet.state_dict().items())
 
 
-def test_the_scale_stands_in_the_set_up_of_what_is_baked(sweep, tmp_path, lora_run):
+def test_baked_weights_have_the_scale_in_their_setup_file(sweep, tmp_path, lora_run):
     folder, _ = lora_run
     asked = ["--scales", 1, "--baked_dir", tmp_path / "baked", "--bake"]
     assert sweep(folder, *asked, 0.25) == 0
@@ -337,13 +338,13 @@ def test_a_run_of_another_base_is_refused(sweep, lora_run, tmp_path, make_sd_pip
         (["--max_pairs", "0"], "`--max_pairs` must be at least 1"),
     ],
 )
-def test_an_option_out_of_range_is_told_in_one_line(sweep, more, said, capsys):
+def test_an_option_out_of_range_is_an_error_of_one_line(sweep, more, said, capsys):
     assert sweep("nowhere", *more) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
 
 
-def test_folders_that_are_no_run_are_told(sweep, tmp_path, train_run, capsys):
+def test_folders_that_are_no_run_are_errors(sweep, tmp_path, train_run, capsys):
     without_average, _ = train_run("sft", **LORA, loss_type="sft")
     cases = {"there is no folder": tmp_path / "nowhere", "diffusion_sdpo_setup.json": tmp_path}
     for said, folder in cases.items():
@@ -382,7 +383,7 @@ def test_without_matplotlib_the_extra_is_named(sweep, lora_run, monkeypatch, cap
     assert "trl-diffusion-sdpo[plots]" in capsys.readouterr().err
 
 
-def test_every_option_stands_on_the_command_line_page():
+def test_every_option_is_on_the_command_line_page():
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     section = page.partition("## `sweep-scale`")[2].partition("\n## ")[0]
     options = {action.dest for action in sweep_scale.make_parser()._actions} - {"help"}

@@ -1,4 +1,4 @@
-"""Pairs held out of a training set: a prompt's rows stay together, and the seed decides which go."""
+"""Pairs held out of a training set: the rows of a prompt stay together, and the seed decides which are held out."""
 
 import logging
 from collections import Counter
@@ -38,14 +38,14 @@ def test_the_seed_decides_which():
     assert frozenset(hold_out(pairs(PROMPTS), 0.1, seed=3)[1]["prompt"]) == chosen[3]
 
 
-def test_where_one_prompt_is_all_there_is_rows_are_parted_and_it_is_told(caplog):
+def test_rows_of_a_single_prompt_are_split_with_a_warning(caplog):
     train, test = hold_out(pairs(["the same"] * 10), 0.3, seed=0)
     assert (len(train), len(test)) == (7, 3)
     assert sorted(numbers(train) + numbers(test)) == list(range(10))
     assert "prompts are on both sides" in caplog.text
 
 
-def test_how_many_rows_are_held_out_is_told(caplog):
+def test_the_number_of_held_out_rows_is_logged(caplog):
     caplog.set_level(logging.INFO)
     hold_out(pairs(PROMPTS), 0.1, seed=0)
     assert "Held out for evaluation: 6 of 60 rows." in caplog.text
@@ -57,7 +57,7 @@ def test_a_size_that_leaves_nothing_to_train_on_is_refused(size):
         hold_out(pairs(PROMPTS), size, seed=0)
 
 
-def test_rows_of_one_group_stay_together_though_their_prompts_are_spelt_otherwise():
+def test_rows_of_one_group_stay_together_whatever_their_prompts():
     """ImageRewardDB compares the rows of a `prompt_id`: one row alone makes no pair."""
     rows = {
         "prompt": [f"prompt {row % 2} of {row // 4}" for row in range(40)],

@@ -1,4 +1,4 @@
-"""A row may name anything: what is not a file of this machine or of the Hub is not opened, and no row ends the run."""
+"""Images of untrusted rows: only local files and files of the Hub are opened, and no row ends the run."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def png(level=7, size=(16, 16)):
 
 @pytest.fixture
 def soon():
-    """Ends a test that waits for what never comes."""
+    """Fails a test that blocks."""
 
     def late(*_):
         raise AssertionError("it waited")
@@ -39,7 +39,7 @@ def soon():
 
 @pytest.fixture
 def web():
-    """A server on this machine that serves one image at every path; `asked` are the paths that were asked for."""
+    """A local server with one image at every path; `asked` are the requested paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -63,7 +63,7 @@ def web():
     server.server_close()
 
 
-def test_no_address_in_a_row_reaches_another_machine_unasked(web, soon):
+def test_urls_in_rows_do_not_reach_other_hosts_by_default(web, soon):
     host = f"127.0.0.1:{web.server_address[1]}"
     for address in (
         f"http://{host}/a.png",
@@ -78,7 +78,7 @@ def test_no_address_in_a_row_reaches_another_machine_unasked(web, soon):
     assert web.asked == []
 
 
-def test_schemes_that_were_asked_for_are_opened():
+def test_allowed_schemes_are_opened():
     with fsspec.open("memory://a.png", "wb") as file:
         file.write(png(7))
     rows = [{"prompt": "a", "chosen": "memory://a.png", "rejected": png(9)}]
@@ -89,7 +89,7 @@ def test_schemes_that_were_asked_for_are_opened():
 
 
 @pytest.mark.parametrize("given", ["memory", "memory://", ["MEMORY"], ("Memory://", "memory")])
-def test_schemes_may_be_spelt_as_in_a_url_and_one_needs_no_list(given):
+def test_schemes_may_be_written_as_in_a_url_and_without_a_list(given):
     assert images.settled_schemes(given) == ("memory",)
     with fsspec.open("memory://b.png", "wb") as file:
         file.write(png(7))
@@ -97,14 +97,14 @@ def test_schemes_may_be_spelt_as_in_a_url_and_one_needs_no_list(given):
     assert prepare_dataset(rows, transform=PairTransform(16), image_schemes=given).report.pairs == 1
 
 
-def test_a_scheme_that_nothing_opens_is_refused():
+def test_an_unknown_scheme_is_refused():
     assert images.settled_schemes(None) == images.settled_schemes([]) == ()
     with pytest.raises(ValueError, match="`image_schemes` must be schemes.*got 'memroy'. Did you mean `memory`"):
         prepare_dataset([], transform=PairTransform(16), image_schemes=["memroy"])
 
 
 @pytest.mark.parametrize("suffix", ["gz", "GZ", "bz2", "xz"])
-def test_a_compressed_archive_is_not_unpacked_for_a_member(suffix, tmp_path):
+def test_compressed_archives_are_refused(suffix, tmp_path):
     path = tmp_path / f"a.tar.{suffix}"
     with tarfile.open(path, f"w:{suffix.lower()}") as archive:
         info = tarfile.TarInfo("a.png")
@@ -164,7 +164,7 @@ def test_large_files_are_refused_before_they_are_read(tmp_path):
         decode_image(str(large))
 
 
-def test_what_unfolds_from_an_archive_is_read_up_to_the_limit(tmp_path, monkeypatch):
+def test_members_of_archives_are_read_up_to_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10_001))
@@ -174,7 +174,7 @@ def test_what_unfolds_from_an_archive_is_read_up_to_the_limit(tmp_path, monkeypa
 
 
 def test_pixels_are_counted_before_they_are_decoded_whatever_pillow_allows(monkeypatch):
-    """People set Pillow's own limit to None."""
+    """Pillow's limit can be disabled."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr(images, "MAX_PIXELS", 16 * 16)
     assert decode_image(png()).size == (16, 16)

@@ -124,7 +124,7 @@ def test_random_settings_do_not_disturb_each_other():
     assert [item["seed"] for item in plain] == [item["seed"] for item in flipped]
 
 
-def test_winner_and_loser_share_crop_and_flip_at_equal_and_unlike_sizes():
+def test_winner_and_loser_have_the_same_crop_and_flip_at_equal_and_different_sizes():
     image = scene(0)
     twice = image.resize((image.width * 2, image.height * 2), Image.NEAREST)
     rows = [{"prompt": str(i), "chosen": image, "rejected": image} for i in range(20)]
@@ -149,7 +149,7 @@ def test_prompt_dropout_empties_about_its_share_of_prompts():
 
 
 @pytest.mark.parametrize("style", ["arrow", "stream"])
-def test_evaluation_crops_in_the_middle_and_ignores_the_epoch(style):
+def test_evaluation_center_crops_and_ignores_the_epoch(style):
     prepared = prepare(
         in_style(oblong(), style), center_crop=False, random_flip=True, prompt_dropout=1.0, training=False
     )
@@ -190,7 +190,7 @@ def test_the_epoch_reaches_persistent_workers_of_a_stream():
     assert seeds[0] == seeds[2] and not seeds[0] & seeds[1]
 
 
-def test_workers_of_a_stream_share_its_shards_and_no_row_number_twice():
+def test_workers_of_a_stream_divide_its_shards_and_have_different_row_numbers():
     stream = datasets.Dataset.from_list(bad_rows() * 2).to_iterable_dataset(num_shards=2)
     prepared = prepare(stream)
     for _ in range(2):

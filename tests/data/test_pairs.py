@@ -1,4 +1,4 @@
-"""From every format to items, map-style and streamed: who wins, what is dropped, and who is told."""
+"""From every format to items, map-style and streamed: winners, drops and messages."""
 
 import io
 import logging
@@ -189,7 +189,7 @@ def test_webdataset_shards_are_read_as_datasets_loads_them(tmp_path):
         assert prepared.report.ties == 1
 
 
-def test_imagerewarddb_rows_of_a_prompt_need_not_be_neighbours():
+def test_imagerewarddb_rows_of_a_prompt_need_not_be_consecutive():
     rows = [
         {"prompt_id": key, "prompt": key, "image": png(level), "rank": rank}
         for key, level, rank in [("x", 1, 2), ("y", 2, 1), ("x", 3, 1), ("y", 4, 2)]
@@ -210,7 +210,7 @@ def test_images_of_a_map_style_set_are_never_decoded_by_datasets(monkeypatch):
     assert levels(prepare(dataset)) == expected
 
 
-def test_a_set_transform_is_respected():
+def test_the_transform_of_a_data_set_is_applied():
     dataset = datasets.Dataset.from_dict({"n": [0, 1]}).with_transform(
         lambda batch: {
             "prompt": ["p"] * len(batch["n"]),
@@ -253,7 +253,7 @@ def test_list_prompts_are_bad_prompts():
         prepare(datasets.Dataset.from_list(rows[:1]))
 
 
-def test_only_five_examples_are_kept():
+def test_a_report_has_at_most_five_examples():
     rows = [{"prompt": None, "path1": png(1), "path2": png(2)}] * 9 + canonical(0)
     rows.append({"prompt": "a", "path1": png(1), "path2": png(2)})
     report = prepare(rows).report
@@ -262,7 +262,7 @@ def test_only_five_examples_are_kept():
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("row", [1, 2])
-def test_a_bad_row_raises_if_asked_to(style, row):
+def test_a_bad_row_raises_with_on_bad_row_raise(style, row):
     dataset = in_style([bad_rows()[0], bad_rows()[row]], style)
     with pytest.raises(ValueError, match="row 1.*on_bad_row"):
         items_of(prepare(dataset, on_bad_row="raise"))
@@ -276,7 +276,7 @@ def test_a_tie_is_no_bad_row_and_is_left_out_and_counted_where_bad_rows_raise(st
     assert prepared.report.ties == 1
 
 
-def test_one_bad_image_of_a_ranking_costs_only_its_pairs():
+def test_a_bad_image_of_a_ranking_drops_its_pairs_only():
     for images in ([png(1), JUNK, png(3)], [png(1), png(2)]):
         rows = [{"prompt": "a", "image_path": images, "rank": [1, 2, 3]}]
         prepared = prepare(rows)
@@ -388,13 +388,13 @@ def test_bad_arguments_are_refused(options, message):
         prepare(canonical(1), **options)
 
 
-def test_processes_that_nothing_can_use_are_warned_about(caplog):
+def test_num_proc_without_effect_is_a_warning(caplog):
     prepare(canonical(1), num_proc=2)
     assert "`num_proc=2` has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_scores_are_carried(style):
+def test_items_have_scores(style):
     rows = canonical(2, chosen_score=0.75, rejected_score=-1.5) + canonical(1, chosen_score=None, rejected_score=1.0)
     prepared = prepare(in_style(rows, style))
     assert [item["scores"] for item in items_of(prepared)] == [(0.75, -1.5)] * 2
@@ -423,7 +423,7 @@ def test_a_large_set_is_indexed_from_its_labels_alone():
     assert sum(value.nbytes for value in held) <= 33 * len(prepared)  # four int64 and one byte per pair
 
 
-def test_a_repeating_stream_goes_on_with_new_draws_and_the_same_pairs():
+def test_a_repeating_stream_continues_with_the_same_pairs_and_new_draws():
     import itertools
 
     import datasets

@@ -1,4 +1,4 @@
-"""Several processes read one stream: each decodes its own pairs only, and together they have what one process has."""
+"""Several processes read one stream: each decodes its own pairs only, and together they have those of one process."""
 
 import io
 from itertools import islice
@@ -54,8 +54,8 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize(("count", "processes", "batch"), [(11, 2, 2), (12, 3, 2), (5, 2, 4), (1, 2, 1), (7, 4, 1)])
-def test_processes_of_a_training_have_the_pairs_and_draws_that_one_would_deal_out(count, processes, batch, shards):
-    """accelerate's own dealing, which decodes everything everywhere, is the measure; across the stream's end."""
+def test_training_processes_have_the_pairs_and_draws_of_accelerates_sharding(count, processes, batch, shards):
+    """Equal to accelerate's `IterableDatasetShard`, which decodes everything everywhere, also past the stream's end."""
     shards = min(shards, count)
     for index in range(processes):
         dealt = IterableDatasetShard(stream(count, shards=shards), batch, False, processes, index)
@@ -69,7 +69,7 @@ def test_a_process_decodes_its_own_pairs_only(decoded):
     assert len(decoded) == 2 * 8
 
 
-def test_one_process_reads_as_before(decoded):
+def test_one_process_reads_all_pairs(decoded):
     assert prompts(islice(stream(5), 7)) == [0, 1, 2, 3, 4, 0, 1]
     assert len(decoded) == 14
 
@@ -84,14 +84,14 @@ def test_one_process_reads_as_before(decoded):
         (3, [0, 1], [2, 2]),
     ],
 )
-def test_in_evaluation_all_processes_have_as_many_pairs_and_every_pair_is_there(count, first, second):
+def test_in_evaluation_all_processes_have_equally_many_pairs_and_none_is_missing(count, first, second):
     data = stream(count, training=False)
     shares = [data.for_process(Share(index, 2, 2)) for index in (0, 1)]
     assert [prompts(share) for share in shares] == [first, second]
     assert told(shares[0]) == told(shares[0])
 
 
-def test_the_last_pairs_are_left_out_where_asked_to():
+def test_drop_last_drops_the_incomplete_last_batches():
     data = stream(11, training=False)
     shares = [data.for_process(Share(index, 2, 2, drop_last=True)) for index in (0, 1)]
     assert [prompts(share) for share in shares] == [[0, 1, 4, 5], [2, 3, 6, 7]]
@@ -99,7 +99,7 @@ def test_the_last_pairs_are_left_out_where_asked_to():
 
 
 @pytest.mark.parametrize("bad", [{2}, {0, 1, 4, 5, 8}, {9}])
-def test_bad_images_leave_the_processes_in_step(bad):
+def test_bad_images_do_not_change_the_number_of_pairs_of_a_process(bad):
     data = stream(10, bad=bad, training=False)
     found = [prompts(data.for_process(Share(index, 2, 2))) for index in (0, 1)]
     assert [len(share) for share in found] == [6, 6]
@@ -108,32 +108,32 @@ def test_bad_images_leave_the_processes_in_step(bad):
     assert not bad & {*training[0], *training[1]}
 
 
-def test_a_share_without_a_good_image_is_an_error_and_not_an_endless_search():
+def test_a_share_without_a_good_image_is_an_error_and_not_an_endless_loop():
     with pytest.raises(ValueError, match="ended without a single pair"):
         next(iter(stream(8, bad={0, 1, 4, 5}).for_process(Share(0, 2, 2))))
 
 
-def test_workers_share_a_share():
+def test_workers_divide_the_share_of_a_process():
     loader = DataLoader(
         stream(12, shards=2, training=False).for_process(Share(0, 2, 1)), batch_size=None, num_workers=2
     )
     assert sorted(prompts(loader)) == [0, 2, 4, 6, 8, 10]
 
 
-def test_one_worker_reads_a_stream_as_none_does():
+def test_one_worker_reads_a_stream_like_the_main_process():
     data = stream(9, shards=3)
     one = DataLoader(data, batch_size=None, num_workers=1)
     assert told(islice(one, 20)) == told(islice(data, 20))
 
 
-def test_processes_that_read_streams_of_their_own_take_all_of_them_and_draw_apart():
+def test_processes_with_split_streams_take_all_their_pairs_with_different_draws():
     found = [told(islice(stream(3).for_process(Share(index, 2, 2, is_split=True)), 6)) for index in (0, 1)]
     assert [[prompt for prompt, *_ in share] for share in found] == [["p0", "p1", "p2"] * 2] * 2
     assert [[row for _, row, _ in share] for share in found] == [[0, 2, 4] * 2, [1, 3, 5] * 2]
     assert not {seed for *_, seed in found[0]} & {seed for *_, seed in found[1]}
 
 
-def test_an_evaluation_of_a_shuffled_stream_keeps_its_order():
+def test_the_evaluation_of_a_shuffled_stream_has_a_fixed_order():
     rows = [{"prompt": f"p{i}", "chosen": png(2 * i), "rejected": png(2 * i + 1)} for i in range(12)]
     source = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=12)
     view = prepare_dataset(source, transform=PairTransform(16), repeat=True).for_evaluation()

@@ -56,7 +56,7 @@ def test_every_kind_of_value_gives_the_same_image(tmp_path):
         assert np.array_equal(np.asarray(decoded), np.asarray(image))
 
 
-def test_transparency_is_laid_on_white():
+def test_transparent_images_are_composited_on_white():
     rgba = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     rgba.paste((255, 0, 0, 255), (0, 0, 4, 8))
     rgba.paste((0, 0, 0, 51), (0, 4, 4, 8))  # a fifth of black on white: 204
@@ -146,7 +146,7 @@ def test_resize_and_centre_crop_are_those_of_torchvision(height, width, name, fi
     assert result.crop_top_lefts == ((top, left), (top, left))
 
 
-def test_pixels_stay_the_bytes_of_the_images():
+def test_pixels_are_the_bytes_of_the_images():
     black, white = Image.new("RGB", (8, 8), "black"), Image.new("RGB", (8, 8), "white")
     pixels = PairTransform(8)(white, black).pixel_values
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 8, 8)
@@ -173,7 +173,7 @@ def test_an_oblong_target_is_covered_and_not_stretched(height, width, expected):
     assert transform(noise_image(height, width), noise_image(height, width)).pixel_values.shape == (2, 3, 16, 24)
 
 
-def test_a_random_crop_takes_the_drawn_place():
+def test_a_random_crop_is_at_the_drawn_offset():
     image = column_image(16, 40)
     transform = PairTransform(16, center_crop=False)
     result = transform(image, image, draws(left=0.5))  # 24 free columns, 25 places: int(12.5) = 12
@@ -183,7 +183,7 @@ def test_a_random_crop_takes_the_drawn_place():
     assert transform(image, image, draws(left=1 - 1e-9)).crop_top_lefts[0] == (0, 24)
 
 
-def test_images_of_unlike_size_are_cropped_at_the_same_fraction():
+def test_images_of_different_sizes_are_cropped_at_the_same_relative_offset():
     result = PairTransform(16, center_crop=False)(column_image(16, 24), column_image(16, 40), draws(left=0.25))
     assert result.crop_top_lefts == ((0, 2), (0, 6))  # int(0.25 * 9) and int(0.25 * 25)
     assert result.original_sizes == ((16, 24), (16, 40))

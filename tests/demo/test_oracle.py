@@ -88,7 +88,7 @@ def test_an_image_without_an_object_scores_zero(kind):
     assert oracle_score(images[kind], ["a red circle on gray"])[0] == 0.0
 
 
-def test_pil_uint8_and_float_images_score_alike(ideal):
+def test_pil_uint8_and_float_images_have_equal_scores(ideal):
     scores = oracle_score(ideal[:5], PROMPTS[:5])
     np.testing.assert_array_equal(scores, oracle_score([Image.fromarray(i) for i in ideal[:5]], PROMPTS[:5]))
     np.testing.assert_allclose(scores, oracle_score(ideal[:5] / 255.0, PROMPTS[:5]), atol=1e-12)

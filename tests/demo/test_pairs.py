@@ -56,7 +56,7 @@ def test_held_out_pairs_share_no_image_with_training_pairs(pairs):
     assert not seen & fresh
 
 
-def test_by_default_there_are_some_eight_hundred_training_pairs_of_every_prompt():
+def test_by_default_there_are_about_eight_hundred_training_pairs_over_all_prompts():
     pairs = off_policy_pairs()
     assert 800 <= len(pairs) <= 900
     assert len(set(pairs["prompt"])) == 72
@@ -67,7 +67,7 @@ def test_images_are_stored_as_png():
     assert Image.open(io.BytesIO(stored["bytes"])).format == "PNG"
 
 
-def test_on_policy_pairs_are_ranked_samples_of_the_model():
+def test_on_policy_pairs_are_ranked_images_of_the_model():
     pipeline = load_base_pipeline()
     pairs = on_policy_pairs(pipeline, seed=0, per_prompt=1, margin=0.05, steps=2)
     again = on_policy_pairs(pipeline, seed=0, per_prompt=1, margin=0.05, steps=2)

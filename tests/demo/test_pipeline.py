@@ -1,4 +1,4 @@
-"""The tiny pipeline: its tokenizer, the shipped weights, and sampling from fixed latents."""
+"""The tiny pipeline: its tokenizer, the packaged weights, and images from fixed latents."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def base():
     return load_base_pipeline()
 
 
-def test_every_word_of_the_world_is_one_token_of_its_own():
+def test_every_word_of_the_world_is_one_token():
     tokenizer = build_tokenizer()
     words = ["a", "on", *COLOURS, *SHAPES, *BACKGROUNDS]
     ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
@@ -42,7 +42,7 @@ def test_a_caption_becomes_start_five_words_and_end():
     assert tokenizer.model_max_length == 8
 
 
-def test_words_from_elsewhere_are_spelled_out_and_not_lost():
+def test_other_words_are_tokenized_as_bytes():
     tokenizer = build_tokenizer()
     ids = tokenizer("wörld", add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in ids
@@ -75,7 +75,7 @@ def test_the_built_pipeline_has_the_shipped_pipelines_tensors(base):
         assert {key: value.shape for key, value in getattr(built, name).state_dict().items()} == expected
 
 
-def test_building_leaves_the_global_random_state_alone():
+def test_building_does_not_change_the_global_random_state():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_equal_seeds_build_equal_weights():
     assert not torch.equal(first, other)
 
 
-def test_equal_latents_give_equal_images_and_leave_the_pipeline_alone(base):
+def test_equal_latents_give_equal_images_and_the_pipeline_is_not_changed(base):
     scheduler = DDPMScheduler.from_config(base.scheduler.config)
     pipeline = StableDiffusionPipeline(**{**base.components, "scheduler": scheduler}, requires_safety_checker=False)
     latents, prompts = score_latents(1)[:3], score_prompts(1)[:3]
@@ -106,12 +106,12 @@ def test_prompts_and_latents_for_scoring_belong_together():
     assert torch.equal(score_latents(2, seed=3), score_latents(2, seed=3))
 
 
-def test_a_latent_too_few_is_refused(base):
+def test_a_missing_latent_is_refused(base):
     with pytest.raises(ValueError, match="2 prompts and 1 latents"):
         generate_images(base, score_prompts(1)[:2], score_latents(1)[:1])
 
 
-def test_the_base_model_draws_what_it_is_asked_but_leaves_room_to_improve(base):
+def test_the_base_model_follows_prompts_and_can_be_improved(base):
     images = generate_images(base, score_prompts(3), score_latents(3))
     parts, mismatched = oracle_parts(images, score_prompts(3)), oracle_parts(images, score_prompts(3)[::-1])
     assert 0.35 < parts.score.mean() < 0.45  # measured 0.400, standard error 0.012

@@ -1,4 +1,4 @@
-"""The demo's report from numbers that were made up, so that what it must show is known."""
+"""The demo's report of given numbers."""
 
 import json
 
@@ -80,25 +80,25 @@ def _plain(level):
     return np.full((72, 32, 32, 3), level, dtype=np.uint8)
 
 
-def test_the_table_has_the_last_numbers_and_the_best_on_the_way(make_result):
+def test_the_table_has_the_last_and_the_best_numbers(make_result):
     lines = table(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6})).splitlines()
     assert lines[2] == "| base model | 0.400 ± 0.014 | | 0 | 0 | |"
     assert lines[4] == "| Diffusion-DPO | 0.300 ± 0.000 | 0.900 at step 50 | +0.250 | +0.500 | 12 |"
     assert "- SFT: 100 steps, learning_rate 0.0002" in lines
 
 
-def test_the_summary_says_what_it_is_and_that_the_gentle_setting_was_not_run(make_result):
+def test_the_summary_names_the_setting_and_that_the_gentle_ones_were_not_run(make_result):
     text = summary(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6}))
     assert "when one pushes hard" in text
     assert "one seed of a toy world" in text
-    assert "learning rate 1e-4) was not run" in text
+    assert "learning rate 1e-4) were not run" in text
     assert "Diffusion-SDPO is ahead of Diffusion-DPO (difference +0.300 ± 0.000)" in text
     assert "Diffusion-SDPO, recipe is not clearly different from Diffusion-SDPO (difference +0.000 ± 0.000)" in text
     changes = "+0.250 under plain Diffusion-DPO, +0.062 under Diffusion-SDPO, +0.031 with the recipe"
     assert changes in text
 
 
-def test_the_summary_admits_when_the_safeguard_loses_or_nothing_is_clear(make_result):
+def test_the_summary_says_so_if_the_safeguard_is_behind_or_nothing_is_clear(make_result):
     finals = {"sft": 0.5, "dpo": 0.6, "sdpo": 0.5, "sdpo_recipe": 0.5, "dpo_gentle": 0.6, "sdpo_gentle": 0.61}
     text = summary(make_result(finals, wiggles=("sdpo_gentle",)))
     assert "Diffusion-SDPO is behind Diffusion-DPO (difference -0.100 ± 0.000)" in text
@@ -130,7 +130,7 @@ def test_everything_is_written_and_the_curves_are_wide_enough_to_read(make_resul
     assert all(file.stat().st_size < 400_000 for file in files)
 
 
-def test_a_method_is_read_back_as_it_was_written(make_result, tmp_path):
+def test_a_method_is_read_as_it_was_written(make_result, tmp_path):
     method = make_result({"sdpo": 0.6}).methods[0]
     method.write(tmp_path)
     again = MethodResult.read(tmp_path)

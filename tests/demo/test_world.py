@@ -1,4 +1,4 @@
-"""The world: its captions, its drawings, and the flaws of its training images."""
+"""The world: its captions, rendered images, and the flaws of its training images."""
 
 import numpy as np
 import pytest
@@ -23,14 +23,14 @@ def test_there_are_seventy_two_different_captions():
     assert texts[0] == "a red circle on white"
 
 
-def test_every_caption_reads_back_from_its_text():
+def test_every_caption_is_parsed_from_its_text():
     assert [parse_caption(caption.text) for caption in captions()] == captions()
 
 
 @pytest.mark.parametrize(
     "text", ["", "a red circle", "a pink circle on white", "red a circle on white", "a red  circle on white"]
 )
-def test_a_prompt_from_elsewhere_is_refused_with_what_is_accepted(text):
+def test_an_unknown_prompt_is_refused_with_the_accepted_ones(text):
     with pytest.raises(ValueError, match="a <colour> <shape> on <background>"):
         parse_caption(text)
 
@@ -66,7 +66,7 @@ def test_offset_moves_right_and_down_by_whole_pixels_exactly():
     assert np.array_equal(moved, np.roll(still, (-2, 3), axis=(0, 1)))
 
 
-def test_blur_keeps_the_total_light_and_softens_the_edge():
+def test_blur_keeps_the_total_brightness_and_softens_the_edge():
     sharp = render(Caption("red", "cross", "black")).astype(float)
     soft = render(Caption("red", "cross", "black"), blur=2.0).astype(float)
     assert soft[..., 0].sum() == pytest.approx(sharp[..., 0].sum(), rel=0.02)
@@ -82,7 +82,7 @@ def test_equal_generators_give_equal_flaws_and_the_count_of_draws_is_constant():
     assert first.random() == second.random()
 
 
-def test_flaws_come_as_often_as_they_say():
+def test_flaws_have_the_documented_frequencies():
     generator = np.random.default_rng(0)
     caption, count = Caption("red", "square", "black"), 600
     images = np.stack([imperfect_render(caption, generator) for _ in range(count)]).astype(float) / 255

@@ -6,7 +6,7 @@ import math
 import pytest
 from peft import LoraConfig
 
-from trl_diffusion_sdpo.evaluation.verdict import Run, judge, verdict_of
+from trl_diffusion_sdpo.evaluation.verdict import RunFacts, judge, verdict_of
 from trl_diffusion_sdpo.losses import loss_spec
 
 
@@ -35,7 +35,7 @@ def test_the_rule(change, level, word):
 def verdict_on(history, *, moves=False, given=False, best=None, safeguard="output", loss="sigmoid"):
     """The verdict on a training with such logs."""
     uses_loser = loss_spec(loss).uses_loser
-    return verdict_of(history, Run(moves, given, uses_loser, safeguard != "none", "_ema"), best)
+    return verdict_of(history, RunFacts(moves, given, uses_loser, safeguard != "none", "_ema"), best)
 
 
 def evaluated(step, winner, change=None, prefix="eval", **levels) -> dict:

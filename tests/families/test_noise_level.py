@@ -83,7 +83,7 @@ def test_where_timesteps_are_those_before_the_shift_it_is_that_after():
     # mu = 0.25 + 0.75 sqrt(1024 / 256) = 1.75, and a half becomes 1.75 * 0.5 / (1 + 0.75 * 0.5).
     assert float(process.noise_level(torch.tensor([500.0]), 1024)) == pytest.approx(0.875 / 1.375, rel=1e-6)
     # Level 0.7 is t = 0.7 / (1.75 - 0.75 * 0.7) = 0.5714..., and 572 is the first timestep above it.
-    low, high = process.timesteps_within(0.7, 1.0, 1024)
+    low, high = process.timestep_bounds(0.7, 1.0, 1024)
     assert (low, high) == (572.0, 999.0)
     with pytest.raises(ValueError, match="got no `image_seq_len`"):
         process.noise_level(torch.tensor([500.0]))
@@ -100,22 +100,22 @@ def test_it_rises_with_the_timestep_and_stays_within_zero_and_one(process):
 def test_timesteps_within_levels_are_found_by_hand(low, high):
     levels = levels_by_hand()
     inside = [step for step in range(1000) if low <= levels[step] <= high]
-    assert ddpm().timesteps_within(low, high) == (inside[0], inside[-1])
+    assert ddpm().timestep_bounds(low, high) == (inside[0], inside[-1])
 
 
 def test_stable_diffusion_has_its_middle_at_a_level_of_about_062():
-    low, high = ddpm().timesteps_within(0.62, 1.0)
+    low, high = ddpm().timestep_bounds(0.62, 1.0)
     assert abs(low - 500) < 10 and high == 999
 
 
 def test_no_timestep_is_within_levels_that_the_schedule_does_not_visit():
     assert levels_by_hand().max() < 0.94
-    assert ddpm().timesteps_within(0.95, 1.0) is None
-    assert ddpm().timesteps_within(0.0, 0.02) is None
+    assert ddpm().timestep_bounds(0.95, 1.0) is None
+    assert ddpm().timestep_bounds(0.0, 0.02) is None
 
 
 def test_of_a_flow_they_are_a_thousand_times_the_levels():
-    assert flow().timesteps_within(0.25, 0.75) == (250.0, 750.0)
-    assert flow(shift=3.0).timesteps_within(0.0, 1.0) == (0.0, 999.0)
-    low, high = flow().timesteps_within(0.6, 1.0)
+    assert flow().timestep_bounds(0.25, 0.75) == (250.0, 750.0)
+    assert flow(shift=3.0).timestep_bounds(0.0, 1.0) == (0.0, 999.0)
+    low, high = flow().timestep_bounds(0.6, 1.0)
     assert math.isclose(low, 600, abs_tol=1) and high == 999

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from trl_diffusion_sdpo.losses import (
     LOSSES,
     PairTerms,
-    batch_mean_error,
     check_loss_kwargs,
     diffusion_preference_loss,
     loss_spec,
@@ -478,4 +477,5 @@ def test_settings_of_another_loss_are_refused():
 def test_errors_of_samples_and_of_the_batch_are_means_in_float32():
     residual = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]]], dtype=torch.bfloat16)
     assert mean_error(residual).tolist() == [7.5, 1.0] and mean_error(residual).dtype == torch.float32
-    assert batch_mean_error(residual).item() == 4.25 and batch_mean_error(residual).shape == ()
+    over_batch = mean_error(residual, over_batch=True)
+    assert over_batch.item() == 4.25 and over_batch.shape == ()

@@ -373,7 +373,7 @@ def test_lambda_is_of_the_branch_gradients_where_they_are_given():
     for granularity in GRANULARITIES:
         assert output_scale(winner, loser, mu=0.5, granularity=granularity).item() == 0.25
         gradients = 3 * winner, -loser  # <a, W> = 3, <a, L> = 2 of the mean error: 0.5 * 3 / 2
-        assert output_scale(winner, loser, gradients, mu=0.5, granularity=granularity).item() == 0.75
+        assert output_scale(winner, loser, branch_gradients=gradients, mu=0.5, granularity=granularity).item() == 0.75
 
 
 @pytest.mark.parametrize(

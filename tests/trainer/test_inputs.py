@@ -29,7 +29,7 @@ def image(value=0, size=(16, 16)):
         ({"safeguard_granularity": "row"}, "must be one of batch, pair, weighted, noise_bin; got 'row'"),
         ({"safeguard_eps": -1.0}, "`safeguard_eps` must be at least 0, got -1.0"),
         ({"loss_type": "dpo"}, "`loss_type` must be one of sigmoid, .*; got 'dpo'"),
-        ({"loss_type": "sigmoid", "dmpo_alpha": 0.1}, "`dmpo_alpha` is no knob of the loss 'sigmoid'"),
+        ({"loss_type": "sigmoid", "dmpo_alpha": 0.1}, "`dmpo_alpha` is no setting of the loss 'sigmoid'"),
         ({"loss_type": "dmpo", "dmpo_alpha": 0.0}, r"`dmpo_alpha` must be in \(0, 0.5\), got 0.0"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, r"`label_smoothing` must be in \[0, 0.5\), got 0.5"),
         ({"loss_type": "sft", "sync_ref_model": True}, "`sync_ref_model=True` cannot act"),

@@ -2,13 +2,17 @@
 
 import ast
 import dataclasses
+import inspect
 import re
+import typing
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.losses import LOSSES
 from trl_diffusion_sdpo.trainer import diffusion_sdpo_config
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +142,32 @@ def own_settings() -> set[str]:
 def test_settings_say_winner_and_loser():
     wrong = {name: set(name.split("_")) & (TRL_WORDS | SYNONYMS) for name in own_settings()}
     assert {name: words for name, words in wrong.items() if words} == {}
+
+
+def choices(annotation) -> set[str]:
+    """Strings of the `Literal` types in an annotation."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {choice for choice in typing.get_args(annotation) if isinstance(choice, str)}
+    return set().union(*(choices(part) for part in typing.get_args(annotation)))
+
+
+def test_choices_of_settings_say_winner_and_loser():
+    hints = typing.get_type_hints(DiffusionSDPOConfig, include_extras=True)
+    found = set().union(*(choices(hints[name]) for name in own_settings()))
+    assert {"noise_bin", "output"} <= found
+    assert {choice for choice in found if set(choice.split("_")) & (TRL_WORDS | SYNONYMS)} == set()
+
+
+def test_a_setting_of_one_loss_begins_with_the_loss_s_name():
+    readers = defaultdict(list)
+    for loss_type, spec in LOSSES.items():
+        for name, parameter in inspect.signature(spec.function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                readers[name].append(loss_type)
+    of_one = {name: losses[0] for name, losses in readers.items() if len(losses) == 1}
+    assert len(of_one) > 5 and set(of_one) <= own_settings()
+    others = {name for name, loss_type in of_one.items() if name.split("_")[0] != loss_type.split("_")[0]}
+    assert others == {"label_smoothing"}  # as TRL calls it
 
 
 def test_settings_that_begin_with_sample_are_those_of_sample_images():

@@ -72,7 +72,7 @@ def _message(error: Exception, folder: Path, free: int, needed: int | None) -> s
     )
 
 
-def _readable(size: int) -> str:
+def _readable(size: float) -> str:
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

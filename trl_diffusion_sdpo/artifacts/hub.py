@@ -60,7 +60,7 @@ class Uploads:
         Raises:
             `PublishingError`: If the Hub refuses, or answers no attempt.
         """
-        arguments = {"token": token, "private": private, "exist_ok": True}
+        arguments: dict[str, Any] = {"token": token, "private": private, "exist_ok": True}
         return _with_retries(f"Making the repository {name}", lambda: self._api.create_repo(name, **arguments).repo_id)
 
     def upload(self, repository: str, folder: str, **arguments: Any) -> Any:
@@ -107,8 +107,8 @@ def _with_retries(what: str, request: Callable[[], Result]) -> Result:
 
 def _cause(error: Exception) -> Exception:
     """The error itself: the client wraps errors of large files into a `RuntimeError` with the file's name."""
-    wraps = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
-    return error.__cause__ if wraps else error
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
 
 
 def _is_transient(error: Exception) -> bool:

@@ -14,8 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..losses import loss_spec
-from ..losses.preference import LOSS_KWARG_RANGES
+from ..losses import LOSS_KWARG_RANGES, interpolate, loss_spec
 from ..models.adapters import base_tensors
 from ..models.ema import EMA_FOLDER
 from .setup import SETUP_FILE, fingerprint, read_setup, write_setup
@@ -155,7 +154,7 @@ class ScaledWeights:
             self._load(self._base.__getitem__)
 
     def save(self, folder: Path, scale: float) -> None:
-        """Write the weights at a scale in the formats of the run's own, with its set-up and the scale.
+        """Write the weights at a scale in the formats of the run, with its set-up and the scale.
 
         The base pipeline is written as well if the run wrote its pipeline.
         """
@@ -167,7 +166,7 @@ class ScaledWeights:
     def _at(self, scale: float, name: str) -> torch.Tensor:
         if self._run.lora is not None:
             return scaled_factor(name, self.tuned[name], scale)
-        return between(self._base[name], self.tuned[name], scale)
+        return interpolate(self._base[name], self.tuned[name], scale)
 
     @torch.no_grad()
     def _load(self, value_of: Callable[[str], torch.Tensor]) -> None:
@@ -178,17 +177,6 @@ class ScaledWeights:
 def scaled_factor(name: str, tuned: torch.Tensor, scale: float) -> torch.Tensor:
     """A tensor of a LoRA, by its PEFT name, such that the LoRA's contribution is multiplied by `scale`."""
     return tuned * scale if _is_one_of(name, _LORA_B) else tuned
-
-
-def between(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
-    """`base + scale (tuned - base)`, exactly `base` at 0 and `tuned` at 1; of integers, the nearer of the two.
-
-    Returns:
-        `torch.Tensor`: In the dtype of `base`.
-    """
-    if not base.is_floating_point():
-        return base if scale < 0.5 else tuned
-    return torch.lerp(base.float(), tuned.float(), scale).to(base.dtype)
 
 
 def check_free_folder(folder: Path, run: SavedRun) -> None:

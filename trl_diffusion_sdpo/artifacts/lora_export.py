@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from ..families.lora_keys import Place, find_place
+from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from .disk import naming_the_disk
 from .lora_scale import folded, ranks
@@ -66,13 +66,13 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
     if others:
         raise ValueError(f"The format knows two factors of a module; this LoRA also holds {others[0]}. Merge it.")
     weights, _ = folded(weights, config)
-    parts: dict[str, dict[int, Factors]] = defaultdict(dict)
-    places: dict[str, Place] = {}
+    factors: dict[str, dict[int, Factors]] = defaultdict(dict)  # by original module, and by position in it
+    originals: dict[str, OriginalModule] = {}
     for module in ranks(weights):
-        place = find_place(denoiser_class, module)
-        places[place.module] = place
-        parts[place.module][place.part] = (weights[f"{module}.{_A}"], weights[f"{module}.{_B}"])
-    return _named({name: _stacked(places[name], parts[name]) for name in parts})
+        original = original_module(denoiser_class, module)
+        originals[original.module] = original
+        factors[original.module][original.position] = (weights[f"{module}.{_A}"], weights[f"{module}.{_B}"])
+    return _named({name: _stacked(originals[name], factors[name]) for name in factors})
 
 
 def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Tensor]]:
@@ -94,37 +94,40 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
     )
 
 
-def _stacked(place: Place, parts: dict[int, Factors]) -> Factors:
+def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
     """One pair of factors, `(sum r, in)` and `(sum out, sum r)`, for matrices that the original model stores stacked.
     The second factor is block-diagonal; rows of matrices without a LoRA are zero."""
-    if len(place.heights) == 1:
-        return parts[0]
-    heights = _heights(place, parts)
-    down = torch.cat([parts[part][0] for part in sorted(parts)])
-    up = torch.zeros(sum(heights), down.shape[0], dtype=down.dtype)
+    if len(original.rows) == 1:
+        return factors[0]
+    rows = _row_counts(original, factors)
+    down = torch.cat([factors[position][0] for position in sorted(factors)])
+    up = torch.zeros(sum(rows), down.shape[0], dtype=down.dtype)
     rank = 0
-    for part in sorted(parts):
-        block = parts[part][1]
-        top = sum(heights[:part])
+    for position in sorted(factors):
+        block = factors[position][1]
+        top = sum(rows[:position])
         up[top : top + block.shape[0], rank : rank + block.shape[1]] = block
         rank += block.shape[1]
     return down, up
 
 
-def _heights(place: Place, parts: dict[int, Factors]) -> list[int]:
+def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[int]:
     """Rows of each matrix, from those of the matrices with a LoRA."""
-    known = {part: factors[1].shape[0] for part, factors in parts.items()}
-    part, rows = next(iter(known.items()))
-    relative = place.heights[part]
-    heights = []
-    for other, height in enumerate(place.heights):
-        if other not in known and (height is None or relative is None):
+    known = {position: pair[1].shape[0] for position, pair in factors.items()}
+    first, rows = next(iter(known.items()))
+    unit = original.rows[first]
+    counts = []
+    for position, relative in enumerate(original.rows):
+        if position in known:
+            counts.append(known[position])
+        elif relative is None or unit is None:
             raise ValueError(
-                f"{place.module} of the original model holds {len(place.heights)} matrices of unlike sizes, and the "
+                f"{original.module} of the original model holds {len(original.rows)} matrices of unlike sizes, and the "
                 f"LoRA covers {len(known)} of them. Train queries, keys and values together to export it."
             )
-        heights.append(known[other] if other in known else rows * height // relative)
-    return heights
+        else:
+            counts.append(rows * relative // unit)
+    return counts
 
 
 def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:

@@ -1,9 +1,8 @@
-"""Multiplying a LoRA's scale, `lora_alpha / r`, into its weights, since readers assume scale 1 where a file names none."""
+"""Multiplying a LoRA's scale, `lora_alpha / r`, into its weights: readers assume scale 1 if a file names none."""
 
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from .._compat import pattern_key
+from ..losses import lora_scaling
 
 _LORA_A, _LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 
@@ -29,9 +29,9 @@ def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """The factor that PEFT applies to a module's LoRA: its alpha over its rank, or over the rank's square root."""
+    """The factor that PEFT applies to the LoRA of a module, whose alpha may be its own."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
 
 def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
@@ -57,8 +57,10 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
 
 def public_settings(config: LoraConfig) -> dict[str, Any]:
     """A LoRA's settings for a published file: in a fixed order, without local folders."""
-    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    base = settings["base_model_name_or_path"]
+    settings: dict[str, Any] = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
+    }
+    base = config.base_model_name_or_path
     if base is not None and (os.path.isabs(base) or os.path.exists(base) or base.startswith(("~", "."))):
         settings["base_model_name_or_path"] = None
     return settings

@@ -123,7 +123,7 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         [`~huggingface_hub.ModelCard`]: To be saved as `README.md`.
     """
     base_is_hub = _is_hub_id(facts.base_model)
-    base = facts.base_model if base_is_hub else _leaf(facts.base_model) or "path/to/base-pipeline"
+    base = (facts.base_model if base_is_hub else _leaf(facts.base_model)) or "path/to/base-pipeline"
     return ModelCard.from_template(
         _metadata(facts),
         template_path=str(TEMPLATE),
@@ -180,7 +180,7 @@ def mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
         history (`Iterable[Mapping[str, float]]`): The log history. An entry with `loss` is a mean over the steps since
             the previous one.
     """
-    total, last = 0.0, 0
+    total, last = 0.0, 0.0
     for entry in history:
         if "loss" in entry:
             total += entry["loss"] * (entry["step"] - last)

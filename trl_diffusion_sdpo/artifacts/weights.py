@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -60,7 +60,7 @@ class WeightFiles:
         """What is tuned, for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
         lora = None
         if self._adapter is not None:
-            config = self._denoiser.peft_config[self._adapter]
+            config = cast(Any, self._denoiser).peft_config[self._adapter]
             names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
             lora = {name: getattr(config, name) for name in names}
             if not isinstance(config.target_modules, str):
@@ -85,7 +85,7 @@ class WeightFiles:
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapter is not None:
-            config = self._denoiser.peft_config[self._adapter]
+            config = cast(Any, self._denoiser).peft_config[self._adapter]
             tensors = self.tensors() if weights is None else weights
             save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
             return
@@ -115,13 +115,13 @@ class WeightFiles:
             raise ValueError(
                 f"A checkpoint of full tuning must hold the folder {self._denoiser_name}; {folder} does not.{hint}"
             )
-        return type(self._denoiser).from_pretrained(source, use_safetensors=True).state_dict()
+        return cast(Any, type(self._denoiser)).from_pretrained(source, use_safetensors=True).state_dict()
 
 
 def _with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
     """A denoiser of the same architecture that holds these tensors, which are not copied."""
     with init_empty_weights():
-        twin = type(denoiser).from_config(denoiser.config)
+        twin = cast(Any, type(denoiser)).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
     return twin
 

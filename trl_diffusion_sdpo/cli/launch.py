@@ -102,14 +102,14 @@ def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
         return None
     _refuse_a_second_launcher()
     takes_value = launch_options(own_options)
-    options, own = separate(rest, takes_value)
+    options, remaining = separate(rest, takes_value)
     used = {key: value for key, value in in_file.items() if key in takes_value and key != ENVIRONMENT_KEY}
     file = config_path(str(chosen))
     settings = _read_yaml(file)
     if settings.get("distributed_type") == "DEEPSPEED":
         require("deepspeed", f"The configuration {chosen}")
     options = [*_as_words(used, takes_value), *options]  # the command line overrides the file
-    return Launch(file, [*_processes(settings, options), *options], own, [OPTION, *used])
+    return Launch(file, [*_processes(settings, options), *options], remaining, [OPTION, *used])
 
 
 def start(launch: Launch, command: str) -> int:

@@ -102,7 +102,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(message)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         refuse_unknown(
             unknown, (flag.removeprefix("--") for action in self._actions for flag in action.option_strings)
@@ -221,13 +221,13 @@ def _argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _option(actions: list[argparse.Action], kinds: list[str]) -> Option:
     main, *off = actions
-    scalars = [kind for kind in ("str", "bool", "int", "float") if kind in kinds]
+    scalars: list[str] = [kind for kind in ("str", "bool", "int", "float") if kind in kinds]
     return Option(
         flags=list(main.option_strings),
         off_flags=[flag for action in off for flag in action.option_strings],
         kinds=kinds,
         elements=_element_kind(main, scalars),
-        nargs=main.nargs,
+        nargs=None if main.nargs is None else str(main.nargs),
         choices=None if main.choices is None else [str(choice) for choice in main.choices],
         default=json.loads(json.dumps(main.default, default=str)),
         help=main.help,
@@ -236,7 +236,7 @@ def _option(actions: list[argparse.Action], kinds: list[str]) -> Option:
 
 def _element_kind(action: argparse.Action, scalars: list[str]) -> str:
     if action.nargs == "+":
-        return _SCALARS.get(action.type, "str")
+        return _SCALARS.get(typing.cast(Any, action.type), "str")
     if "float" in scalars and "str" not in scalars:
         return "float"
     return scalars[0] if scalars else "str"

@@ -80,7 +80,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         return load_split(script_args, train_split), evaluation
     if script_args.test_size is not None:
         _refuse_streaming(script_args)
-        known = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
+        known: dict[str, Any] = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
         return hold_out(load_split(script_args, train_split), script_args.test_size, **known)
     if _surely_share_rows(*_splits(script_args)):
         raise _on_training_pairs(script_args)

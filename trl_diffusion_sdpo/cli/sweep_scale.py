@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..import_utils import require
 from . import EXIT_OK
@@ -134,7 +134,7 @@ def _make_trainer(options: argparse.Namespace, run: SavedRun, loaded: LoadedMode
     trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
     trainer.remove_callback(PrinterCallback)
     if options.max_pairs is not None:
-        trainer.eval_dataset = trainer.eval_dataset.first(options.max_pairs)
+        trainer.eval_dataset = cast(Any, trainer.eval_dataset).first(options.max_pairs)
     return trainer
 
 
@@ -142,7 +142,9 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
     from ..trainer import DiffusionSDPOConfig
 
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
-    data = {} if options.max_pairs is None else {"verify_images": "none"}  # decodes the evaluated pairs only
+    data: dict[str, Any] = (
+        {} if options.max_pairs is None else {"verify_images": "none"}
+    )  # decodes the evaluated pairs only
     return DiffusionSDPOConfig(
         output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.is_average]),
         per_device_eval_batch_size=options.per_device_eval_batch_size,
@@ -159,7 +161,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
 
 
 def _evaluation_settings(run: SavedRun) -> dict[str, Any]:
-    from ..trainer.argument_groups import EVALUATION  # seconds
+    from ..trainer.argument_groups import EVALUATION
     from ..trainer.diffusion_sdpo_config import settings_with
 
     return run.evaluation_settings(settings_with(EVALUATION))
@@ -177,7 +179,7 @@ def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
 def _settings(
     options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer, weights: ScaledWeights
 ) -> dict[str, Any]:
-    """What rows of one file have in common."""
+    """The settings that all rows of one file share."""
     used = {name: trainer.args.to_dict()[name] for name in (*_evaluation_settings(run), "beta", "resolution")}
     return {
         "weights": weights.fingerprint,
@@ -187,7 +189,7 @@ def _settings(
         "dataset_config": options.dataset_config,
         "dataset_test_split": options.dataset_test_split,
         "dataset_format": options.dataset_format,
-        "pairs": len(trainer.eval_dataset),
+        "pairs": len(cast(Any, trainer.eval_dataset)),
         "mixed_precision": trainer.args.mixed_precision,
         **used,
     }

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .given import Given, read_given, refuse_missing, refuse_unknown_names
@@ -31,7 +31,8 @@ def make_parser(prog: str | None = None) -> TrlParser:
     from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
     from .pair_arguments import PairArguments
 
-    parser = TrlParser((PairArguments, DiffusionSDPOConfig, ModelConfig), allow_abbrev=False, **_texts(prog))
+    kinds: Any = (PairArguments, DiffusionSDPOConfig, ModelConfig)
+    parser = TrlParser(kinds, allow_abbrev=False, **_texts(prog))
     parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
     return parser
 
@@ -83,7 +84,7 @@ def _options_for(arguments: list[str]) -> OptionTable:
 def _parse(given: Given, prog: str | None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
     parser = make_parser(prog)
     parser.set_defaults_with_config(**given.settings)
-    return parser.parse_args_into_dataclasses(given.words, look_for_args_file=False)
+    return cast(Any, parser.parse_args_into_dataclasses(given.words, look_for_args_file=False))
 
 
 def _texts(prog: str | None) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    with trainer.run_folder.locked(all_processes=True):  # until the last file is written
+    with trainer.run_folder.locked(all_processes=True):  # holds the lock until the last file is written
         try:
             trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
         finally:
@@ -194,7 +195,7 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    from ..trainer.interrupts import resume_hint  # seconds
+    from ..trainer.interrupts import resume_hint  # takes seconds
 
     how = "To resume, run the same command with\n  --resume_from_checkpoint true"
     hint = resume_hint(trainer.args, trainer.state.global_step, how)

@@ -212,7 +212,9 @@ def pairs_in_group(
     known: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
     """The pairs within a group; bad prompts, bad labels and ties go to `reject`."""
-    images, scores, ranked, reward_scores = [], [], True, None
+    images: list[tuple[int, int]] = []
+    scores: list[Any] = []
+    ranked, reward_scores = True, None
     for number, row in group:
         try:
             labels, reward_scores = known.image_scores(row), known.reward_scores(row)

@@ -79,8 +79,8 @@ def prepare_dataset(
     if num_proc is not None and (verify != "all" or isinstance(dataset, datasets.IterableDataset)):
         logger.warning("`num_proc=%s` has no effect: it is for the check of all images of a map-style set.", num_proc)
     if isinstance(dataset, datasets.IterableDataset):
-        options = {"strict": strict, "repeat": repeat, "use_scores": use_scores, "compare": compare, "name": name}
-        return PreferenceIterableDataset(dataset, maker, reader, dataset_format, **options)
+        options: dict[str, Any] = {"strict": strict, "repeat": repeat, "use_scores": use_scores, "compare": compare}
+        return PreferenceIterableDataset(dataset, maker, reader, dataset_format, name=name, **options)
     source = make_source(dataset, dataset_format, name, use_scores)
     prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name)
     if verify == "all":

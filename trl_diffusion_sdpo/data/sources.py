@@ -208,9 +208,9 @@ def pairs_fingerprint(source: ArrowSource | RowSource, index: np.ndarray, scores
         `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts` and
         `images` (hashes of those of a few evenly spaced pairs; `None` where two reads of a row differ).
     """
-    digest = hashlib.sha256(np.ascontiguousarray(index, dtype="<i8"))
+    digest = hashlib.sha256(np.ascontiguousarray(index, dtype="<i8").data)
     if scores is not None:
-        digest.update(np.ascontiguousarray(scores, dtype="<f8"))
+        digest.update(np.ascontiguousarray(scores, dtype="<f8").data)
     prompt_rows = index[evenly_spaced(len(index), FINGERPRINTED_PROMPTS), 0].tolist()
     image_rows = index[evenly_spaced(len(index), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist()
     return {

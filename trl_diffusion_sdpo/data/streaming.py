@@ -3,7 +3,7 @@ stream, and decodes the images of its own pairs only."""
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -157,7 +157,7 @@ class PreferenceIterableDataset(IterableDataset):
         for index in range(wanted - yielded):
             yield filling[index % len(filling)]
 
-    def _one_pass(self, epoch: int, start: int) -> Iterator[dict[str, Any]]:
+    def _one_pass(self, epoch: int, start: int) -> Generator[dict[str, Any], None, int]:
         """This process's items of one pass over the stream; returns the number of labelled pairs of all processes.
         `start` is the number of those in earlier passes."""
         worker = get_worker_info()
@@ -201,7 +201,8 @@ class PreferenceIterableDataset(IterableDataset):
                 if images is not None and self._compare:
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)
-                yield images and (*images, self._format.prompt(rows[pair.winner_row]), pair.scores)
+                prompt = self._format.prompt(rows[pair.winner_row])
+                yield None if images is None else (*images, prompt, pair.scores)
         if self._compare:
             self._verify_different(identical, at_end=True)
 

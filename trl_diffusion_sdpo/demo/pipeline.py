@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def build_tokenizer() -> CLIPTokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(
         vocab=vocab,
-        merges=merges,
+        merges=cast(Any, merges),
         bos_token=_START,
         eos_token=_END,
         unk_token=_END,

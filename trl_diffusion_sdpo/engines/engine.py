@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -247,7 +247,7 @@ class Engine:
             folder (`str`): The checkpoint.
         """
         if self._is_deepspeed:
-            model.save_checkpoint(folder, exclude_frozen_parameters=True)
+            cast(Any, model).save_checkpoint(folder, exclude_frozen_parameters=True)
         else:
             save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, optimizer, model, folder)
 

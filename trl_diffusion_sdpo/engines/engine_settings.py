@@ -26,9 +26,10 @@ def by_engine(args: TrainingArguments) -> bool:
 
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
     """Fill in the learning rate of DeepSpeed's configuration where `"auto"` was resolved before the rate was known."""
-    if not runs_deepspeed(args):
+    plugin = args.deepspeed_plugin
+    if plugin is None:
         return
-    config = args.deepspeed_plugin.hf_ds_config
+    config = plugin.hf_ds_config
     for name in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"):
         node, key = config.find_config_node(name)
         if node is not None and key in node and node[key] is None:
@@ -42,15 +43,16 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:
         disable_fsdp_ram_efficient_loading()
-    if runs_deepspeed(args):
+    plugin = args.deepspeed_plugin
+    if plugin is not None:
         unset_hf_deepspeed_config()
     try:
         yield
     finally:
         if first_process_only:
             enable_fsdp_ram_efficient_loading()
-        if runs_deepspeed(args):
-            set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
+        if plugin is not None:
+            set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 def check_unsharded(module: nn.Module, name: str) -> None:

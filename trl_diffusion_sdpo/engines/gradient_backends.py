@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,8 @@ class ReplicatedBackend(GradientBackend):
     """One process, or DDP: every process holds full gradients, and averages them once an optimizer step."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
-        self._model, self._accelerator = model, accelerator
+        self._model: Any = model
+        self._accelerator = accelerator
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
@@ -109,7 +111,7 @@ class ReplicatedBackend(GradientBackend):
         pairs = zip(gradient, self._weights, strict=True)
         full = [torch.zeros_like(weight) if part is None else part for part, weight in pairs]
         all_reduce_mean(full)
-        return full
+        return [*full]
 
     def set_gradient(self, gradient: Gradient) -> None:
         for weight, part in zip(self._weights, gradient, strict=True):
@@ -137,7 +139,7 @@ class Fsdp2Backend(ReplicatedBackend):
     def accumulating(self) -> contextlib.AbstractContextManager:
         # Otherwise FSDP2 keeps the gradients of all but the last micro-batch unsharded, outside of `.grad`, the
         # branches added up.
-        self._model.set_requires_gradient_sync(True)
+        cast(Any, self._model).set_requires_gradient_sync(True)
         return contextlib.nullcontext()
 
     def all_reduced(self, gradient: Gradient) -> Gradient:
@@ -196,15 +198,17 @@ class Zero12Backend(ZeroBackend):
     def take(self, into: Gradient | None) -> Gradient:
         averaged = zero_gradients(self._engine.optimizer)
         for group in sorted(averaged):
-            self._groups[group], averaged[group] = averaged[group], None
-            self._sizes[group] = [part.numel() for part in self._groups[group]]
-        taken = [part for group in self._groups.values() for part in group]
-        return taken if into is None else add(into, taken)
+            shards = averaged[group]
+            assert shards is not None
+            self._groups[group], averaged[group] = shards, None
+            self._sizes[group] = [shard.numel() for shard in shards]
+        taken = [shard for shards in self._groups.values() for shard in shards]
+        return [*taken] if into is None else add(into, taken)
 
     def set_gradient(self, gradient: Gradient) -> None:
         # The tensors may be views of a flat one that DeepSpeed holds, so they are filled and not replaced. They hold
         # the gradient of the latest pass, the loser's, which is not needed any more.
-        parts = iter(gradient)
+        parts: Iterator[Any] = iter(gradient)
         for group, shards in self._groups.items():
             for shard in shards:
                 shard.copy_(next(parts))
@@ -333,7 +337,7 @@ def unwrapped_adamw(optimizer: Any) -> torch.optim.AdamW:
     Raises:
         `ValueError`: If it is another optimizer, or one with amsgrad.
     """
-    plain = unwrapped(optimizer)
+    plain: Any = unwrapped(optimizer)
     is_adamw = isinstance(plain, torch.optim.AdamW)
     if not is_adamw or any(group["amsgrad"] or group["maximize"] for group in plain.param_groups):
         raise ValueError(

@@ -37,8 +37,8 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
         present = next((flat for flat in flats if flat is not None), None)
         if present is None:
             continue
-        flats = [torch.zeros_like(present) if flat is None else flat for flat in flats]
-        for cut in zip(*(flat.split(limit) for flat in flats), strict=True):
+        filled = [torch.zeros_like(present) if flat is None else flat for flat in flats]
+        for cut in zip(*(flat.split(limit) for flat in filled), strict=True):
             if size and size + len(cut[0]) > limit:
                 yield pieces
                 pieces, size = [[] for _ in gradients], 0
@@ -62,6 +62,7 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
     """The sum of two gradients, in place of the first."""
     for total, part in zip(into, gradient, strict=True):
+        assert total is not None  # under the engines that add so, every weight has a gradient
         total.add_(part)
     return into
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -35,7 +37,7 @@ def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
     return padded.narrow(0, size * dist.get_rank(), size)
 
 
-def is_zero3_shard(weight: torch.Tensor) -> bool:
+def is_zero3_shard(weight: Any) -> bool:
     """Whether ZeRO-3 has sharded a weight."""
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
 
@@ -62,7 +64,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gather_float32(tensor: torch.Tensor, zero_stage: int) -> torch.Tensor:
+def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
     """Gather a weight; in float32 if DeepSpeed trains it. Not a copy where nothing is sharded."""
     if zero_stage == 0:
         return full_tensor(tensor)
@@ -70,7 +72,9 @@ def gather_float32(tensor: torch.Tensor, zero_stage: int) -> torch.Tensor:
 
     trained = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if trained is not None or zero_stage < 3:
-        return tensor if trained is None else trained.view(tensor.shape if zero_stage < 3 else tensor.ds_shape)
+        return (
+            tensor if trained is None else trained.view(tensor.shape if zero_stage < 3 else cast(Any, tensor).ds_shape)
+        )
     with gathered([tensor]):
         return tensor.detach().clone()
 
@@ -109,10 +113,11 @@ def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+    weight: Any  # its `ds_tensor` is DeepSpeed's
     while weights:
         weight, value = weights.popitem()
         if is_zero3_shard(weight):
-            safe_set_local_fp32_param(weight, shard_of(value.float(), weight.ds_tensor.numel()))
+            safe_set_local_fp32_param(weight, shard_of(value.float(), cast(Any, weight).ds_tensor.numel()))
         else:
             safe_set_full_fp32_param(weight, value.float())
 
@@ -183,3 +188,16 @@ class DenoiserView(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_pair"][0], name)
+
+
+@contextlib.contextmanager
+def unwrapping_refused_pickles() -> Iterator[None]:
+    """Raise the `pickle.UnpicklingError` for which a process could not read a sharded checkpoint within. torch wraps it
+    into a `CheckpointException`, which is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, pickle.UnpicklingError):
+                raise cause from error
+        raise

@@ -15,11 +15,21 @@ from functools import lru_cache
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 
 import torch
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 INHERITS_SIGNAL_MASK = sys.platform != "win32"
+
+
+@lru_cache(maxsize=1)
+def _exit_flag() -> torch.Tensor:
+    """A flag in shared memory that is set when this process exits. After an exception, multiprocessing sends workers
+    SIGTERM, which they ignore, and joins them."""
+    flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    atexit.register(flag.fill_, 1)
+    return flag
 
 
 @dataclass
@@ -33,7 +43,7 @@ class WorkerStart:
     """
 
     seed: Callable[[int], None] | None = None
-    parent_exits: torch.Tensor = field(default_factory=lambda: _exit_flag())
+    parent_exits: torch.Tensor = field(default_factory=_exit_flag)
 
     def __call__(self, worker_id: int) -> None:
         for number in INTERRUPTS:
@@ -43,15 +53,6 @@ class WorkerStart:
         threading.Thread(target=_exit_with_parent, args=(self.parent_exits,), daemon=True).start()
         if self.seed is not None:
             self.seed(worker_id)
-
-
-@lru_cache(maxsize=1)
-def _exit_flag() -> torch.Tensor:
-    """A flag in shared memory that is set when this process exits. After an exception, multiprocessing sends workers
-    SIGTERM, which they ignore, and joins them."""
-    flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
-    atexit.register(flag.fill_, 1)
-    return flag
 
 
 def _exit_with_parent(parent_exits: torch.Tensor) -> None:
@@ -79,8 +80,9 @@ def worker_context(method: str | None) -> BaseContext | str | None:
 
 if INHERITS_SIGNAL_MASK:
     from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
+    from multiprocessing.process import BaseProcess
 
-    class _StartsBlocked:
+    class _StartsBlocked(BaseProcess):
         """A process that starts with the signals blocked; [`WorkerStart`] unblocks them."""
 
         def start(self) -> None:

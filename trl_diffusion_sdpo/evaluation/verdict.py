@@ -24,7 +24,7 @@ History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """What a verdict needs to know of a run beside its log history.
 
     Args:
@@ -115,12 +115,12 @@ def judge(change: float, worst_bin: float | None = None) -> str:
     return "better" if change <= BETTER else "kept"
 
 
-def verdict_of(history: History, run: Run, step: int | None = None) -> Verdict | None:
+def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verdict | None:
     """The verdict by the last evaluation, or by the last logs of training if there is none.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
-        run ([`Run`]): Facts of the run.
+        run ([`RunFacts`]): Facts of the run.
         step (`int`, *optional*): Whose weights are judged, if not the last ones.
 
     Returns:
@@ -133,16 +133,16 @@ def verdict_of(history: History, run: Run, step: int | None = None) -> Verdict |
         measured = max(last, key=lambda found: found.change)  # of several sets, the one with the largest increase
         averages = [_at(found, step) for prefix, found in evaluations.items() if _is_average(prefix, run)]
         return _worded(measured, "evaluation", run, of_policy[last.index(measured)], averages)
-    measured = _last_training(history, run)
-    return None if measured is None else _worded(measured, "training", run, [], [])
+    mean = _last_training(history, run)
+    return None if mean is None else _worded(mean, "training", run, [], [])
 
 
-def warning_of(history: History, run: Run, *, evaluates: bool) -> str | None:
+def warning_of(history: History, run: RunFacts, *, evaluates: bool) -> str | None:
     """A warning if the newest log shows a ruined model.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history; not empty.
-        run ([`Run`]): Facts of the run.
+        run ([`RunFacts`]): Facts of the run.
         evaluates (`bool`): Whether the run evaluates; then only evaluations count.
     """
     newest = history[-1]
@@ -162,7 +162,7 @@ def warning_of(history: History, run: Run, *, evaluates: bool) -> str | None:
     )
 
 
-def _evaluations(history: History, run: Run) -> dict[str, list[Measurement]]:
+def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]]:
     """Measurements in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
 
     An error is compared with the evaluation before the first step, else with the reference unless it moves, else with
@@ -187,7 +187,7 @@ def _evaluations(history: History, run: Run) -> dict[str, list[Measurement]]:
     return found
 
 
-def _last_training(history: History, run: Run, at_least: int = 1) -> Measurement | None:
+def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measurement | None:
     """Mean over the last logs of training; `None` with fewer than `at_least`, or if the reference moves."""
     logs = list(islice((entry for entry in reversed(history) if "errors/winner_change" in entry), AVERAGED_LOGS))
     if not run.reference or len(logs) < at_least:
@@ -214,12 +214,12 @@ def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
     return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 
-def _is_average(prefix: str, run: Run) -> bool:
+def _is_average(prefix: str, run: RunFacts) -> bool:
     return prefix.endswith(run.average_suffix)
 
 
 def _worded(
-    measured: Measurement, pairs: str, run: Run, history: Sequence[Measurement], averages: Iterable[Measurement]
+    measured: Measurement, pairs: str, run: RunFacts, history: Sequence[Measurement], averages: Iterable[Measurement]
 ) -> Verdict:
     word = judge(measured.change, None if measured.worst is None else measured.worst[1])
     finding = (
@@ -240,7 +240,7 @@ def _worded(
     return Verdict(word, finding, advice)
 
 
-def _advice(word: str, run: Run) -> str:
+def _advice(word: str, run: RunFacts) -> str:
     if word not in ("worse", "ruined"):
         return ""
     ways = ["a lower or decaying `learning_rate`"]

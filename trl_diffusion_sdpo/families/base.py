@@ -63,7 +63,7 @@ class Family(ABC):
     pipeline_classes: ClassVar[tuple[str, ...]]
     pipeline_class: ClassVar[type[DiffusionPipeline] | None] = None
     denoiser_name: ClassVar[str]
-    frozen_components: ClassVar[tuple[str, ...]]
+    frozen_components: tuple[str, ...]
     lora_target_modules: ClassVar[tuple[str, ...]]
     learning_rate_full: ClassVar[float]
     learning_rate_lora: ClassVar[float]
@@ -83,11 +83,11 @@ class Family(ABC):
 
     @classmethod
     def loss_defaults(cls, loss_type: str) -> LossDefaults:
-        """Settings for a loss: its own row of `defaults`, or the fallback row."""
+        """Settings for a loss: its row of `defaults`, or the fallback row."""
         return cls.defaults.get(loss_type, cls.defaults[FALLBACK])
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> Any:
         """The pipeline's denoiser, without the wrappers of training."""
         return getattr(self.pipeline, self.denoiser_name)
 
@@ -123,11 +123,16 @@ class Family(ABC):
         sample_size = self.denoiser.config.sample_size
         if isinstance(sample_size, int):
             return sample_size * self.vae_scale_factor
-        return tuple(size * self.vae_scale_factor for size in sample_size)
+        height, width = sample_size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
         """Number of the denoiser's tokens for one of these latents, `(N, C, ..., H, W)`."""
         return math.prod(latents.shape[2:]) // self.patch_size**2
+
+    def tokens_of_image(self, height: int, width: int) -> int:
+        """Number of the denoiser's tokens for an image of a size in pixels."""
+        return height * width // (self.vae_scale_factor * self.patch_size) ** 2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """Arguments of the pipeline's call for generating sample images during training.
@@ -332,7 +337,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 
 
 @contextmanager
-def _without_overflow(vae: torch.nn.Module) -> Iterator[None]:
+def _without_overflow(vae: Any) -> Iterator[None]:
     """A context in which a float16 VAE whose configuration says that it overflows has float32 weights; both casts are
     exact."""
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)

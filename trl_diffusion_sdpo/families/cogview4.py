@@ -107,7 +107,7 @@ class CogView4Family(Family):
             "original_size": conditioning["original_size"],
             "target_size": conditioning["target_size"],
             "crop_coords": conditioning["crop_coords"],
-            "image_rotary_emb": self._rotary(*latents.shape[-2:], latents.device),
+            "image_rotary_emb": self._rotary(latents.shape[-2], latents.shape[-1], latents.device),
         }
 
     def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:

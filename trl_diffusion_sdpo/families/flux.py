@@ -26,7 +26,7 @@ class FluxFamily(Family):
     pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # As diffusers' own LoRA script for FLUX: attention and feed-forward of the blocks with two streams, attention of
+    # As diffusers' LoRA script for FLUX: attention and feed-forward of the blocks with two streams, attention of
     # the others.
     lora_target_modules = TWO_STREAM_TARGETS
     # Our choice: half of Stable Diffusion's, because larger and distilled models need smaller steps.
@@ -85,7 +85,7 @@ class FluxFamily(Family):
             "pooled_projections": conditioning["pooled_prompt_embeds"].to(latents.dtype),
             "encoder_hidden_states": prompt_embeds,
             "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=device),
-            "img_ids": patch_positions(*latents.shape[-2:], device),
+            "img_ids": patch_positions(latents.shape[-2], latents.shape[-1], device),
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

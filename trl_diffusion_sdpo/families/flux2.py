@@ -13,8 +13,10 @@ from .noise import FlowMatchingProcess
 
 # As diffusers' LoRA script for klein; that for dev omits the single-stream blocks, 48 of its 56. Their `to_out` is a
 # layer, and in the other blocks a list of layers, so that it must be named block by block.
-LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
-LORA_TARGETS += tuple(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48))
+LORA_TARGETS = (
+    *("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"),
+    *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
+)
 
 
 class Flux2Process(FlowMatchingProcess):
@@ -25,7 +27,7 @@ class Flux2Process(FlowMatchingProcess):
         return compute_empirical_mu(image_seq_len, num_steps=50)
 
 
-class Flux2Hooks:
+class Flux2Hooks(Family):
     """Hooks that the families of dev and klein share."""
 
     @property

@@ -30,7 +30,7 @@ class HunyuanDiTFamily(Family):
     # Our choice, as diffusers has no script for it: all attention projections, of the image and to the text.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no number is published for preferences on this model (1.5B)
-    learning_rate_lora = 1e-4  # as HunyuanDiT's own LoRA script
+    learning_rate_lora = 1e-4  # as HunyuanDiT's LoRA script
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2

@@ -17,14 +17,14 @@ class Lumina2Family(Family):
     The denoiser's time goes from noise to image, and it predicts image minus noise; both are reversed here. Prompts are
     preceded by the pipeline's system prompt, as in its call.
 
-    Sources: https://huggingface.co/papers/2503.21758 for the model; LoRA targets and rate as diffusers' own script.
+    Sources: https://huggingface.co/papers/2503.21758 for the model; LoRA targets and rate as diffusers' script.
     """
 
     name = "Lumina Image 2.0"
     pipeline_classes = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own LoRA script for Lumina 2
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Lumina 2
     # Our choice, since none is published: between those of Stable Diffusion (2e-6) and of SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script

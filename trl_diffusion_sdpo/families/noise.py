@@ -1,11 +1,11 @@
-"""Noise processes: how clean latents become noisy ones, what the denoiser is asked to predict, and how timesteps are
-drawn and weighted. A process follows from a scheduler's configuration alone and knows no pipeline."""
+"""Noise processes: noisy latents, the targets of predictions, and how timesteps are drawn and weighted. A process is
+made from a scheduler's configuration and does not depend on the pipeline."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler
@@ -13,8 +13,9 @@ from diffusers import DDPMScheduler
 from .timestep_sampling import TimestepSampling
 
 UNIFORM = TimestepSampling()
-WEIGHTINGS = ("none", "one_minus_t_squared")
-# Source of the three rows: https://huggingface.co/papers/2303.09556. A snr of zero gives the weight 1 for epsilon.
+TimestepWeighting = Literal["none", "one_minus_t_squared"]
+WEIGHTINGS: tuple[str, ...] = get_args(TimestepWeighting)
+# Source: https://huggingface.co/papers/2303.09556. An snr of zero gives the weight 1 for epsilon.
 _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1.0),
     "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1.0),
@@ -28,17 +29,23 @@ def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 class NoiseProcess(ABC):
-    """What a diffusion or flow process must offer for training.
+    """A diffusion or flow process for training.
 
     Attributes:
-        prediction_type (`str`): What the denoiser predicts, in diffusers' words.
-        num_train_timesteps (`int`): Number of timesteps the denoiser was trained on.
+        prediction_type (`str`): What the denoiser predicts, in diffusers' terms.
+        num_train_timesteps (`int`): Number of timesteps that the denoiser was trained on.
+        known_timesteps (`str`): The set of timesteps in words, for messages.
+        timestep_dtype (`torch.dtype`): Dtype of timesteps.
     """
 
     prediction_type: str
     num_train_timesteps: int
-    known_timesteps: str  # in words
+    known_timesteps: str
     timestep_dtype: torch.dtype
+
+    @abstractmethod
+    def __init__(self, scheduler_config: Mapping[str, Any]):
+        """Refuses the scheduler of another process with `ValueError`."""
 
     def timesteps(
         self,
@@ -49,24 +56,24 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         image_seq_len: int | None = None,
     ) -> torch.Tensor:
-        """Timesteps from uniform draws, through the inverse of their distribution function.
+        """Timesteps from uniform numbers, by the quantile function of their density.
 
         Args:
-            uniform (`torch.Tensor` of shape `(N,)`): One draw in `[0, 1)` per pair; a draw that rounding
-                made 1 counts as just below it.
-            timestep_range (`tuple[int, int]`, *optional*): `(low, high)`: the density is cut to these timesteps. Of
-                whole numbers, as in Python's `range`, `low` is drawn and `high` is not. `None` is all of them.
+            uniform (`torch.Tensor` of shape `(N,)`): Numbers in `[0, 1)`; 1 by rounding counts as the largest of them.
+            timestep_range (`tuple[int, int]`, *optional*): `(low, high)`, to which the density is truncated; all
+                timesteps if `None`. For integer timesteps `high` is excluded, as in Python's `range`.
             sampling (`TimestepSampling`): The density; uniform by default.
-            only (`tuple[float, ...]`, *optional*): Draws these alone, each as often, in place of a density.
+            only (`tuple[float, ...]`, *optional*): The timesteps to draw from with equal probability, instead of a
+                density.
             image_seq_len (`int`, *optional*): Tokens of an image, for schedules that depend on them.
 
         Returns:
             `torch.Tensor` of shape `(N,)`: int64 for discrete processes, float32 for flow matching. Increasing in
-            the draws: 0 gives `low`.
+            `uniform`: 0 gives `low`.
 
         Raises:
-            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` names what
-                is no timestep of the process, or the schedule needs `image_seq_len` and there is none.
+            ValueError: If `0 <= low < high <= num_train_timesteps` does not hold, `only` contains numbers that are no
+                timesteps of the process, or the schedule needs `image_seq_len` and it is `None`.
         """
         if only is not None:
             index = (uniform * len(only)).long().clamp(max=len(only) - 1)
@@ -80,47 +87,47 @@ class NoiseProcess(ABC):
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 
     def _table(self, only: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """The timesteps of `only` as a tensor, made once for each device."""
+        """The timesteps of `only` as a tensor, cached for each device."""
         wrong = [timestep for timestep in only if not self.knows(timestep)]
         if wrong or not only:
             raise ValueError(
-                f"`timesteps` must be timesteps of this model, {self.known_timesteps}; got {list(only)}. Take those "
+                f"`timesteps` must be timesteps of this model, {self.known_timesteps}; got {list(only)}. Use those "
                 "that the pipeline's scheduler visits."
             )
         return _tensor(only, self.timestep_dtype, device)
 
     @abstractmethod
     def knows(self, timestep: float) -> bool:
-        """Whether this is a timestep of the process."""
+        """Whether `timestep` is a timestep of the process."""
 
     @abstractmethod
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
-        """`timesteps` of a range that was checked."""
+        """`timesteps` for a valid range."""
 
     def weights(
         self,
         timesteps: torch.Tensor,
         *,
         snr_gamma: float | None = None,
-        weighting: str = "none",
+        weighting: TimestepWeighting = "none",
         image_seq_len: int | None = None,
     ) -> torch.Tensor | None:
-        """Weights of the squared error at the timesteps; `None` where all count alike.
+        """Weights of the squared error at the timesteps; `None` if they are equal.
 
         Args:
-            timesteps (`torch.Tensor` of shape `(N,)`): As `timesteps` gives them.
+            timesteps (`torch.Tensor` of shape `(N,)`): As from `timesteps`.
             snr_gamma (`float`, *optional*): Gamma of `min_snr_weights`.
-            weighting (`str`): `"none"`, or `"one_minus_t_squared"` of flow matching, which lets noisy levels count
-                less: `(1 - sigma)^2` (https://huggingface.co/papers/2501.13918, where it scales beta).
+            weighting (`str`): `"none"`, or for flow matching `"one_minus_t_squared"`: `(1 - sigma)^2`
+                (https://huggingface.co/papers/2501.13918, where it scales beta).
             image_seq_len (`int`, *optional*): As for `timesteps`.
 
         Returns:
             `torch.Tensor` of shape `(N,)`, float32, or `None`.
 
         Raises:
-            ValueError: If a weighting is unknown or is not one of this kind of process.
+            ValueError: If the weighting is unknown or does not apply to this process.
         """
         if weighting not in WEIGHTINGS:
             raise ValueError(f"`timestep_weighting` must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}.")
@@ -129,14 +136,14 @@ class NoiseProcess(ABC):
         return None if snr_gamma is None else self.min_snr_weights(timesteps, snr_gamma)
 
     def one_minus_t_squared(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """`(1 - sigma)^2`, shape `(N,)`, float32; `ValueError` where there is no sigma."""
+        """`(1 - sigma)^2`, shape `(N,)`, float32; `ValueError` for processes without sigma."""
         raise ValueError(
             f"`timestep_weighting='one_minus_t_squared'` is for flow matching, and this model predicts "
             f"{self.prediction_type} under DDPM. Leave it at 'none'; `snr_gamma` weighs the timesteps of DDPM."
         )
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Weights of the squared error under which every timestep counts as `min(snr, gamma)` on the clean latents.
+        """Weights under which the squared error has the weight `min(snr, gamma)` on clean latents.
 
         Args:
             timesteps (`torch.Tensor` of shape `(N,)`, int64): Timesteps in `[0, num_train_timesteps)`.
@@ -147,7 +154,7 @@ class NoiseProcess(ABC):
             (v_prediction) or 1 (sample).
 
         Raises:
-            ValueError: If `gamma` is not above 0, or the process predicts something the weights are not known for.
+            ValueError: If `gamma` is not above 0, or there are no weights for this kind of prediction.
 
         Source: https://huggingface.co/papers/2303.09556.
         """
@@ -165,21 +172,21 @@ class NoiseProcess(ABC):
         """Noisy latents, float32.
 
         Args:
-            latents (`torch.Tensor` of shape `(N, ...)`): Clean latents as the denoiser knows them (scaled).
+            latents (`torch.Tensor` of shape `(N, ...)`): Clean latents, scaled for the denoiser.
             noise (`torch.Tensor` of shape `(N, ...)`): Standard normal noise.
             timesteps (`torch.Tensor` of shape `(N,)`): Timesteps in `[0, num_train_timesteps)`.
         """
 
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser should predict from `add_noise` of the same arguments, float32, shape `(N, ...)`."""
+        """Target of the prediction from `add_noise` of the same arguments, float32, shape `(N, ...)`."""
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Share of noise at the timesteps, `s = 1 / (1 + sqrt(snr))`: sigma of flow matching, and under DDPM the sigma
-        of the flow with the same ratio of signal to noise. It means the same for every schedule.
+        """Noise level of the timesteps, `1 / (1 + sqrt(snr))`: sigma of flow matching, and under DDPM the sigma of the
+        flow with the same signal-to-noise ratio, so that levels can be compared between schedules.
 
         Args:
-            timesteps (`torch.Tensor` of shape `(N,)`): As `timesteps` gives them.
+            timesteps (`torch.Tensor` of shape `(N,)`): As from `timesteps`.
             image_seq_len (`int`, *optional*): As for `timesteps`.
 
         Returns:
@@ -187,7 +194,7 @@ class NoiseProcess(ABC):
         """
         return 1.0 / (1.0 + self.snr(timesteps).sqrt())
 
-    def drawable(
+    def candidate_timesteps(
         self,
         device: torch.device,
         *,
@@ -195,21 +202,21 @@ class NoiseProcess(ABC):
         only: tuple[float, ...] | None = None,
         sampling: TimestepSampling = UNIFORM,
     ) -> torch.Tensor:
-        """The timesteps, to whole numbers, that `timesteps` draws from with these arguments; whatever their density."""
+        """The whole numbers among the timesteps that `timesteps` can return with these arguments."""
         if only is not None:
             return self._table(only, device)
         low, high = (0, self.num_train_timesteps) if timestep_range is None else timestep_range
         return torch.arange(low, high, device=device).to(self.timestep_dtype)
 
-    def timesteps_within(
-        self, low: float, high: float, image_seq_len: int | None = None, **drawn: Any
+    def timestep_bounds(
+        self, low: float, high: float, image_seq_len: int | None = None, **settings: Any
     ) -> tuple[float, float] | None:
-        """Lowest and highest timestep whose noise level lies in `[low, high]`, of those that `drawable` gives with the
-        arguments `drawn`; `None` if there is none."""
-        every = self.drawable(torch.device("cpu"), **drawn).sort().values
-        levels = self.noise_level(every, image_seq_len)
-        within = every[(levels >= low) & (levels <= high)].tolist()
-        return (within[0], within[-1]) if within else None
+        """Lowest and highest of the `candidate_timesteps` whose noise level is in `[low, high]`; `None` if there is
+        none."""
+        timesteps = self.candidate_timesteps(torch.device("cpu"), **settings).sort().values
+        levels = self.noise_level(timesteps, image_seq_len)
+        inside = timesteps[(levels >= low) & (levels <= high)].tolist()
+        return (inside[0], inside[-1]) if inside else None
 
     @abstractmethod
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -219,15 +226,15 @@ class NoiseProcess(ABC):
 class DDPMProcess(NoiseProcess):
     """The variance-preserving process of DDPM over discrete timesteps: `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise`.
 
-    Everything is computed in float32 by diffusers' own `DDPMScheduler`, whatever sampler the pipeline carries.
+    Everything is computed in float32 by diffusers' `DDPMScheduler`, whatever scheduler the pipeline has.
 
     Args:
-        scheduler_config (`Mapping[str, Any]`): Configuration of any scheduler of the DDPM kind (DDIM, PNDM, Euler,
-            DPM-Solver, ...): its betas and prediction type count, its sampling options don't.
+        scheduler_config (`Mapping[str, Any]`): Configuration of any scheduler for DDPM (DDIM, PNDM, Euler, DPM-Solver,
+            ...); its betas and prediction type are used.
 
     Raises:
-        ValueError: If the configuration has no beta schedule, samples a flow, or predicts something else than
-            `epsilon`, `v_prediction` or `sample`.
+        ValueError: If the configuration has no beta schedule or samples a flow, or the prediction type is none of
+            `epsilon`, `v_prediction` and `sample`.
 
     Source: https://huggingface.co/papers/2006.11239 and, for v_prediction, https://huggingface.co/papers/2202.00512.
     """
@@ -287,18 +294,18 @@ class DDPMProcess(NoiseProcess):
 
 
 class FlowMatchingProcess(NoiseProcess):
-    """The straight process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`, with the velocity
+    """The linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`, with the velocity
     `noise - x_0` as target. Timesteps are `num_train_timesteps * sigma`, in float32 and not rounded.
 
-    Drawn levels pass through the shift that the scheduler's configuration states, as the pipeline's own sigmas do: a
-    fixed one, or one that grows with the number of an image's tokens.
+    Levels that are drawn are shifted by the scheduler's configuration, as the pipeline's sigmas are: by a constant
+    factor, or by one that grows with the number of an image's tokens.
 
     Args:
-        scheduler_config (`Mapping[str, Any]`): Configuration of `FlowMatchEulerDiscreteScheduler` and its kin
-            (`shift`, `use_dynamic_shifting`), or of another sampler with `use_flow_sigmas` (`flow_shift`).
+        scheduler_config (`Mapping[str, Any]`): Configuration of a scheduler such as `FlowMatchEulerDiscreteScheduler`
+            (`shift`, `use_dynamic_shifting`), or of another one with `use_flow_sigmas` (`flow_shift`).
 
     Raises:
-        ValueError: If the configuration is of another kind, or its shift is not one.
+        ValueError: If the configuration is not one of flow matching, or its shift is not above 0.
 
     Source: https://huggingface.co/papers/2403.03206, section 3 and, for the shift, equation 23.
     """
@@ -333,7 +340,7 @@ class FlowMatchingProcess(NoiseProcess):
         return 0 <= timestep <= self.num_train_timesteps
 
     def shift_of(self, image_seq_len: int) -> float:
-        """The `mu` that pipelines with dynamic shifting hand to their scheduler, by an image's tokens: a line through
+        """The `mu` that pipelines with dynamic shifting pass to their scheduler: linear in an image's tokens, through
         two points of the configuration."""
         slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0])
         return self.shifts[0] + slope * (image_seq_len - self.lengths[0])
@@ -346,8 +353,8 @@ class FlowMatchingProcess(NoiseProcess):
         return noise.float() - latents.float()
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`; `image_seq_len` is for models whose timesteps
-        are those before the shift."""
+        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`; `image_seq_len` is for subclasses that shift
+        after the timesteps."""
         return timesteps.float() / self.num_train_timesteps
 
     def noise_level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
@@ -364,14 +371,14 @@ class FlowMatchingProcess(NoiseProcess):
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
     ) -> torch.Tensor:
         total, factor = self.num_train_timesteps, self._shift_factor(image_seq_len)
-        # The range is one of shifted levels; its ends before the shift: the inverse of the line that follows.
+        # `low` and `high` are after the shift: this is the inverse of the last line.
         ends = [end / total / (factor - (factor - 1.0) * end / total) for end in (low, high)]
         first, last = (sampling.share_below(end) for end in ends)
         levels = sampling.quantile(first + uniform.float() * (last - first))
         return (total * factor * levels / (1.0 + (factor - 1.0) * levels)).clamp(low, high)
 
     def _shift_factor(self, image_seq_len: int | None) -> float:
-        """`a` of the shifted level `a t / (1 + (a - 1) t)`."""
+        """The factor `a` of the shifted level `a t / (1 + (a - 1) t)`."""
         if not self.dynamic:
             return self.fixed_shift
         if image_seq_len is None:

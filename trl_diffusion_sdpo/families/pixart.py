@@ -107,7 +107,7 @@ class PixArtSigmaFamily(Family):
         return without_variance(output, latents)
 
 
-def takes_sizes(transformer: torch.nn.Module) -> bool:
+def takes_sizes(transformer: Any) -> bool:
     """Whether a PixArt transformer is conditioned on sizes: by default if it is for 1024 pixels, as in diffusers."""
     stated = transformer.config.use_additional_conditions
     return transformer.config.sample_size == 128 if stated is None else stated

@@ -26,7 +26,7 @@ class QwenImageFamily(Family):
     pipeline_classes = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own LoRA script for Qwen-Image
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Qwen-Image
     # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script

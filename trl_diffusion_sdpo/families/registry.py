@@ -1,9 +1,9 @@
-"""Which family trains which pipeline class: the package's own families, those that users register, and those that
-installed packages declare as entry points. A family's module is imported when one of its pipelines is used."""
+"""The family of each pipeline class: families of this package, those that users register, and those that installed
+packages declare as entry points. A family's module is imported when one of its pipelines is used."""
 
 import re
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 
 from diffusers import DiffusionPipeline
 
@@ -86,12 +86,11 @@ def known_pipeline_classes() -> list[str]:
 
 
 def family_for_class_name(name: str) -> type[Family]:
-    """The family of a pipeline class: the one that was registered for it, else the package's own or the one of an entry
-    point.
+    """The family of a pipeline class: the registered one, else the one of this package or of an entry point.
 
     Raises:
-        `ValueError`: If there is none, if several sources have one and none was registered, or if it cannot be imported
-            or is not a [`Family`] that lists the class.
+        `ValueError`: If there is none, if there are several and none is registered, if it cannot be imported, or if it
+            is not a [`Family`] that lists the class.
     """
     sources = _sources(name)
     if not sources:
@@ -119,7 +118,7 @@ def find_family(pipeline: DiffusionPipeline) -> Family:
     return family_for_class_name(type(pipeline).__name__)(pipeline)
 
 
-def _entry_points():
+def _entry_points() -> EntryPoints:
     return entry_points(group=ENTRY_POINT_GROUP)
 
 

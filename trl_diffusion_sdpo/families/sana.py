@@ -18,14 +18,14 @@ class SanaFamily(Family):
     Prompts are preceded by the pipeline's instruction, the default of its call. The autoencoder's latent is
     deterministic and does not depend on generators.
 
-    Sources: https://huggingface.co/papers/2410.10629 for the model; LoRA targets and rate as diffusers' own script.
+    Sources: https://huggingface.co/papers/2410.10629 for the model; LoRA targets and rate as diffusers' script.
     """
 
     name = "Sana"
     pipeline_classes = ("SanaPipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v")  # as diffusers' own LoRA script for Sana
+    lora_target_modules = ("to_k", "to_q", "to_v")  # as diffusers' LoRA script for Sana
     # Our choice, since none is published: between those of Stable Diffusion (2e-6) and of SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script

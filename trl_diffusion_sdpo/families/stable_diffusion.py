@@ -23,7 +23,7 @@ class StableDiffusionFamily(Family):
     )
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own DPO script
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' DPO script
     # Published: 2.05e-5 for AdamW at 2048 pairs. By the square root rule, this is the same at about 20 pairs.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5, over 10000 steps

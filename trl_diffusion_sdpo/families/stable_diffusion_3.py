@@ -28,7 +28,7 @@ class StableDiffusion3Family(Family):
         "StableDiffusion3InpaintPipeline",
     )
     denoiser_name = "transformer"
-    frozen_components = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    frozen_components: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     # As diffusers' script train_dreambooth_lora_sd3.py: the joint attention of every block, of image and text, without
     # the second attention (`attn2`) of the image in some blocks of 3.5 Medium.
     lora_target_modules = JOINT_ATTENTION_TARGETS

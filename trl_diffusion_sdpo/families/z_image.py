@@ -24,14 +24,14 @@ class ZImageFamily(Family):
     The denoiser's time goes from noise to image, and it predicts image minus noise; both are reversed here. Guidance
     is off at `guidance_scale=0`, not 1: the pipeline adds the scaled difference to the prompt's prediction.
 
-    Sources: https://huggingface.co/papers/2511.22699 for the model; LoRA targets and rate as diffusers' own script.
+    Sources: https://huggingface.co/papers/2511.22699 for the model; LoRA targets and rate as diffusers' script.
     """
 
     name = "Z-Image"
     pipeline_classes = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' own LoRA script for Z-Image
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Z-Image
     # Our choice, since none is published: between those of Stable Diffusion (2e-6) and of SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script

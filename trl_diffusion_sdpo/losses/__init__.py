@@ -1,6 +1,5 @@
 """Every formula of the project, on tensors and numbers: losses, safeguard, metrics, noise bins, winner budget."""
 
-from .averaging import ema_decay
 from .diffusion_preference import (
     SAFEGUARDS,
     PreferenceLossOutput,
@@ -10,7 +9,7 @@ from .diffusion_preference import (
     order_by_scores,
 )
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
-from .pair_terms import PairTerms, batch_mean_error, mean_error, pair_terms
+from .pair_terms import PairTerms, mean_error, pair_terms
 from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType, check_loss_kwargs, loss_spec
 from .safeguard import (
     ANCHORS,
@@ -24,6 +23,7 @@ from .safeguard import (
     scale_gradient,
     winner_error_gradient,
 )
+from .weight_arithmetic import ema_decay, interpolate, lora_scaling
 from .winner_budget import BudgetController
 
 __all__ = [
@@ -41,11 +41,12 @@ __all__ = [
     "PreferenceLossOutput",
     "Safeguard",
     "adamw_scale",
-    "batch_mean_error",
     "check_loss_kwargs",
     "check_safeguard",
     "diffusion_preference_loss",
     "ema_decay",
+    "interpolate",
+    "lora_scaling",
     "loser_scale",
     "loss_spec",
     "mean_error",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -115,13 +115,13 @@ def diffusion_preference_loss(
     if safeguard == "output" and spec.uses_loser:
         plain = spec.uses_residuals(safeguard_granularity)
         gradients = None if plain else objective.branch_gradients(model_pred, loser_weights)
-        rule = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
-        bins = {"noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
-        scale = output_scale(*residuals, gradients, loser_weights=loser_weights, **rule, **bins)
+        rule: dict[str, Any] = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
+        bins: dict[str, Any] = {"noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
+        scale = output_scale(*residuals, branch_gradients=gradients, loser_weights=loser_weights, **rule, **bins)
 
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))
-    return objective.output(objective.terms(model_pred), scale, residuals, loser_weights)
+    return objective.output(objective.terms(model_pred), scale, (residuals[0], residuals[1]), loser_weights)
 
 
 @dataclass(frozen=True)
@@ -153,23 +153,25 @@ class _Objective:
         with torch.enable_grad():
             leaf = model_pred.detach().float().requires_grad_()
             weighted = leaf if loser_weights is None else _scale_loser(leaf, loser_weights)
-            return torch.autograd.grad(self.reduce(self.terms(weighted))[1], leaf)[0].chunk(2)
+            winner, loser = torch.autograd.grad(self.reduce(self.terms(weighted))[1], leaf)[0].chunk(2)
+            return winner, loser
 
     def output(
         self,
         terms: PairTerms,
         scale: torch.Tensor,
-        residuals: tuple[torch.Tensor, torch.Tensor],
+        residuals: tuple[torch.Tensor, ...],
         loser_weights: torch.Tensor | None,
     ) -> PreferenceLossOutput:
         """The loss of `terms`, with metrics; those of the safeguard only if the loss reads the loser."""
         spec = loss_spec(self.loss_type)
+        beta = self.beta if spec.uses_beta else None
         losses, loss = self.reduce(terms)
-        metrics = pair_metrics(terms, beta=self.beta if spec.uses_beta else None)
+        metrics = pair_metrics(terms, beta=beta)
         if spec.uses_loser:
             past = past_target(terms, self.loss_type, beta=self.beta, **self.loss_kwargs)
             metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
-        rewards = torch.stack(pair_rewards(terms, beta=self.beta if spec.uses_beta else 1.0), 1)
+        rewards = torch.stack(pair_rewards(terms, beta=1.0 if beta is None else beta), 1)
         errors = torch.stack(plain_errors(terms), 1)
         return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
 
@@ -200,7 +202,7 @@ def _check_output_space(safeguard: str, granularity: str, noise_bins: torch.Tens
 
 def _check_inputs(
     spec: LossSpec,
-    loss_type: str,
+    loss_type: LossType,
     model_pred: torch.Tensor,
     target: torch.Tensor,
     ref_pred: torch.Tensor | None,
@@ -233,12 +235,13 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
 
 
 def _order_rows(
-    model_pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor | None, scores: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
+    model_pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor | None, scores: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The four tensors with the rows of each pair in the order of their scores."""
+    assert scores is not None
     order = order_by_scores(scores).to(model_pred.device)
-    tensors = (model_pred, target, ref_pred, scores.to(model_pred.device))
-    return tuple(None if tensor is None else tensor[order] for tensor in tensors)
+    ref_pred = None if ref_pred is None else ref_pred[order]
+    return model_pred[order], target[order], ref_pred, scores.to(model_pred.device)[order]
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

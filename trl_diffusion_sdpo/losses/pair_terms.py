@@ -54,17 +54,14 @@ class PairTerms:
         return -0.5 * beta * (self.winner_change - self.loser_change)
 
 
-def mean_error(residual: torch.Tensor) -> torch.Tensor:
-    """Mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`."""
-    return residual.float().square().flatten(1).mean(1)
+def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
+    """Mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-
-def batch_mean_error(residual: torch.Tensor) -> torch.Tensor:
-    """Mean square over all dimensions at once, in float32: `(N, ...) -> ()`.
-
-    It differs from the mean of [`mean_error`] by the rounding of another order of summation.
+    With `over_batch`, it is taken over all dimensions at once, `(N, ...) -> ()`, which rounds differently from the mean
+    of the `N` errors.
     """
-    return residual.float().square().mean()
+    squares = residual.float().square()
+    return squares.mean() if over_batch else squares.flatten(1).mean(1)
 
 
 def pair_terms(

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from .pair_terms import PairTerms, batch_mean_error, mean_error
+from .pair_terms import PairTerms, mean_error
 from .safeguard import Anchor, Granularity
 
 
@@ -53,6 +53,7 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
     Source: Direct Score Preference Optimization (ICLR 2025) and its code.
     """
+    assert terms.winner_shift is not None
     weight = beta * torch.sigmoid(-terms.logit(beta))
     return mean_error(terms.winner_residual - _per_sample(weight, terms.winner_shift) * terms.winner_shift)
 
@@ -64,8 +65,9 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
+    assert terms.winner_shift is not None
     weight = torch.sigmoid(-terms.logit(beta))
-    far = batch_mean_error(terms.winner_shift.detach()) >= dspo_threshold
+    far = mean_error(terms.winner_shift.detach(), over_batch=True) >= dspo_threshold
     return torch.where(far, mean_error(_per_sample(weight, terms.winner_shift) * terms.winner_shift), weight.square())
 
 
@@ -137,6 +139,7 @@ def smpo_loss(
 
     Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling (without ReNoise inversion).
     """
+    assert terms.scores is not None
     winner_score, loser_score = terms.scores
     preference = torch.sigmoid((winner_score - loser_score) / smpo_score_scale)
     return -F.logsigmoid(smpo_coefficient * (2 * preference - 1) * terms.logit(beta))
@@ -265,15 +268,18 @@ def check_loss_kwargs(loss_type: LossType, beta: float | None, loss_kwargs: dict
             raise ValueError(f"`{name}` must be {rule}, got {value}.")
 
 
-def past_target(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor | None:
+def past_target(
+    terms: PairTerms, loss_type: LossType, *, beta: float | None, **loss_kwargs: float
+) -> torch.Tensor | None:
     """Whether each pair's logit exceeds its loss's `target_logit`, bool `(B,)`; `None` for losses without one."""
     spec = LOSSES[loss_type]
     if spec.target_logit is None:
         return None
+    assert beta is not None
     return terms.logit(beta).detach() > spec.target_logit(**loss_kwargs)
 
 
-def pair_losses(terms: PairTerms, loss_type: str, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
+def pair_losses(terms: PairTerms, loss_type: LossType, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
     """The loss of each pair, `(B,)`, by the function in [`LOSSES`]."""
     spec = LOSSES[loss_type]
     return spec.function(terms, beta=beta, **loss_kwargs) if spec.uses_beta else spec.function(terms, **loss_kwargs)

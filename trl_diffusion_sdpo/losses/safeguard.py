@@ -13,7 +13,9 @@ Anchor = Literal["branch", "error"]
 ANCHORS: tuple[str, ...] = get_args(Anchor)
 
 
-def loser_scale(winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: float = 0.0) -> torch.Tensor:
+def loser_scale(
+    winner_gain: torch.Tensor, dot: torch.Tensor, mu: float, eps: float | torch.Tensor = 0.0
+) -> torch.Tensor:
     r"""Largest loser scale under which the winner's error cannot rise, to first order.
 
     A step along `-(W - lambda L)` changes the winner's error by `-(<a, W> - lambda <a, L>)`, where `a` is the gradient
@@ -139,8 +141,8 @@ def output_cosine(winner_residual: torch.Tensor, loser_residual: torch.Tensor) -
 def output_scale(
     winner_residual: torch.Tensor,
     loser_residual: torch.Tensor,
-    branch_gradients: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
+    branch_gradients: tuple[torch.Tensor, torch.Tensor] | None = None,
     mu: float,
     granularity: Granularity = "batch",
     eps: float = 0.0,
@@ -167,8 +169,9 @@ def output_scale(
         `torch.Tensor`: Detached scale in `[0, 1]`, of shape `()`, or `(B,)` for `"pair"` and `"noise_bin"`.
     """
     winner_gain, dot = output_products(winner_residual, loser_residual, branch_gradients)
+    shift: float | torch.Tensor = eps
     if loser_weights is not None:
-        eps = eps if not eps else eps * (loser_weights > 0).any()  # without any loser, lambda is 1
+        shift = eps if not eps else eps * (loser_weights > 0).any()  # without any loser, lambda is 1
         winner_gain = winner_gain * (loser_weights > 0)
         if branch_gradients is None:
             dot = dot * loser_weights
@@ -176,10 +179,11 @@ def output_scale(
         # Scaled to the gradients of each pair's own mean error, so that `eps` does not depend on the batch size.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "noise_bin":
+        assert noise_bins is not None
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
         sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
         sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2  # to the gradients of each bin's mean error, for `eps`
-        return loser_scale(sums[0], sums[1], mu, eps)[noise_bins]  # (num_noise_bins,) -> (B,)
+        return loser_scale(sums[0], sums[1], mu, shift)[noise_bins]  # (num_noise_bins,) -> (B,)
     else:
         winner_gain, dot = winner_gain.sum(), dot.sum()
-    return loser_scale(winner_gain, dot, mu, eps)
+    return loser_scale(winner_gain, dot, mu, shift)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -18,8 +19,11 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
+
+from ..losses import lora_scaling
 
 POLICY_ADAPTER = "default"
 ZERO_STARTS = (True, "gaussian")  # values of `init_lora_weights` with which a new LoRA changes nothing
@@ -33,6 +37,12 @@ def unwrap_peft_model(model: nn.Module) -> nn.Module:
 def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     """The layers that carry adapters."""
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def lora_configs(denoiser: nn.Module) -> dict[str, LoraConfig]:
+    """The configuration of each adapter, by name."""
+    configs: Any = denoiser.peft_config
+    return configs
 
 
 def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -56,7 +66,7 @@ def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def active_adapter(denoiser: nn.Module) -> str | None:
+def active_adapter(denoiser: Any) -> str | None:
     """Name of the active adapter; `None` if the denoiser has no adapter.
 
     Raises:
@@ -68,17 +78,17 @@ def active_adapter(denoiser: nn.Module) -> str | None:
         raise ValueError(f"One adapter can be trained, got {len(names)} active ones: {', '.join(names)}. Choose one.")
     if not names:
         return None
-    _check_lora(denoiser.peft_config[names[0]])
+    _check_lora(lora_configs(denoiser)[names[0]])
     return names[0]
 
 
-def check_adapter_weight(denoiser: nn.Module, name: str) -> None:
+def check_adapter_weight(denoiser: Any, name: str) -> None:
     """Raise `ValueError` where an adapter is scaled or switched off, which a saved LoRA cannot hold."""
-    rank_stabilised = denoiser.peft_config[name].use_rslora
+    rank_stabilized = lora_configs(denoiser)[name].use_rslora
     for layer in adapter_layers(denoiser):
-        if name not in layer.scaling:
+        if not isinstance(layer, LoraLayer) or name not in layer.scaling:
             continue
-        scaling = layer.lora_alpha[name] / (math.sqrt(layer.r[name]) if rank_stabilised else layer.r[name])
+        scaling = lora_scaling(layer.lora_alpha[name], layer.r[name], rank_stabilized=rank_stabilized)
         if not math.isclose(layer.scaling[name], scaling):
             raise ValueError(
                 f"The adapter {name!r} must act with weight 1, got {layer.scaling[name] / scaling:g}, which a saved "
@@ -109,13 +119,12 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
             "`peft_config` adds a LoRA to a model without one, but the model already has the adapter "
             f"{active_adapter(denoiser)!r}. Leave `peft_config` out to go on training it, or fuse it first."
         )
-    _check_lora(peft_config)
-    if peft_config.init_lora_weights not in ZERO_STARTS:
+    config = copy.deepcopy(_check_lora(peft_config))
+    if config.init_lora_weights not in ZERO_STARTS:
         raise ValueError(
-            f"`init_lora_weights` must be True or 'gaussian', got {peft_config.init_lora_weights!r}: with another "
+            f"`init_lora_weights` must be True or 'gaussian', got {config.init_lora_weights!r}: with another "
             "start the base without its LoRA is not the policy before training. Use True."
         )
-    config = copy.deepcopy(peft_config)
     config.task_type = None  # for language models
     if config.target_modules is None:
         config.target_modules = list(default_targets)
@@ -137,9 +146,9 @@ def train_only_adapter(denoiser: nn.Module, name: str) -> None:
     cast_training_params(denoiser, dtype=torch.float32)
 
 
-def copy_adapter(denoiser: nn.Module, source: str, target: str) -> None:
+def copy_adapter(denoiser: Any, source: str, target: str) -> None:
     """Add a frozen adapter with the same weights under another name; `source` stays active."""
-    config = copy.deepcopy(denoiser.peft_config[source])
+    config = copy.deepcopy(lora_configs(denoiser)[source])
     inject_adapter_in_model(config, denoiser, target)
     set_peft_model_state_dict(denoiser, adapter_state(denoiser, source), adapter_name=target)
     train_only_adapter(denoiser, source)
@@ -196,7 +205,7 @@ def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=name)
 
 
-def _check_lora(config: PeftConfig) -> None:
+def _check_lora(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")
     if config.modules_to_save:
@@ -206,3 +215,4 @@ def _check_lora(config: PeftConfig) -> None:
         )
     if config.bias != "none":
         raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}: a LoRA file holds no biases.")
+    return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class DenoiserWrapper(nn.Module):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser: Any = denoiser
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         return self.denoiser(*args, **inputs)
@@ -64,7 +64,7 @@ class DenoiserWrapper(nn.Module):
         function = None
         if activation_checkpointing_kwargs:
             function = functools.partial(_checkpoint, activation_checkpointing_kwargs)
-        self.denoiser.enable_gradient_checkpointing(function)
+        cast(Any, self.denoiser).enable_gradient_checkpointing(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """[`~DenoiserWrapper.activation_checkpointing_enable`] for transformers before 5.23."""

@@ -26,7 +26,7 @@ class EMAWeights(ShadowWeights):
     def __init__(self, denoiser: nn.Module, adapter: str | None, decay: float):
         self.decay = decay
         if adapter is not None:
-            second = SecondAdapter(denoiser, adapter, EMA_ADAPTER)
+            second: SecondAdapter | SecondDenoiser = SecondAdapter(denoiser, adapter, EMA_ADAPTER)
         else:
             second = SecondDenoiser(copy.deepcopy(denoiser), denoiser)
         super().__init__(second, EMA_FILE, stored=True)

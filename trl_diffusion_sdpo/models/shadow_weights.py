@@ -13,7 +13,7 @@ from torch import nn
 
 from ..engines.engine import Engine
 from ..engines.sharding import Float32Shards
-from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, copy_adapter
+from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, copy_adapter, lora_configs
 from .denoiser_wrapper import DenoiserWrapper
 from .numerics import halve_autocast_weights, read_contiguous
 
@@ -31,7 +31,7 @@ class SecondAdapter:
     """
 
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str):
-        if name in denoiser.peft_config:
+        if name in lora_configs(denoiser):
             raise ValueError(
                 f"The adapter name {name!r} is reserved for weights beside the policy's, but the model has one. Rename "
                 "or delete it."

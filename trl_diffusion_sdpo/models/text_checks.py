@@ -3,7 +3,10 @@ training would go on without an error."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..families import Family
@@ -38,7 +41,7 @@ def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase 
 
 
 def _check_vocabulary(name: str, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    known, embedded = len(tokenizer), text_encoder.get_input_embeddings().num_embeddings
+    known, embedded = len(tokenizer), cast(nn.Embedding, text_encoder.get_input_embeddings()).num_embeddings
     low, high = SIZE_RATIOS
     if not low * embedded <= known <= high * embedded:
         raise ValueError(
@@ -50,7 +53,8 @@ def _check_vocabulary(name: str, text_encoder: PreTrainedModel, tokenizer: PreTr
 
 def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     first, second = (tokenizer(prompt)["input_ids"] for prompt in PROMPTS)
-    embedded, highest = text_encoder.get_input_embeddings().num_embeddings, max([*first, *second], default=0)
+    embedded = cast(nn.Embedding, text_encoder.get_input_embeddings()).num_embeddings
+    highest = max([*first, *second], default=0)
     if highest >= embedded:
         raise ValueError(
             f"A tokenizer must give tokens that its text encoder has embeddings for; that of `{name}` gives the token "

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"  # as in diffusers' scripts
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _REPLACED = ".replaced"
-_WORDS = {"true": True, "false": None, "none": None, LATEST: LATEST}
+_WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": None, LATEST: LATEST}
 
 
 def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
@@ -145,7 +145,7 @@ class CheckpointFolders:
         point = meaning(value)
         if point is None:
             return None
-        if point is not True and point != LATEST:
+        if isinstance(point, str) and point != LATEST:
             self._check_named(Path(point))
             return point
         found = self.newest(output_dir)
@@ -155,7 +155,7 @@ class CheckpointFolders:
                 f"`resume_from_checkpoint`, or with {LATEST!r}, which begins anew where there is none."
             )
         if found is None:
-            self._say(logging.INFO, "%s holds no complete checkpoint: the run starts anew.", output_dir)
+            self._log(logging.INFO, "%s holds no complete checkpoint: the run starts anew.", output_dir)
         return None if found is None else str(found)
 
     def newest(self, output_dir: str | os.PathLike) -> Path | None:
@@ -169,10 +169,10 @@ class CheckpointFolders:
             found = self.damage(Path(name))
             if not found:
                 if passed_over:
-                    self._say(logging.WARNING, "Resuming from %s, the newest undamaged checkpoint.", name)
+                    self._log(logging.WARNING, "Resuming from %s, the newest undamaged checkpoint.", name)
                 return Path(name)
             passed_over = True
-            self._say(logging.WARNING, "Skipping %s: %s.", name, "; ".join(found))
+            self._log(logging.WARNING, "Skipping %s: %s.", name, "; ".join(found))
         return None
 
     def damage(self, folder: Path, *, without: Sequence[str] = ()) -> list[str]:
@@ -180,7 +180,7 @@ class CheckpointFolders:
         part, parts = self._share()
         found = sorted(set(gather_object(damage(folder, part=part, parts=parts, without=without))))
         if not found and Manifest.read(folder) is None:
-            self._say(logging.WARNING, "%s has no checksums: its files cannot be checked.", folder)
+            self._log(logging.WARNING, "%s has no checksums: its files cannot be checked.", folder)
         return found
 
     def check_best(self, folder: Path) -> None:
@@ -223,7 +223,7 @@ class CheckpointFolders:
                 f"not: {'; '.join(found)}. Pass another one, or True for the newest undamaged one."
             )
 
-    def _say(self, level: int, message: str, *values: object) -> None:
+    def _log(self, level: int, message: str, *values: object) -> None:
         if self._processes.is_main_process:
             logger.log(level, message, *values)
 

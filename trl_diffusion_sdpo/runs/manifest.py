@@ -128,7 +128,7 @@ def damage(
         return [CUT_OFF]
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name))
     names = [name for name in names if not any(fnmatchcase(name.partition("/")[0], pattern) for pattern in without)]
-    found = (_damage_of_file(folder, name, *manifest.files[name], checksums) for name in names[part::parts])
+    found = (_damage_of_file(folder, name, manifest.files[name], checksums) for name in names[part::parts])
     return [word for word in found if word is not None]
 
 
@@ -141,8 +141,8 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _damage_of_file(folder: Path, name: str, size: int, expected: str, checksums: bool) -> str | None:
-    file = folder / name
+def _damage_of_file(folder: Path, name: str, written: list[Any], checksums: bool) -> str | None:
+    file, (size, expected) = folder / name, written
     if not file.is_file():
         return None if name == ARGS_FILE else f"{name} is missing"
     if file.stat().st_size != size:

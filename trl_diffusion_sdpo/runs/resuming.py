@@ -15,6 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
+from .._compat import set_last_rates
 from ..artifacts.setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,7 @@ class OptimizerSettings:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        if "_last_lr" in schedule.__dict__:
-            schedule._last_lr = [group["lr"] for group in groups]
+        set_last_rates(schedule, [group["lr"] for group in groups])
 
     def _next_rates(self, groups: list[dict[str, Any]], schedule: Any, factors: list[float]) -> list[Any]:
         if isinstance(schedule, LambdaLR):

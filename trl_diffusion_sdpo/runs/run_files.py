@@ -33,9 +33,9 @@ class RunFiles:
         args (`TrainingArguments`): Of the run.
         engine ([`Engine`]): Shards weights and optimizer state.
         weights ([`WeightFiles`]): Of the policy.
-        shadow_weights (`Sequence`): Weights beside the policy's: reference and average.
+        shadow_weights (`Sequence[ShadowWeights]`): The reference, and the average if there is one.
         average ([`EMAWeights`], *optional*): The average, which is part of the results.
-        budget ([`WinnerBudget`], *optional*): Has a state to be kept.
+        budget ([`~trl_diffusion_sdpo.step.winner_budget.WinnerBudget`], *optional*): Saved and loaded.
         full_pipeline (`bool`): Whether the results include the pipeline's other components.
         trust_pickles (`bool`): Whether to load pickled files that could run code.
     """

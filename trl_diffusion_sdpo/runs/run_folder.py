@@ -122,7 +122,7 @@ class RunFolder:
                 f"A run starts in a folder without another run, and `output_dir` {self.path} holds one "
                 f"({', '.join(found)}): their checkpoints would be taken for one another's. Go on with "
                 "`resume_from_checkpoint=True`, name another folder, or set `overwrite_output_dir=True`, which moves "
-                f"what is there into {PREVIOUS_RUN}-{self._next_number()}. If it was to resume and all were skipped "
+                f"its files into {PREVIOUS_RUN}-{self._next_number()}. If a resume was meant and all were skipped "
                 "as damaged, only their sizes are right: delete them, or do one of the latter two."
             )
         if found:  # incomplete checkpoints alone are replaced by the next ones
@@ -133,9 +133,9 @@ class RunFolder:
         here, there = _run_id_in(self.path / RUN_FILE), _run_id_in(checkpoint / SETUP_FILE)
         if here is not None and there is not None and here != there:
             raise ValueError(
-                f"A run goes on from its own checkpoints; {checkpoint} is of the run {there}, and {self.path} is "
+                f"A run resumes from its own checkpoints; {checkpoint} is of the run {there}, and {self.path} is "
                 f"that of the run {here}. Delete or move the checkpoints of the other run, or name another "
-                "`output_dir` to go on from this one there."
+                "`output_dir` to resume from this one there."
             )
         return there or here
 

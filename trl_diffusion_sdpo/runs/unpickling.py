@@ -11,10 +11,10 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .._compat import numpy_safe_globals
+from ..engines.sharding import unwrapping_refused_pickles
 
 TORCH_FILES = (".pt", ".pth", ".bin")
 DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # of `torch.distributed.checkpoint`, for FSDP2's shards
@@ -78,11 +78,9 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
-        with safe_globals(list(known)):
+        with safe_globals(list(known)), unwrapping_refused_pickles():
             yield
-    except (pickle.UnpicklingError, CheckpointException) as error:
-        if isinstance(error, CheckpointException) and not _met_a_pickle(error):
-            raise
+    except pickle.UnpicklingError as error:
         raise ValueError(
             "A checkpoint must hold tensors, numbers and settings only. One of its files can run code when it is read: "
             "if you know who wrote it, set `trust_checkpoint=True`."
@@ -90,11 +88,6 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
     finally:
         del os.environ[_FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _met_a_pickle(error: CheckpointException) -> bool:
-    """Whether a distributed checkpoint could not be read because a pickle was refused."""
-    return any(isinstance(cause, pickle.UnpicklingError) for cause, _ in error.failures.values())
 
 
 def _foreign_to_torch(file: Path) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from ..engines.gradient_backends import GradientBackend
 from ..engines.gradients import Gradient, inner_products, subtract_scaled
 from ..engines.sharding import local_tensor
-from ..losses import adamw_scale, parameter_scale
+from ..losses import Anchor, adamw_scale, parameter_scale
 from ..losses.adamw import adamw_products, clip_scale
 
 WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
@@ -35,7 +35,7 @@ class BranchGradients:
         backend: GradientBackend,
         *,
         mu: float,
-        anchor: str,
+        anchor: Anchor,
         adamw: torch.optim.AdamW | None = None,
         max_norm: float | None = None,
     ):

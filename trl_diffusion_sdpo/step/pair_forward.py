@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,10 @@ from ..data.transforms import pixels_as_floats
 from ..families import Family
 from ..losses import (
     BudgetController,
+    Granularity,
+    LossType,
     PreferenceLossOutput,
+    Safeguard,
     diffusion_preference_loss,
     noise_bin_of,
     noise_range_weights,
@@ -60,11 +63,11 @@ class LossSettings:
         loser_noise_range (`tuple[float, float]`, *optional*): Noise levels within which losers train.
     """
 
-    loss_type: str
+    loss_type: LossType
     beta: float | None
-    safeguard: str
+    safeguard: Safeguard
     safeguard_mu: float
-    safeguard_granularity: str
+    safeguard_granularity: Granularity
     safeguard_eps: float
     loss_kwargs: dict[str, float]
     snr_gamma: float | None
@@ -144,7 +147,9 @@ class PairForward:
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
             return PairPredictions(batch, self.predict(policy, batch), reference, inputs.get("scores"))
 
-    def loss(self, predictions: PairPredictions, safeguard: str | None = None) -> PreferenceLossOutput:
+    def loss(
+        self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
+    ) -> PreferenceLossOutput:
         """The loss of predictions, with the safeguard of the settings if that is one in output space.
 
         Args:
@@ -170,7 +175,7 @@ class PairForward:
             noise_bins=noise_bin_of(noise_levels, settings.num_noise_bins),
             num_noise_bins=settings.num_noise_bins,
             scores=predictions.scores,
-            **settings.loss_kwargs,
+            **cast(dict[str, Any], settings.loss_kwargs),
         )
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
@@ -198,7 +203,7 @@ class PairForward:
         conditioning = self.family.encode_prompts(inputs["prompts"])  # one for a pair's two images
         conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(
-            inputs["original_sizes"], inputs["crop_top_lefts"], tuple(pixels.shape[-2:])
+            inputs["original_sizes"], inputs["crop_top_lefts"], (pixels.shape[-2], pixels.shape[-1])
         )
         return latents, conditioning | sizes
 
@@ -271,7 +276,7 @@ class PairForward:
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
         """What the pairs' errors are multiplied by, `(B,)`; `None` of no weighting."""
         settings, length = self.loss_settings, self.family.image_seq_len(batch.noisy)
-        weighting = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
+        weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
         return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
 
 

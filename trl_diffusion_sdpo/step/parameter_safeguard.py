@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +34,8 @@ class ParameterSafeguard:
     """Winners and losers back-propagated apart, and one lambda from their gradients for each optimizer step.
 
     A micro-batch takes [`~ParameterSafeguard.predict_pairs`], the loss of these predictions, and
-    [`~ParameterSafeguard.backward`]; the last one of an optimizer step is followed by [`~ParameterSafeguard.step`].
+    [`~ParameterSafeguard.backward_branches`]; the last one of an optimizer step is followed by
+    [`~ParameterSafeguard.step`].
 
     Args:
         forward ([`PairForward`]): The forward passes.
@@ -81,7 +83,7 @@ class ParameterSafeguard:
         self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
         return predictions
 
-    def backward(self, loss: torch.Tensor, *, step: int, share: float) -> None:
+    def backward_branches(self, loss: torch.Tensor, *, step: int, share: float) -> None:
         """A backward pass for each branch, from the gradient of the loss at the predictions.
 
         Args:
@@ -143,6 +145,6 @@ def _leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
             continue
         seen.add(node)
         if node.name().endswith("AccumulateGrad"):
-            found.append(node.variable)
+            found.append(cast(Any, node).variable)
         open_nodes += [following for following, _ in node.next_functions]
     return found

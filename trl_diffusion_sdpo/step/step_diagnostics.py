@@ -11,7 +11,7 @@ from torch import nn
 from ..engines.gradient_backends import GradientBackend
 from ..engines.gradients import Gradient, inner_products
 from ..engines.sharding import local_tensor
-from ..losses import batch_mean_error
+from ..losses import mean_error
 from .meters import MetricMeter
 from .noisy_batch import NoisyBatch
 from .pair_forward import PairForward, PairPredictions
@@ -65,7 +65,7 @@ class StepDiagnostics:
         self._measured = self._measured or _Measured()
         self._measured.winners.append(winners)
         winner_pred = predictions.policy.detach().chunk(2)[0]
-        self._measured.errors.append(batch_mean_error(winner_pred - winners.target.float()))
+        self._measured.errors.append(mean_error(winner_pred - winners.target.float(), over_batch=True))
         metrics = self._forward.loss(predictions, safeguard="output").metrics
         logged = {f"safeguard/output_{name}": metrics[f"safeguard/{name}"] for name in ("scale", "cosine")}
         self._meter.add(logged, len(winners.noisy))
@@ -87,7 +87,9 @@ class StepDiagnostics:
         for winners, before in zip(measured.winners, measured.errors, strict=True):
             residual = self._forward.predict(self._model, winners) - winners.target.float()
             weight = len(winners.noisy) * measured.finite
-            self._meter.add({"safeguard/realised_winner_change": batch_mean_error(residual) - before}, weight)
+            self._meter.add(
+                {"safeguard/realised_winner_change": mean_error(residual, over_batch=True) - before}, weight
+            )
         moves = [now - before for now, before in zip(self._backend.weights(), measured.weights, strict=True)]
         gradient = [None if part is None else local_tensor(part) for part in measured.gradient]
         products = self._backend.sum_over_shards(inner_products([_shaped_like(gradient, moves), moves]))

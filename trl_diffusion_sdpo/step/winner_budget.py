@@ -164,7 +164,7 @@ class WinnerBudget:
         noise bin."""
         forward = self._forward
         process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
-        every = process.drawable(clean.device, **forward.noise_settings.timesteps)
+        every = process.candidate_timesteps(clean.device, **forward.noise_settings.timesteps)
         noise_levels = process.noise_level(every, length)
         within = every[noise_bin_of(noise_levels, forward.loss_settings.num_noise_bins) == noise_bin]
         if not len(within):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
-from ..evaluation.verdict import Run, verdict_of, warning_of
+from ..evaluation.verdict import RunFacts, verdict_of, warning_of
 from ..families import Family
 from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
@@ -46,7 +46,7 @@ def default_callbacks(
     budget: WinnerBudget | None,
     load_probe: Callable[[], Sequence[ProbeInputs]],
     diagnostics: StepDiagnostics | None,
-    run_facts: Run,
+    run_facts: RunFacts,
 ) -> list[TrainerCallback]:
     """Those that the settings call for, in the order in which they act."""
     callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
@@ -77,7 +77,7 @@ def _sample_images(args: DiffusionSDPOConfig, family: Family) -> SampleImagesCal
         num_inference_steps=args.sample_inference_steps,
         call_options=family.generation_kwargs(args.sample_guidance_scale),
         seed=args.seed,
-        resolution=args.resolution,
+        resolution=cast(Any, args.resolution),
         denoiser_name=family.denoiser_name,
         every_process=by_engine(args),
     )
@@ -166,10 +166,11 @@ class WinnerBudgetCallback(TrainerCallback):
         self._budget, self._load_pairs = budget, load_pairs
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if args.winner_budget_steps > state.max_steps:
+        every = cast(DiffusionSDPOConfig, args).winner_budget_steps
+        if every > state.max_steps:
             logger.warning(
                 "`winner_budget_steps=%s` is more than the run's %s steps: nothing will be measured. Set fewer.",
-                *(args.winner_budget_steps, state.max_steps),
+                *(every, state.max_steps),
             )
         self._budget.begin(self._load_pairs())
 
@@ -177,7 +178,7 @@ class WinnerBudgetCallback(TrainerCallback):
         self._budget.end()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.global_step % args.winner_budget_steps == 0:
+        if state.global_step % cast(DiffusionSDPOConfig, args).winner_budget_steps == 0:
             self._budget.update()
 
 
@@ -192,7 +193,11 @@ class NoiseBinPlotCallback(TrainerCallback):
         for prefix, records in changes_by_noise_bin(state.log_history).items():
             name = f"noise_bins{prefix.removeprefix('eval').replace('/', '_')}.png"
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            plot_noise_bins(records[-SHOWN_EVALUATIONS:], args.num_noise_bins, Path(args.output_dir) / name)
+            plot_noise_bins(
+                records[-SHOWN_EVALUATIONS:],
+                cast(DiffusionSDPOConfig, args).num_noise_bins,
+                Path(args.output_dir) / name,
+            )
 
 
 class DataReportCallback(TrainerCallback):
@@ -224,10 +229,10 @@ class VerdictCallback(TrainerCallback):
     """Logs the verdict at the end of training, and one warning during training if the model is ruined.
 
     Args:
-        run ([`~.verdict.Run`]): Facts of the run.
+        run ([`~.verdict.RunFacts`]): Facts of the run.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunFacts):
         self._run, self._warned = run, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):

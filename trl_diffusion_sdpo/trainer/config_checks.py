@@ -18,8 +18,16 @@ from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
 from ..switch_words import SWITCH_WORDS, choice_of_switch
-from .argument_groups import DataArguments, PipelineArguments, Range, RunArguments, SampleArguments
-from .loss_arguments import LossArguments, NoiseArguments, WinnerArguments
+from .argument_groups import (
+    DataArguments,
+    LossArguments,
+    NoiseArguments,
+    PipelineArguments,
+    Range,
+    RunArguments,
+    SampleArguments,
+    WinnerArguments,
+)
 
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
@@ -65,7 +73,7 @@ def settings_of(config: type[AllArguments]) -> dict[str, Setting]:
 
 
 def _setting(hint: Any) -> Setting:
-    facts: tuple[Any, ...] = ()
+    facts: list[Any] = []
     if get_origin(hint) is Annotated:
         hint, *facts = get_args(hint)
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -81,7 +89,7 @@ def read_words(args: AllArguments) -> None:
     Raises:
         ValueError: If the word for a switch means neither on nor off, or that for a number is none.
     """
-    for name, setting in settings_of(type(args)).items():
+    for name, setting in settings_of(cast(Any, type(args))).items():
         value = getattr(args, name)
         choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
         meant = choice_of_switch(value, choices) if isinstance(value, bool) else None
@@ -101,7 +109,7 @@ def check_settings(args: AllArguments) -> None:
     Raises:
         `ValueError`: On a value out of its range, and on settings that cannot act.
     """
-    for name, setting in settings_of(type(args)).items():
+    for name, setting in settings_of(cast(Any, type(args))).items():
         _check_value(name, setting, getattr(args, name))
     loss = loss_spec(args.loss_type)
     _check_inherited(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -16,7 +16,7 @@ from .._compat import is_split_by_node
 from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
-from ..engines.batch_loaders import BatchLoaders
+from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..losses import LossSpec
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -32,7 +32,9 @@ class DataOverrides(Trainer):
 
     args: DiffusionSDPOConfig
     loss_spec: LossSpec
+    train_dataset: Any
     _loaders: BatchLoaders
+    _signature_columns: Any
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -73,6 +75,16 @@ class DataOverrides(Trainer):
         if isinstance(dataset, dict):
             return {name: self._prepare_pairs(part, args, name=name, training=False) for name, part in dataset.items()}
         return self._prepare_pairs(dataset, args, name="eval", training=False)
+
+    def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
+        """Both data sets as pairs; sets `args.dataloader_num_workers` if it is open."""
+        train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
+        eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
+        check_batches(train_dataset, args)
+        evaluates = eval_dataset is not None
+        if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
+            logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
+        return train_dataset, eval_dataset
 
     def _load_probe(self) -> list[ProbeInputs]:
         """This process's pairs of the winner budget's probe."""
@@ -117,7 +129,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             _refuse_parts(dataset, args, name)
         return dataset
     transform = PairTransform(
-        args.resolution,
+        cast(Any, args.resolution),
         center_crop=not (training and args.random_crop),
         random_flip=training and args.random_flip,
         interpolation=args.image_interpolation,
@@ -233,7 +245,7 @@ def probe_inputs(
     rows = list(items[rank::world])
     own = len(rows)
     # Under engines a forward pass takes all processes: each has as many rows as the one with most.
-    rows += items[:1] * (-(-len(items) // world) - own)
+    rows += list(items[:1]) * (-(-len(items) // world) - own)
     starts = range(0, len(rows), batch_size)
     counts = [[place < own for place in range(start, min(start + batch_size, len(rows)))] for start in starts]
     return [

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -18,25 +18,18 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .._compat import compile_with_eager_rounding
-from ..artifacts.publishing import Publisher
 from ..artifacts.setup import fingerprint
-from ..artifacts.weights import WeightFiles
 from ..data.collator import PreferenceCollator
-from ..engines.batch_loaders import BatchLoaders, choose_workers
+from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
-from ..engines.engine_settings import check_unsharded, loading_unsharded
+from ..engines.engine_settings import check_unsharded
 from ..engines.gradient_backends import unwrapped_adamw
 from ..engines.sharding import full_tensor
-from ..evaluation.verdict import Run
 from ..losses import BudgetController, PreferenceLossOutput, loss_spec
 from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
-from ..models.frozen_components import working_family
-from ..models.loading import LoadedModel, load_model
-from ..models.numerics import autocast_dtype
-from ..runs.run_files import RunFiles
-from ..runs.run_folder import RunFolder
+from ..models.loading import LoadedModel
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
 from ..step.meters import MetricMeter
@@ -47,16 +40,18 @@ from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
 from .config_checks import refuse_dropout
-from .data_preparation import DataOverrides, check_batches
+from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .file_overrides import NOT_PUBLISHED, PLOTS, FileOverrides
+from .file_overrides import FileOverrides
 from .interrupts import step_exchange
 from .preparing import (
     check_and_complete,
     choose_trained_weights,
     copy_and_check_args,
+    load_policy,
     loss_settings,
     make_reference,
+    place_frozen_components,
 )
 
 logger = logging.getLogger(__name__)
@@ -107,6 +102,8 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         `ValueError`: On models, data and settings that cannot act together; each message says what can.
     """
 
+    parameter_safeguard: ParameterSafeguard | None
+    _evaluated_weights: EMAWeights | None
     _tag_names = ["trl-diffusion-sdpo", "diffusion-sdpo"]
     _name = "Diffusion-SDPO"
     _paper = {
@@ -135,29 +132,11 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         quantization_config: Any = None,
     ):
         args = copy_and_check_args(model, ref_model, args)
-        if quantization_config is not None and peft_config is None:
-            raise ValueError(
-                "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, "
-                "or leave the quantization out."
-            )
-        with loading_unsharded(args):
-            loaded = load_model(
-                model,
-                processing_class=processing_class,
-                model_init_kwargs=args.model_init_kwargs,
-                quantization_config=quantization_config,
-                device=args.device,
-            )
+        loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         self._set_up_model(loaded, ref_model, args, peft_config)
         self._set_up_step(args)
-        train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
-        eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
-        check_batches(train_dataset, args)
         workers_are_chosen = args.dataloader_num_workers is None
-        if reason := choose_workers(
-            args, train_dataset, resolution=args.resolution, evaluates=eval_dataset is not None
-        ):
-            logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
+        train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
             args=args,
@@ -171,22 +150,8 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
         self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_chosen)
-        self.engine = Engine(self.accelerator)
-        self.engine.check()
-        self.pair_forward.attach(self.accelerator)
-        for weights in self._shadow_weights:
-            weights.attach(self.engine)
-        self.run_folder = RunFolder(self.args, list(self.pipeline.components), PLOTS)
-        self.run_files = RunFiles(
-            self.args,
-            self.engine,
-            self.weight_files,
-            shadow_weights=self._shadow_weights,
-            average=self.average,
-            budget=self.winner_budget,
-            full_pipeline=self.args.save_full_pipeline,
-            trust_pickles=self.args.trust_checkpoint,
-        )
+        self._set_up_engine()
+        self._set_up_run()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -229,12 +194,12 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
     def _training_step_by_branch(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """One micro-batch; after the last of an optimizer step, the branches are combined."""
         model.train()
-        self.optimizer.train()
+        cast(Any, self.optimizer).train()
         inputs = self._prepare_inputs(inputs)
         step, share = self.state.global_step + 1, 1 / self.current_gradient_accumulation_steps
         with self.compute_loss_context_manager(), self.parameter_safeguard.accumulating():
-            loss = self.compute_loss(model, inputs)
-            self.parameter_safeguard.backward(loss, step=step, share=share)
+            loss = cast(torch.Tensor, self.compute_loss(model, inputs))
+            self.parameter_safeguard.backward_branches(loss, step=step, share=share)
         self._finite.verify(step)
         if self.accelerator.sync_gradients:
             self.parameter_safeguard.step()
@@ -354,24 +319,8 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay)
         self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
-        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter)
-        self.publisher = Publisher(args, NOT_PUBLISHED)
-        self.run_facts = Run(
-            reference_moves=args.sync_ref_model,
-            reference_was_given=self.gave_reference,
-            uses_loser=self.loss_spec.uses_loser,
-            safeguarded=args.safeguard != "none",
-            average_suffix=f"_{EMA_FOLDER}",
-        )
-        self.family = working_family(
-            self.family,
-            device=args.device,
-            half_dtype=autocast_dtype(args.mixed_precision),
-            vae_dtype=args.vae_dtype,
-            vae_encode_batch_size=args.vae_encode_batch_size,
-            guidance_scale=args.guidance_scale,
-        )
-        args.vae_dtype = str(self.family.pipeline.vae.dtype).removeprefix("torch.")
+        self._set_up_files(args)
+        self.family = place_frozen_components(self.family, args)
         if args.torch_compile:
             compile_with_eager_rounding()
         for weights in self._shadow_weights:
@@ -382,9 +331,9 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
         """What one step is made of."""
         self._meter, self._finite = MetricMeter(), FiniteCheck()
-        self.parameter_safeguard: ParameterSafeguard | None = None  # once the engine has the policy
+        self.parameter_safeguard = None  # once the engine has the policy
         self._engine_ready = False
-        self._evaluated_weights: EMAWeights | None = None  # in place of the policy's
+        self._evaluated_weights = None  # in place of the policy's
         controller = None
         if args.winner_budget is not None:
             controller = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
@@ -399,17 +348,21 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
         self.winner_budget = None
         if controller is not None:
+            scored = self.loss_spec.needs_scores
             self.winner_budget = WinnerBudget(
-                controller,
-                self.pair_forward,
-                self._meter,
-                sorts_by_scores=self.loss_spec.needs_scores,
-                average=self.average,
+                controller, self.pair_forward, self._meter, sorts_by_scores=scored, average=self.average
             )
-
         self._diagnostics = None
         if args.safeguard_diagnostics_steps is not None:
             self._diagnostics = StepDiagnostics(self.pair_forward, self._meter, args.safeguard_diagnostics_steps)
+
+    def _set_up_engine(self) -> None:
+        """After transformers' constructor, which makes the accelerator."""
+        self.engine = Engine(self.accelerator)
+        self.engine.check()
+        self.pair_forward.attach(self.accelerator)
+        for weights in self._shadow_weights:
+            weights.attach(self.engine)
 
     def _default_callbacks(self, args: DiffusionSDPOConfig, train_dataset: Any) -> list[TrainerCallback]:
         return default_callbacks(

@@ -21,12 +21,16 @@ from ..artifacts.publishing import Publisher
 from ..artifacts.weights import WeightFiles
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
-from ..evaluation.verdict import Run, Verdict, verdict_of
+from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
+from ..losses import LossSpec
+from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.reference import Reference
+from ..models.shadow_weights import ShadowWeights
 from ..runs.run_files import RunFiles
 from ..runs.run_folder import PREVIOUS_RUN, RunFolder
 from ..step.finite_check import FiniteCheck
+from ..step.winner_budget import WinnerBudget
 from .argument_groups import RESUME
 from .callbacks import final_step
 from .data_preparation import PREPARED
@@ -35,46 +39,75 @@ from .interrupts import stopping_on_interrupt
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
-RESUME_SETTINGS = settings_with(RESUME)
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", "noise_bins*.png")
+# In the model card, beside those that a resume compares.
 CARD_SETTINGS = (
-    *RESUME_SETTINGS,
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
     "num_train_epochs",
 )
 
 
 class FileOverrides(Trainer):
-    """A [`~transformers.Trainer`] whose files are written and read by collaborators.
+    """A [`~transformers.Trainer`] that leaves its files to collaborators. A subclass sets the other attributes.
 
     Attributes:
-        pipeline, family, adapter, reference: The model that is tuned.
-        engine ([`Engine`]): How the process group trains.
-        weight_files ([`WeightFiles`]): Of the policy.
-        run_files ([`RunFiles`]): Results and checkpoints.
+        weight_files ([`WeightFiles`]): Formats of the tuned weights.
         run_folder ([`RunFolder`]): The output folder.
-        publisher ([`Publisher`]): The Hub.
-        run_facts ([`~.verdict.Run`]): For the verdict.
+        run_files ([`RunFiles`]): Results and checkpoints in it.
+        publisher ([`Publisher`]): Its upload to the Hub.
+        run_facts ([`RunFacts`]): For the verdict.
     """
+
+    weight_files: WeightFiles
+    run_folder: RunFolder
+    run_files: RunFiles
+    publisher: Publisher
+    run_facts: RunFacts
 
     args: DiffusionSDPOConfig
     pipeline: DiffusionPipeline
     family: Family
     adapter: str | None
+    loss_spec: LossSpec
     reference: Reference
     gave_reference: bool
+    average: EMAWeights | None
+    winner_budget: WinnerBudget | None
+    engine: Engine
     model_name_or_path: str | None
     fingerprint: str
-    engine: Engine
-    weight_files: WeightFiles
-    run_files: RunFiles
-    run_folder: RunFolder
-    publisher: Publisher
-    run_facts: Run
+    _shadow_weights: list[ShadowWeights]
+    hub_model_id: Any
     _engine_ready: bool
     _finite: FiniteCheck
     _tag_names: list[str]
     _name: str
+
+    def _set_up_files(self, args: DiffusionSDPOConfig) -> None:
+        """Before transformers' constructor, which may create the repository, and before weights are sharded."""
+        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter)
+        self.publisher = Publisher(args, NOT_PUBLISHED)
+        self.run_facts = RunFacts(
+            reference_moves=args.sync_ref_model,
+            reference_was_given=self.gave_reference,
+            uses_loser=self.loss_spec.uses_loser,
+            safeguarded=args.safeguard != "none",
+            average_suffix=f"_{EMA_FOLDER}",
+        )
+
+    def _set_up_run(self) -> None:
+        """After transformers' constructor."""
+        self.run_folder = RunFolder(self.args, list(self.pipeline.components), PLOTS)
+        self.run_files = RunFiles(
+            self.args,
+            self.engine,
+            self.weight_files,
+            shadow_weights=self._shadow_weights,
+            average=self.average,
+            budget=self.winner_budget,
+            full_pipeline=self.args.save_full_pipeline,
+            trust_pickles=self.args.trust_checkpoint,
+        )
 
     # ---- Training, resuming ---------------------------------------------------------------------------------------
 
@@ -156,7 +189,7 @@ class FileOverrides(Trainer):
         is_output_dir = folder.resolve() == self.run_folder.path.resolve()
         pushes = self.args.push_to_hub and not _internal_call
         if not (is_output_dir and pushes):  # `push_to_hub` saves there itself, after uploads in progress
-            lock = contextlib.nullcontext()
+            lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if is_output_dir:
                 lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
             with naming_the_disk(folder, self.weight_files.bytes_needed), lock:
@@ -197,7 +230,7 @@ class FileOverrides(Trainer):
             "weights_before_training": self.fingerprint,
             "train_data": self._data_fingerprint,
             "run_id": self.run_folder.run_id,
-            **{name: getattr(self.args, name) for name in RESUME_SETTINGS},
+            **{name: getattr(self.args, name) for name in settings_with(RESUME)},
         }
 
     @functools.cached_property
@@ -211,7 +244,7 @@ class FileOverrides(Trainer):
         one; `None` if nothing was measured."""
         return verdict_of(self.state.log_history, self.run_facts, final_step(self.args, self.state))
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -242,7 +275,7 @@ class FileOverrides(Trainer):
             generated_image=self.family.generated_image,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *tags],
-            settings={name: getattr(self.args, name) for name in CARD_SETTINGS},
+            settings={name: getattr(self.args, name) for name in (*settings_with(RESUME), *CARD_SETTINGS)},
             metrics=final_metrics(self.state.log_history),
             verdict=None if verdict is None else verdict.finding,
             gallery=self._gallery(),
@@ -279,7 +312,9 @@ class FileOverrides(Trainer):
                 "afterwards by `push_to_hub()`."
             ) from error
 
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any):
+    def push_to_hub(  # type: ignore[override]
+        self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any
+    ) -> Any:
         """Upload the tuned weights and the model card to `args.hub_model_id`, without checkpoints, pickles and logs.
 
         They are saved in `args.output_dir` first. Requests are repeated for about a minute. If that does not help, the

@@ -62,11 +62,11 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
-        if not self._agreed:  # the run was over when the signal came; other processes have not seen it
+        if not self._agreed:  # training ended before the other processes knew of the signal
             self.interrupted = None
 
     def restore_handlers(self) -> None:
-        """Give the signals back to whoever had them before; harmless when called again."""
+        """Restore the signal handlers of before; may be called again."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
@@ -84,8 +84,8 @@ class CheckpointOnInterrupt(TrainerCallback):
         )
 
     def _on_signal_in_worker(self, number: int) -> None:
-        """A forked data loader worker has inherited the handler. A terminal sends Ctrl-C to it as well, and it must go
-        on until the step is done; SIGTERM is how it is told to end."""
+        """In a forked data loader worker, which inherits the handler: ignore the terminal's Ctrl-C, since the step
+        needs its batch; end on SIGTERM, by which the loader stops it."""
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -8,9 +8,10 @@ import logging
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 
@@ -19,7 +20,8 @@ from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
 from ..models.adapters import active_adapter, add_lora, check_adapter_weight, train_only_adapter
-from ..models.loading import LoadedModel, load_reference
+from ..models.frozen_components import working_family
+from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import Reference, build_reference
 from ..step.pair_forward import LossSettings, NoiseSettings
@@ -64,6 +66,29 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     if args.should_save:
         check_output_dir(args.output_dir)
     return copy.copy(args)
+
+
+def load_policy(
+    model: Any,
+    args: DiffusionSDPOConfig,
+    processing_class: DiffusionPipeline | None,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+) -> LoadedModel:
+    """The pipeline whose denoiser trains, unsharded under every engine."""
+    if quantization_config is not None and peft_config is None:
+        raise ValueError(
+            "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, or "
+            "leave the quantization out."
+        )
+    with loading_unsharded(args):
+        return load_model(
+            model,
+            processing_class=processing_class,
+            model_init_kwargs=cast(Any, args.model_init_kwargs),  # a dict by now
+            quantization_config=quantization_config,
+            device=args.device,
+        )
 
 
 def choose_trained_weights(
@@ -112,8 +137,8 @@ def make_reference(
             given = load_reference(
                 ref_model,
                 loaded,
-                model_init_kwargs=args.model_init_kwargs,
-                ref_model_init_kwargs=args.ref_model_init_kwargs,
+                model_init_kwargs=cast(Any, args.model_init_kwargs),  # a dict by now
+                ref_model_init_kwargs=cast(Any, args.ref_model_init_kwargs),
                 device=args.device,
             )
         if args.disable_dropout:
@@ -173,6 +198,20 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
         num_noise_bins=args.num_noise_bins,
         loser_noise_range=None if span is None else (span[0], span[1]),
     )
+
+
+def place_frozen_components(family: Family, args: DiffusionSDPOConfig) -> Family:
+    """A family whose frozen components run on the device; `args.vae_dtype` becomes the precision of the VAE."""
+    working = working_family(
+        family,
+        device=args.device,
+        half_dtype=autocast_dtype(args.mixed_precision),
+        vae_dtype=args.vae_dtype,
+        vae_encode_batch_size=args.vae_encode_batch_size,
+        guidance_scale=args.guidance_scale,
+    )
+    args.vae_dtype = cast(Any, str(working.pipeline.vae.dtype).removeprefix("torch."))
+    return working
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
@@ -243,14 +282,14 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
             f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps; got "
             f"{list(args.timestep_range)}."
         )
-    weighting = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
+    weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
     process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
     unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
     for name, scheme in unused.items():
         if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
             logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     if args.timesteps is not None:
-        only = {"only": tuple(args.timesteps)}
+        only: dict[str, Any] = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
         return only
     sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
@@ -263,12 +302,12 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, drawn: dict[str
     if args.loser_noise_range is None:
         return
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
-    tokens = sides[0] * sides[-1] // (family.vae_scale_factor * family.patch_size) ** 2
+    tokens = family.tokens_of_image(sides[0], sides[-1])
     low, high = args.loser_noise_range
     process = family.noise_process
-    within = process.timesteps_within(low, high, tokens, **drawn)
+    within = process.timestep_bounds(low, high, tokens, **drawn)
     if within is None:
-        every = process.timesteps_within(0.0, 1.0, tokens, **drawn)
+        every = process.timestep_bounds(0.0, 1.0, tokens, **drawn)
         ends = torch.tensor(every).to(process.timestep_dtype)
         first, last = process.noise_level(ends, tokens).tolist()
         raise ValueError(

@@ -205,7 +205,7 @@ def _stem(step: int) -> str:
 def _hold_frozen_parts_alike(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
     """Give a copied pipeline rounded copies of the parts that training keeps more precise than others, such as a VAE:
     a pipeline hands its tensors from part to part as they are. Encoding for training goes on in full precision."""
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts: dict[str, Any] = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     frozen = {name: part for name, part in parts.items() if name != denoiser_name}
     coarsest = min((part.dtype for part in frozen.values()), key=lambda dtype: dtype.itemsize)
     for name, part in frozen.items():
@@ -214,7 +214,7 @@ def _hold_frozen_parts_alike(pipeline: DiffusionPipeline, denoiser_name: str) ->
 
 
 @contextlib.contextmanager
-def _in_own_precision(vae: nn.Module) -> Iterator[None]:
+def _in_own_precision(vae: Any) -> Iterator[None]:
     """The VAE with inputs in its own dtype: some pipelines hand it latents in the denoiser's. Decoding calls the VAE's
     parts, never the VAE itself."""
 
@@ -235,7 +235,7 @@ def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractCon
     that frozen components may be held in another precision."""
     calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
 
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         asked = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         stack = contextlib.ExitStack()
         stack.enter_context(autocast)

@@ -1,4 +1,4 @@
-"""What the training command says last, and that it holds its folder until then."""
+"""The last lines of the training command, and the lock that it holds until then."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from trl_diffusion_sdpo.runs.run_lock import LOCK_FILE
 
 
 @pytest.mark.parametrize("rate, word", [("1e-7", "kept"), ("0.3", "ruined")])
-def test_the_last_words_are_the_verdict_and_the_folder_is_held_until_the_weights_are_there(
+def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are_written(
     rate, word, sd_folder, make_pairs, tmp_path, capsys, monkeypatch
 ):
     make_pairs().save_to_disk(str(tmp_path / "pairs"))

@@ -1,0 +1,140 @@
+"""A pipeline of random weights with a UNet of a given size, and random pairs, for `safeguard_overhead.py`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+UNETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    },
+    "28m": {
+        "sample_size": 32,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (96, 192, 384),
+        "layers_per_block": 1,
+        "cross_attention_dim": 256,
+        "attention_head_dim": 8,
+    },
+    "sd15": {
+        "sample_size": 64,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+XL_TEXT_WIDTHS = (768, 1280)
+PROMPT_TOKENS = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
+    """A UNet of the given size, with one-layer text encoders and a VAE without downsampling, whose cost is negligible:
+    it is the same for every mode and would move the ratios towards 1."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[size] | {"sample_size": latents})
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    shared = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": build_tokenizer()}
+    if size != "sdxl":
+        text_encoder = CLIPTextModel(text_config(unet.config.cross_attention_dim))
+        return StableDiffusionPipeline(
+            **shared,
+            text_encoder=text_encoder,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    first, second = XL_TEXT_WIDTHS
+    return StableDiffusionXLPipeline(
+        **shared,
+        text_encoder=CLIPTextModel(text_config(first)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(second)),
+        tokenizer_2=build_tokenizer(),
+        add_watermarker=False,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer with one token per byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[],
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=PROMPT_TOKENS,
+    )
+
+
+def text_config(width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_TOKENS,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def random_pairs(count: int, side: int) -> Dataset:
+    generator = np.random.default_rng(0)
+
+    def image() -> Image.Image:
+        return Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+    return Dataset.from_list([{"prompt": f"{i}", "chosen": image(), "rejected": image()} for i in range(count)])

@@ -1,0 +1,28 @@
+"""Averages, interpolations and LoRA scales of weights, by hand."""
+
+import pytest
+import torch
+
+from trl_diffusion_sdpo.losses import ema_decay, interpolate, lora_scaling
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, 2 / 11), (8, 0.5), (80, 0.9), (81, 0.9), (10**6, 0.9)])
+def test_the_decay_rises_to_its_bound(step, expected):
+    assert ema_decay(step, 0.9) == expected
+
+
+def test_an_interpolation_keeps_its_ends_exactly_and_the_dtype():
+    base, tuned = torch.tensor([0.1, 2.0]).bfloat16(), torch.tensor([0.7, 1.0]).bfloat16()
+    assert torch.equal(interpolate(base, tuned, 0.0), base) and torch.equal(interpolate(base, tuned, 1.0), tuned)
+    assert interpolate(torch.tensor([0.0, 2.0]), torch.tensor([4.0, 1.0]), 0.25).tolist() == [1.0, 1.75]
+    assert interpolate(base, tuned, 0.5).dtype == torch.bfloat16
+
+
+def test_of_whole_numbers_the_nearer_is_taken():
+    base, tuned = torch.tensor([3]), torch.tensor([8])
+    assert [interpolate(base, tuned, scale).item() for scale in (0.0, 0.49, 0.5, 1.0)] == [3, 3, 8, 8]
+
+
+def test_a_lora_is_scaled_by_its_rank_or_the_root_of_it():
+    assert lora_scaling(32, 16, rank_stabilized=False) == 2.0
+    assert lora_scaling(32, 16, rank_stabilized=True) == 8.0
