@@ -18,19 +18,9 @@ class MissingExtraError(ImportError):
     """Something was asked for that needs an extra of this package; the message says which."""
 
 
-def is_deepspeed_available() -> bool:
-    """Whether the extra `deepspeed` is installed."""
-    return _is_installed("deepspeed")
-
-
 def is_plots_available() -> bool:
     """Whether the extra `plots` is installed."""
     return _is_installed("plots")
-
-
-def is_quantization_available() -> bool:
-    """Whether the extra `quantization` is installed."""
-    return _is_installed("quantization")
 
 
 def require(extra: str, purpose: str) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo.runs.checkpoint_folders import meaning
+from trl_diffusion_sdpo.runs.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.runs.manifest import written_by
-from trl_diffusion_sdpo.trainer.interrupts import CheckpointOnInterrupt
 
 MANIFEST = "checkpoint_manifest.json"
 SETTINGS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}  # 8 steps an epoch

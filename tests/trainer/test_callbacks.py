@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_diffusion_sdpo.runs.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.trainer.callbacks import EpochCallback, SyncReferenceCallback
-from trl_diffusion_sdpo.trainer.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, labelled_grid
 
 PROMPTS = ["a red cube", "ein Würfel 🧊"]

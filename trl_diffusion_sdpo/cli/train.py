@@ -106,8 +106,8 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     """
     from trl import get_peft_config, get_quantization_config
 
+    from ..runs.interrupts import CheckpointOnInterrupt
     from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
-    from ..trainer.interrupts import CheckpointOnInterrupt
     from .pair_arguments import load_datasets
 
     _show_progress(training_args)
@@ -195,7 +195,7 @@ def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    from ..trainer.interrupts import resume_hint  # takes seconds
+    from ..runs.interrupts import resume_hint  # takes seconds
 
     how = "To resume, run the same command with\n  --resume_from_checkpoint true"
     hint = resume_hint(trainer.args, trainer.state.global_step, how)

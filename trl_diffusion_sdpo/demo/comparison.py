@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from ..import_utils import require
+from ..runs.interrupts import CheckpointOnInterrupt
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from ..trainer.interrupts import CheckpointOnInterrupt
 from .methods import GENTLE_METHODS, METHODS, ImageScorer, Method, OracleCallback, ProgressCallback
 from .pairs import eval_pairs, off_policy_pairs, on_policy_pairs
 from .pipeline import load_base_pipeline

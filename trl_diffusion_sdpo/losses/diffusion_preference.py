@@ -116,8 +116,8 @@ def diffusion_preference_loss(
         plain = spec.uses_residuals(safeguard_granularity)
         gradients = None if plain else objective.branch_gradients(model_pred, loser_weights)
         rule: dict[str, Any] = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
-        bins: dict[str, Any] = {"noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
-        scale = output_scale(*residuals, branch_gradients=gradients, loser_weights=loser_weights, **rule, **bins)
+        rule |= {"loser_weights": loser_weights, "noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
+        scale = output_scale(residuals[0], residuals[1], branch_gradients=gradients, **rule)
 
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))

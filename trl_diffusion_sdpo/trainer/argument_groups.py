@@ -1,8 +1,8 @@
 """The settings, in groups that [`DiffusionSDPOConfig`] inherits.
 
 A setting is declared once: its field holds the default, its annotation the choices as a `Literal`, the allowed numbers
-as a [`Range`] and the lists of settings that it belongs to, and its paragraph of the class's docstring is its help. (The
-parser of transformers passes all metadata of a field on to `argparse`: nothing but the help can be there.)
+as a [`Range`] and the lists of settings that it belongs to; its paragraph of the class's docstring is its help. (The
+parser of transformers hands all metadata of a field to `argparse`: nothing but the help can be there.)
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, SaveStrategy
 
 from .._compat import compile_with_eager_rounding
 from ..artifacts.setup import fingerprint
@@ -30,6 +30,7 @@ from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.loading import LoadedModel
+from ..runs.interrupts import step_exchange
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
 from ..step.meters import MetricMeter
@@ -43,7 +44,6 @@ from .config_checks import refuse_dropout
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .file_overrides import FileOverrides
-from .interrupts import step_exchange
 from .preparing import (
     check_and_complete,
     choose_trained_weights,
@@ -224,9 +224,10 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         for weights in self._shadow_weights:
             weights.keep_unrounded()
         by_engine = self.engine.loads_weights_with_optimizer and resume_from_checkpoint is not None
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if by_engine else resume_from_checkpoint
-        )
+        checkpoint = None if by_engine else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
+            self.engine.check_resumable(self.optimizer)
         self.engine.restore_unrounded(unrounded)
         for weights in self._shadow_weights:
             weights.prepare(self.model_wrapped)

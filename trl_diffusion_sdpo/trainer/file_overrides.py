@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import loads_lora
 from ..artifacts.disk import naming_the_disk
@@ -27,6 +27,7 @@ from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
+from ..runs.interrupts import stopping_on_interrupt
 from ..runs.run_files import RunFiles
 from ..runs.run_folder import PREVIOUS_RUN, RunFolder
 from ..step.finite_check import FiniteCheck
@@ -35,7 +36,6 @@ from .argument_groups import RESUME
 from .callbacks import final_step
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
-from .interrupts import stopping_on_interrupt
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
@@ -138,7 +138,10 @@ class FileOverrides(Trainer):
         with disk, self.run_folder.locked(all_processes=True):
             point = self.run_files.resume_point(resume_from_checkpoint, self._setup)
             self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
-            with stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step):
+            interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if self.args.checkpoint_on_interrupt:
+                interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
+            with interruptible:
                 return super().train(point, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
@@ -163,8 +166,7 @@ class FileOverrides(Trainer):
         self.run_files.load(Path(resume_from_checkpoint), self.model_wrapped)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None or (self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model):
-            self.engine.check_resumable(self.optimizer)
+        self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -20,7 +20,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..engines.processes import in_any_process
 from ..engines.step_exchange import StepExchange
 from ..engines.worker_processes import INTERRUPTS
-from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
 
 @contextlib.contextmanager
 def stopping_on_interrupt(
-    args: DiffusionSDPOConfig, callbacks: CallbackHandler, global_step: Callable[[], int]
+    args: TrainingArguments, callbacks: CallbackHandler, global_step: Callable[[], int]
 ) -> Iterator[None]:
     """Let the first Ctrl-C or SIGTERM within end the training with a checkpoint, and then raise `KeyboardInterrupt` in
     all processes, since what follows `train()` in a script is meant for a finished run.
@@ -112,7 +111,7 @@ def stopping_on_interrupt(
     `train()` returns, or by transformers' `enable_jit_checkpoint`.
     """
     handled = any(isinstance(callback, CheckpointOnInterrupt) for callback in callbacks.callbacks)
-    if handled or args.enable_jit_checkpoint or not args.checkpoint_on_interrupt:
+    if handled or args.enable_jit_checkpoint:
         yield
         return
     interrupt = CheckpointOnInterrupt()
@@ -128,7 +127,7 @@ def stopping_on_interrupt(
         raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}; {hint}")
 
 
-def resume_hint(args: DiffusionSDPOConfig, step: int, how: str) -> str:
+def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
     """Where an interrupted run's checkpoint is, and, if it holds more than weights, how to resume."""
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.save_only_model:
