@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.engines.gradient_backends import ReplicatedBackend
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import LOSSES, parameter_scale
@@ -436,4 +436,47 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run(make_tr
     weight = next(weight for weight in trainer.denoiser.parameters() if weight.requires_grad)
     weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match="Every gradient must be finite"):
+        trainer.train()
+
+
+# ---- A loss of the user's own --------------------------------------------------------------------------------------
+
+
+class HalvedLoss(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (loss / 2, outputs) if return_outputs else loss / 2
+
+
+class PenalizedWeights(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) + sum(weight.square().sum() for weight in model.parameters())
+
+
+class OtherLoss(DiffusionSDPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize("safeguard", ["none", "output", "parameter"])
+def test_an_overridden_loss_is_the_loss_that_trains_under_every_safeguard(sd_folder, make_args, make_pairs, safeguard):
+    """Half the loss has the same lambda, and plain SGD takes half the step."""
+    moves, scales = [], []
+    for trainer_class in (DiffusionSDPOTrainer, HalvedLoss):
+        mu = None if safeguard == "none" else 0.3
+        args = make_args(**{**PARAMETER, "safeguard": safeguard, "safeguard_mu": mu}, max_steps=1)
+        log, move = trained_step(trainer_class(moved(sd_folder), sd_folder, args, make_pairs()))
+        moves.append(move)
+        scales.append(log["safeguard/scale"])
+    assert (moves[1] - moves[0] / 2).norm() <= 1e-5 * moves[0].norm()
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "reason"),
+    [(PenalizedWeights, "also depends on other tensors that train"), (OtherLoss, "does not depend on them")],
+)
+def test_a_loss_whose_gradient_would_be_lost_is_refused(sd_folder, make_args, make_pairs, trainer_class, reason):
+    trainer = trainer_class(sd_folder, None, make_args(**PARAMETER, max_steps=1), make_pairs())
+    with pytest.raises(ValueError, match=reason):
         trainer.train()
