@@ -58,8 +58,10 @@ def test_the_shipped_options_of_train_are_those_of_its_parser(described):
     """Under other versions than the described ones, only what this package declares itself is compared."""
     stored = json.loads(options.TABLE_FILE.read_text(encoding="utf-8"))
     here, shipped = {name: dataclasses.asdict(row) for name, row in described.options.items()}, stored["options"]
-    assert described.own == stored["own"]
-    assert {name: here[name] for name in described.own} == {name: shipped[name] for name in described.own}
+    assert described.package_options == stored["package_options"]
+    assert {name: here[name] for name in described.package_options} == {
+        name: shipped[name] for name in described.package_options
+    }
     if options.installed_versions() == stored["versions"]:
         assert here == shipped
         assert described.launch_options == stored["launch_options"]
@@ -67,19 +69,19 @@ def test_the_shipped_options_of_train_are_those_of_its_parser(described):
 
 def test_fields_of_every_class_that_the_configuration_inherits_are_options(described):
     holders = [holder for holder in inspect.getmro(DiffusionSDPOConfig) if dataclasses.is_dataclass(holder)]
-    assert len(holders) >= 3, "its own, those of its parts, and TrainingArguments"
+    assert len(holders) >= 3, "itself, its groups and TrainingArguments"
     for holder in holders:
         declared = {field.name for field in dataclasses.fields(holder) if field.init}
         assert declared <= set(described.options)
         if holder.__module__.startswith("trl_diffusion_sdpo"):
             theirs = {field.name for field in dataclasses.fields(TrainingArguments)}  # whose defaults it may change
             assert {name for name in inspect.get_annotations(holder) if name in declared} - theirs <= set(
-                described.own
+                described.package_options
             )
 
 
 def test_every_own_argument_has_a_help_text_and_a_flag(described):
-    for name in described.own:
+    for name in described.package_options:
         assert described.options[name].help
         assert f"--{name}" in described.options[name].flags
 

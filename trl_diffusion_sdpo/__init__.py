@@ -1,5 +1,5 @@
 """Preference tuning of text-to-image diffusers pipelines in the manner of TRL, with a safeguard for the preferred
-images. The public names are imported when they are asked for."""
+images. The public names are imported at their first use."""
 
 from typing import TYPE_CHECKING
 

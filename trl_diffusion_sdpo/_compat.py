@@ -1,4 +1,4 @@
-"""Every name that upstream libraries do not promise to keep: one way in, with the reason and when it can go."""
+"""Every private upstream name that the package uses, with the reason and when it can go."""
 
 import dataclasses
 from typing import Any
@@ -11,12 +11,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 # LoRA's settings in a file's metadata; exported by their module only. Can go when `diffusers.loaders` exports them.
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
-# What a lost connection to the Hub raises comes from the client's HTTP library, httpx or httpx2 by its version; its
-# module of errors has the common base of both. Can go when huggingface_hub has an error of its own for it.
+# The error of a lost connection to the Hub comes from its client's HTTP library, httpx or httpx2 by version; this is
+# the common base of both. Can go when huggingface_hub has an error class for it.
 from huggingface_hub.errors import HTTPError as HubConnectionError
 
-# How PEFT finds a module's own rank or alpha among the patterns of a LoRA's configuration. Can go when `peft.utils`
-# exports it, or a configuration tells a module's alpha.
+# How PEFT finds the rank or alpha of one module among the patterns of a LoRA's configuration. Can go when `peft.utils`
+# exports it, or a configuration has a method for it.
 from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
@@ -28,44 +28,25 @@ from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
-__all__ = [
-    "CHECKPOINTING",
-    "LORA_ADAPTER_METADATA_KEY",
-    "HubConnectionError",
-    "activation_checkpointing",
-    "block_names",
-    "checkpoints_activations",
-    "compile_with_eager_rounding",
-    "forward_pre_hooks",
-    "is_split_by_node",
-    "keeps_order",
-    "keeps_zero_gradients",
-    "loads_lora",
-    "numpy_safe_globals",
-    "pattern_key",
-    "start_method",
-    "zero3_adam_state",
-    "zero_gradients",
-    "zero_weights",
-]
+__all__ = ["LORA_ADAPTER_METADATA_KEY", "HubConnectionError", "numpy_safe_globals", "pattern_key"]  # re-exported
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
     """Class names of a diffusers model's blocks, as units for FSDP.
 
-    `_no_split_modules` is how diffusers tells accelerate, without a public spelling; can go when there is one, or when
-    accelerate looks below the outermost module for it.
+    `_no_split_modules`, which accelerate reads, has no public spelling; can go when there is one, or when accelerate
+    also looks for it in submodules.
     """
     return list(denoiser._no_split_modules or ())
 
 
 def activation_checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any]]:
-    """Whether activations are checkpointed and how, under whichever of the two names transformers has for it."""
+    """Whether activations are checkpointed, and the arguments for it, under either of transformers' two names."""
     return bool(getattr(args, CHECKPOINTING)), getattr(args, f"{CHECKPOINTING}_kwargs") or {}
 
 
 def checkpoints_activations(denoiser: ModelMixin) -> bool:
-    """Whether a diffusers model knows activation checkpointing.
+    """Whether a diffusers model supports activation checkpointing.
 
     `_supports_gradient_checkpointing` has no public spelling; can go when there is one.
     """
@@ -86,13 +67,13 @@ def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
 
 
 def start_method(args: TrainingArguments) -> str | None:
-    """How DataLoader workers are to be started: an argument that transformers 5.14 does not have. Can go when the
-    lowest supported transformers has it."""
+    """Start method of DataLoader workers, an argument that transformers 5.14 does not have. Can go when the lowest
+    supported transformers has it."""
     return getattr(args, "dataloader_multiprocessing_context", None)
 
 
 def keeps_order(args: TrainingArguments) -> bool:
-    """Whether batches come in the order in which they were asked for; as [`start_method`]."""
+    """`in_order` of DataLoader; see [`start_method`]."""
     return getattr(args, "dataloader_in_order", True)
 
 
@@ -105,7 +86,7 @@ def is_split_by_node(stream: datasets.IterableDataset) -> bool:
 
 
 def compile_with_eager_rounding() -> None:
-    """Have inductor round where eager PyTorch rounds, for the whole process.
+    """Make inductor round where eager PyTorch rounds, in the whole process.
 
     Fused kernels keep intermediate values in float32, and policy and reference fuse differently: under bf16 they then
     differ before the first step. `emulate_precision_casts` is a setting of inductor without a public spelling; can go
@@ -116,8 +97,8 @@ def compile_with_eager_rounding() -> None:
     config.emulate_precision_casts = True
 
 
-# DeepSpeed's public functions give whole gradients, and for ZeRO-1 and 2 no shards; so the optimizer's own lists are
-# read and written. These can go when `deepspeed.utils.safe_get_local_grad` knows these stages.
+# DeepSpeed's public functions return full gradients, and no shards under ZeRO-1 and 2: the optimizer's lists are read
+# and written. The next three functions can go when `deepspeed.utils.safe_get_local_grad` supports these stages.
 
 
 def keeps_zero_gradients(optimizer: Any) -> bool:
@@ -128,7 +109,7 @@ def keeps_zero_gradients(optimizer: Any) -> bool:
 
 
 def zero_gradients(optimizer: Any) -> dict[int, list[torch.Tensor] | None]:
-    """This process's shard of the averaged gradients, a list of parts for each group of parameters."""
+    """This process's shard of the averaged gradients, a list of tensors for each group of parameters."""
     return optimizer.averaged_gradients
 
 
@@ -138,18 +119,18 @@ def zero_weights(optimizer: Any) -> list[torch.Tensor]:
 
 
 def zero3_adam_state(optimizer: Any, weight: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """This process's part of the base optimizer's state of a ZeRO-3 weight, and the weight's group of settings.
+    """This process's shard of the base optimizer's state of a ZeRO-3 weight, and the weight's parameter group.
 
-    Can go when `deepspeed.utils` also tells a weight's step and group.
+    Can go when `deepspeed.utils` also returns a weight's step and group.
     """
     sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(weight)]
     state = optimizer.optimizer.state[optimizer.fp32_partitioned_groups_flat[sub_group]]
-    own = {name: value.narrow(0, offset, length) if value.dim() else value for name, value in state.items()}
-    return own, optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+    shard = {name: value.narrow(0, offset, length) if value.dim() else value for name, value in state.items()}
+    return shard, optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
 
 
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
-    """Set what a schedule's `get_last_lr` returns, as a checkpoint's state has overwritten it.
+    """Set the return value of a schedule's `get_last_lr`, after a checkpoint's state has overwritten it.
 
     Can go when torch's schedules have a setter.
     """

@@ -1,21 +1,16 @@
-"""What is installed, and what to install: the package's extras by name, and public names that are imported when they
-are asked for."""
+"""The package's extras by name, and lazy import of public names."""
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-# Extra of this package -> the module that it brings.
-EXTRAS: dict[str, str] = {
-    "deepspeed": "deepspeed",
-    "plots": "matplotlib",
-    "quantization": "bitsandbytes",
-}
+# Extra of this package -> the module that it installs.
+EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "plots": "matplotlib", "quantization": "bitsandbytes"}
 
 
 class MissingExtraError(ImportError):
-    """Something was asked for that needs an extra of this package; the message says which."""
+    """An extra of this package is needed and not installed; the message names it."""
 
 
 def is_plots_available() -> bool:
@@ -24,11 +19,11 @@ def is_plots_available() -> bool:
 
 
 def require(extra: str, purpose: str) -> None:
-    """Make sure that an extra of this package is installed.
+    """Raise an error unless an extra of this package is installed.
 
     Args:
         extra (`str`): A key of `EXTRAS`.
-        purpose (`str`): What needs it, as the subject of a sentence, such as "Drawing curves".
+        purpose (`str`): The subject of the message's sentence, such as "Plotting curves".
 
     Raises:
         MissingExtraError: If it is not; with the command that installs it.
@@ -43,15 +38,12 @@ def require(extra: str, purpose: str) -> None:
 def lazy_attributes(
     package: str, homes: Mapping[str, str], others: Iterable[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`, under which its public names are imported at their first use.
+    """A package's `__getattr__` and `__dir__`, which import its public names at their first use.
 
     Args:
         package (`str`): Name of the package.
         homes (`Mapping[str, str]`): Public name -> the module that defines it, relative to the package.
         others (`Iterable[str]`): Public names that the package defines itself, for `dir()`.
-
-    Returns:
-        `tuple`: The two functions.
     """
     public = sorted([*homes, *others])
 
@@ -60,10 +52,7 @@ def lazy_attributes(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(homes[name], package), name)
 
-    def list_attributes() -> list[str]:
-        return public
-
-    return get_attribute, list_attributes
+    return get_attribute, lambda: public
 
 
 def _is_installed(extra: str) -> bool:

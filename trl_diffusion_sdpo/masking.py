@@ -1,4 +1,4 @@
-"""Settings and messages without what must stay secret, for files, trackers, logs and the model card."""
+"""Removes secrets from settings and messages, for files, trackers, logs and the model card."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import os
 import re
 from typing import Any
 
-# Of names, in lower case and without separators: ends that mean a secret, and parts that do.
+# Of names of secrets, in lower case and without separators: ends and substrings.
 _SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
 _SECRET_PARTS = (
     *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
 )
 _TOKENS = re.compile(r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$")  # of access, not of a text
-# Parameters of an address, as clouds sign them.
+# Query parameters of signed URLs.
 _SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"
-# Names before a sign of equality, anywhere: of these only the end counts, as `token_length=77` is no secret.
+# Names before an equals sign, anywhere; only their end counts, as `token_length=77` is no secret.
 _GIVEN = r"[\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|account|private)[_-]?key)"
 _IN_TEXT = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_..."),
     (re.compile(r"\b(?:gh[pousr]_|github_pat_|sk-|api_org_)\w{16,}"), "..."),
     (re.compile(r"(?i)\b(bearer|basic) [\w.~+/=-]{8,}"), r"\1 ..."),
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#@]+@"), r"\1...@"),  # the password of an address, and who has it
+    (re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#@]+@"), r"\1...@"),  # user and password of a URL
     (re.compile(rf"(?i)([?&;](?:{_SIGNED})=)[^\s&#;'\"]+"), r"\1..."),
     (re.compile(rf"(?i)((?<![\w.-]){_GIVEN}=)[^\s&#;,'\"]+"), r"\1..."),
 )
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """A copy of settings at any depth whose secrets are replaced by their name, and by dots within texts.
+    """A copy of settings, also nested ones, in which secrets are replaced by their name, and by dots within texts.
 
     Args:
-        value: A dictionary, list, tuple, set, text or path, which are looked into; anything else is given back as it
-            is.
-        name (`str`): Of the setting; one such as `hub_token` has its value replaced by `<HUB_TOKEN>`.
+        value: Searched if it is a dictionary, list, tuple, set, text or path, and returned unchanged otherwise.
+        name (`str`): Of the setting; the value of one such as `hub_token` is replaced by `<HUB_TOKEN>`.
     """
     if names_secret(name) and not (value is None or isinstance(value, bool)):
         return f"<{name.upper()}>"
@@ -53,7 +52,7 @@ def names_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A text whose tokens, passwords and signed addresses are replaced by dots."""
+    """The text with dots for tokens, passwords and the signatures of URLs."""
     for pattern, replacement in _IN_TEXT:
         text = pattern.sub(replacement, text)
     return text

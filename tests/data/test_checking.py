@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import map_style as map_style_module
-from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, verify_choice
+from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
 
 JUNK = b"this is no image"
@@ -196,18 +196,18 @@ def test_a_sample_without_a_single_good_pair_is_an_error():
     ],
 )  # fmt: skip
 def test_booleans_and_their_spellings_are_accepted(given, meant):
-    assert verify_choice(given) == meant
+    assert parse_verify_images(given) == meant
 
 
 @pytest.mark.parametrize("given", ["some", 2, ""])
 def test_other_words_are_refused(given):
     with pytest.raises(ValueError, match="`verify_images` must be one of sample, all, none"):
-        verify_choice(given)
+        parse_verify_images(given)
 
 
 def test_a_misspelt_word_is_answered_with_the_near_one_and_with_what_to_do():
     with pytest.raises(ValueError, match="got 'smaple'. Did you mean `sample`. Leave it unset for a sample."):
-        verify_choice("smaple")
+        parse_verify_images("smaple")
 
 
 def test_a_single_worker_finds_identical_images_in_a_short_stream():

@@ -90,7 +90,7 @@ def test_allowed_schemes_are_opened():
 
 @pytest.mark.parametrize("given", ["memory", "memory://", ["MEMORY"], ("Memory://", "memory")])
 def test_schemes_may_be_written_as_in_a_url_and_without_a_list(given):
-    assert images.settled_schemes(given) == ("memory",)
+    assert images.parse_schemes(given) == ("memory",)
     with fsspec.open("memory://b.png", "wb") as file:
         file.write(png(7))
     rows = [{"prompt": "a", "chosen": "memory://b.png", "rejected": png(9)}]
@@ -98,7 +98,7 @@ def test_schemes_may_be_written_as_in_a_url_and_without_a_list(given):
 
 
 def test_an_unknown_scheme_is_refused():
-    assert images.settled_schemes(None) == images.settled_schemes([]) == ()
+    assert images.parse_schemes(None) == images.parse_schemes([]) == ()
     with pytest.raises(ValueError, match="`image_schemes` must be schemes.*got 'memroy'. Did you mean `memory`"):
         prepare_dataset([], transform=PairTransform(16), image_schemes=["memroy"])
 

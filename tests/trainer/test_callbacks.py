@@ -60,39 +60,39 @@ def same_images(first, second):
     return all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
 
-def test_images_are_drawn_before_during_and_after_training(sampler, args):
+def test_images_are_generated_before_during_and_after_training(sampler, args):
     run(sampler, args, steps=3)
     expected = [f"step-{step:06d}{end}.png" for step in (0, 2, 3) for end in ("", "-0", "-1")]
     assert names(args) == sorted(expected)
     assert sampler.last_step == 3
 
 
-def test_only_first_and_last_are_drawn_without_an_interval(sd_pipeline, args):
+def test_only_first_and_last_are_generated_without_an_interval(sd_pipeline, args):
     run(make_sampler(sd_pipeline, every_n_steps=None), args, steps=4)
     assert [name for name in names(args) if "-0.png" in name] == ["step-000000-0.png", "step-000004-0.png"]
 
 
-def test_the_last_step_is_drawn_once(sampler, args, monkeypatch):
-    drawn = []
-    draw = sampler.draw
-    monkeypatch.setattr(sampler, "draw", lambda *given, **named: drawn.append(1) or draw(*given, **named))
+def test_the_last_step_is_generated_once(sampler, args, monkeypatch):
+    generated = []
+    generate = sampler.generate
+    monkeypatch.setattr(sampler, "generate", lambda *given, **named: generated.append(1) or generate(*given, **named))
     run(sampler, args, steps=2)
-    assert len(drawn) == 2
+    assert len(generated) == 2
 
 
 def test_an_image_is_what_the_pipeline_gives_for_the_seed(sampler, sd_pipeline):
-    for i, image in enumerate(sampler.draw()):
+    for i, image in enumerate(sampler.generate()):
         generator = torch.Generator().manual_seed(7 + i)
         expected = sd_pipeline(PROMPTS[i], generator=generator, num_inference_steps=2, guidance_scale=5.0).images[0]
         assert image.tobytes() == expected.tobytes()
 
 
 def test_equal_weights_give_equal_images_and_other_weights_others(sampler, sd_pipeline):
-    first = sampler.draw()
-    assert same_images(first, sampler.draw())
+    first = sampler.generate()
+    assert same_images(first, sampler.generate())
     with torch.no_grad():
         sd_pipeline.unet.conv_out.weight.mul_(-1)
-    assert not same_images(first, sampler.draw())
+    assert not same_images(first, sampler.generate())
 
 
 def test_files_hold_the_prompt_and_the_gallery_names_them(sampler, args):
@@ -103,7 +103,7 @@ def test_files_hold_the_prompt_and_the_gallery_names_them(sampler, args):
         assert image.size == (16, 16)
 
 
-def test_drawing_leaves_training_as_it_was(sd_pipeline, args):
+def test_generating_leaves_training_as_it_was(sd_pipeline, args):
     sd_pipeline.scheduler = DDPMScheduler.from_config(sd_pipeline.scheduler.config)  # draws noise at every step
     sd_pipeline.unet.train()
     sd_pipeline.unet.mid_block.eval()
@@ -128,13 +128,13 @@ def test_drawing_leaves_training_as_it_was(sd_pipeline, args):
     assert torch.is_grad_enabled()
 
 
-def test_drawing_is_quiet(sd_pipeline, capfd):
+def test_generating_is_quiet(sd_pipeline, capfd):
     sd_pipeline.set_progress_bar_config(disable=False)
-    make_sampler(sd_pipeline).draw()
+    make_sampler(sd_pipeline).generate()
     assert capfd.readouterr().err == ""
 
 
-def test_an_error_while_drawing_gives_everything_back(sd_pipeline):
+def test_an_error_while_generating_restores_everything(sd_pipeline):
     sd_pipeline.unet.train()
 
     def fail(module, args):
@@ -142,7 +142,7 @@ def test_an_error_while_drawing_gives_everything_back(sd_pipeline):
 
     handle = sd_pipeline.unet.conv_in.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        make_sampler(sd_pipeline).draw(torch.autocast("cpu", torch.bfloat16))
+        make_sampler(sd_pipeline).generate(torch.autocast("cpu", torch.bfloat16))
     handle.remove()
     assert sd_pipeline.unet.training and not sd_pipeline.unet._forward_hooks
     assert not torch.is_autocast_enabled("cpu")
@@ -165,7 +165,7 @@ def test_the_best_model_is_drawn_if_it_was_loaded_at_the_end(sampler, args):
     assert "step-000001-0.png" in names(args)
 
 
-def test_other_processes_draw_nothing(sampler, args):
+def test_other_processes_generate_nothing(sampler, args):
     run(sampler, args, steps=2, is_world_process_zero=False)
     assert names(args) == []
 
@@ -189,7 +189,7 @@ def test_a_lora_on_a_half_precision_denoiser_is_drawn(sd_pipeline):
     for parameter in sd_pipeline.unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    assert len(make_sampler(sd_pipeline).draw()) == 2
+    assert len(make_sampler(sd_pipeline).generate()) == 2
 
 
 def test_sdxl_is_drawn_as_well(sdxl_pipeline):
@@ -199,7 +199,7 @@ def test_sdxl_is_drawn_as_well(sdxl_pipeline):
         lambda module, args: timesteps.append(args[0].dtype)
     )
     sdxl_pipeline.to(torch.bfloat16)
-    assert make_sampler(sdxl_pipeline).draw()[0].size == (16, 16)
+    assert make_sampler(sdxl_pipeline).generate()[0].size == (16, 16)
     handle.remove()
     assert set(timesteps) == {torch.float32}
 

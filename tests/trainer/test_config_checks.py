@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.cli.options import Option
-from trl_diffusion_sdpo.data.checking import verify_choice
+from trl_diffusion_sdpo.data.checking import parse_verify_images
 from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
 from trl_diffusion_sdpo.families.noise import WEIGHTINGS
 from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
@@ -63,7 +63,7 @@ def test_a_word_is_the_switch_that_it_means_and_off_the_choice_that_means_it(mak
 def test_a_word_is_the_same_switch_wherever_it_is_written(make_args, word, meant):
     assert make_args(random_flip=word).random_flip is meant
     assert OPTION.read(word) is meant
-    assert verify_choice(word) == ("all" if meant else "none")
+    assert parse_verify_images(word) == ("all" if meant else "none")
 
 
 @pytest.mark.parametrize("name", ["random_flip", "disable_tqdm", "bf16"])
@@ -115,6 +115,9 @@ def test_every_range_and_every_choice_is_checked(make_args):
             assert defaults[name] is None or defaults[name] in allowed
             with pytest.raises(ValueError, match=f"`{name}` must be"):
                 make_args(**{name: "nonsense" if setting.choices else -1})
+            if not setting.is_optional:
+                with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
+                    make_args(**{name: None})
     assert checked == 26
 
 

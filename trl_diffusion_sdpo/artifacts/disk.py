@@ -25,12 +25,8 @@ class DiskFullError(OSError):
 
 @contextlib.contextmanager
 def naming_the_disk(folder: str | os.PathLike, needed: int | None = None) -> Iterator[None]:
-    """Turn errors of a full disk within the context into a `DiskFullError`.
-
-    Args:
-        folder (`str` or `os.PathLike`): In which files are written; it need not exist yet.
-        needed (`int`, *optional*): Lower bound of the bytes to be written.
-    """
+    """Turn errors of a full disk within the context into a `DiskFullError`. Files are written into `folder`, which need
+    not exist yet; `needed` is a lower bound of their bytes."""
     try:
         yield
     except DiskFullError:

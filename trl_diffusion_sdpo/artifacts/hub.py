@@ -47,32 +47,16 @@ class Uploads:
         self._jobs = []
 
     def create_repository(self, name: str, *, token: str | None, private: bool | None) -> str:
-        """Create the repository unless it exists.
-
-        Args:
-            name (`str`): With or without its owner.
-            token (`str`, *optional*): The machine's if unset.
-            private (`bool`, *optional*): Whether a new repository is private.
-
-        Returns:
-            `str`: Its id, `owner/name`.
-
-        Raises:
-            `PublishingError`: If the Hub refuses, or answers no attempt.
-        """
+        """Create the repository, by its name with or without its owner, unless it exists, and return its id,
+        `owner/name`; with the machine's token if unset. `PublishingError` where the Hub refuses, or does not answer."""
         arguments: dict[str, Any] = {"token": token, "private": private, "exist_ok": True}
         return _with_retries(f"Making the repository {name}", lambda: self._api.create_repo(name, **arguments).repo_id)
 
     def upload(self, repository: str, folder: str, **arguments: Any) -> Any:
         """Upload a folder; see [`~huggingface_hub.HfApi.upload_folder`] for the arguments and the result.
-
-        Raises:
-            `PublishingError`: If the Hub refuses, or answers no attempt.
-        """
-        return _with_retries(
-            f"Uploading to {repository}",
-            lambda: self._api.upload_folder(repo_id=repository, folder_path=folder, **arguments),
-        )
+        `PublishingError` where the Hub refuses, or does not answer."""
+        arguments |= {"repo_id": repository, "folder_path": folder}
+        return _with_retries(f"Uploading to {repository}", lambda: self._api.upload_folder(**arguments))
 
     def upload_later(self, repository: str, folder: str, *, advice: str, **arguments: Any) -> Future:
         """As [`Uploads.upload`], in a thread. A failure is logged when it happens, with the advice."""

@@ -1,4 +1,4 @@
-"""Saved weights on the line from their base (scale 0) to what the run made of it (scale 1)."""
+"""Saved weights interpolated between their base (scale 0) and the result of the run (scale 1)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 from ..losses import LOSS_KWARG_RANGES, interpolate, loss_spec
 from ..models.adapters import base_tensors
 from ..models.ema import EMA_FOLDER
+from .lora_scale import LORA_A, LORA_B, factor_of
 from .setup import SETUP_FILE, fingerprint, read_setup, write_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles
 
@@ -24,25 +25,17 @@ logger = logging.getLogger(__name__)
 
 LOSS_SETTINGS = ("loss_type", "beta", *LOSS_KWARG_RANGES)
 LOSS_WITH_A_MARGIN = "sigmoid"  # for runs whose loss reads no reference
-_LORA_A, _LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 _REQUIRED = ("tuning", "loss_type", "denoiser_class", "weights_before_training")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What `save_model` wrote, or a checkpoint.
-
-    Args:
-        folder (`Path`): The run's output folder or a checkpoint.
-        weights (`Path`): The folder of the weights: `folder`, or that of their average within it.
-        setup (`dict[str, Any]`): The content of the set-up file.
-        lora (`LoraConfig`, *optional*): To be added to the base; `None` if all weights were tuned.
-    """
+    """What `save_model` wrote, or a checkpoint."""
 
     folder: Path
-    weights: Path
-    setup: dict[str, Any]
-    lora: LoraConfig | None
+    weights: Path  # `folder`, or that of the averaged weights within it
+    setup: dict[str, Any]  # the content of the set-up file
+    lora: LoraConfig | None  # to be added to the base; `None` if all weights were tuned
 
     @property
     def is_average(self) -> bool:
@@ -50,11 +43,8 @@ class SavedRun:
         return self.weights != self.folder
 
     def evaluation_settings(self, names: Iterable[str]) -> dict[str, Any]:
-        """Arguments with which the trainer measures margins against the base as the run did.
-
-        Args:
-            names (`Iterable[str]`): Settings that an evaluation depends on, without those of the loss.
-        """
+        """Arguments with which the trainer measures margins against the base as the run did; `names` are the settings
+        that an evaluation depends on, besides those of the loss."""
         names = [name for name in names if name not in LOSS_SETTINGS]
         if loss_spec(self.setup["loss_type"]).needs_reference:
             names += LOSS_SETTINGS
@@ -154,10 +144,8 @@ class ScaledWeights:
             self._load(self._base.__getitem__)
 
     def save(self, folder: Path, scale: float) -> None:
-        """Write the weights at a scale in the formats of the run, with its set-up and the scale.
-
-        The base pipeline is written as well if the run wrote its pipeline.
-        """
+        """Write the weights at a scale in the formats of the run, with its set-up and the scale; the base pipeline as
+        well if the run wrote its pipeline."""
         full_pipeline = self._run.lora is None and (self._run.folder / "model_index.json").is_file()
         with self.active(scale):
             self._files.save(folder, full_pipeline=full_pipeline)
@@ -176,11 +164,11 @@ class ScaledWeights:
 
 def scaled_factor(name: str, tuned: torch.Tensor, scale: float) -> torch.Tensor:
     """A tensor of a LoRA, by its PEFT name, such that the LoRA's contribution is multiplied by `scale`."""
-    return tuned * scale if _is_one_of(name, _LORA_B) else tuned
+    return tuned * scale if factor_of(name) in LORA_B else tuned
 
 
 def check_free_folder(folder: Path, run: SavedRun) -> None:
-    """Raise `ValueError` where scaled weights would be written over or between other files than scaled weights."""
+    """Raise `ValueError` where the folder of scaled weights holds other files."""
     if folder.resolve() in {run.folder.resolve(), run.weights.resolve()}:
         raise ValueError(f"`baked_dir` must be another folder than the run's, got {folder} for both.")
     if folder.is_dir() and any(folder.iterdir()) and "scale" not in read_setup(folder):
@@ -202,13 +190,9 @@ def _read_lora_config(folder: Path) -> LoraConfig:
 
 
 def _check_linear(weights: dict[str, torch.Tensor]) -> None:
-    others = [name for name in weights if not _is_one_of(name, (*_LORA_A, *_LORA_B))]
+    others = [name for name in weights if factor_of(name) not in (*LORA_A, *LORA_B)]
     if others:
         raise ValueError(
             f"Only factors A and B of a LoRA can be scaled; this one also holds {len(others)} tensors such as "
             f"{others[0]}."
         )
-
-
-def _is_one_of(name: str, kinds: tuple[str, ...]) -> bool:
-    return any(kind in name.split(".") for kind in kinds)

@@ -47,16 +47,8 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
 
 
 def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_class: str) -> dict[str, torch.Tensor]:
-    """A LoRA's tensors under kohya's keys: `lora_unet_...` with `.lora_down.weight`, `.lora_up.weight`, `.alpha`.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): Under their PEFT names.
-        config ([`~peft.LoraConfig`]): With the LoRA's ranks and alphas.
-        denoiser_class (`str`): diffusers' class of the model.
-
-    Raises:
-        `ValueError`: If the format cannot hold the LoRA.
-    """
+    """A LoRA's tensors under kohya's keys: `lora_unet_...` with `.lora_down.weight`, `.lora_up.weight`, `.alpha`, from
+    those under PEFT's names; `ValueError` where the format cannot hold the LoRA of this class of diffusers."""
     if config.use_dora:
         raise ValueError(
             "A DoRA cannot be exported: tools disagree on the norm that its magnitudes multiply. Merge it into "
@@ -77,21 +69,15 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
 
 def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Tensor]]:
     folder = run / EMA_FOLDER if average else run
-    missing = [
-        file for file in (run / SETUP_FILE, folder / PEFT_FILE, folder / PEFT_CONFIG_FILE) if not file.is_file()
-    ]
+    needed = (run / SETUP_FILE, folder / PEFT_FILE, folder / PEFT_CONFIG_FILE)
+    missing = [file for file in needed if not file.is_file()]
     if missing:
         raise ValueError(
             f"The run must be a folder in which the trainer saved a LoRA; there is no {missing[0]}. Weights that were "
             "tuned in full are a model of their own, which other tools load in place of the base."
         )
-    weights = load_file(folder / PEFT_FILE)
-    config = LoraConfig.from_pretrained(str(folder))
-    return (
-        read_setup(run)["denoiser_class"],
-        config,
-        {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()},
-    )
+    weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(folder / PEFT_FILE).items()}
+    return read_setup(run)["denoiser_class"], LoraConfig.from_pretrained(str(folder)), weights
 
 
 def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:

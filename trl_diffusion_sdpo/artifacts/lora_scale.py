@@ -13,7 +13,7 @@ from peft import LoraConfig
 from .._compat import pattern_key
 from ..losses import lora_scaling
 
-_LORA_A, _LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
+LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -24,12 +24,12 @@ def split_key(key: str) -> tuple[str, str]:
 
 def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Rank of the LoRA of each module, from tensors under their PEFT names."""
-    first = {split_key(key)[0]: value for key, value in weights.items() if _factor(key) in _LORA_A}
+    first = {split_key(key)[0]: value for key, value in weights.items() if factor_of(key) in LORA_A}
     return {module: value.shape[0] for module, value in first.items()}
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """The factor that PEFT applies to the LoRA of a module, whose alpha may be its own."""
+    """The factor that PEFT applies to the LoRA of a module, with the module's alpha if it has one."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
@@ -48,7 +48,7 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
     """
     scales = {module: scaling(config, module, rank) for module, rank in ranks(weights).items()}
     scaled = {
-        key: value * scales[split_key(key)[0]] if _factor(key) in _LORA_B else value for key, value in weights.items()
+        key: value * scales[split_key(key)[0]] if factor_of(key) in LORA_B else value for key, value in weights.items()
     }
     plain = copy.deepcopy(config)
     plain.lora_alpha, plain.alpha_pattern, plain.use_rslora = plain.r, dict(plain.rank_pattern), False
@@ -66,5 +66,6 @@ def public_settings(config: LoraConfig) -> dict[str, Any]:
     return settings
 
 
-def _factor(key: str) -> str:
+def factor_of(key: str) -> str:
+    """`"lora_B"` of `"blocks.0.to_q.lora_B.weight"`."""
     return split_key(key)[1].partition(".")[0]

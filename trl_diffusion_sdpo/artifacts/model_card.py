@@ -56,7 +56,6 @@ class ModelCardFacts:
     """The content of a card.
 
     Args:
-        model_name (`str`): The heading.
         hub_model_id (`str`, *optional*): Repository of the model; a placeholder if unset.
         base_model (`str`, *optional*): Hub id or folder of the pipeline that was tuned. Of a folder only the name is
             written; only a Hub id becomes metadata.
@@ -64,17 +63,15 @@ class ModelCardFacts:
         denoiser_name (`str`): Its attribute that was tuned, `"unet"` or `"transformer"`.
         tuning (`str`): `"lora"` or `"full"`.
         loads_lora (`bool`): Whether the pipeline has `load_lora_weights`; PEFT loads the LoRA otherwise.
-        generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call beside the prompt.
+        generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call besides the prompt.
         generated_image (`str`): Expression for one image in the result of the call.
         dataset_name (`str`, *optional*): Hub id or folder of the preference data, as `base_model`.
-        tags (`list[str]`): Added to the usual ones.
+        tags (`list[str]`): Added to the common ones.
         settings (`dict[str, Any]`): Becomes a table, without tokens at any depth and with the last part of absolute
             paths only. `safeguard="none"` also changes the description of the method.
         metrics (`dict[str, float]`): Final values; becomes a table.
         verdict (`str`, *optional*): Sentences on the change of the error on preferred images.
         gallery (`list[tuple[str, str]]`): Image paths relative to the repository, each with its prompt.
-        trainer_name, paper_id, paper_title, paper_bibtex (`str`): The method.
-        versions (`dict[str, str]`): Package names and versions.
         license (`str`, *optional*): The Hub's identifier of the license.
 
     Raises:
@@ -114,14 +111,7 @@ class ModelCardFacts:
 
 
 def build_model_card(facts: ModelCardFacts) -> ModelCard:
-    """Build the card from its template, with the Hub's metadata.
-
-    Args:
-        facts ([`ModelCardFacts`]): Its content.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: To be saved as `README.md`.
-    """
+    """Build the card from its template, with the Hub's metadata; to be saved as `README.md`."""
     base_is_hub = _is_hub_id(facts.base_model)
     base = (facts.base_model if base_is_hub else _leaf(facts.base_model)) or "path/to/base-pipeline"
     return ModelCard.from_template(
@@ -159,12 +149,8 @@ def package_versions() -> dict[str, str]:
 
 
 def final_metrics(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The last logged value of every metric of the loss, the errors and the safeguard, by its name.
-
-    Args:
-        history (`Iterable[Mapping[str, float]]`): The log history. Its `train_loss` is replaced by the mean over the
-            whole run; that of transformers leaves out the steps before the checkpoint that the run was resumed from.
-    """
+    """The last logged value of every metric of the loss, the errors and the safeguard, by its name. `train_loss` is the
+    mean over the run; that of transformers leaves out the steps before the checkpoint that the run resumed from."""
     history = list(history)
     metrics: dict[str, float] = {}
     for entry in history:
@@ -174,12 +160,8 @@ def final_metrics(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def mean_loss(history: Iterable[Mapping[str, float]]) -> float | None:
-    """Mean of the training loss over all logged steps; `None` if there are none.
-
-    Args:
-        history (`Iterable[Mapping[str, float]]`): The log history. An entry with `loss` is a mean over the steps since
-            the previous one.
-    """
+    """Mean of the training loss over all logged steps; `None` if there are none. An entry with `loss` is a mean over
+    the steps since the previous one."""
     total, last = 0.0, 0.0
     for entry in history:
         if "loss" in entry:
@@ -211,28 +193,20 @@ def _snippet(facts: ModelCardFacts, base: str) -> str:
     repository = _quoted(facts.hub_model_id or f"path/to/{_leaf(facts.model_name) or 'tuned-model'}")
     base = _quoted(base)
     given = {"prompt": facts.gallery[0][1] if facts.gallery else _PROMPT, **facts.generation_kwargs}
-    arguments = ", ".join(
-        f"{name}={_quoted(value) if isinstance(value, str) else value}" for name, value in given.items()
-    )
+    given = {name: _quoted(value) if isinstance(value, str) else value for name, value in given.items()}
+    arguments = ", ".join(f"{name}={value}" for name, value in given.items())
     generate = ['pipeline.to("cuda")', f"image = pipeline({arguments}).{facts.generated_image}"]
-    if facts.tuning == "lora" and not facts.loads_lora:
-        name = facts.denoiser_name
+    name = facts.denoiser_name
+    if facts.tuning == "lora":
+        with_peft = f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {repository})"
         load = [
             "from diffusers import DiffusionPipeline",
-            "from peft import PeftModel",
+            *([] if facts.loads_lora else ["from peft import PeftModel"]),
             "",
             f"pipeline = DiffusionPipeline.from_pretrained({base})",
-            f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {repository})",
-        ]
-    elif facts.tuning == "lora":
-        load = [
-            "from diffusers import DiffusionPipeline",
-            "",
-            f"pipeline = DiffusionPipeline.from_pretrained({base})",
-            f"pipeline.load_lora_weights({repository})",
+            f"pipeline.load_lora_weights({repository})" if facts.loads_lora else with_peft,
         ]
     else:
-        name = facts.denoiser_name
         load = [
             "from diffusers import AutoModel, DiffusionPipeline",
             "",

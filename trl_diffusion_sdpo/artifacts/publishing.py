@@ -1,4 +1,4 @@
-"""Publishing a run on the Hub: its repository, uploads during and after training, and what they leave out."""
+"""Publishing a run on the Hub: its repository, uploads during and after training, and files that stay local."""
 
 from __future__ import annotations
 
@@ -26,24 +26,17 @@ class Publisher:
     """Uploads a run's output folder to its repository on the Hub.
 
     Args:
-        args (`TrainingArguments`): Name the folder and the repository.
-        ignore (`Sequence[str]`): Patterns of files that are not uploaded, beside [`NOT_UPLOADED`].
-
-    Attributes:
-        repository (`str` or `None`): Id of the repository, once it is known to exist.
+        args (`TrainingArguments`): With the names of the folder and the repository.
+        ignore (`Sequence[str]`): Patterns of files that are not uploaded, besides [`NOT_UPLOADED`].
     """
 
     def __init__(self, args: TrainingArguments, ignore: Sequence[str] = ()):
         self._args, self._ignore = args, [*NOT_UPLOADED, *ignore]
         self.uploads: Uploads | None = None
-        self.repository: str | None = None
+        self.repository: str | None = None  # its id, once it is known to exist
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
-        """Create the repository unless it exists; all processes must call it, and get its id.
-
-        Raises:
-            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
-        """
+        """As [`Uploads.create_repository`], by the arguments; all processes must call it, and raise together."""
         self.uploads = self.uploads or Uploads()
         with failing_together(PublishingError):
             if self._args.process_index == 0:
@@ -78,11 +71,9 @@ class Publisher:
         Args:
             message (`str`, *optional*): Of the commit.
             token, revision (`str`, *optional*): The arguments' if unset.
-            blocking (`bool`): Whether to wait for the upload; a failure is logged otherwise.
+            blocking (`bool`): Whether to wait, for what [`~huggingface_hub.HfApi.upload_folder`] returns; otherwise its
+                `Future` is returned, and a failure is logged.
             training (`bool`): Whether training continues meanwhile.
-
-        Returns:
-            What [`~huggingface_hub.HfApi.upload_folder`] returns, or its `Future`.
         """
         arguments = {
             "commit_message": message,
@@ -95,10 +86,8 @@ class Publisher:
         return self._upload_later(self._args.output_dir, training=training, **arguments)
 
     def is_ready_for_progress(self) -> bool:
-        """Whether to upload now, during training; all processes must call it.
-
-        Waits for uploads in progress, whose files are about to change, unless uploads may be skipped.
-        """
+        """Whether to upload now, during training; all processes must call it. Waits for uploads in progress, whose
+        files are about to change, unless uploads may be skipped."""
         if self._args.hub_strategy == HubStrategy.END:
             return False
         skips = not self._args.hub_always_push and in_any_process(not self.uploads.is_done(), self._args.device)

@@ -1,4 +1,4 @@
-"""The set-up file beside saved weights: model, engine, data and settings of the run that wrote them."""
+"""The set-up file, saved with the weights: model, engine, data and settings of the run that wrote them."""
 
 from __future__ import annotations
 

@@ -34,17 +34,14 @@ class WeightFiles:
         pipeline (`DiffusionPipeline`): Its denoiser is tuned.
         denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
         adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
-
-    Attributes:
-        shapes (`dict[str, tuple[int, ...]]`): Of the tuned tensors.
-        bytes_needed (`int`): On the disk; a LoRA is written in two formats.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, denoiser_name: str, adapter: str | None):
         self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
         tensors = self.tensors()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * (1 if adapter is None else 2)
+        copies = 1 if adapter is None else 2  # a LoRA is written in two formats
+        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # on the disk
 
     @property
     def _denoiser(self) -> nn.Module:
@@ -102,11 +99,7 @@ class WeightFiles:
         _remove_local_paths([folder / "model_index.json", *configs])
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Read what [`WeightFiles.save`] wrote.
-
-        Raises:
-            `ValueError`: If the folder holds no such weights, or those of another model.
-        """
+        """Read what [`WeightFiles.save`] wrote; `ValueError` where the folder holds no such weights, or others."""
         if self._adapter is not None:
             return read_adapter(self.shapes, folder)
         source = folder / self._denoiser_name
@@ -136,9 +129,9 @@ def save_adapter(
     """Write an adapter's weights for [`~peft.PeftModel.from_pretrained`] and, where the pipeline has it, for
     `pipeline.load_lora_weights`.
 
-    PEFT's file has the weights as they train, and their scale beside them. In the other file the scale is multiplied
-    into the weights: tools that read neither diffusers' metadata nor PEFT's configuration assume 1. Both have PEFT's
-    names: renaming to older diffusers formats knows attention layers only and would drop the rest.
+    PEFT's file has the weights as they train; their scale is in its configuration. In the other file the scale is
+    multiplied into the weights: tools that read neither diffusers' metadata nor PEFT's configuration assume 1. Both
+    have PEFT's names: diffusers' conversion to older formats handles attention layers only and would drop the rest.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     if loads_lora(pipeline_class):
@@ -157,11 +150,7 @@ def save_adapter(
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
-    """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes.
-
-    Raises:
-        `ValueError`: If the file is missing or its tensors are not the adapter's.
-    """
+    """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes; `ValueError` where it did not."""
     file = folder / PEFT_FILE
     if not file.is_file():
         raise ValueError(f"A LoRA checkpoint must hold {PEFT_FILE}; {folder} does not. Was it tuned in full?")

@@ -21,9 +21,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", default="demo_output", help="Folder for everything that the demo writes.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the pairs, the noise and the generated images.")
-    parser.add_argument(
-        "--max_steps", type=int, default=None, help="Optimizer steps of each run; the demo's if unset."
-    )
+    parser.add_argument("--max_steps", type=int, default=None, help="Optimizer steps of each run; 240 if unset.")
     parser.add_argument(
         "--pairs",
         choices=PAIRS,
@@ -39,8 +37,5 @@ def run(arguments: list[str], prog: str) -> int:
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger(f"{__package__.partition('.')[0]}.demo").setLevel(logging.INFO)
-    result = run_demo(
-        output_dir=options.output_dir, seed=options.seed, max_steps=options.max_steps, pairs=options.pairs
-    )
-    print(result.summary)
+    print(run_demo(**vars(options)).summary)
     return EXIT_OK

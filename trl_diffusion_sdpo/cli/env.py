@@ -9,20 +9,8 @@ from . import EXIT_OK
 from .options import OneLineParser
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "diffusers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "huggingface_hub",
-    "safetensors",
-    "pillow",
-    "numpy",
-    "deepspeed",
-    "bitsandbytes",
-    "matplotlib",
+    *("torch", "transformers", "trl", "diffusers", "accelerate", "peft", "datasets", "huggingface_hub"),
+    *("safetensors", "pillow", "numpy", "deepspeed", "bitsandbytes", "matplotlib"),
 )
 
 

@@ -30,29 +30,18 @@ _REQUIRED = {
     "dataset_name": "the Hub id, folder or file of a preference data set",
 }
 _RULES = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "list": "a list",
-    "dict": "a mapping",
+    **{"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"},
+    **{"list": "a list", "dict": "a mapping"},
 }
 
 
 class Given(NamedTuple):
-    """The arguments of the command.
+    """The arguments of the command."""
 
-    Attributes:
-        words (`list[str]`): Words of the command line, without `--config` and those of `accelerate launch`.
-        settings (`dict[str, Any]`): Settings of the file, converted to the options' types.
-        environment (`dict[str, str]`): Environment variables that the file sets.
-        typed (`dict[str, Any]`): Values of `words`, by option.
-    """
-
-    words: list[str]
-    settings: dict[str, Any]
-    environment: dict[str, str]
-    typed: dict[str, Any]
+    words: list[str]  # of the command line, without `--config` and those of `accelerate launch`
+    settings: dict[str, Any]  # of the file, converted to the options' types
+    environment: dict[str, str]  # environment variables that the file sets
+    typed: dict[str, Any]  # values of `words`, by option
 
 
 def refuse_missing(given: Given) -> None:
@@ -111,12 +100,7 @@ def read_given(arguments: list[str], table: OptionTable) -> Given:
 
 
 def setting(name: str, option: Option, value: Any) -> Any:
-    """Converts a value of the YAML file to the type of its option.
-
-    Args:
-        name (`str`): Name of the option in messages.
-        option (`Option`): The option.
-        value (`Any`): As YAML parses it.
+    """Converts a value of the YAML file to the type of its option; `name` is for messages.
 
     Raises:
         ValueError: If the option does not take the value.
@@ -144,19 +128,19 @@ def _scalar(name: str, option: Option, value: Any, kinds: set[str]) -> Any:
             return option.read(value)
         except ValueError as error:
             raise ValueError(f"`{name}` {error}") from error
-    rule = " or ".join(_RULES[kind] for kind in option.kinds if kind in _RULES)
     quote = " Write it in quotes." if "str" in kinds and isinstance(value, float) else ""
-    raise ValueError(f"`{name}` must be {rule}, got {'nothing' if value is None else repr(value)}.{quote}")
+    raise ValueError(f"`{name}` must be {_rule(option)}, got {'nothing' if value is None else repr(value)}.{quote}")
+
+
+def _rule(option: Option) -> str:
+    return " or ".join(_RULES[kind] for kind in option.kinds if kind in _RULES)
 
 
 def _word_of_boolean(name: str, option: Option, value: bool) -> str:
     word = choice_of_switch(value, option.choices or ()) or _WORDS_OF_BOOLEANS.get(name, {}).get(value)
     if word is not None:
         return word
-    if option.choices:
-        rule = f"one of {', '.join(option.choices)}"
-    else:
-        rule = " or ".join(_RULES[kind] for kind in option.kinds if kind in _RULES)
+    rule = f"one of {', '.join(option.choices)}" if option.choices else _rule(option)
     raise ValueError(
         f"`{name}` must be {rule}, got {str(value).lower()}: YAML reads on, off, yes and no as booleans. Write the "
         "word in quotes if it is meant as text."

@@ -37,19 +37,12 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class Launch(NamedTuple):
-    """A launch of the command.
+    """A launch of the command."""
 
-    Attributes:
-        config_file (`Path`): The configuration of accelerate.
-        options (`list[str]`): Arguments of `accelerate launch`.
-        arguments (`list[str]`): Arguments of the command, without those of the launcher.
-        used_keys (`list[str]`): Keys of the file of `--config` that the launcher uses.
-    """
-
-    config_file: Path
-    options: list[str]
-    arguments: list[str]
-    used_keys: list[str]
+    config_file: Path  # the configuration of accelerate
+    options: list[str]  # arguments of `accelerate launch`
+    arguments: list[str]  # arguments of the command, without those of the launcher
+    used_keys: list[str]  # keys of the file of `--config` that the launcher uses
 
 
 def config_names() -> list[str]:
@@ -77,17 +70,13 @@ def keys_used_by_the_launcher() -> list[str]:
     return os.environ.get(LAUNCHED_VARIABLE, "").split(",")
 
 
-def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
-    """The launch that the arguments ask for.
+def plan(arguments: list[str], command_options: Collection[str]) -> Launch | None:
+    """The launch by these arguments; `None` without `accelerate_config`, or in a launched process.
 
     Args:
         arguments (`list[str]`): Of the command and of `accelerate launch`.
-        own_options (`Collection[str]`): The command's options, without dashes. They take precedence over accelerate's
-            of the same name, such as `gradient_accumulation_steps`.
-
-    Returns:
-        `Launch` or `None`: `None` if the command runs in this process: without `accelerate_config`, or in a launched
-        process.
+        command_options (`Collection[str]`): The command's options, without dashes. They take precedence over
+            accelerate's of the same name, such as `gradient_accumulation_steps`.
 
     Raises:
         ValueError: If there is no such configuration, or another launcher started this process.
@@ -101,7 +90,7 @@ def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
     if chosen is None:
         return None
     _refuse_a_second_launcher()
-    takes_value = launch_options(own_options)
+    takes_value = launch_options(command_options)
     options, remaining = separate(rest, takes_value)
     used = {key: value for key, value in in_file.items() if key in takes_value and key != ENVIRONMENT_KEY}
     file = config_path(str(chosen))
@@ -114,10 +103,6 @@ def plan(arguments: list[str], own_options: Collection[str]) -> Launch | None:
 
 def start(launch: Launch, command: str) -> int:
     """Start a command under accelerate and wait for its end.
-
-    Args:
-        launch (`Launch`): The launch.
-        command (`str`): Name of the command.
 
     Returns:
         `int`: The exit code: 0; that of the first process that failed, 128 plus the signal's number if it was killed
@@ -175,19 +160,15 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
     return (values[0] if values else None), rest
 
 
-def launch_options(own_options: Collection[str]) -> dict[str, bool]:
+def launch_options(command_options: Collection[str]) -> dict[str, bool]:
     """The options of `accelerate launch` that users can give, and whether each takes a value."""
     actions = [action for action in _launch_parser()._actions if action.option_strings]
-    taken = {*own_options, *_RESERVED}
+    taken = {*command_options, *_RESERVED}
     return {action.dest: action.nargs != 0 for action in actions if action.dest not in taken}
 
 
 def separate(arguments: list[str], takes_value: dict[str, bool]) -> tuple[list[str], list[str]]:
-    """Separate the arguments of `accelerate launch` from the others, in order.
-
-    Args:
-        arguments (`list[str]`): All arguments.
-        takes_value (`dict[str, bool]`): The options of `accelerate launch`, from [`launch_options`].
+    """The arguments of `accelerate launch`, by [`launch_options`], and the others, in order.
 
     Raises:
         ValueError: If a value is missing.
@@ -240,7 +221,7 @@ def _processes(settings: dict[str, Any], options: list[str]) -> list[str]:
     devices = torch.accelerator.device_count()
     if devices == 0:
         raise ValueError(
-            "`--num_processes` must say how many processes to start where no accelerator is seen, and got nothing."
+            "`--num_processes` must be the number of processes to start where there is no accelerator, and got nothing."
         )
     return ["--num_processes", str(devices * machines)]
 
@@ -264,7 +245,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a duplicate key, of which YAML would silently take the last."""
+    """Refuses duplicate keys; YAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG]

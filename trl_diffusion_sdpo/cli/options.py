@@ -32,24 +32,13 @@ _SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "n
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
+    """One option."""
 
-    Attributes:
-        flags (`list[str]`): Its flags on the command line.
-        off_flags (`list[str]`): Flags that disable it, if it is on by default.
-        kinds (`list[str]`): Types of its values: `bool`, `int`, `float`, `str`, `list`, `dict`, `null` and `other`.
-        elements (`str`): Type of a list's elements and of a word of the command line.
-        nargs (`str`, *optional*): As in argparse.
-        choices (`list[str]`, *optional*): The allowed values.
-        default (`Any`): Value if it is not given.
-        help (`str`, *optional*): Help text.
-    """
-
-    flags: list[str]
-    kinds: list[str]
-    elements: str
-    off_flags: list[str]
-    nargs: str | None
+    flags: list[str]  # on the command line
+    kinds: list[str]  # types of its values: `bool`, `int`, `float`, `str`, `list`, `dict`, `null` and `other`
+    elements: str  # type of a list's elements and of a word of the command line
+    off_flags: list[str]  # flags that disable it, if it is on by default
+    nargs: str | None  # this and the following as in argparse
     choices: list[str] | None
     default: Any
     help: str | None
@@ -75,17 +64,11 @@ class Option:
 
 
 class OptionTable(typing.NamedTuple):
-    """All options of `train`.
+    """All options of `train`."""
 
-    Attributes:
-        options (`dict[str, Option]`): By name.
-        launch_options (`dict[str, bool]`): Options of `accelerate launch`, and whether each takes a value.
-        own (`list[str]`): Names of the options that this package declares, not transformers or TRL.
-    """
-
-    options: dict[str, Option]
-    launch_options: dict[str, bool]
-    own: list[str]
+    options: dict[str, Option]  # by name
+    launch_options: dict[str, bool]  # options of `accelerate launch`, and whether each takes a value
+    package_options: list[str]  # names of those that this package declares, not transformers or TRL
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -127,14 +110,14 @@ def read_table() -> OptionTable | None:
     if stored["versions"] != installed_versions():
         return None
     options = {name: Option(**row) for name, row in stored["options"].items()}
-    return OptionTable(options, stored["launch_options"], stored["own"])
+    return OptionTable(options, stored["launch_options"], stored["package_options"])
 
 
 def write_table(table: OptionTable) -> None:
     """Write the packaged table, one line per option."""
     rows = {name: asdict(option) for name, option in table.options.items()}
     TABLE_FILE.write_text(
-        f'{{"versions": {json.dumps(installed_versions())},\n"own": {json.dumps(table.own)},\n'
+        f'{{"versions": {json.dumps(installed_versions())},\n"package_options": {json.dumps(table.package_options)},\n'
         f'"launch_options": {json.dumps(table.launch_options)},\n"options": {{\n'
         + ",\n".join(f"{json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
         + "\n}}\n",
@@ -151,8 +134,7 @@ def names_in_sources() -> set[str] | None:
     """Names of all options of the installed versions, read from their sources as text, without importing them.
 
     Returns:
-        `set[str]` or `None`: Possibly more names than options; `None` where the libraries declare their fields in
-        other files.
+        `set[str]` or `None`: Possibly more names than options; `None` if the libraries' files are not as expected.
     """
     stored = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
     found = set()
@@ -163,17 +145,12 @@ def names_in_sources() -> set[str] | None:
             return None
         for path in paths:
             found |= set(re.findall(r"(?m)^    (\w+):", path.read_text(encoding="utf-8")))
-    own = set(stored["own"])
-    return own | found if set(stored["options"]) <= own | found else None
+    found |= set(stored["package_options"])
+    return found if set(stored["options"]) <= found else None
 
 
 def describe(parser: argparse.ArgumentParser, dataclasses: Iterable[type]) -> dict[str, Option]:
-    """The options of a parser that was made from dataclasses.
-
-    Args:
-        parser (`argparse.ArgumentParser`): The parser.
-        dataclasses (`Iterable[type]`): Its dataclasses; their annotations give the types of values in YAML.
-    """
+    """The options of a parser made from dataclasses, whose annotations give the types of values in YAML."""
     hints = {name: hint for holder in dataclasses for name, hint in typing.get_type_hints(holder).items()}
     actions: dict[str, list[argparse.Action]] = {}
     for action in parser._actions:
@@ -183,13 +160,7 @@ def describe(parser: argparse.ArgumentParser, dataclasses: Iterable[type]) -> di
 
 
 def option_parser(options: Mapping[str, Option], *, only_given: bool = False, **settings: Any) -> OneLineParser:
-    """A parser of the described options.
-
-    Args:
-        options (`Mapping[str, Option]`): By name.
-        only_given (`bool`): Whether to leave defaults out of the parsed namespace.
-        settings: Of [`OneLineParser`].
-    """
+    """A parser of the described options; with `only_given` its namespace lacks the options that are not given."""
     parser = OneLineParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
     for name, option in options.items():
         more = {"nargs": option.nargs, "const": True} if option.nargs == "?" else {"nargs": option.nargs}
@@ -197,13 +168,8 @@ def option_parser(options: Mapping[str, Option], *, only_given: bool = False, **
         shown = {"choices": option.choices, "help": option.help, "default": default}
         parser.add_argument(*option.flags, dest=name, type=_argument_type(option.read), **more, **shown)
         if option.off_flags:
-            parser.add_argument(
-                *option.off_flags,
-                dest=name,
-                action="store_false",
-                default=argparse.SUPPRESS if only_given else False,
-                help=option.help,
-            )
+            default = argparse.SUPPRESS if only_given else False
+            parser.add_argument(*option.off_flags, dest=name, action="store_false", default=default, help=option.help)
     return parser
 
 

@@ -150,12 +150,8 @@ def _splits(script_args: PairArguments) -> tuple[str, str]:
 
 
 def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
-    """Number of rows of each split of `dataset_name`; `None` for a stream, whose splits cannot be sliced.
-
-    Args:
-        script_args (`PairArguments`): The data.
-        train (`Dataset` or `IterableDataset`): Their loaded training split.
-    """
+    """Number of rows of each split of `dataset_name`, by its loaded training split; `None` for a stream, whose splits
+    cannot be sliced."""
     path = Path(script_args.dataset_name).expanduser()
     if _is_saved(path):
         return {name: len(part) for name, part in _saved_parts(path).items()}
@@ -175,7 +171,7 @@ def _on_training_pairs(script_args: PairArguments) -> ValueError:
     if _is_one_split(Path(name).expanduser()) and "[" not in test_split:
         return ValueError(
             f"`eval_strategy` needs pairs that are not trained on, and {name} is one split, all of it trained on. "
-            f"{_HOW_TO_EVALUATE}"
+            + _HOW_TO_EVALUATE
         )
     return ValueError(
         f"`dataset_test_split` must be another split than `dataset_train_split`, got {test_split} beside "
@@ -234,11 +230,8 @@ def _rename_split(split: str, name: str) -> str:
 
 
 def _rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """The rows of a split expression: a split's name and a range of its rows, for each part of a sum.
-
-    Args:
-        split (`str`): As the Datasets library reads it, such as `train[:90%]` or `train[:100]+test`.
-        lengths (`dict[str, int]`): Number of rows of each split.
+    """The rows of a split expression such as `train[:90%]` or `train[:100]+test`: a split's name and a range of its
+    rows, for each summand. `lengths` are the splits' numbers of rows.
 
     Raises:
         ValueError: If there is no such split, or the expression is invalid.

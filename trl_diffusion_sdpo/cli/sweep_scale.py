@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from ..artifacts.interpolation import SavedRun, ScaledWeights
-    from ..models.loading import LoadedModel
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -41,9 +40,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description=(
-            "Evaluate the weights of a run at several scales: 0 is the base that the run started from, 1 its tuned "
-            "weights. Writes the numbers, and a plot of margin and accuracy against the change of the winners' error. "
-            "A second call evaluates only the scales that are missing."
+            "Evaluate a run at several scales between the base it started from (0) and its tuned weights (1). Writes "
+            "the numbers, and a plot of margin and accuracy against the change of the winners' error. A second call "
+            "evaluates only the missing scales."
         ),
     )
     add = parser.add_argument
@@ -59,7 +58,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--average", action="store_true", help="Sweep the averaged weights of `ema_decay`.")
     add("--bake", type=float, metavar="SCALE", help="Write the weights at this scale to --baked_dir.")
     add("--baked_dir", metavar="FOLDER", help="Folder for the weights of --bake.")
-    add("--output_dir", metavar="FOLDER", help="For numbers and plot; `scale_sweep` in the run's folder if unset.")
+    add("--output_dir", metavar="FOLDER", help="Folder of numbers and plot; `scale_sweep` in the run's if unset.")
     add("--per_device_eval_batch_size", type=int, default=8, metavar="N", help="Pairs in a batch (default: 8).")
     add("--mixed_precision", choices=PRECISIONS, help="Autocast of the predictions; the run's if unset.")
     add("--model_revision", metavar="NAME", help="Branch, tag or commit of the base.")
@@ -78,10 +77,7 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate the missing scales, plot all of them, and save the weights of `--bake`.
-
-    Returns:
-        `list[dict]`: The rows of all scales evaluated so far, as of [`sweep_row`].
+    """Evaluate the missing scales, plot all of them, and save the weights of `--bake`. Returns all rows.
 
     Raises:
         ValueError: On a folder, base, data or settings that do not fit together.
@@ -91,8 +87,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
         check_free_folder(Path(options.baked_dir), run)
-    loaded = _load_base(options, run)
-    trainer = _make_trainer(options, run, loaded)
+    trainer = _make_trainer(options, run)
     weights = ScaledWeights(trainer.weight_files, run)
     rows = _evaluate(trainer, weights, options.scales, _settings(options, run, trainer, weights))
     if options.bake is not None:
@@ -115,21 +110,16 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"`--{name}` must be at least 1, got {value}.")
 
 
-def _load_base(options: argparse.Namespace, run: SavedRun) -> LoadedModel:
+def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTrainer:
+    """A trainer of the base, which is also the reference, with the run's evaluation settings."""
+    from transformers import PrinterCallback
+
     from ..models.loading import load_model
+    from ..trainer import DiffusionSDPOTrainer
 
     origin = {"revision": options.model_revision, "dtype": options.dtype}
     loaded = load_model(options.model_name_or_path, model_init_kwargs=origin)
     run.check_base(loaded.denoiser)
-    return loaded
-
-
-def _make_trainer(options: argparse.Namespace, run: SavedRun, loaded: LoadedModel) -> DiffusionSDPOTrainer:
-    """A trainer of the base, which is also the reference, with the run's evaluation settings."""
-    from transformers import PrinterCallback
-
-    from ..trainer import DiffusionSDPOTrainer
-
     args, pairs = _make_args(options, run), _load_pairs(options)
     trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
     trainer.remove_callback(PrinterCallback)
@@ -142,9 +132,8 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
     from ..trainer import DiffusionSDPOConfig
 
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
-    data: dict[str, Any] = (
-        {} if options.max_pairs is None else {"verify_images": "none"}
-    )  # decodes the evaluated pairs only
+    # With `max_pairs`, only the evaluated pairs are decoded.
+    data: dict[str, Any] = {} if options.max_pairs is None else {"verify_images": "none"}
     return DiffusionSDPOConfig(
         output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.is_average]),
         per_device_eval_batch_size=options.per_device_eval_batch_size,
@@ -181,14 +170,12 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings that all rows of one file share."""
     used = {name: trainer.args.to_dict()[name] for name in (*_evaluation_settings(run), "beta", "resolution")}
+    names = ("dataset_name", "dataset_config", "dataset_test_split", "dataset_format")
     return {
         "weights": weights.fingerprint,
         "base": run.setup["weights_before_training"],
         "average": run.is_average,
-        "dataset_name": options.dataset_name,
-        "dataset_config": options.dataset_config,
-        "dataset_test_split": options.dataset_test_split,
-        "dataset_format": options.dataset_format,
+        **{name: vars(options)[name] for name in names},
         "pairs": len(cast(Any, trainer.eval_dataset)),
         "mixed_precision": trainer.args.mixed_precision,
         **used,
@@ -231,12 +218,7 @@ def _batch_callback(on_batch: Callable[[], Any]) -> TrainerCallback:
 
 
 def sweep_row(scale: float, metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, Any]:
-    """The evaluation at one scale as a row of the sweep.
-
-    Args:
-        scale (`float`): 0 is the reference, 1 the policy.
-        metrics (`Mapping[str, float]`): Of the trainer's `evaluate`, with a reference.
-        prefix (`str`): Prefix of their names.
+    """The metrics of `evaluate`, with a reference, at one scale as a row of the sweep.
 
     Returns:
         `dict[str, Any]`: `scale`, `margin`, `accuracy`, `winner_change`, `loser_change`, `winner_change_relative` (to
@@ -254,10 +236,6 @@ def sweep_row(scale: float, metrics: Mapping[str, float], prefix: str = "eval") 
 
 def read_sweep(file: str | Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier sweep, which this one continues; none if there is no file.
-
-    Args:
-        file (`str` or `Path`): Written by [`write_sweep`].
-        settings (`Mapping[str, Any]`): Settings of this sweep.
 
     Raises:
         ValueError: If the file is not of a sweep, or of one with other settings.
@@ -288,7 +266,7 @@ def write_sweep(file: str | Path, settings: Mapping[str, Any], rows: Sequence[Ma
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table for the terminal."""
-    heads = ["scale", *(head for _, head in VALUES.values()), "winner change, %", "at the worst noise level, %"]
+    heads = ["scale", *(head for _, head in VALUES.values()), "winner change, %", "in the worst noise bin, %"]
     lines = [heads]
     for row in rows:
         worst = max(row["winner_change_relative_at"].values(), default=math.nan)
@@ -299,19 +277,10 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_scale_sweep(rows: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
-    """Plot margin and accuracy against the winners' change: over all noise levels, and for each noise bin.
+    """Plot margin and accuracy of one or more rows against the winners' change: overall, and for each noise bin.
 
     The accuracy at scale 0 is left out: all margins are 0 there, and none is above 0.
-
-    Args:
-        rows (`Sequence[Mapping[str, Any]]`): As [`sweep_row`] returns them; at least one.
-        num_noise_bins (`int`): Number of bins of the noise level between 0 and 1.
-        file (`str` or `Path`): Image file to write.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
     """
-    require("plots", "Plotting a sweep over scales")
     from matplotlib import colormaps  # seconds to import, and an extra
     from matplotlib.figure import Figure
 

@@ -44,10 +44,8 @@ def describe_options() -> OptionTable:
 
     parser = make_parser()
     options = describe(parser, parser.dataclass_types)
-    theirs = {
-        field.name for upstream in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(upstream)
-    }
-    return OptionTable(options, launch.launch_options(options), [name for name in options if name not in theirs])
+    upstream = {field.name for kind in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(kind)}
+    return OptionTable(options, launch.launch_options(options), [name for name in options if name not in upstream])
 
 
 def run(arguments: list[str], prog: str) -> int:

@@ -1,5 +1,4 @@
-"""Checks before the first batch (a sample of the pairs, or every image, divided among the processes that prepare the
-same data) and the report of what was read and dropped."""
+"""Helpers of the checks before the first batch, and the report of what was read and dropped."""
 
 import logging
 import multiprocessing
@@ -28,27 +27,17 @@ HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
 @dataclass
 class DataReport:
-    """Counts of the rows, pairs and drops of a preference set, with examples of what was dropped.
+    """Counts of the rows, pairs and drops of a preference set, with examples of what was dropped."""
 
-    Attributes:
-        name, format (`str`): Name of the set in messages, and its key in `FORMATS`.
-        rows (`int`): Rows of the source.
-        pairs (`int`): Pairs to train on.
-        ties (`int`): Pairs of images that were judged equal.
-        undecodable (`int`): Pairs with an image that cannot be decoded.
-        bad_prompts, bad_labels (`int`): Rows whose prompt is no string; whose label or score is missing or unreadable.
-        examples (`dict[str, list[tuple[int, str]]]`): For each kind of drop, the first few row numbers and reasons.
-    """
-
-    name: str
-    format: str
-    rows: int = 0
-    pairs: int = 0
-    ties: int = 0
-    undecodable: int = 0
-    bad_prompts: int = 0
-    bad_labels: int = 0
-    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    name: str  # in messages
+    format: str  # key in `FORMATS`
+    rows: int = 0  # of the source
+    pairs: int = 0  # to train on
+    ties: int = 0  # pairs of images that were judged equal
+    undecodable: int = 0  # pairs with an image that cannot be decoded
+    bad_prompts: int = 0  # rows whose prompt is no string
+    bad_labels: int = 0  # rows whose label or score is missing or unreadable
+    examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first row numbers and reasons, by kind
 
     @property
     def dropped(self) -> int:
@@ -83,10 +72,6 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
     return report.add(kind, row, reason, amount)
 
 
-def _single_process(value: Any) -> list[Any]:
-    return [value]
-
-
 @dataclass(frozen=True)
 class Peers:
     """The processes that prepare the same data at the same time; one by default.
@@ -100,7 +85,7 @@ class Peers:
 
     index: int = 0
     count: int = 1
-    gather: Callable[[Any], list[Any]] = _single_process
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def chunks(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """This process's rows in chunks, equally many on every process; a chunk may be empty."""
@@ -112,13 +97,10 @@ class Peers:
             yield rows[first : min(first + ROUND_ROWS, len(rows))]
 
     def gather_results(self, check: Callable[[], Any]) -> list[Any]:
-        """Runs `check` on every process and gathers the results in the order of `index`. A collective call.
-
-        Args:
-            check (`Callable`): This process's share of the work. If it raises on one process, all raise.
+        """Runs `check`, this process's share of the work, and gathers the results in the order of `index`. Collective.
 
         Raises:
-            The process's own error, or `RuntimeError` with the message of the first process that failed.
+            On all processes if `check` raises on one: its error there, elsewhere `RuntimeError` with the first message.
         """
         failure: Exception | None = None
         result = None
@@ -139,17 +121,12 @@ ALONE = Peers()
 
 
 class IdenticalPairs:
-    """Counts pairs whose two images are identical, so that there is no preference to learn.
-
-    Args:
-        name (`str`): Name of the data set in messages.
-    """
+    """Counts pairs whose two images are identical; `name` is that of the data set in messages."""
 
     def __init__(self, name: str) -> None:
         self.name, self.checked, self.identical = name, 0, 0
 
     def add(self, identical: bool) -> None:
-        """Counts a pair."""
         self.checked += 1
         self.identical += identical
 
@@ -170,7 +147,7 @@ class IdenticalPairs:
             logger.warning("%s are the same image: such pairs teach nothing. Check the columns.", found)
 
 
-def verify_choice(value: Any) -> str:
+def parse_verify_images(value: Any) -> str:
     """One of `VERIFY_IMAGES`; a boolean, or its spelling on a command line or in YAML, means `"all"` or `"none"`.
 
     Raises:

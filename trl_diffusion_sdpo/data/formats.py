@@ -17,7 +17,7 @@ class LabelError(ValueError):
 
 
 class PairReference(NamedTuple):
-    """The images of a pair, each as `(row, image)`: a row of the source, and the index of the image within the row."""
+    """The images of a pair, each by its row in the source and its index within the row."""
 
     winner_row: int
     winner_image: int
@@ -27,16 +27,10 @@ class PairReference(NamedTuple):
 
 
 class ImageScores(NamedTuple):
-    """How a row's label ranks the row's images.
+    """How a row's label ranks the row's images."""
 
-    Attributes:
-        values (`tuple[float, ...]`): One number per image of the row; larger is better.
-        ranked (`bool`): Whether equal numbers are a tie. They are not where one image was picked out of many: the
-            others were never compared with each other.
-    """
-
-    values: tuple[float, ...]
-    ranked: bool = True
+    values: tuple[float, ...]  # one number per image; larger is better
+    ranked: bool = True  # whether equal numbers are a tie: the images that nobody picked were never compared
 
 
 @dataclass(frozen=True)
@@ -161,23 +155,20 @@ def resolve_format(
 
     With `use_scores=False` score columns are not read, and a row without a score is valid.
     """
-    known = _named_format(dataset_format, list(column_names))
-    return known if use_scores else replace(known, score_columns=None)
-
-
-def _named_format(dataset_format: str | None, columns: list[str]) -> PreferenceFormat:
+    columns = list(column_names)
     if dataset_format is None:
-        return detect_format(columns)
-    if dataset_format not in FORMATS:
+        known = detect_format(columns)
+    elif dataset_format not in FORMATS:
         raise ValueError(f"`dataset_format` must be one of {sorted(FORMATS)}, got {dataset_format!r}.")
-    chosen = FORMATS[dataset_format]
-    if lacking := chosen.missing(columns):
-        raise ValueError(
-            f"`dataset_format={dataset_format!r}` needs {chosen.describe()}; the data set has {columns} and lacks "
-            f"{lacking}. Rename its columns or leave `dataset_format` out."
-        )
-    _check_scores(chosen, columns)
-    return chosen
+    else:
+        known = FORMATS[dataset_format]
+        if lacking := known.missing(columns):
+            raise ValueError(
+                f"`dataset_format={dataset_format!r}` needs {known.describe()}; the data set has {columns} and lacks "
+                f"{lacking}. Rename its columns or leave `dataset_format` out."
+            )
+        _check_scores(known, columns)
+    return known if use_scores else replace(known, score_columns=None)
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
@@ -339,10 +330,7 @@ FORMATS: dict[str, PreferenceFormat] = {
             name="pickapic_webdataset",
             prompt_columns=("original_prompt.txt", "caption.txt", "prompt.txt"),
             image_columns=("jpg_0.jpg", "jpg_1.jpg"),
-            label_readers={
-                ("label_0.txt", "label_1.txt"): _larger_is_better,
-                ("label_0.txt",): _probability_of_first,
-            },
+            label_readers={("label_0.txt", "label_1.txt"): _larger_is_better, ("label_0.txt",): _probability_of_first},
             text_members=True,
         ),
         PreferenceFormat(
@@ -370,10 +358,7 @@ FORMATS: dict[str, PreferenceFormat] = {
             prompt_columns=_PROMPTS,
             image_columns=("image1", "image2"),
             label_readers={
-                (
-                    "weighted_results_image1_preference",
-                    "weighted_results_image2_preference",
-                ): _larger_is_better,
+                ("weighted_results_image1_preference", "weighted_results_image2_preference"): _larger_is_better,
                 ("votes_image1", "votes_image2"): _larger_is_better,
             },
         ),

@@ -29,14 +29,8 @@ FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SCHEMES = ("file", "hf", "zip", "tar")
 
 
-def settled_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Normalizes the schemes of `image_schemes`.
-
-    Args:
-        value (`str` or `Sequence[str]`, *optional*): One or several, such as `"s3"`, `"S3"` or `"s3://"`.
-
-    Returns:
-        `tuple[str, ...]`: fsspec's names, without repeats.
+def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """fsspec's names of the schemes of `image_schemes`, such as `"s3"`, `"S3"` or `"s3://"`, without repeats.
 
     Raises:
         ValueError: If fsspec knows no such scheme.
@@ -93,7 +87,7 @@ class ImageReader:
             raise
         except UnidentifiedImageError as error:
             raise UndecodableImageError("is of no image format that Pillow knows") from error
-        except Exception as error:  # of any type, from decoders and file systems; no row may end the run
+        except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
             raise UndecodableImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
         short, long = sorted(image.size)
         if short < MIN_SIDE:
@@ -161,9 +155,7 @@ class ImageReader:
             return _bounded(file.read(MAX_FILE_BYTES + 1))
 
 
-def decode_image(value: Any) -> Image.Image:
-    """[`ImageReader.decode`] with the default schemes."""
-    return ImageReader().decode(value)
+decode_image = ImageReader().decode  # with the default schemes
 
 
 def _scheme(hop: str) -> str:

@@ -77,21 +77,21 @@ class PreferenceDataset(Dataset):
         return self._undecodable.clone()
 
     def mark_undecodable(self, mask: torch.Tensor) -> None:
-        """Adds the pairs that other processes could not decode, a mask like `undecodable`."""
+        """Adds the pairs that other processes could not decode: a mask as of `undecodable`."""
         self._undecodable |= mask
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the random draws, also in running DataLoader workers."""
+        """Sets the epoch that random numbers depend on, also in running DataLoader workers."""
         self._maker.set_epoch(epoch)
 
     def for_evaluation(self) -> "PreferenceDataset":
-        """The same pairs, center-cropped, with every prompt and with draws that do not depend on the epoch."""
+        """The same pairs, center-cropped, with every prompt and with seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker = self._maker.for_evaluation()
         return view
 
     def first(self, count: int) -> "PreferenceDataset":
-        """The first pairs, at most `count`, with the same draws as here."""
+        """The first pairs, at most `count`, with the same random numbers as here."""
         view = copy.copy(self)
         view._index, view._scores = self._index[:count], None if self._scores is None else self._scores[:count]
         view._undecodable = self._undecodable[:count].clone().share_memory_()
@@ -124,12 +124,11 @@ class PreferenceDataset(Dataset):
             self._undecodable[pair] = 1  # the report counts these
             self._report.add("undecodable", image[0], reason, amount=0)
         self._report_sample(len(sample), sum(bool(found) for found, _ in checked))
-        if compare:
-            pairs = IdenticalPairs(self._report.name)
-            for _, identical in checked:
-                if identical is not None:
-                    pairs.add(identical)
-            pairs.verify()
+        pairs = IdenticalPairs(self._report.name)
+        for _, identical in checked:
+            if compare and identical is not None:
+                pairs.add(identical)
+        pairs.verify()
 
     def _report_sample(self, checked: int, bad: int) -> None:
         if not bad or checked == len(self):

@@ -8,9 +8,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .checking import ALONE, COUNTS, DataReport, Peers, verify_choice
+from .checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
 from .formats import PreferenceFormat, resolve_format
-from .images import SCHEMES, ImageReader, settled_schemes
+from .images import SCHEMES, ImageReader, parse_schemes
 from .map_style import PreferenceDataset
 from .sources import make_source
 from .streaming import PreferenceIterableDataset
@@ -73,9 +73,9 @@ def prepare_dataset(
     """
     if on_bad_row not in ("drop", "raise"):
         raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {on_bad_row!r}.')
-    verify = verify_choice(verify_images)
+    verify = parse_verify_images(verify_images)
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
-    reader = ImageReader((*SCHEMES, *settled_schemes(image_schemes)))
+    reader = ImageReader((*SCHEMES, *parse_schemes(image_schemes)))
     if num_proc is not None and (verify != "all" or isinstance(dataset, datasets.IterableDataset)):
         logger.warning("`num_proc=%s` has no effect: it is for the check of all images of a map-style set.", num_proc)
     if isinstance(dataset, datasets.IterableDataset):

@@ -67,11 +67,7 @@ class ArrowSource:
             _check_table,
             batched=True,
             batch_size=16,
-            fn_kwargs={
-                "image_columns": self.format.image_columns,
-                "in_list": self.format.images_in_list,
-                "reader": reader,
-            },
+            fn_kwargs={"columns": self.format.image_columns, "in_list": self.format.images_in_list, "reader": reader},
             features=datasets.Features({"problems": datasets.List(datasets.Value("string"))}),
             remove_columns=images.column_names,
             num_proc=num_proc,
@@ -197,12 +193,7 @@ def build_index(source: ArrowSource | RowSource, reject: Reject) -> tuple[np.nda
 
 
 def pairs_fingerprint(source: ArrowSource | RowSource, index: np.ndarray, scores: np.ndarray | None) -> dict[str, Any]:
-    """Identifies map-style pairs, equally on every machine and in a time that does not grow with the images.
-
-    Args:
-        source (`ArrowSource` or `RowSource`): Where the pairs are read.
-        index (int64 of shape `(P, 4)`): The pairs, as `build_index` returns them, without those dropped.
-        scores (`np.ndarray` of shape `(P, 2)`, *optional*): Reward scores of winners and losers.
+    """Identifies pairs of [`build_index`], equally on every machine, in a time that does not grow with the images.
 
     Returns:
         `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts` and
@@ -262,8 +253,6 @@ def _short(digest: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_table(
-    table: Any, image_columns: Sequence[str], in_list: bool, reader: ImageReader
-) -> dict[str, list[list[str]]]:
-    rows = (images_of_row(row, image_columns, in_list) for row in table.to_pylist())
+def _check_table(table: Any, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list[list[str]]]:
+    rows = (images_of_row(row, columns, in_list) for row in table.to_pylist())
     return {"problems": [[reader.problem(image) for image in images] for images in rows]}

@@ -26,8 +26,8 @@ _COUNTER_ROWS = 256  # rows of the shared table in which workers count; more wor
 
 @dataclass(frozen=True)
 class Share:
-    """The pairs of a stream that one of several processes takes: `batch` at a time in turn, so that the processes'
-    batches of one step are those that one process would have in a batch of all.
+    """The pairs of a stream that one process takes: `batch` consecutive ones in turn, so that the processes' batches of
+    a step together are the batch of a single process.
 
     Args:
         index (`int`): Rank of the process, from 0.
@@ -45,7 +45,7 @@ class Share:
     is_split: bool = False
 
     def takes(self, position: int) -> bool:
-        """Whether the pair at a position of the stream is this process's."""
+        """Whether this process takes the pair at a position of the stream."""
         return self.is_split or position // self.batch % self.count == self.index
 
     def pairs_of(self, total: int) -> int:
@@ -58,8 +58,8 @@ class PreferenceIterableDataset(IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]; items as in [`PreferenceDataset`].
 
     DataLoader workers divide the source's shards as in `datasets`. `row` is a running number, different for every
-    worker, so that no two pairs of an epoch have the same draws. Bad pairs are skipped and counted. Formats that group
-    rows expect the rows of a group to be consecutive.
+    worker, so that no two pairs of an epoch have the same random numbers. Bad pairs are skipped and counted. Formats
+    that group rows expect the rows of a group to be consecutive.
 
     Attributes:
         is_split (`bool`): Whether the processes read different streams already; set by the trainer.
@@ -100,13 +100,13 @@ class PreferenceIterableDataset(IterableDataset):
         return DataReport(self._name, self._format.name, **counts, examples=self._examples)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the random draws and of a shuffled stream's order, also in running DataLoader workers."""
+        """Sets the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
         if not self._fixed:
             self._maker.set_epoch(epoch)
             self._source.set_epoch(epoch)
 
     def for_evaluation(self) -> "PreferenceIterableDataset":
-        """One pass over this stream, center-cropped, with every prompt and draws that do not depend on the epoch."""
+        """One pass over this stream, center-cropped, with every prompt and seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker, view._repeat, view._fixed = self._maker.for_evaluation(), False, True
         return view
@@ -167,7 +167,7 @@ class PreferenceIterableDataset(IterableDataset):
         if worker is None:
             self._counts.zero_()  # of an earlier loader's workers
         counts.zero_()
-        readers = workers  # number of different streams, whose pairs must not have the same draws
+        readers = workers  # number of different streams, whose pairs must not have the same random numbers
         if self._share.is_split:
             number, readers = number + workers * self._share.index, workers * self._share.count
         position, taken = -1, 0
@@ -185,7 +185,7 @@ class PreferenceIterableDataset(IterableDataset):
         return 0 if taken and self._repeat else position + 1  # 0 ends the repetition: no image could be decoded
 
     def _items(self, report: DataReport, start: int) -> Iterator[tuple | None]:
-        """For each labelled pair its images, prompt and scores; `None` if it is undecodable or another process's."""
+        """Images, prompt and scores of each labelled pair; `None` if it is undecodable or of another process."""
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if reject(report, self._strict, kind, row, reason, amount):

@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class PairDraws:
-    """All random numbers of one pair in one epoch, drawn together: disabling one use does not change the others.
+    """All random numbers of one pair in one epoch, sampled together: disabling one use does not change the others.
 
     Attributes:
         top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space, so that images of different sizes
@@ -40,24 +40,18 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
-        """The draws of a pair, equal on every machine and in every process for the same non-negative key."""
+        """The numbers of a pair, equal on every machine and in every process for the same non-negative key."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
 
 
 class PairPixels(NamedTuple):
-    """A transformed pair, winner first.
+    """A transformed pair, winner first."""
 
-    Attributes:
-        pixel_values (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): RGB values.
-        original_sizes (two of `(height, width)`): Before resizing.
-        crop_top_lefts (two of `(top, left)`): Crop offsets in the resized, possibly mirrored, image.
-    """
-
-    pixel_values: torch.Tensor
-    original_sizes: tuple[Size, Size]
-    crop_top_lefts: tuple[Size, Size]
+    pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
+    original_sizes: tuple[Size, Size]  # (height, width) before resizing
+    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized, possibly mirrored, image
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
@@ -82,7 +76,7 @@ def _white(device: torch.device) -> torch.Tensor:
 
 
 class PairTransform:
-    """Resizes, flips and crops both images of a pair with the same draws.
+    """Resizes, flips and crops both images of a pair with the same random numbers.
 
     The resize keeps the aspect ratio and covers the target: for a square target the shorter side becomes `resolution`
     and the longer one is rounded down, as torchvision's `Resize(int)` does on PIL images.
@@ -110,17 +104,10 @@ class PairTransform:
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
         self.height, self.width = size
-        self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.interpolation = interpolation
+        self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
 
     def __call__(self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None) -> PairPixels:
-        """Both images as pixels.
-
-        Args:
-            winner, loser (`PIL.Image.Image` in mode RGB): Of any two sizes.
-            draws (`PairDraws`, *optional*): `None` center-crops and never flips, whatever the settings.
-        """
+        """Two RGB images of any sizes as pixels; without `draws` center-cropped and not flipped."""
         pixels, corners = zip(*(self._transform(image, draws) for image in (winner, loser)), strict=True)
         sizes = ((winner.height, winner.width), (loser.height, loser.width))
         return PairPixels(torch.stack(pixels), sizes, corners)
@@ -138,7 +125,8 @@ class PairTransform:
             image = ImageOps.mirror(image)
         top, left = self._corner(height - self.height, width - self.width, draws)
         image = image.crop((left, top, left + self.width, top + self.height))
-        return _to_tensor(image), (top, left)
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        return pixels.contiguous(), (top, left)
 
     def _corner(self, free_height: int, free_width: int, draws: PairDraws | None) -> Size:
         if draws is None or self.center_crop:
@@ -147,7 +135,7 @@ class PairTransform:
 
 
 class ItemMaker:
-    """Makes items from decoded images, and holds the epoch that their random draws depend on."""
+    """Makes items from decoded images, and holds the epoch that their random numbers depend on."""
 
     def __init__(self, transform: PairTransform, prompt_dropout: float, seed: int, training: bool) -> None:
         if not 0.0 <= prompt_dropout <= 1.0:
@@ -160,7 +148,7 @@ class ItemMaker:
             self.epoch.share_memory_()  # for persistent workers; it holds a file open
 
     def for_evaluation(self) -> "ItemMaker":
-        """One with the same transform and seed: no augmentation, and draws that do not depend on the epoch."""
+        """One with the same transform and seed, without augmentation, whose seeds do not depend on the epoch."""
         return ItemMaker(self.transform, 0.0, self.seed, training=False)
 
     def set_epoch(self, epoch: int) -> None:
@@ -184,8 +172,3 @@ class ItemMaker:
         item["prompt"] = "" if self.training and draws.dropout < self.prompt_dropout else prompt
         item |= {"seed": draws.seed, "row": row}
         return item if scores is None else item | {"scores": scores}
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-    return pixels.contiguous()

@@ -49,14 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def render_training_data(seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Render the flawed images that both stages train on.
-
-    Args:
-        seed (`int`): Seed of the flaws.
-
-    Returns:
-        `torch.Tensor` of shape `(N, 3, 32, 32)` in `[-1, 1]`, and N prompts.
-    """
+    """Render the flawed images that both stages train on: `(N, 3, 32, 32)` in `[-1, 1]`, and their N captions."""
     generator = np.random.default_rng(seed)
     shown = [caption for caption in captions() for _ in range(IMAGES_PER_PROMPT)]
     rendered = np.stack([imperfect_render(caption, generator) for caption in tqdm(shown, desc="rendering")])
@@ -65,14 +58,7 @@ def render_training_data(seed: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def train_vae(vae: AutoencoderKL, images: torch.Tensor, *, steps: int, seed: int) -> None:
-    """Train the autoencoder in place on MSE + L1 / 2 + 1e-7 KL, then set its scaling factor.
-
-    Args:
-        vae (`AutoencoderKL`): Trained in place.
-        images (`torch.Tensor` of shape `(N, 3, 32, 32)`): In `[-1, 1]`.
-        steps (`int`): Optimizer steps.
-        seed (`int`): Seed of the batches and the latent noise.
-    """
+    """Train the autoencoder in place on MSE + L1 / 2 + 1e-7 KL, then set its scaling factor."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR)
     schedule = OneCycleLR(optimizer, max_lr=VAE_LR, total_steps=steps)
@@ -91,15 +77,7 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, *, steps: int, seed: int
 def train_unet(
     pipeline: StableDiffusionPipeline, images: torch.Tensor, prompts: list[str], *, steps: int, seed: int
 ) -> None:
-    """Train denoiser and text encoder in place to predict the noise, and set them to their averaged weights.
-
-    Args:
-        pipeline (`StableDiffusionPipeline`): Its autoencoder is trained already.
-        images (`torch.Tensor` of shape `(N, 3, 32, 32)`): In `[-1, 1]`.
-        prompts (`list[str]` of length N): Their captions.
-        steps (`int`): Optimizer steps.
-        seed (`int`): Seed of the batches, timesteps, noise and dropped captions.
-    """
+    """Train denoiser and text encoder in place to predict the noise, and set them to their averaged weights."""
     generator = torch.Generator().manual_seed(seed)
     latents = encode(pipeline.vae, images) * pipeline.vae.config.scaling_factor
     tokens, empty = _tokenize(pipeline, prompts), _tokenize(pipeline, [""])
@@ -144,12 +122,8 @@ def _step(loss: torch.Tensor, parameters, optimizer: torch.optim.Optimizer, sche
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trl_diffusion_sdpo.demo.build_base", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base", help="folder of the result")
-    parser.add_argument(
-        "--work_dir",
-        type=Path,
-        default=Path("build/demo_base"),
-        help="folder of the trained autoencoder; delete it to start anew",
-    )
+    work_dir = "folder of the trained autoencoder; delete it to train it again"
+    parser.add_argument("--work_dir", type=Path, default=Path("build/demo_base"), help=work_dir)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=2000)
     parser.add_argument("--unet_steps", type=int, default=2500)

@@ -118,12 +118,7 @@ def run_demo(
 
 
 class Comparison:
-    """Trains methods on the same pairs, and scores them with the same prompts and latents.
-
-    Args:
-        folder (`Path`): The demo's output folder.
-        settings (`dict[str, Any]`): `seed`, `max_steps`, `pairs`, `samples_per_prompt` and `evaluations`.
-    """
+    """Trains methods on the same pairs, and scores them with the same prompts and latents."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, settings
@@ -210,9 +205,7 @@ def read_curves(history: list[dict[str, Any]]) -> Curves:
     `eval_errors/*_change`. Where they do, the two are equal: all methods start from the base model, and all evaluations
     have the same noise.
 
-    Args:
-        history (`list[dict]`): As `TrainerState.log_history`, with the entries of `OracleCallback`. Of a step
-            evaluated twice, as by a resumed run, the last entry counts.
+    Of a step evaluated twice, as by a resumed run, the last entry counts.
     """
     evaluated = {entry["step"]: entry for entry in history if "eval_errors/winner" in entry}
     scored = {entry["step"]: entry for entry in history if "oracle" in entry}
@@ -249,10 +242,8 @@ def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         differing = [name for name in settings if stored.get(name) != settings[name]]
         if differing:
             listed = "; ".join(f"{name} was {stored.get(name)}, is {settings[name]}" for name in differing)
-            raise ValueError(
-                f"`output_dir` must be new or hold a demo of the same settings; in {folder} {listed}. Choose another "
-                "folder, or delete this one."
-            )
+            rule = "`output_dir` must be new or hold a demo of the same settings"
+            raise ValueError(f"{rule}; in {folder} {listed}. Choose another folder, or delete this one.")
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

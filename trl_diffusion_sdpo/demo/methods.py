@@ -18,24 +18,18 @@ HARD = {"learning_rate": 2e-4, "beta": 100.0}
 GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
-# Keeps the winners' error low for a little less reward: a point of the front that benchmarks/front.py measures.
+# A lower winner error for slightly less reward: a point of the front that benchmarks/front.py measures.
 RECIPE = {"loss_type": "sigmoid", "safeguard": "parameter", "safeguard_mu": 0.8, "lr_scheduler_type": "cosine"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        key, label (`str`): Name of its folder, and name to display.
-        settings (`dict[str, Any]`): Its fields of `DiffusionSDPOConfig`.
-        gentle (`bool`): Whether these are the gentle settings, trained for half as many steps.
-    """
-
-    key: str
-    label: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    gentle: bool = False
+    key: str  # name of its folder
+    label: str  # name to display
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of `DiffusionSDPOConfig`
+    gentle: bool = False  # trained for half as many steps
 
 
 METHODS = (
@@ -51,12 +45,8 @@ GENTLE_METHODS = (
 
 
 class ImageScorer:
-    """Generates images from fixed prompts and latents, and scores them by the oracle.
-
-    Args:
-        samples_per_prompt (`int`): Images for each of the 72 prompts.
-        seed (`int`): Seed of the latents.
-    """
+    """Generates images from fixed prompts and latents, `samples_per_prompt` for each of the 72 prompts, and scores them
+    by the oracle."""
 
     def __init__(self, samples_per_prompt: int, seed: int):
         self.prompts = score_prompts(samples_per_prompt)
@@ -78,20 +68,12 @@ class OracleCallback(TrainerCallback):
     """Adds the oracle's score to the log history at every evaluation, and evaluates after the last step.
 
     The entry has `step`, `oracle`, `oracle_stderr` and `seconds`, the training time so far. Checkpoints store it with
-    the log history.
-
-    Args:
-        pipeline (`StableDiffusionPipeline`): The pipeline whose UNet is trained.
-        scorer (`ImageScorer`): Generates and scores images.
-        base (`Score`): The score before training.
-
-    Attributes:
-        latest (`tuple[np.ndarray, np.ndarray]`): Newest images and their scores; both empty before the first.
+    the log history. `base` is the score before training.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
         self.pipeline, self.scorer, self.base = pipeline, scorer, base
-        self.latest = (np.empty(0), np.empty(0))
+        self.latest = (np.empty(0), np.empty(0))  # newest images and their scores
         self._start = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -113,20 +95,15 @@ class OracleCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """One progress bar for a method, with the newest score, in place of one for each evaluation.
-
-    Args:
-        title (`str`): Description of the bar.
-    """
+    """One progress bar for a method, with the newest score, in place of one for each evaluation."""
 
     def __init__(self, title: str):
         self.title = title
         self._bar: tqdm | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=1.0
-        )
+        done, total = state.global_step, state.max_steps
+        self._bar = tqdm(total=total, initial=done, desc=self.title, unit="step", mininterval=1.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._bar.update(state.global_step - self._bar.n)

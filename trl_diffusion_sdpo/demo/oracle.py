@@ -19,12 +19,7 @@ MIN_CONTRAST = 0.15  # RGB distance below which there is no object
 AREA_RANGE = (SHAPE_AREA / 4, SHAPE_AREA * 3)  # pixels; outside of this range there is no object
 
 # Perimeter of each shape of area 1, from its definition in `world`.
-PERIMETERS = {
-    "circle": 2 * np.pi**0.5,
-    "square": 4.0,
-    "triangle": 6 * 3**-0.25,
-    "cross": 12 * 5**-0.5,
-}
+PERIMETERS = {"circle": 2 * np.pi**0.5, "square": 4.0, "triangle": 6 * 3**-0.25, "cross": 12 * 5**-0.5}
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,7 @@ _CHUNK = 256  # images per forward pass
 
 
 def load_base_pipeline() -> StableDiffusionPipeline:
-    """Load the packaged base model in float32 on the CPU.
-
-    Returns:
-        `StableDiffusionPipeline`: In evaluation mode, without progress bar and safety checker.
-    """
+    """The packaged base model in float32 on the CPU, in evaluation mode, without progress bar and safety checker."""
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline_folder(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -46,26 +42,14 @@ def base_pipeline_folder() -> Path:
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """Build the untrained pipeline: 1.8 million parameters, 32 x 32 images, 4 x 8 x 8 latents.
-
-    Args:
-        seed (`int`): Seed of the initial weights. The global random state is not changed.
-
-    Returns:
-        `StableDiffusionPipeline`: In float32 on the CPU.
-    """
+    """The untrained pipeline in float32 on the CPU: 1.8 million parameters, 32 x 32 images, 4 x 8 x 8 latents. Does not
+    change the global random state."""
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae, unet, text_encoder = _build_vae(), _build_unet(), _build_text_encoder(tokenizer)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -94,15 +78,8 @@ def build_tokenizer() -> CLIPTokenizer:
     characters = _byte_characters()
     tokens = [*characters, *(one + _WORD_END for one in characters), *(a + b for a, b in merges), _START, _END]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=cast(Any, merges),
-        bos_token=_START,
-        eos_token=_END,
-        unk_token=_END,
-        pad_token=_END,
-        model_max_length=TEXT_LENGTH,
-    )
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    return CLIPTokenizer(vocab=vocab, merges=cast(Any, merges), **special, model_max_length=TEXT_LENGTH)
 
 
 def generate_images(
@@ -152,15 +129,8 @@ def score_prompts(n_per_prompt: int = 3) -> list[str]:
 
 
 def score_latents(n_per_prompt: int = 3, seed: int = 0) -> torch.Tensor:
-    """Fixed initial latents for `score_prompts`, so that models are compared on equal noise.
-
-    Args:
-        n_per_prompt (`int`): Latents per prompt.
-        seed (`int`): Seed of the latents.
-
-    Returns:
-        `torch.Tensor` of shape `(72 * n_per_prompt, 4, 8, 8)`, float32.
-    """
+    """Fixed initial latents for `score_prompts`, `(72 * n_per_prompt, 4, 8, 8)` in float32, so that models are compared
+    on equal noise."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(captions()) * n_per_prompt, *LATENT_SHAPE, generator=generator)
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..import_utils import require
 from .pipeline import score_prompts
 from .results import DemoResult, MethodResult, Score
 from .world import IMAGE_SIZE
@@ -30,14 +29,7 @@ GRID_ZOOM = 4
 
 
 def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
-    """Write the report to the result's folder.
-
-    Returns:
-        The summary, and the files.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
+    """Write the report to the result's folder; returns the summary and the files."""
     folder = result.folder
     plot_curves(result, folder / CURVES_FILE)
     draw_grid(result).save(folder / GRID_FILE)
@@ -51,7 +43,6 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
 
 def plot_curves(result: DemoResult, path: Path) -> None:
     """Plot winner and loser error change, lambda and the oracle's score over the steps, a line per method."""
-    require("plots", "Plotting the demo's curves")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes seconds, and is an extra
     from matplotlib.figure import Figure
 
@@ -121,7 +112,7 @@ def draw_grid(result: DemoResult) -> Image.Image:
     rows = range(0, len(prompts), GRID_PROMPT_EVERY * result.settings["samples_per_prompt"])
     columns = [("base", "Base", result.base, result.base_samples, result.base_scores)]
     columns += [(m.key, m.label, m.oracle, m.samples, m.scores) for m in result.methods]
-    font = _Fonts()
+    large, normal, small = (ImageFont.load_default(size) for size in (21, 15, 14))
     side, left, top, gap = GRID_ZOOM * IMAGE_SIZE, 150, 64, 14
     step_x, step_y = side + 3 * gap, side + gap + 20
     sheet = Image.new("RGB", (left + step_x * len(columns), top + step_y * len(rows) + 34), "white")
@@ -129,28 +120,21 @@ def draw_grid(result: DemoResult) -> Image.Image:
     for column, (key, label, mean, samples, scores) in enumerate(columns):
         x = left + column * step_x
         short = label.replace("Diffusion-", "").replace(", ", " ")
-        pen.text((x + side / 2, 8), short, STYLES[key][0], font.bold, anchor="ma")
-        pen.text((x + side / 2, 34), f"mean {mean.mean:.3f}", "#333333", font.small, anchor="ma")
+        pen.text((x + side / 2, 8), short, STYLES[key][0], large, anchor="ma")
+        pen.text((x + side / 2, 34), f"mean {mean.mean:.3f}", "#333333", small, anchor="ma")
         for row, index in enumerate(rows):
             y = top + row * step_y
             image = Image.fromarray(samples[index]).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(image, (x, y))
             pen.rectangle((x - 1, y - 1, x + side, y + side), outline="#bbbbbb")
-            pen.text((x + side / 2, y + side + 3), f"{scores[index]:.2f}", "#333333", font.small, anchor="ma")
+            pen.text((x + side / 2, y + side + 3), f"{scores[index]:.2f}", "#333333", small, anchor="ma")
     for row, index in enumerate(rows):
         words = prompts[index].split()
         text = "\n".join([" ".join(words[:3]), " ".join(words[3:])])
-        pen.multiline_text((12, top + row * step_y + side / 2), text, "black", font.normal, anchor="lm")
+        pen.multiline_text((12, top + row * step_y + side / 2), text, "black", normal, anchor="lm")
     note = "Equal latents in each row. Below each image its oracle score; prompts: every tenth."
-    pen.text((12, sheet.height - 28), note, "#444444", font.small)
+    pen.text((12, sheet.height - 28), note, "#444444", small)
     return sheet
-
-
-class _Fonts:
-    """Pillow's default font in the sizes of the grid."""
-
-    def __init__(self):
-        self.bold, self.normal, self.small = (ImageFont.load_default(size) for size in (21, 15, 14))
 
 
 def table(result: DemoResult) -> str:

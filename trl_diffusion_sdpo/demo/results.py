@@ -16,15 +16,10 @@ SAMPLES_FILE = "samples.png"
 
 @dataclass(frozen=True)
 class Score:
-    """The oracle's score of a set of images.
+    """The oracle's score of a set of images."""
 
-    Attributes:
-        mean (`float`): Mean score in `[0, 1]`.
-        stderr (`float`): Standard error of that mean over the images.
-    """
-
-    mean: float
-    stderr: float
+    mean: float  # in [0, 1]
+    stderr: float  # standard error of that mean over the images
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Score":
@@ -40,45 +35,30 @@ class Score:
 class Curves:
     """A method over its training steps. The first four lists have equal lengths, and so have the last two.
 
-    Attributes:
-        steps (`list[int]`): Optimizer steps of the evaluations, from 0.
-        winner_change, loser_change (`list[float]`): Error on the chosen and on the rejected images of the held-out
-            pairs, minus that before training, under the same noise and timesteps.
-        oracle (`list[Score]`): Scores of images from equal latents.
-        scale_steps (`list[int]`): Optimizer steps at which the scale was logged.
-        scale (`list[float]`): Mean lambda of the safeguard since the previous log; empty without a safeguard.
+    The changes are errors on the chosen and rejected images of the held-out pairs, minus those before training, under
+    the same noise and timesteps.
     """
 
-    steps: list[int]
+    steps: list[int]  # optimizer steps of the evaluations, from 0
     winner_change: list[float]
     loser_change: list[float]
-    oracle: list[Score]
-    scale_steps: list[int]
-    scale: list[float]
+    oracle: list[Score]  # of images from equal latents
+    scale_steps: list[int]  # optimizer steps at which the scale was logged
+    scale: list[float]  # mean lambda of the safeguard since the previous log; empty without a safeguard
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One trained method.
-
-    Attributes:
-        key, label (`str`): Name of its folder, and name to display.
-        gentle (`bool`): Whether it has the gentle settings.
-        settings (`dict[str, Any]`): Its fields of `DiffusionSDPOConfig`.
-        seconds (`float`): Time of training and evaluations.
-        curves (`Curves`): Measurements during training.
-        samples (`np.ndarray` of shape `(72 * n, 32, 32, 3)`, uint8): Its images after training, prompt by prompt.
-        scores (`np.ndarray` of shape `(72 * n,)`): Their scores.
-    """
+    """One trained `Method`."""
 
     key: str
     label: str
     gentle: bool
     settings: dict[str, Any]
-    seconds: float
+    seconds: float  # of training and evaluations
     curves: Curves
-    samples: np.ndarray
-    scores: np.ndarray
+    samples: np.ndarray  # images after training, prompt by prompt: (72 * n, 32, 32, 3), uint8
+    scores: np.ndarray  # of these images, (72 * n,)
 
     @property
     def oracle(self) -> Score:
@@ -115,30 +95,19 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All results of the demo.
+    """All results of the demo."""
 
-    Attributes:
-        folder (`Path`): Folder of the plots, the table and the numbers.
-        settings (`dict[str, Any]`): Seed, kind of pairs, steps, and the settings of all methods.
-        train_pairs, eval_pairs (`int`): Numbers of pairs.
-        base (`Score`), base_samples, base_scores (`np.ndarray`): The model that every method starts from.
-        methods (`list[MethodResult]`): In the order of training.
-        seconds (`float`): Time of this call, without methods trained before.
-        summary (`str`): The results in a few lines.
-        files (`tuple[Path, ...]`): The files written to `folder`.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    train_pairs: int
+    folder: Path  # of the plots, the table and the numbers
+    settings: dict[str, Any]  # seed, kind of pairs, steps, and the settings of all methods
+    train_pairs: int  # number of pairs
     eval_pairs: int
-    base: Score
+    base: Score  # of the model that every method starts from
     base_samples: np.ndarray
     base_scores: np.ndarray
-    methods: list[MethodResult]
-    seconds: float
-    summary: str = ""
-    files: tuple[Path, ...] = ()
+    methods: list[MethodResult]  # in the order of training
+    seconds: float  # of this call, without methods trained before
+    summary: str = ""  # the results in a few lines
+    files: tuple[Path, ...] = ()  # written to `folder`
 
 
 def write_sheet(samples: np.ndarray, path: Path) -> None:

@@ -54,17 +54,7 @@ def captions() -> list[Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """Parse a prompt of this world.
-
-    Args:
-        text (`str`): For example `"a red circle on white"`.
-
-    Returns:
-        `Caption`: The parts.
-
-    Raises:
-        ValueError: If `text` is not one of the 72 prompts.
-    """
+    """Parse a prompt of this world, such as `"a red circle on white"`; `ValueError` on any other text."""
     words = text.split()
     if len(words) == 5:
         caption = Caption(words[1], words[2], words[4])
@@ -105,12 +95,7 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
     The centroid is off by a normal of 3 pixels on each axis (at most 6), 60% are blurred, 10% show a wrong colour and
     10% a wrong shape, each independently of the others.
 
-    Args:
-        caption (`Caption`): The caption of the image.
-        generator (`np.random.Generator`): Every call draws equally many numbers.
-
-    Returns:
-        `np.ndarray` of shape `(32, 32, 3)`, uint8.
+    Every call takes equally many numbers from the generator.
     """
     offset = np.clip(generator.normal(0.0, OFFSET_SD, size=2), -MAX_OFFSET, MAX_OFFSET)
     blurred, wrong_colour, wrong_shape = generator.random(3) < (BLUR_CHANCE, WRONG_COLOUR_CHANCE, WRONG_SHAPE_CHANCE)
@@ -126,16 +111,8 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points are inside the shape of area 1 whose centroid is the origin.
-
-    Args:
-        shape (`str`): One of `SHAPES`.
-        x (`np.ndarray`): Coordinates to the right.
-        y (`np.ndarray` of the same shape): Coordinates downwards, as image rows go.
-
-    Returns:
-        `np.ndarray` of the same shape, bool.
-    """
+    """Which points are inside the shape of area 1 whose centroid is the origin: bool, of the shape of the coordinates
+    `x` to the right and `y` downwards."""
     return SHAPES[shape](x, y)
 
 
@@ -184,7 +161,7 @@ def _gaussian_blur(plane: np.ndarray, sd: float) -> np.ndarray:
     return plane
 
 
-def _other(name: str, names: dict, draw: float) -> str:
+def _other(name: str, names: dict, uniform: float) -> str:
     """One of the names that is not `name`, chosen by a number in `[0, 1)`."""
     others = [candidate for candidate in names if candidate != name]
-    return others[int(draw * len(others))]
+    return others[int(uniform * len(others))]

@@ -30,14 +30,8 @@ Pairs = PreferenceDataset | PreferenceIterableDataset
 
 
 class BatchLoaders:
-    """Makes a trainer's data loaders.
-
-    Args:
-        args (`TrainingArguments`): With the number of workers decided.
-        accelerator (`Accelerator`): Shards batches over processes and seeds samplers.
-        workers_are_chosen (`bool`): Whether [`choose_workers`] set the number of workers, for the training data;
-            loaders of other data then have no more workers than those allow.
-    """
+    """Makes a trainer's data loaders. Where [`choose_workers`] set the number of workers, for the training data
+    (`workers_are_chosen`), loaders of other data have no more workers than those allow."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
         self._args, self._accelerator, self._workers_are_chosen = args, accelerator, workers_are_chosen
@@ -69,7 +63,9 @@ class BatchLoaders:
         workers = self._workers(dataset)
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # takes this process's share of the pairs itself
-            dataset, options = dataset.for_process(self._share(dataset, batch_size)), {}
+            rank = (args.process_index, args.world_size)
+            share = Share(*rank, batch_size, args.dataloader_drop_last, is_split=dataset.is_split)
+            dataset, options = dataset.for_process(share), {}
             processes = {"num_processes": 1, "process_index": 0}
         loader = DataLoader(
             dataset,
@@ -106,12 +102,6 @@ class BatchLoaders:
             return workers
         return max(_min_workers(self._args), min(workers, _max_workers(dataset)))
 
-    def _share(self, dataset: PreferenceIterableDataset, batch_size: int) -> Share:
-        args = self._args
-        return Share(
-            args.process_index, args.world_size, batch_size, args.dataloader_drop_last, is_split=dataset.is_split
-        )
-
 
 def choose_workers(
     args: TrainingArguments,
@@ -120,11 +110,9 @@ def choose_workers(
     resolution: int | tuple[int, int] | list[int],
     evaluates: bool = False,
 ) -> str:
-    """Set `args.dataloader_num_workers` where it is `None`.
+    """Set `args.dataloader_num_workers` where it is `None`, by the training data.
 
     Args:
-        args (`TrainingArguments`): Changed.
-        dataset ([`PreferenceDataset`] or [`PreferenceIterableDataset`], *optional*): The training data.
         resolution (`int` or `tuple[int, int]`): Side, or height and width, of the images in a batch.
         evaluates (`bool`): Whether evaluations interrupt training, while its prefetched batches stay in memory.
 

@@ -18,21 +18,16 @@ from .sharding import Float32Shards
 
 
 class Engine:
-    """How the process group trains: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO.
-
-    Args:
-        accelerator (`Accelerator`): With the plugins of the run; its settings are read at each call, since
-            transformers completes them until training begins.
-    """
+    """How the process group trains: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+        self.accelerator = accelerator  # read at each call: transformers completes its plugins until training begins
 
     # ---- What runs ------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """On what a checkpoint depends: `"plain"`, `"fsdp"`, or `"zero1, 8 processes"` and so on."""
+        """What a checkpoint must be resumed with: `"plain"`, `"fsdp"`, or `"zero1, 8 processes"` and so on."""
         if self._is_deepspeed:
             return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
         return "fsdp" if self._is_fsdp else "plain"
@@ -121,12 +116,8 @@ class Engine:
             raise ValueError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (`fsdp_config={'version': 2}`).")
 
     def set_precision(self, *, exact_gradients: bool) -> None:
-        """Complete the plugin's precision settings, before the model is prepared.
-
-        Args:
-            exact_gradients (`bool`): Whether gradients are averaged in float32: the difference of two branches loses
-                digits that their sum would not.
-        """
+        """Complete the plugin's precision settings, before the model is prepared. With `exact_gradients`, gradients are
+        averaged in float32: the difference of two branches loses digits that their sum would not."""
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
             policy = plugin.mixed_precision_policy
@@ -147,24 +138,20 @@ class Engine:
         return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
-        """After the model is prepared: let the optimizer start from these weights, and empty the dictionary."""
+        """After the model is prepared: copy these weights into the optimizer's float32 weights, and empty the
+        dictionary. DeepSpeed makes the latter from rounded weights; the rounding exceeds many steps of training."""
         sharding.restore_unrounded(weights)
 
     def gradient_backend(self, model: nn.Module) -> GradientBackend:
-        """How gradients of two branches are kept apart.
-
-        Args:
-            model (`nn.Module`): As returned by `accelerator.prepare`.
-
-        Raises:
-            `ValueError`: If that is impossible with the engine's settings.
-        """
+        """How gradients of two branches are accumulated apart, for a model as `accelerator.prepare` returns it;
+        `ValueError` where the engine's settings do not allow that."""
         return gradient_backend(model, self.accelerator)
 
     # ---- Weights --------------------------------------------------------------------------------------------------
 
     def reshard(self, model: nn.Module) -> None:
-        """Free what FSDP2 has left gathered; call it before weights are read or written outside of a forward pass."""
+        """Free what FSDP2 leaves gathered after a forward pass without gradients, so that parameters are shards again;
+        call it before weights are read or written."""
         sharding.reshard(model)
 
     def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
@@ -202,15 +189,8 @@ class Engine:
         return Float32Shards(weights, self.accelerator, self._zero_stage)
 
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
-        """Shard a frozen module as the engine has sharded the policy, in the policy's precision.
-
-        Args:
-            module (`nn.Module`): In evaluation mode; changed in place.
-            moves (`bool`): Whether its weights will be updated by steps too small for half precision.
-
-        Returns:
-            `nn.Module`: To be called in place of `module`.
-        """
+        """Shard a frozen module, in place, as the engine has sharded the policy and in the policy's precision; if it
+        `moves`, its weights are updated by steps too small for half precision. Returns the module to call instead."""
         dtype = self._half_dtype
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
@@ -225,11 +205,7 @@ class Engine:
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def check_resumable(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise `ValueError` where the optimizer's state could not be read from a checkpoint.
-
-        Args:
-            optimizer (`torch.optim.Optimizer`): As returned by `accelerator.prepare`.
-        """
+        """Raise `ValueError` where the state of a prepared optimizer could not be read from a checkpoint."""
         plain = unwrapped(optimizer)
         stateless = isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
         if self._is_fsdp and stateless:  # torch takes the device of a sharded state from one of its tensors
@@ -239,13 +215,8 @@ class Engine:
             )
 
     def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        """Write the sharded optimizer state, where the engine holds shards; all processes must call it.
-
-        Args:
-            model (`nn.Module`): As the engine wrapped it.
-            optimizer (`torch.optim.Optimizer`): As returned by `accelerator.prepare`.
-            folder (`str`): The checkpoint.
-        """
+        """Write the sharded optimizer state, where the engine holds shards; all processes must call it. Model and
+        optimizer are as `accelerator.prepare` returned them."""
         if self._is_deepspeed:
             cast(Any, model).save_checkpoint(folder, exclude_frozen_parameters=True)
         else:

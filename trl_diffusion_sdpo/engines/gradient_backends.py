@@ -1,5 +1,5 @@
-"""How each engine accumulates the gradients of several backward passes apart, averages them, and takes the one to step
-with. Where the engine shards gradients, accumulators are shards."""
+"""How each engine accumulates the gradients of several backward passes separately, averages them, and steps with one.
+Where the engine shards gradients, accumulators are shards."""
 
 from __future__ import annotations
 
@@ -36,13 +36,8 @@ class GradientBackend(ABC):
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        """Backpropagate, and return the gradient added to `into`, which may be changed in place.
-
-        Args:
-            objective (`torch.Tensor` of shape `()`): Already divided by the accumulation steps.
-            into (`Gradient`, *optional*): That of earlier micro-batches.
-            retain_graph (`bool`): Whether another backward pass through the same graph follows.
-        """
+        """Backpropagate a scalar, already divided by the accumulation steps, and return the gradient added to `into`,
+        that of earlier micro-batches, which may be changed in place."""
 
     @abstractmethod
     def set_gradient(self, gradient: Gradient) -> None:
@@ -70,15 +65,11 @@ class GradientBackend(ABC):
 
     @abstractmethod
     def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        """AdamW's state of each weight, or shard, in a gradient's order.
-
-        Args:
-            optimizer (`torch.optim.Optimizer`): As [`unwrapped_adamw`] returns it.
-        """
+        """State of the [`unwrapped_adamw`] for each weight, or shard, in a gradient's order."""
 
     @property
     def loss_scale(self) -> float:
-        """By which fp16 training multiplies gradients against underflow."""
+        """What fp16 training multiplies gradients by against underflow."""
         return 1.0
 
 
@@ -164,16 +155,12 @@ class ZeroBackend(GradientBackend):
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
-        self.clear()
+        self._engine.optimizer.zero_grad()  # the next branch starts from zero
         return gradient
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
         """Take the shards of the latest backward pass from the engine; added to `into` if there is one."""
-
-    def clear(self) -> None:
-        """Clear the engine's gradients, so that the next branch starts from zero."""
-        self._engine.optimizer.zero_grad()
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)

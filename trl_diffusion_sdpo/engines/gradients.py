@@ -62,7 +62,7 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
     """The sum of two gradients, in place of the first."""
     for total, part in zip(into, gradient, strict=True):
-        assert total is not None  # under the engines that add so, every weight has a gradient
+        assert total is not None  # under ZeRO every weight has a gradient
         total.add_(part)
     return into
 

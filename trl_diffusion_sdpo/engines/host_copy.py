@@ -8,12 +8,9 @@ import torch
 
 
 class HostCopy:
-    """An asynchronous device-to-host copy into pinned memory.
+    """An asynchronous device-to-host copy of a small tensor (no DTensor) into pinned memory; on the CPU, none.
 
-    `read` waits for the work that makes the values, not for what was queued after it. On the CPU nothing is copied.
-
-    Args:
-        values (`torch.Tensor`): Small; not a DTensor.
+    `read` waits for the work that makes the values, not for what was queued after it.
     """
 
     def __init__(self, values: torch.Tensor):

@@ -30,10 +30,8 @@ def in_any_process(flag: bool, device: torch.device) -> bool:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """A small picklable object of every process, by rank; all must call it.
-
-    Runs on the CPU, with a timeout longer than that of collectives on the device.
-    """
+    """A small picklable object of every process, by rank; all must call it. Runs on the CPU, with a timeout longer than
+    that of collectives on the device."""
     if not several_processes():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -47,14 +45,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def failing_together(error_type: type[Exception]) -> Iterator[None]:
-    """Raise in all processes where one of them raises within; all must enter.
-
-    Args:
-        error_type (`type[Exception]`): Raised, with the message of another process's error, where this one had none.
-
-    Raises:
-        `Exception`: The process's own error.
-    """
+    """Raise in all processes where one of them raises within; all must enter. A process without an error of its own
+    raises `error_type` with the message of the other's."""
     own: Exception | None = None
     try:
         yield

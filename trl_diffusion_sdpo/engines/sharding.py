@@ -6,7 +6,7 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,13 +37,6 @@ def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
     return padded.narrow(0, size * dist.get_rank(), size)
 
 
-def is_zero3_shard(weight: Any) -> bool:
-    """Whether ZeRO-3 has sharded a weight."""
-    from deepspeed.runtime.zero.partition_parameters import is_zero_param
-
-    return is_zero_param(weight)
-
-
 @contextlib.contextmanager
 def gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[None]:
     """Gather ZeRO-3 weights within the context; with `write`, the first process's changes are broadcast."""
@@ -57,8 +50,7 @@ def gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[No
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the weights that FSDP2 leaves gathered after a forward pass without gradients, so that the module's
-    parameters are its shards again."""
+    """See [`Engine.reshard`]."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -72,9 +64,7 @@ def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
 
     trained = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if trained is not None or zero_stage < 3:
-        return (
-            tensor if trained is None else trained.view(tensor.shape if zero_stage < 3 else cast(Any, tensor).ds_shape)
-        )
+        return tensor if trained is None else trained.view(tensor.shape if zero_stage < 3 else tensor.ds_shape)
     with gathered([tensor]):
         return tensor.detach().clone()
 
@@ -104,32 +94,24 @@ def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
-    """Copy the weights of [`Engine.unrounded`] into the optimizer's float32 weights, and empty the dictionary.
-
-    DeepSpeed makes those from weights that it has rounded already, and the rounding is a larger change than many steps
-    of training.
-    """
+    """See [`Engine.restore_unrounded`]."""
     if not weights:
         return
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     weight: Any  # its `ds_tensor` is DeepSpeed's
     while weights:
         weight, value = weights.popitem()
-        if is_zero3_shard(weight):
-            safe_set_local_fp32_param(weight, shard_of(value.float(), cast(Any, weight).ds_tensor.numel()))
+        if is_zero_param(weight):
+            safe_set_local_fp32_param(weight, shard_of(value.float(), weight.ds_tensor.numel()))
         else:
             safe_set_full_fp32_param(weight, value.float())
 
 
 class Float32Shards:
     """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and no optimizer holds: small updates
-    of a reference that follows the policy would be lost in half precision.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): Full tensors, before they are rounded.
-        accelerator (`Accelerator`): Its device holds the shards.
-        zero_stage (`int`): DeepSpeed's ZeRO stage.
+    of a reference that follows the policy would be lost in half precision. `weights` are full tensors, not yet rounded.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], accelerator: Accelerator, zero_stage: int):
@@ -172,12 +154,7 @@ class Float32Shards:
 
 class DenoiserView(nn.Module):
     """The denoiser for a pipeline that generates during training: calls go through the engine's module, which gathers
-    shards; every other attribute is the denoiser's.
-
-    Args:
-        denoiser (`nn.Module`): The denoiser that trains.
-        engine_model (`nn.Module`): The denoiser as the engine wrapped it.
-    """
+    shards; every other attribute is the denoiser's."""
 
     def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
         super().__init__()

@@ -13,14 +13,11 @@ from .processes import several_processes
 
 
 class StepExchange:
-    """Whether any process has met a loss that is not finite, and whether any was asked to stop: all processes know the
-    same at the same step, and the host waits for the step's forward passes only.
+    """Whether any process has a loss that is not finite, and whether any was asked to stop: all processes know the same
+    at the same step, and the host waits for the step's forward passes only.
 
-    A process that is asked to stop after it has sent its flags says so in the next step.
-
-    Args:
-        stop_requested (`Callable`, *optional*): Tells whether this process was asked to stop; read by
-            [`StepExchange.send`].
+    `stop_requested` tells whether this process was asked to stop. A request after [`StepExchange.send`] is sent in the
+    next step.
     """
 
     def __init__(self, stop_requested: Callable[[], bool] | None = None):
@@ -29,11 +26,8 @@ class StepExchange:
         self._stops = False
 
     def send(self, bad_loss: torch.Tensor) -> None:
-        """Queue this step's all-reduce; all processes must call it.
-
-        Args:
-            bad_loss (`torch.Tensor` of shape `()`, bool): Whether a loss of this process was not finite.
-        """
+        """Queue this step's all-reduce; all processes must call it. `bad_loss`, a boolean scalar on the device, says
+        whether a loss of this process was not finite."""
         stop = self._stop_requested is not None and self._stop_requested()
         message = torch.stack([bad_loss, torch.full_like(bad_loss, stop)]).to(torch.int32)
         if several_processes():

@@ -35,14 +35,9 @@ def _exit_flag() -> torch.Tensor:
 @dataclass
 class WorkerStart:
     """`worker_init_fn` of a worker that ignores signals, and exits when its parent process exits or dies, even in the
-    middle of a batch.
+    middle of a batch."""
 
-    Args:
-        seed (`Callable`, *optional*): Called with the worker's number.
-        parent_exits (`torch.Tensor`): A flag in shared memory that the parent sets when it exits.
-    """
-
-    seed: Callable[[int], None] | None = None
+    seed: Callable[[int], None] | None = None  # called with the worker's number
     parent_exits: torch.Tensor = field(default_factory=_exit_flag)
 
     def __call__(self, worker_id: int) -> None:
@@ -66,12 +61,8 @@ def _exit_with_parent(parent_exits: torch.Tensor) -> None:
 
 
 def worker_context(method: str | None) -> BaseContext | str | None:
-    """The `multiprocessing_context` of a DataLoader whose workers start with the signals blocked.
-
-    Args:
-        method (`str`, *optional*): `"fork"`, `"spawn"` or `"forkserver"`, which is returned unchanged; the default
-            method of this process if unset.
-    """
+    """The `multiprocessing_context` of a DataLoader whose workers start with the signals blocked, for `"fork"` and
+    `"spawn"`; `"forkserver"` is returned unchanged. Of the process's default method if unset."""
     if not INHERITS_SIGNAL_MASK:
         return method
     method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -80,7 +71,6 @@ def worker_context(method: str | None) -> BaseContext | str | None:
 
 if INHERITS_SIGNAL_MASK:
     from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
-    from multiprocessing.process import BaseProcess
 
     class _StartsBlocked(BaseProcess):
         """A process that starts with the signals blocked; [`WorkerStart`] unblocks them."""

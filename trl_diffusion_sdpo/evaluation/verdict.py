@@ -25,21 +25,13 @@ History = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a verdict needs to know of a run beside its log history.
+    """What a verdict needs to know of a run beside its log history."""
 
-    Args:
-        reference_moves (`bool`): Whether the reference follows the policy, so that errors relative to it do not count.
-        reference_was_given (`bool`): Whether the reference is not the policy before training.
-        uses_loser (`bool`): Whether the loss has a loser's branch.
-        safeguarded (`bool`): Whether a safeguard acts on it.
-        average_suffix (`str`): Of the metrics' prefixes of averaged weights, such as `"_ema"`.
-    """
-
-    reference_moves: bool
-    reference_was_given: bool
-    uses_loser: bool
-    safeguarded: bool
-    average_suffix: str
+    reference_moves: bool  # errors relative to a reference that follows the policy do not count
+    reference_was_given: bool  # if not, it is the policy before training
+    uses_loser: bool  # whether the loss has a loser's branch
+    safeguarded: bool  # whether a safeguard acts on that branch
+    average_suffix: str  # of the metrics' prefixes of averaged weights, such as "_ema"
 
     @property
     def reference(self) -> str:
@@ -51,21 +43,13 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The winners' error at one step.
+    """The winners' error at one step."""
 
-    Attributes:
-        step (`int`): Optimizer steps done.
-        error (`float`): Mean squared error of the denoiser on the winners.
-        before (`float`): The error it is compared with.
-        since (`str`): Description of the latter.
-        worst (`tuple[int, float]`, *optional*): The noise bin with the largest relative increase, and the increase.
-    """
-
-    step: int
-    error: float
-    before: float
-    since: str
-    worst: tuple[int, float] | None = None
+    step: int  # optimizer steps done
+    error: float  # mean squared error of the denoiser on the winners
+    before: float  # the error it is compared with
+    since: str  # description of that error, such as "before training"
+    worst: tuple[int, float] | None = None  # the noise bin with the largest relative increase, and the increase
 
     @property
     def change(self) -> float:
@@ -81,32 +65,21 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict in words.
+    """A verdict in words."""
 
-    Attributes:
-        word (`str`): `"better"`, `"kept"`, `"worse"` or `"ruined"`.
-        finding (`str`): Sentences with the numbers.
-        advice (`str`): What to do; empty if nothing is.
-    """
-
-    word: str
-    finding: str
-    advice: str
+    word: str  # "better", "kept", "worse" or "ruined"
+    finding: str  # sentences with the numbers
+    advice: str  # what to do; empty if nothing
 
     def __str__(self) -> str:
         return f"{self.finding} {self.advice}".strip()
 
 
 def judge(change: float, worst_bin: float | None = None) -> str:
-    """The rule.
+    """The verdict's word for the relative change of the winners' mean error and the largest one in a noise bin.
 
-    Args:
-        change (`float`): Of the winners' mean error, relative to that before training.
-        worst_bin (`float`, *optional*): The largest such change in one noise bin.
-
-    Returns:
-        `str`: `"ruined"` above +100%, or if the error is not finite; `"worse"` above +5%, or above +100% in one noise
-        bin; `"better"` at -1% and below; `"kept"` otherwise.
+    `"ruined"` above +100%, or if the error is not finite; `"worse"` above +5%, or above +100% in one noise bin;
+    `"better"` at -1% and below; `"kept"` otherwise.
     """
     if not change <= RUINED:
         return "ruined"
@@ -138,13 +111,8 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verd
 
 
 def warning_of(history: History, run: RunFacts, *, evaluates: bool) -> str | None:
-    """A warning if the newest log shows a ruined model.
-
-    Args:
-        history (`Sequence[Mapping]`): The trainer's log history; not empty.
-        run ([`RunFacts`]): Facts of the run.
-        evaluates (`bool`): Whether the run evaluates; then only evaluations count.
-    """
+    """A warning if the newest entry of a log history, which is not empty, shows a ruined model. Of a run that
+    `evaluates`, only evaluations count."""
     newest = history[-1]
     found: list[Measurement] = []
     if any(_WINNER.match(name) and not _is_average(name.partition("_errors/")[0], run) for name in newest):
@@ -198,7 +166,7 @@ def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measur
 
 
 def _relative(step: int, error: float, change: float, since: str, worst: tuple[int, float] | None) -> Measurement:
-    """From the error and its difference to the other; where that is not finite, the other's value is irrelevant."""
+    """From the error and its difference to the earlier one, whose value is irrelevant where that is not finite."""
     before = error - change
     return Measurement(step, error, before if math.isfinite(before) else 1.0, since, worst)
 

@@ -27,16 +27,7 @@ class AuraFlowFamily(Family):
     frozen_components = ("vae", "text_encoder")
     # Our choice, as diffusers has no script for it: those of its script for Stable Diffusion 3, which has similar joint
     # blocks. Projections of the text exist in the four joint blocks only.
-    lora_target_modules = (
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
-        "to_add_out",
-        "to_k",
-        "to_out.0",
-        "to_q",
-        "to_v",
-    )
+    lora_target_modules = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6.8B)
     learning_rate_lora = 1e-4  # our choice: usual in diffusers' LoRA scripts
     defaults = FLOW_DEFAULTS

@@ -5,14 +5,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 
 from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess
+from .noise import NoiseProcess, constant
 from .timestep_sampling import WeightingScheme
 
 # Joint attention of image and text, projections of both: targets of diffusers' LoRA script for SD3, and among those of
@@ -325,10 +324,11 @@ def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
         )
 
 
-@lru_cache(maxsize=256)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Cached tensor of constants, not to be modified: a copy from the host in every step would wait for the device."""
-    return torch.tensor(values, dtype=dtype, device=device)
+def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and standard deviations of a VAE's latent channels by its configuration, in a shape that broadcasts."""
+    shape, stated = (1, -1, *[1] * (latents.ndim - 2)), (vae.config.latents_mean, vae.config.latents_std)
+    mean, std = (constant(tuple(values), latents.dtype, latents.device).view(shape) for values in stated)
+    return mean, std
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
@@ -338,8 +338,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """A context in which a float16 VAE whose configuration says that it overflows has float32 weights; both casts are
-    exact."""
+    """A context in which a float16 VAE with `force_upcast` has float32 weights; both casts are exact."""
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
         vae.to(torch.float32)

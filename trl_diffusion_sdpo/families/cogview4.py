@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .base import Family, check_in_channels, constant
+from .base import Family, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
-from .noise import FlowMatchingProcess
+from .noise import FlowMatchingProcess, constant
 from .timestep_sampling import TimestepSampling
 
 PATCH_SIZE = 2

@@ -26,9 +26,7 @@ class FluxFamily(Family):
     pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # As diffusers' LoRA script for FLUX: attention and feed-forward of the blocks with two streams, attention of
-    # the others.
-    lora_target_modules = TWO_STREAM_TARGETS
+    lora_target_modules = TWO_STREAM_TARGETS  # as diffusers' LoRA script for FLUX
     # Our choice: half of Stable Diffusion's, because larger and distilled models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
@@ -50,8 +48,7 @@ class FluxFamily(Family):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens that a prompt is padded to, without a mask: 512 for dev and 256 for schnell, as in their model
-        cards."""
+        """Tokens that a prompt is padded to, without a mask: 512 for dev, 256 for schnell, as in their model cards."""
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
@@ -63,9 +60,8 @@ class FluxFamily(Family):
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        arguments = {"num_images_per_prompt": 1, "max_sequence_length": self.max_sequence_length}
         prompt_embeds, pooled_prompt_embeds, _ = self.call_encode_prompt(
-            prompts, text_encoder="text_encoder_2", **arguments
+            prompts, text_encoder="text_encoder_2", max_sequence_length=self.max_sequence_length
         )
         # (N, tokens, width of T5) and (N, width of CLIP)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}

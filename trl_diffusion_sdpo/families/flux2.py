@@ -28,7 +28,15 @@ class Flux2Process(FlowMatchingProcess):
 
 
 class Flux2Hooks(Family):
-    """Hooks that the families of dev and klein share."""
+    """Settings and hooks that the families of dev and klein share."""
+
+    denoiser_name = "transformer"
+    frozen_components = ("vae", "text_encoder")
+    lora_target_modules = LORA_TARGETS
+    learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
+    learning_rate_lora = 1e-4  # as diffusers' script
+    defaults = FLOW_DEFAULTS
+    noise_process_class = Flux2Process
 
     @property
     def vae_scale_factor(self) -> int:
@@ -66,25 +74,18 @@ class Flux2Hooks(Family):
         return output.transpose(1, 2).unflatten(2, latents.shape[2:])
 
 
-class Flux2Family(Flux2Hooks, Family):
+class Flux2Family(Flux2Hooks):
     """`Flux2Pipeline`: FLUX.2 [dev], prompted through Mistral Small and distilled to take the guidance scale as an
     input. Training fixes it at `guidance_scale`; images can be generated at any scale afterwards."""
 
     name = "FLUX.2"
     pipeline_classes = ("Flux2Pipeline",)
-    denoiser_name = "transformer"
-    frozen_components = ("vae", "text_encoder")
-    lora_target_modules = LORA_TARGETS
-    learning_rate_full = 1e-6  # our choice, as for FLUX.1: nothing is published
-    learning_rate_lora = 1e-4  # as diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = Flux2Process
     # As in the README of diffusers' script: at 1 the distilled model predicts as without guidance, and the targets are
     # made without guidance.
     guidance_scale = 1.0
 
 
-class Flux2KleinFamily(Flux2Hooks, Family):
+class Flux2KleinFamily(Flux2Hooks):
     """`Flux2KleinPipeline` and folders of its inpainting class: FLUX.2 [klein], prompted through Qwen3.
 
     Training on flow matching unlearns the few steps of a distilled checkpoint (`is_distilled`): tune the base model of
@@ -93,13 +94,6 @@ class Flux2KleinFamily(Flux2Hooks, Family):
 
     name = "FLUX.2 klein"
     pipeline_classes = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
-    denoiser_name = "transformer"
-    frozen_components = ("vae", "text_encoder")
-    lora_target_modules = LORA_TARGETS
-    learning_rate_full = 1e-6  # our choice, as for the larger FLUX models: nothing is published
-    learning_rate_lora = 1e-4  # as diffusers' script
-    defaults = FLOW_DEFAULTS
-    noise_process_class = Flux2Process
 
 
 def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 
-from .base import Family, constant
+from .base import Family
 from .loss_defaults import DDPM_DEFAULTS
-from .noise import DDPMProcess
+from .noise import DDPMProcess, constant
 
 BASE_LATENTS = 512 // 8  # side, in latents, of the image whose grid the rotary positions of all sizes are scaled to
 BERT, MT5 = 0, 1  # the pipeline's indices of its text encoders
@@ -60,10 +60,11 @@ class HunyuanDiTFamily(Family):
         }
 
     def _encode_with(self, text_encoder: str, index: int, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = getattr(self.pipeline, text_encoder).dtype
         embeds, _, mask, _ = self.call_encode_prompt(
             prompts,
             text_encoder=text_encoder,
-            dtype=getattr(self.pipeline, text_encoder).dtype,
+            dtype=dtype,
             do_classifier_free_guidance=False,
             text_encoder_index=index,
         )

@@ -39,52 +39,46 @@ def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, Ori
     return {f"{prefix}.{ours}": OriginalModule(f"{inside}.{theirs}") for ours, theirs in names.items()}
 
 
+def per_block(
+    blocks: tuple[str, ...], attention: str, rows: tuple[int | None, ...], names: Mapping[str, str]
+) -> dict[str, OriginalModule]:
+    """Entries of several lists of equal blocks, with a fused attention and renamed modules."""
+    return {
+        name: original
+        for block in blocks
+        for name, original in {
+            **fused(f"{block}.attention.qkv", rows, f"{block}.{attention}", *_TO),
+            **renamed(block, block, names),
+        }.items()
+    }
+
+
 _TO, _ADD = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 _FLUX, _FLUX_SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
 _TWO_STREAMS = {
     **fused("double_blocks.{}.img_attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),
     **fused("double_blocks.{}.txt_attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_ADD),
-    **renamed(
-        "double_blocks.{}",
-        _FLUX,
-        {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"},
-    ),
+    **renamed("double_blocks.{}", _FLUX, {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"}),
 }
 
 FLUX = {
     **_TWO_STREAMS,
-    **renamed(
-        "double_blocks.{}",
-        _FLUX,
-        {
-            "ff.net.0.proj": "img_mlp.0",
-            "ff.net.2": "img_mlp.2",
-            "ff_context.net.0.proj": "txt_mlp.0",
-            "ff_context.net.2": "txt_mlp.2",
-            "norm1.linear": "img_mod.lin",
-            "norm1_context.linear": "txt_mod.lin",
-        },
-    ),
+    **renamed("double_blocks.{}.img_mlp", f"{_FLUX}.ff", {"net.0.proj": "0", "net.2": "2"}),
+    **renamed("double_blocks.{}.txt_mlp", f"{_FLUX}.ff_context", {"net.0.proj": "0", "net.2": "2"}),
+    **renamed("double_blocks.{}", _FLUX, {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"}),
     **fused("single_blocks.{}.linear1", QKV_MLP, _FLUX_SINGLE, *(f"attn.{name}" for name in _TO), "proj_mlp"),
     **renamed("single_blocks.{}", _FLUX_SINGLE, {"proj_out": "linear2", "norm.linear": "modulation.lin"}),
 }
 
 FLUX_2 = {
     **_TWO_STREAMS,
-    **renamed(
-        "double_blocks.{}",
-        _FLUX,
-        {
-            "ff.linear_in": "img_mlp.0",
-            "ff.linear_out": "img_mlp.2",
-            "ff_context.linear_in": "txt_mlp.0",
-            "ff_context.linear_out": "txt_mlp.2",
-        },
-    ),
+    **renamed("double_blocks.{}.img_mlp", f"{_FLUX}.ff", {"linear_in": "0", "linear_out": "2"}),
+    **renamed("double_blocks.{}.txt_mlp", f"{_FLUX}.ff_context", {"linear_in": "0", "linear_out": "2"}),
     **renamed("single_blocks.{}", _FLUX_SINGLE, {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}),
 }
 
+_FC = {"net.0.proj": "fc1", "net.2": "fc2"}
 STABLE_DIFFUSION_3 = {
     **fused("joint_blocks.{}.x_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),
     **fused("joint_blocks.{}.context_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_ADD),
@@ -97,30 +91,23 @@ STABLE_DIFFUSION_3 = {
             "attn.to_out.0": "x_block.attn.proj",
             "attn.to_add_out": "context_block.attn.proj",
             "attn2.to_out.0": "x_block.attn2.proj",
-            "ff.net.0.proj": "x_block.mlp.fc1",
-            "ff.net.2": "x_block.mlp.fc2",
-            "ff_context.net.0.proj": "context_block.mlp.fc1",
-            "ff_context.net.2": "context_block.mlp.fc2",
             "norm1.linear": "x_block.adaLN_modulation.1",
         },
     ),
+    **renamed("joint_blocks.{}.x_block.mlp", f"{_FLUX}.ff", _FC),
+    **renamed("joint_blocks.{}.context_block.mlp", f"{_FLUX}.ff_context", _FC),
 }
 
-_AURA_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-_AURA_CONTEXT = {"add_q_proj": "q", "add_k_proj": "k", "add_v_proj": "v", "to_add_out": "o"}
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+_AURA_IMAGE = {name: f"w2{original}" for name, original in _ATTENTION.items()}
+_AURA_TEXT = {"add_q_proj": "w1q", "add_k_proj": "w1k", "add_v_proj": "w1v", "to_add_out": "w1o"}
+_AURA_SINGLE = {name: f"w1{original}" for name, original in _ATTENTION.items()}
 _AURA_FEED_FORWARD = {"linear_1": "c_fc1", "linear_2": "c_fc2", "out_projection": "c_proj"}
 AURA_FLOW = {
-    **renamed(
-        "double_layers.{}.attn", "joint_transformer_blocks.{}.attn", {k: f"w2{v}" for k, v in _AURA_ATTENTION.items()}
-    ),
-    **renamed(
-        "double_layers.{}.attn", "joint_transformer_blocks.{}.attn", {k: f"w1{v}" for k, v in _AURA_CONTEXT.items()}
-    ),
+    **renamed("double_layers.{}.attn", "joint_transformer_blocks.{}.attn", {**_AURA_IMAGE, **_AURA_TEXT}),
     **renamed("double_layers.{}.mlpX", "joint_transformer_blocks.{}.ff", _AURA_FEED_FORWARD),
     **renamed("double_layers.{}.mlpC", "joint_transformer_blocks.{}.ff_context", _AURA_FEED_FORWARD),
-    **renamed(
-        "single_layers.{}.attn", "single_transformer_blocks.{}.attn", {k: f"w1{v}" for k, v in _AURA_ATTENTION.items()}
-    ),
+    **renamed("single_layers.{}.attn", "single_transformer_blocks.{}.attn", _AURA_SINGLE),
     **renamed("single_layers.{}.mlp", "single_transformer_blocks.{}.ff", _AURA_FEED_FORWARD),
 }
 
@@ -135,10 +122,9 @@ PIXART = {
             "attn1.to_out.0": "attn.proj",
             "attn2.to_q": "cross_attn.q_linear",
             "attn2.to_out.0": "cross_attn.proj",
-            "ff.net.0.proj": "mlp.fc1",
-            "ff.net.2": "mlp.fc2",
         },
     ),
+    **renamed("blocks.{}.mlp", f"{_FLUX}.ff", _FC),
     **renamed("t_embedder", "adaln_single.emb.timestep_embedder", _EMBEDDER),
     **renamed("csize_embedder", "adaln_single.emb.resolution_embedder", _EMBEDDER),
     **renamed("ar_embedder", "adaln_single.emb.aspect_ratio_embedder", _EMBEDDER),
@@ -149,40 +135,19 @@ PIXART = {
     "proj_out": OriginalModule("final_layer.linear"),
 }
 
-_WAN_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 WAN = {
-    **renamed("blocks.{}.self_attn", "blocks.{}.attn1", _WAN_ATTENTION),
-    **renamed("blocks.{}.cross_attn", "blocks.{}.attn2", _WAN_ATTENTION),
+    **renamed("blocks.{}.self_attn", "blocks.{}.attn1", _ATTENTION),
+    **renamed("blocks.{}.cross_attn", "blocks.{}.attn2", _ATTENTION),
     **renamed("blocks.{}.ffn", "blocks.{}.ffn", {"net.0.proj": "0", "net.2": "2"}),
 }
 
-Z_IMAGE = {
-    name: original
-    for blocks in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-    for name, original in {
-        **fused(f"{blocks}.attention.qkv", EQUAL_3, f"{blocks}.attention", *_TO),
-        **renamed(
-            blocks,
-            blocks,
-            {"attention.to_out.0": "attention.out", "adaLN_modulation.0": "adaLN_modulation.0"}
-            | {name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")},
-        ),
-    }.items()
-}
+_REFINED = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+_Z_IMAGE_EQUAL = ("adaLN_modulation.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+_Z_IMAGE_NAMES = {"attention.to_out.0": "attention.out", **{name: name for name in _Z_IMAGE_EQUAL}}
+Z_IMAGE = per_block(_REFINED, "attention", EQUAL_3, _Z_IMAGE_NAMES)
 
-LUMINA_2 = {
-    name: original
-    for blocks in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
-    for name, original in {
-        **fused(f"{blocks}.attention.qkv", UNKNOWN_3, f"{blocks}.attn", *_TO),
-        **renamed(
-            blocks,
-            blocks,
-            {"attn.to_out.0": "attention.out"}
-            | {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)},
-        ),
-    }.items()
-}
+_LUMINA_FEED_FORWARD = {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
+LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.out", **_LUMINA_FEED_FORWARD})
 
 # Class of the denoiser -> its entries; `None` if the tools read the names in diffusers.
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {

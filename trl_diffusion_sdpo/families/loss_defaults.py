@@ -28,8 +28,7 @@ class LossDefaults:
 # https://huggingface.co/papers/2406.06424 for MaPO's beta; the published script of
 # https://huggingface.co/papers/2506.02698 for SmPO's. simpo: half of its beta is MaPO's slope at 0, T s / 2 = 250.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
-    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),
-    "sigmoid": LossDefaults(beta=5000.0, safeguard_mu=0.9),
+    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
     "dmpo": LossDefaults(beta=2000.0, safeguard_mu=0.9),
     "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
     "linear": LossDefaults(beta=100.0, safeguard_mu=0.9),
@@ -38,25 +37,15 @@ STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     "smpo": LossDefaults(beta=2000.0, safeguard_mu=0.9),
 }
 STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
-    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),
-    "sigmoid": LossDefaults(beta=5000.0, safeguard_mu=0.6),
+    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),  # also the published numbers of sigmoid and smpo
     "dmpo": LossDefaults(beta=6000.0, safeguard_mu=0.6),
     "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
-    "dspo_sdxl": LossDefaults(beta=5000.0, safeguard_mu=0.6),
     "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
     "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
-    "smpo": LossDefaults(beta=5000.0, safeguard_mu=0.6),
 }
 # For DDPM models without published numbers: those of SDXL, which predicts noise at similar sizes.
-DDPM_DEFAULTS: dict[str, LossDefaults] = {
-    FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),
-    "dmpo": LossDefaults(beta=6000.0, safeguard_mu=0.6),
-    "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
-    "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
-    "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),
-    "simpo": LossDefaults(beta=500.0, safeguard_mu=0.6),
-}
+DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # Our choice throughout. beta of flow models: 2000 with all weights and 100 with a LoRA, as is usual for Diffusion-DPO
 # on them: errors of velocities are larger than those of noise. mu is that of SDXL, the largest model of
 # https://huggingface.co/papers/2511.03317, which has none of a flow model. simpo has a tenth of the fallback, as for

@@ -1,5 +1,5 @@
-"""Noise processes: noisy latents, the targets of predictions, and how timesteps are drawn and weighted. A process is
-made from a scheduler's configuration and does not depend on the pipeline."""
+"""Noise processes: noisy latents, targets of predictions, sampling and weights of timesteps. A process is made from a
+scheduler's configuration and does not depend on the pipeline."""
 
 import math
 from abc import ABC, abstractmethod
@@ -23,8 +23,9 @@ _MIN_SNR_WEIGHTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 }
 
 
-@lru_cache(maxsize=64)
-def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Cached tensor of constants, not to be modified: a copy from the host in every step would wait for the device."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -63,8 +64,7 @@ class NoiseProcess(ABC):
             timestep_range (`tuple[int, int]`, *optional*): `(low, high)`, to which the density is truncated; all
                 timesteps if `None`. For integer timesteps `high` is excluded, as in Python's `range`.
             sampling (`TimestepSampling`): The density; uniform by default.
-            only (`tuple[float, ...]`, *optional*): The timesteps to draw from with equal probability, instead of a
-                density.
+            only (`tuple[float, ...]`, *optional*): Timesteps of equal probability, instead of a density.
             image_seq_len (`int`, *optional*): Tokens of an image, for schedules that depend on them.
 
         Returns:
@@ -94,7 +94,7 @@ class NoiseProcess(ABC):
                 f"`timesteps` must be timesteps of this model, {self.known_timesteps}; got {list(only)}. Use those "
                 "that the pipeline's scheduler visits."
             )
-        return _tensor(only, self.timestep_dtype, device)
+        return constant(only, self.timestep_dtype, device)
 
     @abstractmethod
     def knows(self, timestep: float) -> bool:
@@ -243,7 +243,6 @@ class DDPMProcess(NoiseProcess):
     timestep_dtype = torch.int64
 
     def __init__(self, scheduler_config: Mapping[str, Any]):
-        targets = {"epsilon": self._noise, "v_prediction": self._velocity, "sample": self._sample}
         if "beta_schedule" not in scheduler_config or scheduler_config.get("use_flow_sigmas", False):
             raise ValueError(
                 "A DDPM noise process needs a scheduler with a `beta_schedule` and without `use_flow_sigmas`, got the "
@@ -251,16 +250,16 @@ class DDPMProcess(NoiseProcess):
                 "trained for."
             )
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
-        if prediction_type not in targets:
+        if prediction_type not in _MIN_SNR_WEIGHTS:
             raise ValueError(
-                f"A DDPM noise process trains models that predict {', '.join(targets)}; the scheduler's configuration "
-                f"says {prediction_type!r}. Load the pipeline with the scheduler that its denoiser was trained for."
+                f"A DDPM noise process trains models that predict {', '.join(_MIN_SNR_WEIGHTS)}; the scheduler's "
+                f"configuration says {prediction_type!r}. Load the pipeline with the scheduler that its denoiser was "
+                "trained for."
             )
         known = DDPMScheduler().config.keys() & scheduler_config.keys()
         self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in known})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        self._target = targets[prediction_type]
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)
@@ -269,7 +268,10 @@ class DDPMProcess(NoiseProcess):
         return self.scheduler.add_noise(latents.float(), noise.float(), timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return self._target(latents.float(), noise.float(), timesteps)
+        latents, noise = latents.float(), noise.float()
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return noise if self.prediction_type == "epsilon" else latents
 
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
@@ -283,21 +285,12 @@ class DDPMProcess(NoiseProcess):
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return alphas / (1.0 - alphas)
 
-    def _noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return noise
-
-    def _velocity(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return self.scheduler.get_velocity(latents, noise, timesteps)
-
-    def _sample(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return latents
-
 
 class FlowMatchingProcess(NoiseProcess):
     """The linear process of flow matching: `x_t = (1 - sigma) x_0 + sigma noise`, with the velocity
     `noise - x_0` as target. Timesteps are `num_train_timesteps * sigma`, in float32 and not rounded.
 
-    Levels that are drawn are shifted by the scheduler's configuration, as the pipeline's sigmas are: by a constant
+    Sampled noise levels are shifted by the scheduler's configuration, as the pipeline's sigmas are: by a constant
     factor, or by one that grows with the number of an image's tokens.
 
     Args:
@@ -330,8 +323,7 @@ class FlowMatchingProcess(NoiseProcess):
         self.fixed_shift = float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0)))
         self.dynamic = scheduler_config.get("use_dynamic_shifting", False)
         self.exponential = scheduler_config.get("time_shift_type", "exponential") == "exponential"
-        lengths = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
-        self.lengths = lengths
+        self.lengths = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
         self.shifts = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
         if not self.dynamic and not self.fixed_shift > 0:
             raise ValueError(f"The scheduler's shift must be above 0, got {self.fixed_shift}. 1 is none.")

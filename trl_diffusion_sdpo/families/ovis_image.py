@@ -37,9 +37,7 @@ class OvisImageFamily(Family):
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        prompt_embeds, *_ = self.call_encode_prompt(
-            prompts, do_classifier_free_guidance=False, num_images_per_prompt=1
-        )
+        prompt_embeds, *_ = self.call_encode_prompt(prompts, do_classifier_free_guidance=False)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width)
 
     def denoiser_inputs(

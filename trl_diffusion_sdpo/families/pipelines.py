@@ -88,16 +88,9 @@ def load_pipeline(
         mapping = {family.denoiser_name: denoiser_quantization}
         from_pretrained["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
     pipeline_class = _text_to_image_class(family)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
     with _safetensors_only(name_or_path):
-        pipeline = pipeline_class.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            revision=revision,
-            variant=variant,
-            token=token,
-            use_safetensors=True,
-            **from_pretrained,
-        )
+        pipeline = pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options, **from_pretrained)
     family(pipeline)  # refuses what can't be trained
     return pipeline
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .base import Family, check_in_channels, constant
+from .base import Family, channel_statistics, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
@@ -74,9 +74,7 @@ class QwenImageFamily(Family):
         return super().vae_latents(video, generator).squeeze(2)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.pipeline.vae.config
-        stated = (tuple(config.latents_mean), tuple(config.latents_std))
-        mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1) for v in stated)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return (latents - mean) / std
 
     def denoiser_inputs(

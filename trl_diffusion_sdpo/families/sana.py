@@ -48,10 +48,7 @@ class SanaFamily(Family):
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompt_embeds, mask, _, _ = self.call_encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            num_images_per_prompt=1,
-            complex_human_instruction=self._instruction(),
+            prompts, do_classifier_free_guidance=False, complex_human_instruction=self._instruction()
         )
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 

@@ -16,11 +16,7 @@ class StableDiffusionFamily(Family):
     text-to-image one."""
 
     name = "Stable Diffusion"
-    pipeline_classes = (
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-    )
+    pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' DPO script

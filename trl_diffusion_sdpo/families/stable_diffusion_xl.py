@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .base import Family, check_text_to_image_unet, constant
+from .base import Family, channel_statistics, check_text_to_image_unet
 from .loss_defaults import STABLE_DIFFUSION_XL_DEFAULTS
-from .noise import DDPMProcess
+from .noise import DDPMProcess, constant
 
 N_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
@@ -52,9 +52,8 @@ class StableDiffusionXLFamily(Family):
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        arguments = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         prompt_embeds, _, pooled_prompt_embeds, _ = self.call_encode_prompt(
-            prompts, text_encoder="text_encoder_2", **arguments
+            prompts, text_encoder="text_encoder_2", do_classifier_free_guidance=False
         )
         # (N, tokens, width of both encoders) and (N, projection width)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
@@ -64,8 +63,7 @@ class StableDiffusionXLFamily(Family):
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
-        stated = (tuple(config.latents_mean), tuple(config.latents_std))
-        mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1) for v in stated)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return (latents - mean) * config.scaling_factor / std
 
     def size_conditioning(
@@ -80,14 +78,6 @@ class StableDiffusionXLFamily(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        added = {
-            "text_embeds": conditioning["pooled_prompt_embeds"].to(latents.dtype),
-            "time_ids": conditioning["time_ids"],
-        }
-        text = conditioning["prompt_embeds"].to(latents.dtype)
-        return {
-            "sample": latents,
-            "timestep": timesteps,
-            "encoder_hidden_states": text,
-            "added_cond_kwargs": added,
-        }
+        pooled, text = (conditioning[name].to(latents.dtype) for name in ("pooled_prompt_embeds", "prompt_embeds"))
+        added = {"text_embeds": pooled, "time_ids": conditioning["time_ids"]}
+        return {"sample": latents, "timestep": timesteps, "encoder_hidden_states": text, "added_cond_kwargs": added}

@@ -1,4 +1,4 @@
-"""Densities from which noise levels in `[0, 1]` are drawn, as quantile functions of uniform numbers. A level is the
+"""Densities of sampled noise levels in `[0, 1]`, as quantile functions of uniform numbers. A noise level here is the
 share of `num_train_timesteps` under DDPM, and sigma before any shift under flow matching."""
 
 from collections.abc import Callable

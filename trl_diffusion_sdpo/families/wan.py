@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .base import Family, check_in_channels, constant
+from .base import Family, channel_statistics, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
@@ -66,10 +66,7 @@ class WanFamily(Family):
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.call_encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            num_videos_per_prompt=1,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
         )
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zero after the prompt's end
 
@@ -90,9 +87,7 @@ class WanFamily(Family):
         return super().vae_latents(clips, generator)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.pipeline.vae.config
-        stated = (tuple(config.latents_mean), tuple(config.latents_std))
-        mean, std = (constant(v, latents.dtype, latents.device).view(1, -1, 1, 1, 1) for v in stated)
+        mean, std = channel_statistics(self.pipeline.vae, latents)
         return (latents - mean) / std
 
     def denoiser_inputs(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from .metrics import pair_metrics, pair_rewards, plain_errors, safeguard_metrics
-from .pair_terms import PairTerms, pair_terms
-from .preference import LossSpec, LossType, check_loss_kwargs, loss_spec, pair_losses, past_target
+from .pair_terms import PairTerms, pair_terms, per_sample
+from .preference import LossType, check_loss_kwargs, loss_spec, pair_losses, past_target
 from .safeguard import GRANULARITIES, Granularity, output_cosine, output_scale, scale_gradient
 
 Safeguard = Literal["none", "output", "parameter"]
@@ -104,13 +104,13 @@ def diffusion_preference_loss(
     spec = loss_spec(loss_type)
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
     _check_output_space(safeguard, safeguard_granularity, noise_bins)
-    _check_inputs(spec, loss_type, model_pred, target, ref_pred, beta, scores, loss_kwargs)
+    objective = _Objective(loss_type, beta, loss_kwargs, target, ref_pred, pair_weights, timestep_weights, scores)
+    objective.check(model_pred)
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
     if spec.needs_scores:
-        model_pred, target, ref_pred, scores = _order_rows(model_pred, target, ref_pred, scores)
-    objective = _Objective(loss_type, beta, loss_kwargs, target, ref_pred, pair_weights, timestep_weights, scores)
+        model_pred, objective = objective.ordered(model_pred)
 
-    residuals = (model_pred.detach().float() - target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
+    residuals = (model_pred.detach().float() - objective.target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
     scale = torch.ones((), device=model_pred.device)
     if safeguard == "output" and spec.uses_loser:
         plain = spec.uses_residuals(safeguard_granularity)
@@ -121,7 +121,7 @@ def diffusion_preference_loss(
 
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))
-    return objective.output(objective.terms(model_pred), scale, (residuals[0], residuals[1]), loser_weights)
+    return objective.output(objective.terms(model_pred), scale, residuals, loser_weights)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,34 @@ class _Objective:
     pair_weights: torch.Tensor | None
     timestep_weights: torch.Tensor | None
     scores: torch.Tensor | None
+
+    def check(self, model_pred: torch.Tensor) -> None:
+        """Raise `ValueError` on settings out of range, and on missing tensors or wrong shapes."""
+        spec, target, ref_pred, scores = loss_spec(self.loss_type), self.target, self.ref_pred, self.scores
+        check_loss_kwargs(self.loss_type, self.beta, self.loss_kwargs)
+        if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
+            raise ValueError(
+                "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
+                f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
+            )
+        if ref_pred is not None and ref_pred.shape != model_pred.shape:
+            raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
+        loss = f"The loss {self.loss_type!r}"
+        if spec.needs_reference and ref_pred is None:
+            raise ValueError(f"{loss} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
+        if spec.uses_beta and self.beta is None:
+            raise ValueError(f"{loss} needs `beta`, got None. Its default is {spec.default_beta}.")
+        if spec.needs_scores and (scores is None or scores.shape != model_pred.shape[:1]):
+            got = "None" if scores is None else f"shape {tuple(scores.shape)}"
+            raise ValueError(f"{loss} needs `scores` of shape ({len(model_pred)},), got {got}.")
+
+    def ordered(self, model_pred: torch.Tensor) -> tuple[torch.Tensor, _Objective]:
+        """Predictions and objective with the rows of each pair in the order of their scores."""
+        assert self.scores is not None
+        order = order_by_scores(self.scores).to(model_pred.device)
+        ref_pred = None if self.ref_pred is None else self.ref_pred[order]
+        scores = self.scores.to(model_pred.device)[order]
+        return model_pred[order], replace(self, target=self.target[order], ref_pred=ref_pred, scores=scores)
 
     def terms(self, model_pred: torch.Tensor) -> PairTerms:
         weights, scores = self.timestep_weights, self.scores
@@ -157,11 +185,7 @@ class _Objective:
             return winner, loser
 
     def output(
-        self,
-        terms: PairTerms,
-        scale: torch.Tensor,
-        residuals: tuple[torch.Tensor, ...],
-        loser_weights: torch.Tensor | None,
+        self, terms: PairTerms, scale: torch.Tensor, residuals: Any, loser_weights: torch.Tensor | None
     ) -> PreferenceLossOutput:
         """The loss of `terms`, with metrics; those of the safeguard only if the loss reads the loser."""
         spec = loss_spec(self.loss_type)
@@ -189,42 +213,15 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
 
 
 def _check_output_space(safeguard: str, granularity: str, noise_bins: torch.Tensor | None) -> None:
-    if safeguard == "output" and granularity == "noise_bin" and noise_bins is None:
-        raise ValueError(
-            "`safeguard_granularity='noise_bin'` needs `noise_bins`, one per pair, and `num_noise_bins`; got None."
-        )
     if safeguard == "parameter":
         raise ValueError(
             "`safeguard='parameter'` needs the gradients of the model's weights. Use the trainer, or `parameter_scale` "
             "on gradients of your own; this function takes 'output' or 'none'."
         )
-
-
-def _check_inputs(
-    spec: LossSpec,
-    loss_type: LossType,
-    model_pred: torch.Tensor,
-    target: torch.Tensor,
-    ref_pred: torch.Tensor | None,
-    beta: float | None,
-    scores: torch.Tensor | None,
-    loss_kwargs: dict[str, float],
-) -> None:
-    check_loss_kwargs(loss_type, beta, loss_kwargs)
-    if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
+    if safeguard == "output" and granularity == "noise_bin" and noise_bins is None:
         raise ValueError(
-            "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
-            f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
+            "`safeguard_granularity='noise_bin'` needs `noise_bins`, one per pair, and `num_noise_bins`; got None."
         )
-    if ref_pred is not None and ref_pred.shape != model_pred.shape:
-        raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
-    if spec.needs_reference and ref_pred is None:
-        raise ValueError(f"The loss {loss_type!r} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
-    if spec.uses_beta and beta is None:
-        raise ValueError(f"The loss {loss_type!r} needs `beta`, got None. Its default is {spec.default_beta}.")
-    if spec.needs_scores and (scores is None or scores.shape != model_pred.shape[:1]):
-        got = "None" if scores is None else f"shape {tuple(scores.shape)}"
-        raise ValueError(f"The loss {loss_type!r} needs `scores` of shape ({len(model_pred)},), got {got}.")
 
 
 def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
@@ -234,21 +231,10 @@ def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
             raise ValueError(f"`{name}` must have shape ({pairs},), one value per pair, got {tuple(values.shape)}.")
 
 
-def _order_rows(
-    model_pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor | None, scores: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The four tensors with the rows of each pair in the order of their scores."""
-    assert scores is not None
-    order = order_by_scores(scores).to(model_pred.device)
-    ref_pred = None if ref_pred is None else ref_pred[order]
-    return model_pred[order], target[order], ref_pred, scores.to(model_pred.device)[order]
-
-
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Predictions of equal values in float32, with the gradient of the loser half times `scale`, `()` or `(B,)`."""
     winner, loser = model_pred.float().chunk(2)  # (2B, ...) -> two of (B, ...)
-    per_pair = scale.view(-1, *[1] * (loser.dim() - 1))
-    return torch.cat([winner, scale_gradient(loser, per_pair)])
+    return torch.cat([winner, scale_gradient(loser, per_sample(scale, loser))])
 
 
 def order_by_scores(scores: torch.Tensor) -> torch.Tensor:

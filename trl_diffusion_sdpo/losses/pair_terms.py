@@ -114,4 +114,9 @@ def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch
 
 def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """A `(B, ...)` tensor times the square roots of the pairs' weights."""
-    return tensor if weights is None else tensor * weights.sqrt().view(-1, *[1] * (tensor.dim() - 1))
+    return tensor if weights is None else tensor * per_sample(weights.sqrt(), tensor)
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Values `(B,)` or `()` shaped to multiply a `(B, ...)` tensor."""
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from .pair_terms import PairTerms, mean_error
+from .pair_terms import PairTerms, mean_error, per_sample
 from .safeguard import Anchor, Granularity
 
 
@@ -40,8 +40,8 @@ def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) 
     Source: https://huggingface.co/papers/2403.00409, equation 12.
     """
     logit = terms.logit(beta)
-    kept, flipped = (1 - label_smoothing) * F.logsigmoid(logit), label_smoothing * F.logsigmoid(-logit)
-    return (flipped - kept) / (1 - 2 * label_smoothing)
+    right, flipped = (1 - label_smoothing) * F.logsigmoid(logit), label_smoothing * F.logsigmoid(-logit)
+    return (flipped - right) / (1 - 2 * label_smoothing)
 
 
 def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
@@ -55,7 +55,7 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """
     assert terms.winner_shift is not None
     weight = beta * torch.sigmoid(-terms.logit(beta))
-    return mean_error(terms.winner_residual - _per_sample(weight, terms.winner_shift) * terms.winner_shift)
+    return mean_error(terms.winner_residual - per_sample(weight, terms.winner_shift) * terms.winner_shift)
 
 
 def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1) -> torch.Tensor:
@@ -68,7 +68,7 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
     assert terms.winner_shift is not None
     weight = torch.sigmoid(-terms.logit(beta))
     far = mean_error(terms.winner_shift.detach(), over_batch=True) >= dspo_threshold
-    return torch.where(far, mean_error(_per_sample(weight, terms.winner_shift) * terms.winner_shift), weight.square())
+    return torch.where(far, mean_error(per_sample(weight, terms.winner_shift) * terms.winner_shift), weight.square())
 
 
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
@@ -195,10 +195,6 @@ class LossSpec:
         return self.positive_weights if granularity == "pair" else self.equal_weights
 
 
-def _ipo_target_logit() -> float:
-    return 0.5
-
-
 def _dmpo_target_logit(dmpo_alpha: float = 0.01) -> float:
     target = _dmpo_target(dmpo_alpha)
     return math.log(target) - math.log1p(-target)
@@ -210,7 +206,7 @@ LossType = Literal[
 LOSSES: dict[LossType, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss),
     "hinge": LossSpec(hinge_loss),
-    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=_ipo_target_logit, anchor="error"),
+    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=lambda: 0.5, anchor="error"),
     "robust": LossSpec(robust_loss),
     "dspo": LossSpec(dspo_loss, positive_weights=False, anchor="error", default_beta=0.001),
     "dspo_sdxl": LossSpec(dspo_sdxl_loss, positive_weights=False, anchor="error"),
@@ -287,11 +283,6 @@ def pair_losses(terms: PairTerms, loss_type: LossType, *, beta: float | None, **
 
 def _dmpo_target(alpha: float) -> float:
     return min(max(1 - alpha, 1e-6), 1 - 1e-6)
-
-
-def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Values `(B,)` shaped to multiply a `(B, ...)` tensor."""
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:

@@ -34,10 +34,7 @@ def loser_scale(
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
-    winner_gain, dot = winner_gain.detach(), dot.detach() + eps
-    aligned = dot > 0
-    bound = (1 - mu) * winner_gain / torch.where(aligned, dot, torch.ones_like(dot))
-    return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
+    return _bounded((1 - mu) * winner_gain.detach(), dot.detach() + eps)
 
 
 def parameter_scale(
@@ -90,8 +87,13 @@ def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
         `torch.Tensor` of shape `()`: Scale in `[0, 1]`, detached; 0 where `H` cancels the winner's descent.
     """
     history, winner, loser = products.detach()
-    aligned = loser > 0
-    bound = (history + winner - mu * winner.clamp(min=0)) / torch.where(aligned, loser, torch.ones_like(loser))
+    return _bounded(history + winner - mu * winner.clamp(min=0), loser)
+
+
+def _bounded(descent: torch.Tensor, dot: torch.Tensor) -> torch.Tensor:
+    """`descent / dot` clamped to `[0, 1]` where `dot` is positive, else 1."""
+    aligned = dot > 0
+    bound = descent / torch.where(aligned, dot, torch.ones_like(dot))
     return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
 
 

@@ -30,7 +30,7 @@ ZERO_STARTS = (True, "gaussian")  # values of `init_lora_weights` with which a n
 
 
 def unwrap_peft_model(model: nn.Module) -> nn.Module:
-    """The denoiser within a [`~peft.PeftModel`], its adapters in place; any other module as it is."""
+    """The denoiser within a [`~peft.PeftModel`], with its adapters; any other module unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -47,10 +47,8 @@ def lora_configs(denoiser: nn.Module) -> dict[str, LoraConfig]:
 
 def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     """The modules of adapters of these names, such as the two linear layers of a LoRA."""
-    holders = [getattr(layer, kind) for layer in adapter_layers(denoiser) for kind in layer.adapter_layer_names]
-    return [
-        holder[name] for holder in holders if isinstance(holder, nn.ModuleDict) for name in names if name in holder
-    ]
+    parts = [getattr(layer, kind) for layer in adapter_layers(denoiser) for kind in layer.adapter_layer_names]
+    return [part[name] for part in parts if isinstance(part, nn.ModuleDict) for name in names if name in part]
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -67,11 +65,8 @@ def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def active_adapter(denoiser: Any) -> str | None:
-    """Name of the active adapter; `None` if the denoiser has no adapter.
-
-    Raises:
-        `ValueError`: If several are active, or one that is no LoRA.
-    """
+    """Name of the active adapter; `None` if the denoiser has none. `ValueError` where several are active, or one that
+    is no LoRA."""
     layers = adapter_layers(denoiser)
     names = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) > 1:

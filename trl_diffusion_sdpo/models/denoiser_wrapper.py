@@ -18,9 +18,6 @@ class DenoiserWrapper(nn.Module):
     Calls pass through unchanged. The wrapper hides the diffusers model's `config`, a frozen dictionary (trackers call
     `config.to_json_string()`), and translates activation checkpointing, which diffusers calls
     `enable_gradient_checkpointing`.
-
-    Args:
-        denoiser (`diffusers.ModelMixin`): The UNet or transformer.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over pairs: the Trainer divides by the accumulation steps
@@ -45,17 +42,8 @@ class DenoiserWrapper(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Turn on activation checkpointing.
-
-        Args:
-            activation_checkpointing_kwargs (`dict`, *optional*): For `torch.utils.checkpoint.checkpoint`; diffusers'
-                defaults if unset.
-            every_n_layers (`int`): Only 1: diffusers chooses the blocks.
-            offload (`bool`): Only `False`.
-
-        Raises:
-            `ValueError`: On settings that a diffusers model does not support.
-        """
+        """Turn on activation checkpointing, with arguments for `torch.utils.checkpoint.checkpoint` or diffusers'
+        defaults; `ValueError` on the other two, which a diffusers model does not support."""
         if every_n_layers != 1 or offload:
             raise ValueError(
                 "`activation_checkpointing_kwargs` of a diffusers model must leave `every_n_layers` at 1 and "

@@ -15,13 +15,8 @@ EMA_ADAPTER = "ema"
 
 
 class EMAWeights(ShadowWeights):
-    """The average of the policy's trained weights: a second adapter under LoRA, a second denoiser otherwise.
-
-    Args:
-        denoiser (`nn.Module`): The policy's, before training.
-        adapter (`str`, *optional*): The trained adapter; all weights if unset.
-        decay (`float`): Share of the average that a step keeps, in `(0, 1)`.
-    """
+    """The average of the policy's trained weights, in a second adapter where an `adapter` trains, else in a second
+    denoiser; `decay` in `(0, 1)` is the share of the average that a step retains."""
 
     def __init__(self, denoiser: nn.Module, adapter: str | None, decay: float):
         self.decay = decay

@@ -32,11 +32,8 @@ def working_family(
     """A family around a copy of its pipeline, as training uses it; the given pipeline is not changed.
 
     Args:
-        family ([`Family`]): Around the pipeline that was loaded.
-        device (`torch.device`): Of training.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast; `None` without autocast.
         vae_dtype (`str`): A dtype, or `"auto"` for that of autocast unless the VAE overflows there.
-        vae_encode_batch_size (`int`, *optional*): Images encoded at once.
         guidance_scale (`float`, *optional*): Input of a denoiser that takes one.
 
     Raises:
@@ -53,32 +50,21 @@ def working_family(
 def working_pipeline(
     family: Family, *, device: torch.device, half_dtype: torch.dtype | None, vae_dtype: str
 ) -> DiffusionPipeline:
-    """A copy of a family's pipeline with its frozen components on the device, in the precision in which they run; see
-    [`working_family`].
-
-    The denoiser and components that keep their precision are shared with the given pipeline; others are copied, so
-    that what is saved, or generated after training, is not rounded.
-    """
+    """The pipeline of [`working_family`]. The denoiser and components that keep their precision are shared with the
+    given pipeline; others are copied, so that what is saved, or generated after training, is not rounded."""
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
         part = getattr(family.pipeline, name)
         if name == VAE:
             part = _working_vae(part, half_dtype, vae_dtype)
-        elif (
-            half_dtype is not None
-            and part.dtype.itemsize > half_dtype.itemsize
-            and not _text_overflows(part, half_dtype)
-        ):
-            part = copy.deepcopy(part).to(half_dtype)
+        elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize:
+            part = part if _text_overflows(part, half_dtype) else copy.deepcopy(part).to(half_dtype)
         working.register_modules(**{name: part.to(device)})
     return working
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """The VAE in the wanted precision; `"auto"` is that of autocast, unless the VAE is known to overflow there.
-
-    Only float16 overflows, at 65504; bfloat16 has float32's range.
-    """
+    """The VAE in the wanted precision. Only float16 overflows, at 65504; bfloat16 has float32's range."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":

@@ -27,15 +27,10 @@ SHARED_OPTIONS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline whose denoiser is to be trained.
-
-    Args:
-        family ([`Family`]): Around the pipeline.
-        name_or_path (`str`, *optional*): The Hub id or folder, if known.
-    """
+    """A pipeline whose denoiser is to be trained, within its family."""
 
     family: Family
-    name_or_path: str | None
+    name_or_path: str | None  # the Hub id or folder, if known
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -84,12 +79,10 @@ def load_reference(
     """The denoiser of `ref_model`; of a Hub id or folder, nothing else is loaded.
 
     Args:
-        ref_model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): Of the kinds that [`load_model`] takes.
-        policy ([`LoadedModel`]): Tells the dtype, and owns the other components.
-        model_init_kwargs (`dict`, *optional*): The policy's options. Those of how files are reached and read apply to
-            a Hub id or folder as well; `revision` does not, which names a state of the policy's repository.
+        policy ([`LoadedModel`]): Has the dtype, and owns the other components.
+        model_init_kwargs (`dict`, *optional*): The policy's options. [`SHARED_OPTIONS`] apply to a Hub id or folder as
+            well; `revision` does not, which names a state of the policy's repository.
         ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder.
-        device (`torch.device`, *optional*): As for [`load_model`].
 
     Raises:
         `ValueError`: If it is none of these, or options are given that belong to other components of a pipeline.
@@ -119,7 +112,12 @@ def _resolve(
             f"{type(processing_class).__name__} beside it. Leave it out, or put its parts into the pipeline."
         )
     if isinstance(model, (str, Path)):
-        return _from_name(str(model), dict(model_init_kwargs or {}), quantization_config)
+        options = dict(model_init_kwargs or {})
+        options["dtype"] = torch_dtype(options.pop("dtype", None))
+        quantization = diffusers_quantization(quantization_config)
+        return LoadedModel(
+            find_family(load_pipeline(str(model), denoiser_quantization=quantization, **options)), str(model)
+        )
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":
             raise ValueError(f"`{name}` is for a `{role}` given as Hub id or folder, got a {type(model).__name__}.")
@@ -135,12 +133,6 @@ def _resolve(
             f"scheduler, got {type(processing_class).__name__}."
         )
     return _from_denoiser(unwrap_peft_model(model), as_text_to_image(processing_class), role)
-
-
-def _from_name(name: str, options: dict[str, Any], quantization_config: Any) -> LoadedModel:
-    options["dtype"] = torch_dtype(options.pop("dtype", None))
-    pipeline = load_pipeline(name, denoiser_quantization=diffusers_quantization(quantization_config), **options)
-    return LoadedModel(find_family(pipeline), name)
 
 
 def diffusers_quantization(config: Any) -> Any:

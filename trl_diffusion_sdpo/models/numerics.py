@@ -14,11 +14,7 @@ CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
-    """A dtype from its name; float32 if unset.
-
-    Raises:
-        `ValueError`: If it is not float32, bfloat16 or float16.
-    """
+    """A dtype from its name; float32 if unset. `ValueError` where it is not float32, bfloat16 or float16."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
         return torch.float32
@@ -34,10 +30,8 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 
 
 def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of linear and convolution layers, which autocast casts at every use, to its dtype.
-
-    Norms and embeddings are not autocast, so casting them would change results.
-    """
+    """Cast the weights of linear and convolution layers, which autocast casts at every use, to its dtype. It does not
+    cast norms and embeddings: casting these would change results."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             layer.to(dtype)
@@ -61,9 +55,6 @@ def read_contiguous(modules: Iterable[nn.Module]) -> None:
     With a weight that trains, PyTorch computes one large matrix product whatever the input's layout; with a frozen
     weight, or without gradients, a batch of products where the input's rows are not adjacent, which saves the copy. The
     two round differently, so a policy and its frozen reference would differ before the first step.
-
-    Args:
-        modules (`Iterable[nn.Module]`): Layers of policy and reference; only [`~torch.nn.Linear`] is changed, and once.
     """
     for layer in modules:
         if isinstance(layer, nn.Linear) and _contiguous not in forward_pre_hooks(layer):

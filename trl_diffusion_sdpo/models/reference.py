@@ -17,12 +17,7 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference(ShadowWeights):
-    """The policy before training, with arithmetic identical to the policy's.
-
-    Args:
-        second (`SecondAdapter` or `SecondDenoiser`, *optional*): Where its weights are not the policy's.
-        stored (`bool`): Whether checkpoints must hold it.
-    """
+    """The policy before training, with arithmetic identical to the policy's."""
 
     kind: str  # written into checkpoints
 
@@ -31,7 +26,7 @@ class Reference(ShadowWeights):
 
 
 class NoReference(Reference):
-    """For losses without a reference: `active` lends `None`."""
+    """For losses without a reference: `active` gives `None`."""
 
     kind = "none"
 
@@ -64,27 +59,13 @@ class AdapterReference(Reference):
 
 
 class FrozenReference(Reference):
-    """A second denoiser.
-
-    Args:
-        module (`nn.Module`): Frozen here.
-        policy (`nn.Module`): The denoiser that trains, of the same architecture.
-        half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`]; only where it does not follow the policy.
-        follows (`bool`): Whether it will be synchronised.
-
-    Raises:
-        `ValueError`: If the architectures differ.
-    """
+    """A [`SecondDenoiser`], in half precision only if it is not synchronised with the policy (`follows`); `ValueError`
+    where its architecture is not the policy's."""
 
     kind = "frozen"
 
     def __init__(
-        self,
-        module: nn.Module,
-        policy: nn.Module,
-        *,
-        half_dtype: torch.dtype | None = None,
-        follows: bool = False,
+        self, module: nn.Module, policy: nn.Module, *, half_dtype: torch.dtype | None = None, follows: bool = False
     ):
         check_same_architecture(policy, module)
         super().__init__(SecondDenoiser(module, policy, half_dtype=None if follows else half_dtype), stored=follows)
@@ -106,7 +87,6 @@ def build_reference(
     """Choose the kind of reference.
 
     Args:
-        denoiser (`nn.Module`): The policy's, before training.
         needed (`bool`): Whether the loss reads a reference. One that is given anyway serves the metrics.
         given (`nn.Module`, *optional*): The user's reference.
         may_modify_given (`bool`): Whether it was loaded by the trainer, so that it need not be copied to be changed.
@@ -114,7 +94,7 @@ def build_reference(
         fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, initialized to zero.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy came with.
         follows (`bool`): Whether the reference will be synchronised with the policy.
-        half_dtype (`torch.dtype`, *optional*): See [`FrozenReference`].
+        half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`].
 
     Raises:
         `ValueError`: If a reference that was given cannot be used.

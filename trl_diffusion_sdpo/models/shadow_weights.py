@@ -19,16 +19,8 @@ from .numerics import halve_autocast_weights, read_contiguous
 
 
 class SecondAdapter:
-    """A second, frozen LoRA on the policy's denoiser, with the weights that the trained one has now.
-
-    Args:
-        denoiser (`nn.Module`): The policy's.
-        policy_adapter (`str`): The adapter that trains.
-        name (`str`): Of the second one.
-
-    Raises:
-        `ValueError`: If the denoiser has an adapter of this name.
-    """
+    """A second, frozen LoRA on the policy's denoiser, with the weights that the trained one has now; `ValueError` where
+    the denoiser has an adapter of its name."""
 
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str):
         if name in lora_configs(denoiser):
@@ -42,7 +34,7 @@ class SecondAdapter:
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Lend `model`, the policy as the engine wrapped it, with the second adapter active."""
+        """`model`, the policy as the engine wrapped it, with the second adapter active."""
         with adapter_on(self._denoiser, self._name, back=self._policy):
             yield model
 
@@ -61,7 +53,6 @@ class SecondDenoiser:
 
     Args:
         module (`nn.Module`): Frozen and put into evaluation mode here.
-        policy (`nn.Module`): The denoiser that trains.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast, to which the weights that autocast would cast at
             every use are then cast once: less memory, equal results.
     """
@@ -77,7 +68,7 @@ class SecondDenoiser:
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Lend it, as the engine wrapped it, in place of `model`."""
+        """The second denoiser as the engine wrapped it, in place of `model`."""
         yield self._engine_model
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -96,24 +87,20 @@ class SecondDenoiser:
 
 
 class ShadowWeights:
-    """Weights beside the policy's: prepared, moved, gathered, written and read under every engine.
+    """A second copy of the policy's weights: prepared, updated, gathered, written and read under every engine.
 
     Args:
         second (`SecondAdapter` or `SecondDenoiser`, *optional*): Holds the weights; `None` where the policy's are used.
         file (`str`): Name of their file in checkpoints.
-        stored (`bool`): Whether checkpoints hold them, since they move or cannot be made again.
-
-    Attributes:
-        engine_models (`tuple[nn.Module, ...]`): What the engine wrapped: the policy, and a second denoiser.
-        float32_shards ([`Float32Shards`], *optional*): Of stored weights that the engine rounds.
+        stored (`bool`): Whether checkpoints hold them, since they are updated or cannot be made again.
     """
 
     _engine: Engine  # set by `attach`
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
-        self.engine_models: tuple[nn.Module, ...] = ()
-        self.float32_shards: Float32Shards | None = None
+        self.engine_models: tuple[nn.Module, ...] = ()  # what the engine wrapped: the policy, and a second denoiser
+        self.float32_shards: Float32Shards | None = None  # of stored weights that the engine rounds
         self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None  # these, the policy's
 
     def to(self, device: torch.device) -> None:
@@ -143,11 +130,7 @@ class ShadowWeights:
             self.engine_models += (self.second.shard(self._engine, moves=self.stored),)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
-        """Lend the module that predicts with these weights.
-
-        Args:
-            model (`nn.Module`): The policy as the engine wrapped it.
-        """
+        """The module that predicts with these weights, given the policy as the engine wrapped it."""
         return contextlib.nullcontext() if self.second is None else self.second.active(model)
 
     @torch.no_grad()
@@ -165,11 +148,7 @@ class ShadowWeights:
             self.float32_shards.mix(weights, policy, alpha)
 
     def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather the weights that a checkpoint holds on the CPU, under the policy's names; all processes must call it.
-
-        Args:
-            keep (`bool`): Whether this process gets them; see [`Engine.gather`].
-        """
+        """Gather the weights that a checkpoint holds, under the policy's names; see [`Engine.gather`]."""
         self._reshard()
         if self.float32_shards is None:
             return self._engine.gather(self._weights(), keep=keep)
@@ -184,11 +163,7 @@ class ShadowWeights:
             save_file(weights, folder / self.file)
 
     def load(self, folder: Path) -> None:
-        """Read what [`ShadowWeights.save`] wrote.
-
-        Raises:
-            `ValueError`: If the file is missing or holds other weights.
-        """
+        """Read what [`ShadowWeights.save`] wrote; `ValueError` where the file is missing or holds other weights."""
         self._reshard()
         weights = self._weights()
         if not weights:

@@ -19,11 +19,8 @@ PROMPTS = ("a red circle", "a big square")  # words of equal lengths: otherwise 
 
 @torch.no_grad()
 def check_text_encoding(family: Family) -> None:
-    """Raise `ValueError` where a tokenizer does not fit its text encoder, or two prompts are encoded alike.
-
-    Args:
-        family ([`Family`]): With its text encoders on the device and in the dtype of training.
-    """
+    """Raise `ValueError` where a tokenizer does not fit its text encoder, or two prompts are encoded alike, with the
+    text encoders on the device and in the dtype of training."""
     for name in family.frozen_components:
         text_encoder = getattr(family.pipeline, name)
         tokenizer = _tokenizer_of(family, name)
@@ -68,9 +65,8 @@ def _check_tokens(name: str, text_encoder: PreTrainedModel, tokenizer: PreTraine
 
 
 def _check_conditioning(family: Family) -> None:
-    encoded = {
-        name: value for name, value in family.encode_prompts(list(PROMPTS)).items() if value.is_floating_point()
-    }
+    encoded = family.encode_prompts(list(PROMPTS))
+    encoded = {name: value for name, value in encoded.items() if value.is_floating_point()}
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(

@@ -28,12 +28,8 @@ _WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": Non
 
 
 def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
-    """The value of `resume_from_checkpoint`, also from the words of a command line.
-
-    Returns:
-        `True` for the newest checkpoint, `"latest"` for the newest if there is one, `None` for a new start, or a
-        folder.
-    """
+    """The value of `resume_from_checkpoint`, also from the words of a command line: `True` for the newest checkpoint,
+    `"latest"` for the newest if there is one, `None` for a new start, or a folder."""
     if value is None or isinstance(value, bool):
         return value or None
     return _WORDS.get(str(value).lower(), str(value))
@@ -54,11 +50,7 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 
 class CheckpointFolders:
-    """The checkpoints in a run's output folder. All processes must call every method.
-
-    Args:
-        args (`TrainingArguments`): Which processes write, and how many checkpoints are kept.
-    """
+    """The checkpoints in a run's output folder. All processes must call every method."""
 
     def __init__(self, args: TrainingArguments):
         self._args, self._processes = args, PartialState()
@@ -68,7 +60,7 @@ class CheckpointFolders:
 
     def begin(self, folder: Path) -> None:
         """Make the folder of a checkpoint, incomplete until [`CheckpointFolders.complete`]. Until then, an earlier
-        checkpoint of the same step is kept under another name."""
+        checkpoint of the same step has another name."""
         if self._args.should_save:
             sequence = 1 + max((order[0] for order, _ in _in_order(folder.parent)), default=0)
             _rename_replaced(folder)
@@ -133,15 +125,8 @@ class CheckpointFolders:
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def resume_point(self, value: str | os.PathLike | bool | None, output_dir: str) -> str | None:
-        """The checkpoint to resume from, after its checksums were compared; `None` for a new start.
-
-        Args:
-            value (`str` or `bool`, *optional*): See [`meaning`].
-            output_dir (`str`): Where `True` and `"latest"` look.
-
-        Raises:
-            `ValueError`: If there is none that is complete, or the one that was named is damaged.
-        """
+        """The checkpoint to resume from, after its checksums were compared; `None` for a new start. `value` is as of
+        [`meaning`]. `ValueError` where `output_dir` has no complete one, or the named one is damaged."""
         point = meaning(value)
         if point is None:
             return None
@@ -194,12 +179,8 @@ class CheckpointFolders:
             )
 
     def refuse_code(self, folder: Path, known: Sequence[type]) -> None:
-        """Raise `ValueError` where a checkpoint's pickled files could run code.
-
-        Args:
-            folder (`Path`): The checkpoint.
-            known (`Sequence[type]`): The engine's classes, which are allowed.
-        """
+        """Raise `ValueError` where a checkpoint's pickled files could run code; the classes `known`, the engine's, are
+        allowed."""
         part, parts = self._share()
         found = sorted(set(gather_object(foreign_code(folder, known, part=part, parts=parts))))
         if found:
@@ -250,7 +231,7 @@ def _replaced(folder: Path) -> Path:
 
 
 def _rename_replaced(folder: Path) -> None:
-    """Make room for a checkpoint of the same step; a complete one is deleted only when the new one is complete."""
+    """Rename a checkpoint of the same step; a complete one is deleted only when the new one is complete."""
     if not folder.exists():
         return
     if damage(folder, checksums=False):
@@ -272,14 +253,14 @@ def _restore_replaced(output_dir: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint if it exists; the file first without which no version takes the rest for a checkpoint."""
+    """Delete a checkpoint if it exists, and first the file without which it is not recognised as one."""
     if folder.exists():
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def _delete_if_possible(folder: Path) -> None:
-    """Delete a checkpoint that is no longer needed; a failure is logged, and ends no run."""
+    """Delete a checkpoint that is no longer needed; a failure is logged, not raised."""
     try:
         _delete(folder)
     except OSError as error:

@@ -34,12 +34,11 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     Attributes:
         interrupted (`signal.Signals` or `None`): The signal that ended the latest training, if one did.
-        exchange (`StepExchange` or `None`): Where processes agree without waiting; set by [`step_exchange`].
     """
 
     def __init__(self):
         self.interrupted: signal.Signals | None = None
-        self.exchange: StepExchange | None = None
+        self.exchange: StepExchange | None = None  # set by `step_exchange`; without one, each step waits for all
         self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
@@ -61,7 +60,7 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
-        if not self._agreed:  # training ended before the other processes knew of the signal
+        if not self._agreed:  # training ended before the other processes received the signal
             self.interrupted = None
 
     def restore_handlers(self) -> None:
@@ -91,8 +90,8 @@ class CheckpointOnInterrupt(TrainerCallback):
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """An exchange that tells all processes of a signal that a [`CheckpointOnInterrupt`] among the callbacks of one of
-    them has received."""
+    """An exchange that sends to all processes whether a [`CheckpointOnInterrupt`] among the callbacks of one of them
+    has received a signal."""
     interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
     exchange = StepExchange(lambda: any(callback.interrupted is not None for callback in interrupts))
     for callback in interrupts:

@@ -21,15 +21,7 @@ MANIFEST_FILE = "checkpoint_manifest.json"
 # Of one process or DDP, FSDP2 (full or sharded), DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 # Read only when a run resumes. Not DeepSpeed's optimizer state, whose files also hold the weights.
-NOT_WEIGHTS = (
-    "optimizer.pt",
-    "optimizer.bin",
-    "optimizer_*",
-    SCHEDULER_NAME,
-    "rng_state*",
-    TRAINER_STATE_NAME,
-    ARGS_FILE,
-)
+NOT_WEIGHTS = (*OPTIMIZER_STATES[:3], SCHEDULER_NAME, "rng_state*", TRAINER_STATE_NAME, ARGS_FILE)
 CUT_OFF = "it was not written to its end"
 NOT_THERE = "there is no such folder"
 _BLOCK = 16 * 2**20  # bytes read at once
@@ -39,17 +31,11 @@ _RANK = re.compile(r"rng_state_(\d+)\.pth$|pp_rank_(\d+)_mp_rank_|/__(\d+)_\d+\.
 
 @dataclass
 class Manifest:
-    """The content of the manifest.
+    """The content of the manifest."""
 
-    Attributes:
-        sequence (`int`): Counts the checkpoints of an output folder in the order in which they were begun.
-        complete (`bool`): Whether all files were written.
-        files (`dict[str, list]`): Size in bytes and checksum of each file, by its path within the checkpoint.
-    """
-
-    sequence: int = 0
-    complete: bool = False
-    files: dict[str, list[Any]] = field(default_factory=dict)
+    sequence: int = 0  # counts the checkpoints of an output folder in the order in which they were begun
+    complete: bool = False  # whether all files were written
+    files: dict[str, list[Any]] = field(default_factory=dict)  # path in the checkpoint -> size in bytes, checksum
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:

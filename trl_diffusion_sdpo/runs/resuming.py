@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Of the set-up: without these, a checkpoint's weights cannot be loaded or mean something else.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-# Paths, logging, the Hub, loader processes: nothing of it changes what is trained. The last two are compared elsewhere.
+# Paths, logging, the Hub, loader processes: none changes the training. The last two are compared elsewhere.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -53,8 +51,7 @@ def check_resumable(
     logged.
 
     Args:
-        checkpoint (`Path`): Its folder.
-        setup (`dict[str, Any]`): Of this run, as written by [`~.setup.write_setup`].
+        setup (`dict[str, Any]`): Of this run.
         stored_args (`dict[str, Any]`): Of the run that wrote the checkpoint, see [`stored_settings`].
         args (`TrainingArguments`): Of this run.
 
@@ -75,9 +72,8 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
     current = {**json.loads(args.to_json_string()), **setup}
     names = [name for name in current if name not in NOT_COMPARED and (name in stored or name in setup)]
     differing = {name: (stored.get(name), current[name]) for name in names if stored.get(name) != current[name]}
-    broken = [
-        f"{name} was {differing[name][0]!r}, is {differing[name][1]!r}" for name in STRUCTURE if name in differing
-    ]
+    structure = {name: differing[name] for name in STRUCTURE if name in differing}
+    broken = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in structure.items()]
     if broken:
         raise ValueError(
             f"A run resumes with the set-up that wrote its checkpoint; differing: {'; '.join(broken)}. Restore these, "
@@ -103,11 +99,8 @@ def _why_not(name: str, before: Any, now: Any) -> str:
 
 
 def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
-    """Compare fingerprints of the training data, as their `fingerprint` returns them; `None` if unknown.
-
-    Raises:
-        `ValueError`: If the data differ, unless the run starts at their beginning.
-    """
+    """Compare fingerprints of the training data, `None` if unknown; `ValueError` where they differ, unless the run
+    starts at their beginning."""
     if before is None or now is None:
         return
     both = [name for name in now if before.get(name) is not None and now[name] is not None]
@@ -126,24 +119,12 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
         )
 
 
-@contextlib.contextmanager
-def keep_optimizer_settings(
-    optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None
-) -> Iterator[None]:
-    """Set this run's optimizer settings again after a checkpoint's optimizer and schedule were loaded within; see
-    [`OptimizerSettings`]."""
-    settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
-    yield
-    settings.restore(optimizer, scheduler)
-
-
 class OptimizerSettings:
     """Learning rate, weight decay, betas and so on as the arguments have set them. Loading a checkpoint's optimizer and
     schedule overwrites them.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): As the engine has wrapped it, before anything is loaded.
-        scheduler (`LRScheduler`): Likewise.
+        optimizer, scheduler: As the engine has wrapped them, before anything is loaded.
         rate (`float`): The run's learning rate.
         rate_before (`float`, *optional*): The checkpoint's; this run's if unknown.
     """

@@ -1,4 +1,4 @@
-"""What a run writes and resumes from: weights, weights beside the policy's, winner budget, set-up, optimizer state."""
+"""What a run writes and resumes from: weights, reference, averaged weights, winner budget, set-up, optimizer state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..engines.engine import Engine
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.shadow_weights import ShadowWeights
 from .checkpoint_folders import CheckpointFolders, holds_optimizer
-from .resuming import check_resumable, keep_optimizer_settings, stored_settings
+from .resuming import OptimizerSettings, check_resumable, stored_settings
 from .unpickling import tensors_only
 
 
@@ -30,8 +30,6 @@ class RunFiles:
     that changes during training; [`~transformers.Trainer`] adds its own files.
 
     Args:
-        args (`TrainingArguments`): Of the run.
-        engine ([`Engine`]): Shards weights and optimizer state.
         weights ([`WeightFiles`]): Of the policy.
         shadow_weights (`Sequence[ShadowWeights]`): The reference, and the average if there is one.
         average ([`EMAWeights`], *optional*): The average, which is part of the results.
@@ -61,24 +59,21 @@ class RunFiles:
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
-        """Write into a folder: of the checkpoint that was begun there, what changes during training; results elsewhere.
-
-        Args:
-            folder (`Path`): Made if it is missing.
-            model (`nn.Module`): The policy as the engine wrapped it.
-            setup (`dict[str, Any]`): For the set-up file.
-        """
+        """Write into a folder, which is made if it is missing: what changes during training, if it is the checkpoint
+        that was begun, else results. `model` is the policy as the engine wrapped it."""
         writes, checkpoint = self._args.should_save, self.checkpoints.is_begun(folder)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
         gathered = self._gather(model, keep=writes)
-        if checkpoint:
-            self._save_state(folder)
+        for shadow in self._shadow_weights if checkpoint else ():
+            shadow.save(folder, write=writes)
         average = None
         if self._average is not None and not checkpoint:
             average = self._average.gather(keep=writes)
         if not writes:
             return
+        if checkpoint and self._budget is not None:
+            self._budget.save(folder)
         self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not checkpoint)
         if average is not None:
             self._weights.save(folder / EMA_FOLDER, average)
@@ -91,12 +86,6 @@ class RunFiles:
             return None
         self._engine.reshard(model)
         return self._engine.gather(self._weights.tensors(), keep=keep)
-
-    def _save_state(self, folder: Path) -> None:
-        for shadow in self._shadow_weights:
-            shadow.save(folder, write=self._args.should_save)
-        if self._budget is not None and self._args.should_save:
-            self._budget.save(folder)
 
     def _write_args(self, folder: Path) -> None:
         """As JSON without tokens; the `training_args.bin` of transformers is a pickle with them."""
@@ -122,11 +111,8 @@ class RunFiles:
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def resume_point(self, value: str | bool | None, setup: Callable[[], dict[str, Any]]) -> str | None:
-        """The checkpoint to resume from, after all checks; `None` for a new start.
-
-        Args:
-            value (`str` or `bool`, *optional*): As of [`~transformers.Trainer.train`], or `"latest"`.
-            setup (`Callable`): Returns this run's set-up.
+        """The checkpoint to resume from, after all checks; `None` for a new start. `value` is as of
+        [`~transformers.Trainer.train`], or `"latest"`; `setup` returns this run's set-up.
 
         Raises:
             `ValueError`: If there is no such checkpoint, or it is incomplete, damaged, of another set-up, without an
@@ -155,8 +141,10 @@ class RunFiles:
         """Load a checkpoint's optimizer and schedule within, from tensors only; this run's settings of both apply
         afterwards. Not to be nested: a schedule's last rate would be scaled twice."""
         rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
-        with keep_optimizer_settings(optimizer, scheduler, rate, rate_before), self._tensors_only():
+        settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
+        with self._tensors_only():
             yield
+        settings.restore(optimizer, scheduler)
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """Read everything that [`RunFiles.save`] wrote into a checkpoint."""
@@ -167,11 +155,8 @@ class RunFiles:
             self._budget.load(folder)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
-        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on.
-
-        Raises:
-            `ValueError`: If its files are damaged.
-        """
+        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on;
+        `ValueError` where its files are damaged."""
         self.checkpoints.check_best(folder)
         self._load_weights(folder, model)
         if self._average is not None:

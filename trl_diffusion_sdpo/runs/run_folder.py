@@ -1,4 +1,4 @@
-"""A run's output folder: used by one run at a time, and files of other runs moved aside, never deleted."""
+"""A run's output folder: used by one run at a time; files of other runs are moved to a subfolder, never deleted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "_run.json"  # files with an underscore are not published
 PREVIOUS_RUN = "previous-run"
-# What `save_model` writes, beside folders of the pipeline's components. No wider patterns: users keep files there, too.
+# What `save_model` writes, besides folders of the pipeline's components. No wider patterns: users have files there.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
 RESULTS = (*WEIGHTS, SETUP_FILE, ARGS_FILE, "README.md")
 
@@ -34,7 +34,6 @@ class RunFolder:
     """The output folder of one trainer's run.
 
     Args:
-        args (`TrainingArguments`): Name the folder.
         components (`Sequence[str]`): Names of the pipeline's components, which are saved in folders of these names.
         plots (`Sequence[str]`): Patterns of images that are written during training.
 
@@ -56,15 +55,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:
-        """Keep other runs out of the folder; may be nested.
-
-        Args:
-            all_processes (`bool`, *optional*, defaults to `False`): Whether all processes enter, so that an error is
-                raised in all of them.
-
-        Raises:
-            `ValueError`: If another running process has locked the folder.
-        """
+        """Lock the folder against other runs; may be nested. `ValueError` where another running process has locked it,
+        in all processes if `all_processes` enter."""
         if self._locks == 0:
             if all_processes:
                 self._in_first_process(self._acquire)
@@ -84,7 +76,7 @@ class RunFolder:
 
         Args:
             checkpoint (`str` or `Path`, *optional*): What the run resumes from, in this folder or elsewhere.
-            overwrite (`bool`): Whether another run's files may be moved aside.
+            overwrite (`bool`): Whether another run's files may be moved into [`PREVIOUS_RUN`].
 
         Raises:
             `ValueError`: If the folder holds another run and `overwrite` is not set, or the checkpoint is of another
@@ -140,7 +132,7 @@ class RunFolder:
         return there or here
 
     def _move_later_checkpoints(self, checkpoint: Path) -> None:
-        """A run that resumes from an earlier checkpoint leaves the later ones behind."""
+        """Move the checkpoints and results that were written after the one that is resumed from."""
         step = step_of(checkpoint)
         later = [path for path, other in checkpoints_in(self.path).items() if step is not None and other > step]
         later = [path for path in later if not damage(path, checksums=False)]

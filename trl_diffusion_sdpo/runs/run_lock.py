@@ -26,20 +26,12 @@ class FolderInUseError(ValueError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock.
+    """The process that holds a lock."""
 
-    Attributes:
-        host (`str`): Name of its machine.
-        machine (`str`): Identifies the machine or container since its last start; empty where the system has no such
-            identifier.
-        pid (`int`): Its process id.
-        started (`str`): Its start time, since process ids are reused.
-    """
-
-    host: str
-    machine: str
+    host: str  # name of its machine
+    machine: str  # see `_machine`
     pid: int
-    started: str
+    started: str  # its start time, since process ids are reused
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -54,7 +46,7 @@ class Holder:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is running; to be asked of a local one only."""
+        """Whether the process is running; of a local one only."""
         return _start_time(self.pid) == self.started
 
 
@@ -63,11 +55,7 @@ class RunLock:
 
     The lock of a dead process is taken over: at once if the process was local, and otherwise (on other machines, in
     other containers, on systems other than Linux) after `timeout` seconds without a heartbeat. The holder updates the
-    file's modification time every `heartbeat` seconds.
-
-    Args:
-        folder (`Path`): Must exist.
-        heartbeat, timeout (`float`, *optional*): In seconds.
+    file's modification time every `heartbeat` seconds. The folder must exist.
     """
 
     def __init__(self, folder: Path, *, heartbeat: float = HEARTBEAT_SECONDS, timeout: float = TIMEOUT_SECONDS):
@@ -77,11 +65,7 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            `FolderInUseError`: If another run holds it.
-        """
+        """Take the lock; `FolderInUseError` where another run holds it."""
         self._text = json.dumps(asdict(Holder.this_process())) + "\n"
         while not self._create():
             self._remove_if_dead()

@@ -42,14 +42,8 @@ _METADATA_NAMES = {
 
 
 def foreign_code(folder: Path, known: Sequence[type], *, part: int = 0, parts: int = 1) -> list[str]:
-    """What a checkpoint's pickled files import beyond tensors, numbers and settings, one sentence a name. Runs no code
-    of the files.
-
-    Args:
-        folder (`Path`): The checkpoint.
-        known (`Sequence[type]`): The engine's classes, which are allowed.
-        part, parts (`int`): Which of several shares of the files to check.
-    """
+    """What a checkpoint's pickled files import besides tensors, numbers, settings and `known`, the engine's classes;
+    one sentence a name. Of several shares of the files, `parts`, it checks one, and runs no code of them."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in TORCH_FILES and path.is_file())
     metadata = sorted(path for path in folder.glob(DISTRIBUTED_METADATA) if path.is_file())
     found = []
@@ -63,15 +57,8 @@ def foreign_code(folder: Path, known: Sequence[type], *, part: int = 0, parts: i
 
 @contextlib.contextmanager
 def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
-    """Make every `torch.load` within refuse pickles that could run code, also in libraries that allow them.
-
-    Args:
-        known (`Sequence[type]`): The engine's classes, which are allowed.
-        trust (`bool`): Whether to refuse nothing.
-
-    Raises:
-        `ValueError`: If a file is refused.
-    """
+    """Make every `torch.load` within raise `ValueError` on pickles that could run code, also in libraries that allow
+    them. The classes `known`, the engine's, are allowed; with `trust`, all are."""
     if trust:
         yield
         return

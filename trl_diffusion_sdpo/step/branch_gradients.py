@@ -19,15 +19,14 @@ WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 
 
 class BranchGradients:
-    """The gradients of an optimizer step, branch by branch, and the lambda that joins them.
+    """The gradients of an optimizer step by branch, and the lambda that combines them.
 
     Args:
-        backend ([`GradientBackend`]): Accumulates, reduces and receives gradients.
         mu (`float`): Margin in `[0, 1]`.
         anchor (`str`): `"branch"` or `"error"`, what lambda protects, as
             [`~trl_diffusion_sdpo.losses.parameter_scale`] has it.
         adamw (`torch.optim.AdamW`, *optional*): Bounds lambda by its step as well; without wrappers.
-        max_norm (`float`, *optional*): To which the gradient is clipped before that step.
+        max_norm (`float`, *optional*): The gradient is clipped to it before that step.
     """
 
     def __init__(
@@ -39,33 +38,24 @@ class BranchGradients:
         adamw: torch.optim.AdamW | None = None,
         max_norm: float | None = None,
     ):
-        self.backend = backend
-        self.mu = mu
-        self.anchor = anchor
+        self.backend, self.mu, self.anchor = backend, mu, anchor
         self.adamw, self.max_norm = adamw, max_norm
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
-        """Add a micro-batch's gradient to a branch.
-
-        Args:
-            branch (`str`): `"winner"`, `"loser"` or `"anchor"`. The loser's objective must point up the loser's
-                branch, so that the gradient of the loss is winner minus loser.
-            objective (`torch.Tensor` of shape `()`): Already divided by the accumulation steps.
-            retain_graph (`bool`): Whether another pass through the same graph follows.
-        """
-        self.gradients[branch] = self.backend.backward(
-            objective, self.gradients.get(branch), retain_graph=retain_graph
-        )
+        """Add a micro-batch's gradient to `"winner"`, `"loser"` or `"anchor"`; see [`GradientBackend.backward`]. The
+        loser's objective has the sign with which the gradient of the loss is winner minus loser."""
+        into = self.gradients.get(branch)
+        self.gradients[branch] = self.backend.backward(objective, into, retain_graph=retain_graph)
 
     @torch.no_grad()
     def combine(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, Gradient | None]:
-        """The safeguard hook: leave `W - lambda L` with the engine as the gradient of the step.
+        """The safeguard hook: set `W - lambda L` as the gradient of the step.
 
         Returns:
             The metrics of [`~trl_diffusion_sdpo.losses.parameter_scale`]; whether the gradients were finite, a boolean
-            scalar on the device (with fp16 they are not now and then, and the scaler leaves that step out); and the
-            anchor's gradient where there is one.
+            scalar on the device (with fp16 some steps overflow, and the scaler skips them); and the anchor's gradient
+            where there is one.
 
         Raises:
             `RuntimeError`: If a branch reached no trained weight.
@@ -82,7 +72,7 @@ class BranchGradients:
             scale = metrics["safeguard/scale"] = self._bounded_by_adamw(ordered, products, scale)
             metrics["safeguard/active"] = (scale < 1).to(scale)
         finite = products.isfinite().all()
-        # Where only the anchor is not finite, the step is still not to be taken: the gradient says so.
+        # Where only the anchor is not finite, the step is skipped, too: NaN in the gradient does that.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)

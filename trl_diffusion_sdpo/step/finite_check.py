@@ -1,4 +1,4 @@
-"""A look at every loss and gradient for values that are not finite, without holding the accelerator up."""
+"""Checks that every loss and gradient is finite, without making the accelerator wait."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from ..engines.step_exchange import StepExchange
 class FiniteCheck:
     """Stops a run whose loss or gradient is not finite.
 
-    A loss is caught before the optimizer's step: once a step, the verdict over all micro-batches and processes is
-    copied to the host while the last backward pass is being queued and read after it, so that the host waits for the
-    forward pass only while the accelerator has the backward pass to run. All processes share one verdict, since a
-    gradient is averaged over them. A gradient that is not finite although the loss is, which is rare, is caught one
-    step later, before anything is saved.
-
-    Args:
-        exchange ([`~.step_exchange.StepExchange`], *optional*): Carries the verdict between processes.
+    A loss is found before the optimizer's step: once a step, one flag for all micro-batches and processes (gradients
+    are averaged over them) is copied to the host while the last backward pass is being queued and read after it, so
+    that the host waits for the forward pass only. A gradient that is not finite although the loss is, which is rare,
+    is found one step later, before anything is saved.
     """
 
     def __init__(self, exchange: StepExchange | None = None):
@@ -26,19 +22,19 @@ class FiniteCheck:
         self._gradient: HostCopy | None = None
         self._gradient_step = 0
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step: losses and rows
-        self._ruined: torch.Tensor | None = None
+        self._bad: torch.Tensor | None = None
         self._sent = False
 
     def watch(self, pair_losses: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
         """Note a micro-batch's losses `(B,)`; `rows` `(B,)` are its pairs' numbers in the data set. The `last` one
-        before an optimizer step sends the verdict."""
+        before an optimizer step sends the flag."""
         if self._sent:
-            self._watched, self._ruined, self._sent = [], None, False
+            self._watched, self._bad, self._sent = [], None, False
         self._watched.append((pair_losses.detach(), rows))
-        ruined = ~torch.isfinite(pair_losses.detach()).all()
-        self._ruined = ruined if self._ruined is None else self._ruined | ruined
+        bad = ~torch.isfinite(pair_losses.detach()).all()
+        self._bad = bad if self._bad is None else self._bad | bad
         if last:
-            self._exchange.send(self._ruined)
+            self._exchange.send(self._bad)
             self._sent = True
 
     def watch_gradient(self, norm: torch.Tensor, step: int) -> None:

@@ -10,27 +10,18 @@ from ..losses import noise_bin_changes, noise_bin_of
 
 
 class NoiseBinMeter:
-    """Sums of errors by noise level over an evaluation; one reduction over processes when they are read.
+    """Sums of errors by noise bin over an evaluation; one reduction over processes when they are read."""
 
-    Args:
-        parts (`int`): Number of noise levels.
-    """
-
-    def __init__(self, parts: int):
-        self.parts = parts
+    def __init__(self, num_noise_bins: int):
+        self._bins = num_noise_bins
         self._sums: torch.Tensor | None = None
 
-    def add(self, levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
-        """Add a batch.
-
-        Args:
-            levels (`torch.Tensor` of shape `(B,)`): Noise levels of the pairs.
-            errors (`torch.Tensor` of shape `(B, 4)`): Of winner and loser, and of the reference's.
-            counts (`bool`): Whether the pairs count; if not, only the names come into being.
-        """
+    def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
+        """Add B pairs: noise levels `(B,)` and errors `(B, 4)`, of winner and loser, policy then reference. Pairs that
+        do not count add zeros, so that all processes have the same names."""
         rows = torch.cat([errors, torch.ones_like(errors[:, :1])], 1) * float(counts)
-        sums = torch.zeros(self.parts, rows.shape[1], device=rows.device, dtype=exact_dtype(rows.device))
-        sums.index_add_(0, noise_bin_of(levels, self.parts), rows.to(sums))
+        sums = torch.zeros(self._bins, rows.shape[1], device=rows.device, dtype=exact_dtype(rows.device))
+        sums.index_add_(0, noise_bin_of(noise_levels, self._bins), rows.to(sums))
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
@@ -49,15 +40,15 @@ class MetricMeter:
         self._weights: dict[str, float | torch.Tensor] = {}
 
     def add(self, metrics: dict[str, torch.Tensor], weight: float | torch.Tensor) -> None:
-        """Add a batch's means; `weight` is its size in pairs, or what a value that belongs to a step counts for."""
+        """Add a batch's means; `weight` is its size in pairs, or the weight of a value that is measured once a step."""
         for name, value in metrics.items():
             weighted = value.detach().float() * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over all pairs of all processes since the last call, without what has weighed nothing; every process
-        must call it together."""
+        """Means over all pairs of all processes since the last call, without those of weight 0; all processes must call
+        it together."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -70,7 +61,7 @@ class MetricMeter:
 
 
 def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A weight as a float32 scalar; a number is filled in there, since a copy from the host would wait."""
+    """A weight as a float32 scalar; a number by a fill on the device, since a copy from the host would wait."""
     if isinstance(weight, torch.Tensor):
         return weight.to(device).float()
     return torch.full((), float(weight), dtype=torch.float32, device=device)

@@ -26,11 +26,9 @@ class NoisyBatch:
     noise_levels: torch.Tensor
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
-        """The rows that `index` names, in its order."""
-        conditioning = take_rows(self.conditioning, index)
-        return NoisyBatch(
-            self.noisy[index], self.target[index], self.timesteps[index], conditioning, self.noise_levels[index]
-        )
+        """The rows of `index`, in its order."""
+        noisy, target, timesteps = self.noisy[index], self.target[index], self.timesteps[index]
+        return NoisyBatch(noisy, target, timesteps, take_rows(self.conditioning, index), self.noise_levels[index])
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
         """Winners and losers."""

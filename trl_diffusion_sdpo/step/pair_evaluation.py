@@ -12,27 +12,15 @@ from .pair_forward import PairForward, PairPredictions
 
 
 class PairEvaluation:
-    """The metrics of training and the change of errors at each noise bin, over the pairs of an evaluation.
-
-    Args:
-        forward ([`PairForward`]): Takes the losses.
-        num_noise_bins (`int`): Number of noise bins.
-    """
+    """The metrics of training and the change of errors at each noise bin, over the pairs of an evaluation."""
 
     def __init__(self, forward: PairForward, num_noise_bins: int):
         self._forward = forward
         self._metrics, self._noise_bins = MetricMeter(), NoiseBinMeter(num_noise_bins)
 
     def add(self, predictions: PairPredictions, real: int) -> PreferenceLossOutput:
-        """Add a batch.
-
-        Args:
-            predictions ([`PairPredictions`]): Of B pairs.
-            real (`int`): How many of them, from the first on, are not repeated to fill up the last batch.
-
-        Returns:
-            The loss of all B pairs.
-        """
+        """Add the predictions of B pairs, whose first `real` ones are not repeated to fill up the last batch; returns
+        the loss of all B pairs."""
         outputs = measured = self._forward.loss(predictions)
         pairs = len(outputs.pair_losses)
         if 0 < real < pairs:  # from the same predictions: under an engine, a forward pass would take all processes
@@ -51,13 +39,8 @@ class PairEvaluation:
 
 
 def real_pairs(state: GradientState, pairs: int, rank: int) -> int:
-    """How many of a batch's pairs are not repeated to fill up the last batch of several processes.
-
-    Args:
-        state (`GradientState`): Of the accelerator, which knows how many rows the last batch has.
-        pairs (`int`): Pairs of this process's batch.
-        rank (`int`): Of this process.
-    """
+    """How many of the `pairs` in this process's batch are not repeated to fill up the last batch of several processes,
+    whose number of rows the accelerator's gradient state has."""
     if not state.end_of_dataloader or state.remainder <= 0:
         return pairs
     return max(0, min(pairs, state.remainder - rank * pairs))

@@ -33,7 +33,7 @@ from .noisy_batch import NoisyBatch
 
 VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
 
-# Measured on the joint prediction; with the parameter-space safeguard these names mean its own lambda.
+# Of the safeguard in output space; with the parameter-space safeguard these names are those of its own lambda.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
@@ -44,7 +44,7 @@ class NoiseSettings:
     Args:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
         noise_offset (`float`): Scale of the per-channel constant noise.
-        input_perturbation (`float`): Scale of extra noise that the input carries and the target does not.
+        input_perturbation (`float`): Scale of extra noise in the input, but not in the target.
     """
 
     timesteps: dict[str, Any] = field(default_factory=dict)
@@ -102,12 +102,9 @@ class PairForward:
     """The forward passes of a batch of pairs.
 
     Args:
-        family ([`~trl_diffusion_sdpo.families.Family`]): Around the pipeline that works: on the device, in the
-            precision in which it runs.
-        reference ([`~trl_diffusion_sdpo.models.reference.Reference`]): The old policy.
-        device (`torch.device`): Where batches are, and where noise is drawn.
-        noise ([`NoiseSettings`]): Of the inputs.
-        loss ([`LossSettings`]): Of the loss and the safeguard in output space.
+        family ([`~trl_diffusion_sdpo.families.Family`]): With its components on the device, in the precision in which
+            they run.
+        device (`torch.device`): Of batches and of the generators of noise.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales the losers' gradients by noise bin.
     """
 
@@ -133,16 +130,15 @@ class PairForward:
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
     ) -> PairPredictions:
-        """Noisy latents of a collated batch, and what policy and reference predict of them.
+        """Noisy latents of a collated batch on the device, and what policy and reference predict of them.
 
         Args:
             model (`nn.Module`): The policy as the engine wrapped it.
-            inputs (`dict[str, Any]`): A batch of the collator, on the device.
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Predict with these instead of the
-                policy's own weights.
+                policy's.
         """
         batch = self.noisy_batch(inputs)
-        # The reference first: its activations are freed before the policy's are kept for the backward pass.
+        # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
             return PairPredictions(batch, self.predict(policy, batch), reference, inputs.get("scores"))
@@ -150,12 +146,7 @@ class PairForward:
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
-        """The loss of predictions, with the safeguard of the settings if that is one in output space.
-
-        Args:
-            predictions ([`PairPredictions`]): Of B pairs.
-            safeguard (`str`, *optional*): `"output"` or `"none"` instead of the settings' own.
-        """
+        """The loss of predictions, with the safeguard of the settings if that is in output space, or another one."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -179,7 +170,7 @@ class PairForward:
         )
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
-        """A batch's metrics without those whose names the parameter-space safeguard has for its own."""
+        """A batch's metrics without those that the parameter-space safeguard logs itself, by the same names."""
         if self.loss_settings.safeguard != "parameter":
             return outputs.metrics
         return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}
@@ -188,7 +179,7 @@ class PairForward:
 
     @torch.no_grad()
     def noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:
-        """Images and prompts of a collated batch, encoded, at the timestep and with the noise of their pair."""
+        """Encoded images and prompts of a collated batch, with the noise of their pair at its timestep."""
         latents, conditioning = self.encode(inputs)
         timesteps, noise, perturbation = self.draw_noise(inputs["seeds"], latents)
         return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
@@ -202,9 +193,8 @@ class PairForward:
         latents = self.family.encode_images(pixels, [*generators, *generators]).contiguous()
         conditioning = self.family.encode_prompts(inputs["prompts"])  # one for a pair's two images
         conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
-        sizes = self.family.size_conditioning(
-            inputs["original_sizes"], inputs["crop_top_lefts"], (pixels.shape[-2], pixels.shape[-1])
-        )
+        size = (pixels.shape[-2], pixels.shape[-1])
+        sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
         return latents, conditioning | sizes
 
     def draw_noise(
@@ -238,7 +228,7 @@ class PairForward:
         conditioning: dict[str, torch.Tensor],
         perturbation: torch.Tensor | None = None,
     ) -> NoisyBatch:
-        """Clean latents `(N, ...)` with noise at their timesteps `(N,)`; the target knows nothing of a perturbation."""
+        """Clean latents `(N, ...)` with noise at their timesteps `(N,)`; a perturbation is not in the target."""
         process = self.family.noise_process
         return NoisyBatch(
             process.add_noise(latents, noise if perturbation is None else noise + perturbation, timesteps),
@@ -254,17 +244,17 @@ class PairForward:
             return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
 
     def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
-        """The reference's prediction of each batch, without a graph; `None` of no reference."""
+        """The reference's prediction of each batch, without a graph; `None` without a reference."""
         with torch.no_grad(), self.reference.active(model) as reference:
             return [None if reference is None else self.predict(reference, batch) for batch in batches]
 
     def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
-        """One generator a pair: its draws depend on neither its place in the batch nor the batch's size."""
+        """One generator a pair: its draws depend on neither the pair's index in the batch nor the batch's size."""
         return [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
-        """What the losers' gradients are multiplied by besides lambda, `(B,)`, from the pairs' noise levels `(B,)`;
-        `None` of no range and no budget."""
+        """Factors of the losers' gradients besides lambda, `(B,)`, from the pairs' noise levels `(B,)`; `None` without
+        a range and a budget."""
         weights: torch.Tensor | None = None
         if self.loss_settings.loser_noise_range is not None:
             weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)
@@ -274,7 +264,7 @@ class PairForward:
         return weights
 
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        """What the pairs' errors are multiplied by, `(B,)`; `None` of no weighting."""
+        """Factors of the pairs' errors, `(B,)`; `None` without weighting."""
         settings, length = self.loss_settings, self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
         return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
@@ -282,7 +272,7 @@ class PairForward:
 
 @contextlib.contextmanager
 def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Networks in evaluation mode, then each of their modules in the mode it had."""
+    """Networks in evaluation mode within the context, then each of their modules in the mode of before."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()

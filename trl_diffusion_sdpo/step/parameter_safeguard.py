@@ -1,5 +1,5 @@
-"""A micro-batch and an optimizer step under the parameter-space safeguard: winners and losers are predicted and
-back-propagated apart."""
+"""A micro-batch and an optimizer step under the parameter-space safeguard: winners and losers have a forward and a
+backward pass each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .step_diagnostics import StepDiagnostics
 
 @dataclass(frozen=True)
 class _Branches:
-    """What the backward passes of a micro-batch need: the two graphs, and the leaf that cuts the loss off from them."""
+    """What the backward passes of a micro-batch need: the two graphs, and the leaf where the graph of the loss ends."""
 
     model: nn.Module
     winners: NoisyBatch
@@ -31,19 +31,16 @@ class _Branches:
 
 
 class ParameterSafeguard:
-    """Winners and losers back-propagated apart, and one lambda from their gradients for each optimizer step.
+    """One backward pass for winners and one for losers, and one lambda from their gradients for each optimizer step.
 
     A micro-batch takes [`~ParameterSafeguard.predict_pairs`], the loss of these predictions, and
     [`~ParameterSafeguard.backward_branches`]; the last one of an optimizer step is followed by
     [`~ParameterSafeguard.step`].
 
     Args:
-        forward ([`PairForward`]): The forward passes.
-        gradients ([`BranchGradients`]): Accumulates and combines the branches' gradients.
         meter ([`MetricMeter`]): Of training.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
         low_memory (`bool`): Whether one branch's activations are held at a time, for one more forward pass.
-        diagnostics ([`StepDiagnostics`], *optional*): Measures some of the steps.
     """
 
     def __init__(
@@ -56,8 +53,7 @@ class ParameterSafeguard:
         low_memory: bool,
         diagnostics: StepDiagnostics | None,
     ):
-        self.gradients = gradients
-        self.diagnostics = diagnostics
+        self.gradients, self.diagnostics = gradients, diagnostics
         self._forward, self._meter = forward, meter
         self._sorts_by_scores, self._low_memory = sorts_by_scores, low_memory
         self._branches: _Branches | None = None
@@ -89,7 +85,7 @@ class ParameterSafeguard:
         Args:
             loss (`torch.Tensor` of shape `()`): Of the latest predictions.
             step (`int`): The optimizer step that this micro-batch is part of, counted from 1.
-            share (`float`): Of the micro-batch in the optimizer step.
+            share (`float`): Weight of the micro-batch in the optimizer step.
 
         Raises:
             `ValueError`: If the loss depends on anything trained but these predictions, or not on them.
@@ -125,7 +121,7 @@ class ParameterSafeguard:
 
 
 def _check_depends_on_predictions_only(loss: torch.Tensor, leaf: torch.Tensor | None) -> None:
-    """The two branches start at the predictions: what else the loss depends on would get no gradient."""
+    """The branches' backward passes start at the predictions: other tensors would get no gradient."""
     leaves = {id(variable) for variable in _leaves_of(loss)}
     if leaf is None or leaves != {id(leaf)}:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Measurements of single optimizer steps under the parameter-space safeguard: lambda of output space beside its own,
+"""Measurements of single optimizer steps under the parameter-space safeguard: the lambda of output space, to compare,
 and the change of the winners' error, predicted from its gradient and realised by the optimizer."""
 
 from __future__ import annotations
@@ -19,41 +19,25 @@ from .pair_forward import PairForward, PairPredictions
 
 @dataclass
 class _Measured:
-    """What is kept of a measured step until the weights have moved.
+    """The state of a measured step before its weights change."""
 
-    Args:
-        winners (`list[NoisyBatch]`): Those of each micro-batch.
-        errors (`list[torch.Tensor]`): Their mean errors before the step, `()` each.
-        weights (`list[torch.Tensor]`): The trained weights, or this process's shards, before the step.
-        gradient (`list[torch.Tensor]`): The mean winner error's, over the whole batch of the step.
-        finite (`torch.Tensor` of shape `()`): Whether the step's gradients were finite; a skipped step counts for
-            nothing.
-        loss_scale (`float`): By which `gradient` is multiplied.
-    """
-
-    winners: list[NoisyBatch] = field(default_factory=list)
-    errors: list[torch.Tensor] = field(default_factory=list)
-    weights: list[torch.Tensor] = field(default_factory=list)
-    gradient: Gradient = field(default_factory=list)
-    finite: torch.Tensor | None = None
-    loss_scale: float = 1.0
+    winners: list[NoisyBatch] = field(default_factory=list)  # of each micro-batch
+    errors: list[torch.Tensor] = field(default_factory=list)  # their mean errors, `()` each
+    weights: list[torch.Tensor] = field(default_factory=list)  # the trained weights, or this process's shards
+    gradient: Gradient = field(default_factory=list)  # of the mean winner error over the batch of the step
+    finite: torch.Tensor | None = None  # `()`: whether the gradients were finite; a skipped step has weight 0
+    loss_scale: float = 1.0  # a factor of `gradient`
 
 
 class StepDiagnostics:
-    """Measures every so many optimizer steps.
-
-    Args:
-        forward ([`PairForward`]): The forward passes.
-        meter ([`MetricMeter`]): Of training.
-        every (`int`): Optimizer steps between two measurements.
-    """
+    """Measures one of `every` optimizer steps, into the meter of training."""
 
     def __init__(self, forward: PairForward, meter: MetricMeter, every: int):
         self._forward, self._meter, self._every = forward, meter, every
         self._measured: _Measured | None = None
 
     def attach(self, model: nn.Module, backend: GradientBackend) -> None:
-        """Measure `model`, the policy as the engine wrapped it, whose gradients `backend` has, from now on."""
+        """Measure `model`, the policy as the engine wrapped it, and the gradients of `backend` from now on."""
         self._model, self._backend, self._measured = model, backend, None
 
     def is_due(self, step: int) -> bool:
@@ -71,7 +55,7 @@ class StepDiagnostics:
         self._meter.add(logged, len(winners.noisy))
 
     def before_step(self, gradient: Gradient | None, finite: torch.Tensor) -> None:
-        """Keep the weights and the gradient `gradient` of the mean winner error, where the step is measured."""
+        """Copy the weights, and hold the gradient of the mean winner error, if the step is measured."""
         if self._measured is None:
             return
         self._measured.gradient, self._measured.finite = gradient, finite
@@ -80,16 +64,14 @@ class StepDiagnostics:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Log what the optimizer's step did to the winners' error, and what the gradient predicts of the same move."""
+        """Log the change of the winners' error by the optimizer's step, and the change that its gradient predicts."""
         measured, self._measured = self._measured, None
         if measured is None:
             return
         for winners, before in zip(measured.winners, measured.errors, strict=True):
             residual = self._forward.predict(self._model, winners) - winners.target.float()
-            weight = len(winners.noisy) * measured.finite
-            self._meter.add(
-                {"safeguard/realised_winner_change": mean_error(residual, over_batch=True) - before}, weight
-            )
+            change = mean_error(residual, over_batch=True) - before
+            self._meter.add({"safeguard/realised_winner_change": change}, len(winners.noisy) * measured.finite)
         moves = [now - before for now, before in zip(self._backend.weights(), measured.weights, strict=True)]
         gradient = [None if part is None else local_tensor(part) for part in measured.gradient]
         products = self._backend.sum_over_shards(inner_products([_shaped_like(gradient, moves), moves]))

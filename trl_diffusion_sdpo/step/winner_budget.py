@@ -1,5 +1,5 @@
-"""The winner budget during training: a probe measures the winners' error at each noise bin every so many steps, and a
-controller moves the scales of the losers' gradients by it."""
+"""The winner budget during training: a probe measures the winners' error at each noise bin every few steps, and a
+controller adjusts the scales of the losers' gradients by it."""
 
 from __future__ import annotations
 
@@ -29,32 +29,20 @@ BUDGET_FILE = "winner_budget.json"
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """Pairs of the probe, before their noise.
+    """Pairs of the probe, without noise."""
 
-    Args:
-        inputs (`dict[str, Any]`): A batch of the collator, on the device.
-        counts (`list[bool]`): For each pair, whether it counts: processes with fewer pairs than others repeat one.
-    """
-
-    inputs: dict[str, Any]
-    counts: list[bool]
+    inputs: dict[str, Any]  # a batch of the collator, on the device
+    counts: list[bool]  # whether each pair counts: processes with fewer pairs than others repeat one
 
 
 @dataclass
 class BudgetProbe:
-    """Winners at fixed noise, a few at every noise bin.
-
-    Args:
-        num_noise_bins (`int`): Number of noise bins.
-        batches (`list[NoisyBatch]`): This process's winners; may be empty where there are more processes than pairs.
-        noise_bins (`list[torch.Tensor]`): For each batch, the noise bin of each row, int64 `(N,)`.
-        counts (`list[torch.Tensor]`): For each batch, 1 for each row that counts and 0 for a repeated one, `(N,)`.
-    """
+    """This process's winners at fixed noise, a few at every noise bin."""
 
     num_noise_bins: int
     batches: list[NoisyBatch] = field(default_factory=list)
-    noise_bins: list[torch.Tensor] = field(default_factory=list)
-    counts: list[torch.Tensor] = field(default_factory=list)
+    noise_bins: list[torch.Tensor] = field(default_factory=list)  # for each batch, of each row, int64 `(N,)`
+    counts: list[torch.Tensor] = field(default_factory=list)  # for each batch, 1 or, for a repeated row, 0, `(N,)`
 
     @torch.no_grad()
     def errors(self, predict: Callable[[NoisyBatch], torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
@@ -73,11 +61,10 @@ class WinnerBudget:
 
     Args:
         controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): The scales of the losers' gradients.
-        forward ([`PairForward`]): The forward passes.
         meter ([`MetricMeter`]): Of training.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Measured instead of the policy, where they
-            are kept: they are what is delivered, and have not the jitter that single steps have at low noise.
+        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Measured instead of the policy: they are
+            the result of the run, and do not vary between single steps as the policy does at low noise.
     """
 
     def __init__(
@@ -101,15 +88,14 @@ class WinnerBudget:
         self._model, self._accelerator = model, accelerator
 
     def begin(self, pairs: Sequence[ProbeInputs]) -> None:
-        """Make the probe of some pairs, and measure it before the first step; a resumed run has that measurement in its
-        checkpoint."""
+        """Make the probe, and measure it before the first step; a resumed run reads that from its checkpoint."""
         self._has_warned, self._unmet = False, None
         self.probe = self.make_probe(pairs)
         if self.controller.initial_errors is None:
             self.controller.initial_errors = self.measure()
 
     def update(self) -> None:
-        """Measure, and move the scales."""
+        """Measure, and adjust the scales."""
         metrics = self.controller.steer(self.measure())
         self._unmet = metrics["budget/unmet"]
         self._meter.add(metrics, 1)
@@ -127,7 +113,7 @@ class WinnerBudget:
             return self.probe.errors(lambda batch: self._forward.predict(model, batch), self._accelerator)
 
     def warn_if_unmet(self, unmet: float) -> None:
-        """Warn once of noise bins that are over the budget with their losers shut off; `unmet` is their share."""
+        """Warn once of noise bins that exceed the budget though their losers' scale is 0; `unmet` is their share."""
         if unmet and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -141,16 +127,16 @@ class WinnerBudget:
     def make_probe(self, pairs: Sequence[ProbeInputs]) -> BudgetProbe:
         """The winners of some pairs, each at a timestep within every noise bin."""
         probe = BudgetProbe(self._forward.loss_settings.num_noise_bins)
-        for part in pairs:
-            latents, conditioning = self._forward.encode(part.inputs)
+        for batch_of_pairs in pairs:
+            latents, conditioning = self._forward.encode(batch_of_pairs.inputs)
             if self._sorts_by_scores:
-                order = order_by_scores(part.inputs["scores"])
+                order = order_by_scores(batch_of_pairs.inputs["scores"])
                 latents, conditioning = latents[order], take_rows(conditioning, order)
             # Copies: a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
-            counts = torch.tensor(part.counts, device=latents.device).float()
+            counts = torch.tensor(batch_of_pairs.counts, device=latents.device).float()
             for noise_bin in range(probe.num_noise_bins):
-                batch = self._at_noise_bin(noise_bin, *winners, part.inputs["seeds"])
+                batch = self._at_noise_bin(noise_bin, *winners, batch_of_pairs.inputs["seeds"])
                 if batch is not None:
                     probe.batches.append(batch)
                     probe.noise_bins.append(torch.full_like(batch.timesteps, noise_bin, dtype=torch.long))
@@ -160,8 +146,7 @@ class WinnerBudget:
     def _at_noise_bin(
         self, noise_bin: int, clean: torch.Tensor, conditioning: dict[str, torch.Tensor], seeds: list[int]
     ) -> NoisyBatch | None:
-        """Latents with noise and timesteps from the pairs' own seeds; `None` where no timestep of training is in this
-        noise bin."""
+        """Latents with noise and timesteps from the pairs' seeds; `None` if no timestep of training is in the bin."""
         forward = self._forward
         process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
         every = process.candidate_timesteps(clean.device, **forward.noise_settings.timesteps)
@@ -182,11 +167,7 @@ class WinnerBudget:
         (folder / BUDGET_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read what [`WinnerBudget.save`] wrote.
-
-        Raises:
-            `ValueError`: If there is none, or it has another number of noise bins.
-        """
+        """Read what [`WinnerBudget.save`] wrote; `ValueError` where it is missing or has other noise bins."""
         file = folder / BUDGET_FILE
         if not file.is_file():
             raise ValueError(f"A checkpoint with a `winner_budget` must hold {BUDGET_FILE}; {folder} does not.")

@@ -4,10 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..import_utils import lazy_attributes
 
-_HOMES = {
-    "DiffusionSDPOConfig": ".diffusion_sdpo_config",
-    "DiffusionSDPOTrainer": ".diffusion_sdpo_trainer",
-}
+_HOMES = {"DiffusionSDPOConfig": ".diffusion_sdpo_config", "DiffusionSDPOTrainer": ".diffusion_sdpo_trainer"}
 __all__ = ["DiffusionSDPOConfig", "DiffusionSDPOTrainer"]
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""What happens beside the training loop, and which callbacks the settings call for."""
+"""Callbacks of the trainer, and which of them the settings need."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -30,12 +30,6 @@ logger = logging.getLogger(__name__)
 SHOWN_EVALUATIONS = 12  # in the plot of noise bins
 
 
-class HasEpoch(Protocol):
-    """Data that is shuffled or drawn anew each epoch."""
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-
 def default_callbacks(
     args: DiffusionSDPOConfig,
     train_dataset: Dataset | IterableDataset | None,
@@ -48,7 +42,7 @@ def default_callbacks(
     diagnostics: StepDiagnostics | None,
     run_facts: RunFacts,
 ) -> list[TrainerCallback]:
-    """Those that the settings call for, in the order in which they act."""
+    """The callbacks that the settings need, in the order of their calls."""
     callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
     if isinstance(train_dataset, PreferenceDataset):
         callbacks.append(EpochCallback(train_dataset))
@@ -84,15 +78,10 @@ def _sample_images(args: DiffusionSDPOConfig, family: Family) -> SampleImagesCal
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a data set which epoch begins, counted from 0; a resumed run goes on where the checkpoint's epoch was.
+    """Calls `set_epoch` of a data set with the epoch that begins, counted from 0; a resumed run continues with the
+    checkpoint's. Epochs are counted here, because the Trainer's number is too low for data without a length."""
 
-    Epochs are counted, because the Trainer's own number stays below the true one for data without a length.
-
-    Args:
-        dataset (`HasEpoch`): Has `set_epoch(epoch)`.
-    """
-
-    def __init__(self, dataset: HasEpoch):
+    def __init__(self, dataset: PreferenceDataset):
         self.dataset = dataset
         self._next: int | None = None
 
@@ -106,20 +95,13 @@ class EpochCallback(TrainerCallback):
 
 
 class SyncReferenceCallback(TrainerCallback):
-    """Moves the reference towards the policy every so many optimizer steps.
-
-    Args:
-        reference ([`~trl_diffusion_sdpo.models.reference.Reference`]): To be moved.
-        alpha (`float`): Share of the policy in the new reference.
-        steps (`int`): Optimizer steps between two moves.
+    """Moves the reference towards the policy, by the share `alpha`, every `steps` optimizer steps.
 
     Source: https://huggingface.co/papers/2404.09656, the soft update.
     """
 
     def __init__(self, reference: Reference, alpha: float, steps: int):
-        self.reference = reference
-        self.alpha = alpha
-        self.steps = steps
+        self.reference, self.alpha, self.steps = reference, alpha, steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step % self.steps == 0:
@@ -127,11 +109,7 @@ class SyncReferenceCallback(TrainerCallback):
 
 
 class EMACallback(TrainerCallback):
-    """Updates the averaged weights after every optimizer step.
-
-    Args:
-        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`]): To be updated.
-    """
+    """Updates the averaged weights after every optimizer step."""
 
     def __init__(self, average: EMAWeights):
         self.average = average
@@ -141,11 +119,7 @@ class EMACallback(TrainerCallback):
 
 
 class StepDiagnosticsCallback(TrainerCallback):
-    """Has measured steps finished once the optimizer has moved the weights, whoever called it.
-
-    Args:
-        diagnostics ([`~trl_diffusion_sdpo.step.step_diagnostics.StepDiagnostics`]): To be called.
-    """
+    """Completes the measurement of a step after the optimizer's step, which an engine may have taken."""
 
     def __init__(self, diagnostics: StepDiagnostics):
         self._diagnostics = diagnostics
@@ -155,12 +129,8 @@ class StepDiagnosticsCallback(TrainerCallback):
 
 
 class WinnerBudgetCallback(TrainerCallback):
-    """Has the winner budget's probe measured before the first step and after every `winner_budget_steps`.
-
-    Args:
-        budget ([`~trl_diffusion_sdpo.step.winner_budget.WinnerBudget`]): To be called.
-        load_pairs (`Callable`): Gives this process's pairs of the probe.
-    """
+    """Measures the winner budget's probe, this process's pairs, before the first step and after every
+    `winner_budget_steps`."""
 
     def __init__(self, budget: WinnerBudget, load_pairs: Callable[[], Sequence[ProbeInputs]]):
         self._budget, self._load_pairs = budget, load_pairs
@@ -183,36 +153,27 @@ class WinnerBudgetCallback(TrainerCallback):
 
 
 class NoiseBinPlotCallback(TrainerCallback):
-    """Plots what training did to the errors at each noise bin, after every evaluation, into the output folder:
+    """Plots the change of the errors at each noise bin, after every evaluation, into the output folder:
     `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an extra,
-    the numbers are in the log alone."""
+    the numbers are in the log only."""
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero or not is_plots_available():
             return
         for prefix, records in changes_by_noise_bin(state.log_history).items():
-            name = f"noise_bins{prefix.removeprefix('eval').replace('/', '_')}.png"
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            plot_noise_bins(
-                records[-SHOWN_EVALUATIONS:],
-                cast(DiffusionSDPOConfig, args).num_noise_bins,
-                Path(args.output_dir) / name,
-            )
+            file = Path(args.output_dir) / f"noise_bins{prefix.removeprefix('eval').replace('/', '_')}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            plot_noise_bins(records[-SHOWN_EVALUATIONS:], cast(DiffusionSDPOConfig, args).num_noise_bins, file)
 
 
 class DataReportCallback(TrainerCallback):
-    """Says at the end of training what became of the data, where more bad pairs were found on the way.
-
-    Args:
-        dataset ([`PreferenceDataset`] or [`PreferenceIterableDataset`]): What was trained on.
-    """
+    """Logs the report of the data at the end of training if more bad pairs were found during training."""
 
     def __init__(self, dataset: PreferenceDataset | PreferenceIterableDataset):
         self._dataset = dataset
         self._known = int(dataset.undecodable.sum()) if isinstance(dataset, PreferenceDataset) else 0
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        late = 0
         if isinstance(self._dataset, PreferenceDataset):
             bad = self._dataset.undecodable
             for found in peers(args).gather(torch.nonzero(bad).flatten().tolist()):
@@ -226,11 +187,7 @@ class DataReportCallback(TrainerCallback):
 
 
 class VerdictCallback(TrainerCallback):
-    """Logs the verdict at the end of training, and one warning during training if the model is ruined.
-
-    Args:
-        run ([`~.verdict.RunFacts`]): Facts of the run.
-    """
+    """Logs the verdict at the end of training, and one warning during training if the model is ruined."""
 
     def __init__(self, run: RunFacts):
         self._run, self._warned = run, False
@@ -262,8 +219,7 @@ class NothingToTrainCallback(TrainerCallback):
             logger.warning(
                 "Nothing is left to train: the checkpoint is of step %s, and the run ends at %s. The weights are those "
                 "of the checkpoint. More `max_steps` or `num_train_epochs` train on.",
-                state.global_step,
-                state.max_steps,
+                *(state.global_step, state.max_steps),
             )
 
 

@@ -1,4 +1,4 @@
-"""Arguments as they were given: words read as what they mean, then checked, as far as no model is needed."""
+"""Parsing and checking the settings, as far as no model is needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
-from ..data.checking import verify_choice
-from ..data.images import MIN_SIDE, settled_schemes
+from ..data.checking import parse_verify_images
+from ..data.images import MIN_SIDE, parse_schemes
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
@@ -52,17 +52,12 @@ class AllArguments(
 
 @dataclass(frozen=True)
 class Setting:
-    """What the annotation of a setting says.
+    """The annotation of a setting."""
 
-    Args:
-        types (`frozenset`): The types that it may have besides `None`.
-        choices (`tuple[str, ...]`): The words that it may have, if there are such.
-        facts (`tuple`): What `Annotated` says besides.
-    """
-
-    types: frozenset[Any]
-    choices: tuple[str, ...]
-    facts: tuple[Any, ...]
+    types: frozenset[Any]  # besides `None`
+    is_optional: bool  # whether it may be `None`
+    choices: tuple[str, ...]  # of its `Literal`
+    facts: tuple[Any, ...]  # the metadata of its `Annotated`
 
 
 @functools.cache
@@ -79,16 +74,12 @@ def _setting(hint: Any) -> Setting:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
     choices = tuple(word for word in words if isinstance(word, str))
-    return Setting(frozenset(members) - {type(None)}, choices, tuple(facts))
+    return Setting(frozenset(members) - {type(None)}, type(None) in members, choices, tuple(facts))
 
 
 def read_words(args: AllArguments) -> None:
-    """Read switches and numbers that YAML or a person has written as text, and a switch that is off as the choice that
-    means it: `"yes"` as `True`, `"2e3"` as 2000.0, `False` as `"none"`.
-
-    Raises:
-        ValueError: If the word for a switch means neither on nor off, or that for a number is none.
-    """
+    """Convert switches and numbers given as text, and a switch for a setting with choices to its choice: `"yes"` to
+    `True`, `"2e3"` to 2000.0, `False` to `"none"`. `ValueError` where the text is no switch or no number."""
     for name, setting in settings_of(cast(Any, type(args))).items():
         value = getattr(args, name)
         choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
@@ -104,11 +95,7 @@ def read_words(args: AllArguments) -> None:
 
 
 def check_settings(args: AllArguments) -> None:
-    """Look at all settings, alone and together.
-
-    Raises:
-        `ValueError`: On a value out of its range, and on settings that cannot act.
-    """
+    """Raise `ValueError` on a value out of its range, and on settings that cannot act, alone or together."""
     for name, setting in settings_of(cast(Any, type(args))).items():
         _check_value(name, setting, getattr(args, name))
     loss = loss_spec(args.loss_type)
@@ -126,7 +113,7 @@ def check_settings(args: AllArguments) -> None:
 
 
 def _check_value(name: str, setting: Setting, value: Any) -> None:
-    if value is None:
+    if value is None and setting.is_optional:
         return
     if setting.choices and str not in setting.types and value not in setting.choices:
         near = did_you_mean(str(value), setting.choices)
@@ -137,7 +124,7 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
 
 
 def _warn(message: str) -> None:
-    """Warn the caller of the configuration, through a check, `check_settings`, `__post_init__` and `__init__`."""
+    """Warn the caller of the configuration: above this are a check, `check_settings`, `__post_init__`, `__init__`."""
     warnings.warn(message, stacklevel=6)
 
 
@@ -147,19 +134,15 @@ def _check_inherited(args: AllArguments) -> None:
         _warn("`remove_unused_columns=True` has no effect: formats know their columns.")
         args.remove_unused_columns = False
     _, checkpointing = activation_checkpointing(args)
+    in_order = args.train_sampling_strategy in ("random", "sequential")
+    counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
     refused = {
         "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "there are no embeddings to disturb"),
         "use_liger_kernel": (args.use_liger_kernel, "its kernels are those of language models"),
         "label_smoothing_factor": (bool(args.label_smoothing_factor), "use `loss_type='robust'`"),
-        "train_sampling_strategy": (
-            args.train_sampling_strategy not in ("random", "sequential"),
-            "images have one size; use 'random'",
-        ),
+        "train_sampling_strategy": (not in_order, "images have one size; use 'random'"),
         "include_for_metrics": (bool(args.include_for_metrics), "`compute_metrics` receives rewards alone"),
-        "include_num_input_tokens_seen": (
-            args.include_num_input_tokens_seen not in ("no", False),
-            "images have no tokens",
-        ),
+        "include_num_input_tokens_seen": (counts_tokens, "images have no tokens"),
         "bf16_full_eval": (args.bf16_full_eval, "it would round the policy and not the reference; use `bf16`"),
         "fp16_full_eval": (args.fp16_full_eval, "it would round the policy and not the reference; use `fp16`"),
         "fp16": (args.fp16 and args.device.type == "cpu", "a CPU has no fp16 autocast; use `bf16`"),
@@ -245,8 +228,8 @@ def _check_preconditioner(args: AllArguments) -> None:
 
 
 def _check_data(args: AllArguments) -> None:
-    args.verify_images = verify_choice(args.verify_images)
-    args.image_schemes = list(settled_schemes(args.image_schemes)) or None
+    args.verify_images = parse_verify_images(args.verify_images)
+    args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     if args.sample_steps is not None and not args.sample_prompts:
         _warn("`sample_steps` has no effect without `sample_prompts`.")
 
@@ -345,9 +328,8 @@ def settled_resolution(value: Any) -> int | list[int] | None:
 def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
     """Raise `ValueError` where a setting predicts the same input twice and dropout would make the two differ."""
     twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
-    if args.safeguard != "parameter" or not twice:
-        return
-    refuse_dropout(denoiser, f"`{twice[0]}`")
+    if args.safeguard == "parameter" and twice:
+        refuse_dropout(denoiser, f"`{twice[0]}`")
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:

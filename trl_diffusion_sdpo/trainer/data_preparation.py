@@ -43,17 +43,16 @@ class DataOverrides(Trainer):
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of an evaluation's data. A set of the trainer's, given by name or object, has the same loader at
-        every call."""
+        """The loader of an evaluation's data; the same one at every call for a data set of the trainer's, given by name
+        or object."""
         own = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        if eval_dataset is None:
-            eval_dataset = self.eval_dataset
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`, got none.")
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         prepared = self._prepare_pairs(eval_dataset, self.args, name="eval", training=False)
-        keep = any(prepared is part for part in own)
+        keep = any(prepared is dataset for dataset in own)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -61,8 +60,8 @@ class DataOverrides(Trainer):
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on the device. The loaders leave it on the host, so that of a step's micro-batches only the current
-        one takes memory on the device."""
+        """A batch on the device. The loaders leave it on the host, so that only the current micro-batch of a step takes
+        memory on the device."""
         return super()._prepare_inputs(on_device(inputs, self.args.device))
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -77,7 +76,7 @@ class DataOverrides(Trainer):
         return self._prepare_pairs(dataset, args, name="eval", training=False)
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-        """Both data sets as pairs; sets `args.dataloader_num_workers` if it is open."""
+        """Both data sets as pairs; sets `args.dataloader_num_workers` if it is `None`."""
         train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
         check_batches(train_dataset, args)
@@ -116,9 +115,8 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """A user's data as a torch data set of pairs; one that is prepared already, or `None`, as it is. All processes
-    prepare all of it, but for the check of the images, which they share; none waits
-    for another longer than their shares differ in time.
+    """A user's data as a torch data set of pairs; one that is prepared already, or `None`, unchanged. All processes
+    prepare all of it, but share the check of the images.
 
     Raises:
         `ValueError`: If the data are in no known format, none are left, the loss needs scores that are not there, or
@@ -164,8 +162,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
-    """Raise `ValueError` where processes would evaluate on parts of a stream: a part that has fewer batches than
-    another leaves its process out of the others' exchanges, and they would wait for ever."""
+    """Raise `ValueError` where processes would evaluate on parts of a stream: a process with fewer batches than another
+    misses its collectives, which would never end."""
     if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
         raise ValueError(
             f"The {name} data are a stream that `split_dataset_by_node` has given {args.world_size} processes parts "
@@ -175,11 +173,7 @@ def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
 
 
 def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
-    """Say where a step cannot have as many pairs as was asked for, as there are fewer.
-
-    Raises:
-        `ValueError`: If an epoch would not have a single batch.
-    """
+    """Warn where a batch or a step is larger than the training data; `ValueError` where an epoch has no batch."""
     if not isinstance(dataset, PreferenceDataset):
         return
     pairs, batch, processes = len(dataset), args.train_batch_size, args.world_size
@@ -214,16 +208,13 @@ def peers(args: TrainingArguments) -> Peers:
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Pairs of the winner budget's probe, as the collator takes them: spread over a data set, the first of a stream.
-
-    Raises:
-        `ValueError`: If there are none.
-    """
+    """Pairs of the winner budget's probe, as the collator takes them: spread over a data set, the first of a stream;
+    `ValueError` where there are none."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
     if isinstance(view, PreferenceDataset):
         wanted = min(wanted, len(view))
-        items = [view[place * len(view) // wanted] for place in range(wanted)]
+        items = [view[i * len(view) // wanted] for i in range(wanted)]
     else:
         items = list(islice(iter(view), wanted))
     if not items:
@@ -234,21 +225,11 @@ def probe_items(dataset: Any, wanted: int) -> list[Any]:
 def probe_inputs(
     items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
 ) -> list[ProbeInputs]:
-    """This process's share of the probe's pairs, in batches.
-
-    Args:
-        items (`Sequence`): The pairs of all processes.
-        batch_size (`int`): Pairs a batch.
-        to_inputs (`Callable`): Collates pairs and moves them to the device.
-        rank, world (`int`): Which process this is, of how many.
-    """
+    """This process's share of the pairs of all processes, in batches; `to_inputs` collates pairs and moves them to the
+    device."""
     rows = list(items[rank::world])
-    own = len(rows)
+    share = len(rows)
     # Under engines a forward pass takes all processes: each has as many rows as the one with most.
-    rows += list(items[:1]) * (-(-len(items) // world) - own)
-    starts = range(0, len(rows), batch_size)
-    counts = [[place < own for place in range(start, min(start + batch_size, len(rows)))] for start in starts]
-    return [
-        ProbeInputs(to_inputs(rows[start : start + batch_size]), count)
-        for start, count in zip(starts, counts, strict=True)
-    ]
+    rows += list(items[:1]) * (-(-len(items) // world) - share)
+    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    return [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]

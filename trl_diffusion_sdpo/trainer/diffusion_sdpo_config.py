@@ -89,9 +89,7 @@ class DiffusionSDPOConfig(AllArguments):
             self.ddp_find_unused_parameters = False  # every trainable weight takes part in each forward pass
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
-        self.resolution = cast(
-            Any, settled_resolution(self.resolution)
-        )  # one number: no type that a parser could read
+        self.resolution = cast(Any, settled_resolution(self.resolution))  # parsers know no type for one number or two
         check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,12 +104,7 @@ class DiffusionSDPOConfig(AllArguments):
 
 
 def settings_with(key: str) -> tuple[str, ...]:
-    """Names of the settings in a list of settings.
-
-    Args:
-        key (`str`): [`RESUME`], what changes the trajectory, or [`EVALUATION`], what an evaluation of saved weights
-            depends on.
-    """
+    """Names of the settings in a list: [`RESUME`] or [`EVALUATION`]."""
     own = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if key in setting.facts)
     return (*own, *INHERITED[key])
 

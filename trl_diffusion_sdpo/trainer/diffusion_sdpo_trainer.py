@@ -1,5 +1,5 @@
-"""The trainer: what it is made of, and the overrides of transformers' Trainer that concern a step, an evaluation or the
-data. Those that concern files are in `file_overrides`."""
+"""The trainer: its collaborators, and the overrides of transformers' Trainer that concern a step or an evaluation; for
+those that concern data see `data_preparation`, for files `file_overrides`."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Loss of a batch of B pairs, a scalar; with `return_outputs` also what came with it.
+        """Loss of a batch of B pairs, a scalar; with `return_outputs` also its [`PreferenceLossOutput`].
 
         A subclass may change the loss under every safeguard. With `safeguard="parameter"` the graph ends at the
         predictions: what it adds must depend on the model through them.
@@ -216,7 +216,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         return norm
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """As the Trainer does it; then what depends on how the engine holds the policy."""
+        """As transformers does it; then the set-up that needs the model as the engine wrapped it."""
         self.parameter_safeguard = None  # of an earlier training
         self._finite = FiniteCheck(step_exchange(self.callback_handler.callbacks))
         self.engine.set_precision(exact_gradients=self.args.safeguard == "parameter")
@@ -330,9 +330,9 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
                 weights.compile(args.torch_compile_backend, args.torch_compile_mode)
 
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
-        """What one step is made of."""
+        """The collaborators of a step."""
         self._meter, self._finite = MetricMeter(), FiniteCheck()
-        self.parameter_safeguard = None  # once the engine has the policy
+        self.parameter_safeguard = None  # made in `set_up_safeguard`
         self._engine_ready = False
         self._evaluated_weights = None  # in place of the policy's
         controller = None
@@ -379,7 +379,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         )
 
     def set_up_safeguard(self) -> None:
-        """Make what `args.safeguard` needs, once the engine has the policy and the optimizer."""
+        """Make what `args.safeguard` needs, once the engine has wrapped policy and optimizer."""
         args, self.parameter_safeguard = self.args, None
         if args.safeguard != "parameter":
             return

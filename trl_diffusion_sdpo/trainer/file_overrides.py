@@ -40,7 +40,7 @@ from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", "noise_bins*.png")
-# In the model card, beside those that a resume compares.
+# In the model card, besides those that a resume compares.
 CARD_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
     "num_train_epochs",
@@ -48,21 +48,13 @@ CARD_SETTINGS = (
 
 
 class FileOverrides(Trainer):
-    """A [`~transformers.Trainer`] that leaves its files to collaborators. A subclass sets the other attributes.
+    """Overrides of [`~transformers.Trainer`] that concern files. A subclass sets the attributes of the second group."""
 
-    Attributes:
-        weight_files ([`WeightFiles`]): Formats of the tuned weights.
-        run_folder ([`RunFolder`]): The output folder.
-        run_files ([`RunFiles`]): Results and checkpoints in it.
-        publisher ([`Publisher`]): Its upload to the Hub.
-        run_facts ([`RunFacts`]): For the verdict.
-    """
-
-    weight_files: WeightFiles
+    weight_files: WeightFiles  # formats of the tuned weights
     run_folder: RunFolder
-    run_files: RunFiles
+    run_files: RunFiles  # results and checkpoints in it
     publisher: Publisher
-    run_facts: RunFacts
+    run_facts: RunFacts  # for the verdict
 
     args: DiffusionSDPOConfig
     pipeline: DiffusionPipeline
@@ -145,7 +137,7 @@ class FileOverrides(Trainer):
                 return super().train(point, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        """How often to log, save and evaluate is this run's, not the checkpoint's."""
+        """Logging, saving and evaluation steps are this run's, not the checkpoint's."""
         progress = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         return progress
@@ -297,15 +289,9 @@ class FileOverrides(Trainer):
         return []
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository `args.hub_model_id` unless it exists; all processes must call it.
-
-        Args:
-            token (`str`, *optional*): `args.hub_token` if unset.
-            private (`bool`, *optional*): `args.hub_private_repo` if unset.
-
-        Raises:
-            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
-        """
+        """Create the repository `args.hub_model_id` unless it exists; all processes must call it. `token` and `private`
+        are `args.hub_token` and `args.hub_private_repo` if unset. `PublishingError` in all processes, if the Hub
+        refuses, or does not answer."""
         try:
             self.hub_model_id = self.publisher.create_repository(token, private)
         except PublishingError as error:
@@ -368,7 +354,7 @@ class FileOverrides(Trainer):
 
 @contextlib.contextmanager
 def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
-    """Other settings within, where transformers reads them and must not act on them."""
+    """Change settings within the context, where transformers would act on them."""
     before = {name: getattr(args, name) for name in settings}
     for name, value in settings.items():
         setattr(args, name, value)

@@ -1,5 +1,5 @@
-"""What is done once, before the first batch: weights chosen, settings completed by family and loss, and checked against
-the model."""
+"""Set-up before the first batch: the weights that train, settings completed by family and loss and checked against the
+model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import Reference, build_reference
 from ..step.pair_forward import LossSettings, NoiseSettings
-from .config_checks import (
-    check_activation_checkpointing,
-    check_one_device,
-    check_without_dropout,
-    settled_resolution,
-)
+from .config_checks import check_activation_checkpointing, check_one_device, check_without_dropout, settled_resolution
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -166,11 +161,8 @@ def make_reference(
 def check_and_complete(
     args: DiffusionSDPOConfig, loaded: LoadedModel, loss: LossSpec, *, adapter: str | None
 ) -> NoiseSettings:
-    """Check the settings against the model, and fill in those that were left to the family and the loss.
-
-    Returns:
-        [`~trl_diffusion_sdpo.step.pair_forward.NoiseSettings`]: How noise and timesteps are drawn.
-    """
+    """Check the settings against the model, fill in the defaults of family and loss, and return how noise and timesteps
+    are drawn."""
     family = loaded.family
     check_guidance(args, family)
     complete_args(args, family, loss, full=adapter is None)
@@ -183,7 +175,7 @@ def check_and_complete(
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
-    """What the settings say of the loss."""
+    """The settings of the loss."""
     span = args.loser_noise_range
     return LossSettings(
         loss_type=args.loss_type,
@@ -215,7 +207,7 @@ def place_frozen_components(family: Family, args: DiffusionSDPOConfig) -> Family
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
-    """Fill in what was left to the family and the loss, and say so."""
+    """Set unset settings to the defaults of the family and the loss, and log them."""
     defaults = family.loss_defaults(args.loss_type)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
@@ -230,11 +222,11 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
         setattr(args, name, value)
     set_deepspeed_learning_rate(args)
     safeguarded = args.safeguard != "none" and loss.uses_loser
-    told = {name: value for name, value in chosen.items() if value is not None}
+    logged = {name: value for name, value in chosen.items() if value is not None}
     if not safeguarded:
-        told.pop("safeguard_mu", None)
-    if told:
-        listed = ", ".join(f"{name}={value}" for name, value in told.items())
+        logged.pop("safeguard_mu", None)
+    if logged:
+        listed = ", ".join(f"{name}={value}" for name, value in logged.items())
         logger.warning("Chosen for %s and the loss %r: %s.", family.name, args.loss_type, listed)
 
 
@@ -253,7 +245,7 @@ def check_precision(denoiser: nn.Module, adapter: str | None, args: DiffusionSDP
 
 
 def check_output_dir(folder: str) -> None:
-    """Raise `ValueError` where results could not be written, before hours of training find out."""
+    """Raise `ValueError` where results could not be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -263,7 +255,7 @@ def check_output_dir(folder: str) -> None:
 
 
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` where the VAE would cut off a part of the images, or the pipeline would not draw them."""
+    """Raise `ValueError` where the VAE would crop the images, or the pipeline would not generate them."""
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
     unit = family.vae_scale_factor * family.patch_size
     if args.sample_prompts:
@@ -274,7 +266,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
 
 
 def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
-    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot draw or weigh so."""
+    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot follow the settings."""
     process = family.noise_process
     last = process.num_train_timesteps
     if args.timestep_range is not None and args.timestep_range[1] > last:
@@ -297,17 +289,17 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
     return {"timestep_range": timestep_range, "sampling": sampling}
 
 
-def check_noise_range(args: DiffusionSDPOConfig, family: Family, drawn: dict[str, Any]) -> None:
-    """Say which of the timesteps that are drawn `loser_noise_range` comes to; `ValueError` where it is none."""
+def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
+    """Log the timesteps within `loser_noise_range`; `ValueError` where none of those that are drawn is."""
     if args.loser_noise_range is None:
         return
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
     tokens = family.tokens_of_image(sides[0], sides[-1])
     low, high = args.loser_noise_range
     process = family.noise_process
-    within = process.timestep_bounds(low, high, tokens, **drawn)
+    within = process.timestep_bounds(low, high, tokens, **timesteps)
     if within is None:
-        every = process.timestep_bounds(0.0, 1.0, tokens, **drawn)
+        every = process.timestep_bounds(0.0, 1.0, tokens, **timesteps)
         ends = torch.tensor(every).to(process.timestep_dtype)
         first, last = process.noise_level(ends, tokens).tolist()
         raise ValueError(
@@ -325,7 +317,7 @@ def check_guidance(args: DiffusionSDPOConfig, family: Family) -> None:
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise ValueError(
             f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
-            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for drawing."
+            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for sample images."
         )
 
 
@@ -337,6 +329,6 @@ def disable_dropout(module: nn.Module) -> None:
 
 
 def default_output_dir(model: Any) -> str:
-    """Where a run without `args` writes to."""
+    """The output folder of a run without `args`."""
     name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
     return f"{name}-DiffusionSDPO"

@@ -25,25 +25,23 @@ SAMPLES_FOLDER = "samples"
 
 
 class SampleImagesCallback(TrainerCallback):
-    """Draws every prompt with fixed seeds before, during and after training.
+    """Generates an image of every prompt with fixed seeds before, during and after training.
 
     Writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and `samples/step-000050-0.png` and
-    so on, one file for each prompt, which also carries its prompt and seed as PNG text. Training is left as it was:
-    modes, random states and the pipeline's scheduler are borrowed or copied. Runs on the first process only.
+    so on, one file for each prompt, with its prompt and seed as PNG text. Training is not affected: modes and random
+    states are restored, the pipeline's scheduler is copied. Runs on the first process only.
 
     Args:
         pipeline (`DiffusionPipeline`): The one that owns the denoiser being trained; every component on one device.
-        prompts (`Sequence[str]`): What to draw; prompt `i` always starts from the noise of `seed + i`.
-        every_n_steps (`int`, *optional*): Optimizer steps between two drawings; only first and last if unset.
-        num_inference_steps (`int`): Denoising steps.
-        seed (`int`): Of the first prompt.
+        prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
+        every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
             the model's own if unset.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
         denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs
             under the autocast of training, while frozen components run in their stored precision.
-        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must draw, as each holds a part
-            of the denoiser; it then is called through the `model` that the Trainer hands to callbacks.
+        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, as each holds a
+            shard of the denoiser; it then is called through the `model` that the Trainer passes to callbacks.
 
     Raises:
         `ValueError`: If there are no prompts, or `every_n_steps` is less than 1.
@@ -66,33 +64,29 @@ class SampleImagesCallback(TrainerCallback):
             raise ValueError("`prompts` must name at least one prompt, got none. Leave the callback out instead.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}. Use None for first and last.")
-        self.pipeline = pipeline
-        self.prompts = list(prompts)
-        self.every_n_steps = every_n_steps
-        self.seed = seed
-        self.denoiser_name = denoiser_name
-        self.every_process = every_process
-        self.drawing = {"num_inference_steps": num_inference_steps, **(call_options or {})}
+        self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
+        self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
+        self.call_kwargs = {"num_inference_steps": num_inference_steps, **(call_options or {})}
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-            self.drawing |= {"height": height, "width": width}
+            self.call_kwargs |= {"height": height, "width": width}
         self._last_step: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
         self._last_step = None
-        drawn = resumed and grid_path(args.output_dir, state.global_step).exists()
-        if in_any_process(drawn, args.device):
-            self._last_step = state.global_step  # drawn by the run that wrote the checkpoint, from the same weights
-        self._draw_once(args, state, state.global_step, kwargs.get("model"))
+        exists = resumed and grid_path(args.output_dir, state.global_step).exists()
+        if in_any_process(exists, args.device):
+            self._last_step = state.global_step  # generated from the same weights by the run that wrote the checkpoint
+        self._generate_once(args, state, state.global_step, kwargs.get("model"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
-            self._draw_once(args, state, state.global_step, kwargs.get("model"))
+            self._generate_once(args, state, state.global_step, kwargs.get("model"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         best = state.best_global_step if args.load_best_model_at_end else None
-        self._draw_once(args, state, best or state.global_step, kwargs.get("model"))
+        self._generate_once(args, state, best or state.global_step, kwargs.get("model"))
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
         """Image paths relative to the output folder, each with its prompt, as the model card takes them."""
@@ -103,10 +97,10 @@ class SampleImagesCallback(TrainerCallback):
         """Step of the newest images; `None` before the first."""
         return self._last_step
 
-    def _draw_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
+    def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
         if step == self._last_step or not (self.every_process or state.is_world_process_zero):
             return
-        images = self.draw(training_autocast(args), through=model if self.every_process else None)
+        images = self.generate(training_autocast(args), through=model if self.every_process else None)
         self._last_step = step
         if not state.is_world_process_zero:
             return
@@ -119,12 +113,10 @@ class SampleImagesCallback(TrainerCallback):
             image.save(folder / path, pnginfo=note)
         labelled_grid(images, self.prompts).save(grid_path(folder, step))
 
-    def draw(
-        self,
-        autocast: contextlib.AbstractContextManager | None = None,
-        through: nn.Module | None = None,
+    def generate(
+        self, autocast: contextlib.AbstractContextManager | None = None, through: nn.Module | None = None
     ) -> list[Image.Image]:
-        """One image for each prompt, from the model as it stands.
+        """One image for each prompt, with the current weights.
 
         Args:
             autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
@@ -137,21 +129,21 @@ class SampleImagesCallback(TrainerCallback):
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if "safety_checker" in pipeline.components:
-            pipeline.safety_checker = None  # stays where it was loaded, and would black out what is to be looked at
-        _hold_frozen_parts_alike(pipeline, self.denoiser_name)
+            pipeline.safety_checker = None  # is not on the device, and would replace images by black ones
+        _round_frozen_components(pipeline, self.denoiser_name)
         networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
         if through is not None:
             pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
-        with torch.no_grad(), eval_mode(networks), _kept_random_state(pipeline.device):
+        with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
             precision = _in_training_precision(denoiser, autocast or contextlib.nullcontext())
             with precision, _in_own_precision(pipeline.vae):
-                return [self._draw_one(pipeline, i) for i in range(len(self.prompts))]
+                return [self._generate_one(pipeline, i) for i in range(len(self.prompts))]
 
-    def _draw_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
+    def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
-        drawn = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.drawing)[0][0]
-        return drawn[0] if isinstance(drawn, list) else drawn  # of a clip, its first frame
+        image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
+        return image[0] if isinstance(image, list) else image  # of a clip, its first frame
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:
@@ -160,19 +152,9 @@ def grid_path(output_dir: str | Path, step: int) -> Path:
 
 
 def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
-    """Images below one another, each with its label to the right.
-
-    Args:
-        images (`Sequence[Image.Image]`): Of any sizes.
-        labels (`Sequence[str]`): One for each; broken into lines and cut where the row ends.
-        gap (`int`, *optional*, defaults to 4): Pixels between and around.
-
-    Returns:
-        `Image.Image`: RGB.
-    """
-    font = ImageFont.load_default()
-    line_height = 14
-    text_width = 256
+    """An RGB image of all images below one another, each with its label to the right, which is wrapped and cut at the
+    end of the row; with `gap` pixels between and around."""
+    font, line_height, text_width = ImageFont.load_default(), 14, 256
     rows = [max(image.height, 3 * line_height) for image in images]
     left = max(image.width for image in images) + 2 * gap
     grid = Image.new("RGB", (left + text_width + gap, sum(rows) + gap * (len(rows) + 1)), "white")
@@ -186,7 +168,7 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int
 
 
 def _lines(text: str, font: Any, width: int) -> list[str]:
-    """Words broken into lines. Pillow's built-in font has ASCII only: accents go, others become question marks."""
+    """Words broken into lines. Pillow's built-in font has ASCII only: accents are dropped, others replaced by `?`."""
     letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     lines: list[str] = []
     for word in "".join(letters).encode("ascii", "replace").decode("ascii").split():
@@ -202,9 +184,9 @@ def _stem(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _hold_frozen_parts_alike(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
-    """Give a copied pipeline rounded copies of the parts that training keeps more precise than others, such as a VAE:
-    a pipeline hands its tensors from part to part as they are. Encoding for training goes on in full precision."""
+def _round_frozen_components(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
+    """Replace frozen components of a copied pipeline that training holds in a higher precision than others, such as a
+    VAE, by rounded copies: a pipeline passes tensors between components without casts."""
     parts: dict[str, Any] = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     frozen = {name: part for name, part in parts.items() if name != denoiser_name}
     coarsest = min((part.dtype for part in frozen.values()), key=lambda dtype: dtype.itemsize)
@@ -215,8 +197,8 @@ def _hold_frozen_parts_alike(pipeline: DiffusionPipeline, denoiser_name: str) ->
 
 @contextlib.contextmanager
 def _in_own_precision(vae: Any) -> Iterator[None]:
-    """The VAE with inputs in its own dtype: some pipelines hand it latents in the denoiser's. Decoding calls the VAE's
-    parts, never the VAE itself."""
+    """Cast inputs of the VAE to its dtype: some pipelines pass it latents in the denoiser's. Decoding calls the VAE's
+    submodules, never the VAE itself."""
 
     def enter(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return _cast(inputs, vae.dtype)
@@ -231,21 +213,21 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """The denoiser under autocast, its inputs in its own dtype and its answer in the dtype that it was asked with, so
-    that frozen components may be held in another precision."""
+    """The denoiser under autocast, its inputs cast to its dtype and its outputs to the dtype of its inputs, so that
+    frozen components may have another precision."""
     calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
 
     def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        asked = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         stack = contextlib.ExitStack()
         stack.enter_context(autocast)
-        calls.append((stack, asked))
+        calls.append((stack, dtype))
         return _cast(args, module.dtype), _cast(kwargs, module.dtype)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        stack, asked = calls.pop()
+        stack, dtype = calls.pop()
         stack.close()
-        return _cast(output, asked)
+        return _cast(output, dtype)
 
     handles = [
         denoiser.register_forward_pre_hook(enter, with_kwargs=True),
@@ -259,8 +241,8 @@ def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractCon
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors within tuples and dictionaries in the given dtype. Timesteps stay as they are, which have no
-    more than one dimension and would be rounded."""
+    """Cast floating tensors within tuples and dictionaries. Timesteps, which have at most one dimension, are not cast:
+    they would be rounded."""
     if isinstance(values, torch.Tensor):
         return values.to(dtype) if values.is_floating_point() and values.ndim > 1 else values
     if type(values) is tuple:
@@ -270,8 +252,8 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return values
 
 
-def _kept_random_state(device: torch.device) -> contextlib.AbstractContextManager:
-    """Random states of the CPU and of an accelerator that keeps one per device, as they were."""
-    if device.type in ("cpu", "mps"):  # Apple's has one random state, which `fork_rng` does not know
+def _restored_random_state(device: torch.device) -> contextlib.AbstractContextManager:
+    """Restores the random states of the CPU and of the device."""
+    if device.type in ("cpu", "mps"):  # `fork_rng` does not support Apple's
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
