@@ -117,8 +117,8 @@ class WinnerBudget:
         if unmet and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "`winner_budget=%s` is exceeded at some noise level with its losers shut off: training goes on there "
-                "with the winners only, and as long as that does not help, everywhere. A larger budget, a lower or "
+                "`winner_budget=%s` is exceeded in a noise bin whose losers' gradients are scaled to 0: that bin "
+                "trains its winners only, and while this does not help, so do all others. A larger budget, a lower or "
                 "decaying learning rate or more pairs may meet it.",
                 self.controller.budget,
             )

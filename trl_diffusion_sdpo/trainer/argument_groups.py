@@ -148,8 +148,8 @@ class DataArguments:
         verify_images (`str`, *optional*, defaults to `"sample"`):
             Which images of a map-style data set are decoded before training: `"sample"`, those of 128 pairs spread
             over it; `"all"`, shared among the processes (cached by `datasets`), which leaves bad pairs out; `"none"`.
-            Other bad images are found when they are drawn. The next good pair stands in for a bad one. `True` is all,
-            `False` none.
+            Other bad images are found when they are loaded; the next good pair is used instead. `True` is all, `False`
+            none.
         image_schemes (`list[str]`, *optional*):
             Schemes of URLs that rows may name besides `file`, `hf`, `zip` and `tar`, such as `s3`: what a row names is
             opened on this machine.
@@ -194,8 +194,8 @@ class RunArguments:
             tensors, numbers and settings are refused otherwise. Set it for your own checkpoints only.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a new start may take an `output_dir` that holds another run, whose files are then moved into the
-            folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. A run that goes on from
-            a checkpoint in the folder needs no leave: it moves there only what was written after that checkpoint.
+            folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. Resuming from a
+            checkpoint in the folder is always allowed: it moves only what was written after that checkpoint.
     """
 
     checkpoint_on_interrupt: bool = True
@@ -364,11 +364,11 @@ class WinnerArguments:
             Two noise levels, lowest and highest, within which losers train, such as `0.6 1`; outside, a pair trains its
             winner only. All levels if unset.
         winner_budget (`float`, *optional*):
-            Target for the winners' error at every noise level: its largest rise, as a share of the error before
-            training; 0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down at noise levels
-            above it, back up below, and at all levels while one is above it with its own losers shut off. With
-            `ema_decay` it is the averaged weights that are measured and held to it, and the last ones lie above. Not
-            watched if unset.
+            Target for the winners' error in every noise bin: its largest rise, as a share of the error before training;
+            0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down in noise bins above it,
+            back up below it, and down in all bins while one is above it although its losers are scaled to 0. With
+            `ema_decay`, the averaged weights are measured and held to it; the last weights may lie above. Not measured
+            if unset.
         winner_budget_pairs (`int`, *optional*, defaults to `32`):
             Pairs of the probe: spread over the evaluation data (of several sets, the first), or the first of a stream;
             over the training data where there are none.

@@ -91,8 +91,8 @@ class DataOverrides(Trainer):
             logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
         if self.loss_spec.anchor == "error":
             logger.warning(
-                "Under the loss %r a winner's own branch can raise its error: levels over the budget may not come back "
-                "with their losers shut off.",
+                "Under the loss %r a winner's own branch can raise its error: noise bins over the budget may stay over "
+                "it although their losers' gradients are scaled to 0.",
                 self.args.loss_type,
             )
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
