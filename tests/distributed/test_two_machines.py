@@ -29,7 +29,7 @@ for each_node in (True, False):
     if args.should_save:
         (folder / "optimizer.pt").write_text("moments")
         (folder / "trainer_state.json").write_text(json.dumps({"machine": rank + 9}))  # of other sizes
-    folders.seal(folder)
+    folders.complete(folder)
     manifest = Manifest.read(folder)
     found[str(each_node)] = [None if manifest is None else sorted(manifest.files), damage(folder)]
 print("found " + json.dumps(found))

@@ -92,7 +92,8 @@ def test_a_missing_file_of_one_process_is_named_under_every_engine(report, scena
 
 def assert_refused(entry: dict) -> None:
     assert not entry["done"] and not entry["ran"]
-    assert "set `trust_checkpoint=True`" in entry["logs"][0]
+    # The first process to fail ends the others, perhaps before they have written why.
+    assert any("set `trust_checkpoint=True`" in log for log in entry["logs"])
 
 
 @scenarios("planted:zero2:pp_rank_1_mp_rank_00_optim_states.pt", "planted:fsdp2-sharded:.metadata:__0_0.distcp")

@@ -155,8 +155,12 @@ class ZeroBackend(GradientBackend):
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
-        self._engine.optimizer.zero_grad()  # the next branch starts from zero
+        self.clear()
         return gradient
+
+    def clear(self) -> None:
+        """Drop the engine's gradients: the next branch starts from zero."""
+        self._engine.optimizer.zero_grad()
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
