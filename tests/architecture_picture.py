@@ -21,16 +21,22 @@ PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 COMMAND = "python tests/architecture_picture.py"
 
 # Rooms of a floor from left to right, such that few lines cross; others follow by their names.
-ORDER = ("cli", "demo", "trainer", "evaluation", "runs", "artifacts", "models", "step", "engines", "data", "families")
+ORDER = (
+    *("cli", "demo", "trainer", "evaluation", "runs", "artifacts", "models", "step", "planning", "settings"),
+    *("engines", "cache", "data", "families"),
+)
 LABELS = {
     "cli": "commands",
     "demo": "embedded world",
-    "trainer": "settings, overrides",
+    "trainer": "overrides of Trainer",
     "evaluation": "verdict",
     "runs": "folder, checkpoints",
     "artifacts": "files, Hub",
     "models": "networks, reference",
     "step": "one optimizer step",
+    "planning": "memory beforehand",
+    "settings": "groups, checks",
+    "cache": "encoded pairs",
     "engines": "DDP, FSDP2, ZeRO",
     "data": "pairs of images",
     "families": "one pipeline each",
@@ -46,11 +52,14 @@ COLOURS = {
     "artifacts": "#2f9484",
     "models": "#cf5c3c",
     "step": "#4f9a3d",
+    "settings": "#5b6ea8",
+    "planning": "#9a7d2e",
+    "cache": "#3f8fa3",
     "engines": "#a1705a",
 }
 OTHER_COLOUR = "#7c8694"
 
-WIDTH, MARGIN, LEFT = 980, 20, 110
+WIDTH, MARGIN, LEFT = 1280, 20, 110
 ROOM_WIDTH, ROOM_HEIGHT, FLOOR_HEIGHT, GROUND_HEIGHT = 140, 48, 118, 56
 LANE = 7  # between lines that run beside each other
 

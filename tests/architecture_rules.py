@@ -22,13 +22,20 @@ GROUND = ("_compat", "import_utils", "masking", "suggestions", "switch_words")
 FLOORS = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(("data", "families", "losses", "rewards"), 1),
-    "engines": 2,
-    **dict.fromkeys(("artifacts", "evaluation", "models", "runs", "step"), 3),
+    **dict.fromkeys(("cache", "engines"), 2),
+    **dict.fromkeys(("artifacts", "evaluation", "models", "planning", "runs", "settings", "step"), 3),
     "trainer": 4,
     **dict.fromkeys(("cli", "demo"), 5),
 }
 # Imports on one floor. `artifacts` and `step` know the networks, `runs` also the files; the demo is a command.
-TIES = {("step", "models"), ("artifacts", "models"), ("runs", "artifacts"), ("runs", "models"), ("cli", "demo")}
+TIES = {
+    ("step", "models"),
+    ("artifacts", "models"),
+    ("runs", "artifacts"),
+    ("runs", "models"),
+    ("planning", "models"),
+    ("cli", "demo"),
+}
 NOT_EVEN_DOWN = {("evaluation", "engines")}
 
 # What families share, beside the families.
@@ -38,7 +45,7 @@ SHARED_BY_FAMILIES = (
 )
 FAMILY_LINES = range(20, 151)  # data and a few hooks; more would be a room of its own
 FUNCTION_LINES, FILE_LINES, ROOM_FILES = 40, 400, 10
-ROOMS_OF_ANY_SIZE = ("families", "losses", "rewards")
+ROOMS_OF_ANY_SIZE = ("cli", "families", "losses", "rewards")  # a file for each command, family, formula, scorer
 
 ENGINE_MODULES = ("deepspeed", "transformers.integrations", "torch.distributed", "accelerate.utils.deepspeed")
 LAUNCHER = "torch.distributed.elastic"  # how a launched process has ended, whatever engine it ran

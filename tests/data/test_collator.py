@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_diffusion_sdpo.data.collator import PreferenceCollator
+from trl_diffusion_sdpo.data.transforms import PreferenceCollator
 
 
 def item(row, **extra):

@@ -150,7 +150,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
 
 
 def _evaluation_settings(run: SavedRun) -> dict[str, Any]:
-    from ..trainer.argument_groups import EVALUATION
+    from ..settings.declaring import EVALUATION
     from ..trainer.diffusion_sdpo_config import settings_with
 
     return run.evaluation_settings(settings_with(EVALUATION))

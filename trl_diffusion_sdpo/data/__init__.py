@@ -1,10 +1,9 @@
 """Preference data: from the columns of published sets to batches of pairs."""
 
-from .collator import PreferenceCollator
 from .formats import FORMATS, PreferenceFormat, detect_format
 from .images import UndecodableImageError, decode_image
 from .pairs import DataReport, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
-from .transforms import PairDraws, PairTransform, pixels_as_floats
+from .transforms import PairDraws, PairTransform, PreferenceCollator, pixels_as_floats
 
 __all__ = [
     "FORMATS",

@@ -9,8 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from ..masking import masked
-from .argument_groups import EVALUATION, RESUME
-from .config_checks import AllArguments, check_settings, read_words, settings_of, settled_resolution
+from ..settings.all_arguments import AllArguments, read_words, settings_of, settled_resolution
+from ..settings.checks import check_settings
+from ..settings.declaring import EVALUATION, RESUME
 
 # Settings of transformers, by the lists of settings that they belong to.
 INHERITED = {

@@ -1,5 +1,5 @@
-"""The trainer: its collaborators, and the overrides of transformers' Trainer that concern a step or an evaluation; for
-those that concern data see `data_preparation`, for files `file_overrides`."""
+"""The trainer: its collaborators, and the overrides of transformers' Trainer that concern a step; those of data are in
+`data_preparation`, of an evaluation in `evaluation_overrides`, of files in `file_overrides`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, SaveStrategy
+from transformers.trainer_utils import EvalPrediction, SaveStrategy
 
 from .._compat import compile_with_eager_rounding
 from ..artifacts.setup import fingerprint
-from ..data.collator import PreferenceCollator
+from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
 from ..engines.engine_settings import check_unsharded
@@ -28,21 +28,22 @@ from ..engines.sharding import full_tensor
 from ..losses import BudgetController, PreferenceLossOutput, loss_spec
 from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
-from ..models.ema import EMA_FOLDER, EMAWeights
+from ..models.ema import EMAWeights
 from ..models.loading import LoadedModel
 from ..runs.interrupts import step_exchange
+from ..settings.model_checks import refuse_dropout
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
 from ..step.meters import MetricMeter
-from ..step.pair_evaluation import PairEvaluation, real_pairs
+from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
-from .config_checks import refuse_dropout
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import FileOverrides
 from .preparing import (
     check_and_complete,
@@ -57,7 +58,7 @@ from .preparing import (
 logger = logging.getLogger(__name__)
 
 
-class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
+class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -88,7 +89,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         eval_dataset (the same, or a `dict` of them, *optional*): Pairs for evaluation, at fixed noise and timesteps.
         processing_class (`DiffusionPipeline`, *optional*): The pipeline that owns a bare denoiser's VAE, text encoders
             and scheduler.
-        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.collator.PreferenceCollator`] if unset.
+        data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.transforms.PreferenceCollator`] if unset.
         compute_metrics (`Callable`, *optional*): Receives an `EvalPrediction` with `predictions` of shape
             `(pairs, 2)`, the rewards of chosen and rejected, and `label_ids` of zeros; returns a dictionary of metrics.
         callbacks (`list[TrainerCallback]`, *optional*): Beside the trainer's own.
@@ -247,58 +248,6 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
             if self.winner_budget is not None:
                 self.winner_budget.warn_if_unmet(logs.get("budget/unmet", 0.0))
         super().log(logs, start_time)
-
-    # ---- Evaluation -----------------------------------------------------------------------------------------------
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            predictions = self.pair_forward.predict_pairs(model, inputs, self._evaluated_weights)
-            state, pairs = self.accelerator.gradient_state, len(inputs["seeds"])
-            outputs = self._evaluation.add(predictions, real_pairs(state, pairs, self.args.process_index))
-        loss = outputs.loss.detach()
-        if prediction_loss_only:
-            return loss, None, None
-        rewards = outputs.pair_rewards
-        return loss, rewards, torch.zeros(len(rewards), device=rewards.device)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        if self.engine.holds_shards and not self._engine_ready:
-            raise ValueError(
-                "Under DeepSpeed and FSDP, evaluation runs in the engine that training sets up. Set "
-                "`eval_on_start=True`, call it after `train()`, or evaluate in a trainer without them."
-            )
-        settings = (description, prediction_loss_only, ignore_keys)
-        output = self._measured_loop(dataloader, *settings, metric_key_prefix)
-        if self.average is not None:
-            self._evaluated_weights = self.average
-            try:
-                averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{EMA_FOLDER}")
-            finally:
-                self._evaluated_weights = None
-            output.metrics.update(averaged.metrics)
-        return output
-
-    def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
-        """One pass over the data, with the metrics of its pairs."""
-        self._evaluation.drain(self.accelerator)
-        output = super().evaluation_loop(dataloader, *settings)
-        measured = self._evaluation.drain(self.accelerator)
-        output.metrics.update({f"{settings[-1]}_{name}": value for name, value in measured.items()})
-        return output
 
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 

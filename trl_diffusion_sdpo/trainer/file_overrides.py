@@ -30,9 +30,9 @@ from ..models.shadow_weights import ShadowWeights
 from ..runs.interrupts import stopping_on_interrupt
 from ..runs.run_files import RunFiles
 from ..runs.run_folder import PREVIOUS_RUN, RunFolder
+from ..settings.declaring import RESUME
 from ..step.finite_check import FiniteCheck
 from ..step.winner_budget import WinnerBudget
-from .argument_groups import RESUME
 from .callbacks import final_step
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with

@@ -24,8 +24,9 @@ from ..models.frozen_components import working_family
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import Reference, build_reference
+from ..settings.all_arguments import settled_resolution
+from ..settings.model_checks import check_activation_checkpointing, check_one_device, check_without_dropout
 from ..step.pair_forward import LossSettings, NoiseSettings
-from .config_checks import check_activation_checkpointing, check_one_device, check_without_dropout, settled_resolution
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
 from trl_diffusion_sdpo.families.noise import WEIGHTINGS
 from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
 from trl_diffusion_sdpo.losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS
-from trl_diffusion_sdpo.trainer import argument_groups
-from trl_diffusion_sdpo.trainer.argument_groups import Range
-from trl_diffusion_sdpo.trainer.config_checks import settings_of
+from trl_diffusion_sdpo.settings import data_arguments, step_arguments
+from trl_diffusion_sdpo.settings.all_arguments import settings_of
+from trl_diffusion_sdpo.settings.declaring import Range
 from trl_diffusion_sdpo.trainer.diffusion_sdpo_config import settings_with
 
 OPTION = Option(
@@ -122,13 +122,13 @@ def test_every_range_and_every_choice_is_checked(make_args):
 
 
 def test_the_choices_of_a_setting_are_those_of_what_it_chooses_from():
-    assert get_args(argument_groups.LossType) == tuple(LOSSES)
-    assert get_args(argument_groups.Safeguard) == SAFEGUARDS
-    assert get_args(argument_groups.Granularity) == GRANULARITIES
-    assert get_args(argument_groups.Anchor) == ANCHORS
-    assert get_args(argument_groups.WeightingScheme) == tuple(DENSITIES)
-    assert get_args(argument_groups.TimestepWeighting) == WEIGHTINGS
-    assert get_args(argument_groups.Interpolation) == tuple(INTERPOLATIONS)
+    assert get_args(step_arguments.LossType) == tuple(LOSSES)
+    assert get_args(step_arguments.Safeguard) == SAFEGUARDS
+    assert get_args(step_arguments.Granularity) == GRANULARITIES
+    assert get_args(step_arguments.Anchor) == ANCHORS
+    assert get_args(step_arguments.WeightingScheme) == tuple(DENSITIES)
+    assert get_args(step_arguments.TimestepWeighting) == WEIGHTINGS
+    assert get_args(data_arguments.Interpolation) == tuple(INTERPOLATIONS)
 
 
 def test_every_setting_of_a_loss_is_one_of_the_config():

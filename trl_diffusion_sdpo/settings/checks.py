@@ -1,97 +1,24 @@
-"""Parsing and checking the settings, as far as no model is needed."""
+"""Checks of the settings, as far as no model is needed."""
 
 from __future__ import annotations
 
-import functools
-import types
 import warnings
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
-from torch import nn
-from transformers import TrainingArguments
-
-from .._compat import CHECKPOINTING, activation_checkpointing, checkpoints_activations
+from .._compat import CHECKPOINTING, activation_checkpointing
 from ..data.checking import parse_verify_images
-from ..data.images import MIN_SIDE, parse_schemes
+from ..data.images import parse_schemes
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
-from ..switch_words import SWITCH_WORDS, choice_of_switch
-from .argument_groups import (
-    DataArguments,
-    LossArguments,
-    NoiseArguments,
-    PipelineArguments,
-    Range,
-    RunArguments,
-    SampleArguments,
-    WinnerArguments,
-)
+from .all_arguments import AllArguments, Setting, settings_of
+from .declaring import Range
+from .step_arguments import WinnerArguments
 
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
 MEASUREMENTS_OF_LAG = 10  # of a budget, over which an average may reach back
-_CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
-
-
-@dataclass
-class AllArguments(
-    PipelineArguments,
-    NoiseArguments,
-    LossArguments,
-    DataArguments,
-    WinnerArguments,
-    SampleArguments,
-    RunArguments,
-    TrainingArguments,
-):
-    """All settings, which [`DiffusionSDPOConfig`] completes and checks."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The annotation of a setting."""
-
-    types: frozenset[Any]  # besides `None`
-    is_optional: bool  # whether it may be `None`
-    choices: tuple[str, ...]  # of its `Literal`
-    facts: tuple[Any, ...]  # the metadata of its `Annotated`
-
-
-@functools.cache
-def settings_of(config: type[AllArguments]) -> dict[str, Setting]:
-    """All settings of a configuration, by name."""
-    hints = get_type_hints(config, include_extras=True)
-    return {field.name: _setting(hints[field.name]) for field in fields(config)}
-
-
-def _setting(hint: Any) -> Setting:
-    facts: list[Any] = []
-    if get_origin(hint) is Annotated:
-        hint, *facts = get_args(hint)
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
-    choices = tuple(word for word in words if isinstance(word, str))
-    return Setting(frozenset(members) - {type(None)}, type(None) in members, choices, tuple(facts))
-
-
-def read_words(args: AllArguments) -> None:
-    """Convert switches and numbers given as text, and a switch for a setting with choices to its choice: `"yes"` to
-    `True`, `"2e3"` to 2000.0, `False` to `"none"`. `ValueError` where the text is no switch or no number."""
-    for name, setting in settings_of(cast(Any, type(args))).items():
-        value = getattr(args, name)
-        choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
-        meant = choice_of_switch(value, choices) if isinstance(value, bool) else None
-        if meant is not None:
-            setattr(args, name, meant)
-        elif isinstance(value, str) and setting.types == {bool}:
-            if value.lower() not in SWITCH_WORDS:
-                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-            setattr(args, name, SWITCH_WORDS[value.lower()])
-        elif isinstance(value, str) and setting.types == {float}:
-            setattr(args, name, float(value))
 
 
 def check_settings(args: AllArguments) -> None:
@@ -300,63 +227,4 @@ def _check_average(args: AllArguments) -> None:
             f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
             f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
             f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
-        )
-
-
-def settled_resolution(value: Any) -> int | list[int] | None:
-    """The size of training images in one form: the side of a square, or `[height, width]`.
-
-    Args:
-        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): From Python, a command line (where one number
-            comes as a list of one) or YAML.
-
-    Raises:
-        `ValueError`: If it is not a size, or smaller than 8 pixels.
-    """
-    if value is None:
-        return None
-    sides = list(value) if isinstance(value, (list, tuple)) else [value]
-    integers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not integers or len(sides) not in (1, 2) or min(sides) < MIN_SIDE:
-        raise ValueError(
-            f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
-            "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
-        )
-    return sides[0] if len(set(sides)) == 1 else sides
-
-
-def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
-    """Raise `ValueError` where a setting predicts the same input twice and dropout would make the two differ."""
-    twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
-    if args.safeguard == "parameter" and twice:
-        refuse_dropout(denoiser, f"`{twice[0]}`")
-
-
-def refuse_dropout(denoiser: nn.Module, what: str) -> None:
-    """Raise `ValueError` where a denoiser has dropout that acts; `what` predicts the same images twice."""
-    if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
-        raise ValueError(
-            f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
-            "leave it out."
-        )
-
-
-def check_activation_checkpointing(args: AllArguments, denoiser: nn.Module) -> None:
-    """Raise `ValueError` where activation checkpointing is asked of a denoiser that does not support it."""
-    is_on, _ = activation_checkpointing(args)
-    if is_on and not checkpoints_activations(denoiser):
-        raise ValueError(
-            f"`activation_checkpointing` (`gradient_checkpointing`) cannot act: diffusers' {type(denoiser).__name__} "
-            "has none. Leave it off, and use smaller micro-batches or `safeguard_low_memory`."
-        )
-
-
-def check_one_device(args: AllArguments) -> None:
-    """Raise `ValueError` where transformers would wrap the model in `nn.DataParallel`, which replicates neither the
-    reference nor the hooks of a family and of the safeguard."""
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"One process trains on one GPU, and this one sees {args.n_gpu}. Start a process for each with "
-            "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or show it one with "
-            "CUDA_VISIBLE_DEVICES=0."
         )

@@ -1,0 +1,88 @@
+"""Settings of the data, and of a run as such."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .declaring import EVALUATION, RESUME, Range, documented
+
+OnBadRow = Literal["drop", "raise"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+
+
+@documented
+@dataclass
+class DataArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls the data.
+
+    Parameters:
+        dataset_format (`str`, *optional*):
+            Name of the preference format, such as `"pickapic"`; detected by columns if unset.
+        dataset_num_proc (`int`, *optional*):
+            Processes with `verify_images="all"`, for each process that trains; as many as there are cores if unset.
+        dataloader_num_workers (`int`, *optional*):
+            Processes that decode images beside each process that trains. If unset: none for data that are decoded in
+            seconds, one for a stream, else up to four, as cores, shared memory and the start method allow; the trainer
+            logs what it chose. Map-style data give the same batches with any number. Loaders for evaluation follow it;
+            where it was unset, with at most one worker for a stream, and none for a data set of another class.
+        on_bad_row (`str`, *optional*, defaults to `"drop"`):
+            `"drop"` leaves out undecodable images, unreadable labels and prompts that are no text, counted and
+            reported; `"raise"` stops at the first. Ties are left out and counted either way.
+        verify_images (`str`, *optional*, defaults to `"sample"`):
+            Which images of a map-style data set are decoded before training: `"sample"`, those of 128 pairs spread
+            over it; `"all"`, shared among the processes (cached by `datasets`), which leaves bad pairs out; `"none"`.
+            Other bad images are found when they are loaded; the next good pair is used instead. `True` is all, `False`
+            none.
+        image_schemes (`list[str]`, *optional*):
+            Schemes of URLs that rows may name besides `file`, `hf`, `zip` and `tar`, such as `s3`: what a row names is
+            opened on this machine.
+        resolution (`int` or `list[int]`, *optional*):
+            Side of the square training images, or their height and width, in pixels; the model's own if unset. On the
+            command line `1024` or `768 1344`, in YAML `1024` or `[768, 1344]`.
+        random_crop (`bool`, *optional*, defaults to `False`):
+            Whether to crop at random; the centre otherwise. One draw a pair.
+        random_flip (`bool`, *optional*, defaults to `True`):
+            Whether to flip half of the pairs horizontally. One draw a pair.
+        image_interpolation (`str`, *optional*, defaults to `"bilinear"`):
+            `"bilinear"`, `"bicubic"` or `"lanczos"`.
+        proportion_empty_prompts (`float`, *optional*, defaults to `0.0`):
+            Share of pairs trained with an empty prompt, in `[0, 1]`; the paper has 0.2.
+    """
+
+    dataset_format: str | None = None
+    dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = None
+    dataloader_num_workers: int | None = None
+    on_bad_row: OnBadRow = "drop"
+    verify_images: str = "sample"
+    image_schemes: list[str] | None = None
+    resolution: Annotated[list[int] | None, RESUME, EVALUATION] = None
+    random_crop: Annotated[bool, RESUME] = False
+    random_flip: Annotated[bool, RESUME] = True
+    image_interpolation: Annotated[Interpolation, RESUME, EVALUATION] = "bilinear"
+    proportion_empty_prompts: Annotated[float, Range("[0, 1]", "Published: 0.2."), RESUME] = 0.0
+
+
+@documented
+@dataclass
+class RunArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that concerns a run as such: how it is interrupted and from what it resumes.
+
+    Parameters:
+        checkpoint_on_interrupt (`bool`, *optional*, defaults to `True`):
+            Whether the first Ctrl-C (SIGINT) or SIGTERM lets the current step end and writes a checkpoint before
+            [`~DiffusionSDPOTrainer.train`] raises `KeyboardInterrupt`. If not, the signals do what they did before.
+        trust_checkpoint (`bool`, *optional*, defaults to `False`):
+            Whether to resume from a checkpoint with pickled files that could run code: files that hold more than
+            tensors, numbers and settings are refused otherwise. Set it for your own checkpoints only.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a new start may take an `output_dir` that holds another run, whose files are then moved into the
+            folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. Resuming from a
+            checkpoint in the folder is always allowed: it moves only what was written after that checkpoint.
+    """
+
+    checkpoint_on_interrupt: bool = True
+    trust_checkpoint: bool = False
+    overwrite_output_dir: bool = False

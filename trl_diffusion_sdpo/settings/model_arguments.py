@@ -1,0 +1,87 @@
+"""Settings of the model, the reference and the sample images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from .declaring import EVALUATION, RESUME, Range, documented
+
+VaeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@documented
+@dataclass
+class PipelineArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls the model and the reference.
+
+    Parameters:
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for `DiffusionPipeline.from_pretrained`, used when `model` is a string.
+        ref_model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for the `from_pretrained` of the reference's denoiser, used when `ref_model` is a string;
+            nothing else of its pipeline is loaded. Of `model_init_kwargs`, `dtype`, `variant` and what is about access
+            to the Hub hold for it too unless given here; the policy's `revision` never does.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the model and the reference. With dropout, policy and reference differ from
+            the first step.
+        sync_ref_model (`bool`, *optional*, defaults to `False`):
+            Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as
+            [TR-DPO](https://huggingface.co/papers/2404.09656) does. Works with adapters as well.
+        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
+            Share of the policy in the new reference, `ref = alpha * policy + (1 - alpha) * ref`, in `(0, 1]`.
+        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
+            Optimizer steps between two such moves.
+        ref_model_half_precision (`bool`, *optional*, defaults to `True`):
+            Under bf16 or fp16 autocast, whether a full reference holds its linear and convolution weights in that
+            precision. Autocast rounds exactly those anyway, so the arithmetic is identical and the copy is half as
+            large. Not used with `sync_ref_model`.
+        save_full_pipeline (`bool`, *optional*, defaults to `False`):
+            Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
+            intermediate checkpoints).
+        vae_dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision in which the VAE encodes images: `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` is that of
+            autocast, but float32 under fp16 where the VAE's configuration says that it overflows there
+            (`force_upcast`); without autocast, as the VAE was loaded.
+        vae_encode_batch_size (`int`, *optional*):
+            Images that the VAE encodes at once; all of a micro-batch, two a pair, if unset. A smaller number needs
+            less memory and gives the same latents, to rounding.
+    """
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    ref_model_init_kwargs: dict[str, Any] | str | None = None
+    disable_dropout: bool = True
+    sync_ref_model: Annotated[bool, RESUME] = False
+    ref_model_mixup_alpha: Annotated[float, Range("(0, 1]"), RESUME] = 0.6
+    ref_model_sync_steps: Annotated[int, Range("[1, inf)"), RESUME] = 512
+    ref_model_half_precision: bool = True
+    save_full_pipeline: bool = False
+    vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"
+    vae_encode_batch_size: Annotated[
+        int | None, Range("[1, inf)", "Leave it unset to encode the images of a micro-batch together.")
+    ] = None
+
+
+@documented
+@dataclass
+class SampleArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls sample images.
+
+    Parameters:
+        sample_prompts (`list[str]`, *optional*):
+            Prompts of images that are generated with fixed seeds before, during and after training, into `samples/` of
+            the output folder and the gallery of the model card.
+        sample_steps (`int`, *optional*):
+            Optimizer steps between two generations of them; before and after training only, if unset.
+        sample_inference_steps (`int`, *optional*, defaults to `30`):
+            Denoising steps of a generated image.
+        sample_guidance_scale (`float`, *optional*):
+            Guidance scale of the generated images; the pipeline's default if unset.
+    """
+
+    sample_prompts: list[str] | None = None
+    sample_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
+    sample_inference_steps: Annotated[int, Range("[1, inf)")] = 30
+    sample_guidance_scale: float | None = None
