@@ -43,6 +43,7 @@ def diffusion_preference_loss(
     target: torch.Tensor,
     ref_pred: torch.Tensor | None = None,
     *,
+    ref_errors: torch.Tensor | None = None,
     loss_type: LossType = "sigmoid",
     beta: float | None = 5000.0,
     safeguard: Literal["none", "output"] = "output",
@@ -65,6 +66,9 @@ def diffusion_preference_loss(
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or sample.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. Needed by all
             losses but `sft`, `mapo` and `simpo`.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): In place of `ref_pred`: the mean squared errors of its
+            predictions in float32, without timestep weights. Refused by `dspo` and `dspo_sdxl`, which read the
+            prediction itself.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`): A name of `LOSSES`.
         beta (`float`, *optional*, defaults to 5000): Factor of the margin in the logit `u = -(beta / 2) margin`,
             greater than 0. Ignored by `sft`.
@@ -90,7 +94,7 @@ def diffusion_preference_loss(
 
     Raises:
         `ValueError`: If the loss is unknown, a setting is out of range or belongs to another loss, shapes do not
-            match, or the loss needs a reference or scores and there are none.
+            match, the loss needs a reference or scores and there are none, or the reference is given twice.
 
     Source: https://huggingface.co/papers/2511.03317.
 
@@ -104,7 +108,8 @@ def diffusion_preference_loss(
     spec = loss_spec(loss_type)
     check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
     _check_output_space(safeguard, safeguard_granularity, noise_bins)
-    objective = _Objective(loss_type, beta, loss_kwargs, target, ref_pred, pair_weights, timestep_weights, scores)
+    weights = (pair_weights, timestep_weights)
+    objective = _Objective(loss_type, beta, loss_kwargs, target, ref_pred, ref_errors, *weights, scores)
     objective.check(model_pred)
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
     if spec.needs_scores:
@@ -133,6 +138,7 @@ class _Objective:
     loss_kwargs: dict[str, float]
     target: torch.Tensor
     ref_pred: torch.Tensor | None
+    ref_errors: torch.Tensor | None
     pair_weights: torch.Tensor | None
     timestep_weights: torch.Tensor | None
     scores: torch.Tensor | None
@@ -148,8 +154,9 @@ class _Objective:
             )
         if ref_pred is not None and ref_pred.shape != model_pred.shape:
             raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
+        self._check_errors(len(model_pred))
         loss = f"The loss {self.loss_type!r}"
-        if spec.needs_reference and ref_pred is None:
+        if spec.needs_reference and ref_pred is None and self.ref_errors is None:
             raise ValueError(f"{loss} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
         if spec.uses_beta and self.beta is None:
             raise ValueError(f"{loss} needs `beta`, got None. Its default is {spec.default_beta}.")
@@ -157,17 +164,33 @@ class _Objective:
             got = "None" if scores is None else f"shape {tuple(scores.shape)}"
             raise ValueError(f"{loss} needs `scores` of shape ({len(model_pred)},), got {got}.")
 
+    def _check_errors(self, rows: int) -> None:
+        if self.ref_errors is None:
+            return
+        if self.ref_pred is not None:
+            raise ValueError("The reference is `ref_pred` or `ref_errors`, got both. Leave one out.")
+        if loss_spec(self.loss_type).reads_reference_prediction:
+            raise ValueError(
+                f"The loss {self.loss_type!r} reads the reference's prediction, which `ref_errors` does not have. Pass "
+                "`ref_pred`."
+            )
+        if self.ref_errors.shape != (rows,):
+            raise ValueError(
+                f"`ref_errors` must have shape ({rows},), the winners first; got {tuple(self.ref_errors.shape)}."
+            )
+
     def ordered(self, model_pred: torch.Tensor) -> tuple[torch.Tensor, _Objective]:
         """Predictions and objective with the rows of each pair in the order of their scores."""
         assert self.scores is not None
         order = order_by_scores(self.scores).to(model_pred.device)
-        ref_pred = None if self.ref_pred is None else self.ref_pred[order]
         scores = self.scores.to(model_pred.device)[order]
-        return model_pred[order], replace(self, target=self.target[order], ref_pred=ref_pred, scores=scores)
+        references = [None if each is None else each[order] for each in (self.ref_pred, self.ref_errors)]
+        ordered = dict(zip(("ref_pred", "ref_errors"), references, strict=True))
+        return model_pred[order], replace(self, target=self.target[order], scores=scores, **ordered)
 
     def terms(self, model_pred: torch.Tensor) -> PairTerms:
-        weights, scores = self.timestep_weights, self.scores
-        return pair_terms(model_pred, self.target, self.ref_pred, timestep_weights=weights, scores=scores)
+        optional = {"timestep_weights": self.timestep_weights, "scores": self.scores}
+        return pair_terms(model_pred, self.target, self.ref_pred, ref_errors=self.ref_errors, **optional)
 
     def reduce(self, terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each pair, `(B,)`, and their weighted mean."""

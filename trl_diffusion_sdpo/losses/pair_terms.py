@@ -21,7 +21,7 @@ class PairTerms:
         ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): `prediction - reference prediction` of the
-            winner, for DSPO.
+            winner, for DSPO; `None` where only the errors of the reference are known.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores of winner and loser.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that are factors of the errors.
             Residual and shift are multiplied by their square roots, so that their mean squares are weighted alike.
@@ -69,6 +69,7 @@ def pair_terms(
     target: torch.Tensor,
     ref_pred: torch.Tensor | None = None,
     *,
+    ref_errors: torch.Tensor | None = None,
     timestep_weights: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
 ) -> PairTerms:
@@ -78,6 +79,8 @@ def pair_terms(
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference; detached here.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
+            timestep weights, in their place; there is no `winner_shift` then.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
             weights (the omega of Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
@@ -92,8 +95,10 @@ def pair_terms(
     winner_error, loser_error = _weighted(mean_error(residual), weights)
     ref_winner_error = ref_loser_error = winner_shift = None
     if reference is not None:
-        ref_winner_error, ref_loser_error = _weighted(mean_error(reference - target), weights)
+        ref_errors = mean_error(reference - target)
         winner_shift = _root_weighted((model_pred.float() - reference).chunk(2)[0], weights)
+    if ref_errors is not None:
+        ref_winner_error, ref_loser_error = _weighted(ref_errors.to(residual).detach(), weights)
     return PairTerms(
         winner_error=winner_error,
         loser_error=loser_error,

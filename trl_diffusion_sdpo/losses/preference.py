@@ -152,6 +152,8 @@ class LossSpec:
     Args:
         function (`Callable`): From [`PairTerms`] and settings, as keyword arguments, to the loss of each pair, `(B,)`.
         needs_reference (`bool`): Whether it reads the reference's errors.
+        reads_reference_prediction (`bool`): Whether it reads the reference's prediction as well, so that its errors
+            alone are not enough.
         uses_loser (`bool`): Whether it reads the loser's error; if not, no safeguard applies.
         needs_scores (`bool`): Whether it reads reward scores.
         equal_weights (`bool`): Whether the gradients of each pair's loss by its two errors have equal sizes, or the
@@ -167,6 +169,7 @@ class LossSpec:
 
     function: Callable[..., torch.Tensor]
     needs_reference: bool = True
+    reads_reference_prediction: bool = False
     uses_loser: bool = True
     needs_scores: bool = False
     equal_weights: bool = True
@@ -208,8 +211,10 @@ LOSSES: dict[LossType, LossSpec] = {
     "hinge": LossSpec(hinge_loss),
     "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=lambda: 0.5, anchor="error"),
     "robust": LossSpec(robust_loss),
-    "dspo": LossSpec(dspo_loss, positive_weights=False, anchor="error", default_beta=0.001),
-    "dspo_sdxl": LossSpec(dspo_sdxl_loss, positive_weights=False, anchor="error"),
+    "dspo": LossSpec(
+        dspo_loss, reads_reference_prediction=True, positive_weights=False, anchor="error", default_beta=0.001
+    ),
+    "dspo_sdxl": LossSpec(dspo_sdxl_loss, reads_reference_prediction=True, positive_weights=False, anchor="error"),
     "dmpo": LossSpec(
         dmpo_loss, positive_weights=False, target_logit=_dmpo_target_logit, anchor="error", default_beta=2000.0
     ),
