@@ -1,5 +1,5 @@
 """What is read from a folder or the Hub, and with which options: of a base that is quantized no full-precision
-denoiser, of a reference given by name nothing but its denoiser."""
+denoiser, of a reference given by name nothing but its denoiser, and without encoders no weights of theirs."""
 
 import enum
 import functools
@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -15,9 +16,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
+from trl_diffusion_sdpo.artifacts.weights import WeightFiles
+from trl_diffusion_sdpo.families import find_family, load_denoiser, load_pipeline
+from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT
 
@@ -235,3 +239,108 @@ def test_weights_are_copied_to_be_aligned_only_where_they_train_on_a_cpu(sd_fold
     assert mapped > 0
     assert unaligned(load_model(sd_folder, device=torch.device("cpu")).denoiser) == 0
     assert unaligned(load_model(sd_folder, device=torch.device("cuda")).denoiser) == mapped
+
+
+# ---- Without VAE and text encoders -----------------------------------------------------------------------------------
+
+FEW = ("stable_diffusion_3", "flux2")  # a list of encoders that depends on the folder; statistics in the VAE's weights
+
+
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.matrix) for name in CASES)])
+def test_a_pipeline_loads_without_the_weights_of_its_encoders_and_gets_them_when_they_are_used(
+    name, family_folder, tmp_path
+):
+    folder, away = tmp_path / name, tmp_path / "away"
+    shutil.copytree(family_folder(name), folder)
+    whole = find_family(load_pipeline(folder))
+    for part in whole.frozen_components:
+        shutil.copytree(folder / part, away / part)
+        for file in (folder / part).glob("*.safetensors*"):
+            file.unlink()
+    loaded = load_model(folder, encoders=False)
+    family = loaded.family
+    assert family.frozen_components == whole.frozen_components
+    assert family.vae_scale_factor == whole.vae_scale_factor and family.default_resolution == whole.default_resolution
+    for part in family.frozen_components:
+        met, real = (getattr(pipeline, part) for pipeline in (family.pipeline, whole.pipeline))
+        assert type(met) is type(real) and all(weight.is_meta for weight in met.parameters())
+        assert shapes(met) == shapes(real)
+
+    frozen = FrozenComponents(
+        family, device=torch.device("cpu"), half_dtype=None, vae_dtype="auto", load=loaded.load_encoders
+    )
+    with pytest.raises(ValueError, match="must have its weights in safetensors files"), frozen.in_use():
+        pass
+    shutil.copytree(away, folder, dirs_exist_ok=True)
+    state = torch.get_rng_state()
+    with frozen.in_use() as working:
+        encoded = encode(working, case(name).RESOLUTION)
+        with frozen.in_use():  # within a use
+            pass
+        assert not any(weight.is_meta for weight in working.pipeline.vae.parameters())
+    torch.testing.assert_close(encoded, encode(whole, case(name).RESOLUTION), rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert frozen.state == "absent" and frozen.family.pipeline.vae is family.pipeline.vae
+    assert all(weight.is_meta for weight in frozen.family.pipeline.vae.parameters())
+
+
+@torch.no_grad()
+def encode(family, side):
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode_images(pixels, [torch.Generator().manual_seed(seed) for seed in range(2)])
+    return {"latents": latents, **family.encode_prompts(["a red circle", "a square"])}
+
+
+def shapes(module):
+    return {name: (value.shape, value.dtype) for name, value in module.state_dict().items()}
+
+
+def test_a_component_that_is_given_is_used_without_the_others(sd_folder):
+    vae = load_pipeline(sd_folder).vae
+    loaded = load_model(sd_folder, encoders=False, model_init_kwargs={"vae": vae, "dtype": "bfloat16"})
+    assert loaded.pipeline.vae is vae and loaded.pipeline.text_encoder.device.type == "meta"
+    assert loaded.pipeline.text_encoder.dtype == loaded.denoiser.dtype == torch.bfloat16
+    whole = loaded.load_encoders()
+    assert whole.vae is vae and whole.unet is loaded.denoiser and whole.text_encoder.dtype == torch.bfloat16
+
+
+def test_an_encoder_that_is_no_model_is_refused(bare_folder, sd_folder):
+    folder = Path(bare_folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "text_encoder": ["os", "path"]}))
+    with pytest.raises(ValueError, match="must be a model of diffusers or transformers.* says 'path' of 'os'"):
+        load_pipeline(folder, encoders=False)
+
+
+def test_encoders_without_weights_and_without_a_folder_are_refused(sd_folder):
+    family = load_model(sd_folder, encoders=False).family
+    frozen = FrozenComponents(family, device=torch.device("cpu"), half_dtype=None, vae_dtype="auto")
+    with pytest.raises(ValueError, match="are on the meta device, without weights. Pass the Hub id"), frozen.in_use():
+        pass
+
+
+def test_the_weights_of_encoders_are_not_downloaded_until_they_are_used(sd_folder, hub_server):
+    api = huggingface_hub.HfApi()
+    api.create_repo(f"{hub_server.user}/base")
+    api.upload_folder(repo_id=f"{hub_server.user}/base", folder_path=sd_folder)
+
+    def fetched() -> set[str]:
+        """Components of which weights were asked for."""
+        found = {
+            request.path.partition("/resolve/")[2] for request in hub_server.requests if "/resolve/" in request.path
+        }
+        return {path.split("/")[1] for path in found if path.endswith(".safetensors")}
+
+    loaded = load_model(f"{hub_server.user}/base", encoders=False)
+    assert fetched() == {"unet"}
+    loaded.load_encoders()
+    assert fetched() == set(NETWORKS)
+
+
+def test_a_pipeline_without_encoders_is_saved_whole(sd_folder, tmp_path):
+    loaded = load_model(sd_folder, encoders=False)
+    WeightFiles(loaded.pipeline, "unet", None, loaded.whole_pipeline).save(tmp_path, full_pipeline=True)
+    saved, own = load_pipeline(tmp_path), load_pipeline(sd_folder)
+    for name in NETWORKS:
+        state = getattr(own, name).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in getattr(saved, name).state_dict().items())

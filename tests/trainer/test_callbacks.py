@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
+from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.runs.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.trainer.callbacks import EpochCallback, SyncReferenceCallback
 from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, labelled_grid
@@ -395,3 +397,21 @@ def test_the_reference_is_synced_every_so_many_steps(args):
         synced.append(len(reference.alphas))
     assert synced == [0, 0, 1, 1, 1, 2, 2]
     assert reference.alphas == [0.6, 0.6]
+
+
+@pytest.mark.parametrize("where", ["absent", "offloaded"])
+def test_images_are_the_same_from_components_that_are_brought_for_them(where, sd_folder, sampler):
+    loaded = load_model(sd_folder, encoders=where != "absent")
+    frozen = FrozenComponents(
+        loaded.family,
+        device=torch.device("cpu"),
+        half_dtype=None,
+        vae_dtype="auto",
+        offload=where == "offloaded",
+        load=loaded.load_encoders,
+    )
+    assert frozen.state == where
+    for _ in range(2):
+        assert same_images(make_sampler(frozen.family.pipeline, frozen=frozen).generate(), sampler.generate())
+    vae = frozen.family.pipeline.vae
+    assert all(weight.is_meta == (where == "absent") for weight in vae.parameters())

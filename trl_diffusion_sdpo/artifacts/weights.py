@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,10 +34,18 @@ class WeightFiles:
         pipeline (`DiffusionPipeline`): Its denoiser is tuned.
         denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
         adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
+        whole_pipeline (`Callable`, *optional*): Gives a pipeline that was loaded without its encoders with them.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, denoiser_name: str, adapter: str | None):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoiser_name: str,
+        adapter: str | None,
+        whole_pipeline: Callable[[], DiffusionPipeline] | None = None,
+    ):
         self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
+        self._whole_pipeline = whole_pipeline
         tensors = self.tensors()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
@@ -86,7 +94,7 @@ class WeightFiles:
             tensors = self.tensors() if weights is None else weights
             save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
             return
-        pipeline = self._pipeline
+        pipeline = self._whole_pipeline() if full_pipeline and self._whole_pipeline is not None else self._pipeline
         if weights is not None:
             pipeline = copy.copy(pipeline)
             pipeline.register_modules(**{self._denoiser_name: _with_weights(self._denoiser, weights)})

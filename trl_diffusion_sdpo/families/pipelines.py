@@ -10,6 +10,8 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from .base import Family
 from .registry import family_for_class_name, known_pipeline_classes
@@ -53,6 +55,7 @@ def load_pipeline(
     variant: str | None = None,
     token: str | bool | None = None,
     denoiser_quantization: Any = None,
+    encoders: bool = True,
     **from_pretrained: Any,
 ) -> diffusers.DiffusionPipeline:
     """Load a pipeline that a family can train, from safetensors files and without any code from its repository.
@@ -66,6 +69,9 @@ def load_pipeline(
         revision, variant, token (*optional*): As diffusers takes them.
         denoiser_quantization (*optional*): A quantization configuration of diffusers. The denoiser's weights are
             quantized as they are read, so that they are never in memory in full precision.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders. If not, these components are on the
+            meta device, with their configuration: nothing else of them is read or downloaded. [`load_encoders`] loads
+            them later. Components in `from_pretrained` are used as they are.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`: components, cache.
 
     Returns:
@@ -77,7 +83,8 @@ def load_pipeline(
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
-    family = family_for_class_name(_read_index(name_or_path, revision=revision, token=token, **from_pretrained)[CLASS])
+    index = _read_index(name_or_path, revision=revision, token=token, **from_pretrained)
+    family = family_for_class_name(index[CLASS])
     if denoiser_quantization is not None:
         taken = from_pretrained.keys() & {"quantization_config", family.denoiser_name}
         if taken:
@@ -87,12 +94,26 @@ def load_pipeline(
             )
         mapping = {family.denoiser_name: denoiser_quantization}
         from_pretrained["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
-    pipeline_class = _text_to_image_class(family)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
+    options |= from_pretrained
+    if not encoders:
+        options = _without_weights(family, index, name_or_path, options) | options
+    pipeline_class = _text_to_image_class(family)
     with _safetensors_only(name_or_path):
-        pipeline = pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options, **from_pretrained)
+        pipeline = pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
     family(pipeline)  # refuses what can't be trained
     return pipeline
+
+
+def load_encoders(
+    family: Family, name_or_path: str | os.PathLike, **from_pretrained: Any
+) -> diffusers.DiffusionPipeline:
+    """A pipeline with the denoiser of `family` and everything else from disk, as a pipeline without its encoders was
+    loaded: `name_or_path` and `from_pretrained` are those of [`load_pipeline`]."""
+    options = {"dtype": torch.float32, **from_pretrained, family.denoiser_name: family.denoiser}
+    with _safetensors_only(os.fspath(name_or_path)):
+        pipeline_class = type(family.pipeline)
+        return pipeline_class.from_pretrained(os.fspath(name_or_path), use_safetensors=True, **options)
 
 
 def load_denoiser(
@@ -122,7 +143,7 @@ def load_denoiser(
         )
     index = _read_index(name_or_path, **from_pretrained)
     family = family_for_class_name(index[CLASS])
-    denoiser_class = _denoiser_class(family, index, name_or_path)
+    denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
     with _safetensors_only(name_or_path):
         return denoiser_class.from_pretrained(
             name_or_path, subfolder=family.denoiser_name, torch_dtype=dtype, use_safetensors=True, **from_pretrained
@@ -141,23 +162,53 @@ def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeli
     return pipeline_class
 
 
-def _denoiser_class(family: type[Family], index: dict[str, Any], name_or_path: str) -> type[diffusers.ModelMixin]:
-    """The class that a pipeline's index names for the denoiser, if it belongs to diffusers or to the package of the
-    family. An index from the Hub must not cause any other import."""
-    library, class_name = index.get(family.denoiser_name) or (None, None)
-    denoiser_class = None
-    if library == "diffusers" or str(library).partition(".")[0] == family.__module__.partition(".")[0]:
+def _without_weights(
+    family: type[Family], index: dict[str, Any], name_or_path: str, options: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """A family's VAE and text encoders on the meta device, made from their configurations in the dtype of `options`:
+    those that the pipeline has and that are not among `options`."""
+    access = {name: options[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in options}
+    found: dict[str, nn.Module] = {}
+    for name in family.frozen_components:
+        if name in options or (index.get(name) or (None,))[0] is None:
+            continue
+        classes = (diffusers.ModelMixin, PreTrainedModel)
+        part_class: Any = _component_class(family, index, name, name_or_path, classes)
+        of_transformers = issubclass(part_class, PreTrainedModel)
+        with _safetensors_only(name_or_path):
+            if of_transformers:
+                config = part_class.config_class.from_pretrained(name_or_path, subfolder=name, **access)
+            else:
+                config = part_class.load_config(name_or_path, subfolder=name, **access)
+        with torch.device("meta"):
+            part = part_class(config) if of_transformers else part_class.from_config(config)
+        found[name] = nn.Module.to(part, options["dtype"]).eval()  # diffusers' own would warn about rounding weights
+    return found
+
+
+def _component_class(
+    family: type[Family], index: dict[str, Any], component: str, name_or_path: str, bases: tuple[type, ...]
+) -> type[Any]:
+    """The class that a pipeline's index names for a component, if it belongs to the library of one of its `bases`,
+    diffusers or transformers, or to the package of the family. An index from the Hub must not cause any other
+    import."""
+    library, class_name = index.get(component) or (None, None)
+    libraries = {base.__module__.partition(".")[0] for base in bases}
+    component_class = None
+    if library in libraries or str(library).partition(".")[0] == family.__module__.partition(".")[0]:
         try:
-            denoiser_class = getattr(import_module(library), str(class_name), None)
+            component_class = getattr(import_module(str(library)), str(class_name), None)
         except ImportError as error:
-            raise ValueError(f"The denoiser's class in {name_or_path} could not be imported: {error}.") from error
-    if not isinstance(denoiser_class, type) or not issubclass(denoiser_class, diffusers.ModelMixin):
+            raise ValueError(
+                f"The class of the {component} in {name_or_path} could not be imported: {error}."
+            ) from error
+    if not isinstance(component_class, type) or not issubclass(component_class, bases):
         raise ValueError(
-            f"The {family.denoiser_name} of a pipeline must be one of diffusers' models, or a model in the package of "
-            f"its family; the model_index.json of {name_or_path} says {class_name!r} of {library!r}. Pass a loaded "
-            "pipeline."
+            f"The {component} of a pipeline must be a model of {' or '.join(sorted(libraries))}, or a model in the "
+            f"package of its family; the model_index.json of {name_or_path} says {class_name!r} of {library!r}. Pass "
+            "a loaded pipeline."
         )
-    return denoiser_class
+    return component_class
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

@@ -1,16 +1,23 @@
 """The components of a pipeline that do not train, VAE and text encoders: on the device, in the precision in which they
-run."""
+run, always or only while they are used."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..families import Family
+from .loading import is_absent
 from .numerics import torch_dtype
 from .text_checks import check_text_encoding
 
@@ -20,38 +27,141 @@ VAE = "vae"
 OVERFLOWS = "force_upcast"  # in a VAE's configuration: it overflows in float16
 
 
-def working_family(
-    family: Family,
-    *,
-    device: torch.device,
-    half_dtype: torch.dtype | None,
-    vae_dtype: str,
-    vae_encode_batch_size: int | None,
-    guidance_scale: float | None,
-) -> Family:
-    """A family around a copy of its pipeline, as training uses it; the given pipeline is not changed.
+class FrozenComponents:
+    """A family around a copy of its pipeline, as training uses it, and where its VAE and text encoders are.
+
+    The given pipeline is not changed, except that components which keep their precision are shared with it.
 
     Args:
+        family ([`~trl_diffusion_sdpo.families.Family`]): Its VAE and text encoders may be on the meta device.
+        device (`torch.device`): Where they run.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast; `None` without autocast.
         vae_dtype (`str`): A dtype, or `"auto"` for that of autocast unless the VAE overflows there.
+        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE.
         guidance_scale (`float`, *optional*): Input of a denoiser that takes one.
+        offload (`bool`): Whether they are on the CPU, in pinned memory, except while they are used.
+        load (`Callable`, *optional*): Gives the pipeline with the components that are on the meta device.
+
+    Attributes:
+        family ([`~trl_diffusion_sdpo.families.Family`]): Its components are real within `in_use` only, unless the
+            state is `"on device"`.
+        state (`str`): `"on device"`, `"offloaded"` to the CPU, or `"absent"`: on the meta device.
 
     Raises:
         `ValueError`: If different prompts are encoded alike.
     """
-    working = type(family)(working_pipeline(family, device=device, half_dtype=half_dtype, vae_dtype=vae_dtype))
-    working.guidance_scale = guidance_scale
-    working.vae_encode_batch_size = vae_encode_batch_size
-    working.settle_dtype()
-    check_text_encoding(working)
-    return working
+
+    state: Literal["on device", "offloaded", "absent"]
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        device: torch.device,
+        half_dtype: torch.dtype | None,
+        vae_dtype: str,
+        vae_encode_batch_size: int | None = None,
+        guidance_scale: float | None = None,
+        offload: bool = False,
+        load: Callable[[], DiffusionPipeline] | None = None,
+    ):
+        self._device, self._half_dtype, self._vae_dtype, self._load = device, half_dtype, vae_dtype, load
+        absent = any(is_absent(getattr(family.pipeline, name)) for name in family.frozen_components)
+        self.state = "absent" if absent else "offloaded" if offload else "on device"
+        place = device if self.state == "on device" else torch.device("cpu")
+        self.family = type(family)(self._working(family, place))
+        self.family.guidance_scale = guidance_scale
+        self.family.vae_encode_batch_size = vae_encode_batch_size
+        self.family.settle_dtype()
+        self._kept = self._pinned() if self.state == "offloaded" else []
+        self._users, self._was_checked, self._has_loaded = 0, False, False
+        self._meta: dict[str, nn.Module] = {}  # in place of absent components
+        if self.state != "absent":
+            with self.in_use():
+                pass  # checks the text encoders
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[Family]:
+        """The family with real VAE and text encoders on the device, in the precision in which they run. May be nested.
+
+        Absent components are loaded from disk and freed afterwards. Offloaded ones are copied to the device, without
+        waiting, and afterwards the copies are dropped; the device's cache is not emptied, which would wait.
+        """
+        self._users += 1
+        try:
+            if self._users == 1:
+                self._bring()
+            if not self._was_checked:
+                self._was_checked = True
+                check_text_encoding(self.family)
+            yield self.family
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._take_back()
+
+    def _bring(self) -> None:
+        if self.state == "absent":
+            self._read()
+        copies: dict[int, torch.Tensor] = {}  # a tensor may be in several modules
+        for module, name, tensor in self._kept:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.to(self._device, non_blocking=True)
+            _assign(module, name, copies[id(tensor)])
+
+    def _take_back(self) -> None:
+        for module, name, tensor in self._kept:
+            _assign(module, name, tensor)
+        if self.state == "absent":
+            self.family.pipeline.register_modules(**self._meta)
+            gc.collect()
+            if self._device.type != "cpu":
+                clear_device_cache()
+
+    def _read(self) -> None:
+        """Load the absent components; the random states stay as they are."""
+        if self._load is None:
+            raise ValueError(
+                "The pipeline's VAE or text encoders are on the meta device, without weights. Pass the Hub id or "
+                "folder that they are in, or load the whole pipeline."
+            )
+        start, pipeline = time.monotonic(), self.family.pipeline
+        self._meta = {name: getattr(pipeline, name) for name in self.family.frozen_components}
+        with torch.random.fork_rng(devices=[]):
+            loaded = type(self.family)(self._load())
+        for name in self.family.frozen_components:
+            getattr(loaded.pipeline, name).requires_grad_(False).eval()
+        working = self._working(loaded, self._device)
+        pipeline.register_modules(**{name: getattr(working, name) for name in self._meta})
+        if not self._has_loaded:
+            self._has_loaded = True
+            logger.warning(
+                "Loaded VAE and text encoders in %.1f s, as they are each time they are needed, and freed afterwards.",
+                time.monotonic() - start,
+            )
+
+    def _working(self, family: Family, place: torch.device) -> DiffusionPipeline:
+        return working_pipeline(family, device=place, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
+
+    def _pinned(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """Every tensor of the components with its place, in pinned memory where copies to the device need that."""
+        parts = [getattr(self.family.pipeline, name) for name in self.family.frozen_components]
+        pinned: dict[int, torch.Tensor] = {}
+        places = [
+            (module, name, tensor) for part in parts for module in part.modules() for name, tensor in _own(module)
+        ]
+        for _, _, tensor in places:
+            if id(tensor) not in pinned:
+                pinned[id(tensor)] = tensor if self._device.type == "cpu" else tensor.pin_memory()
+        return [(module, name, pinned[id(tensor)]) for module, name, tensor in places]
 
 
 def working_pipeline(
     family: Family, *, device: torch.device, half_dtype: torch.dtype | None, vae_dtype: str
 ) -> DiffusionPipeline:
-    """The pipeline of [`working_family`]. The denoiser and components that keep their precision are shared with the
-    given pipeline; others are copied, so that what is saved, or generated after training, is not rounded."""
+    """The pipeline of [`FrozenComponents`]. The denoiser and components that keep their precision are shared with the
+    given pipeline; others are copied, so that what is saved, or generated after training, is not rounded. Components on
+    the meta device stay there."""
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
         part = getattr(family.pipeline, name)
@@ -59,8 +169,20 @@ def working_pipeline(
             part = _working_vae(part, half_dtype, vae_dtype)
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize:
             part = part if _text_overflows(part, half_dtype) else copy.deepcopy(part).to(half_dtype)
-        working.register_modules(**{name: part.to(device)})
+        working.register_modules(**{name: part if is_absent(part) else part.to(device)})
     return working
+
+
+def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A module's tensors without those of its submodules."""
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor into the place of a module's parameter or buffer."""
+    if isinstance(getattr(module, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, name, tensor)
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
+from ..families.pipelines import load_encoders
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
 
@@ -31,6 +32,7 @@ class LoadedModel:
 
     family: Family
     name_or_path: str | None  # the Hub id or folder, if known
+    options: dict[str, Any] = field(default_factory=dict)  # with which it was loaded from there
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -40,6 +42,16 @@ class LoadedModel:
     def denoiser(self) -> nn.Module:
         return self.family.denoiser
 
+    def load_encoders(self) -> DiffusionPipeline:
+        """The pipeline with VAE and text encoders from disk; only for a Hub id or folder."""
+        assert self.name_or_path is not None
+        return load_encoders(self.family, self.name_or_path, **self.options)
+
+    def whole_pipeline(self) -> DiffusionPipeline:
+        """The pipeline, with VAE and text encoders from disk if it was loaded without them."""
+        parts = (getattr(self.pipeline, name) for name in self.family.frozen_components)
+        return self.load_encoders() if any(is_absent(part) for part in parts) else self.pipeline
+
 
 def load_model(
     model: str | Path | DiffusionPipeline | nn.Module,
@@ -48,6 +60,7 @@ def load_model(
     model_init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
     device: torch.device | None = None,
+    encoders: bool = True,
 ) -> LoadedModel:
     """Resolve `model` to a pipeline and its family.
 
@@ -59,11 +72,13 @@ def load_model(
         model_init_kwargs (`dict`, *optional*): For loading; `dtype` may be a string.
         quantization_config (*optional*): Of the denoiser's frozen weights, for a Hub id or folder.
         device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders of a Hub id or folder; see
+            [`~trl_diffusion_sdpo.families.load_pipeline`]. A pipeline object keeps its own.
 
     Raises:
         `ValueError`: If it is none of these, or arguments are given that it cannot use.
     """
-    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model")
+    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", encoders)
     _align_for(loaded.denoiser, device)
     return loaded
 
@@ -105,6 +120,7 @@ def _resolve(
     model_init_kwargs: dict[str, Any] | None,
     quantization_config: Any,
     role: str,
+    encoders: bool = True,
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise ValueError(
@@ -115,9 +131,8 @@ def _resolve(
         options = dict(model_init_kwargs or {})
         options["dtype"] = torch_dtype(options.pop("dtype", None))
         quantization = diffusers_quantization(quantization_config)
-        return LoadedModel(
-            find_family(load_pipeline(str(model), denoiser_quantization=quantization, **options)), str(model)
-        )
+        pipeline = load_pipeline(str(model), denoiser_quantization=quantization, encoders=encoders, **options)
+        return LoadedModel(find_family(pipeline), str(model), options)
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":
             raise ValueError(f"`{name}` is for a `{role}` given as Hub id or folder, got a {type(model).__name__}.")
@@ -141,6 +156,11 @@ def diffusers_quantization(config: Any) -> Any:
     if counterpart is None or isinstance(config, counterpart):
         return config
     return counterpart.from_dict(config.to_dict())
+
+
+def is_absent(part: nn.Module) -> bool:
+    """Whether a component was loaded without its weights."""
+    return any(weight.is_meta for weight in part.parameters())
 
 
 def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> LoadedModel:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ..data.images import MIN_SIDE
 from ..switch_words import SWITCH_WORDS, choice_of_switch
 from .data_arguments import DataArguments, RunArguments
-from .model_arguments import PipelineArguments, SampleArguments
+from .model_arguments import MemoryArguments, PipelineArguments, SampleArguments
 from .step_arguments import LossArguments, NoiseArguments, WinnerArguments
 
 _CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
@@ -21,6 +21,7 @@ _CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "
 @dataclass
 class AllArguments(
     PipelineArguments,
+    MemoryArguments,
     NoiseArguments,
     LossArguments,
     DataArguments,

@@ -1,4 +1,4 @@
-"""Settings of the model, the reference and the sample images."""
+"""Settings of the model, the reference, memory and the sample images."""
 
 from __future__ import annotations
 
@@ -61,6 +61,21 @@ class PipelineArguments:
     vae_encode_batch_size: Annotated[
         int | None, Range("[1, inf)", "Leave it unset to encode the images of a micro-batch together.")
     ] = None
+
+
+@documented
+@dataclass
+class MemoryArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls what is on the device.
+
+    Parameters:
+        offload_frozen_components (`bool`, *optional*, defaults to `False`):
+            Whether VAE and text encoders are in pinned memory of the CPU and on the device only while a micro-batch is
+            encoded. The results are the same.
+    """
+
+    offload_frozen_components: bool = False
 
 
 @documented

@@ -16,7 +16,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..data.transforms import pixels_as_floats
-from ..families import Family
 from ..losses import (
     BudgetController,
     Granularity,
@@ -28,6 +27,7 @@ from ..losses import (
     noise_range_weights,
 )
 from ..models.ema import EMAWeights
+from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from .noisy_batch import NoisyBatch
 
@@ -102,15 +102,15 @@ class PairForward:
     """The forward passes of a batch of pairs.
 
     Args:
-        family ([`~trl_diffusion_sdpo.families.Family`]): With its components on the device, in the precision in which
-            they run.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, and the
+            family that they belong to.
         device (`torch.device`): Of batches and of the generators of noise.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales the losers' gradients by noise bin.
     """
 
     def __init__(
         self,
-        family: Family,
+        frozen: FrozenComponents,
         reference: Reference,
         *,
         device: torch.device,
@@ -118,9 +118,9 @@ class PairForward:
         loss: LossSettings,
         budget: BudgetController | None = None,
     ):
-        self.family, self.reference, self.budget = family, reference, budget
+        self.family, self.reference, self.budget = frozen.family, reference, budget
         self.noise_settings, self.loss_settings = noise, loss
-        self._device = device
+        self._device, self._frozen = device, frozen
         self._accelerator: Accelerator | None = None
 
     def attach(self, accelerator: Accelerator) -> None:
@@ -190,8 +190,9 @@ class PairForward:
         generators = self.generators([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         # A VAE may return channels-last latents. Convolutions keep that layout without gradients and drop it with them,
         # so that policy and reference would round differently.
-        latents = self.family.encode_images(pixels, [*generators, *generators]).contiguous()
-        conditioning = self.family.encode_prompts(inputs["prompts"])  # one for a pair's two images
+        with self._frozen.in_use() as family:
+            latents = family.encode_images(pixels, [*generators, *generators]).contiguous()
+            conditioning = family.encode_prompts(inputs["prompts"])  # one for a pair's two images
         conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
         size = (pixels.shape[-2], pixels.shape[-1])
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)

@@ -15,9 +15,9 @@ from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
 from ..evaluation.verdict import RunFacts, verdict_of, warning_of
-from ..families import Family
 from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
+from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
@@ -34,7 +34,7 @@ def default_callbacks(
     args: DiffusionSDPOConfig,
     train_dataset: Dataset | IterableDataset | None,
     *,
-    family: Family,
+    frozen: FrozenComponents,
     reference: Reference,
     average: EMAWeights | None,
     budget: WinnerBudget | None,
@@ -57,13 +57,14 @@ def default_callbacks(
     if args.sync_ref_model:
         callbacks.append(SyncReferenceCallback(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
     if args.sample_prompts:
-        callbacks.append(_sample_images(args, family))
+        callbacks.append(_sample_images(args, frozen))
     if args.eval_strategy != "no":
         callbacks.append(NoiseBinPlotCallback())
     return [*callbacks, VerdictCallback(run_facts)]
 
 
-def _sample_images(args: DiffusionSDPOConfig, family: Family) -> SampleImagesCallback:
+def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents) -> SampleImagesCallback:
+    family = frozen.family
     return SampleImagesCallback(
         family.pipeline,
         args.sample_prompts,
@@ -74,6 +75,7 @@ def _sample_images(args: DiffusionSDPOConfig, family: Family) -> SampleImagesCal
         resolution=cast(Any, args.resolution),
         denoiser_name=family.denoiser_name,
         every_process=by_engine(args),
+        frozen=frozen,
     )
 
 

@@ -269,8 +269,9 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay)
         self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
-        self._set_up_files(args)
-        self.family = place_frozen_components(self.family, args)
+        self._set_up_files(args, loaded)
+        self.frozen_components = place_frozen_components(loaded, args)
+        self.family = self.frozen_components.family
         if args.torch_compile:
             compile_with_eager_rounding()
         for weights in self._shadow_weights:
@@ -288,7 +289,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         if args.winner_budget is not None:
             controller = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
         self.pair_forward = self.pair_forward_class(
-            self.family,
+            self.frozen_components,
             self.reference,
             device=args.device,
             noise=self._noise_settings,
@@ -318,7 +319,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         return default_callbacks(
             args,
             train_dataset,
-            family=self.family,
+            frozen=self.frozen_components,
             reference=self.reference,
             average=self.average,
             budget=self.winner_budget,

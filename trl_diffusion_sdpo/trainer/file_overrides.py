@@ -25,6 +25,7 @@ from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
 from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
+from ..models.loading import LoadedModel
 from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
 from ..runs.interrupts import stopping_on_interrupt
@@ -75,9 +76,9 @@ class FileOverrides(Trainer):
     _tag_names: list[str]
     _name: str
 
-    def _set_up_files(self, args: DiffusionSDPOConfig) -> None:
+    def _set_up_files(self, args: DiffusionSDPOConfig, loaded: LoadedModel) -> None:
         """Before transformers' constructor, which may create the repository, and before weights are sharded."""
-        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter)
+        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, loaded.whole_pipeline)
         self.publisher = Publisher(args, NOT_PUBLISHED)
         self.run_facts = RunFacts(
             reference_moves=args.sync_ref_model,

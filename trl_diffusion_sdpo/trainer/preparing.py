@@ -20,7 +20,7 @@ from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
 from ..models.adapters import active_adapter, add_lora, check_adapter_weight, train_only_adapter
-from ..models.frozen_components import working_family
+from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import Reference, build_reference
@@ -193,18 +193,25 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
     )
 
 
-def place_frozen_components(family: Family, args: DiffusionSDPOConfig) -> Family:
-    """A family whose frozen components run on the device; `args.vae_dtype` becomes the precision of the VAE."""
-    working = working_family(
-        family,
+def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> FrozenComponents:
+    """The family whose frozen components run on the device; `args.vae_dtype` becomes the precision of the VAE."""
+
+    def load() -> DiffusionPipeline:
+        with loading_unsharded(args):
+            return loaded.load_encoders()
+
+    frozen = FrozenComponents(
+        loaded.family,
         device=args.device,
         half_dtype=autocast_dtype(args.mixed_precision),
         vae_dtype=args.vae_dtype,
         vae_encode_batch_size=args.vae_encode_batch_size,
         guidance_scale=args.guidance_scale,
+        offload=args.offload_frozen_components,
+        load=load,
     )
-    args.vae_dtype = cast(Any, str(working.pipeline.vae.dtype).removeprefix("torch."))
-    return working
+    args.vae_dtype = cast(Any, str(frozen.family.pipeline.vae.dtype).removeprefix("torch."))
+    return frozen
 
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:

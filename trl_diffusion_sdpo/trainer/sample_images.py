@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
+from ..models.frozen_components import FrozenComponents
 from ..step.pair_forward import eval_mode
 
 SAMPLES_FOLDER = "samples"
@@ -42,6 +43,8 @@ class SampleImagesCallback(TrainerCallback):
             under the autocast of training, while frozen components run in their stored precision.
         every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, as each holds a
             shard of the denoiser; it then is called through the `model` that the Trainer passes to callbacks.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
+            and text encoders on the device while images are generated.
 
     Raises:
         `ValueError`: If there are no prompts, or `every_n_steps` is less than 1.
@@ -59,12 +62,14 @@ class SampleImagesCallback(TrainerCallback):
         call_options: dict[str, Any] | None = None,
         denoiser_name: str = "unet",
         every_process: bool = False,
+        frozen: FrozenComponents | None = None,
     ):
         if not prompts:
             raise ValueError("`prompts` must name at least one prompt, got none. Leave the callback out instead.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}. Use None for first and last.")
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
+        self._frozen = frozen
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **(call_options or {})}
         if resolution is not None:
@@ -125,6 +130,10 @@ class SampleImagesCallback(TrainerCallback):
         Returns:
             `list[Image.Image]`: In the order of the prompts.
         """
+        with contextlib.nullcontext() if self._frozen is None else self._frozen.in_use():
+            return self._generate(autocast or contextlib.nullcontext(), through)
+
+    def _generate(self, autocast: contextlib.AbstractContextManager, through: nn.Module | None) -> list[Image.Image]:
         pipeline = copy.copy(self.pipeline)  # the same networks; scheduler, progress bar and guidance of its own
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -136,7 +145,7 @@ class SampleImagesCallback(TrainerCallback):
         if through is not None:
             pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
-            precision = _in_training_precision(denoiser, autocast or contextlib.nullcontext())
+            precision = _in_training_precision(denoiser, autocast)
             with precision, _in_own_precision(pipeline.vae):
                 return [self._generate_one(pipeline, i) for i in range(len(self.prompts))]
 
