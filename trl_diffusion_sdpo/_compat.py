@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -75,6 +76,26 @@ def start_method(args: TrainingArguments) -> str | None:
 def keeps_order(args: TrainingArguments) -> bool:
     """`in_order` of DataLoader; see [`start_method`]."""
     return getattr(args, "dataloader_in_order", True)
+
+
+def dataset_fingerprint(dataset: datasets.Dataset) -> str:
+    """The hash by which `datasets` names cached results of a data set.
+
+    `_fingerprint` has no public spelling; can go when there is one.
+    """
+    return dataset._fingerprint
+
+
+def without_selection(dataset: datasets.Dataset) -> tuple[datasets.Dataset, np.ndarray | None]:
+    """The whole table of a data set, and which of its rows the data set has; `None` for all in their order.
+
+    `datasets` reads the rows that `select`, `shuffle` and `train_test_split` leave one by one, a thousand times slower
+    than a table. `_indices` has no public spelling; can go when there is one, or when `iter` is as fast.
+    """
+    if dataset._indices is None:
+        return dataset, None
+    whole = datasets.Dataset(dataset.data, info=dataset.info, fingerprint=f"whole-{dataset_fingerprint(dataset)}")
+    return whole, dataset._indices.column(0).to_numpy()
 
 
 def is_split_by_node(stream: datasets.IterableDataset) -> bool:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], None]
 
+ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "images judged equal"
+
 
 class LabelError(ValueError):
     """A row whose label or score is missing or unreadable."""
@@ -106,7 +108,7 @@ class PreferenceFormat:
         Raises:
             LabelError: If the label is missing or unreadable.
         """
-        if self.validity_column is not None and not _is_valid(row.get(self.validity_column), self.validity_column):
+        if self.validity_column is not None and not is_valid(row.get(self.validity_column), self.validity_column):
             raise LabelError(f"`{self.validity_column}` is false")
         if self.group_column is not None and row.get(self.group_column) is None:
             raise LabelError(f"`{self.group_column}` is missing")
@@ -124,7 +126,7 @@ class PreferenceFormat:
         """
         if self.score_columns is None or self.score_columns[0] not in row:
             return None
-        winner, loser = (_number(row.get(column), column) for column in self.score_columns)
+        winner, loser = (finite_number(row.get(column), column) for column in self.score_columns)
         return winner, loser
 
 
@@ -217,10 +219,10 @@ def pairs_in_group(
         scores += labels.values
         ranked = labels.ranked
     if len(scores) == 1:
-        reject("bad_labels", images[0][0], "one image alone: nothing to compare it with", 1)
+        reject("bad_labels", images[0][0], ALONE_IN_GROUP, 1)
     pairs, ties = compare(scores, ranked=ranked)
     if ties:
-        reject("ties", images[0][0], "images judged equal", ties)
+        reject("ties", images[0][0], JUDGED_EQUAL, ties)
     for winner, loser in pairs:
         yield PairReference(*images[winner], *images[loser], reward_scores)
 
@@ -249,7 +251,7 @@ def _member_text(value: Any) -> Any:
     return text.strip() if isinstance(text, str) else text
 
 
-def _is_valid(value: Any, what: str) -> bool:
+def is_valid(value: Any, what: str) -> bool:
     """A boolean, true where it is missing. CSV and JSON files may hold it as text."""
     if value is None or value != value:  # NaN: pandas' value of an empty cell
         return True
@@ -261,7 +263,7 @@ def _is_valid(value: Any, what: str) -> bool:
     raise LabelError(f"`{what}` must be true or false, got {value!r}")
 
 
-def _number(value: Any, what: str = "label") -> float:
+def finite_number(value: Any, what: str = "label") -> float:
     """A finite float from a number, a numeric string or numeric bytes (archive members are text: "0.5\\n")."""
     try:
         number = float(value)
@@ -275,35 +277,35 @@ def _number(value: Any, what: str = "label") -> float:
 def _numbers(values: Any) -> tuple[float, ...]:
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise LabelError(f"the label must be a list with one number per image, got {values!r}")
-    numbers = tuple(_number(value) for value in values)
+    numbers = tuple(finite_number(value) for value in values)
     if not numbers:
         raise LabelError("the label is an empty list")
     return numbers
 
 
-def _first_is_preferred(_: Sequence[Any]) -> ImageScores:
+def first_is_preferred(_: Sequence[Any]) -> ImageScores:
     return ImageScores((1.0, 0.0))
 
 
-def _larger_is_better(values: Sequence[Any]) -> ImageScores:
+def larger_is_better(values: Sequence[Any]) -> ImageScores:
     return ImageScores(_numbers(values))
 
 
-def _probability_of_first(values: Sequence[Any]) -> ImageScores:
-    first = _number(values[0])
+def probability_of_first(values: Sequence[Any]) -> ImageScores:
+    first = finite_number(values[0])
     return ImageScores((first, 1.0 - first))
 
 
-def _picked_from_list(values: Sequence[Any]) -> ImageScores:
+def picked_from_list(values: Sequence[Any]) -> ImageScores:
     return ImageScores(_numbers(values[0]), ranked=False)
 
 
-def _rank_list(values: Sequence[Any]) -> ImageScores:
+def rank_list(values: Sequence[Any]) -> ImageScores:
     return ImageScores(tuple(-rank for rank in _numbers(values[0])))
 
 
-def _rank_of_row(values: Sequence[Any]) -> ImageScores:
-    return ImageScores((-_number(values[0], "rank"),))
+def rank_of_row(values: Sequence[Any]) -> ImageScores:
+    return ImageScores((-finite_number(values[0], "rank"),))
 
 
 _PROMPTS = ("prompt", "caption", "original_prompt")
@@ -316,41 +318,41 @@ FORMATS: dict[str, PreferenceFormat] = {
             name="canonical",
             prompt_columns=_PROMPTS,
             image_columns=("chosen", "rejected"),
-            label_readers={(): _first_is_preferred},
+            label_readers={(): first_is_preferred},
             score_columns=("chosen_score", "rejected_score"),
         ),
         PreferenceFormat(
             name="pickapic",
             prompt_columns=("caption", "prompt", "original_prompt"),
             image_columns=("jpg_0", "jpg_1"),
-            label_readers={("label_0", "label_1"): _larger_is_better, ("label_0",): _probability_of_first},
+            label_readers={("label_0", "label_1"): larger_is_better, ("label_0",): probability_of_first},
             validity_column="has_label",
         ),
         PreferenceFormat(
             name="pickapic_webdataset",
             prompt_columns=("original_prompt.txt", "caption.txt", "prompt.txt"),
             image_columns=("jpg_0.jpg", "jpg_1.jpg"),
-            label_readers={("label_0.txt", "label_1.txt"): _larger_is_better, ("label_0.txt",): _probability_of_first},
+            label_readers={("label_0.txt", "label_1.txt"): larger_is_better, ("label_0.txt",): probability_of_first},
             text_members=True,
         ),
         PreferenceFormat(
             name="hpdv2",
             prompt_columns=_PROMPTS,
             image_columns=("image_path",),
-            label_readers={("human_preference",): _picked_from_list, ("rank",): _rank_list},
+            label_readers={("human_preference",): picked_from_list, ("rank",): rank_list},
             images_in_list=True,
         ),
         PreferenceFormat(
             name="hpdv3",
             prompt_columns=_PROMPTS,
             image_columns=("path1", "path2"),
-            label_readers={(): _first_is_preferred},
+            label_readers={(): first_is_preferred},
         ),
         PreferenceFormat(
             name="imagerewarddb",
             prompt_columns=_PROMPTS,
             image_columns=("image",),
-            label_readers={("rank",): _rank_of_row},
+            label_readers={("rank",): rank_of_row},
             group_column="prompt_id",
         ),
         PreferenceFormat(
@@ -358,8 +360,8 @@ FORMATS: dict[str, PreferenceFormat] = {
             prompt_columns=_PROMPTS,
             image_columns=("image1", "image2"),
             label_readers={
-                ("weighted_results_image1_preference", "weighted_results_image2_preference"): _larger_is_better,
-                ("votes_image1", "votes_image2"): _larger_is_better,
+                ("weighted_results_image1_preference", "weighted_results_image2_preference"): larger_is_better,
+                ("votes_image1", "votes_image2"): larger_is_better,
             },
         ),
     )

@@ -2,7 +2,7 @@
 torch data sets that read, check and transform the images. Also splits a data set for evaluation, by prompt."""
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -11,6 +11,7 @@ import numpy as np
 from .checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
 from .formats import PreferenceFormat, resolve_format
 from .images import SCHEMES, ImageReader, parse_schemes
+from .index import by_first_appearance, row_codes
 from .map_style import PreferenceDataset
 from .sources import make_source
 from .streaming import PreferenceIterableDataset
@@ -116,53 +117,51 @@ def hold_out(
     if wanted >= len(dataset):
         raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {len(dataset)}.")
     known = resolve_format(dataset_format, dataset.column_names)
-    held = _choose(_rows_by_prompt(dataset, known), wanted, seed)
-    if not held:
+    held = _choose(_group_of_rows(dataset, known), wanted, seed)
+    if not len(held):
         logger.warning("Every prompt has more than the %d rows of `test_size`: prompts are on both sides.", wanted)
-        held = np.random.default_rng(seed).permutation(len(dataset))[:wanted].tolist()
-    training = np.setdiff1d(np.arange(len(dataset)), held)
+        held = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:wanted])
+    trained = np.ones(len(dataset), dtype=bool)
+    trained[held] = False
     logger.info("Held out for evaluation: %d of %d rows.", len(held), len(dataset))
-    return dataset.select(training), dataset.select(sorted(held))
+    return dataset.select(np.flatnonzero(trained)), dataset.select(held)
 
 
-def _rows_by_prompt(dataset: datasets.Dataset, known: PreferenceFormat) -> list[list[int]]:
-    """Row numbers grouped by prompt, and by the group column where the format compares rows."""
+def _group_of_rows(dataset: datasets.Dataset, known: PreferenceFormat) -> np.ndarray:
+    """For every row the number of its group, by first appearance: rows of one prompt, and also of one value of the
+    group column where the format compares rows."""
     columns = [name for name in (*known.prompt_columns, known.group_column) if name in dataset.column_names]
-    columns = columns[:1] if known.group_column is None else list(dict.fromkeys([columns[0], known.group_column]))
-    labels = [_labels(dataset, column) for column in columns]
-    return _connected(list(zip(*labels, strict=True)))
+    prompts = row_codes(dataset, columns[0])
+    if known.group_column in (None, columns[0]):
+        return prompts
+    return _connected(prompts, row_codes(dataset, known.group_column))
 
 
-def _labels(dataset: datasets.Dataset, column: str) -> Iterator[Hashable]:
-    for batch in dataset.with_format(None).select_columns([column]).iter(batch_size=1000):
-        yield from ((column, repr(value)) for value in batch[column])
+def _connected(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Numbers of the groups of rows that are connected by equal values (union-find over the different values)."""
+    offset = int(first.max(initial=-1)) + 1
+    links, of_row = np.unique(np.stack([first, second + offset], axis=1), axis=0, return_inverse=True)
+    parent = list(range(int(links.max(initial=-1)) + 1))
+
+    def root(value: int) -> int:
+        while parent[value] != value:
+            parent[value] = parent[parent[value]]
+            value = parent[value]
+        return value
+
+    for one, other in links.tolist():
+        parent[root(other)] = root(one)
+    roots = np.array([root(one) for one in links[:, 0].tolist()])[of_row.reshape(-1)]
+    return by_first_appearance(roots)
 
 
-def _connected(labels: Sequence[tuple[Hashable, ...]]) -> list[list[int]]:
-    """Groups of rows connected by a shared label (union-find), in the order of their first rows."""
-    parent = list(range(len(labels)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    first: dict[Hashable, int] = {}
-    for row, names in enumerate(labels):
-        for name in names:
-            one, other = sorted((root(row), root(first.setdefault(name, row))))
-            parent[other] = one
-    groups: dict[int, list[int]] = {}
-    for row in range(len(labels)):
-        groups.setdefault(root(row), []).append(row)
-    return list(groups.values())
-
-
-def _choose(groups: list[list[int]], wanted: int, seed: int) -> list[int]:
-    """Takes groups in a random order while they fit."""
-    held: list[Any] = []
-    for number in np.random.default_rng(seed).permutation(len(groups)):
-        if len(held) + len(groups[number]) <= wanted:
-            held += groups[number]
-    return held
+def _choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """Takes groups in a random order while they fit; the rows of those that were taken."""
+    sizes = np.bincount(groups)
+    taken, held = np.zeros(len(sizes), dtype=bool), 0
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    for number, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if held + size <= wanted:
+            taken[number] = True
+            held += size
+    return np.flatnonzero(taken[groups])

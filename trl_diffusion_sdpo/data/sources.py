@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import logging
+import shutil
+import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,12 +20,21 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .._compat import dataset_fingerprint
+from . import formats, index
 from .checking import DataReport, evenly_spaced
-from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
+from .formats import PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import ImageReader, UndecodableImageError
+from .index import Drop, NotVectorizedError, PairIndex, find_pairs
+
+logger = logging.getLogger(__name__)
 
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
+
+KEPT_FOLDER = "preference_pairs"  # within the cache of `datasets`
+_FACTS, _PAIRS, _SCORES = "facts.json", "pairs.bin", "scores.bin"
+_CODE = tuple(str(module.__file__) for module in (formats, index))  # what pairs depend on beside the data
 
 
 class ArrowSource:
@@ -39,6 +53,11 @@ class ArrowSource:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def labels(self) -> datasets.Dataset:
+        """The columns from which pairs are found."""
+        return self._text
 
     def text_rows(self, order: np.ndarray | None = None) -> Iterator[tuple[int, Mapping]]:
         text = self._text if order is None else self._text.select(order)
@@ -84,7 +103,10 @@ class RowSource:
 
     Attributes:
         fork_safe (`bool`): As in [`ArrowSource`]; false for a user's class, of which it is unknown.
+        labels (`None`): There is no table of labels.
     """
+
+    labels = None
 
     def __init__(self, dataset: Any, dataset_format: str | None, use_scores: bool) -> None:
         self._dataset = dataset
@@ -172,13 +194,28 @@ def make_source(
     return RowSource(dataset, dataset_format, use_scores)
 
 
-def build_index(source: ArrowSource | RowSource, reject: Reject) -> tuple[np.ndarray, np.ndarray | None]:
-    """The pairs of a source.
+def build_index(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
+    """The pairs of a source; bad prompts, bad labels and ties go to `reject`, which may raise.
 
-    Returns:
-        `tuple`: The index, int64 of shape `(P, 4)` with the columns winner row, winner image, loser row, loser image,
-        and reward scores of shape `(P, 2)`, or `None`.
+    The index of data that lie on a disk is kept in the cache of `datasets`, and read by memory map the next time.
     """
+    table = source.labels
+    if table is None:
+        return _index_by_row(source, reject)
+    folder = _kept_folder(table, source.format)
+    found = None if folder is None else _read_kept(folder)
+    if found is None:
+        try:
+            found = find_pairs(table, source.format)
+        except NotVectorizedError:
+            return _index_by_row(source, reject)
+        found = found if folder is None else _keep(folder, *found)
+    for drop in found[1]:
+        reject(*drop)
+    return found[0]
+
+
+def _index_by_row(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
     index, scores, order = array("q"), array("d"), None
     if source.format.group_column is not None:
         codes: dict[Any, int] = {}
@@ -188,8 +225,79 @@ def build_index(source: ArrowSource | RowSource, reject: Reject) -> tuple[np.nda
         for pair in pairs_in_group(source.format, group, reject):
             index.extend(pair[:4])
             scores.extend(pair.scores or ())
-    table = np.array(index, dtype=np.int64).reshape(-1, 4)
-    return table, np.array(scores).reshape(-1, 2) if len(scores) else None
+    pairs = np.array(index, dtype=np.int64).reshape(-1, 4)
+    return PairIndex(pairs, np.array(scores).reshape(-1, 2) if len(scores) else None)
+
+
+def _kept_folder(table: datasets.Dataset, known: PreferenceFormat) -> Path | None:
+    """Where the index of a data set is kept; `None` for data in memory, whose index takes less time than its name."""
+    if not table.cache_files or not datasets.is_caching_enabled():
+        return None
+    try:
+        files = [Path(cached["filename"]) for cached in table.cache_files]
+        facts: list[Any] = [
+            dataset_fingerprint(table),
+            len(table),
+            str(table.features),
+            [known.name, known.score_columns],
+            sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+            [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in _CODE],
+        ]
+    except OSError:  # a file that was deleted while it is open
+        return None
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / KEPT_FOLDER / key
+
+
+def _keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, list[Drop]]:
+    """The same index, read from the disk if it can be written there."""
+    parts = {_PAIRS: found.pairs, _SCORES: found.scores}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as written:
+            facts: dict[str, Any] = {"drops": drops, "sha256": {}}
+            for name, values in parts.items():
+                if values is not None:
+                    values.astype(f"<{values.dtype.kind}8").tofile(Path(written, name))
+                    facts["sha256"][name] = _checksum(Path(written, name))
+            Path(written, _FACTS).write_text(json.dumps(facts))
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            Path(written).rename(folder)
+            Path(written).mkdir()  # for the context manager to delete
+    except OSError as error:
+        if not (folder / _FACTS).is_file():  # else another process was faster
+            logger.warning(
+                "The index of the pairs cannot be kept in %s: %s. It is built at every start.", folder, error
+            )
+            return found, drops
+    return _read_kept(folder) or (found, drops)
+
+
+def _read_kept(folder: Path) -> tuple[PairIndex, list[Drop]] | None:
+    if not folder.is_dir():
+        return None
+    try:
+        facts = json.loads((folder / _FACTS).read_text())
+        for name, expected in facts["sha256"].items():
+            if _checksum(folder / name) != expected:
+                raise ValueError(f"the checksum of {name} differs")
+        pairs = _map(folder / _PAIRS, "<i8", 4)
+        scores = _map(folder / _SCORES, "<f8", 2) if _SCORES in facts["sha256"] else None
+        return PairIndex(pairs, scores), [tuple(drop) for drop in facts["drops"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("The index of the pairs in %s is damaged (%s) and is built again.", folder, error)
+        return None
+
+
+def _map(file: Path, dtype: str, columns: int) -> np.ndarray:
+    if file.stat().st_size == 0:  # which cannot be mapped
+        return np.zeros((0, columns), dtype=dtype)
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r").reshape(-1, columns))
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def pairs_fingerprint(source: ArrowSource | RowSource, index: np.ndarray, scores: np.ndarray | None) -> dict[str, Any]:
