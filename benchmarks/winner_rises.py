@@ -47,8 +47,8 @@ class WatchingTrainer(DiffusionSDPOTrainer):
         self.pair_forward.noisy_batch = self.watch(self.pair_forward.noisy_batch)
 
     def watch(self, noisy_batch):
-        def watched(inputs):
-            batch = noisy_batch(inputs)
+        def watched(inputs, *levels):
+            batch = noisy_batch(inputs, *levels)
             self.winners = batch.halves()[0]
             self.error_before = self.winner_error()
             return batch

@@ -39,7 +39,8 @@ class PreferenceDataset(Dataset):
 
     Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
     dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
-    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`. An item depends on the
+    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`, and after
+    `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). An item depends on the
     seed, the epoch and `row`, and on nothing else. A pair that cannot be decoded is replaced by the next one that can,
     whichever process reads it first.
     """
@@ -50,6 +51,7 @@ class PreferenceDataset(Dataset):
         self._source, self._maker, self._reader, self._strict = source, maker, reader, strict
         self._report = DataReport(name, source.format.name, rows=len(source))
         self._index, self._scores = build_index(source, self._reject)  # of shapes (P, 4) and (P, 2)
+        self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
         self._reset_undecodable()
 
     def __len__(self) -> int:
@@ -88,13 +90,54 @@ class PreferenceDataset(Dataset):
         """The same pairs, center-cropped, with every prompt and with seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker = self._maker.for_evaluation()
+        if self._maker.training:
+            view._reference_errors = None  # they are those of other draws
         return view
+
+    def with_noise_draws(self, noise_draws: int) -> "PreferenceDataset":
+        """The same pairs, whose random numbers repeat after so many epochs."""
+        view = copy.copy(self)
+        view._maker, view._reference_errors = self._maker.repeating(noise_draws), None
+        return view
+
+    def in_epoch(self, epoch: int) -> "PreferenceDataset":
+        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference."""
+        view = copy.copy(self)
+        view._maker, view._reference_errors = self._maker.in_epoch(epoch), None
+        return view
+
+    def set_reference_errors(self, errors: np.ndarray) -> None:
+        """Sets the errors of a reference that items carry.
+
+        Args:
+            errors (`np.ndarray` of shape `(K, P, T, 2)`, float32): At each of K repeating draws, of each of the P
+                pairs, at T draws of timestep and noise, of winner and loser. A pair with NaN is left out, as one that
+                cannot be decoded.
+        """
+        draws = self._maker.noise_draws if self._maker.training else 1
+        if errors.shape[:2] != (draws, len(self)) or errors.shape[3:] != (2,):
+            raise ValueError(
+                f"Errors of a reference must have the shape ({draws}, {len(self)}, T, 2) of {draws} draws and "
+                f"{len(self)} pairs; got {errors.shape}."
+            )
+        self._reference_errors = errors
+
+    @property
+    def has_reference_errors(self) -> bool:
+        """Whether items carry errors of a reference."""
+        return self._reference_errors is not None
+
+    def draw_settings(self) -> dict[str, Any]:
+        """What the items depend on besides the source, the epoch and the row: seed, size, crop and so on."""
+        return self._maker.settings()
 
     def first(self, count: int) -> "PreferenceDataset":
         """The first pairs, at most `count`, with the same random numbers as here."""
         view = copy.copy(self)
         view._index, view._scores = self._index[:count], None if self._scores is None else self._scores[:count]
         view._undecodable = self._undecodable[:count].clone().share_memory_()
+        if self._reference_errors is not None:
+            view._reference_errors = self._reference_errors[:, :count]
         return view
 
     def fingerprint(self) -> dict[str, Any]:
@@ -178,7 +221,7 @@ class PreferenceDataset(Dataset):
             if self._undecodable[row]:
                 continue
             try:
-                return self._item(row)
+                return {**self._item(row), **self._stored_errors(row)}
             except UndecodableImageError as error:
                 self._reject_at_read(row, error)
         raise ValueError(f"No pair of the data set can be decoded.\n{self.report}")
@@ -191,6 +234,14 @@ class PreferenceDataset(Dataset):
         loser = self._reader.decode_at(loser_images, loser_image)
         scores = None if self._scores is None else tuple(self._scores[row].tolist())
         return self._maker.item(row, self._source.prompt(winner_row), winner, loser, scores)
+
+    def _stored_errors(self, row: int) -> dict[str, torch.Tensor]:
+        if self._reference_errors is None:
+            return {}
+        errors = torch.from_numpy(self._reference_errors[self._maker.draw, row])  # (T, 2)
+        if errors.isnan().any():
+            raise UndecodableImageError("has no errors of the reference: it could not be read when they were computed")
+        return {"ref_errors": errors}
 
     def _check_pair(self, pair: int) -> tuple[dict[SourceImage, str], bool | None]:
         """The problems of a pair's images, and whether the two are identical; `None` if one cannot be decoded."""

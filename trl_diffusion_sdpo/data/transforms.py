@@ -1,9 +1,10 @@
 """Turns the two images of a pair into one tensor of pixels by the same resize, flip and crop, and stacks B pairs into a
 batch. Every random number comes from `PairDraws`, which depends on seed, epoch and row alone."""
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -135,17 +136,48 @@ class PairTransform:
 
 
 class ItemMaker:
-    """Makes items from decoded images, and holds the epoch that their random numbers depend on."""
+    """Makes items from decoded images, and holds the epoch that their random numbers depend on; with `noise_draws`,
+    these repeat after so many epochs."""
 
-    def __init__(self, transform: PairTransform, prompt_dropout: float, seed: int, training: bool) -> None:
+    def __init__(
+        self,
+        transform: PairTransform,
+        prompt_dropout: float,
+        seed: int,
+        training: bool,
+        noise_draws: int | None = None,
+    ) -> None:
         if not 0.0 <= prompt_dropout <= 1.0:
             raise ValueError(f"`prompt_dropout` must be in [0, 1], got {prompt_dropout}. It is a probability.")
         if seed < 0:
             raise ValueError(f"`seed` must not be negative, got {seed}.")
         self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
-        self.epoch = torch.zeros(1, dtype=torch.long)
+        self.noise_draws = noise_draws
+        self.epoch: torch.Tensor | int = torch.zeros(1, dtype=torch.long)
         if training:
             self.epoch.share_memory_()  # for persistent workers; it holds a file open
+
+    @property
+    def draw(self) -> int:
+        """Number of the draw that items have now: the epoch, or what is left of it where draws repeat."""
+        if not self.training:
+            return 0
+        return int(self.epoch) if self.noise_draws is None else int(self.epoch) % self.noise_draws
+
+    def repeating(self, noise_draws: int) -> "ItemMaker":
+        """One whose random numbers repeat after so many epochs."""
+        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
+
+    def in_epoch(self, epoch: int) -> "ItemMaker":
+        """One of its own epoch, which is not shared with other processes."""
+        maker = copy.copy(self)
+        maker.epoch = epoch
+        return maker
+
+    def settings(self) -> dict[str, Any]:
+        """What its items depend on besides the source, the epoch and the row."""
+        made = {"seed": self.seed, "prompt_dropout": self.prompt_dropout, "training": self.training}
+        return {**made, "transform": type(self.transform).__name__, **vars(self.transform)}
 
     def for_evaluation(self) -> "ItemMaker":
         """One with the same transform and seed, without augmentation, whose seeds do not depend on the epoch."""
@@ -154,7 +186,7 @@ class ItemMaker:
     def set_epoch(self, epoch: int) -> None:
         if epoch < 0:
             raise ValueError(f"`epoch` must not be negative, got {epoch}.")
-        self.epoch.fill_(int(epoch))
+        cast(torch.Tensor, self.epoch).fill_(int(epoch))
 
     def item(
         self,
@@ -166,7 +198,7 @@ class ItemMaker:
         epoch: int | None = None,
     ) -> dict[str, Any]:
         """An item; `epoch` overrides the one that was set, for repeating streams."""
-        epoch = int(self.epoch) if epoch is None else epoch
+        epoch = self.draw if epoch is None else epoch
         draws = PairDraws.from_key(self.seed, epoch if self.training else 0, row)
         item = self.transform(winner, loser, draws if self.training else None)._asdict()
         item["prompt"] = "" if self.training and draws.dropout < self.prompt_dropout else prompt
@@ -187,7 +219,9 @@ class PreferenceCollator:
     - `prompts` (`list[str]` of length B);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
-    - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns.
+    - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns;
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), where errors of a reference were computed beforehand: those
+      of the winners at the first of T draws of timestep and noise, at the second and so on, then those of the losers.
 
     Raises:
         ValueError: If there are no items, or only some of them have scores.
@@ -209,6 +243,9 @@ class PreferenceCollator:
             raise ValueError(f"Either all pairs of a batch have scores or none has, got {scored} of {len(items)}.")
         if scored:
             batch["scores"] = torch.tensor(_winners_first(items, "scores"), dtype=torch.float32)
+        if "ref_errors" in items[0]:
+            errors = torch.stack([item["ref_errors"] for item in items])  # (B, T, 2)
+            batch["ref_errors"] = errors.permute(2, 1, 0).flatten()
         return batch
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
@@ -54,6 +54,18 @@ class BatchLoaders:
         if keep:
             self._evaluation[key] = dataset, loader  # the data set as well: its id must not be reused
         return loader
+
+    def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]], pairs: Pairs) -> DataLoader:
+        """A loader of lists of items in this process alone, in the given batches of keys; `items` reads `pairs`."""
+        workers = self._workers(pairs)
+        return DataLoader(
+            items,
+            batch_sampler=cast(Any, batches),
+            collate_fn=list,
+            num_workers=workers,
+            worker_init_fn=WorkerStart(),
+            multiprocessing_context=worker_context(start_method(self._args)) if workers else None,
+        )
 
     def _make(
         self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable, start: WorkerStart

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -58,6 +60,12 @@ class Engine:
     def rounds_weights(self) -> bool:
         """Whether the module's weights themselves are rounded to half precision, not copies of them."""
         return self._is_deepspeed and self._half_dtype is not None
+
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """The half precision to which the engine rounds all weights, or copies of them at each use; `None` where
+        autocast decides."""
+        return self._half_dtype
 
     @property
     def pickled_types(self) -> list[type]:
@@ -201,6 +209,25 @@ class Engine:
         if self._zero_stage < 3:
             return module if dtype is None else module.to(dtype)
         return sharding.zero3_engine(module, self.accelerator)
+
+    @contextlib.contextmanager
+    def computing(self, module: nn.Module) -> Iterator[nn.Module]:
+        """A whole module that is not prepared, on the device, rounded as the engine will round the policy: itself, or a
+        copy where the engine rounds."""
+        dtype, before = self._half_dtype, next(module.parameters()).device
+        working = module if dtype is None else copy.deepcopy(module)
+        for weight in working.parameters() if dtype is not None else ():
+            if weight.is_floating_point():
+                weight.data = weight.data.to(dtype)
+        if self._is_deepspeed and dtype is not None:
+            working.to(dtype)  # buffers as well
+        if before != self.accelerator.device:
+            working.to(self.accelerator.device)
+        try:
+            yield working
+        finally:
+            if working is module and before != self.accelerator.device:
+                module.to(before)
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 

@@ -106,9 +106,10 @@ class Family(ABC):
         weights = (weight for name, weight in self.denoiser.named_parameters() if "lora_" not in name)
         return next((weight.dtype for weight in weights if weight.is_floating_point()), self.denoiser.dtype)
 
-    def settle_dtype(self) -> None:
-        """Store the present `dtype`: under engines that shard, the dtype of the weights changes between passes."""
-        self._settled_dtype = None
+    def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
+        """Store the present `dtype`: under engines that shard, the dtype of the weights changes between passes. Another
+        one can be given, for a rounded copy of the denoiser."""
+        self._settled_dtype = dtype
         self._settled_dtype = self.dtype
 
     @property

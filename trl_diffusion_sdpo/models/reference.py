@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from .adapters import adapter_layers, adapters_off, base_tensors
+from ..engines.engine import Engine
+from .adapters import adapter_layers, adapter_parts, adapter_state, adapters_off, base_tensors
+from .numerics import read_contiguous
 from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
 
 REFERENCE_FILE = "reference.safetensors"  # in checkpoints
@@ -20,6 +22,7 @@ class Reference(ShadowWeights):
     """The policy before training, with arithmetic identical to the policy's."""
 
     kind: str  # written into checkpoints
+    is_precomputed = False  # whether batches carry its errors, and there is nothing that predicts
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
         super().__init__(second, REFERENCE_FILE, stored=stored)
@@ -72,6 +75,66 @@ class FrozenReference(Reference):
         self.module = module
 
 
+class PolicyReference(Reference):
+    """The policy itself, before it trains. Takes no memory."""
+
+    kind = "policy"
+
+    def __init__(self, denoiser: nn.Module, adapter: str | None):
+        super().__init__()
+        # Where weights train, linear layers round by their inputs' layout; see `read_contiguous`.
+        read_contiguous(denoiser.modules() if adapter is None else adapter_parts(denoiser, (adapter,)))
+
+    def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        return contextlib.nullcontext(model)
+
+
+class PrecomputedReference(Reference):
+    """A reference that predicts before training only, within [`PrecomputedReference.predicting`]; batches then carry
+    its errors.
+
+    Args:
+        source ([`Reference`]): What predicts: a given model, the base under a new LoRA, or the policy itself.
+        tensors (`Callable`): Returns all weights that its predictions depend on, by name.
+    """
+
+    kind = "errors"
+    is_precomputed = True
+
+    def __init__(self, source: Reference, tensors: Callable[[], dict[str, torch.Tensor]]):
+        super().__init__()
+        self._source: Reference | None = source
+        self._module: nn.Module | None = None
+        self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
+
+    @property
+    def can_predict(self) -> bool:
+        """Whether training has not begun."""
+        return self._source is not None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights that its predictions depend on, by name; before it is released."""
+        assert self._tensors is not None, "A released reference has no weights."
+        return self._tensors()
+
+    def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
+        return contextlib.nullcontext(self._module)
+
+    @contextlib.contextmanager
+    def predicting(self, denoiser: nn.Module, engine: Engine) -> Iterator[None]:
+        """On the device, rounded as `engine` will round the policy `denoiser`, which it has not prepared yet."""
+        assert self._source is not None, "A released reference cannot predict."
+        with self._source.active(denoiser) as module, engine.computing(module) as self._module:
+            try:
+                yield
+            finally:
+                self._module = None
+
+    def release(self) -> None:
+        """Free the model: the policy will train, and batches carry the errors."""
+        self._source = self._tensors = None
+
+
 def build_reference(
     denoiser: nn.Module,
     *,
@@ -83,6 +146,7 @@ def build_reference(
     started_adapter: str | None,
     follows: bool,
     half_dtype: torch.dtype | None,
+    precomputed: bool = False,
 ) -> Reference:
     """Choose the kind of reference.
 
@@ -95,6 +159,7 @@ def build_reference(
         started_adapter (`str`, *optional*): Name of a LoRA that the policy came with.
         follows (`bool`): Whether the reference will be synchronised with the policy.
         half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`].
+        precomputed (`bool`): Whether its errors are computed before training, which then needs no copy of the policy.
 
     Raises:
         `ValueError`: If a reference that was given cannot be used.
@@ -107,15 +172,30 @@ def build_reference(
             )
         if (half_dtype is not None or follows or changed_by_engine) and not may_modify_given:
             given = copy.deepcopy(given)
-        return FrozenReference(given, denoiser, half_dtype=half_dtype, follows=follows)
+        frozen = FrozenReference(given, denoiser, half_dtype=half_dtype, follows=follows)
+        return PrecomputedReference(frozen, given.state_dict) if precomputed else frozen
     if not needed:
         return NoReference()
+    if precomputed:
+        return _precomputed(denoiser, fresh_adapter, started_adapter)
     if fresh_adapter is not None and not follows:
         return AdapterOffReference(denoiser)
     adapter = fresh_adapter or started_adapter
     if adapter is not None:
         return AdapterReference(denoiser, adapter)
     return FrozenReference(copy.deepcopy(denoiser), denoiser, half_dtype=half_dtype, follows=follows)
+
+
+def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:
+    """The policy before training as a reference whose errors are computed then."""
+
+    def tensors() -> dict[str, torch.Tensor]:
+        started = {} if started_adapter is None else adapter_state(denoiser, started_adapter)
+        return {**base_tensors(denoiser), **started}
+
+    if fresh_adapter is not None:
+        return PrecomputedReference(AdapterOffReference(denoiser), tensors)
+    return PrecomputedReference(PolicyReference(denoiser, started_adapter), tensors)
 
 
 def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:

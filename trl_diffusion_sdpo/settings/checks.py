@@ -13,6 +13,7 @@ from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
 from .all_arguments import AllArguments, Setting, settings_of
 from .declaring import Range
+from .model_arguments import PipelineArguments
 from .step_arguments import WinnerArguments
 
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
@@ -34,6 +35,7 @@ def check_settings(args: AllArguments) -> None:
     _check_data(args)
     _check_noise(args)
     _check_reference(args, loss)
+    _check_precomputed_reference(args, loss)
     _check_loser_noise_range(args, loss)
     _check_winner_budget(args, loss)
     _check_average(args)
@@ -188,6 +190,22 @@ def _check_reference(args: AllArguments, loss: LossSpec) -> None:
             f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
             "choose a loss with a reference."
         )
+
+
+def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
+    if not args.precompute_ref_errors:
+        for name in ("ref_noise_draws", "ref_errors_dir"):
+            if getattr(args, name) != getattr(PipelineArguments, name):
+                _warn(f"`{name}` has no effect without `precompute_ref_errors`.")
+        return
+    reasons = {
+        f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
+        f"the loss {args.loss_type!r} has no reference": not loss.needs_reference,
+        "`sync_ref_model` moves the reference, and its errors with it": args.sync_ref_model,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"`precompute_ref_errors=True` cannot act: {reason}. Leave one of the two out.")
 
 
 def _check_loser_noise_range(args: AllArguments, loss: LossSpec) -> None:

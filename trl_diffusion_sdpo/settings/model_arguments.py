@@ -37,6 +37,16 @@ class PipelineArguments:
             Under bf16 or fp16 autocast, whether a full reference holds its linear and convolution weights in that
             precision. Autocast rounds exactly those anyway, so the arithmetic is identical and the copy is half as
             large. Not used with `sync_ref_model`.
+        precompute_ref_errors (`bool`, *optional*, defaults to `False`):
+            Whether to compute the reference's errors of all pairs before training, so that a step has no forward pass
+            of a reference, and no reference is in memory. They are stored, and read by other runs with the same
+            reference, data and noise. Not for losses that read the reference's prediction (`dspo`, `dspo_sdxl`), with
+            `sync_ref_model`, with dropout that acts or with streams.
+        ref_noise_draws (`int`, *optional*, defaults to `1`):
+            With `precompute_ref_errors`: number of epochs after which crops, flips, dropped prompts, noise and timestep
+            of a pair repeat. Each costs one forward pass of the reference for each pair.
+        ref_errors_dir (`str`, *optional*):
+            Folder of the errors that `precompute_ref_errors` stores; `reference_errors` in `output_dir` if unset.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
             intermediate checkpoints).
@@ -56,6 +66,9 @@ class PipelineArguments:
     ref_model_mixup_alpha: Annotated[float, Range("(0, 1]"), RESUME] = 0.6
     ref_model_sync_steps: Annotated[int, Range("[1, inf)"), RESUME] = 512
     ref_model_half_precision: bool = True
+    precompute_ref_errors: Annotated[bool, RESUME] = False
+    ref_noise_draws: Annotated[int, Range("[1, inf)"), RESUME] = 1
+    ref_errors_dir: str | None = None
     save_full_pipeline: bool = False
     vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"
     vae_encode_batch_size: Annotated[

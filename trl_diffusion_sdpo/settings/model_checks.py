@@ -13,15 +13,24 @@ def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
     twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
     if args.safeguard == "parameter" and twice:
         refuse_dropout(denoiser, f"`{twice[0]}`")
+    if args.precompute_ref_errors and _has_dropout(denoiser):
+        raise ValueError(
+            "`precompute_ref_errors=True` needs a policy that predicts as its reference did before training, and "
+            "dropout makes the two differ. Set `disable_dropout=True`, or leave it out."
+        )
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
     """Raise `ValueError` where a denoiser has dropout that acts; `what` predicts the same images twice."""
-    if any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules()):
+    if _has_dropout(denoiser):
         raise ValueError(
             f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
             "leave it out."
         )
+
+
+def _has_dropout(denoiser: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules())
 
 
 def check_activation_checkpointing(args: AllArguments, denoiser: nn.Module) -> None:

@@ -40,6 +40,9 @@ class NoiseArguments:
             Scale of a noise that is constant over the image, per channel, added to the noise.
         input_perturbation (`float`, *optional*, defaults to `0.0`):
             Scale of extra noise that the model's input carries and its target does not; 0.1 is usual.
+        n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
+            Draws of timestep and noise of each pair in training, in one batch: a pair is encoded once, and its loss is
+            the mean over them. Activations take so many times the memory. Evaluation has one.
         guidance_scale (`float`, *optional*):
             Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
     """
@@ -54,7 +57,7 @@ class NoiseArguments:
     snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME, EVALUATION] = None
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
-
+    n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     guidance_scale: Annotated[float | None, RESUME, EVALUATION] = None
 
 

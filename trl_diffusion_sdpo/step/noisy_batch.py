@@ -36,6 +36,12 @@ class NoisyBatch:
         return self.take(slice(None, pairs)), self.take(slice(pairs, None))
 
 
+def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """Rows `(2B, ...)`, winners first, with all pairs repeated in their order: `(2 times B, ...)`, winners first."""
+    winners, losers = tensor.chunk(2)
+    return torch.cat([*[winners] * times, *[losers] * times])
+
+
 def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
     """Rows of a conditioning; some of its tensors are on the CPU, others on the device of the index."""
     if isinstance(index, slice):

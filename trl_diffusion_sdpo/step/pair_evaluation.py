@@ -28,7 +28,7 @@ class PairEvaluation:
             measured = self._forward.loss(predictions.take(torch.cat([first, first + pairs])))
         # Also where no pair of this process is real: sums are reduced by name, and all processes must have the names.
         self._metrics.add({**self._forward.logged_metrics(measured), "loss": measured.loss}, real)
-        if predictions.reference is not None:
+        if predictions.has_reference:
             noise_levels = predictions.batch.noise_levels[: len(measured.pair_errors)]
             self._noise_bins.add(noise_levels, measured.pair_errors, counts=real > 0)
         return outputs

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
@@ -23,13 +24,14 @@ from ..losses import (
     PreferenceLossOutput,
     Safeguard,
     diffusion_preference_loss,
+    mean_error,
     noise_bin_of,
     noise_range_weights,
 )
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
-from .noisy_batch import NoisyBatch
+from .noisy_batch import NoisyBatch, repeat_pairs
 
 VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
 
@@ -45,11 +47,13 @@ class NoiseSettings:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
         noise_offset (`float`): Scale of the per-channel constant noise.
         input_perturbation (`float`): Scale of extra noise in the input, but not in the target.
+        timesteps_per_pair (`int`): Draws of timestep and noise of each encoded pair, in training.
     """
 
     timesteps: dict[str, Any] = field(default_factory=dict)
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
+    timesteps_per_pair: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,29 @@ class PairPredictions:
         policy (`torch.Tensor` of shape `(2B, ...)`): float32.
         reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): float32, without a graph.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores.
+        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Of a reference whose errors were computed
+            beforehand, in place of its predictions.
     """
 
     batch: NoisyBatch
     policy: torch.Tensor
     reference: torch.Tensor | None
     scores: torch.Tensor | None
+    reference_errors: torch.Tensor | None = None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether anything is known of a reference."""
+        return self.reference is not None or self.reference_errors is not None
 
     def take(self, rows: torch.Tensor) -> PairPredictions:
         """Some of the rows, in the order of `rows`."""
-        reference, scores = (None if tensor is None else tensor[rows] for tensor in (self.reference, self.scores))
-        return PairPredictions(self.batch.take(rows), self.policy[rows], reference, scores)
+        optional = (self.reference, self.scores, self.reference_errors)
+        return PairPredictions(
+            self.batch.take(rows),
+            self.policy[rows],
+            *(None if tensor is None else tensor[rows] for tensor in optional),
+        )
 
 
 class PairForward:
@@ -137,11 +153,12 @@ class PairForward:
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Predict with these instead of the
                 policy's.
         """
-        batch = self.noisy_batch(inputs)
+        levels = self.noise_levels_of_a_pair(model)
+        batch, scores = self.noisy_batch(inputs, levels), self.scores(inputs, levels)
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
-            return PairPredictions(batch, self.predict(policy, batch), reference, inputs.get("scores"))
+            return PairPredictions(batch, self.predict(policy, batch), reference, scores, self.stored_errors(inputs))
 
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
@@ -155,6 +172,7 @@ class PairForward:
             predictions.policy,
             predictions.batch.target,
             predictions.reference,
+            ref_errors=predictions.reference_errors,
             loss_type=settings.loss_type,
             beta=settings.beta,
             safeguard=safeguard,
@@ -178,10 +196,18 @@ class PairForward:
     # ---- Its parts ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def noisy_batch(self, inputs: dict[str, Any]) -> NoisyBatch:
-        """Encoded images and prompts of a collated batch, with the noise of their pair at its timestep."""
+    def noisy_batch(self, inputs: dict[str, Any], levels: int = 1) -> NoisyBatch:
+        """Encoded images and prompts of a collated batch, with the noise of their pair at its timestep.
+
+        Args:
+            levels (`int`, *optional*, defaults to 1): Draws of timestep and noise of each pair, which is encoded once.
+                The first draw of all pairs comes first, then the second, and so on: `(2 * levels * B)` rows.
+        """
         latents, conditioning = self.encode(inputs)
-        timesteps, noise, perturbation = self.draw_noise(inputs["seeds"], latents)
+        if levels > 1:
+            latents = repeat_pairs(latents, levels)
+            conditioning = {name: repeat_pairs(value, levels) for name, value in conditioning.items()}
+        timesteps, noise, perturbation = self.draw_noise(seeds_of_levels(inputs["seeds"], levels), latents)
         return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -249,6 +275,36 @@ class PairForward:
         with torch.no_grad(), self.reference.active(model) as reference:
             return [None if reference is None else self.predict(reference, batch) for batch in batches]
 
+    @torch.no_grad()
+    def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
+        """Mean squared errors of the reference on a collated batch, `(2 * levels * B,)` in float32, by the forward
+        passes of training or of evaluation: training under the parameter-space safeguard has one for winners and one
+        for losers."""
+        batch = self.noisy_batch(inputs, self.noise_settings.timesteps_per_pair if training else 1)
+        by_branch = training and self.loss_settings.safeguard == "parameter"
+        batches = batch.halves() if by_branch else (batch,)
+        predicted = self.predict_reference(model, batches)
+        return mean_error(torch.cat(cast(list[torch.Tensor], predicted)) - batch.target.float())
+
+    def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """The errors of a reference that were computed beforehand, from a collated batch; `None` for others."""
+        if not self.reference.is_precomputed:
+            return None
+        if "ref_errors" not in inputs:
+            raise ValueError(
+                "`precompute_ref_errors=True` needs the batch's `ref_errors`, and the batch has "
+                f"{', '.join(inputs)}. A `data_collator` must keep them, as `PreferenceCollator` does."
+            )
+        return inputs["ref_errors"]
+
+    def noise_levels_of_a_pair(self, model: nn.Module) -> int:
+        """Draws of timestep and noise of each pair: those of the settings in training, one in evaluation."""
+        return self.noise_settings.timesteps_per_pair if model.training else 1
+
+    def scores(self, inputs: dict[str, Any], levels: int) -> torch.Tensor | None:
+        """The scores of a collated batch, for each of its draws; `None` without scores."""
+        return repeat_pairs(inputs["scores"], levels) if "scores" in inputs else None
+
     def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         """One generator a pair: its draws depend on neither the pair's index in the batch nor the batch's size."""
         return [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
@@ -269,6 +325,16 @@ class PairForward:
         settings, length = self.loss_settings, self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
         return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
+
+
+def seeds_of_levels(seeds: Sequence[int], levels: int) -> list[int]:
+    """Seeds of the first draw of each pair, which are the pairs' own, then of the second draws, and so on."""
+    later = [
+        int(np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)[0] >> 1)
+        for level in range(1, levels)
+        for seed in seeds
+    ]
+    return [*seeds, *later]
 
 
 @contextlib.contextmanager

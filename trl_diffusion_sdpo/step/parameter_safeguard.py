@@ -64,10 +64,12 @@ class ParameterSafeguard:
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
         """As [`PairForward.predict_pairs`]; `policy` is a leaf, so that the graph of the loss ends there."""
-        batch, scores = self._forward.noisy_batch(inputs), inputs.get("scores")
+        levels = self._forward.noise_levels_of_a_pair(model)
+        batch, scores = self._forward.noisy_batch(inputs, levels), self._forward.scores(inputs, levels)
+        errors = self._forward.stored_errors(inputs)
         if self._sorts_by_scores:
             order = order_by_scores(scores)
-            batch, scores = batch.take(order), scores[order]
+            batch, scores, errors = batch.take(order), scores[order], None if errors is None else errors[order]
         winners, losers = batch.halves()
         references = self._forward.predict_reference(model, [winners, losers])
         with torch.set_grad_enabled(not self._low_memory):
@@ -75,7 +77,7 @@ class ParameterSafeguard:
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references[0] is None else torch.cat(references)
-        predictions = PairPredictions(batch, leaf, reference, scores)
+        predictions = PairPredictions(batch, leaf, reference, scores, errors)
         self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
         return predictions
 

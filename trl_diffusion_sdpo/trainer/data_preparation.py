@@ -18,13 +18,23 @@ from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_d
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..losses import LossSpec
+from ..step.reference_errors import ReferenceErrors
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
-BATCH_COLUMNS = ["rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores"]
+BATCH_COLUMNS = [
+    "rows",
+    "pixel_values",
+    "prompts",
+    "original_sizes",
+    "crop_top_lefts",
+    "seeds",
+    "scores",
+    "ref_errors",
+]
 
 
 class DataOverrides(Trainer):
@@ -34,6 +44,7 @@ class DataOverrides(Trainer):
     loss_spec: LossSpec
     train_dataset: Any
     _loaders: BatchLoaders
+    _reference_errors: ReferenceErrors | None  # where they are computed before training
     _signature_columns: Any
 
     def get_train_dataloader(self) -> DataLoader:
@@ -52,11 +63,13 @@ class DataOverrides(Trainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         prepared = self._prepare_pairs(eval_dataset, self.args, name="eval", training=False)
+        prepared = self._with_reference_errors(prepared)
         keep = any(prepared is dataset for dataset in own)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         prepared = self._prepare_pairs(test_dataset, self.args, name="test", training=False)
+        prepared = self._with_reference_errors(prepared)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +81,10 @@ class DataOverrides(Trainer):
         self._signature_columns = BATCH_COLUMNS
 
     def _prepare_pairs(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
-        return prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
+        prepared = prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
+        if not args.precompute_ref_errors or prepared is None:
+            return prepared
+        return repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
 
     def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
         if isinstance(dataset, dict):
@@ -84,6 +100,23 @@ class DataOverrides(Trainer):
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         return train_dataset, eval_dataset
+
+    def precompute_reference_errors(self) -> None:
+        """Compute the reference's errors on the training and evaluation data, those that are not stored yet, and free
+        the reference, with `precompute_ref_errors=True`. `train` calls it; all processes must call it together."""
+        if self._reference_errors is None:
+            return
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for dataset in (self.train_dataset, *evaluated.values()):
+            if dataset is not None:
+                self._with_reference_errors(dataset)
+        self._reference_errors.release()
+
+    def _with_reference_errors(self, dataset: Any) -> Any:
+        """The data set, whose items carry the reference's errors where these are computed before training."""
+        if self._reference_errors is not None and not dataset.has_reference_errors:
+            self._reference_errors.add_to(dataset)
+        return dataset
 
     def _load_probe(self) -> list[ProbeInputs]:
         """This process's pairs of the winner budget's probe."""
@@ -159,6 +192,19 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             "has none. Score the images first, or choose another loss."
         )
     return prepared
+
+
+def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool) -> PreferenceDataset:
+    """Prepared pairs whose draws repeat, so that errors of a reference can be computed for all of them; `ValueError` on
+    a stream."""
+    if not isinstance(dataset, PreferenceDataset):
+        raise ValueError(
+            f"`precompute_ref_errors=True` needs pairs with numbers, and the {name} data are a stream. Use a map-style "
+            "data set, or leave it off."
+        )
+    if not training:
+        return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
+    return dataset.with_noise_draws(noise_draws)
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:

@@ -30,6 +30,7 @@ from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
 from ..models.loading import LoadedModel
+from ..models.reference import PrecomputedReference
 from ..runs.interrupts import step_exchange
 from ..settings.model_checks import refuse_dropout
 from ..step.branch_gradients import BranchGradients
@@ -38,13 +39,14 @@ from ..step.meters import MetricMeter
 from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
+from ..step.reference_errors import ErrorSettings, ReferenceErrors
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluation_overrides import EvaluationOverrides
-from .file_overrides import FileOverrides
+from .file_overrides import ERRORS_FOLDER, FileOverrides
 from .preparing import (
     check_and_complete,
     choose_trained_weights,
@@ -53,6 +55,7 @@ from .preparing import (
     loss_settings,
     make_reference,
     place_frozen_components,
+    reference_facts,
 )
 
 logger = logging.getLogger(__name__)
@@ -177,7 +180,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         predictions = (self.parameter_safeguard if by_branch else self.pair_forward).predict_pairs(model, inputs)
         outputs = self.pair_forward.loss(predictions)
         if model.training:
-            self._finite.watch(outputs.pair_losses, inputs["rows"], last=self.accelerator.sync_gradients)
+            rows = inputs["rows"].repeat(self.args.n_timesteps_per_pair)
+            self._finite.watch(outputs.pair_losses, rows, last=self.accelerator.sync_gradients)
             self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
             if self.engine.steps_in_backward and not by_branch:
                 self._finite.verify(self.state.global_step + 1)
@@ -314,6 +318,23 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.pair_forward.attach(self.accelerator)
         for weights in self._shadow_weights:
             weights.attach(self.engine)
+        self._reference_errors = None
+        if isinstance(self.reference, PrecomputedReference):
+            self._reference_errors = self._make_reference_errors(self.reference)
+
+    def _make_reference_errors(self, reference: PrecomputedReference) -> ReferenceErrors:
+        args = self.args
+        settings = ErrorSettings(
+            folder=args.ref_errors_dir or str(Path(args.output_dir) / ERRORS_FOLDER),
+            facts=reference_facts(reference, self.family, self.engine, args),
+            noise_draws=args.ref_noise_draws,
+            batch_size=args.train_batch_size,
+            eval_batch_size=args.eval_batch_size,
+            to_inputs=lambda items: self._prepare_inputs(cast(Any, self.data_collator)(items)),
+            load=self._loaders.in_batches,
+            show_progress=args.process_index == 0 and not args.disable_tqdm,
+        )
+        return ReferenceErrors(self.pair_forward, reference, self.denoiser, self.engine, settings)
 
     def _default_callbacks(self, args: DiffusionSDPOConfig, train_dataset: Any) -> list[TrainerCallback]:
         return default_callbacks(

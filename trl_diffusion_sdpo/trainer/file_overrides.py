@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
-NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", "noise_bins*.png")
+ERRORS_FOLDER = "reference_errors"
+NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", "noise_bins*.png", f"{ERRORS_FOLDER}/*")
 # In the model card, besides those that a resume compares.
 CARD_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
@@ -73,6 +74,7 @@ class FileOverrides(Trainer):
     hub_model_id: Any
     _engine_ready: bool
     _finite: FiniteCheck
+    precompute_reference_errors: Callable[[], None]
     _tag_names: list[str]
     _name: str
 
@@ -135,6 +137,7 @@ class FileOverrides(Trainer):
             if self.args.checkpoint_on_interrupt:
                 interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
             with interruptible:
+                self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:

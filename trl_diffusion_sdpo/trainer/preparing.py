@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 
+from ..artifacts.setup import fingerprint
+from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate
 from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
@@ -23,7 +25,7 @@ from ..models.adapters import active_adapter, add_lora, check_adapter_weight, tr
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
-from ..models.reference import Reference, build_reference
+from ..models.reference import PrecomputedReference, Reference, build_reference
 from ..settings.all_arguments import settled_resolution
 from ..settings.model_checks import check_activation_checkpointing, check_one_device, check_without_dropout
 from ..step.pair_forward import LossSettings, NoiseSettings
@@ -156,7 +158,27 @@ def make_reference(
         started_adapter=None if added else adapter,
         follows=args.sync_ref_model,
         half_dtype=autocast_dtype(args.mixed_precision) if halves else None,
+        precomputed=args.precompute_ref_errors,
     )
+
+
+def reference_facts(
+    reference: PrecomputedReference, family: Family, engine: Engine, args: DiffusionSDPOConfig
+) -> dict:
+    """What errors of a reference depend on besides the data and the noise."""
+    components = {}
+    for name in family.frozen_components:
+        part = getattr(family.pipeline, name)
+        components[name] = [str(part.dtype), fingerprint(part.state_dict())]
+    scheduler = family.pipeline.scheduler.config
+    return {
+        "reference": fingerprint(reference.tensors()),
+        "family": family.name,
+        "components": components,
+        "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
+        "guidance_scale": args.guidance_scale,
+        "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
+    }
 
 
 def check_and_complete(
@@ -172,7 +194,7 @@ def check_and_complete(
     check_noise_range(args, family, timesteps)
     check_without_dropout(args, loaded.denoiser)
     check_activation_checkpointing(args, loaded.denoiser)
-    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation)
+    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation, args.n_timesteps_per_pair)
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:

@@ -1,0 +1,287 @@
+"""Errors of the reference computed before training: the run with the reference in the step, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from torch import nn
+
+from trl_diffusion_sdpo.cache import reference_errors as stored
+from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrorStore
+from trl_diffusion_sdpo.step.pair_forward import PairForward
+
+DRAWS = 2
+# 16 pairs in micro-batches of 4: two steps an epoch, so that six steps take each of the two draws more than once.
+SETTINGS = {
+    "max_steps": 5,
+    "gradient_accumulation_steps": 2,
+    "random_crop": True,
+    "proportion_empty_prompts": 0.5,
+    "snr_gamma": 5.0,
+    "beta": 500.0,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "ema_decay": 0.9,
+}
+PRECOMPUTED = {"precompute_ref_errors": True, "ref_noise_draws": DRAWS}
+CASES = [
+    ("full", "output", {"n_timesteps_per_pair": 2}),
+    ("lora", "parameter", {}),
+    *[
+        pytest.param(tuning, safeguard, more, marks=pytest.mark.matrix)
+        for tuning in ("full", "lora", "given")
+        for safeguard in ("none", "output", "parameter")
+        for more in ({}, {"n_timesteps_per_pair": 3}, {"bf16": True, "winner_budget": 0.05, "winner_budget_steps": 2})
+    ],
+    pytest.param("full", "output", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
+    pytest.param("full", "parameter", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
+    pytest.param("full", "parameter", {"safeguard_diagnostics_steps": 2}, marks=pytest.mark.matrix),
+    pytest.param("full", "parameter", {"safeguard_low_memory": True}, marks=pytest.mark.matrix),
+]
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.denoiser.named_parameters() if p.requires_grad}
+
+
+def logs(trainer) -> list[dict]:
+    timeless = ("runtime", "per_second", "flos")
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in timeless)}
+        for entry in trainer.state.log_history
+    ]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The pairs of each forward pass by which errors are computed."""
+    calls, compute = [], PairForward.reference_errors
+
+    def counting(self, model, inputs, **how):
+        calls.append(len(inputs["seeds"]))
+        return compute(self, model, inputs, **how)
+
+    monkeypatch.setattr(PairForward, "reference_errors", counting)
+    return calls
+
+
+@pytest.fixture
+def both(make_trainer, make_pairs, tmp_path, sd_folder):
+    """`both(tuning, **settings)`: a trained run with its errors computed beforehand, and one with a live reference, on
+    the same draws."""
+
+    def train(tuning, **settings):
+        given = {"peft_config": LoraConfig(r=4)} if tuning == "lora" else {}
+        settings = {**SETTINGS, **settings}
+        if tuning == "given":
+            reference = StableDiffusionPipeline.from_pretrained(sd_folder)
+            with torch.no_grad():
+                for parameter in reference.unet.parameters():
+                    parameter.mul_(1.001)
+            given["ref_model"] = reference
+        held = make_pairs(6, seed=1)
+        before = make_trainer(
+            output_dir=str(tmp_path / "before"), eval_dataset=held, **given, **settings, **PRECOMPUTED
+        )
+        repeating = before.train_dataset.with_noise_draws(DRAWS)
+        live = make_trainer(output_dir=str(tmp_path / "live"), train=repeating, eval_dataset=held, **given, **settings)
+        before.train()
+        live.train()
+        return before, live
+
+    return train
+
+
+@pytest.mark.parametrize(("tuning", "safeguard", "more"), CASES)
+def test_the_run_is_that_with_a_live_reference_to_the_bit(both, tuning, safeguard, more):
+    before, live = both(tuning, safeguard=safeguard, **more)
+    assert before.reference.kind == "errors" and live.reference.kind != "errors"
+    assert logs(before) == logs(live)
+    ours, theirs = weights(before), weights(live)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    first = logs(before)[0]
+    if tuning != "given" and "winner_change" not in more:
+        assert first["errors/winner_change"] == first["errors/loser_change"] == first["rewards/margins"] == 0
+    if tuning != "given" and before.args.loss_type == "sigmoid":
+        assert first["loss"] == float(torch.nn.functional.softplus(torch.zeros(())))  # log 2 in float32
+
+
+def denoisers(root, seen=None) -> int:
+    """How many UNets an object leads to."""
+    seen = set() if seen is None else seen
+    if id(root) in seen or isinstance(root, (str, int, float, torch.Tensor, type, type(None))):
+        return 0
+    seen.add(id(root))
+    count = int(type(root).__name__ == "UNet2DConditionModel")
+    children = []
+    if isinstance(root, nn.Module):
+        children = list(root.children())
+    elif isinstance(root, dict):
+        children = list(root.values())
+    elif isinstance(root, (list, tuple)):
+        children = list(root)
+    elif type(root).__module__.startswith("trl_diffusion_sdpo"):
+        children = list(vars(root).values())
+    return count + sum(denoisers(child, seen) for child in children)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_no_reference_is_in_memory_or_in_the_step(make_trainer, sd_folder, given):
+    reference = sd_folder if given else None
+    live = make_trainer(ref_model=reference)
+    trainer = make_trainer(ref_model=reference, precompute_ref_errors=True, max_steps=1)
+    assert denoisers(live) == 2 and denoisers(trainer) == 1 + given  # a given one until its errors are computed
+    passes = []
+    trainer.denoiser.register_forward_hook(
+        lambda module, args, kwargs, output: passes.append(output), with_kwargs=True
+    )
+    trainer.precompute_reference_errors()
+    computed = len(passes)
+    trainer.train()
+    assert denoisers(trainer) == 1
+    assert computed == (0 if given else 4) and len(passes) == computed + 1
+
+
+def test_an_error_off_by_a_thousandth_changes_the_run(make_trainer, monkeypatch):
+    read = ReferenceErrorStore.read
+
+    def off(self):
+        errors = read(self)
+        errors[:, 3, 0, 0] += 1e-3
+        return errors
+
+    runs = []
+    for fault in (False, True):
+        if fault:
+            monkeypatch.setattr(ReferenceErrorStore, "read", off)
+        trainer = make_trainer(max_steps=4, precompute_ref_errors=True)
+        trainer.train()
+        runs.append(
+            logs(trainer)[0]["rewards/margins"] or sum(abs(e.get("rewards/margins", 0)) for e in logs(trainer))
+        )
+    assert runs[0] != runs[1]
+
+
+# ---- What is computed, and when ------------------------------------------------------------------------------------
+
+
+def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
+    make_trainer, make_sd_pipeline, counted, tmp_path, caplog
+):
+    def computed(**settings) -> int:
+        counted.clear()
+        trainer = make_trainer(precompute_ref_errors=True, ref_errors_dir=str(tmp_path / "errors"), **settings)
+        trainer.precompute_reference_errors()
+        return len(counted)
+
+    assert computed() == 4
+    assert computed() == computed(learning_rate=1e-4, beta=7.0, safeguard="none") == 0
+    caplog.clear()
+    for fact, settings in {
+        "draw_settings": {"seed": 7},
+        "reference": {"ref_model": make_sd_pipeline(seed=3)},
+        "noise": {"noise_offset": 0.1},
+        "precision": {"bf16": True},
+        "components": {"vae_dtype": "bfloat16"},
+    }.items():
+        assert computed(**settings) == 4, fact
+        assert f"{fact}" in caplog.text
+    assert computed(ref_noise_draws=2) == 8 and computed(n_timesteps_per_pair=2) == 4
+    for settings in ({"resolution": 24}, {"random_crop": True}, {"proportion_empty_prompts": 0.2}):
+        assert computed(**settings) == 4, settings
+
+
+def test_what_was_finished_before_a_failure_is_not_computed_again(make_trainer, counted, monkeypatch, tmp_path):
+    monkeypatch.setattr(stored, "SHARD_PAIRS", 4)
+    made = [make_trainer(precompute_ref_errors=True, output_dir=str(tmp_path / name)) for name in ("a", "b")]
+    made.append(make_trainer(precompute_ref_errors=True, output_dir=str(tmp_path / "a")))
+    count, compute = [], PairForward.reference_errors
+
+    def failing(self, *args, **how):
+        count.append(1)
+        if len(count) == 3:
+            raise torch.OutOfMemoryError("full")
+        return compute(self, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairForward, "reference_errors", failing)
+        with pytest.raises(RuntimeError, match="does not fit into the device's memory. Compute them where it does"):
+            made[0].precompute_reference_errors()
+    counted.clear()
+    made[2].precompute_reference_errors()
+    assert counted == [4, 4]  # of four shards
+    made[1].precompute_reference_errors()
+    errors = [trainer.train_dataset[pair]["ref_errors"] for trainer in made[1:] for pair in range(16)]
+    assert all(torch.equal(*both) for both in zip(errors[:16], errors[16:], strict=True))
+
+
+def test_a_pair_that_could_not_be_read_is_left_out(make_trainer, make_pairs, counted):
+    rows = [dict(row) for row in make_pairs(9)]
+    rows[4]["chosen"] = {"bytes": b"no image", "path": None}
+    trainer = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none", on_bad_row="drop")
+    trainer.precompute_reference_errors()
+    assert [item["row"] for item in map(trainer.train_dataset.__getitem__, range(9))] == [0, 1, 2, 3, 5, 5, 6, 7, 8]
+    rows[4]["chosen"] = rows[5]["chosen"]  # it can be read now
+    again = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none")
+    again.train_dataset.set_reference_errors(trainer.train_dataset._reference_errors)
+    assert again.train_dataset[4]["row"] == 5 and again.train_dataset.report.undecodable == 1
+
+
+def test_an_error_that_is_not_finite_is_told_with_its_pair(make_trainer, make_sd_pipeline):
+    broken = make_sd_pipeline(seed=3)
+    with torch.no_grad():
+        broken.unet.conv_out.bias.fill_(float("inf"))
+    trainer = make_trainer(ref_model=broken, precompute_ref_errors=True)
+    with pytest.raises(FloatingPointError, match=r"must be finite; those of the pairs \[0, 1, 2, 3\] are not"):
+        trainer.precompute_reference_errors()
+
+
+# ---- What is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"loss_type": "dspo"}, "reads the reference's prediction itself"),
+        ({"loss_type": "dspo_sdxl"}, "reads the reference's prediction itself"),
+        ({"loss_type": "sft"}, "has no reference"),
+        ({"sync_ref_model": True}, "moves the reference"),
+    ],
+)
+def test_settings_under_which_errors_are_not_enough_are_refused(make_args, settings, reason):
+    with pytest.raises(ValueError, match=f"`precompute_ref_errors=True` cannot act: .*{reason}"):
+        make_args(precompute_ref_errors=True, **settings)
+
+
+def test_a_setting_without_effect_warns(make_args):
+    with pytest.warns(UserWarning, match="`ref_noise_draws` has no effect without `precompute_ref_errors`"):
+        make_args(ref_noise_draws=2)
+
+
+def test_dropout_streams_random_rows_and_other_data_are_refused(make_trainer, make_pairs, sd_pipeline):
+    with pytest.raises(ValueError, match="dropout makes the two differ"):
+        make_trainer(precompute_ref_errors=True, disable_dropout=False, peft_config=LoraConfig(r=4, lora_dropout=0.1))
+    with pytest.raises(ValueError, match="the train data are a stream"):
+        make_trainer(precompute_ref_errors=True, train=make_pairs().to_iterable_dataset())
+
+    class Random(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return make_pairs(8, seed=np.random.randint(2**31))[index]
+
+    trainer = make_trainer(precompute_ref_errors=True, train=Random(), verify_images="none")
+    with pytest.raises(ValueError, match="two reads of a row of the train data differ"):
+        trainer.precompute_reference_errors()
+    trainer = make_trainer(precompute_ref_errors=True, data_collator=lambda items: {"rows": torch.zeros(1)})
+    with pytest.raises(ValueError, match="A `data_collator` must keep them"):
+        trainer.pair_forward.stored_errors({"rows": torch.zeros(1)})
+    trainer = make_trainer(precompute_ref_errors=True, max_steps=1)
+    before = trainer.evaluate(make_pairs(4, seed=5))
+    assert before["eval_errors/winner_change"] == 0
+    trainer.train()
+    with pytest.raises(ValueError, match="must be computed before training.*Pass these data as `eval_dataset`"):
+        trainer.evaluate(make_pairs(4, seed=6))
+    assert trainer.evaluate(make_pairs(4, seed=5))["eval_errors/winner_change"] != 0
