@@ -99,11 +99,12 @@ def build_pipeline(size: str, latents: int) -> DiffusionPipeline:
     )
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with one token per byte."""
+def build_tokenizer(size: int = 514) -> CLIPTokenizer:
+    """A CLIP tokenizer with one token per byte, and tokens without a use up to `size`."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [*(f"<unused{i}>" for i in range(size - len(tokens) - 2)), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(
         vocab=vocabulary,

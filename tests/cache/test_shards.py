@@ -20,7 +20,8 @@ def row_of(row):
     """Tensors of a row, of every dtype, with a shape that depends on the row, and one without dimensions."""
     generator = torch.Generator().manual_seed(row)
     made = {str(dtype): (10 * torch.randn(2, row % 3, 4, generator=generator)).to(dtype) for dtype in DTYPES}
-    return made | {"scalar": torch.tensor(row)}
+    padded = torch.nn.functional.pad(torch.randn(1 + row, 4, generator=generator), (0, 0, 0, 100))
+    return made | {"scalar": torch.tensor(row), "padded": padded, "minus zero": torch.tensor([1.0, -0.0, 0.0])}
 
 
 def write(store, numbers):
@@ -43,6 +44,7 @@ def assert_whole(store):
         assert read.keys() == expected.keys()
         for name, value in expected.items():
             assert read[name].dtype == value.dtype and torch.equal(read[name], value)
+            assert torch.equal(read[name].signbit(), value.signbit())
 
 
 def contents(folder):
@@ -71,6 +73,15 @@ def test_rows_of_any_dtype_and_shape_are_read_to_the_bit(store):
     assert store.nbytes == sum(store.file(number).stat().st_size for number in range(3))
     with pytest.raises(IndexError, match="rows 0 to 9"):
         store.read(10)
+
+
+def test_padding_takes_no_space(tmp_path):
+    long, short = torch.zeros(100_000), torch.zeros(10)
+    for name, tensor in (("long", long), ("short", short)):
+        tensor[:5] = 1.0
+        store = ShardStore(tmp_path / name, {}, 1, 1)
+        store.write(0, {"a": [tensor]})
+        assert torch.equal(store.read(0)["a"], tensor) and store.nbytes < 2000
 
 
 def test_what_is_read_may_be_changed_without_changing_the_cache(store):

@@ -1,5 +1,6 @@
 """Every kind of model: what its family predicts, adds and encodes is what the real pipeline's own call does."""
 
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -183,6 +184,32 @@ def test_images_of_another_shape_are_predicted_and_counted_in_tokens(model):
 def test_frozen_components_and_denoiser_are_all_the_pipelines_networks(model):
     networks = {name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
     assert {model.family.denoiser_name, *model.family.frozen_components} == networks
+
+
+def test_moments_give_the_latents_of_the_vaes_own_posterior(model):
+    """Sampled and as modes; then without the VAE's weights, which are not read again."""
+    pixels, _ = latents_of(model, 3)
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+
+    with torch.no_grad():
+        encoded = model.pipeline.vae.encode(pixels.unsqueeze(2) if is_video(model) else pixels)
+        posterior = getattr(encoded, "latent_dist", None)
+        expected = [encoded.latent] * 2 if posterior is None else [posterior.mode(), posterior.sample(generators())]
+        moments, statistics = model.family.image_moments(pixels), model.family.latent_statistics()
+        without = type(model.family)(copy.copy(model.pipeline))
+        without.pipeline.vae = copy.deepcopy(model.pipeline.vae).to("meta")
+        without.keep_statistics(statistics)
+        for wanted, streams in zip(expected, (None, generators), strict=True):
+            given = streams and streams()
+            assert torch.equal(model.family.sample_moments(moments, given).flatten(), wanted.flatten())
+            latents = without.latents_of(moments, streams and streams())
+            assert torch.equal(latents, model.family.encode_images(pixels, streams and streams()))
+
+
+def is_video(model):
+    return type(model.pipeline.vae).__name__ in ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 
 
 def test_encoding_ignores_autocast(model):

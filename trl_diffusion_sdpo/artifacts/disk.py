@@ -24,9 +24,11 @@ class DiskFullError(OSError):
 
 
 @contextlib.contextmanager
-def naming_the_disk(folder: str | os.PathLike, needed: int | None = None) -> Iterator[None]:
+def naming_the_disk(
+    folder: str | os.PathLike, needed: int | None = None, *, setting: str = "output_dir"
+) -> Iterator[None]:
     """Turn errors of a full disk within the context into a `DiskFullError`. Files are written into `folder`, which need
-    not exist yet; `needed` is a lower bound of their bytes."""
+    not exist yet and is chosen by `setting`; `needed` is a lower bound of their bytes."""
     try:
         yield
     except DiskFullError:
@@ -38,7 +40,7 @@ def naming_the_disk(folder: str | os.PathLike, needed: int | None = None) -> Ite
             free = None  # unreachable storage: the first error is the one to raise
         if free is None or not _is_of_a_full_disk(error, free):
             raise
-        raise DiskFullError(_message(error, Path(folder), free, needed)) from error
+        raise DiskFullError(_message(error, Path(folder), free, needed, setting)) from error
 
 
 def free_bytes(folder: Path) -> int:
@@ -55,20 +57,21 @@ def _is_of_a_full_disk(error: Exception, free: int) -> bool:
     return "inline_container" in str(error) and free < LITTLE  # of `torch.save`, which names no cause
 
 
-def _message(error: Exception, folder: Path, free: int, needed: int | None) -> str:
+def _message(error: Exception, folder: Path, free: int, needed: int | None, setting: str) -> str:
     if isinstance(error, OSError) and error.errno == errno.EDQUOT:
-        return f"The quota of the disk of {folder} is used up. Free some of it, or choose another `output_dir`."
+        return f"The quota of the disk of {folder} is used up. Free some of it, or choose another `{setting}`."
     if free < max(LITTLE, needed or 0):
-        ask = "" if needed is None else f", and at least {_readable(needed)} are needed"
-        full = f"The disk of {folder} is full: {_readable(free)} are free{ask}."
-        return f"{full} Free some, or choose another `output_dir`."
+        ask = "" if needed is None else f", and at least {readable_size(needed)} are needed"
+        full = f"The disk of {folder} is full: {readable_size(free)} are free{ask}."
+        return f"{full} Free some, or choose another `{setting}`."
     return (
-        f"A disk is full ({error}), though {folder} has {_readable(free)} free: see to the folders of caches and of "
-        "temporary files."
+        f"A disk is full ({error}), though {folder} has {readable_size(free)} free: see to the folders of caches and "
+        "of temporary files."
     )
 
 
-def _readable(size: float) -> str:
+def readable_size(size: float) -> str:
+    """Bytes in words, such as "1.2 GB"."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -31,9 +32,9 @@ class DamagedShardError(ValueError):
 class ShardStore:
     """`rows` rows of named tensors, `shard_rows` in each file, in the folder `folder / <hash of the key>`.
 
-    A file is an Arrow stream, which `datasets.Dataset.from_file` opens as well. A tensor is stored as its bytes, with
-    its shape in each row, which may differ between rows, and its dtype in the schema, which may not. A shard is
-    finished when there is a checksum beside it.
+    A file is an Arrow stream, which `datasets.Dataset.from_file` opens as well. A tensor is stored as its bytes
+    without the zeros at their end, such as padding, with its shape in each row, which may differ between rows, and its
+    dtype in the schema, which may not. A shard is finished when there is a checksum beside it.
 
     Args:
         folder (`str` or `os.PathLike`): Of stores of any key.
@@ -101,10 +102,10 @@ class ShardStore:
             self.file(number),
         )
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.path / MANIFEST, self._manifest.encode())
-        _write_atomically(file, batch)
+        write_atomically(self.path / MANIFEST, self._manifest.encode())
+        write_atomically(file, batch)
         facts = {"sha256": _sha256(file), "bytes": file.stat().st_size, "schema": _schema_checksum(batch)}
-        _write_atomically(self._checksum_file(number), (json.dumps(facts) + "\n").encode())
+        write_atomically(self._checksum_file(number), (json.dumps(facts) + "\n").encode())
         self._open.pop(number, None)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
@@ -128,6 +129,11 @@ class ShardStore:
             raise DamagedShardError(self._refusal(number, f"row {row} does not have its checksum"))
         return {name: _tensor(value, shapes[name], self._dtype(batch, name)) for name, value in values.items()}
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether every shard has its checksum, as this process sees the folder."""
+        return len({path.name for path in self.path.glob("*.sha256.json")}) == len(self)
+
     @cached_property
     def nbytes(self) -> int:
         """Size of the finished shards on the disk."""
@@ -142,6 +148,8 @@ class ShardStore:
         for left in self.path.glob("[0-9]*.tmp"):  # once: a million rows have thousands of shards
             if int(left.name[:6]) in own:
                 left.unlink(missing_ok=True)
+        for left in self.path.glob(f"{MANIFEST}.*.tmp") if 0 in own else ():
+            left.unlink(missing_ok=True)
         for number in numbers:
             if not self._checksum_file(number).exists():
                 found.append(number)
@@ -232,6 +240,11 @@ class ShardStore:
         return getattr(torch, batch.schema.field(name).metadata[DTYPE.encode()].decode())
 
 
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """The space that a tensor takes in a shard."""
+    return len(_bytes(tensor))
+
+
 def _open_batch(path: Path) -> pa.RecordBatch:
     """The one record batch of a file, by memory map; the file itself is closed again, and the map stays."""
     with pa.memory_map(str(path)) as source:
@@ -240,7 +253,7 @@ def _open_batch(path: Path) -> pa.RecordBatch:
     return batch
 
 
-def _write_atomically(path: Path, content: bytes | pa.RecordBatch) -> None:
+def write_atomically(path: Path, content: bytes | pa.RecordBatch) -> None:
     """Write a file that a kill, or a full disk, leaves either whole or as it was."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
@@ -273,9 +286,11 @@ def _checksum(data: Any, shape: list[int], start: int) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().rstrip(b"\0")
 
 
 def _tensor(value: Any, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    data = bytearray(value.as_buffer())
-    return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+    stored, tensor = value.as_buffer(), torch.empty(shape, dtype=dtype)
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    data[: stored.size], data[stored.size :] = np.frombuffer(stored, dtype=np.uint8), 0
+    return tensor

@@ -113,7 +113,7 @@ class Peers:
             raise failure
         failed = [index for index, (_, message) in enumerate(gathered) if message is not None]
         if failed:
-            raise RuntimeError(f"Process {failed[0]} failed to check its part of the data: {gathered[failed[0]][1]}")
+            raise RuntimeError(f"Process {failed[0]} failed in its part of the work: {gathered[failed[0]][1]}")
         return [value for value, _ in gathered]
 
 

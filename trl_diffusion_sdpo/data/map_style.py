@@ -2,10 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,11 +27,21 @@ from .checking import (
 )
 from .images import ImageReader, UndecodableImageError
 from .sources import ArrowSource, RowSource, build_index, pairs_fingerprint
-from .transforms import ItemMaker
+from .transforms import ItemMaker, PairDraws, Size
 
 logger = logging.getLogger(__name__)
 
 SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
+
+
+class Encoded(Protocol):
+    """Pairs and prompts that were encoded before."""
+
+    def pair(self, pair: int, draws: PairDraws | None, epoch: int) -> dict[str, Any]:
+        """Entries of an item in place of its pixels."""
+
+    def conditioning(self, prompt: str) -> dict[str, Any]:
+        """Entries of an item that depend on its prompt."""
 
 
 class PreferenceDataset(Dataset):
@@ -39,8 +49,9 @@ class PreferenceDataset(Dataset):
 
     Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
     dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
-    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`, and after
-    `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). An item depends on the
+    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`; after
+    `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). After `use_encoded` they
+    have `moments` and `target_size` in place of `pixel_values`, and the prompt's `conditioning`. An item depends on the
     seed, the epoch and `row`, and on nothing else. A pair that cannot be decoded is replaced by the next one that can,
     whichever process reads it first.
     """
@@ -52,6 +63,7 @@ class PreferenceDataset(Dataset):
         self._report = DataReport(name, source.format.name, rows=len(source))
         self._index, self._scores = build_index(source, self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
+        self._encoded: Encoded | None = None
         self._reset_undecodable()
 
     def __len__(self) -> int:
@@ -131,6 +143,63 @@ class PreferenceDataset(Dataset):
         """What the items depend on besides the source, the epoch and the row: seed, size, crop and so on."""
         return self._maker.settings()
 
+    # ---- Encoding before training ---------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        """Of every random draw."""
+        return self._maker.seed
+
+    @property
+    def augmentations(self) -> tuple[bool, bool]:
+        """Whether images may be mirrored, and whether they are cropped at random."""
+        transform, training = self._maker.transform, self._maker.training
+        return training and transform.random_flip, training and not transform.center_crop
+
+    @property
+    def strict(self) -> bool:
+        """Whether bad rows stop the run."""
+        return self._strict
+
+    def pixel_settings(self) -> dict[str, Any]:
+        """What the pixels depend on besides the images, as values of JSON."""
+        return {"transform": type(self._maker.transform).__name__, **vars(self._maker.transform)}
+
+    def image_numbers(self) -> np.ndarray:
+        """A number for each pair's two images, int64 of shape `(P, 2)`: equal where their pixels are without flips and
+        random crops, and in the order of the source."""
+        images = self._index.reshape(-1, 2, 2)
+        return images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
+
+    def image_variants(
+        self, pair: int, side: int, draws: Sequence[PairDraws]
+    ) -> list[tuple[torch.Tensor, Size, Size]]:
+        """Pixels `(3, H, W)` of the winner (`side` 0) or the loser (1) of a pair for each of `draws`, the size of the
+        image, and the corner of the crop.
+
+        Raises:
+            UndecodableImageError: If it cannot be decoded.
+        """
+        row, image = self._index[pair, 2 * side : 2 * side + 2].tolist()
+        decoded = self._reader.decode_at(self._source.images(row), image)
+        found = (self._maker.transform.image(decoded, draw) for draw in draws)
+        return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in found]
+
+    def prompts(self) -> set[str]:
+        """The distinct prompts of all pairs."""
+        wanted = np.zeros(len(self._source), dtype=bool)
+        wanted[self._index[:, 0]] = True
+        return {self._source.format.prompt(row) for number, row in self._source.text_rows() if wanted[number]}
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether items are read from encoded pairs."""
+        return self._encoded is not None
+
+    def use_encoded(self, encoded: Encoded) -> None:
+        """Read moments and conditioning from now on, and no image."""
+        self._encoded = encoded
+
     def first(self, count: int) -> "PreferenceDataset":
         """The first pairs, at most `count`, with the same random numbers as here."""
         view = copy.copy(self)
@@ -140,9 +209,9 @@ class PreferenceDataset(Dataset):
             view._reference_errors = self._reference_errors[:, :count]
         return view
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, *, thorough: bool = False) -> dict[str, Any]:
         """Identifies these pairs; see [`pairs_fingerprint`]."""
-        return pairs_fingerprint(self._source, self._index, self._scores)
+        return pairs_fingerprint(self._source, self._index, self._scores, thorough=thorough)
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
         """Decodes a sample of evenly spaced pairs. Those that fail stay in the index and are replaced by the next good
@@ -228,11 +297,14 @@ class PreferenceDataset(Dataset):
 
     def _item(self, row: int) -> dict[str, Any]:
         winner_row, winner_image, loser_row, loser_image = self._index[row].tolist()
+        scores = None if self._scores is None else tuple(self._scores[row].tolist())
+        if self._encoded is not None:
+            item = self._maker.item_of(row, self._source.prompt(winner_row), partial(self._encoded.pair, row), scores)
+            return item | self._encoded.conditioning(item["prompt"])
         winner_images = self._source.images(winner_row)
         loser_images = winner_images if loser_row == winner_row else self._source.images(loser_row)
         winner = self._reader.decode_at(winner_images, winner_image)
         loser = self._reader.decode_at(loser_images, loser_image)
-        scores = None if self._scores is None else tuple(self._scores[row].tolist())
         return self._maker.item(row, self._source.prompt(winner_row), winner, loser, scores)
 
     def _stored_errors(self, row: int) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 from array import array
@@ -24,13 +25,14 @@ from .._compat import dataset_fingerprint
 from . import formats, index
 from .checking import DataReport, evenly_spaced
 from .formats import PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
-from .images import ImageReader, UndecodableImageError
+from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError
 from .index import Drop, NotVectorizedError, PairIndex, find_pairs
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
+THOROUGHLY = 64  # pairs, of which also files that rows name are read
 
 KEPT_FOLDER = "preference_pairs"  # within the cache of `datasets`
 _FACTS, _PAIRS, _SCORES = "facts.json", "pairs.bin", "scores.bin"
@@ -300,8 +302,14 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def pairs_fingerprint(source: ArrowSource | RowSource, index: np.ndarray, scores: np.ndarray | None) -> dict[str, Any]:
+def pairs_fingerprint(
+    source: ArrowSource | RowSource, index: np.ndarray, scores: np.ndarray | None, *, thorough: bool = False
+) -> dict[str, Any]:
     """Identifies pairs of [`build_index`], equally on every machine, in a time that does not grow with the images.
+
+    Args:
+        thorough (`bool`): Whether to hash the images of `THOROUGHLY` pairs, with the content of local files that rows
+            name, instead of a few.
 
     Returns:
         `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts` and
@@ -311,14 +319,15 @@ def pairs_fingerprint(source: ArrowSource | RowSource, index: np.ndarray, scores
     if scores is not None:
         digest.update(np.ascontiguousarray(scores, dtype="<f8").data)
     prompt_rows = index[evenly_spaced(len(index), FINGERPRINTED_PROMPTS), 0].tolist()
-    image_rows = index[evenly_spaced(len(index), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist()
+    compared = evenly_spaced(len(index), THOROUGHLY if thorough else FINGERPRINTED_IMAGES)
+    image_rows = index[compared][:, [0, 2]].flatten().tolist()
     return {
         "format": source.format.name,
         "pairs": len(index),
         "index": _short(digest),
         "prompts": _repeatable_hash(lambda: [repr(source.prompt(row)).encode() for row in prompt_rows]),
         "images": _repeatable_hash(
-            lambda: [_undecoded_bytes(image) for row in image_rows for image in source.images(row)]
+            lambda: [_undecoded_bytes(image, thorough) for row in image_rows for image in source.images(row)]
         ),
     }
 
@@ -346,13 +355,16 @@ def _repeatable_hash(read: Callable[[], list[bytes]]) -> str | None:
     return hashes.pop() if len(hashes) == 1 else None
 
 
-def _undecoded_bytes(image: Any) -> bytes:
+def _undecoded_bytes(image: Any, opens_files: bool) -> bytes:
     """The bytes of an image before decoding; of a path the file name, as folders differ between machines."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):
         return repr((image.mode, image.size)).encode() + image.tobytes()
     if isinstance(image, str):
+        if opens_files and os.path.isfile(image):
+            with open(image, "rb") as file:
+                return file.read(MAX_FILE_BYTES)
         return image.replace("\\", "/").rpartition("/")[2].encode()
     return image if isinstance(image, bytes) else repr(type(image)).encode()
 

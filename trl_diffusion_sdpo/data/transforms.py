@@ -2,6 +2,7 @@
 batch. Every random number comes from `PairDraws`, which depends on seed, epoch and row alone."""
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -109,7 +110,7 @@ class PairTransform:
 
     def __call__(self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None) -> PairPixels:
         """Two RGB images of any sizes as pixels; without `draws` center-cropped and not flipped."""
-        pixels, corners = zip(*(self._transform(image, draws) for image in (winner, loser)), strict=True)
+        pixels, corners = zip(*(self.image(image, draws) for image in (winner, loser)), strict=True)
         sizes = ((winner.height, winner.width), (loser.height, loser.width))
         return PairPixels(torch.stack(pixels), sizes, corners)
 
@@ -119,7 +120,8 @@ class PairTransform:
             return self.width * height // width, self.width
         return self.height, self.height * width // height
 
-    def _transform(self, image: Image.Image, draws: PairDraws | None) -> tuple[torch.Tensor, Size]:
+    def image(self, image: Image.Image, draws: PairDraws | None = None) -> tuple[torch.Tensor, Size]:
+        """One of the images: its pixels `(3, H, W)`, and the corner of the crop."""
         height, width = self.resized_size(image.height, image.width)
         image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
         if draws is not None and self.random_flip and draws.flip < 0.5:
@@ -198,9 +200,23 @@ class ItemMaker:
         epoch: int | None = None,
     ) -> dict[str, Any]:
         """An item; `epoch` overrides the one that was set, for repeating streams."""
-        epoch = self.draw if epoch is None else epoch
-        draws = PairDraws.from_key(self.seed, epoch if self.training else 0, row)
-        item = self.transform(winner, loser, draws if self.training else None)._asdict()
+        return self.item_of(
+            row, prompt, lambda draws, _: self.transform(winner, loser, draws)._asdict(), scores, epoch
+        )
+
+    def item_of(
+        self,
+        row: int,
+        prompt: str,
+        read: Callable[[PairDraws | None, int], dict[str, Any]],
+        scores: tuple[float, float] | None,
+        epoch: int | None = None,
+    ) -> dict[str, Any]:
+        """As `item`, with what `read` returns for the draws (`None` in an evaluation) and their epoch in place of the
+        images."""
+        epoch = 0 if not self.training else self.draw if epoch is None else epoch
+        draws = PairDraws.from_key(self.seed, epoch, row)
+        item = read(draws if self.training else None, epoch)
         item["prompt"] = "" if self.training and draws.dropout < self.prompt_dropout else prompt
         item |= {"seed": draws.seed, "row": row}
         return item if scores is None else item | {"scores": scores}
@@ -223,6 +239,10 @@ class PreferenceCollator:
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), where errors of a reference were computed beforehand: those
       of the winners at the first of T draws of timestep and noise, at the second and so on, then those of the losers.
 
+    Of pairs that were encoded before, it has `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
+    (`(height, width)` of the pixels) in place of `pixel_values`, and of their prompts `conditioning` (tensors of shape
+    `(B, ...)`, padded at the end by zeros where they differ in length) and `host_conditioning` (lists of length B).
+
     Raises:
         ValueError: If there are no items, or only some of them have scores.
     """
@@ -232,7 +252,7 @@ class PreferenceCollator:
             raise ValueError("A batch needs at least one pair, got none.")
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
-            "pixel_values": torch.cat(torch.stack([item["pixel_values"] for item in items], dim=1).unbind()),
+            **_images(items),
             "prompts": [item["prompt"] for item in items],
             "original_sizes": torch.tensor(_winners_first(items, "original_sizes"), dtype=torch.long),
             "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
@@ -247,6 +267,28 @@ class PreferenceCollator:
             errors = torch.stack([item["ref_errors"] for item in items])  # (B, T, 2)
             batch["ref_errors"] = errors.permute(2, 1, 0).flatten()
         return batch
+
+
+def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pixels, or moments and conditioning, of a batch; all its images have one size."""
+    name = "moments" if "moments" in items[0] else "pixel_values"
+    found: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
+    if name == "moments":
+        found["target_size"] = items[0]["target_size"]
+        for kind, join in (("conditioning", padded), ("host_conditioning", list)):
+            if kind in items[0]:
+                found[kind] = {key: join([item[kind][key] for item in items]) for key in items[0][kind]}
+    return found
+
+
+def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors `(T, ...)` of any lengths as one `(B, longest T, ...)`, with zeros after the end of each."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(list(rows))
+    joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
+    for place, row in zip(joined, rows, strict=True):
+        place[: len(row)] = row
+    return joined
 
 
 def _winners_first(items: list[dict[str, Any]], key: str) -> list[Any]:

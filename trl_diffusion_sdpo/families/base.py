@@ -5,10 +5,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .loss_defaults import FALLBACK, LossDefaults
 from .noise import NoiseProcess, constant
@@ -52,6 +53,11 @@ class Family(ABC):
             input; else `None`. May be set on an instance.
         vae_encode_batch_size (`int`, *optional*): Images per call of the VAE in `encode_images`; `None` for all at
             once. May be set on an instance.
+        prompt_padding (`str`): How `encode_prompts` makes prompts of one batch equally long. `"fixed"`: all have one
+            length, in every batch. `"end"`: to the longest of the batch, by zeros at the end that are masked.
+            `"start"`: to the longest by tokens at the start that are attended to, so that a prompt's conditioning
+            depends on the others in its batch.
+        host_conditioning (`tuple[str, ...]`): Results of `encode_prompts` that `denoiser_inputs` reads on the host.
         generated_image (`str`): The first generated image in the output of the pipeline's call, as code.
 
     Raises:
@@ -72,11 +78,14 @@ class Family(ABC):
     patch_size: ClassVar[int] = 1
     guidance_scale: float | None = None
     vae_encode_batch_size: int | None = None
+    prompt_padding: ClassVar[Literal["fixed", "end", "start"]] = "fixed"
+    host_conditioning: ClassVar[tuple[str, ...]] = ()
     generated_image: ClassVar[str] = "images[0]"
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
         self._settled_dtype: torch.dtype | None = None
+        self._kept_statistics: dict[str, torch.Tensor] = {}
         self.check_pipeline()
         self.noise_process = self.noise_process_class(pipeline.scheduler.config)
 
@@ -172,7 +181,7 @@ class Family(ABC):
 
         Returns:
             `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device;
-            those that `denoiser_inputs` reads on the host are on the CPU.
+            those of `host_conditioning` are on the CPU.
         """
 
     def call_encode_prompt(
@@ -212,19 +221,47 @@ class Family(ABC):
                 f"One generator per image is needed, got {len(generator)} for {len(pixel_values)} images. "
                 "Pass as many generators as images, or None."
             )
-        vae, latents = self.pipeline.vae, []
-        at_once = self.vae_encode_batch_size or len(pixel_values)
-        with no_autocast(vae.device), _without_overflow(vae):
-            for first in range(0, len(pixel_values), at_once):
-                part = slice(first, first + at_once)
-                generators = None if generator is None else generator[part]
-                latents.append(self.vae_latents(pixel_values[part].to(vae.device, vae.dtype), generators).float())
-        return self.scale_latents(torch.cat(latents))
+        return self.latents_of(self.image_moments(pixel_values), generator)
 
-    def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """Latents from the VAE, unscaled, for the arguments of `encode_images` in its dtype and on its device."""
-        posterior = self.pipeline.vae.encode(pixel_values).latent_dist
+    def image_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """All that the VAE knows of images `(N, 3, H, W)` in `[-1, 1]`: the first half of `encode_images`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, ...)`, in the dtype in which the VAE ran, on its device.
+        """
+        vae, at_once = self.pipeline.vae, self.vae_encode_batch_size or len(pixel_values)
+        with no_autocast(vae.device), _without_overflow(vae):
+            parts = [part.to(vae.device, vae.dtype) for part in pixel_values.split(at_once)]
+            return torch.cat([self.vae_moments(part) for part in parts])
+
+    def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
+        """Latents `(N, ...)` as of `encode_images`, from the results of `image_moments` and with the same generators.
+        The VAE itself is not used."""
+        with no_autocast(moments.device):
+            latents = self.sample_moments(moments, generator).float()
+        return self.scale_latents(latents)
+
+    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the VAE says of images in its dtype and on its device: means and log-variances of a Gaussian posterior,
+        `(N, 2C, ...)`; of a deterministic VAE its latents."""
+        return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
+
+    def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
+        """Latents `(N, ...)`, unscaled: samples of the posteriors by `vae_moments`, or their modes without generators.
+        Equal to those of the VAE's own posterior to the bit."""
+        posterior = DiagonalGaussianDistribution(moments)
         return posterior.mode() if generator is None else posterior.sample(generator)
+
+    def latent_statistics(self) -> dict[str, torch.Tensor]:
+        """Tensors of the VAE's weights that `scale_latents` reads, by name; none in most families.
+
+        Without the VAE's weights, `keep_statistics` provides them.
+        """
+        return {}
+
+    def keep_statistics(self, statistics: Mapping[str, torch.Tensor]) -> None:
+        """Use these, which `latent_statistics` once returned, in place of the VAE's."""
+        self._kept_statistics = dict(statistics)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE's latents `(N, ...)`, scaled for the denoiser: the inverse of what the pipeline does to decode."""

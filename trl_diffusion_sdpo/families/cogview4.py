@@ -71,6 +71,7 @@ class CogView4Family(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
+    prompt_padding = "start"
 
     def check_pipeline(self) -> None:
         super().check_pipeline()

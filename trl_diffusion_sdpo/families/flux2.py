@@ -57,10 +57,16 @@ class Flux2Hooks(Family):
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, normalised by the running statistics of the VAE's batch norm."""
-        vae = self.pipeline.vae
-        mean, variance = (stored.float().view(1, -1, 1, 1) for stored in (vae.bn.running_mean, vae.bn.running_var))
+        statistics = self.latent_statistics()
+        mean, variance = (statistics[name].to(latents.device).view(1, -1, 1, 1) for name in ("mean", "variance"))
         squares = torch.nn.functional.pixel_unshuffle(latents, 2)
-        return (squares - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+        return (squares - mean) / (variance + self.pipeline.vae.config.batch_norm_eps).sqrt()
+
+    def latent_statistics(self) -> dict[str, torch.Tensor]:
+        """The running statistics, `(4C,)` each in float32, on the CPU if they were kept."""
+        norm = self.pipeline.vae.bn
+        found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
+        return self._kept_statistics or found
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]

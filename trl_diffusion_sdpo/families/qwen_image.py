@@ -33,6 +33,7 @@ class QwenImageFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    prompt_padding = "end"
     max_sequence_length = 512  # tokens of a prompt, the default of the pipeline's call; longer prompts are truncated
 
     @property
@@ -69,9 +70,11 @@ class QwenImageFamily(Family):
         # (N, tokens of the longest prompt, width) and (N, tokens)
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}
 
-    def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        video = pixel_values.unsqueeze(2)  # (N, 3, one frame, H, W)
-        return super().vae_latents(video, generator).squeeze(2)
+    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return super().vae_moments(pixel_values.unsqueeze(2))  # (N, 3, one frame, H, W) to (N, 2C, 1, H/8, W/8)
+
+    def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
+        return super().sample_moments(moments, generator).squeeze(2)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = channel_statistics(self.pipeline.vae, latents)

@@ -52,9 +52,12 @@ class SanaFamily(Family):
         )
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
-    def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """The deterministic latent; generators are not used."""
+    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The latents: this VAE is deterministic."""
         return self.pipeline.vae.encode(pixel_values).latent
+
+    def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
+        return moments
 
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]

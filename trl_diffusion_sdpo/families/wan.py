@@ -70,9 +70,9 @@ class WanFamily(Family):
         )
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zero after the prompt's end
 
-    def vae_latents(self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """Latents of images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`; with the VAE of Wan 2.1 of shape
-        `(N, C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
+    def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Of images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`; with the VAE of Wan 2.1 of shape
+        `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
 
         Raises:
             ValueError: If the frames do not fill the latents: the VAE would ignore the last ones.
@@ -84,7 +84,7 @@ class WanFamily(Family):
                 f"A clip must have 1 frame more than a multiple of {factor}, got {frames}. Cut it to "
                 f"{1 + (frames - 1) // factor * factor}."
             )
-        return super().vae_latents(clips, generator)
+        return super().vae_moments(clips)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = channel_statistics(self.pipeline.vae, latents)

@@ -38,6 +38,7 @@ class ZImageFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    host_conditioning = ("prompt_lengths",)
 
     @property
     def default_resolution(self) -> int:
@@ -60,7 +61,7 @@ class ZImageFamily(Family):
         )
         # Padded to the maximum length, so that rows of several batches can be joined.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
-        # On the CPU: the host reads the lengths in every prediction, to cut the sequences.
+        # The host reads the lengths in every prediction, to cut the sequences.
         lengths = torch.tensor([len(row) for row in rows])
         return {"prompt_embeds": prompt_embeds, "prompt_lengths": lengths}  # (N, PROMPT_TOKENS, width) and (N,)
 

@@ -212,17 +212,22 @@ class PairForward:
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
-        pixels = pixels_as_floats(inputs["pixel_values"])
         generators = self.generators([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
+        if "moments" in inputs:
+            latents = self.family.latents_of(inputs["moments"], [*generators, *generators])
+            host = {name: torch.tensor(value) for name, value in inputs.get("host_conditioning", {}).items()}
+            conditioning, size = inputs["conditioning"] | host, inputs["target_size"]
+        else:
+            pixels = pixels_as_floats(inputs["pixel_values"])
+            with self._frozen.in_use() as family:
+                latents = family.encode_images(pixels, [*generators, *generators])
+                conditioning = family.encode_prompts(inputs["prompts"])  # one for a pair's two images
+            size = (pixels.shape[-2], pixels.shape[-1])
+        conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+        sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
         # A VAE may return channels-last latents. Convolutions keep that layout without gradients and drop it with them,
         # so that policy and reference would round differently.
-        with self._frozen.in_use() as family:
-            latents = family.encode_images(pixels, [*generators, *generators]).contiguous()
-            conditioning = family.encode_prompts(inputs["prompts"])  # one for a pair's two images
-        conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
-        size = (pixels.shape[-2], pixels.shape[-1])
-        sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
-        return latents, conditioning | sizes
+        return latents.contiguous(), conditioning | sizes
 
     def draw_noise(
         self, seeds: Sequence[int], latents: torch.Tensor

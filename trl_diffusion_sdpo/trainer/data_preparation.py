@@ -21,19 +21,14 @@ from ..losses import LossSpec
 from ..step.reference_errors import ReferenceErrors
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .encoding import PairEncoding
 
 logger = logging.getLogger(__name__)
 
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 BATCH_COLUMNS = [
-    "rows",
-    "pixel_values",
-    "prompts",
-    "original_sizes",
-    "crop_top_lefts",
-    "seeds",
-    "scores",
-    "ref_errors",
+    *("rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores", "ref_errors"),
+    *("moments", "target_size", "conditioning", "host_conditioning"),  # of pairs that were encoded before
 ]
 
 
@@ -43,6 +38,7 @@ class DataOverrides(Trainer):
     args: DiffusionSDPOConfig
     loss_spec: LossSpec
     train_dataset: Any
+    encoding: PairEncoding | None
     _loaders: BatchLoaders
     _reference_errors: ReferenceErrors | None  # where they are computed before training
     _signature_columns: Any
@@ -82,7 +78,11 @@ class DataOverrides(Trainer):
 
     def _prepare_pairs(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
         prepared = prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
-        if not args.precompute_ref_errors or prepared is None:
+        if prepared is None:
+            return None
+        if self.encoding is not None:
+            self.encoding.add_to(prepared, name)
+        if not args.precompute_ref_errors:
             return prepared
         return repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
 
@@ -142,7 +142,11 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     """A batch with its tensors on the device; from pinned memory, by asynchronous copies."""
     waits = device.type == "mps"  # which has no pinned memory
     return {
-        name: value.to(device, non_blocking=not waits) if isinstance(value, torch.Tensor) else value
+        name: value.to(device, non_blocking=not waits)
+        if isinstance(value, torch.Tensor)
+        else on_device(value, device)
+        if isinstance(value, Mapping)
+        else value
         for name, value in inputs.items()
     }
 
@@ -172,7 +176,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         seed=args.seed if args.data_seed is None else args.data_seed,
         dataset_format=args.dataset_format,
         on_bad_row=args.on_bad_row,
-        verify_images=args.verify_images,
+        verify_images="none" if args.precompute_latents and args.verify_images == "sample" else args.verify_images,
         num_proc=args.dataset_num_proc,
         image_schemes=args.image_schemes,
         peers=peers(args),

@@ -45,6 +45,7 @@ from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .encoding import PairEncoding
 from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import ERRORS_FOLDER, FileOverrides
 from .preparing import (
@@ -276,6 +277,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self._set_up_files(args, loaded)
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
+        self.encoding = PairEncoding(self.frozen_components, loaded, args) if args.precompute_latents else None
         if args.torch_compile:
             compile_with_eager_rounding()
         for weights in self._shadow_weights:

@@ -86,6 +86,7 @@ def load_policy(
             model_init_kwargs=cast(Any, args.model_init_kwargs),  # a dict by now
             quantization_config=quantization_config,
             device=args.device,
+            encoders=not args.precompute_latents,
         )
 
 
@@ -229,7 +230,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
         vae_dtype=args.vae_dtype,
         vae_encode_batch_size=args.vae_encode_batch_size,
         guidance_scale=args.guidance_scale,
-        offload=args.offload_frozen_components,
+        offload=args.offload_frozen_components or args.precompute_latents,
         load=load,
     )
     args.vae_dtype = cast(Any, str(frozen.family.pipeline.vae.dtype).removeprefix("torch."))

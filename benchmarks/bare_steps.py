@@ -1,0 +1,193 @@
+"""Steps without a trainer, for `step_time.py`: the forward and backward passes of this package's step, and the steps of
+the published scripts, restated.
+
+All take pairs of Stable Diffusion 1.x. A step is a function of a `Bench`, which holds the networks, and of a batch of
+this package's collator, winners first.
+"""
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import nn
+
+VAE_SEED_MASK = 0x5DEECE66D  # as this package draws: the encoding's seed is another than the noise's
+
+
+@dataclass
+class Bench:
+    """The networks of a hand-written step.
+
+    Attributes:
+        tuning (`str`): `"full"`, with a frozen copy as the reference, or `"lora"`, with the adapters switched off.
+        beta, mu, learning_rate (`float`): Of the loss with the safeguard, and of AdamW.
+        seconds (`dict[str, list[float]]`): CPU time of each part of each step.
+    """
+
+    pipeline: DiffusionPipeline
+    tuning: str
+    beta: float
+    mu: float
+    learning_rate: float
+    lora: LoraConfig | None = None
+    reference: nn.Module | None = None
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self):
+        pipeline = self.pipeline
+        self.unet, self.vae = pipeline.unet, pipeline.vae.requires_grad_(False).eval()
+        self.text_encoder = pipeline.text_encoder.requires_grad_(False).eval()
+        self.unet.requires_grad_(self.tuning == "full").train()
+        if self.tuning == "full":
+            self.reference = copy.deepcopy(self.unet).requires_grad_(False).eval()
+        else:
+            self.unet.add_adapter(self.lora)
+        self.trained = [weight for weight in self.unet.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, fused=True)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the CPU time of what is within to a part."""
+        began = time.process_time()
+        yield
+        self.seconds[name].append(time.process_time() - began)
+
+    def tokens(self, prompts: list[str]) -> torch.Tensor:
+        """Token numbers `(B, 77)`, as the scripts' data sets hold them."""
+        made = self.pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+        return made.input_ids
+
+    def predict_reference(self, *inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            if self.reference is not None:
+                return self.reference(*inputs).sample
+            self.unet.disable_adapters()
+            predicted = self.unet(*inputs).sample
+            self.unet.enable_adapters()
+            return predicted
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Backward pass, clipping, AdamW."""
+        with self.part("policy"):
+            loss.backward()
+        with self.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
+    """The passes of this package's step, in its order and with its random numbers, and nothing else; the loss."""
+    device = bench.unet.device
+    with torch.no_grad():
+        with bench.part("VAE"):
+            pixels = batch["pixel_values"].float().div(255).sub(0.5).div(0.5)
+            posterior = bench.vae.encode(pixels).latent_dist
+            each = [torch.Generator(device).manual_seed(seed ^ VAE_SEED_MASK) for seed in batch["seeds"]]
+            drawn = [torch.randn(posterior.mean.shape[1:], generator=one, device=device) for one in each + each]
+            latents = (posterior.mean + posterior.std * torch.stack(drawn)) * bench.vae.config.scaling_factor
+        with bench.part("text encoders"):
+            text = bench.text_encoder(bench.tokens(batch["prompts"]).to(device))[0].repeat(2, 1, 1)
+        each = [torch.Generator(device).manual_seed(seed) for seed in batch["seeds"]]
+        uniform = torch.cat([torch.rand(1, generator=one, device=device) for one in each])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=device) for one in each])
+        timesteps, noise = (uniform * 1000).long().repeat(2), noise.repeat(2, 1, 1, 1)
+        noisy = bench.pipeline.scheduler.add_noise(latents, noise, timesteps)
+    with bench.part("reference"):
+        reference = bench.predict_reference(noisy, timesteps, text)
+    with bench.part("policy"):
+        predicted = bench.unet(noisy, timesteps, text).sample
+    loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu)
+    bench.update(loss)
+    return loss.detach()
+
+
+def authors_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
+    """The step of the authors' `train.py` for Diffusion-DPO with their safeguard, restated: live VAE and text encoder,
+    the policy, the whole reference, and numbers read for the log in every step."""
+    with torch.no_grad():
+        with bench.part("VAE"):
+            posterior = bench.vae.encode(batch["floats"]).latent_dist
+            latents = posterior.sample() * bench.vae.config.scaling_factor
+        with bench.part("text encoders"):
+            text = bench.text_encoder(batch["input_ids"])[0].repeat(2, 1, 1)
+        noise, timesteps, noisy = _one_noise_a_pair(bench, latents)
+    with bench.part("policy"):
+        predicted = bench.unet(noisy, timesteps, text).sample
+    with bench.part("reference"):
+        reference = bench.predict_reference(noisy, timesteps, text)
+    loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu, eps=1e-9)
+    bench.update(loss)
+    loss.item()
+    return loss.detach()
+
+
+def diffusers_step(bench: Bench, batch: dict[str, Any], encoded_at_once: int = 8) -> torch.Tensor:
+    """The step of diffusers' Diffusion-DPO LoRA script, restated: no safeguard, the reference is the policy with its
+    adapters switched off, and the VAE encodes in slices."""
+    with torch.no_grad():
+        with bench.part("VAE"):
+            parts = [bench.vae.encode(part).latent_dist.sample() for part in batch["floats"].split(encoded_at_once)]
+            latents = torch.cat(parts) * bench.vae.config.scaling_factor
+        noise, timesteps, noisy = _one_noise_a_pair(bench, latents)
+        with bench.part("text encoders"):
+            text = bench.text_encoder(batch["input_ids"])[0].repeat(2, 1, 1)
+    with bench.part("policy"):
+        predicted = bench.unet(noisy, timesteps, text).sample
+    with bench.part("reference"):
+        reference = bench.predict_reference(noisy, timesteps, text)
+    loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=None)
+    bench.update(loss)
+    loss.item()
+    return loss.detach()
+
+
+STEPS = {"bare loop": bare_step, "authors' step": authors_step, "diffusers' script": diffusers_step}
+
+
+def script_batch(bench: Bench, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with what the scripts' data loaders make beforehand: pixels as floats, prompts as token numbers."""
+    floats = batch["pixel_values"].float().div(127.5).sub(1)
+    device = bench.unet.device
+    return batch | {"floats": floats.to(device), "input_ids": bench.tokens(batch["prompts"]).to(device)}
+
+
+def safeguarded_loss(
+    predicted: torch.Tensor,
+    reference: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    beta: float,
+    mu: float | None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Diffusion-DPO's loss, `()`, of predictions `(2B, C, H, W)`, winners first; with a `mu`, the losers' gradient is
+    scaled by the lambda of the batch."""
+    if mu is not None:
+        winner, loser = predicted.chunk(2)
+        with torch.no_grad():
+            winner_residual, loser_residual = (predicted - noise).chunk(2)
+            dot = (winner_residual * loser_residual).sum() + eps
+            bound = (1 - mu) * winner_residual.square().sum() / dot
+            scale = torch.where(dot > 0, bound.clamp(0, 1), torch.ones_like(bound))
+        predicted = torch.cat([winner, scale * loser + (1 - scale) * loser.detach()])
+    errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+    reference_errors = (reference - noise).square().mean(dim=(1, 2, 3))
+    winner_change, loser_change = (errors - reference_errors).chunk(2)
+    return -F.logsigmoid(-beta / 2 * (winner_change - loser_change)).mean()
+
+
+def _one_noise_a_pair(bench: Bench, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise and timesteps that winner and loser share, and the noisy latents."""
+    pairs = len(latents) // 2
+    noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
+    timesteps = torch.randint(0, 1000, (pairs,), device=latents.device).repeat(2)
+    return noise, timesteps, bench.pipeline.scheduler.add_noise(latents, noise, timesteps)

@@ -1,0 +1,177 @@
+"""Small pipelines whose parts take the shares of a step that they take at the true size, and the true parts' FLOPs.
+
+Widths and image sides are chosen so that VAE, reference and policy take about the shares of one core's time that the
+FLOPs of the true sizes predict; `true_shares` computes the latter on the meta device.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from family_memory import SD15, SDXL
+from random_pipeline import START, build_tokenizer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+TIME_EMBEDDING = 32  # of each of SDXL's six size numbers, at small sizes
+SD_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+PARTS = ("VAE", "text encoders", "reference", "policy")
+
+
+@dataclass(frozen=True)
+class Proportions:
+    """A small pipeline of the shape of a published one.
+
+    Attributes:
+        published (`str`): `"sd15"` or `"sdxl"`.
+        unet, vae (`int`): Channels of the first block; those of the others keep the published ratios.
+        text (`tuple[int, ...]`): Widths of the text encoders, of two layers: at the true size their cost is negligible.
+        pixels (`int`): Side of an image.
+        transformers (`tuple[int, ...]`): SDXL's transformer layers of each block.
+        layers (`int`): Of each block.
+    """
+
+    published: str
+    unet: int
+    vae: int
+    text: tuple[int, ...]
+    pixels: int
+    transformers: tuple[int, ...] = (1, 2, 10)
+    layers: int = 2
+
+    def build(self) -> DiffusionPipeline:
+        """The pipeline, with random weights of one seed."""
+        torch.manual_seed(0)
+        xl = self.published == "sdxl"
+        settings = (SDXL if xl else SD15) | {
+            "block_out_channels": tuple(
+                self.unet * channels // 320 for channels in published_channels(self.published)
+            ),
+            "sample_size": self.pixels // 8,
+            "cross_attention_dim": sum(self.text),
+            "norm_num_groups": 16,
+            "layers_per_block": self.layers,
+        }
+        if xl:
+            pooled = self.text[-1] + 6 * TIME_EMBEDDING
+            settings |= {
+                "addition_time_embed_dim": TIME_EMBEDDING,
+                "projection_class_embeddings_input_dim": pooled,
+                "transformer_layers_per_block": self.transformers,
+            }
+        channels = {"block_out_channels": tuple(self.vae * times for times in (1, 2, 4, 4)), "norm_num_groups": 8}
+        shared = {
+            "unet": UNet2DConditionModel(**settings),
+            "vae": AutoencoderKL(**SD_VAE | channels),
+            "scheduler": DDPMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+            ),
+            "tokenizer": build_tokenizer(),
+        }
+        if xl:
+            encoders = {
+                "text_encoder": CLIPTextModel(small_clip(self.text[0])),
+                "text_encoder_2": CLIPTextModelWithProjection(small_clip(self.text[1])),
+                "tokenizer_2": build_tokenizer(),
+            }
+            return StableDiffusionXLPipeline(**shared, **encoders, add_watermarker=False)
+        return StableDiffusionPipeline(
+            **shared,
+            text_encoder=CLIPTextModel(small_clip(self.text[0])),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+PROPORTIONS = {
+    "sd15": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=192),
+    "sdxl": Proportions("sdxl", unet=64, vae=40, text=(48, 80), pixels=256, transformers=(1, 1, 3)),
+    "smallest sd15": Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64, layers=1),
+    "smallest sdxl": Proportions("sdxl", unet=32, vae=8, text=(32, 32), pixels=64, transformers=(1, 1, 1), layers=1),
+}
+
+
+def published_channels(published: str) -> tuple[int, ...]:
+    """Channels of the blocks of a published UNet."""
+    return (SDXL if published == "sdxl" else SD15)["block_out_channels"]
+
+
+def small_clip(width: int) -> CLIPTextConfig:
+    tokenizer = build_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.convert_tokens_to_ids(START),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def true_shares(published: str, tuning: str) -> dict[str, float]:
+    """Shares of the FLOPs of one pair at the true size, by part; computed on the meta device in seconds.
+
+    A forward pass without a graph for the reference; a forward and a backward pass for the policy, where with LoRA the
+    backward pass costs as much as the forward pass, since the frozen weights get no gradients.
+    """
+    forward, vae, text = true_flops(published)
+    flops_of = {
+        "VAE": 2 * vae,
+        "text encoders": text,  # one prompt for the two images
+        "reference": 2 * forward,
+        "policy": 2 * forward * (3 if tuning == "full" else 2),
+    }
+    total = sum(flops_of.values())
+    return {part: flops_of[part] / total for part in PARTS}
+
+
+@lru_cache
+def true_flops(published: str) -> tuple[int, int, int]:
+    """FLOPs of the UNet's forward pass and the VAE's encoder for one image, and of the text encoders for a prompt."""
+    xl = published == "sdxl"
+    side = 1024 if xl else 512
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**(SDXL if xl else SD15)), AutoencoderKL(**SD_VAE)
+        texts = [CLIPTextModel(CLIPTextConfig(**clip)) for clip in ((CLIP_L, CLIP_BIG_G) if xl else (CLIP_L,))]
+        tokens, images = torch.empty(1, 77, dtype=torch.long), torch.empty(1, 3, side, side)
+        inputs: dict[str, Any] = {
+            "sample": torch.empty(1, 4, side // 8, side // 8),
+            "timestep": torch.empty(1),
+            "encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim),
+        }
+        if xl:
+            sizes = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+            inputs["added_cond_kwargs"] = sizes
+    return flops(unet, **inputs), flops(vae.encoder, images), sum(flops(text, tokens) for text in texts)
+
+
+@torch.no_grad()
+def flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of a forward pass; tensors may be on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        module(*args, **kwargs)
+    return counter.get_total_flops()

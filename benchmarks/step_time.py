@@ -1,0 +1,327 @@
+"""What a training step costs: this package's against hand-written ones, and with what is computed beforehand.
+
+Every comparison is a ratio of two steps of the same round. In a round each contestant takes one step, in a new order,
+all in one process on one thread, and CPU time is measured: other programs on the machine then change the ratios little.
+The table has the median over rounds, with quartiles.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from bare_steps import STEPS, Bench, script_batch
+from matplotlib import pyplot as plt
+from peft import LoraConfig
+from proportions import PARTS as PARTS_OF_STEP
+from proportions import PROPORTIONS, true_shares
+from random_pipeline import random_pairs
+from safeguard_overhead import environment
+from tqdm.auto import tqdm
+from transformers import PrinterCallback
+from turns import InTurns, RecordingTrainer, loop
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+
+LATENTS = {"precompute_latents": True}
+ERRORS = {"precompute_ref_errors": True, "ref_noise_draws": 1}
+# Trainers of this package by name: the settings in which they differ.
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, errors": ERRORS,
+    "ours, cached": LATENTS,
+    "ours, cached, errors": LATENTS | ERRORS,
+}
+LORA_TARGETS, RANK = ("to_k", "to_q", "to_v", "to_out.0"), 4  # of diffusers' script
+BETA, MU, LEARNING_RATES = 5000.0, 0.9, {"full": 1e-6, "lora": 1e-4}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One ratio: a contestant's time divided by that of another.
+
+    Attributes:
+        part (`str`): As `--parts` has it.
+        published (`str`): The proportions, a key of `PROPORTIONS`.
+        tuning (`str`): `"full"` or `"lora"`.
+        target (`float`, *optional*): The ratio should not exceed it.
+        whole (`bool`): Compare turns, loading of data included, instead of steps.
+    """
+
+    part: str
+    published: str
+    tuning: str
+    name: str
+    against: str
+    target: float | None = None
+    whole: bool = False
+
+
+COMPARISONS = (
+    Comparison("bare", "sd15", "full", "ours", "bare loop", 1.03),
+    Comparison("bare", "sd15", "lora", "ours", "bare loop", 1.03),
+    Comparison("authors", "sd15", "full", "ours", "authors' step"),
+    Comparison("diffusers", "sd15", "lora", "ours", "diffusers' script"),
+    Comparison("cached", "sdxl", "full", "ours, cached", "ours", 1 / 1.3, whole=True),
+    Comparison("cached", "sdxl", "lora", "ours, cached", "ours", 1 / 1.3, whole=True),
+    Comparison("cached", "sdxl", "lora", "ours, cached, errors", "ours, errors", 1 / 1.3, whole=True),
+    Comparison("errors", "sd15", "full", "ours, cached, errors", "ours, cached", 0.80),
+    Comparison("errors", "sd15", "lora", "ours, cached, errors", "ours, cached", 0.72),
+    Comparison("both", "sd15", "full", "ours, cached, errors", "authors' step", 0.60),
+    Comparison("both", "sd15", "lora", "ours, cached, errors", "diffusers' script"),
+)
+PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
+
+
+@dataclass
+class Result:
+    """A comparison with its measurements.
+
+    Attributes:
+        ratios (`list[float]`): Of each round.
+        milliseconds (`tuple[float, float]`): Median of both.
+        operations (`tuple[int, int]`): PyTorch's operations in a step of both.
+        written (`tuple[int, int]`): Bytes of their results.
+        difference (`float`): Largest difference of the two contestants' losses of a step. They see the same pairs, and
+            all but the scripts draw the same noise.
+    """
+
+    comparison: Comparison
+    ratios: list[float]
+    milliseconds: tuple[float, float]
+    operations: tuple[int, int]
+    written: tuple[int, int]
+    difference: float
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        if len(self.ratios) == 1:
+            return (self.ratios[0],) * 3
+        low, median, high = statistics.quantiles(self.ratios, method="inclusive")
+        return low, median, high
+
+
+@dataclass
+class Group:
+    """What is measured in the same rounds: one kind of pipeline and one tuning.
+
+    Attributes:
+        shares (`dict[str, float]`): Of the parts in the time of a hand-written step, where there is one.
+        true_shares (`dict[str, float]`): Of the parts in the FLOPs of the true size.
+        starts (`dict[str, float]`): Seconds before the first step, by trainer.
+    """
+
+    published: str
+    tuning: str
+    results: list[Result] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    true_shares: dict[str, float] = field(default_factory=dict)
+    starts: dict[str, float] = field(default_factory=dict)
+
+
+def measure(published: str, tuning: str, options: argparse.Namespace, folder: Path, bar: tqdm) -> Group:
+    """The comparisons of one kind of pipeline and one tuning, in common rounds."""
+    wanted = [c for c in COMPARISONS if (c.published, c.tuning) == (published, tuning) and c.part in options.parts]
+    names = list(dict.fromkeys(name for c in wanted for name in (c.name, c.against)))
+    contestants: dict[str, InTurns] = {}
+    group = Group(published, tuning)
+    benches: list[Bench] = []
+    for name in names:
+        bar.set_description(f"{published}, {tuning}: {name}")
+        contestants[name], bench = contestant(name, published, tuning, options, folder / f"{len(contestants)}")
+        if bench is None:
+            group.starts[name] = contestants[name].start
+        else:
+            benches.append(bench)
+    shuffled = random.Random(0)
+    for _ in range(options.warmup + options.rounds):
+        for name in shuffled.sample(names, len(names)):
+            bar.set_description(f"{published}, {tuning}: {name}")
+            contestants[name].advance()
+            bar.update()
+    for one in contestants.values():
+        one.advance(counted=True)
+        bar.update()
+    group.results = [result(comparison, contestants, options.warmup) for comparison in wanted]
+    group.true_shares = true_shares(published, tuning)
+    if benches:
+        group.shares = shares(benches[0], options.warmup)
+    return group
+
+
+def contestant(
+    name: str, published: str, tuning: str, options: argparse.Namespace, folder: Path
+) -> tuple[InTurns, Bench | None]:
+    """A trainer with the settings of its name, or a hand-written loop and its networks. All have networks of their own,
+    of equal weights."""
+    size = PROPORTIONS[f"smallest {published}" if options.smallest else published]
+    steps = options.warmup + options.rounds + 1
+    args = DiffusionSDPOConfig(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.pairs,
+        train_sampling_strategy="sequential",
+        learning_rate=LEARNING_RATES[tuning],
+        lr_scheduler_type="constant",
+        beta=BETA,
+        safeguard_mu=MU,
+        use_cpu=options.device == "cpu",
+        bf16=False,
+        resolution=size.pixels,
+        dataloader_num_workers=0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **OURS.get(name, {}),
+    )
+    lora = None
+    if tuning == "lora":
+        lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LORA_TARGETS))
+    pairs = random_pairs(options.pairs * steps, size.pixels)
+    trainer = RecordingTrainer(size.build(), None, args, pairs, peft_config=lora)
+    trainer.remove_callback(PrinterCallback)
+    if name in OURS:
+        return InTurns(trainer.take_turns, options.device, options.threads), None
+    bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
+    bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
+    batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
+    return InTurns(loop(partial(STEPS[name], bench), batches), options.device, options.threads), bench
+
+
+def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int) -> Result:
+    """The ratios of the timed rounds, and how far the losses of all rounds differ."""
+    both = [contestants[name] for name in (comparison.name, comparison.against)]
+    seconds = [(one.turns if comparison.whole else one.steps)[warmup:] for one in both]
+    return Result(
+        comparison,
+        [mine / other for mine, other in zip(*seconds, strict=True)],
+        (1000 * statistics.median(seconds[0]), 1000 * statistics.median(seconds[1])),
+        (both[0].operations.count, both[1].operations.count),
+        (both[0].operations.bytes, both[1].operations.bytes),
+        max(abs(float(mine - other)) for mine, other in zip(both[0].losses, both[1].losses, strict=True)),
+    )
+
+
+def shares(bench: Bench, warmup: int) -> dict[str, float]:
+    """Of the parts of a hand-written step in the time of its timed rounds. A part may be timed in several pieces."""
+    steps = len(bench.seconds["optimizer"])
+    means = {}
+    for part, seconds in bench.seconds.items():
+        pieces = len(seconds) // steps
+        means[part] = sum(seconds[warmup * pieces : -pieces])  # the last step is the counted one
+    return {part: mean / sum(means.values()) for part, mean in means.items()}
+
+
+# ---- Report ---------------------------------------------------------------------------------------------------------
+
+
+def table(groups: list[Group]) -> str:
+    lines = [
+        "| part | proportions | tuning | step | of | ratio (quartiles) | target | milliseconds | operations "
+        "| bytes written | losses differ by |",
+        "|---" * 11 + "|",
+    ]
+    for group in groups:
+        for found in group.results:
+            of = found.comparison
+            low, median, high = found.quartiles
+            target = "" if of.target is None else f"{of.target:.2f}"
+            lines.append(
+                f"| {of.part} | {of.published} | {of.tuning} | {of.name} | {of.against} | "
+                f"{median:.3f} ({low:.3f} to {high:.3f}) | {target} | "
+                f"{found.milliseconds[0]:.0f}, {found.milliseconds[1]:.0f} | {found.operations[0]}, "
+                f"{found.operations[1]} | {found.written[0] / found.written[1]:.3f} | {found.difference:.1e} |"
+            )
+    parts = (*PARTS_OF_STEP, "optimizer")
+    lines += ["", f"| shares of a step | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
+    for group in groups:
+        for kind, found in (("here, by time", group.shares), ("true size, by FLOPs", group.true_shares)):
+            cells = [f"{found.get(part, 0):.1%}" for part in parts]
+            if found:
+                lines.append(f"| {group.published}, {group.tuning}, {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(groups: list[Group], file: Path) -> None:
+    """A bar for each comparison, with quartiles, and its target."""
+    matplotlib.use("Agg")
+    found = [result for group in groups for result in group.results][::-1]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.45 * len(found)), layout="constrained")
+    names = [f"{of.name} / {of.against}\n{of.published}, {of.tuning}" for of in (one.comparison for one in found)]
+    medians = [one.quartiles[1] for one in found]
+    below, above = ([abs(one.quartiles[end] - one.quartiles[1]) for one in found] for end in (0, 2))
+    bars = axes.barh(names, medians, xerr=[below, above], color="tab:blue", alpha=0.75, height=0.6)
+    axes.bar_label(bars, [f"{median:.2f}" for median in medians], padding=6, fontsize="small")
+    targets = [(row, one.comparison.target) for row, one in enumerate(found) if one.comparison.target is not None]
+    for number, (row, target) in enumerate(targets):
+        axes.plot([target] * 2, [row - 0.4, row + 0.4], color="tab:red", label="target" if not number else None)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(0, max(1.15, *medians) * 1.05)
+    axes.set_xlabel("time of a step, relative to the other of the same round (median and quartiles)")
+    axes.tick_params(axis="y", labelsize="small")
+    if targets:
+        axes.legend(loc="lower right", fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs a step")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steadiest on a busy machine")
+    parser.add_argument("--smallest", action="store_true", help="networks so small that the ratios mean nothing")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench_output/step_time.json"), help="file for all numbers"
+    )
+    parser.add_argument("--plot", type=Path, default=Path("bench_output/step_time.png"), help="file for the plot")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    wanted = [comparison for comparison in COMPARISONS if comparison.part in options.parts]
+    kinds = dict.fromkeys((comparison.published, comparison.tuning) for comparison in wanted)
+    names = {(c.published, c.tuning, name) for c in wanted for name in (c.name, c.against)}
+    groups = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=len(names) * (options.warmup + options.rounds + 1), unit="step") as bar,
+    ):
+        for published, tuning in kinds:
+            groups.append(measure(published, tuning, options, Path(folder) / f"{published}-{tuning}", bar))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    report = {
+        "settings": settings,
+        "environment": environment(options),
+        "groups": [as_json(group) for group in groups],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot(groups, options.plot)
+    print(table(groups))
+    return 0
+
+
+def as_json(group: Group) -> dict[str, Any]:
+    quartiles = [{"quartiles": found.quartiles} for found in group.results]
+    written = asdict(group)
+    written["results"] = [found | more for found, more in zip(written["results"], quartiles, strict=True)]
+    return written
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""The benchmark of the step in its smallest form. Times mean nothing at this size: operations are counted, and that the
+hand-written steps do the work of this package's step."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(
+    0, str(Path(__file__).parents[2] / "benchmarks")
+)  # in this process: importing takes longer than measuring
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    import step_time
+
+    folder = tmp_path_factory.mktemp("step_time")
+    words = [
+        "--smallest",
+        "--rounds",
+        "1",
+        "--warmup",
+        "1",
+        "--device",
+        "cpu",
+        "--parts",
+        "bare",
+        "authors",
+        "diffusers",
+    ]
+    assert step_time.main([*words, "--output", str(folder / "a.json"), "--plot", str(folder / "a.png")]) == 0
+    assert (folder / "a.png").stat().st_size > 10_000
+    return json.loads((folder / "a.json").read_text())
+
+
+def rows(measured) -> dict[tuple[str, str], dict]:
+    return {
+        (group["tuning"], row["comparison"]["against"]): row
+        for group in measured["groups"]
+        for row in group["results"]
+    }
+
+
+def test_every_comparison_is_measured(measured):
+    found = rows(measured)
+    both = [(tuning, other) for tuning, other in (("full", "authors' step"), ("lora", "diffusers' script"))]
+    assert found.keys() == {("full", "bare loop"), ("lora", "bare loop"), *both}
+    assert all(len(row["ratios"]) == 1 and row["ratios"][0] > 0 for row in found.values())
+    for group in measured["groups"]:
+        assert sum(group["shares"].values()) == pytest.approx(1) and sum(
+            group["true_shares"].values()
+        ) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_bare_loop_does_the_work_of_our_step(measured, tuning):
+    """The same pairs, noise, passes, loss and update: losses agree to rounding, which beta multiplies by 2500. Those of
+    the scripts, which draw other noise, differ."""
+    found = rows(measured)
+    scripts = found["full", "authors' step"] if tuning == "full" else found["lora", "diffusers' script"]
+    assert found[tuning, "bare loop"]["difference"] < 0.05 * scripts["difference"]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_our_step_adds_few_and_small_operations(measured, tuning):
+    """What a step costs beside its passes, without a clock: metrics and checks on scalars."""
+    row = rows(measured)[tuning, "bare loop"]
+    ours, bare = row["operations"]
+    assert 0 < ours - bare < 220
+    assert row["written"][0] < 1.01 * row["written"][1]
+
+
+def test_the_true_shares_are_those_of_the_published_sizes(measured):
+    """By hand: SD1.5 at 512 has 1.12 TFLOP for the VAE and 0.80 for the UNet's forward pass of an image."""
+    whole = 2 * 1.1167 + 2 * 0.8033 * 4
+    shares = next(group["true_shares"] for group in measured["groups"] if group["tuning"] == "full")
+    assert shares["VAE"] == pytest.approx(2 * 1.1167 / whole, rel=0.01)
+    assert shares["reference"] == pytest.approx(2 * 0.8033 / whole, rel=0.01)

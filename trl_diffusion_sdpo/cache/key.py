@@ -1,0 +1,180 @@
+"""What encoded images and prompts depend on: the key of their cache. Files are hashed once, and again when they
+change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..data.pairs import PreferenceDataset
+from ..families import Family
+from .encoded_pairs import ImageRows
+from .shards import write_atomically
+
+VERSION = 1  # of the contents: raise it where the same settings give other moments or embeddings
+HASHES = "file_hashes.json"
+VAE = "vae"
+# Entries of configurations that say where a model was loaded from, by which versions, how its attention runs, and how a
+# tokenizer was called last; pipelines state lengths and padding at each call.
+UNRELATED = (
+    *("name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "attn_implementation"),
+    *("processor_class", "truncation", "padding"),
+)
+
+
+class EncoderFacts:
+    """Facts about VAE, text encoders and tokenizers of a pipeline.
+
+    Args:
+        family ([`~trl_diffusion_sdpo.families.Family`]): As loaded. Its VAE and text encoders may be on the meta
+            device.
+        name_or_path (`str`, *optional*): The folder or Hub id that their weights were read from. Without it, the
+            tensors in memory are hashed.
+        options (`Mapping`): With which they were read, of the pipeline's `from_pretrained`. Components in it came from
+            elsewhere.
+        folder (`Path`): Where hashes of files are kept.
+    """
+
+    def __init__(self, family: Family, *, name_or_path: str | None, options: Mapping[str, Any], folder: Path) -> None:
+        self._family, self._origin, self._options, self._folder = family, name_or_path, options, folder
+
+    def of_vae(self) -> dict[str, Any]:
+        """Of the VAE."""
+        return self._of_component(VAE)
+
+    def of_text(self) -> dict[str, Any]:
+        """Of text encoders and tokenizers."""
+        facts = {name: self._of_component(name) for name in self._family.frozen_components if name != VAE}
+        for name, part in self._family.pipeline.components.items():
+            if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
+                facts[name] = _of_saved_files(part)
+        return facts
+
+    def _of_component(self, name: str) -> dict[str, Any]:
+        part = getattr(self._family.pipeline, name)
+        facts = {"class": type(part).__name__, "config": _config(part), "weights": self._weights(name, part)}
+        return facts | {"variant": self._options.get("variant")}
+
+    def _weights(self, name: str, part: nn.Module) -> Any:
+        if self._origin is None or name in self._options:
+            return _hash_of_tensors(part)
+        folder = Path(self._origin) / name
+        if folder.is_dir():
+            files = sorted(folder.glob("*.safetensors"))
+            return dict(zip([file.name for file in files], hashes_of(files, self._folder / HASHES), strict=True))
+        options = {key: self._options[key] for key in ("cache_dir", "revision") if self._options.get(key) is not None}
+        found = try_to_load_from_cache(self._origin, "model_index.json", **options)
+        if not isinstance(found, str):
+            raise ValueError(
+                f"`precompute_latents` needs to know which commit of {self._origin} was loaded, and its files are not "
+                "in the Hub's cache. Pass the folder of the pipeline."
+            )
+        return {"repository": self._origin, "commit": Path(found).parent.name}
+
+
+def image_key(facts: Mapping[str, Any], family: Family, dataset: PreferenceDataset, rows: ImageRows) -> dict[str, Any]:
+    """Everything that the moments of a data set's images depend on.
+
+    Args:
+        facts (`Mapping`): Of the VAE.
+        family ([`~trl_diffusion_sdpo.families.Family`]): With the VAE in the precision in which it encodes.
+    """
+    variants = {"flips": rows.flips} if rows.crops is None else {"crops": rows.crops, "seed": rows.seed}
+    return {
+        "kind": "moments of images",
+        "version": VERSION,
+        "family": family.name,
+        "vae": {**facts, "dtype": str(family.pipeline.vae.dtype)},
+        "pixels": dataset.pixel_settings(),
+        "data": dataset.fingerprint(thorough=True),
+        "variants": variants,
+    }
+
+
+def prompt_key(facts: Mapping[str, Any], family: Family, digests: np.ndarray) -> dict[str, Any]:
+    """Everything that the conditioning of prompts depends on; arguments as of `image_key`."""
+    text_encoders = [name for name in family.frozen_components if name != VAE]
+    return {
+        "kind": "conditioning of prompts",
+        "version": VERSION,
+        "family": family.name,
+        "text": dict(facts),
+        "dtypes": {name: str(getattr(family.pipeline, name).dtype) for name in text_encoders},
+        "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
+    }
+
+
+def hashes_of(files: list[Path], memory: Path) -> list[str]:
+    """The sha256 of each file; those of unchanged size and time are taken from `memory`, which is updated."""
+    try:
+        known = dict(json.loads(memory.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    found, changed = [], False
+    for file in files:
+        path, status = str(file.resolve()), file.stat()
+        stated = [status.st_size, status.st_mtime_ns]
+        if known.get(path, [])[:2] != stated:
+            with open(file, "rb") as content:
+                known[path] = [*stated, hashlib.file_digest(content, "sha256").hexdigest()]
+            changed = True
+        found.append(known[path][2])
+    if changed:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(known, indent=1).encode())
+    return found
+
+
+def _hash_of_tensors(part: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(part.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _config(part: Any) -> Any:
+    config = part.config.to_dict() if callable(getattr(part.config, "to_dict", None)) else dict(part.config)
+    return _related(config)
+
+
+def _related(value: Any) -> Any:
+    """Values of JSON without `UNRELATED` and private entries."""
+    if isinstance(value, Mapping):
+        kept = {str(key): _related(entry) for key, entry in value.items()}
+        return {key: kept[key] for key in sorted(kept) if key not in UNRELATED and not key.startswith("_")}
+    if isinstance(value, list | tuple):
+        return [_related(entry) for entry in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _of_saved_files(part: Any) -> str:
+    """A hash of the files that a tokenizer or processor saves."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        part.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(os.fsencode(path.relative_to(folder)) + b"\n" + _content(path))
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix != ".json":
+        return data
+    try:
+        return json.dumps(_related(json.loads(data)), sort_keys=True).encode()
+    except ValueError:
+        return data

@@ -1,0 +1,296 @@
+"""Images and prompts encoded before training: a cache is built where it is not finished, by all processes together, and
+data sets read from it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..artifacts.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
+from ..cache.encoded_pairs import EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
+from ..cache.encoder import (
+    Written,
+    conditioning_of,
+    encode_images,
+    encode_prompts,
+    missing_shards,
+    moments_of,
+)
+from ..cache.key import EncoderFacts, image_key, prompt_key
+from ..cache.shards import ShardStore, stored_bytes
+from ..data.checking import FEW_ROWS, Peers, evenly_spaced, forks_by_default, usable_cores
+from ..data.pairs import PreferenceDataset
+from ..engines.processes import gather_objects
+from ..families import Family
+from ..models.frozen_components import FrozenComponents
+from ..models.loading import LoadedModel
+from ..runs.run_lock import FolderInUseError, RunLock
+from .diffusion_sdpo_config import DiffusionSDPOConfig
+
+logger = logging.getLogger(__name__)
+
+SHARD_PIXELS = 256 * 512 * 512  # of the images of a shard: a killed process repeats at most so many
+SHARD_PROMPTS = 64
+SAMPLED_PROMPTS = 8  # whose size is measured before all are encoded
+MAX_WORKERS = 8
+LOCK_SECONDS = 2.0  # between two looks at a lock
+TOLD = 5  # pairs that cannot be decoded
+
+
+@dataclass
+class EncodingReport:
+    """Rows of the caches that are read, and what this run has encoded of them, by all processes.
+
+    Attributes:
+        images, prompts (`int`): Images, with each of their variants, and distinct prompts.
+        bytes (`int`): On the disk.
+        encoded_images, encoded_prompts (`int`): Of these, encoded in this run.
+        seconds (`float`): That it took.
+    """
+
+    images: int = 0
+    prompts: int = 0
+    bytes: int = 0
+    encoded_images: int = 0
+    encoded_prompts: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The cache of a data set."""
+
+    dataset: PreferenceDataset
+    name: str
+    rows: ImageRows
+    texts: Sequence[str]
+    digests: np.ndarray
+    images: ShardStore
+    prompts: ShardStore
+    statistics: ShardStore  # of the VAE's weights
+
+    @property
+    def stores(self) -> tuple[ShardStore, ShardStore, ShardStore]:
+        return self.images, self.prompts, self.statistics
+
+
+class PairEncoding:
+    """Makes data sets read encoded pairs, which are encoded first where they are not.
+
+    Args:
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders; brought only
+            if something is to be encoded.
+        loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): Where they come from.
+    """
+
+    def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, args: DiffusionSDPOConfig) -> None:
+        self._frozen, self._args = frozen, args
+        self.folder = Path(args.latent_cache_dir or default_cache_dir()).expanduser()
+        self._facts = EncoderFacts(
+            loaded.family,
+            name_or_path=loaded.name_or_path if loaded.options else None,
+            options=loaded.options,
+            folder=self.folder,
+        )
+        self._peers = Peers(args.process_index, args.world_size, gather_objects)
+        self.report = EncodingReport()
+
+    def add_to(self, dataset: Any, name: str) -> None:
+        """Make a data set read encoded pairs; one that does is left as it is. All processes must call it together.
+
+        Args:
+            name (`str`): Of the data set in messages.
+
+        Raises:
+            ValueError: If the data are a stream, prompts depend on others in their batch, or other processes do not see
+                the files that one writes.
+            DiskFullError: If there is too little room; what is finished stays.
+        """
+        self._check(dataset, name)
+        if dataset.is_encoded:
+            return
+        cache, family = self._cache_of(dataset, name), self._frozen.family
+        with naming_the_disk(self.folder, setting="latent_cache_dir"), self._locked(cache.prompts, cache.images):
+            self._complete(cache)
+        if len(cache.statistics):
+            family.keep_statistics(cache.statistics.read(0))
+        prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
+        dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
+        self.report.images += len(cache.rows)
+        self.report.prompts += len(cache.texts)
+        self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
+
+    def _check(self, dataset: Any, name: str) -> None:
+        if not isinstance(dataset, PreferenceDataset):
+            raise ValueError(
+                f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
+                "Load them without `streaming=True`, or leave it off."
+            )
+        args, family = self._args, self._frozen.family
+        batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        if family.prompt_padding == "start" and batch > 1:
+            raise ValueError(
+                f"`precompute_latents=True` encodes each prompt alone, and {family.name} pads prompts at the start and "
+                f"attends to the padding, so that a prompt depends on the others in its batch. Use batches of one pair "
+                f"(`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
+                f"`gradient_accumulation_steps`, got {batch}, or leave it off."
+            )
+
+    # ---- Which cache ----------------------------------------------------------------------------------------------
+
+    def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
+        family, rows = self._frozen.family, ImageRows.of(dataset, self._args.latent_crops)
+        texts, digests = distinct_prompts(dataset.prompts())
+        vae, text = self._peers.gather_results(self._encoder_facts)[0]
+        key = image_key(vae, family, dataset, rows)
+        return _Cache(
+            dataset,
+            name,
+            rows,
+            texts,
+            digests,
+            images=ShardStore(self.folder, key, len(rows), self._shard_rows(rows)),
+            prompts=ShardStore(self.folder, prompt_key(text, family, digests), len(texts), SHARD_PROMPTS),
+            statistics=ShardStore(
+                self.folder, {**key, "kind": "statistics"}, int(bool(family.latent_statistics())), 1
+            ),
+        )
+
+    def _encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """In the first process, so that files are hashed once."""
+        return (self._facts.of_vae(), self._facts.of_text()) if self._peers.index == 0 else None
+
+    def _shard_rows(self, rows: ImageRows) -> int:
+        height, width = self._size
+        return max(1, SHARD_PIXELS // (height * width) // rows.variants) * rows.variants
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        sides: Any = self._args.resolution
+        return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
+
+    @contextlib.contextmanager
+    def _locked(self, *stores: ShardStore) -> Iterator[None]:
+        """Hold the stores' locks, in the first process, once other runs have released them."""
+        with contextlib.ExitStack() as stack:
+            self._peers.gather_results(lambda: [_lock(store, stack) for store in stores if self._peers.index == 0])
+            yield
+            self._peers.gather_results(lambda: None)  # before the locks are released
+
+    # ---- Encoding -------------------------------------------------------------------------------------------------
+
+    def _complete(self, cache: _Cache) -> None:
+        """Write the shards that are missing."""
+        missing = [missing_shards(store, self._peers) for store in cache.stores]
+        if any(missing):
+            if self._args.verify_images == "sample":
+                cache.dataset.check_sample(self._peers)
+            with self._frozen.in_use() as family:
+                self._peers.gather_results(lambda: self._check_disk(cache, missing, family))
+                written = self._peers.gather_results(lambda: self._encode(cache, missing, family))
+            self._tell(cache.name, written)
+        self._peers.gather_results(lambda: self._check_finished(cache))
+
+    def _encode(self, cache: _Cache, missing: list[list[int]], family: Family) -> tuple[Written, Written]:
+        """This process's share."""
+        images = encode_images(
+            cache.dataset,
+            cache.rows,
+            cache.images,
+            family.image_moments,
+            shards=missing[0],
+            peers=self._peers,
+            workers=self._workers(cache),
+        )
+        alone = family.prompt_padding != "fixed"
+        prompts = encode_prompts(
+            cache.texts, cache.prompts, family.encode_prompts, shards=missing[1], peers=self._peers, alone=alone
+        )
+        if missing[2] and self._peers.index == 0:
+            cache.statistics.write(0, {name: [value] for name, value in family.latent_statistics().items()})
+        return images, prompts
+
+    def _workers(self, cache: _Cache) -> int:
+        """Processes that decode: the number of the data loaders, or as many as there are cores where the data survive a
+        fork."""
+        if self._args.dataloader_num_workers is not None:
+            return self._args.dataloader_num_workers
+        if not (cache.dataset.fork_safe and forks_by_default()) or len(cache.rows) < FEW_ROWS:
+            return 0
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self._peers.count))
+        return min(MAX_WORKERS, usable_cores(local) - 1)
+
+    def _check_disk(self, cache: _Cache, missing: list[list[int]], family: Family) -> None:
+        """Say in the first process how much will be written, and refuse what the disk has no room for."""
+        if self._peers.index != 0:
+            return
+        blank = torch.zeros(3, *self._size, dtype=torch.uint8)
+        image = stored_bytes(moments_of(family.image_moments, [blank]))
+        sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
+        prompt = sum(
+            stored_bytes(tensor)
+            for text in sample
+            for tensor in conditioning_of(family.encode_prompts, [text]).values()
+        ) / len(sample)
+        rows = [
+            sum(len(store.rows_of(n)) for n in numbers) for store, numbers in zip(cache.stores, missing, strict=True)
+        ]
+        needed, free = rows[0] * image + int(rows[1] * prompt), free_bytes(self.folder)
+        sizes = f"about {readable_size(needed)} in {self.folder}, of {readable_size(free)} that are free"
+        logger.warning("%s data: encoding %d images and %d prompts, %s.", cache.name, rows[0], rows[1], sizes)
+        if needed > free:
+            raise DiskFullError(
+                f"The {cache.name} data would take {sizes}. Free some, or choose another `latent_cache_dir`."
+            )
+
+    def _check_finished(self, cache: _Cache) -> None:
+        for store in cache.stores:
+            if not store.is_finished:
+                raise ValueError(
+                    f"All processes must see the cache that they write together, and process {self._peers.index} does "
+                    f"not see all of {store.path}. Choose a `latent_cache_dir` on storage that all of them share."
+                )
+
+    def _tell(self, name: str, written: list[tuple[Written, Written]]) -> None:
+        """Add to the report, and warn of images that cannot be decoded."""
+        images, prompts = zip(*written, strict=True)
+        self.report.encoded_images += sum(part.rows for part in images)
+        self.report.encoded_prompts += sum(part.rows for part in prompts)
+        self.report.seconds += max(part.seconds + other.seconds for part, other in written)
+        bad = sorted(pair for part in images for pair in part.undecodable)
+        if bad:
+            listed = "".join(f"\n  pair {pair}: {reason}" for pair, reason in bad[:TOLD])
+            logger.warning(
+                "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
+                *(name, len(bad), listed),
+            )
+
+
+def default_cache_dir() -> Path:
+    """`trl-diffusion-sdpo/encoded` in the user's folder of caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo" / "encoded"
+
+
+def _lock(store: ShardStore, stack: contextlib.ExitStack) -> None:
+    store.path.mkdir(parents=True, exist_ok=True)
+    lock, waits = RunLock(store.path), False
+    while True:
+        try:
+            lock.acquire()
+        except FolderInUseError as error:
+            if not waits:
+                logger.warning("Waiting for another run that encodes: %s", error)
+            waits = True
+            time.sleep(LOCK_SECONDS)
+        else:
+            stack.callback(lock.release)
+            return
