@@ -38,9 +38,9 @@ def not_launched(monkeypatch):
 
 
 def surface() -> dict:
-    """Of every command but `train`, whose options are a file of the package: defaults by option."""
+    """Of every command but `train` and `encode`, whose options are a file of the package: defaults by option."""
     modules = {name: import_module(f"trl_diffusion_sdpo.cli.{name.replace('-', '_')}") for name in COMMANDS}
-    parsers = {name: module.make_parser() for name, module in modules.items() if name != "train"}
+    parsers = {name: module.make_parser() for name, module in modules.items() if name not in ("train", "encode")}
     return {
         "commands": list(COMMANDS),
         **{

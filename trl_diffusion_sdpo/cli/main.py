@@ -16,6 +16,7 @@ TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
 # which returns the exit code.
 COMMANDS = {
     "train": "Tune a pipeline on preference pairs.",
+    "encode": "Encode images and prompts once, for later runs with the same options.",
     "sweep-scale": "Evaluate a run at scales between base and tuned weights.",
     "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
     "demo": "Train on the embedded world and plot the results.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -48,7 +49,14 @@ def describe_options() -> OptionTable:
     return OptionTable(options, launch.launch_options(options), [name for name in options if name not in upstream])
 
 
-def run(arguments: list[str], prog: str) -> int:
+def run(
+    arguments: list[str], prog: str, *, command: str = "train", act: Callable[..., int] | None = None
+) -> int:
+    """Run a command with the options of this one.
+
+    Args:
+        act (`Callable`, *optional*): Takes the parsed arguments and returns the exit code; `train` by default.
+    """
     arguments = _with_one_config(arguments)
     table = _options_for(arguments)
     if {"-h", "--help"} & set(arguments):
@@ -57,7 +65,7 @@ def run(arguments: list[str], prog: str) -> int:
     os.environ.update(given.environment)
     planned = launch.plan(arguments, table.options)
     refuse_missing(given)
-    return train(*_parse(given, prog)) if planned is None else launch.start(planned, "train")
+    return (act or train)(*_parse(given, prog)) if planned is None else launch.start(planned, command)
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
@@ -102,27 +110,10 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     Returns:
         `int`: The exit code: 0, or 130 if it was interrupted and has written a checkpoint.
     """
-    from trl import get_peft_config, get_quantization_config
-
     from ..runs.interrupts import CheckpointOnInterrupt
-    from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
-    from .pair_arguments import load_datasets
 
-    _show_progress(training_args)
-    _warn_of_ignored(script_args, model_args)
-    training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
-    train_dataset, eval_dataset = load_datasets(script_args, training_args)
     interrupt = CheckpointOnInterrupt()
-    trainer = DiffusionSDPOTrainer(
-        model_args.model_name_or_path,
-        None,
-        training_args,
-        train_dataset,
-        eval_dataset,
-        callbacks=[interrupt],
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
+    trainer = build_trainer(script_args, training_args, model_args, interrupt)
     with trainer.run_folder.locked(all_processes=True):  # holds the lock until the last file is written
         try:
             trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
@@ -135,6 +126,31 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     trainer.accelerator.wait_for_everyone()  # a launcher may end the other processes when the first has exited
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
+
+
+def build_trainer(
+    script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig, *callbacks: Any
+) -> DiffusionSDPOTrainer:
+    """The trainer of these arguments, with the data loaded."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
+    from .pair_arguments import load_datasets
+
+    _show_progress(training_args)
+    _warn_of_ignored(script_args, model_args)
+    training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
+    train_dataset, eval_dataset = load_datasets(script_args, training_args)
+    return DiffusionSDPOTrainer(
+        model_args.model_name_or_path,
+        None,
+        training_args,
+        train_dataset,
+        eval_dataset,
+        callbacks=list(callbacks),
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:
