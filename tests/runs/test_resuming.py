@@ -2,10 +2,13 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
 
@@ -235,3 +238,50 @@ def test_a_run_of_no_steps_is_refused(make_args, settings):
     """`max_steps=0` would train one step."""
     with pytest.raises(ValueError, match="at least one step"):
         make_args(**settings)
+
+
+# ---- A stream --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def consumed(make, make_pairs, tmp_path):
+    """Trains on a shuffled stream with a damaged image, and returns the prompts of each micro-batch."""
+
+    def train(steps, resume=None, **more):
+        rows = make_pairs(10, size=(16, 16)).cast_column("chosen", datasets.Image(decode=False)).to_list()
+        rows[4]["chosen"] = {"bytes": b"junk", "path": None}
+        stream = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=4)
+        options = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "output_dir": str(tmp_path / "s"),
+        }
+        trainer, seen, compute_loss = (
+            make(steps, train=stream, **{**options, **more}),
+            [],
+            DiffusionSDPOTrainer.compute_loss,
+        )
+        trainer.compute_loss = lambda model, inputs, *rest, **named: (
+            seen.append(inputs["prompts"]) or compute_loss(trainer, model, inputs, *rest, **named)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    return train
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_stream_repeats_no_pair_and_skips_none(consumed, tmp_path, caplog, workers):
+    undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))
+    assert consumed(2, dataloader_num_workers=workers) == undisturbed[:4]
+    assert consumed(5, "latest", dataloader_num_workers=workers) == undisturbed[4:]
+    assert "decoded again" not in caplog.text
+
+
+def test_without_its_position_a_stream_is_read_again_to_the_same_place(consumed, tmp_path, caplog, monkeypatch):
+    undisturbed = consumed(4, dataloader_num_workers=0, output_dir=str(tmp_path / "undisturbed"))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("trl_diffusion_sdpo.trainer.data_preparation.save_position", lambda *_: None)
+        consumed(2, dataloader_num_workers=0)
+    assert consumed(4, "latest", dataloader_num_workers=0) == undisturbed[4:]
+    assert "the batches that were trained on are read and decoded again" in caplog.text

@@ -49,9 +49,7 @@ def describe_options() -> OptionTable:
     return OptionTable(options, launch.launch_options(options), [name for name in options if name not in upstream])
 
 
-def run(
-    arguments: list[str], prog: str, *, command: str = "train", act: Callable[..., int] | None = None
-) -> int:
+def run(arguments: list[str], prog: str, *, command: str = "train", act: Callable[..., int] | None = None) -> int:
     """Run a command with the options of this one.
 
     Args:

@@ -5,7 +5,7 @@ import copy
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import datasets
@@ -54,6 +54,47 @@ class Share:
         return self.batch * (rounds + (rest > 0 and not self.drop_last))
 
 
+class StreamProgress:
+    """Where the batches of a repeating stream end, counted by its readers (the DataLoader workers, or the training
+    process) in shared memory, so that a checkpoint can tell where a resumed run begins. Readers are ahead of the
+    training by the batches that are prefetched."""
+
+    RECENT = 64  # batches of each reader, more than are prefetched
+    READERS = 64
+
+    def __init__(self) -> None:
+        # Of each batch its number, the epoch and the pairs of earlier passes, and the pairs of this pass, with its own.
+        self._ends = torch.full((self.READERS, self.RECENT, 4), -1).share_memory_()
+        self._start = torch.zeros(self.READERS, 4, dtype=torch.long).share_memory_()  # the same, of the last batch
+
+    def begin(self, reader: int) -> list[int]:
+        """Where a reader begins: how many batches others have taken, and the rest as in a recorded end."""
+        return self._start[reader].tolist() if reader < self.READERS else [0] * 4
+
+    def record(self, reader: int, number: int, epoch: int, earlier: int, pairs: int) -> None:
+        """The end of a reader's batch, before its last pair is passed on."""
+        if reader < self.READERS:
+            self._ends[reader, number % self.RECENT] = torch.tensor([number, epoch, earlier, pairs])
+
+    def after(self, batches: int, readers: int) -> list[list[int]] | None:
+        """For each reader where a run begins that has trained on these batches, which the readers made in turn; `None`
+        if it is not known."""
+        starts = []
+        for reader in range(readers):
+            count = batches // readers + (reader < batches % readers)
+            end = self._ends[reader % self.READERS, (count - 1) % self.RECENT].tolist()
+            if count and (reader >= self.READERS or end[0] != count - 1):
+                return None
+            starts.append([count, *end[1:]] if count else [0] * 4)
+        return starts
+
+    def begin_at(self, starts: list[list[int]] | None) -> None:
+        """Readers begin at a result of `after`; at the beginning if there is none."""
+        self._start.zero_()
+        for reader, start in enumerate(starts or ()):
+            self._start[reader] = torch.tensor(start)
+
+
 class PreferenceIterableDataset(IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]; items as in [`PreferenceDataset`].
 
@@ -82,6 +123,7 @@ class PreferenceIterableDataset(IterableDataset):
     ) -> None:
         columns = _stream_columns(source, name)
         self._repeat, self._compare, self._fixed, self._share = repeat, compare, False, Share()
+        self._yielded = 0  # pairs of this reader since the beginning of the run
         self._format = resolve_format(dataset_format, columns, use_scores=use_scores)
         self.has_scores = set(self._format.score_columns or ["no"]) <= set(columns)
         self._source, self._maker, self._reader = source.with_format(None), maker, reader
@@ -91,6 +133,7 @@ class PreferenceIterableDataset(IterableDataset):
             self._source = self._source.decode(False).select_columns(read)
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(_COUNTER_ROWS, len(COUNTS), dtype=torch.long).share_memory_()
+        self._progress = StreamProgress()
 
     @property
     def report(self) -> DataReport:
@@ -109,6 +152,7 @@ class PreferenceIterableDataset(IterableDataset):
         """One pass over this stream, center-cropped, with every prompt and seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker, view._repeat, view._fixed = self._maker.for_evaluation(), False, True
+        view._progress = StreamProgress()
         return view
 
     def for_process(self, share: Share) -> "PreferenceIterableDataset":
@@ -116,6 +160,15 @@ class PreferenceIterableDataset(IterableDataset):
         view = copy.copy(self)
         view._share = share
         return view
+
+    def position(self, batches: int, workers: int) -> list[list[int]] | None:
+        """Where a run that has trained on so many batches continues, for `resume_at`; `None` if it is not known."""
+        return self._progress.after(batches, max(1, min(workers, self._source.num_shards)))
+
+    def resume_at(self, position: list[list[int]] | None) -> None:
+        """The next iteration of a repeating stream continues at a `position` without decoding what comes before it:
+        batches that were trained on are `None` for each pair. `None` begins at the beginning."""
+        self._progress.begin_at(position)
 
     def fingerprint(self) -> dict[str, Any]:
         """Identifies this stream; see [`stream_fingerprint`]."""
@@ -125,11 +178,14 @@ class PreferenceIterableDataset(IterableDataset):
         if not self._repeat:
             yield from self._once()
             return
-        epoch, seen, found = int(self._maker.epoch), 0, 1
+        worker = get_worker_info()
+        batches, epoch, seen, first = self._progress.begin(0 if worker is None else worker.id)
+        yield from repeat(None, batches * self._share.batch)
+        epoch, self._yielded, found = epoch if batches else int(self._maker.epoch), batches * self._share.batch, 1
         while found:
             self._source.set_epoch(epoch)  # of this worker's copy
-            found = yield from self._one_pass(epoch, seen)
-            seen, epoch = seen + found, epoch + 1
+            found = yield from self._one_pass(epoch, seen, first)
+            seen, epoch, first = seen + found, epoch + 1, 0
 
     def _once(self) -> Iterator[dict[str, Any]]:
         """One pass in which all processes yield equally many pairs."""
@@ -157,9 +213,9 @@ class PreferenceIterableDataset(IterableDataset):
         for index in range(wanted - yielded):
             yield filling[index % len(filling)]
 
-    def _one_pass(self, epoch: int, start: int) -> Generator[dict[str, Any], None, int]:
+    def _one_pass(self, epoch: int, start: int, first: int = 0) -> Generator[dict[str, Any], None, int]:
         """This process's items of one pass over the stream; returns the number of labelled pairs of all processes.
-        `start` is the number of those in earlier passes."""
+        `start` is the number of those in earlier passes. Pairs before the one with the number `first` are left out."""
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         report = DataReport(self._name, self._format.name, examples={})
@@ -171,11 +227,12 @@ class PreferenceIterableDataset(IterableDataset):
         if self._share.is_split:
             number, readers = number + workers * self._share.index, workers * self._share.count
         position, taken = -1, 0
-        for position, item in enumerate(self._items(report, start)):
+        for position, item in enumerate(self._items(report, start, first)):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             taken += self._share.takes(start + position)
             if item is not None:
                 winner, loser, prompt, scores = item
+                self._record(0 if worker is None else worker.id, epoch, start, position + 1)
                 yield self._maker.item(position * readers + number, prompt, winner, loser, scores, epoch)
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if report.pairs:
@@ -184,8 +241,15 @@ class PreferenceIterableDataset(IterableDataset):
             raise ValueError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
         return 0 if taken and self._repeat else position + 1  # 0 ends the repetition: no image could be decoded
 
-    def _items(self, report: DataReport, start: int) -> Iterator[tuple | None]:
-        """Images, prompt and scores of each labelled pair; `None` if it is undecodable or of another process."""
+    def _record(self, reader: int, epoch: int, start: int, pairs: int) -> None:
+        """Counts a pair that is about to be yielded."""
+        self._yielded += 1
+        if self._repeat and self._yielded % self._share.batch == 0:
+            self._progress.record(reader, self._yielded // self._share.batch - 1, epoch, start, pairs)
+
+    def _items(self, report: DataReport, start: int, first: int) -> Iterator[tuple | None]:
+        """Images, prompt and scores of each labelled pair; `None` if it is undecodable, of another process or before
+        the one with the number `first`."""
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
             if reject(report, self._strict, kind, row, reason, amount):
@@ -195,9 +259,10 @@ class PreferenceIterableDataset(IterableDataset):
         for group in groups(self._format, _count_rows(self._source, report)):
             rows = dict(group)
             for pair in pairs_in_group(self._format, group, count):
-                images = self._images(rows, pair, count) if self._share.takes(position) else None
+                taken, before = self._share.takes(position), position < start + first
+                images = self._images(rows, pair, count) if taken and not before else None
                 position += 1
-                report.pairs += images is not None
+                report.pairs += images is not None or (taken and before)
                 if images is not None and self._compare:
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)

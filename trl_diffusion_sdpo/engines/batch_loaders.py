@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,17 @@ SHARED_MEMORY = Path("/dev/shm")
 Pairs = PreferenceDataset | PreferenceIterableDataset
 
 
+@dataclass
+class CollateAfterResuming:
+    """A collator for a stream that `resume_at` has placed: accelerate discards the batches that a resumed run has
+    trained on, which are empty."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, items: list[Any]) -> Any:
+        return {} if items[0] is None else self.collate(items)
+
+
 class BatchLoaders:
     """Makes a trainer's data loaders. Where [`choose_workers`] set the number of workers, for the training data
     (`workers_are_chosen`), loaders of other data have no more workers than those allow."""
@@ -41,6 +53,8 @@ class BatchLoaders:
         """A loader of this process's batches, in the order of `sampler`."""
         workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
+        if isinstance(dataset, PreferenceIterableDataset):
+            collate = CollateAfterResuming(collate)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
     def evaluation(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +14,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from .._compat import is_split_by_node
+from .._compat import is_split_by_node, keeps_order
 from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
@@ -25,6 +27,7 @@ from .encoding import PairEncoding
 
 logger = logging.getLogger(__name__)
 
+POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, of each process
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 BATCH_COLUMNS = [
     *("rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores", "ref_errors"),
@@ -72,6 +75,19 @@ class DataOverrides(Trainer):
         """A batch on the device. The loaders leave it on the host, so that only the current micro-batch of a step takes
         memory on the device."""
         return super()._prepare_inputs(on_device(inputs, self.args.device))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, PreferenceIterableDataset):
+            batches = self.state.global_step * self.args.gradient_accumulation_steps
+            save_position(self.train_dataset, self.args, batches, Path(output_dir))
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*args)
+        if isinstance(self.train_dataset, PreferenceIterableDataset):
+            checkpoint = args[3]
+            load_position(self.train_dataset, self.args, batches, None if checkpoint is None else Path(checkpoint))
+        return epochs, batches
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = BATCH_COLUMNS
@@ -136,6 +152,39 @@ class DataOverrides(Trainer):
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
+
+
+def _reading(args: TrainingArguments) -> list[int]:
+    """What a position in a stream depends on beside the stream."""
+    return [args.train_batch_size, args.world_size, cast(int, args.dataloader_num_workers)]
+
+
+def save_position(stream: PreferenceIterableDataset, args: TrainingArguments, batches: int, folder: Path) -> None:
+    """Write where this process has read to in a stream, after so many batches, into a checkpoint."""
+    position = stream.position(batches, cast(int, args.dataloader_num_workers)) if keeps_order(args) else None
+    if position is not None:
+        content = {"batches": batches, "reading": _reading(args), "position": position}
+        (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
+
+
+def load_position(
+    stream: PreferenceIterableDataset, args: TrainingArguments, batches: int, checkpoint: Path | None
+) -> None:
+    """Let a stream continue where the checkpoint's run has read to. Without a position, or under another number of
+    processes, workers or pairs in a batch, the batches that were trained on are read again and discarded."""
+    stream.resume_at(None)
+    file = None if checkpoint is None else checkpoint / POSITION_FILE.format(args.process_index)
+    if file is None or batches == 0:
+        return
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    if content.get("batches") == batches and content.get("reading") == _reading(args):
+        stream.resume_at(content["position"])
+        return
+    logger.warning(
+        "The checkpoint has no position in the stream for %d batches of %d pairs, %d processes and %d workers: the "
+        "batches that were trained on are read and decoded again.",
+        *(batches, *_reading(args)),
+    )
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -328,7 +328,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         args = self.args
         settings = ErrorSettings(
             folder=args.ref_errors_dir or str(Path(args.output_dir) / ERRORS_FOLDER),
-            facts=reference_facts(reference, self.family, self.engine, args),
+            facts=reference_facts(reference, self.family, self.engine, args, self.encoding),
             noise_draws=args.ref_noise_draws,
             batch_size=args.train_batch_size,
             eval_batch_size=args.eval_batch_size,

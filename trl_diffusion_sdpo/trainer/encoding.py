@@ -150,7 +150,7 @@ class PairEncoding:
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._args.latent_crops)
         texts, digests = distinct_prompts(dataset.prompts())
-        vae, text = self._peers.gather_results(self._encoder_facts)[0]
+        vae, text = self.component_facts()
         key = image_key(vae, family, dataset, rows)
         return _Cache(
             dataset,
@@ -164,6 +164,10 @@ class PairEncoding:
                 self.folder, {**key, "kind": "statistics"}, int(bool(family.latent_statistics())), 1
             ),
         )
+
+    def component_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What identifies the VAE, and text encoders and tokenizers. All processes must call it together."""
+        return self._peers.gather_results(self._encoder_facts)[0]
 
     def _encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """In the first process, so that files are hashed once."""

@@ -30,6 +30,7 @@ from ..settings.all_arguments import settled_resolution
 from ..settings.model_checks import check_activation_checkpointing, check_one_device, check_without_dropout
 from ..step.pair_forward import LossSettings, NoiseSettings
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .encoding import PairEncoding
 
 logger = logging.getLogger(__name__)
 
@@ -164,18 +165,25 @@ def make_reference(
 
 
 def reference_facts(
-    reference: PrecomputedReference, family: Family, engine: Engine, args: DiffusionSDPOConfig
+    reference: PrecomputedReference,
+    family: Family,
+    engine: Engine,
+    args: DiffusionSDPOConfig,
+    encoding: PairEncoding | None,
 ) -> dict:
-    """What errors of a reference depend on besides the data and the noise."""
-    components = {}
-    for name in family.frozen_components:
-        part = getattr(family.pipeline, name)
-        components[name] = [str(part.dtype), fingerprint(part.state_dict())]
+    """What errors of a reference depend on besides the data and the noise. Where pairs are encoded before, VAE and text
+    encoders may have no weights in memory."""
+    parts = {name: getattr(family.pipeline, name) for name in family.frozen_components}
+    if encoding is None:
+        weights: Any = {name: fingerprint(part.state_dict()) for name, part in parts.items()}
+    else:
+        weights = {"encoded": encoding.component_facts(), "crops": args.latent_crops}
     scheduler = family.pipeline.scheduler.config
     return {
         "reference": fingerprint(reference.tensors()),
         "family": family.name,
-        "components": components,
+        "components": {name: str(part.dtype) for name, part in parts.items()},
+        "weights": weights,
         "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
