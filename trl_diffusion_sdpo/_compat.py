@@ -54,6 +54,49 @@ def checkpoints_activations(denoiser: ModelMixin) -> bool:
     return denoiser._supports_gradient_checkpointing
 
 
+def repeated_blocks(denoiser: ModelMixin) -> list[str]:
+    """Class names of the blocks that `compile_repeated_blocks` compiles.
+
+    `_repeated_blocks` has no public spelling; can go when there is one.
+    """
+    return list(denoiser._repeated_blocks or ())
+
+
+def layers_in_full(denoiser: Any) -> tuple[str, ...]:
+    """Patterns of the names of layers that `enable_layerwise_casting` leaves in full precision.
+
+    The patterns have no public spelling; can go when there is one.
+    """
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+
+    own = (denoiser._skip_layerwise_casting_patterns, denoiser._keep_in_fp32_modules)
+    return (*DEFAULT_SKIP_MODULES_PATTERN, *(pattern for patterns in own for pattern in patterns or ()))
+
+
+def reads_weights_in_their_layers(denoiser: Any) -> bool:
+    """Whether a diffusers model reads the weights of a layer in the layer's own forward pass only.
+
+    `_supports_group_offloading` has no public spelling; can go when there is one.
+    """
+    return denoiser._supports_group_offloading
+
+
+def attention_backends() -> tuple[str, ...]:
+    """diffusers' names of attention back ends; exported by their module only. Can go when diffusers exports them."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return tuple(sorted(backend.value for backend in AttentionBackendName))
+
+
+def has_attention_backends(denoiser: torch.nn.Module) -> bool:
+    """Whether a denoiser's attention goes through diffusers' back ends, which that of older models does not.
+
+    `_attention_backend` of attention processors has no public spelling; can go when there is one.
+    """
+    processors = (vars(module).get("processor") for module in denoiser.modules())
+    return any("_attention_backend" in dir(processor) for processor in processors)
+
+
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Whether a pipeline has `load_lora_weights` and `save_lora_weights`."""
     return issubclass(pipeline_class, LoraBaseMixin)

@@ -18,6 +18,7 @@ EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs"
 SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
 EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+MEMORY = ("offload_frozen_components", "group_offload", "layerwise_casting")
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
 
@@ -114,6 +115,44 @@ def test_reordering_pairs_by_scores_synchronizes_once_for_values_on_the_host(fou
 @pytest.mark.matrix
 @each(*[run(family, "full", "parameter", "averaged", EMA_AND_BUDGET) for family in CASES])
 def test_average_and_budget_of_every_family_run_on_the_device(found):
+    assert all(answer["steps"] == 2 for answer in found)
+
+
+def stored(family: str, safeguard: str = "output", kind: str = "", **args) -> list[dict]:
+    """A run, and the same with settings of memory."""
+    memory = {name: args.pop(name) for name in MEMORY if name in args}
+    kinds = [f"plain{kind}", "-".join(str(value) for value in memory.values()) + kind]
+    return [run(family, "lora", safeguard, name, args | more) for name, more in zip(kinds, ({}, memory), strict=True)]
+
+
+def each_pair(*pairs: list[dict]):
+    return pytest.mark.parametrize("cases", [pytest.param(pair, id=pair[-1]["name"]) for pair in pairs])
+
+
+@each_pair(stored("stable_diffusion", "parameter", group_offload="leaf", offload_frozen_components=True, **SAMPLING))
+def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(found):
+    plain, offloaded = found
+    assert offloaded["sum"] == plain["sum"] and offloaded["waits"] == plain["waits"]
+    assert offloaded["frozen"] == ["cpu"] and plain["frozen"] == ["pretend"]
+
+
+@pytest.mark.matrix
+@each_pair(
+    stored("flux", group_offload="block", **SAMPLING),
+    stored("stable_diffusion", "parameter", "-again", group_offload="block", activation_checkpointing=True),
+)
+def test_offloaded_blocks_come_to_the_device_without_waiting(found):
+    plain, offloaded = found
+    assert offloaded["sum"] == plain["sum"] and offloaded["waits"] == plain["waits"]
+
+
+@pytest.mark.matrix
+@each(
+    *[run(family, "lora", "output", "block", {"group_offload": "block"}) for family in CASES],
+    *[run(family, "lora", "output", "leaf", {"group_offload": "leaf"}) for family in CASES if family != "hunyuan_dit"],
+    *[run(family, "lora", "output", "fp8", {"layerwise_casting": "float8_e4m3fn"}) for family in CASES],
+)
+def test_a_stored_base_of_every_family_runs_on_the_device(found):
     assert all(answer["steps"] == 2 for answer in found)
 
 

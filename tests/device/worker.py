@@ -74,7 +74,10 @@ def run(case: dict, pipeline, folder: Path) -> dict:
     found = {"waits": watch.most(), "steps": trainer.state.global_step, "log": trainer.state.log_history}
     on_device = all(weight.device.type == pretend_device.NAME for weight in trainer.denoiser.parameters())
     with pretend_device.unnoticed():
-        found["sum"] = sum(float(weight.double().abs().sum()) for weight in trainer.denoiser.parameters())
+        weights = trainer.denoiser.state_dict().values()
+        found["sum"] = sum(float(weight.double().abs().sum()) for weight in weights)
+    parts = (getattr(trainer.family.pipeline, name) for name in trainer.family.frozen_components)
+    found["frozen"] = sorted({weight.device.type for part in parts for weight in part.parameters()})
     if case["saves"]:
         trainer.save_model()
     return {**found, "on_device": on_device, "kept_states": pretend_device.DeviceModule.kept_states}

@@ -10,6 +10,7 @@ from torch import nn
 
 from .._compat import forward_pre_hooks
 
+AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights autocast casts at every use
 CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
 
 
@@ -33,7 +34,7 @@ def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and convolution layers, which autocast casts at every use, to its dtype. It does not
     cast norms and embeddings: casting these would change results."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if isinstance(layer, AUTOCAST_LAYERS):
             layer.to(dtype)
 
 

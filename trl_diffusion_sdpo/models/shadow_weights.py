@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from ..engines.engine import Engine
 from ..engines.sharding import Float32Shards
 from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, copy_adapter, lora_configs
 from .denoiser_wrapper import DenoiserWrapper
+from .memory import compile_blocks
 from .numerics import halve_autocast_weights, read_contiguous
 
 
@@ -108,10 +110,13 @@ class ShadowWeights:
         if isinstance(self.second, SecondDenoiser):
             self.second.module.to(device)
 
-    def compile(self, backend: str, mode: str | None) -> None:
-        """Compile a second denoiser; an adapter is compiled with the policy."""
+    def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
+        """Compile a second denoiser or, if `regional`, its blocks; an adapter is compiled with the policy."""
         if isinstance(self.second, SecondDenoiser):
-            self.second.module.compile(backend=backend, mode=mode)
+            if regional:
+                compile_blocks(cast(Any, self.second.module), backend, mode)
+            else:
+                self.second.module.compile(backend=backend, mode=mode)
 
     def attach(self, engine: Engine) -> None:
         """Set the engine, before any of the methods below is called."""

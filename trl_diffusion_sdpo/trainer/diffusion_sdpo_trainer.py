@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy
 
-from .._compat import compile_with_eager_rounding
 from ..artifacts.setup import fingerprint
 from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders
@@ -48,6 +47,7 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import PairEncoding
 from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import ERRORS_FOLDER, FileOverrides
+from .memory_setup import compile_models, store_base
 from .preparing import (
     check_and_complete,
     choose_trained_weights,
@@ -278,12 +278,10 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
         self.encoding = PairEncoding(self.frozen_components, loaded, args) if args.precompute_latents else None
-        if args.torch_compile:
-            compile_with_eager_rounding()
         for weights in self._shadow_weights:
             weights.to(args.device)
-            if args.torch_compile:
-                weights.compile(args.torch_compile_backend, args.torch_compile_mode)
+        self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
+        compile_models(loaded.denoiser, self._shadow_weights, args)
 
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
         """The collaborators of a step."""

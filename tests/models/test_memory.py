@@ -1,0 +1,226 @@
+"""Storage of a frozen base in 8 bits and on the CPU, compiled blocks, attention back ends: each walks the trajectory of
+a run without it, and nothing of it is in what is saved."""
+
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny_pipelines import case
+
+from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.models.adapters import add_lora
+from trl_diffusion_sdpo.models.memory import StoredBase
+
+E4M3 = torch.float8_e4m3fn
+CPU = torch.device("cpu")
+EMA = {"ema_decay": 0.5, "safeguard": "parameter", "safeguard_diagnostics_steps": 1}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "sample_prompts": ["a cat"], "sample_inference_steps": 2}
+CHECKPOINTED = {"activation_checkpointing": True}
+OWN = ("layerwise_casting", "group_offload", "group_offload_blocks")
+
+
+@pytest.fixture
+def walk(make_trainer, make_pairs, family_folder, tmp_path):
+    """`walk(family, folder=None, resume=None, **settings)`: a trainer after a training of a LoRA."""
+
+    def train(family, folder=None, resume=None, **settings):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* has no effect without an accelerator")
+            trainer = make_trainer(
+                model=folder or family_folder(family),
+                peft_config=LoraConfig(r=4),
+                eval_dataset=make_pairs(3) if "eval_strategy" in settings else None,
+                resolution=case(family).RESOLUTION,
+                **{"beta": 100.0, "output_dir": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}"), **settings},
+            )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return train
+
+
+def trained(trainer):
+    return {name: p.detach() for name, p in trainer.denoiser.named_parameters() if p.requires_grad}
+
+
+def logs(trainer):
+    timed = ("runtime", "per_second", "_time")
+    return [
+        {name: value for name, value in log.items() if not any(word in name for word in timed)}
+        for log in trainer.state.log_history
+    ]
+
+
+def base_elements(trainer):
+    return sum(p.numel() for name, p in trainer.denoiser.named_parameters() if "lora_" not in name)
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("flux", {"group_offload": "block", **EVALUATED}),
+        ("flux", {"group_offload": "leaf", "safeguard": "parameter", "bf16": True}),
+        ("stable_diffusion", {"group_offload": "block", "group_offload_blocks": 2, **CHECKPOINTED, **EMA}),
+    ],
+)
+def test_an_offloaded_base_walks_the_same_trajectory(walk, family, settings):
+    offloaded = walk(family, **settings)
+    plain = walk(family, **{name: value for name, value in settings.items() if name not in OWN})
+    assert equal(trained(offloaded), trained(plain))
+    assert logs(offloaded) == logs(plain)
+    assert base_elements(offloaded) < 0.7 * base_elements(plain)
+    assert equal(offloaded.denoiser.state_dict(), plain.denoiser.state_dict())
+
+
+@pytest.fixture
+def rounded(family_folder, tmp_path):
+    """`rounded(family)`: a copy of a pipeline whose weights are rounded as layerwise casting rounds them."""
+
+    def build(name):
+        family = find_family(load_pipeline(family_folder(name)))
+        StoredBase(family.denoiser.requires_grad_(False), device=CPU, casting=E4M3)
+        state = family.denoiser.state_dict()
+        assert {value.dtype for value in state.values()} >= {E4M3, torch.float32}
+        whole = load_pipeline(family_folder(name))
+        getattr(whole, family.denoiser_name).load_state_dict({name: value.float() for name, value in state.items()})
+        whole.save_pretrained(tmp_path / "rounded")
+        return str(tmp_path / "rounded")
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("stable_diffusion", {**EMA, "group_offload": "block"}),  # convolutions
+        ("flux", {"bf16": True, **CHECKPOINTED, **EVALUATED}),
+    ],
+)
+def test_a_base_in_8_bits_trains_as_one_that_was_rounded_before(walk, rounded, family, settings):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    stored = walk(family, layerwise_casting="float8_e4m3fn", **settings, **saving)
+    plain = {name: value for name, value in settings.items() if name not in OWN}
+    expected = walk(family, folder=rounded(family), **plain, **saving)
+    assert equal(trained(stored), trained(expected))
+    assert logs(stored) == logs(expected)
+    assert stored.state.log_history[0]["rewards/margins"] == 0
+    files = [
+        Path(trainer.args.output_dir) / "checkpoint-2" / "adapter_model.safetensors" for trainer in (stored, expected)
+    ]
+    assert equal(*map(load_file, files))
+    assert {value.dtype for value in load_file(files[0]).values()} == {torch.float32}
+
+    resumed = walk(
+        family,
+        resume=f"{stored.args.output_dir}/checkpoint-1",
+        layerwise_casting="float8_e4m3fn",
+        **settings,
+    )
+    assert equal(trained(resumed), trained(stored))
+
+
+@pytest.fixture
+def lora(family_folder):
+    """`lora(family)`: a family whose denoiser has a new LoRA."""
+
+    def build(name):
+        family = find_family(load_pipeline(family_folder(name)))
+        add_lora(family.denoiser, LoraConfig(r=2), family.lora_target_modules, seed=0)
+        return family
+
+    return build
+
+
+@torch.no_grad()
+def batch(family, side):
+    latents = family.encode_images(torch.zeros(2, 3, side, side))
+    sizes = family.size_conditioning(torch.full((2, 2), side), torch.zeros(2, 2, dtype=torch.long), (side, side))
+    timesteps = torch.tensor([500, 200]).to(family.noise_process.timestep_dtype)
+    return latents, timesteps, family.encode_prompts(["a cat", "a dog"]) | sizes
+
+
+@pytest.mark.parametrize("stored", [{"offload": "leaf"}, {"casting": E4M3}])
+def test_the_graph_holds_no_weight_that_can_be_brought_again(lora, stored):
+    family = lora("stable_diffusion")
+    family.settle_dtype()
+    inputs = batch(family, 16)
+    StoredBase(family.denoiser, device=CPU, **stored)
+    seen = []
+    for layer in (family.denoiser.conv_out, family.denoiser.up_blocks[0].resnets[0].conv1):
+        layer.register_forward_pre_hook(lambda layer, _: seen.append(weakref.ref(layer.weight)))
+    prediction = family.predict(family.denoiser, *inputs)
+    assert len(seen) == 2 and prediction.requires_grad
+    assert all(weight() is None for weight in seen)
+    prediction.square().mean().backward()
+    assert any(weight.grad.abs().sum() > 0 for weight in family.denoiser.parameters() if weight.requires_grad)
+
+
+def test_blocks_are_on_the_device_one_after_the_other(lora):
+    family = lora("flux")
+    blocks = [*family.denoiser.transformer_blocks, *family.denoiser.single_transformer_blocks]
+    inputs = batch(family, case("flux").RESOLUTION)
+    family.settle_dtype()
+    StoredBase(family.denoiser, device=CPU, offload="block")
+    there = []
+
+    def note(*_):
+        there.append([any("base" in name and p.numel() for name, p in block.named_parameters()) for block in blocks])
+
+    for block in blocks:
+        block.register_forward_hook(note)
+    family.predict(family.denoiser, *inputs)
+    assert there == [[number == at for number in range(len(blocks))] for at in range(len(blocks))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"layerwise_casting": "float8"}, "must be one of float8_e4m3fn, float8_e5m2; got 'float8'"),
+        ({"layerwise_casting": "float8_e5m2", "torch_compile": True}, "compiled code cannot follow"),
+        ({"group_offload": "block", "torch_compile": True}, "compiled code cannot follow"),
+        ({"group_offload_blocks": 0}, "must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_memory_that_cannot_act_are_refused(make_args, settings, match):
+    with pytest.raises(ValueError, match=match):
+        make_args(**settings)
+
+
+@pytest.mark.parametrize("setting", [{"layerwise_casting": "float8_e4m3fn"}, {"group_offload": "leaf"}])
+@pytest.mark.filterwarnings("ignore:.* has no effect without an accelerator")
+def test_weights_that_train_are_not_stored_elsewhere(make_trainer, setting):
+    with pytest.raises(ValueError, match="is for the frozen base of a LoRA"):
+        make_trainer(**setting)
+
+
+def test_a_reference_of_its_own_would_not_be_rounded(make_trainer, sd_folder):
+    with pytest.raises(ValueError, match="a `ref_model` of its own would not be rounded"):
+        make_trainer(ref_model=sd_folder, peft_config=LoraConfig(r=2), layerwise_casting="float8_e4m3fn")
+
+
+def test_weights_that_cannot_be_stored_are_refused(sd_pipeline):
+    unet = sd_pipeline.unet.requires_grad_(False)
+    unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = 500
+    with pytest.raises(ValueError, match="holds numbers up to 448, and mid_block.resnets.0.conv1.weight has larger"):
+        StoredBase(unet, device=CPU, casting=E4M3)
+    quantized = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    unet.conv_in.weight = quantized
+    with pytest.raises(ValueError, match="need weights that are not quantized.*conv_in.weight is a Parameter of"):
+        StoredBase(unet, device=CPU, offload="leaf")
+
+
+def test_settings_of_memory_without_effect_say_so(make_args):
+    with pytest.warns(UserWarning, match="`group_offload_blocks` has no effect without `group_offload='block'`"):
+        make_args(group_offload_blocks=2)
+    with pytest.warns(UserWarning, match="`torch_compile_regional` has no effect without `torch_compile`"):
+        make_args(torch_compile_regional=True)
+    with pytest.warns(UserWarning, match="`offload_frozen_components` has no effect without an accelerator"):
+        make_args(offload_frozen_components=True)
