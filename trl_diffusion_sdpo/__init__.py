@@ -11,6 +11,7 @@ _HOMES = {
     "PreferenceLossOutput": ".losses",
     "DiffusionSDPOConfig": ".trainer",
     "DiffusionSDPOTrainer": ".trainer",
+    "PairMixture": ".data",
     "diffusion_preference_loss": ".losses",
     "register_family": ".families",
 }
@@ -18,11 +19,13 @@ __all__ = [
     "PreferenceLossOutput",
     "DiffusionSDPOConfig",
     "DiffusionSDPOTrainer",
+    "PairMixture",
     "diffusion_preference_loss",
     "register_family",
 ]
 
 if TYPE_CHECKING:
+    from .data import PairMixture
     from .families import register_family
     from .losses import PreferenceLossOutput, diffusion_preference_loss
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer

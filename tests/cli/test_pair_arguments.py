@@ -217,3 +217,77 @@ def test_a_run_on_one_file_is_evaluated_on_what_was_held_out(places, sd_folder, 
     assert main(["train", *words, "--disable_tqdm", "true"]) == 0
     history = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [1]
+
+
+# ---- Several data sets -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(places, tmp_path):
+    """Two data sets in two formats, as entries of `datasets`."""
+    rows = {"caption": ["a", "b", "c"], "jpg_0": ["x"] * 3, "jpg_1": ["y"] * 3, "label_0": [1.0, 0.0, 1.0]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "picks.parquet")
+    return [
+        {"path": places["two"], "split": "test", "weight": 3, "columns": ["prompt", "chosen", "rejected"]},
+        {"path": str(tmp_path / "picks.parquet"), "weight": 1.0, "dataset_format": "pickapic"},
+    ]
+
+
+def load_sets(make_args, sets, evaluates=False, **words):
+    args = make_args(eval_strategy="steps" if evaluates else "no", eval_steps=5)
+    return load_datasets(PairArguments(datasets=sets, **words), args)
+
+
+def test_several_data_sets_are_loaded_with_weights_and_formats(make_args, sets):
+    for given in (sets, json.dumps(sets)):
+        mixture, nothing = load_sets(make_args, given)
+        assert nothing is None and mixture.weights == [3, 1.0] and mixture.formats == [None, "pickapic"]
+        one, other = mixture.parts.values()
+        assert one["prompt"][:] == prompts(SPLITS["test"]) and one.column_names == ["prompt", "chosen", "rejected"]
+        assert other["caption"][:] == ["a", "b", "c"]
+    assert load_sets(make_args, sets, dataset_streaming=True)[0].is_stream
+
+
+def test_pairs_are_held_out_of_each_of_several_data_sets(make_args, sets, places):
+    train, evaluation = load_sets(make_args, sets, evaluates=True, test_size=1)
+    assert [len(part) for part in train.parts.values()] == [3, 2] and train.weights == [3, 1.0]
+    assert [len(part) for part in evaluation.parts.values()] == [1, 1] and evaluation.weights is None
+    _, other = load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["saved_dict"])
+    assert other["prompt"][:] == prompts(SPLITS["test"])
+    with pytest.raises(ValueError, match="pairs that are not among `datasets`"):
+        load_sets(make_args, sets, evaluates=True)
+    with pytest.raises(ValueError, match="other pairs than those of `datasets`"):
+        load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["two"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[{", "must be a list of mappings, in YAML or as JSON"),
+        ([], "at least one mapping"),
+        ({"path": "a"}, "at least one mapping"),
+        (["a"], "Each of `datasets` must be a mapping with a `path`, got 'a'"),
+        ([{"weight": 1}], "Each of `datasets` must be a mapping with a `path`"),
+        ([{"path": "a", "wieght": 1}], "`wieght` is no key of a data set. Did you mean `?weight"),
+        ([{"path": "a", "fraction": 0.5}], "Use `weight`"),
+        ([{"path": "a", "weight": 1}, {"path": "b"}], "for all of `datasets` or for none"),
+    ],
+)
+def test_bad_entries_of_datasets_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        PairArguments(datasets=given)
+
+
+def test_datasets_take_the_place_of_dataset_name(sets):
+    with pytest.raises(ValueError, match="in place of `dataset_name`, got both"):
+        PairArguments(datasets=sets, dataset_name="a")
+
+
+def test_a_file_of_options_may_list_data_sets(tmp_path, sets):
+    from trl_diffusion_sdpo.cli import train
+
+    (tmp_path / "run.yaml").write_text(json.dumps({"datasets": sets, "output_dir": str(tmp_path / "out")}))
+    script_args, *_ = train.parse(["--config", str(tmp_path / "run.yaml"), "--model_name_or_path", "x"])
+    assert [entry.path for entry in script_args.sets] == [entry["path"] for entry in sets]
+    typed, *_ = train.parse(["--datasets", json.dumps(sets), "--model_name_or_path", "x", "--output_dir", "o"])
+    assert typed.sets == script_args.sets

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -61,7 +62,7 @@ def start(make_sd_pipeline, make_pairs, tmp_path_factory) -> dict[str, str]:
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
     make_pairs(16).save_to_disk(str(folder / "pairs"))
-    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs")}
+    return {name: str(folder / name) for name in ("base", "policy", "lora", "pairs", "errors")}
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +71,8 @@ def trained(request, start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     selected = (item for item in request.session.items if item.path.parent == WORKER.parent)
     cases = [item.callspec.params["case"] for item in selected if "case" in item.fixturenames]
+    if any(case.get("stored") for case in cases):
+        fill_errors(start, tmp_path_factory.mktemp("elsewhere"))
     # By engine: what ZeRO-3 leaves behind in a process makes all that follows slower.
     pending, outputs = [whole(case, start) for case in sorted(cases, key=lambda case: case["engine"])], {}
     while pending:
@@ -90,17 +93,34 @@ def trained(request, start, tmp_path_factory):
     return result
 
 
+def fill_errors(start: dict[str, str], folder: Path) -> None:
+    """Compute the errors that the cases with `stored` read, by one process without an engine."""
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    args = DiffusionSDPOConfig(
+        str(folder),
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        precompute_ref_errors=True,
+        ref_errors_dir=start["errors"],
+    )
+    pairs = datasets.load_from_disk(start["pairs"])
+    DiffusionSDPOTrainer(start["policy"], start["base"], args, pairs).precompute_reference_errors()
+
+
 def whole(case: dict, start: dict[str, str]) -> dict:
     """A case with what the worker needs to build its trainer."""
     full = case["tuning"] == "full"
     return {
         **case,
         "model": start["policy" if full else "base"],
-        "ref_model": start["base"] if full else None,
+        "ref_model": start["base"] if full and not case.get("alone") else None,
         "lora": start["lora"] if case["tuning"] == "started" else None,
         "peft": LORA if case["tuning"] == "fresh" else None,
         "data": start["pairs"],
-        "args": {**COMMON_ARGS, **case["args"]},
+        "args": {**COMMON_ARGS, **case["args"], **({"ref_errors_dir": start["errors"]} if case.get("stored") else {})},
     }
 
 

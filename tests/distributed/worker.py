@@ -48,6 +48,17 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.is_fsdp_enabled = True
 
+    def precompute_reference_errors(self) -> None:
+        """Counts the batches of which this process computes errors of the reference."""
+        self.computed, compute = 0, self.pair_forward.reference_errors
+
+        def counted(*given, **how):
+            self.computed += 1
+            return compute(*given, **how)
+
+        self.pair_forward.reference_errors = counted
+        super().precompute_reference_errors()
+
     def set_up_safeguard(self) -> None:
         super().set_up_safeguard()
         if self.fault is not None:
@@ -153,6 +164,8 @@ def run(case: dict, folder: Path) -> None:
     check_engine(trainer, case["engine"])
     trainer.save_model()
     torch.save(trainer.batches, folder / f"batches{rank}.pt")
+    facts = {"reference": trainer.reference.kind, "computed": trainer.computed}
+    (folder / f"reference{rank}.json").write_text(json.dumps(facts))
     if rank == 0:
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
 

@@ -38,6 +38,8 @@ CASES = [
     pytest.param("full", "parameter", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"safeguard_diagnostics_steps": 2}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"safeguard_low_memory": True}, marks=pytest.mark.matrix),
+    pytest.param("full", "output", {"precompute_latents": True, "random_crop": False}, marks=pytest.mark.matrix),
+    pytest.param("lora", "output", {"precompute_latents": True, "latent_crops": 2}, marks=pytest.mark.matrix),
 ]
 
 
@@ -73,7 +75,9 @@ def both(make_trainer, make_pairs, tmp_path, sd_folder):
 
     def train(tuning, **settings):
         given = {"peft_config": LoraConfig(r=4)} if tuning == "lora" else {}
-        settings = {**SETTINGS, **settings}
+        settings = {**SETTINGS, "latent_cache_dir": str(tmp_path / "latents"), **settings}
+        if "precompute_latents" not in settings:
+            del settings["latent_cache_dir"]
         if tuning == "given":
             reference = StableDiffusionPipeline.from_pretrained(sd_folder)
             with torch.no_grad():

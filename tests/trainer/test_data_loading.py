@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo import DiffusionSDPOConfig, PairMixture
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines import batch_loaders as loaders
@@ -282,3 +282,15 @@ def test_alike_images_are_refused_unless_the_loss_reads_winners_only(make_traine
     with pytest.raises(ValueError, match="In 4 of 4 pairs"):
         make_trainer(train=rows)
     make_trainer(train=rows, loss_type="sft")
+
+
+def test_several_data_sets_train_together_map_style_and_as_streams(make_trainer, make_pairs):
+    own = make_pairs(2, seed=1).rename_columns({"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1"})
+    own = own.remove_columns(["chosen_score", "rejected_score"]).add_column("label_0", [1.0, 0.0])
+    trainer = make_trainer(train=PairMixture([make_pairs(6), own], (1, 1)))
+    assert len(trainer.train_dataset) == 12 and len(losses(trainer)) == 2
+    streams = [part.to_iterable_dataset() for part in (make_pairs(6), own)]
+    assert len(losses(make_trainer(train=PairMixture(streams, (1, 1))))) == 2
+    split = datasets.distributed.split_dataset_by_node(make_pairs(4).to_iterable_dataset(num_shards=2), 0, 2)
+    with pytest.raises(ValueError, match="Split all streams of a mixture by node, or none"):
+        make_trainer(train=PairMixture([split, streams[1]]))

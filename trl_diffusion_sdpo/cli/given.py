@@ -29,6 +29,7 @@ _REQUIRED = {
     "model_name_or_path": "the Hub id or folder of a diffusers pipeline",
     "dataset_name": "the Hub id, folder or file of a preference data set",
 }
+_LISTS_OF_MAPPINGS = ("datasets",)  # whose dataclass checks them
 _RULES = {
     **{"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"},
     **{"list": "a list", "dict": "a mapping"},
@@ -48,7 +49,7 @@ def refuse_missing(given: Given) -> None:
     """Raise `ValueError` if the pipeline or the data set is not given."""
     values = {**given.settings, **given.typed}
     for name, what in _REQUIRED.items():
-        if not values.get(name):
+        if not values.get(name) and not (name == "dataset_name" and values.get("datasets")):
             raise ValueError(f"`--{name}` must be {what}, got none.")
 
 
@@ -109,6 +110,8 @@ def setting(name: str, option: Option, value: Any) -> Any:
     if "other" in kinds or (value is None and "null" in kinds) or (isinstance(value, dict) and "dict" in kinds):
         return value
     if isinstance(value, list) and "list" in kinds:
+        if name in _LISTS_OF_MAPPINGS:
+            return value
         return [_scalar(name, option, element, {option.elements}) for element in value]
     scalar = _scalar(name, option, value, kinds - {"list", "dict", "null"} or {option.elements})
     return [scalar] if kinds <= {"list", "null"} else scalar

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 from trl import ScriptArguments
+from trl.scripts.utils import DatasetConfig
 
-from ..data.pairs import hold_out
+from ..data.pairs import PairMixture, hold_out
+from ..suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
@@ -26,11 +29,50 @@ _HOW_TO_EVALUATE = (
 
 
 @dataclass
-class PairArguments(ScriptArguments):
-    r"""
-    [`~trl.ScriptArguments`] with two ways to name the pairs for evaluation.
+class PairSet(DatasetConfig):
+    """One of the data sets of `datasets`: TRL's arguments of a data set, with the weight and the format of its pairs.
 
     Parameters:
+        path (`str`): Given like `dataset_name`.
+        weight (`float`, *optional*): How often a pair is of this data set, as a share of the sum of all; for all or for
+            none.
+        dataset_format (`str`, *optional*): As `dataset_format`, which it overrides.
+    """
+
+    weight: float | None = None
+    dataset_format: str | None = None
+
+    @classmethod
+    def read(cls, given: Any) -> PairSet:
+        """An entry of `datasets`.
+
+        Raises:
+            ValueError: If it is no mapping, has unknown keys or no path.
+        """
+        keys = [field.name for field in fields(cls)]
+        if not isinstance(given, dict) or not isinstance(given.get("path"), str):
+            raise ValueError(f"Each of `datasets` must be a mapping with a `path`, got {given!r}.")
+        if given.get("fraction") is not None:
+            raise ValueError(
+                "`fraction` of a data set is TRL's share of a mixture that drops the rest of larger sets. Use `weight`, "
+                "which keeps all pairs, and repeats those of smaller sets."
+            )
+        for key in given:
+            if key not in keys:
+                raise ValueError(f"`{key}` is no key of a data set.{did_you_mean(str(key), keys)}")
+        return cls(**given)
+
+
+@dataclass
+class PairArguments(ScriptArguments):
+    r"""
+    [`~trl.ScriptArguments`] with several data sets, and two ways to name the pairs for evaluation.
+
+    Parameters:
+        datasets (`list` of `dict`, *optional*):
+            Several data sets to train on together, instead of `dataset_name`: of each a mapping with `path` and, as
+            needed, `name`, `split`, `data_dir`, `data_files`, `columns`, `weight` and `dataset_format`. In YAML, or as
+            JSON.
         eval_dataset_name (`str`, *optional*):
             Pairs for evaluation, given like `dataset_name`; their split `dataset_test_split` is used. The data of
             `dataset_name` if unset.
@@ -39,6 +81,14 @@ class PairArguments(ScriptArguments):
             rows of a prompt go to one side; the run's `seed` decides which.
     """
 
+    datasets: list[Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets to train on together, instead of `dataset_name`: a list of mappings with `path` "
+            "and, as needed, `name`, `split`, `data_dir`, `data_files`, `columns`, `weight` and `dataset_format`; in "
+            "YAML, or as JSON."
+        },
+    )
     eval_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Pairs for evaluation, as `dataset_name`; that data set's test split if unset."},
@@ -49,6 +99,12 @@ class PairArguments(ScriptArguments):
     )
 
     def __post_init__(self):
+        self.sets = _read_sets(self.datasets)
+        if self.sets and self.dataset_name is not None:
+            raise ValueError(
+                f"`datasets` names the training pairs in place of `dataset_name`, got both ({self.dataset_name}). Put "
+                "it into the list, or leave one out."
+            )
         size = self.test_size
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
             raise ValueError(f"`test_size` must be a share in (0, 1) or a whole number of rows, got {size}.")
@@ -57,6 +113,25 @@ class PairArguments(ScriptArguments):
                 "`test_size` holds pairs out of the training split and `eval_dataset_name` names others; got both. "
                 "Leave one out."
             )
+
+
+def _read_sets(given: Any) -> list[PairSet]:
+    if given is None:
+        return []
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {given!r}.") from error
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"`datasets` must be a list of at least one mapping with a `path`, got {given!r}.")
+    sets = [PairSet.read(entry) for entry in given]
+    weighted = [entry.weight is not None for entry in sets]
+    if any(weighted) and not all(weighted):
+        raise ValueError(
+            f"`weight` must be given for all of `datasets` or for none, got {[entry.weight for entry in sets]}."
+        )
+    return sets
 
 
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
@@ -72,6 +147,8 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     Raises:
         ValueError: If there is no such data set or split, or the evaluation would be on training pairs.
     """
+    if script_args.sets:
+        return _load_mixture(script_args, training_args)
     train_split = script_args.dataset_train_split
     if training_args.eval_strategy == "no":
         return load_split(script_args, train_split), None
@@ -89,6 +166,42 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     if lengths is not None and _share_rows(*_splits(script_args), lengths):
         raise _on_training_pairs(script_args)
     return train, evaluation
+
+
+def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[PairMixture, Any]:
+    """All of `datasets`, and the pairs for evaluation: others, or some held out of each."""
+    sets, evaluates = script_args.sets, training_args.eval_strategy != "no"
+    if evaluates and script_args.eval_dataset_name is None and script_args.test_size is None:
+        raise ValueError(f"`eval_strategy` needs pairs that are not among `datasets`. {_HOW_TO_EVALUATE}")
+    train = {f"{number}: {entry.path}": _load_set(entry, script_args) for number, entry in enumerate(sets)}
+    weights = None if sets[0].weight is None else [cast(float, entry.weight) for entry in sets]
+    formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
+    if not evaluates:
+        return PairMixture(train, weights, formats), None
+    if script_args.eval_dataset_name is not None:
+        if any(_is_same_place(script_args.eval_dataset_name, entry.path) for entry in sets):
+            raise ValueError(
+                "`eval_dataset_name` must name other pairs than those of `datasets`, got "
+                f"{script_args.eval_dataset_name}. Hold pairs out with `test_size`."
+            )
+        return PairMixture(train, weights, formats), _load_other(script_args)
+    _refuse_streaming(script_args)
+    size, seed = cast(float, script_args.test_size), training_args.seed
+    held: dict[str, Any] = {}
+    for (name, part), known in zip(train.items(), formats, strict=True):
+        train[name], held[name] = hold_out(part, size, seed=seed, dataset_format=known)
+    return PairMixture(train, weights, formats), PairMixture(held, None, formats)
+
+
+def _load_set(entry: PairSet, script_args: PairArguments) -> Any:
+    streaming = script_args.dataset_streaming
+    if entry.data_dir is None and entry.data_files is None:
+        named = ScriptArguments(dataset_name=entry.path, dataset_config=entry.name, dataset_streaming=streaming)
+        loaded = load_split(named, entry.split)
+    else:
+        files: dict[str, Any] = {"data_dir": entry.data_dir, "data_files": entry.data_files}
+        loaded = datasets.load_dataset(entry.path, name=entry.name, split=entry.split, streaming=streaming, **files)
+    return loaded if entry.columns is None else loaded.select_columns(entry.columns)
 
 
 def load_split(script_args: ScriptArguments, split: str) -> Any:
@@ -119,14 +232,20 @@ def load_split(script_args: ScriptArguments, split: str) -> Any:
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
-    """`dataset_name` if it is a Hub id; `None` for a local path, which is not published."""
+    """`dataset_name` if it is a Hub id; `None` for a local path, which is not published, and for several data sets."""
     name = script_args.dataset_name
+    if name is None:
+        return None
     return None if Path(name).expanduser().exists() else name
 
 
 def _names_one_data_set(script_args: PairArguments) -> bool:
     """Whether `eval_dataset_name` is the training data set."""
-    here, there = (Path(name).expanduser() for name in (script_args.dataset_name, script_args.eval_dataset_name))
+    return _is_same_place(script_args.dataset_name, script_args.eval_dataset_name)
+
+
+def _is_same_place(first: str, second: str) -> bool:
+    here, there = (Path(name).expanduser() for name in (first, second))
     return here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
 
 

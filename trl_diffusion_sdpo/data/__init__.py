@@ -2,13 +2,14 @@
 
 from .formats import FORMATS, PreferenceFormat, detect_format
 from .images import UndecodableImageError, decode_image
-from .pairs import DataReport, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
+from .pairs import DataReport, PairMixture, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from .transforms import PairDraws, PairTransform, PreferenceCollator, pixels_as_floats
 
 __all__ = [
     "FORMATS",
     "DataReport",
     "PairDraws",
+    "PairMixture",
     "PairTransform",
     "PreferenceCollator",
     "PreferenceDataset",

@@ -26,7 +26,7 @@ from .checking import (
     usable_cores,
 )
 from .images import ImageReader, UndecodableImageError
-from .sources import ArrowSource, RowSource, build_index, pairs_fingerprint
+from .sources import ArrowSource, RowSource, pairs_fingerprint
 from .transforms import ItemMaker, PairDraws, Size
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class PreferenceDataset(Dataset):
     ) -> None:
         self._source, self._maker, self._reader, self._strict = source, maker, reader, strict
         self._report = DataReport(name, source.format.name, rows=len(source))
-        self._index, self._scores = build_index(source, self._reject)  # of shapes (P, 4) and (P, 2)
+        self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
         self._encoded: Encoded | None = None
         self._reset_undecodable()
@@ -141,7 +141,9 @@ class PreferenceDataset(Dataset):
 
     def draw_settings(self) -> dict[str, Any]:
         """What the items depend on besides the source, the epoch and the row: seed, size, crop and so on."""
-        return self._maker.settings()
+        maker = self._maker
+        drawn = {"seed": maker.seed, "prompt_dropout": maker.prompt_dropout, "training": maker.training}
+        return {**drawn, **self.pixel_settings()}
 
     # ---- Encoding before training ---------------------------------------------------------------------------------
 

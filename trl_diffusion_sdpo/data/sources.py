@@ -56,6 +56,10 @@ class ArrowSource:
     def __len__(self) -> int:
         return len(self._images)
 
+    def pairs(self, reject: Reject) -> PairIndex:
+        """See [`build_index`]."""
+        return build_index(self, reject)
+
     @property
     def labels(self) -> datasets.Dataset:
         """The columns from which pairs are found."""
@@ -117,6 +121,10 @@ class RowSource:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def pairs(self, reject: Reject) -> PairIndex:
+        """See [`build_index`]."""
+        return build_index(self, reject)
 
     def text_rows(self, order: np.ndarray | None = None) -> Iterator[tuple[int, Mapping]]:
         for number in range(len(self)) if order is None else order.tolist():

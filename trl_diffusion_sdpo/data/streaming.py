@@ -3,24 +3,27 @@ stream, and decodes the images of its own pairs only."""
 
 import copy
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .._compat import is_split_by_node
 from .checking import COUNTS, SAMPLED_PAIRS, DataReport, IdenticalPairs, reject, same_image
-from .formats import PairReference, Reject, groups, images_of_row, pairs_in_group, resolve_format
+from .formats import PairReference, PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import ImageReader, UndecodableImageError
 from .sources import stream_fingerprint
 from .transforms import ItemMaker
 
 logger = logging.getLogger(__name__)
 
+MIXING = 2  # ends the key of random numbers that choose among streams; those of pairs have no fourth part
 _COUNTER_ROWS = 256  # rows of the shared table in which workers count; more workers than this share rows
 
 
@@ -52,6 +55,28 @@ class Share:
         """Number of pairs that each process has of a stream that ended after `total`."""
         rounds, rest = divmod(total, self.batch * self.count)
         return self.batch * (rounds + (rest > 0 and not self.drop_last))
+
+
+class Stream:
+    """A stream in its format.
+
+    Args:
+        source (`datasets.IterableDataset`): Its rows.
+        dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
+        name (`str`): In messages.
+        use_scores (`bool`): Whether to read score columns where present.
+    """
+
+    def __init__(
+        self, source: datasets.IterableDataset, dataset_format: str | None, name: str, use_scores: bool
+    ) -> None:
+        columns = _stream_columns(source, name)
+        self.format = resolve_format(dataset_format, columns, use_scores=use_scores)
+        self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
+        self.source = source.with_format(None)
+        if source.features is not None:
+            read = [*self.format.text_columns(columns), *self.format.image_columns]
+            self.source = self.source.decode(False).select_columns(read)
 
 
 class StreamProgress:
@@ -110,27 +135,22 @@ class PreferenceIterableDataset(IterableDataset):
 
     def __init__(
         self,
-        source: datasets.IterableDataset,
+        streams: Sequence[Stream],
         maker: ItemMaker,
         reader: ImageReader,
-        dataset_format: str | None,
         *,
         strict: bool,
+        weights: Sequence[float] | None = None,
         repeat: bool = False,
-        use_scores: bool = True,
         compare: bool = True,
         name: str,
     ) -> None:
-        columns = _stream_columns(source, name)
         self._repeat, self._compare, self._fixed, self._share = repeat, compare, False, Share()
         self._yielded = 0  # pairs of this reader since the beginning of the run
-        self._format = resolve_format(dataset_format, columns, use_scores=use_scores)
-        self.has_scores = set(self._format.score_columns or ["no"]) <= set(columns)
-        self._source, self._maker, self._reader = source.with_format(None), maker, reader
-        self._strict, self._name = strict, name
-        if source.features is not None:
-            read = [*self._format.text_columns(columns), *self._format.image_columns]
-            self._source = self._source.decode(False).select_columns(read)
+        self._streams, self._weights = streams, [1.0] * len(streams) if weights is None else weights
+        self._format_name = "+".join(stream.format.name for stream in streams)
+        self.has_scores = all(stream.has_scores for stream in streams)
+        self._maker, self._reader, self._strict, self._name = maker, reader, strict, name
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(_COUNTER_ROWS, len(COUNTS), dtype=torch.long).share_memory_()
         self._progress = StreamProgress()
@@ -140,13 +160,13 @@ class PreferenceIterableDataset(IterableDataset):
         """The counts of the current epoch so far, of all workers; examples are of this process alone. Pairs and
         undecodable pairs are counted in this process's share only."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
-        return DataReport(self._name, self._format.name, **counts, examples=self._examples)
+        return DataReport(self._name, self._format_name, **counts, examples=self._examples)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
         if not self._fixed:
             self._maker.set_epoch(epoch)
-            self._source.set_epoch(epoch)
+            self._set_epoch_of_streams(epoch)
 
     def for_evaluation(self) -> "PreferenceIterableDataset":
         """One pass over this stream, center-cropped, with every prompt and seeds that do not depend on the epoch."""
@@ -154,6 +174,17 @@ class PreferenceIterableDataset(IterableDataset):
         view._maker, view._repeat, view._fixed = self._maker.for_evaluation(), False, True
         view._progress = StreamProgress()
         return view
+
+    def is_split_by_node(self) -> bool:
+        """Whether `split_dataset_by_node` has given this process parts of the streams.
+
+        Raises:
+            ValueError: If it has of some streams of several, but not of all.
+        """
+        split = {is_split_by_node(stream.source) for stream in self._streams}
+        if len(split) > 1:
+            raise ValueError("Split all streams of a mixture by node, or none: some are and some are not.")
+        return split.pop()
 
     def for_process(self, share: Share) -> "PreferenceIterableDataset":
         """The same stream, limited to the share of one of several processes."""
@@ -163,7 +194,9 @@ class PreferenceIterableDataset(IterableDataset):
 
     def position(self, batches: int, workers: int) -> list[list[int]] | None:
         """Where a run that has trained on so many batches continues, for `resume_at`; `None` if it is not known."""
-        return self._progress.after(batches, max(1, min(workers, self._source.num_shards)))
+        return self._progress.after(
+            batches, max(1, min(workers, max(stream.source.num_shards for stream in self._streams)))
+        )
 
     def resume_at(self, position: list[list[int]] | None) -> None:
         """The next iteration of a repeating stream continues at a `position` without decoding what comes before it:
@@ -172,7 +205,14 @@ class PreferenceIterableDataset(IterableDataset):
 
     def fingerprint(self) -> dict[str, Any]:
         """Identifies this stream; see [`stream_fingerprint`]."""
-        return stream_fingerprint(self._format.name, self._source)
+        found = [stream_fingerprint(stream.format.name, stream.source) for stream in self._streams]
+        if len(found) == 1:
+            return found[0]
+        return {"format": self._format_name, "streams": found, "weights": [float(weight) for weight in self._weights]}
+
+    def _set_epoch_of_streams(self, epoch: int) -> None:
+        for stream in self._streams:
+            stream.source.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self._repeat:
@@ -183,7 +223,7 @@ class PreferenceIterableDataset(IterableDataset):
         yield from repeat(None, batches * self._share.batch)
         epoch, self._yielded, found = epoch if batches else int(self._maker.epoch), batches * self._share.batch, 1
         while found:
-            self._source.set_epoch(epoch)  # of this worker's copy
+            self._set_epoch_of_streams(epoch)  # of this worker's copies
             found = yield from self._one_pass(epoch, seen, first)
             seen, epoch, first = seen + found, epoch + 1, 0
 
@@ -218,7 +258,7 @@ class PreferenceIterableDataset(IterableDataset):
         `start` is the number of those in earlier passes. Pairs before the one with the number `first` are left out."""
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        report = DataReport(self._name, self._format.name, examples={})
+        report = DataReport(self._name, self._format_name, examples={})
         self._examples, counts = report.examples, self._counts[number % _COUNTER_ROWS]
         if worker is None:
             self._counts.zero_()  # of an earlier loader's workers
@@ -227,7 +267,7 @@ class PreferenceIterableDataset(IterableDataset):
         if self._share.is_split:
             number, readers = number + workers * self._share.index, workers * self._share.count
         position, taken = -1, 0
-        for position, item in enumerate(self._items(report, start, first)):
+        for position, item in enumerate(self._items(report, epoch, start, first)):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             taken += self._share.takes(start + position)
             if item is not None:
@@ -247,7 +287,7 @@ class PreferenceIterableDataset(IterableDataset):
         if self._repeat and self._yielded % self._share.batch == 0:
             self._progress.record(reader, self._yielded // self._share.batch - 1, epoch, start, pairs)
 
-    def _items(self, report: DataReport, start: int, first: int) -> Iterator[tuple | None]:
+    def _items(self, report: DataReport, epoch: int, start: int, first: int) -> Iterator[tuple | None]:
         """Images, prompt and scores of each labelled pair; `None` if it is undecodable, of another process or before
         the one with the number `first`."""
 
@@ -256,20 +296,44 @@ class PreferenceIterableDataset(IterableDataset):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
         identical, position = IdenticalPairs(self._name), start
-        for group in groups(self._format, _count_rows(self._source, report)):
+        for known, group in self._groups(report, epoch):
             rows = dict(group)
-            for pair in pairs_in_group(self._format, group, count):
+            for pair in pairs_in_group(known, group, count):
                 taken, before = self._share.takes(position), position < start + first
-                images = self._images(rows, pair, count) if taken and not before else None
+                images = self._images(known, rows, pair, count) if taken and not before else None
                 position += 1
                 report.pairs += images is not None or (taken and before)
                 if images is not None and self._compare:
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)
-                prompt = self._format.prompt(rows[pair.winner_row])
+                prompt = known.prompt(rows[pair.winner_row])
                 yield None if images is None else (*images, prompt, pair.scores)
         if self._compare:
             self._verify_different(identical, at_end=True)
+
+    def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, list[tuple[int, Mapping]]]]:
+        """Rows that are compared with one another, of one stream or, drawn by weight, of several. In training a stream
+        that ends begins again until all have ended once."""
+        streams = self._streams
+        open_ones = [groups(stream.format, _count_rows(stream.source, report)) for stream in streams]
+        weights, ended = np.array(self._weights, dtype=np.float64), np.zeros(len(streams), dtype=bool)
+        generator = np.random.default_rng([self._maker.seed, epoch, len(streams), MIXING])
+        while weights.any():
+            number = 0
+            if len(streams) > 1:
+                number = int(np.searchsorted(np.cumsum(weights), generator.random() * weights.sum(), side="right"))
+            group = next(open_ones[number], None)
+            if group is None:
+                ended[number] = True
+                if ended.all():
+                    return
+                if self._repeat:
+                    open_ones[number] = groups(streams[number].format, _count_rows(streams[number].source, report))
+                    group = next(open_ones[number], None)
+            if group is None:
+                weights[number] = 0.0  # of an evaluation, or empty: a worker has no shard of it
+                continue
+            yield streams[number].format, group
 
     def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
         """Verifies once that pairs are not identical, after enough of them; the few of one worker among several at the
@@ -280,11 +344,13 @@ class PreferenceIterableDataset(IterableDataset):
             self._compare = False
             identical.verify()
 
-    def _images(self, rows: dict[int, Mapping], pair: PairReference, count: Reject) -> list[Image.Image] | None:
+    def _images(
+        self, known: PreferenceFormat, rows: dict[int, Mapping], pair: PairReference, count: Reject
+    ) -> list[Image.Image] | None:
         images = []
         for row, image in (pair[:2], pair[2:4]):
             try:
-                stored = images_of_row(rows[row], self._format.image_columns, self._format.images_in_list)
+                stored = images_of_row(rows[row], known.image_columns, known.images_in_list)
                 images.append(self._reader.decode_at(stored, image))
             except UndecodableImageError as error:
                 count("undecodable", row, str(error), 1)

@@ -176,11 +176,6 @@ class ItemMaker:
         maker.epoch = epoch
         return maker
 
-    def settings(self) -> dict[str, Any]:
-        """What its items depend on besides the source, the epoch and the row."""
-        made = {"seed": self.seed, "prompt_dropout": self.prompt_dropout, "training": self.training}
-        return {**made, "transform": type(self.transform).__name__, **vars(self.transform)}
-
     def for_evaluation(self) -> "ItemMaker":
         """One with the same transform and seed, without augmentation, whose seeds do not depend on the epoch."""
         return ItemMaker(self.transform, 0.0, self.seed, training=False)

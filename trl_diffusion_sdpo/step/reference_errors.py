@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -94,12 +95,16 @@ class ReferenceErrors:
     def store_of(self, dataset: PreferenceDataset) -> ReferenceErrorStore:
         """Where the errors of a data set are stored."""
         draws, training = dataset.draw_settings(), _is_for_training(dataset)
-        data = dataset.fingerprint()
+        data = dataset.fingerprint(thorough=True)
         if None in (data.get("prompts"), data.get("images")):
             raise ValueError(
                 "`precompute_ref_errors=True` needs data whose rows are equal at every read, and two reads of a row of "
                 f"the {dataset.report.name} data differ. Use a data set without random rows, or leave it off."
             )
+        if dataset.fork_safe:  # reading all rows of a data set of another class may decode all its images
+            data["all_prompts"] = hashlib.sha256(
+                "\0".join(sorted(dataset.prompts())).encode("utf-8", "surrogatepass")
+            ).hexdigest()
         noise = dataclasses.asdict(self._forward.noise_settings)
         facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
         return ReferenceErrorStore(

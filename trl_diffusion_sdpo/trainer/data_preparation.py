@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from .._compat import is_split_by_node, keeps_order
+from .._compat import keeps_order
 from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
@@ -236,7 +236,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         name=name,
     )
     if isinstance(prepared, PreferenceIterableDataset):
-        prepared.is_split = is_split_by_node(dataset)
+        prepared.is_split = prepared.is_split_by_node()
         if not training:
             _refuse_parts(prepared, args, name)
     if loss.needs_scores and not prepared.has_scores:

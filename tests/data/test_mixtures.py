@@ -1,0 +1,223 @@
+"""Several data sets at once: each in its own format, in the shares of their weights, map-style and as streams."""
+
+import io
+import math
+from collections import Counter
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.pairs import PairMixture
+from trl_diffusion_sdpo.data.streaming import Share
+
+
+def png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (level,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picks(count=6, **changed):
+    """Pick-a-Pic's columns; row 1 is a tie."""
+    rows = [
+        {"caption": f"pick {i}", "jpg_0": png(i), "jpg_1": png(100 + i), "label_0": 0.5 if i == 1 else 1.0, **changed}
+        for i in range(count)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def rankings(prompts=2, images=3):
+    """ImageRewardDB's columns: the pairs of three images each."""
+    rows = [
+        {"prompt_id": str(i // images), "prompt": f"rank {i // images}", "image": png(i), "rank": i % images}
+        for i in range(prompts * images)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def canonical(count=2, **changed):
+    rows = [{"prompt": f"own {i}", "chosen": png(i), "rejected": png(200 + i), **changed} for i in range(count)]
+    return datasets.Dataset.from_list(rows)
+
+
+def prepare(data, **options):
+    return prepare_dataset(data, transform=PairTransform(16), **options)
+
+
+def kinds(items):
+    return Counter(item["prompt"].split()[0] for item in items)
+
+
+def told(item):
+    return item["prompt"], item["row"], item["seed"]
+
+
+def test_a_list_of_data_sets_is_one_set_with_every_pair_once():
+    parts = [picks(), rankings(), canonical()]
+    mixed = prepare(parts)
+    alone = [pixels for part in parts for pixels in items_of(prepare(part))]
+    assert [prompt for prompt, _ in items_of(mixed)] == [prompt for prompt, _ in alone]
+    assert all((one[1] == other[1]).all() for one, other in zip(items_of(mixed), alone, strict=True))
+    assert [item["row"] for item in mixed] == list(range(len(mixed))) and len(mixed) == 5 + 6 + 2
+    assert mixed.report.rows == 6 + 6 + 2 and mixed.report.ties == 1
+    assert mixed.report.format == "pickapic+imagerewarddb+canonical"
+    assert mixed.report.examples["ties"] == [(1, "images judged equal (set 0, row 1)")]
+    assert mixed.prompts() == {item["prompt"] for item in mixed}
+
+
+def items_of(prepared):
+    return [(item["prompt"], item["pixel_values"].numpy()) for item in prepared]
+
+
+@pytest.mark.parametrize("weights", [(3, 1), (1, 1), (1, 4), (0.1, 0.7), (2.5, 0.1)])
+def test_weights_are_the_shares_of_an_epoch_which_has_every_pair(weights):
+    mixed = prepare(PairMixture({"a": picks(), "own": canonical(4)}, weights), verify_images="none")
+    found, share = kinds(mixed), weights[0] / sum(weights)
+    assert abs(found["pick"] - share * len(mixed)) <= 1
+    assert len({item["prompt"] for item in mixed}) == 5 + 4
+    each = Counter(item["prompt"] for item in mixed)
+    for start in ("pick", "own"):
+        times = [count for prompt, count in each.items() if prompt.startswith(start)]
+        assert max(times) - min(times) <= 1
+    assert 5 in found.values() or 4 in found.values(), "one of the sets is not repeated"
+
+
+def test_a_repeated_pair_has_random_numbers_of_its_own():
+    mixed = prepare(PairMixture([picks(), canonical(1)], (1, 1)))
+    own = [item for item in mixed if item["prompt"] == "own 0"]
+    assert len(own) == 5 and len({item["seed"] for item in own}) == 5
+
+
+def test_a_mixture_is_recognised_when_a_run_resumes():
+    def fingerprint(*parts, weights=None):
+        return prepare(PairMixture(parts, weights)).fingerprint()
+
+    start = fingerprint(picks(), canonical())
+    assert fingerprint(picks(), canonical()) == start
+    assert fingerprint(canonical(), picks()) != start
+    assert fingerprint(picks(), canonical(), weights=(1, 3)) != start
+    assert fingerprint(picks(7), canonical()) != start
+
+
+def test_bad_images_of_every_set_are_found_and_counted():
+    bad = picks().to_list()
+    bad[3]["jpg_0"] = b"junk"
+    rows = canonical().to_list()
+    rows[1]["rejected"] = b"junk"
+    parts = [datasets.Dataset.from_list(bad), rankings(), rows]
+    for verify, pairs in (("all", 11), ("sample", 11), ("none", 11)):
+        mixed = prepare(PairMixture(parts), verify_images=verify)
+        found = list(mixed)
+        assert mixed.report.pairs == pairs and mixed.report.undecodable == 2
+        assert not {"pick 3", "own 1"} & {item["prompt"] for item in found}
+
+
+def test_every_set_has_a_report_of_its_own(caplog):
+    caplog.set_level("INFO")
+    prepare(PairMixture({"a": picks(), "b": canonical()}, (1, 1)))
+    assert "a data (pickapic): 6 rows, 5 pairs, 1 ties" in caplog.text
+    assert "b data (canonical): 2 rows, 2 pairs, 0 ties" in caplog.text
+    assert "Mixture: b: 2 pairs, 2.5 times in an epoch: 0.5 of its pairs." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "needs at least one data set, got none"),
+        (([picks(2)], (1, 2)), "`weights` must be one for each of the 1 data sets"),
+        (([picks(2), picks(2)], (1, -1)), "above 0, got -1"),
+        (([picks(2), picks(2)], (0, 0)), "above 0, got 0"),
+        (([picks(2), picks(2)], (1, math.nan)), "above 0, got nan"),
+        (([picks(2), picks(2)], (1, math.inf)), "above 0, got inf"),
+        (([picks(2), picks(2)], (1, "a")), "above 0, got 'a'"),
+        (([picks(2), picks(2)], "12"), "`weights` must be one for each"),
+        (([picks(2)], None, ["canonical", None]), "`formats` must be one for each"),
+        (([picks(2), picks(2).to_iterable_dataset()],), "streams or of map-style data sets, got both"),
+        (([picks(2), picks(2, label_0=0.5)],), "No pair is left of a data set of the mixture"),
+        (([picks(2), picks(2).select([])],), r"The train \(set 1\) data set is empty"),
+        (([picks(2), canonical()], None, [None, "hpdv3"]), "`dataset_format='hpdv3'` needs hpdv3"),
+        (
+            ([canonical(), canonical(chosen_score=1.0, rejected_score=0.0)],),
+            r"\['set 1'\] have them, \['set 0'\] do not",
+        ),
+    ],
+)
+def test_bad_mixtures_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(PairMixture(*arguments))
+
+
+def test_each_set_may_name_its_format():
+    both = canonical().add_column("path1", [png(1)] * 2).add_column("path2", [png(2)] * 2)
+    mixed = prepare(PairMixture([both, both], None, ["hpdv3", None]))
+    levels = [item["pixel_values"][0, 0, 0, 0].item() for item in mixed]
+    assert levels == [1, 1, 0, 1] and mixed.report.format == "hpdv3+canonical"
+
+
+# ---- Streams --------------------------------------------------------------------------------------------------------
+
+
+def stream(weights=(3, 1), shards=1, repeat=True):
+    parts = {"a": picks(9), "b": rankings(3), "c": canonical(5)}
+    streams = {name: part.to_iterable_dataset(num_shards=shards) for name, part in parts.items()}
+    return prepare(PairMixture(streams, (*weights, 1)), repeat=repeat, training=repeat)
+
+
+def test_streams_are_mixed_by_weight_with_every_format_read_in_its_own_way():
+    found = kinds(islice(iter(stream((6, 1))), 600))
+    # A group of rankings has three pairs.
+    assert found["pick"] / 600 == pytest.approx(6 * 8 / 9 / (6 * 8 / 9 + 3 + 1), abs=0.07)
+    assert found["rank"] / 600 == pytest.approx(3 / (6 * 8 / 9 + 3 + 1), abs=0.07)
+
+
+def test_an_evaluation_has_every_pair_of_the_streams_once():
+    items = list(stream(repeat=False))
+    assert Counter(kinds(items)) == {"pick": 8, "rank": 9, "own": 5}
+    assert len({(item["prompt"], item["pixel_values"].sum().item()) for item in items}) == 22
+
+
+def test_the_mixture_depends_on_seed_and_epoch_and_on_nothing_else():
+    first = [told(item) for item in islice(iter(stream()), 60)]
+    assert [told(item) for item in islice(iter(stream()), 60)] == first
+    other = prepare(PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True)
+    again = prepare(
+        PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True, seed=7
+    )
+    assert [item["prompt"] for item in islice(iter(other), 30)] != [item["prompt"] for item in islice(iter(again), 30)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_resumed_mixture_of_streams_repeats_no_pair_and_skips_none(workers):
+    share = Share(1, 2, 2)
+
+    def batches(data):
+        options = {"batch_size": 2, "num_workers": workers, "collate_fn": list}
+        return iter(DataLoader(data.for_process(share), **options))
+
+    undisturbed = [[told(item) for item in batch] for batch in islice(batches(stream(shards=2)), 12)]
+    first = stream(shards=2)
+    reading = batches(first)
+    for _ in range(7):
+        next(reading)
+    resumed = stream(shards=2)
+    resumed.resume_at(first.position(5, workers))
+    after = list(islice(batches(resumed), 12))
+    assert all(item is None for batch in after[:5] for item in batch)
+    assert [[told(item) for item in batch] for batch in after[5:]] == undisturbed[5:]
+
+
+def test_streams_of_a_mixture_change_its_fingerprint():
+    assert stream().fingerprint() == stream().fingerprint()
+    assert stream().fingerprint() != stream((1, 1)).fingerprint()
+
+
+def test_row_lists_and_data_sets_may_be_mixed():
+    mixed = prepare([picks(3), canonical(2)])
+    rows = prepare(PairMixture([picks(3), canonical(2).to_list()]))
+    assert [told(item) for item in mixed] == [told(item) for item in rows]
+    assert np.array_equal(mixed.image_numbers(), rows.image_numbers())
