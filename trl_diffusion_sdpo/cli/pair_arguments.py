@@ -54,8 +54,8 @@ class PairSet(DatasetConfig):
             raise ValueError(f"Each of `datasets` must be a mapping with a `path`, got {given!r}.")
         if given.get("fraction") is not None:
             raise ValueError(
-                "`fraction` of a data set is TRL's share of a mixture that drops the rest of larger sets. Use `weight`, "
-                "which keeps all pairs, and repeats those of smaller sets."
+                "`fraction` of a data set is TRL's share of a mixture that drops the rest of larger sets. Use "
+                "`weight`, which keeps all pairs, and repeats those of smaller sets."
             )
         for key in given:
             if key not in keys:

@@ -1,5 +1,6 @@
 """Preference data: from the columns of published sets to batches of pairs."""
 
+from .buckets import AspectRatioBuckets
 from .formats import FORMATS, PreferenceFormat, detect_format
 from .images import UndecodableImageError, decode_image
 from .pairs import DataReport, PairMixture, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
@@ -7,6 +8,7 @@ from .transforms import PairDraws, PairTransform, PreferenceCollator, pixels_as_
 
 __all__ = [
     "FORMATS",
+    "AspectRatioBuckets",
     "DataReport",
     "PairDraws",
     "PairMixture",

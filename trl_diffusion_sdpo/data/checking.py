@@ -20,7 +20,7 @@ SAMPLED_PAIRS = 128  # a second or two
 ROUND_ROWS = 10_000  # rows that a process checks between two gathers
 FEW_ROWS = 1000  # below this, starting processes takes longer than checking in one
 
-COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels")
+COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
 HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
@@ -37,12 +37,14 @@ class DataReport:
     undecodable: int = 0  # pairs with an image that cannot be decoded
     bad_prompts: int = 0  # rows whose prompt is no string
     bad_labels: int = 0  # rows whose label or score is missing or unreadable
+    too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
+    notes: tuple[str, ...] = ()  # on the sizes of the images
     examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first row numbers and reasons, by kind
 
     @property
     def dropped(self) -> int:
         """All drops, of every kind."""
-        return self.ties + self.undecodable + self.bad_prompts + self.bad_labels
+        return self.ties + self.undecodable + self.bad_prompts + self.bad_labels + self.too_small
 
     def add(self, kind: str, row: int, reason: str, amount: int = 1) -> bool:
         """Counts `amount` drops; true if the row was added to the examples."""
@@ -54,20 +56,21 @@ class DataReport:
         return True
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{getattr(self, count)} {count.replace('_', ' ')}" for count in COUNTS)
+        listed = [count for count in COUNTS if count != "too_small" or self.too_small]  # which depends on a setting
+        counts = ", ".join(f"{getattr(self, count)} {count.replace('_', ' ')}" for count in listed)
         lines = [f"{self.name} data ({self.format}): {counts}"]
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
 def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, amount: int) -> bool:
     """Counts a drop; true if the row was added to the examples.
 
     Raises:
-        ValueError: On a bad row, if `strict`. A tie is not one: its labels are valid.
+        ValueError: On a bad row, if `strict`. A tie is not one, as its labels are valid; nor is a small image.
     """
-    if strict and kind != "ties":
+    if strict and kind not in ("ties", "too_small"):
         raise ValueError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
     return report.add(kind, row, reason, amount)
 

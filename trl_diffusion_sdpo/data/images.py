@@ -5,15 +5,20 @@ import io
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
+import pyarrow
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..suggestions import did_you_mean
 
@@ -49,6 +54,11 @@ def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(schemes)
 
 
+Result = TypeVar("Result")
+
+TURNED = (5, 6, 7, 8)  # EXIF orientations under which height and width change places
+
+
 class UndecodableImageError(ValueError):
     """An image that cannot be used, with the reason."""
 
@@ -77,33 +87,35 @@ class ImageReader:
             UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of an unknown
                 type, or at a URL whose scheme is not allowed.
         """
-        try:
+        with _failures_as_undecodable():
             image = self._open(value)
-            if image.width * image.height > MAX_PIXELS:
-                raise UndecodableImageError(f"{_size(image)} is too large: {MAX_PIXELS} pixels at most")
+            _check_pixels(image)
             image.load()
             image = _to_rgb(ImageOps.exif_transpose(image))
-        except UndecodableImageError:
-            raise
-        except UnidentifiedImageError as error:
-            raise UndecodableImageError("is of no image format that Pillow knows") from error
-        except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
-            raise UndecodableImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
-        short, long = sorted(image.size)
-        if short < MIN_SIDE:
-            raise UndecodableImageError(f"{_size(image)} is too small: sides of {MIN_SIDE} pixels at least")
-        if long > MAX_ASPECT_RATIO * short:
-            raise UndecodableImageError(f"{_size(image)} is too long: {MAX_ASPECT_RATIO} to 1 at most")
+        _check_sides(*image.size)
         return image
+
+    def size(self, value: Any) -> tuple[int, int]:
+        """`(height, width)` of the image that `decode` would give, read from its header; pixels may still be damaged.
+
+        Raises:
+            UndecodableImageError: As `decode`, for what a header shows.
+        """
+        with _failures_as_undecodable(), self._header(value) as image:
+            _check_pixels(image)
+            width, height = image.size
+            if _orientation(image) in TURNED and not isinstance(image, TiffImageFile):  # which has turned it already
+                width, height = height, width
+        _check_sides(width, height)
+        return height, width
 
     def decode_at(self, images: Sequence[Any], index: int) -> Image.Image:
         """One of a row's images, decoded; the error names its index."""
-        if index >= len(images):
-            raise UndecodableImageError(f"image {index} is missing: the row has {len(images)} images")
-        try:
-            return self.decode(images[index])
-        except UndecodableImageError as error:
-            raise UndecodableImageError(f"image {index} {error}") from error
+        return _at(self.decode, images, index)
+
+    def size_at(self, images: Sequence[Any], index: int) -> tuple[int, int]:
+        """`size` of one of a row's images; the error names its index."""
+        return _at(self.size, images, index)
 
     def problem(self, image: Any) -> str:
         """Why an image cannot be used; empty if it can."""
@@ -112,6 +124,21 @@ class ImageReader:
         except UndecodableImageError as error:
             return str(error)
         return ""
+
+    @contextmanager
+    def _header(self, value: Any) -> Iterator[Image.Image]:
+        """An image whose pixels are not read; bytes are not copied, and of a local file only the beginning is read."""
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes | bytearray | memoryview):
+            value = pyarrow.BufferReader(value)
+        elif isinstance(value, str | os.PathLike) and "://" not in os.fspath(value):
+            _check_file(os.fspath(value), MAX_FILE_BYTES)
+        else:
+            yield self._open(value)
+            return
+        with Image.open(value, formats=FILE_FORMATS) as image:
+            yield image
 
     def _open(self, value: Any) -> Image.Image:
         if isinstance(value, Mapping):
@@ -158,6 +185,15 @@ class ImageReader:
 decode_image = ImageReader().decode  # with the default schemes
 
 
+def _at(read: Callable[[Any], Result], images: Sequence[Any], index: int) -> Result:
+    if index >= len(images):
+        raise UndecodableImageError(f"image {index} is missing: the row has {len(images)} images")
+    try:
+        return read(images[index])
+    except UndecodableImageError as error:
+        raise UndecodableImageError(f"image {index} {error}") from error
+
+
 def _scheme(hop: str) -> str:
     """The scheme of one part of a chained URL, empty for a plain path. fsspec takes a bare word as a scheme."""
     scheme, separator, _ = hop.partition("://")
@@ -179,8 +215,52 @@ def _bounded(data: bytes) -> bytes:
     return data
 
 
-def _size(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"
+@contextmanager
+def _failures_as_undecodable() -> Iterator[None]:
+    try:
+        yield
+    except UndecodableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UndecodableImageError("is of no image format that Pillow knows") from error
+    except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
+        raise UndecodableImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _check_pixels(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UndecodableImageError(f"{width}x{height} is too large: {MAX_PIXELS} pixels at most")
+
+
+def _check_sides(width: int, height: int) -> None:
+    short, long = sorted((width, height))
+    if short < MIN_SIDE:
+        raise UndecodableImageError(f"{width}x{height} is too small: sides of {MIN_SIDE} pixels at least")
+    if long > MAX_ASPECT_RATIO * short:
+        raise UndecodableImageError(f"{width}x{height} is too long: {MAX_ASPECT_RATIO} to 1 at most")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation by which `decode` turns an image; its pixels are read only where they must be."""
+    if isinstance(image, PngImageFile) and image.fp is not None and not _has_late_metadata(image.fp):
+        exif = Image.Image.getexif(image)  # `PngImageFile.getexif` decodes an image for what may come after its pixels
+    else:
+        exif = image.getexif()
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+def _has_late_metadata(file: Any) -> bool:
+    """Whether a PNG has texts or EXIF, which hold the orientation, after its pixels."""
+    place, end, chunk, after, found = file.tell(), file.seek(0, os.SEEK_END), 8, False, False
+    while chunk + 8 <= end and not found:
+        file.seek(chunk)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        found = after and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+        after |= kind == b"IDAT"
+        chunk += length + 12  # with its length, kind and checksum
+    file.seek(place)
+    return found
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

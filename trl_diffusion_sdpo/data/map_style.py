@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates, settle_sizes
 from .checking import (
     ALONE,
     FEW_ROWS,
@@ -27,21 +28,11 @@ from .checking import (
 )
 from .images import ImageReader, UndecodableImageError
 from .sources import ArrowSource, RowSource, pairs_fingerprint
-from .transforms import ItemMaker, PairDraws, Size
+from .transforms import Encoded, ItemMaker, PairDraws, Size
 
 logger = logging.getLogger(__name__)
 
 SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
-
-
-class Encoded(Protocol):
-    """Pairs and prompts that were encoded before."""
-
-    def pair(self, pair: int, draws: PairDraws | None, epoch: int) -> dict[str, Any]:
-        """Entries of an item in place of its pixels."""
-
-    def conditioning(self, prompt: str) -> dict[str, Any]:
-        """Entries of an item that depend on its prompt."""
 
 
 class PreferenceDataset(Dataset):
@@ -51,9 +42,10 @@ class PreferenceDataset(Dataset):
     dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
     and timestep), `row` (the pair's index) and, where the source has score columns, `scores`; after
     `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). After `use_encoded` they
-    have `moments` and `target_size` in place of `pixel_values`, and the prompt's `conditioning`. An item depends on the
-    seed, the epoch and `row`, and on nothing else. A pair that cannot be decoded is replaced by the next one that can,
-    whichever process reads it first.
+    have `moments` and `target_size` in place of `pixel_values`, and the prompt's `conditioning`. With aspect-ratio
+    buckets H and W are those of `target_size(row)`, and `repeated` says whether the pair fills up a batch. An item
+    depends on the seed, the epoch and `row`, and on nothing else. A pair that cannot be decoded is replaced by the next
+    one that can (of its bucket, if there is one), whichever process reads it first.
     """
 
     def __init__(
@@ -64,6 +56,7 @@ class PreferenceDataset(Dataset):
         self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
         self._encoded: Encoded | None = None
+        self.sizes: PairSizes | None = None  # of the pairs' buckets; where there are none, all have the transform's
         self._reset_undecodable()
 
     def __len__(self) -> int:
@@ -93,6 +86,32 @@ class PreferenceDataset(Dataset):
     def mark_undecodable(self, mask: torch.Tensor) -> None:
         """Adds the pairs that other processes could not decode: a mask as of `undecodable`."""
         self._undecodable |= mask
+
+    @property
+    def epoch(self) -> int:
+        """The one that was set."""
+        return int(self._maker.epoch)
+
+    def target_size(self, row: int) -> Size:
+        """`(height, width)` of a pair's pixels."""
+        transform = self._maker.transform
+        return (transform.height, transform.width) if self.sizes is None else self.sizes.of(row)
+
+    def settle_sizes(
+        self,
+        buckets: AspectRatioBuckets | None,
+        min_side: int | None,
+        num_proc: int | None = None,
+        peers: Peers = ALONE,
+    ) -> None:
+        """Reads the size of every image from its header, drops the pairs of those that have none or fewer pixels than
+        `min_side` along a side, and gives the others the sizes of their buckets; the rest as for `check_all`."""
+        targets = buckets or self.target_size(0)
+        settled = settle_sizes(self._source, self._index, self._reader, targets, min_side, num_proc, peers)
+        for kind, pair, reason, amount in settled.drops:
+            self._reject(kind, int(self._index[pair, 0]), reason, amount)
+        self._keep(settled.kept)
+        self.sizes, self._report.notes = settled.sizes, settled.notes
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that random numbers depend on, also in running DataLoader workers."""
@@ -171,7 +190,10 @@ class PreferenceDataset(Dataset):
         """A number for each pair's two images, int64 of shape `(P, 2)`: equal where their pixels are without flips and
         random crops, and in the order of the source."""
         images = self._index.reshape(-1, 2, 2)
-        return images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
+        numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
+        if self.sizes is None:
+            return numbers
+        return numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]
 
     def image_variants(
         self, pair: int, side: int, draws: Sequence[PairDraws]
@@ -184,7 +206,7 @@ class PreferenceDataset(Dataset):
         """
         row, image = self._index[pair, 2 * side : 2 * side + 2].tolist()
         decoded = self._reader.decode_at(self._source.images(row), image)
-        found = (self._maker.transform.image(decoded, draw) for draw in draws)
+        found = (self._maker.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
         return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in found]
 
     def prompts(self) -> set[str]:
@@ -206,6 +228,7 @@ class PreferenceDataset(Dataset):
         """The first pairs, at most `count`, with the same random numbers as here."""
         view = copy.copy(self)
         view._index, view._scores = self._index[:count], None if self._scores is None else self._scores[:count]
+        view.sizes = None if self.sizes is None else self.sizes.take(slice(count))
         view._undecodable = self._undecodable[:count].clone().share_memory_()
         if self._reference_errors is not None:
             view._reference_errors = self._reference_errors[:, :count]
@@ -213,7 +236,8 @@ class PreferenceDataset(Dataset):
 
     def fingerprint(self, *, thorough: bool = False) -> dict[str, Any]:
         """Identifies these pairs; see [`pairs_fingerprint`]."""
-        return pairs_fingerprint(self._source, self._index, self._scores, thorough=thorough)
+        found = pairs_fingerprint(self._source, self._index, self._scores, thorough=thorough)
+        return found if self.sizes is None else found | {"sizes": self.sizes.fingerprint()}
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
         """Decodes a sample of evenly spaced pairs. Those that fail stay in the index and are replaced by the next good
@@ -287,17 +311,19 @@ class PreferenceDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]
-        for step in range(len(self)):
-            row = (start + step) % len(self)
+        computed = self._encoded is not None or self._reference_errors is not None  # at the pair's own size
+        for row in candidates(start, len(self), self.sizes, same_size=computed):
             if self._undecodable[row]:
                 continue
             try:
-                return {**self._item(row), **self._stored_errors(row)}
+                item = {**self._item(row, self.target_size(start)), **self._stored_errors(row)}
             except UndecodableImageError as error:
                 self._reject_at_read(row, error)
+                continue
+            return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
         raise ValueError(f"No pair of the data set can be decoded.\n{self.report}")
 
-    def _item(self, row: int) -> dict[str, Any]:
+    def _item(self, row: int, target: Size) -> dict[str, Any]:
         winner_row, winner_image, loser_row, loser_image = self._index[row].tolist()
         scores = None if self._scores is None else tuple(self._scores[row].tolist())
         if self._encoded is not None:
@@ -307,7 +333,7 @@ class PreferenceDataset(Dataset):
         loser_images = winner_images if loser_row == winner_row else self._source.images(loser_row)
         winner = self._reader.decode_at(winner_images, winner_image)
         loser = self._reader.decode_at(loser_images, loser_image)
-        return self._maker.item(row, self._source.prompt(winner_row), winner, loser, scores)
+        return self._maker.item(row, self._source.prompt(winner_row), winner, loser, scores, target=target)
 
     def _stored_errors(self, row: int) -> dict[str, torch.Tensor]:
         if self._reference_errors is None:
@@ -340,9 +366,13 @@ class PreferenceDataset(Dataset):
         for pair, image in self._pairs_of_images(reasons):
             keep[pair] = False
             self._reject("undecodable", image[0], f"image {image[1]} {reasons[image]}", 1)
-        self._index = self._index[keep]
-        self._scores = None if self._scores is None else self._scores[keep]
-        self._reset_undecodable()
+        self._keep(keep)
+
+    def _keep(self, mask: np.ndarray) -> None:
+        if not mask.all():
+            self._index = self._index[mask]
+            self._scores = None if self._scores is None else self._scores[mask]
+            self._reset_undecodable()
 
     def _pairs_of_images(self, images: Mapping[SourceImage, str]) -> Iterator[tuple[int, SourceImage]]:
         """The pairs that contain any of the images, each with the first such image (the winner before the loser)."""

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from .buckets import ENLARGED, AspectRatioBuckets
 from .checking import ALONE, DataReport, Peers, parse_verify_images
 from .formats import PreferenceFormat, Reject, resolve_format
 from .images import SCHEMES, ImageReader, parse_schemes
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+TABLES = (datasets.Dataset, datasets.IterableDataset)
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def prepare_dataset(
     verify_images: str | bool = "sample",
     num_proc: int | None = None,
     image_schemes: str | Sequence[str] | None = None,
+    buckets: AspectRatioBuckets | None = None,
+    min_side: int | None = None,
     peers: Peers = ALONE,
     compare: bool = True,
     training: bool = True,
@@ -224,6 +229,9 @@ def prepare_dataset(
         num_proc (`int`, *optional*): Processes that check all images; as many as there are cores if unset.
         image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use besides `SCHEMES`, such as
             `"s3"`.
+        buckets ([`AspectRatioBuckets`], *optional*): Sizes that pairs are trained at by their aspect ratios, in place
+            of the transform's. The header of every image is read for it, which `datasets` caches.
+        min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are left out and counted.
         peers (`Peers`): The processes that prepare the same data at the same time, and divide the check.
         compare (`bool`): Whether to refuse data whose checked pairs have identical images.
         training (`bool`): `False` center-crops, never flips, keeps prompts and ignores the epoch.
@@ -238,20 +246,13 @@ def prepare_dataset(
     Raises:
         ValueError: If an argument, the kind of data set or its columns are not accepted, or if no pair remains.
     """
-    if on_bad_row not in ("drop", "raise"):
-        raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {on_bad_row!r}.')
     verify = parse_verify_images(verify_images)
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
     reader = ImageReader((*SCHEMES, *parse_schemes(image_schemes)))
-    if num_proc is not None and (verify != "all" or isinstance(dataset, datasets.IterableDataset)):
-        logger.warning("`num_proc=%s` has no effect: it is for the check of all images of a map-style set.", num_proc)
-    if (
-        isinstance(dataset, list | tuple)
-        and dataset
-        and isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset)
-    ):
-        dataset = PairMixture(dataset)
-    if isinstance(dataset, datasets.IterableDataset) or (isinstance(dataset, PairMixture) and dataset.is_stream):
+    dataset, is_stream = _recognized(dataset)
+    reads_sizes = buckets is not None or min_side is not None
+    _check_reading(on_bad_row, is_stream, num_proc, name, verifies=verify == "all", reads_sizes=reads_sizes)
+    if is_stream:
         options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
         streams, weights = _streams(dataset, dataset_format, name, use_scores)
         return PreferenceIterableDataset(streams, maker, reader, weights=weights, name=name, **options)
@@ -259,13 +260,44 @@ def prepare_dataset(
     prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name)
     if verify == "all":
         prepared.check_all(num_proc, peers)
+    if reads_sizes:
+        prepared.settle_sizes(buckets, min_side, num_proc, peers)
     if verify != "none" and len(prepared):
         prepared.check_sample(peers, compare=compare)
-    report = prepared.report
+    _log_report(prepared.report)
+    return prepared
+
+
+def _recognized(dataset: Any) -> tuple[Any, bool]:
+    """A data set, several in a list as a mixture, and whether it is a stream."""
+    if isinstance(dataset, list | tuple) and dataset and isinstance(dataset[0], TABLES):
+        dataset = PairMixture(dataset)
+    is_mixture = isinstance(dataset, PairMixture)
+    return dataset, dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
+
+
+def _check_reading(
+    on_bad_row: str, is_stream: bool, num_proc: int | None, name: str, *, verifies: bool, reads_sizes: bool
+) -> None:
+    if on_bad_row not in ("drop", "raise"):
+        raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {on_bad_row!r}.')
+    if num_proc is not None and (is_stream or not (verifies or reads_sizes)):
+        logger.warning(
+            "`num_proc=%s` has no effect: it is for checks of all images of a map-style set, or of their sizes.",
+            num_proc,
+        )
+    if is_stream and reads_sizes:
+        raise ValueError(
+            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
+            f"{name} data are a stream, which has none. Load them without `streaming=True`, or leave both out."
+        )
+
+
+def _log_report(report: DataReport) -> None:
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
-    logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
-    return prepared
+    noteworthy = report.dropped or any(note.startswith(ENLARGED) for note in report.notes)
+    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s", report)
 
 
 def _streams(

@@ -30,6 +30,7 @@ from .index import Drop, NotVectorizedError, PairIndex, find_pairs
 
 logger = logging.getLogger(__name__)
 
+CHECKED = "Checking images"
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 THOROUGHLY = 64  # pairs, of which also files that rows name are read
@@ -87,21 +88,23 @@ class ArrowSource:
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
     ) -> Iterator[tuple[int, list[str]]]:
         """For each row, the problem of each of its images, or an empty string. The result is cached by `datasets`."""
-        images = self._images if len(rows) == len(self) else self._images.select(rows)
-        checked = images.map(
-            _check_table,
-            batched=True,
-            batch_size=16,
-            fn_kwargs={"columns": self.format.image_columns, "in_list": self.format.images_in_list, "reader": reader},
-            features=datasets.Features({"problems": datasets.List(datasets.Value("string"))}),
-            remove_columns=images.column_names,
-            num_proc=num_proc,
-            desc="Checking images",
-        ).with_format(None)
+        text = datasets.Value("string")
+        checked = self.map_images(_check_table, rows, reader, text, num_proc=num_proc, batch_size=16, desc=CHECKED)
         numbers = iter(rows.tolist())
-        for batch in checked.iter(batch_size=1000):
-            for problems in batch["problems"]:
+        for batch in checked.with_format(None).iter(batch_size=1000):
+            for problems in batch["found"]:
                 yield next(numbers), problems
+
+    def map_images(
+        self, function: Callable, rows: np.ndarray, reader: ImageReader, kind: datasets.Value, **options: Any
+    ) -> datasets.Dataset:
+        """A table with a list of `kind` for each row, `found`, that a function makes of an Arrow table of rows, the
+        names of the image columns, whether they have lists of images, and the reader. Cached by `datasets`."""
+        images = self._images if len(rows) == len(self) else self._images.select(rows)
+        given = {"columns": self.format.image_columns, "in_list": self.format.images_in_list, "reader": reader}
+        features = datasets.Features({"found": datasets.List(kind)})
+        options |= {"features": features, "remove_columns": images.column_names}
+        return images.map(function, batched=True, fn_kwargs=given, **options)
 
 
 class RowSource:
@@ -145,8 +148,17 @@ class RowSource:
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
     ) -> Iterator[tuple[int, list[str]]]:
         """For each row, the problem of each of its images, or an empty string."""
-        problems = DataLoader(_Problems(self, rows, reader), batch_size=None, num_workers=num_proc or 0)
-        yield from zip(rows.tolist(), tqdm(problems, desc="Checking images"), strict=True)
+        problems = self.map_images(reader.problem, rows, num_proc, CHECKED)
+        for row, found in zip(rows.tolist(), problems, strict=True):
+            yield row, [found] * len(self.format.image_columns) if isinstance(found, str) else found
+
+    def map_images(
+        self, function: Callable[[Any], Any], rows: np.ndarray, num_proc: int | None, desc: str
+    ) -> Iterator[list[Any] | str]:
+        """For each row, what `function` returns of each of its images, or why the row cannot be read."""
+        yield from tqdm(
+            DataLoader(_OfRows(self, rows, function), batch_size=None, num_workers=num_proc or 0), desc=desc
+        )
 
     def _row(self, number: int) -> Mapping[str, Any]:
         row = self._dataset[number]
@@ -155,21 +167,21 @@ class RowSource:
         return row
 
 
-class _Problems(Dataset):
-    """The problems of each row's images, for DataLoader workers."""
+class _OfRows(Dataset):
+    """[`RowSource.map_images`] for DataLoader workers."""
 
-    def __init__(self, source: RowSource, rows: np.ndarray, reader: ImageReader) -> None:
-        self._source, self._rows, self._reader = source, rows, reader
+    def __init__(self, source: RowSource, rows: np.ndarray, function: Callable[[Any], Any]) -> None:
+        self._source, self._rows, self._function = source, rows, function
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> list[str]:
+    def __getitem__(self, index: int) -> list[Any] | str:
         try:
             images = self._source.images(int(self._rows[index]))
         except UndecodableImageError as error:
-            return [str(error)] * len(self._source.format.image_columns)
-        return [self._reader.problem(image) for image in images]
+            return str(error)
+        return [self._function(image) for image in images]
 
 
 @contextlib.contextmanager
@@ -383,4 +395,4 @@ def _short(digest: Any) -> str:
 
 def _check_table(table: Any, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list[list[str]]]:
     rows = (images_of_row(row, columns, in_list) for row in table.to_pylist())
-    return {"problems": [[reader.problem(image) for image in images] for images in rows]}
+    return {"found": [[reader.problem(image) for image in images] for images in rows]}

@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -108,26 +108,33 @@ class PairTransform:
         self.height, self.width = size
         self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
 
-    def __call__(self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None) -> PairPixels:
-        """Two RGB images of any sizes as pixels; without `draws` center-cropped and not flipped."""
-        pixels, corners = zip(*(self.image(image, draws) for image in (winner, loser)), strict=True)
+    def __call__(
+        self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
+    ) -> PairPixels:
+        """Two RGB images of any sizes as pixels; without `draws` center-cropped and not flipped. `target` takes the
+        place of `resolution`, as `(height, width)`."""
+        pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
         sizes = ((winner.height, winner.width), (loser.height, loser.width))
         return PairPixels(torch.stack(pixels), sizes, corners)
 
-    def resized_size(self, height: int, width: int) -> Size:
+    def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
         """Smallest `(height, width)` of the image's aspect ratio that covers the target."""
-        if width * self.height <= height * self.width:  # the width determines the scale
-            return self.width * height // width, self.width
-        return self.height, self.height * width // height
+        target_height, target_width = (self.height, self.width) if target is None else target
+        if width * target_height <= height * target_width:  # the width determines the scale
+            return target_width * height // width, target_width
+        return target_height, target_height * width // height
 
-    def image(self, image: Image.Image, draws: PairDraws | None = None) -> tuple[torch.Tensor, Size]:
+    def image(
+        self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
+    ) -> tuple[torch.Tensor, Size]:
         """One of the images: its pixels `(3, H, W)`, and the corner of the crop."""
-        height, width = self.resized_size(image.height, image.width)
+        height, width = self.resized_size(image.height, image.width, target)
         image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
         if draws is not None and self.random_flip and draws.flip < 0.5:
             image = ImageOps.mirror(image)
-        top, left = self._corner(height - self.height, width - self.width, draws)
-        image = image.crop((left, top, left + self.width, top + self.height))
+        target_height, target_width = (self.height, self.width) if target is None else target
+        top, left = self._corner(height - target_height, width - target_width, draws)
+        image = image.crop((left, top, left + target_width, top + target_height))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
         return pixels.contiguous(), (top, left)
 
@@ -135,6 +142,16 @@ class PairTransform:
         if draws is None or self.center_crop:
             return round(free_height / 2), round(free_width / 2)
         return int(draws.top * (free_height + 1)), int(draws.left * (free_width + 1))
+
+
+class Encoded(Protocol):
+    """Pairs and prompts that were encoded before."""
+
+    def pair(self, pair: int, draws: PairDraws | None, epoch: int) -> dict[str, Any]:
+        """Entries of an item in place of its pixels."""
+
+    def conditioning(self, prompt: str) -> dict[str, Any]:
+        """Entries of an item that depend on its prompt."""
 
 
 class ItemMaker:
@@ -193,10 +210,11 @@ class ItemMaker:
         loser: Image.Image,
         scores: tuple[float, float] | None,
         epoch: int | None = None,
+        target: Size | None = None,
     ) -> dict[str, Any]:
-        """An item; `epoch` overrides the one that was set, for repeating streams."""
+        """An item; `epoch` overrides the one that was set, for repeating streams, and `target` the transform's size."""
         return self.item_of(
-            row, prompt, lambda draws, _: self.transform(winner, loser, draws)._asdict(), scores, epoch
+            row, prompt, lambda draws, _: self.transform(winner, loser, draws, target)._asdict(), scores, epoch
         )
 
     def item_of(
@@ -230,6 +248,7 @@ class PreferenceCollator:
     - `prompts` (`list[str]` of length B);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
+    - `counted` (`int`), where aspect-ratio buckets fill up batches: the first pairs, which are not there for that;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), where errors of a reference were computed beforehand: those
       of the winners at the first of T draws of timestep and noise, at the second and so on, then those of the losers.
@@ -253,6 +272,8 @@ class PreferenceCollator:
             "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
             "seeds": [item["seed"] for item in items],
         }
+        if "repeated" in items[0]:
+            batch["counted"] = sum(not item["repeated"] for item in items)
         scored = sum("scores" in item for item in items)
         if scored not in (0, len(items)):
             raise ValueError(f"Either all pairs of a batch have scores or none has, got {scored} of {len(items)}.")

@@ -12,6 +12,7 @@ from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..suggestions import did_you_mean
 from .all_arguments import AllArguments, Setting, settings_of
+from .data_arguments import DataArguments
 from .declaring import Range
 from .model_arguments import PipelineArguments
 from .step_arguments import WinnerArguments
@@ -160,6 +161,9 @@ def _check_preconditioner(args: AllArguments) -> None:
 def _check_data(args: AllArguments) -> None:
     args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
+    for name in ("bucket_step", "bucket_max_aspect_ratio"):
+        if not args.aspect_ratio_buckets and getattr(args, name) != getattr(DataArguments, name):
+            _warn(f"`{name}` has no effect without `aspect_ratio_buckets`.")
     if args.sample_steps is not None and not args.sample_prompts:
         _warn("`sample_steps` has no effect without `sample_prompts`.")
 

@@ -21,7 +21,8 @@ class DataArguments:
         dataset_format (`str`, *optional*):
             Name of the preference format, such as `"pickapic"`; detected by columns if unset.
         dataset_num_proc (`int`, *optional*):
-            Processes with `verify_images="all"`, for each process that trains; as many as there are cores if unset.
+            Processes with `verify_images="all"` and for reading the sizes of images, for each process that trains; as
+            many as there are cores if unset.
         dataloader_num_workers (`int`, *optional*):
             Processes that decode images beside each process that trains. If unset: none for data that are decoded in
             seconds, one for a stream, else up to four, as cores, shared memory and the start method allow; the trainer
@@ -41,6 +42,17 @@ class DataArguments:
         resolution (`int` or `list[int]`, *optional*):
             Side of the square training images, or their height and width, in pixels; the model's own if unset. On the
             command line `1024` or `768 1344`, in YAML `1024` or `[768, 1344]`.
+        aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
+            Whether each pair is trained at the size nearest to its images' aspect ratios, of a list of sizes of about
+            the area of `resolution`; every batch has one size. The header of every image is read before the first
+            batch, and kept by `datasets`. Not for streams.
+        bucket_step (`int`, *optional*, defaults to `64`):
+            Pixels of which the sides of those sizes are multiples.
+        bucket_max_aspect_ratio (`float`, *optional*, defaults to `2.0`):
+            Of those sizes, the longer side to the shorter one.
+        min_side (`int`, *optional*):
+            Pairs with an image whose shorter side has fewer pixels are left out and counted, so that no image is
+            enlarged much. Unset, none is left out. Reads headers as `aspect_ratio_buckets` does.
         random_crop (`bool`, *optional*, defaults to `False`):
             Whether to crop at random; the centre otherwise. One draw a pair.
         random_flip (`bool`, *optional*, defaults to `True`):
@@ -68,6 +80,10 @@ class DataArguments:
     verify_images: str = "sample"
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME, EVALUATION] = None
+    aspect_ratio_buckets: Annotated[bool, RESUME, EVALUATION] = False
+    bucket_step: Annotated[int, Range("[1, inf)", "Usual is 64."), RESUME, EVALUATION] = 64
+    bucket_max_aspect_ratio: Annotated[float, Range("(1, inf)", "Usual is 2."), RESUME, EVALUATION] = 2.0
+    min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset."), RESUME, EVALUATION] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True
     image_interpolation: Annotated[Interpolation, RESUME, EVALUATION] = "bilinear"

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
 from .._compat import keeps_order
+from ..data.buckets import AspectRatioBuckets, BucketSampler
 from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
@@ -32,7 +33,9 @@ PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 BATCH_COLUMNS = [
     *("rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores", "ref_errors"),
     *("moments", "target_size", "conditioning", "host_conditioning"),  # of pairs that were encoded before
+    "counted",
 ]
+MANY_REPEATS = 0.05  # as a share of the pairs
 
 
 class DataOverrides(Trainer):
@@ -70,6 +73,24 @@ class DataOverrides(Trainer):
         prepared = self._prepare_pairs(test_dataset, self.args, name="test", training=False)
         prepared = self._with_reference_errors(prepared)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
+            return super()._get_train_sampler(train_dataset)
+        return BucketSampler(
+            dataset.sizes,
+            pairs_of_a_step(self.args, self._train_batch_size),
+            seed=dataset.seed,
+            epoch=(lambda: dataset.epoch) if self.args.train_sampling_strategy == "random" else None,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        if not isinstance(eval_dataset, PreferenceDataset) or eval_dataset.sizes is None:
+            return super()._get_eval_sampler(eval_dataset)
+        group = pairs_of_a_step(self.args, self.args.eval_batch_size)
+        return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on the device. The loaders leave it on the host, so that only the current micro-batch of a step takes
@@ -200,6 +221,20 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     }
 
 
+def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
+    """The sizes that pairs are trained at; `None` if at `args.resolution`, which is set."""
+    if not args.aspect_ratio_buckets:
+        return None
+    sides = cast(Any, [args.resolution] if isinstance(args.resolution, int) else args.resolution)
+    return AspectRatioBuckets((sides[0], sides[-1]), args.bucket_step, args.bucket_max_aspect_ratio)
+
+
+def pairs_of_a_step(args: TrainingArguments, batch_size: int) -> int:
+    """Pairs of the batches that all processes have at the same time."""
+    shared = bool(cast(Any, args.accelerator_config).split_batches)
+    return batch_size * (1 if shared else args.world_size)
+
+
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
     """A user's data as a torch data set of pairs; one that is prepared already, or `None`, unchanged. All processes
     prepare all of it, but share the check of the images.
@@ -228,6 +263,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         verify_images="none" if args.precompute_latents and args.verify_images == "sample" else args.verify_images,
         num_proc=args.dataset_num_proc,
         image_schemes=args.image_schemes,
+        buckets=aspect_ratio_buckets(args),
+        min_side=args.min_side,
         peers=peers(args),
         compare=loss.uses_loser,
         training=training,
@@ -283,6 +320,20 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
             f"`dataloader_drop_last=True` leaves no batch: {parts} are {batch * processes}, and the training data are "
             f"{pairs} pairs. Use a smaller `per_device_train_batch_size`, or keep the last batch."
         )
+    if dataset.sizes is not None:
+        group = pairs_of_a_step(args, batch)
+        BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises what loaders would
+        repeats = 0 if args.dataloader_drop_last else dataset.sizes.repeats(group)
+        logger.log(
+            logging.WARNING if repeats > MANY_REPEATS * pairs else logging.INFO,
+            "To fill up the last batch of each size, an epoch takes %d of %d pairs a second time.%s",
+            *(repeats, pairs),
+            " `dataloader_drop_last` leaves incomplete batches out; smaller batches or a larger `bucket_step` have "
+            "fewer."
+            if repeats > MANY_REPEATS * pairs
+            else "",
+        )
+        return
     if pairs < batch * processes:
         logger.warning(
             "A batch is larger than the training data: %s are %d, and there are %d pairs. Every batch is the whole "
@@ -326,9 +377,15 @@ def probe_inputs(
 ) -> list[ProbeInputs]:
     """This process's share of the pairs of all processes, in batches; `to_inputs` collates pairs and moves them to the
     device."""
-    rows = list(items[rank::world])
-    share = len(rows)
-    # Under engines a forward pass takes all processes: each has as many rows as the one with most.
-    rows += list(items[:1]) * (-(-len(items) // world) - share)
-    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-    return [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]
+    by_size: dict[Any, list[Any]] = {}
+    for item in items:
+        by_size.setdefault(item.get("pixel_values", item.get("moments")).shape, []).append(item)
+    probe = []
+    for same in by_size.values():
+        rows = same[rank::world]
+        share = len(rows)
+        # Under engines a forward pass takes all processes: each has as many rows as the one with most.
+        rows += same[:1] * (-(-len(same) // world) - share)
+        batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+        probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]
+    return probe

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.pairs import PreferenceDataset
 from ..engines.engine import Engine
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..step.pair_evaluation import PairEvaluation, real_pairs
@@ -24,6 +25,8 @@ class EvaluationOverrides(Trainer):
     pair_forward: PairForward
     _evaluation: PairEvaluation
     _evaluated_weights: EMAWeights | None
+    _counted: torch.Tensor
+    gather_function: Any
     _engine_ready: bool
 
     def prediction_step(
@@ -37,8 +40,10 @@ class EvaluationOverrides(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             predictions = self.pair_forward.predict_pairs(model, inputs, self._evaluated_weights)
             state, pairs = self.accelerator.gradient_state, len(inputs["seeds"])
-            outputs = self._evaluation.add(predictions, real_pairs(state, pairs, self.args.process_index))
+            real = inputs.get("counted", real_pairs(state, pairs, self.args.process_index))
+            outputs = self._evaluation.add(predictions, real)
         loss = outputs.loss.detach()
+        self._counted = torch.arange(pairs, device=loss.device) < real
         if prediction_loss_only:
             return loss, None, None
         rewards = outputs.pair_rewards
@@ -71,7 +76,15 @@ class EvaluationOverrides(Trainer):
     def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
         """One pass over the data, with the metrics of its pairs."""
         self._evaluation.drain(self.accelerator)
+        if isinstance(dataloader.dataset, PreferenceDataset) and dataloader.dataset.sizes is not None:
+            self.gather_function = self._gather_counted  # transformers resets it after the pass
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
         output.metrics.update({f"{settings[-1]}_{name}": value for name, value in measured.items()})
         return output
+
+    def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the pairs of all processes' batches, without those that fill up the last batch of a size, which
+        accelerate takes for further pairs of the data."""
+        gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
+        return gathered[counted > 0] if len(gathered) == len(counted) else gathered

@@ -29,6 +29,7 @@ from ..models.reference import PrecomputedReference, Reference, build_reference
 from ..settings.all_arguments import settled_resolution
 from ..settings.model_checks import check_activation_checkpointing, check_one_device, check_without_dropout
 from ..step.pair_forward import LossSettings, NoiseSettings
+from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import PairEncoding
 
@@ -294,14 +295,35 @@ def check_output_dir(folder: str) -> None:
 
 
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` where the VAE would crop the images, or the pipeline would not generate them."""
+    """Raise `ValueError` where the VAE would crop the images, the denoiser has no positions for them, or the pipeline
+    would not generate them."""
     sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
     unit = family.vae_scale_factor * family.patch_size
+    if args.aspect_ratio_buckets and args.bucket_step % unit:
+        raise ValueError(f"`bucket_step` must be a multiple of {unit} pixels for this model, got {args.bucket_step}.")
     if args.sample_prompts:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in sides):
         raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
     family.check_image_size(sides[0], sides[-1])
+    refused = {}
+    for height, width in image_sizes(args):
+        try:
+            family.check_image_size(height, width)
+        except ValueError as error:
+            refused[f"{height}x{width}"] = error
+    if refused:
+        raise ValueError(
+            f"Every size of `aspect_ratio_buckets` must fit the model, and these do not: {', '.join(refused)}. Lower "
+            f"`bucket_max_aspect_ratio` or `resolution`. {next(iter(refused.values()))}"
+        )
+
+
+def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
+    """The sizes `(height, width)` of training images; `args.resolution` is set."""
+    buckets = aspect_ratio_buckets(args)
+    sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
+    return ((sides[0], sides[-1]),) if buckets is None else buckets.sizes
 
 
 def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
@@ -332,11 +354,12 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict
     """Log the timesteps within `loser_noise_range`; `ValueError` where none of those that are drawn is."""
     if args.loser_noise_range is None:
         return
-    sides = (args.resolution,) if isinstance(args.resolution, int) else args.resolution
-    tokens = family.tokens_of_image(sides[0], sides[-1])
     low, high = args.loser_noise_range
     process = family.noise_process
-    within = process.timestep_bounds(low, high, tokens, **timesteps)
+    for tokens in sorted({family.tokens_of_image(*size) for size in image_sizes(args)}):
+        within = process.timestep_bounds(low, high, tokens, **timesteps)
+        if within is None:
+            break
     if within is None:
         every = process.timestep_bounds(0.0, 1.0, tokens, **timesteps)
         ends = torch.tensor(every).to(process.timestep_dtype)

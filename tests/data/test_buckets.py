@@ -1,0 +1,151 @@
+"""Sizes of aspect-ratio buckets, which pair gets which, and the order of the pairs, against values worked out by hand
+and lists published by others."""
+
+import numpy as np
+import pytest
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
+
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated, describe_sizes
+
+AT_1024 = [
+    *[(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)],
+    *[(1088, 960), (1152, 896), (1216, 832), (1344, 768), (1408, 704)],
+]
+
+
+def assigned(buckets, winner, loser):
+    """The size of a pair whose images have these `(height, width)`."""
+    return buckets.sizes[int(buckets.assign(np.array([[*winner, *loser]]))[0])]
+
+
+def test_the_sizes_at_1024_are_among_those_of_sdxl():
+    """diffusers' list at 1024 pixels is SDXL's, without those that differ little from another."""
+    assert list(AspectRatioBuckets((1024, 1024)).sizes) == AT_1024
+    assert set(AT_1024) <= {(int(height), int(width)) for height, width in ASPECT_RATIO_1024_BIN.values()}
+
+
+def test_the_sizes_at_512_are_worked_out_by_hand():
+    """Sides of 64: 448 * 585 is the area, so 576; 384 * 682, so 640; 320 may have 640 only, four fifths of it."""
+    assert AspectRatioBuckets((512, 512)).sizes == ((384, 640), (448, 576), (512, 512), (576, 448), (640, 384))
+    ratios = [float(ratio) for ratio in ASPECT_RATIO_512_BIN]
+    assert min(ratios) < 384 / 640 and max(ratios) > 640 / 384
+
+
+@pytest.mark.parametrize(
+    ("resolution", "step", "ratio"),
+    [
+        *[((1024, 1024), 64, 4.0), ((1024, 1024), 8, 3.0), ((1000, 1000), 64, 1.5)],
+        *[((768, 768), 64, 2.0), ((480, 832), 16, 2.0), ((1040, 1040), 64, 2.0)],
+    ],
+)
+def test_every_size_keeps_area_step_and_ratio(resolution, step, ratio):
+    sizes, area = AspectRatioBuckets(resolution, step, ratio).sizes, resolution[0] * resolution[1]
+    assert resolution in sizes and set(sizes) == {(width, height) for height, width in sizes}
+    assert len({height / width for height, width in sizes}) == len(sizes)
+    for height, width in sizes:
+        assert 0.9 * area <= height * width <= area
+        assert max(height, width) <= ratio * min(height, width)
+        assert sorted((height, width)) == sorted(resolution) or height % step == width % step == 0
+
+
+def test_what_leaves_one_size_or_cuts_the_resolution_is_refused():
+    with pytest.raises(ValueError, match="bucket_step=512.*leaves"):
+        AspectRatioBuckets((512, 512), step=512)
+    with pytest.raises(ValueError, match=r"aspect ratio of `resolution`, 2\.67"):
+        AspectRatioBuckets((384, 1024), max_aspect_ratio=2.0)
+
+
+@pytest.mark.parametrize(
+    ("winner", "loser", "expected"),
+    [
+        ((1024, 1024), (1024, 1024), (1024, 1024)),
+        ((832, 1216), (416, 608), (832, 1216)),  # one ratio at two sizes
+        ((3000, 4000), (768, 1024), (896, 1152)),  # 3:4 is 0.75; 896/1152 is 0.778, 832/1216 is 0.684
+        # A wide and a high image, mirrored: the mean is the square, and both lose equally.
+        ((512, 1024), (1024, 512), (1024, 1024)),
+        # 1:1 and 9:16: the mean ratio is 0.75.
+        ((512, 512), (1080, 1920), (896, 1152)),
+        # Both beyond the list: its end.
+        ((100, 900), (100, 1000), (704, 1408)),
+        ((900, 100), (1000, 100), (1408, 704)),
+        # Exactly halfway between two buckets: the squarer one, upright and lying.
+        ((1024, 1024), (960, 1088), (1024, 1024)),
+        ((1024, 1024), (1088, 960), (1024, 1024)),
+        ((896, 1152), (960, 1088), (960, 1088)),
+        ((1152, 896), (1088, 960), (1088, 960)),
+    ],
+)
+def test_a_pair_gets_the_bucket_nearest_to_the_mean_of_its_ratios(winner, loser, expected):
+    buckets = AspectRatioBuckets((1024, 1024))
+    assert assigned(buckets, winner, loser) == assigned(buckets, loser, winner) == expected
+
+
+def test_no_bucket_crops_a_pair_less():
+    """By brute force over all buckets, in logarithms: least sum of distances, then least larger distance."""
+    buckets = AspectRatioBuckets((1024, 1024))
+    sizes = np.random.default_rng(0).integers(200, 2000, (2000, 4))
+    ratios = np.log(np.array([height / width for height, width in buckets.sizes]))
+    distances = np.abs(np.log(sizes[:, [0, 2]] / sizes[:, [1, 3]])[:, :, None] - ratios)  # (P, 2, buckets)
+    chosen = np.take_along_axis(distances, buckets.assign(sizes)[:, None, None].astype(int), axis=2)[..., 0]
+    best = distances.sum(axis=1).min(axis=1)
+    np.testing.assert_allclose(chosen.sum(axis=1), best, atol=1e-12)
+    equal = distances.sum(axis=1) <= best[:, None] + 1e-12
+    assert np.all(chosen.max(axis=1) <= np.where(equal, distances.max(axis=1), np.inf).min(axis=1) + 1e-12)
+
+
+def test_enlarging_and_cropping_are_reported_as_worked_out_by_hand():
+    """256 x 512 at 512 x 512 doubles its height and loses half its area; 1024 x 1024 is halved and loses nothing."""
+    sizes = np.array([[[256, 512], [1024, 1024]], [[1024, 1024], [1024, 1024]]])
+    cropped, enlarged = describe_sizes(sizes, np.array([[512, 512]]))
+    assert (
+        "trained at 1 size;" in cropped and "12.5% is cropped on average and 50.0% at most, and in 1 pairs" in cropped
+    )
+    assert enlarged == "enlarged: 1 pairs have an image that is enlarged, at most 2.00 times"
+    assert len(describe_sizes(sizes[1:], np.array([[512, 512]]))) == 1
+
+
+def sampler(numbers, group, *, epoch=0, **options):
+    sizes = tuple((16 + 2 * i, 16) for i in range(4))
+    return BucketSampler(PairSizes(sizes, np.array(numbers, dtype=np.uint16)), group, seed=3, epoch=epoch, **options)
+
+
+def test_groups_come_where_their_first_pair_is_and_are_filled_from_the_bucket():
+    """In order: pairs 0 and 2, then 1 and 3, then 4 alone (bucket 0, filled with 0), then 5 alone with itself."""
+    order = list(sampler([0, 1, 0, 1, 0, 3], 2, epoch=None))
+    assert order == [0, 2, 1, 3, 4, 0, 5, 5]
+    assert [isinstance(pair, Repeated) for pair in order] == [False] * 5 + [True, False, True]
+    assert list(sampler([0, 1, 0, 1, 0, 3], 2, epoch=None, drop_last=True)) == [0, 2, 1, 3]
+
+
+def test_every_group_has_one_size_and_every_pair_comes_once():
+    numbers = np.random.default_rng(1).choice(4, 501, p=[0.6, 0.3, 0.09, 0.01])
+    for group in (1, 4, 7):
+        sampled = sampler(numbers, group, epoch=lambda: 5)
+        order = list(sampled)
+        assert len(order) == len(sampled) and len(order) % group == 0
+        assert all(len(set(numbers[order[start : start + group]])) == 1 for start in range(0, len(order), group))
+        real = [pair for pair in order if not isinstance(pair, Repeated)]
+        assert sorted(real) == list(range(501))
+        assert len(order) - 501 == sampled._pairs.repeats(group)
+        dropping = sampler(numbers, group, epoch=lambda: 5, drop_last=True)
+        kept = list(dropping)
+        assert len(kept) == len(dropping) == sum(count // group * group for count in np.bincount(numbers))
+        assert [pair for pair in real if pair in set(kept)] == kept
+
+
+def test_the_order_depends_on_seed_and_epoch_and_mixes_the_buckets():
+    numbers = [0, 1] * 200
+    first = list(sampler(numbers, 4, epoch=lambda: 0))
+    assert first == list(sampler(numbers, 4, epoch=lambda: 0)) != list(sampler(numbers, 4, epoch=lambda: 1))
+    buckets = np.array(numbers)[first[::4]]
+    assert 20 < np.count_nonzero(np.diff(buckets)) < 80  # of 99 neighbours; half of them at random
+
+
+def test_pairs_of_one_bucket_come_in_one_order_whatever_the_group():
+    one, four = (list(sampler([2] * 32, group, epoch=lambda: 0)) for group in (1, 4))
+    assert one == four and sorted(one) == list(range(32))
+
+
+def test_an_order_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match="no bucket has the 4 pairs"):
+        sampler([0, 0, 0, 1], 4, drop_last=True)

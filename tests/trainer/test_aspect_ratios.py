@@ -1,0 +1,234 @@
+"""Training in aspect-ratio buckets: batches of one size, true sizes for the model, evaluation, resuming, refusals."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import CASES, case
+
+from trl_diffusion_sdpo.data import PairTransform
+
+SQUARE, WIDE, HIGH = (40, 40), (24, 40), (60, 36)  # of 40 x 40, 36 x 60 and 60 x 36 at any scale
+IN_CI = ("stable_diffusion", "stable_diffusion_xl", "flux")
+# Resolution and step, where the pipeline's own resolution and 4 pixels leave one size, or sizes that do not fit.
+SIZES = {"aura_flow": (24, 4), "qwen_image": (32, 8), **dict.fromkeys(("hunyuan_dit", "lumina2", "wan"), (96, 16))}
+
+
+def image(size, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pairs_of(*sizes):
+    rows = [
+        {"prompt": f"prompt {i}", "chosen": image(size, 2 * i), "rejected": image(size, 2 * i + 1)}
+        for i, size in enumerate(sizes)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+MIXED = (SQUARE, WIDE, SQUARE, HIGH, SQUARE, WIDE, SQUARE, SQUARE, WIDE)  # 5 square, 3 wide and 1 high
+
+
+@pytest.fixture
+def bucketed(make_trainer, family_folder):
+    """`bucketed(name, ...)`: a trainer of a tiny pipeline, with at least a wide, a square and a high bucket."""
+
+    def build(name="stable_diffusion", **settings):
+        resolution, step = SIZES.get(name, (case(name).RESOLUTION, 4))
+        settings = {"resolution": resolution, "bucket_step": step, "aspect_ratio_buckets": True, **settings}
+        return make_trainer(family_folder(name), **settings)
+
+    return build
+
+
+def watch(trainer):
+    """The keyword arguments of each forward pass of the denoiser."""
+    calls = []
+    trainer.denoiser.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    return calls
+
+
+def shapes(trainer, dataloader=None):
+    loader = trainer.get_train_dataloader() if dataloader is None else dataloader
+    return [tuple(batch["pixel_values"].shape[2:]) for batch in loader]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.matrix) for name in CASES]
+)
+def test_every_family_trains_in_two_buckets(bucketed, name):
+    trainer = bucketed(name, train=pairs_of(SQUARE, WIDE), per_device_train_batch_size=1)
+    before = {key: value.clone() for key, value in trainer.denoiser.state_dict().items()}
+    (wide, square) = sorted(trainer.train_dataset.target_size(pair) for pair in range(2))
+    assert wide[0] < square[0] == square[1] < wide[1] and sorted(shapes(trainer)) == [wide, square]
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert first["errors/winner_change"] == first["errors/loser_change"] == 0  # neutral in a bucket, too
+    assert all(0 < entry["grad_norm"] < float("inf") for entry in (first, second))
+    assert any(not torch.equal(value, before[key]) for key, value in trainer.denoiser.state_dict().items())
+
+
+def test_sdxl_is_told_the_true_sizes_and_crops(bucketed):
+    """Original height and width, top and left of the crop, target height and width, worked out by hand: at 16 x 16, a
+    40 x 40 image is not cropped; at 12 x 20, 24 x 40 is not; at 16 x 16, 24 x 32 becomes 16 x 21, of which 2 columns
+    are cropped at the left (5 / 2 is rounded to the even number)."""
+    pairs = pairs_of(SQUARE, WIDE)
+    pairs = datasets.Dataset.from_list([{**pairs[0], "rejected": image((24, 32), 9)}, pairs[1]])
+    trainer = bucketed("stable_diffusion_xl", train=pairs, per_device_train_batch_size=1, max_steps=2)
+    calls = watch(trainer)
+    trainer.train()
+    told = {tuple(call["added_cond_kwargs"]["time_ids"].flatten().tolist()) for call in calls}
+    assert told == {
+        (40, 40, 0, 0, 16, 16, 24, 32, 0, 2, 16, 16),
+        (24, 40, 0, 0, 12, 20, 24, 40, 0, 0, 12, 20),
+    }
+
+
+def test_pixart_is_told_the_size_of_the_bucket(bucketed, family_folder):
+    from trl_diffusion_sdpo.families import find_family, load_pipeline
+
+    family = find_family(load_pipeline(family_folder("pixart_alpha")))
+    sizes = torch.tensor([[40, 40], [24, 40]])
+    told = family.size_conditioning(sizes, torch.zeros_like(sizes), (12, 20))
+    assert (
+        told["resolution"].tolist() == [[12, 20]] * 2 and told["aspect_ratio"].tolist() == [[pytest.approx(0.6)]] * 2
+    )
+
+
+def test_flux_shifts_its_timesteps_by_the_tokens_of_the_bucket(bucketed, monkeypatch):
+    """Tokens of 4 by 4 pixels: 16 in 16 x 16, 15 in 12 x 20."""
+    trainer = bucketed("flux", train=pairs_of(SQUARE, WIDE), per_device_train_batch_size=1)
+    process, given = type(trainer.family.noise_process), []
+    drawn = process.timesteps
+    monkeypatch.setattr(
+        process, "timesteps", lambda self, *args, **kw: given.append(kw["image_seq_len"]) or drawn(self, *args, **kw)
+    )
+    trainer.train()
+    assert sorted(given) == [15, 16]
+
+
+def test_a_size_without_positions_is_refused_at_the_start(bucketed):
+    with pytest.raises(ValueError, match=r"these do not: 24x40, 28x36, 36x28, 40x24\. Lower .* knows 8 positions"):
+        bucketed("aura_flow", resolution=32)
+    with pytest.raises(ValueError, match="`bucket_step` must be a multiple of 4 pixels for this model, got 6"):
+        bucketed("flux", bucket_step=6)
+    with pytest.raises(ValueError, match="`bucket_step=64` with .* leaves"):
+        bucketed(bucket_step=64)
+
+
+def test_settings_that_cannot_act_are_named(make_args):
+    with pytest.warns(UserWarning, match="`bucket_step` has no effect without `aspect_ratio_buckets`"):
+        make_args(bucket_step=32)
+    for name, value in {"bucket_step": 0, "bucket_max_aspect_ratio": 1, "min_side": 0}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            make_args(**{"aspect_ratio_buckets": True, name: value})
+
+
+def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
+    """5, 3 and 1 pairs in batches of 2 are 3, 2 and 1 batches, in which 3 pairs come a second time."""
+    trainer = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, max_steps=-1, num_train_epochs=2)
+    met = [shapes(trainer) for _ in range(2)]
+    assert len(met[0]) == len(trainer.get_train_dataloader()) == 6
+    assert sorted(met[0]) == [(12, 20)] * 2 + [(16, 16)] * 3 + [(20, 12)]
+    assert "an epoch takes 3 of 9 pairs a second time. `dataloader_drop_last` leaves" in caplog.text
+    trainer.train()
+    assert trainer.state.global_step == 12 and trainer.state.epoch == 2
+    dropping = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, dataloader_drop_last=True)
+    assert sorted(shapes(dropping)) == [(12, 20)] + [(16, 16)] * 2
+    with pytest.raises(ValueError, match="no bucket has the 6 pairs"):
+        bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=6, dataloader_drop_last=True)
+
+
+def test_pairs_come_in_a_new_order_each_epoch(bucketed):
+    loader, orders = bucketed(train=pairs_of(*MIXED * 3), per_device_train_batch_size=1).get_train_dataloader(), []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        orders.append([int(batch["rows"]) for batch in loader])
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(27))
+    in_order = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=1, train_sampling_strategy="sequential")
+    assert [int(batch["rows"]) for batch in in_order.get_train_dataloader()] == list(range(9))
+
+
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.matrix), 4])
+def test_a_resumed_run_walks_the_same_trajectory_to_the_bit(bucketed, tmp_path, stop):
+    """Over accumulation steps of several sizes, from within an epoch of 6 batches and from a later one."""
+    settings = {"train": pairs_of(*MIXED), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {"random_crop": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    whole = bucketed(**settings, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    half = bucketed(**settings, output_dir=str(tmp_path / "half"))
+    half.args.max_steps = stop
+    half.train()
+    again = bucketed(**settings, output_dir=str(tmp_path / "half"))
+    again.train(resume_from_checkpoint=True)
+    one, two = (trainer.denoiser.state_dict() for trainer in (whole, again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    logged = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, again)]
+    assert logged[0] == logged[1] and len(set(logged[0])) == 5
+
+
+def test_resuming_with_other_buckets_is_refused(bucketed, tmp_path):
+    settings = {"train": pairs_of(*MIXED), "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    bucketed(**settings).train()
+    with pytest.raises(ValueError, match="goes on at its place in the training data.*sizes was"):
+        bucketed(**{**settings, "max_steps": 2}, bucket_step=2).train(resume_from_checkpoint=True)
+
+
+def test_an_evaluation_counts_every_pair_once(bucketed):
+    """Pairs that fill up batches of 4 change nothing: the figures are those of batches of 1, which none fills up."""
+    measured, seen = {}, {}
+    for size in (1, 4):
+
+        def note(predictions, size=size):
+            seen[size] = predictions.predictions, predictions.label_ids
+            return {}
+
+        trainer = bucketed(
+            train=pairs_of(*MIXED),
+            eval_dataset=pairs_of(*MIXED),
+            per_device_eval_batch_size=size,
+            compute_metrics=note,
+        )
+        trainer.train()
+        measured[size] = trainer.evaluate()
+    assert len(shapes(trainer, trainer.get_eval_dataloader())) == 4  # 5, 3 and 1 pairs: 2, 1 and 1 batches
+    assert seen[4][0].shape == (9, 2) and seen[4][1].shape == (9,)
+    np.testing.assert_allclose(np.sort(seen[4][0], axis=0), np.sort(seen[1][0], axis=0), rtol=1e-4, atol=1e-4)
+    same = [name for name in measured[1] if "errors" in name or "rewards" in name or name == "eval_loss"]
+    assert len(same) > 8
+    assert {name: measured[4][name] for name in same} == pytest.approx(
+        {name: measured[1][name] for name in same}, rel=1e-3, abs=1e-5
+    )
+
+
+def test_the_budget_measures_pairs_of_several_sizes(bucketed):
+    trainer = bucketed(train=pairs_of(*MIXED), winner_budget=0.1, winner_budget_pairs=8, max_steps=1)
+    probe = trainer.winner_budget.make_probe(trainer._load_probe())
+    measured = {tuple(batch.noisy.shape[2:]): sum(count.sum() for count in probe.counts) for batch in probe.batches}
+    assert set(measured) == {(8, 8), (6, 10), (10, 6)}
+    trainer.train()
+    assert torch.isfinite(trainer.winner_budget.controller.initial_errors).any()
+
+
+def test_small_images_are_left_out_without_buckets_too(make_trainer, caplog):
+    trainer = make_trainer(train=pairs_of(*MIXED), min_side=30, resolution=48)
+    assert len(trainer.train_dataset) == 6  # without the wide ones
+    assert "3 too small" in caplog.text and "6 pairs have an image that is enlarged, at most 1.33 times" in caplog.text
+
+
+def test_streams_are_refused_by_the_trainer(bucketed):
+    with pytest.raises(ValueError, match="the train data are a stream"):
+        bucketed(train=pairs_of(*MIXED).to_iterable_dataset())
+
+
+def test_a_data_set_prepared_without_buckets_stays_as_it_is(bucketed):
+    from trl_diffusion_sdpo.data import prepare_dataset
+
+    prepared = prepare_dataset(pairs_of(*MIXED), transform=PairTransform(16))
+    assert set(shapes(bucketed(train=prepared))) == {(16, 16)}
