@@ -27,13 +27,15 @@ FLOORS = {
     "trainer": 4,
     **dict.fromkeys(("cli", "demo"), 5),
 }
-# Imports on one floor. `artifacts` and `step` know the networks, `runs` also the files; the demo is a command.
+# Imports on one floor. `artifacts` and `step` know the networks, `runs` also the files, and a plan runs a step on
+# networks without data; the demo is a command.
 TIES = {
     ("step", "models"),
     ("artifacts", "models"),
     ("runs", "artifacts"),
     ("runs", "models"),
     ("planning", "models"),
+    ("planning", "step"),
     ("cli", "demo"),
 }
 NOT_EVEN_DOWN = {("evaluation", "engines")}
@@ -57,7 +59,7 @@ FORMULAS = set(
     "cosine_similarity var std".split()
 )
 ROOMS_WITHOUT_FORMULAS = ("artifacts", "cli", "evaluation", "models", "runs", "step", "trainer")
-ROOMS_THAT_TRAIN = ("demo", "engines", "losses", "step")
+ROOMS_THAT_TRAIN = ("demo", "engines", "losses", "planning", "step")  # a plan walks the graph of fake tensors
 # Names that begin with an underscore and are public: of named tuples, and `os._exit`.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 PREFERENCE_WORDS = {"winner", "loser", "chosen", "rejected", "reference", "ref"}

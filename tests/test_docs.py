@@ -29,6 +29,7 @@ from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
+from trl_diffusion_sdpo.planning.published import DENOISERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -232,7 +233,7 @@ def test_the_family_page_has_the_familys_settings(class_name):
 def published_resolution(class_name: str) -> int | tuple[int, int]:
     """A family's default size, for the first published size of its denoiser."""
     family_class = family_for_class_name(class_name)
-    published = memory_script().PUBLISHED[class_name][0]
+    published = DENOISERS[class_name][0]
     parameters = inspect.signature(getattr(diffusers, published.denoiser_class).__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     denoiser = SimpleNamespace(config=SimpleNamespace(**{**defaults, **published.settings}))

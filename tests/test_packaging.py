@@ -58,6 +58,7 @@ def test_the_public_names_are_there_and_no_other():
         "PreferenceLossOutput",
         "DiffusionSDPOConfig",
         "DiffusionSDPOTrainer",
+        "PairMixture",
         "diffusion_preference_loss",
         "register_family",
     ]

@@ -1,6 +1,8 @@
 """Every private upstream name that the package uses, with the reason and when it can go."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -30,6 +32,12 @@ _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fi
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
 __all__ = ["LORA_ADAPTER_METADATA_KEY", "HubConnectionError", "numpy_safe_globals", "pattern_key"]  # re-exported
+
+
+# The fused attention of the CPU, forward and backward, as operations: torch's FLOP counter has no formula for them. Can
+# go when it has.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def block_names(denoiser: ModelMixin) -> list[str]:
@@ -200,3 +208,31 @@ def set_last_rates(schedule: Any, rates: list[Any]) -> None:
     """
     if "_last_lr" in vars(schedule):
         schedule._last_lr = rates
+
+
+@contextlib.contextmanager
+def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Further operations of the CPU's autocast, by their names in `aten`, within the context. A rule is called outside
+    autocast, with the operation and its arguments.
+
+    torch has a public way to add kernels, but none to remove them or to leave autocast out; can go when it has, or when
+    fake tensors of an accelerator that is not built in can be differentiated.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def kernel(operation: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(autocast):
+                return rule(operation, *args, **kwargs)
+
+        return run
+
+    try:
+        for name, rule in rules.items():
+            packet, _, overload = name.partition(".")
+            operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, kernel(operation, rule), "AutocastCPU")
+        yield
+    finally:
+        library._destroy()

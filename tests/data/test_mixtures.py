@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.pairs import PairMixture
 from trl_diffusion_sdpo.data.streaming import Share
 
@@ -221,3 +222,20 @@ def test_row_lists_and_data_sets_may_be_mixed():
     rows = prepare(PairMixture([picks(3), canonical(2).to_list()]))
     assert [told(item) for item in mixed] == [told(item) for item in rows]
     assert np.array_equal(mixed.image_numbers(), rows.image_numbers())
+
+
+def test_pairs_of_a_mixture_have_sizes_of_their_own():
+    wide = canonical().to_list()
+    for row in wide:
+        for side in ("chosen", "rejected"):
+            buffer = io.BytesIO()
+            Image.new("RGB", (64, 32), (len(row["prompt"]),) * 3).save(buffer, "PNG")
+            row[side] = buffer.getvalue()
+
+    parts = [picks(3), wide, rankings(1)]
+    buckets = AspectRatioBuckets((64, 64), step=8)
+    shapes = []
+    for data in (PairMixture(parts), *parts):
+        prepared = prepare(data, buckets=buckets, compare=False, verify_images="none")
+        shapes.append([tuple(prepared[pair]["pixel_values"].shape) for pair in range(len(prepared))])
+    assert shapes[0] == shapes[1] + shapes[2] + shapes[3] and len(set(shapes[0])) == 2

@@ -53,6 +53,13 @@ def test_the_error_anchor_is_of_the_whole_batch(found):
     assert found["update_error"] < 1e-3
 
 
+@pytest.mark.matrix
+@each([build_case("ddp", "fresh", "parameter", 2, "offloaded", group_offload="block", offload_frozen_components=True)])
+def test_an_offloaded_base_trains_in_two_processes(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["update_error"] < 1e-3
+
+
 @each(
     [
         build_case(engine, "started", "parameter", 2, "clipped", max_grad_norm=0.5, learning_rate=3e-2)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_pipelines import case
+from torch._dynamo.utils import counters
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.adapters import add_lora
@@ -67,7 +69,9 @@ def equal(first, second):
     ("family", "settings"),
     [
         ("flux", {"group_offload": "block", **EVALUATED}),
-        ("flux", {"group_offload": "leaf", "safeguard": "parameter", "bf16": True}),
+        pytest.param(
+            *("flux", {"group_offload": "leaf", "safeguard": "parameter", "bf16": True}), marks=pytest.mark.matrix
+        ),
         ("stable_diffusion", {"group_offload": "block", "group_offload_blocks": 2, **CHECKPOINTED, **EMA}),
     ],
 )
@@ -101,7 +105,7 @@ def rounded(family_folder, tmp_path):
     ("family", "settings"),
     [
         ("stable_diffusion", {**EMA, "group_offload": "block"}),  # convolutions
-        ("flux", {"bf16": True, **CHECKPOINTED, **EVALUATED}),
+        pytest.param("flux", {"bf16": True, **CHECKPOINTED, **EVALUATED}, marks=pytest.mark.matrix),
     ],
 )
 def test_a_base_in_8_bits_trains_as_one_that_was_rounded_before(walk, rounded, family, settings):
@@ -206,6 +210,26 @@ def test_a_reference_of_its_own_would_not_be_rounded(make_trainer, sd_folder):
         make_trainer(ref_model=sd_folder, peft_config=LoraConfig(r=2), layerwise_casting="float8_e4m3fn")
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"layerwise_casting": "float8_e4m3fn"}, "cannot act under DeepSpeed and FSDP"),
+        ({"torch_compile": True, "torch_compile_regional": True}, "is for one process and for DDP"),
+    ],
+)
+def test_engines_that_shard_leave_no_weights_to_store_and_no_blocks_to_compile(
+    make_trainer, monkeypatch, settings, match
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=match):
+        make_trainer(peft_config=LoraConfig(r=2), **settings)
+
+
+def test_a_model_that_reads_weights_of_layers_it_does_not_call_is_not_offloaded_by_layer(lora):
+    with pytest.raises(ValueError, match="HunyuanDiT2DModel reads weights of layers that it does not call"):
+        StoredBase(lora("hunyuan_dit").denoiser, device=CPU, offload="leaf")
+
+
 def test_weights_that_cannot_be_stored_are_refused(sd_pipeline):
     unet = sd_pipeline.unet.requires_grad_(False)
     unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = 500
@@ -224,3 +248,77 @@ def test_settings_of_memory_without_effect_say_so(make_args):
         make_args(torch_compile_regional=True)
     with pytest.warns(UserWarning, match="`offload_frozen_components` has no effect without an accelerator"):
         make_args(offload_frozen_components=True)
+
+
+# ---- Compiled blocks, attention --------------------------------------------------------------------------------------
+
+
+def compiled(walk, family, **settings):
+    """A trained trainer, and the numbers of graphs and of operations that were compiled for it."""
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = walk(family, torch_compile=True, torch_compile_backend="eager", **settings)
+    return trainer, counters["stats"]["unique_graphs"], counters["stats"]["calls_captured"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", ["flux", "stable_diffusion"])
+def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kind(walk, family):
+    plain = walk(family)
+    regional, graphs, operations = compiled(walk, family, torch_compile_regional=True)
+    whole, _, more = compiled(walk, family)
+    for trainer in (regional, whole):
+        torch.testing.assert_close(trained(trainer), trained(plain), rtol=1e-5, atol=1e-6)
+        assert trainer.state.log_history[0]["rewards/margins"] == 0
+    assert 0 < graphs <= 4  # of two kinds at most, for policy and reference
+    assert operations < more
+
+
+@pytest.mark.matrix
+def test_one_kind_of_block_is_compiled_once_however_many_there_are(walk):
+    """Two blocks of each kind cost as many graphs as one."""
+
+    def graphs(layers):
+        pipeline = case("flux").build()
+        config = {**pipeline.transformer.config, "num_layers": layers, "num_single_layers": layers}
+        pipeline.register_modules(transformer=type(pipeline.transformer).from_config(config))
+        return compiled(walk, "flux", folder=pipeline, torch_compile_regional=True, max_steps=1)[1]
+
+    assert graphs(3) == graphs(1) > 0
+
+
+def test_compiling_blocks_is_refused_where_there_are_none(make_trainer, family_folder):
+    with pytest.raises(ValueError, match="diffusers names none of SD3Transformer2DModel. Leave it off"):
+        make_trainer(family_folder("stable_diffusion_3"), torch_compile=True, torch_compile_regional=True)
+
+
+@pytest.fixture
+def native_attention():
+    """The choice of an attention back end holds for the process."""
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    yield
+    _AttentionBackendRegistry.set_active_backend(active)
+
+
+def test_an_attention_back_end_acts_and_rounds_policy_and_reference_alike(walk, native_attention):
+    plain, chosen = walk("flux"), walk("flux", attention_backend="_native_math")
+    names = {
+        module.processor._attention_backend for module in chosen.denoiser.modules() if hasattr(module, "processor")
+    }
+    assert {name.value for name in names} == {"_native_math"}
+    assert chosen.state.log_history[0]["rewards/margins"] == 0
+    torch.testing.assert_close(trained(chosen), trained(plain), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "match"),
+    [
+        ("flux", "flash_hubb", "must be one of .*; got 'flash_hubb'. Did you mean `flash_hub`"),
+        ("flux", "sage", "has no backward pass"),
+        ("flux", "xformers", "`attention_backend='xformers'` cannot be used here: .*install"),
+        ("stable_diffusion", "native", "diffusers' UNet2DConditionModel calls PyTorch's own attention"),
+    ],
+)
+def test_attention_back_ends_that_cannot_act_are_refused(make_trainer, family_folder, family, name, match):
+    with pytest.raises(ValueError, match=match):
+        make_trainer(family_folder(family), attention_backend=name)

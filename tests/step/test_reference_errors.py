@@ -9,6 +9,7 @@ from torch import nn
 
 from trl_diffusion_sdpo.cache import reference_errors as stored
 from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrorStore
+from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 DRAWS = 2
@@ -289,3 +290,27 @@ def test_dropout_streams_random_rows_and_other_data_are_refused(make_trainer, ma
     with pytest.raises(ValueError, match="must be computed before training.*Pass these data as `eval_dataset`"):
         trainer.evaluate(make_pairs(4, seed=6))
     assert trainer.evaluate(make_pairs(4, seed=5))["eval_errors/winner_change"] != 0
+
+
+def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_pairs, tmp_path, counted, capsys):
+    make_pairs(8).save_to_disk(str(tmp_path / "pairs"))
+    words = {
+        "model_name_or_path": sd_folder,
+        "dataset_name": tmp_path / "pairs",
+        "output_dir": tmp_path / "run",
+        "latent_cache_dir": tmp_path / "latents",
+        "precompute_latents": True,
+        "precompute_ref_errors": True,
+        "ref_errors_dir": tmp_path / "errors",
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    options = [str(part) for name, value in words.items() for part in (f"--{name}", value)]
+    assert main(["encode", *options]) == 0
+    assert counted == [4, 4]
+    assert f"The errors of the reference are in {tmp_path / 'errors'}." in capsys.readouterr().out
+    assert main(["train", *options]) == 0
+    assert counted == [4, 4]

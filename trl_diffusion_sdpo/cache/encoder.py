@@ -21,7 +21,7 @@ from .shards import ShardStore
 
 IMAGES_AT_ONCE = range(2, 9)  # of the VAE: as many as `PIXELS_AT_ONCE` are, within this range
 PIXELS_AT_ONCE = 8 * 512 * 512
-PROMPTS_AT_ONCE = 16
+PROMPTS_AT_ONCE = range(4, 17)  # products of matrices round differently in smaller batches on CPUs
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 EncodePrompts = Callable[[list[str]], dict[str, torch.Tensor]]
@@ -113,19 +113,19 @@ def encode_prompts(
         for number in own:
             texts = [prompts[row] for row in store.rows_of(number)]
             parts = []
-            for batch in _batches(texts, 1 if alone else PROMPTS_AT_ONCE):
-                parts.append(conditioning_of(encode, batch))
+            for batch in _batches(texts, 1 if alone else PROMPTS_AT_ONCE[-1]):
+                parts.append(conditioning_of(encode, batch, 2 if alone else PROMPTS_AT_ONCE[0]))
                 bar.update(len(batch))
             names = parts[0]
             store.write(number, {name: [row for part in parts for row in part[name]] for name in names})
     return Written(count, seconds=time.monotonic() - start)
 
 
-def conditioning_of(encode: EncodePrompts, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Conditioning of prompts on the CPU; of a single one as in a batch of two, where products of matrices round as in
-    larger batches."""
+def conditioning_of(encode: EncodePrompts, prompts: Sequence[str], at_least: int = 1) -> dict[str, torch.Tensor]:
+    """Conditioning of prompts on the CPU, encoded with repetitions of them where they are fewer than `at_least`."""
+    repeated = list(prompts) * -(-at_least // len(prompts))
     with torch.no_grad():
-        encoded = encode([*prompts, *prompts] if len(prompts) == 1 else list(prompts))
+        encoded = encode(repeated[: max(at_least, len(prompts))])
     return {name: value[: len(prompts)].cpu() for name, value in encoded.items()}
 
 

@@ -1,4 +1,5 @@
-"""`trl-diffusion-sdpo encode`: encodes images and prompts as a run with the same options would, and stops."""
+"""`trl-diffusion-sdpo encode`: encodes images and prompts as a run with the same options would, computes the errors of
+its reference if they ask for it, and stops."""
 
 from __future__ import annotations
 
@@ -33,6 +34,9 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
         f"{done.images} images, with their variants, and {done.prompts} prompts are encoded in {folder}: "
         f"{done.bytes / 2**30:.3g} GiB. Encoded now: {new}{rate}."
     )
+    if training_args.precompute_ref_errors:
+        trainer.precompute_reference_errors()
+        trainer.accelerator.print(f"The errors of the reference are in {trainer.reference_errors_dir}.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return EXIT_OK

@@ -298,8 +298,10 @@ def read_sizes(
     if num_proc is None and source.fork_safe and forks_by_default() and len(share) >= FEW_HEADERS:
         num_proc = usable_cores(peers.count)
     nothing = np.zeros(0, dtype=np.int64), np.zeros((0, 2), dtype=np.int32)
-    found = peers.gather_results(lambda: _sizes_of(source, share, reader, num_proc) if len(share) else nothing)
-    counts, sizes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    gathered = peers.gather_results(
+        lambda: [_sizes_of(part, own, reader, num_proc) for part, own in source.split(share) if len(own)]
+    )
+    counts, sizes = (np.concatenate(parts) for parts in zip(nothing, *chain(*gathered), strict=True))
     sizes = np.concatenate([sizes, [[0, 0]]])  # the last one is of images that are missing
     starts = np.cumsum(counts) - counts
     images = []

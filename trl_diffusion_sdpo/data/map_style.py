@@ -211,9 +211,7 @@ class PreferenceDataset(Dataset):
 
     def prompts(self) -> set[str]:
         """The distinct prompts of all pairs."""
-        wanted = np.zeros(len(self._source), dtype=bool)
-        wanted[self._index[:, 0]] = True
-        return {self._source.format.prompt(row) for number, row in self._source.text_rows() if wanted[number]}
+        return self._source.prompts(np.unique(self._index[:, 0]))
 
     @property
     def is_encoded(self) -> bool:

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from .buckets import ENLARGED, AspectRatioBuckets
-from .checking import ALONE, DataReport, Peers, parse_verify_images
+from .checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
 from .formats import PreferenceFormat, Reject, resolve_format
 from .images import SCHEMES, ImageReader, parse_schemes
 from .index import PairIndex, by_first_appearance, row_codes
@@ -21,8 +21,13 @@ from .streaming import PreferenceIterableDataset, Stream
 from .transforms import ItemMaker, PairTransform
 
 __all__ = [
-    *("COUNTS", "DataReport", "PairMixture", "PreferenceDataset", "PreferenceIterableDataset"),
-    *("hold_out", "prepare_dataset"),
+    "COUNTS",
+    "DataReport",
+    "PairMixture",
+    "PreferenceDataset",
+    "PreferenceIterableDataset",
+    "hold_out",
+    "prepare_dataset",
 ]
 
 logger = logging.getLogger(__name__)
@@ -106,6 +111,10 @@ class MixedSource:
         source, within = self._find(row)
         return source.prompt(within)
 
+    def prompts(self, rows: np.ndarray) -> set[str]:
+        """The distinct prompts of some rows, whose numbers are sorted."""
+        return {prompt for source, own in self.split(rows) for prompt in source.prompts(own)}
+
     def images(self, row: int) -> list[Any]:
         source, within = self._find(row)
         return source.images(within)
@@ -183,11 +192,9 @@ class MixedFormat:
 
     @property
     def name(self) -> str:
-        """Of all formats."""
         return "+".join(known.name for known in self.formats)
 
     def prompt(self, row: tuple[int, Mapping[str, Any]]) -> str:
-        """See [`PreferenceFormat`]."""
         return self.formats[row[0]].prompt(row[1])
 
 

@@ -24,7 +24,15 @@ from tqdm.auto import tqdm
 from .._compat import dataset_fingerprint
 from . import formats, index
 from .checking import DataReport, evenly_spaced
-from .formats import PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
+from .formats import (
+    PreferenceFormat,
+    Reject,
+    groups,
+    images_of_row,
+    pairs_in_group,
+    prompts_of_rows,
+    resolve_format,
+)
 from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError
 from .index import Drop, NotVectorizedError, PairIndex, find_pairs
 
@@ -40,7 +48,18 @@ _FACTS, _PAIRS, _SCORES = "facts.json", "pairs.bin", "scores.bin"
 _CODE = tuple(str(module.__file__) for module in (formats, index))  # what pairs depend on beside the data
 
 
-class ArrowSource:
+class OneSource:
+    """What a source has in common with a mixture of several."""
+
+    def pairs(self: Any, reject: Reject) -> PairIndex:
+        return build_index(self, reject)
+
+    def split(self: Any, rows: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+        """Each source with those of the rows that are its own."""
+        yield self, rows
+
+
+class ArrowSource(OneSource):
     """A `datasets.Dataset`. Images are read as Arrow values, without decoding.
 
     Attributes:
@@ -56,10 +75,6 @@ class ArrowSource:
 
     def __len__(self) -> int:
         return len(self._images)
-
-    def pairs(self, reject: Reject) -> PairIndex:
-        """See [`build_index`]."""
-        return build_index(self, reject)
 
     @property
     def labels(self) -> datasets.Dataset:
@@ -80,6 +95,10 @@ class ArrowSource:
 
     def prompt(self, row: int) -> str:
         return self.format.prompt(self._text[row])
+
+    def prompts(self, rows: np.ndarray) -> set[str]:
+        """The distinct prompts of some rows, whose numbers are sorted."""
+        return prompts_of_rows(self._text, self.format, rows)
 
     def images(self, row: int) -> list[Any]:
         return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
@@ -107,7 +126,7 @@ class ArrowSource:
         return images.map(function, batched=True, fn_kwargs=given, **options)
 
 
-class RowSource:
+class RowSource(OneSource):
     """Any other map-style data set; every read of a row calls its `__getitem__`.
 
     Attributes:
@@ -125,10 +144,6 @@ class RowSource:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def pairs(self, reject: Reject) -> PairIndex:
-        """See [`build_index`]."""
-        return build_index(self, reject)
-
     def text_rows(self, order: np.ndarray | None = None) -> Iterator[tuple[int, Mapping]]:
         for number in range(len(self)) if order is None else order.tolist():
             yield number, self._row(number)
@@ -139,6 +154,10 @@ class RowSource:
     def prompt(self, row: int) -> str:
         with _errors_as_undecodable():
             return self.format.prompt(self._row(row))
+
+    def prompts(self, rows: np.ndarray) -> set[str]:
+        """The distinct prompts of some rows."""
+        return {self.prompt(row) for row in rows.tolist()}
 
     def images(self, row: int) -> list[Any]:
         with _errors_as_undecodable():
@@ -300,9 +319,8 @@ def _read_kept(folder: Path) -> tuple[PairIndex, list[Drop]] | None:
         return None
     try:
         facts = json.loads((folder / _FACTS).read_text())
-        for name, expected in facts["sha256"].items():
-            if _checksum(folder / name) != expected:
-                raise ValueError(f"the checksum of {name} differs")
+        if differing := [name for name, known in facts["sha256"].items() if _checksum(folder / name) != known]:
+            raise ValueError(f"other checksum of {', '.join(differing)}")
         pairs = _map(folder / _PAIRS, "<i8", 4)
         scores = _map(folder / _SCORES, "<f8", 2) if _SCORES in facts["sha256"] else None
         return PairIndex(pairs, scores), [tuple(drop) for drop in facts["drops"]]
@@ -349,20 +367,6 @@ def pairs_fingerprint(
         "images": _repeatable_hash(
             lambda: [_undecoded_bytes(image, thorough) for row in image_rows for image in source.images(row)]
         ),
-    }
-
-
-def stream_fingerprint(format_name: str, source: datasets.IterableDataset) -> dict[str, Any]:
-    """Identifies a stream by its metadata. No row is read: a shuffled stream would fill its buffer for the first one.
-
-    Returns:
-        `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
-    """
-    return {
-        "format": format_name,
-        "columns": None if source.column_names is None else sorted(source.column_names),
-        "split": None if source.split is None else str(source.split),
-        "shards": source.num_shards,
     }
 
 

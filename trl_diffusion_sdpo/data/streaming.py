@@ -18,7 +18,6 @@ from .._compat import is_split_by_node
 from .checking import COUNTS, SAMPLED_PAIRS, DataReport, IdenticalPairs, reject, same_image
 from .formats import PairReference, PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import ImageReader, UndecodableImageError
-from .sources import stream_fingerprint
 from .transforms import ItemMaker
 
 logger = logging.getLogger(__name__)
@@ -371,3 +370,17 @@ def _count_rows(source: Iterable[Mapping], report: DataReport) -> Iterator[tuple
     for number, row in enumerate(source):
         report.rows += 1
         yield number, row
+
+
+def stream_fingerprint(format_name: str, source: datasets.IterableDataset) -> dict[str, Any]:
+    """Identifies a stream by its metadata. No row is read: a shuffled stream would fill its buffer for the first one.
+
+    Returns:
+        `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
+    """
+    return {
+        "format": format_name,
+        "columns": None if source.column_names is None else sorted(source.column_names),
+        "split": None if source.split is None else str(source.split),
+        "shards": source.num_shards,
+    }

@@ -211,22 +211,23 @@ class Engine:
         return sharding.zero3_engine(module, self.accelerator)
 
     @contextlib.contextmanager
-    def computing(self, module: nn.Module) -> Iterator[nn.Module]:
+    def computing(self, module: nn.Module, *, is_policy: bool) -> Iterator[nn.Module]:
         """A whole module that is not prepared, on the device, rounded as the engine will round the policy: itself, or a
-        copy where the engine rounds."""
+        copy where the engine rounds. Without an engine that shards, the policy is where it computes already."""
         dtype, before = self._half_dtype, next(module.parameters()).device
+        moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
         working = module if dtype is None else copy.deepcopy(module)
         for weight in working.parameters() if dtype is not None else ():
             if weight.is_floating_point():
                 weight.data = weight.data.to(dtype)
         if self._is_deepspeed and dtype is not None:
             working.to(dtype)  # buffers as well
-        if before != self.accelerator.device:
+        if moves:
             working.to(self.accelerator.device)
         try:
             yield working
         finally:
-            if working is module and before != self.accelerator.device:
+            if working is module and moves:
                 module.to(before)
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------

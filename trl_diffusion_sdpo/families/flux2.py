@@ -63,7 +63,7 @@ class Flux2Hooks(Family):
         return (squares - mean) / (variance + self.pipeline.vae.config.batch_norm_eps).sqrt()
 
     def latent_statistics(self) -> dict[str, torch.Tensor]:
-        """The running statistics, `(4C,)` each in float32, on the CPU if they were kept."""
+        """The running statistics, `(4C,)` each in float32."""
         norm = self.pipeline.vae.bn
         found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
         return self._kept_statistics or found

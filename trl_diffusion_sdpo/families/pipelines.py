@@ -3,7 +3,7 @@ a model repository."""
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -83,7 +83,7 @@ def load_pipeline(
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
-    index = _read_index(name_or_path, revision=revision, token=token, **from_pretrained)
+    index = read_index(name_or_path, revision=revision, token=token, **from_pretrained)
     family = family_for_class_name(index[CLASS])
     if denoiser_quantization is not None:
         taken = from_pretrained.keys() & {"quantization_config", family.denoiser_name}
@@ -97,7 +97,8 @@ def load_pipeline(
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
     options |= from_pretrained
     if not encoders:
-        options = _without_weights(family, index, name_or_path, options) | options
+        absent = [name for name in family.frozen_components if name not in from_pretrained]
+        options |= networks_without_weights(family, index, name_or_path, absent, **options)
     pipeline_class = _text_to_image_class(family)
     with _safetensors_only(name_or_path):
         pipeline = pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
@@ -141,7 +142,7 @@ def load_denoiser(
             f"A denoiser alone is loaded with {', '.join(DENOISER_OPTIONS)} and `dtype`; got also {', '.join(unknown)}."
             " Leave these out, or pass a loaded pipeline."
         )
-    index = _read_index(name_or_path, **from_pretrained)
+    index = read_index(name_or_path, **from_pretrained)
     family = family_for_class_name(index[CLASS])
     denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
     with _safetensors_only(name_or_path):
@@ -162,27 +163,43 @@ def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeli
     return pipeline_class
 
 
-def _without_weights(
-    family: type[Family], index: dict[str, Any], name_or_path: str, options: dict[str, Any]
+def networks_without_weights(
+    family: type[Family],
+    index: dict[str, Any],
+    name_or_path: str,
+    names: Iterable[str],
+    *,
+    dtype: torch.dtype,
+    **access: Any,
 ) -> dict[str, nn.Module]:
-    """A family's VAE and text encoders on the meta device, made from their configurations in the dtype of `options`:
-    those that the pipeline has and that are not among `options`."""
-    access = {name: options[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in options}
+    """Networks of a pipeline on the meta device, made from their configurations; no weights are read.
+
+    Args:
+        index (`dict`): The pipeline's `model_index.json`, as `read_index` returns it.
+        names (`Iterable[str]`): Of components; those that the pipeline does not have are left out.
+        access: Options as of `load_pipeline`; all but those of the Hub are ignored.
+
+    Raises:
+        ValueError: If a class is not of diffusers, transformers or the family's package, or has no configuration.
+    """
+    options = {name: access[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in access}
     found: dict[str, nn.Module] = {}
-    for name in family.frozen_components:
-        if name in options or (index.get(name) or (None,))[0] is None:
+    for name in names:
+        if (index.get(name) or (None,))[0] is None:
             continue
         classes = (diffusers.ModelMixin, PreTrainedModel)
         part_class: Any = _component_class(family, index, name, name_or_path, classes)
         of_transformers = issubclass(part_class, PreTrainedModel)
-        with _safetensors_only(name_or_path):
+        try:
             if of_transformers:
-                config = part_class.config_class.from_pretrained(name_or_path, subfolder=name, **access)
+                config = part_class.config_class.from_pretrained(name_or_path, subfolder=name, **options)
             else:
-                config = part_class.load_config(name_or_path, subfolder=name, **access)
+                config = part_class.load_config(name_or_path, subfolder=name, **options)
+        except OSError as error:
+            raise ValueError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
         with torch.device("meta"):
             part = part_class(config) if of_transformers else part_class.from_config(config)
-        found[name] = nn.Module.to(part, options["dtype"]).eval()  # diffusers' own would warn about rounding weights
+        found[name] = nn.Module.to(part, dtype).eval()  # diffusers' own would warn about rounding weights
     return found
 
 
@@ -228,7 +245,7 @@ def _safetensors_only(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def _read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
+def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     """`model_index.json` of a pipeline, whose entry `CLASS` is a class name. Only the options `revision`, `token` and
     those in `_HUB_OPTIONS` are used."""
     if os.path.isfile(name_or_path):

@@ -124,9 +124,10 @@ class PrecomputedReference(Reference):
     def predicting(self, denoiser: nn.Module, engine: Engine) -> Iterator[None]:
         """On the device, rounded as `engine` will round the policy `denoiser`, which it has not prepared yet."""
         assert self._source is not None, "A released reference cannot predict."
-        with self._source.active(denoiser) as module, engine.computing(module) as self._module:
+        with self._source.active(denoiser) as module:
             try:
-                yield
+                with engine.computing(module, is_policy=module is denoiser) as self._module:
+                    yield
             finally:
                 self._module = None
 

@@ -94,8 +94,9 @@ class DataOverrides(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on the device. The loaders leave it on the host, so that only the current micro-batch of a step takes
-        memory on the device."""
-        return super()._prepare_inputs(on_device(inputs, self.args.device))
+        memory on the device. Under DeepSpeed, transformers would also round scores, errors and moments to the dtype of
+        the weights."""
+        return on_device(inputs, self.args.device)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -118,7 +119,7 @@ class DataOverrides(Trainer):
         if prepared is None:
             return None
         if self.encoding is not None:
-            self.encoding.add_to(prepared, name)
+            self.encoding.add_to(prepared, name, compare=self.loss_spec.uses_loser)
         if not args.precompute_ref_errors:
             return prepared
         return repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)

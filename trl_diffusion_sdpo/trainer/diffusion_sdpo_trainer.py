@@ -163,6 +163,11 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         """The UNet or transformer that trains, adapters included."""
         return self.family.denoiser
 
+    @property
+    def reference_errors_dir(self) -> str:
+        """The folder of the errors that `precompute_ref_errors` computes."""
+        return self.args.ref_errors_dir or str(Path(self.args.output_dir) / ERRORS_FOLDER)
+
     # ---- A step ---------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -325,7 +330,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def _make_reference_errors(self, reference: PrecomputedReference) -> ReferenceErrors:
         args = self.args
         settings = ErrorSettings(
-            folder=args.ref_errors_dir or str(Path(args.output_dir) / ERRORS_FOLDER),
+            folder=self.reference_errors_dir,
             facts=reference_facts(reference, self.family, self.engine, args, self.encoding),
             noise_draws=args.ref_noise_draws,
             batch_size=args.train_batch_size,

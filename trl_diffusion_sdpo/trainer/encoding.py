@@ -104,11 +104,12 @@ class PairEncoding:
         self._peers = Peers(args.process_index, args.world_size, gather_objects)
         self.report = EncodingReport()
 
-    def add_to(self, dataset: Any, name: str) -> None:
+    def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
         """Make a data set read encoded pairs; one that does is left as it is. All processes must call it together.
 
         Args:
             name (`str`): Of the data set in messages.
+            compare (`bool`): Whether to refuse data whose checked pairs have identical images.
 
         Raises:
             ValueError: If the data are a stream, prompts depend on others in their batch, or other processes do not see
@@ -120,9 +121,10 @@ class PairEncoding:
             return
         cache, family = self._cache_of(dataset, name), self._frozen.family
         with naming_the_disk(self.folder, setting="latent_cache_dir"), self._locked(cache.prompts, cache.images):
-            self._complete(cache)
+            self._complete(cache, compare)
         if len(cache.statistics):
-            family.keep_statistics(cache.statistics.read(0))
+            stored = cache.statistics.read(0)
+            family.keep_statistics({name: value.to(self._args.device) for name, value in stored.items()})
         prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
         self.report.images += len(cache.rows)
@@ -192,12 +194,12 @@ class PairEncoding:
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(self, cache: _Cache) -> None:
+    def _complete(self, cache: _Cache, compare: bool) -> None:
         """Write the shards that are missing."""
         missing = [missing_shards(store, self._peers) for store in cache.stores]
         if any(missing):
             if self._args.verify_images == "sample":
-                cache.dataset.check_sample(self._peers)
+                cache.dataset.check_sample(self._peers, compare=compare)
             with self._frozen.in_use() as family:
                 self._peers.gather_results(lambda: self._check_disk(cache, missing, family))
                 written = self._peers.gather_results(lambda: self._encode(cache, missing, family))

@@ -187,7 +187,8 @@ def reference_facts(
         "weights": weights,
         "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
         "guidance_scale": args.guidance_scale,
-        "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
+        "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype), args.layerwise_casting],
+        "attention": args.attention_backend,
     }
 
 

@@ -1,0 +1,195 @@
+"""Planned against measured peak memory of a training step: prints a table with a row for each configuration.
+
+Both sides get the same words of the command line. Planned is what `trl-diffusion-sdpo plan` computes from the
+configuration files of a pipeline; measured is the third step of the trainer on that pipeline, with random weights. On
+CUDA, the allocator's peak. On the CPU, the bytes of all tensors that live before the step, and the allocations that the
+profiler records within it.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from random_pipeline import UNETS, build_pipeline, build_tokenizer, random_pairs, text_config
+from safeguard_overhead import peak_bytes
+from torch._subclasses.fake_tensor import FakeTensor
+from tqdm.auto import tqdm
+from transformers import CLIPTextModelWithProjection, TrainerCallback
+from trl import get_peft_config
+
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli import train
+from trl_diffusion_sdpo.cli.plan import PlannedSettings
+from trl_diffusion_sdpo.planning.plan import Planner
+
+LORA = "--use_peft --lora_r 16"
+CASES = {
+    "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
+    "UNet, LoRA, checkpointing": ("unet", f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true"),
+    "UNet, full": ("unet", "--per_device_train_batch_size 1"),
+    "UNet, full, average, 4 pairs": ("unet", "--per_device_train_batch_size 4 --ema_decay 0.99"),
+    "UNet, full, parameter safeguard": ("unet", "--per_device_train_batch_size 2 --safeguard parameter"),
+    "UNet, full, one branch at a time": (
+        "unet",
+        "--per_device_train_batch_size 2 --safeguard parameter --safeguard_low_memory true",
+    ),
+    "transformer, LoRA": ("transformer", f"{LORA} --per_device_train_batch_size 2"),
+    "transformer, LoRA, checkpointing": (
+        "transformer",
+        f"{LORA} --per_device_train_batch_size 4 --gradient_checkpointing true",
+    ),
+    "transformer, full, accumulation": (
+        "transformer",
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2",
+    ),
+}
+WITHOUT_T5 = '--model_init_kwargs {"text_encoder_3":null,"tokenizer_3":null}'
+STEPS = 3  # the first makes the optimizer's states
+
+
+@dataclass
+class Row:
+    """A configuration's planned and measured peak, in bytes, and their ratio."""
+
+    name: str
+    words: str
+    planned: int
+    measured: int
+
+    @property
+    def ratio(self) -> float:
+        return self.planned / self.measured
+
+
+class PeakMeter(TrainerCallback):
+    """Measures the last step of a run."""
+
+    def __init__(self):
+        self.peak = 0
+        self._profiler: torch.profiler.profile | None = None
+        self._rest = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step < STEPS - 1:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self._rest = living_bytes()
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
+        self._profiler.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < STEPS:
+            return
+        if self._profiler is None:
+            self.peak = torch.cuda.max_memory_allocated()
+            return
+        self._profiler.stop()
+        self.peak = self._rest + peak_bytes(self._profiler)
+
+
+def living_bytes() -> int:
+    """Bytes of all tensors in the process."""
+    gc.collect()
+    storages = {}
+    for held in gc.get_objects():
+        if issubclass(type(held), torch.Tensor) and not held.is_meta and not isinstance(held, FakeTensor):
+            storage = held.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
+    """Plan and measure a configuration of `"unet"` or `"transformer"`."""
+    pipeline, side = small_transformer(size) if kind == "transformer" else small_unet(size)
+    pipeline.save_pretrained(folder / "pipeline")
+    del pipeline  # a second copy of the weights would be measured
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common = f"--model_name_or_path {folder / 'pipeline'} --output_dir {folder / 'out'} --resolution {side}"
+    common += f" --max_steps {STEPS} --save_strategy no --report_to none --disable_tqdm true --logging_strategy no"
+    if kind == "transformer":
+        common += f" {WITHOUT_T5}"
+    arguments = f"{common} {words}".split()
+    planned = PlannedSettings(arguments, "plan", device, None).plan(Planner(device), {}).peak
+    _, training, model = train.parse(arguments + (["--use_cpu", "true"] if device == "cpu" else []))
+    meter = PeakMeter()
+    pairs = random_pairs(16, side)
+    trainer = DiffusionSDPOTrainer(
+        str(folder / "pipeline"), None, training, pairs, peft_config=get_peft_config(model), callbacks=[meter]
+    )
+    trainer.train()
+    return Row(name, words, planned, meter.peak)
+
+
+def small_unet(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
+    side = UNETS[size]["sample_size"]
+    return build_pipeline(size, side), side
+
+
+def small_transformer(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
+    """Stable Diffusion 3's transformer and VAE with the text encoders of CLIP, without T5."""
+    layers, heads, side = (2, 2, 16) if size == "tiny" else (6, 8, 64)
+    unet_pipeline = build_pipeline("tiny", side)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=side,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        joint_attention_dim=128,
+        caption_projection_dim=32 * heads,
+        pooled_projection_dim=64,
+        pos_embed_max_size=side,
+    )
+    parts = {f"text_encoder{end}": CLIPTextModelWithProjection(text_config(32)) for end in ("", "_2")}
+    parts |= {f"tokenizer{end}": build_tokenizer() for end in ("", "_2")}
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=unet_pipeline.vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+        **parts,
+    )
+    return pipeline, side
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| configuration | planned, MiB | measured, MiB | planned / measured |", "|---|---:|---:|---:|"]
+    return "\n".join(
+        lines
+        + [
+            f"| {row.name} | {row.planned / 2**20:.1f} | {row.measured / 2**20:.1f} | {row.ratio:.3f} |"
+            for row in rows
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet; the transformer is of like size")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--output", type=Path, default=Path("bench_output/planned_memory.json"))
+    options = parser.parse_args(arguments)
+    rows = []
+    for name in tqdm(options.only, unit="run", leave=False, disable=None):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(name, *CASES[name], options.size, Path(folder)))
+        tqdm.write(table(rows[-1:]).splitlines()[-1])
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=1) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

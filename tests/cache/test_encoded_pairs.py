@@ -1,0 +1,325 @@
+"""Encoded pairs are the pairs: batches, losses and weights are those of training without a cache, which is built once,
+under a key of all that it depends on, whatever kills, damages or shares it."""
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from trl_diffusion_sdpo.artifacts.disk import DiskFullError
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.losses import loss_spec
+from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
+from trl_diffusion_sdpo.trainer import encoding
+from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
+from trl_diffusion_sdpo.trainer.preparing import place_frozen_components
+
+TIMES = ("runtime", "per_second", "flos")
+RUN = {"num_train_epochs": 2, "max_steps": -1, "proportion_empty_prompts": 0.3, "eval_strategy": "epoch"}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(encoding, "SHARD_PIXELS", 8 * 16 * 16)
+    monkeypatch.setattr(encoding, "SHARD_PROMPTS", 4)
+
+
+@pytest.fixture
+def make_cached(make_trainer, tmp_path):
+    """`make_cached(**overrides)`: a trainer that reads encoded pairs, of the test's own cache."""
+
+    def build(**overrides):
+        return make_trainer(**{"precompute_latents": True, "latent_cache_dir": str(tmp_path / "cache"), **overrides})
+
+    return build
+
+
+@pytest.fixture
+def walk(make_pairs):
+    """`walk(trainer maker, **overrides)`: the logs and weights of a run."""
+
+    def train(make, **overrides):
+        trainer = make(train=make_pairs(12), eval_dataset=make_pairs(6, seed=3), **{**RUN, **overrides})
+        trainer.train()
+        logs = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in trainer.state.log_history]
+        return logs, {name: value.clone() for name, value in trainer.denoiser.state_dict().items()}, trainer
+
+    return train
+
+
+def files_of(trainer):
+    """The cache of the training data: bytes and times of its finished shards."""
+    encoded = trainer.train_dataset._encoded
+    folders = (encoded.images.path, encoded.prompts.store.path)
+    return {
+        (folder.name, path.name): (path.read_bytes(), path.stat().st_mtime_ns)
+        for folder in folders
+        for path in sorted(folder.iterdir())
+    }
+
+
+def contents(files):
+    return {name: data for name, (data, _) in files.items()}
+
+
+def batches(trainer, epochs, size=4):
+    """Latents, conditioning and seeds of every batch, as a step has them."""
+    data = trainer.train_dataset
+    for epoch in epochs:
+        data.set_epoch(epoch)
+        for start in range(0, len(data), size):
+            inputs = trainer._prepare_inputs(trainer.data_collator([data[i] for i in range(start, start + size)]))
+            with torch.no_grad():
+                latents, conditioning = trainer.pair_forward.encode(inputs)
+            yield {"latents": latents, **conditioning}, (inputs["seeds"], inputs["prompts"], inputs["rows"].tolist())
+
+
+def assert_equal_batches(one, other, epochs, size=4):
+    for (ours, our_draws), (theirs, their_draws) in zip(
+        batches(one, epochs, size), batches(other, epochs, size), strict=True
+    ):
+        assert our_draws == their_draws and ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
+
+
+def no_image(*args):
+    raise AssertionError("an image was decoded")
+
+
+def no_weights(*args):
+    raise AssertionError("VAE and text encoders were loaded")
+
+
+def test_two_epochs_are_those_without_a_cache_and_the_next_run_reads_no_image_and_no_encoder(
+    make_trainer, make_cached, walk, monkeypatch
+):
+    """Losses, metrics, evaluations and weights, with flips and dropped prompts, to the bit."""
+    logs, weights, _ = walk(make_trainer)
+    first_logs, first_weights, first = walk(make_cached)
+    assert first.encoding.report.encoded_images == 2 * 2 * 12 + 2 * 6  # with their flips in training
+    assert first.encoding.report.encoded_prompts == 13 + 7  # with the empty one
+    monkeypatch.setattr(ImageReader, "decode", no_image)
+    monkeypatch.setattr(LoadedModel, "load_encoders", no_weights)
+    again_logs, again_weights, again = walk(make_cached)
+    assert logs == first_logs == again_logs and len(logs) > 8
+    assert all(torch.equal(weights[name], first_weights[name]) for name in weights)
+    assert all(torch.equal(weights[name], again_weights[name]) for name in weights)
+    assert again.encoding.report.encoded_images == again.encoding.report.encoded_prompts == 0
+    parts = [getattr(again.family.pipeline, name) for name in again.family.frozen_components]
+    assert all(weight.is_meta for part in parts for weight in part.parameters())
+    assert files_of(first) == files_of(again)
+
+
+CASES = {"one pair": (1, {}), "six pairs": (6, {}), "bfloat16": (4, {"vae_dtype": "bfloat16"})}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batches_have_the_latents_of_a_run_without_a_cache(make_trainer, make_cached, make_pairs, case):
+    size, settings = CASES[case]
+    given = {"per_device_train_batch_size": size, "train": make_pairs(12 if size == 4 else 6), **settings}
+    cached = make_cached(**given)
+    assert_equal_batches(make_trainer(**given), cached, [0], size)
+    assert cached.train_dataset[0]["moments"].dtype == getattr(torch, settings.get("vae_dtype", "float32"))
+
+
+def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
+    make_trainer, make_cached, make_pairs, sdxl_folder
+):
+    """Of SDXL, whose conditioning has the corner of each crop."""
+    given = {"model": sdxl_folder, "train": make_pairs(8, size=(24, 40)), "random_crop": True}
+    live, cached = make_trainer(**given), make_cached(latent_crops=2, **given)
+    assert_equal_batches(live, cached, [0, 1])
+    (first, draws), (third, other_draws) = (next(batches(cached, [epoch])) for epoch in (0, 2))
+    assert torch.equal(first["time_ids"], third["time_ids"]) and draws[0] != other_draws[0]
+    (second, _), (live_third, _) = next(batches(cached, [1])), next(batches(live, [2]))
+    assert not torch.equal(first["time_ids"], second["time_ids"])
+    assert not torch.equal(third["time_ids"], live_third["time_ids"])
+    with pytest.raises(ValueError, match="their centers are asked for. Pass an `eval_dataset`"):
+        cached.train_dataset.for_evaluation()[0]
+
+
+def test_pairs_in_buckets_have_the_sizes_of_a_run_without_a_cache(make_trainer, make_cached, make_pairs, sdxl_folder):
+    wide, tall = list(make_pairs(6, size=(24, 48))), list(make_pairs(6, seed=1, size=(48, 24)))
+    rows = datasets.Dataset.from_list(wide + tall)
+    given = {"model": sdxl_folder, "train": rows, "resolution": 32, "aspect_ratio_buckets": True, "bucket_step": 8}
+    given |= {"per_device_train_batch_size": 4}
+    live, cached = make_trainer(**given), make_cached(**given)
+    shapes = set()
+    for one, other in zip(loaded(live), loaded(cached), strict=True):
+        with torch.no_grad():
+            ours, theirs = live.pair_forward.encode(one), cached.pair_forward.encode(other)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1]["time_ids"], theirs[1]["time_ids"])
+        shapes.add(ours[0].shape[-2:])
+    assert len(shapes) > 1
+
+
+def loaded(trainer):
+    return [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+
+
+def with_spoiled(pairs, spoiled):
+    """Pairs whose chosen images are files, some of them damaged."""
+    rows = []
+    for number, row in enumerate(pairs):
+        path = spoiled / f"{number}.png"
+        row["chosen"].save(path)
+        if number in (2, 3):
+            path.write_bytes(path.read_bytes()[:60])
+        rows.append({**row, "chosen": {"path": str(path), "bytes": path.read_bytes()}})
+    features = datasets.Features({**pairs.features, "chosen": datasets.Image(decode=False)})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
+    make_trainer, make_cached, make_pairs, tmp_path, caplog
+):
+    pairs = with_spoiled(make_pairs(8), tmp_path)
+    live, cached = make_trainer(train=pairs, verify_images="none"), make_cached(train=pairs, verify_images="none")
+    assert (
+        "train data: 2 images cannot be decoded" in caplog.text and "pair 2: image 0 cannot be decoded" in caplog.text
+    )
+    assert_equal_batches(live, cached, [0])
+    assert cached.train_dataset.report.undecodable == live.train_dataset.report.undecodable == 2
+    with pytest.raises(ValueError, match='Pair 2: image 0 .* pass on_bad_row="drop"'):
+        make_cached(train=pairs, verify_images="none", on_bad_row="raise", random_flip=False)
+
+
+def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(
+    make_trainer, make_cached, make_pairs
+):
+    images = [row["chosen"] for row in make_pairs(6)]
+    rows = [
+        {"prompt": "the same", "image_path": images[:3], "human_preference": [0, 1, 0]},
+        {"prompt": "the same", "image_path": images[3:], "human_preference": [1, 0, 0]},
+    ]
+    rows = [{**row, "rank": [2 - value for value in row.pop("human_preference")]} for row in rows]
+    pairs = datasets.Dataset.from_list(rows)
+    live, cached = make_trainer(train=pairs), make_cached(train=pairs)
+    assert len(live.train_dataset) > 3
+    assert cached.encoding.report.encoded_images == 2 * 6 and cached.encoding.report.encoded_prompts == 2
+    assert_equal_batches(live, cached, [0], size=len(live.train_dataset))
+
+
+@pytest.fixture
+def other_vae(sd_folder, tmp_path):
+    """The folder of the same pipeline with one number of its VAE changed."""
+    pipeline = load_pipeline(sd_folder)
+    with torch.no_grad():
+        next(pipeline.vae.parameters()).flatten()[0] += 1e-3
+    pipeline.save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+@pytest.fixture
+def caches_of(sd_folder, make_args, make_pairs, tmp_path):
+    """`caches_of(model=, pairs=, training=, **settings)`: folders of the images' and the prompts' cache."""
+
+    def find(model=sd_folder, pairs=None, training=True, **settings):
+        args = make_args(**{"precompute_latents": True, "resolution": 16, **settings})
+        args.latent_cache_dir = str(tmp_path / "cache")
+        loaded = load_model(model, encoders=False)
+        pairs = make_pairs(8) if pairs is None else pairs
+        dataset = prepare_pairs(pairs, args, loss_spec("sigmoid"), name="train", training=training)
+        made = encoding.PairEncoding(place_frozen_components(loaded, args), loaded, args)
+        cache = made._cache_of(dataset, "train")
+        return cache.images.path, cache.prompts.path
+
+    return find
+
+
+def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, other_vae):
+    images, prompts = caches_of()
+    changes = {
+        "resolution": {"resolution": [32, 16]},
+        "flips": {"random_flip": False},
+        "interpolation": {"image_interpolation": "bicubic"},
+        "crops": {"random_crop": True},
+        "seed of crops": {"random_crop": True, "seed": 7},
+        "number of crops": {"random_crop": True, "latent_crops": 2},
+        "dtype": {"vae_dtype": "bfloat16"},
+        "weights": {"model": other_vae},
+        "images": {"pairs": make_pairs(8, seed=1)},
+    }
+    found = {name: caches_of(**given) for name, given in changes.items()}
+    assert len({images, *(changed for changed, _ in found.values())}) == 1 + len(changes)
+    assert {other for _, other in found.values()} == {prompts}  # which are encoded once for all of these
+    assert caches_of(per_device_train_batch_size=2, proportion_empty_prompts=0.5, seed=7) == (images, prompts)
+
+
+def test_whatever_changes_the_conditioning_is_another_key(caches_of, make_pairs, sd_folder, tmp_path):
+    _, prompts = caches_of()
+    pipeline = load_pipeline(sd_folder)
+    pipeline.tokenizer.model_max_length = 8
+    pipeline.save_pretrained(tmp_path / "tokenizer")
+    pipeline = load_pipeline(sd_folder)
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters()).flatten()[0] += 1e-3
+    pipeline.save_pretrained(tmp_path / "text")
+    text = make_pairs(8).map(lambda row: {"prompt": row["prompt"] + "!"})
+    changes = [{"model": str(tmp_path / name)} for name in ("tokenizer", "text")] + [{"pairs": text}, {"bf16": True}]
+    assert len({prompts, *(caches_of(**given)[1] for given in changes)}) == 1 + len(changes)
+
+
+def test_damaged_shards_are_named_and_encoded_again_alone(make_cached, caplog):
+    trainer = make_cached()
+    before, images = files_of(trainer), trainer.train_dataset._encoded.images
+    data = bytearray(images.file(3).read_bytes())
+    data[len(data) // 2] ^= 1
+    images.file(3).write_bytes(data)
+    images.file(5).write_bytes(images.file(5).read_bytes()[:-5])
+    again = make_cached()
+    after = files_of(again)
+    assert contents(after) == contents(before)
+    assert str(images.file(3)) in caplog.text and str(images.file(5)) in caplog.text
+    changed = {name for name in before if before[name] != after[name] and "manifest" not in name[1]}
+    ends = (".arrow", ".sha256.json")
+    assert changed == {(images.path.name, f"{number:06d}{end}") for number in (3, 5) for end in ends}
+    assert again.encoding.report.encoded_images == 2 * 8 and again.encoding.report.encoded_prompts == 0
+
+
+def test_a_pipeline_object_lends_its_encoders_and_gets_its_own_key(make_trainer, make_cached, sd_pipeline):
+    cached = make_cached(model=sd_pipeline)
+    assert cached.frozen_components.state == "offloaded"
+    assert_equal_batches(make_trainer(), cached, [0])
+    assert make_cached(model=sd_pipeline).encoding.report.encoded_images == 0
+    with pytest.raises(ValueError, match="made from other prompts, and lacks 'unheard of'"):
+        cached.train_dataset._encoded.conditioning("unheard of")
+
+
+@pytest.mark.matrix
+def test_sample_images_are_those_without_a_cache(make_trainer, make_cached, tmp_path):
+    given = {"sample_prompts": ["a cat"], "sample_inference_steps": 2, "max_steps": 1}
+    folders = [tmp_path / name for name in ("live", "cached")]
+    for make, folder in zip((make_trainer, make_cached), folders, strict=True):
+        make(output_dir=str(folder), **given).train()
+    images = [sorted(folder.glob("samples/*-0.png")) for folder in folders]
+    assert len(images[0]) == len(images[1]) == 2
+    for ours, theirs in zip(*images, strict=True):
+        assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
+
+
+def test_streams_are_refused(make_cached, make_pairs):
+    with pytest.raises(ValueError, match="the train data are a stream. Load them without `streaming=True`"):
+        make_cached(train=make_pairs(8).to_iterable_dataset())
+
+
+def test_too_little_room_is_told_before_anything_is_written(make_cached, monkeypatch, tmp_path):
+    monkeypatch.setattr(encoding, "free_bytes", lambda folder: 1000)
+    with pytest.raises(
+        DiskFullError, match=r"would take about .* KB in .*, of 1 KB that are free.*`latent_cache_dir`"
+    ):
+        make_cached()
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_the_command_encodes_and_says_where(sd_folder, make_pairs, tmp_path, capsys):
+    make_pairs(6).save_to_disk(str(tmp_path / "pairs"))
+    words = f"encode --model_name_or_path {sd_folder} --dataset_name {tmp_path}/pairs --use_cpu true --dtype float32"
+    words += f" --output_dir {tmp_path}/run --latent_cache_dir {tmp_path}/cache --report_to none"
+    assert main(words.split()) == 0
+    assert (
+        f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in capsys.readouterr().out
+    )

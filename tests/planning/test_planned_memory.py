@@ -1,0 +1,190 @@
+"""Plans of the command against what training allocates, and against values computed by hand."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trl_diffusion_sdpo._compat import CHECKPOINTING
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.families.noise import constant
+from trl_diffusion_sdpo.planning.advice import advise, first_fit
+from trl_diffusion_sdpo.planning.allocations import Allocations
+from trl_diffusion_sdpo.planning.fake_device import fake_device
+from trl_diffusion_sdpo.planning.layouts import Layout
+from trl_diffusion_sdpo.planning.optimizers import optimizer_memory
+from trl_diffusion_sdpo.planning.plan import Plan
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """`benchmarks/planned_memory.py` as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("planned_memory", BENCHMARKS / "planned_memory.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["planned_memory"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        sys.modules.pop("planned_memory", None)
+
+
+@pytest.mark.parametrize("name", ["UNet, full, one branch at a time", "transformer, LoRA, checkpointing"])
+def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
+    row = benchmark.compare(name, *benchmark.CASES[name], "tiny", tmp_path)
+    assert row.ratio == pytest.approx(1, abs=0.1), row
+
+
+def test_storages_count_once_and_until_they_are_dropped():
+    with FakeTensorMode(), Allocations(block=512) as allocations:
+        first = torch.empty(100, 10)  # 4000 bytes, 8 blocks
+        view = first.t()[2:]
+        assert allocations.live == 4096
+        second = first + 1
+        assert allocations.live == 8192
+        del first
+        assert allocations.live == 8192, "the view holds the storage"
+        del view, second
+        assert allocations.live == 0
+    assert allocations.peaks == {"start": 8192}
+
+
+def test_products_are_counted_as_two_operations_each():
+    with FakeTensorMode(), Allocations() as allocations:
+        torch.empty(3, 5) @ torch.empty(5, 7)
+    assert allocations.flops == 2 * 3 * 5 * 7
+
+
+def test_autograd_holds_what_the_backward_pass_needs():
+    """y = (x w)^2: x w is kept for the square, and x is an input."""
+    with FakeTensorMode(), Allocations() as allocations:
+        x, w = torch.empty(8, 8), torch.empty(8, 8, requires_grad=True)
+        before = allocations.live
+        loss = (x @ w).square().sum()
+        assert allocations.live - before == 8 * 8 * 4 + 4
+        loss.backward()
+        del loss
+        assert allocations.live - before == 8 * 8 * 4, "the gradient of w"
+
+
+def test_cudas_autocast_normalizes_in_float32_and_the_cpus_does_not():
+    results = {}
+    for kind in ("cuda", "cpu"):
+        with FakeTensorMode(), fake_device(kind).active(), torch.autocast("cpu", torch.bfloat16):
+            hidden = torch.nn.functional.linear(torch.empty(2, 8), torch.empty(8, 8))
+            results[kind] = hidden.dtype, torch.nn.functional.layer_norm(hidden, (8,)).dtype
+    assert results == {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.bfloat16, torch.bfloat16)}
+    with torch.autocast("cpu", torch.bfloat16):  # the rules are gone
+        assert torch.nn.functional.layer_norm(torch.ones(2, 8, dtype=torch.bfloat16), (8,)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "temporary"),
+    [
+        ("adamw_torch_fused", 2 * 4 * 6144, 0),
+        ("sgd", 0, 0),
+        ("adamw_bnb_8bit", 2 * (6144 + 6144 / 256 * 4), 0),
+        ("adafactor", 4 * (64 + 96), 4 * 6144),
+    ],
+)
+def test_states_of_an_optimizer(name, states, temporary):
+    weights = [nn.Parameter(torch.empty(64, 96, device="meta"))]
+    found = optimizer_memory(name, weights, None, fake_device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
+    assert found[0] == pytest.approx(states, abs=8)  # and the number of steps
+    assert found[1] == pytest.approx(temporary, abs=64)
+
+
+def test_what_engines_divide():
+    """1000 trained weights on 4 processes, AdamW's 8000 bytes of states."""
+    ddp, zero2 = Layout("ddp", 4, half=True), Layout("zero2", 4, half=True)
+    assert ddp.trained_state(1000, 8000, 1) == {"optimizer": 8000, "DDP's buckets": 4000}
+    assert zero2.trained_state(1000, 8000, 1) == {"optimizer": 2000, "float32 weights": 1000, "gradients": 500}
+    assert Layout("fsdp2", 4).share_weights(4000) == 1000 and zero2.share_weights(4000) == 4000
+
+
+def test_the_command_writes_its_numbers_and_a_chart_and_leaves_no_fake_tensor(sdxl_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = ["plan", "--model_name_or_path", sdxl_folder, "--per_device_train_batch_size", "2", "--no_advice"]
+    assert main([*words, "--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.png")]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["kind"] == "computed"
+    assert plan["peak"] == max(plan["moments"].values()) > sum(plan["components"].values())
+    names = {"policy", "reference", "vae", "text_encoder", "text_encoder_2", "optimizer"}
+    assert set(plan["components"]) == names
+    assert plan["components"]["policy"] > 4 * plan["parameters"], "float32, each tensor in blocks of 512 bytes"
+    assert (tmp_path / "plan.png").stat().st_size > 5_000
+    # SDXL's sizes are cached constants, which a later step of a real run must find real.
+    assert type(constant((16, 16), torch.int64, torch.device("cpu"))) is torch.Tensor
+
+
+def a_plan(gigabytes: float) -> Plan:
+    return Plan({"policy": 0}, {"backward": int(gigabytes * 1e9)}, 1, 1, 1, 1)
+
+
+def test_advice_is_sorted_by_what_it_saves_and_combined_until_it_fits():
+    """20 GB, of which 2-pair batches make 4, full tuning 10; checkpointing cannot act."""
+    settings = {CHECKPOINTING: False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    settings |= {"use_peft": False, "dtype": "float32", "safeguard": "output", "optim": "adamw_bnb_8bit"}
+
+    def replan(changes):
+        if CHECKPOINTING in changes:
+            raise ValueError
+        saved = 4 * ("per_device_train_batch_size" in changes) + 10 * ("use_peft" in changes)
+        return a_plan(20 - saved)
+
+    found = advise(a_plan(20), settings, replan)
+    assert [one.plan.peak for one in found] == [10e9, 16e9]
+    assert found[1].changes == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}
+    assert first_fit(found, 18, replan).changes == found[1].changes, "what changes no weights comes first"
+    assert first_fit(found, 8, replan).changes == {**found[0].changes, **found[1].changes}
+    assert first_fit(found, 4, replan) is None
+    assert a_plan(7.3).fits(8) and not a_plan(7.5).fits(8), "92 % of a card"
+
+
+@pytest.mark.matrix
+def test_the_command_proposes_settings_that_fit(sd_folder, tmp_path):
+    words = ["plan", "--model_name_or_path", sd_folder, "--per_device_train_batch_size", "2", "--fit", "0.002"]
+    assert main([*words, "--json", str(tmp_path / "plan.json")]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    peaks = [one["peak"] for one in plan["advice"]]
+    assert peaks == sorted(peaks) and all(peak < plan["peak"] for peak in peaks)
+    proposed = [name for one in plan["advice"] for name in one["options"]]
+    assert "use_peft" in proposed and "per_device_train_batch_size" in proposed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--like", "sd51"], "must be one of sd15, sd21, sdxl"),
+        ([], "must be the Hub id or folder"),
+        (["--model_name_or_path", "."], "has a model_index.json"),
+        (["--like", "sd15", "--load_in_4bit"], "Without `use_peft`"),
+        (["--like", "sd15", "--resolution", "500"], "must be a multiple of 8"),
+        (["--like", "sd15", "--accelerate_config", "zero9"], "must be one of"),
+        (["--like", "sd15", "--num_proceses", "2"], "is no option"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_a_pipeline_without_the_configuration_of_a_network_is_refused(sd_folder, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "pipeline"
+    shutil.copytree(sd_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "unet" / "config.json").unlink()
+    assert main(["plan", "--model_name_or_path", str(folder)]) == 2
+    assert "The configuration of `unet`" in capsys.readouterr().err

@@ -1,0 +1,280 @@
+"""`trl-diffusion-sdpo plan`: what a run needs, before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..suggestions import did_you_mean
+from . import EXIT_OK, launch
+from .options import OneLineParser
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from ..planning.layouts import Layout
+    from ..planning.plan import Plan, Prepared
+    from ..trainer import DiffusionSDPOConfig
+
+_ENGINES = {"single_gpu": "single", "multi_gpu": "ddp"}  # by configuration of accelerate, where the names differ
+_KINDS = {"MULTI_GPU": "ddp", "FSDP": "fsdp2", "NO": "single"}
+
+
+def make_parser(prog: str | None = None) -> OneLineParser:
+    """The command's own options; all others are those of `train`."""
+    parser = OneLineParser(
+        prog=prog,
+        usage="%(prog)s (--model_name_or_path ID | --like NAME) [--config FILE.yaml] [--OPTION VALUE ...]",
+        description="Compute the memory, the disk and the FLOPs of a run without loading its weights: the options are "
+        "those of `train`, and these. Nothing is measured, and no device is needed.",
+    )
+    parser.add_argument("--like", help="a published size: sd15, sdxl, sd35-medium, flux-dev and others")
+    parser.add_argument("--plan_device", choices=["cuda", "cpu"], default="cuda", help="device to plan for")
+    parser.add_argument(
+        "--fit", type=float, default=24.0, help="GB of the card that the advice is to fit (default: 24)"
+    )
+    parser.add_argument("--no_advice", action="store_true", help="plan these settings only, no changes")
+    parser.add_argument("--plan_pairs", type=int, default=100_000, help="pairs of which the hours are computed")
+    parser.add_argument("--peak_tflops", type=float, default=312.0, help="of the device (default: 312, A100 in bf16)")
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of it that training reaches")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--chart", type=Path, help="file for a bar chart, PNG")
+    return parser
+
+
+def run(arguments: list[str], prog: str) -> int:
+    own, words = make_parser(prog).parse_known_args(arguments)
+    if own.like is not None:
+        words += ["--model_name_or_path", f"published/{own.like}"]
+    _check_like(own.like)
+    logging.disable(logging.WARNING)  # what `train` says of its choices, once for every set-up that is planned
+    from ..planning.plan import Planner  # takes seconds
+
+    settings = PlannedSettings(words, prog, own.plan_device, own.like)
+    planner = Planner(own.plan_device)
+    plan = settings.plan(planner, {})
+    _show(plan, own, settings, planner)
+    return EXIT_OK
+
+
+class PlannedSettings:
+    """The settings of a run, from the words of `train`.
+
+    Args:
+        device (`str`): Device to plan for; it decides on bf16 where neither `bf16` nor `fp16` is given.
+        like (`str`, *optional*): A published size in place of a model.
+    """
+
+    def __init__(self, words: list[str], prog: str, device: str, like: str | None):
+        from . import train
+
+        file = launch.read_file(words)
+        given = {launch.option_of(word) for word in words} | set(file)
+        words = [*words, "--use_cpu", "true"]  # nothing is put onto a device
+        if device != "cpu" and not given & {"bf16", "fp16", "no_bf16"}:
+            words += ["--bf16", "true"]
+        engine, rest = launch.take_option(words, launch.OPTION)
+        processes, rest = launch.take_option(rest, "num_processes")
+        self.engine = str(engine or file.get(launch.OPTION, "single_gpu"))
+        self.processes = int(processes or file.get("num_processes", 1))
+        self._like = like
+        _, self._training, self._model = train.parse(words, prog)
+        if not self._model.model_name_or_path:
+            raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All settings by name."""
+        return {**vars(self._model), **vars(self._training)}
+
+    def plan(self, planner: Any, changes: dict[str, Any]) -> Plan:
+        """The plan with some settings changed; `ValueError` where they cannot act together."""
+        training, model = copy.copy(self._training), copy.copy(self._model)
+        for name, value in changes.items():
+            setattr(model if name in vars(model) else training, name, value)
+        return planner.plan(*prepare(training, model, self._layout(training), self._like))
+
+    def _layout(self, training: DiffusionSDPOConfig) -> Layout:
+        from ..planning.layouts import Layout
+
+        name = _ENGINES.get(self.engine, self.engine)
+        if name not in ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3"):
+            name = _engine_of_file(self.engine)
+        if self.processes < 1:
+            raise ValueError(f"`--num_processes` must be at least 1, got {self.processes}.")
+        half = bool(training.bf16 or training.fp16)
+        return Layout(name, self.processes, half)
+
+
+def prepare(
+    args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, like: str | None
+) -> tuple[Prepared, object]:
+    """A set-up on the meta device, made by the trainer's own functions, and what its passes depend on."""
+    from transformers.training_args import OptimizerNames
+    from trl import get_peft_config
+
+    from ..losses import loss_spec
+    from ..models.ema import EMAWeights
+    from ..models.loading import LoadedModel
+    from ..models.numerics import autocast_dtype
+    from ..planning.fake_step import Networks
+    from ..planning.plan import Prepared
+    from ..trainer.preparing import check_and_complete, choose_trained_weights, make_reference
+
+    stored = _stored(model_args) or (None if args.layerwise_casting is None else "float8")
+    loaded, spec = LoadedModel(_family(model_args, args, like), None), loss_spec(args.loss_type)
+    adapter, added = choose_trained_weights(loaded, get_peft_config(model_args), args)
+    half = autocast_dtype(args.mixed_precision)
+    reference = make_reference(loaded, None, args, spec, adapter=adapter, added=added)
+    average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
+    noise = check_and_complete(args, loaded, spec, adapter=adapter)
+    networks = Networks(_working(loaded.family, args, half), reference, average)
+    step = _step_settings(args, noise, half, layout)
+    frozen = "while encoding" if args.offload_frozen_components else "on device"
+    prepared = Prepared(
+        networks,
+        step,
+        OptimizerNames(args.optim).value,
+        args.max_grad_norm,
+        layout,
+        frozen=cast(Any, "absent" if args.precompute_latents else frozen),
+        stored=stored,
+        offloaded=args.group_offload,
+        blocks=args.group_offload_blocks,
+        checkpoints=args.save_total_limit or 1,
+    )
+    tuned = {name: value for name, value in vars(model_args).items() if name.startswith(("use_", "lora_", "dtype"))}
+    others = ("sync_ref_model", "ema_decay", "vae_encode_batch_size", "vae_dtype", "ref_model_half_precision")
+    return prepared, (repr(step), repr(tuned), layout.name, reference.kind, *(vars(args)[name] for name in others))
+
+
+def _stored(model_args: ModelConfig) -> str | None:
+    """How a quantized base is held; `ValueError` without a LoRA."""
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    if not model_args.use_peft:
+        raise ValueError("A quantized base needs a LoRA: quantized weights cannot be trained. Add `--use_peft`.")
+    if model_args.load_in_8bit:
+        return "8bit"
+    return "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
+
+
+def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None) -> Any:
+    from ..models.numerics import torch_dtype
+    from ..planning.skeleton import pipeline_of_folder, published_pipeline
+
+    options = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        **cast(Any, args.model_init_kwargs or {}),
+    }
+    dtype = torch_dtype(options.pop("dtype"))
+    if like is not None:
+        return published_pipeline(like, dtype)
+    access = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
+    return pipeline_of_folder(str(model_args.model_name_or_path), dtype, **access)
+
+
+def _working(family: Any, args: DiffusionSDPOConfig, half: Any) -> Any:
+    """The family with VAE and text encoders in the precision in which they run."""
+    import torch
+
+    from ..models.frozen_components import working_pipeline
+
+    device = torch.device("meta")
+    working = type(family)(working_pipeline(family, device=device, half_dtype=half, vae_dtype=args.vae_dtype))
+    working.guidance_scale, working.vae_encode_batch_size = args.guidance_scale, args.vae_encode_batch_size
+    working.settle_dtype()
+    return working
+
+
+def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Layout) -> Any:
+    from .._compat import activation_checkpointing
+    from ..losses import loss_spec
+    from ..planning.fake_step import StepSettings
+    from ..trainer.preparing import image_sizes, loss_settings
+
+    checkpoints, arguments = activation_checkpointing(args)
+    anchor = args.safeguard_anchor or loss_spec(args.loss_type).anchor
+    return StepSettings(
+        noise=noise,
+        loss=loss_settings(args),
+        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # of buckets, the largest
+        pairs=args.per_device_train_batch_size,
+        autocast=half,
+        checkpointing=arguments if checkpoints else None,
+        anchor=anchor if args.safeguard == "parameter" else None,
+        low_memory=args.safeguard_low_memory,
+        accumulates=args.gradient_accumulation_steps > 1,
+        rounds_weights=layout.rounds,
+        keeps_gradients=layout.keeps_gradients,
+    )
+
+
+def _engine_of_file(name: str) -> str:
+    """The engine of a configuration of accelerate."""
+    import yaml
+
+    settings = yaml.safe_load(launch.config_path(name).read_text(encoding="utf-8"))
+    kind = settings.get("distributed_type", "NO")
+    if kind == "DEEPSPEED":
+        return f"zero{settings.get('deepspeed_config', {}).get('zero_stage', 2)}"
+    if kind not in _KINDS:
+        raise ValueError(
+            f"A plan knows one process, DDP, FSDP2 and ZeRO-1 to 3; {name} has `distributed_type: {kind}`."
+        )
+    return _KINDS[kind]
+
+
+def _check_like(name: str | None) -> None:
+    from ..planning.published import PIPELINES
+
+    if name is not None and name not in PIPELINES:
+        near = did_you_mean(name, PIPELINES)
+        raise ValueError(f"`--like` must be one of {', '.join(PIPELINES)}; got {name!r}.{near}")
+
+
+def _show(plan: Plan, own: Any, settings: PlannedSettings, planner: Any) -> None:
+    from ..planning import advice, report
+
+    facts = {"peak_flops": own.peak_tflops * 1e12, "utilisation": own.utilisation, "pairs": own.plan_pairs}
+    print(report.report(plan, **facts, processes=settings.processes))
+    found: list[advice.Advice] = []
+    fit = None
+    if not own.no_advice:
+        replan = functools.partial(settings.plan, planner)
+        tunings = {name: replan(changes) for name, changes in _tunings(settings.values).items()}
+        print(f"\n{report.side_by_side(tunings)}")
+        found = advice.advise(plan, settings.values, replan)
+        print(f"\n{report.advice_table(plan, found)}")
+        if not plan.fits(own.fit):
+            fit = advice.first_fit(found, own.fit, replan)
+            print(f"\n{_fit_in_words(fit, own.fit)}")
+    if own.json is not None:
+        data = report.as_json(plan) | {"advice": [{"options": one.changes, "peak": one.plan.peak} for one in found]}
+        data["first_fit"] = None if fit is None else {"options": fit.changes, "peak": fit.plan.peak}
+        own.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if own.chart is not None:
+        report.chart(plan, own.chart)
+
+
+def _tunings(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """LoRA, QLoRA and full tuning, in the precisions that each is used with."""
+    half = "bfloat16" if values["bf16"] or values["fp16"] else "float32"
+    lora = {"use_peft": True, "dtype": half, "load_in_8bit": False}
+    full = {"use_peft": False, "dtype": "float32", "load_in_4bit": False, "load_in_8bit": False}
+    return {"LoRA": lora | {"load_in_4bit": False}, "QLoRA, 4 bits": lora | {"load_in_4bit": True}, "full": full}
+
+
+def _fit_in_words(fit: Any, gigabytes: float) -> str:
+    from ..planning.report import GIB, options
+
+    if fit is None:
+        return (
+            f"No combination of these fits {gigabytes:g} GB. Shard over several devices: `--accelerate_config zero3`."
+        )
+    return f"Fits {gigabytes:g} GB, at {fit.plan.peak / GIB:.2f} GiB, with:\n  {options(fit.changes)}"

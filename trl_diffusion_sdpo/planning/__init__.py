@@ -1,0 +1,1 @@
+"""What a training set-up needs before anything is loaded: memory by component and moment, disk, and model FLOPs."""

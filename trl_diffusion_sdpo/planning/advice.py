@@ -1,0 +1,77 @@
+"""Which settings to change first: each candidate is planned, and the best are combined until the set-up fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .._compat import CHECKPOINTING
+from .plan import Plan
+
+Changes = dict[str, Any]
+Replan = Callable[[Changes], Plan]  # `ValueError` where the changes cannot act
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of settings, and the plan with it."""
+
+    words: str
+    changes: Changes
+    plan: Plan
+
+
+def candidates(settings: Mapping[str, Any]) -> dict[str, Changes]:
+    """Changes by their description, of those that differ from the settings that are known and set."""
+    batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+    all_changes: dict[str, Changes] = {
+        "recompute activations in the backward pass": {CHECKPOINTING: True},
+        "smaller micro-batches, more accumulation": {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": batch * accumulation,
+        },
+        "latents and prompts from a cache": {"precompute_latents": True},
+        "the reference's errors from a cache": {"precompute_ref_errors": True},
+        "VAE and text encoders on the CPU when idle": {"offload_frozen_components": True},
+        "encode one image at a time": {"vae_encode_batch_size": 1},
+        "one branch's activations at a time": {"safeguard_low_memory": True},
+        "an optimizer with 8-bit states": {"optim": "adamw_bnb_8bit"},
+        "a LoRA on a base in half precision": {"use_peft": True, "dtype": "bfloat16"},
+        "a LoRA on a base in 4 bits": {"use_peft": True, "dtype": "bfloat16", "load_in_4bit": True},
+    }
+    if settings.get("safeguard") != "parameter":
+        del all_changes["one branch's activations at a time"]
+    return {
+        words: changes
+        for words, changes in all_changes.items()
+        if all(name in settings for name in changes)
+        and any(settings[name] != value for name, value in changes.items())
+    }
+
+
+def advise(plan: Plan, settings: Mapping[str, Any], replan: Replan) -> list[Advice]:
+    """Every candidate alone, those that save most first; what saves nothing, or cannot act, is left out."""
+    found = []
+    for words, changes in candidates(settings).items():
+        try:
+            found.append(Advice(words, changes, replan(changes)))
+        except ValueError:
+            continue
+    return sorted((one for one in found if one.plan.peak < plan.peak), key=lambda one: one.plan.peak)
+
+
+def first_fit(advice: list[Advice], gigabytes: float, replan: Replan) -> Advice | None:
+    """The candidates applied one after another, cheap ones first, until the set-up fits; `None` where it never does."""
+    changes: Changes = {}
+    words: list[str] = []
+    for one in sorted(advice, key=lambda one: ("use_peft" in one.changes, one.plan.peak)):
+        combined = changes | one.changes
+        try:
+            plan = replan(combined)
+        except ValueError:
+            continue
+        changes, words = combined, [*words, one.words]
+        if plan.fits(gigabytes):
+            return Advice("; ".join(words), changes, plan)
+    return None

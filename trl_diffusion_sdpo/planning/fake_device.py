@@ -1,0 +1,70 @@
+"""How a device differs from the CPU, on which fake tensors live, in what its operations allocate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._compat import CPU_ATTENTION_BACKWARD, autocast_rules
+from .allocations import CUDA_BLOCK
+
+CUDA_FUSED_ATTENTION_GRADIENT = 4  # bytes an element: FlashAttention 2 sums the gradient of the queries in float32
+
+# Operations that CUDA's autocast runs in float32 and the CPU's does not, of those that denoisers use.
+# Source: https://docs.pytorch.org/docs/stable/amp.html
+_FLOAT32 = (
+    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "linalg_vector_norm"),
+    *("exp", "log", "rsqrt", "reciprocal", "softplus", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
+    *("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"),
+)
+_FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "cumprod")
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    """What a plan assumes of a device.
+
+    Attributes:
+        type (`str`): `"cuda"` or `"cpu"`.
+        block (`int`): Bytes to which an allocation is rounded up.
+        hidden (`dict[Any, int]`): As [`~trl_diffusion_sdpo.planning.allocations.Allocations`] has it.
+    """
+
+    type: str
+    block: int
+    hidden: dict[Any, int] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Autocast rounds as on this device."""
+        with autocast_rules(_CUDA_RULES) if self.type == "cuda" else contextlib.nullcontext():
+            yield
+
+
+def fake_device(kind: str) -> FakeDevice:
+    """`"cuda"` or `"cpu"`."""
+    if kind == "cpu":
+        return FakeDevice("cpu", 1)
+    # Attention: the CPU's fused kernel stands for the GPU's. Both keep the result and a float32 number for each query.
+    return FakeDevice("cuda", CUDA_BLOCK, {CPU_ATTENTION_BACKWARD: CUDA_FUSED_ATTENTION_GRADIENT})
+
+
+def _in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    return operation(*(_float32(value) for value in args), **{name: _float32(value) for name, value in kwargs.items()})
+
+
+def _to_float32(operation: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    if dtype is None and args[0].is_floating_point():
+        dtype = torch.float32
+    return operation(*args, dtype=dtype, **kwargs)
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+_CUDA_RULES = dict.fromkeys(_FLOAT32, _in_float32) | dict.fromkeys(_FLOAT32_RESULT, _to_float32)

@@ -1,0 +1,258 @@
+"""One optimizer step of the trainer under fake tensors: the real forward and backward passes of a pair, clipping and
+the optimizer, without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..engines.gradient_backends import ReplicatedBackend
+from ..families import Family
+from ..families.noise import constant
+from ..losses import Anchor, loss_spec
+from ..models.denoiser_wrapper import DenoiserWrapper
+from ..models.ema import EMAWeights
+from ..models.reference import Reference
+from ..models.shadow_weights import SecondDenoiser
+from ..step.branch_gradients import BranchGradients
+from ..step.meters import MetricMeter
+from ..step.noisy_batch import NoisyBatch
+from ..step.pair_forward import LossSettings, NoiseSettings, PairForward
+from ..step.parameter_safeguard import ParameterSafeguard
+from .allocations import Allocations
+from .fake_device import FakeDevice
+
+ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forward", "backward", "optimizer"
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step does, besides its networks.
+
+    Attributes:
+        resolution (`tuple[int, int]`): (height, width) of the images in pixels.
+        pairs (`int`): Of a micro-batch.
+        autocast (`torch.dtype`, *optional*): The dtype of autocast.
+        checkpointing (`dict`, *optional*): Arguments of activation checkpointing; `None` without.
+        anchor (`str`, *optional*): Of the safeguard in parameter space; `None` in output space or without.
+        low_memory (`bool`): Whether that holds one branch's activations at a time.
+        accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
+        keeps_gradients (`bool`): Whether gradients stay until the optimizer's step; not where an engine shards them
+            while the backward pass runs.
+        rounds_weights (`bool`): Whether the engine computes with weights in the dtype of autocast.
+    """
+
+    noise: NoiseSettings
+    loss: LossSettings
+    resolution: tuple[int, int]
+    pairs: int
+    autocast: torch.dtype | None
+    checkpointing: dict[str, Any] | None
+    anchor: Anchor | None
+    low_memory: bool
+    accumulates: bool
+    keeps_gradients: bool = True
+    rounds_weights: bool = False
+
+
+@dataclass
+class Networks:
+    """The networks of a step, under fake tensors, as the trainer makes them: the family's denoiser has its trained
+    weights chosen, and its VAE and text encoders are in the precision in which they run."""
+
+    family: Family
+    reference: Reference
+    average: EMAWeights | None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [weight for weight in self.family.denoiser.parameters() if weight.requires_grad]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step needs, in bytes, beside the weights that stay.
+
+    Attributes:
+        peaks (`dict[str, int]`): By moment: activations, gradients, temporaries and the batch.
+        gradient_bytes (`int`): What is left when the optimizer steps.
+        flops (`int`): Floating point operations of matrix products, convolutions and attention.
+    """
+
+    peaks: dict[str, int]
+    gradient_bytes: int
+    flops: int
+
+
+class OneProcess:
+    """What a step reads of accelerate's `Accelerator`, of one process without a gradient scaler."""
+
+    scaler = None
+    num_processes = 1
+
+    def __init__(self, dtype: torch.dtype | None):
+        self._dtype = dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._dtype is None else torch.autocast("cpu", self._dtype)
+
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+class HeldComponents:
+    """What a step reads of [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], with all of them on the
+    device: where they are otherwise is the plan's."""
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[Family]:
+        yield self.family
+
+
+class MeasuredForward(PairForward):
+    """The forward passes of a pair, each as a moment of its own."""
+
+    allocations: Allocations
+
+    def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with self.allocations.moment(ENCODE):
+            return super().encode(inputs)
+
+    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
+        with self.allocations.moment(REFERENCE):
+            return super().predict_reference(model, batches)
+
+
+def measure_step(networks: Networks, settings: StepSettings, device: FakeDevice, mode: FakeTensorMode) -> StepMemory:
+    """Run the forward and backward passes of a step as the trainer does."""
+    denoiser = networks.family.denoiser
+    model = DenoiserWrapper(denoiser).train()
+    if settings.checkpointing is not None:
+        model.activation_checkpointing_enable(settings.checkpointing)
+    if settings.rounds_weights and settings.autocast is not None:
+        _round_weights(networks, settings.autocast, mode)
+    try:
+        with mode, device.active():
+            return _measure(model, networks, settings, device)
+    finally:
+        constant.cache_clear()  # fake tensors must not be left to a later step
+        if settings.checkpointing is not None:
+            denoiser.disable_gradient_checkpointing()
+        for weight in networks.trained:
+            weight.grad = None
+
+
+def _measure(model: nn.Module, networks: Networks, settings: StepSettings, device: FakeDevice) -> StepMemory:
+    allocations = Allocations(device.block, device.hidden)
+    allocations.ignore(_existing(networks))
+    here: Any = HeldComponents(networks.family)
+    forward = MeasuredForward(
+        here, networks.reference, device=torch.device("cpu"), noise=settings.noise, loss=settings.loss
+    )
+    forward.allocations = allocations
+    process: Any = OneProcess(settings.autocast)
+    forward.attach(process)
+    hooks = [] if settings.keeps_gradients else [_drop_gradient(weight) for weight in networks.trained]
+    with allocations:
+        inputs = _batch(settings, with_errors=networks.reference.is_precomputed)
+        if settings.anchor is not None:
+            _by_branch(model, forward, inputs, settings, process)
+        else:
+            if settings.accumulates and settings.keeps_gradients:
+                for weight in networks.trained:
+                    weight.grad = torch.empty_like(weight)
+            with allocations.moment(FORWARD):
+                loss = forward.loss(forward.predict_pairs(model, inputs)).loss
+            with allocations.moment(BACKWARD):
+                loss.backward()
+            del loss
+    for hook in hooks:
+        hook.remove()
+    return StepMemory(dict(allocations.peaks), allocations.live, allocations.flops)
+
+
+def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+    with mode:
+        for module in (networks.family.denoiser, *_second_denoisers(networks)):
+            for part in module.modules():
+                for name, weight in part.named_parameters(recurse=False):
+                    rounded = torch.empty(weight.shape, dtype=dtype, device="cpu")
+                    setattr(part, name, nn.Parameter(rounded, requires_grad=weight.requires_grad))
+
+
+def _drop_gradient(weight: nn.Parameter) -> Any:
+    return weight.register_post_accumulate_grad_hook(lambda held: setattr(held, "grad", None))
+
+
+def _by_branch(
+    model: nn.Module,
+    forward: MeasuredForward,
+    inputs: dict[str, Any],
+    settings: StepSettings,
+    process: Any,
+) -> None:
+    """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
+    backend, allocations = ReplicatedBackend(model, process), forward.allocations
+    mu = settings.loss.safeguard_mu
+    gradients = BranchGradients(backend, mu=mu, anchor=cast(Anchor, settings.anchor))
+    safeguard = ParameterSafeguard(
+        forward,
+        gradients,
+        MetricMeter(),
+        sorts_by_scores=loss_spec(settings.loss.loss_type).needs_scores,
+        low_memory=settings.low_memory,
+        diagnostics=None,
+    )
+    for _ in range(2 if settings.accumulates else 1):
+        with allocations.moment(FORWARD):
+            loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
+        with allocations.moment(BACKWARD):
+            safeguard.backward_branches(loss, step=1, share=1.0)
+        del loss
+    with allocations.moment(OPTIMIZER):
+        gradients.combine()
+
+
+def _existing(networks: Networks) -> list[torch.Tensor]:
+    """Tensors that stay between steps."""
+    return [tensor for module in all_modules(networks) for tensor in (*module.parameters(), *module.buffers())]
+
+
+def all_modules(networks: Networks) -> list[nn.Module]:
+    """The policy, VAE and text encoders, and second denoisers."""
+    family = networks.family
+    frozen = [getattr(family.pipeline, name) for name in family.frozen_components]
+    return [family.denoiser, *frozen, *_second_denoisers(networks)]
+
+
+def _second_denoisers(networks: Networks) -> list[nn.Module]:
+    seconds = [weights.second for weights in (networks.reference, networks.average) if weights is not None]
+    return [second.module for second in seconds if isinstance(second, SecondDenoiser)]
+
+
+def _batch(settings: StepSettings, *, with_errors: bool) -> dict[str, Any]:
+    """A collated batch on the device, in the form of `PreferenceCollator`."""
+    images, (height, width) = 2 * settings.pairs, settings.resolution
+    sizes = torch.ones(images, 2, dtype=torch.long)
+    batch = {
+        "pixel_values": torch.empty(images, 3, height, width, dtype=torch.uint8),
+        "prompts": ["a prompt"] * settings.pairs,
+        "original_sizes": sizes,
+        "crop_top_lefts": sizes,
+        "seeds": list(range(settings.pairs)),
+        "rows": list(range(settings.pairs)),
+    }
+    if loss_spec(settings.loss.loss_type).needs_scores:
+        batch["scores"] = torch.ones(images)
+    if with_errors:
+        batch["ref_errors"] = torch.ones(images * settings.noise.timesteps_per_pair)
+    return batch

@@ -1,0 +1,221 @@
+"""Published sizes: the denoisers of every family, and whole pipelines under the names of `--like`, as differences from
+the defaults of their classes. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SD15 = {
+    "sample_size": 64,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+}
+SD21 = {
+    **SD15,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+SD35_MEDIUM = {**SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
+SD35_LARGE = {
+    **SD3,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+FLUX_DEV = {"guidance_embeds": True}
+PIXART = {"caption_channels": 4096}
+PIXART_SIGMA = {**PIXART, "use_additional_conditions": False}
+SANA_600M = {
+    "num_attention_heads": 36,
+    "num_layers": 28,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+COGVIEW4 = {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
+HUNYUAN_12 = {
+    "in_channels": 4,
+    "patch_size": 2,
+    "sample_size": 128,
+    "hidden_size": 1408,
+    "num_layers": 40,
+    "mlp_ratio": 4.3637,
+    "use_style_cond_and_image_meta_size": False,
+}
+KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+KLEIN_9B = {**KLEIN_4B, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
+KLEIN_9B["joint_attention_dim"] = 12288
+WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A denoiser of a published size.
+
+    Attributes:
+        name (`str`): Name of the size within its family.
+        denoiser_class (`str`): Class of diffusers.
+        settings (`Mapping[str, Any]`): Differences of its configuration from the class's defaults.
+    """
+
+    name: str
+    denoiser_class: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+# First pipeline class of a family -> its published sizes.
+DENOISERS = {
+    "StableDiffusionPipeline": (Size("1.5", "UNet2DConditionModel", SD15), Size("2.1", "UNet2DConditionModel", SD21)),
+    "StableDiffusionXLPipeline": (Size("base", "UNet2DConditionModel", SDXL),),
+    "StableDiffusion3Pipeline": (
+        Size("3 Medium", "SD3Transformer2DModel", SD3),
+        Size("3.5 Medium", "SD3Transformer2DModel", SD35_MEDIUM),
+        Size("3.5 Large", "SD3Transformer2DModel", SD35_LARGE),
+    ),
+    "FluxPipeline": (Size("dev", "FluxTransformer2DModel", FLUX_DEV),),
+    "PixArtAlphaPipeline": (Size("XL", "PixArtTransformer2DModel", PIXART),),
+    "PixArtSigmaPipeline": (Size("XL", "PixArtTransformer2DModel", PIXART_SIGMA),),
+    "SanaPipeline": (
+        Size("0.6B", "SanaTransformer2DModel", SANA_600M),
+        Size("1.6B", "SanaTransformer2DModel"),
+        Size("1.5 4.8B", "SanaTransformer2DModel", {"num_layers": 60}),
+    ),
+    "QwenImagePipeline": (Size("Qwen-Image", "QwenImageTransformer2DModel"),),
+    "ZImagePipeline": (Size("Z-Image", "ZImageTransformer2DModel", {"axes_lens": [1536, 512, 512]}),),
+    "OvisImagePipeline": (Size("7B", "OvisImageTransformer2DModel"),),
+    "Lumina2Pipeline": (Size("2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),),
+    "AuraFlowPipeline": (Size("0.3", "AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}),),
+    "CogView4Pipeline": (Size("6B", "CogView4Transformer2DModel", COGVIEW4),),
+    "HunyuanDiTPipeline": (Size("1.2", "HunyuanDiT2DModel", HUNYUAN_12),),
+    "Flux2Pipeline": (Size("dev", "Flux2Transformer2DModel"),),
+    "Flux2KleinPipeline": (
+        Size("4B", "Flux2Transformer2DModel", KLEIN_4B),
+        Size("9B", "Flux2Transformer2DModel", KLEIN_9B),
+    ),
+    "WanPipeline": (
+        Size("2.1 1.3B", "WanTransformer3DModel", WAN_1B),
+        Size("2.1 14B", "WanTransformer3DModel"),
+        Size("2.2 5B", "WanTransformer3DModel", WAN_5B),
+    ),
+}
+
+# A component: its class and the differences of its configuration from the class's defaults.
+Component = tuple[str, Mapping[str, Any]]
+
+
+def _kl_vae(channels: int, scaling: float, **settings: Any) -> Component:
+    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return "AutoencoderKL", {**sizes, **blocks, "latent_channels": channels, "scaling_factor": scaling, **settings}
+
+
+def _clip(width: int, layers: int, heads: int, act: str, **settings: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, "hidden_act": act, "projection_dim": width, **settings}
+
+
+_CLIP_L = _clip(768, 12, 12, "quick_gelu")
+_CLIP_H = _clip(1024, 23, 16, "gelu", projection_dim=512)
+_CLIP_G = _clip(1280, 32, 20, "gelu")
+_T5_XXL = {
+    **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+_DDPM: Component = (
+    "DDPMScheduler",
+    {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1},
+)
+_FLOW: Component = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+_VAE_16 = {"use_quant_conv": False, "use_post_quant_conv": False}
+_SD3_PARTS: dict[str, Component] = {
+    "vae": _kl_vae(16, 1.5305, shift_factor=0.0609, force_upcast=True, **_VAE_16),
+    "text_encoder": ("CLIPTextModelWithProjection", _CLIP_L),
+    "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
+    "text_encoder_3": ("T5EncoderModel", _T5_XXL),
+    "scheduler": _FLOW,
+}
+_FLUX_PARTS: dict[str, Component] = {
+    "vae": _kl_vae(16, 0.3611, shift_factor=0.1159, force_upcast=True, **_VAE_16),
+    "text_encoder": ("CLIPTextModel", _CLIP_L),
+    "text_encoder_2": ("T5EncoderModel", _T5_XXL),
+    "scheduler": _FLOW,
+}
+_SDXL_PARTS: dict[str, Component] = {
+    "vae": _kl_vae(4, 0.13025, force_upcast=True),
+    "text_encoder": ("CLIPTextModel", _CLIP_L),
+    "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
+    "scheduler": _DDPM,
+}
+
+
+@dataclass(frozen=True)
+class PublishedPipeline:
+    """A pipeline of published size.
+
+    Attributes:
+        pipeline_class (`str`): Class of diffusers.
+        components (`Mapping[str, Component]`): Networks and scheduler by their names in the pipeline.
+        resolution (`int`): Pixels along a side of the images that it was published for.
+    """
+
+    pipeline_class: str
+    components: Mapping[str, Component]
+    resolution: int
+
+
+def _sd(settings: Mapping[str, Any], text: Mapping[str, Any], resolution: int) -> PublishedPipeline:
+    parts = {"vae": _kl_vae(4, 0.18215), "text_encoder": ("CLIPTextModel", text), "scheduler": _DDPM}
+    return PublishedPipeline(
+        "StableDiffusionPipeline", {"unet": ("UNet2DConditionModel", settings), **parts}, resolution
+    )
+
+
+def _transformer(pipeline: str, denoiser: Component, parts: Mapping[str, Component]) -> PublishedPipeline:
+    return PublishedPipeline(pipeline, {"transformer": denoiser, **parts}, 1024)
+
+
+PIPELINES = {
+    "sd15": _sd(SD15, _CLIP_L, 512),
+    "sd21": _sd(SD21, _CLIP_H, 768),
+    "sdxl": PublishedPipeline(
+        "StableDiffusionXLPipeline", {"unet": ("UNet2DConditionModel", SDXL), **_SDXL_PARTS}, 1024
+    ),
+    "sd3-medium": _transformer("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD3), _SD3_PARTS),
+    "sd35-medium": _transformer("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD35_MEDIUM), _SD3_PARTS),
+    "sd35-large": _transformer("StableDiffusion3Pipeline", ("SD3Transformer2DModel", SD35_LARGE), _SD3_PARTS),
+    "flux-dev": _transformer("FluxPipeline", ("FluxTransformer2DModel", FLUX_DEV), _FLUX_PARTS),
+    "flux-schnell": _transformer("FluxPipeline", ("FluxTransformer2DModel", {}), _FLUX_PARTS),
+    "pixart-sigma": _transformer(
+        "PixArtSigmaPipeline",
+        ("PixArtTransformer2DModel", PIXART_SIGMA),
+        {"vae": _kl_vae(4, 0.13025), "text_encoder": ("T5EncoderModel", _T5_XXL), "scheduler": _DDPM},
+    ),
+}

@@ -1,0 +1,151 @@
+"""Pipelines without weights: networks made from their configurations on the meta device, then as fake tensors, which
+have a shape, a dtype and a device, and no data."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import BatchEncoding, PreTrainedModel
+
+from ..families import Family, find_family
+from ..families.pipelines import CLASS, networks_without_weights, read_index
+from ..families.registry import family_for_class_name
+from .published import PIPELINES
+
+PROMPT_TOKENS = 77  # of CLIP, where a tokenizer's configuration does not say
+
+
+def published_pipeline(name: str, dtype: torch.dtype) -> Family:
+    """The family of a pipeline of published size, one of [`PIPELINES`]."""
+    published = PIPELINES[name]
+    parts: dict[str, Any] = {}
+    for part, (class_name, settings) in published.components.items():
+        part_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+        parts[part] = _build(part_class, settings, dtype)
+    return _family(published.pipeline_class, parts, {})
+
+
+def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> Family:
+    """The family of a pipeline from its JSON files in a folder or on the Hub; weights and tokenizers are not read.
+
+    Args:
+        access: `revision`, `token`, `cache_dir` and so on, as diffusers takes them.
+
+    Raises:
+        `ValueError`: If there is no pipeline that a family can train, or a component has no configuration.
+    """
+    index = read_index(name_or_path, **access)
+    family = family_for_class_name(index[CLASS])
+    parts: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
+    names = (family.denoiser_name, *family.frozen_components)
+    parts |= networks_without_weights(family, index, name_or_path, names, dtype=dtype, **access)
+    for name, entry in index.items():
+        if name == "scheduler":
+            parts[name] = _scheduler(entry, name_or_path, access)
+        elif name.startswith(("tokenizer", "processor")):
+            lengths[name] = _tokens(name_or_path, name)
+    return _family(family.pipeline_classes[0], parts, lengths)
+
+
+def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
+    """Replace the modules' tensors, on the meta device, by fake ones on the CPU; what is shared stays shared."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for part in (part for module in modules for part in module.modules()):
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if not tensor.is_meta:
+                continue
+            if id(tensor) not in made:
+                with mode:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = tensor, fake
+            setattr(part, name, made[id(tensor)][1])
+
+
+class TokensOnly:
+    """In place of a tokenizer: as many tokens as the pipeline pads a prompt to, all the same.
+
+    Args:
+        model_max_length (`int`): Where the pipeline names no length.
+    """
+
+    padding_side = "right"
+    pad_token_id = eos_token_id = bos_token_id = 0
+    eos_token = pad_token = bos_token = ""
+    added_tokens_encoder: dict[str, int] = {}
+
+    def __init__(self, model_max_length: int):
+        self.model_max_length = model_max_length
+
+    def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
+        rows = 1 if isinstance(text, str) else len(text)
+        # Without padding, a pipeline only asks whether it cut a prompt.
+        length = (max_length or self.model_max_length) if padding == "max_length" else 2
+        ids = torch.ones(rows, length, dtype=torch.long)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def tokenize(self, text: str) -> list[str]:
+        return []
+
+    def apply_chat_template(self, messages: Any, tokenize: bool = False, **settings: Any) -> Any:
+        rows = messages if messages and isinstance(messages[0], list) else [messages]
+        if tokenize:
+            return self(["" for _ in rows], **settings)
+        return "" if len(rows) == 1 else ["" for _ in rows]
+
+
+def _build(part_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    if not issubclass(part_class, (ModelMixin, PreTrainedModel)):
+        return part_class(**config)  # a scheduler
+    with torch.device("meta"):
+        if issubclass(part_class, ModelMixin):
+            module = part_class(**config)
+        else:
+            module = part_class(part_class.config_class(**config))
+    return nn.Module.to(module, dtype).eval()  # diffusers' own would warn about rounding weights
+
+
+def _scheduler(entry: Any, name_or_path: str, access: dict[str, Any]) -> Any:
+    library, class_name = entry
+    scheduler_class = getattr(diffusers, str(class_name), None)
+    if library != "diffusers" or scheduler_class is None:
+        raise ValueError(
+            f"The scheduler of a pipeline must be one of diffusers; the model_index.json of {name_or_path} says "
+            f"{class_name!r} of {library!r}."
+        )
+    return scheduler_class.from_config(scheduler_class.load_config(name_or_path, subfolder="scheduler", **access))
+
+
+def _tokens(name_or_path: str, name: str) -> int:
+    """Tokens of a prompt, from the tokenizer's configuration in a folder."""
+    file = Path(name_or_path) / name / "tokenizer_config.json"
+    if not file.is_file():
+        return PROMPT_TOKENS
+    length = json.loads(file.read_text(encoding="utf-8")).get("model_max_length", PROMPT_TOKENS)
+    return int(min(length, 512))
+
+
+def _family(class_name: str, parts: dict[str, Any], lengths: dict[str, int]) -> Family:
+    pipeline_class: type[DiffusionPipeline] = getattr(diffusers, class_name)
+    taken = inspect.signature(pipeline_class).parameters
+    components = {name: parts.get(name) for name in taken}
+    for name in taken:
+        if name.startswith(("tokenizer", "processor")):
+            components[name] = TokensOnly(lengths.get(name, PROMPT_TOKENS))
+        elif components[name] is None and taken[name].default is not inspect.Parameter.empty:
+            del components[name]
+    if "requires_safety_checker" in taken:
+        components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return find_family(pipeline_class(**components))
