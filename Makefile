@@ -24,7 +24,7 @@ SOURCES := trl_diffusion_sdpo tests examples benchmarks
 FLOORS := .venv-floors
 FLOORS_BIN := $(FLOORS)/bin
 # What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
-FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
+FLOORS_TESTS := tests/data tests/sources tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
 	tests/cli/test_given.py tests/cli/test_pair_arguments.py tests/test_cli_surface.py tests/test_versions.py
 
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench lint docs clean

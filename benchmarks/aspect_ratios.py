@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from trl_diffusion_sdpo.data import AspectRatioBuckets
 from trl_diffusion_sdpo.data.buckets import read_sizes
-from trl_diffusion_sdpo.data.checking import ALONE
-from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.sources import ArrowSource
+from trl_diffusion_sdpo.sources.checking import ALONE
+from trl_diffusion_sdpo.sources.images import ImageReader
+from trl_diffusion_sdpo.sources.tables import ArrowSource
 
 SQUARE, BUCKETS, OTHERS = "#c0392b", "#2471a3", "#b0b0b0"
 RATIOS = np.geomspace(0.4, 2.5, 801)

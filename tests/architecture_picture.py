@@ -23,7 +23,7 @@ COMMAND = "python tests/architecture_picture.py"
 # Rooms of a floor from left to right, such that few lines cross; others follow by their names.
 ORDER = (
     *("cli", "demo", "trainer", "evaluation", "runs", "artifacts", "models", "step", "planning", "settings"),
-    *("engines", "cache", "data", "families"),
+    *("engines", "cache", "sources", "data", "families"),
 )
 LABELS = {
     "cli": "commands",
@@ -39,6 +39,7 @@ LABELS = {
     "cache": "encoded pairs",
     "engines": "DDP, FSDP2, ZeRO",
     "data": "pairs of images",
+    "sources": "a user's rows",
     "families": "one pipeline each",
     "losses": "every formula",
     "rewards": "scorers",

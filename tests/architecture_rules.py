@@ -21,7 +21,7 @@ PACKAGE = "trl_diffusion_sdpo"
 GROUND = ("_compat", "import_utils", "masking", "suggestions", "switch_words")
 FLOORS = {
     **dict.fromkeys(GROUND, 0),
-    **dict.fromkeys(("data", "families", "losses", "rewards"), 1),
+    **dict.fromkeys(("data", "families", "losses", "rewards", "sources"), 1),
     **dict.fromkeys(("cache", "engines"), 2),
     **dict.fromkeys(("artifacts", "evaluation", "models", "planning", "runs", "settings", "step"), 3),
     "trainer": 4,
@@ -37,6 +37,7 @@ TIES = {
     ("planning", "models"),
     ("planning", "step"),
     ("cli", "demo"),
+    ("data", "sources"),
 }
 NOT_EVEN_DOWN = {("evaluation", "engines")}
 
@@ -198,7 +199,7 @@ def violations_of_data_without_models(files: Files) -> list[str]:
         file.at(line, f"data may not import {name}")
         for file in files.values()
         for name, line in file.imports
-        if file.room == "data" and name.split(".")[0] in libraries
+        if file.room in ("data", "sources") and name.split(".")[0] in libraries
     ]
 
 

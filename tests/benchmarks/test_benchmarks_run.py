@@ -93,3 +93,30 @@ def test_the_front_is_made_resumed_and_plotted(tmp_path):
     shown = run("front.py", "report", "--file", str(file), "--folder", str(folder), "--part", "final")
     assert "| budget, range | 0.1 | 1 |" in shown
     assert {path.name for path in folder.iterdir()} == {"front.png", "front_levels.png"}
+
+
+@pytest.mark.matrix
+def test_every_way_to_read_rows_is_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "loading.json", tmp_path / "loading.png"
+    shown = run("data_loading.py", *("--quick", "--output", str(file), "--plot", str(picture)))
+    found = json.loads(file.read_text())
+    ways = [(row["rows"], row["way"]) for row in found["start_up"]]
+    assert ways == [(rows, way) for rows in (100, 3000) for way in ("first", "again", "stream")]
+    assert all(row["peak"] >= row["rss"] > 0 and row["seconds"] > row["constructing"] for row in found["start_up"])
+    assert all(f"| {rows} | {way} |" in shown for rows, way in ways)
+    assert [row["workers"] for row in found["loading"]] == [0, 1] and found["decoding"]["ratio"] > 0
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_usual_transforms_that_loading_is_compared_with_make_the_same_pixels(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import data_loading
+
+    from trl_diffusion_sdpo.data import PairTransform, decode_image, pixels_as_floats
+
+    first, second = (Path(file).read_bytes() for file in data_loading.write_images(tmp_path, 96)[:2])
+    ours = data_loading.our_pair(PairTransform(48, random_flip=True), decode_image, first, first)
+    usual = data_loading.usual_pair(48, first, first)
+    assert ours.shape == usual.shape == (2, 3, 48, 48) and (pixels_as_floats(ours) == usual).all()
+    assert data_loading.usual_pair(48, first, second).shape == (2, 3, 48, 48)

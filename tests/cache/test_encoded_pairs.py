@@ -8,10 +8,10 @@ from PIL import Image
 
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
+from trl_diffusion_sdpo.sources.images import ImageReader
 from trl_diffusion_sdpo.trainer import encoding
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 from trl_diffusion_sdpo.trainer.preparing import place_frozen_components

@@ -119,6 +119,9 @@ def build_trainer(case: dict, folder: Path) -> RecordingTrainer:
         # Before the arguments: from then on transformers loads for ZeRO-3, and would shard the text encoder.
         model = StableDiffusionPipeline.from_pretrained(model)
         model.load_lora_weights(case["lora"], adapter_name="default")
+    engine = engine_args(case["engine"])
+    if case.get("own_linear"):  # as before ZeRO-3 replaces it
+        engine["deepspeed"]["zero_optimization"]["memory_efficient_linear"] = False
     args = DiffusionSDPOConfig(
         str(folder / "saved"),
         logging_steps=1,
@@ -126,7 +129,7 @@ def build_trainer(case: dict, folder: Path) -> RecordingTrainer:
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **engine_args(case["engine"]),
+        **engine,
         **case["args"],
     )
     peft_config = None if case["peft"] is None else LoraConfig(**case["peft"])

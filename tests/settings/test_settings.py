@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.cli.options import Option
-from trl_diffusion_sdpo.data.checking import parse_verify_images
 from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
 from trl_diffusion_sdpo.families.noise import WEIGHTINGS
 from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
@@ -16,6 +15,7 @@ from trl_diffusion_sdpo.losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS
 from trl_diffusion_sdpo.settings import data_arguments, step_arguments
 from trl_diffusion_sdpo.settings.all_arguments import settings_of
 from trl_diffusion_sdpo.settings.declaring import Range
+from trl_diffusion_sdpo.sources.checking import parse_verify_images
 from trl_diffusion_sdpo.trainer.diffusion_sdpo_config import settings_with
 
 OPTION = Option(

@@ -1,5 +1,10 @@
 """Errors of the reference computed before training: the run with the reference in the step, to the bit."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -314,3 +319,68 @@ def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_
     assert f"The errors of the reference are in {tmp_path / 'errors'}." in capsys.readouterr().out
     assert main(["train", *options]) == 0
     assert counted == [4, 4]
+
+
+@pytest.mark.matrix
+def test_a_resumed_run_equals_one_that_never_stopped(make_trainer, tmp_path):
+    def make(folder, steps, **more):
+        return make_trainer(
+            output_dir=str(tmp_path / folder), max_steps=steps, **PRECOMPUTED, random_crop=True, **more
+        )
+
+    whole = make("whole", 6)
+    whole.train()
+    make("cut", 3, save_strategy="steps", save_steps=3).train()
+    resumed = make("cut", 6)
+    resumed.train(resume_from_checkpoint=True)
+    assert logs(resumed)[3:6] == logs(whole)[3:6]
+    assert all(torch.equal(weights(resumed)[name], tensor) for name, tensor in weights(whole).items())
+    with pytest.raises(ValueError, match="reference was 'errors', is 'frozen'"):
+        make_trainer(output_dir=str(tmp_path / "cut"), max_steps=7).train(resume_from_checkpoint=True)
+
+
+KILLED = """
+import sys
+import datasets
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cache import reference_errors
+
+model, data, output = sys.argv[1:]
+reference_errors.SHARD_PAIRS = 2
+args = DiffusionSDPOConfig(
+    output, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=5,
+    precompute_ref_errors=True, ref_noise_draws=8, dataloader_num_workers=0,
+)
+trainer = DiffusionSDPOTrainer(model, None, args, datasets.load_from_disk(data))
+print("begins", flush=True)
+trainer.precompute_reference_errors()
+print("done", flush=True)
+"""
+
+
+@pytest.mark.matrix
+def test_a_killed_computation_goes_on_and_ends_as_an_undisturbed_one(sd_folder, make_pairs, tmp_path):
+    make_pairs().save_to_disk(str(tmp_path / "pairs"))
+    folders = {name: tmp_path / name for name in ("killed", "whole")}
+
+    def start(name):
+        command = [sys.executable, "-c", KILLED, sd_folder, str(tmp_path / "pairs"), str(folders[name])]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def shards(name):
+        return sorted((folders[name] / "reference_errors").glob("*/*.sha256.json"))
+
+    for count in (3, 20):
+        process = start("killed")
+        while len(shards("killed")) < count:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert count <= len(shards("killed")) < 64
+    before = {path: path.stat().st_mtime_ns for path in shards("killed")}
+    runs = [start("killed"), start("whole")]
+    assert all("done" in run.communicate()[0] for run in runs)
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+    stores = [[path.read_bytes() for path in sorted(folder.glob("**/*.arrow"))] for folder in folders.values()]
+    assert len(stores[0]) == 64 and stores[0] == stores[1]

@@ -1,6 +1,11 @@
 """Training in aspect-ratio buckets: batches of one size, true sizes for the model, evaluation, resuming, refusals."""
 
 import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import datasets
 import numpy as np
@@ -207,6 +212,38 @@ def test_an_evaluation_counts_every_pair_once(bucketed):
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"precompute_latents": True}, marks=pytest.mark.matrix),
+        {"precompute_latents": True, "precompute_ref_errors": True, "ref_noise_draws": 8},
+        pytest.param({"precompute_ref_errors": True, "ref_noise_draws": 8}, marks=pytest.mark.matrix),
+    ],
+    ids=["encoded", "both", "errors"],
+)
+def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path, settings):
+    """Over two epochs; the cache has an image once for each size that it is trained at."""
+    common = {"train": pairs_of(*MIXED[:6]), "per_device_train_batch_size": 2, "max_steps": 8}
+    folders = {"latent_cache_dir": str(tmp_path / "cache")} if "precompute_latents" in settings else {}
+    folders |= {"ref_errors_dir": str(tmp_path / "errors")} if "precompute_ref_errors" in settings else {}
+    runs = [bucketed(**common), bucketed(**common, **settings, **folders, output_dir=str(tmp_path / "stored"))]
+    for trainer in runs:
+        trainer.train()
+    live, stored = (trainer.denoiser.state_dict() for trainer in runs)
+    assert all(torch.equal(live[key], stored[key]) for key in live)
+
+
+def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_path):
+    """One image wins against a square one and against a high one: it is trained at two sizes."""
+    square, high = pairs_of(SQUARE, (60, 24))
+    pairs = datasets.Dataset.from_list([square, {**high, "chosen": square["chosen"]}])
+    trainer = bucketed(
+        train=pairs, precompute_latents=True, latent_cache_dir=str(tmp_path / "cache"), random_flip=False
+    )
+    shapes = [tuple(trainer.train_dataset[pair]["moments"].shape[2:]) for pair in range(2)]
+    assert shapes == [(8, 8), (10, 6)] and trainer.encoding.report.images == 4
+
+
 def test_the_budget_measures_pairs_of_several_sizes(bucketed):
     trainer = bucketed(train=pairs_of(*MIXED), winner_budget=0.1, winner_budget_pairs=8, max_steps=1)
     probe = trainer.winner_budget.make_probe(trainer._load_probe())
@@ -232,3 +269,73 @@ def test_a_data_set_prepared_without_buckets_stays_as_it_is(bucketed):
 
     prepared = prepare_dataset(pairs_of(*MIXED), transform=PairTransform(16))
     assert set(shapes(bucketed(train=prepared))) == {(16, 16)}
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import json, os, sys
+    import datasets
+    import torch, torch.distributed as dist
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    model, data, output, resume = sys.argv[1:]
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    args = DiffusionSDPOConfig(
+        output, max_steps=8, per_device_train_batch_size=4 // world, per_device_eval_batch_size=4 // world,
+        use_cpu=True, learning_rate=1e-3, beta=100.0, logging_steps=1, save_strategy="steps", save_steps=3,
+        report_to="none", disable_tqdm=True, aspect_ratio_buckets=True, bucket_step=4, resolution=16, random_crop=True,
+        optim="sgd", safeguard_granularity="pair", max_grad_norm=0.0, min_side=20,
+    )
+    seen, predictions = [], []
+    def note(predicted):
+        predictions.append(sorted(predicted.predictions[:, 0].tolist()))
+        return {}
+    pairs = datasets.load_from_disk(data)
+    trainer = DiffusionSDPOTrainer(model, None, args, pairs, pairs, compute_metrics=note)
+    encode = trainer.pair_forward.encode
+    trainer.pair_forward.encode = lambda inputs: seen.append(
+        (list(inputs["pixel_values"].shape[2:]), inputs["rows"].tolist())) or encode(inputs)
+    trainer.train(resume_from_checkpoint=resume or None)
+    steps = list(seen)
+    measured = trainer.evaluate()
+    torch.save(trainer.denoiser.state_dict(), os.path.join(output, "end.pt"))
+    with open(os.path.join(output, f"seen-{rank}.json"), "w") as file:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        json.dump({"steps": steps, "losses": losses, "measured": measured, "predictions": predictions[0]}, file)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    """
+)
+
+
+def run_script(folder, model, world, output, resume=""):
+    (folder / "train.py").write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
+    command = [sys.executable, *launch, str(folder / "train.py"), model, str(folder / "pairs"), str(output), resume]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output / f"seen-{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.matrix
+def test_two_processes_see_equal_shapes_and_walk_like_one(sd_folder, tmp_path):
+    """Batches of 2 on each of two processes are the batches of 4 of one, also when resumed within an epoch."""
+    pairs_of(*MIXED, (16, 40)).save_to_disk(str(tmp_path / "pairs"))  # the last one is smaller than `min_side`
+    (one,) = run_script(tmp_path, sd_folder, 1, tmp_path / "one")
+    first, second = run_script(tmp_path, sd_folder, 2, tmp_path / "two")
+    assert [shape for shape, _ in first["steps"]] == [shape for shape, _ in second["steps"]]
+    together = [[a[0], a[1] + b[1]] for a, b in zip(first["steps"], second["steps"], strict=True)]
+    assert together == one["steps"] and len({tuple(shape) for shape, _ in together}) == 3
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    for name in ("eval_loss", "eval_errors/winner", "eval_rewards/accuracies"):
+        assert first["measured"][name] == pytest.approx(one["measured"][name], rel=1e-3)
+    assert len(one["predictions"]) == 9 and first["predictions"] == pytest.approx(
+        one["predictions"], rel=1e-2, abs=1e-2
+    )
+    end = torch.load(tmp_path / "two" / "end.pt")
+    resumed = run_script(tmp_path, sd_folder, 2, tmp_path / "two", str(tmp_path / "two" / "checkpoint-6"))
+    assert resumed[0]["steps"] == first["steps"][6:] and resumed[1]["steps"] == second["steps"][6:]
+    again = torch.load(tmp_path / "two" / "end.pt")
+    assert all(torch.equal(end[key], again[key]) for key in end)

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data.checking import HOW_TO_DROP, Peers
-from ..data.images import UndecodableImageError
 from ..data.pairs import PreferenceDataset
 from ..data.transforms import pixels_as_floats
+from ..sources.checking import HOW_TO_DROP, Peers
+from ..sources.images import UndecodableImageError
 from .encoded_pairs import MOMENTS, SIZES, ImageRows
 from .shards import ShardStore
 

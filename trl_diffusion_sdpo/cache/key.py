@@ -55,7 +55,9 @@ class EncoderFacts:
 
     def of_text(self) -> dict[str, Any]:
         """Of text encoders and tokenizers."""
-        facts = {name: self._of_component(name) for name in self._family.frozen_components if name != VAE}
+        facts: dict[str, Any] = {
+            name: self._of_component(name) for name in self._family.frozen_components if name != VAE
+        }
         for name, part in self._family.pipeline.components.items():
             if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
                 facts[name] = _of_saved_files(part)

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as compute
 from torch.utils.data import Sampler
 
-from .checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
-from .formats import images_of_row
-from .images import ImageReader, UndecodableImageError
-from .sources import ArrowSource, RowSource
+from ..sources.checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
+from ..sources.formats import images_of_row
+from ..sources.images import ImageReader, UndecodableImageError
+from ..sources.tables import ArrowSource, RowSource
 from .transforms import Size
 
 MIN_AREA = 0.9  # of a size, as a share of the target's: SDXL's list at 1024 pixels is what 64 pixels allow within it
@@ -231,7 +231,7 @@ class Settled:
 
 
 def settle_sizes(
-    source: ArrowSource | RowSource,
+    source: Any,
     index: np.ndarray,
     reader: ImageReader,
     targets: AspectRatioBuckets | Size,
@@ -268,7 +268,7 @@ def _drops(kind: str, mask: np.ndarray, reason_of: Callable[[int], str]) -> list
     return [(kind, pair, reason_of(pair), amount) for pair, amount in zip(named, amounts, strict=False)]
 
 
-def _problem(source: ArrowSource | RowSource, pair: np.ndarray, reader: ImageReader) -> str:
+def _problem(source: Any, pair: np.ndarray, reader: ImageReader) -> str:
     """Why the size of an image of a pair cannot be read."""
     for row, image in pair.reshape(2, 2).tolist():
         try:
@@ -278,9 +278,7 @@ def _problem(source: ArrowSource | RowSource, pair: np.ndarray, reader: ImageRea
     return "the size of an image could not be read"
 
 
-def read_sizes(
-    source: ArrowSource | RowSource, index: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers
-) -> np.ndarray:
+def read_sizes(source: Any, index: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers) -> np.ndarray:
     """The size of every image, from its header.
 
     Args:
@@ -313,7 +311,7 @@ def read_sizes(
 
 
 def _sizes_of(
-    source: ArrowSource | RowSource, rows: np.ndarray, reader: ImageReader, num_proc: int | None
+    source: Any, rows: np.ndarray, reader: ImageReader, num_proc: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Number of images of each row `(R,)`, and the `(height, width)` of one after another; zeros if unreadable."""
     if isinstance(source, RowSource):
@@ -321,6 +319,9 @@ def _sizes_of(
         of_rows = [[] if isinstance(sizes, str) else sizes for sizes in read]
         counts = np.array([len(sizes) for sizes in of_rows], dtype=np.int64)
         return counts, np.array(list(chain(*of_rows)), dtype=np.int32).reshape(-1, 2)
+    if not isinstance(source, ArrowSource):  # a mixture
+        parts = [_sizes_of(part, own, reader, num_proc) for part, own in source.split(rows) if len(own)]
+        return np.concatenate([counts for counts, _ in parts]), np.concatenate([sizes for _, sizes in parts])
     found = source.map_images(
         _size_table, rows, reader, datasets.Value("int32"), num_proc=num_proc, batch_size=1000, desc=SIZES_READ
     )

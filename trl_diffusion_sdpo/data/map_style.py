@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates, settle_sizes
-from .checking import (
+from ..sources.checking import (
     ALONE,
     FEW_ROWS,
     HOW_TO_DROP,
@@ -26,8 +25,9 @@ from .checking import (
     same_image,
     usable_cores,
 )
-from .images import ImageReader, UndecodableImageError
-from .sources import ArrowSource, RowSource, pairs_fingerprint
+from ..sources.images import ImageReader, UndecodableImageError
+from ..sources.tables import ArrowSource, RowSource, pairs_fingerprint
+from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates, settle_sizes
 from .transforms import Encoded, ItemMaker, PairDraws, Size
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,17 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .._compat import is_split_by_node
-from .checking import COUNTS, SAMPLED_PAIRS, DataReport, IdenticalPairs, reject, same_image
-from .formats import PairReference, PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
-from .images import ImageReader, UndecodableImageError
+from ..sources.checking import COUNTS, SAMPLED_PAIRS, DataReport, IdenticalPairs, reject, same_image
+from ..sources.formats import (
+    PairReference,
+    PreferenceFormat,
+    Reject,
+    groups,
+    images_of_row,
+    pairs_in_group,
+    resolve_format,
+)
+from ..sources.images import ImageReader, UndecodableImageError
 from .transforms import ItemMaker
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 
 from transformers import TrainingArguments
 
-from ..data.images import MIN_SIDE
+from ..sources.images import MIN_SIDE
 from ..switch_words import SWITCH_WORDS, choice_of_switch
 from .data_arguments import DataArguments, RunArguments
 from .model_arguments import MemoryArguments, PipelineArguments, SampleArguments

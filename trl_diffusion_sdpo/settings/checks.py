@@ -6,10 +6,10 @@ import warnings
 from typing import Any, cast
 
 from .._compat import CHECKPOINTING, activation_checkpointing
-from ..data.checking import parse_verify_images
-from ..data.images import parse_schemes
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
+from ..sources.checking import parse_verify_images
+from ..sources.images import parse_schemes
 from ..suggestions import did_you_mean
 from .all_arguments import AllArguments, Setting, settings_of
 from .data_arguments import DataArguments

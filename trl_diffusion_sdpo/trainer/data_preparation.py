@@ -16,11 +16,11 @@ from transformers import Trainer, TrainingArguments
 
 from .._compat import keeps_order
 from ..data.buckets import AspectRatioBuckets, BucketSampler
-from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..losses import LossSpec
+from ..sources.checking import ALONE, Peers
 from ..step.reference_errors import ReferenceErrors
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig

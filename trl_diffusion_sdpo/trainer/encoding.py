@@ -27,13 +27,13 @@ from ..cache.encoder import (
 )
 from ..cache.key import EncoderFacts, image_key, prompt_key
 from ..cache.shards import ShardStore, stored_bytes
-from ..data.checking import FEW_ROWS, Peers, evenly_spaced, forks_by_default, usable_cores
 from ..data.pairs import PreferenceDataset
 from ..engines.processes import gather_objects
 from ..families import Family
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
 from ..runs.run_lock import FolderInUseError, RunLock
+from ..sources.checking import FEW_ROWS, Peers, evenly_spaced, forks_by_default, usable_cores
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class PairEncoding:
     def _locked(self, *stores: ShardStore) -> Iterator[None]:
         """Hold the stores' locks, in the first process, once other runs have released them."""
         with contextlib.ExitStack() as stack:
-            self._peers.gather_results(lambda: [_lock(store, stack) for store in stores if self._peers.index == 0])
+            self._peers.gather_results(lambda: _lock(stores if self._peers.index == 0 else (), stack))
             yield
             self._peers.gather_results(lambda: None)  # before the locks are released
 
@@ -286,17 +286,22 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo" / "encoded"
 
 
-def _lock(store: ShardStore, stack: contextlib.ExitStack) -> None:
-    store.path.mkdir(parents=True, exist_ok=True)
-    lock, waits = RunLock(store.path), False
-    while True:
-        try:
-            lock.acquire()
-        except FolderInUseError as error:
-            if not waits:
-                logger.warning("Waiting for another run that encodes: %s", error)
+def _lock(stores: Sequence[ShardStore], stack: contextlib.ExitStack) -> None:
+    """Take the stores' locks, waiting for other runs that hold them; the stack releases them."""
+    for store in stores:
+        store.path.mkdir(parents=True, exist_ok=True)
+        lock, waits = RunLock(store.path), False
+        while not _is_taken(lock, waits):
             waits = True
             time.sleep(LOCK_SECONDS)
-        else:
-            stack.callback(lock.release)
-            return
+        stack.callback(lock.release)
+
+
+def _is_taken(lock: RunLock, waits: bool) -> bool:
+    try:
+        lock.acquire()
+    except FolderInUseError as error:
+        if not waits:
+            logger.warning("Waiting for another run that encodes: %s", error)
+        return False
+    return True

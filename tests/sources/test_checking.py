@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import map_style as map_style_module
-from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images
-from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.sources.checking import Peers, evenly_spaced, parse_verify_images
+from trl_diffusion_sdpo.sources.images import ImageReader
 
 JUNK = b"this is no image"
 
@@ -228,7 +228,7 @@ def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
 @pytest.mark.parametrize("verify", ["sample", "all"])
 @pytest.mark.parametrize("style", ["list", "arrow"])
 def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style, decoded, monkeypatch):
-    monkeypatch.setattr("trl_diffusion_sdpo.data.checking.ROUND_ROWS", 20)
+    monkeypatch.setattr("trl_diffusion_sdpo.sources.checking.ROUND_ROWS", 20)
     data = rows(100, bad={5, 41, 99})
     if style == "arrow":
         data = datasets.Dataset.from_list(data)

@@ -24,15 +24,7 @@ from tqdm.auto import tqdm
 from .._compat import dataset_fingerprint
 from . import formats, index
 from .checking import DataReport, evenly_spaced
-from .formats import (
-    PreferenceFormat,
-    Reject,
-    groups,
-    images_of_row,
-    pairs_in_group,
-    prompts_of_rows,
-    resolve_format,
-)
+from .formats import PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, prompts_of_rows, resolve_format
 from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError
 from .index import Drop, NotVectorizedError, PairIndex, find_pairs
 

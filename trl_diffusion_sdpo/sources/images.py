@@ -91,7 +91,7 @@ class ImageReader:
             image = self._open(value)
             _check_pixels(image)
             image.load()
-            image = _to_rgb(ImageOps.exif_transpose(image))
+            image = _to_rgb(_upright(image))
         _check_sides(*image.size)
         return image
 
@@ -263,6 +263,12 @@ def _has_late_metadata(file: Any) -> bool:
     return found
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """With its EXIF rotation applied; the same object if it has none, of which Pillow would make a copy."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _wide_grey(image)
@@ -271,7 +277,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             "is of mode F: floating-point images have no agreed range, save it in 8 or 16 bits"
         )
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")

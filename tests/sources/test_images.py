@@ -13,8 +13,9 @@ import fsspec
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, images, prepare_dataset
-from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, prepare_dataset
+from trl_diffusion_sdpo.sources import images
+from trl_diffusion_sdpo.sources.images import ImageReader
 
 
 def png(level=7, size=(16, 16)):

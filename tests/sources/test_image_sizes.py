@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from trl_diffusion_sdpo.data import AspectRatioBuckets, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import AspectRatioBuckets, PairMixture, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import Repeated
-from trl_diffusion_sdpo.data.checking import Peers
-from trl_diffusion_sdpo.data.images import ImageReader, UndecodableImageError
 from trl_diffusion_sdpo.data.transforms import PairDraws
+from trl_diffusion_sdpo.sources.checking import Peers
+from trl_diffusion_sdpo.sources.images import ImageReader, UndecodableImageError
 
 BUCKETS = AspectRatioBuckets((16, 16), step=4)  # 12 x 20, 16 x 16, 20 x 12
 
@@ -219,6 +219,14 @@ def test_the_sizes_of_a_saved_set_are_read_once(tmp_path, monkeypatch):
     first = prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).fingerprint()
     monkeypatch.setattr(ImageReader, "size", lambda *_: pytest.fail("read again"))
     assert prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).fingerprint() == first
+
+
+def test_the_sizes_of_a_mixture_are_those_of_its_parts():
+    """A table and rows in a list, each read in its own way; the second one's pairs come twice."""
+    parts = {"table": datasets.Dataset.from_list(ROWS), "rows": ROWS[1:3]}
+    prepared = prepare(PairMixture(parts, weights=(1, 1)), buckets=BUCKETS)
+    assert [prepared.target_size(pair) for pair in range(8)] == [*TARGETS, *TARGETS[1:3] * 2]
+    assert prepared[5]["pixel_values"].shape[2:] == (20, 12)
 
 
 def test_streams_are_refused_with_what_to_do():

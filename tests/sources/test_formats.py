@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_diffusion_sdpo.data.formats import (
+from trl_diffusion_sdpo.sources.formats import (
     FORMATS,
     LabelError,
     compare,

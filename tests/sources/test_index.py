@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trl_diffusion_sdpo.data import index
-from trl_diffusion_sdpo.data.checking import DataReport, reject
-from trl_diffusion_sdpo.data.formats import FORMATS
-from trl_diffusion_sdpo.data.sources import KEPT_FOLDER, ArrowSource, RowSource, build_index
+from trl_diffusion_sdpo.sources import index
+from trl_diffusion_sdpo.sources.checking import DataReport, reject
+from trl_diffusion_sdpo.sources.formats import FORMATS
+from trl_diffusion_sdpo.sources.tables import KEPT_FOLDER, ArrowSource, RowSource, build_index
 
 NUMBERS = [0.0, 1.0, 0.5, 0.5, -2.0, float("nan"), float("inf"), None, 2.0**60 + 1]
 TEXTS = ["0", "1", " 0.5\n", "1_0", "word", "", "nan", "-inf", None, "1e-3"]
@@ -139,7 +139,7 @@ def test_the_index_is_built_once_and_read_by_memory_map(on_disk, tmp_path, monke
     table = on_disk(picks())
     built = outcome(ArrowSource(table, None, True))
     (folder,) = kept(tmp_path)
-    monkeypatch.setattr("trl_diffusion_sdpo.data.sources.find_pairs", None)  # would fail
+    monkeypatch.setattr("trl_diffusion_sdpo.sources.tables.find_pairs", None)  # would fail
     loaded = ArrowSource(datasets.load_from_disk(str(tmp_path / "saved")), None, True)
     assert outcome(loaded) == built
     assert outcome(loaded, strict=True).startswith("train data, row 3: no label")

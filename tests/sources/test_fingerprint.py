@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.data.formats import FORMATS
 from trl_diffusion_sdpo.data.pairs import prepare_dataset
-from trl_diffusion_sdpo.data.sources import pairs_fingerprint
 from trl_diffusion_sdpo.data.transforms import PairTransform
+from trl_diffusion_sdpo.sources.formats import FORMATS
+from trl_diffusion_sdpo.sources.tables import pairs_fingerprint
 
 
 def fingerprint(data, **settings) -> dict:

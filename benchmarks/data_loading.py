@@ -1,0 +1,303 @@
+"""Whether the data keep up: time and memory until the first step by the number of rows, and pairs a second.
+
+Rows have the columns of Pick-a-Pic, and name a few JPEG files of real size, so that a million rows fit on a disk. Every
+number of rows is read in processes of their own: map-style for the first time, when the index of the pairs is built,
+again, when it is found on the disk, and as a stream. Times to the first step are of the wall, from the construction of
+a trainer with a small random pipeline to the end of its first step.
+
+Decoding is compared with a restatement of the usual transforms (decode, resize the shorter side, crop, convert to
+floats and normalise) in turns, as CPU time of one thread.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image, ImageFilter
+from tqdm.auto import tqdm
+
+WAYS = ("first", "again", "stream")
+CHUNK = 10_000  # rows that are written at once
+PROMPTS = 58_000  # of Pick-a-Pic
+FILES = 16
+SIDE_OF_A_STEP = 16  # pixels, so that the step itself costs next to nothing
+FLAT = 1.1  # what start-up memory may grow by, from the fewest rows to the most
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.measure:
+        print(json.dumps(first_step(Path(options.measure), options.way)))
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        files = write_images(Path(folder), options.side)
+        started = [row for rows in options.rows for row in start_up(Path(folder), rows, files, options)]
+        decoding = decode_in_turns(files, options)
+        loading = [load(Path(folder), files, workers, options) for workers in tqdm(options.workers, desc="Workers")]
+    for row in started:
+        fewest = next(other for other in started if other["way"] == row["way"])
+        row |= {name: row[part] / fewest[part] for name, part in (("memory_ratio", "rss"), ("peak_ratio", "peak"))}
+    print(table(started, decoding, loading))
+    settings = {name: str(value) for name, value in vars(options).items()}
+    content = {"settings": settings, "start_up": started, "decoding": decoding, "loading": loading}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plot(started, loading, options.plot)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--side", type=int, default=768, help="shorter side of the JPEG files, in pixels")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2, 4])
+    parser.add_argument("--pairs", type=int, default=256, help="pairs that are loaded with each number of workers")
+    parser.add_argument("--rounds", type=int, default=24, help="pairs that are decoded in turns")
+    parser.add_argument("--quick", action="store_true", help="the smallest form, in seconds")
+    parser.add_argument("--folder", type=Path, help="where the rows are written; a temporary folder if unset")
+    parser.add_argument("--output", type=Path, default=Path("bench_output/data_loading.json"))
+    parser.add_argument("--plot", type=Path, default=Path("bench_output/data_loading.png"))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # in a process of its own: one way to read rows
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rows, options.workers, options.side, options.resolution = [100, 3000], [0, 1], 64, 32
+        options.pairs, options.rounds = 16, 4
+    options.rows = sorted(options.rows)
+    return options
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, side: int) -> list[str]:
+    """Random images with soft edges and some noise, upright or square."""
+    generator, files = np.random.default_rng(0), []
+    for number in range(FILES):
+        size = (side, side * (3 + number % 2) // 3)
+        coarse = generator.integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST).filter(ImageFilter.GaussianBlur(2))
+        noisy = np.asarray(image).astype(np.int16) + generator.integers(-6, 7, (size[1], size[0], 1))
+        file = folder / f"{number}.jpg"
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, quality=90)
+        files.append(str(file))
+    return files
+
+
+def write_rows(file: Path, count: int, files: list[str]) -> None:
+    generator = np.random.default_rng(1)
+    names = pa.array(files)
+    with ArrowWriter(path=str(file)) as writer:
+        for start in tqdm(range(0, count, CHUNK), desc=f"Writing {count} rows", leave=False):
+            size = min(CHUNK, count - start)
+            first, gap = generator.integers(0, len(files), size), generator.integers(1, len(files), size)
+            label = generator.choice([0.0, 0.5, 1.0], size, p=[0.44, 0.12, 0.44])
+            columns = {
+                "caption": [f"an image of the subject with number {n}" for n in generator.integers(0, PROMPTS, size)],
+                "jpg_0": names.take(pa.array(first)),
+                "jpg_1": names.take(pa.array((first + gap) % len(files))),
+                "label_0": label,
+                "label_1": 1.0 - label,
+                "has_label": np.ones(size, dtype=bool),
+            }
+            writer.write_table(pa.table(columns))
+        writer.finalize()
+
+
+# ---- Until the first step -------------------------------------------------------------------------------------------
+
+
+def start_up(folder: Path, rows: int, files: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time and memory of every way to read so many rows, each in a process of its own."""
+    file = folder / f"{rows}.arrow"
+    write_rows(file, rows, files)
+    found = []
+    for way in tqdm(WAYS, desc=f"{rows} rows", leave=False):
+        command = [sys.executable, __file__, "--measure", str(file), "--way", way]
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        found.append({"rows": rows, "way": way, **json.loads(done.stdout.splitlines()[-1])})
+    file.unlink()
+    return found
+
+
+def first_step(file: Path, way: str) -> dict[str, float]:
+    """Seconds from the construction of a trainer to the end of its first step, and this process's memory there."""
+    from random_pipeline import build_pipeline
+
+    from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+
+    data: Any = datasets.Dataset.from_file(str(file))
+    data = data if way != "stream" else data.to_iterable_dataset(num_shards=8)
+    pipeline = build_pipeline("tiny", SIDE_OF_A_STEP)
+    with tempfile.TemporaryDirectory() as folder:
+        args = DiffusionSDPOConfig(
+            folder,
+            max_steps=1,
+            per_device_train_batch_size=1,
+            resolution=SIDE_OF_A_STEP,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+        )
+        before, start = memory("VmRSS"), time.perf_counter()
+        trainer = DiffusionSDPOTrainer(pipeline, None, args, data)
+        constructed = time.perf_counter()
+        trainer.train()
+    return {
+        "seconds": time.perf_counter() - start,
+        "constructing": constructed - start,
+        "rss": memory("VmRSS"),
+        "rss_before": before,
+        "peak": memory("VmHWM"),
+    }
+
+
+def memory(name: str) -> float:
+    """A line of Linux's `/proc/self/status`, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+# ---- Decoding and loading -------------------------------------------------------------------------------------------
+
+
+def decode_in_turns(files: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of CPU time for a pair, median of the rounds, and the median ratio of the rounds."""
+    from trl_diffusion_sdpo.data import PairTransform, decode_image
+
+    transform = PairTransform(options.resolution, center_crop=False, random_flip=True)
+    contestants = {
+        "ours": partial(our_pair, transform, decode_image),
+        "usual": partial(usual_pair, options.resolution),
+    }
+    contents = [Path(file).read_bytes() for file in files]
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    generator = random.Random(0)
+    for number in tqdm(range(options.rounds + 2), desc="Decoding"):
+        pair = contents[number % len(contents)], contents[(number + 1) % len(contents)]
+        for name in generator.sample(list(contestants), len(contestants)):
+            start = time.process_time()
+            contestants[name](*pair)
+            if number >= 2:
+                seconds[name].append(time.process_time() - start)
+    ratios = [ours / usual for ours, usual in zip(seconds["ours"], seconds["usual"], strict=True)]
+    return {
+        **{name: 1000 * statistics.median(found) for name, found in seconds.items()},
+        "ratio": statistics.median(ratios),
+    }
+
+
+def our_pair(transform: Any, decode: Any, first: bytes, second: bytes) -> Any:
+    from trl_diffusion_sdpo.data import PairDraws
+
+    return transform(decode(first), decode(second), PairDraws(0.3, 0.6, 0.2, 0.5, 1)).pixel_values
+
+
+def usual_pair(side: int, first: bytes, second: bytes) -> Any:
+    """Floats in `[-1, 1]` of two images, as training scripts make them in the loader."""
+    import torch
+
+    pixels = []
+    for content in (first, second):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        scale = side / min(image.size)
+        image = image.resize(tuple(int(length * scale) for length in image.size), Image.Resampling.BILINEAR)
+        left, top = (image.width - side) // 3, (image.height - side) // 3
+        image = image.crop((left, top, left + side, top + side)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+        pixels.append(values.sub_(0.5).div_(0.5))
+    return torch.stack(pixels)
+
+
+def load(folder: Path, files: list[str], workers: int, options: argparse.Namespace) -> dict[str, float]:
+    """Pairs a second of the wall, after the first batch has arrived."""
+    from torch.utils.data import DataLoader
+
+    from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+
+    file = folder / "loaded.arrow"
+    if not file.is_file():
+        write_rows(file, 2 * options.pairs + 200, files)
+    table = datasets.Dataset.from_file(str(file))
+    prepared = prepare_dataset(table, transform=PairTransform(options.resolution), verify_images="none")
+    batches = iter(DataLoader(prepared, 8, num_workers=workers, collate_fn=PreferenceCollator()))
+    next(batches)
+    start, pairs = time.perf_counter(), 0
+    while pairs < options.pairs:
+        pairs += len(next(batches)["seeds"])
+    return {"workers": workers, "pairs_per_second": pairs / (time.perf_counter() - start)}
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+def table(started: list[dict[str, Any]], decoding: dict[str, float], loading: list[dict[str, float]]) -> str:
+    lines = ["| rows | read | to the first step | constructing | memory | of the fewest rows | peak, likewise |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in started:
+        lines.append(
+            f"| {row['rows']} | {row['way']} | {row['seconds']:.1f} s | {row['constructing']:.1f} s | "
+            f"{row['rss']:.0f} MiB | {row['memory_ratio']:.3f} | {row['peak_ratio']:.3f} |"
+        )
+    worst = max(row["memory_ratio"] for row in started)
+    lines.append(
+        f"\nMemory grows by {worst - 1:.1%} at most ({'within' if worst <= FLAT else 'above'} {FLAT - 1:.0%})."
+    )
+    lines.append(
+        f"A pair is decoded in {decoding['ours']:.2f} ms, as usual in {decoding['usual']:.2f} ms: "
+        f"{decoding['ratio']:.3f} of it.\n\n| workers | pairs a second |\n|---|---|"
+    )
+    lines += [f"| {row['workers']} | {row['pairs_per_second']:.0f} |" for row in loading]
+    return "\n".join(lines)
+
+
+def plot(started: list[dict[str, Any]], loading: list[dict[str, float]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (times, sizes, rates) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for way in WAYS:
+        rows = [row for row in started if row["way"] == way]
+        times.plot([row["rows"] for row in rows], [row["seconds"] for row in rows], "o-", label=way)
+        sizes.plot([row["rows"] for row in rows], [row["rss"] for row in rows], "o-", label=way)
+    for axes, label in ((times, "seconds to the first step"), (sizes, "memory there, MiB")):
+        axes.set(xscale="log", xlabel="rows", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    rates.bar([str(row["workers"]) for row in loading], [row["pairs_per_second"] for row in loading])
+    rates.set(xlabel="workers", ylabel="pairs a second")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
