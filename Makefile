@@ -1,6 +1,7 @@
 # make demo    install, then train on the embedded world and draw what happened
 # make test    install, lint, check the types, run the tests, build the documentation
-# make bench   what the safeguard costs, and how often a step raises its winners' error: 10 to 20 minutes
+# make bench   the step against hand-written ones, what the safeguard costs, and others on the CPU: under 10 minutes
+# make bench-gpu PYTHON=python3  speed and memory of published sizes on a GPU, as `make test-gpu`: a second call goes on
 # make test-distributed    the engines under all settings, two processes on the CPU
 # make test-families    every model family trains, in LoRA and in full, under both safeguards
 # make test-trainer     the trainer's settings, every combination of them
@@ -27,7 +28,7 @@ FLOORS_BIN := $(FLOORS)/bin
 FLOORS_TESTS := tests/data tests/sources tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
 	tests/cli/test_given.py tests/cli/test_pair_arguments.py tests/test_cli_surface.py tests/test_versions.py
 
-.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench lint docs clean
+.PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
@@ -71,8 +72,15 @@ test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/kills
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/safeguard_overhead.py
-	$(BIN)/python benchmarks/winner_rises.py
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --latents 16 --batch 2
+	$(BIN)/python benchmarks/winner_rises.py --steps 60
+	$(BIN)/python benchmarks/planned_memory.py
+
+# No environment is made, as in `test-gpu`; the results and the page that is made of them are to be committed.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=. $(PYTHON) benchmarks/performance_page.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,11 +1,10 @@
-"""Small pipelines whose parts take the shares of a step that they take at the true size, and the true parts' FLOPs.
+"""Small pipelines whose parts take the shares of a step that they take at the true size.
 
 Widths and image sides are chosen so that VAE, reference and policy take about the shares of one core's time that the
-FLOPs of the true sizes predict; `true_shares` computes the latter on the meta device.
+FLOPs of the true sizes predict.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from family_memory import SD15, SDXL
+from published_flops import PASSES, pair_flops, published_flops
 from random_pipeline import START, build_tokenizer
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from trl_diffusion_sdpo.planning.published import SD15, SDXL
 
 TIME_EMBEDDING = 32  # of each of SDXL's six size numbers, at small sizes
 SD_VAE: dict[str, Any] = {
@@ -32,8 +31,6 @@ SD_VAE: dict[str, Any] = {
     "latent_channels": 4,
     "norm_num_groups": 32,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 PARTS = ("VAE", "text encoders", "reference", "policy")
 
 
@@ -46,6 +43,7 @@ class Proportions:
         unet, vae (`int`): Channels of the first block; those of the others keep the published ratios.
         text (`tuple[int, ...]`): Widths of the text encoders, of two layers: at the true size their cost is negligible.
         pixels (`int`): Side of an image.
+        pairs (`int`): Of a step: four for SDXL, since the cache encodes eight images at once, which rounds as they do.
         transformers (`tuple[int, ...]`): SDXL's transformer layers of each block.
         layers (`int`): Of each block.
     """
@@ -55,6 +53,7 @@ class Proportions:
     vae: int
     text: tuple[int, ...]
     pixels: int
+    pairs: int = 1
     transformers: tuple[int, ...] = (1, 2, 10)
     layers: int = 2
 
@@ -105,9 +104,11 @@ class Proportions:
 
 PROPORTIONS = {
     "sd15": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=192),
-    "sdxl": Proportions("sdxl", unet=64, vae=40, text=(48, 80), pixels=256, transformers=(1, 1, 3)),
+    "sdxl": Proportions("sdxl", unet=64, vae=24, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),
     "smallest sd15": Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64, layers=1),
-    "smallest sdxl": Proportions("sdxl", unet=32, vae=8, text=(32, 32), pixels=64, transformers=(1, 1, 1), layers=1),
+    "smallest sdxl": Proportions(
+        "sdxl", unet=32, vae=8, text=(32, 32), pixels=64, pairs=4, transformers=(1, 1, 1), layers=1
+    ),
 }
 
 
@@ -133,45 +134,12 @@ def small_clip(width: int) -> CLIPTextConfig:
 
 
 def true_shares(published: str, tuning: str) -> dict[str, float]:
-    """Shares of the FLOPs of one pair at the true size, by part; computed on the meta device in seconds.
-
-    A forward pass without a graph for the reference; a forward and a backward pass for the policy, where with LoRA the
-    backward pass costs as much as the forward pass, since the frozen weights get no gradients.
-    """
-    forward, vae, text = true_flops(published)
-    flops_of = {
-        "VAE": 2 * vae,
-        "text encoders": text,  # one prompt for the two images
-        "reference": 2 * forward,
-        "policy": 2 * forward * (3 if tuning == "full" else 2),
+    """Shares of the FLOPs of one pair at the true size, by part."""
+    flops = published_flops()[published]
+    of_parts = {
+        "VAE": 2 * flops["vae"],
+        "text encoders": flops["text"],  # one prompt for the two images
+        "reference": 2 * flops["denoiser"],
+        "policy": 2 * flops["denoiser"] * PASSES[tuning],
     }
-    total = sum(flops_of.values())
-    return {part: flops_of[part] / total for part in PARTS}
-
-
-@lru_cache
-def true_flops(published: str) -> tuple[int, int, int]:
-    """FLOPs of the UNet's forward pass and the VAE's encoder for one image, and of the text encoders for a prompt."""
-    xl = published == "sdxl"
-    side = 1024 if xl else 512
-    with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**(SDXL if xl else SD15)), AutoencoderKL(**SD_VAE)
-        texts = [CLIPTextModel(CLIPTextConfig(**clip)) for clip in ((CLIP_L, CLIP_BIG_G) if xl else (CLIP_L,))]
-        tokens, images = torch.empty(1, 77, dtype=torch.long), torch.empty(1, 3, side, side)
-        inputs: dict[str, Any] = {
-            "sample": torch.empty(1, 4, side // 8, side // 8),
-            "timestep": torch.empty(1),
-            "encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim),
-        }
-        if xl:
-            sizes = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-            inputs["added_cond_kwargs"] = sizes
-    return flops(unet, **inputs), flops(vae.encoder, images), sum(flops(text, tokens) for text in texts)
-
-
-@torch.no_grad()
-def flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a forward pass; tensors may be on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        module(*args, **kwargs)
-    return counter.get_total_flops()
+    return {part: of_parts[part] / pair_flops(flops, tuning) for part in PARTS}

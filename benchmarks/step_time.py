@@ -18,17 +18,18 @@ from typing import Any
 import matplotlib
 import torch
 from bare_steps import STEPS, Bench, script_batch
+from datasets import Dataset
 from matplotlib import pyplot as plt
 from peft import LoraConfig
 from proportions import PARTS as PARTS_OF_STEP
-from proportions import PROPORTIONS, true_shares
+from proportions import PROPORTIONS, Proportions, true_shares
 from random_pipeline import random_pairs
 from safeguard_overhead import environment
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
-from turns import InTurns, RecordingTrainer, loop
+from turns import InTurns, RecordingTrainer, loop, now
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 LATENTS = {"precompute_latents": True}
 ERRORS = {"precompute_ref_errors": True, "ref_noise_draws": 1}
@@ -77,7 +78,7 @@ COMPARISONS = (
     Comparison("both", "sd15", "full", "ours, cached, errors", "authors' step", 0.60),
     Comparison("both", "sd15", "lora", "ours, cached, errors", "diffusers' script"),
 )
-PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
+PARTS = (*dict.fromkeys(comparison.part for comparison in COMPARISONS), "encode")
 
 
 @dataclass
@@ -161,14 +162,39 @@ def contestant(
 ) -> tuple[InTurns, Bench | None]:
     """A trainer with the settings of its name, or a hand-written loop and its networks. All have networks of their own,
     of equal weights."""
-    size = PROPORTIONS[f"smallest {published}" if options.smallest else published]
-    steps = options.warmup + options.rounds + 1
-    args = DiffusionSDPOConfig(
-        str(folder),
+    size = size_of(published, options)
+    steps, pairs_of_step = options.warmup + options.rounds + 1, options.pairs or size.pairs
+    pairs = random_pairs(pairs_of_step * steps, size.pixels)
+    args = arguments_of(
+        OURS.get(name, {}),
+        size,
+        options,
+        folder,
         max_steps=steps,
-        per_device_train_batch_size=options.pairs,
-        train_sampling_strategy="sequential",
+        per_device_train_batch_size=pairs_of_step,
         learning_rate=LEARNING_RATES[tuning],
+    )
+    lora = None
+    if tuning == "lora":
+        lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LORA_TARGETS))
+    trainer = RecordingTrainer(size.build(), None, args, pairs, peft_config=lora)
+    trainer.remove_callback(PrinterCallback)
+    if name in OURS:
+        return InTurns(trainer.take_turns, options.device, options.threads), None
+    bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
+    bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
+    batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
+    return InTurns(loop(partial(STEPS[name], bench), batches), options.device, options.threads), bench
+
+
+def arguments_of(
+    differing: dict[str, Any], size: Proportions, options: argparse.Namespace, folder: Path, **settings: Any
+) -> DiffusionSDPOConfig:
+    """The settings of all trainers, and those in which they differ."""
+    caches = {"latent_cache_dir": str(folder / "encoded")} if "precompute_latents" in differing else {}
+    return DiffusionSDPOConfig(
+        str(folder),
+        train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
         beta=BETA,
         safeguard_mu=MU,
@@ -180,20 +206,48 @@ def contestant(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **OURS.get(name, {}),
+        **differing,
+        **caches,
+        **settings,
     )
-    lora = None
-    if tuning == "lora":
-        lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LORA_TARGETS))
-    pairs = random_pairs(options.pairs * steps, size.pixels)
-    trainer = RecordingTrainer(size.build(), None, args, pairs, peft_config=lora)
-    trainer.remove_callback(PrinterCallback)
-    if name in OURS:
-        return InTurns(trainer.take_turns, options.device, options.threads), None
-    bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
-    bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
-    batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
-    return InTurns(loop(partial(STEPS[name], bench), batches), options.device, options.threads), bench
+
+
+def size_of(published: str, options: argparse.Namespace) -> Proportions:
+    return PROPORTIONS[f"smallest {published}" if options.smallest else published]
+
+
+@torch.no_grad()
+def encoding(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Images and distinct prompts that are encoded in a second: decoding, checksums and files included.
+
+    Seconds are those of a trainer's set-up that encodes, less those of one that finds all encoded.
+    """
+    size, count = size_of("sd15", options), 4 if options.smallest else 32
+    image = random_pairs(1, size.pixels)[0]
+    data = {
+        "images": [{**pair, "prompt": "one"} for pair in random_pairs(count // 2, size.pixels)],
+        "prompts": [{**image, "prompt": f"number {number}"} for number in range(8 * count)],
+    }
+    rates: dict[str, float] = {}
+    for name, pairs in data.items():
+        seconds = []
+        for _ in range(2):
+            args = arguments_of(LATENTS, size, options, folder / name)
+            pipeline, began = size.build(), now(options.device)
+            trainer = DiffusionSDPOTrainer(pipeline, None, args, Dataset.from_list(pairs))
+            seconds.append(now(options.device) - began)
+        rates[name] = {"images": count, "prompts": 8 * count}[name] / (seconds[0] - seconds[1])
+    family = trainer.family
+    pixels = torch.rand(8, 3, size.pixels, size.pixels, device=args.device) * 2 - 1
+    for call, name, batch in (
+        (lambda: family.image_moments(pixels), "images", 8),
+        (lambda: family.encode_prompts([f"{i}" for i in range(16)]), "prompts", 16),
+    ):
+        call()
+        began = now(options.device)
+        call()
+        rates[f"{name}, bare"] = batch / (now(options.device) - began)
+    return rates
 
 
 def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int) -> Result:
@@ -264,7 +318,7 @@ def plot(groups: list[Group], file: Path) -> None:
     for number, (row, target) in enumerate(targets):
         axes.plot([target] * 2, [row - 0.4, row + 0.4], color="tab:red", label="target" if not number else None)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(0, max(1.15, *medians) * 1.05)
+    axes.set_xlim(0, max(1.15, *(one.quartiles[2] for one in found)) * 1.1)
     axes.set_xlabel("time of a step, relative to the other of the same round (median and quartiles)")
     axes.tick_params(axis="y", labelsize="small")
     if targets:
@@ -279,7 +333,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
-    parser.add_argument("--pairs", type=int, default=1, help="pairs a step")
+    parser.add_argument("--pairs", type=int, help="pairs a step (default: of the proportions)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steadiest on a busy machine")
     parser.add_argument("--smallest", action="store_true", help="networks so small that the ratios mean nothing")
@@ -303,16 +357,22 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         for published, tuning in kinds:
             groups.append(measure(published, tuning, options, Path(folder) / f"{published}-{tuning}", bar))
+        bar.set_description("encoding")
+        rates = encoding(options, Path(folder)) if "encode" in options.parts else {}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     report = {
         "settings": settings,
         "environment": environment(options),
         "groups": [as_json(group) for group in groups],
+        "encoded_per_second": rates,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plot(groups, options.plot)
-    print(table(groups))
+    if groups:
+        plot(groups, options.plot)
+        print(table(groups))
+    for name, rate in rates.items():
+        print(f"{name} encoded a second: {rate:.2f}")
     return 0
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(
-    0, str(Path(__file__).parents[2] / "benchmarks")
-)  # in this process: importing takes longer than measuring
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes longer than measuring
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +78,30 @@ def test_the_true_shares_are_those_of_the_published_sizes(measured):
     shares = next(group["true_shares"] for group in measured["groups"] if group["tuning"] == "full")
     assert shares["VAE"] == pytest.approx(2 * 1.1167 / whole, rel=0.01)
     assert shares["reference"] == pytest.approx(2 * 0.8033 / whole, rel=0.01)
+
+
+@pytest.mark.matrix
+def test_caches_leave_every_loss_as_it_is(tmp_path):
+    """Encoded pairs and stored errors of the reference: losses equal to the bit; and the rates of encoding."""
+    pytest.importorskip("matplotlib")
+    import step_time
+
+    words = [
+        "--smallest",
+        "--rounds",
+        "1",
+        "--warmup",
+        "1",
+        "--device",
+        "cpu",
+        "--parts",
+        "cached",
+        "errors",
+        "encode",
+    ]
+    assert step_time.main([*words, "--output", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    found = [row for group in report["groups"] for row in group["results"]]
+    assert len(found) == 5 and all(row["difference"] == 0 for row in found)
+    assert report["encoded_per_second"].keys() == {"images", "prompts", "images, bare", "prompts, bare"}
+    assert all(rate > 0 for rate in report["encoded_per_second"].values())

@@ -118,7 +118,7 @@ def test_every_range_and_every_choice_is_checked(make_args):
             if not setting.is_optional:
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
-    assert checked == 28
+    assert checked == 35
 
 
 def test_the_choices_of_a_setting_are_those_of_what_it_chooses_from():
@@ -141,20 +141,21 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
     evaluation = """
         vae_dtype resolution image_interpolation timestep_range timesteps weighting_scheme logit_mean logit_std
         mode_scale timestep_weighting guidance_scale snr_gamma noise_offset input_perturbation num_noise_bins
-        seed data_seed
+        seed data_seed aspect_ratio_buckets bucket_step bucket_max_aspect_ratio min_side layerwise_casting
     """.split()
     resume = """
         loss_type beta safeguard safeguard_mu safeguard_granularity safeguard_eps safeguard_anchor
         safeguard_preconditioner per_device_train_batch_size gradient_accumulation_steps mixed_precision random_crop
         random_flip proportion_empty_prompts loser_noise_range winner_budget winner_budget_pairs winner_budget_steps
         ema_decay sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_errors ref_noise_draws
-        n_timesteps_per_pair
+        n_timesteps_per_pair latent_crops
         label_smoothing dspo_threshold dmpo_alpha mapo_temperature mapo_scale simpo_gamma dpop_lambda linear_eta
         smpo_coefficient smpo_score_scale
     """.split()
     neither = """
         model_init_kwargs ref_model_init_kwargs disable_dropout ref_model_half_precision ref_errors_dir
-        save_full_pipeline
+        save_full_pipeline precompute_latents latent_cache_dir offload_frozen_components group_offload
+        group_offload_blocks torch_compile_regional attention_backend
         vae_encode_batch_size dataset_format dataset_num_proc on_bad_row verify_images image_schemes
         safeguard_low_memory safeguard_diagnostics_steps sample_prompts sample_steps sample_inference_steps
         sample_guidance_scale checkpoint_on_interrupt trust_checkpoint overwrite_output_dir

@@ -180,7 +180,7 @@ def test_an_error_in_the_check_of_one_process_ends_all(verify):
 
     first, second = ThreadGroup(2).run(check)
     assert first == "OSError: no space left"
-    assert second == ("RuntimeError: Process 0 failed to check its part of the data: OSError: no space left")
+    assert second == ("RuntimeError: Process 0 failed in its part of the work: OSError: no space left")
 
 
 def test_a_sample_without_a_single_good_pair_is_an_error():

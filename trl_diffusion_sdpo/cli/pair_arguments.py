@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from trl import ScriptArguments
@@ -174,7 +174,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
     if evaluates and script_args.eval_dataset_name is None and script_args.test_size is None:
         raise ValueError(f"`eval_strategy` needs pairs that are not among `datasets`. {_HOW_TO_EVALUATE}")
     train = {f"{number}: {entry.path}": _load_set(entry, script_args) for number, entry in enumerate(sets)}
-    weights = None if sets[0].weight is None else [cast(float, entry.weight) for entry in sets]
+    weights = None if sets[0].weight is None else [entry.weight for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
     if not evaluates:
         return PairMixture(train, weights, formats), None
@@ -186,7 +186,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
             )
         return PairMixture(train, weights, formats), _load_other(script_args)
     _refuse_streaming(script_args)
-    size, seed = cast(float, script_args.test_size), training_args.seed
+    size, seed = script_args.test_size, training_args.seed
     held: dict[str, Any] = {}
     for (name, part), known in zip(train.items(), formats, strict=True):
         train[name], held[name] = hold_out(part, size, seed=seed, dataset_format=known)

@@ -246,14 +246,14 @@ def settle_sizes(
         min_side (`int`, *optional*): Least pixels along the shorter side of an image.
     """
     read = read_sizes(source, index, reader, num_proc, peers)  # (P, 2, 2)
-    readable, large = (read > 0).all((1, 2)), (read >= (min_side or 0)).all((1, 2))
+    readable, large = np.asarray((read > 0).all((1, 2))), np.asarray((read >= (min_side or 0)).all((1, 2)))
     drops = _drops("undecodable", ~readable, lambda pair: _problem(source, index[pair], reader))
     drops += _drops(
         "too_small",
         readable & ~large,
         lambda pair: f"{read[pair].min()} pixels along the shorter side, and `min_side={min_side}`",
     )
-    kept = readable & large
+    kept = np.asarray(readable & large)
     if not isinstance(targets, AspectRatioBuckets):
         return Settled(kept, None, drops, describe_sizes(read[kept], np.array([targets])))
     sizes = PairSizes(targets.sizes, targets.assign(read[kept].reshape(-1, 4)))

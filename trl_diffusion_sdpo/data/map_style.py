@@ -26,7 +26,8 @@ from ..sources.checking import (
     usable_cores,
 )
 from ..sources.images import ImageReader, UndecodableImageError
-from ..sources.tables import ArrowSource, RowSource, pairs_fingerprint
+from ..sources.mixture import Source
+from ..sources.tables import pairs_fingerprint
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates, settle_sizes
 from .transforms import Encoded, ItemMaker, PairDraws, Size
 
@@ -48,9 +49,7 @@ class PreferenceDataset(Dataset):
     one that can (of its bucket, if there is one), whichever process reads it first.
     """
 
-    def __init__(
-        self, source: ArrowSource | RowSource, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str
-    ) -> None:
+    def __init__(self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str) -> None:
         self._source, self._maker, self._reader, self._strict = source, maker, reader, strict
         self._report = DataReport(name, source.format.name, rows=len(source))
         self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)

@@ -12,22 +12,15 @@ from ..sources.checking import ALONE, COUNTS, DataReport, Peers, parse_verify_im
 from ..sources.formats import PreferenceFormat, resolve_format
 from ..sources.images import SCHEMES, ImageReader, parse_schemes
 from ..sources.index import by_first_appearance, row_codes
-from ..sources.mixture import MixedSource, PairMixture
-from ..sources.tables import ArrowSource, RowSource, make_source
+from ..sources.mixture import MixedSource, PairMixture, Source
+from ..sources.tables import make_source
 from .buckets import ENLARGED, AspectRatioBuckets
 from .map_style import PreferenceDataset
 from .streaming import PreferenceIterableDataset, Stream
 from .transforms import ItemMaker, PairTransform
 
-__all__ = [
-    "COUNTS",
-    "DataReport",
-    "PairMixture",
-    "PreferenceDataset",
-    "PreferenceIterableDataset",
-    "hold_out",
-    "prepare_dataset",
-]
+__all__ = ["COUNTS", "DataReport", "PairMixture", "PreferenceDataset", "PreferenceIterableDataset"]
+__all__ += ["hold_out", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +148,7 @@ def _streams(
     return streams, dataset.weights
 
 
-def _source(
-    dataset: Any, dataset_format: str | None, name: str, use_scores: bool
-) -> ArrowSource | RowSource | MixedSource:
+def _source(dataset: Any, dataset_format: str | None, name: str, use_scores: bool) -> Source:
     if not isinstance(dataset, PairMixture):
         return make_source(dataset, dataset_format, name, use_scores)
     sources = {

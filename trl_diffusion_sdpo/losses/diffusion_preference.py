@@ -184,9 +184,9 @@ class _Objective:
         assert self.scores is not None
         order = order_by_scores(self.scores).to(model_pred.device)
         scores = self.scores.to(model_pred.device)[order]
-        references = [None if each is None else each[order] for each in (self.ref_pred, self.ref_errors)]
-        ordered = dict(zip(("ref_pred", "ref_errors"), references, strict=True))
-        return model_pred[order], replace(self, target=self.target[order], scores=scores, **ordered)
+        pred, errors = (None if each is None else each[order] for each in (self.ref_pred, self.ref_errors))
+        ordered = replace(self, target=self.target[order], scores=scores, ref_pred=pred, ref_errors=errors)
+        return model_pred[order], ordered
 
     def terms(self, model_pred: torch.Tensor) -> PairTerms:
         optional = {"timestep_weights": self.timestep_weights, "scores": self.scores}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -203,7 +203,7 @@ def _by_branch(
     """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
     backend, allocations = ReplicatedBackend(model, process), forward.allocations
     mu = settings.loss.safeguard_mu
-    gradients = BranchGradients(backend, mu=mu, anchor=cast(Anchor, settings.anchor))
+    gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,

@@ -99,8 +99,12 @@ class _Drops:
 
     def calls(self, known: PreferenceFormat, table: datasets.Dataset) -> list[Drop]:
         """Arguments of `Reject`: the first examples of each kind in the order of the rows, then the rest of each."""
-        examples = sorted((place, kind, *rest) for kind, found in self.first.items() for place, *rest in found)
-        calls = [
+        examples = sorted(
+            (place, kind, row, reason, amount)
+            for kind, found in self.first.items()
+            for place, row, reason, amount in found
+        )
+        calls: list[Drop] = [
             (kind, row, reason or _problem(known, table[row]), amount) for _, kind, row, reason, amount in examples
         ]
         for kind, total in self.total.items():
@@ -172,8 +176,9 @@ def _joined(rounds: Sequence[_Rows]) -> _Rows:
         for rows, start in zip(rounds, before, strict=False)
     ]
     labels = _Lists(*(np.concatenate(parts) for parts in zip(*(rows.labels for rows in shifted), strict=True)))
-    others = zip(*(rows._replace(labels=rows.numbers) for rows in shifted), strict=True)
-    return _Rows(*(None if parts[0] is None else np.concatenate(parts) for parts in others))._replace(labels=labels)
+    unlabelled: Any = [rows._replace(labels=None) for rows in shifted]
+    others: Any = (None if parts[0] is None else np.concatenate(parts) for parts in zip(*unlabelled, strict=True))
+    return _Rows(*others)._replace(labels=labels)
 
 
 def _in_order(rows: _Rows, numbers: np.ndarray, groups: np.ndarray, order: np.ndarray) -> _Rows:

@@ -179,3 +179,6 @@ class MixedFormat:
 
     def prompt(self, row: tuple[int, Mapping[str, Any]]) -> str:
         return self.formats[row[0]].prompt(row[1])
+
+
+Source = ArrowSource | RowSource | MixedSource  # what pairs are read from

@@ -47,7 +47,6 @@ class OneSource:
         return build_index(self, reject)
 
     def split(self: Any, rows: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-        """Each source with those of the rows that are its own."""
         yield self, rows
 
 
@@ -284,12 +283,11 @@ def _kept_folder(table: datasets.Dataset, known: PreferenceFormat) -> Path | Non
 
 def _keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, list[Drop]]:
     """The same index, read from the disk if it can be written there."""
-    parts = {_PAIRS: found.pairs, _SCORES: found.scores}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as written:
             facts: dict[str, Any] = {"drops": drops, "sha256": {}}
-            for name, values in parts.items():
+            for name, values in zip((_PAIRS, _SCORES), found, strict=True):
                 if values is not None:
                     values.astype(f"<{values.dtype.kind}8").tofile(Path(written, name))
                     facts["sha256"][name] = _checksum(Path(written, name))
@@ -333,7 +331,7 @@ def _checksum(file: Path) -> str:
 
 
 def pairs_fingerprint(
-    source: ArrowSource | RowSource, index: np.ndarray, scores: np.ndarray | None, *, thorough: bool = False
+    source: Any, index: np.ndarray, scores: np.ndarray | None, *, thorough: bool = False
 ) -> dict[str, Any]:
     """Identifies pairs of [`build_index`], equally on every machine, in a time that does not grow with the images.
 

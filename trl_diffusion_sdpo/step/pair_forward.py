@@ -289,7 +289,7 @@ class PairForward:
         by_branch = training and self.loss_settings.safeguard == "parameter"
         batches = batch.halves() if by_branch else (batch,)
         predicted = self.predict_reference(model, batches)
-        return mean_error(torch.cat(cast(list[torch.Tensor], predicted)) - batch.target.float())
+        return mean_error(torch.cat(predicted) - batch.target.float())
 
     def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """The errors of a reference that were computed beforehand, from a collated batch; `None` for others."""

@@ -178,12 +178,12 @@ class DataOverrides(Trainer):
 
 def _reading(args: TrainingArguments) -> list[int]:
     """What a position in a stream depends on beside the stream."""
-    return [args.train_batch_size, args.world_size, cast(int, args.dataloader_num_workers)]
+    return [args.train_batch_size, args.world_size, args.dataloader_num_workers]
 
 
 def save_position(stream: PreferenceIterableDataset, args: TrainingArguments, batches: int, folder: Path) -> None:
     """Write where this process has read to in a stream, after so many batches, into a checkpoint."""
-    position = stream.position(batches, cast(int, args.dataloader_num_workers)) if keeps_order(args) else None
+    position = stream.position(batches, args.dataloader_num_workers) if keeps_order(args) else None
     if position is not None:
         content = {"batches": batches, "reading": _reading(args), "position": position}
         (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))

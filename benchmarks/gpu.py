@@ -1,0 +1,392 @@
+"""Speed and memory of training on this machine's accelerator: models of published sizes with random weights.
+
+Every case trains a few steps in a process of its own and adds a line to a file. A case that has a line for this device
+is not measured again: a later call goes on where an earlier one ended. Nothing is downloaded.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from gpu_device import GIB, Memory, peak_flops
+from gpu_networks import SMALLEST_SIDE, build
+from peft import LoraConfig
+from random_pipeline import random_pairs
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.planning.published import PIPELINES
+from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
+from trl_diffusion_sdpo.step.pair_forward import PairForward
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
+PAIRS = {"sd15": 4, "sdxl": 2, "sd35-medium": 2, "flux-dev": 1}  # of a step
+TUNINGS = {"flux-dev": ("lora", "qlora", "full")}
+RANK = 16
+CASE_SECONDS = 120  # no case is begun with less time left
+WARMUP, TIMED = 2, 10  # steps
+TIMED_SECONDS = 25  # fewer steps are timed where they take longer together
+CACHED = {"precompute_latents": True, "precompute_ref_errors": True}
+FULL_BYTES = 16  # of a trained weight: float32 weight, gradient and two moments
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the results.
+
+    Attributes:
+        model (`str`): A key of `PIPELINES`.
+        tuning (`str`): `"lora"`, `"qlora"` (base in four bits) or `"full"`.
+        cached (`bool`): With encoded images and prompts and the reference's errors computed beforehand.
+    """
+
+    model: str
+    tuning: str
+    checkpointing: bool
+    cached: bool = False
+
+    @property
+    def name(self) -> str:
+        extras = [*["checkpointing"][: self.checkpointing], *["cached"][: self.cached]]
+        return "-".join([self.model, self.tuning, *extras])
+
+
+CASES = [
+    Case(model, tuning, checkpointing)
+    for model in PAIRS
+    for tuning in TUNINGS.get(model, ("lora", "full"))
+    for checkpointing in (False, True)
+]
+CASES += [Case(model, "lora", checkpointing=False, cached=True) for model in PAIRS]
+CASES += [Case("flux-dev", "qlora", checkpointing=True, cached=True)]
+
+
+class MeasuredForward(PairForward):
+    """Notes the peak of memory within the parts of a step, while `memory` is set."""
+
+    memory: Memory | None = None
+
+    def encode(self, inputs: dict[str, Any]) -> Any:
+        with self._part("encoding"):
+            return super().encode(inputs)
+
+    def predict_reference(self, model: Any, batches: Any) -> Any:
+        with self._part("reference"):
+            return super().predict_reference(model, batches)
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        if self.memory is None:
+            yield
+            return
+        with self.memory.part(name):
+            yield
+
+
+class MeasuredTrainer(DiffusionSDPOTrainer):
+    pair_forward_class = MeasuredForward
+    first_loss: torch.Tensor | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.first_loss = loss.detach() if self.first_loss is None else self.first_loss
+        return loss
+
+
+class Meter(TrainerCallback):
+    """Times steps after `WARMUP` ones, as many as `TIMED_SECONDS` allow, and then measures memory in a last one."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+        self.seconds: list[float] = []
+        self.trainer: MeasuredTrainer | None = None
+        self._last = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        enough = len(self.seconds) >= WARMUP + 1 and sum(self.seconds[WARMUP:]) >= TIMED_SECONDS
+        self._last = enough or state.global_step == args.max_steps - 1
+        if self._last:
+            self.memory.begin()
+            self.trainer.pair_forward.memory = self.memory
+        self._began = self.memory.now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._last:
+            self.memory.end()
+            self.trainer.pair_forward.memory = None
+            control.should_training_stop = True
+        else:
+            self.seconds.append(self.memory.now() - self._began)
+
+
+def measure(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:
+    """The line of a case; running out of memory is a result."""
+    memory = Memory(device)
+    line: dict[str, Any] = facts(case, device, smallest=smallest)
+    if device == "cuda" and (needed := least_bytes(case)) > memory.total:
+        return line | {"outcome": f"does not fit: the weights and AdamW's state alone take {needed / GIB:.0f} GiB"}
+    stage = "making the networks"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            meter = Meter(memory)
+            trainer = build_trainer(case, device, smallest, folder, meter)
+            memory.note("models")
+            stage = "training"
+            trainer.train()
+            return line | results(case, trainer, meter, smallest)
+    except torch.OutOfMemoryError:
+        return line | {"outcome": f"out of memory in {stage}", "memory_gib": memory.peaks}
+
+
+def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: Meter) -> MeasuredTrainer:
+    side = SMALLEST_SIDE if smallest else PIPELINES[case.model].resolution
+    steps = 4 if smallest else WARMUP + TIMED + 1
+    pairs = 1 if smallest else PAIRS[case.model]
+    args = DiffusionSDPOConfig(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=pairs,
+        learning_rate=1e-6,
+        activation_checkpointing=case.checkpointing,
+        bf16=True,
+        use_cpu=device == "cpu",
+        resolution=side,
+        dataloader_num_workers=0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **({**CACHED, "latent_cache_dir": f"{folder}/encoded"} if case.cached else {}),
+    )
+    pipeline = build(case.model, case.tuning, torch.device(device), smallest=smallest)
+    lora = None if case.tuning == "full" else LoraConfig(r=RANK, lora_alpha=RANK)
+    data = random_pairs(2 * pairs, side)
+    trainer = MeasuredTrainer(pipeline, None, args, data, peft_config=lora, callbacks=[meter])
+    trainer.remove_callback(PrinterCallback)
+    meter.trainer = trainer
+    return trainer
+
+
+def results(case: Case, trainer: MeasuredTrainer, meter: Meter, smallest: bool) -> dict[str, Any]:
+    pairs = trainer.args.per_device_train_batch_size
+    seconds = meter.seconds[WARMUP:] or meter.seconds
+    median = statistics.median(seconds)
+    flops = flops_of_step(case, trainer)
+    peak = peak_flops(meter.memory.name)
+    return {
+        "outcome": "trained",
+        "pairs": pairs,
+        "resolution": trainer.args.resolution,
+        "timed_steps": len(seconds),
+        "seconds_per_step": median,
+        "quartiles": statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else [median] * 3,
+        "pairs_per_second": pairs / median,
+        "teraflops_per_pair": flops / pairs / 1e12,
+        "utilisation": None if peak is None else flops / median / peak,
+        "peak_teraflops": None if peak is None else peak / 1e12,
+        "memory_gib": meter.memory.peaks,
+        "first_loss": float(trainer.first_loss),
+        # Policy and reference agree before the first step.
+        "neutral": abs(float(trainer.first_loss) - math.log(2)) < 1e-6,
+    }
+
+
+@torch.no_grad()
+def flops_of_step(case: Case, trainer: MeasuredTrainer) -> int:
+    """FLOPs that a step needs: encoding, the reference, and the policy's forward and backward pass. A backward pass
+    takes twice the forward pass's, once where the weights are frozen; what checkpointing repeats does not count."""
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with FlopCounterMode(display=False) as encoding:
+        batch: NoisyBatch = trainer.pair_forward.noisy_batch(inputs)
+    with FlopCounterMode(display=False) as forward:
+        trainer.pair_forward.predict(trainer.model_wrapped, batch)
+    passes = (3 if case.tuning == "full" else 2) + (0 if case.cached else 1)
+    return encoding.get_total_flops() + passes * forward.get_total_flops()
+
+
+def least_bytes(case: Case) -> int:
+    """Bytes of the denoiser's weights with what training adds to each; computed on the meta device."""
+    denoiser = next(part for part in ("unet", "transformer") if part in PIPELINES[case.model].components)
+    class_name, settings = PIPELINES[case.model].components[denoiser]
+
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in getattr(diffusers, class_name)(**settings).parameters())
+    # A full reference is a second copy in bf16.
+    return count * {"full": FULL_BYTES + (0 if case.cached else 2), "lora": 2, "qlora": 0.5}[case.tuning]
+
+
+def facts(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:
+    """What a line says besides its results."""
+    return {
+        "case": case.name,
+        "model": case.model,
+        "tuning": case.tuning,
+        "checkpointing": case.checkpointing,
+        "cached": case.cached,
+        "smallest": smallest,
+        "device": device_name(device),
+        "device_gib": round(torch.cuda.mem_get_info()[1] / GIB, 1) if device == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in LIBRARIES},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with a plus where files differ from it; `None` outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+# ---- All cases ------------------------------------------------------------------------------------------------------
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file; one that was cut off by a kill is left out."""
+    found = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            print(f"{file}: a line is damaged and is left out: {text[:60]!r}", file=sys.stderr)
+    return found
+
+
+def pending(options: argparse.Namespace) -> list[Case]:
+    """The wanted cases without a line for this device."""
+    name = device_name(options.device)
+    have = {
+        line["case"]
+        for line in lines_of(options.file)
+        if (line["device"], line["smallest"]) == (name, options.smallest)
+    }
+    wanted = [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.cases)]
+    return [case for case in wanted if options.again or case.name not in have]
+
+
+def measured(case: Case, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The line of a case, from a process of its own."""
+    if not options.isolated:
+        return measure(case, options.device, smallest=options.smallest)
+    words = [sys.executable, __file__, "--one", case.name, "--device", options.device]
+    words += ["--smallest"] if options.smallest else []
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=seconds)
+    if done.returncode:
+        raise RuntimeError(f"the process ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what is pending while time is left; 1 if a case failed."""
+    began, failed = time.monotonic(), []
+    cases = pending(options)
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(cases, unit="case")
+    for done, case in enumerate(bar):
+        left = options.seconds - (time.monotonic() - began)
+        if left < CASE_SECONDS and done:
+            print(f"{len(cases) - done} cases are left: call again.")
+            break
+        bar.set_description(case.name)
+        try:
+            line = measured(case, options, left)
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(f"{case.name}: {error}")
+            continue
+        with options.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    print(table(lines_of(options.file)))
+    for failure in failed:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines as Markdown, the latest of each case and device."""
+    latest = {(line["device"], line["case"], line["smallest"]): line for line in lines}
+    rows = [
+        "| Device | Model | Tuning | Checkpointing | Pairs a step | Pairs/s | Utilisation | Peak GiB | Between steps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in latest.values():
+        model = f"{line['model']}{', cached' if line['cached'] else ''}{', smallest' if line['smallest'] else ''}"
+        cells = [line["device"], model, line["tuning"], "yes" if line["checkpointing"] else "no"]
+        if line["outcome"] == "trained":
+            share = "" if line["utilisation"] is None else f"{line['utilisation']:.0%}"
+            memory = line["memory_gib"]
+            cells += [str(line["pairs"]), f"{line['pairs_per_second']:.2f}", share]
+            cells += [f"{memory['step']:.1f}", f"{memory['between steps']:.1f}"]
+        else:
+            cells += ["", line["outcome"], "", "", ""]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--smallest", action="store_true", help="networks of one layer, to test this script")
+    parser.add_argument("--cases", nargs="+", default=["*"], help="patterns of names, such as 'flux-*'")
+    parser.add_argument("--seconds", type=float, default=570, help="no case is begun that may end later")
+    parser.add_argument("--again", action="store_true", help="also cases that have a line")
+    parser.add_argument(
+        "--isolated", action=argparse.BooleanOptionalAction, default=True, help="a process for each case"
+    )
+    parser.add_argument("--one", choices=[case.name for case in CASES], help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this Python's torch sees no GPU; `--device cpu --smallest` tests the script")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.one is None:
+        return run(options)
+    case = next(case for case in CASES if case.name == options.one)
+    print(json.dumps(measure(case, options.device, smallest=options.smallest)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,155 @@
+"""Pipelines of published sizes with random weights, made on the device: no files, and no copy in the host's memory.
+
+The smallest form has the same classes with one or two layers, for tests of the code that uses them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import BitsAndBytesConfig, DiffusionPipeline
+from random_pipeline import build_tokenizer
+from torch import nn
+from transformers import PreTrainedModel, T5Tokenizer
+
+from trl_diffusion_sdpo.planning.published import PIPELINES
+
+T5_TOKENS = 512
+SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_attention_heads": 4}
+SMALL_TEXT |= {"vocab_size": 514, "num_hidden_layers": 1}
+SMALL_T5 = {"d_model": 64, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 128}
+SMALL_UNET = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1}
+SMALL_BLOCKS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+# What the smallest form changes, by class.
+SMALLEST: dict[str, Mapping[str, Any]] = {
+    "AutoencoderKL": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+    "CLIPTextModel": SMALL_TEXT,
+    "CLIPTextModelWithProjection": SMALL_TEXT,
+    "T5EncoderModel": SMALL_T5,
+    "FluxTransformer2DModel": {
+        **{"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16},
+        **{"joint_attention_dim": 64, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)},
+    },
+    "SD3Transformer2DModel": {
+        **{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32},
+        **{"joint_attention_dim": 64, "pooled_projection_dim": 64, "pos_embed_max_size": 16, "sample_size": 8},
+        "dual_attention_layers": (0,),
+    },
+}
+SMALLEST_UNETS = {
+    "sd15": SMALL_UNET | SMALL_BLOCKS | {"cross_attention_dim": 32, "sample_size": 8},
+    "sdxl": SMALL_UNET
+    | SMALL_BLOCKS
+    | {
+        **{"cross_attention_dim": 64, "sample_size": 8, "attention_head_dim": (2, 4)},
+        **{"transformer_layers_per_block": (1, 1), "addition_time_embed_dim": 8},
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+}
+SMALLEST_SIDE = 64
+
+
+def build(model: str, tuning: str, device: torch.device, *, smallest: bool) -> DiffusionPipeline:
+    """A pipeline on the device: the denoiser in float32 where all weights train, else in bf16 or, with `"qlora"`, in
+    four bits; frozen components in bf16.
+
+    Args:
+        model (`str`): A key of `PIPELINES`.
+        tuning (`str`): `"lora"`, `"qlora"` or `"full"`.
+    """
+    torch.manual_seed(0)
+    published = PIPELINES[model]
+    pipeline_class = getattr(diffusers, published.pipeline_class)
+    parts: dict[str, Any] = {}
+    for name, (class_name, settings) in published.components.items():
+        settings = {**settings, **(smallest_settings(model, class_name) if smallest else {})}
+        if name == "scheduler":
+            parts[name] = getattr(diffusers, class_name)(**settings)
+        elif name in ("unet", "transformer") and tuning == "qlora":
+            parts[name] = quantized(class_name, settings, device)
+        else:
+            trains = name in ("unet", "transformer") and tuning == "full"
+            parts[name] = network(class_name, settings, device, torch.float32 if trains else torch.bfloat16)
+    for name in [name for name in parts if name.startswith("text_encoder")]:
+        parts[name.replace("text_encoder", "tokenizer")] = tokenizer_of(parts[name])
+    if model == "sd15":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return pipeline_class(**parts)
+
+
+def smallest_settings(model: str, class_name: str) -> Mapping[str, Any]:
+    return SMALLEST_UNETS[model] if class_name == "UNet2DConditionModel" else SMALLEST.get(class_name, {})
+
+
+def network(class_name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A network with random weights, which PyTorch draws on the device in the dtype in which they stay."""
+    network_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+    with device, default_dtype(dtype):
+        made = construct(network_class, settings)
+    return made.to(device, dtype).requires_grad_(False).eval()
+
+
+def construct(network_class: type[nn.Module], settings: Mapping[str, Any]) -> nn.Module:
+    if issubclass(network_class, PreTrainedModel):
+        config = network_class.config_class(**settings)
+        if network_class.__name__.startswith("CLIP"):  # pools at its end token, which its configuration must know
+            config.bos_token_id = config.vocab_size - 2
+            config.eos_token_id = config.pad_token_id = config.vocab_size - 1
+        return network_class(config)
+    return network_class(**settings)
+
+
+def quantized(class_name: str, settings: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """A denoiser whose linear layers hold four-bit NormalFloats, by diffusers' own replacement of layers; one layer at
+    a time is held in bf16."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    with torch.device("meta"):
+        made = construct(getattr(diffusers, class_name), settings)
+    quantizer = DiffusersAutoQuantizer.from_config(config)
+    quantizer.preprocess_model(made, device_map={"": device})
+    for layer in made.modules():
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            value = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
+            value = value.fill_(1.0) if value.ndim < 2 and name == "weight" else value.normal_(std=0.02)
+            if isinstance(layer, Linear4bit) and name == "weight":
+                kept = Params4bit(value, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+            else:
+                kept = nn.Parameter(value, requires_grad=False)
+            setattr(layer, name, kept)
+    quantizer.postprocess_model(made)
+    return made.eval()
+
+
+def tokenizer_of(encoder: PreTrainedModel) -> Any:
+    """A tokenizer without a file, of bytes for CLIP and of letters for T5, with as many tokens as the encoder has."""
+    size = encoder.config.vocab_size
+    if type(encoder).__name__.startswith("CLIP"):
+        return build_tokenizer(size)
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    pieces += [(f"<unused{i}>", -99.0) for i in range(size - len(pieces))]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

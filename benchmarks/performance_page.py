@@ -1,0 +1,187 @@
+"""Writes the tables of docs/performance.md from the files in `benchmarks/results`.
+
+Each table is between two comments of the page; text outside them is left as it is. A test compares the page with what
+this script would write.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from published_flops import MODELS, pair_flops, published_flops
+
+from trl_diffusion_sdpo.planning.plan import USABLE
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {"sd15": "Stable Diffusion 1.5, 512", "sdxl": "SDXL, 1024", "sd35-medium": "SD 3.5 Medium, 1024"}
+NAMES |= {"flux-dev": "FLUX.1 dev, 1024"}
+TUNINGS = {"lora": "LoRA", "qlora": "QLoRA", "full": "all weights"}
+ASSUMED_UTILISATION = 0.35
+PEAKS = {"RTX 4090": 165.2, "A100": 312.0, "H100": 989.4}  # TFLOP/s in bf16, as in gpu_device.py
+PAIRS = 100_000
+CARDS = (8, 16, 24, 80)  # GB as makers count
+# Pairs a second of published runs, from their launchers' steps, batches, hours and GPUs.
+PUBLISHED = (
+    (
+        "Stable Diffusion 1.5, all weights",
+        "Diffusion-DPO's launcher, 16 GPUs: 2000 steps of 2048 pairs in about 24 h",
+        2.96,
+    ),
+    ("SDXL, all weights", "Diffusion-DPO's launcher, 16 GPUs: 200 steps of 2048 pairs in about 30 h", 0.237),
+)
+# Seconds that SimpleTuner states for a step of one image with a LoRA on one H100, caches on, without and with
+# checkpointing. An image takes a forward and a backward pass; a pair, with the reference, takes three times as much.
+SIMPLETUNER = (("Stable Diffusion 1.5, LoRA", 0.181, 0.305), ("SDXL, LoRA", 0.606, 1.080))
+
+
+def main() -> None:
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def rewritten(page: str) -> str:
+    """The page with every table as it would be made now; `ValueError` on a table that it lacks or names wrongly."""
+    blocks = re.findall(r"<!-- table: (\w+) -->", page)
+    if sorted(blocks) != sorted(TABLES):
+        raise ValueError(f"The page must have the tables {sorted(TABLES)} once each, and has {sorted(blocks)}.")
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        page = re.sub(
+            pattern, lambda found, table=table: f"{found[1]}\n{table()}\n\n{found[2]}", page, flags=re.DOTALL
+        )
+    return page
+
+
+def step_table() -> str:
+    """The comparisons of `step_time.py`."""
+    report = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+    rows = []
+    for group in report["groups"]:
+        for found in group["results"]:
+            of, (low, median, high) = found["comparison"], found["quartiles"]
+            target = "" if of["target"] is None else f"{of['target']:.2f}"
+            kind = f"{of['published']}, {of['tuning']}"
+            rows.append((of["name"], of["against"], kind, f"{median:.3f} ({low:.3f} to {high:.3f})", target))
+    return table(("Step", "Relative to", "Proportions", "Time (quartiles)", "Target"), rows)
+
+
+def shares_table() -> str:
+    """The shares of a step's time in `step_time.py`, and of the FLOPs of the true size."""
+    report = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+    parts = ("VAE", "text encoders", "reference", "policy", "optimizer")
+    rows = []
+    for group in report["groups"]:
+        for kind, shares in (
+            ("time of the small size, measured", "shares"),
+            ("FLOPs of the true size", "true_shares"),
+        ):
+            if group[shares]:
+                cells = (f"{group[shares].get(part, 0):.1%}" for part in parts)
+                rows.append((f"{group['published']}, {group['tuning']}: {kind}", *cells))
+    return table(("Shares", *parts), rows)
+
+
+def gpu_table() -> str:
+    """The lines of `gpu.py`, the latest of each case and device."""
+    file = RESULTS / "gpu.jsonl"
+    texts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = [line for line in map(json.loads, texts) if not line["smallest"]]
+    if not lines:
+        return "Not measured yet: no GPU was at hand. `make bench-gpu` fills this table."
+    latest = {(line["device"], line["case"]): line for line in lines}
+    header = ("Device", "Model", "Tuning", "Checkpointing", "Pairs a step", "Pairs/s", "Utilisation", "Peak GiB")
+    return table((*header, "Between steps", "Hours for 100 k pairs"), map(gpu_row, latest.values()))
+
+
+def gpu_row(line: dict[str, Any]) -> tuple[str, ...]:
+    model = NAMES[line["model"]] + (", cached" if line["cached"] else "")
+    case = (line["device"], model, TUNINGS[line["tuning"]], "yes" if line["checkpointing"] else "no")
+    if line["outcome"] != "trained":
+        return (*case, "", line["outcome"], "", "", "", "")
+    memory, rate = line["memory_gib"], line["pairs_per_second"]
+    share = "" if line["utilisation"] is None else f"{line['utilisation']:.0%}"
+    sizes = (f"{memory['step']:.1f}", f"{memory['between steps']:.1f}")
+    return (*case, str(line["pairs"]), f"{rate:.2f}", share, *sizes, hours(PAIRS / rate))
+
+
+def flops_table() -> str:
+    """TFLOP of a pair, and what caches save of them."""
+    rows = []
+    for model in MODELS:
+        flops = published_flops()[model]
+        for tuning in ("lora", "full"):
+            live = pair_flops(flops, tuning)
+            saving = [pair_flops(flops, tuning, cached=True), pair_flops(flops, tuning, cached=True, errors=True)]
+            cells = [f"{part / 1e12:.1f} ({part / live:.0%})" for part in saving]
+            rows.append((NAMES[model], TUNINGS[tuning], f"{live / 1e12:.1f}", *cells))
+    return table(("Model", "Tuning", "TFLOP a pair", "with `precompute_latents`", "and `precompute_ref_errors`"), rows)
+
+
+def hours_table() -> str:
+    """Hours for 100 k pairs by FLOPs, at a utilisation that is assumed."""
+    rows = []
+    for model in MODELS:
+        flops = published_flops()[model]
+        for tuning in ("lora", "full"):
+            both = [pair_flops(flops, tuning), pair_flops(flops, tuning, cached=True, errors=True)]
+            cells = [
+                " / ".join(hours(PAIRS * pair / (1e12 * peak * ASSUMED_UTILISATION)) for pair in both)
+                for peak in PEAKS.values()
+            ]
+            rows.append((NAMES[model], TUNINGS[tuning], *cells))
+    return table(("Model", "Tuning", *PEAKS), rows)
+
+
+def published_table() -> str:
+    """Hours for 100 k pairs by published figures."""
+    rows = [(name, source, f"{rate:g}", hours(PAIRS / rate)) for name, source, rate in PUBLISHED]
+    for name, plain, checkpointing in SIMPLETUNER:
+        for words, seconds in (("without", plain), ("with", checkpointing)):
+            source = f"SimpleTuner's table, one H100, {words} checkpointing: {seconds:.3f} s a step of one image"
+            rows.append((name, source, f"{1 / (3 * seconds):.2f} (computed)", hours(PAIRS * 3 * seconds)))
+    return table(("Run", "Source", "Pairs/s of one GPU", "Hours for 100 k pairs"), rows)
+
+
+def cards_table() -> str:
+    """The first set-up of `planned_cards.py`, by speed, that fits on a card."""
+    file = RESULTS / "planned.json"
+    if not file.is_file():
+        return "Not computed yet: `python benchmarks/planned_cards.py` fills this table."
+    rows = []
+    for model, tunings in json.loads(file.read_text(encoding="utf-8")).items():
+        for tuning, peaks in tunings.items():
+            cells = []
+            for card in CARDS:
+                fitting = (f"{words}: {peak:.1f} GB" for words, peak in peaks.items() if peak <= USABLE * card)
+                cells.append(next(fitting, "no"))
+            rows.append((NAMES[model], tuning, *cells))
+    return table(("Model", "Tuning", *(f"{card} GB" for card in CARDS)), rows)
+
+
+def hours(seconds: float) -> str:
+    found = seconds / 3600
+    return f"{found:.1f}" if found < 10 else f"{found:.0f}"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    lines.insert(1, ("---",) * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step_table,
+    "shares": shares_table,
+    "gpu": gpu_table,
+    "cards": cards_table,
+    "flops": flops_table,
+    "hours": hours_table,
+    "published": published_table,
+}
+
+
+if __name__ == "__main__":
+    main()

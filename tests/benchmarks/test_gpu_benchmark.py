@@ -1,0 +1,168 @@
+"""The benchmark for GPUs on the CPU, with networks of one layer: every kind of case, resuming, and its page."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes longer than measuring
+
+import performance_page  # noqa: E402
+from gpu_device import Memory, peak_flops  # noqa: E402
+
+
+def benchmark():
+    """`benchmarks/gpu.py` as a module; `gpu` is a folder of tests."""
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_benchmark"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = benchmark()
+SMALLEST = ["--device", "cpu", "--smallest"]
+
+
+def call(file: Path, *words: str) -> int:
+    return gpu.main([*SMALLEST, "--no-isolated", "--file", str(file), *words])
+
+
+def lines(file: Path) -> dict[str, dict]:
+    return {line["case"]: line for line in map(json.loads, file.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    file = tmp_path_factory.mktemp("gpu") / "gpu.jsonl"
+    assert call(file, "--cases", "sd15-full", "flux-dev-lora-checkpointing", "flux-dev-lora-cached") == 0
+    return file
+
+
+def test_a_case_trains_neutrally_and_is_measured(measured):
+    found = lines(measured)
+    assert found.keys() == {"sd15-full", "flux-dev-lora-checkpointing", "flux-dev-lora-cached"}
+    for line in found.values():
+        assert line["outcome"] == "trained" and line["neutral"] and line["smallest"]
+        assert line["pairs_per_second"] > 0 and line["teraflops_per_pair"] > 0
+        assert line["versions"]["torch"] == torch.__version__
+        assert {"models", "between steps", "encoding", "step"} <= line["memory_gib"].keys()
+    # Three passes of the policy and one of the reference, encoding beside them; cached: two passes alone.
+    passes = {name: line["teraflops_per_pair"] for name, line in found.items()}
+    assert passes["flux-dev-lora-cached"] < 0.67 * passes["flux-dev-lora-checkpointing"]
+
+
+def test_a_second_call_goes_on_where_the_first_ended(measured, capsys):
+    before = measured.read_text()
+    assert call(measured, "--cases", "sd15-full") == 0
+    assert measured.read_text() == before
+    measured.write_text(before + '{"case": "cut o')
+    assert call(measured, "--cases", "sd15-full") == 0
+    assert "damaged" in capsys.readouterr().err
+    measured.write_text(before)
+
+
+def test_no_case_begins_when_the_time_is_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        gpu, "measured", lambda case, options, seconds: {**gpu.facts(case, "cpu", smallest=True), **DID_NOT_FIT}
+    )
+    file = tmp_path / "gpu.jsonl"
+    assert call(file, "--seconds", "1") == 0
+    assert len(lines(file)) == 1 and "are left: call again" in capsys.readouterr().out
+    assert "out of memory" in gpu.table(list(lines(file).values()))
+
+
+DID_NOT_FIT = {"outcome": "out of memory in training", "memory_gib": {"models": 23.0}}
+
+
+def test_running_out_of_memory_is_a_result(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "build", fail)
+    line = gpu.measure(gpu.CASES[0], "cpu", smallest=True)
+    assert line["outcome"] == "out of memory in making the networks"
+
+
+def test_a_case_that_fails_leaves_no_line_and_the_others_run(tmp_path, monkeypatch):
+    def fail(case, options, seconds):
+        if case.name == "sd15-lora":
+            raise RuntimeError("planted")
+        return {**gpu.facts(case, "cpu", smallest=True), **DID_NOT_FIT}
+
+    monkeypatch.setattr(gpu, "measured", fail)
+    assert call(tmp_path / "gpu.jsonl", "--cases", "sd15-lora*") == 1
+    assert lines(tmp_path / "gpu.jsonl").keys() == {"sd15-lora-checkpointing", "sd15-lora-cached"}
+
+
+def test_flux_in_full_does_not_fit_by_its_weights():
+    """By hand: 11.9 B weights, 16 bytes each in float32 with gradient and AdamW, and 2 for the reference."""
+    full = next(case for case in gpu.CASES if case.name == "flux-dev-full")
+    assert gpu.least_bytes(full) == pytest.approx(11.90e9 * 18, rel=0.01)
+
+
+def test_peaks_are_of_the_named_device():
+    known = {"NVIDIA H200": 989.4, "NVIDIA H100 PCIe": 756, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA A10": 125}
+    known |= {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA L4": 121, "NVIDIA L40S": 362}
+    assert {name: peak_flops(name) / 1e12 for name in known} == pytest.approx(known)
+    assert peak_flops("NVIDIA L40") is None and peak_flops("NVIDIA A1000") is None
+
+
+def test_the_peak_of_a_step_is_the_largest_of_its_parts():
+    memory = Memory("cpu")
+    sizes = iter([5, 7, 3, 20, 4, 9])  # before, encoding, between, reference, between, after
+    memory._peak = lambda: next(sizes) * 2**30
+    memory.note = lambda name: None
+    memory.begin()
+    with memory.part("encoding"):
+        pass
+    with memory.part("reference"):
+        pass
+    memory._peak = lambda: 9 * 2**30
+    memory.end()
+    assert memory.peaks == {"encoding": 7, "reference": 20, "step": 20, "policy and backward pass": 9}
+
+
+@pytest.mark.matrix
+def test_a_case_runs_in_a_process_of_its_own(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    assert gpu.main([*SMALLEST, "--file", str(file), "--cases", "sdxl-lora"]) == 0
+    assert lines(file)["sdxl-lora"]["neutral"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
+def test_every_case_trains(tmp_path, case):
+    if case.tuning == "qlora":
+        pytest.importorskip("bitsandbytes")
+    assert call(tmp_path / "gpu.jsonl", "--cases", case.name) == 0
+    assert lines(tmp_path / "gpu.jsonl")[case.name]["neutral"]
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_performance_is_up_to_date():
+    page = performance_page.PAGE.read_text(encoding="utf-8")
+    assert performance_page.rewritten(page) == page, "run `python benchmarks/performance_page.py`"
+
+
+def test_lines_of_a_gpu_become_rows_of_the_page(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
+    assert "Not measured yet" in performance_page.gpu_table()
+    written = [{**line, "smallest": False} for line in lines(measured).values()]
+    written.append({**written[0], "case": "sd15-lora", "tuning": "lora", **DID_NOT_FIT})
+    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    shown = performance_page.gpu_table()
+    assert len(shown.splitlines()) == 2 + 4 and "| LoRA | no |  | out of memory in training |" in shown
+
+
+def test_the_flops_of_a_pair_by_hand():
+    """Of two images; with a LoRA the backward pass takes as much as a forward pass, with all weights twice as much."""
+    flops = {"denoiser": 10, "vae": 7, "text": 1}
+    assert performance_page.pair_flops(flops, "lora") == 2 * 7 + 1 + 2 * 10 * 3
+    assert performance_page.pair_flops(flops, "full", cached=True, errors=True) == 2 * 10 * 3
