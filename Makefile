@@ -47,7 +47,7 @@ test-families: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device
 
 test-trainer: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/artifacts tests/runs tests/trainer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/artifacts tests/runs tests/trainer tests/cache tests/data tests/planning
 
 # No environment is made: the torch that is installed above may be one for CPUs.
 test-gpu:
@@ -76,10 +76,11 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --latents 16 --batch 2
 	$(BIN)/python benchmarks/winner_rises.py --steps 60
 	$(BIN)/python benchmarks/planned_memory.py
+	$(BIN)/python benchmarks/data_loading.py --quick
 
 # No environment is made, as in `test-gpu`; the results and the page that is made of them are to be committed.
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_speed.py
 	PYTHONPATH=. $(PYTHON) benchmarks/performance_page.py
 
 lint: $(VENV)/installed-dev

@@ -6,7 +6,6 @@ this package's collator, winners first.
 """
 
 import copy
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
+from turns import now
 
 VAE_SEED_MASK = 0x5DEECE66D  # as this package draws: the encoding's seed is another than the noise's
 
@@ -55,10 +55,10 @@ class Bench:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the CPU time of what is within to a part."""
-        began = time.process_time()
+        """Adds the time of what is within to a part."""
+        began = now(self.unet.device.type)
         yield
-        self.seconds[name].append(time.process_time() - began)
+        self.seconds[name].append(now(self.unet.device.type) - began)
 
     def tokens(self, prompts: list[str]) -> torch.Tensor:
         """Token numbers `(B, 77)`, as the scripts' data sets hold them."""

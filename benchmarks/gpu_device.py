@@ -1,4 +1,4 @@
-"""The device of `gpu.py`: its peak of arithmetic by its maker, and peaks of memory within parts of a step."""
+"""The device of `gpu_speed.py`: its peak of arithmetic by its maker, and peaks of memory within parts of a step."""
 
 import re
 import resource

@@ -85,7 +85,7 @@ def shares_table() -> str:
 
 
 def gpu_table() -> str:
-    """The lines of `gpu.py`, the latest of each case and device."""
+    """The lines of `gpu_speed.py`, the latest of each case and device."""
     file = RESULTS / "gpu.jsonl"
     texts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     lines = [line for line in map(json.loads, texts) if not line["smallest"]]

@@ -25,8 +25,8 @@ TUNINGS = {
 }
 # By speed; the words of each are also shown on the page.
 SETUPS = {
-    "live": "",
     "caches": CACHES,
+    "live": "",
     "caches, checkpointing": f"{CACHES} {CHECKPOINTING}",
     "caches, checkpointing, 8-bit AdamW": f"{CACHES} {CHECKPOINTING} --optim adamw_bnb_8bit",
 }

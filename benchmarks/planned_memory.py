@@ -67,10 +67,14 @@ class Row:
 
 
 class PeakMeter(TrainerCallback):
-    """Measures the last step of a run."""
+    """Measures the last step of a run.
 
-    def __init__(self):
-        self.peak = 0
+    Args:
+        others (`dict[int, int]`): Storages that are not the run's, as of `living_storages`.
+    """
+
+    def __init__(self, others: dict[int, int]):
+        self.peak, self._others = 0, others
         self._profiler: torch.profiler.profile | None = None
         self._rest = 0
 
@@ -80,7 +84,8 @@ class PeakMeter(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             return
-        self._rest = living_bytes()
+        storages = living_storages()
+        self._rest = sum(size for address, size in storages.items() if address not in self._others)
         self._profiler = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
@@ -96,15 +101,15 @@ class PeakMeter(TrainerCallback):
         self.peak = self._rest + peak_bytes(self._profiler)
 
 
-def living_bytes() -> int:
-    """Bytes of all tensors in the process."""
+def living_storages() -> dict[int, int]:
+    """Bytes of the storages of all tensors in the process, by address."""
     gc.collect()
     storages = {}
     for held in gc.get_objects():
         if issubclass(type(held), torch.Tensor) and not held.is_meta and not isinstance(held, FakeTensor):
             storage = held.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return storages
 
 
 def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
@@ -120,7 +125,7 @@ def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
     arguments = f"{common} {words}".split()
     planned = PlannedSettings(arguments, "plan", device, None).plan(Planner(device), {}).peak
     _, training, model = train.parse(arguments + (["--use_cpu", "true"] if device == "cpu" else []))
-    meter = PeakMeter()
+    meter = PeakMeter(living_storages())
     pairs = random_pairs(16, side)
     trainer = DiffusionSDPOTrainer(
         str(folder / "pipeline"), None, training, pairs, peft_config=get_peft_config(model), callbacks=[meter]

@@ -16,8 +16,8 @@ from gpu_device import Memory, peak_flops  # noqa: E402
 
 
 def benchmark():
-    """`benchmarks/gpu.py` as a module; `gpu` is a folder of tests."""
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+    """`benchmarks/gpu_speed.py` as a module; `gpu` is a folder of tests."""
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu_speed.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_benchmark"] = module  # dataclasses look it up
     spec.loader.exec_module(module)

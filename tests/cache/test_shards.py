@@ -1,9 +1,13 @@
 """Shards of a cache: what was written is read to the bit, and what was damaged is found, named and written again."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -131,11 +135,46 @@ def test_a_kill_leaves_finished_shards_and_no_others(store):
     (store.path / "000001.sha256.json").unlink()
     store.file(2).unlink()
     (store.path / "000002.sha256.json").unlink()
-    (store.path / "000002.arrow.host-1.tmp").write_bytes(b"half of it")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (store.path / f"000002.arrow.{socket.gethostname()}-{ended.pid}.tmp").write_bytes(b"half of it")
+    elsewhere = store.path / "000002.arrow.another-machine-1.tmp"
+    elsewhere.write_bytes(b"half of it")
+    os.utime(elsewhere, (0, 0))
     again = ShardStore(store.path.parent, {"vae": "a"}, 10, 4)
     assert again.missing() == [1, 2]
     write(again, again.missing())
     assert contents(store.path) == before and store.file(0).stat().st_mtime_ns == finished
+
+
+@pytest.mark.parametrize("name", [f"000001.arrow.{socket.gethostname()}-1.tmp", "000001.arrow.another-machine-7.tmp"])
+def test_what_another_process_is_writing_is_left_alone(store, name):
+    (store.path / name).write_bytes(b"half of it")
+    assert ShardStore(store.path.parent, {"vae": "a"}, 10, 4).missing() == []
+    assert (store.path / name).exists()
+
+
+def test_an_error_of_the_system_does_not_count_as_damage(store, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("trl_diffusion_sdpo.cache.shards._open_batch", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        store.read(0)
+    assert store.is_finished
+
+
+def test_few_shards_are_open_at_a_time(store, monkeypatch):
+    opened = []
+    open_batch = shards._open_batch
+    monkeypatch.setattr(shards, "_open_batch", lambda path: opened.append(path.name) or open_batch(path))
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    again = ShardStore(store.path.parent, {"vae": "a"}, 10, 4)
+    expected = [store.read(row) for row in (0, 4, 8, 5, 1)]
+    opened.clear()
+    found = [again.read(row) for row in (0, 4, 8, 5, 1)]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(found, expected, strict=True) for name in one)
+    assert [opened.count(f"{number:06d}.arrow") > 2 for number in range(3)] == [True, False, False]  # checks open too
 
 
 DAMAGE = {

@@ -10,7 +10,8 @@ import pytest
 from trl_diffusion_sdpo.sources import index
 from trl_diffusion_sdpo.sources.checking import DataReport, reject
 from trl_diffusion_sdpo.sources.formats import FORMATS
-from trl_diffusion_sdpo.sources.tables import KEPT_FOLDER, ArrowSource, RowSource, build_index
+from trl_diffusion_sdpo.sources.kept_index import KEPT_FOLDER
+from trl_diffusion_sdpo.sources.tables import ArrowSource, RowSource, build_index
 
 NUMBERS = [0.0, 1.0, 0.5, 0.5, -2.0, float("nan"), float("inf"), None, 2.0**60 + 1]
 TEXTS = ["0", "1", " 0.5\n", "1_0", "word", "", "nan", "-inf", None, "1e-3"]
@@ -189,4 +190,4 @@ def test_without_a_folder_to_write_the_index_is_built_at_every_start(on_disk, tm
     (tmp_path / "cache").write_text("a file where the folder would be")
     expected = outcome(ArrowSource(picks(), None, True))
     assert outcome(ArrowSource(table, None, True)) == expected
-    assert "cannot be kept" in caplog.text
+    assert "was not kept in" in caplog.text

@@ -66,7 +66,9 @@ class EncoderFacts:
     def _of_component(self, name: str) -> dict[str, Any]:
         part = getattr(self._family.pipeline, name)
         facts = {"class": type(part).__name__, "config": _config(part), "weights": self._weights(name, part)}
-        return facts | {"variant": self._options.get("variant")}
+        # The dtype in which it was loaded rounds the weights, whatever it runs in.
+        loaded = {"dtype": str(part.dtype), "quantization": str(self._options.get("quantization_config"))}
+        return {**facts, "loaded": loaded, "variant": self._options.get("variant")}
 
     def _weights(self, name: str, part: nn.Module) -> Any:
         if self._origin is None or name in self._options:
@@ -91,15 +93,24 @@ def image_key(facts: Mapping[str, Any], family: Family, dataset: PreferenceDatas
     Args:
         facts (`Mapping`): Of the VAE.
         family ([`~trl_diffusion_sdpo.families.Family`]): With the VAE in the precision in which it encodes.
+
+    Raises:
+        ValueError: If two reads of a row differ.
     """
     variants = {"flips": rows.flips} if rows.crops is None else {"crops": rows.crops, "seed": rows.seed}
+    data = dataset.fingerprint(thorough=True)
+    if None in (data["prompts"], data["images"]):
+        raise ValueError(
+            "`precompute_latents=True` needs data whose rows are equal at every read, and two reads of a row of the "
+            f"{dataset.report.name} data differ. Use a data set without random rows, or leave it off."
+        )
     return {
         "kind": "moments of images",
         "version": VERSION,
         "family": family.name,
         "vae": {**facts, "dtype": str(family.pipeline.vae.dtype)},
         "pixels": dataset.pixel_settings(),
-        "data": dataset.fingerprint(thorough=True),
+        "data": data,
         "variants": variants,
     }
 

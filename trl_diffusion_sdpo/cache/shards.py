@@ -3,11 +3,13 @@ them, each file atomically, so that a killed run continues where it was; they ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import socket
+import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +23,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files
+OPEN_SHARDS = 512  # memory maps of a process, of which the system allows some ten thousand
+ABANDONED = 3600.0  # seconds after which a file that another machine was writing counts as left over
 MANIFEST = "manifest.json"
 SHAPE, CHECKSUM, DTYPE = ".shape", "checksum", "dtype"  # endings and names of columns, and a field's metadata
 
@@ -145,11 +149,10 @@ class ShardStore:
         found = []
         numbers = range(len(self)) if numbers is None else list(numbers)
         own = set(numbers)
-        for left in self.path.glob("[0-9]*.tmp"):  # once: a million rows have thousands of shards
-            if int(left.name[:6]) in own:
+        for left in self.path.glob("*.tmp"):  # once: a million rows have thousands of shards
+            is_own = int(left.name[:6]) in own if left.name[:1].isdigit() else 0 in own
+            if is_own and not _is_being_written(left):
                 left.unlink(missing_ok=True)
-        for left in self.path.glob(f"{MANIFEST}.*.tmp") if 0 in own else ():
-            left.unlink(missing_ok=True)
         for number in numbers:
             if not self._checksum_file(number).exists():
                 found.append(number)
@@ -178,6 +181,8 @@ class ShardStore:
         try:
             batch = _open_batch(self.file(number))
         except (pa.ArrowException, OSError, StopIteration) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the system, such as too many open files: the shard may be good
             return f"is no Arrow file ({error})"
         if _schema_checksum(batch) != schema:
             return "has a damaged schema"
@@ -229,7 +234,10 @@ class ShardStore:
                 self._set_aside(number)
                 raise DamagedShardError(self._refusal(number, problem))
             self._open[number] = _open_batch(self.file(number))
-        return self._open[number]
+        self._open[number] = batch = self._open.pop(number)  # the last used one is the last
+        if len(self._open) > OPEN_SHARDS:
+            self._open.pop(next(iter(self._open)))
+        return batch
 
     @staticmethod
     def _names(batch: pa.RecordBatch) -> list[str]:
@@ -269,6 +277,23 @@ def write_atomically(path: Path, content: bytes | pa.RecordBatch) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _is_being_written(temporary: Path) -> bool:
+    """Whether the process that wrote a temporary file of `write_atomically` is alive; of another machine, whether the
+    file is recent."""
+    host, _, process = temporary.name.removesuffix(".tmp").rpartition("-")
+    if not host.endswith(f".{socket.gethostname()}"):
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - temporary.stat().st_mtime < ABANDONED
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return int(process) != os.getpid()
 
 
 def _sha256(path: Path) -> str:

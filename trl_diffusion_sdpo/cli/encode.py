@@ -26,6 +26,7 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
         `int`: The exit code.
     """
     training_args.precompute_latents = True
+    training_args.push_to_hub, training_args.report_to = False, []  # nothing is trained, tracked or uploaded
     trainer: Any = training.build_trainer(script_args, training_args, model_args)
     done, folder = trainer.encoding.report, trainer.encoding.folder
     new = f"{done.encoded_images} images and {done.encoded_prompts} prompts in {done.seconds:.0f} s"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,14 +53,24 @@ def run(arguments: list[str], prog: str) -> int:
     if own.like is not None:
         words += ["--model_name_or_path", f"published/{own.like}"]
     _check_like(own.like)
-    logging.disable(logging.WARNING)  # what `train` says of its choices, once for every set-up that is planned
     from ..planning.plan import Planner  # takes seconds
 
-    settings = PlannedSettings(words, prog, own.plan_device, own.like)
-    planner = Planner(own.plan_device)
-    plan = settings.plan(planner, {})
-    _show(plan, own, settings, planner)
+    with _without_warnings():  # what `train` says of its choices, once for every set-up that is planned
+        settings = PlannedSettings(words, prog, own.plan_device, own.like)
+        planner = Planner(own.plan_device)
+        plan = settings.plan(planner, {})
+        _show(plan, own, settings, planner)
     return EXIT_OK
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class PlannedSettings:

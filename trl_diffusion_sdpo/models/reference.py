@@ -22,6 +22,7 @@ class Reference(ShadowWeights):
     """The policy before training, with arithmetic identical to the policy's."""
 
     kind: str  # written into checkpoints
+    module: nn.Module | None = None  # a denoiser of its own
     is_precomputed = False  # whether batches carry its errors, and there is nothing that predicts
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
@@ -104,6 +105,7 @@ class PrecomputedReference(Reference):
     def __init__(self, source: Reference, tensors: Callable[[], dict[str, torch.Tensor]]):
         super().__init__()
         self._source: Reference | None = source
+        self.module = source.module
         self._module: nn.Module | None = None
         self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
 
@@ -133,7 +135,7 @@ class PrecomputedReference(Reference):
 
     def release(self) -> None:
         """Free the model: the policy will train, and batches carry the errors."""
-        self._source = self._tensors = None
+        self._source = self._tensors = self.module = None
 
 
 def build_reference(

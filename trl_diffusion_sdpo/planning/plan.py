@@ -164,7 +164,7 @@ class Planner:
         adapters = sum(_size(_adapter(held), block) for held in (networks.reference, networks.average) if held)
         policy = _size([family.denoiser], block) - adapters
         if prepared.stored is not None:
-            policy -= _saved_by_quantization(family.denoiser, STORED[prepared.stored])
+            policy -= _saved_by_quantization(family.denoiser, prepared.stored)
         if prepared.offloaded is not None:
             away, largest = _offloaded(family.denoiser, prepared.offloaded, prepared.blocks)
             policy -= away - 2 * largest  # the group that runs, and the one before, whose weights are still in use
@@ -197,9 +197,10 @@ def _size(parts: Iterable[nn.Module | torch.Tensor], block: int) -> int:
     return sum(rounded(tensor.numel() * tensor.element_size(), block) for tensor in tensors.values())
 
 
-def _saved_by_quantization(denoiser: nn.Module, stored: float) -> int:
+def _saved_by_quantization(denoiser: nn.Module, kind: str) -> int:
     """Bytes that frozen weights of linear layers take less when quantized."""
-    kinds = (nn.Linear, nn.Conv2d) if stored == STORED["float8"] else nn.Linear
+    kinds = (nn.Linear, nn.Conv2d) if kind == "float8" else nn.Linear
+    stored = STORED[kind]
     weights = [layer.weight for layer in denoiser.modules() if isinstance(layer, kinds)]
     return sum(
         round(weight.numel() * (weight.element_size() - stored)) for weight in weights if not weight.requires_grad

@@ -21,7 +21,10 @@ def report(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, pro
         utilisation (`float`): Share of them that training reaches.
         pairs (`int`): Of which the hours are computed.
     """
-    lines = ["All numbers are computed, none is measured.", "", "| stays on the device | GiB |", "|---|---:|"]
+    kind = "All numbers are computed, none is measured."
+    if processes > 1:
+        kind += " Those of several processes are rough: no such plan was compared with a measured peak."
+    lines = [kind, "", "| stays on the device | GiB |", "|---|---:|"]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in plan.components.items()]
     lines += ["", "| moment of a step | peak, GiB |", "|---|---:|"]
     lines += [

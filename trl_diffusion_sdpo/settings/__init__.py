@@ -1,1 +1,1 @@
-"""The settings: declared in groups, checked alone and together. the trainer's configuration completes them."""
+"""The settings: declared in groups, checked alone and together. The trainer's configuration completes them."""

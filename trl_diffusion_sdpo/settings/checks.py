@@ -159,6 +159,10 @@ def _check_preconditioner(args: AllArguments) -> None:
 
 
 def _check_data(args: AllArguments) -> None:
+    if args.latent_crops != 1 and not (args.precompute_latents and args.random_crop):
+        _warn("`latent_crops` has no effect without `precompute_latents` and `random_crop`.")
+    if args.latent_cache_dir is not None and not args.precompute_latents:
+        _warn("`latent_cache_dir` has no effect without `precompute_latents`.")
     args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     for name in ("bucket_step", "bucket_max_aspect_ratio"):

@@ -104,7 +104,11 @@ class ImageReader:
         with _failures_as_undecodable(), self._header(value) as image:
             _check_pixels(image)
             width, height = image.size
-            if _orientation(image) in TURNED and not isinstance(image, TiffImageFile):  # which has turned it already
+            if isinstance(image, TiffImageFile):  # some versions of Pillow turn the size at once, others when decoding
+                width, height = (
+                    int(image.tag_v2[tag]) for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
+                )
+            if _orientation(image) in TURNED:
                 width, height = height, width
         _check_sides(width, height)
         return height, width

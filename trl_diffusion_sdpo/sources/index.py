@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -99,14 +99,8 @@ class _Drops:
 
     def calls(self, known: PreferenceFormat, table: datasets.Dataset) -> list[Drop]:
         """Arguments of `Reject`: the first examples of each kind in the order of the rows, then the rest of each."""
-        examples = sorted(
-            (place, kind, row, reason, amount)
-            for kind, found in self.first.items()
-            for place, row, reason, amount in found
-        )
-        calls: list[Drop] = [
-            (kind, row, reason or _problem(known, table[row]), amount) for _, kind, row, reason, amount in examples
-        ]
+        examples: Any = sorted((place, kind, *rest) for kind, found in self.first.items() for place, *rest in found)
+        calls = [(kind, row, text or _problem(known, table[row]), amount) for _, kind, row, text, amount in examples]
         for kind, total in self.total.items():
             rest = total - sum(amount for *_, amount in self.first[kind])
             if rest:
@@ -164,6 +158,8 @@ def _rows(columns: dict[str, pa.Array], known: PreferenceFormat, start: int, siz
         good = good & read[0][1] & read[1][1]
     prompt = columns[next(name for name in known.prompt_columns if name in columns)]
     is_text = _is_text(prompt.type) or (known.text_members and _is_bytes(prompt.type))
+    if not is_text and "view" in str(prompt.type):
+        raise NotVectorizedError
     good_prompts = _filled(prompt) if is_text else np.zeros(size, dtype=bool)
     numbers = np.arange(start, start + size)
     return _Rows(numbers, np.arange(size), labels, ranked, good, good_prompts, scores)
@@ -176,8 +172,8 @@ def _joined(rounds: Sequence[_Rows]) -> _Rows:
         for rows, start in zip(rounds, before, strict=False)
     ]
     labels = _Lists(*(np.concatenate(parts) for parts in zip(*(rows.labels for rows in shifted), strict=True)))
-    unlabelled: Any = [rows._replace(labels=None) for rows in shifted]
-    others: Any = (None if parts[0] is None else np.concatenate(parts) for parts in zip(*unlabelled, strict=True))
+    rest: Any = zip(*(cast(Any, rows)._replace(labels=None) for rows in shifted), strict=True)
+    others: Any = (None if parts[0] is None else np.concatenate(parts) for parts in rest)
     return _Rows(*others)._replace(labels=labels)
 
 

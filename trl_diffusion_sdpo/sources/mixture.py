@@ -17,6 +17,8 @@ from .tables import ArrowSource, RowSource
 
 logger = logging.getLogger(__name__)
 
+MAX_GROWTH = 100  # pairs of an epoch, of those of all data sets
+
 
 @dataclass(frozen=True)
 class PairMixture:
@@ -28,7 +30,7 @@ class PairMixture:
         weights (`Sequence` of `float`, positive, *optional*): How often a pair is of each data set, as shares of their
             sum. Map-style sets are repeated until an epoch has these shares, with all pairs of every set in it;
             repeated pairs have random numbers of their own. Streams begin again when they end, until all have ended
-            once. By default every pair comes once, and streams take equal turns.
+            once. By default every pair comes once, and streams have equal weights.
         formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each; detected by default.
 
     Raises:
@@ -136,6 +138,11 @@ class MixedSource:
         wanted = counts
         if self._weights is not None:
             wanted = np.rint(np.array(self._weights) * (counts / np.array(self._weights)).max()).astype(np.int64)
+        if wanted.sum() > MAX_GROWTH * counts.sum():
+            raise ValueError(
+                f"With these weights an epoch would have {wanted.sum():.3g} pairs of the {counts.sum()} of all data "
+                f"sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
+            )
         for name, count, taken in zip(self._names, counts, wanted, strict=True):
             message = "Mixture: %s: %d pairs, %.4g times in an epoch: %.4g of its pairs."
             logger.info(message, name, count, taken / count, taken / wanted.sum())

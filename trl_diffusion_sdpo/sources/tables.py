@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,12 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from .._compat import dataset_fingerprint
-from . import formats, index
 from .checking import DataReport, evenly_spaced
-from .formats import PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, prompts_of_rows, resolve_format
+from .formats import Reject, groups, images_of_row, pairs_in_group, prompts_of_rows, resolve_format
 from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError
-from .index import Drop, NotVectorizedError, PairIndex, find_pairs
+from .index import NotVectorizedError, PairIndex, find_pairs
+from .kept_index import keep, kept_folder, read_kept
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +29,6 @@ CHECKED = "Checking images"
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 THOROUGHLY = 64  # pairs, of which also files that rows name are read
-
-KEPT_FOLDER = "preference_pairs"  # within the cache of `datasets`
-_FACTS, _PAIRS, _SCORES = "facts.json", "pairs.bin", "scores.bin"
-_CODE = tuple(str(module.__file__) for module in (formats, index))  # what pairs depend on beside the data
 
 
 class OneSource:
@@ -113,8 +104,23 @@ class ArrowSource(OneSource):
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         given = {"columns": self.format.image_columns, "in_list": self.format.images_in_list, "reader": reader}
         features = datasets.Features({"found": datasets.List(kind)})
+        if not _holds_bytes(images, self.format.image_columns):
+            options["load_from_cache_file"] = False  # `datasets` would not see that a file has changed
         options |= {"features": features, "remove_columns": images.column_names}
         return images.map(function, batched=True, fn_kwargs=given, **options)
+
+
+def _holds_bytes(images: datasets.Dataset, columns: Sequence[str]) -> bool:
+    """Whether the first row has the bytes of its images, rather than the names of files."""
+    row = images[0].to_pylist()[0] if len(images) else {}
+    values = [value for column in columns for value in _as_list(row.get(column))]
+    return all(
+        not isinstance(value, str) and (not isinstance(value, Mapping) or value.get("bytes")) for value in values
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class RowSource(OneSource):
@@ -234,14 +240,14 @@ def build_index(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
     table = source.labels
     if table is None:
         return _index_by_row(source, reject)
-    folder = _kept_folder(table, source.format)
-    found = None if folder is None else _read_kept(folder)
+    folder = kept_folder(table, source.format)
+    found = None if folder is None else read_kept(folder)
     if found is None:
         try:
             found = find_pairs(table, source.format)
         except NotVectorizedError:
             return _index_by_row(source, reject)
-        found = found if folder is None else _keep(folder, *found)
+        found = found if folder is None else keep(folder, *found)
     for drop in found[1]:
         reject(*drop)
     return found[0]
@@ -259,75 +265,6 @@ def _index_by_row(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
             scores.extend(pair.scores or ())
     pairs = np.array(index, dtype=np.int64).reshape(-1, 4)
     return PairIndex(pairs, np.array(scores).reshape(-1, 2) if len(scores) else None)
-
-
-def _kept_folder(table: datasets.Dataset, known: PreferenceFormat) -> Path | None:
-    """Where the index of a data set is kept; `None` for data in memory, whose index takes less time than its name."""
-    if not table.cache_files or not datasets.is_caching_enabled():
-        return None
-    try:
-        files = [Path(cached["filename"]) for cached in table.cache_files]
-        facts: list[Any] = [
-            dataset_fingerprint(table),
-            len(table),
-            str(table.features),
-            [known.name, known.score_columns],
-            sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-            [hashlib.sha256(Path(module).read_bytes()).hexdigest() for module in _CODE],
-        ]
-    except OSError:  # a file that was deleted while it is open
-        return None
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    return Path(datasets.config.HF_DATASETS_CACHE) / KEPT_FOLDER / key
-
-
-def _keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, list[Drop]]:
-    """The same index, read from the disk if it can be written there."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as written:
-            facts: dict[str, Any] = {"drops": drops, "sha256": {}}
-            for name, values in zip((_PAIRS, _SCORES), found, strict=True):
-                if values is not None:
-                    values.astype(f"<{values.dtype.kind}8").tofile(Path(written, name))
-                    facts["sha256"][name] = _checksum(Path(written, name))
-            Path(written, _FACTS).write_text(json.dumps(facts))
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            Path(written).rename(folder)
-            Path(written).mkdir()  # for the context manager to delete
-    except OSError as error:
-        if not (folder / _FACTS).is_file():  # else another process was faster
-            logger.warning(
-                "The index of the pairs cannot be kept in %s: %s. It is built at every start.", folder, error
-            )
-            return found, drops
-    return _read_kept(folder) or (found, drops)
-
-
-def _read_kept(folder: Path) -> tuple[PairIndex, list[Drop]] | None:
-    if not folder.is_dir():
-        return None
-    try:
-        facts = json.loads((folder / _FACTS).read_text())
-        if differing := [name for name, known in facts["sha256"].items() if _checksum(folder / name) != known]:
-            raise ValueError(f"other checksum of {', '.join(differing)}")
-        pairs = _map(folder / _PAIRS, "<i8", 4)
-        scores = _map(folder / _SCORES, "<f8", 2) if _SCORES in facts["sha256"] else None
-        return PairIndex(pairs, scores), [tuple(drop) for drop in facts["drops"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("The index of the pairs in %s is damaged (%s) and is built again.", folder, error)
-        return None
-
-
-def _map(file: Path, dtype: str, columns: int) -> np.ndarray:
-    if file.stat().st_size == 0:  # which cannot be mapped
-        return np.zeros((0, columns), dtype=dtype)
-    return np.asarray(np.memmap(file, dtype=dtype, mode="r").reshape(-1, columns))
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def pairs_fingerprint(
@@ -353,19 +290,24 @@ def pairs_fingerprint(
         "format": source.format.name,
         "pairs": len(index),
         "index": _short(digest),
-        "prompts": _repeatable_hash(lambda: [repr(source.prompt(row)).encode() for row in prompt_rows]),
+        "prompts": _repeatable_hash(prompt_rows, lambda row: [repr(source.prompt(row)).encode()]),
         "images": _repeatable_hash(
-            lambda: [_undecoded_bytes(image, thorough) for row in image_rows for image in source.images(row)]
+            image_rows, lambda row: [_undecoded_bytes(image, thorough) for image in source.images(row)]
         ),
     }
 
 
-def _repeatable_hash(read: Callable[[], list[bytes]]) -> str | None:
-    """A hash of what `read` returns; `None` if it fails or differs between two calls, as with random rows."""
-    try:
-        hashes = {_short(hashlib.sha256(b"\0".join(read()))) for _ in range(2)}
-    except UndecodableImageError:
-        return None
+def _repeatable_hash(rows: list[int], read: Callable[[int], list[bytes]]) -> str | None:
+    """A hash of what `read` returns for rows; `None` if two calls differ, as with random rows. Of a row that cannot be
+    read, only that enters the hash."""
+
+    def content(row: int) -> list[bytes]:
+        try:
+            return read(row)
+        except UndecodableImageError:
+            return [b"unreadable"]
+
+    hashes = {_short(hashlib.sha256(b"\0".join(part for row in rows for part in content(row)))) for _ in range(2)}
     return hashes.pop() if len(hashes) == 1 else None
 
 

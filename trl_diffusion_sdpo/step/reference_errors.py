@@ -80,8 +80,9 @@ class ReferenceErrors:
         """
         store = self.store_of(dataset)
         accelerator = self._engine.accelerator
-        with failing_together(RuntimeError):
+        with failing_together(RuntimeError):  # ends in all processes before one of them writes
             missing = store.missing(accelerator.process_index, accelerator.num_processes)
+        with failing_together(RuntimeError):
             if missing:
                 self._check_can_predict(dataset, store)
                 with self._predicting(store):

@@ -19,12 +19,13 @@ from ..data.buckets import AspectRatioBuckets, BucketSampler
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, choose_workers
+from ..families import Family
 from ..losses import LossSpec
 from ..sources.checking import ALONE, Peers
 from ..step.reference_errors import ReferenceErrors
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import PairEncoding
+from .encoding import PairEncoding, check_prompt_padding
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class DataOverrides(Trainer):
 
     args: DiffusionSDPOConfig
     loss_spec: LossSpec
+    family: Family
     train_dataset: Any
     encoding: PairEncoding | None
     _loaders: BatchLoaders
@@ -153,6 +155,7 @@ class DataOverrides(Trainer):
     def _with_reference_errors(self, dataset: Any) -> Any:
         """The data set, whose items carry the reference's errors where these are computed before training."""
         if self._reference_errors is not None and not dataset.has_reference_errors:
+            check_prompt_padding("precompute_ref_errors", self.family, self.args)
             self._reference_errors.add_to(dataset)
         return dataset
 
@@ -167,9 +170,12 @@ class DataOverrides(Trainer):
                 self.args.loss_type,
             )
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
+        if self.encoding is not None and self.family.prompt_padding == "start":
+            batch_size = 1  # prompts were encoded alone, and padding would change them
         return probe_inputs(
             probe_items(data, self.args.winner_budget_pairs),
-            2 * (self._train_batch_size or self.args.per_device_train_batch_size),
+            batch_size,
             lambda items: self._prepare_inputs(self.data_collator(items)),
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,

@@ -120,8 +120,9 @@ class PairEncoding:
         if dataset.is_encoded:
             return
         cache, family = self._cache_of(dataset, name), self._frozen.family
-        with naming_the_disk(self.folder, setting="latent_cache_dir"), self._locked(cache.prompts, cache.images):
-            self._complete(cache, compare)
+        if any(missing_shards(store, self._peers) for store in cache.stores):  # a finished cache may be read-only
+            with naming_the_disk(self.folder, setting="latent_cache_dir"), self._locked(cache.prompts, cache.images):
+                self._complete(cache, compare)
         if len(cache.statistics):
             stored = cache.statistics.read(0)
             family.keep_statistics({name: value.to(self._args.device) for name, value in stored.items()})
@@ -137,15 +138,7 @@ class PairEncoding:
                 f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
                 "Load them without `streaming=True`, or leave it off."
             )
-        args, family = self._args, self._frozen.family
-        batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        if family.prompt_padding == "start" and batch > 1:
-            raise ValueError(
-                f"`precompute_latents=True` encodes each prompt alone, and {family.name} pads prompts at the start and "
-                f"attends to the padding, so that a prompt depends on the others in its batch. Use batches of one pair "
-                f"(`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
-                f"`gradient_accumulation_steps`, got {batch}, or leave it off."
-            )
+        check_prompt_padding("precompute_latents", self._frozen.family, self._args)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
@@ -279,6 +272,18 @@ class PairEncoding:
                 "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
                 *(name, len(bad), listed),
             )
+
+
+def check_prompt_padding(setting: str, family: Family, args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` where prompts depend on the others in their batch, and `setting` meets them in others."""
+    batch = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    if family.prompt_padding == "start" and batch > 1:
+        raise ValueError(
+            f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts at the "
+            f"start and attends to the padding, so that a prompt depends on the others in its batch. Use batches of "
+            f"one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
+            f"`gradient_accumulation_steps`, got {batch}, or leave it off."
+        )
 
 
 def default_cache_dir() -> Path:

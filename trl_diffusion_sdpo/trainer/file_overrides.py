@@ -20,6 +20,7 @@ from ..artifacts.model_card import ModelCardFacts, build_model_card, final_metri
 from ..artifacts.publishing import Publisher
 from ..artifacts.weights import WeightFiles
 from ..engines.engine import Engine
+from ..engines.engine_settings import loading_unsharded
 from ..engines.processes import failing_together
 from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
@@ -80,7 +81,12 @@ class FileOverrides(Trainer):
 
     def _set_up_files(self, args: DiffusionSDPOConfig, loaded: LoadedModel) -> None:
         """Before transformers' constructor, which may create the repository, and before weights are sharded."""
-        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, loaded.whole_pipeline)
+
+        def whole_pipeline() -> DiffusionPipeline:
+            with loading_unsharded(self.args):  # the first process alone calls it
+                return loaded.whole_pipeline()
+
+        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, whole_pipeline)
         self.publisher = Publisher(args, NOT_PUBLISHED)
         self.run_facts = RunFacts(
             reference_moves=args.sync_ref_model,

@@ -11,7 +11,7 @@ from .._compat import compile_with_eager_rounding
 from ..engines.engine_settings import by_engine
 from ..models.memory import StoredBase, compile_blocks, set_attention
 from ..models.numerics import autocast_dtype
-from ..models.reference import FrozenReference, Reference
+from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
@@ -22,7 +22,7 @@ def store_base(
     """Choose the attention back end, and store the frozen base as the settings say; all adapters and the reference are
     there already."""
     if args.attention_backend is not None:
-        for module in (denoiser, *([reference.module] if isinstance(reference, FrozenReference) else [])):
+        for module in (denoiser, *([] if reference.module is None else [reference.module])):
             set_attention(module, args.attention_backend)
     if args.layerwise_casting is None and args.group_offload is None:
         return None
@@ -69,7 +69,7 @@ def check_stored_base(args: DiffusionSDPOConfig, adapter: str | None, reference:
             f"{given} cannot act under DeepSpeed and FSDP, which hold all weights in a form of their own. Use their "
             "own offloading, or neither of them."
         )
-    if args.layerwise_casting is not None and isinstance(reference, FrozenReference):
+    if args.layerwise_casting is not None and reference.module is not None:
         raise ValueError(
             "`layerwise_casting` rounds the policy's base, and a `ref_model` of its own would not be rounded: policy "
             "and reference would differ before the first step. Leave `ref_model` out."
