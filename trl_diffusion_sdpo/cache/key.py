@@ -3,11 +3,13 @@ change."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.pairs import PreferenceDataset
 from ..families import Family
+from ..sources.checking import ALONE, Peers, usable_cores
 from .encoded_pairs import ImageRows
 from .shards import write_atomically
 
 VERSION = 1  # of the contents: raise it where the same settings give other moments or embeddings
 HASHES = "file_hashes.json"
+MAX_THREADS = 8  # that hash tensors, each of them a copy on the host of one on the device
 VAE = "vae"
 # Entries of configurations that say where a model was loaded from, by which versions, how its attention runs, and how a
 # tokenizer was called last; pipelines state lengths and padding at each call.
@@ -44,17 +48,33 @@ class EncoderFacts:
         options (`Mapping`): With which they were read, of the pipeline's `from_pretrained`. Components in it came from
             elsewhere.
         folder (`Path`): Where hashes of files are kept.
+        peers (`Peers`): The processes of this training. All of them must ask for facts together; the first reads the
+            weights, once.
     """
 
-    def __init__(self, family: Family, *, name_or_path: str | None, options: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self,
+        family: Family,
+        *,
+        name_or_path: str | None,
+        options: Mapping[str, Any],
+        folder: Path,
+        peers: Peers = ALONE,
+    ) -> None:
         self._family, self._origin, self._options, self._folder = family, name_or_path, options, folder
+        self._peers = peers
 
+    @functools.cached_property
     def of_vae(self) -> dict[str, Any]:
         """Of the VAE."""
-        return self._of_component(VAE)
+        return self._peers.first(lambda: self._of_component(VAE))
 
+    @functools.cached_property
     def of_text(self) -> dict[str, Any]:
         """Of text encoders and tokenizers."""
+        return self._peers.first(self._of_text)
+
+    def _of_text(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
             name: self._of_component(name) for name in self._family.frozen_components if name != VAE
         }
@@ -65,17 +85,18 @@ class EncoderFacts:
 
     def _of_component(self, name: str) -> dict[str, Any]:
         part = getattr(self._family.pipeline, name)
-        facts = {"class": type(part).__name__, "config": _config(part), "weights": self._weights(name, part)}
+        facts = {"class": type(part).__name__, "config": config_of(part), "weights": self._weights(name, part)}
         # The dtype in which it was loaded rounds the weights, whatever it runs in.
         loaded = {"dtype": str(part.dtype), "quantization": str(self._options.get("quantization_config"))}
         return {**facts, "loaded": loaded, "variant": self._options.get("variant")}
 
     def _weights(self, name: str, part: nn.Module) -> Any:
         if self._origin is None or name in self._options:
-            return _hash_of_tensors(part)
+            return hash_of_tensors(part.state_dict())
         folder = Path(self._origin) / name
         if folder.is_dir():
-            files = sorted(folder.glob("*.safetensors"))
+            weights = [file for file in folder.iterdir() if file.is_file() and file.suffix != ".json"]
+            files = sorted(folder.glob("*.safetensors")) or sorted(weights)
             return dict(zip([file.name for file in files], hashes_of(files, self._folder / HASHES), strict=True))
         options = {key: self._options[key] for key in ("cache_dir", "revision") if self._options.get(key) is not None}
         found = try_to_load_from_cache(self._origin, "model_index.json", **options)
@@ -87,8 +108,10 @@ class EncoderFacts:
         return {"repository": self._origin, "commit": Path(found).parent.name}
 
 
-def image_key(facts: Mapping[str, Any], family: Family, dataset: PreferenceDataset, rows: ImageRows) -> dict[str, Any]:
-    """Everything that the moments of a data set's images depend on.
+def image_key(
+    facts: Mapping[str, Any], family: Family, dataset: PreferenceDataset, rows: ImageRows, peers: Peers = ALONE
+) -> dict[str, Any]:
+    """Everything that the moments of a data set's images depend on. All processes must call it together.
 
     Args:
         facts (`Mapping`): Of the VAE.
@@ -98,8 +121,8 @@ def image_key(facts: Mapping[str, Any], family: Family, dataset: PreferenceDatas
         ValueError: If two reads of a row differ.
     """
     variants = {"flips": rows.flips} if rows.crops is None else {"crops": rows.crops, "seed": rows.seed}
-    data = dataset.fingerprint(thorough=True)
-    if None in (data["prompts"], data["images"]):
+    data = dataset.fingerprint(thorough=True, peers=peers)
+    if None in (data.pop("prompts"), data["images"]):
         raise ValueError(
             "`precompute_latents=True` needs data whose rows are equal at every read, and two reads of a row of the "
             f"{dataset.report.name} data differ. Use a data set without random rows, or leave it off."
@@ -149,15 +172,21 @@ def hashes_of(files: list[Path], memory: Path) -> list[str]:
     return found
 
 
-def _hash_of_tensors(part: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(part.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of names, dtypes, shapes and every byte of tensors that are whole in this process, on any device."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as pool:
+        return hashlib.sha256(b"".join(pool.map(lambda name: _digest(name, tensors[name]), names))).hexdigest()
 
 
-def _config(part: Any) -> Any:
+def _digest(name: str, tensor: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def config_of(part: Any) -> Any:
+    """A model's configuration as values of JSON, without what says where it was loaded from and by what."""
     config = part.config.to_dict() if callable(getattr(part.config, "to_dict", None)) else dict(part.config)
     return _related(config)
 

@@ -221,6 +221,12 @@ class PreferenceDataset(Dataset):
         """Read moments and conditioning from now on, and no image."""
         self._encoded = encoded
 
+    def from_source(self) -> "PreferenceDataset":
+        """The same pairs without encoded ones and errors of a reference, which may be of another model."""
+        view = copy.copy(self)
+        view._encoded = view._reference_errors = None
+        return view
+
     def first(self, count: int) -> "PreferenceDataset":
         """The first pairs, at most `count`, with the same random numbers as here."""
         view = copy.copy(self)
@@ -231,9 +237,9 @@ class PreferenceDataset(Dataset):
             view._reference_errors = self._reference_errors[:, :count]
         return view
 
-    def fingerprint(self, *, thorough: bool = False) -> dict[str, Any]:
-        """Identifies these pairs; see [`pairs_fingerprint`]."""
-        found = pairs_fingerprint(self._source, self._index, self._scores, thorough=thorough)
+    def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
+        """Identifies these pairs; see [`pairs_fingerprint`], which runs in the first of the peers."""
+        found = peers.first(partial(pairs_fingerprint, self._source, self._index, self._scores, thorough=thorough))
         return found if self.sizes is None else found | {"sizes": self.sizes.fingerprint()}
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:

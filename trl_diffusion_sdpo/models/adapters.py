@@ -200,6 +200,14 @@ def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=name)
 
 
+def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """By what each layer multiplies the product of an adapter's weights."""
+    layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
+    return {
+        f"{path}.scaling": torch.tensor(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling
+    }
+
+
 def _check_lora(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..engines.engine import Engine
-from .adapters import adapter_layers, adapter_parts, adapter_state, adapters_off, base_tensors
+from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
 from .numerics import read_contiguous
 from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
 
@@ -193,8 +193,13 @@ def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter
     """The policy before training as a reference whose errors are computed then."""
 
     def tensors() -> dict[str, torch.Tensor]:
-        started = {} if started_adapter is None else adapter_state(denoiser, started_adapter)
-        return {**base_tensors(denoiser), **started}
+        if started_adapter is None:
+            return base_tensors(denoiser)
+        return {
+            **base_tensors(denoiser),
+            **adapter_state(denoiser, started_adapter),
+            **adapter_scalings(denoiser, started_adapter),
+        }
 
     if fresh_adapter is not None:
         return PrecomputedReference(AdapterOffReference(denoiser), tensors)

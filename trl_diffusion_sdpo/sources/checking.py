@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,8 @@ from ..suggestions import did_you_mean
 from ..switch_words import SWITCH_WORDS
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
@@ -118,6 +120,10 @@ class Peers:
         if failed:
             raise RuntimeError(f"Process {failed[0]} failed in its part of the work: {gathered[failed[0]][1]}")
         return [value for value, _ in gathered]
+
+    def first(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns in the first process, which alone runs it. Collective; raises as `gather_results`."""
+        return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 
 ALONE = Peers()

@@ -43,7 +43,7 @@ def row_codes(dataset: datasets.Dataset, column: str) -> np.ndarray:
     base, selected = without_selection(dataset.select_columns([column]))
     tables = base.with_format("arrow").iter(batch_size=ROUND_ROWS)
     try:
-        return _codes([_one_chunk(table.column(0)) for table in tables], selected)
+        return _codes([one_chunk(table.column(0)) for table in tables], selected)
     except NotVectorizedError:
         codes: dict[str, int] = {}
         rows = dataset.with_format(None).select_columns([column]).iter(batch_size=1000)
@@ -127,7 +127,7 @@ def _rounds_of_rows(table: datasets.Dataset, known: PreferenceFormat) -> Iterato
     at_once = known.group_column is not None or selected is not None
     start, rounds, members = 0, [], []
     for batch in base.with_format("arrow").iter(batch_size=ROUND_ROWS):
-        columns = {name: _one_chunk(batch.column(name)) for name in batch.column_names}
+        columns = {name: one_chunk(batch.column(name)) for name in batch.column_names}
         rows = _rows(columns, known, start, len(batch))
         start += len(batch)
         if not at_once:
@@ -388,7 +388,7 @@ def _filled(column: pa.Array) -> np.ndarray:
     return column.is_valid().to_numpy(zero_copy_only=False)
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .checking import DataReport, evenly_spaced
+from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values
 from .formats import Reject, groups, images_of_row, pairs_in_group, prompts_of_rows, resolve_format
 from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError
 from .index import NotVectorizedError, PairIndex, find_pairs
@@ -84,6 +85,11 @@ class ArrowSource(OneSource):
 
     def images(self, row: int) -> list[Any]:
         return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
+
+    def contents(self) -> dict[str, str]:
+        """Checksums of all prompts and images."""
+        prompts, images = checksum_of_prompts(self._text, self.format), checksum_of_images(self._images, self.format)
+        return {"prompts": prompts, "images": images}
 
     def check_images(
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
@@ -159,6 +165,16 @@ class RowSource(OneSource):
     def images(self, row: int) -> list[Any]:
         with _errors_as_undecodable():
             return images_of_row(self._row(row), self.format.image_columns, self.format.images_in_list)
+
+    def contents(self) -> dict[str, str] | None:
+        """Checksums of all prompts and images; `None` of a user's class, which may decode or generate a row that is
+        read."""
+        if not self.fork_safe:
+            return None
+        columns = self.format.prompt_columns
+        prompts = ([repr(row.get(column)).encode() for column in columns] for _, row in self.text_rows())
+        images = (self.images(row) for row in range(len(self)))
+        return {"prompts": checksum_of_values(prompts), "images": checksum_of_values(images)}
 
     def check_images(
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
@@ -273,8 +289,8 @@ def pairs_fingerprint(
     """Identifies pairs of [`build_index`], equally on every machine, in a time that does not grow with the images.
 
     Args:
-        thorough (`bool`): Whether to hash the images of `THOROUGHLY` pairs, with the content of local files that rows
-            name, instead of a few.
+        thorough (`bool`): Whether to hash all prompts and images, with the content of local files that rows name; see
+            `contents`. Of a user's class, the images of `THOROUGHLY` pairs instead of a few.
 
     Returns:
         `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts` and
@@ -283,13 +299,15 @@ def pairs_fingerprint(
     digest = hashlib.sha256(np.ascontiguousarray(index, dtype="<i8").data)
     if scores is not None:
         digest.update(np.ascontiguousarray(scores, dtype="<f8").data)
+    found = {"format": source.format.name, "pairs": len(index), "index": _short(digest)}
+    contents = [part.contents() for part, _ in source.split(np.arange(0))] if thorough else [None]
+    if None not in contents:
+        return {**found, **{name: [part[name] for part in contents] for name in ("prompts", "images")}}
     prompt_rows = index[evenly_spaced(len(index), FINGERPRINTED_PROMPTS), 0].tolist()
     compared = evenly_spaced(len(index), THOROUGHLY if thorough else FINGERPRINTED_IMAGES)
     image_rows = index[compared][:, [0, 2]].flatten().tolist()
     return {
-        "format": source.format.name,
-        "pairs": len(index),
-        "index": _short(digest),
+        **found,
         "prompts": _repeatable_hash(prompt_rows, lambda row: [repr(source.prompt(row)).encode()]),
         "images": _repeatable_hash(
             image_rows, lambda row: [_undecoded_bytes(image, thorough) for image in source.images(row)]

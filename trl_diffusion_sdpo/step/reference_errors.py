@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,17 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
 from ..cache.reference_errors import ErrorShard, ReferenceErrorStore
 from ..data.pairs import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
+from ..sources.checking import ALONE, Peers
 from .pair_forward import PairForward, eval_mode
+
+logger = logging.getLogger(__name__)
 
 Items = list[dict[str, Any]]
 
@@ -40,6 +45,7 @@ class ErrorSettings:
         load (`Callable`): From a data set of items, batches of its keys and the pairs that it reads to a loader of
             lists of items, in this process.
         show_progress (`bool`): Whether this process shows a progress bar.
+        peers (`Peers`): The processes of this training.
     """
 
     folder: str
@@ -50,6 +56,7 @@ class ErrorSettings:
     to_inputs: Callable[[Items], dict[str, Any]]
     load: Callable[[Dataset, Sequence[Sequence[Any]], PreferenceDataset], Iterable[list[Any]]]
     show_progress: bool
+    peers: Peers = ALONE
 
 
 class ReferenceErrors:
@@ -94,26 +101,23 @@ class ReferenceErrors:
         self._reference.release()
 
     def store_of(self, dataset: PreferenceDataset) -> ReferenceErrorStore:
-        """Where the errors of a data set are stored."""
+        """Where the errors of a data set are stored; all processes must call it."""
         draws, training = dataset.draw_settings(), _is_for_training(dataset)
-        data = dataset.fingerprint(thorough=True)
+        data = dataset.fingerprint(thorough=True, peers=self._settings.peers)
         if None in (data.get("prompts"), data.get("images")):
             raise ValueError(
                 "`precompute_ref_errors=True` needs data whose rows are equal at every read, and two reads of a row of "
                 f"the {dataset.report.name} data differ. Use a data set without random rows, or leave it off."
             )
-        if dataset.fork_safe:  # reading all rows of a data set of another class may decode all its images
-            data["all_prompts"] = hashlib.sha256(
-                "\0".join(sorted(dataset.prompts())).encode("utf-8", "surrogatepass")
-            ).hexdigest()
         noise = dataclasses.asdict(self._forward.noise_settings)
+        levels = noise.pop("timesteps_per_pair")  # of training alone
         facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
         return ReferenceErrorStore(
             self._settings.folder,
             json.loads(json.dumps(facts, default=str)),
             draws=self._settings.noise_draws if training else 1,
             pairs=len(dataset),
-            levels=noise.pop("timesteps_per_pair") if training else 1,
+            levels=levels if training else 1,
         )
 
     def _check_can_predict(self, dataset: PreferenceDataset, store: ReferenceErrorStore) -> None:
@@ -184,6 +188,31 @@ class ReferenceErrors:
                 "pairs, or use bf16 instead of fp16."
             )
         errors[[row - shard.pairs.start for row in rows]] = found
+
+
+def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool) -> PreferenceDataset:
+    """Prepared pairs whose draws repeat, so that errors of a reference can be computed for all of them; `ValueError` on
+    a stream."""
+    if not isinstance(dataset, PreferenceDataset):
+        raise ValueError(
+            f"`precompute_ref_errors=True` needs pairs with numbers, and the {name} data are a stream. Use a map-style "
+            "data set, or leave it off."
+        )
+    if not training:
+        return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
+    return dataset.with_noise_draws(noise_draws)
+
+
+def warn_of_repeated_draws(args: TrainingArguments, noise_draws: int, steps_of_epoch: int) -> None:
+    """Say where a run takes more epochs than there are draws of each pair."""
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
+    if epochs > noise_draws:
+        logger.warning(
+            "`ref_noise_draws=%d`, and training takes %.3g epochs: each pair meets the same %d draws of timestep, "
+            "noise, flip and crop %.3g times, where a live reference would have new ones in every epoch. "
+            "`ref_noise_draws=%d` repeats none, for as many forward passes of the reference for each pair.",
+            *(noise_draws, epochs, noise_draws, epochs / noise_draws, math.ceil(epochs)),
+        )
 
 
 def _is_for_training(dataset: PreferenceDataset) -> bool:

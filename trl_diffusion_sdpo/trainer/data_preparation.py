@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import gather_object
@@ -22,7 +23,7 @@ from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..families import Family
 from ..losses import LossSpec
 from ..sources.checking import ALONE, Peers
-from ..step.reference_errors import ReferenceErrors
+from ..step.reference_errors import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import PairEncoding, check_prompt_padding
@@ -48,6 +49,7 @@ class DataOverrides(Trainer):
     train_dataset: Any
     encoding: PairEncoding | None
     _loaders: BatchLoaders
+    _own_pairs: WeakSet  # data sets whose moments and errors of the reference are this trainer's
     _reference_errors: ReferenceErrors | None  # where they are computed before training
     _signature_columns: Any
 
@@ -120,11 +122,14 @@ class DataOverrides(Trainer):
         prepared = prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
         if prepared is None:
             return None
+        if isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs:
+            prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
         if self.encoding is not None:
             self.encoding.add_to(prepared, name, compare=self.loss_spec.uses_loser)
-        if not args.precompute_ref_errors:
-            return prepared
-        return repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
+        if args.precompute_ref_errors:
+            prepared = repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
+        self._own_pairs.add(prepared)
+        return prepared
 
     def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
         if isinstance(dataset, dict):
@@ -136,6 +141,9 @@ class DataOverrides(Trainer):
         train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
         check_batches(train_dataset, args)
+        if args.precompute_ref_errors and train_dataset is not None:
+            step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
+            warn_of_repeated_draws(args, args.ref_noise_draws, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
@@ -289,19 +297,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             "has none. Score the images first, or choose another loss."
         )
     return prepared
-
-
-def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool) -> PreferenceDataset:
-    """Prepared pairs whose draws repeat, so that errors of a reference can be computed for all of them; `ValueError` on
-    a stream."""
-    if not isinstance(dataset, PreferenceDataset):
-        raise ValueError(
-            f"`precompute_ref_errors=True` needs pairs with numbers, and the {name} data are a stream. Use a map-style "
-            "data set, or leave it off."
-        )
-    if not training:
-        return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
-    return dataset.with_noise_draws(noise_draws)
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:

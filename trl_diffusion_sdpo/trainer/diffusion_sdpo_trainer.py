@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -44,9 +45,9 @@ from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import PairEncoding
+from .encoding import PairEncoding, encoder_facts, peers_of
 from .evaluation_overrides import EvaluationOverrides
-from .file_overrides import ERRORS_FOLDER, FileOverrides
+from .file_overrides import FileOverrides, errors_folder
 from .memory_setup import compile_models, store_base
 from .preparing import (
     check_and_complete,
@@ -166,7 +167,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     @property
     def reference_errors_dir(self) -> str:
         """The folder of the errors that `precompute_ref_errors` computes."""
-        return self.args.ref_errors_dir or str(Path(self.args.output_dir) / ERRORS_FOLDER)
+        return errors_folder(self.args)
 
     # ---- A step ---------------------------------------------------------------------------------------------------
 
@@ -283,6 +284,9 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
         self.encoding = PairEncoding(self.frozen_components, loaded, args) if args.precompute_latents else None
+        self._encoder_facts = encoder_facts(loaded, args, Path(errors_folder(args)))
+        if self.encoding is not None:
+            self._encoder_facts = self.encoding.facts
         for weights in self._shadow_weights:
             weights.to(args.device)
         self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
@@ -291,6 +295,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
         """The collaborators of a step."""
         self._meter, self._finite = MetricMeter(), FiniteCheck()
+        self._own_pairs = WeakSet()
         self.parameter_safeguard = None  # made in `set_up_safeguard`
         self._engine_ready = False
         self._evaluated_weights = None  # in place of the policy's
@@ -331,13 +336,14 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         args = self.args
         settings = ErrorSettings(
             folder=self.reference_errors_dir,
-            facts=reference_facts(reference, self.family, self.engine, args, self.encoding),
+            facts=reference_facts(reference, self.family, self.engine, args, self._encoder_facts),
             noise_draws=args.ref_noise_draws,
             batch_size=args.train_batch_size,
             eval_batch_size=args.eval_batch_size,
             to_inputs=lambda items: self._prepare_inputs(cast(Any, self.data_collator)(items)),
             load=self._loaders.in_batches,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
+            peers=peers_of(args),
         )
         return ReferenceErrors(self.pair_forward, reference, self.denoiser, self.engine, settings)
 

@@ -95,13 +95,8 @@ class PairEncoding:
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, args: DiffusionSDPOConfig) -> None:
         self._frozen, self._args = frozen, args
         self.folder = Path(args.latent_cache_dir or default_cache_dir()).expanduser()
-        self._facts = EncoderFacts(
-            loaded.family,
-            name_or_path=loaded.name_or_path if loaded.options else None,
-            options=loaded.options,
-            folder=self.folder,
-        )
-        self._peers = Peers(args.process_index, args.world_size, gather_objects)
+        self._peers = peers_of(args)
+        self.facts = encoder_facts(loaded, args, self.folder)
         self.report = EncodingReport()
 
     def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
@@ -145,8 +140,7 @@ class PairEncoding:
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._args.latent_crops)
         texts, digests = distinct_prompts(dataset.prompts())
-        vae, text = self.component_facts()
-        key = image_key(vae, family, dataset, rows)
+        key = image_key(self.facts.of_vae, family, dataset, rows, self._peers)
         return _Cache(
             dataset,
             name,
@@ -154,19 +148,13 @@ class PairEncoding:
             texts,
             digests,
             images=ShardStore(self.folder, key, len(rows), self._shard_rows(rows)),
-            prompts=ShardStore(self.folder, prompt_key(text, family, digests), len(texts), SHARD_PROMPTS),
+            prompts=ShardStore(
+                self.folder, prompt_key(self.facts.of_text, family, digests), len(texts), SHARD_PROMPTS
+            ),
             statistics=ShardStore(
                 self.folder, {**key, "kind": "statistics"}, int(bool(family.latent_statistics())), 1
             ),
         )
-
-    def component_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What identifies the VAE, and text encoders and tokenizers. All processes must call it together."""
-        return self._peers.gather_results(self._encoder_facts)[0]
-
-    def _encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """In the first process, so that files are hashed once."""
-        return (self._facts.of_vae(), self._facts.of_text()) if self._peers.index == 0 else None
 
     def _shard_rows(self, rows: ImageRows) -> int:
         height, width = self._size
@@ -284,6 +272,24 @@ def check_prompt_padding(setting: str, family: Family, args: DiffusionSDPOConfig
             f"one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
             f"`gradient_accumulation_steps`, got {batch}, or leave it off."
         )
+
+
+def peers_of(args: DiffusionSDPOConfig) -> Peers:
+    """The processes of this training, which may wait for one another for hours."""
+    return Peers(args.process_index, args.world_size, gather_objects)
+
+
+def encoder_facts(loaded: LoadedModel, args: DiffusionSDPOConfig, folder: Path) -> EncoderFacts:
+    """What identifies VAE and text encoders of a model; `folder` keeps hashes of its files."""
+    origin = loaded.name_or_path if loaded.options else None
+    return EncoderFacts(
+        loaded.family, name_or_path=origin, options=loaded.options, folder=folder, peers=peers_of(args)
+    )
+
+
+def stored_crops(args: DiffusionSDPOConfig) -> int | None:
+    """Random crops of each image that are encoded; `None` where none are, as crops are drawn live or at the center."""
+    return args.latent_crops if args.precompute_latents and args.random_crop else None
 
 
 def default_cache_dir() -> Path:

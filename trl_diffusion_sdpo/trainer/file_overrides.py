@@ -38,6 +38,7 @@ from ..step.winner_budget import WinnerBudget
 from .callbacks import final_step
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
+from .encoding import stored_crops
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
@@ -235,6 +236,7 @@ class FileOverrides(Trainer):
             "train_data": self._data_fingerprint,
             "run_id": self.run_folder.run_id,
             **{name: getattr(self.args, name) for name in settings_with(RESUME)},
+            "latent_crops": stored_crops(self.args),
         }
 
     @functools.cached_property
@@ -360,6 +362,11 @@ class FileOverrides(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
+
+
+def errors_folder(args: DiffusionSDPOConfig) -> str:
+    """The folder of the errors that `precompute_ref_errors` computes."""
+    return args.ref_errors_dir or str(Path(args.output_dir) / ERRORS_FOLDER)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 
-from ..artifacts.setup import fingerprint
+from ..cache.key import EncoderFacts, config_of, hash_of_tensors
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate
 from ..families import Family
@@ -31,7 +31,7 @@ from ..settings.model_checks import check_activation_checkpointing, check_one_de
 from ..step.pair_forward import LossSettings, NoiseSettings
 from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import PairEncoding
+from .encoding import peers_of, stored_crops
 
 logger = logging.getLogger(__name__)
 
@@ -166,25 +166,20 @@ def make_reference(
 
 
 def reference_facts(
-    reference: PrecomputedReference,
-    family: Family,
-    engine: Engine,
-    args: DiffusionSDPOConfig,
-    encoding: PairEncoding | None,
+    reference: PrecomputedReference, family: Family, engine: Engine, args: DiffusionSDPOConfig, facts: EncoderFacts
 ) -> dict:
-    """What errors of a reference depend on besides the data and the noise. Where pairs are encoded before, VAE and text
-    encoders may have no weights in memory."""
+    """What errors of a reference depend on besides the data and the noise. All processes must call it together, before
+    an engine shards the weights."""
     parts = {name: getattr(family.pipeline, name) for name in family.frozen_components}
-    if encoding is None:
-        weights: Any = {name: fingerprint(part.state_dict()) for name, part in parts.items()}
-    else:
-        weights = {"encoded": encoding.component_facts(), "crops": args.latent_crops}
     scheduler = family.pipeline.scheduler.config
     return {
-        "reference": fingerprint(reference.tensors()),
+        "reference": peers_of(args).first(lambda: hash_of_tensors(reference.tensors())),
+        "configuration": config_of(family.denoiser if reference.module is None else reference.module),
         "family": family.name,
         "components": {name: str(part.dtype) for name, part in parts.items()},
-        "weights": weights,
+        "weights": {"vae": facts.of_vae, "text": facts.of_text},
+        # Encoded before, images and prompts may round differently, and crops repeat.
+        "encoded": {"crops": stored_crops(args)} if args.precompute_latents else None,
         "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype), args.layerwise_casting],
