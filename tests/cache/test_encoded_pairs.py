@@ -4,15 +4,18 @@ under a key of all that it depends on, whatever kills, damages or shares it."""
 import datasets
 import pytest
 import torch
+from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig
 from PIL import Image
 
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
+from trl_diffusion_sdpo.cache import key
+from trl_diffusion_sdpo.cache.key import EncoderFacts
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
 from trl_diffusion_sdpo.sources.images import ImageReader
-from trl_diffusion_sdpo.trainer import encoding
+from trl_diffusion_sdpo.trainer import encoding, preparing
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 from trl_diffusion_sdpo.trainer.preparing import place_frozen_components
 
@@ -220,7 +223,7 @@ def caches_of(sd_folder, make_args, make_pairs, tmp_path):
     def find(model=sd_folder, pairs=None, training=True, **settings):
         args = make_args(**{"precompute_latents": True, "resolution": 16, **settings})
         args.latent_cache_dir = str(tmp_path / "cache")
-        loaded = load_model(model, encoders=False)
+        loaded = load_model(model, model_init_kwargs=args.model_init_kwargs, encoders=False)
         pairs = make_pairs(8) if pairs is None else pairs
         dataset = prepare_pairs(pairs, args, loss_spec("sigmoid"), name="train", training=training)
         made = encoding.PairEncoding(place_frozen_components(loaded, args), loaded, args)
@@ -243,6 +246,8 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
         "weights": {"model": other_vae},
         "images": {"pairs": make_pairs(8, seed=1)},
     }
+    again = caches_of(pairs=make_pairs(8).map(lambda row: {"prompt": row["prompt"] + "!"}))
+    assert again[0] == images and again[1] != prompts
     found = {name: caches_of(**given) for name, given in changes.items()}
     assert len({images, *(changed for changed, _ in found.values())}) == 1 + len(changes)
     assert {other for _, other in found.values()} == {prompts}  # which are encoded once for all of these
@@ -261,6 +266,61 @@ def test_whatever_changes_the_conditioning_is_another_key(caches_of, make_pairs,
     text = make_pairs(8).map(lambda row: {"prompt": row["prompt"] + "!"})
     changes = [{"model": str(tmp_path / name)} for name in ("tokenizer", "text")] + [{"pairs": text}, {"bf16": True}]
     assert len({prompts, *(caches_of(**given)[1] for given in changes)}) == 1 + len(changes)
+
+
+def test_the_dtype_in_which_encoders_were_loaded_rounds_their_weights(caches_of):
+    """They run in float32 either way."""
+    rounded = {"vae_dtype": "float32", "model_init_kwargs": {"dtype": "bfloat16"}, "bf16": True}
+    plain = {**rounded, "model_init_kwargs": {"dtype": "float32"}}
+    assert not set(caches_of(**rounded)) & set(caches_of(**plain))
+
+
+def test_a_component_is_identified_by_how_it_was_quantized(sd_folder, tmp_path):
+    def facts(**given):
+        config = PipelineQuantizationConfig(**given) if given else None
+        options = {"dtype": torch.float32, "quantization_config": config}
+        found = EncoderFacts(family, name_or_path=sd_folder, options=options, folder=tmp_path)
+        return found.of_vae["loaded"], found.of_text["text_encoder"]["loaded"]
+
+    family = load_model(sd_folder, encoders=False).family
+    backend = {"quant_backend": "bitsandbytes_4bit"}
+    kinds = [
+        {**backend, "quant_kwargs": {"load_in_4bit": True, "bnb_4bit_quant_type": kind}} for kind in ("nf4", "fp4")
+    ]
+    plain, nf4, fp4 = facts(), facts(**kinds[0]), facts(**kinds[1])
+    mapped = facts(quant_mapping={"vae": GGUFQuantizationConfig(torch.bfloat16)})
+    assert len({str(found[0]) for found in (plain, nf4, fp4, mapped)}) == 4 and mapped[1] == plain[1]
+    assert facts(**kinds[0], components_to_quantize=["text_encoder"]) == (plain[0], nf4[1])
+    assert len({str(found[1]) for found in (plain, nf4, fp4)}) == 3
+
+
+def test_weights_are_hashed_once_for_all_data_sets_and_the_reference(
+    make_cached, make_pairs, sd_pipeline, monkeypatch
+):
+    hashed = []
+    for module, name in ((key, "hash_of_tensors"), (key, "_of_saved_files"), (preparing, "hash_of_tensors")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda part, function=function: hashed.append(1) or function(part))
+    held = {"one": make_pairs(4, seed=1), "other": make_pairs(4, seed=2)}
+    make_cached(model=sd_pipeline, eval_dataset=held, precompute_ref_errors=True)
+    assert len(hashed) == 4  # VAE, text encoder, tokenizer and reference
+
+
+def test_prepared_pairs_are_encoded_anew_for_another_model(make_trainer, make_cached, make_pairs, other_vae):
+    """Training, evaluation and later evaluations; the first trainer keeps its own."""
+    first = make_cached(eval_dataset=make_pairs(4, seed=1))
+    given = {"train": first.train_dataset, "eval_dataset": first.eval_dataset}
+    before = first.train_dataset[0]["moments"]
+    second, live = make_cached(model=other_vae, **given), make_trainer(model=other_vae, **given)
+    fresh = make_trainer(model=other_vae)
+    assert_equal_batches(second, fresh, [0])
+    assert_equal_batches(live, fresh, [0])
+    assert "pixel_values" in live.eval_dataset[0] and "moments" in second.eval_dataset[0]
+    assert not torch.equal(second.eval_dataset[0]["moments"], first.eval_dataset[0]["moments"])
+    later = second.get_eval_dataloader(first.eval_dataset).dataset
+    assert torch.equal(later[0]["moments"], second.eval_dataset[0]["moments"])
+    assert second.get_eval_dataloader() is second.get_eval_dataloader(second.eval_dataset)
+    assert torch.equal(first.train_dataset[0]["moments"], before)
 
 
 def test_damaged_shards_are_named_and_encoded_again_alone(make_cached, caplog):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import PipelineQuantizationConfig
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -87,7 +88,8 @@ class EncoderFacts:
         part = getattr(self._family.pipeline, name)
         facts = {"class": type(part).__name__, "config": config_of(part), "weights": self._weights(name, part)}
         # The dtype in which it was loaded rounds the weights, whatever it runs in.
-        loaded = {"dtype": str(part.dtype), "quantization": str(self._options.get("quantization_config"))}
+        quantization = _quantization(self._options.get("quantization_config"), name)
+        loaded = {"dtype": str(part.dtype), "quantization": quantization}
         return {**facts, "loaded": loaded, "variant": self._options.get("variant")}
 
     def _weights(self, name: str, part: nn.Module) -> Any:
@@ -95,8 +97,7 @@ class EncoderFacts:
             return hash_of_tensors(part.state_dict())
         folder = Path(self._origin) / name
         if folder.is_dir():
-            weights = [file for file in folder.iterdir() if file.is_file() and file.suffix != ".json"]
-            files = sorted(folder.glob("*.safetensors")) or sorted(weights)
+            files = sorted(folder.glob("*.safetensors"))  # others are never read
             return dict(zip([file.name for file in files], hashes_of(files, self._folder / HASHES), strict=True))
         options = {key: self._options[key] for key in ("cache_dir", "revision") if self._options.get(key) is not None}
         found = try_to_load_from_cache(self._origin, "model_index.json", **options)
@@ -170,6 +171,17 @@ def hashes_of(files: list[Path], memory: Path) -> list[str]:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, json.dumps(known, indent=1).encode())
     return found
+
+
+def _quantization(config: Any, name: str) -> Any:
+    """How a pipeline's configuration quantizes a component as it is read. Its own text names only what it has met."""
+    if not isinstance(config, PipelineQuantizationConfig):
+        return None if config is None else str(config)
+    if config.quant_mapping:
+        found = config.quant_mapping.get(name)
+        return None if found is None else [type(found).__name__, _related(found.to_dict())]
+    is_meant = not config.components_to_quantize or name in config.components_to_quantize
+    return [config.quant_backend, _related(config.quant_kwargs)] if is_meant else None
 
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

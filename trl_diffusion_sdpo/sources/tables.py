@@ -169,7 +169,7 @@ class RowSource(OneSource):
     def contents(self) -> dict[str, str] | None:
         """Checksums of all prompts and images; `None` of a user's class, which may decode or generate a row that is
         read."""
-        if not self.fork_safe:
+        if type(self._dataset) not in (list, tuple):
             return None
         columns = self.format.prompt_columns
         prompts = ([repr(row.get(column)).encode() for column in columns] for _, row in self.text_rows())
