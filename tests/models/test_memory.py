@@ -205,9 +205,11 @@ def test_weights_that_train_are_not_stored_elsewhere(make_trainer, setting):
         make_trainer(**setting)
 
 
-def test_a_reference_of_its_own_would_not_be_rounded(make_trainer, sd_folder):
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_a_reference_of_its_own_would_not_be_rounded(make_trainer, sd_folder, precomputed):
+    given = {"peft_config": LoraConfig(r=2), "precompute_ref_errors": precomputed}
     with pytest.raises(ValueError, match="a `ref_model` of its own would not be rounded"):
-        make_trainer(ref_model=sd_folder, peft_config=LoraConfig(r=2), layerwise_casting="float8_e4m3fn")
+        make_trainer(ref_model=sd_folder, layerwise_casting="float8_e4m3fn", **given)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
+from tiny_pipelines import case
 from torch import nn
 
 from trl_diffusion_sdpo.cache import reference_errors as stored
@@ -202,6 +203,91 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         assert computed(**settings) == 4, settings
 
 
+@pytest.fixture
+def store_of(make_trainer, make_pairs, tmp_path):
+    """`store_of(name, **settings)`: where a trainer's errors of the training (or evaluation) data are."""
+
+    def find(data="train", **settings):
+        held = make_pairs(4, seed=1)
+        trainer = make_trainer(
+            precompute_ref_errors=True, ref_errors_dir=str(tmp_path / "errors"), eval_dataset=held, **settings
+        )
+        return trainer._reference_errors.store_of(getattr(trainer, f"{data}_dataset")).path
+
+    return find
+
+
+def test_one_number_of_a_reference_gives_other_errors(store_of, make_sd_pipeline):
+    paths = []
+    for change in (0.0, 0.0, 1e-3):
+        reference = make_sd_pipeline(seed=3)
+        weight = reference.unet.mid_block.attentions[0].proj_in.weight.data.flatten()
+        weight[3] += change  # not among 16 evenly spaced values
+        assert weight.numel() >= 64
+        paths.append(store_of(ref_model=reference))
+    assert paths[0] == paths[1] != paths[2]
+
+
+def test_the_scale_of_a_started_adapter_is_part_of_the_reference(store_of, make_sd_pipeline):
+    def started(alpha):
+        pipeline = make_sd_pipeline()
+        pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q"], init_lora_weights=False))
+        with torch.no_grad():
+            for name, parameter in pipeline.unet.named_parameters():
+                if "lora" in name:
+                    parameter.fill_(0.01)
+        return pipeline
+
+    assert store_of(model=started(4)) == store_of(model=started(4)) != store_of(model=started(8))
+
+
+def test_what_does_not_act_leaves_the_stores_as_they_are(store_of, tmp_path):
+    """Several noise levels, draws and stored crops in an evaluation; crops without `random_crop`."""
+    evaluated = store_of("eval")
+    assert store_of("eval", n_timesteps_per_pair=3, ref_noise_draws=2, random_crop=True) == evaluated
+    assert store_of("train", n_timesteps_per_pair=3) != store_of("train")
+    cached = {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "latents")}
+    assert store_of("train", **cached, latent_crops=2) == store_of("train", **cached) != store_of("train")
+    cropped = {**cached, "random_crop": True}
+    assert store_of("train", **cropped, latent_crops=2) != store_of("train", **cropped)
+
+
+def test_prepared_pairs_get_the_errors_of_each_trainers_reference(make_trainer, make_sd_pipeline, make_pairs):
+    """The first trainer keeps its own, and one without stored errors reads none."""
+
+    def errors(trainer):
+        return [trainer.eval_dataset[row]["ref_errors"] for row in range(4)]
+
+    held = make_pairs(4, seed=1)
+    first = make_trainer(eval_dataset=held, precompute_ref_errors=True, resolution=16)
+    first.precompute_reference_errors()
+    before = errors(first)
+    other = make_sd_pipeline(seed=3)
+    given = {"ref_model": other, "precompute_ref_errors": True}
+    second = make_trainer(eval_dataset=first.eval_dataset, train=first.train_dataset, **given)
+    alone = make_trainer(eval_dataset=held, **given)
+    for trainer in (second, alone):
+        trainer.precompute_reference_errors()
+    assert all(map(torch.equal, errors(second), errors(alone))) and not torch.equal(errors(second)[0], before[0])
+    assert all(map(torch.equal, errors(first), before))
+    assert torch.equal(second.train_dataset[3]["ref_errors"], alone.train_dataset[3]["ref_errors"])
+    assert "ref_errors" not in make_trainer(eval_dataset=first.eval_dataset).eval_dataset[0]
+
+
+def test_draws_that_repeat_are_told_with_how_often(make_trainer, caplog):
+    """16 pairs in steps of 8: five steps are 2.5 epochs."""
+    steps = {"precompute_ref_errors": True, "gradient_accumulation_steps": 2, "max_steps": 5}
+    make_trainer(**steps)
+    assert "`ref_noise_draws=1`, and training takes 2.5 epochs: each pair meets the same 1 draws" in caplog.text
+    assert "2.5 times" in caplog.text and "`ref_noise_draws=3` repeats none" in caplog.text
+    caplog.clear()
+    make_trainer(**steps, ref_noise_draws=3)
+    make_trainer(**{**steps, "max_steps": -1}, num_train_epochs=2, ref_noise_draws=2)
+    assert "training takes" not in caplog.text
+    make_trainer(**{**steps, "max_steps": -1}, num_train_epochs=2)
+    assert "training takes 2 epochs" in caplog.text
+
+
 def test_what_was_finished_before_a_failure_is_not_computed_again(make_trainer, counted, monkeypatch, tmp_path):
     monkeypatch.setattr(stored, "SHARD_PAIRS", 4)
     made = [make_trainer(precompute_ref_errors=True, output_dir=str(tmp_path / name)) for name in ("a", "b")]
@@ -295,6 +381,25 @@ def test_dropout_streams_random_rows_and_other_data_are_refused(make_trainer, ma
     with pytest.raises(ValueError, match="must be computed before training.*Pass these data as `eval_dataset`"):
         trainer.evaluate(make_pairs(4, seed=6))
     assert trainer.evaluate(make_pairs(4, seed=5))["eval_errors/winner_change"] != 0
+
+
+def test_prompts_that_depend_on_their_batch_are_refused_and_probed_alone(
+    family_folder, make_trainer, make_pairs, tmp_path, monkeypatch
+):
+    given = {"model": family_folder("cogview4"), "resolution": case("cogview4").RESOLUTION, "train": make_pairs(4)}
+    errors, alone = {"precompute_ref_errors": True}, {f"per_device_{kind}_batch_size": 1 for kind in ("train", "eval")}
+    with pytest.raises(ValueError, match="`precompute_ref_errors=True` encodes prompts in other batches.*got 4"):
+        make_trainer(**given, **errors).precompute_reference_errors()
+    trainer = make_trainer(**given, **errors, **alone)
+    trainer.precompute_reference_errors()
+    assert "ref_errors" in trainer.train_dataset[0]
+    budget = {"winner_budget": 0.1, "winner_budget_pairs": 3}
+    cached = {"precompute_latents": True, "latent_cache_dir": str(tmp_path)}
+    sizes = [
+        [len(part.inputs["rows"]) for part in make_trainer(**given, **alone, **budget, **more)._load_probe()]
+        for more in (cached, {})
+    ]
+    assert sizes == [[1, 1, 1], [2, 1]]
 
 
 def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_pairs, tmp_path, counted, capsys):
