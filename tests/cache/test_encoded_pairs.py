@@ -1,20 +1,27 @@
 """Encoded pairs are the pairs: batches, losses and weights are those of training without a cache, which is built once,
 under a key of all that it depends on, whatever kills, damages or shares it."""
 
+import os
+import re
+import shutil
+import subprocess
+
 import datasets
+import fsspec
 import pytest
 import torch
 from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
-from trl_diffusion_sdpo.cache import key
+from trl_diffusion_sdpo.cache import encoder, key
 from trl_diffusion_sdpo.cache.key import EncoderFacts
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
-from trl_diffusion_sdpo.sources.images import ImageReader
+from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
 from trl_diffusion_sdpo.trainer import encoding, preparing
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 from trl_diffusion_sdpo.trainer.preparing import place_frozen_components
@@ -188,6 +195,46 @@ def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
     assert cached.train_dataset.report.undecodable == live.train_dataset.report.undecodable == 2
     with pytest.raises(ValueError, match='Pair 2: image 0 .* pass on_bad_row="drop"'):
         make_cached(train=pairs, verify_images="none", on_bad_row="raise", random_flip=False)
+
+
+@pytest.fixture
+def no_answer(monkeypatch):
+    """`no_answer(times)`: a storage that cannot be reached so many times, for one image."""
+    left, really = [0], MemoryFileSystem._open
+
+    def unreliable(self, path, mode="rb", **options):
+        if mode == "rb" and path.endswith("2.png") and left[0] > 0:
+            left[0] -= 1
+            raise TimeoutError("no answer")
+        return really(self, path, mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", unreliable)
+    return lambda times: left.__setitem__(0, times)
+
+
+def on_a_storage(pairs):
+    rows = []
+    for number, row in enumerate(pairs):
+        with fsspec.open(f"memory://{number}.png", "wb") as file:
+            row["chosen"].save(file, "PNG")
+        rows.append({**row, "chosen": f"memory://{number}.png"})
+    features = datasets.Features({**pairs.features, "chosen": datasets.Value("string")})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def test_an_error_of_reading_that_may_pass_is_not_stored(
+    make_trainer, make_cached, make_pairs, no_answer, monkeypatch
+):
+    """Two errors are outlived; a third ends the run, and what was encoded stays."""
+    monkeypatch.setattr(encoder, "READ_AGAIN", (0.0, 0.0))
+    given = {"train": on_a_storage(make_pairs(8)), "verify_images": "none", "image_schemes": ["memory"]}
+    no_answer(3)
+    with pytest.raises(UnreadableImageError, match="Pair 2: .*TimeoutError: no answer.*3 times.*start again"):
+        make_cached(**given)
+    no_answer(2)
+    cached = make_cached(**given)
+    assert_equal_batches(make_trainer(**given), cached, [0])
+    assert cached.train_dataset.report.undecodable == 0
 
 
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(
@@ -375,11 +422,85 @@ def test_too_little_room_is_told_before_anything_is_written(make_cached, monkeyp
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_the_command_encodes_and_says_where(sd_folder, make_pairs, tmp_path, capsys):
-    make_pairs(6).save_to_disk(str(tmp_path / "pairs"))
+@pytest.fixture
+def encode(sd_folder, make_pairs, tmp_path, capsys):
+    """`encode(cache, *words)`: what the command prints."""
+    if not (tmp_path / "pairs").exists():
+        make_pairs(6).save_to_disk(str(tmp_path / "pairs"))
     words = f"encode --model_name_or_path {sd_folder} --dataset_name {tmp_path}/pairs --use_cpu true --dtype float32"
-    words += f" --output_dir {tmp_path}/run --latent_cache_dir {tmp_path}/cache --report_to none"
-    assert main(words.split()) == 0
-    assert (
-        f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in capsys.readouterr().out
-    )
+    words += f" --output_dir {tmp_path}/run --report_to none --latent_cache_dir {tmp_path}/"
+
+    def run(cache, *more):
+        assert main([*f"{words}{cache}".split(), *more]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def files_in(folder):
+    """Without the hashes of the model's files, which are kept by time."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "file_hashes.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
+    encode, make_trainer, sd_folder, tmp_path
+):
+    """Of a copy of the pipeline without its denoiser's weights, which would be read otherwise."""
+    said = encode("cache")
+    assert f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said
+    assert re.search(r"24 images in \d+ s, [\d.]+ images/s and 7 prompts in \d+ s, [\d.]+ prompts/s", said), said
+    given = {"train": datasets.load_from_disk(str(tmp_path / "pairs")), "precompute_latents": True}
+    make_trainer(**given, latent_cache_dir=str(tmp_path / "of a trainer"))
+    assert files_in(tmp_path / "cache") == files_in(tmp_path / "of a trainer")
+    shutil.copytree(sd_folder, tmp_path / "model")
+    for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
+        path.unlink()
+    assert "Encoded now: 0 images and 0 prompts." in encode("cache", "--model_name_or_path", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("more", [(), ("--precompute_ref_errors", "true")])
+def test_the_command_publishes_nothing(encode, hub_server, tmp_path, more):
+    encode("cache", "--push_to_hub", "true", "--hub_model_id", "someone/something", *more)
+    assert hub_server.repos == {} and not list((tmp_path / "run").rglob("*.md"))
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """`read_only(folder)`: nobody can write into a folder, not even root."""
+    mounted = []
+
+    def protect(folder):
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o222)
+        if os.access(folder, os.W_OK):
+            try:
+                subprocess.run(["mount", "--bind", folder, folder], check=True, capture_output=True)
+                mounted.append(folder)
+                subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("root writes everywhere, and may not mount here")
+
+    yield protect
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+    for path in tmp_path.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_a_finished_cache_may_be_read_only(make_cached, read_only, tmp_path):
+    first = make_cached()
+    read_only(tmp_path / "cache")
+    with pytest.raises(OSError):
+        (tmp_path / "cache" / "a file").touch()
+    again = make_cached()
+    assert again.encoding.report.encoded_images == again.encoding.report.encoded_prompts == 0
+    assert_equal_batches(first, again, [0])
+
+
+def test_quantized_components_are_not_moved_one_tensor_at_a_time(make_cached, sd_pipeline):
+    """As bitsandbytes leaves them: numbers of 8 bits, and a note in the configuration."""
+    linear = next(part for part in sd_pipeline.text_encoder.modules() if isinstance(part, torch.nn.Linear))
+    linear.weight = torch.nn.Parameter(torch.zeros(linear.weight.shape, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="those of `text_encoder` are quantized. Leave it out, or use"):
+        make_cached(model=sd_pipeline)

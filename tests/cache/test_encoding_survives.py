@@ -4,6 +4,7 @@ and every family's pairs are those without a cache."""
 import multiprocessing
 import os
 import random
+import re
 import socket
 import subprocess
 import time
@@ -17,12 +18,20 @@ from tiny_pipelines import CASES, case
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
 from trl_diffusion_sdpo.cache import encoder
+from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.trainer import encoding
 
 pytestmark = pytest.mark.matrix
 FORK = multiprocessing.get_context("fork")
 KILLS = 10
 LONG = "a very large red circle to the left of a small blue square, seen from far above in the evening light"
+
+
+FAULTS = {"loading": (FrozenComponents, "_read"), "encoding": (encoder, "moments_of")}
+
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("of this process alone")
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +43,14 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def start(sd_folder, make_pairs, tmp_path):
-    """`start(cache, rank=None, began=None)`: a process that encodes 12 pairs, in a world of two if it has a rank."""
+    """`start(cache, rank=None, began=None, fault=None, **settings)`: a process that encodes 12 pairs, in a world of two
+    if it has a rank, and whose device has no memory at a place of `FAULTS`."""
     make_pairs(12).save_to_disk(str(tmp_path / "pairs"))
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
 
-    def run(cache, rank, began):
+    def run(cache, rank, began, fault, settings):
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
         if rank is not None:
@@ -55,17 +65,22 @@ def start(sd_folder, make_pairs, tmp_path):
                 return moments_of(*args)
 
             encoder.moments_of = slow
+        if fault is not None:
+            setattr(*FAULTS[fault], out_of_memory)
         args = DiffusionSDPOConfig(
             str(tmp_path / f"run-{rank}"),
             use_cpu=True,
             report_to="none",
             precompute_latents=True,
             latent_cache_dir=str(cache),
+            **settings,
         )
-        DiffusionSDPOTrainer(sd_folder, None, args, datasets.load_from_disk(str(tmp_path / "pairs")))
+        trainer = DiffusionSDPOTrainer(sd_folder, None, args, datasets.load_from_disk(str(tmp_path / "pairs")))
+        whole = trainer.weight_files._whole_pipeline()
+        assert all(weight.numel() for part in (whole.vae, whole.text_encoder) for weight in part.parameters())
 
-    def started(cache, rank=None, began=None):
-        process = FORK.Process(target=run, args=(cache, rank, began))
+    def started(cache, rank=None, began=None, fault=None, **settings):
+        process = FORK.Process(target=run, args=(cache, rank, began, fault, settings))
         process.start()
         return process
 
@@ -124,6 +139,14 @@ def test_two_processes_write_the_cache_of_one(start, tmp_path):
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
 
 
+def test_under_zero_3_encoders_are_whole_and_the_cache_is_that_of_one_process(start, tmp_path):
+    """Where transformers is told of ZeRO-3 it makes models of shards, which encode nothing by themselves."""
+    finish(start(tmp_path / "one"))
+    stage = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}
+    finish(*(start(tmp_path / "two", rank, deepspeed=stage) for rank in range(2)))
+    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+
+
 def test_two_runs_at_once_share_the_work_of_one(start, tmp_path):
     finish(start(tmp_path / "one"))
     began = FORK.Event()
@@ -131,6 +154,19 @@ def test_two_runs_at_once_share_the_work_of_one(start, tmp_path):
     began.wait(60)
     finish(first, start(tmp_path / "both"))
     assert shards(tmp_path / "both") == shards(tmp_path / "one")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_where_one_process_fails_the_other_does_not_wait_for_it(start, tmp_path, fault, capfd):
+    processes = [start(tmp_path / "cache", rank, fault=[None, fault][rank]) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert ended == [1, 1]
+    said = capfd.readouterr().err
+    assert re.search("RuntimeError: Process 1 .*failed.*OutOfMemoryError: of this process alone", said), said[-3000:]
 
 
 @pytest.fixture

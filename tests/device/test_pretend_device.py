@@ -18,6 +18,7 @@ EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs"
 SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
 EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+FP8 = {"layerwise_casting": "float8_e4m3fn"}
 MEMORY = ("offload_frozen_components", "group_offload", "layerwise_casting")
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
@@ -134,6 +135,21 @@ def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(fou
     plain, offloaded = found
     assert offloaded["sum"] == plain["sum"] and offloaded["waits"] == plain["waits"]
     assert offloaded["frozen"] == ["cpu"] and plain["frozen"] == ["pretend"]
+
+
+@each(
+    sd("full", "output", "cached", {"precompute_latents": True, "ema_decay": 0.9}),
+    sd("lora", "output", "cached", {"precompute_latents": True, **FP8}, given_on_device=True),
+)
+def test_a_cached_step_does_not_wait_and_encoding_has_the_device_for_itself(found):
+    """Batches come from pinned memory; what else is frozen comes to the device once all is encoded."""
+    assert found[0]["waits"] == {} and found[0]["pinned"] == [True]
+    assert found[0]["while_encoding"] == ["cpu"] and found[0]["copies"] == ["pretend"]
+
+
+@each(sd("lora", "output", "lent", {"offload_frozen_components": True}, given_on_device=True))
+def test_components_are_given_back_to_the_device_that_they_were_on(found):
+    assert found[0]["given"] == ["pretend"]
 
 
 @pytest.mark.matrix

@@ -19,7 +19,8 @@ from tiny_pipelines import quiet
 from transformers import TrainerCallback, training_args
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.models.shadow_weights import SecondDenoiser
 
 STEPS = 2
 
@@ -43,7 +44,26 @@ class BetweenSteps(TrainerCallback):
         return dict(most)
 
 
-def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> DiffusionSDPOTrainer:
+class Watched(DiffusionSDPOTrainer):
+    """Notes where frozen copies of the denoiser are while pairs are encoded, and whether batches come pinned."""
+
+    def _prepare_data(self, *given):
+        self.while_encoding = sorted({weight.device.type for weight in self._copies()})
+        self.are_pinned: set[bool] = set()
+        return super()._prepare_data(*given)
+
+    def _copies(self):
+        for weights in self._shadow_weights:
+            yield from weights.second.module.parameters() if isinstance(weights.second, SecondDenoiser) else ()
+        if self.stored_base is not None:
+            yield from (weight.stored for weight in self.stored_base._resident)
+
+    def _prepare_inputs(self, inputs):
+        self.are_pinned |= {value.is_pinned() for value in inputs.values() if isinstance(value, torch.Tensor)}
+        return super()._prepare_inputs(inputs)
+
+
+def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -54,8 +74,10 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> DiffusionS
         "disable_tqdm": True,
         "optim": "adamw_torch",
     }
+    if "precompute_latents" in case["args"]:
+        settings["latent_cache_dir"] = str(folder / "cache")
     data = datasets.load_from_disk(case["data"])
-    return DiffusionSDPOTrainer(
+    return Watched(
         pipeline,
         None,
         DiffusionSDPOConfig(str(folder), **{**settings, **case["args"]}),
@@ -67,7 +89,9 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> DiffusionS
 
 
 def run(case: dict, pipeline, folder: Path) -> dict:
-    watch = BetweenSteps()
+    watch, names = BetweenSteps(), find_family(pipeline).frozen_components
+    for name in names if case.get("given_on_device") else ():
+        getattr(pipeline, name).to(pretend_device.DEVICE)
     trainer = build(case, pipeline, folder, watch)
     with FAULTS[case["fault"]](trainer):
         trainer.train(resume_from_checkpoint=case["resumes"])
@@ -78,6 +102,9 @@ def run(case: dict, pipeline, folder: Path) -> dict:
         found["sum"] = sum(float(weight.double().abs().sum()) for weight in weights)
     parts = (getattr(trainer.family.pipeline, name) for name in trainer.family.frozen_components)
     found["frozen"] = sorted({weight.device.type for part in parts for weight in part.parameters()})
+    found["given"] = sorted({weight.device.type for name in names for weight in getattr(pipeline, name).parameters()})
+    found["copies"] = sorted({weight.device.type for weight in trainer._copies()})
+    found |= {"while_encoding": trainer.while_encoding, "pinned": sorted(trainer.are_pinned)}
     if case["saves"]:
         trainer.save_model()
     return {**found, "on_device": on_device, "kept_states": pretend_device.DeviceModule.kept_states}

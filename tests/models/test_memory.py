@@ -167,6 +167,30 @@ def test_the_graph_holds_no_weight_that_can_be_brought_again(lora, stored):
     assert any(weight.grad.abs().sum() > 0 for weight in family.denoiser.parameters() if weight.requires_grad)
 
 
+def held_by_a_prediction(family, inputs):
+    """Bytes that are allocated and not freed by a prediction under autocast, by PyTorch's profiler."""
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler, torch.autocast("cpu"):
+        prediction = family.predict(family.denoiser, *inputs)
+    assert prediction.requires_grad
+    return sum(event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_the_graph_holds_no_weight_that_autocast_has_cast(lora):
+    family = lora("flux")
+    family.settle_dtype()
+    inputs = batch(family, case("flux").RESOLUTION)
+    saved = {}  # by layer: autograd needs a weight for the gradient of its layer's input
+    for name, layer in family.denoiser.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "lora_" not in name:
+            layer.register_forward_pre_hook(
+                lambda layer, args: saved.update({layer: layer.weight.numel() * args[0].requires_grad})
+            )
+    plain = held_by_a_prediction(family, inputs)
+    cast = 2 * sum(saved.values())  # bytes
+    StoredBase(family.denoiser, device=CPU, offload="leaf", half_dtype=torch.bfloat16)
+    assert cast > 50_000 and plain - held_by_a_prediction(family, inputs) > 0.9 * cast
+
+
 def test_blocks_are_on_the_device_one_after_the_other(lora):
     family = lora("flux")
     blocks = [*family.denoiser.transformer_blocks, *family.denoiser.single_transformer_blocks]

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import tarfile
 import threading
@@ -15,7 +16,7 @@ from PIL import Image
 
 from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, prepare_dataset
 from trl_diffusion_sdpo.sources import images
-from trl_diffusion_sdpo.sources.images import ImageReader
+from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
 
 
 def png(level=7, size=(16, 16)):
@@ -196,3 +197,55 @@ def test_an_error_of_any_kind_is_one_bad_image():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ImageReader().problem(strange) and ImageReader().problem(png()) == ""
+
+
+class Refused(Exception):
+    """An error of a library of a storage."""
+
+
+class Flaky(fsspec.AbstractFileSystem):
+    """A storage on which nothing can be opened at the moment."""
+
+    protocol = "flaky"
+    error: Exception
+
+    def _open(self, path, mode="rb", **options):
+        raise self.error
+
+
+def kind_of(path, schemes=("file", "zip")):
+    with pytest.raises(UndecodableImageError) as caught:
+        ImageReader(schemes).decode(str(path))
+    return caught.type
+
+
+@pytest.mark.parametrize("error", [Refused("try again"), TimeoutError(), ConnectionResetError(), OSError(5, "i/o")])
+def test_whatever_a_storage_raises_may_pass(error, monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(Flaky, "error", error, raising=False)
+    assert kind_of("flaky://a.png", ("flaky",)) is UnreadableImageError
+
+
+def test_too_many_open_files_may_pass(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        kind = kind_of(tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert kind is UnreadableImageError
+    assert decode_image(str(tmp_path / "a.png")).size == (16, 16)
+
+
+def test_damage_and_absence_do_not_pass(tmp_path):
+    (tmp_path / "cut.png").write_bytes(png(size=(64, 64))[:80])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(png()) + 40] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    (tmp_path / "no.zip").write_bytes(b"no archive")
+    zipped = [f"zip://a.png::{tmp_path}/a.zip", f"zip://b.png::{tmp_path}/a.zip", f"zip://a.png::{tmp_path}/no.zip"]
+    for place in (tmp_path / "cut.png", tmp_path / "missing.png", tmp_path, *zipped):
+        assert kind_of(place) is UndecodableImageError, place

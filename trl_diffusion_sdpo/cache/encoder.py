@@ -4,18 +4,17 @@ run left."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..data.pairs import PreferenceDataset
-from ..data.transforms import pixels_as_floats
 from ..sources.checking import HOW_TO_DROP, Peers
-from ..sources.images import UndecodableImageError
+from ..sources.images import UndecodableImageError, UnreadableImageError
 from .encoded_pairs import MOMENTS, SIZES, ImageRows
 from .shards import ShardStore
 
@@ -23,7 +22,10 @@ IMAGES_AT_ONCE = range(2, 9)  # of the VAE: as many as `PIXELS_AT_ONCE` are, wit
 PIXELS_AT_ONCE = 8 * 512 * 512
 PROMPTS_AT_ONCE = range(4, 17)  # products of matrices round differently in smaller batches on CPUs
 
+READ_AGAIN = (1.0, 5.0)  # seconds until an image that could not be read is read again
+
 Encode = Callable[[torch.Tensor], torch.Tensor]
+Load = Callable[[Dataset], Iterable[Any]]  # the items of a data set in their order
 EncodePrompts = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
@@ -56,7 +58,7 @@ def encode_images(
     *,
     shards: Sequence[int],
     peers: Peers,
-    workers: int = 0,
+    load: Load,
 ) -> Written:
     """Write this process's share of `shards`.
 
@@ -64,32 +66,43 @@ def encode_images(
     the convolutions of a single one differently.
 
     Args:
-        encode (`Callable`): Moments `(N, ...)` of pixels `(N, 3, H, W)` in `[-1, 1]`.
+        encode (`Callable`): Moments `(N, ...)` of pixels `(N, 3, H, W)`, uint8 on the host.
         shards (`Sequence[int]`): Those that no process has written yet.
-        workers (`int`): Processes that decode.
+        load (`Callable`): Reads the decoded images, with worker processes or without.
 
     Raises:
         ValueError: If an image cannot be decoded and the data set is strict. Otherwise its moments are empty.
+        UnreadableImageError: If an image could not be read repeatedly, though it may be good.
     """
     start, own = time.monotonic(), list(shards)[peers.index :: peers.count]
     images = [list(_images_of(store, number, rows.variants)) for number in own]
     decoded = _Decoded(dataset, rows, [image for part in images for image in part])
-    found = iter(DataLoader(decoded, batch_size=None, num_workers=min(workers, len(decoded))))
+    found = iter(load(decoded) if len(decoded) else ())
     bad: list[tuple[int, str]] = []
     with _progress("Encoding images", sum(map(len, images)) * rows.variants, peers) as bar:
         for number, part in zip(own, images, strict=True):
             shard = _ImageShard(len(store.rows_of(number)), encode, bar)
             for position, image in enumerate(part):
                 variants = next(found)
-                if isinstance(variants, str):
-                    bad.append((int(rows.places[image, 0]), variants))
-                    if dataset.strict:
-                        raise ValueError(f"Pair {bad[-1][0]}: {variants}. {HOW_TO_DROP}")
+                if isinstance(variants, UndecodableImageError):
+                    bad.append((int(rows.places[image, 0]), str(variants)))
+                    _check_may_be_left_out(variants, bad[-1][0], dataset)
                     continue
                 for variant, (pixels, sizes) in enumerate(variants):
                     shard.add(position * rows.variants + variant, pixels, sizes)
             store.write(number, shard.columns())
     return Written(sum(len(store.rows_of(number)) for number in own), tuple(bad), time.monotonic() - start)
+
+
+def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
+    """Raise where the image of an error must not be stored as one that cannot be decoded."""
+    if isinstance(error, UnreadableImageError):
+        raise UnreadableImageError(
+            f"Pair {pair}: {error}, {1 + len(READ_AGAIN)} times. The image may be good, so encoding stops. When it can "
+            "be read, start again: what is encoded stays."
+        )
+    if dataset.strict:
+        raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
 
 
 def encode_prompts(
@@ -133,7 +146,7 @@ def moments_of(encode: Encode, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
     """Moments on the CPU of pixels `(3, H, W)`, uint8; of a single image as in a batch of two."""
     batch = torch.stack([*pixels, *pixels] if len(pixels) == 1 else list(pixels))
     with torch.no_grad():
-        return encode(pixels_as_floats(batch))[: len(pixels)].cpu()
+        return encode(batch)[: len(pixels)].cpu()
 
 
 class _ImageShard:
@@ -178,13 +191,20 @@ class _Decoded(Dataset):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]] | str:
+    def __getitem__(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError:
         image = self._images[index]
+        for seconds in (*READ_AGAIN, None):
+            try:
+                return self._variants(image)
+            except UndecodableImageError as error:
+                if seconds is None or not isinstance(error, UnreadableImageError):
+                    return type(error)(str(error))  # without what it holds of the image
+                time.sleep(seconds)
+        raise AssertionError
+
+    def _variants(self, image: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pair, side = self._rows.places[image].tolist()
-        try:
-            found = self._dataset.image_variants(pair, side, self._rows.draws_of(image))
-        except UndecodableImageError as error:
-            return str(error)
+        found = self._dataset.image_variants(pair, side, self._rows.draws_of(image))
         return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in found]
 
 

@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.pairs import PreferenceDataset
 from ..families import Family
+from ..files import write_atomically
 from ..sources.checking import ALONE, Peers, usable_cores
 from .encoded_pairs import ImageRows
-from .shards import write_atomically
+from .shards import own_ending
 
 VERSION = 1  # of the contents: raise it where the same settings give other moments or embeddings
 HASHES = "file_hashes.json"
@@ -169,7 +170,7 @@ def hashes_of(files: list[Path], memory: Path) -> list[str]:
         found.append(known[path][2])
     if changed:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(known, indent=1).encode())
+        write_atomically(memory, json.dumps(known, indent=1).encode(), ending=own_ending())
     return found
 
 

@@ -14,11 +14,13 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import torch
+
+from ..files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +108,15 @@ class ShardStore:
             self.file(number),
         )
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / MANIFEST, self._manifest.encode())
-        write_atomically(file, batch)
+        self._write(self.path / MANIFEST, self._manifest.encode())
+        self._write(file, lambda opened: _write_batch(opened, batch))
         facts = {"sha256": _sha256(file), "bytes": file.stat().st_size, "schema": _schema_checksum(batch)}
-        write_atomically(self._checksum_file(number), (json.dumps(facts) + "\n").encode())
+        self._write(self._checksum_file(number), (json.dumps(facts) + "\n").encode())
         self._open.pop(number, None)
+
+    @staticmethod
+    def _write(file: Path, content: Any) -> None:
+        write_atomically(file, content, ending=own_ending())
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
         """The tensors of a row, copied to memory of their own.
@@ -261,26 +267,18 @@ def _open_batch(path: Path) -> pa.RecordBatch:
     return batch
 
 
-def write_atomically(path: Path, content: bytes | pa.RecordBatch) -> None:
-    """Write a file that a kill, or a full disk, leaves either whole or as it was."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                with pa.ipc.new_stream(file, content.schema) as stream:
-                    stream.write_batch(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write_batch(file: BinaryIO, batch: pa.RecordBatch) -> None:
+    with pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+
+
+def own_ending() -> str:
+    """The ending of this process's temporary files."""
+    return f".{socket.gethostname()}-{os.getpid()}.tmp"
 
 
 def _is_being_written(temporary: Path) -> bool:
-    """Whether the process that wrote a temporary file of `write_atomically` is alive; of another machine, whether the
+    """Whether the process that wrote a temporary file is alive; of another machine, whether the
     file is recent."""
     host, _, process = temporary.name.removesuffix(".tmp").rpartition("-")
     if not host.endswith(f".{socket.gethostname()}"):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from ..trainer import DiffusionSDPOConfig
+    from ..trainer.encoding import PairEncoding
     from .pair_arguments import PairArguments
 
 
@@ -27,17 +28,54 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
     """
     training_args.precompute_latents = True
     training_args.push_to_hub, training_args.report_to = False, []  # nothing is trained, tracked or uploaded
-    trainer: Any = training.build_trainer(script_args, training_args, model_args)
-    done, folder = trainer.encoding.report, trainer.encoding.folder
-    new = f"{done.encoded_images} images and {done.encoded_prompts} prompts in {done.seconds:.0f} s"
-    rate = f", {done.encoded_images / done.seconds:.1f} images/s" if done.encoded_images else ""
-    trainer.accelerator.print(
-        f"{done.images} images, with their variants, and {done.prompts} prompts are encoded in {folder}: "
-        f"{done.bytes / 2**30:.3g} GiB. Encoded now: {new}{rate}."
-    )
-    if training_args.precompute_ref_errors:
+    processes = training_args.distributed_state
+    if not training_args.precompute_ref_errors:
+        processes.print(_summary(_encode_alone(script_args, training_args, model_args)))
+    else:
+        trainer: Any = training.build_trainer(script_args, training_args, model_args)
+        processes.print(_summary(trainer.encoding))
         trainer.precompute_reference_errors()
-        trainer.accelerator.print(f"The errors of the reference are in {trainer.reference_errors_dir}.")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+        processes.print(f"The errors of the reference are in {trainer.reference_errors_dir}.")
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
     return EXIT_OK
+
+
+def _encode_alone(
+    script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig
+) -> PairEncoding:
+    """Encode as a trainer would when it is made, without the weights of a denoiser."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..losses import loss_spec
+    from ..trainer import preparing  # takes seconds
+    from ..trainer.data_preparation import prepare_pairs
+    from ..trainer.encoding import PairEncoding
+
+    train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
+    model, lora = model_args.model_name_or_path, get_peft_config(model_args)
+    args, loss = preparing.copy_and_check_args(model, None, training_args), loss_spec(training_args.loss_type)
+    loaded = preparing.load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
+    preparing.complete_args(args, loaded.family, loss, full=lora is None)
+    preparing.check_resolution(args, loaded.family)
+    encoding = PairEncoding(preparing.place_frozen_components(loaded, args), loaded, args)
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **evaluated}.items():
+        if dataset is not None:
+            pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
+            encoding.add_to(pairs, name, compare=loss.uses_loser)
+    return encoding
+
+
+def _summary(encoding: PairEncoding) -> str:
+    done, new = encoding.report, []
+    for name, count, seconds in (
+        ("images", done.encoded_images, done.image_seconds),
+        ("prompts", done.encoded_prompts, done.prompt_seconds),
+    ):
+        rate = f" in {seconds:.0f} s, {count / seconds:.1f} {name}/s" if count else ""
+        new.append(f"{count} {name}{rate}")
+    return (
+        f"{done.images} images, with their variants, and {done.prompts} prompts are encoded in {encoding.folder}: "
+        f"{done.bytes / 2**30:.3g} GiB. Encoded now: {' and '.join(new)}."
+    )

@@ -133,12 +133,8 @@ def build_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
-    from .pair_arguments import load_datasets
 
-    _show_progress(training_args)
-    _warn_of_ignored(script_args, model_args)
-    training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
-    train_dataset, eval_dataset = load_datasets(script_args, training_args)
+    train_dataset, eval_dataset = load_data(script_args, training_args, model_args)
     return DiffusionSDPOTrainer(
         model_args.model_name_or_path,
         None,
@@ -149,6 +145,16 @@ def build_trainer(
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+
+
+def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> tuple:
+    """The pairs for training and for evaluation; completes `training_args.model_init_kwargs`."""
+    from .pair_arguments import load_datasets  # takes seconds
+
+    _show_progress(training_args)
+    _warn_of_ignored(script_args, model_args)
+    training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
+    return load_datasets(script_args, training_args)
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:

@@ -218,8 +218,10 @@ class PreferenceDataset(Dataset):
         return self._encoded is not None
 
     def use_encoded(self, encoded: Encoded) -> None:
-        """Read moments and conditioning from now on, and no image."""
+        """Read moments and conditioning from now on, and no image; pairs whose images could not be read are tried
+        again."""
         self._encoded = encoded
+        self._reset_undecodable()
 
     def from_source(self) -> "PreferenceDataset":
         """The same pairs without encoded ones and errors of a reference, which may be of another model."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
@@ -23,6 +23,7 @@ from ..sources.checking import forks_by_default, usable_cores
 from .worker_processes import WorkerStart, worker_context
 
 MAX_WORKERS = 4  # decode some hundred pairs a second, more than a denoiser trains on
+MAX_READERS = 8  # before training, where nothing but a VAE waits for them
 FEW_PAIRS = 512  # decoded in seconds
 PREFETCH_FACTOR = 2  # torch's default
 SHARED_MEMORY = Path("/dev/shm")
@@ -71,15 +72,8 @@ class BatchLoaders:
 
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]], pairs: Pairs) -> DataLoader:
         """A loader of lists of items in this process alone, in the given batches of keys; `items` reads `pairs`."""
-        workers = self._workers(pairs)
-        return DataLoader(
-            items,
-            batch_sampler=cast(Any, batches),
-            collate_fn=list,
-            num_workers=workers,
-            worker_init_fn=WorkerStart(),
-            multiprocessing_context=worker_context(start_method(self._args)) if workers else None,
-        )
+        options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
+        return _plain_loader(self._args, items, self._workers(pairs), **options)
 
     def _make(
         self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable, start: WorkerStart
@@ -129,6 +123,31 @@ class BatchLoaders:
         return max(_min_workers(self._args), min(workers, _max_workers(dataset)))
 
 
+def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDataset, item_bytes: int) -> DataLoader:
+    """A loader of single items in their order, in this process alone, before training.
+
+    Args:
+        items (`Dataset`): Reads `pairs`.
+        item_bytes (`int`): Size of an item's tensors, of which workers hold some in shared memory.
+    """
+    workers = args.dataloader_num_workers
+    if workers is None:
+        chosen, _ = _workers_and_reason(args, pairs, item_bytes, most=MAX_READERS)
+        workers = max(_min_workers(args), chosen)
+    return _plain_loader(args, items, workers, batch_size=None)
+
+
+def _plain_loader(args: TrainingArguments, items: Dataset, workers: int, **options: Any) -> DataLoader:
+    return DataLoader(
+        items,
+        num_workers=workers,
+        worker_init_fn=WorkerStart(),
+        multiprocessing_context=worker_context(start_method(args)) if workers else None,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        **options,
+    )
+
+
 def choose_workers(
     args: TrainingArguments,
     dataset: Pairs | None,
@@ -147,7 +166,9 @@ def choose_workers(
     """
     if args.dataloader_num_workers is not None:
         return ""
-    args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, resolution, evaluates)
+    sides = (resolution,) if isinstance(resolution, int) else resolution
+    pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
+    args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, 2 * pairs * 3 * sides[0] * sides[-1])
     if args.dataloader_num_workers < _min_workers(args):
         args.dataloader_num_workers, reason = _min_workers(args), "settings of workers are given"
     return reason
@@ -158,40 +179,37 @@ def _min_workers(args: TrainingArguments) -> int:
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 
-def _max_workers(dataset: Pairs) -> int:
+def _max_workers(dataset: Pairs, most: int = MAX_WORKERS) -> int:
     """None where the data set may not survive a fork; one for a stream, whose order depends on their number."""
     if isinstance(dataset, PreferenceIterableDataset):
         return 1
-    return MAX_WORKERS if dataset.fork_safe else 0
+    return most if dataset.fork_safe else 0
 
 
 def _workers_and_reason(
-    args: TrainingArguments, dataset: Pairs | None, resolution: Any, evaluates: bool
+    args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
 ) -> tuple[int, str]:
     """A number of workers that the data need and the machine has room for, and the reason."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0, ""
     if start_method(args) is None and not forks_by_default():
         return 0, "here new processes import the main module, which may not be made for it"
-    most = _max_workers(dataset)
+    most = _max_workers(dataset, most)
     if most == 0:
         return 0, "a data set of another class may not work in forked processes"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
     spare = usable_cores(processes) - 1
-    room = _workers_in_shared_memory(args, processes, resolution, evaluates)
+    room = _workers_in_shared_memory(args, processes, batch_bytes)
     if isinstance(dataset, PreferenceIterableDataset):
         return min(most, spare, room), "with more workers a stream's order would depend on their number"
     return min(most, spare, room), f"{spare} cores and shared memory for {room} workers are free"
 
 
-def _workers_in_shared_memory(args: TrainingArguments, processes: int, resolution: Any, evaluates: bool) -> int:
+def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:
     """How many workers' prefetched batches fit into half of the free shared memory, divided by the processes of this
     machine; containers often have little. During an evaluation the training's batches stay there as well."""
     if not SHARED_MEMORY.is_dir():
-        return MAX_WORKERS
-    sides = (resolution,) if isinstance(resolution, int) else resolution
-    pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
+        return MAX_READERS
     prefetched = args.dataloader_prefetch_factor
     batches = 1 + (PREFETCH_FACTOR if prefetched is None else prefetched)
-    worker = batches * 2 * pairs * 3 * sides[0] * sides[-1]  # bytes
-    return shutil.disk_usage(SHARED_MEMORY).free // (2 * processes * worker)
+    return shutil.disk_usage(SHARED_MEMORY).free // (2 * processes * batches * batch_bytes)

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import TrainingArguments
 
 from ..masking import without_secrets
+from ..sources.checking import ALONE, Peers
 
 TIMEOUT = timedelta(days=1)  # one process may upload for hours while the others wait
 
@@ -41,6 +43,11 @@ def gather_objects(value: Any) -> list[Any]:
     finally:
         dist.destroy_process_group(group)
     return values
+
+
+def peers(args: TrainingArguments) -> Peers:
+    """The processes of this training."""
+    return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ def load_pipeline(
     token: str | bool | None = None,
     denoiser_quantization: Any = None,
     encoders: bool = True,
+    denoiser: bool = True,
     **from_pretrained: Any,
 ) -> diffusers.DiffusionPipeline:
     """Load a pipeline that a family can train, from safetensors files and without any code from its repository.
@@ -72,6 +73,7 @@ def load_pipeline(
         encoders (`bool`): Whether to load the weights of VAE and text encoders. If not, these components are on the
             meta device, with their configuration: nothing else of them is read or downloaded. [`load_encoders`] loads
             them later. Components in `from_pretrained` are used as they are.
+        denoiser (`bool`): The same for the denoiser.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`: components, cache.
 
     Returns:
@@ -85,7 +87,7 @@ def load_pipeline(
     _refuse_options(from_pretrained)
     index = read_index(name_or_path, revision=revision, token=token, **from_pretrained)
     family = family_for_class_name(index[CLASS])
-    if denoiser_quantization is not None:
+    if denoiser_quantization is not None and denoiser:
         taken = from_pretrained.keys() & {"quantization_config", family.denoiser_name}
         if taken:
             raise ValueError(
@@ -96,9 +98,9 @@ def load_pipeline(
         from_pretrained["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
     options |= from_pretrained
-    if not encoders:
-        absent = [name for name in family.frozen_components if name not in from_pretrained]
-        options |= networks_without_weights(family, index, name_or_path, absent, **options)
+    absent = (*(() if encoders else family.frozen_components), *(() if denoiser else (family.denoiser_name,)))
+    names = [name for name in absent if name not in from_pretrained]
+    options |= networks_without_weights(family, index, name_or_path, names, **options)
     pipeline_class = _text_to_image_class(family)
     with _safetensors_only(name_or_path):
         pipeline = pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)

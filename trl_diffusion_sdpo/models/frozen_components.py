@@ -15,6 +15,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..families import Family
 from .loading import is_absent
@@ -48,7 +49,7 @@ class FrozenComponents:
         state (`str`): `"on device"`, `"offloaded"` to the CPU, or `"absent"`: on the meta device.
 
     Raises:
-        `ValueError`: If different prompts are encoded alike.
+        `ValueError`: If different prompts are encoded alike, or quantized components are to be offloaded.
     """
 
     state: Literal["on device", "offloaded", "absent"]
@@ -69,6 +70,14 @@ class FrozenComponents:
         absent = any(is_absent(getattr(family.pipeline, name)) for name in family.frozen_components)
         self.state = "absent" if absent else "offloaded" if offload else "on device"
         place = device if self.state == "on device" else torch.device("cpu")
+        self._are_held = True
+        self._given: list[tuple[nn.Module, torch.device]] = []  # with their own device, where that is no CPU
+        for name in family.frozen_components if self.state == "offloaded" else ():
+            part = getattr(family.pipeline, name)
+            _check_movable(name, part)
+            if part.device.type != "cpu":
+                self._given.append((part, part.device))
+        self._hold()
         self.family = type(family)(self._working(family, place))
         self.family.guidance_scale = guidance_scale
         self.family.vae_encode_batch_size = vae_encode_batch_size
@@ -100,6 +109,27 @@ class FrozenComponents:
             if self._users == 0:
                 self._take_back()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, offloaded components of the given pipeline are on the device while they are used only; afterwards
+        they are where they were given. Until the first of these contexts ends, they are as within."""
+        self._are_held = True
+        self._assign_kept()
+        self._hold()
+        try:
+            yield
+        finally:
+            self._are_held = False
+            self._release()
+
+    def _hold(self) -> None:
+        for part, _ in self._given:
+            part.to("cpu")
+
+    def _release(self) -> None:
+        for part, device in self._given:
+            part.to(device)
+
     def _bring(self) -> None:
         if self.state == "absent":
             self._read()
@@ -109,9 +139,14 @@ class FrozenComponents:
                 copies[id(tensor)] = tensor.to(self._device, non_blocking=True)
             _assign(module, name, copies[id(tensor)])
 
-    def _take_back(self) -> None:
+    def _assign_kept(self) -> None:
         for module, name, tensor in self._kept:
             _assign(module, name, tensor)
+
+    def _take_back(self) -> None:
+        self._assign_kept()
+        if not self._are_held:
+            self._release()
         if self.state == "absent":
             self.family.pipeline.register_modules(**self._meta)
             gc.collect()
@@ -167,10 +202,27 @@ def working_pipeline(
         part = getattr(family.pipeline, name)
         if name == VAE:
             part = _working_vae(part, half_dtype, vae_dtype)
-        elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize:
+        elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
             part = part if _text_overflows(part, half_dtype) else copy.deepcopy(part).to(half_dtype)
-        working.register_modules(**{name: part if is_absent(part) else part.to(device)})
+        there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}
+        # What is there is not moved: networks in 8 bits refuse to be.
+        working.register_modules(**{name: part if there or is_absent(part) else part.to(device)})
     return working
+
+
+def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
+    """Whether a network's weights are numbers of another meaning; both libraries note it in its configuration."""
+    stated = getattr(part.config, "quantization_config", None) is not None
+    return stated or not all(weight.is_floating_point() for weight in part.parameters())
+
+
+def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
+    if _is_quantized(part):
+        raise ValueError(
+            "`offload_frozen_components` and `precompute_latents` move the tensors of VAE and text encoders one by "
+            f"one, and quantized weights belong together with their scales; those of `{name}` are quantized. Leave it "
+            "out, or use `precompute_latents` with a Hub id or folder, whose components are freed instead."
+        )
 
 
 def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -61,6 +61,7 @@ def load_model(
     quantization_config: Any = None,
     device: torch.device | None = None,
     encoders: bool = True,
+    denoiser: bool = True,
 ) -> LoadedModel:
     """Resolve `model` to a pipeline and its family.
 
@@ -72,13 +73,14 @@ def load_model(
         model_init_kwargs (`dict`, *optional*): For loading; `dtype` may be a string.
         quantization_config (*optional*): Of the denoiser's frozen weights, for a Hub id or folder.
         device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
-        encoders (`bool`): Whether to load the weights of VAE and text encoders of a Hub id or folder; see
-            [`~trl_diffusion_sdpo.families.load_pipeline`]. A pipeline object keeps its own.
+        encoders, denoiser (`bool`): Whether to load the weights of VAE and text encoders, and of the denoiser, of a Hub
+            id or folder; see [`~trl_diffusion_sdpo.families.load_pipeline`]. A pipeline object keeps its own.
 
     Raises:
         `ValueError`: If it is none of these, or arguments are given that it cannot use.
     """
-    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", encoders)
+    parts = {"encoders": encoders, "denoiser": denoiser}
+    loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
     _align_for(loaded.denoiser, device)
     return loaded
 
@@ -120,7 +122,7 @@ def _resolve(
     model_init_kwargs: dict[str, Any] | None,
     quantization_config: Any,
     role: str,
-    encoders: bool = True,
+    **parts: bool,
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise ValueError(
@@ -131,7 +133,7 @@ def _resolve(
         options = dict(model_init_kwargs or {})
         options["dtype"] = torch_dtype(options.pop("dtype", None))
         quantization = diffusers_quantization(quantization_config)
-        pipeline = load_pipeline(str(model), denoiser_quantization=quantization, encoders=encoders, **options)
+        pipeline = load_pipeline(str(model), denoiser_quantization=quantization, **parts, **options)
         return LoadedModel(find_family(pipeline), str(model), options)
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":

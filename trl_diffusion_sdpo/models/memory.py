@@ -52,13 +52,14 @@ class StoredBase:
     """The frozen weights of a denoiser under a LoRA, stored on the CPU or in 8 bits, and brought where they are used.
 
     What autograd saves of them is not kept but brought again for the backward pass. `state_dict` has the stored values.
+    Those that autocast would cast are brought in its dtype: autograd would save what autocast has cast.
 
     Args:
         denoiser (`nn.Module`): All its adapters are added.
         device (`torch.device`): Where it runs.
         casting (`torch.dtype`, *optional*): An 8-bit dtype, in which linear and convolution weights are stored that
             diffusers stores so; biases, norms and embeddings are not.
-        half_dtype (`torch.dtype`, *optional*): The dtype of autocast, in which they are then brought.
+        half_dtype (`torch.dtype`, *optional*): The dtype of autocast.
         offload (`str`, *optional*): `"block"` for the weights of repeated blocks, `"leaf"` for those of all layers.
         blocks (`int`): Neighbouring blocks that are on the device together.
 
@@ -78,6 +79,7 @@ class StoredBase:
         blocks: int = 1,
     ):
         self._device, self._casting, self._half_dtype = device, casting, half_dtype
+        self._resident: list[_Weight] = []  # that are not offloaded
         self._live: dict[int, _Weight] = {}  # by the address of what was brought
         self._current: list[_Weight] = []  # of the block that was brought last
         self._saving = contextlib.ExitStack()
@@ -106,6 +108,7 @@ class StoredBase:
 
     def _store(self, name: str, owner: nn.Module, *, offload: bool) -> list[_Weight]:
         """Take a module's own frozen parameters out of it: all to offload them, or those that are cast."""
+        half_dtype = self._half_dtype if isinstance(owner, AUTOCAST_LAYERS) else None
         may_cast = self._casting is not None and isinstance(owner, AUTOCAST_LAYERS)
         may_cast = may_cast and not _matches(name, self._in_full)
         weights = []
@@ -115,12 +118,13 @@ class StoredBase:
                 continue
             _check_plain(f"{name}.{key}", parameter)
             stored = self._cast(f"{name}.{key}", parameter) if is_cast else parameter.detach()
-            stored = self._on_host(stored) if offload else stored.to(self._device)
-            dtype = self._half_dtype if is_cast and self._half_dtype is not None else parameter.dtype
+            stored = self._on_host(stored) if offload else stored
+            dtype = parameter.dtype if half_dtype is None else half_dtype
             empty = nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=self._device), requires_grad=False)
             weights.append(_Weight(owner, key, stored, dtype, empty))
         if weights:
-            owner.register_state_dict_post_hook(_with_stored({weight.name: weight.stored for weight in weights}))
+            owner.register_state_dict_post_hook(_with_stored(weights))
+        self._resident += [] if offload else weights
         self._drop(weights)
         return weights
 
@@ -132,11 +136,16 @@ class StoredBase:
                 f"`layerwise_casting={str(self._casting).removeprefix('torch.')!r}` holds numbers up to {largest:g}, "
                 f"and {name} has larger ones. Leave it out."
             )
-        return values.to(self._casting)
+        return values.to(self._casting).to(parameter.device)
 
     def _on_host(self, values: torch.Tensor) -> torch.Tensor:
         values = values.cpu()
         return values if self._device.type == "cpu" else values.pin_memory()  # a copy from other memory would wait
+
+    def to_device(self) -> None:
+        """Move what is not offloaded to the device, before training; until then it is where it was loaded."""
+        for weight in self._resident:
+            weight.stored = weight.stored.to(self._device)
 
     # ---- Bringing -------------------------------------------------------------------------------------------------
 
@@ -225,9 +234,9 @@ def _check_plain(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _with_stored(stored: dict[str, torch.Tensor]) -> Any:
+def _with_stored(weights: list[_Weight]) -> Any:
     def fill(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        state.update({prefix + name: value for name, value in stored.items()})
+        state.update({prefix + weight.name: weight.stored for weight in weights})
 
     return fill
 

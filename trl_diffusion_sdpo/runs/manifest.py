@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import xxhash
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ..artifacts.setup import ARGS_FILE
+from ..files import sync_folder, write_atomically
 
 MANIFEST_FILE = "checkpoint_manifest.json"
 # Of one process or DDP, FSDP2 (full or sharded), DeepSpeed.
@@ -53,17 +53,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it atomically and durably."""
         content = {"sequence": self.sequence, "complete": self.complete, "files": self.files}
-        write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
-        _sync_folder(folder.parent)
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file such that a kill or a loss of power leaves the old content or the new."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, file)
-    _sync_folder(file.parent)
+        write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+        sync_folder(folder.parent)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -90,7 +81,7 @@ def measure(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
         _sync(folder / name)
         measured[name] = [(folder / name).stat().st_size, checksum(folder / name)]
     for parent in {(folder / name).parent for name in measured}:
-        _sync_folder(parent)
+        sync_folder(parent)
     return measured
 
 
@@ -152,12 +143,3 @@ def _damage_without_manifest(folder: Path) -> list[str]:
 def _sync(file: Path) -> None:
     with open(file, "r+b") as stream:  # some systems sync only files opened for writing
         os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some systems sync files only
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -16,9 +16,10 @@ from transformers import TrainingArguments
 from ..artifacts.setup import ARGS_FILE, SETUP_FILE
 from ..artifacts.weights import PEFT_CONFIG_FILE, PEFT_FILE
 from ..engines.processes import gather_objects
+from ..files import write_atomically
 from ..models.ema import EMA_FOLDER
 from .checkpoint_folders import checkpoints_in, step_of
-from .manifest import damage, write_atomically
+from .manifest import damage
 from .run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class RunFolder:
             run_id = self._common_run_id(checkpoint)
             self._move_later_checkpoints(checkpoint)
         run_id = run_id or secrets.token_hex(6)
-        write_atomically(self.path / RUN_FILE, json.dumps({"run_id": run_id}) + "\n")
+        write_atomically(self.path / RUN_FILE, json.dumps({"run_id": run_id}).encode() + b"\n")
         return run_id
 
     def _move_other_run(self, overwrite: bool) -> None:

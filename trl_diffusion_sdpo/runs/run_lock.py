@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_run.lock"  # files with an underscore are not published
 HEARTBEAT_SECONDS = 20.0
+WAITS_A_HEARTBEAT = 10  # between two looks at a lock that another run holds
 TIMEOUT_SECONDS = 90.0  # without a heartbeat, of a holder on another machine
 BOOT_ID, PID_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
@@ -55,20 +56,35 @@ class RunLock:
 
     The lock of a dead process is taken over: at once if the process was local, and otherwise (on other machines, in
     other containers, on systems other than Linux) after `timeout` seconds without a heartbeat. The holder updates the
-    file's modification time every `heartbeat` seconds. The folder must exist.
+    file's modification time every `heartbeat` seconds. The folder must exist; `setting` is what chooses it, for
+    messages.
     """
 
-    def __init__(self, folder: Path, *, heartbeat: float = HEARTBEAT_SECONDS, timeout: float = TIMEOUT_SECONDS):
-        self.file = folder / LOCK_FILE
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        setting: str = "output_dir",
+        heartbeat: float = HEARTBEAT_SECONDS,
+        timeout: float = TIMEOUT_SECONDS,
+    ):
+        self.file, self.setting = folder / LOCK_FILE, setting
+        self._said: set[str] = set()
         self.heartbeat, self.timeout = heartbeat, timeout
         self._text = ""
         self._released = threading.Event()
 
-    def acquire(self) -> None:
-        """Take the lock; `FolderInUseError` where another run holds it."""
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the lock; where another run holds it, `FolderInUseError`, or `wait` until it has ended."""
         self._text = json.dumps(asdict(Holder.this_process())) + "\n"
         while not self._create():
-            self._remove_if_dead()
+            try:
+                self._remove_if_dead()
+            except FolderInUseError as error:
+                if not wait:
+                    raise
+                self._say_once("%s Waiting for it to end.", error)
+                time.sleep(self.heartbeat / WAITS_A_HEARTBEAT)
         self._released.clear()
         threading.Thread(target=self._send_heartbeats, name="run lock", daemon=True).start()
 
@@ -103,21 +119,22 @@ class RunLock:
         if holder is None:
             if self._wait_for(lambda: _content(self.file) != found, poll=0.05):
                 return  # its holder was writing it
-        elif holder.is_local:
-            if holder.is_running:
-                raise FolderInUseError(self._refusal(f"process {holder.pid} on this machine ({holder.host})"))
-        elif self._has_heartbeat(holder):
-            raise FolderInUseError(self._refusal(f"process {holder.pid} on {holder.host}"))
+        elif holder.is_running if holder.is_local else self._has_heartbeat(holder):
+            place = f"this machine ({holder.host})" if holder.is_local else holder.host
+            raise FolderInUseError(
+                f"A folder takes one run at a time, and process {holder.pid} on {place} writes into "
+                f"{self.file.parent}. Name another `{self.setting}`, or wait until that run has ended; if you are sure "
+                f"that there is none, delete {self.file}."
+            )
         self._remove(found, holder)
 
-    def _refusal(self, who: str) -> str:
-        return (
-            f"A folder takes one run at a time, and {who} writes into {self.file.parent}. Name another `output_dir`, "
-            f"or wait until that run has ended; if you are sure that there is none, delete {self.file}."
-        )
+    def _say_once(self, message: str, *values: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message, *values)
 
     def _has_heartbeat(self, holder: Holder) -> bool:
-        logger.warning(
+        self._say_once(
             "%s is of process %d on %s: waiting up to %.0f seconds for a heartbeat.",
             *(self.file, holder.pid, holder.host, self.timeout),
         )

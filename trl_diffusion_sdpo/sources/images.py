@@ -1,11 +1,15 @@
 """Decodes the values of image columns. Paths and URLs in rows are not trusted: they may name a device, a pipe or
 another host, and a small file may decompress to any size. Every failure is an `UndecodableImageError`."""
 
+import errno
 import io
 import os
 import re
 import stat
 import struct
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +63,19 @@ Result = TypeVar("Result")
 TURNED = (5, 6, 7, 8)  # EXIF orientations under which height and width change places
 
 
+# What is wrong with a path itself. Other errors of the system, of the network and of memory may pass.
+OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+OF_AN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+
+
 class UndecodableImageError(ValueError):
     """An image that cannot be used, with the reason."""
+
+
+class UnreadableImageError(UndecodableImageError):
+    """An image that could not be read, for a reason that may pass: the image itself may be good."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,7 @@ class ImageReader:
                 )
             if scheme in ("", "file"):
                 _check_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
-        with fsspec.open(path, "rb") as file:
+        with _failures_as_unreadable(), fsspec.open(path, "rb") as file:
             return _bounded(file.read(MAX_FILE_BYTES + 1))
 
 
@@ -195,7 +210,7 @@ def _at(read: Callable[[Any], Result], images: Sequence[Any], index: int) -> Res
     try:
         return read(images[index])
     except UndecodableImageError as error:
-        raise UndecodableImageError(f"image {index} {error}") from error
+        raise type(error)(f"image {index} {error}") from error
 
 
 def _scheme(hop: str) -> str:
@@ -228,7 +243,32 @@ def _failures_as_undecodable() -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise UndecodableImageError("is of no image format that Pillow knows") from error
     except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
-        raise UndecodableImageError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+        raise as_undecodable(error, "cannot be decoded") from error
+
+
+def as_undecodable(error: Exception, what: str) -> UndecodableImageError:
+    """The error of an image for any that was raised while it was read or decoded; `what` says what cannot be done."""
+    kind = UnreadableImageError if _may_pass(error) else UndecodableImageError
+    return kind(f"{what} ({type(error).__name__}: {error})")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is of the system or of memory. Decoders raise `OSError` without a number for damaged images."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in OF_THE_PATH
+    return isinstance(error, MemoryError | TimeoutError | ConnectionError)
+
+
+@contextmanager
+def _failures_as_unreadable() -> Iterator[None]:
+    """Libraries of storages have errors of their own: whatever they raise may pass, unless nothing is there, or what is
+    there is damaged."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError, *OF_AN_ARCHIVE):
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _check_pixels(image: Image.Image) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .checking import DataReport, evenly_spaced
 from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values
 from .formats import Reject, groups, images_of_row, pairs_in_group, prompts_of_rows, resolve_format
-from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError
+from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError, as_undecodable
 from .index import NotVectorizedError, PairIndex, find_pairs
 from .kept_index import keep, kept_folder, read_kept
 
@@ -222,7 +222,7 @@ def _errors_as_undecodable() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UndecodableImageError(f"cannot be read ({type(error).__name__}: {error})") from error
+        raise as_undecodable(error, "cannot be read") from error
 
 
 def make_source(

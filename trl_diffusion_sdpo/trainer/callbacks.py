@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
+from ..engines.processes import peers
 from ..evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
 from ..evaluation.verdict import RunFacts, verdict_of, warning_of
 from ..import_utils import is_plots_available
@@ -21,7 +22,7 @@ from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
-from .data_preparation import PREPARED, peers
+from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .sample_images import SampleImagesCallback
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import torch
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
@@ -20,9 +19,9 @@ from ..data.buckets import AspectRatioBuckets, BucketSampler
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, choose_workers
+from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
-from ..sources.checking import ALONE, Peers
 from ..step.reference_errors import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
 from ..step.winner_budget import ProbeInputs
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -350,13 +349,6 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
             "%d pairs. Every step is one epoch of %d micro-batches.",
             *(parts, args.gradient_accumulation_steps, step, pairs, batches),
         )
-
-
-def peers(args: TrainingArguments) -> Peers:
-    """The processes of this training."""
-    if args.world_size == 1:
-        return ALONE
-    return Peers(args.process_index, args.world_size, lambda value: gather_object([value]))
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:

@@ -24,6 +24,7 @@ from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
 from ..engines.engine_settings import check_unsharded
 from ..engines.gradient_backends import unwrapped_adamw
+from ..engines.processes import peers
 from ..engines.sharding import full_tensor
 from ..losses import BudgetController, PreferenceLossOutput, loss_spec
 from ..models.adapters import base_tensors
@@ -45,7 +46,7 @@ from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import PairEncoding, encoder_facts, peers_of
+from .encoding import PairEncoding, encoder_facts
 from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import FileOverrides, errors_folder
 from .memory_setup import compile_models, store_base
@@ -143,6 +144,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self._set_up_step(args)
         workers_are_chosen = args.dataloader_num_workers is None
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
+        self._move_to(args.device)  # after encoding, which needs memory there
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
             args=args,
@@ -287,10 +289,15 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self._encoder_facts = encoder_facts(loaded, args, Path(errors_folder(args)))
         if self.encoding is not None:
             self._encoder_facts = self.encoding.facts
-        for weights in self._shadow_weights:
-            weights.to(args.device)
         self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
         compile_models(loaded.denoiser, self._shadow_weights, args)
+
+    def _move_to(self, device: torch.device) -> None:
+        """What is frozen, to where the policy will be."""
+        for weights in self._shadow_weights:
+            weights.to(device)
+        if self.stored_base is not None:
+            self.stored_base.to_device()
 
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
         """The collaborators of a step."""
@@ -343,7 +350,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             to_inputs=lambda items: self._prepare_inputs(cast(Any, self.data_collator)(items)),
             load=self._loaders.in_batches,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
-            peers=peers_of(args),
+            peers=peers(args),
         )
         return ReferenceErrors(self.pair_forward, reference, self.denoiser, self.engine, settings)
 

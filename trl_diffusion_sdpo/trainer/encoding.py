@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from ..artifacts.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
 from ..cache.encoded_pairs import EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
@@ -28,12 +30,14 @@ from ..cache.encoder import (
 from ..cache.key import EncoderFacts, image_key, prompt_key
 from ..cache.shards import ShardStore, stored_bytes
 from ..data.pairs import PreferenceDataset
-from ..engines.processes import gather_objects
+from ..data.transforms import pixels_as_floats
+from ..engines.batch_loaders import load_one_by_one
+from ..engines.processes import failing_together, peers
 from ..families import Family
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
-from ..runs.run_lock import FolderInUseError, RunLock
-from ..sources.checking import FEW_ROWS, Peers, evenly_spaced, forks_by_default, usable_cores
+from ..runs.run_lock import RunLock
+from ..sources.checking import evenly_spaced
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -41,8 +45,6 @@ logger = logging.getLogger(__name__)
 SHARD_PIXELS = 256 * 512 * 512  # of the images of a shard: a killed process repeats at most so many
 SHARD_PROMPTS = 64
 SAMPLED_PROMPTS = 8  # whose size is measured before all are encoded
-MAX_WORKERS = 8
-LOCK_SECONDS = 2.0  # between two looks at a lock
 TOLD = 5  # pairs that cannot be decoded
 
 
@@ -54,7 +56,7 @@ class EncodingReport:
         images, prompts (`int`): Images, with each of their variants, and distinct prompts.
         bytes (`int`): On the disk.
         encoded_images, encoded_prompts (`int`): Of these, encoded in this run.
-        seconds (`float`): That it took.
+        image_seconds, prompt_seconds (`float`): That the images took, and then the prompts.
     """
 
     images: int = 0
@@ -62,7 +64,8 @@ class EncodingReport:
     bytes: int = 0
     encoded_images: int = 0
     encoded_prompts: int = 0
-    seconds: float = 0.0
+    image_seconds: float = 0.0
+    prompt_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class PairEncoding:
     def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, args: DiffusionSDPOConfig) -> None:
         self._frozen, self._args = frozen, args
         self.folder = Path(args.latent_cache_dir or default_cache_dir()).expanduser()
-        self._peers = peers_of(args)
+        self._peers = peers(args)
         self.facts = encoder_facts(loaded, args, self.folder)
         self.report = EncodingReport()
 
@@ -119,8 +122,9 @@ class PairEncoding:
             with naming_the_disk(self.folder, setting="latent_cache_dir"), self._locked(cache.prompts, cache.images):
                 self._complete(cache, compare)
         if len(cache.statistics):
-            stored = cache.statistics.read(0)
-            family.keep_statistics({name: value.to(self._args.device) for name, value in stored.items()})
+            with failing_together(RuntimeError):
+                stored = cache.statistics.read(0)
+                family.keep_statistics({name: value.to(self._args.device) for name, value in stored.items()})
         prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
         self.report.images += len(cache.rows)
@@ -139,7 +143,8 @@ class PairEncoding:
 
     def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
         family, rows = self._frozen.family, ImageRows.of(dataset, self._args.latent_crops)
-        texts, digests = distinct_prompts(dataset.prompts())
+        with failing_together(RuntimeError):  # it reads rows
+            texts, digests = distinct_prompts(dataset.prompts())
         key = image_key(self.facts.of_vae, family, dataset, rows, self._peers)
         return _Cache(
             dataset,
@@ -181,7 +186,9 @@ class PairEncoding:
         if any(missing):
             if self._args.verify_images == "sample":
                 cache.dataset.check_sample(self._peers, compare=compare)
-            with self._frozen.in_use() as family:
+            with contextlib.ExitStack() as stack:
+                with failing_together(RuntimeError):  # a device may have too little memory
+                    family = stack.enter_context(self._frozen.in_use())
                 self._peers.gather_results(lambda: self._check_disk(cache, missing, family))
                 written = self._peers.gather_results(lambda: self._encode(cache, missing, family))
             self._tell(cache.name, written)
@@ -193,10 +200,10 @@ class PairEncoding:
             cache.dataset,
             cache.rows,
             cache.images,
-            family.image_moments,
+            partial(self._moments, family),
             shards=missing[0],
             peers=self._peers,
-            workers=self._workers(cache),
+            load=partial(self._load, cache),
         )
         alone = family.prompt_padding != "fixed"
         prompts = encode_prompts(
@@ -206,22 +213,23 @@ class PairEncoding:
             cache.statistics.write(0, {name: [value] for name, value in family.latent_statistics().items()})
         return images, prompts
 
-    def _workers(self, cache: _Cache) -> int:
-        """Processes that decode: the number of the data loaders, or as many as there are cores where the data survive a
-        fork."""
-        if self._args.dataloader_num_workers is not None:
-            return self._args.dataloader_num_workers
-        if not (cache.dataset.fork_safe and forks_by_default()) or len(cache.rows) < FEW_ROWS:
-            return 0
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self._peers.count))
-        return min(MAX_WORKERS, usable_cores(local) - 1)
+    def _load(self, cache: _Cache, items: Dataset) -> Iterable[Any]:
+        return load_one_by_one(self._args, items, cache.dataset, cache.rows.variants * 3 * math.prod(self._size))
+
+    def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
+        """Of pixels `(N, 3, H, W)`, uint8 on the host; as in training, they become floats on the device."""
+        device = self._args.device
+        if device.type in ("cpu", "mps"):  # to which nothing is copied from pinned memory
+            return family.image_moments(pixels_as_floats(pixels.to(device)))
+        pixels = pixels.pin_memory() if self._args.dataloader_pin_memory else pixels
+        return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
 
     def _check_disk(self, cache: _Cache, missing: list[list[int]], family: Family) -> None:
         """Say in the first process how much will be written, and refuse what the disk has no room for."""
         if self._peers.index != 0:
             return
         blank = torch.zeros(3, *self._size, dtype=torch.uint8)
-        image = stored_bytes(moments_of(family.image_moments, [blank]))
+        image = stored_bytes(moments_of(partial(self._moments, family), [blank]))
         sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
         prompt = sum(
             stored_bytes(tensor)
@@ -252,7 +260,8 @@ class PairEncoding:
         images, prompts = zip(*written, strict=True)
         self.report.encoded_images += sum(part.rows for part in images)
         self.report.encoded_prompts += sum(part.rows for part in prompts)
-        self.report.seconds += max(part.seconds + other.seconds for part, other in written)
+        self.report.image_seconds += max(part.seconds for part in images)
+        self.report.prompt_seconds += max(part.seconds for part in prompts)
         bad = sorted(pair for part in images for pair in part.undecodable)
         if bad:
             listed = "".join(f"\n  pair {pair}: {reason}" for pair, reason in bad[:TOLD])
@@ -274,17 +283,10 @@ def check_prompt_padding(setting: str, family: Family, args: DiffusionSDPOConfig
         )
 
 
-def peers_of(args: DiffusionSDPOConfig) -> Peers:
-    """The processes of this training, which may wait for one another for hours."""
-    return Peers(args.process_index, args.world_size, gather_objects)
-
-
 def encoder_facts(loaded: LoadedModel, args: DiffusionSDPOConfig, folder: Path) -> EncoderFacts:
     """What identifies VAE and text encoders of a model; `folder` keeps hashes of its files."""
     origin = loaded.name_or_path if loaded.options else None
-    return EncoderFacts(
-        loaded.family, name_or_path=origin, options=loaded.options, folder=folder, peers=peers_of(args)
-    )
+    return EncoderFacts(loaded.family, name_or_path=origin, options=loaded.options, folder=folder, peers=peers(args))
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
@@ -301,18 +303,6 @@ def _lock(stores: Sequence[ShardStore], stack: contextlib.ExitStack) -> None:
     """Take the stores' locks, waiting for other runs that hold them; the stack releases them."""
     for store in stores:
         store.path.mkdir(parents=True, exist_ok=True)
-        lock, waits = RunLock(store.path), False
-        while not _is_taken(lock, waits):
-            waits = True
-            time.sleep(LOCK_SECONDS)
+        lock = RunLock(store.path, setting="latent_cache_dir")
+        lock.acquire(wait=True)
         stack.callback(lock.release)
-
-
-def _is_taken(lock: RunLock, waits: bool) -> bool:
-    try:
-        lock.acquire()
-    except FolderInUseError as error:
-        if not waits:
-            logger.warning("Waiting for another run that encodes: %s", error)
-        return False
-    return True

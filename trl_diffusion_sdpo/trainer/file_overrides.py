@@ -26,6 +26,7 @@ from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
 from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
+from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
 from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
@@ -70,6 +71,7 @@ class FileOverrides(Trainer):
     average: EMAWeights | None
     winner_budget: WinnerBudget | None
     engine: Engine
+    frozen_components: FrozenComponents
     model_name_or_path: str | None
     fingerprint: str
     _shadow_weights: list[ShadowWeights]
@@ -143,7 +145,7 @@ class FileOverrides(Trainer):
             interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if self.args.checkpoint_on_interrupt:
                 interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
-            with interruptible:
+            with interruptible, self.frozen_components.held():
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..cache.key import EncoderFacts, config_of, hash_of_tensors
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate
+from ..engines.processes import peers
 from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
@@ -31,7 +32,7 @@ from ..settings.model_checks import check_activation_checkpointing, check_one_de
 from ..step.pair_forward import LossSettings, NoiseSettings
 from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import peers_of, stored_crops
+from .encoding import stored_crops
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,10 @@ def load_policy(
     processing_class: DiffusionPipeline | None,
     peft_config: PeftConfig | None,
     quantization_config: Any,
+    *,
+    denoiser: bool = True,
 ) -> LoadedModel:
-    """The pipeline whose denoiser trains, unsharded under every engine."""
+    """The pipeline whose denoiser trains, unsharded under every engine; `denoiser` as of `load_model`."""
     if quantization_config is not None and peft_config is None:
         raise ValueError(
             "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, or "
@@ -89,6 +92,7 @@ def load_policy(
             quantization_config=quantization_config,
             device=args.device,
             encoders=not args.precompute_latents,
+            denoiser=denoiser,
         )
 
 
@@ -173,7 +177,7 @@ def reference_facts(
     parts = {name: getattr(family.pipeline, name) for name in family.frozen_components}
     scheduler = family.pipeline.scheduler.config
     return {
-        "reference": peers_of(args).first(lambda: hash_of_tensors(reference.tensors())),
+        "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
         "configuration": config_of(family.denoiser if reference.module is None else reference.module),
         "family": family.name,
         "components": {name: str(part.dtype) for name, part in parts.items()},
