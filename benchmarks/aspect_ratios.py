@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from trl_diffusion_sdpo.data import AspectRatioBuckets
-from trl_diffusion_sdpo.data.buckets import read_sizes
+from trl_diffusion_sdpo.data.image_sizes import read_sizes
 from trl_diffusion_sdpo.sources.checking import ALONE
 from trl_diffusion_sdpo.sources.images import ImageReader
 from trl_diffusion_sdpo.sources.tables import ArrowSource

@@ -248,16 +248,37 @@ def test_several_data_sets_are_loaded_with_weights_and_formats(make_args, sets):
     assert load_sets(make_args, sets, dataset_streaming=True)[0].is_stream
 
 
-def test_pairs_are_held_out_of_each_of_several_data_sets(make_args, sets, places):
-    train, evaluation = load_sets(make_args, sets, evaluates=True, test_size=1)
-    assert [len(part) for part in train.parts.values()] == [3, 2] and train.weights == [3, 1.0]
-    assert [len(part) for part in evaluation.parts.values()] == [1, 1] and evaluation.weights is None
-    _, other = load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["saved_dict"])
-    assert other["prompt"][:] == prompts(SPLITS["test"])
+def test_pairs_are_held_out_of_all_rows_of_several_data_sets(make_args, sets):
+    """Of seven rows; each data set keeps at least one, and what has nothing held out is not evaluated."""
+    for size, count in ((1, 1), (4, 4), (0.3, 2)):
+        train, evaluation = load_sets(make_args, sets, evaluates=True, test_size=size)
+        rows, held = ([len(part) for part in mixture.parts.values()] for mixture in (train, evaluation))
+        assert sum(rows) == 7 - count and sum(held) == count and min(rows) > 0 and min(held) > 0
+        assert train.weights == [3, 1.0] and evaluation.weights is None
+        for name, part in evaluation.parts.items():
+            number = int(name.partition(":")[0])
+            assert evaluation.formats[list(evaluation.parts).index(name)] == [None, "pickapic"][number]
+            column = ["prompt", "caption"][number]
+            assert not {*part[column]} & {*train.parts[name][column]}
+
+
+def test_other_pairs_than_those_of_several_data_sets_are_evaluated(make_args, sets, places):
+    """`sets` trains on the split `test` of `two`; its split `train` has other pairs."""
+    for name, split, rows in (("saved_dict", "test", SPLITS["test"]), ("two", "train", SPLITS["train"])):
+        words = {"eval_dataset_name": places[name], "dataset_test_split": split}
+        _, other = load_sets(make_args, sets, evaluates=True, **words)
+        assert other["prompt"][:] == prompts(rows)
     with pytest.raises(ValueError, match="pairs that are not among `datasets`"):
         load_sets(make_args, sets, evaluates=True)
-    with pytest.raises(ValueError, match="other pairs than those of `datasets`"):
-        load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["two"])
+    for split in ("test", "test[:1]", "train+test"):
+        with pytest.raises(ValueError, match="must name other pairs than those that are trained on"):
+            load_sets(make_args, sets, evaluates=True, eval_dataset_name=places["two"], dataset_test_split=split)
+    sliced = [{**sets[0], "split": "test[:2]"}, sets[1]]
+    words = {"eval_dataset_name": places["two"]}
+    assert len(load_sets(make_args, sliced, evaluates=True, dataset_test_split="test[2:]", **words)[1]) == 2
+    with pytest.raises(ValueError, match="must name other pairs"):
+        load_sets(make_args, sliced, evaluates=True, dataset_test_split="test[1:]", **words)
+    assert load_sets(make_args, sets, **words)[1] is None  # nothing is evaluated
 
 
 @pytest.mark.parametrize(

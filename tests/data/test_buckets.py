@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 
-from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated, describe_sizes
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated, candidates
+from trl_diffusion_sdpo.data.image_sizes import describe_sizes
 
 AT_1024 = [
     *[(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)],
@@ -149,3 +150,29 @@ def test_pairs_of_one_bucket_come_in_one_order_whatever_the_group():
 def test_an_order_without_a_batch_is_refused():
     with pytest.raises(ValueError, match="no bucket has the 4 pairs"):
         sampler([0, 0, 0, 1], 4, drop_last=True)
+
+
+def test_pairs_that_are_never_trained_on_are_counted():
+    """3, 2 and 1 pairs in groups of 3: shuffled, 2 and 1 of them never come; in their order, the same."""
+    sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([0, 1, 0, 1, 0, 2]))
+    told, warns = sizes.describe_epoch(3, drop_last=True, shuffled=True)
+    assert warns and "leaves 3 of 6 pairs out of an epoch, and 3 pairs are never" in told
+    assert "(2 at 16 x 16, 1 at 20 x 16)" in told and "have 3 pairs of one size" in told
+    two = PairSizes(sizes.sizes, np.array([0, 0, 0, 2, 2]))
+    assert two.describe_epoch(2, drop_last=True, shuffled=True) == (
+        "`dataloader_drop_last=True` leaves 1 of 5 pairs out of an epoch, others of them in each.",
+        False,
+    )
+    assert "1 pairs are never trained on (1 at 16 x 20)" in two.describe_epoch(2, drop_last=True, shuffled=False)[0]
+    assert (
+        two.describe_epoch(2, drop_last=False, shuffled=True)[1]
+        and not two.describe_epoch(1, drop_last=False, shuffled=True)[1]
+    )
+
+
+def test_pairs_take_the_place_of_one_another_bucket_by_bucket():
+    sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([1, 0, 2, 1, 0, 2], dtype=np.uint16))
+    assert list(candidates(3, 6, sizes, by_bucket=False)) == [3, 0, 4, 5, 1, 2]
+    assert list(candidates(3, 6, sizes, by_bucket=True)) == [3, 0, 5, 2, 4, 1]
+    assert list(candidates(2, 6, sizes, by_bucket=True)) == [2, 5, 4, 1, 3, 0]
+    assert list(candidates(4, 6, None, by_bucket=True)) == [4, 5, 0, 1, 2, 3]

@@ -6,7 +6,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from trl_diffusion_sdpo.data.pairs import hold_out
+from trl_diffusion_sdpo.data.holdout import hold_out, hold_out_of_several
 
 
 def pairs(prompts: list[str | None], **columns: list) -> datasets.Dataset:
@@ -86,3 +86,47 @@ def test_the_prompt_is_the_column_that_the_format_reads():
 def test_rows_without_a_prompt_are_one_group():
     train, test = hold_out(pairs([None, "a", None, "b", "c", "d", None, "e"]), 1, seed=0)
     assert test["prompt"] != [None] and len(test) == 1
+
+
+def several():
+    """Twenty prompts in each of two formats, of which ten are in both; five images for each prompt of the second."""
+    rows = [(f"prompt {prompt}", str(prompt)) for prompt in range(10, 30) for _ in range(5)]
+    ranked = {"prompt": [text for text, _ in rows], "prompt_id": [number for _, number in rows]}
+    ranked |= {"image": ["a.png"] * 100, "rank": list(range(100))}
+    return [pairs(PROMPTS), datasets.Dataset.from_dict(ranked)]
+
+
+@pytest.mark.parametrize("size", [0.25, 40])
+def test_of_several_data_sets_a_prompt_is_on_one_side_in_all(size):
+    for seed in range(5):
+        split = hold_out_of_several(several(), size, seed=seed, formats=[None, None])
+        trained, held = ({text for part in side for text in part["prompt"]} for side in zip(*split, strict=True))
+        assert not trained & held and len(trained | held) == 30
+        assert 30 < sum(len(test) for _, test in split) <= 40
+        assert sum(len(part) for both in split for part in both) == 160
+
+
+def test_values_of_the_group_column_are_those_of_one_data_set():
+    """Of three data sets with the same numbers of prompts: only the rows of one prompt are held out together."""
+    ranked = [
+        datasets.Dataset.from_dict(
+            {"prompt": [f"{name}{i // 2}" for i in range(20)], "prompt_id": [str(i // 2) for i in range(20)]}
+            | {"image": ["a.png"] * 20, "rank": [0, 1] * 10}
+        )
+        for name in "abc"
+    ]
+    split = hold_out_of_several(ranked, 2, seed=0, formats=[None] * 3)
+    assert sorted(len(test) for _, test in split) == [0, 0, 2]
+
+
+def test_each_of_several_data_sets_keeps_a_prompt():
+    """Rows without a prompt are one group; a prompt with a newline is the same one in an archive."""
+    small = pairs(["a", "a", None])
+    members = datasets.Dataset.from_dict(
+        {"caption.txt": [b"a\n", b"z"], "jpg_0.jpg": ["x"] * 2, "jpg_1.jpg": ["y"] * 2, "label_0.txt": ["1"] * 2}
+    )
+    for seed in range(20):
+        split = hold_out_of_several([small, pairs(PROMPTS), members], 62, seed=seed, formats=[None] * 3)
+        assert all(len(train) for train, _ in split)
+        one, _, other = split
+        assert ("a" in one[0]["prompt"]) == (b"a\n" in other[0]["caption.txt"])

@@ -1,14 +1,21 @@
 """The index of a table equals the one that is read row by row, is kept on disk, and is found again."""
 
+import gc
+import multiprocessing
+import os
 import random
+import tempfile
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from trl_diffusion_sdpo.sources import index
+from trl_diffusion_sdpo.data.holdout import hold_out
+from trl_diffusion_sdpo.sources import index, kept_index, tables
 from trl_diffusion_sdpo.sources.checking import DataReport, reject
+from trl_diffusion_sdpo.sources.columns import NotVectorizedError
 from trl_diffusion_sdpo.sources.formats import FORMATS
 from trl_diffusion_sdpo.sources.kept_index import KEPT_FOLDER
 from trl_diffusion_sdpo.sources.tables import ArrowSource, RowSource, build_index
@@ -25,12 +32,15 @@ LABELS = {
     "text": (TEXTS, pa.string()),
     "bytes": ([None if text is None else text.encode() for text in TEXTS], pa.binary()),
     "empty": ([None], pa.null()),
+    "view": (TEXTS, pa.string_view()),
     "decimal": ([None, 1, 2, 3], pa.decimal128(5, 2)),
     "date": ([None, 1, 2], pa.date32()),  # read row by row
 }
 PROMPTS = {
     "text": (["a", "b", "", None], pa.string()),
     "large": (["a", None], pa.large_string()),
+    "view": (["a", None, ""], pa.string_view()),
+    "view of bytes": ([b"a\n", None], pa.binary_view()),
     "bytes": ([b"a\n", b"\xff", None], pa.binary()),
     "int": ([1, None], pa.int32()),
 }
@@ -110,7 +120,7 @@ def test_the_index_of_a_table_is_that_of_its_rows(name, monkeypatch):
         try:
             index.find_pairs(of_table.labels, of_table.format)
             vectorized += 1
-        except index.NotVectorizedError:
+        except NotVectorizedError:
             pass
     assert vectorized > 10
 
@@ -125,6 +135,15 @@ def on_disk(tmp_path, monkeypatch):
         return datasets.load_from_disk(str(tmp_path / name))
 
     return make
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_prompts_of_every_type_of_text_are_found_and_held_out(kind):
+    prompts = pa.array(["a", "b" * 20, "a", None], kind)
+    table = datasets.Dataset(pa.table({"prompt": prompts, "chosen": ["x"] * 4, "rejected": ["y"] * 4}))
+    assert ArrowSource(table, None, True).prompts(np.arange(3)) == {"a", "b" * 20}
+    _, held = hold_out(table, 2, seed=0)
+    assert set(held["prompt"]) <= {"b" * 20, None} or held["prompt"][:] == ["a", "a"]
 
 
 def picks(labels=(1.0, 0.0, 0.5, None, 1.0)) -> datasets.Dataset:
@@ -164,20 +183,118 @@ def test_other_data_and_other_settings_have_an_index_of_their_own(on_disk, tmp_p
 
 
 @pytest.mark.parametrize("file", ["pairs.bin", "facts.json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "delete"])
+@pytest.mark.parametrize("damage", ["flip", "edit", "cut", "empty", "delete"])
 def test_a_damaged_index_is_named_and_built_again(on_disk, tmp_path, caplog, file, damage):
     table = on_disk(picks())
     built = outcome(ArrowSource(table, None, True))
     (folder,) = kept(tmp_path)
     content = (folder / file).read_bytes()
     flipped = bytes([content[0] ^ 1]) + content[1:]
-    (folder / file).write_bytes({"flip": flipped, "cut": content[:-9], "empty": b"", "delete": b""}[damage])
+    edited = content[:-1] + b"\x01" if file == "pairs.bin" else content.replace(b'["ties", 2', b'["ties", 1')
+    assert edited != content
+    damages = {"flip": flipped, "edit": edited, "cut": content[:-9], "empty": b"", "delete": b""}
+    (folder / file).write_bytes(damages[damage])
     if damage == "delete":
         (folder / file).unlink()
     assert outcome(ArrowSource(table, None, True)) == built
     assert f"The index of the pairs in {folder} is damaged" in caplog.text
     assert (folder / file).read_bytes() == content
     assert kept(tmp_path) == [folder]
+
+
+def test_indices_that_were_not_used_for_long_are_removed(on_disk, tmp_path, monkeypatch):
+    """Of six data sets, the index of the first one is read again before the last is kept."""
+    monkeypatch.setattr(kept_index, "KEPT", 3)
+    tables = [on_disk(picks([float(i)] * 2), f"saved {i}") for i in range(6)]
+    folders = [kept_index.kept_folder(ArrowSource(table, None, True).labels, FORMATS["pickapic"]) for table in tables]
+    (tmp_path / "cache" / KEPT_FOLDER).mkdir(parents=True)
+    (tmp_path / "cache" / KEPT_FOLDER / "tmp-of-a-killed-process").mkdir()
+    for second, number in enumerate((0, 1, 2, 3, 0, 4, 5)):
+        monkeypatch.setattr("os.utime", lambda folder, now=second, set_time=os.utime: set_time(folder, (now, now)))
+        outcome(ArrowSource(tables[number], None, True))
+    assert kept(tmp_path) == sorted(folders[number] for number in (0, 4, 5))
+
+
+def in_another_process(function, *, user: int | None = None) -> multiprocessing.Process:
+    """A forked process, started; of another user where this one is the superuser."""
+
+    def run():
+        if user is not None and os.geteuid() == 0:
+            os.seteuid(user)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_build_one_index_at_the_same_time_keep_one(on_disk, tmp_path):
+    """Three find none and build it; each reads the whole one."""
+    table, context = on_disk(picks([1.0, 0.0, 0.5] * 2000)), multiprocessing.get_context("fork")
+    expected, built = outcome(ArrowSource(picks([1.0, 0.0, 0.5] * 2000), None, True)), context.Barrier(3, timeout=60)
+    find = tables.find_pairs
+
+    def build():
+        tables.find_pairs = lambda *given: (find(*given), built.wait())[0]  # all begin to write together
+        assert outcome(ArrowSource(table, None, True)) == expected
+
+    for process in [in_another_process(build) for _ in range(3)]:
+        process.join(60)
+        assert process.exitcode == 0
+    (folder,) = kept(tmp_path)
+    assert sorted(file.name for file in folder.iterdir()) == ["facts.json", "pairs.bin"]
+    assert outcome(ArrowSource(table, None, True)) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_user_who_may_not_write_reads_the_index_of_another_or_builds_it(is_there, monkeypatch, caplog):
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as name:  # which other users may enter, unlike `tmp_path`
+        folder = Path(name)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        picks().save_to_disk(str(folder / "saved"))
+        expected = outcome(ArrowSource(picks(), None, True))
+        if is_there:
+            outcome(ArrowSource(datasets.load_from_disk(str(folder / "saved")), None, True))
+        (folder / "cache" / KEPT_FOLDER).mkdir(parents=True, exist_ok=True)
+        places = [folder, *(place for place in folder.rglob("*") if place.is_dir())]
+        for place in places:
+            place.chmod(0o555)
+
+        def read():
+            if is_there:
+                tables.find_pairs = None  # would fail
+            caplog.clear()
+            assert outcome(ArrowSource(datasets.load_from_disk(str(folder / "saved")), None, True)) == expected
+            assert ("was not kept in" in caplog.text) != is_there
+
+        process = in_another_process(read, user=nobody)
+        process.join(60)
+        for place in places:
+            place.chmod(0o755)
+        assert process.exitcode == 0
+        assert len(list((folder / "cache" / KEPT_FOLDER).iterdir())) == is_there
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of memory maps")
+def test_labels_are_read_through_a_map_that_does_not_stay(on_disk, tmp_path, monkeypatch):
+    """Of all of a table and of a selection; a file that was deleted is read through the map that is there."""
+    table, rows_of, during = on_disk(picks()), index._rows, []
+
+    def maps():
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count(str(tmp_path / "saved"))
+
+    monkeypatch.setattr(index, "_rows", lambda *given: during.append(maps()) or rows_of(*given))
+    before = maps()
+    for data in (table, table.select([4, 0, 2])):
+        index.find_pairs(ArrowSource(data, None, True).labels, FORMATS["pickapic"])
+    assert during == [2 * before] * 2 and maps() == before > 0
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        file.unlink()
+    assert outcome(ArrowSource(table, None, True)) == outcome(ArrowSource(picks(), None, True))
 
 
 def test_data_in_memory_keep_no_index(on_disk, tmp_path):

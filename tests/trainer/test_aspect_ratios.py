@@ -146,6 +146,8 @@ def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
     assert trainer.state.global_step == 12 and trainer.state.epoch == 2
     dropping = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, dataloader_drop_last=True)
     assert sorted(shapes(dropping)) == [(12, 20)] + [(16, 16)] * 2
+    told = "leaves 3 of 9 pairs out of an epoch, and 1 pairs are never trained on (1 at 20 x 12)"
+    assert caplog.text.count(told) == 1 and caplog.text.count("a second time") == 1
     with pytest.raises(ValueError, match="no bucket has the 6 pairs"):
         bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=6, dataloader_drop_last=True)
 
@@ -231,6 +233,25 @@ def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path, set
         trainer.train()
     live, stored = (trainer.denoiser.state_dict() for trainer in runs)
     assert all(torch.equal(live[key], stored[key]) for key in live)
+
+
+@pytest.mark.parametrize("settings", [{"precompute_latents": True}, {"precompute_ref_errors": True}], ids=str)
+def test_a_size_of_damaged_pairs_alone_is_replaced_by_pairs_of_one_other(bucketed, tmp_path, settings):
+    """The two wide pairs are damaged behind their headers. In the order of the rows, a high and a square one follow
+    them, which do not fit into one batch."""
+    pairs = pairs_of(SQUARE, WIDE, HIGH, WIDE, SQUARE)
+    pairs = pairs.map(
+        lambda row: {"chosen": row["chosen"][: 200 if row["prompt"] in ("prompt 1", "prompt 3") else None]}
+    )
+    folders = (
+        {"latent_cache_dir": str(tmp_path)} if "precompute_latents" in settings else {"ref_errors_dir": str(tmp_path)}
+    )
+    settings |= {"per_device_train_batch_size": 2, "verify_images": "none", "max_steps": 3}
+    trainer = bucketed(train=pairs, **settings, **folders)
+    trainer.train()
+    assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    taken = {pair: trainer.train_dataset[pair]["row"] for pair in range(5)}
+    assert taken == {0: 0, 1: 4, 2: 2, 3: 4, 4: 4} and trainer.train_dataset.report.undecodable == 2
 
 
 def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_path):

@@ -12,15 +12,16 @@ import datasets
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..data.pairs import PairMixture, hold_out
+from ..data.holdout import hold_out, hold_out_of_several
+from ..data.pairs import PairMixture
 from ..suggestions import did_you_mean
+from .splits import ALL_SPLITS, rename_split, rows_of, share_rows, surely_share_rows
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
 
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
-_ALL_SPLITS = "all"  # the Datasets library's name for the concatenation of all splits
 _ONLY_SPLIT = "train"  # the Datasets library's name for the rows of data without splits
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _HOW_TO_EVALUATE = (
@@ -78,7 +79,7 @@ class PairArguments(ScriptArguments):
             `dataset_name` if unset.
         test_size (`float`, *optional*):
             Holds pairs out of the training split for evaluation: a share in `(0, 1)`, or a whole number of rows. All
-            rows of a prompt go to one side; the run's `seed` decides which.
+            rows of a prompt go to one side; the run's `seed` decides which. Of several data sets, of all their rows.
     """
 
     datasets: list[Any] | str | None = field(
@@ -159,38 +160,53 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
         _refuse_streaming(script_args)
         known: dict[str, Any] = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
         return hold_out(load_split(script_args, train_split), script_args.test_size, **known)
-    if _surely_share_rows(*_splits(script_args)):
-        raise _on_training_pairs(script_args)
+    _refuse_shared_rows(script_args)
     train, evaluation = load_split(script_args, train_split), _load_test_split(script_args)
-    lengths = _lengths(script_args, train)
-    if lengths is not None and _share_rows(*_splits(script_args), lengths):
-        raise _on_training_pairs(script_args)
+    _refuse_shared_rows(script_args, train)
     return train, evaluation
 
 
 def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[PairMixture, Any]:
-    """All of `datasets`, and the pairs for evaluation: others, or some held out of each."""
+    """All of `datasets`, and the pairs for evaluation: others, or some held out."""
     sets, evaluates = script_args.sets, training_args.eval_strategy != "no"
     if evaluates and script_args.eval_dataset_name is None and script_args.test_size is None:
         raise ValueError(f"`eval_strategy` needs pairs that are not among `datasets`. {_HOW_TO_EVALUATE}")
-    train = {f"{number}: {entry.path}": _load_set(entry, script_args) for number, entry in enumerate(sets)}
+    names_others = evaluates and script_args.eval_dataset_name is not None
+    beside = _sets_of_evaluation(script_args) if names_others else {}
+    for named in beside.values():
+        _refuse_shared_rows(named)
+    parts = [_load_set(entry, script_args) for entry in sets]
+    names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
     weights = None if sets[0].weight is None else [entry.weight for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
-    if not evaluates:
-        return PairMixture(train, weights, formats), None
-    if script_args.eval_dataset_name is not None:
-        if any(_is_same_place(script_args.eval_dataset_name, entry.path) for entry in sets):
-            raise ValueError(
-                "`eval_dataset_name` must name other pairs than those of `datasets`, got "
-                f"{script_args.eval_dataset_name}. Hold pairs out with `test_size`."
-            )
-        return PairMixture(train, weights, formats), _load_other(script_args)
-    _refuse_streaming(script_args)
-    size, seed = script_args.test_size, training_args.seed
-    held: dict[str, Any] = {}
-    for (name, part), known in zip(train.items(), formats, strict=True):
-        train[name], held[name] = hold_out(part, size, seed=seed, dataset_format=known)
-    return PairMixture(train, weights, formats), PairMixture(held, None, formats)
+    evaluation: Any = None
+    for number, named in beside.items():
+        _refuse_shared_rows(named, parts[number])
+    if names_others:
+        evaluation = _load_other(script_args)
+    elif evaluates:
+        _refuse_streaming(script_args)
+        split = hold_out_of_several(parts, script_args.test_size, seed=training_args.seed, formats=formats)
+        parts = [train for train, _ in split]
+        held = [i for i, (_, test) in enumerate(split) if len(test)]
+        evaluation = PairMixture({names[i]: split[i][1] for i in held}, None, [formats[i] for i in held])
+    return PairMixture(dict(zip(names, parts, strict=True)), weights, formats), evaluation
+
+
+def _sets_of_evaluation(script_args: PairArguments) -> dict[int, PairArguments]:
+    """Those of `datasets` that `eval_dataset_name` names as well, by their numbers, with the splits of both."""
+    name, found = script_args.eval_dataset_name, {}
+    for number, entry in enumerate(script_args.sets):
+        if not _is_same_place(name, entry.path):
+            continue
+        found[number] = PairArguments(
+            dataset_name=entry.path,
+            dataset_train_split=ALL_SPLITS if entry.data_dir or entry.data_files else entry.split,
+            dataset_test_split=script_args.dataset_test_split,
+            dataset_streaming=script_args.dataset_streaming,
+            eval_dataset_name=name,
+        )
+    return found
 
 
 def _load_set(entry: PairSet, script_args: PairArguments) -> Any:
@@ -224,7 +240,7 @@ def load_split(script_args: ScriptArguments, split: str) -> Any:
             raise ValueError(
                 f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {name}. Pass its folder instead."
             )
-        files, split = {_ONLY_SPLIT: str(path)}, _rename_split(split, _ONLY_SPLIT)
+        files, split = {_ONLY_SPLIT: str(path)}, rename_split(split, _ONLY_SPLIT)
         return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
     if path.is_dir():
         return datasets.load_dataset(str(path), split=split, streaming=streaming)
@@ -257,14 +273,14 @@ def _load_other(script_args: PairArguments) -> Any:
         dataset_config=None if there.exists() else script_args.dataset_config,
         dataset_streaming=script_args.dataset_streaming,
     )
-    return load_split(other, _rename_split(split, _ONLY_SPLIT) if _is_one_split(there) else split)
+    return load_split(other, rename_split(split, _ONLY_SPLIT) if _is_one_split(there) else split)
 
 
 def _splits(script_args: PairArguments) -> tuple[str, str]:
     """The splits of `dataset_name` for training and evaluation, by the only name there is if it has one split."""
     splits = script_args.dataset_train_split, script_args.dataset_test_split
     if _is_one_split(Path(script_args.dataset_name).expanduser()):
-        return _rename_split(splits[0], _ONLY_SPLIT), _rename_split(splits[1], _ONLY_SPLIT)
+        return rename_split(splits[0], _ONLY_SPLIT), rename_split(splits[1], _ONLY_SPLIT)
     return splits
 
 
@@ -277,6 +293,18 @@ def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
     if script_args.dataset_streaming:
         return None
     return {name: part.num_examples for name, part in train.info.splits.items()}
+
+
+def _refuse_shared_rows(script_args: PairArguments, train: Any = None) -> None:
+    """Raise `ValueError` where the splits for training and evaluation share rows: as far as their names tell or, given
+    the loaded training split, by the splits' lengths."""
+    if train is None:
+        shared = surely_share_rows(*_splits(script_args))
+    else:
+        lengths = _lengths(script_args, train)
+        shared = lengths is not None and share_rows(*_splits(script_args), lengths)
+    if shared:
+        raise _on_training_pairs(script_args)
 
 
 def _on_training_pairs(script_args: PairArguments) -> ValueError:
@@ -337,55 +365,7 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
     if split in parts:
         return parts[split]
     try:
-        rows = _rows_of(split, {name: len(part) for name, part in parts.items()})
+        rows = rows_of(split, {name: len(part) for name, part in parts.items()})
     except ValueError as error:
         raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.") from error
     return datasets.concatenate_datasets([parts[name].select(part) for name, part in rows])
-
-
-def _rename_split(split: str, name: str) -> str:
-    """Replaces the name of a split and keeps its slices: `test[:90%]` becomes `train[:90%]`."""
-    return "+".join(name + part[len(_split_name(part)) :] for part in _split_parts(split))
-
-
-def _rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """The rows of a split expression such as `train[:90%]` or `train[:100]+test`: a split's name and a range of its
-    rows, for each summand. `lengths` are the splits' numbers of rows.
-
-    Raises:
-        ValueError: If there is no such split, or the expression is invalid.
-    """
-    if split == _ALL_SPLITS:
-        return [(name, range(length)) for name, length in lengths.items()]
-    absolute = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    return [(part.splitname, range(part.from_, part.to)) for part in absolute]
-
-
-def _share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
-    """Whether two splits of one data set have a row in common, given the lengths of its splits."""
-    return any(
-        name == other and max(rows.start, others.start) < min(rows.stop, others.stop)
-        for name, rows in _rows_of(first, lengths)
-        for other, others in _rows_of(second, lengths)
-    )
-
-
-def _surely_share_rows(first: str, second: str) -> bool:
-    """Whether two splits of one data set have a row in common whatever the splits' lengths, which are unknown before
-    the data are loaded: they have an equal part, or a part of one is all of a split that the other slices."""
-    if _ALL_SPLITS in (first, second):
-        return True
-    return any(
-        _split_name(part) == _split_name(other) and (part == other or _split_name(part) in (part, other))
-        for part in _split_parts(first)
-        for other in _split_parts(second)
-    )
-
-
-def _split_parts(split: str) -> list[str]:
-    return [part.strip() for part in split.split("+")]
-
-
-def _split_name(part: str) -> str:
-    """`train` of `train[:90%]`."""
-    return part.partition("[")[0]

@@ -28,7 +28,8 @@ from ..sources.checking import (
 from ..sources.images import ImageReader, UndecodableImageError
 from ..sources.mixture import Source
 from ..sources.tables import pairs_fingerprint
-from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates, settle_sizes
+from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
+from .image_sizes import settle_sizes
 from .transforms import Encoded, ItemMaker, PairDraws, Size
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class PreferenceDataset(Dataset):
     have `moments` and `target_size` in place of `pixel_values`, and the prompt's `conditioning`. With aspect-ratio
     buckets H and W are those of `target_size(row)`, and `repeated` says whether the pair fills up a batch. An item
     depends on the seed, the epoch and `row`, and on nothing else. A pair that cannot be decoded is replaced by the next
-    one that can (of its bucket, if there is one), whichever process reads it first.
+    one that can (of its bucket, if there is one), whichever process reads it first. What was computed at the size of
+    another bucket is of that size: of a bucket without a good pair, all pairs are replaced by those of one other.
     """
 
     def __init__(self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str) -> None:
@@ -188,7 +190,7 @@ class PreferenceDataset(Dataset):
     def image_numbers(self) -> np.ndarray:
         """A number for each pair's two images, int64 of shape `(P, 2)`: equal where their pixels are without flips and
         random crops, and in the order of the source."""
-        images = self._index.reshape(-1, 2, 2)
+        images = self._index.reshape(-1, 2, 2).astype(np.int64)
         numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
         if self.sizes is None:
             return numbers
@@ -316,12 +318,12 @@ class PreferenceDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]
-        computed = self._encoded is not None or self._reference_errors is not None  # at the pair's own size
-        for row in candidates(start, len(self), self.sizes, same_size=computed):
+        computed = self._encoded is not None or self._reference_errors is not None  # at each pair's own size
+        for row in candidates(start, len(self), self.sizes, by_bucket=computed):
             if self._undecodable[row]:
                 continue
             try:
-                item = {**self._item(row, self.target_size(start)), **self._stored_errors(row)}
+                item = {**self._item(row, self.target_size(row if computed else start)), **self._stored_errors(row)}
             except UndecodableImageError as error:
                 self._reject_at_read(row, error)
                 continue

@@ -1,26 +1,24 @@
 """Makes training pairs out of any preference set: an index over the label columns, built without reading an image, and
-torch data sets that read, check and transform the images. Also splits a data set for evaluation, by prompt."""
+torch data sets that read, check and transform the images."""
 
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 
 from ..sources.checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
-from ..sources.formats import PreferenceFormat, resolve_format
 from ..sources.images import SCHEMES, ImageReader, parse_schemes
-from ..sources.index import by_first_appearance, row_codes
 from ..sources.mixture import MixedSource, PairMixture, Source
 from ..sources.tables import make_source
-from .buckets import ENLARGED, AspectRatioBuckets
+from .buckets import AspectRatioBuckets
+from .image_sizes import ENLARGED
 from .map_style import PreferenceDataset
 from .streaming import PreferenceIterableDataset, Stream
 from .transforms import ItemMaker, PairTransform
 
 __all__ = ["COUNTS", "DataReport", "PairMixture", "PreferenceDataset", "PreferenceIterableDataset"]
-__all__ += ["hold_out", "prepare_dataset"]
+__all__ += ["prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,75 +154,3 @@ def _source(dataset: Any, dataset_format: str | None, name: str, use_scores: boo
         for number, (label, part) in enumerate(dataset.parts.items())
     }
     return MixedSource(sources, dataset.weights)
-
-
-def hold_out(
-    dataset: datasets.Dataset, size: float, *, seed: int, dataset_format: str | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split a data set by prompt, so that no prompt of the training rows is evaluated.
-
-    Args:
-        dataset (`datasets.Dataset`): In one of `FORMATS`.
-        size (`float`): Share of the rows in `(0, 1)`, or a whole number of rows, to hold out. An upper bound: all rows
-            of a prompt go to one side. At least one row is held out.
-        seed (`int`): Seed of the choice.
-        dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
-
-    Returns:
-        `tuple`: The rows to train on and the rows held out, each in the original order.
-
-    Raises:
-        ValueError: If no rows would be left to train on.
-    """
-    wanted = max(1, round(size * len(dataset))) if size < 1 else int(size)
-    if wanted >= len(dataset):
-        raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {len(dataset)}.")
-    known = resolve_format(dataset_format, dataset.column_names)
-    held = _choose(_group_of_rows(dataset, known), wanted, seed)
-    if not len(held):
-        logger.warning("Every prompt has more than the %d rows of `test_size`: prompts are on both sides.", wanted)
-        held = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:wanted])
-    trained = np.ones(len(dataset), dtype=bool)
-    trained[held] = False
-    logger.info("Held out for evaluation: %d of %d rows.", len(held), len(dataset))
-    return dataset.select(np.flatnonzero(trained)), dataset.select(held)
-
-
-def _group_of_rows(dataset: datasets.Dataset, known: PreferenceFormat) -> np.ndarray:
-    """For every row the number of its group, by first appearance: rows of one prompt, and also of one value of the
-    group column where the format compares rows."""
-    columns = [name for name in (*known.prompt_columns, known.group_column) if name in dataset.column_names]
-    prompts = row_codes(dataset, columns[0])
-    if known.group_column in (None, columns[0]):
-        return prompts
-    return _connected(prompts, row_codes(dataset, known.group_column))
-
-
-def _connected(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Numbers of the groups of rows that are connected by equal values (union-find over the different values)."""
-    offset = int(first.max(initial=-1)) + 1
-    links, of_row = np.unique(np.stack([first, second + offset], axis=1), axis=0, return_inverse=True)
-    parent = list(range(int(links.max(initial=-1)) + 1))
-
-    def root(value: int) -> int:
-        while parent[value] != value:
-            parent[value] = parent[parent[value]]
-            value = parent[value]
-        return value
-
-    for one, other in links.tolist():
-        parent[root(other)] = root(one)
-    roots = np.array([root(one) for one in links[:, 0].tolist()])[of_row.reshape(-1)]
-    return by_first_appearance(roots)
-
-
-def _choose(groups: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Takes groups in a random order while they fit; the rows of those that were taken."""
-    sizes = np.bincount(groups)
-    taken, held = np.zeros(len(sizes), dtype=bool), 0
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    for number, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        if held + size <= wanted:
-            taken[number] = True
-            held += size
-    return np.flatnonzero(taken[groups])

@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .checking import usable_cores
+from .columns import one_chunk
 from .formats import PreferenceFormat
 from .images import MAX_FILE_BYTES
-from .index import one_chunk
 from .kept_index import KEPT_FOLDER, kept_folder
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,6 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-import datasets
-import numpy as np
-
-from .checking import ROUND_ROWS
-
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], None]
 
@@ -87,6 +82,11 @@ class PreferenceFormat:
         """The columns that this format reads from a set with these columns, without the images."""
         found = set(column_names)
         return [column for column in self._text_columns if column in found]
+
+    def prompt_column(self, column_names: Iterable[str]) -> str:
+        """The column of the prompts in a set with these columns."""
+        found = set(column_names)
+        return next(column for column in self.prompt_columns if column in found)
 
     def describe(self) -> str:
         """The accepted columns in one line, for error messages."""
@@ -230,19 +230,6 @@ def pairs_in_group(
         reject("ties", images[0][0], JUDGED_EQUAL, ties)
     for winner, loser in pairs:
         yield PairReference(*images[winner], *images[loser], reward_scores)
-
-
-def prompts_of_rows(table: datasets.Dataset, known: PreferenceFormat, rows: np.ndarray) -> set[str]:
-    """The distinct prompts of some rows of a table."""
-    column = next(name for name in known.prompt_columns if name in table.column_names)
-    found: set[Any] = set()
-    wanted, first = np.zeros(len(table), dtype=bool), 0
-    wanted[rows] = True
-    for part in table.select_columns([column]).with_format("arrow").iter(batch_size=ROUND_ROWS):
-        chosen = part.column(0).filter(wanted[first : first + len(part)])
-        found.update(chosen.unique().to_pylist())
-        first += len(part)
-    return {known.prompt({column: value}) for value in found}
 
 
 def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:

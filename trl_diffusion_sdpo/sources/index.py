@@ -15,9 +15,18 @@ import pyarrow.compute as pc
 from .._compat import without_selection
 from . import formats
 from .checking import MAX_EXAMPLES
-from .formats import ALONE_IN_GROUP, JUDGED_EQUAL, LabelError, PreferenceFormat
-
-ROUND_ROWS = 65_536  # rows whose labels are in memory at a time
+from .columns import (
+    ROUND_ROWS,
+    NotVectorizedError,
+    are_filled,
+    are_valid,
+    holds_bytes,
+    holds_text,
+    one_chunk,
+    read_numbers,
+    value_codes,
+)
+from .formats import ALONE_IN_GROUP, JUDGED_EQUAL, PreferenceFormat
 
 Drop = tuple[str, int, str, int]  # arguments of `Reject`
 
@@ -26,7 +35,8 @@ class PairIndex(NamedTuple):
     """The pairs of a source.
 
     Attributes:
-        pairs (`np.ndarray` of shape `(P, 4)`, int64): Winner row, winner image, loser row, loser image.
+        pairs (`np.ndarray` of shape `(P, 4)`, int32 if that is enough, else int64): Winner row, winner image, loser
+            row, loser image.
         scores (`np.ndarray` of shape `(P, 2)`, float64, *optional*): Reward scores of winner and loser.
     """
 
@@ -34,28 +44,9 @@ class PairIndex(NamedTuple):
     scores: np.ndarray | None
 
 
-class NotVectorizedError(Exception):
-    """A column is of a type that is only read row by row."""
-
-
-def row_codes(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """A number for every row of a data set, equal for equal values of a column, counted from 0 by first appearance."""
-    base, selected = without_selection(dataset.select_columns([column]))
-    tables = base.with_format("arrow").iter(batch_size=ROUND_ROWS)
-    try:
-        return _codes([one_chunk(table.column(0)) for table in tables], selected)
-    except NotVectorizedError:
-        codes: dict[str, int] = {}
-        rows = dataset.with_format(None).select_columns([column]).iter(batch_size=1000)
-        return np.array([codes.setdefault(repr(value), len(codes)) for batch in rows for value in batch[column]])
-
-
-def by_first_appearance(values: np.ndarray) -> np.ndarray:
-    """The number of each value, equal for equal ones, counted from 0 in the order in which values appear."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    numbers = np.empty(len(first), dtype=np.int64)
-    numbers[np.argsort(first)] = np.arange(len(first))
-    return numbers[inverse]
+def index_type(rows: int) -> type[np.signedinteger]:
+    """The type of an index of so many rows."""
+    return np.int32 if rows <= np.iinfo(np.int32).max else np.int64
 
 
 # ---- From label columns to pairs ----------------------------------------------------------------------------------
@@ -110,9 +101,10 @@ class _Drops:
 
 def find_pairs(table: datasets.Dataset, known: PreferenceFormat) -> tuple[PairIndex, list[Drop]]:
     drops = _Drops()
-    rounds, start = [], 0
+    rounds, start, kind = [], 0, index_type(len(table))
     for rows in _rounds_of_rows(table, known):
-        rounds.append(_pairs(rows, start, drops))
+        found = _pairs(rows, start, drops)
+        rounds.append(found._replace(pairs=found.pairs.astype(kind)))
         start += len(rows.numbers)
     pairs = np.concatenate([found.pairs for found in rounds])
     scores = [found.scores for found in rounds if found.scores is not None]
@@ -140,7 +132,7 @@ def _rounds_of_rows(table: datasets.Dataset, known: PreferenceFormat) -> Iterato
     rows, order = _joined(rounds), np.arange(start) if selected is None else selected
     groups = np.arange(len(order))
     if known.group_column is not None:
-        groups = _codes(members, selected)
+        groups = value_codes(members, selected)
     by_group = np.argsort(groups, kind="stable")
     yield _in_order(rows, by_group, groups[by_group], order[by_group])
 
@@ -149,18 +141,16 @@ def _rows(columns: dict[str, pa.Array], known: PreferenceFormat, start: int, siz
     labels, ranked = _labels(columns, known, size)
     good, scores = labels.good, None
     if known.validity_column in columns:
-        good = good & _are_valid(columns[known.validity_column])
+        good = good & are_valid(columns[known.validity_column])
     if known.group_column is not None:
-        good = good & _filled(columns[known.group_column])
+        good = good & are_filled(columns[known.group_column])
     if known.score_columns is not None and known.score_columns[0] in columns:
-        read = [_numbers(columns[name]) for name in known.score_columns]
+        read = [read_numbers(columns[name]) for name in known.score_columns]
         scores = np.stack([values for values, _ in read], axis=1)
         good = good & read[0][1] & read[1][1]
-    prompt = columns[next(name for name in known.prompt_columns if name in columns)]
-    is_text = _is_text(prompt.type) or (known.text_members and _is_bytes(prompt.type))
-    if not is_text and "view" in str(prompt.type):
-        raise NotVectorizedError
-    good_prompts = _filled(prompt) if is_text else np.zeros(size, dtype=bool)
+    prompt = columns[known.prompt_column(columns)]
+    is_text = holds_text(prompt.type) or (known.text_members and holds_bytes(prompt.type))
+    good_prompts = are_filled(prompt) if is_text else np.zeros(size, dtype=bool)
     numbers = np.arange(start, start + size)
     return _Rows(numbers, np.arange(size), labels, ranked, good, good_prompts, scores)
 
@@ -211,7 +201,7 @@ def _pairs(rows: _Rows, start: int, drops: _Drops) -> PairIndex:
             drops.add("ties", ends[tied], rows.numbers[owners[first[tied]]], JUDGED_EQUAL, ties[tied])
     numbers = rows.numbers[owners]
     pairs = np.stack([numbers[winners], places_in_row[winners], numbers[losers], places_in_row[losers]], axis=1)
-    return PairIndex(pairs.astype(np.int64), None if rows.scores is None else rows.scores[owners[winners]])
+    return PairIndex(pairs, None if rows.scores is None else rows.scores[owners[winners]])
 
 
 def _compare(values: np.ndarray, first: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -245,7 +235,7 @@ def _labels(columns: dict[str, pa.Array], known: PreferenceFormat, size: int) ->
             continue
         filled = ~chosen
         for name in names:
-            filled = filled & _filled(columns[name])
+            filled = filled & are_filled(columns[name])
         chosen |= filled
         if not filled.any():
             continue
@@ -265,17 +255,17 @@ def _read_first_is_preferred(_: Sequence[pa.Array], size: int) -> _Lists:
 
 
 def _read_larger_is_better(columns: Sequence[pa.Array], size: int) -> _Lists:
-    values, good = zip(*(_numbers(column) for column in columns), strict=True)
+    values, good = zip(*(read_numbers(column) for column in columns), strict=True)
     return _table_of(np.stack(values, axis=1), np.logical_and.reduce(good))
 
 
 def _read_probability_of_first(columns: Sequence[pa.Array], size: int) -> _Lists:
-    values, good = _numbers(columns[0])
+    values, good = read_numbers(columns[0])
     return _table_of(np.stack([values, 1.0 - values], axis=1), good)
 
 
 def _read_rank_of_row(columns: Sequence[pa.Array], size: int) -> _Lists:
-    values, good = _numbers(columns[0])
+    values, good = read_numbers(columns[0])
     return _table_of(-values[:, None], good)
 
 
@@ -283,7 +273,7 @@ def _read_list(columns: Sequence[pa.Array], size: int) -> _Lists:
     column = columns[0]
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise NotVectorizedError
-    values, good = _numbers(column.flatten())
+    values, good = read_numbers(column.flatten())
     counts = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     starts = np.cumsum(counts) - counts
     bad_before = np.concatenate([[0], np.cumsum(~good)])
@@ -314,82 +304,6 @@ def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """`[start, ..., start + count - 1]` of every span, joined."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
-
-
-# ---- Columns ------------------------------------------------------------------------------------------------------
-
-
-def _numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """A column as float64, and which of its values [`formats.finite_number`] accepts."""
-    kind = column.type
-    if pa.types.is_boolean(kind):
-        column = column.cast(pa.uint8())
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        values = column.to_numpy(zero_copy_only=False).astype(np.float64)
-        return values, np.isfinite(values) & _filled(column)
-    if pa.types.is_null(kind):
-        return np.full(len(column), np.nan), np.zeros(len(column), dtype=bool)
-    if not (_is_text(kind) or _is_bytes(kind) or pa.types.is_decimal(kind)):
-        raise NotVectorizedError
-    values = _by_distinct_value(column, formats.finite_number)
-    return values, np.isfinite(values)
-
-
-def _are_valid(column: pa.Array) -> np.ndarray:
-    """Which values of a validity column [`formats.is_valid`] takes for true."""
-    kind = column.type
-    if not (_is_key(kind) or pa.types.is_floating(kind) or _is_bytes(kind) or pa.types.is_null(kind)):
-        raise NotVectorizedError
-    return _by_distinct_value(column, lambda value: formats.is_valid(value, "")) == 1.0
-
-
-def _by_distinct_value(column: pa.Array, function: Callable[[Any], float]) -> np.ndarray:
-    """`function` of each value; NaN where it finds an error."""
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.string())
-    encoded, found = column.dictionary_encode(null_encoding="encode"), []
-    for value in encoded.dictionary.to_pylist():
-        try:
-            found.append(float(function(value)))
-        except LabelError:
-            found.append(float("nan"))
-    return np.array(found)[encoded.indices.to_numpy(zero_copy_only=False)]
-
-
-def _codes(chunks: Sequence[pa.Array], selected: np.ndarray | None) -> np.ndarray:
-    """A number for each value, equal for equal ones, counted from 0 by first appearance."""
-    if not chunks or not _is_key(chunks[0].type):
-        raise NotVectorizedError
-    kind = pa.large_string() if _is_text(chunks[0].type) else chunks[0].type  # whose offsets reach beyond 2 GB
-    encoded = [chunk.dictionary_encode(null_encoding="encode") for chunk in chunks]
-    distinct = pa.concat_arrays([chunk.dictionary.cast(kind) for chunk in encoded])  # in each chunk
-    numbers = distinct.dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
-    before = np.cumsum([0, *(len(chunk.dictionary) for chunk in encoded)])
-    parts = [
-        chunk.indices.to_numpy(zero_copy_only=False) + start for chunk, start in zip(encoded, before, strict=False)
-    ]
-    codes = numbers[np.concatenate(parts)]
-    return codes.astype(np.int64) if selected is None else by_first_appearance(codes[selected])
-
-
-def _is_key(kind: pa.DataType) -> bool:
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _filled(column: pa.Array) -> np.ndarray:
-    return column.is_valid().to_numpy(zero_copy_only=False)
-
-
-def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def _problem(known: PreferenceFormat, row: Any) -> str:

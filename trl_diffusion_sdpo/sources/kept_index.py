@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,15 +16,16 @@ import datasets
 import numpy as np
 
 from .._compat import dataset_fingerprint
-from . import formats, index
+from . import columns, formats, index
 from .formats import PreferenceFormat
 from .index import Drop, PairIndex
 
 logger = logging.getLogger(__name__)
 
 KEPT_FOLDER = "preference_pairs"  # within the cache of `datasets`
+KEPT = 32  # indices; those that were used the longest time ago are removed
 _FACTS, _PAIRS, _SCORES = "facts.json", "pairs.bin", "scores.bin"
-_CODE = tuple(str(module.__file__) for module in (formats, index))  # what pairs depend on beside the data
+_CODE = tuple(str(module.__file__) for module in (columns, formats, index))  # what pairs depend on beside the data
 
 
 def kept_folder(table: datasets.Dataset, known: PreferenceFormat) -> Path | None:
@@ -51,12 +53,14 @@ def keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as written:
-            facts: dict[str, Any] = {"drops": drops, "sha256": {}}
+            facts: dict[str, Any] = {"drops": drops, "files": {}}
             for name, values in zip((_PAIRS, _SCORES), found, strict=True):
                 if values is not None:
-                    values.astype(f"<{values.dtype.kind}8").tofile(Path(written, name))
-                    facts["sha256"][name] = _checksum(Path(written, name))
-            Path(written, _FACTS).write_text(json.dumps(facts))
+                    kind = values.dtype.newbyteorder("<")
+                    values.astype(kind).tofile(Path(written, name))
+                    facts["files"][name] = [kind.str, _checksum(Path(written, name))]
+            content = {"facts": facts, "sha256": _checksum_of(facts)}
+            Path(written, _FACTS).write_text(json.dumps(content))
             if (kept := read_kept(folder)) is not None:  # of a process that was faster
                 return kept
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -66,7 +70,15 @@ def keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, 
     except OSError as error:
         logger.warning("The index of the pairs was not kept in %s: %s. It is built at every start.", folder, error)
         return found, drops
+    with contextlib.suppress(OSError):  # another process removes the same
+        _remove_all_but_the_last_used(folder.parent)
     return read_kept(folder) or (found, drops)
+
+
+def _remove_all_but_the_last_used(parent: Path) -> None:
+    """Also removes what a killed process has begun to write, in time."""
+    for unused in sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(unused, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -80,11 +92,18 @@ def read_kept(folder: Path) -> tuple[PairIndex, list[Drop]] | None:
     if not folder.is_dir():
         return None
     try:
-        facts = json.loads((folder / _FACTS).read_text())
-        if differing := [name for name, known in facts["sha256"].items() if _checksum(folder / name) != known]:
+        content = json.loads((folder / _FACTS).read_text())
+        facts = content["facts"]
+        differing = [name for name, (_, known) in facts["files"].items() if _checksum(folder / name) != known]
+        if _checksum_of(facts) != content["sha256"]:
+            differing.append(_FACTS)
+        if differing:
             raise ValueError(f"other checksum of {', '.join(differing)}")
-        pairs = _map(folder / _PAIRS, "<i8", 4)
-        scores = _map(folder / _SCORES, "<f8", 2) if _SCORES in facts["sha256"] else None
+        kinds = {name: kind for name, (kind, _) in facts["files"].items()}
+        pairs = _map(folder / _PAIRS, kinds[_PAIRS], 4)
+        scores = _map(folder / _SCORES, kinds[_SCORES], 2) if _SCORES in kinds else None
+        with contextlib.suppress(OSError):  # of another user
+            os.utime(folder)
         return PairIndex(pairs, scores), [tuple(drop) for drop in facts["drops"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("The index of the pairs in %s is damaged (%s) and is built again.", folder, error)
@@ -100,3 +119,7 @@ def _map(file: Path, dtype: str, columns: int) -> np.ndarray:
 def _checksum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _checksum_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

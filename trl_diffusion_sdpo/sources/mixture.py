@@ -12,7 +12,7 @@ import numpy as np
 from .checking import DataReport
 from .formats import PreferenceFormat, Reject
 from .images import ImageReader
-from .index import PairIndex
+from .index import PairIndex, index_type
 from .tables import ArrowSource, RowSource
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,8 @@ class MixedSource:
                 f"No pair is left of a data set of the mixture. Leave it out, or check its labels.\n{report}"
             )
         logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
-        return PairIndex(found.pairs + np.array([start, 0, start, 0]), found.scores)
+        pairs = found.pairs + np.array([start, 0, start, 0])
+        return PairIndex(pairs.astype(index_type(len(self))), found.scores)
 
     def _find(self, row: int) -> tuple[ArrowSource | RowSource, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1

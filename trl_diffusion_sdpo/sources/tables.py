@@ -17,11 +17,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from .checking import DataReport, evenly_spaced
+from .checking import ROUND_ROWS, DataReport, evenly_spaced
+from .columns import NotVectorizedError, prompts_of_rows
 from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values
-from .formats import Reject, groups, images_of_row, pairs_in_group, prompts_of_rows, resolve_format
+from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError, as_undecodable
-from .index import NotVectorizedError, PairIndex, find_pairs
+from .index import PairIndex, find_pairs, index_type
 from .kept_index import keep, kept_folder, read_kept
 
 logger = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ def _index_by_row(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
         for pair in pairs_in_group(source.format, group, reject):
             index.extend(pair[:4])
             scores.extend(pair.scores or ())
-    pairs = np.array(index, dtype=np.int64).reshape(-1, 4)
+    pairs = np.array(index, dtype=index_type(len(source))).reshape(-1, 4)
     return PairIndex(pairs, np.array(scores).reshape(-1, 2) if len(scores) else None)
 
 
@@ -296,7 +297,9 @@ def pairs_fingerprint(
         `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts` and
         `images` (hashes of those of a few evenly spaced pairs; `None` where two reads of a row differ).
     """
-    digest = hashlib.sha256(np.ascontiguousarray(index, dtype="<i8").data)
+    digest = hashlib.sha256()
+    for start in range(0, len(index), ROUND_ROWS):  # not all of them as 64-bit numbers at once
+        digest.update(np.ascontiguousarray(index[start : start + ROUND_ROWS], dtype="<i8").data)
     if scores is not None:
         digest.update(np.ascontiguousarray(scores, dtype="<f8").data)
     found = {"format": source.format.name, "pairs": len(index), "index": _short(digest)}

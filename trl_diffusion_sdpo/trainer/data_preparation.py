@@ -36,7 +36,6 @@ BATCH_COLUMNS = [
     *("moments", "target_size", "conditioning", "host_conditioning"),  # of pairs that were encoded before
     "counted",
 ]
-MANY_REPEATS = 0.05  # as a share of the pairs
 
 
 class DataOverrides(Trainer):
@@ -324,16 +323,12 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
         BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises what loaders would
-        repeats = 0 if args.dataloader_drop_last else dataset.sizes.repeats(group)
-        logger.log(
-            logging.WARNING if repeats > MANY_REPEATS * pairs else logging.INFO,
-            "To fill up the last batch of each size, an epoch takes %d of %d pairs a second time.%s",
-            *(repeats, pairs),
-            " `dataloader_drop_last` leaves incomplete batches out; smaller batches or a larger `bucket_step` have "
-            "fewer."
-            if repeats > MANY_REPEATS * pairs
-            else "",
+        told, warns = dataset.sizes.describe_epoch(
+            group,
+            drop_last=args.dataloader_drop_last,
+            shuffled=args.train_sampling_strategy == "random",
         )
+        logger.log(logging.WARNING if warns else logging.INFO, told)
         return
     if pairs < batch * processes:
         logger.warning(

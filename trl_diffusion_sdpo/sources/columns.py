@@ -1,0 +1,140 @@
+"""Columns of a table as arrays, without a loop over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from .._compat import without_selection
+from . import formats
+from .formats import LabelError, PreferenceFormat
+
+ROUND_ROWS = 65_536  # rows that are in memory at a time
+
+_OF_VIEWS = {"string_view": pa.large_string(), "binary_view": pa.large_binary()}
+
+
+class NotVectorizedError(Exception):
+    """A column is of a type that is only read row by row."""
+
+
+def row_codes(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """A number for every row of a data set, equal for equal values of a column, counted from 0 by first appearance."""
+    base, selected = without_selection(dataset.select_columns([column]))
+    tables = base.with_format("arrow").iter(batch_size=ROUND_ROWS)
+    try:
+        return value_codes([one_chunk(table.column(0)) for table in tables], selected)
+    except NotVectorizedError:
+        codes: dict[str, int] = {}
+        rows = dataset.with_format(None).select_columns([column]).iter(batch_size=1000)
+        return np.array([codes.setdefault(repr(value), len(codes)) for batch in rows for value in batch[column]])
+
+
+def prompts_of_rows(table: datasets.Dataset, known: PreferenceFormat, rows: np.ndarray) -> set[str]:
+    """The distinct prompts of some rows of a table."""
+    column = known.prompt_column(table.column_names)
+    found: set[Any] = set()
+    for values in values_of_rows(table, column, rows):
+        found.update(values.unique().to_pylist())
+    return {known.prompt({column: value}) for value in found}
+
+
+def values_of_rows(table: datasets.Dataset, column: str, rows: np.ndarray) -> Iterator[pa.ChunkedArray]:
+    """The values of a column in some rows of a table, whose numbers are sorted."""
+    wanted, first = np.zeros(len(table), dtype=bool), 0
+    wanted[rows] = True
+    for part in table.select_columns([column]).with_format("arrow").iter(batch_size=ROUND_ROWS):
+        yield without_views(part.column(0)).filter(wanted[first : first + len(part)])
+        first += len(part)
+
+
+def by_first_appearance(values: np.ndarray) -> np.ndarray:
+    """The number of each value, equal for equal ones, counted from 0 in the order in which values appear."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    return numbers[inverse]
+
+
+def read_numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """A column as float64, and which of its values [`formats.finite_number`] accepts."""
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        column = column.cast(pa.uint8())
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        values = column.to_numpy(zero_copy_only=False).astype(np.float64)
+        return values, np.isfinite(values) & are_filled(column)
+    if pa.types.is_null(kind):
+        return np.full(len(column), np.nan), np.zeros(len(column), dtype=bool)
+    if not (holds_text(kind) or holds_bytes(kind) or pa.types.is_decimal(kind)):
+        raise NotVectorizedError
+    values = _by_distinct_value(column, formats.finite_number)
+    return values, np.isfinite(values)
+
+
+def are_valid(column: pa.Array) -> np.ndarray:
+    """Which values of a validity column [`formats.is_valid`] takes for true."""
+    kind = column.type
+    if not (_holds_keys(kind) or pa.types.is_floating(kind) or holds_bytes(kind) or pa.types.is_null(kind)):
+        raise NotVectorizedError
+    return _by_distinct_value(column, lambda value: formats.is_valid(value, "")) == 1.0
+
+
+def _by_distinct_value(column: pa.Array, function: Callable[[Any], float]) -> np.ndarray:
+    """`function` of each value; NaN where it finds an error."""
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+    encoded, found = column.dictionary_encode(null_encoding="encode"), []
+    for value in encoded.dictionary.to_pylist():
+        try:
+            found.append(float(function(value)))
+        except LabelError:
+            found.append(float("nan"))
+    return np.array(found)[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+def value_codes(chunks: Sequence[pa.Array], selected: np.ndarray | None) -> np.ndarray:
+    """A number for each value, equal for equal ones, counted from 0 by first appearance."""
+    if not chunks or not _holds_keys(chunks[0].type):
+        raise NotVectorizedError
+    kind = pa.large_string() if holds_text(chunks[0].type) else chunks[0].type  # whose offsets reach beyond 2 GB
+    encoded = [chunk.dictionary_encode(null_encoding="encode") for chunk in chunks]
+    distinct = pa.concat_arrays([chunk.dictionary.cast(kind) for chunk in encoded])  # in each chunk
+    numbers = distinct.dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+    before = np.cumsum([0, *(len(chunk.dictionary) for chunk in encoded)])
+    parts = [
+        chunk.indices.to_numpy(zero_copy_only=False) + start for chunk, start in zip(encoded, before, strict=False)
+    ]
+    codes = numbers[np.concatenate(parts)]
+    return codes.astype(np.int64) if selected is None else by_first_appearance(codes[selected])
+
+
+def _holds_keys(kind: pa.DataType) -> bool:
+    return holds_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def are_filled(column: pa.Array) -> np.ndarray:
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    column = without_views(column)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts and bytes in the older types, which more functions take."""
+    kind = _OF_VIEWS.get(str(column.type))
+    return column if kind is None else column.cast(kind)
