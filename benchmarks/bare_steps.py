@@ -19,6 +19,8 @@ from peft import LoraConfig
 from torch import nn
 from turns import now
 
+from trl_diffusion_sdpo.models.adapters import adapter_layers, adapters_off
+
 VAE_SEED_MASK = 0x5DEECE66D  # as this package draws: the encoding's seed is another than the noise's
 
 
@@ -50,6 +52,7 @@ class Bench:
             self.reference = copy.deepcopy(self.unet).requires_grad_(False).eval()
         else:
             self.unet.add_adapter(self.lora)
+        self.adapters = adapter_layers(self.unet)
         self.trained = [weight for weight in self.unet.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, fused=True)
 
@@ -65,14 +68,15 @@ class Bench:
         made = self.pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         return made.input_ids
 
+    @torch.no_grad()
     def predict_reference(self, *inputs: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            if self.reference is not None:
-                return self.reference(*inputs).sample
-            self.unet.disable_adapters()
-            predicted = self.unet(*inputs).sample
-            self.unet.enable_adapters()
-            return predicted
+        """By diffusers' own functions, which visit every module and weight."""
+        if self.reference is not None:
+            return self.reference(*inputs).sample
+        self.unet.disable_adapters()
+        predicted = self.unet(*inputs).sample
+        self.unet.enable_adapters()
+        return predicted
 
     def update(self, loss: torch.Tensor) -> None:
         """Backward pass, clipping, AdamW."""
@@ -101,8 +105,9 @@ def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=device) for one in each])
         timesteps, noise = (uniform * 1000).long().repeat(2), noise.repeat(2, 1, 1, 1)
         noisy = bench.pipeline.scheduler.add_noise(latents, noise, timesteps)
-    with bench.part("reference"):
-        reference = bench.predict_reference(noisy, timesteps, text)
+    # Not `bench.predict_reference`: what diffusers needs to switch adapters is none of the passes.
+    with bench.part("reference"), torch.no_grad(), adapters_off(bench.adapters):
+        reference = (bench.reference or bench.unet)(noisy, timesteps, text).sample
     with bench.part("policy"):
         predicted = bench.unet(noisy, timesteps, text).sample
     loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu)

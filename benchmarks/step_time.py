@@ -7,9 +7,11 @@ The table has the median over rounds, with quartiles.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,18 +20,17 @@ from typing import Any
 import matplotlib
 import torch
 from bare_steps import STEPS, Bench, script_batch
-from datasets import Dataset
 from matplotlib import pyplot as plt
 from peft import LoraConfig
 from proportions import PARTS as PARTS_OF_STEP
-from proportions import PROPORTIONS, Proportions, true_shares
+from proportions import PROPORTIONS, THIN, XL_HALF, Proportions, true_shares
 from random_pipeline import random_pairs
 from safeguard_overhead import environment
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
-from turns import InTurns, RecordingTrainer, loop, now
+from turns import InTurns, RecordingTrainer, loop
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo import DiffusionSDPOConfig
 
 LATENTS = {"precompute_latents": True}
 ERRORS = {"precompute_ref_errors": True, "ref_noise_draws": 1}
@@ -68,17 +69,23 @@ class Comparison:
 COMPARISONS = (
     Comparison("bare", "sd15", "full", "ours", "bare loop", 1.03),
     Comparison("bare", "sd15", "lora", "ours", "bare loop", 1.03),
+    Comparison("overhead", THIN, "full", "ours", "bare loop"),
+    Comparison("overhead", THIN, "lora", "ours", "bare loop"),
     Comparison("authors", "sd15", "full", "ours", "authors' step"),
     Comparison("diffusers", "sd15", "lora", "ours", "diffusers' script"),
     Comparison("cached", "sdxl", "full", "ours, cached", "ours", 1 / 1.3, whole=True),
     Comparison("cached", "sdxl", "lora", "ours, cached", "ours", 1 / 1.3, whole=True),
     Comparison("cached", "sdxl", "lora", "ours, cached, errors", "ours, errors", 1 / 1.3, whole=True),
+    Comparison("cached", XL_HALF, "full", "ours, cached", "ours", whole=True),
+    Comparison("cached", XL_HALF, "lora", "ours, cached", "ours", whole=True),
     Comparison("errors", "sd15", "full", "ours, cached, errors", "ours, cached", 0.80),
     Comparison("errors", "sd15", "lora", "ours, cached, errors", "ours, cached", 0.72),
     Comparison("both", "sd15", "full", "ours, cached, errors", "authors' step", 0.60),
     Comparison("both", "sd15", "lora", "ours, cached, errors", "diffusers' script"),
 )
-PARTS = (*dict.fromkeys(comparison.part for comparison in COMPARISONS), "encode")
+SETTINGS = ("parts", "rounds", "warmup", "pairs", "device", "threads", "smallest")
+PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
+THIN_ROUNDS = 4  # times as many rounds, as steps without arithmetic are short
 
 
 @dataclass
@@ -90,6 +97,7 @@ class Result:
         milliseconds (`tuple[float, float]`): Median of both.
         operations (`tuple[int, int]`): PyTorch's operations in a step of both.
         written (`tuple[int, int]`): Bytes of their results.
+        more (`float`): Milliseconds that the contestant's step takes longer, median of the differences within rounds.
         difference (`float`): Largest difference of the two contestants' losses of a step. They see the same pairs, and
             all but the scripts draw the same noise.
     """
@@ -99,6 +107,7 @@ class Result:
     milliseconds: tuple[float, float]
     operations: tuple[int, int]
     written: tuple[int, int]
+    more: float
     difference: float
 
     @property
@@ -114,8 +123,8 @@ class Group:
     """What is measured in the same rounds: one kind of pipeline and one tuning.
 
     Attributes:
-        shares (`dict[str, float]`): Of the parts in the time of a hand-written step, where there is one.
-        true_shares (`dict[str, float]`): Of the parts in the FLOPs of the true size.
+        shares (`dict[str, float]`): Of the parts in the time of a hand-written step, or of our live one.
+        true_shares (`dict[str, float]`): Of the parts in the true size's FLOPs, or time where that is known to differ.
         starts (`dict[str, float]`): Seconds before the first step, by trainer.
     """
 
@@ -142,7 +151,8 @@ def measure(published: str, tuning: str, options: argparse.Namespace, folder: Pa
         else:
             benches.append(bench)
     shuffled = random.Random(0)
-    for _ in range(options.warmup + options.rounds):
+    rounds = rounds_of(published, options)
+    for _ in range(options.warmup + rounds):
         for name in shuffled.sample(names, len(names)):
             bar.set_description(f"{published}, {tuning}: {name}")
             contestants[name].advance()
@@ -152,9 +162,15 @@ def measure(published: str, tuning: str, options: argparse.Namespace, folder: Pa
         bar.update()
     group.results = [result(comparison, contestants, options.warmup) for comparison in wanted]
     group.true_shares = true_shares(published, tuning)
-    if benches:
-        group.shares = shares(benches[0], options.warmup)
+    timed = benches[0].seconds if benches else contestants["ours"].parts if "ours" in contestants else {}
+    if timed:
+        group.shares = shares(timed, options.warmup, rounds)
     return group
+
+
+def rounds_of(published: str, options: argparse.Namespace) -> int:
+    """Timed rounds."""
+    return options.rounds * (THIN_ROUNDS if published == THIN and not options.smallest else 1)
 
 
 def contestant(
@@ -163,7 +179,8 @@ def contestant(
     """A trainer with the settings of its name, or a hand-written loop and its networks. All have networks of their own,
     of equal weights."""
     size = size_of(published, options)
-    steps, pairs_of_step = options.warmup + options.rounds + 1, options.pairs or size.pairs
+    steps = options.warmup + rounds_of(published, options) + 1
+    pairs_of_step = options.pairs or size.pairs
     pairs = random_pairs(pairs_of_step * steps, size.pixels)
     args = arguments_of(
         OURS.get(name, {}),
@@ -177,11 +194,11 @@ def contestant(
     lora = None
     if tuning == "lora":
         lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LORA_TARGETS))
-    trainer = RecordingTrainer(size.build(), None, args, pairs, peft_config=lora)
+    trainer = RecordingTrainer(size.build(tuning), None, args, pairs, peft_config=lora)
     trainer.remove_callback(PrinterCallback)
     if name in OURS:
         return InTurns(trainer.take_turns, options.device, options.threads), None
-    bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
+    bench = Bench(size.build(tuning).to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
     bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
     batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
     return InTurns(loop(partial(STEPS[name], bench), batches), options.device, options.threads), bench
@@ -213,41 +230,7 @@ def arguments_of(
 
 
 def size_of(published: str, options: argparse.Namespace) -> Proportions:
-    return PROPORTIONS[f"smallest {published}" if options.smallest else published]
-
-
-@torch.no_grad()
-def encoding(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Images and distinct prompts that are encoded in a second: decoding, checksums and files included.
-
-    Seconds are those of a trainer's set-up that encodes, less those of one that finds all encoded.
-    """
-    size, count = size_of("sd15", options), 4 if options.smallest else 32
-    image = random_pairs(1, size.pixels)[0]
-    data = {
-        "images": [{**pair, "prompt": "one"} for pair in random_pairs(count // 2, size.pixels)],
-        "prompts": [{**image, "prompt": f"number {number}"} for number in range(8 * count)],
-    }
-    rates: dict[str, float] = {}
-    for name, pairs in data.items():
-        seconds = []
-        for _ in range(2):
-            args = arguments_of(LATENTS, size, options, folder / name)
-            pipeline, began = size.build(), now(options.device)
-            trainer = DiffusionSDPOTrainer(pipeline, None, args, Dataset.from_list(pairs))
-            seconds.append(now(options.device) - began)
-        rates[name] = {"images": count, "prompts": 8 * count}[name] / (seconds[0] - seconds[1])
-    family = trainer.family
-    pixels = torch.rand(8, 3, size.pixels, size.pixels, device=args.device) * 2 - 1
-    for call, name, batch in (
-        (lambda: family.image_moments(pixels), "images", 8),
-        (lambda: family.encode_prompts([f"{i}" for i in range(16)]), "prompts", 16),
-    ):
-        call()
-        began = now(options.device)
-        call()
-        rates[f"{name}, bare"] = batch / (now(options.device) - began)
-    return rates
+    return PROPORTIONS[f"smallest {PROPORTIONS[published].published}" if options.smallest else published]
 
 
 def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int) -> Result:
@@ -260,18 +243,18 @@ def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int)
         (1000 * statistics.median(seconds[0]), 1000 * statistics.median(seconds[1])),
         (both[0].operations.count, both[1].operations.count),
         (both[0].operations.bytes, both[1].operations.bytes),
+        1000 * statistics.median(mine - other for mine, other in zip(*seconds, strict=True)),
         max(abs(float(mine - other)) for mine, other in zip(both[0].losses, both[1].losses, strict=True)),
     )
 
 
-def shares(bench: Bench, warmup: int) -> dict[str, float]:
-    """Of the parts of a hand-written step in the time of its timed rounds. A part may be timed in several pieces."""
-    steps = len(bench.seconds["optimizer"])
-    means = {}
-    for part, seconds in bench.seconds.items():
-        pieces = len(seconds) // steps
-        means[part] = sum(seconds[warmup * pieces : -pieces])  # the last step is the counted one
-    return {part: mean / sum(means.values()) for part, mean in means.items()}
+def shares(parts: Mapping[str, list[float]], warmup: int, steps: int) -> dict[str, float]:
+    """Of the parts of a step in the time of some steps after `warmup` ones. A part may be timed in several pieces."""
+    sums = {}
+    for part, seconds in parts.items():
+        pieces = len(seconds) // (len(parts["reference"]))
+        sums[part] = sum(seconds[warmup * pieces : (warmup + steps) * pieces])
+    return {part: found / sum(sums.values()) for part, found in sums.items()}
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------
@@ -279,9 +262,9 @@ def shares(bench: Bench, warmup: int) -> dict[str, float]:
 
 def table(groups: list[Group]) -> str:
     lines = [
-        "| part | proportions | tuning | step | of | ratio (quartiles) | target | milliseconds | operations "
+        "| part | proportions | tuning | step | of | ratio (quartiles) | target | milliseconds | more | operations "
         "| bytes written | losses differ by |",
-        "|---" * 11 + "|",
+        "|---" * 12 + "|",
     ]
     for group in groups:
         for found in group.results:
@@ -291,13 +274,13 @@ def table(groups: list[Group]) -> str:
             lines.append(
                 f"| {of.part} | {of.published} | {of.tuning} | {of.name} | {of.against} | "
                 f"{median:.3f} ({low:.3f} to {high:.3f}) | {target} | "
-                f"{found.milliseconds[0]:.0f}, {found.milliseconds[1]:.0f} | {found.operations[0]}, "
+                f"{found.milliseconds[0]:.0f}, {found.milliseconds[1]:.0f} | {found.more:.1f} | {found.operations[0]}, "
                 f"{found.operations[1]} | {found.written[0] / found.written[1]:.3f} | {found.difference:.1e} |"
             )
     parts = (*PARTS_OF_STEP, "optimizer")
     lines += ["", f"| shares of a step | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
     for group in groups:
-        for kind, found in (("here, by time", group.shares), ("true size, by FLOPs", group.true_shares)):
+        for kind, found in (("here, by time", group.shares), ("true size", group.true_shares)):
             cells = [f"{found.get(part, 0):.1%}" for part in parts]
             if found:
                 lines.append(f"| {group.published}, {group.tuning}, {kind} | {' | '.join(cells)} |")
@@ -336,6 +319,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help="pairs a step (default: of the proportions)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steadiest on a busy machine")
+    parser.add_argument("--resume", action="store_true", help="keep what `--output` has of the same settings")
     parser.add_argument("--smallest", action="store_true", help="networks so small that the ratios mean nothing")
     parser.add_argument(
         "--output", type=Path, default=Path("bench_output/step_time.json"), help="file for all numbers"
@@ -349,31 +333,40 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     wanted = [comparison for comparison in COMPARISONS if comparison.part in options.parts]
     kinds = dict.fromkeys((comparison.published, comparison.tuning) for comparison in wanted)
-    names = {(c.published, c.tuning, name) for c in wanted for name in (c.name, c.against)}
-    groups = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=len(names) * (options.warmup + options.rounds + 1), unit="step") as bar,
-    ):
-        for published, tuning in kinds:
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    groups = kept_groups(options.output, settings) if options.resume else []
+    pending = [kind for kind in kinds if kind not in {(group.published, group.tuning) for group in groups}]
+    contestants = {(c.published, c.tuning, name) for c in wanted for name in (c.name, c.against)}
+    steps = sum(
+        options.warmup + rounds_of(published, options) + 1
+        for published, *kind, _ in contestants
+        if (published, *kind) in pending
+    )
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=steps, unit="step") as bar:
+        for published, tuning in pending:
             groups.append(measure(published, tuning, options, Path(folder) / f"{published}-{tuning}", bar))
-        bar.set_description("encoding")
-        rates = encoding(options, Path(folder)) if "encode" in options.parts else {}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    report = {
-        "settings": settings,
-        "environment": environment(options),
-        "groups": [as_json(group) for group in groups],
-        "encoded_per_second": rates,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if groups:
-        plot(groups, options.plot)
-        print(table(groups))
-    for name, rate in rates.items():
-        print(f"{name} encoded a second: {rate:.2f}")
+            write(groups, settings, options)
+    plot(groups, options.plot)
+    print(table(groups))
     return 0
+
+
+def write(groups: list[Group], settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """All groups so far: a call with `--resume` goes on with the others."""
+    report = {"settings": settings, "environment": environment(options), "load": os.getloadavg()[2]}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    report["groups"] = [as_json(group) for group in groups]
+    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_groups(file: Path, settings: dict[str, Any]) -> list[Group]:
+    """What an earlier call with the same settings has measured."""
+    if not file.is_file():
+        return []
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if report["settings"] != settings:
+        raise ValueError(f"`--resume` needs the settings of {file}, {report['settings']}; got {settings}.")
+    return [from_json(group) for group in report["groups"]]
 
 
 def as_json(group: Group) -> dict[str, Any]:
@@ -381,6 +374,15 @@ def as_json(group: Group) -> dict[str, Any]:
     written = asdict(group)
     written["results"] = [found | more for found, more in zip(written["results"], quartiles, strict=True)]
     return written
+
+
+def from_json(written: dict[str, Any]) -> Group:
+    results = [
+        Result(**{name: value for name, value in found.items() if name != "quartiles"}) for found in written["results"]
+    ]
+    for found in results:
+        found.comparison = Comparison(**found.comparison)
+    return Group(**{**written, "results": results})
 
 
 if __name__ == "__main__":

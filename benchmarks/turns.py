@@ -2,7 +2,9 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 
 def now(device: str) -> float:
@@ -50,6 +53,8 @@ class InTurns:
         steps (`list[float]`): Seconds of each step, from the batch to the new weights.
         turns (`list[float]`): Seconds of each turn: the step, and loading the next batch.
         start (`float`): Seconds before the first step, in which data and caches are prepared.
+        parts (`dict[str, list[float]]`): Seconds of the parts of each step: of a trainer `"VAE"` (with text encoders),
+            `"reference"`, and the rest as `"policy"`.
         losses (`list[torch.Tensor]`): Of each step.
         operations (`Operations`): Of the last step, which `advance(counted=True)` did; it is not among `steps`.
     """
@@ -57,6 +62,7 @@ class InTurns:
     def __init__(self, work: Callable[["InTurns"], None], device: str, threads: int):
         self.steps: list[float] = []
         self.turns: list[float] = []
+        self.parts: dict[str, list[float]] = defaultdict(list)
         self.losses: list[torch.Tensor] = []
         self._work, self._device, self._threads = work, device, threads
         self.operations = Operations()
@@ -90,8 +96,19 @@ class InTurns:
         """In the thread: the step is done."""
         if self._counted:
             self.operations.__exit__(None, None, None)
-        else:
-            self.steps.append(now(self._device) - self._began)
+            return
+        self.steps.append(now(self._device) - self._began)
+        if self.parts:
+            timed = sum(seconds[-1] for name, seconds in self.parts.items() if name != "policy")
+            self.parts["policy"].append(self.steps[-1] - timed)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """In the thread: what is within is a part of the step."""
+        began = now(self._device)
+        yield
+        if not self._counted:
+            self.parts[name].append(now(self._device) - began)
 
     def _wait(self) -> None:
         """Until the thread waits for its next turn, or has ended."""
@@ -110,12 +127,28 @@ class InTurns:
             self._arrived.release()
 
 
+class TimedForward(PairForward):
+    """Times the parts of a step, once `turns` is set."""
+
+    turns: InTurns | None = None
+
+    def encode(self, inputs: dict[str, Any]) -> Any:
+        with nullcontext() if self.turns is None else self.turns.part("VAE"):
+            return super().encode(inputs)
+
+    def predict_reference(self, model: Any, batches: Any) -> Any:
+        with nullcontext() if self.turns is None else self.turns.part("reference"):
+            return super().predict_reference(model, batches)
+
+
 class RecordingTrainer(DiffusionSDPOTrainer):
-    """Passes on the loss of every step."""
+    """Passes on the loss and the parts' times of every step."""
+
+    pair_forward_class = TimedForward
 
     def take_turns(self, turns: InTurns) -> None:
         """Train as the work of `turns`."""
-        self._turns = turns
+        self._turns = self.pair_forward.turns = turns
         self.add_callback(_Turns(turns))
         self.train()
 

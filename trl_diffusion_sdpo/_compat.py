@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -19,6 +19,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 # The error of a lost connection to the Hub comes from its client's HTTP library, httpx or httpx2 by version; this is
 # the common base of both. Can go when huggingface_hub has an error class for it.
 from huggingface_hub.errors import HTTPError as HubConnectionError
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 # How PEFT finds the rank or alpha of one module among the patterns of a LoRA's configuration. Can go when `peft.utils`
 # exports it, or a configuration has a method for it.
@@ -110,6 +111,18 @@ def has_attention_backends(denoiser: torch.nn.Module) -> bool:
 def loads_lora(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Whether a pipeline has `load_lora_weights` and `save_lora_weights`."""
     return issubclass(pipeline_class, LoraBaseMixin)
+
+
+def switch_adapters(layers: Iterable[BaseTunerLayer], *, on: bool) -> None:
+    """Switch the adapters of PEFT's layers on or off, and leave `requires_grad` of their weights as it is.
+
+    PEFT's `enable_adapters` clears and sets it for every weight, which takes as long as hundreds of layers' forward
+    passes need in Python, and FSDP2 decides by it, in the first forward pass and once for all, in which precision
+    gradients are kept. `_disable_adapters` has no public spelling; can go when there is one.
+    """
+    for layer in layers:
+        layer._disable_adapters = not on
+        assert layer.disable_adapters is not on, f"PEFT's {type(layer).__name__} no longer reads `_disable_adapters`."
 
 
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:

@@ -123,3 +123,18 @@ def test_the_usual_transforms_that_loading_is_compared_with_make_the_same_pixels
     floats = data_loading.as_floats(lambda *_: usual, first, first)
     assert torch.equal(pixels_as_floats(ours), floats)
     assert data_loading.usual_pair(48, first, second).shape == (2, 3, 48, 48)
+
+
+@pytest.mark.matrix
+def test_the_rates_of_encoding_are_measured_alone_and_into_a_cache(tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "encode.json", tmp_path / "encode.png"
+    words = ("--smallest", "--images", "4", "--rounds", "1", "--device", "cpu")
+    shown = run("encode_throughput.py", *words, "--output", str(file), "--plot", str(picture))
+    found = json.loads(file.read_text())
+    assert {kind: list(rates) for kind, rates in found["bare"].items()} == {
+        "images": ["1", "2"],
+        "prompts": ["1", "4"],
+    }
+    assert found["cached"].keys() == {"images", "prompts"} and all(rate > 0 for rate in found["cached"].values())
+    assert all(f"| {kind} | into a cache |" in shown for kind in found["cached"]) and picture.stat().st_size > 10_000

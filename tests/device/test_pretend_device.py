@@ -172,6 +172,25 @@ def test_a_stored_base_of_every_family_runs_on_the_device(found):
     assert all(answer["steps"] == 2 for answer in found)
 
 
+ENCODED = {"precompute_latents": True, "precompute_ref_errors": True}
+
+
+@each(
+    sd("lora", "output", "encoded", ENCODED | {"n_timesteps_per_pair": 2}),
+    run("z_image", "full", "parameter", "encoded", ENCODED),
+)
+def test_a_step_on_encoded_pairs_synchronizes_where_the_denoiser_does(found, cases):
+    check_waits(found[0], A_PREDICTION.get(cases[0]["family"], {}))
+
+
+@pytest.mark.matrix
+@each(*[run(family, "lora", "output", "encoded", {"precompute_latents": True}) for family in CASES])
+def test_a_step_on_encoded_pairs_of_every_family_synchronizes_where_the_denoiser_does(found, cases):
+    """The two predictions of a step, of policy and reference, each as `A_PREDICTION` says."""
+    predicted = A_PREDICTION.get(cases[0]["family"], {})
+    check_waits(found[0], {place: 2 * count for place, count in predicted.items()})
+
+
 @each(sd("lora", "output", "logged", {"logging_steps": 1}))
 def test_a_log_synchronizes_once_for_all_metrics(found, cases):
     check_waits(found[0], listed(cases[0]) + Counter(A_LOG))

@@ -1,11 +1,13 @@
 """Which reference is chosen, and how it moves."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trl_diffusion_sdpo.models.adapters import adapter_state
 
@@ -29,6 +31,31 @@ def test_the_reference_stays_while_the_policy_moves(make_trainer, sd_folder):
             torch.testing.assert_close(reference(*inputs).sample, base(*inputs).sample, rtol=0, atol=1e-6)
         with torch.no_grad():
             assert not torch.allclose(trainer.denoiser(*inputs).sample, base(*inputs).sample, atol=1e-4)
+
+
+def test_switching_adapters_off_and_on_takes_few_calls_a_layer_and_leaves_what_trains(make_trainer):
+    """Every step does it; PEFT's own way visits every weight."""
+    trainer = make_trainer(peft_config=LoraConfig(r=4))
+    layers = [module for module in trainer.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    trained = [weight.requires_grad for weight in trainer.denoiser.parameters()]
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        with trainer.reference.active(trainer.model):
+            sys.setprofile(None)
+            assert all(layer.disable_adapters for layer in layers)
+            assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
+            sys.setprofile(count)
+    finally:
+        sys.setprofile(None)
+    assert not any(layer.disable_adapters for layer in layers)
+    assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
+    assert calls < 10 * len(layers)
 
 
 def test_a_full_reference_moves_by_the_mixing_rule(make_trainer, sd_folder):

@@ -93,24 +93,23 @@ class BatchLoaders:
         self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable, start: WorkerStart
     ) -> DataLoader:
         args, accelerator = self._args, self._accelerator
-        options: dict[str, Any] = {"sampler": sampler}
         workers = self._workers(dataset)
+        options: dict[str, Any] = {"sampler": sampler}
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # takes this process's share of the pairs itself
             rank = (args.process_index, args.world_size)
             share = Share(*rank, batch_size, args.dataloader_drop_last, is_split=dataset.is_split)
             dataset, options = dataset.for_process(share), {}
             processes = {"num_processes": 1, "process_index": 0}
-        loader = DataLoader(
+        loader = _plain_loader(
+            args,
             dataset,
+            workers,
+            start,
             batch_size=batch_size,
             collate_fn=collate,
-            num_workers=workers,
             pin_memory=args.dataloader_pin_memory,
             drop_last=args.dataloader_drop_last,
-            worker_init_fn=start,
-            multiprocessing_context=worker_context(start_method(args)) if workers else None,
-            prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             in_order=keeps_order(args),
             **options,
@@ -154,11 +153,13 @@ def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDa
     return _plain_loader(args, items, workers, batch_size=None)
 
 
-def _plain_loader(args: TrainingArguments, items: Dataset, workers: int, **options: Any) -> DataLoader:
+def _plain_loader(
+    args: TrainingArguments, items: Dataset, workers: int, start: WorkerStart | None = None, **options: Any
+) -> DataLoader:
     return DataLoader(
         items,
         num_workers=workers,
-        worker_init_fn=WorkerStart(),
+        worker_init_fn=start or WorkerStart(),
         multiprocessing_context=worker_context(start_method(args)) if workers else None,
         prefetch_factor=args.dataloader_prefetch_factor,
         **options,

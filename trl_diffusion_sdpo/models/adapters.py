@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
+from .._compat import switch_adapters
 from ..losses import lora_scaling
 
 POLICY_ADAPTER = "default"
@@ -160,17 +161,14 @@ def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def adapters_off(denoiser: nn.Module) -> Iterator[None]:
-    """Switch all adapters off within the context."""
-    layers = adapter_layers(denoiser)
-    with _requires_grad_kept(denoiser):
-        for layer in layers:
-            layer.enable_adapters(False)
+def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+    """Switch all adapters of some layers off within the context."""
+    layers = list(layers)
+    switch_adapters(layers, on=False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        switch_adapters(layers, on=True)
 
 
 @contextlib.contextmanager

@@ -42,11 +42,11 @@ class AdapterOffReference(Reference):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self._denoiser = denoiser
+        self._layers = adapter_layers(denoiser)  # found once: a step would take milliseconds to walk all modules
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        with adapters_off(self._denoiser):
+        with adapters_off(self._layers):
             yield model
 
 
