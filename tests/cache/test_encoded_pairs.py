@@ -15,12 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
+from trl_diffusion_sdpo.artifacts.setup import write_setup
 from trl_diffusion_sdpo.cache import encoder, key
 from trl_diffusion_sdpo.cache.key import EncoderFacts
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
+from trl_diffusion_sdpo.runs.resuming import check_resumable
 from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
 from trl_diffusion_sdpo.trainer import encoding, preparing
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
@@ -149,6 +151,25 @@ def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
     assert not torch.equal(third["time_ids"], live_third["time_ids"])
     with pytest.raises(ValueError, match="their centers are asked for. Pass an `eval_dataset`"):
         cached.train_dataset.for_evaluation()[0]
+
+
+def test_a_resume_compares_stored_crops_where_there_are_any(make_trainer, make_cached, make_pairs, tmp_path, caplog):
+    """Crops that repeat are another trajectory than those drawn in every epoch; crops at the center are not."""
+    pairs = {"train": make_pairs(4)}
+    crops = [
+        make_cached(latent_crops=2, random_crop=True, **pairs),
+        make_trainer(random_crop=True, **pairs),
+        make_cached(random_crop=False, **pairs),
+    ]
+    setups = [trainer._setup() for trainer in crops]
+    assert [setup["latent_crops"] for setup in setups] == [2, None, None]
+    write_setup(tmp_path, setups[0])
+    check_resumable(tmp_path, setups[1], {}, crops[1].args)
+    assert "Resuming with another `latent_crops`: it was 2, is None" in caplog.text
+    caplog.clear()
+    write_setup(tmp_path, {**setups[2], "random_crop": True})
+    check_resumable(tmp_path, setups[1], {}, crops[1].args)
+    assert "latent_crops" not in caplog.text
 
 
 def test_pairs_in_buckets_have_the_sizes_of_a_run_without_a_cache(make_trainer, make_cached, make_pairs, sdxl_folder):
@@ -349,17 +370,17 @@ def test_weights_are_hashed_once_for_all_data_sets_and_the_reference(
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda part, function=function: hashed.append(1) or function(part))
     held = {"one": make_pairs(4, seed=1), "other": make_pairs(4, seed=2)}
-    make_cached(model=sd_pipeline, eval_dataset=held, precompute_ref_errors=True)
+    make_cached(model=sd_pipeline, train=make_pairs(4), eval_dataset=held, precompute_ref_errors=True)
     assert len(hashed) == 4  # VAE, text encoder, tokenizer and reference
 
 
 def test_prepared_pairs_are_encoded_anew_for_another_model(make_trainer, make_cached, make_pairs, other_vae):
     """Training, evaluation and later evaluations; the first trainer keeps its own."""
-    first = make_cached(eval_dataset=make_pairs(4, seed=1))
+    first = make_cached(train=make_pairs(4), eval_dataset=make_pairs(2, seed=1))
     given = {"train": first.train_dataset, "eval_dataset": first.eval_dataset}
     before = first.train_dataset[0]["moments"]
     second, live = make_cached(model=other_vae, **given), make_trainer(model=other_vae, **given)
-    fresh = make_trainer(model=other_vae)
+    fresh = make_trainer(model=other_vae, train=make_pairs(4))
     assert_equal_batches(second, fresh, [0])
     assert_equal_batches(live, fresh, [0])
     assert "pixel_values" in live.eval_dataset[0] and "moments" in second.eval_dataset[0]

@@ -129,6 +129,22 @@ def test_images_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatc
     assert fingerprint(files) != start
 
 
+def test_what_could_not_be_read_once_is_read_again(tmp_path, monkeypatch):
+    files, digest_of = rows_of(as_file, tmp_path / "images", count=4), contents.hashlib.file_digest
+    right = fingerprint(files)
+    shutil.rmtree(tmp_path / "datasets")
+
+    def failing(file, kind):
+        if file.name == files[2]["chosen"]:
+            raise OSError(5, "Input/output error")
+        return digest_of(file, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contents.hashlib, "file_digest", failing)
+        assert changed(right, fingerprint(files)) == {"images"}
+    assert fingerprint(files) == right
+
+
 def test_one_row_that_cannot_be_read_leaves_the_others_compared(tmp_path):
     class Own:
         """A data set of a user's class, of which a sample is read."""

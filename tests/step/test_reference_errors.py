@@ -178,15 +178,16 @@ def test_an_error_off_by_a_thousandth_changes_the_run(make_trainer, monkeypatch)
 
 
 def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
-    make_trainer, make_sd_pipeline, counted, tmp_path, caplog
+    make_trainer, make_sd_pipeline, make_pairs, counted, tmp_path, caplog
 ):
     def computed(**settings) -> int:
         counted.clear()
-        trainer = make_trainer(precompute_ref_errors=True, ref_errors_dir=str(tmp_path / "errors"), **settings)
+        given = {"precompute_ref_errors": True, "ref_errors_dir": str(tmp_path / "errors"), "train": make_pairs(4)}
+        trainer = make_trainer(**given, **settings)
         trainer.precompute_reference_errors()
         return len(counted)
 
-    assert computed() == 4
+    assert computed() == 1
     assert computed() == computed(learning_rate=1e-4, beta=7.0, safeguard="none") == 0
     caplog.clear()
     for fact, settings in {
@@ -196,23 +197,22 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         "precision": {"bf16": True},
         "components": {"vae_dtype": "bfloat16"},
     }.items():
-        assert computed(**settings) == 4, fact
+        assert computed(**settings) == 1, fact
         assert f"{fact}" in caplog.text
-    assert computed(ref_noise_draws=2) == 8 and computed(n_timesteps_per_pair=2) == 4
+    assert computed(ref_noise_draws=2) == 2 and computed(n_timesteps_per_pair=2) == 1
     for settings in ({"resolution": 24}, {"random_crop": True}, {"proportion_empty_prompts": 0.2}):
-        assert computed(**settings) == 4, settings
+        assert computed(**settings) == 1, settings
 
 
 @pytest.fixture
 def store_of(make_trainer, make_pairs, tmp_path):
-    """`store_of(name, **settings)`: where a trainer's errors of the training (or evaluation) data are."""
+    """`store_of(**settings)`: where a trainer's errors of the training and the evaluation data are."""
 
-    def find(data="train", **settings):
-        held = make_pairs(4, seed=1)
-        trainer = make_trainer(
-            precompute_ref_errors=True, ref_errors_dir=str(tmp_path / "errors"), eval_dataset=held, **settings
-        )
-        return trainer._reference_errors.store_of(getattr(trainer, f"{data}_dataset")).path
+    def find(**settings):
+        data, folder = {"train": make_pairs(4), "eval_dataset": make_pairs(4, seed=1)}, str(tmp_path / "errors")
+        trainer = make_trainer(precompute_ref_errors=True, ref_errors_dir=folder, **data, **settings)
+        found = trainer._reference_errors.store_of
+        return found(trainer.train_dataset).path, found(trainer.eval_dataset).path
 
     return find
 
@@ -242,14 +242,14 @@ def test_the_scale_of_a_started_adapter_is_part_of_the_reference(store_of, make_
 
 
 def test_what_does_not_act_leaves_the_stores_as_they_are(store_of, tmp_path):
-    """Several noise levels, draws and stored crops in an evaluation; crops without `random_crop`."""
-    evaluated = store_of("eval")
-    assert store_of("eval", n_timesteps_per_pair=3, ref_noise_draws=2, random_crop=True) == evaluated
-    assert store_of("train", n_timesteps_per_pair=3) != store_of("train")
+    """Noise levels, draws and crops in an evaluation; stored crops without `random_crop`."""
     cached = {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "latents")}
-    assert store_of("train", **cached, latent_crops=2) == store_of("train", **cached) != store_of("train")
-    cropped = {**cached, "random_crop": True}
-    assert store_of("train", **cropped, latent_crops=2) != store_of("train", **cropped)
+    trained, evaluated = store_of(**cached)
+    assert store_of(**cached, latent_crops=2) == (trained, evaluated)
+    kinds = ({}, {"latent_crops": 2}, {"ref_noise_draws": 2}, {"n_timesteps_per_pair": 3})
+    found = [store_of(**cached, random_crop=True, **kind) for kind in kinds]
+    assert len({trained, *(train for train, _ in found)}) == 5
+    assert {other for _, other in found} == {evaluated}
 
 
 def test_prepared_pairs_get_the_errors_of_each_trainers_reference(make_trainer, make_sd_pipeline, make_pairs):
@@ -258,20 +258,20 @@ def test_prepared_pairs_get_the_errors_of_each_trainers_reference(make_trainer, 
     def errors(trainer):
         return [trainer.eval_dataset[row]["ref_errors"] for row in range(4)]
 
-    held = make_pairs(4, seed=1)
-    first = make_trainer(eval_dataset=held, precompute_ref_errors=True, resolution=16)
+    held, pairs = make_pairs(4, seed=1), make_pairs(4)
+    first = make_trainer(train=pairs, eval_dataset=held, precompute_ref_errors=True)
     first.precompute_reference_errors()
     before = errors(first)
     other = make_sd_pipeline(seed=3)
     given = {"ref_model": other, "precompute_ref_errors": True}
     second = make_trainer(eval_dataset=first.eval_dataset, train=first.train_dataset, **given)
-    alone = make_trainer(eval_dataset=held, **given)
+    alone = make_trainer(train=pairs, eval_dataset=held, **given)
     for trainer in (second, alone):
         trainer.precompute_reference_errors()
     assert all(map(torch.equal, errors(second), errors(alone))) and not torch.equal(errors(second)[0], before[0])
     assert all(map(torch.equal, errors(first), before))
     assert torch.equal(second.train_dataset[3]["ref_errors"], alone.train_dataset[3]["ref_errors"])
-    assert "ref_errors" not in make_trainer(eval_dataset=first.eval_dataset).eval_dataset[0]
+    assert "ref_errors" not in make_trainer(train=pairs, eval_dataset=first.eval_dataset).eval_dataset[0]
 
 
 def test_draws_that_repeat_are_told_with_how_often(make_trainer, caplog):

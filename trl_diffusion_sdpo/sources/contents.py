@@ -35,7 +35,7 @@ BLOCK_ROWS = 256  # that are hashed together
 AT_ONCE = 64  # blocks or files, of which a thread has one
 MAX_THREADS = 8
 SHOWN_AFTER = 5.0  # seconds
-MISSING = b"missing"
+MISSING, UNREAD = (hashlib.sha256(word).digest() for word in (b"missing", b"unread"))  # in place of a file's
 VERSION = 1  # of what is kept: raise it where the same images would give another checksum
 
 
@@ -47,7 +47,7 @@ def checksum_of_images(table: datasets.Dataset, known: PreferenceFormat) -> str:
     columns = [column for column in known.image_columns if column in table.column_names]
     images = table.select_columns(columns)
     folder = kept_folder(images, known)
-    facts = _kept(folder and folder.name, lambda: _facts_of(images))
+    facts = _kept(None if folder is None else folder.name, lambda: _facts_of(images))
     names = _names_in(images) if facts["names"] else []
     return _joined(facts["sha256"], checksum_of_files(names))
 
@@ -85,8 +85,9 @@ def checksum_of_files(names: Sequence[str]) -> str:
 
     def read() -> dict[str, Any]:
         bar = tqdm(_in_threads(_digest_of_file, distinct), READING, len(distinct), delay=SHOWN_AFTER)
-        digests = np.frombuffer(b"".join(bar), dtype="V32")
-        return {"sha256": hashlib.sha256(digests[order].tobytes()).hexdigest()}
+        found = list(bar)
+        digests = np.frombuffer(b"".join(found), dtype="V32")
+        return {"sha256": hashlib.sha256(digests[order].tobytes()).hexdigest(), "unread": UNREAD in found}
 
     kept = state.hexdigest()[:32] if datasets.is_caching_enabled() else None
     return _kept(kept, read)["sha256"]
@@ -101,6 +102,8 @@ def _kept(name: str | None, compute: Callable[[], dict[str, Any]]) -> dict[str, 
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         found = compute()
+    if found.get("unread"):  # which may pass without a change of the file
+        return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
@@ -138,11 +141,11 @@ def _status(name: str) -> tuple[int, int]:
 def _digest_of_file(name: str) -> bytes:
     try:
         if not 0 <= _status(name)[0] <= MAX_FILE_BYTES:  # which is not read as an image either
-            return hashlib.sha256(MISSING).digest()
+            return MISSING
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
-        return hashlib.sha256(MISSING).digest()
+        return UNREAD
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
@@ -254,7 +257,7 @@ def _hash_value(value: Any, digest: Any) -> list[str]:
     if isinstance(value, Image.Image):
         head, data = repr((value.mode, value.size)), value.tobytes()
     elif isinstance(value, bytes | bytearray | memoryview):
-        head, data = "bytes", value
+        head, data = "bytes", bytes(value)
     else:
         head, data = "other", (value if isinstance(value, str) else repr(type(value))).encode("utf-8", "surrogatepass")
     digest.update(f"{head} {len(data)}\n".encode())

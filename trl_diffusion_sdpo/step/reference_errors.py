@@ -112,6 +112,7 @@ class ReferenceErrors:
         noise = dataclasses.asdict(self._forward.noise_settings)
         levels = noise.pop("timesteps_per_pair")  # of training alone
         facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
+        facts["crops"] = facts.get("crops") if training else None
         return ReferenceErrorStore(
             self._settings.folder,
             json.loads(json.dumps(facts, default=str)),

@@ -182,8 +182,8 @@ def reference_facts(
         "family": family.name,
         "components": {name: str(part.dtype) for name, part in parts.items()},
         "weights": {"vae": facts.of_vae, "text": facts.of_text},
-        # Encoded before, images and prompts may round differently, and crops repeat.
-        "encoded": {"crops": stored_crops(args)} if args.precompute_latents else None,
+        "encoded": args.precompute_latents,  # in other batches, which may round differently
+        "crops": stored_crops(args),
         "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype), args.layerwise_casting],
