@@ -258,6 +258,19 @@ def test_an_error_of_reading_that_may_pass_is_not_stored(
     assert cached.train_dataset.report.undecodable == 0
 
 
+def test_an_error_of_reading_that_may_pass_leaves_no_pair_without_errors_of_the_reference(
+    make_trainer, make_pairs, no_answer
+):
+    given = {"train": on_a_storage(make_pairs(8)), "verify_images": "none", "image_schemes": ["memory"]}
+    trainer = make_trainer(precompute_ref_errors=True, **given)
+    no_answer(1)
+    with pytest.raises(UnreadableImageError, match="pair 2 .*TimeoutError: no answer.*start again"):
+        trainer.precompute_reference_errors()
+    trainer.precompute_reference_errors()
+    assert all("ref_errors" in trainer.train_dataset[pair] for pair in range(8))
+    assert trainer.train_dataset.report.undecodable == 0
+
+
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(
     make_trainer, make_cached, make_pairs
 ):
@@ -465,10 +478,11 @@ def files_in(folder):
 
 
 def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
-    encode, make_trainer, sd_folder, tmp_path
+    encode, make_trainer, sd_folder, tmp_path, recwarn
 ):
     """Of a copy of the pipeline without its denoiser's weights, which would be read otherwise."""
     said = encode("cache")
+    assert not [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
     assert f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said
     assert re.search(r"24 images in \d+ s, [\d.]+ images/s and 7 prompts in \d+ s, [\d.]+ prompts/s", said), said
     given = {"train": datasets.load_from_disk(str(tmp_path / "pairs")), "precompute_latents": True}

@@ -145,6 +145,7 @@ def test_a_cached_step_does_not_wait_and_encoding_has_the_device_for_itself(foun
     """Batches come from pinned memory; what else is frozen comes to the device once all is encoded."""
     assert found[0]["waits"] == {} and found[0]["pinned"] == [True]
     assert found[0]["while_encoding"] == ["cpu"] and found[0]["copies"] == ["pretend"]
+    assert found[0]["encoding_waits"] == []  # pixels come from pinned memory as well
 
 
 @each(sd("lora", "output", "lent", {"offload_frozen_components": True}, given_on_device=True))

@@ -50,7 +50,9 @@ class Watched(DiffusionSDPOTrainer):
     def _prepare_data(self, *given):
         self.while_encoding = sorted({weight.device.type for weight in self._copies()})
         self.are_pinned: set[bool] = set()
-        return super()._prepare_data(*given)
+        prepared = super()._prepare_data(*given)
+        self.encoding_waits = sorted(place for place in pretend_device.WAITS if "/trainer/encoding.py" in place)
+        return prepared
 
     def _copies(self):
         for weights in self._shadow_weights:
@@ -104,7 +106,8 @@ def run(case: dict, pipeline, folder: Path) -> dict:
     found["frozen"] = sorted({weight.device.type for part in parts for weight in part.parameters()})
     found["given"] = sorted({weight.device.type for name in names for weight in getattr(pipeline, name).parameters()})
     found["copies"] = sorted({weight.device.type for weight in trainer._copies()})
-    found |= {"while_encoding": trainer.while_encoding, "pinned": sorted(trainer.are_pinned)}
+    found |= {"while_encoding": trainer.while_encoding, "encoding_waits": trainer.encoding_waits}
+    found["pinned"] = sorted(trainer.are_pinned)
     if case["saves"]:
         trainer.save_model()
     return {**found, "on_device": on_device, "kept_states": pretend_device.DeviceModule.kept_states}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str], prog: str) -> int:
+    # Before the settings are checked, which depend on it.
+    arguments = [*arguments, "--precompute_latents", "true"]
     return training.run(arguments, prog, command="encode", act=encode)
 
 
@@ -26,7 +28,6 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
     Returns:
         `int`: The exit code.
     """
-    training_args.precompute_latents = True
     training_args.push_to_hub, training_args.report_to = False, []  # nothing is trained, tracked or uploaded
     processes = training_args.distributed_state
     if not training_args.precompute_ref_errors:

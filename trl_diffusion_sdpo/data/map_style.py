@@ -25,7 +25,7 @@ from ..sources.checking import (
     same_image,
     usable_cores,
 )
-from ..sources.images import ImageReader, UndecodableImageError
+from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError
 from ..sources.mixture import Source
 from ..sources.tables import pairs_fingerprint
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
@@ -52,7 +52,9 @@ class PreferenceDataset(Dataset):
     """
 
     def __init__(self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str) -> None:
-        self._source, self._maker, self._reader, self._strict = source, maker, reader, strict
+        self._source, self._maker, self._reader = source, maker, reader
+        self.strict = strict  # whether bad rows stop the run
+        self._fatal: tuple[type[UndecodableImageError], ...] = ()  # errors that stop it in any case
         self._report = DataReport(name, source.format.name, rows=len(source))
         self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
@@ -133,8 +135,10 @@ class PreferenceDataset(Dataset):
         return view
 
     def in_epoch(self, epoch: int) -> "PreferenceDataset":
-        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference."""
+        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference: for
+        results that are stored. So an image that may be good and could not be read is an error."""
         view = copy.copy(self)
+        view._fatal = (UnreadableImageError,)
         view._maker, view._reference_errors = self._maker.in_epoch(epoch), None
         return view
 
@@ -178,11 +182,6 @@ class PreferenceDataset(Dataset):
         transform, training = self._maker.transform, self._maker.training
         return training and transform.random_flip, training and not transform.center_crop
 
-    @property
-    def strict(self) -> bool:
-        """Whether bad rows stop the run."""
-        return self._strict
-
     def pixel_settings(self) -> dict[str, Any]:
         """What the pixels depend on besides the images, as values of JSON."""
         return {"transform": type(self._maker.transform).__name__, **vars(self._maker.transform)}
@@ -220,8 +219,7 @@ class PreferenceDataset(Dataset):
         return self._encoded is not None
 
     def use_encoded(self, encoded: Encoded) -> None:
-        """Read moments and conditioning from now on, and no image; pairs whose images could not be read are tried
-        again."""
+        """Read moments and conditioning from now on, and no image; what is undecodable is found anew."""
         self._encoded = encoded
         self._reset_undecodable()
 
@@ -264,7 +262,7 @@ class PreferenceDataset(Dataset):
         reasons = {image: reason for found, _ in checked for image, reason in found.items()}
         for pair, image in self._pairs_of_images(reasons):
             reason = f"image {image[1]} {reasons[image]}"
-            if self._strict:
+            if self.strict:
                 self._reject("undecodable", image[0], reason, 1)
             self._undecodable[pair] = 1  # the report counts these
             self._report.add("undecodable", image[0], reason, amount=0)
@@ -363,7 +361,9 @@ class PreferenceDataset(Dataset):
     def _reject_at_read(self, row: int, error: UndecodableImageError) -> None:
         rows = sorted({int(self._index[row, 0]), int(self._index[row, 2])})
         where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
-        if self._strict:
+        if isinstance(error, self._fatal):
+            raise UnreadableImageError(f"{where}: {error}. When it can be read, start again.") from error
+        if self.strict:
             raise ValueError(f"{where}: {error}. {HOW_TO_DROP}") from error
         self._undecodable[row] = 1
         logger.warning("%s: %s; the next good pair is used instead.", where, error)
@@ -393,7 +393,7 @@ class PreferenceDataset(Dataset):
                 yield pair, found
 
     def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
-        reject(self._report, self._strict, kind, row, reason, amount)
+        reject(self._report, self.strict, kind, row, reason, amount)
 
     def _reset_undecodable(self) -> None:
         self._undecodable = torch.zeros(len(self._index), dtype=torch.uint8).share_memory_()

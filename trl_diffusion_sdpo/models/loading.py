@@ -79,7 +79,7 @@ def load_model(
     Raises:
         `ValueError`: If it is none of these, or arguments are given that it cannot use.
     """
-    parts = {"encoders": encoders, "denoiser": denoiser}
+    parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser}
     loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
     _align_for(loaded.denoiser, device)
     return loaded
@@ -122,7 +122,7 @@ def _resolve(
     model_init_kwargs: dict[str, Any] | None,
     quantization_config: Any,
     role: str,
-    **parts: bool,
+    **parts: Any,
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise ValueError(

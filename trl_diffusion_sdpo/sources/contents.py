@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .checking import usable_cores
 from .columns import one_chunk
 from .formats import PreferenceFormat
-from .images import MAX_FILE_BYTES
+from .images import MAX_FILE_BYTES, OF_THE_PATH
 from .kept_index import KEPT_FOLDER, kept_folder
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ BLOCK_ROWS = 256  # that are hashed together
 AT_ONCE = 64  # blocks or files, of which a thread has one
 MAX_THREADS = 8
 SHOWN_AFTER = 5.0  # seconds
-MISSING, UNREAD = (hashlib.sha256(word).digest() for word in (b"missing", b"unread"))  # in place of a file's
+MISSING = hashlib.sha256(b"missing").digest()  # in place of a file's
 VERSION = 1  # of what is kept: raise it where the same images would give another checksum
 
 
@@ -85,9 +85,8 @@ def checksum_of_files(names: Sequence[str]) -> str:
 
     def read() -> dict[str, Any]:
         bar = tqdm(_in_threads(_digest_of_file, distinct), READING, len(distinct), delay=SHOWN_AFTER)
-        found = list(bar)
-        digests = np.frombuffer(b"".join(found), dtype="V32")
-        return {"sha256": hashlib.sha256(digests[order].tobytes()).hexdigest(), "unread": UNREAD in found}
+        digests = np.frombuffer(b"".join(bar), dtype="V32")
+        return {"sha256": hashlib.sha256(digests[order].tobytes()).hexdigest()}
 
     kept = state.hexdigest()[:32] if datasets.is_caching_enabled() else None
     return _kept(kept, read)["sha256"]
@@ -102,8 +101,6 @@ def _kept(name: str | None, compute: Callable[[], dict[str, Any]]) -> dict[str, 
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         found = compute()
-    if found.get("unread"):  # which may pass without a change of the file
-        return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
@@ -144,8 +141,10 @@ def _digest_of_file(name: str) -> bytes:
             return MISSING
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        return UNREAD
+    except OSError as error:
+        if error.errno not in OF_THE_PATH:
+            raise  # the file may be good, and another checksum of it would be kept
+        return MISSING
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
