@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import map_style as map_style_module
-from trl_diffusion_sdpo.sources.checking import Peers, evenly_spaced, parse_verify_images
+from trl_diffusion_sdpo.sources.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
 from trl_diffusion_sdpo.sources.images import ImageReader
 
 JUNK = b"this is no image"
@@ -309,3 +309,12 @@ def test_the_counts_are_logged(caplog):
     with caplog.at_level(logging.INFO):
         prepare(rows(200))
     assert "train data (canonical): 200 rows, 200 pairs" in caplog.text
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):
+    """Of 16 processes on two machines of 32 cores, 8 share a machine."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(32), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (usable_cores(16), usable_cores(1)) == (4, 32)  # a process alone does not share the work
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert (usable_cores(16), usable_cores(64)) == (2, 1)

@@ -221,6 +221,20 @@ def test_the_sizes_of_a_saved_set_are_read_once(tmp_path, monkeypatch):
     assert prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).fingerprint() == first
 
 
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_the_sizes_of_files_that_have_changed_are_read_anew(tmp_path, in_dict):
+    """The rows of the saved set are equal both times; a file that they name is not."""
+    names = {side: saved(tmp_path / f"{side}.png", ROWS[0][side]) for side in SIDES}
+    values = {side: {"bytes": None, "path": name} if in_dict else name for side, name in names.items()}
+    datasets.Dataset.from_list([{"prompt": "", **values}]).save_to_disk(tmp_path / "pairs")
+    found = []
+    for row in ROWS[:2]:
+        for side in SIDES:
+            saved(tmp_path / f"{side}.png", row[side])
+        found.append(prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).target_size(0))
+    assert found == TARGETS[:2]
+
+
 def test_the_sizes_of_a_mixture_are_those_of_its_parts():
     """A table and rows in a list, each read in its own way; the second one's pairs come twice."""
     parts = {"table": datasets.Dataset.from_list(ROWS), "rows": ROWS[1:3]}

@@ -185,10 +185,10 @@ def same_image(first: Image.Image, second: Image.Image) -> bool:
 
 
 def usable_cores(processes: int = 1) -> int:
-    """CPU cores for each of `processes` processes on this machine."""
+    """CPU cores for each of `processes` processes, of which a launcher's `LOCAL_WORLD_SIZE` are on this machine."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    return max(1, cores // processes)
+    return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
 
 
 def forks_by_default() -> bool:

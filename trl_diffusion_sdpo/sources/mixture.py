@@ -137,12 +137,15 @@ class MixedSource:
         counts = np.array([len(part.pairs) for part in found])
         wanted = counts
         if self._weights is not None:
-            wanted = np.rint(np.array(self._weights) * (counts / np.array(self._weights)).max()).astype(np.int64)
-        if wanted.sum() > MAX_GROWTH * counts.sum():
-            raise ValueError(
-                f"With these weights an epoch would have {wanted.sum():.3g} pairs of the {counts.sum()} of all data "
-                f"sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
-            )
+            weights = np.array(self._weights)
+            with np.errstate(over="ignore"):
+                wanted = np.rint(weights * (counts / weights).max())
+            if not wanted.sum() <= MAX_GROWTH * counts.sum():  # also where it is no number
+                raise ValueError(
+                    f"With these weights an epoch would have {wanted.sum():.3g} pairs of the {counts.sum()} of all "
+                    f"data sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
+                )
+            wanted = wanted.astype(np.int64)
         for name, count, taken in zip(self._names, counts, wanted, strict=True):
             message = "Mixture: %s: %d pairs, %.4g times in an epoch: %.4g of its pairs."
             logger.info(message, name, count, taken / count, taken / wanted.sum())
