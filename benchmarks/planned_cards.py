@@ -1,9 +1,10 @@
 """Which settings fit on which card: plans set-ups of the published sizes, from the fastest to the smallest.
 
 python benchmarks/planned_cards.py writes `benchmarks/results/planned.json`, from which the page on performance is made.
-All numbers are computed by the planner; nothing is loaded.
+All numbers are computed by the planner; nothing is loaded. What the file has already is not planned again.
 """
 
+import argparse
 import json
 import logging
 from pathlib import Path
@@ -23,38 +24,45 @@ TUNINGS = {
     "LoRA": "--use_peft --lora_r 16 --dtype bfloat16",
     "QLoRA": "--use_peft --lora_r 16 --dtype bfloat16 --load_in_4bit true",
 }
-# By speed; the words of each are also shown on the page.
+# By speed; the words of each are also shown on the page. Without caches, a step is slower and needs no less.
 SETUPS = {
     "caches": CACHES,
-    "live": "",
     "caches, checkpointing": f"{CACHES} {CHECKPOINTING}",
     "caches, checkpointing, 8-bit AdamW": f"{CACHES} {CHECKPOINTING} --optim adamw_bnb_8bit",
 }
 
 
-def plan_all() -> dict[str, dict[str, dict[str, float]]]:
-    """Peaks in GB by model, tuning and set-up."""
+Peaks = dict[str, dict[str, dict[str, float]]]
+
+
+def plan_all(found: Peaks) -> Peaks:
+    """Peaks in GB by model, tuning and set-up, each written at once; those that `found` has are not planned again."""
     logging.disable(logging.WARNING)
     planner = Planner("cuda")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    with tqdm(total=len(MODELS) * (len(TUNINGS) * len(SETUPS) - 2), unit="plan", leave=False, disable=None) as bar:
-        for model in MODELS:
-            for tuning, words in TUNINGS.items():
-                for setup, more in SETUPS.items():
-                    if "8-bit" in setup and tuning != "all weights":
-                        continue  # a LoRA's states are small
-                    bar.set_description(f"{model}, {tuning}, {setup}")
-                    given = f"--model_name_or_path published/{model} {COMMON} {words} {more}".split()
-                    plan = PlannedSettings(given, "planned_cards.py", "cuda", model).plan(planner, {})
-                    found.setdefault(model, {}).setdefault(tuning, {})[setup] = plan.peak / 1e9
-                    bar.update()
+    cases = [
+        (model, tuning, setup)
+        for model in MODELS
+        for tuning in TUNINGS
+        for setup in SETUPS
+        if "8-bit" not in setup or tuning == "all weights"  # a LoRA's states are small
+    ]
+    for model, tuning, setup in (bar := tqdm(cases, unit="plan", disable=None)):
+        bar.set_description(f"{model}, {tuning}, {setup}")
+        peaks = found.setdefault(model, {}).setdefault(tuning, {})
+        if setup not in peaks:
+            words = f"--model_name_or_path published/{model} {COMMON} {TUNINGS[tuning]} {SETUPS[setup]}".split()
+            plan = PlannedSettings(words, "planned_cards.py", "cuda", model).plan(planner, {})
+            peaks[setup] = plan.peak / 1e9
+            FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            tqdm.write(f"{model}, {tuning}, {setup}: {peaks[setup]:.1f} GB at {plan.peak_moment}")
     return found
 
 
-def main() -> None:
-    found = plan_all()
-    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1))
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="plan what the file has already, too")
+    again = parser.parse_args(arguments).again
+    plan_all({} if again or not FILE.is_file() else json.loads(FILE.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

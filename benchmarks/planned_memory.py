@@ -9,6 +9,7 @@ profiler records within it.
 import argparse
 import gc
 import json
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from trl_diffusion_sdpo.cli import train
 from trl_diffusion_sdpo.cli.plan import PlannedSettings
 from trl_diffusion_sdpo.planning.plan import Planner
 
+RESULTS = Path(__file__).parent / "results" / "planned_memory.json"
+PAGE = Path(__file__).parents[1] / "docs" / "memory_planner.md"
 LORA = "--use_peft --lora_r 16"
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
@@ -169,7 +172,7 @@ def small_transformer(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| configuration | planned, MiB | measured, MiB | planned / measured |", "|---|---:|---:|---:|"]
+    lines = ["| Configuration | Planned, MiB | Measured, MiB | Planned / measured |", "|---|---:|---:|---:|"]
     return "\n".join(
         lines
         + [
@@ -179,20 +182,33 @@ def table(rows: list[Row]) -> str:
     )
 
 
+def kept_rows(file: Path) -> dict[str, Row]:
+    """The rows of a file by name, those of earlier calls."""
+    return {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.is_file() else {}
+
+
+def rewritten(page: str, rows: list[Row]) -> str:
+    """The page with these rows in its table, which is between two comments."""
+    return re.sub(r"(<!-- table: peaks -->\n).*?(<!-- end -->)", rf"\1\n{table(rows)}\n\n\2", page, flags=re.DOTALL)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet; the transformer is of like size")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--output", type=Path, default=Path("bench_output/planned_memory.json"))
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="rows of other configurations stay in it")
+    parser.add_argument("--docs", action="store_true", help="write the rows of the output into docs/memory_planner.md")
     options = parser.parse_args(arguments)
-    rows = []
+    rows = kept_rows(options.output)
     for name in tqdm(options.only, unit="run", leave=False, disable=None):
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(compare(name, *CASES[name], options.size, Path(folder)))
-        tqdm.write(table(rows[-1:]).splitlines()[-1])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=1) + "\n")
-    print(table(rows))
+            rows[name] = compare(name, *CASES[name], options.size, Path(folder))
+        tqdm.write(table([rows[name]]).splitlines()[-1])
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
+    print(table(list(rows.values())))
+    if options.docs:
+        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
     return 0
 
 

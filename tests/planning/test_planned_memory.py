@@ -16,7 +16,7 @@ from trl_diffusion_sdpo.families.noise import constant
 from trl_diffusion_sdpo.planning.advice import advise, first_fit
 from trl_diffusion_sdpo.planning.allocations import Allocations
 from trl_diffusion_sdpo.planning.fake_device import fake_device
-from trl_diffusion_sdpo.planning.layouts import Layout
+from trl_diffusion_sdpo.planning.layouts import ENGINES, Layout
 from trl_diffusion_sdpo.planning.optimizers import optimizer_memory
 from trl_diffusion_sdpo.planning.plan import Plan
 
@@ -42,6 +42,12 @@ def benchmark():
 def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
     row = benchmark.compare(name, *benchmark.CASES[name], "tiny", tmp_path)
     assert row.ratio == pytest.approx(1, abs=0.1), row
+
+
+def test_the_page_has_the_measured_rows_and_each_is_within_ten_percent(benchmark):
+    rows, page = list(benchmark.kept_rows(benchmark.RESULTS).values()), benchmark.PAGE.read_text(encoding="utf-8")
+    assert len(rows) >= 5 and all(row.ratio == pytest.approx(1, abs=0.1) for row in rows)
+    assert benchmark.table(rows) in page and benchmark.rewritten(page, rows) == page
 
 
 def test_storages_count_once_and_until_they_are_dropped():
@@ -104,11 +110,46 @@ def test_states_of_an_optimizer(name, states, temporary):
 
 
 def test_what_engines_divide():
-    """1000 trained weights on 4 processes, AdamW's 8000 bytes of states."""
-    ddp, zero2 = Layout("ddp", 4, half=True), Layout("zero2", 4, half=True)
-    assert ddp.trained_state(1000, 8000, 1) == {"optimizer": 8000, "DDP's buckets": 4000}
-    assert zero2.trained_state(1000, 8000, 1) == {"optimizer": 2000, "float32 weights": 1000, "gradients": 500}
-    assert Layout("fsdp2", 4).share_weights(4000) == 1000 and zero2.share_weights(4000) == 4000
+    """1000 trained weights on 4 processes, AdamW's 8000 bytes of states; DeepSpeed's buckets of 100 elements."""
+    layouts = {name: Layout(name, 4, half=True, bucket=100) for name in ENGINES}
+    states = {name: layout.trained_state(1000, 8000, by_branch=False) for name, layout in layouts.items()}
+    assert states["ddp"] == {"optimizer": 8000, "DDP's buckets": 4000}
+    assert states["fsdp2"] == {"optimizer": 2000}
+    assert states["zero1"] == states["zero2"] == {"optimizer": 2000, "float32 weights": 1000}
+    assert states["zero3"] == {**states["zero2"], "gradients": 500, "DeepSpeed's bucket": 200}
+    full, base = nn.Parameter(torch.empty(1000, device="meta")), nn.Parameter(torch.empty(1000).bfloat16())
+    held = {name: (layout.held(full, 1), layout.held(base, 1)) for name, layout in layouts.items()}
+    assert held["ddp"] == (4000, 2000), "a base in half precision stays as it is"
+    assert held["fsdp2"] == (1000, 500)
+    assert held["zero1"] == held["zero2"] == (2000, 2000), "rounded in place, once"
+    assert held["zero3"] == (500, 500)
+    assert layouts["fsdp2"].held(full, 1, rounded_copy=True) == 500, "a frozen reference"
+
+
+def test_what_is_offloaded_is_not_on_the_device():
+    layout = Layout("zero3", 2, half=True, offloads_optimizer=True, offloads_weights=True, bucket=100)
+    found = layout.trained_state(1000, 8000, by_branch=False)
+    assert found == {"gradients": 1000, "DeepSpeed's bucket": 200}
+    assert layout.held(nn.Parameter(torch.empty(1000, device="meta")), 1) == 0
+
+
+class Block(nn.Linear):
+    pass
+
+
+def test_fsdp2_gathers_the_block_that_runs_and_the_next_one():
+    """Blocks of 20 and 30 weights within one with 6 of its own, and 12 outside: 12 + 6 + 30, and 30 for the next."""
+    outer = nn.Sequential(Block(4, 5, bias=False), Block(5, 6, bias=False), nn.Linear(3, 2, bias=False))
+    model = nn.Sequential(outer, nn.Linear(3, 4, bias=False))
+    layout = Layout("fsdp2", 2, units=("Block", "ModuleDict"))
+    assert layout.gathered(model) == 4 * (12 + 6 + 30 + 30), "what is in no unit stays"
+    nested = nn.Sequential(nn.ModuleDict({"all": outer}), nn.Linear(3, 4, bias=False))
+    assert layout.gathered(nested) == 4 * (12 + 6 + 30 + 30)
+    assert layout.reducing(nested) == 4 * 2 * 30
+    assert Layout("fsdp2", 2, half=True, units=("Block",)).gathered(model) == 2 * 78
+    assert Layout("fsdp2", 2, half=True, units=("Block",)).gathered(model.bfloat16()) == 2 * 78, "not halved again"
+    assert Layout("fsdp2", 2, units=("Block",), reshards=False).gathered(model) == 2 * 68
+    assert Layout("zero3", 2, half=True, live=50).gathered(model) == 50 * 2
 
 
 def test_the_command_writes_its_numbers_and_a_chart_and_leaves_no_fake_tensor(sdxl_folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from ..planning.layouts import Layout
     from ..planning.plan import Plan, Prepared
     from ..trainer import DiffusionSDPOConfig
-
-_ENGINES = {"single_gpu": "single", "multi_gpu": "ddp"}  # by configuration of accelerate, where the names differ
-_KINDS = {"MULTI_GPU": "ddp", "FSDP": "fsdp2", "NO": "single"}
 
 
 def make_parser(prog: str | None = None) -> OneLineParser:
@@ -83,17 +81,19 @@ class PlannedSettings:
 
     def __init__(self, words: list[str], prog: str, device: str, like: str | None):
         from . import train
+        from .planned_layout import layout_of
 
         file = launch.read_file(words)
         given = {launch.option_of(word) for word in words} | set(file)
         words = [*words, "--use_cpu", "true"]  # nothing is put onto a device
         if device != "cpu" and not given & {"bf16", "fp16", "no_bf16"}:
             words += ["--bf16", "true"]
-        engine, rest = launch.take_option(words, launch.OPTION)
-        processes, rest = launch.take_option(rest, "num_processes")
-        self.engine = str(engine or file.get(launch.OPTION, "single_gpu"))
-        self.processes = int(processes or file.get("num_processes", 1))
-        self._like = like
+        engine: dict[str, Any] = {}
+        for name in (launch.OPTION, "deepspeed", "num_processes"):
+            value, rest = launch.take_option(words, name)
+            engine[name] = file.get(name) if value is None else value
+            words = words if name == launch.OPTION else rest  # `train` would start the engine
+        self._like, self._layout = like, layout_of(*engine.values())
         _, self._training, self._model = train.parse(words, prog)
         if not self._model.model_name_or_path:
             raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
@@ -101,31 +101,35 @@ class PlannedSettings:
     @property
     def values(self) -> dict[str, Any]:
         """All settings by name."""
-        return {**vars(self._model), **vars(self._training)}
+        engine = {"accelerate_config": self._layout.name, "num_processes": self.processes}
+        return {**vars(self._model), **vars(self._training), **engine}
 
     def plan(self, planner: Any, changes: dict[str, Any]) -> Plan:
         """The plan with some settings changed; `ValueError` where they cannot act together."""
+        return planner.plan(self.prepared(changes))
+
+    def prepared(self, changes: dict[str, Any]) -> Prepared:
+        """The set-up with some settings changed."""
+        from .planned_layout import layout_of
+
         training, model = copy.copy(self._training), copy.copy(self._model)
+        layout = self._layout
+        if "num_processes" in changes:
+            layout = layout_of(changes["accelerate_config"], None, changes["num_processes"])
         for name, value in changes.items():
-            setattr(model if name in vars(model) else training, name, value)
-        return planner.plan(*prepare(training, model, self._layout(training), self._like))
+            if name not in ("num_processes", "accelerate_config"):
+                setattr(model if name in vars(model) else training, name, value)
+        layout = dataclasses.replace(layout, half=bool(training.bf16 or training.fp16))
+        return prepare(training, model, layout, self._like)
 
-    def _layout(self, training: DiffusionSDPOConfig) -> Layout:
-        from ..planning.layouts import Layout
-
-        name = _ENGINES.get(self.engine, self.engine)
-        if name not in ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3"):
-            name = _engine_of_file(self.engine)
-        if self.processes < 1:
-            raise ValueError(f"`--num_processes` must be at least 1, got {self.processes}.")
-        half = bool(training.bf16 or training.fp16)
-        return Layout(name, self.processes, half)
+    @property
+    def processes(self) -> int:
+        """That share the model."""
+        return self._layout.processes
 
 
-def prepare(
-    args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, like: str | None
-) -> tuple[Prepared, object]:
-    """A set-up on the meta device, made by the trainer's own functions, and what its passes depend on."""
+def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, like: str | None) -> Prepared:
+    """A set-up on the meta device, made by the trainer's own functions."""
     from transformers.training_args import OptimizerNames
     from trl import get_peft_config
 
@@ -147,7 +151,7 @@ def prepare(
     networks = Networks(_working(loaded.family, args, half), reference, average)
     step = _step_settings(args, noise, half, layout)
     frozen = "while encoding" if args.offload_frozen_components else "on device"
-    prepared = Prepared(
+    return Prepared(
         networks,
         step,
         OptimizerNames(args.optim).value,
@@ -158,10 +162,9 @@ def prepare(
         offloaded=args.group_offload,
         blocks=args.group_offload_blocks,
         checkpoints=args.save_total_limit or 1,
+        variants=args.latent_crops if args.random_crop else 1 + args.random_flip,
+        draws=args.ref_noise_draws,
     )
-    tuned = {name: value for name, value in vars(model_args).items() if name.startswith(("use_", "lora_", "dtype"))}
-    others = ("sync_ref_model", "ema_decay", "vae_encode_batch_size", "vae_dtype", "ref_model_half_precision")
-    return prepared, (repr(step), repr(tuned), layout.name, reference.kind, *(vars(args)[name] for name in others))
 
 
 def _stored(model_args: ModelConfig) -> str | None:
@@ -212,6 +215,9 @@ def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Lay
 
     checkpoints, arguments = activation_checkpointing(args)
     anchor = args.safeguard_anchor or loss_spec(args.loss_type).anchor
+    by_branch, accumulates = args.safeguard == "parameter", args.gradient_accumulation_steps > 1
+    # FSDP2 leaves gradients whole until the last micro-batch, except those of branches.
+    whole = not layout.shards_gradients or (layout.name == "fsdp2" and accumulates and not by_branch)
     return StepSettings(
         noise=noise,
         loss=loss_settings(args),
@@ -219,27 +225,13 @@ def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Lay
         pairs=args.per_device_train_batch_size,
         autocast=half,
         checkpointing=arguments if checkpoints else None,
-        anchor=anchor if args.safeguard == "parameter" else None,
+        anchor=anchor if by_branch else None,
         low_memory=args.safeguard_low_memory,
-        accumulates=args.gradient_accumulation_steps > 1,
+        accumulates=accumulates,
         rounds_weights=layout.rounds,
-        keeps_gradients=layout.keeps_gradients,
+        shards=1 if whole else layout.processes,
+        shard_dtype=layout.gradient_dtype(by_branch=by_branch),
     )
-
-
-def _engine_of_file(name: str) -> str:
-    """The engine of a configuration of accelerate."""
-    import yaml
-
-    settings = yaml.safe_load(launch.config_path(name).read_text(encoding="utf-8"))
-    kind = settings.get("distributed_type", "NO")
-    if kind == "DEEPSPEED":
-        return f"zero{settings.get('deepspeed_config', {}).get('zero_stage', 2)}"
-    if kind not in _KINDS:
-        raise ValueError(
-            f"A plan knows one process, DDP, FSDP2 and ZeRO-1 to 3; {name} has `distributed_type: {kind}`."
-        )
-    return _KINDS[kind]
 
 
 def _check_like(name: str | None) -> None:
@@ -283,10 +275,9 @@ def _tunings(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _fit_in_words(fit: Any, gigabytes: float) -> str:
+    from ..planning.advice import MOST_PROCESSES
     from ..planning.report import GIB, options
 
     if fit is None:
-        return (
-            f"No combination of these fits {gigabytes:g} GB. Shard over several devices: `--accelerate_config zero3`."
-        )
+        return f"No combination of these fits {gigabytes:g} GB, on {MOST_PROCESSES} devices neither."
     return f"Fits {gigabytes:g} GB, at {fit.plan.peak / GIB:.2f} GiB, with:\n  {options(fit.changes)}"

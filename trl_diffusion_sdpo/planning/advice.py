@@ -11,6 +11,8 @@ from .plan import Plan
 
 Changes = dict[str, Any]
 Replan = Callable[[Changes], Plan]  # `ValueError` where the changes cannot act
+MOST_PROCESSES = 8  # of one machine
+_LAST = ("num_processes", "use_peft")  # what needs other hardware, and what trains other weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ def candidates(settings: Mapping[str, Any]) -> dict[str, Changes]:
         "an optimizer with 8-bit states": {"optim": "adamw_bnb_8bit"},
         "a LoRA on a base in half precision": {"use_peft": True, "dtype": "bfloat16"},
         "a LoRA on a base in 4 bits": {"use_peft": True, "dtype": "bfloat16", "load_in_4bit": True},
+        "weights, gradients and optimizer divided over more devices": {
+            "accelerate_config": "zero3" if str(settings.get("accelerate_config")).startswith("zero") else "fsdp2",
+            "num_processes": 2 * settings.get("num_processes", 1),
+        },
     }
     if settings.get("safeguard") != "parameter":
         del all_changes["one branch's activations at a time"]
@@ -62,16 +68,26 @@ def advise(plan: Plan, settings: Mapping[str, Any], replan: Replan) -> list[Advi
 
 
 def first_fit(advice: list[Advice], gigabytes: float, replan: Replan) -> Advice | None:
-    """The candidates applied one after another, cheap ones first, until the set-up fits; `None` where it never does."""
+    """The candidates applied one after another, cheap ones first, until the set-up fits; `None` where it does
+    not on [`MOST_PROCESSES`] devices."""
     changes: Changes = {}
     words: list[str] = []
-    for one in sorted(advice, key=lambda one: ("use_peft" in one.changes, one.plan.peak)):
-        combined = changes | one.changes
-        try:
-            plan = replan(combined)
-        except ValueError:
-            continue
-        changes, words = combined, [*words, one.words]
-        if plan.fits(gigabytes):
-            return Advice("; ".join(words), changes, plan)
+    for one in sorted(advice, key=lambda one: (*(name in one.changes for name in _LAST), one.plan.peak)):
+        for step in _with_more_processes(one.changes):
+            combined = changes | step
+            try:
+                plan = replan(combined)
+            except ValueError:
+                break
+            changes, words = combined, [*words, *([] if one.words in words else [one.words])]
+            if plan.fits(gigabytes):
+                return Advice("; ".join(words), changes, plan)
     return None
+
+
+def _with_more_processes(changes: Changes) -> list[Changes]:
+    """The changes, and the same with twice as many processes, again and again."""
+    found = [changes]
+    while 2 * found[-1].get("num_processes", MOST_PROCESSES) <= MOST_PROCESSES:
+        found.append({**changes, "num_processes": 2 * found[-1]["num_processes"]})
+    return found

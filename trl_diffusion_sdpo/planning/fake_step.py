@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..data.transforms import pixels_as_floats
 from ..engines.gradient_backends import ReplicatedBackend
+from ..engines.gradients import Gradient
 from ..families import Family
 from ..families.noise import constant
 from ..losses import Anchor, loss_spec
@@ -43,8 +45,9 @@ class StepSettings:
         anchor (`str`, *optional*): Of the safeguard in parameter space; `None` in output space or without.
         low_memory (`bool`): Whether that holds one branch's activations at a time.
         accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
-        keeps_gradients (`bool`): Whether gradients stay until the optimizer's step; not where an engine shards them
-            while the backward pass runs.
+        shards (`int`): Processes over which an engine divides gradients while the backward pass runs; 1 where they
+            stay whole until the optimizer's step.
+        shard_dtype (`torch.dtype`, *optional*): Of these shards; `None` where they are counted elsewhere.
         rounds_weights (`bool`): Whether the engine computes with weights in the dtype of autocast.
     """
 
@@ -57,7 +60,8 @@ class StepSettings:
     anchor: Anchor | None
     low_memory: bool
     accumulates: bool
-    keeps_gradients: bool = True
+    shards: int = 1
+    shard_dtype: torch.dtype | None = torch.float32
     rounds_weights: bool = False
 
 
@@ -83,11 +87,14 @@ class StepMemory:
         peaks (`dict[str, int]`): By moment: activations, gradients, temporaries and the batch.
         gradient_bytes (`int`): What is left when the optimizer steps.
         flops (`int`): Floating point operations of matrix products, convolutions and attention.
+        moments_bytes, prompt_bytes (`int`): What a cache of encoded pairs holds of the micro-batch.
     """
 
     peaks: dict[str, int]
     gradient_bytes: int
     flops: int
+    moments_bytes: int
+    prompt_bytes: int
 
 
 class OneProcess:
@@ -122,10 +129,20 @@ class MeasuredForward(PairForward):
     """The forward passes of a pair, each as a moment of its own."""
 
     allocations: Allocations
+    moments_bytes, prompt_bytes = 0, 0  # of the images and prompts that were encoded
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with self.allocations.moment(ENCODE):
-            return super().encode(inputs)
+        """As of images and prompts that were encoded before, which are encoded here."""
+        with self.allocations.moment(ENCODE), torch.no_grad():
+            with self._frozen.in_use() as family:
+                moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
+                conditioning = family.encode_prompts(inputs["prompts"])
+            self.moments_bytes, self.prompt_bytes = (
+                moments.nbytes,
+                sum(value.nbytes for value in conditioning.values()),
+            )
+            size = tuple(inputs["pixel_values"].shape[-2:])
+            return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
     def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
         with self.allocations.moment(REFERENCE):
@@ -161,23 +178,27 @@ def _measure(model: nn.Module, networks: Networks, settings: StepSettings, devic
     forward.allocations = allocations
     process: Any = OneProcess(settings.autocast)
     forward.attach(process)
-    hooks = [] if settings.keeps_gradients else [_drop_gradient(weight) for weight in networks.trained]
     with allocations:
         inputs = _batch(settings, with_errors=networks.reference.is_precomputed)
+        shards = None if settings.shards == 1 else _Shards(networks.trained, settings)
         if settings.anchor is not None:
-            _by_branch(model, forward, inputs, settings, process)
+            backend = ReplicatedBackend(model, process) if shards is None else _ShardsBackend(model, process, shards)
+            _by_branch(model, forward, inputs, settings, backend)
         else:
-            if settings.accumulates and settings.keeps_gradients:
-                for weight in networks.trained:
+            for weight in networks.trained if settings.accumulates else ():
+                if shards is None:
                     weight.grad = torch.empty_like(weight)
+                else:
+                    shards.take(weight)
             with allocations.moment(FORWARD):
                 loss = forward.loss(forward.predict_pairs(model, inputs)).loss
             with allocations.moment(BACKWARD):
                 loss.backward()
             del loss
-    for hook in hooks:
-        hook.remove()
-    return StepMemory(dict(allocations.peaks), allocations.live, allocations.flops)
+        left = allocations.live
+        if shards is not None:
+            shards.remove()
+    return StepMemory(dict(allocations.peaks), left, allocations.flops, forward.moments_bytes, forward.prompt_bytes)
 
 
 def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode) -> None:
@@ -189,8 +210,42 @@ def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode)
                     setattr(part, name, nn.Parameter(rounded, requires_grad=weight.requires_grad))
 
 
-def _drop_gradient(weight: nn.Parameter) -> Any:
-    return weight.register_post_accumulate_grad_hook(lambda held: setattr(held, "grad", None))
+class _Shards:
+    """Replaces each gradient, once the backward pass has made it, by the shard that this process keeps."""
+
+    def __init__(self, weights: list[nn.Parameter], settings: StepSettings):
+        self.weights, self._settings = weights, settings
+        self.held: dict[nn.Parameter, torch.Tensor] = {}
+        self._hooks = [weight.register_post_accumulate_grad_hook(self.take) for weight in weights]
+
+    def take(self, weight: torch.Tensor) -> None:
+        """Add the gradient of a weight to its shard."""
+        if weight not in self.held and self._settings.shard_dtype is not None:
+            size = -(-weight.numel() // self._settings.shards)
+            self.held[cast(nn.Parameter, weight)] = torch.empty(size, dtype=self._settings.shard_dtype)
+        weight.grad = None
+
+    def remove(self) -> None:
+        """Leave the weights as they were."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _ShardsBackend(ReplicatedBackend):
+    """The gradients of two branches, as shards."""
+
+    def __init__(self, model: nn.Module, process: Any, shards: _Shards):
+        super().__init__(model, process)
+        self._shards = shards
+
+    def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
+        objective.backward(retain_graph=retain_graph)
+        found: Gradient = [self._shards.held.pop(weight, None) for weight in self._shards.weights]
+        return found if into is None else into
+
+    def set_gradient(self, gradient: Gradient) -> None:
+        pairs = zip(self._shards.weights, gradient, strict=True)
+        self._shards.held = {weight: part for weight, part in pairs if part is not None}
 
 
 def _by_branch(
@@ -198,11 +253,10 @@ def _by_branch(
     forward: MeasuredForward,
     inputs: dict[str, Any],
     settings: StepSettings,
-    process: Any,
+    backend: ReplicatedBackend,
 ) -> None:
     """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
-    backend, allocations = ReplicatedBackend(model, process), forward.allocations
-    mu = settings.loss.safeguard_mu
+    allocations, mu = forward.allocations, settings.loss.safeguard_mu
     gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor)
     safeguard = ParameterSafeguard(
         forward,
@@ -213,6 +267,7 @@ def _by_branch(
         diagnostics=None,
     )
     for _ in range(2 if settings.accumulates else 1):
+        allocations.flops = 0  # those of one micro-batch are asked for
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
         with allocations.moment(BACKWARD):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-# Elements that DeepSpeed gathers or reduces at once, as its defaults, which the packaged configurations leave.
-# Source: https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training
-_BUCKET = 500_000_000
-_LIVE = 1_000_000_000
+import torch
+from torch import nn
+
+from .._compat import block_names
+from .allocations import rounded
 
 
 @dataclass(frozen=True)
@@ -15,26 +17,28 @@ class Layout:
     """How `processes` share a model.
 
     Attributes:
-        name (`str`): `"single"`, `"ddp"`, `"fsdp2"`, `"zero1"`, `"zero2"` or `"zero3"`.
+        name (`str`): One of [`ENGINES`].
         half (`bool`): Whether the engine computes in half precision.
-        units (`int`): Blocks that are gathered one at a time.
-        offloads_optimizer (`bool`): Whether the optimizer is on the CPU.
+        offloads_optimizer (`bool`): Whether the optimizer's states, and the gradients that it reads, are on the CPU.
+        offloads_weights (`bool`): Whether shards of weights are on the CPU.
+        units (`tuple[str, ...]`, *optional*): Names of the classes of blocks that FSDP2 gathers one at a time; `None`
+            for those that the denoiser says are not to be split.
+        reshards (`bool`): Whether FSDP2 frees gathered blocks after the forward pass.
+        bucket, live (`int`): Elements that DeepSpeed reduces at once, and that ZeRO-3 holds gathered at most.
+            Source: https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training
+        overlaps (`bool`): Whether ZeRO-1 and 2 reduce a bucket while the next one fills.
     """
 
     name: str = "single"
     processes: int = 1
     half: bool = False
-    units: int = 1
     offloads_optimizer: bool = False
-
-    @property
-    def shards_weights(self) -> bool:
-        return self.name in ("fsdp2", "zero3")
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether every process holds whole gradients until the optimizer steps."""
-        return self.name in ("single", "ddp", "zero1")
+    offloads_weights: bool = False
+    units: tuple[str, ...] | None = None
+    reshards: bool = True
+    bucket: int = 500_000_000
+    live: int = 1_000_000_000
+    overlaps: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -42,42 +46,126 @@ class Layout:
         return self.half and self.name not in ("single", "ddp")
 
     @property
-    def _rounds(self) -> bool:
-        """DeepSpeed holds half precision weights, and float32 ones in the optimizer."""
-        return self.name.startswith("zero") and self.half
+    def shards_gradients(self) -> bool:
+        """Whether gradients become shards while the backward pass runs."""
+        return self.name in ("fsdp2", "zero2", "zero3")
 
-    def share_weights(self, size: int) -> int:
-        """Bytes of a network's weights on one process."""
-        return size // self.processes if self.shards_weights else size
+    @property
+    def _is_zero(self) -> bool:
+        return self.name.startswith("zero")
+
+    def held(self, weight: torch.Tensor, block: int, *, rounded_copy: bool = False) -> int:
+        """Bytes of a weight or buffer on the device of one process.
+
+        Args:
+            rounded_copy (`bool`): Whether it is of a frozen copy, which FSDP2 holds as it computes.
+        """
+        size = weight.numel()
+        if self.name in ("fsdp2", "zero3") and isinstance(weight, nn.Parameter):
+            size = 0 if self.offloads_weights else self._shard(size)
+        return rounded(size * self._width(weight, rounded_copy), block)
 
     def share(self, size: int) -> int:
-        """Bytes of what the optimizer's step needs on one process."""
-        return size if self.name in ("single", "ddp") else size // self.processes
+        """Bytes on one process of what the optimizer's step needs."""
+        if self.offloads_optimizer:
+            return 0
+        return size if self.name in ("single", "ddp") else self._shard(size)
 
-    def trained_state(self, trained: int, states: int, block: int) -> dict[str, int]:
-        """Optimizer, float32 weights beside rounded ones, and gradients that stay as shards; by name."""
-        found = {"optimizer": 0 if self.offloads_optimizer else self.share(states)}
-        if self._rounds and not self.offloads_optimizer:
-            found["float32 weights"] = 4 * trained // self.processes
-        if not self.keeps_gradients:
-            found["gradients"] = (2 if self._rounds else 4) * trained // self.processes
-        if self.name == "ddp":
-            found["DDP's buckets"] = 4 * trained
+    def gradient_dtype(self, *, by_branch: bool) -> torch.dtype | None:
+        """The dtype of the shards that the backward pass leaves; `None` where they are in a buffer that stays, or on
+        the CPU. `by_branch`: with the safeguard in parameter space, which reads the gradients of two branches."""
+        if not by_branch and (self.name == "zero3" or self.offloads_optimizer):
+            return None
+        return torch.float32 if self._is_exact(by_branch) else torch.bfloat16
+
+    def trained_state(self, trained: int, states: int, *, by_branch: bool) -> dict[str, int]:
+        """Bytes of what stays for `trained` weights whose optimizer has `states` bytes, by name."""
+        width = 4 if self._is_exact(by_branch) else 2
+        found = {
+            "optimizer": self.share(states),
+            "float32 weights": self.share(self.rounded_in_place(trained)),
+            "gradients": 0,
+            "DDP's buckets": 4 * trained if self.name == "ddp" else 0,
+        }
+        if self.name == "zero3":
+            found |= {"gradients": self._shard(trained) * width, "DeepSpeed's bucket": self.bucket * width}
         return {name: size for name, size in found.items() if size}
 
-    def gathered(self, weights: int) -> int:
-        """Bytes of whole weights that a pass has gathered, of `weights` bytes in all."""
-        if self.name == "fsdp2":
-            return 2 * weights // max(self.units, 1) // (2 if self.half else 1)  # the block that runs, and the next
-        if self.name == "zero3":
-            return min(weights, _LIVE * (2 if self.half else 4))
-        return 0
+    def rounded_in_place(self, weights: int) -> int:
+        """Bytes of the float32 form, shared by all processes, of `weights` that the engine rounds in place: of those
+        that change, and of the gradients at the optimizer's step."""
+        return 4 * weights if self._is_zero and self.half else 0
 
-    def buckets(self, trained: int) -> int:
-        """Bytes of gradients that are reduced at once."""
-        if not self.name.startswith("zero"):
+    def gathered(self, denoiser: nn.Module) -> int:
+        """Bytes of whole weights that a pass has gathered at once."""
+        everything = sum(weight.numel() * self._computed(weight) for weight in denoiser.parameters())
+        if self.name == "zero3":
+            return min(everything, self.live * (2 if self.half else 4))
+        if self.name != "fsdp2":
             return 0
-        return 2 * min(_BUCKET, trained) * (2 if self.half else 4)  # overlapped: one fills, one is reduced
+        if not self.reshards:
+            return everything
+        # The block that runs, within the blocks around it, and the next one; what is in no block stays gathered.
+        units = self._units_of(denoiser, trained=False)
+        return max(chain for chain, _ in units) + max((own for _, own in units[1:]), default=0)
+
+    def left_gathered(self, second: nn.Module) -> int:
+        """Bytes of a second denoiser's weights that FSDP2 leaves gathered after a pass without gradients."""
+        return self._units_of(second, trained=False)[0][1] if self.name == "fsdp2" else 0
+
+    def reducing(self, denoiser: nn.Module) -> int:
+        """Bytes of buffers from which gradients are reduced in the backward pass and which do not stay."""
+        if self.name in ("zero1", "zero2"):
+            return self.bucket * (2 if self.half else 4) * (2 if self.overlaps else 1)
+        if self.name != "fsdp2":
+            return 0
+        # The gradients of a block, and their copy as it is reduced while those of the next one are computed.
+        return 2 * max(own for _, own in self._units_of(denoiser, trained=True))
+
+    def _units_of(self, denoiser: nn.Module, *, trained: bool) -> list[tuple[int, int]]:
+        """For each unit of FSDP2, the outermost first, its bytes with those of the units around it, and its own."""
+        names = block_names(denoiser) if self.units is None else self.units  # type: ignore[arg-type]
+        found: list[tuple[int, int]] = []
+        open_units = [(denoiser, 0)]
+        while open_units:
+            unit, above = open_units.pop()
+            modules, inner = _without_inner_units(unit, names)
+            weights = (weight for module in modules for weight in module.parameters(recurse=False))
+            own = sum(
+                weight.numel() * self._computed(weight) for weight in weights if weight.requires_grad or not trained
+            )
+            found.append((above + own, own))
+            open_units += [(child, above + own) for child in inner]
+        return found
+
+    def _computed(self, weight: torch.Tensor) -> int:
+        """Bytes of an element in a pass."""
+        return 2 if self.half and weight.is_floating_point() else weight.element_size()
+
+    def _width(self, weight: torch.Tensor, rounded_copy: bool) -> int:
+        if not weight.is_floating_point():
+            return weight.element_size()
+        if self._is_zero:  # the module is cast as a whole
+            return 2 if self.half else 4
+        return 2 if rounded_copy and self.name == "fsdp2" and self.half else weight.element_size()
+
+    def _is_exact(self, by_branch: bool) -> bool:
+        """Whether gradients are kept in float32: DeepSpeed does so where the two branches are compared."""
+        return not (self._is_zero and self.half) or (by_branch and self.name != "zero1")
+
+    def _shard(self, size: int) -> int:
+        return -(-size // self.processes)
+
+
+def _without_inner_units(unit: nn.Module, names: Collection[str]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules of a unit, and the units within it."""
+    own, inner, open_modules = [], [], [unit]
+    while open_modules:
+        module = open_modules.pop()
+        own.append(module)
+        for child in module.children():
+            (inner if type(child).__name__ in names else open_modules).append(child)
+    return own, inner
 
 
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +56,8 @@ class Prepared:
             or of `"leaf"`.
         blocks (`int`): Neighbouring blocks that are on the device together.
         checkpoints (`int`): Checkpoints on disk at once, the newest and those that are kept.
+        variants (`int`): Crops and flips of each image in a cache.
+        draws (`int`): Of the noise of each pair, for which a cache has the reference's errors.
     """
 
     networks: Networks
@@ -69,6 +70,8 @@ class Prepared:
     offloaded: str | None = None
     blocks: int = 1
     checkpoints: int = 1
+    variants: int = 1
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Plan:
         flops (`int`): Of a micro-batch on one device.
         pairs (`int`): Of a micro-batch.
         disk (`dict[str, int]`): Bytes on disk, by name.
+        cached (`dict[str, int]`): Bytes that caches take on disk for a pair with images and a prompt of its own, by
+            name; without the zeros at the end of a prompt that they leave out.
     """
 
     components: dict[str, int]
@@ -91,6 +96,7 @@ class Plan:
     flops: int
     pairs: int
     disk: dict[str, int] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -117,69 +123,117 @@ class Planner:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._passes: dict[object, StepMemory] = {}
 
-    def plan(self, prepared: Prepared, key: object) -> Plan:
-        """Plan a set-up.
-
-        Args:
-            key: Equal for set-ups whose forward and backward passes are the same.
-        """
-        networks, layout, block = prepared.networks, prepared.layout, self._device.block
-        family = networks.family
+    def plan(self, prepared: Prepared) -> Plan:
+        """Plan a set-up."""
+        networks, step, family = prepared.networks, prepared.step, prepared.networks.family
         weights = list(family.denoiser.parameters())
         counts = sum(weight.numel() for weight in weights), sum(weight.numel() for weight in networks.trained)
-        components = self._components(prepared)
-        disk = _disk(prepared)
+        disk, key, (components, states, temporary) = _disk(prepared), _key(prepared), self._held(prepared)
+        disk["checkpoints"] += prepared.checkpoints * states
+        buffers = self._buffers(prepared)
         fake_weights(all_modules(networks), self._mode)
-        states, temporary = optimizer_memory(
-            prepared.optimizer, networks.trained, prepared.max_norm, self._device, self._mode
-        )
         if key not in self._passes:
-            self._passes[key] = measure_step(networks, prepared.step, self._device, self._mode)
+            self._passes[key] = measure_step(networks, step, self._device, self._mode)
         measured = self._passes[key]
-        components |= layout.trained_state(counts[1], states, block)
-        dequantized = 2 * max((weight.numel() for weight in weights), default=0) if prepared.stored else 0
-        extra = dequantized + layout.gathered(sum(weight.numel() * weight.element_size() for weight in weights))
-        stays = sum(components.values())
+        moments = {name: measured.peaks.get(name, 0) + size for name, size in buffers.items()}
+        # The two branches combined, or the step.
+        moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), _optimizer_step(prepared, measured, temporary))
         frozen = sum(components[name] for name in components if name in family.frozen_components)
-        moments = {name: stays + measured.peaks.get(name, 0) + extra for name in (REFERENCE, FORWARD, BACKWARD)}
-        moments[BACKWARD] += layout.buckets(counts[1])
-        moments[OPTIMIZER] = stays + layout.share(measured.gradient_bytes + temporary)
-        moments[ENCODE] = stays + measured.peaks.get(ENCODE, 0)
-        if prepared.frozen != "on device":
-            for name in (REFERENCE, FORWARD, BACKWARD, OPTIMIZER):
-                moments[name] -= frozen
+        stays = sum(components.values())
+        for name in moments:
+            away = prepared.frozen != "on device" and name != ENCODE
+            moments[name] += stays - (frozen if away else 0)
         if prepared.frozen == "absent":
             del moments[ENCODE]
             components = {name: size for name, size in components.items() if name not in family.frozen_components}
         if networks.reference.is_precomputed or networks.reference.kind == "none":
             del moments[REFERENCE]
-        disk["checkpoints"] += prepared.checkpoints * states
-        return Plan(components, moments, *counts, measured.flops, prepared.step.pairs, disk)
+        return Plan(components, moments, *counts, measured.flops, step.pairs, disk, _cached(prepared, measured))
 
-    def _components(self, prepared: Prepared) -> dict[str, int]:
+    def components(self, prepared: Prepared) -> dict[str, int]:
+        """Bytes of what stays between steps, by name, VAE and text encoders included: [`Plan.components`] without the
+        passes of a step."""
+        return self._held(prepared)[0]
+
+    def _held(self, prepared: Prepared) -> tuple[dict[str, int], int, int]:
+        """What stays; the optimizer's states of all processes together, and what its step allocates."""
+        trained = prepared.networks.trained
+        states, temporary = optimizer_memory(prepared.optimizer, trained, prepared.max_norm, self._device, self._mode)
+        count, by_branch = sum(weight.numel() for weight in trained), prepared.step.anchor is not None
+        found = self._weights(prepared) | prepared.layout.trained_state(count, states, by_branch=by_branch)
+        return found, states, temporary
+
+    def _buffers(self, prepared: Prepared) -> dict[str, int]:
+        """What passes allocate for weights and gradients besides what [`measure_step`] counts, by moment."""
+        denoiser, layout = prepared.networks.family.denoiser, prepared.layout
+        dequantized = 0
+        if prepared.stored:
+            dequantized = 2 * max((weight.numel() for weight in denoiser.parameters()), default=0)
+        extra = dequantized + layout.gathered(denoiser)
+        if isinstance(prepared.networks.reference.second, SecondDenoiser):
+            extra += layout.left_gathered(prepared.networks.reference.second.module)
+        return {REFERENCE: extra, FORWARD: extra, BACKWARD: extra + layout.reducing(denoiser), ENCODE: 0}
+
+    def _weights(self, prepared: Prepared) -> dict[str, int]:
         """Weights that stay, in bytes; VAE and text encoders by their names in the pipeline."""
         networks, layout, block = prepared.networks, prepared.layout, self._device.block
-        family = networks.family
-        second = _seconds(networks.reference)
-        adapters = sum(_size(_adapter(held), block) for held in (networks.reference, networks.average) if held)
-        policy = _size([family.denoiser], block) - adapters
+        family, denoiser = networks.family, networks.family.denoiser
+        shadows = {"reference": networks.reference, "average": networks.average}
+        adapters = {name: _adapter(held) for name, held in shadows.items()}
+        others = {id(weight) for weights in adapters.values() for weight in weights}
+        policy = sum(layout.held(one, block) for one in _tensors(denoiser) if id(one) not in others)
         if prepared.stored is not None:
-            policy -= _saved_by_quantization(family.denoiser, prepared.stored)
+            policy -= _saved_by_quantization(denoiser, prepared.stored, layout)
         if prepared.offloaded is not None:
-            away, largest = _offloaded(family.denoiser, prepared.offloaded, prepared.blocks)
+            away, largest = _offloaded(denoiser, prepared.offloaded, prepared.blocks)
             policy -= away - 2 * largest  # the group that runs, and the one before, whose weights are still in use
-        found = {"policy": layout.share_weights(policy)}
-        found["reference"] = layout.share_weights(_size(second, block)) + _size(_adapter(networks.reference), block)
-        if networks.average is not None:
-            average = networks.average
-            found["average"] = layout.share_weights(_size(_seconds(average), block)) + _size(_adapter(average), block)
+        found = {"policy": policy}
+        for name, shadow in shadows.items():
+            found[name] = 0 if shadow is None else self._of_shadow(shadow, adapters[name], layout)
         for name in family.frozen_components:
-            found[name] = _size([getattr(family.pipeline, name)], block)
+            found[name] = sum(_bytes(one, block) for one in _tensors(getattr(family.pipeline, name)))
         return {name: size for name, size in found.items() if size}
 
+    def _of_shadow(self, shadow: ShadowWeights, adapter: list[torch.Tensor], layout: Layout) -> int:
+        """Bytes of a reference or an average; `stored` are those that move, which an engine may not round."""
+        second = shadow.second.module if isinstance(shadow.second, SecondDenoiser) else nn.Module()
+        held = [*adapter, *_tensors(second)]
+        exact = layout.rounded_in_place(sum(one.numel() for one in held)) if shadow.stored else 0
+        copy = not shadow.stored
+        return layout.share(exact) + sum(layout.held(one, self._device.block, rounded_copy=copy) for one in held)
 
-def _seconds(weights: ShadowWeights) -> list[nn.Module]:
-    return [weights.second.module] if isinstance(weights.second, SecondDenoiser) else []
+
+def _optimizer_step(prepared: Prepared, measured: StepMemory, temporary: int) -> int:
+    """Gradients, and what clipping and the optimizer's step allocate."""
+    layout, trained = prepared.layout, sum(weight.numel() for weight in prepared.networks.trained)
+    if prepared.step.shards > 1:
+        left = measured.gradient_bytes
+    else:
+        left = layout.share(max(measured.gradient_bytes, 4 * trained if layout.name == "fsdp2" else 0))
+    return left + layout.share(temporary + layout.rounded_in_place(trained))
+
+
+def _cached(prepared: Prepared, measured: StepMemory) -> dict[str, int]:
+    step = prepared.step
+    return {
+        "latents": measured.moments_bytes * prepared.variants // step.pairs,
+        "prompts": measured.prompt_bytes // step.pairs,
+        "reference errors": prepared.draws * step.noise.timesteps_per_pair * 2 * 4,
+    }
+
+
+def _key(prepared: Prepared) -> object:
+    """Equal for set-ups whose forward and backward passes are the same."""
+    family = prepared.networks.family
+    tensors = [
+        (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+        for module in all_modules(prepared.networks)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    ]
+    layers = [type(layer) for module in all_modules(prepared.networks) for layer in module.modules()]
+    config = repr(sorted(family.denoiser.config.items(), key=lambda entry: entry[0]))
+    of_family = type(family), family.guidance_scale, family.vae_encode_batch_size
+    return repr((prepared.step, prepared.networks.reference.kind, of_family, config, tensors, layers))
 
 
 def _adapter(weights: ShadowWeights | None) -> list[torch.Tensor]:
@@ -188,23 +242,20 @@ def _adapter(weights: ShadowWeights | None) -> list[torch.Tensor]:
     return list(weights.second.weights().values())
 
 
-def _size(parts: Iterable[nn.Module | torch.Tensor], block: int) -> int:
-    """Bytes of tensors, and of modules' parameters and buffers; what is shared counts once."""
-    tensors: dict[int, torch.Tensor] = {}
-    for part in parts:
-        held = (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else (part,)
-        tensors |= {id(tensor): tensor for tensor in held}
-    return sum(rounded(tensor.numel() * tensor.element_size(), block) for tensor in tensors.values())
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers; what is shared once."""
+    return [*module.parameters(), *module.buffers()]
 
 
-def _saved_by_quantization(denoiser: nn.Module, kind: str) -> int:
-    """Bytes that frozen weights of linear layers take less when quantized."""
+def _bytes(tensor: torch.Tensor, block: int) -> int:
+    return rounded(tensor.numel() * tensor.element_size(), block)
+
+
+def _saved_by_quantization(denoiser: nn.Module, kind: str, layout: Layout) -> int:
+    """Bytes that frozen weights of linear layers take less when quantized. Engines do not shard such weights."""
     kinds = (nn.Linear, nn.Conv2d) if kind == "float8" else nn.Linear
-    stored = STORED[kind]
-    weights = [layer.weight for layer in denoiser.modules() if isinstance(layer, kinds)]
-    return sum(
-        round(weight.numel() * (weight.element_size() - stored)) for weight in weights if not weight.requires_grad
-    )
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, kinds) and not layer.weight.requires_grad]
+    return sum(layout.held(layer.weight, 1) - round(layer.weight.numel() * STORED[kind]) for layer in layers)
 
 
 def _offloaded(denoiser: nn.Module, unit: str, blocks: int) -> tuple[int, int]:
@@ -215,7 +266,7 @@ def _offloaded(denoiser: nn.Module, unit: str, blocks: int) -> tuple[int, int]:
         lists = [list(part) for part in denoiser.children() if isinstance(part, (nn.ModuleList, nn.Sequential))]
         groups = [part[first : first + blocks] for part in lists for first in range(0, len(part), blocks)]
     sizes = [
-        _size((weight for part in group for weight in part.parameters() if not weight.requires_grad), 1)
+        sum(_bytes(weight, 1) for part in group for weight in part.parameters() if not weight.requires_grad)
         for group in groups
     ]
     return sum(sizes), max(sizes, default=0)

@@ -151,7 +151,10 @@ _T5_XXL = {
 }
 _DDPM: Component = (
     "DDPMScheduler",
-    {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1},
+    {
+        **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        **{"clip_sample": False, "steps_offset": 1},
+    },
 )
 _FLOW: Component = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
 _VAE_16 = {"use_quant_conv": False, "use_post_quant_conv": False}

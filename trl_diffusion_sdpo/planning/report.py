@@ -23,7 +23,7 @@ def report(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, pro
     """
     kind = "All numbers are computed, none is measured."
     if processes > 1:
-        kind += " Those of several processes are rough: no such plan was compared with a measured peak."
+        kind += " Of several processes, what stays was compared with real ones, and peaks were not."
     lines = [kind, "", "| stays on the device | GiB |", "|---|---:|"]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in plan.components.items()]
     lines += ["", "| moment of a step | peak, GiB |", "|---|---:|"]
@@ -39,9 +39,19 @@ def report(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, pro
         f"Fits ({USABLE:.0%} of a card are for tensors): {fitting}.",
         f"A pair takes {plan.flops / plan.pairs / 1e12:.2f} TFLOP; {pairs:,} pairs take {hours:.1f} hours at "
         f"{utilisation:.0%} of {peak_flops / 1e12:.0f} TFLOP/s on {processes} device(s).",
+        _caches(plan, pairs),
         "On disk: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in plan.disk.items()) + ".",
     ]
     return "\n".join(lines)
+
+
+def _caches(plan: Plan, pairs: int) -> str:
+    parts = [f"{name} {size / 1e3:.3g} kB" for name, size in plan.cached.items()]
+    total = sum(plan.cached.values()) * pairs / GIB
+    return (
+        f"Caches take of a pair: {', '.join(parts)}; at most {total:.1f} GiB for {pairs:,} pairs: images and prompts "
+        "of several pairs are stored once."
+    )
 
 
 def hours_of(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, processes: int) -> float:
@@ -83,6 +93,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "trained": plan.trained,
         "flops_per_pair": plan.flops / plan.pairs,
         "disk": plan.disk,
+        "cached_per_pair": plan.cached,
         "fits": {str(card): plan.fits(card) for card in CARDS},
     }
 

@@ -75,7 +75,7 @@ def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
 
 class TokensOnly:
-    """In place of a tokenizer: as many tokens as the pipeline pads a prompt to, all the same.
+    """In place of a tokenizer: as many tokens as a prompt may have, all the same.
 
     Args:
         model_max_length (`int`): Where the pipeline names no length.
@@ -91,8 +91,9 @@ class TokensOnly:
 
     def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
         rows = 1 if isinstance(text, str) else len(text)
-        # Without padding, a pipeline only asks whether it cut a prompt.
-        length = (max_length or self.model_max_length) if padding == "max_length" else 2
+        # Where a prompt is neither padded to a length nor cut, a pipeline only asks whether it was.
+        bounded = padding == "max_length" or settings.get("truncation")
+        length = (max_length or self.model_max_length) if bounded else 2
         ids = torch.ones(rows, length, dtype=torch.long)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
