@@ -1,7 +1,8 @@
 """Speed and memory of training on this machine's accelerator: models of published sizes with random weights.
 
-Every case trains a few steps in a process of its own and adds a line to a file. A case that has a line for this device
-is not measured again: a later call goes on where an earlier one ended. Nothing is downloaded.
+Every case trains a few steps in a process of its own and adds a line to a file, also if it fails or takes too long. A
+case that has a line for this device is not measured again: a later call goes on where an earlier one ended. Nothing is
+downloaded.
 """
 
 import argparse
@@ -9,15 +10,16 @@ import datetime
 import fnmatch
 import json
 import math
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,26 +28,26 @@ from typing import Any
 import diffusers
 import torch
 from gpu_device import GIB, Memory, peak_flops
+from gpu_meter import TIMED, WARMUP, MeasuredTrainer, Meter
 from gpu_networks import SMALLEST_SIDE, build
 from peft import LoraConfig
-from random_pipeline import random_pairs
+from random_pipeline import encoded_pairs
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.planning.published import PIPELINES
+from trl_diffusion_sdpo.sources.checking import usable_cores
 from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
-from trl_diffusion_sdpo.step.pair_forward import PairForward
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 PAIRS = {"sd15": 4, "sdxl": 2, "sd35-medium": 2, "flux-dev": 1}  # of a step
 TUNINGS = {"flux-dev": ("lora", "qlora", "full")}
 RANK = 16
-CASE_SECONDS = 120  # no case is begun with less time left
-WARMUP, TIMED = 2, 10  # steps
-TIMED_SECONDS = 25  # fewer steps are timed where they take longer together
+CASE_SECONDS = 150  # a case that takes longer is ended; none is begun with less time left
+MAX_WORKERS = 4  # of the data loader, as the trainer chooses for a large data set
 CACHED = {"precompute_latents": True, "precompute_ref_errors": True}
 FULL_BYTES = 16  # of a trained weight: float32 weight, gradient and two moments
 
@@ -58,17 +60,19 @@ class Case:
         model (`str`): A key of `PIPELINES`.
         tuning (`str`): `"lora"`, `"qlora"` (base in four bits) or `"full"`.
         cached (`bool`): With encoded images and prompts and the reference's errors computed beforehand.
+        compiled (`bool`): With `torch_compile` of the repeated blocks.
     """
 
     model: str
     tuning: str
     checkpointing: bool
     cached: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        extras = [*["checkpointing"][: self.checkpointing], *["cached"][: self.cached]]
-        return "-".join([self.model, self.tuning, *extras])
+        extras = {"checkpointing": self.checkpointing, "cached": self.cached, "compiled": self.compiled}
+        return "-".join([self.model, self.tuning, *(extra for extra, given in extras.items() if given)])
 
 
 CASES = [
@@ -79,64 +83,7 @@ CASES = [
 ]
 CASES += [Case(model, "lora", checkpointing=False, cached=True) for model in PAIRS]
 CASES += [Case("flux-dev", "qlora", checkpointing=True, cached=True)]
-
-
-class MeasuredForward(PairForward):
-    """Notes the peak of memory within the parts of a step, while `memory` is set."""
-
-    memory: Memory | None = None
-
-    def encode(self, inputs: dict[str, Any]) -> Any:
-        with self._part("encoding"):
-            return super().encode(inputs)
-
-    def predict_reference(self, model: Any, batches: Any) -> Any:
-        with self._part("reference"):
-            return super().predict_reference(model, batches)
-
-    @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
-        if self.memory is None:
-            yield
-            return
-        with self.memory.part(name):
-            yield
-
-
-class MeasuredTrainer(DiffusionSDPOTrainer):
-    pair_forward_class = MeasuredForward
-    first_loss: torch.Tensor | None = None
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.first_loss = loss.detach() if self.first_loss is None else self.first_loss
-        return loss
-
-
-class Meter(TrainerCallback):
-    """Times steps after `WARMUP` ones, as many as `TIMED_SECONDS` allow, and then measures memory in a last one."""
-
-    def __init__(self, memory: Memory):
-        self.memory = memory
-        self.seconds: list[float] = []
-        self.trainer: MeasuredTrainer | None = None
-        self._last = False
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        enough = len(self.seconds) >= WARMUP + 1 and sum(self.seconds[WARMUP:]) >= TIMED_SECONDS
-        self._last = enough or state.global_step == args.max_steps - 1
-        if self._last:
-            self.memory.begin()
-            self.trainer.pair_forward.memory = self.memory
-        self._began = self.memory.now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._last:
-            self.memory.end()
-            self.trainer.pair_forward.memory = None
-            control.should_training_stop = True
-        else:
-            self.seconds.append(self.memory.now() - self._began)
+CASES += [Case(model, "lora", checkpointing=False, compiled=True) for model in PAIRS]
 
 
 def measure(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:
@@ -171,7 +118,9 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
         bf16=True,
         use_cpu=device == "cpu",
         resolution=side,
-        dataloader_num_workers=0,
+        torch_compile=case.compiled,
+        torch_compile_regional=case.compiled,
+        dataloader_num_workers=0 if smallest else min(MAX_WORKERS, usable_cores() - 1),
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -180,7 +129,7 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
     )
     pipeline = build(case.model, case.tuning, torch.device(device), smallest=smallest)
     lora = None if case.tuning == "full" else LoraConfig(r=RANK, lora_alpha=RANK)
-    data = random_pairs(2 * pairs, side)
+    data = encoded_pairs(pairs * steps, side)
     trainer = MeasuredTrainer(pipeline, None, args, data, peft_config=lora, callbacks=[meter])
     trainer.remove_callback(PrinterCallback)
     meter.trainer = trainer
@@ -190,7 +139,8 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
 def results(case: Case, trainer: MeasuredTrainer, meter: Meter, smallest: bool) -> dict[str, Any]:
     pairs = trainer.args.per_device_train_batch_size
     seconds = meter.seconds[WARMUP:] or meter.seconds
-    median = statistics.median(seconds)
+    # The mean, since what a loader cannot deliver in time comes in bursts; the median of the work in a step alone.
+    mean, working = statistics.fmean(seconds), statistics.median(meter.working[WARMUP:] or meter.working)
     flops = flops_of_step(case, trainer)
     peak = peak_flops(meter.memory.name)
     return {
@@ -198,11 +148,14 @@ def results(case: Case, trainer: MeasuredTrainer, meter: Meter, smallest: bool) 
         "pairs": pairs,
         "resolution": trainer.args.resolution,
         "timed_steps": len(seconds),
-        "seconds_per_step": median,
-        "quartiles": statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else [median] * 3,
-        "pairs_per_second": pairs / median,
+        "workers": trainer.args.dataloader_num_workers,
+        "optimizer": str(trainer.args.optim.value),
+        "seconds_per_step": mean,
+        "seconds_without_loading": working,
+        "quartiles": statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else [mean] * 3,
+        "pairs_per_second": pairs / mean,
         "teraflops_per_pair": flops / pairs / 1e12,
-        "utilisation": None if peak is None else flops / median / peak,
+        "utilisation": None if peak is None else flops / mean / peak,
         "peak_teraflops": None if peak is None else peak / 1e12,
         "memory_gib": meter.memory.peaks,
         "first_loss": float(trainer.first_loss),
@@ -243,6 +196,7 @@ def facts(case: Case, device: str, *, smallest: bool) -> dict[str, Any]:
         "tuning": case.tuning,
         "checkpointing": case.checkpointing,
         "cached": case.cached,
+        "compiled": case.compiled,
         "smallest": smallest,
         "device": device_name(device),
         "device_gib": round(torch.cuda.mem_get_info()[1] / GIB, 1) if device == "cuda" else None,
@@ -303,15 +257,24 @@ def pending(options: argparse.Namespace) -> list[Case]:
 
 
 def measured(case: Case, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """The line of a case, from a process of its own."""
+    """The line of a case, from a process of its own; one that fails, or takes more than `seconds`, is a result."""
     if not options.isolated:
         return measure(case, options.device, smallest=options.smallest)
     words = [sys.executable, __file__, "--one", case.name, "--device", options.device]
     words += ["--smallest"] if options.smallest else []
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=seconds)
-    if done.returncode:
-        raise RuntimeError(f"the process ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    # A session of its own: the workers of its data loader, which hold its output open, are ended with it.
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        shown, _ = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return facts(case, options.device, smallest=options.smallest) | {"outcome": f"not done in {seconds:.0f} s"}
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if child.returncode:
+        raise RuntimeError(f"the process ended with {child.returncode}")
+    return json.loads(shown.splitlines()[-1])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -322,16 +285,16 @@ def run(options: argparse.Namespace) -> int:
     bar = tqdm(cases, unit="case")
     for done, case in enumerate(bar):
         left = options.seconds - (time.monotonic() - began)
-        if left < CASE_SECONDS and done:
+        if left < options.case_seconds and done:
             print(f"{len(cases) - done} cases are left: call again.")
             break
         bar.set_description(case.name)
         try:
-            line = measured(case, options, left)
+            line = measured(case, options, min(left, options.case_seconds))
         except Exception as error:
             traceback.print_exc()
             failed.append(f"{case.name}: {error}")
-            continue
+            line = facts(case, options.device, smallest=options.smallest) | {"outcome": f"failed: {error}"[:200]}
         with options.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     print(table(lines_of(options.file)))
@@ -348,7 +311,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in latest.values():
-        model = f"{line['model']}{', cached' if line['cached'] else ''}{', smallest' if line['smallest'] else ''}"
+        model = line["model"] + "".join(f", {name}" for name in ("cached", "compiled", "smallest") if line[name])
         cells = [line["device"], model, line["tuning"], "yes" if line["checkpointing"] else "no"]
         if line["outcome"] == "trained":
             share = "" if line["utilisation"] is None else f"{line['utilisation']:.0%}"
@@ -366,8 +329,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--smallest", action="store_true", help="networks of one layer, to test this script")
     parser.add_argument("--cases", nargs="+", default=["*"], help="patterns of names, such as 'flux-*'")
-    parser.add_argument("--seconds", type=float, default=570, help="no case is begun that may end later")
-    parser.add_argument("--again", action="store_true", help="also cases that have a line")
+    parser.add_argument("--seconds", type=float, default=570, help="of the call: no case is begun that may end later")
+    parser.add_argument("--case_seconds", type=float, default=CASE_SECONDS, help="a case that takes longer is ended")
+    parser.add_argument("--again", action="store_true", help="also cases that have a line, of whatever outcome")
     parser.add_argument(
         "--isolated", action=argparse.BooleanOptionalAction, default=True, help="a process for each case"
     )

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md from the files in `benchmarks/results`.
+"""Writes the tables of docs/performance.md, and the words that have numbers, from the files in `benchmarks/results`.
 
-Each table is between two comments of the page; text outside them is left as it is. A test compares the page with what
+Each is between two comments of the page; text outside them is left as it is. A test compares the page with what
 this script would write.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from proportions import FLOAT32_VAE, XL_HALF, true_shares
 from published_flops import MODELS, pair_flops, published_flops
 
 from trl_diffusion_sdpo.planning.plan import USABLE
@@ -55,33 +56,108 @@ def rewritten(page: str) -> str:
     return page
 
 
+def step_report() -> dict[str, Any]:
+    """What `step_time.py` has measured."""
+    return json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+
+
+def comparisons() -> list[dict[str, Any]]:
+    return [found for group in step_report()["groups"] for found in group["results"]]
+
+
 def step_table() -> str:
     """The comparisons of `step_time.py`."""
-    report = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
     rows = []
-    for group in report["groups"]:
-        for found in group["results"]:
-            of, (low, median, high) = found["comparison"], found["quartiles"]
+    for found in comparisons():
+        of, (low, median, high) = found["comparison"], found["quartiles"]
+        if of["part"] != "overhead":
             target = "" if of["target"] is None else f"{of['target']:.2f}"
             kind = f"{of['published']}, {of['tuning']}"
             rows.append((of["name"], of["against"], kind, f"{median:.3f} ({low:.3f} to {high:.3f})", target))
     return table(("Step", "Relative to", "Proportions", "Time (quartiles)", "Target"), rows)
 
 
+def step_words() -> str:
+    """What the numbers of `step_time.py` say: how they were measured, and which targets they miss."""
+    report, found = step_report(), comparisons()
+    rounds, load = report["settings"]["rounds"], report["load"]
+    lines = [f"Measured in {rounds} rounds at a load average of {load} on {report['environment']['device']}."]
+    targeted = [row for row in found if row["comparison"]["target"] is not None]
+    missed = [row for row in targeted if row["quartiles"][1] > row["comparison"]["target"]]
+    if not missed:
+        lines.append("All targets are reached.")
+    for row in missed:
+        of = row["comparison"]
+        lines.append(
+            f"Not reached: {of['name']} relative to {of['against']} ({of['published']}, {of['tuning']}), "
+            f"{row['quartiles'][1]:.2f} where the target is {of['target']:.2f}."
+        )
+    lines += [overhead_words(row) for row in found if row["comparison"]["part"] == "overhead"]
+    equal = {found["difference"] for found in found if found["comparison"]["part"] in ("cached", "errors")}
+    if equal == {0}:
+        lines.append("Encoded pairs and stored errors gave losses equal to the bit in all steps.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def overhead_words(row: dict[str, Any]) -> str:
+    """What our step costs beside its passes, of any size."""
+    tuning = {"full": "all weights", "lora": "a LoRA"}[row["comparison"]["tuning"]]
+    (ours, bare), (written, of) = row["operations"], row["written"]
+    return (
+        f"With {tuning} and the layers of Stable Diffusion 1.5, but next to no arithmetic in them, our step takes "
+        f"{abs(row['more']):.1f} ms {'more' if row['more'] > 0 else 'less'} than the bare loop: {ours - bare} more "
+        f"operations than its {bare}, on small tensors ({written / of - 1:.1%} more bytes written, which at the true "
+        "size is less)."
+    )
+
+
 def shares_table() -> str:
-    """The shares of a step's time in `step_time.py`, and of the FLOPs of the true size."""
-    report = json.loads((RESULTS / "step_time.json").read_text(encoding="utf-8"))
+    """The shares of a step's time in `step_time.py`, and of the true size."""
     parts = ("VAE", "text encoders", "reference", "policy", "optimizer")
     rows = []
-    for group in report["groups"]:
+    for group in step_report()["groups"]:
+        of_true_size = "time" if group["published"] == "sdxl" else "FLOPs"
         for kind, shares in (
             ("time of the small size, measured", "shares"),
-            ("FLOPs of the true size", "true_shares"),
+            (f"{of_true_size} of the true size", "true_shares"),
         ):
             if group[shares]:
-                cells = (f"{group[shares].get(part, 0):.1%}" for part in parts)
+                cells = (f"{group[shares][part]:.1%}" if part in group[shares] else "" for part in parts)
                 rows.append((f"{group['published']}, {group['tuning']}: {kind}", *cells))
     return table(("Shares", *parts), rows)
+
+
+def sdxl_words() -> str:
+    """What SDXL's VAE takes of a step, by FLOPs and by time, and what encoded pairs save."""
+    flops = published_flops()["sdxl"]
+    ratio = flops["vae"] / flops["denoiser"]
+    lines = [f"- by FLOPs, as where both run in half precision: {ratio:.2f};"]
+    lines.append(
+        f"- with the VAE in float32: {FLOAT32_VAE * ratio:.2f}. On an RTX 4090 SDXL's VAE takes 0.142 s for an image "
+        "of 1024 by 1024, and Stable Diffusion 1.5's, which has the same layers, 0.078 s "
+        "([published](https://huggingface.co/docs/diffusers/hybrid_inference/vae_encode)): "
+        f"{FLOAT32_VAE:.2f} times as much, by `force_upcast` as we read it;"
+    )
+    file = RESULTS / "sdxl_times.json"
+    if file.is_file():
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        times = measured["seconds"]
+        lines.append(
+            f"- measured at the true size with random weights on one core ({measured['device']}): "
+            f"{times['vae float32'] / times['unet bfloat16']:.2f} with the VAE in float32 and the UNet in bf16 "
+            f"({times['vae float32']:.0f} s and {times['unet bfloat16']:.0f} s), "
+            f"{times['vae bfloat16'] / times['unet bfloat16']:.2f} with both in bf16."
+        )
+    words = []
+    for published, kind in (("sdxl", "float32"), (XL_HALF, "half precision")):
+        shares = [true_shares(published, tuning)["VAE"] for tuning in ("full", "lora")]
+        speeds = ", ".join(f"{1 / (1 - share):.2f}" for share in shares)
+        words.append(f"{speeds} with the VAE in {kind} ({shares[0]:.0%} and {shares[1]:.0%} of a step)")
+    return "\n".join(lines) + (
+        "\n\nWith all weights and with a LoRA, encoded pairs then make a step so many times as fast: "
+        + "; ".join(words)
+        + "."
+    )
 
 
 def gpu_table() -> str:
@@ -97,7 +173,7 @@ def gpu_table() -> str:
 
 
 def gpu_row(line: dict[str, Any]) -> tuple[str, ...]:
-    model = NAMES[line["model"]] + (", cached" if line["cached"] else "")
+    model = NAMES[line["model"]] + "".join(f", {name}" for name in ("cached", "compiled") if line[name])
     case = (line["device"], model, TUNINGS[line["tuning"]], "yes" if line["checkpointing"] else "no")
     if line["outcome"] != "trained":
         return (*case, "", line["outcome"], "", "", "", "")
@@ -174,6 +250,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
+    "findings": step_words,
+    "sdxl": sdxl_words,
     "shares": shares_table,
     "gpu": gpu_table,
     "cards": cards_table,

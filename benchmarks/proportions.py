@@ -45,8 +45,6 @@ class Proportions:
     Attributes:
         published (`str`): `"sd15"` or `"sdxl"`.
         unet, vae (`int`): Channels of the first block; those of the others keep the published ratios.
-        lora_vae (`int`, *optional*): In place of `vae` under a LoRA, which takes more of a small network's time than of
-            a large one's.
         text (`tuple[int, ...]`): Widths of the text encoders, of two layers: at the true size their cost is negligible.
         pixels (`int`): Side of an image.
         pairs (`int`): Of a step: four for SDXL, since the cache encodes eight images at once, which rounds as they do.
@@ -62,9 +60,8 @@ class Proportions:
     pairs: int = 1
     transformers: tuple[int, ...] = (1, 2, 10)
     layers: int = 2
-    lora_vae: int | None = None
 
-    def build(self, tuning: str = "full") -> DiffusionPipeline:
+    def build(self) -> DiffusionPipeline:
         """The pipeline, with random weights of one seed."""
         torch.manual_seed(0)
         xl = self.published == "sdxl"
@@ -84,8 +81,7 @@ class Proportions:
                 "projection_class_embeddings_input_dim": pooled,
                 "transformer_layers_per_block": self.transformers,
             }
-        vae = self.lora_vae if tuning == "lora" and self.lora_vae is not None else self.vae
-        channels = {"block_out_channels": tuple(vae * times for times in (1, 2, 4, 4)), "norm_num_groups": 8}
+        channels = {"block_out_channels": tuple(self.vae * times for times in (1, 2, 4, 4)), "norm_num_groups": 8}
         shared = {
             "unet": UNet2DConditionModel(**settings),
             "vae": AutoencoderKL(**SD_VAE | channels),
@@ -112,7 +108,7 @@ class Proportions:
 
 PROPORTIONS = {
     "sd15": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=192),
-    "sdxl": Proportions("sdxl", unet=64, vae=24, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),
+    "sdxl": Proportions("sdxl", unet=64, vae=32, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),
     # As many layers as at the true size, and next to no arithmetic in them.
     THIN: Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64),
     XL_HALF: Proportions("sdxl", unet=64, vae=24, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),

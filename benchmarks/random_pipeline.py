@@ -1,10 +1,12 @@
 """A pipeline of random weights with a UNet of a given size, and random pairs, for `safeguard_overhead.py`."""
 
+import io
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -139,3 +141,20 @@ def random_pairs(count: int, side: int) -> Dataset:
         return Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
     return Dataset.from_list([{"prompt": f"{i}", "chosen": image(), "rejected": image()} for i in range(count)])
+
+
+def encoded_pairs(count: int, side: int) -> Dataset:
+    """Pairs of JPEG files as data sets have them: blurred noise with some grain, as costly to decode as photographs."""
+    generator = np.random.default_rng(0)
+
+    def image() -> dict[str, bytes]:
+        coarse = generator.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((side, side)), dtype=np.int16)
+        grain = generator.integers(-6, 7, (side, side, 1), dtype=np.int16)
+        file = io.BytesIO()
+        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        return {"bytes": file.getvalue()}
+
+    rows = [{"prompt": f"{number}", "chosen": image(), "rejected": image()} for number in range(count)]
+    kinds = {"prompt": Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
+    return Dataset.from_list(rows, features=Features(kinds))

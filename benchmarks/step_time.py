@@ -194,11 +194,11 @@ def contestant(
     lora = None
     if tuning == "lora":
         lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LORA_TARGETS))
-    trainer = RecordingTrainer(size.build(tuning), None, args, pairs, peft_config=lora)
+    trainer = RecordingTrainer(size.build(), None, args, pairs, peft_config=lora)
     trainer.remove_callback(PrinterCallback)
     if name in OURS:
         return InTurns(trainer.take_turns, options.device, options.threads), None
-    bench = Bench(size.build(tuning).to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
+    bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
     bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
     batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
     return InTurns(loop(partial(STEPS[name], bench), batches), options.device, options.threads), bench
@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(groups: list[Group], settings: dict[str, Any], options: argparse.Namespace) -> None:
     """All groups so far: a call with `--resume` goes on with the others."""
-    report = {"settings": settings, "environment": environment(options), "load": os.getloadavg()[2]}
+    report = {"settings": settings, "environment": environment(options), "load": f"{os.getloadavg()[2]:.1f}"}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     report["groups"] = [as_json(group) for group in groups]
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

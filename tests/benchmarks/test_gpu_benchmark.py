@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +91,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch):
     assert line["outcome"] == "out of memory in making the networks"
 
 
-def test_a_case_that_fails_leaves_no_line_and_the_others_run(tmp_path, monkeypatch):
+def test_a_case_that_fails_has_a_line_and_the_others_run(tmp_path, monkeypatch, capsys):
     def fail(case, options, seconds):
         if case.name == "sd15-lora":
             raise RuntimeError("planted")
@@ -96,7 +99,45 @@ def test_a_case_that_fails_leaves_no_line_and_the_others_run(tmp_path, monkeypat
 
     monkeypatch.setattr(gpu, "measured", fail)
     assert call(tmp_path / "gpu.jsonl", "--cases", "sd15-lora*") == 1
-    assert lines(tmp_path / "gpu.jsonl").keys() == {"sd15-lora-checkpointing", "sd15-lora-cached"}
+    found = lines(tmp_path / "gpu.jsonl")
+    assert found.keys() == {"sd15-lora", "sd15-lora-checkpointing", "sd15-lora-cached", "sd15-lora-compiled"}
+    assert found["sd15-lora"]["outcome"] == "failed: planted" and "planted" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "measured", None)
+    assert call(tmp_path / "gpu.jsonl", "--cases", "sd15-lora*") == 0  # nothing is left
+
+
+def test_a_case_that_hangs_is_ended_with_its_workers_and_not_begun_again(tmp_path, monkeypatch):
+    """The child starts a process that keeps its output open, as workers of a data loader do."""
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(hangs))
+    words = [*SMALLEST, "--file", str(tmp_path / "gpu.jsonl"), "--cases", "sd15-lora", "--case_seconds", "4"]
+    assert gpu.main(words) == 0
+    assert lines(tmp_path / "gpu.jsonl")["sd15-lora"]["outcome"] == "not done in 4 s"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):  # until init has collected it
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.1)
+    monkeypatch.setattr(gpu, "measured", None)
+    assert gpu.main(words) == 0
+
+
+def test_the_time_of_a_step_contains_the_loading_of_its_batch():
+    clock = iter([0.0, 3.0, 4.0, 9.0, 10.0])  # begin of training; begin and end of two steps
+    memory = Memory("cpu")
+    memory.now = lambda: next(clock)
+    meter, state = gpu.Meter(memory), SimpleNamespace(global_step=0)
+    args = SimpleNamespace(max_steps=9)
+    meter.on_train_begin(args, state, None)
+    for _ in range(2):
+        meter.on_step_begin(args, state, None)
+        meter.on_step_end(args, state, None)
+    assert meter.seconds == [4, 6] and meter.working == [1, 1]
 
 
 def test_flux_in_full_does_not_fit_by_its_weights():
