@@ -45,6 +45,7 @@ class Bench:
 
     def __post_init__(self):
         pipeline = self.pipeline
+        self.device = pipeline.unet.device  # read once: diffusers visits every module to find it
         self.unet, self.vae = pipeline.unet, pipeline.vae.requires_grad_(False).eval()
         self.text_encoder = pipeline.text_encoder.requires_grad_(False).eval()
         self.unet.requires_grad_(self.tuning == "full").train()
@@ -59,9 +60,9 @@ class Bench:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Adds the time of what is within to a part."""
-        began = now(self.unet.device.type)
+        began = now(self.device.type)
         yield
-        self.seconds[name].append(now(self.unet.device.type) - began)
+        self.seconds[name].append(now(self.device.type) - began)
 
     def tokens(self, prompts: list[str]) -> torch.Tensor:
         """Token numbers `(B, 77)`, as the scripts' data sets hold them."""
@@ -90,7 +91,7 @@ class Bench:
 
 def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
     """The passes of this package's step, in its order and with its random numbers, and nothing else; the loss."""
-    device = bench.unet.device
+    device = bench.device
     with torch.no_grad():
         with bench.part("VAE"):
             pixels = batch["pixel_values"].float().div(255).sub(0.5).div(0.5)
@@ -161,7 +162,7 @@ STEPS = {"bare loop": bare_step, "authors' step": authors_step, "diffusers' scri
 def script_batch(bench: Bench, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch with what the scripts' data loaders make beforehand: pixels as floats, prompts as token numbers."""
     floats = batch["pixel_values"].float().div(127.5).sub(1)
-    device = bench.unet.device
+    device = bench.device
     return batch | {"floats": floats.to(device), "input_ids": bench.tokens(batch["prompts"]).to(device)}
 
 

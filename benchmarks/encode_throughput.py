@@ -115,7 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    size = size_of(options.published, options)
+    size = size_of(options.published, "full", options)
     batches = SMALLEST_BATCHES if options.smallest else BATCHES
     total = sum(map(len, batches.values())) + len(KINDS)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="measurement") as bar:

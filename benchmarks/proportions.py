@@ -108,7 +108,10 @@ class Proportions:
 
 PROPORTIONS = {
     "sd15": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=192),
-    "sdxl": Proportions("sdxl", unet=64, vae=32, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),
+    # Wider, on fewer tokens: in narrow layers a LoRA takes much of the time. With all weights the optimizer, next to
+    # nothing at the true size, would take much of this one's time.
+    "sd15, lora": Proportions("sd15", unet=128, vae=80, text=(128,), pixels=128),
+    "sdxl": Proportions("sdxl", unet=64, vae=32, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 3)),
     # As many layers as at the true size, and next to no arithmetic in them.
     THIN: Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64),
     XL_HALF: Proportions("sdxl", unet=64, vae=24, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),

@@ -1,6 +1,6 @@
 """Times of SDXL's VAE and UNet at their true size, with random weights, for one image of 1024 by 1024.
 
-CPU time on one thread, the smallest of some calls: 5.5 GB of memory and ten minutes, in a process for each network and
+CPU time on one thread, the smallest of some calls: 5.5 GB of memory and five minutes, in a process for each network and
 precision. Writes `benchmarks/results/sdxl_times.json`, from which the page on performance is made.
 """
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from trl_diffusion_sdpo.planning.published import PIPELINES
 
 FILE = Path(__file__).parent / "results" / "sdxl_times.json"
-NETWORKS = {"vae float32": torch.float32, "vae bfloat16": torch.bfloat16, "unet bfloat16": torch.bfloat16}
+NETWORKS = {"vae float32": torch.float32, "unet bfloat16": torch.bfloat16}
 
 
 @torch.no_grad()

@@ -178,7 +178,7 @@ def contestant(
 ) -> tuple[InTurns, Bench | None]:
     """A trainer with the settings of its name, or a hand-written loop and its networks. All have networks of their own,
     of equal weights."""
-    size = size_of(published, options)
+    size = size_of(published, tuning, options)
     steps = options.warmup + rounds_of(published, options) + 1
     pairs_of_step = options.pairs or size.pairs
     pairs = random_pairs(pairs_of_step * steps, size.pixels)
@@ -229,8 +229,10 @@ def arguments_of(
     )
 
 
-def size_of(published: str, options: argparse.Namespace) -> Proportions:
-    return PROPORTIONS[f"smallest {PROPORTIONS[published].published}" if options.smallest else published]
+def size_of(published: str, tuning: str, options: argparse.Namespace) -> Proportions:
+    if options.smallest:
+        return PROPORTIONS[f"smallest {PROPORTIONS[published].published}"]
+    return PROPORTIONS.get(f"{published}, {tuning}", PROPORTIONS[published])
 
 
 def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int) -> Result:

@@ -19,8 +19,7 @@ ARGS = {"max_steps": 1, "per_device_train_batch_size": 2, "optim": "adamw_torch"
 CASES = [
     {"name": f"{engine}-{tuning}-{precision}", "engine": engine, "tuning": tuning, "half": precision == "bf16"}
     for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-    for tuning in ("full", "fresh")
-    for precision in ("float32", "bf16")
+    for tuning, precision in (("full", "float32"), ("full", "bf16"), ("fresh", "bf16"))
 ]
 
 

@@ -301,6 +301,16 @@ def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kin
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("given", [False, True])
+def test_errors_of_the_reference_are_computed_by_compiled_blocks(walk, family_folder, given):
+    reference = {"ref_model": family_folder("flux")} if given else {}
+    trainer, graphs, _ = compiled(
+        walk, "flux", torch_compile_regional=True, precompute_ref_errors=True, max_steps=1, **reference
+    )
+    assert graphs > 0 and trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+@pytest.mark.matrix
 def test_one_kind_of_block_is_compiled_once_however_many_there_are(walk):
     """The first block has inputs without a gradient, and a graph of its own."""
 

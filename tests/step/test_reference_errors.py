@@ -343,6 +343,7 @@ def test_an_error_that_is_not_finite_is_told_with_its_pair(make_trainer, make_sd
         ({"loss_type": "dspo_sdxl"}, "reads the reference's prediction itself"),
         ({"loss_type": "sft"}, "has no reference"),
         ({"sync_ref_model": True}, "moves the reference"),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, "compiles the policy after the errors"),
     ],
 )
 def test_settings_under_which_errors_are_not_enough_are_refused(make_args, settings, reason):

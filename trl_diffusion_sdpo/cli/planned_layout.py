@@ -14,12 +14,12 @@ from . import launch
 _KINDS = {"MULTI_GPU": "ddp", "FSDP": "fsdp2", "NO": "single"}
 
 
-def layout_of(config: str | None, deepspeed: Any, processes: str | int | None) -> Layout:
+def layout_of(config: str | None, engine_file: Any, processes: str | int | None) -> Layout:
     """How the processes share a model, without the precision.
 
     Args:
         config (`str`, *optional*): `--accelerate_config`: a packaged name, or the path of a file that accelerate reads.
-        deepspeed (`str` or `dict`, *optional*): `--deepspeed`: a configuration of DeepSpeed, or its JSON file.
+        engine_file (`str` or `dict`, *optional*): `--deepspeed`: a configuration of DeepSpeed, or its JSON file.
         processes (`str` or `int`, *optional*): `--num_processes`; else that of the file of accelerate.
 
     Raises:
@@ -30,8 +30,8 @@ def layout_of(config: str | None, deepspeed: Any, processes: str | int | None) -
         settings = yaml.safe_load(launch.config_path(config).read_text(encoding="utf-8"))
         facts = _of_accelerate(settings, config)
         processes = settings.get("num_processes") if processes is None else processes
-    if deepspeed is not None:
-        facts = _of_deepspeed(_read_json(deepspeed))
+    if engine_file is not None:
+        facts = _of_json(_read_json(engine_file))
     if processes is None and facts["name"] != "single":
         raise ValueError(
             f"A plan for {facts['name']} needs the number of processes, which share the model. Add `--num_processes`."
@@ -49,14 +49,14 @@ def _of_accelerate(settings: dict[str, Any], name: str) -> dict[str, Any]:
     if kind == "DEEPSPEED":
         given = settings.get("deepspeed_config", {})
         if "deepspeed_config_file" in given:
-            return _of_deepspeed(_read_json(given["deepspeed_config_file"]))
+            return _of_json(_read_json(given["deepspeed_config_file"]))
         return {
             "name": _zero(given.get("zero_stage", 2)),
             "offloads_optimizer": given.get("offload_optimizer_device", "none") != "none",
             "offloads_weights": given.get("offload_param_device", "none") != "none",
         }
     if kind == "FSDP":
-        return _of_fsdp(settings.get("fsdp_config", {}))
+        return _of_sharding(settings.get("fsdp_config", {}))
     if kind not in _KINDS:
         raise ValueError(
             f"A plan knows one process, DDP, FSDP2 and ZeRO-1 to 3; {name} has `distributed_type: {kind}`."
@@ -64,7 +64,7 @@ def _of_accelerate(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return {"name": _KINDS[kind]}
 
 
-def _of_fsdp(given: dict[str, Any]) -> dict[str, Any]:
+def _of_sharding(given: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": "fsdp2", "reshards": given.get("fsdp_reshard_after_forward", True) is not False}
     if given.get("fsdp_offload_params", False):
         facts |= {"offloads_optimizer": True, "offloads_weights": True}
@@ -75,7 +75,7 @@ def _of_fsdp(given: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _of_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
+def _of_json(config: dict[str, Any]) -> dict[str, Any]:
     given = config.get("zero_optimization", {})
     facts: dict[str, Any] = {"name": _zero(given.get("stage", 0)), "overlaps": given.get("overlap_comm") is True}
     for part, name in (("optimizer", "offloads_optimizer"), ("param", "offloads_weights")):

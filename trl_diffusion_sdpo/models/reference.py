@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..engines.engine import Engine
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
+from .memory import compile_blocks
 from .numerics import read_contiguous
 from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
 
@@ -108,6 +110,12 @@ class PrecomputedReference(Reference):
         self.module = source.module
         self._module: nn.Module | None = None
         self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
+
+    def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
+        """Compile the blocks of a given model; other sources are compiled with the policy."""
+        assert regional, "the policy is compiled after its errors are computed"
+        if self.module is not None:
+            compile_blocks(cast(Any, self.module), backend, mode)
 
     @property
     def can_predict(self) -> bool:

@@ -211,6 +211,9 @@ def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
         f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
         f"the loss {args.loss_type!r} has no reference": not loss.needs_reference,
         "`sync_ref_model` moves the reference, and its errors with it": args.sync_ref_model,
+        "`torch_compile` compiles the policy after the errors are computed, which are then rounded differently (the "
+        "blocks of `torch_compile_regional` are compiled before)": args.torch_compile
+        and not args.torch_compile_regional,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..files import write_atomically
 from .checking import usable_cores
 from .columns import one_chunk
 from .formats import PreferenceFormat
@@ -103,9 +104,7 @@ def _kept(name: str | None, compute: Callable[[], dict[str, Any]]) -> dict[str, 
         found = compute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
-            Path(folder, file.name).write_text(json.dumps(found))
-            os.replace(Path(folder, file.name), file)
+        write_atomically(file, json.dumps(found).encode(), ending=f".{socket.gethostname()}-{os.getpid()}.partial")
     except OSError as error:
         logger.warning("The checksum of the images was not kept in %s: %s. They are read at every start.", file, error)
     return found

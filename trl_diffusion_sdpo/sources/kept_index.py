@@ -61,13 +61,17 @@ def keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, 
                     facts["files"][name] = [kind.str, _checksum(Path(written, name))]
             content = {"facts": facts, "sha256": _checksum_of(facts)}
             Path(written, _FACTS).write_text(json.dumps(content))
+            is_there = folder.is_dir()
             if (kept := read_kept(folder)) is not None:  # of a process that was faster
                 return kept
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            if is_there:  # and damaged
+                shutil.rmtree(folder, ignore_errors=True)
             Path(written).chmod(0o777 & ~_umask())  # others may share the folder of caches
             Path(written).rename(folder)
             Path(written).mkdir()  # for the context manager to delete
     except OSError as error:
+        if (kept := read_kept(folder)) is not None:  # a process was faster by less
+            return kept
         logger.warning("The index of the pairs was not kept in %s: %s. It is built at every start.", folder, error)
         return found, drops
     with contextlib.suppress(OSError):  # another process removes the same

@@ -188,6 +188,7 @@ def reference_facts(
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype), args.layerwise_casting],
         "attention": args.attention_backend,
+        "compiled": args.torch_compile,
     }
 
 
