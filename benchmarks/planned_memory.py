@@ -172,7 +172,10 @@ def small_transformer(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| Configuration | Planned, MiB (computed) | Measured, MiB | Planned / measured |", "|---|---:|---:|---:|"]
+    lines = [
+        "| Configuration | Planned, MiB (computed) | Measured, MiB | Planned / measured |",
+        "|---|---:|---:|---:|",
+    ]
     return "\n".join(
         lines
         + [

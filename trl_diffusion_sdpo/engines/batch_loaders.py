@@ -128,9 +128,7 @@ class BatchLoaders:
             use_stateful_dataloader=accelerator.use_stateful_dataloader,
             **processes,
         )
-        if isinstance(random := prepared.get_sampler(), SeedableRandomSampler):
-            prepared.set_sampler(SmallSampler(random.data_source, data_seed=random.initial_seed))
-        return prepared
+        return _with_small_sampler(prepared)
 
     def _workers(self, dataset: Pairs) -> int:
         workers = self._args.dataloader_num_workers
@@ -164,6 +162,13 @@ def _plain_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
         **options,
     )
+
+
+def _with_small_sampler(loader: Any) -> Any:
+    if isinstance(sampler := loader.get_sampler(), SeedableRandomSampler):
+        small: Any = SmallSampler  # accelerate's class, whose keyword it takes, has no types
+        loader.set_sampler(small(sampler.data_source, data_seed=sampler.initial_seed))
+    return loader
 
 
 def choose_workers(
