@@ -250,7 +250,10 @@ def test_a_size_of_damaged_pairs_alone_is_replaced_by_pairs_of_one_other(buckete
     trainer = bucketed(train=pairs, **settings, **folders)
     trainer.train()
     assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-    taken = {pair: trainer.train_dataset[pair]["row"] for pair in range(5)}
+    items = [trainer.train_dataset[pair] for pair in range(5)]
+    kind = "moments" if "precompute_latents" in settings else "pixel_values"
+    assert items[1][kind].shape == items[3][kind].shape == items[4][kind].shape  # for which they were computed
+    taken = {pair: item["row"] for pair, item in enumerate(items)}
     assert taken == {0: 0, 1: 4, 2: 2, 3: 4, 4: 4} and trainer.train_dataset.report.undecodable == 2
 
 

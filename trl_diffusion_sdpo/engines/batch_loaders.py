@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -166,8 +166,7 @@ def _plain_loader(
 
 def _with_small_sampler(loader: Any) -> Any:
     if isinstance(sampler := loader.get_sampler(), SeedableRandomSampler):
-        small: Any = SmallSampler  # accelerate's class, whose keyword it takes, has no types
-        loader.set_sampler(small(sampler.data_source, data_seed=sampler.initial_seed))
+        loader.set_sampler(cast(Any, SmallSampler)(sampler.data_source, data_seed=sampler.initial_seed))
     return loader
 
 

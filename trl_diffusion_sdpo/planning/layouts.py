@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,9 +123,9 @@ class Layout:
         # The gradients of a block, and their copy as it is reduced while those of the next one are computed.
         return 2 * max(own for _, own in self._units_of(denoiser, trained=True))
 
-    def _units_of(self, denoiser: nn.Module, *, trained: bool) -> list[tuple[int, int]]:
+    def _units_of(self, denoiser: Any, *, trained: bool) -> list[tuple[int, int]]:
         """For each unit of FSDP2, the outermost first, its bytes with those of the units around it, and its own."""
-        names = block_names(denoiser) if self.units is None else self.units  # type: ignore[arg-type]
+        names = block_names(denoiser) if self.units is None else self.units
         found: list[tuple[int, int]] = []
         open_units = [(denoiser, 0)]
         while open_units:
@@ -159,7 +160,9 @@ class Layout:
 
 def _without_inner_units(unit: nn.Module, names: Collection[str]) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules of a unit, and the units within it."""
-    own, inner, open_modules = [], [], [unit]
+    own: list[nn.Module] = []
+    inner: list[nn.Module] = []
+    open_modules = [unit]
     while open_modules:
         module = open_modules.pop()
         own.append(module)
