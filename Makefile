@@ -1,4 +1,4 @@
-# make demo    install, then train on the embedded world and draw what happened
+# make demo    install, then train on the embedded world for five minutes and draw what happened
 # make test    install, lint, check the types, run the tests, build the documentation
 # make bench   the step against hand-written ones, what the safeguard costs, and others on the CPU: under 10 minutes
 # make bench-gpu PYTHON=python3  speed and memory of published sizes on a GPU, as `make test-gpu`: a second call goes on
@@ -31,6 +31,7 @@ FLOORS_TESTS := tests/data tests/sources tests/trainer/test_walk.py tests/traine
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs clean
 
 demo: $(VENV)/installed
+	@echo "The demo takes about five minutes on two CPU cores, longer with fewer; Ctrl-C stops it, and a second call goes on."
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
 
 test: $(VENV)/installed-dev

@@ -440,7 +440,7 @@ def lines_of_code(source: str, function: ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def _has_floor(file: File) -> bool:
-    return file.room in FLOORS or file.path == "__init__.py"
+    return file.room in FLOORS or file.path in ("__init__.py", "__main__.py")
 
 
 def _module_of(name: str, modules: dict[str, File]) -> str:

@@ -19,7 +19,7 @@ import pytest
 from transformers import TrainingArguments
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.cli import given, launch, options, train
+from trl_diffusion_sdpo.cli import given, launch, options, train, train_help
 from trl_diffusion_sdpo.cli.main import COMMANDS, main
 
 SNAPSHOT = Path(__file__).with_name("cli_surface.json")
@@ -95,9 +95,47 @@ def test_arguments_of_transformers_that_the_documentation_names_are_options(desc
     assert set(named) - renamed <= set(described.options)
 
 
-def test_the_help_is_that_of_the_parser_that_reads_the_arguments(described):
-    fast = options.option_parser(described.options, **train._texts("prog")).format_help()
-    assert fast == train.make_parser("prog").format_help()
+def test_the_help_lists_every_option_once_in_groups_with_this_packages_first(described, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    listed = re.findall(r"(?m)^  --(\w+)", printed)
+    titles = re.findall(r"(?m)^([A-Z].*):$", printed)
+    assert len(listed) == len(set(listed))
+    former = {"gradient_checkpointing", "gradient_checkpointing_kwargs"} if _has_new_names(described) else set()
+    assert set(listed) == set(described.options) - train_help.HIDDEN - former
+    assert titles[0] == "Model and data" and "Optimizer, from transformers" in titles
+    last_of_ours = max(listed.index(name) for name in described.package_options)
+    assert last_of_ours < listed.index("per_device_train_batch_size")
+    text = " ".join(printed.split())
+    assert "`--no_random_flip` turns it off" in text and "(default: sigmoid)" in text and "%%" not in text
+
+
+def _has_new_names(described):
+    return "activation_checkpointing" in described.options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bf16_full_eval", True),
+        ("fp16_full_eval", True),
+        ("include_for_metrics", ["loss"]),
+        ("include_num_input_tokens_seen", "all"),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("use_liger_kernel", True),
+    ],
+)
+def test_an_option_that_is_not_listed_is_refused_with_the_reason(name, value, tmp_path):
+    assert name in train_help.HIDDEN
+    with pytest.raises(ValueError, match=f"`{name}=.*` cannot act on a diffusion model: "):
+        DiffusionSDPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_options_that_are_not_listed_exist(described):
+    assert train_help.HIDDEN - set(described.options) <= {"local_rank", "liger_kernel_config", "use_cache"}
+    assert not train_help.HIDDEN & set(described.package_options)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is shipped: requirements, entry point, data files, the configurations of the paper, the README's commands."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from packaging.specifiers import SpecifierSet
 
 import trl_diffusion_sdpo
 from trl_diffusion_sdpo import import_utils
-from trl_diffusion_sdpo.cli import train
+from trl_diffusion_sdpo.artifacts import model_card
+from trl_diffusion_sdpo.cli import launch, train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -28,7 +30,7 @@ PUBLISHED = {
     "sdxl_dmpo": ("dmpo", 2.05e-6, "adafactor", 6000, 0.01, 0.6),
     "sdxl_dspo": ("dspo_sdxl", 2.05e-6, "adafactor", 5000, None, 0.6),
 }
-STARTING_POINTS = {f"{base}_lora_small_gpu" for base in ("sd15", "sdxl", "sd35", "flux")} | {"sd15_keep_winners"}
+STARTING_POINTS = {f"{base}_lora" for base in ("sd15", "sdxl", "sd35", "flux")} | {"sd15_keep_winners"}
 BASES = {
     "sd35": ("stabilityai/stable-diffusion-3.5-medium", 1024),
     "flux": ("black-forest-labs/FLUX.1-dev", 512),
@@ -137,7 +139,7 @@ def test_every_configuration_is_parsed_and_explains_itself(path, tmp_path):
     assert script_args.dataset_name is None, "the data set is left to the command line"
     assert model_args.model_name_or_path in {model for model, _ in BASES.values()}
     text = path.read_text(encoding="utf-8")
-    assert text.startswith("# ") and f"examples/configs/{path.name}" in text and "--dataset_name" in text
+    assert text.startswith("# ") and f"--config {path.stem} " in text and "--dataset_name" in text
     assert path.name in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 
 
@@ -153,6 +155,88 @@ def test_the_model_card_template_is_shipped():
 def test_the_package_says_that_it_is_typed():
     """Without the file, type checkers ignore the annotations of an installed package (PEP 561)."""
     assert (ROOT / "trl_diffusion_sdpo" / "py.typed").read_bytes() == b""
+
+
+def test_the_wheel_holds_the_examples_where_the_command_line_looks_for_them(tmp_path, monkeypatch):
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    installed, in_clone = launch.EXAMPLES
+    assert tables["wheel"]["force-include"] == {str(in_clone.relative_to(ROOT)): str(installed.relative_to(ROOT))}
+    assert set(launch.example_configs()) == {path.stem for path in CONFIGS}
+    monkeypatch.setattr(launch, "EXAMPLES", (CONFIGS[0].parent, tmp_path / "no clone"))
+    assert len(launch.example_configs()) == len(CONFIGS)
+
+
+def test_an_example_is_found_by_name_and_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.read_file(["--config", "sdxl_lora"])["output_dir"] == "sdxl-sdpo-lora"
+    with pytest.raises(ValueError, match=r"examples? configurations? .*sdxl_lora.* Did you mean `sdxl_lora`"):
+        launch.read_file(["--config=sdxl_lroa"])
+    (tmp_path / "sdxl_lora").write_text("output_dir: mine\n", encoding="utf-8")
+    assert launch.read_file(["--config", "sdxl_lora"]) == {"output_dir": "mine"}
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "trl_diffusion_sdpo", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"trl-diffusion-sdpo {trl_diffusion_sdpo.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "note", "other"),
+    [
+        (
+            "transformers.utils.import_utils",
+            "`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil` for",
+            "`CLIPModel` requires torch",
+        ),
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were", "ZeRO needs CUDA"),
+        (
+            "diffusers.models.modeling_utils",
+            "There are modules in AutoencoderKL that should be kept in float32: []. Casting directly with `to()` can",
+            "There are modules in T5 that should be kept in float32: ['wo']. Casting directly with `to()` can",
+        ),
+    ],
+)
+def test_notes_of_libraries_that_name_nothing_to_do_are_left_out(name, note, other):
+    logger = logging.getLogger(name)
+    import_utils.hide_idle_notes()
+    shown = [logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, text, (), None)) for text in (note, other)]
+    assert [bool(one) for one in shown] == [False, True]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
+def test_links_of_the_pages_outside_the_documentation_lead_somewhere(page):
+    """PyPI shows the README: with an address of the repository its links must be absolute."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
+    relative = [link for link in links if not re.match(r"https?:", link)]
+    assert [link for link in relative if not ((ROOT / page).parent / link).exists()] == []
+    assert relative == [] or page != "README.md" or "Repository" not in urls
+
+
+def test_the_citation_names_the_paper_as_the_model_card_does():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cff-version", "message", "title", "authors"} <= set(citation), "required by the format"
+    assert citation["license"] == tables["license"] and citation["authors"] == tables["authors"]
+    (paper,) = citation["references"]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    assert f"author  = {{{authors}}}" in model_card.PAPER_BIBTEX and paper["title"] in model_card.PAPER_BIBTEX
+    assert paper["url"] == tables["urls"]["Paper"] and paper["journal"] in model_card.PAPER_BIBTEX
+
+
+def test_docker_and_conda_install_what_the_tests_run_with_and_name_no_version():
+    dockerfile, conda = ((ROOT / name).read_text(encoding="utf-8") for name in ("Dockerfile", "environment.yml"))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    target = re.search(r"(?m)^RUN make \.venv/(\S+)$", dockerfile)[1]
+    assert f"$(VENV)/{target}:" in makefile and "VENV := .venv\n" in makefile
+    python, pip, with_pip = yaml.safe_load(conda)["dependencies"]
+    lines = with_pip["pip"]
+    assert (pip, lines) == ("pip", ["-c constraints.txt", "torch", "-e .[dev]"])
+    assert python == "python=" + re.search(r"(?m)^FROM python:([\d.]+)-slim$", dockerfile)[1]
+    assert "==" not in dockerfile + conda
+    torch = re.search(r"(?m)^TORCH \?= (.*)$", makefile)[1]
+    assert torch in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_readme_names_both_commands():

@@ -1,12 +1,26 @@
-"""The package's extras by name, and lazy import of public names."""
+"""The package's extras by name, lazy import of public names, and which notes of libraries are not shown."""
 
+from __future__ import annotations
+
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logging import LogRecord
 
 # Extra of this package -> the module that it installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "plots": "matplotlib", "quantization": "bitsandbytes"}
+
+# Logger -> the beginning of notes that name nothing a user of this package could change: image processors that no
+# pipeline calls here, the accelerator that an unused DeepSpeed finds, an empty list of modules.
+_IDLE_NOTES = {
+    "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back",
+    "DeepSpeed": r"Setting (ds_)?accelerator to ",
+    "diffusers.models.modeling_utils": r"There are modules in \w+ that should be kept in float32: \[\]\.",
+}
 
 
 class MissingExtraError(ImportError):
@@ -50,9 +64,22 @@ def lazy_attributes(
     def get_attribute(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        hide_idle_notes()  # what is imported now imports the libraries
         return getattr(import_module(homes[name], package), name)
 
     return get_attribute, lambda: public
+
+
+def hide_idle_notes() -> None:
+    """Let the loggers of libraries leave out the notes that import and loading cause in every run."""
+    import logging  # a third of this package's import time
+
+    for name in _IDLE_NOTES:
+        logging.getLogger(name).addFilter(_says_something)  # once, however often it is called
+
+
+def _says_something(record: LogRecord) -> bool:
+    return re.match(_IDLE_NOTES[record.name], record.getMessage()) is None
 
 
 def _is_installed(extra: str) -> bool:

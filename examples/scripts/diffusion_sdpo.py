@@ -7,33 +7,32 @@
 A LoRA of Stable Diffusion 1.5; `sdxl`, `sd35` and `flux` in place of `sd15` for the other pipelines:
 
 ```bash
-python examples/scripts/diffusion_sdpo.py --config examples/configs/sd15_lora_small_gpu.yaml \\
-    --dataset_name OWNER/PREFERENCES
+python examples/scripts/diffusion_sdpo.py --config sd15_lora --dataset_name OWNER/PREFERENCES
 ```
 
 All weights of Stable Diffusion 1.5's UNet, on eight GPUs:
 
 ```bash
-accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config examples/configs/sd15_sigmoid.yaml \\
+accelerate launch --num_processes 8 examples/scripts/diffusion_sdpo.py --config sd15_sigmoid \\
     --dataset_name OWNER/PREFERENCES
 ```
 
-Every option of `PairArguments`, of TRL's `ModelConfig` and of `DiffusionSDPOConfig` can be given, on the command line
-or in the YAML file of `--config`; the command line wins, and `--help` lists them. `--load_in_4bit true` quantizes the
-frozen base of a LoRA and needs the extra `quantization`.
+Every option of `trl-diffusion-sdpo train` but those of its launcher can be given, on the command line or in the YAML
+file of `--config`, which may be the name of one in `examples/configs`. The command line wins, and `--help` lists them.
+`--load_in_4bit true` quantizes the frozen base of a LoRA and needs the extra `quantization`.
 """
 
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+import sys
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets, public_name
-from trl_diffusion_sdpo.cli.train import resume_point
+from trl import get_peft_config, get_quantization_config
+
+from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.pair_arguments import load_datasets, public_name
+from trl_diffusion_sdpo.cli.train import parse, resume_point
 
 
 def main(argv=None):
-    parser = TrlParser((PairArguments, DiffusionSDPOConfig, ModelConfig))
-    parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
-    script_args, training_args, model_args = parser.parse_args_and_config(argv)
+    script_args, training_args, model_args = parse(sys.argv[1:] if argv is None else argv)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,

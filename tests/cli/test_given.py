@@ -195,3 +195,15 @@ def test_settings_of_the_file_and_the_command_line_are_in_the_arguments(tmp_path
     assert (args.safeguard, args.random_flip, args.eval_strategy, args.use_cpu) == ("none", False, "no", True)
     assert (args.beta, args.max_steps, pairs.test_size) == (2000.0, 7, 0.25)
     assert (model.use_peft, model.lora_target_modules, model.lora_dropout) == (True, ["to_q", "to_k"], 0.0)
+
+
+def test_a_file_with_a_new_name_is_read_where_transformers_has_the_former_one(table, tmp_path):
+    """transformers before 5.23 has `gradient_checkpointing` only; the example configurations have the new name."""
+    file = tmp_path / "run.yaml"
+    file.write_text("activation_checkpointing: true\n", encoding="utf-8")
+    new, former = "activation_checkpointing", "gradient_checkpointing"
+    one = table.options.get(new) or table.options[former]
+    for name in (new, former):
+        others = {key: option for key, option in table.options.items() if key not in (new, former)}
+        known = table._replace(options={**others, name: one})
+        assert given.read_given(["--config", str(file)], known).settings == {name: True}

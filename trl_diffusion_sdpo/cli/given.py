@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..suggestions import did_you_mean
 from ..switch_words import choice_of_switch
 from . import launch
-from .options import Option, OptionTable, names_in_sources, option_parser, refuse_unknown
+from .options import Option, OptionTable, given_parser, names_in_sources, refuse_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,11 @@ _WORDS_OF_BOOLEANS = {
 _REQUIRED = {
     "model_name_or_path": "the Hub id or folder of a diffusers pipeline",
     "dataset_name": "the Hub id, folder or file of a preference data set",
+}
+# Options that older versions of transformers know by another name: the example configurations have the new one.
+_FORMER_NAMES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 _LISTS_OF_MAPPINGS = ("datasets",)  # whose dataclass checks them
 _RULES = {
@@ -66,7 +71,8 @@ def refuse_unknown_names(arguments: list[str]) -> None:
     known |= {f"no_{name}" for name in known} | {"config", "help", *launch.keys_used_by_the_launcher()}
     names = (launch.option_of(word) for word in arguments)
     refuse_unknown([f"--{name}" for name in names if name and name not in known], known)
-    _refuse_unknown_keys({key for key in file if key not in known | {launch.ENVIRONMENT_KEY}}, known)
+    keys = {_installed_name(key, known) for key in file}
+    _refuse_unknown_keys({key for key in keys if key not in known | {launch.ENVIRONMENT_KEY}}, known)
 
 
 def read_given(arguments: list[str], table: OptionTable) -> Given:
@@ -93,11 +99,18 @@ def read_given(arguments: list[str], table: OptionTable) -> Given:
     else:
         _refuse_options_of_the_launcher([*words, *(f"--{key}" for key in file if key not in launched)], table)
     typed = _read_words(words, table.options, table.launch_options if launches else ())
-    ours = {key: value for key, value in file.items() if key not in launched or key in table.options}
+    ours = {_installed_name(key, table.options): value for key, value in file.items()}
+    ours = {key: value for key, value in ours.items() if key not in launched or key in table.options}
     _refuse_unknown_keys({key for key in ours if key not in table.options}, table.options)
     settings = {key: setting(key, table.options[key], value) for key, value in ours.items()}
     _check_together({**settings, **typed})
     return Given(words, settings, {str(key): str(value) for key, value in environment.items()}, typed)
+
+
+def _installed_name(key: str, known: Container[str]) -> str:
+    """The name under which the installed transformers knows an option of a file."""
+    former = _FORMER_NAMES.get(key)
+    return former if former is not None and key not in known and former in known else key
 
 
 def setting(name: str, option: Option, value: Any) -> Any:
@@ -152,8 +165,7 @@ def _word_of_boolean(name: str, option: Option, value: bool) -> str:
 
 def _read_words(words: list[str], options: Mapping[str, Option], others: Iterable[str]) -> dict[str, Any]:
     """Values of the typed options; the last one of an option that is given twice."""
-    parser = option_parser(options, only_given=True, add_help=False)
-    typed, unknown = parser.parse_known_args(words)
+    typed, unknown = given_parser(options).parse_known_args(words)
     flags = {flag: name for name, option in options.items() for flag in (*option.flags, *option.off_flags)}
     refuse_unknown(unknown, [*(flag.removeprefix("--") for flag in flags), *others])
     times = Counter(flags[flag] for word in words if (flag := word.partition("=")[0]) in flags)

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..import_utils import require
+from ..suggestions import did_you_mean
 from . import EXIT_INTERRUPTED, EXIT_OK
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
+# The example configurations: in an installed package, and in a clone.
+EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
 OPTION = "accelerate_config"
 MODULE = f"{__package__}.main"
 
@@ -136,10 +139,29 @@ def read_file(arguments: list[str]) -> dict[str, Any]:
     """The contents of the file of `--config`; empty without one.
 
     Raises:
-        ValueError: If it is not a mapping in YAML, or two files are given.
+        ValueError: If there is no such file, it is not a mapping in YAML, or two files are given.
     """
     name, _ = take_option(arguments, "config")
-    return {} if name is None else _read_yaml(Path(name))
+    return {} if name is None else _read_yaml(_file_of_settings(name))
+
+
+def example_configs() -> dict[str, Path]:
+    """The example configurations, by name."""
+    return {path.stem: path for folder in reversed(EXAMPLES) for path in sorted(folder.glob("*.yaml"))}
+
+
+def _file_of_settings(name: str) -> Path:
+    """A file of settings, by its path, or else by the name of an example configuration."""
+    path, examples = Path(name).expanduser(), example_configs()
+    if path.is_file():
+        return path
+    if name not in examples:
+        near = did_you_mean(path.stem, examples)
+        raise ValueError(
+            f"`--config` must be a YAML file, or one of the example configurations {', '.join(examples)}; got "
+            f"{name}, and there is no such file.{near}"
+        )
+    return examples[name]
 
 
 def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:

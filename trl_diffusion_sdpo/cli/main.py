@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 from .. import __version__
-from ..import_utils import MissingExtraError
+from ..import_utils import MissingExtraError, hide_idle_notes
 from ..suggestions import did_you_mean
 from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
+    hide_idle_notes()
     try:
         module = import_module(f".{name.replace('-', '_')}", __package__)
         return module.run(arguments, prog)

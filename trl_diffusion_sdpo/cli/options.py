@@ -69,6 +69,7 @@ class OptionTable(typing.NamedTuple):
     options: dict[str, Option]  # by name
     launch_options: dict[str, bool]  # options of `accelerate launch`, and whether each takes a value
     package_options: list[str]  # names of those that this package declares, not transformers or TRL
+    groups: dict[str, list[str]]  # names under each title of the help, without those that are not listed
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -110,7 +111,7 @@ def read_table() -> OptionTable | None:
     if stored["versions"] != installed_versions():
         return None
     options = {name: Option(**row) for name, row in stored["options"].items()}
-    return OptionTable(options, stored["launch_options"], stored["package_options"])
+    return OptionTable(options, stored["launch_options"], stored["package_options"], stored["groups"])
 
 
 def write_table(table: OptionTable) -> None:
@@ -118,7 +119,7 @@ def write_table(table: OptionTable) -> None:
     rows = {name: asdict(option) for name, option in table.options.items()}
     TABLE_FILE.write_text(
         f'{{"versions": {json.dumps(installed_versions())},\n"package_options": {json.dumps(table.package_options)},\n'
-        f'"launch_options": {json.dumps(table.launch_options)},\n"options": {{\n'
+        f'"launch_options": {json.dumps(table.launch_options)},\n"groups": {json.dumps(table.groups)},\n"options": {{\n'
         + ",\n".join(f"{json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
         + "\n}}\n",
         encoding="utf-8",
@@ -159,17 +160,15 @@ def describe(parser: argparse.ArgumentParser, dataclasses: Iterable[type]) -> di
     return {name: _option(same, _kinds(hints[name])) for name, same in actions.items()}
 
 
-def option_parser(options: Mapping[str, Option], *, only_given: bool = False, **settings: Any) -> OneLineParser:
-    """A parser of the described options; with `only_given` its namespace lacks the options that are not given."""
-    parser = OneLineParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+def given_parser(options: Mapping[str, Option]) -> OneLineParser:
+    """A parser of the described options, whose namespace holds only those that are given."""
+    parser = OneLineParser(add_help=False, argument_default=argparse.SUPPRESS)
     for name, option in options.items():
         more = {"nargs": option.nargs, "const": True} if option.nargs == "?" else {"nargs": option.nargs}
-        default = argparse.SUPPRESS if only_given else option.default
-        shown = {"choices": option.choices, "help": option.help, "default": default}
-        parser.add_argument(*option.flags, dest=name, type=_argument_type(option.read), **more, **shown)
+        read = _argument_type(option.read)
+        parser.add_argument(*option.flags, dest=name, type=read, choices=option.choices, **more)
         if option.off_flags:
-            default = argparse.SUPPRESS if only_given else False
-            parser.add_argument(*option.off_flags, dest=name, action="store_false", default=default, help=option.help)
+            parser.add_argument(*option.off_flags, dest=name, action="store_false", default=argparse.SUPPRESS)
     return parser
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .given import Given, read_given, refuse_missing, refuse_unknown_names
-from .options import OptionTable, describe, option_parser, read_table
+from .options import OptionTable, describe, read_table
+from .train_help import group_options, help_parser
 
 if TYPE_CHECKING:
     from trl import ModelConfig, TrlParser
@@ -46,7 +47,32 @@ def describe_options() -> OptionTable:
     parser = make_parser()
     options = describe(parser, parser.dataclass_types)
     upstream = {field.name for kind in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(kind)}
-    return OptionTable(options, launch.launch_options(options), [name for name in options if name not in upstream])
+    ours = [name for name in options if name not in upstream]
+    groups = group_options(options, _holders(), TrainingArguments)
+    return OptionTable(options, launch.launch_options(options), ours, groups)
+
+
+def _holders() -> dict[str, Sequence[type]]:
+    """The dataclasses of the options by the title under which the help lists them."""
+    from trl import ModelConfig, ScriptArguments
+
+    from ..settings.data_arguments import DataArguments, RunArguments
+    from ..settings.model_arguments import MemoryArguments, PipelineArguments, SampleArguments
+    from ..settings.step_arguments import LossArguments, NoiseArguments, WinnerArguments
+    from .pair_arguments import PairArguments
+
+    return {
+        "Model and data": (PairArguments, ScriptArguments),
+        "LoRA and quantization": (ModelConfig,),
+        "Loss and safeguard": (LossArguments,),
+        "Keeping the winners": (WinnerArguments,),
+        "Noise and timesteps": (NoiseArguments,),
+        "Images": (DataArguments,),
+        "Pipeline and reference": (PipelineArguments,),
+        "Memory": (MemoryArguments,),
+        "Generated samples": (SampleArguments,),
+        "Run": (RunArguments,),
+    }
 
 
 def run(arguments: list[str], prog: str, *, command: str = "train", act: Callable[..., int] | None = None) -> int:
@@ -56,9 +82,7 @@ def run(arguments: list[str], prog: str, *, command: str = "train", act: Callabl
         act (`Callable`, *optional*): Takes the parsed arguments and returns the exit code; `train` by default.
     """
     arguments = _with_one_config(arguments)
-    table = _options_for(arguments)
-    if {"-h", "--help"} & set(arguments):
-        option_parser(table.options, **_texts(prog)).parse_args(["--help"])  # exits
+    table = _options_for(arguments, prog)
     given = read_given(arguments, table)
     os.environ.update(given.environment)
     planned = launch.plan(arguments, table.options)
@@ -73,16 +97,20 @@ def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments,
         ValueError: If an argument or the YAML file is invalid.
     """
     arguments = _with_one_config(arguments)
-    given = read_given(arguments, _options_for(arguments))
+    given = read_given(arguments, _options_for(arguments, prog))
     os.environ.update(given.environment)
     return _parse(given, prog)
 
 
-def _options_for(arguments: list[str]) -> OptionTable:
+def _options_for(arguments: list[str], prog: str | None) -> OptionTable:
+    """The options; prints them and exits if that is asked for."""
     table = read_table()
     if table is None:
         refuse_unknown_names(arguments)
-    return table or describe_options()
+        table = describe_options()
+    if {"-h", "--help"} & set(arguments):
+        help_parser(table.options, table.groups, **_texts(prog)).parse_args(["--help"])
+    return table
 
 
 def _parse(given: Given, prog: str | None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
@@ -94,10 +122,13 @@ def _parse(given: Given, prog: str | None) -> tuple[PairArguments, DiffusionSDPO
 def _texts(prog: str | None) -> dict[str, Any]:
     return {
         "prog": prog,
-        "usage": "%(prog)s [--config FILE.yaml] [--accelerate_config NAME] --model_name_or_path ID --dataset_name ID "
-        "[--OPTION VALUE ...]",
-        "description": "Tune a pipeline on preference pairs. The command line overrides the YAML file of --config.",
-        "epilog": f"--accelerate_config starts the training under accelerate: {', '.join(launch.config_names())}, or "
+        "usage": "%(prog)s [--config FILE.yaml | EXAMPLE] [--accelerate_config NAME] --model_name_or_path ID "
+        "--dataset_name ID [--OPTION VALUE ...]",
+        "description": "Tune a pipeline on preference pairs. The command line overrides the YAML file of --config, "
+        f"which may be the name of an example: {', '.join(launch.example_configs())}.",
+        "epilog": "Dashes may stand for underscores. Options of transformers and TRL that are for language models, or "
+        "do nothing here, are not listed. "
+        f"--accelerate_config starts the training under accelerate: {', '.join(launch.config_names())}, or "
         "the path of a file; options of `accelerate launch`, such as --num_processes, may follow.",
     }
 

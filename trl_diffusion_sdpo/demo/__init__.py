@@ -3,6 +3,7 @@
 The world and the oracle need numpy only and are imported here; the pairs are in `pairs`, the pipeline in `pipeline`.
 """
 
+from ..import_utils import hide_idle_notes
 from .oracle import OracleParts, oracle_parts, oracle_score
 from .world import Caption, captions, imperfect_render, parse_caption, render
 
@@ -16,3 +17,5 @@ __all__ = [
     "parse_caption",
     "render",
 ]
+
+hide_idle_notes()  # the pipeline's module imports the libraries

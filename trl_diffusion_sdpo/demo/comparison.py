@@ -124,7 +124,7 @@ class Comparison:
         self.folder, self.settings = folder, settings
         with tqdm(total=2, desc="Pairs and base model") as bar:
             base = load_base_pipeline()
-            self.train_pairs, self.eval_pairs = _make_pairs(settings["pairs"], settings["seed"], base)
+            self.train_pairs, self.eval_pairs = demo_pairs(settings["pairs"], settings["seed"], base)
             bar.update()
             self.scorer = ImageScorer(settings["samples_per_prompt"], settings["seed"] + _SCORE_SEED)
             self.base_samples, self.base_scores = self.scorer(base)
@@ -247,8 +247,8 @@ def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _make_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
-    """Training and held-out pairs of the same kind."""
+def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
+    """Training and held-out pairs of the same kind, `"off_policy"` or `"on_policy"`; the latter of images of `base`."""
     if kind == "off_policy":
         return off_policy_pairs(seed), eval_pairs(seed)
     return on_policy_pairs(base, seed), on_policy_pairs(base, seed + _HELD_OUT_SEED, per_prompt=2)

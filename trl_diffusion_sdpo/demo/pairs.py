@@ -4,6 +4,10 @@ Off-policy pairs are two rendered images, made by no model; on-policy pairs are 
 """
 
 import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ FEATURES = Features(
     {"prompt": Value("string"), "chosen": Image(), "rejected": Image()}
     | {name: Value("float32") for name in ("chosen_score", "rejected_score")}
 )
+_SIDES = ("chosen", "rejected")
 _TRAIN_KEY, _EVAL_KEY = 1, 2  # of the generators: training and held-out pairs differ for every seed
 
 
@@ -51,6 +56,45 @@ def on_policy_pairs(
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=generator)
     return _rank(shown, generate_images(pipeline, prompts, latents, steps), margin)
+
+
+def write_pairs(splits: Mapping[str, Dataset], folder: str | Path) -> Path:
+    """Write pairs as a folder of images that `datasets.load_dataset(folder)` reads, in the layout of an imagefolder.
+
+    Args:
+        splits (`Mapping[str, datasets.Dataset]`): Pairs in the columns of [`off_policy_pairs`], by the split's name.
+        folder (`str` or `Path`): New or empty. Each split becomes a folder with `images/0000_chosen.png`,
+            `images/0000_rejected.png` and so on, and `metadata.jsonl`, which names them with their prompts and scores.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If there is something in the folder.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"The pairs must go into a new or an empty folder, got {folder}. Name another one.")
+    for split, pairs in splits.items():
+        (folder / split / "images").mkdir(parents=True)
+        for side in _SIDES:
+            pairs = pairs.cast_column(side, Image(decode=False))
+        lines = [json.dumps(_write_pair(folder / split, number, row)) for number, row in enumerate(pairs)]
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def _write_pair(folder: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Write the images of a pair.
+
+    Returns:
+        `dict`: Its line of `metadata.jsonl`, where `chosen_file_name` becomes the column `chosen`.
+    """
+    line = {name: value for name, value in row.items() if name not in _SIDES}
+    for side in _SIDES:
+        line[f"{side}_file_name"] = f"images/{number:04}_{side}.png"
+        (folder / line[f"{side}_file_name"]).write_bytes(row[side]["bytes"])
+    return line
 
 
 def _rendered_pairs(generator: np.random.Generator, per_prompt: int, margin: float) -> Dataset:

@@ -1,0 +1,23 @@
+# The environment that the tests run in, by the Makefile's own commands and with the versions of constraints.txt.
+#
+#   docker build -t trl-diffusion-sdpo .
+#   docker run --rm trl-diffusion-sdpo env
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" -w /work trl-diffusion-sdpo \
+#       train --config sd15_lora --dataset_name pairs --output_dir sd15-lora
+#   docker run --rm --entrypoint make trl-diffusion-sdpo test
+#
+# PyPI's build of torch for Linux has CUDA in it; the host needs a driver and NVIDIA's container toolkit.
+FROM python:3.11-slim
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ git make \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV PIP_NO_CACHE_DIR=1
+WORKDIR /opt/trl-diffusion-sdpo
+COPY . .
+RUN make .venv/installed-dev
+
+ENV PATH=/opt/trl-diffusion-sdpo/.venv/bin:$PATH
+ENTRYPOINT ["trl-diffusion-sdpo"]
+CMD ["--help"]
