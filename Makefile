@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 # One process a core, up to four. A container may see more cores than it has: `make test PARALLEL=` takes one process.
 PARALLEL ?= -n logical --maxprocesses 4 --no-loadscope-reorder
-SOURCES := trl_diffusion_sdpo tests examples benchmarks
+SOURCES := trl_diffusion_sdpo tests examples benchmarks docs_build
 
 FLOORS := .venv-floors
 FLOORS_BIN := $(FLOORS)/bin
@@ -39,7 +39,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m zensical build --strict --clean
 
 test-distributed: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not gpu" tests/distributed tests/gpu
@@ -90,10 +90,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format $(SOURCES)
 
 docs: $(VENV)/installed-dev
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m zensical build --strict --clean
 
 clean:
-	rm -rf $(VENV) .venv-* .test_gpu build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .test_gpu .cache build dist site bench_output demo_output kills_output .mypy_cache .pytest_cache .ruff_cache
 
 # PyTorch comes first, so that what is found on this machine is not replaced by a larger build of the same version.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -16,8 +16,10 @@ import pytest
 import torch
 import yaml
 from tiny_pipelines import case
+from transformers import TrainingArguments
 from trl import ModelConfig
 
+import trl_diffusion_sdpo
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer, diffusion_preference_loss
 from trl_diffusion_sdpo.cli.demo import make_parser as make_demo_parser
 from trl_diffusion_sdpo.cli.main import COMMANDS
@@ -29,6 +31,7 @@ from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
 from trl_diffusion_sdpo.planning.published import DENOISERS
+from trl_diffusion_sdpo.settings.all_arguments import AllArguments
 from trl_diffusion_sdpo.sources.checking import COUNTS
 
 ROOT = Path(__file__).parents[1]
@@ -246,12 +249,16 @@ def published_resolution(class_name: str) -> int | tuple[int, int]:
     return family.default_resolution
 
 
-def memory_script():
-    """`benchmarks/family_memory.py` as a module."""
-    spec = importlib.util.spec_from_file_location("family_memory", ROOT / "benchmarks" / "family_memory.py")
+def module_of(path: str):
+    """A script or an extension of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def memory_script():
+    return module_of("benchmarks/family_memory.py")
 
 
 def test_every_familys_defaults_have_a_source():
@@ -474,13 +481,113 @@ def _is_importable(name: str) -> bool:
 
 def test_every_page_is_in_the_navigation():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    entries = [value for item in site["nav"] for value in item.values()]
-    listed = [
-        page
-        for entry in entries
-        for page in ([entry] if isinstance(entry, str) else [p for e in entry for p in e.values()])
-    ]
+    listed = _pages_of(site["nav"])
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md") if page.name not in site["exclude_docs"])
+
+
+def _pages_of(entry: str | list | dict) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    children = entry.values() if isinstance(entry, dict) else entry
+    return [page for child in children for page in _pages_of(child)]
+
+
+def test_the_site_is_in_four_groups():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert [name for item in site["nav"] for name in item] == ["Start", "Guides", "Reference", "Background"]
+
+
+def test_no_page_fetches_anything_from_elsewhere():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert site["theme"]["font"] is False and "extra_javascript" not in site
+    assert [sheet for sheet in site["extra_css"] if not (DOCS / sheet).exists()] == []
+    shown = [
+        link
+        for page in DOCS.glob("*.md")
+        for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|\ssrc=", page.read_text("utf-8"))
+    ]
+    assert [link for link in shown if not link or link.startswith("http")] == []
+
+
+def test_every_formula_is_set_as_mathml():
+    markdown = pytest.importorskip("markdown", reason="needs the extra `docs`")
+    pytest.importorskip("latex2mathml", reason="needs the extra `docs`")
+    mathml = module_of("docs_build/mathml.py").makeExtension()
+    found_by = ["tables", "pymdownx.superfences", "pymdownx.arithmatex"]
+    reader = markdown.Markdown(
+        extensions=[*found_by, mathml], extension_configs={"pymdownx.arithmatex": {"generic": True}}
+    )
+    pages = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")}
+    blocks_removed = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S) for name, text in pages.items()}
+    written = {name: len(re.findall(r"^\\\[|\\\(", text, re.M)) for name, text in blocks_removed.items()}
+    with_formulas = [name for name in pages if written[name]]
+    assert all(reader.reset().convert(pages[name]).count("<math ") == written[name] for name in with_formulas)
+    assert sum(written.values()) > 40
+    with pytest.raises(ValueError, match="must know every command"):
+        reader.reset().convert(r"\(\nosuchcommand x\)")
+
+
+def api_entries() -> list[str]:
+    return re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_public_name_and_every_group_of_settings_has_an_entry_in_the_api_reference():
+    entries = api_entries()
+    public = {f"{trl_diffusion_sdpo.__name__}.{name}" for name in trl_diffusion_sdpo.__all__}
+    groups = {f"{part.__module__}.{part.__name__}" for part in AllArguments.__bases__ if part is not TrainingArguments}
+    assert public | groups <= set(entries)
+    assert len(set(entries)) == len(entries) and all(_is_importable(entry) for entry in entries)
+
+
+@pytest.mark.parametrize("entry", api_entries(), ids=lambda entry: entry.rpartition(".")[2])
+def test_a_docstring_in_the_api_reference_explains_every_parameter(entry):
+    """The reference is generated; what its generator does not understand would be left out of it with a warning."""
+    thing = pkgutil.resolve_name(entry)
+    if thing is DiffusionSDPOConfig:
+        return  # its settings are those of the groups
+    text = inspect.getdoc(thing)
+    section = re.search(r"^(?:Args|Parameters):\n((?:(?: {4}.*)?\n?)+)", text, re.MULTILINE)
+    explained = re.findall(r"^ {4}(\S.*)", section[1] if section else "", re.MULTILINE)
+    assert [line for line in explained if not re.match(r"\w+ \(.*\):", line)] == []
+    own = thing.__annotations__ if ".settings." in entry else inspect.signature(thing).parameters
+    assert [re.match(r"\w+", line)[0] for line in explained] == list(own)
+
+
+def is_a_name_here(name: str) -> bool:
+    """Whether it is a setting, an argument, a metric, a command, a loss or a public name."""
+    launch = {"accelerate_config", "num_processes", "config", "fit"}  # options of commands beside the settings
+    known = {*known_arguments(), *COMMANDS, *LOSSES, *trl_diffusion_sdpo.__all__, *launch}
+    of_tables = [table for table in tables(DOCS / "trainer.md") if table.header[0].startswith("Metric")]
+    metrics = {metric for table in of_tables for row in table.rows for metric in code(row[0])}
+    return name in known or name.removeprefix("eval_") in metrics
+
+
+def names_in(text: str) -> set[str]:
+    """What could be one of these and stands in backticks: `name`, `name=value` or `name: value`."""
+    names = [re.match(r"([A-Za-z][\w/-]*)(?:=|: |$)", span) for span in code(text)]
+    return {name[1] for name in names if name}
+
+
+@pytest.mark.parametrize(
+    ("page", "others"),
+    [
+        ("index.md", {"epsilon", "v_prediction", "sample"}),
+        ("faq.md", {"worse", "ruined", "force_upcast", "SDPOTrainer", "None", "samples/", "examples/configs"}),
+    ],
+)
+def test_what_the_pages_for_new_users_name_exists(page, others):
+    text = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert {name for name in names_in(text) if not is_a_name_here(name)} <= others
+
+
+def test_every_row_of_what_users_look_for_has_a_page_a_state_and_existing_names():
+    rows = [row for table in tables(DOCS / "where_is.md") for row in table.rows]
+    assert len(rows) >= 68
+    others = {"compute_loss", "from_single_file", "PeftModel", "examples/configs", "model"}
+    for what, state, here in rows:
+        assert re.match(r"\[.+?\]\(\w+\.md(#[\w-]+)?\)", what), what
+        assert state in ("yes", "part", "no") and (state != "no" or here.startswith("none")), what
+        assert {name for name in names_in(here) if not is_a_name_here(name)} <= others, what
 
 
 def test_the_changelog_names_every_loss_and_the_version_to_come():

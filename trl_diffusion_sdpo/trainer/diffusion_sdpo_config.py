@@ -24,9 +24,9 @@ INHERITED = {
 class DiffusionSDPOConfig(AllArguments):
     r"""
     Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`], of
-    [`PipelineArguments`], [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`],
-    [`SampleArguments`] and [`RunArguments`]. Fields left `None` take the value published for the model's family and the
-    loss; the trainer logs what it chose.
+    [`PipelineArguments`], [`MemoryArguments`], [`NoiseArguments`], [`LossArguments`], [`DataArguments`],
+    [`WinnerArguments`], [`SampleArguments`] and [`RunArguments`]. Fields left `None` take the value published for the
+    model's family and the loss; the trainer logs what it chose.
 
     Using [`~transformers.HfArgumentParser`] this class turns into command line arguments.
 

@@ -90,8 +90,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference, of the same kinds. `None`
             takes the policy as it is before training: switched-off adapter, second adapter or frozen copy.
         args ([`DiffusionSDPOConfig`], *optional*): Settings; left as they are, a copy is completed.
-        train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, `torch.utils.data.Dataset` or `list`,
-            *optional*): Preference pairs in a known format.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
+            Preference pairs in a known format.
         eval_dataset (the same, or a `dict` of them, *optional*): Pairs for evaluation, at fixed noise and timesteps.
         processing_class (`DiffusionPipeline`, *optional*): The pipeline that owns a bare denoiser's VAE, text encoders
             and scheduler.
