@@ -187,8 +187,10 @@ def test_the_graph_holds_no_weight_that_autocast_has_cast(lora):
             )
     plain = held_by_a_prediction(family, inputs)
     cast = 2 * sum(saved.values())  # bytes
+    alone = family.predict(family.denoiser, *inputs)
     StoredBase(family.denoiser, device=CPU, offload="leaf", half_dtype=torch.bfloat16)
     assert cast > 50_000 and plain - held_by_a_prediction(family, inputs) > 0.9 * cast
+    assert torch.equal(family.predict(family.denoiser, *inputs), alone)  # in full precision outside autocast
 
 
 def test_blocks_are_on_the_device_one_after_the_other(lora):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
+from torch.utils.data import RandomSampler
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, PairMixture
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
@@ -260,6 +261,12 @@ def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(many, 
     check_batches(eight, batch_args(gradient_accumulation_steps=2))
     check_batches(None, batch_args())
     assert not caplog.records
+
+
+def test_another_sampler_of_a_subclass_keeps_its_settings(make_trainer, make_pairs):
+    trainer = make_trainer(train=make_pairs(3), per_device_train_batch_size=1)
+    trainer._get_train_sampler = lambda dataset: RandomSampler(dataset, replacement=True, num_samples=40)
+    assert len(list(trainer.get_train_dataloader())) == 40
 
 
 def test_the_order_is_that_of_accelerate_and_takes_little_memory(make_trainer, make_pairs):

@@ -165,9 +165,15 @@ def _plain_loader(
 
 
 def _with_small_sampler(loader: Any) -> Any:
-    if isinstance(sampler := loader.get_sampler(), SeedableRandomSampler):
+    sampler = loader.get_sampler()
+    if isinstance(sampler, SeedableRandomSampler) and _is_usual(sampler):
         loader.set_sampler(cast(Any, SmallSampler)(sampler.data_source, data_seed=sampler.initial_seed))
     return loader
+
+
+def _is_usual(sampler: RandomSampler) -> bool:
+    """Whether it draws each pair once, from the seed alone, as those do that transformers makes."""
+    return not sampler.replacement and sampler._num_samples is None and sampler.generator is None
 
 
 def choose_workers(

@@ -41,18 +41,19 @@ class _Weight:
     name: str
     stored: torch.Tensor
     dtype: torch.dtype  # in which it is used
+    half_dtype: torch.dtype | None  # in which autocast would use it
     placeholder: nn.Parameter  # without elements; in its place while it is not used
 
-    def fetch(self, device: torch.device) -> torch.Tensor:
+    def fetch(self, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         """Its values on the device, without waiting for the copy."""
-        return self.stored.to(device, non_blocking=True).to(self.dtype)
+        return self.stored.to(device, non_blocking=True).to(dtype or self.dtype)
 
 
 class StoredBase:
     """The frozen weights of a denoiser under a LoRA, stored on the CPU or in 8 bits, and brought where they are used.
 
     What autograd saves of them is not kept but brought again for the backward pass. `state_dict` has the stored values.
-    Those that autocast would cast are brought in its dtype: autograd would save what autocast has cast.
+    Those that autocast would cast are brought in its dtype under autocast: autograd would save what it has cast.
 
     Args:
         denoiser (`nn.Module`): All its adapters are added.
@@ -119,9 +120,8 @@ class StoredBase:
             _check_plain(f"{name}.{key}", parameter)
             stored = self._cast(f"{name}.{key}", parameter) if is_cast else parameter.detach()
             stored = self._on_host(stored) if offload else stored
-            dtype = parameter.dtype if half_dtype is None else half_dtype
             empty = nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=self._device), requires_grad=False)
-            weights.append(_Weight(owner, key, stored, dtype, empty))
+            weights.append(_Weight(owner, key, stored, parameter.dtype, half_dtype, empty))
         if weights:
             owner.register_state_dict_post_hook(_with_stored(weights))
         self._resident += [] if offload else weights
@@ -150,8 +150,9 @@ class StoredBase:
     # ---- Bringing -------------------------------------------------------------------------------------------------
 
     def _bring(self, weights: list[_Weight]) -> None:
+        in_half = torch.is_autocast_enabled(self._device.type)
         for weight in weights:
-            value = weight.fetch(self._device)
+            value = weight.fetch(self._device, weight.half_dtype if in_half else None)
             self._live[_address(value)] = weight
             setattr(weight.module, weight.name, nn.Parameter(value, requires_grad=False))
 
@@ -190,15 +191,15 @@ class StoredBase:
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         weight = self._live.get(_address(tensor))
-        if weight is None or tensor.dtype != weight.dtype:
+        if weight is None or tensor.dtype not in (weight.dtype, weight.half_dtype):
             return tensor
-        return weight, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return weight, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        weight, *layout = packed
-        return weight.fetch(self._device).as_strided(*layout)
+        weight, dtype, *layout = packed  # the backward pass runs outside autocast
+        return weight.fetch(self._device, dtype).as_strided(*layout)
 
 
 def _block_groups(denoiser: nn.Module, blocks: int) -> list[list[nn.Module]]:
