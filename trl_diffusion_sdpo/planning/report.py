@@ -46,7 +46,7 @@ def report(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, pro
 
 
 def _caches(plan: Plan, pairs: int) -> str:
-    parts = [f"{name} {size / 1e3:.3g} kB" for name, size in plan.cached.items()]
+    parts = [f"{name} {size:,} bytes" for name, size in plan.cached.items()]
     total = sum(plan.cached.values()) * pairs / GIB
     return (
         f"Caches take of a pair: {', '.join(parts)}; at most {total:.1f} GiB for {pairs:,} pairs: images and prompts "
