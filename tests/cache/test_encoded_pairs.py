@@ -1,10 +1,12 @@
 """Encoded pairs are the pairs: batches, losses and weights are those of training without a cache, which is built once,
 under a key of all that it depends on, whatever kills, damages or shares it."""
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -14,10 +16,11 @@ from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
 from trl_diffusion_sdpo.artifacts.setup import write_setup
 from trl_diffusion_sdpo.cache import encoder, key
-from trl_diffusion_sdpo.cache.key import EncoderFacts
+from trl_diffusion_sdpo.cache.key import EncoderFacts, hashes_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
@@ -373,6 +376,24 @@ def test_a_component_is_identified_by_how_it_was_quantized(sd_folder, tmp_path):
     assert len({str(found[0]) for found in (plain, nf4, fp4, mapped)}) == 4 and mapped[1] == plain[1]
     assert facts(**kinds[0], components_to_quantize=["text_encoder"]) == (plain[0], nf4[1])
     assert len({str(found[1]) for found in (plain, nf4, fp4)}) == 3
+
+
+def test_hashes_need_not_be_stored(tmp_path, caplog):
+    """Another copy of a model reads a finished cache, which may be read-only."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "file").touch()  # in whose place no folder can be made, by no user
+    found = hashes_of([tmp_path / "model.safetensors"], tmp_path / "file" / "hashes.json")
+    assert found == [hashlib.sha256(b"weights").hexdigest()]
+    assert "were not kept in" in caplog.text and "hashes.json" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["precompute_latents", "precompute_ref_errors"])
+def test_the_message_about_an_unknown_commit_names_the_setting(setting, sd_folder, tmp_path):
+    family = load_model(sd_folder, encoders=False).family
+    loaded = SimpleNamespace(family=family, name_or_path="no/repository", options={"dtype": torch.float32})
+    args = DiffusionSDPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **{setting: True})
+    with pytest.raises(ValueError, match=f"`{setting}` needs to know which commit of no/repository"):
+        _ = encoding.encoder_facts(loaded, args, tmp_path).of_vae
 
 
 def test_weights_are_hashed_once_for_all_data_sets_and_the_reference(

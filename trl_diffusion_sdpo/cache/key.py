@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from ..files import write_atomically
 from ..sources.checking import ALONE, Peers, usable_cores
 from .encoded_pairs import ImageRows
 from .shards import own_ending
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the contents: raise it where the same settings give other moments or embeddings
 HASHES = "file_hashes.json"
@@ -52,6 +55,7 @@ class EncoderFacts:
         folder (`Path`): Where hashes of files are kept.
         peers (`Peers`): The processes of this training. All of them must ask for facts together; the first reads the
             weights, once.
+        setting (`str`): That asks for facts, in messages.
     """
 
     def __init__(
@@ -62,9 +66,10 @@ class EncoderFacts:
         options: Mapping[str, Any],
         folder: Path,
         peers: Peers = ALONE,
+        setting: str = "precompute_latents",
     ) -> None:
         self._family, self._origin, self._options, self._folder = family, name_or_path, options, folder
-        self._peers = peers
+        self._peers, self._setting = peers, setting
 
     @functools.cached_property
     def of_vae(self) -> dict[str, Any]:
@@ -104,7 +109,7 @@ class EncoderFacts:
         found = try_to_load_from_cache(self._origin, "model_index.json", **options)
         if not isinstance(found, str):
             raise ValueError(
-                f"`precompute_latents` needs to know which commit of {self._origin} was loaded, and its files are not "
+                f"`{self._setting}` needs to know which commit of {self._origin} was loaded, and its files are not "
                 "in the Hub's cache. Pass the folder of the pipeline."
             )
         return {"repository": self._origin, "commit": Path(found).parent.name}
@@ -169,8 +174,11 @@ def hashes_of(files: list[Path], memory: Path) -> list[str]:
             changed = True
         found.append(known[path][2])
     if changed:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(known, indent=1).encode(), ending=own_ending())
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(memory, json.dumps(known, indent=1).encode(), ending=own_ending())
+        except OSError as error:  # a finished cache may be read-only
+            logger.warning("The hashes of the model's files were not kept in %s: %s.", memory, error)
     return found
 
 

@@ -60,6 +60,12 @@ def by_first_appearance(values: np.ndarray) -> np.ndarray:
     return numbers[inverse]
 
 
+def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`[start, ..., start + count - 1]` of every span, joined."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
+
+
 def read_numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """A column as float64, and which of its values [`formats.finite_number`] accepts."""
     kind = column.type

@@ -1,43 +1,31 @@
 """A checksum of every byte of the images of a source, or of its prompts, in the order of its rows. Data that lie on a
-disk are read for it once, and again when the size or time of a file changes."""
+disk are read for it once."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import logging
 import os
-import socket
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
-from .checking import usable_cores
-from .columns import one_chunk
+from .._compat import without_selection
+from .columns import ROUND_ROWS, holds_bytes, holds_text, spans, without_views
+from .file_contents import READING, SHOWN_AFTER, checksum_of_files, in_threads, kept
 from .formats import PreferenceFormat
-from .images import MAX_FILE_BYTES, OF_THE_PATH
-from .kept_index import KEPT_FOLDER, kept_folder
+from .images import UndecodableImageError, UnreadableImageError, as_undecodable, decode_image
+from .kept_index import kept_folder
 
-logger = logging.getLogger(__name__)
-
-READING = "Reading images once, to recognize them"
 BLOCK_ROWS = 256  # that are hashed together
-AT_ONCE = 64  # blocks or files, of which a thread has one
-MAX_THREADS = 8
-SHOWN_AFTER = 5.0  # seconds
-MISSING = hashlib.sha256(b"missing").digest()  # in place of a file's
-VERSION = 1  # of what is kept: raise it where the same images would give another checksum
 
 
 def checksum_of_images(table: datasets.Dataset, known: PreferenceFormat) -> str:
@@ -48,7 +36,7 @@ def checksum_of_images(table: datasets.Dataset, known: PreferenceFormat) -> str:
     columns = [column for column in known.image_columns if column in table.column_names]
     images = table.select_columns(columns)
     folder = kept_folder(images, known)
-    facts = _kept(None if folder is None else folder.name, lambda: _facts_of(images))
+    facts = kept(None if folder is None else folder.name, lambda: _facts_of(images))
     names = _names_in(images) if facts["names"] else []
     return _joined(facts["sha256"], checksum_of_files(names))
 
@@ -56,9 +44,12 @@ def checksum_of_images(table: datasets.Dataset, known: PreferenceFormat) -> str:
 def checksum_of_prompts(table: datasets.Dataset, known: PreferenceFormat) -> str:
     """Of the column of prompts."""
     column = next(name for name in known.prompt_columns if name in table.column_names)
+    base, selected = without_selection(table.select_columns([column]))
+    parts = (without_views(part.column(0)) for part in base.with_format("arrow").iter(batch_size=ROUND_ROWS))
     digest = hashlib.sha256()
-    for block in _blocks(table.select_columns([column])):
-        _hash(one_chunk(block.column(0)), digest, None)
+    for part in parts if selected is None else [_rows_of(list(parts), selected)]:
+        for start in range(0, len(part), BLOCK_ROWS):
+            _hash(part.slice(start, BLOCK_ROWS).chunks, digest, has_files=False)
     return digest.hexdigest()
 
 
@@ -72,78 +63,8 @@ def checksum_of_values(rows: Iterable[Sequence[Any]]) -> str:
     return _joined(digest.hexdigest(), checksum_of_files(names))
 
 
-def checksum_of_files(names: Sequence[str]) -> str:
-    """Of the content of local files, in this order; of a file that is missing, that it is."""
-    if not names:
-        return ""
-    distinct = list(dict.fromkeys(names))
-    places = {name: place for place, name in enumerate(distinct)}
-    order = np.array([places[name] for name in names])
-    stated = [_status(name) for name in tqdm(distinct, "Looking at the files of images", delay=SHOWN_AFTER)]
-    state = hashlib.sha256("\0".join(os.path.abspath(name) for name in distinct).encode("utf-8", "surrogatepass"))
-    state.update(np.array(stated, dtype="<i8").data)
-    state.update(order.astype("<i8").data)
-
-    def read() -> dict[str, Any]:
-        bar = tqdm(_in_threads(_digest_of_file, distinct), READING, len(distinct), delay=SHOWN_AFTER)
-        digests = np.frombuffer(b"".join(bar), dtype="V32")
-        return {"sha256": hashlib.sha256(digests[order].tobytes()).hexdigest()}
-
-    kept = state.hexdigest()[:32] if datasets.is_caching_enabled() else None
-    return _kept(kept, read)["sha256"]
-
-
-def _kept(name: str | None, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `compute` returns, from the cache of `datasets` where it is there under this name."""
-    if name is None:
-        return compute()
-    file = Path(datasets.config.HF_DATASETS_CACHE, KEPT_FOLDER, f"{name}-{VERSION}.json")
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
-        found = compute()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(found).encode(), ending=f".{socket.gethostname()}-{os.getpid()}.partial")
-    except OSError as error:
-        logger.warning("The checksum of the images was not kept in %s: %s. They are read at every start.", file, error)
-    return found
-
-
 def _joined(*digests: str) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _in_threads(function: Callable, items: Iterable) -> Iterator:
-    """`map` by several threads, which does not read far ahead."""
-    rest = iter(items)
-    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as pool:
-        while some := list(islice(rest, AT_ONCE)):
-            yield from pool.map(function, some)
-
-
-# ---- Files --------------------------------------------------------------------------------------------------------
-
-
-def _status(name: str) -> tuple[int, int]:
-    """Size and time of a regular file; -1 of others."""
-    try:
-        found = os.stat(name)
-    except (OSError, ValueError):
-        return -1, -1
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else (-1, -1)
-
-
-def _digest_of_file(name: str) -> bytes:
-    try:
-        if not 0 <= _status(name)[0] <= MAX_FILE_BYTES:  # which is not read as an image either
-            return MISSING
-        with open(name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        if error.errno not in OF_THE_PATH:
-            raise  # the file may be good, and another checksum of it would be kept
-        return MISSING
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
@@ -153,91 +74,157 @@ def _blocks(images: datasets.Dataset) -> Iterator[pa.Table]:
     return images.with_format("arrow").iter(batch_size=BLOCK_ROWS)
 
 
+def _rows_of(parts: list[pa.ChunkedArray], rows: np.ndarray) -> pa.ChunkedArray:
+    """Some rows of a column, in any order."""
+    kind = pa.large_string() if holds_text(parts[0].type) else parts[0].type  # whose offsets reach beyond 2 GB
+    return pa.chunked_array([chunk.cast(kind) for part in parts for chunk in part.chunks]).take(pa.array(rows))
+
+
 def _facts_of(images: datasets.Dataset) -> dict[str, Any]:
     """A checksum of what is in a table, and whether rows name files."""
     count, digest, has_names = -(-len(images) // BLOCK_ROWS), hashlib.sha256(), False
-    for part, names in tqdm(_in_threads(_hash_block, _blocks(images)), READING, count, delay=SHOWN_AFTER):
+    for part, names in tqdm(in_threads(_hash_block, _blocks(images)), READING, count, delay=SHOWN_AFTER):
         digest.update(part)
-        has_names |= bool(names)
+        has_names |= names
     return {"sha256": digest.hexdigest(), "names": has_names}
 
 
-def _names_in(images: datasets.Dataset) -> list[str]:
-    """The names of local files, by row."""
-    return [name for block in _blocks(images) for name in _names_of(block)]
-
-
-def _names_of(block: pa.Table) -> list[str]:
-    return _hash_block(block, hashes=False)[1]
-
-
-def _hash_block(block: pa.Table, hashes: bool = True) -> tuple[bytes, list[str]]:
-    """A hash of the values of some rows, and the local files that they name, in an order that depends on the rows
-    alone."""
-    digest = hashlib.sha256() if hashes else None
-    names: list[str] = []
+def _hash_block(block: pa.Table) -> tuple[bytes, bool]:
+    """A hash of the values of some rows, and whether they name local files."""
+    digest, has_names = hashlib.sha256(), False
     for column in block.columns:
-        _hash(one_chunk(column), digest, names)
-    return b"" if digest is None else digest.digest(), names
+        chunks = without_views(column).chunks
+        _hash(chunks, digest, has_files=True)
+        has_names |= any(len(_names_of(chunk)[0]) for chunk in chunks)
+    return digest.digest(), has_names
 
 
-def _hash(array: pa.Array, digest: Any, names: list[str] | None) -> None:
-    """Update a hash, if there is one, with the values of an array; strings that are local files go to `names` instead,
-    if there are any."""
+def _names_in(images: datasets.Dataset) -> list[str]:
+    """The names of local files, by column and row. Bytes of images are not read."""
+    base, selected = without_selection(images)
+    found: dict[str, list[tuple[pa.Array, np.ndarray]]] = {column: [] for column in images.column_names}
+    for part in base.with_format("arrow").iter(batch_size=ROUND_ROWS):
+        for column, of_column in found.items():
+            of_column += [_names_of(chunk) for chunk in part.column(column).chunks]
+    names: list[str] = []
+    for of_column in found.values():
+        of_rows = pa.concat_arrays([part for part, _ in of_column])
+        if selected is not None:
+            counts = np.concatenate([part for _, part in of_column])
+            starts = np.cumsum(counts) - counts
+            of_rows = of_rows.take(pa.array(spans(starts[selected], counts[selected])))
+        names += of_rows.to_pylist()
+    return names
+
+
+def _names_of(array: pa.Array) -> tuple[pa.LargeStringArray, np.ndarray]:
+    """The local files that rows name, and how many each row names."""
     kind = array.type
     if isinstance(array, pa.ExtensionArray):
-        _hash(array.storage, digest, names)
+        return _names_of(array.storage)
+    if pa.types.is_dictionary(kind):
+        return _names_of(array.dictionary_decode())
+    if _is_list(kind):
+        parts = [_names_of(piece) for piece in _flat(array)]
+        before = np.concatenate([[0], np.cumsum(np.concatenate([counts for _, counts in parts]))])
+        lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+        ends = np.cumsum(lengths)
+        return pa.concat_arrays([names for names, _ in parts]), before[ends] - before[ends - lengths]
+    if _is_image(kind):
+        data, path = _children(array)
+        return _names_of(pc.if_else(_are_absent(data), path, None).cast(pa.large_string()))
+    if not (holds_text(kind) or pa.types.is_string_view(kind)):
+        return pa.array([], pa.large_string()), np.zeros(len(array), dtype=np.int64)
+    array = array.cast(pa.large_string())
+    are_local = _are_local(array)
+    return array.filter(are_local), are_local.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _hash(chunks: Sequence[pa.Array], digest: Any, *, has_files: bool) -> None:
+    """Update a hash with the values of an array, equally in chunks of any size, which are not copied into one: together
+    they may have more bytes than offsets reach.
+
+    Args:
+        has_files (`bool`): Whether strings may name local files, whose names do not count.
+    """
+    kind = chunks[0].type
+    rest = partial(_hash, digest=digest, has_files=has_files)
+    if isinstance(kind, pa.BaseExtensionType):
+        rest([chunk.storage for chunk in chunks])
     elif pa.types.is_dictionary(kind):
-        _hash(array.dictionary_decode(), digest, names)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        _update(digest, pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False))
-        _hash(array.flatten(), digest, names)
-    elif pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
-        data, path = (child.cast(pa.large_binary()) for child in _children(array))
-        _hash_bytes(data, digest)
-        absent = pc.equal(pc.binary_length(data), 0).fill_null(True)
-        _hash(path.filter(absent).cast(pa.large_string()), digest, names)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        if names is None:
-            _hash_bytes(array.cast(pa.large_binary()), digest)
-        else:
-            _sort_out(array, digest, names)
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        _hash_bytes(array.cast(pa.large_binary()), digest)
-    elif digest is not None:
-        digest.update(repr(array.to_pylist()).encode("utf-8", "surrogatepass"))
+        rest([chunk.dictionary_decode() for chunk in chunks])
+    elif _is_list(kind):
+        _update(digest, [pc.list_value_length(chunk) for chunk in chunks])
+        rest([piece for chunk in chunks for piece in _flat(chunk)])
+    elif _is_image(kind):
+        children = [_children(chunk) for chunk in chunks]
+        _hash_bytes([data for data, _ in children], digest)
+        rest([path.filter(_are_absent(data)).cast(pa.large_string()) for data, path in children])
+    elif holds_text(kind) and has_files:
+        _hash_urls(chunks, digest)
+    elif holds_text(kind) or holds_bytes(kind):
+        _hash_bytes([chunk.cast(pa.large_binary()) for chunk in chunks], digest)
+    else:
+        values = [value for chunk in chunks for value in chunk.to_pylist()]
+        digest.update(repr(values).encode("utf-8", "surrogatepass"))
 
 
-def _children(array: pa.StructArray) -> list[pa.Array]:
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+
+
+def _flat(array: pa.Array) -> list[pa.Array]:
+    """The values of lists. `flatten` would copy them where a list is null."""
+    if not array.null_count:
+        return [array.flatten()]
+    if not pa.types.is_fixed_size_list(array.type):
+        offsets = array.offsets.to_numpy()
+        if not np.diff(offsets)[array.is_null().to_numpy(zero_copy_only=False)].any():  # nothing is behind the nulls
+            return [array.values[offsets[0] : offsets[-1]]]
+    return [row.values for row in array if row.is_valid] or [array.values[:0]]
+
+
+def _children(array: pa.StructArray) -> tuple[pa.LargeBinaryArray, pa.LargeBinaryArray]:
     """Bytes and path of an image's structure; null where the structure is."""
     children = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
-    return [children["bytes"], children["path"]]
+    return children["bytes"].cast(pa.large_binary()), children["path"].cast(pa.large_binary())
 
 
-def _sort_out(array: pa.Array, digest: Any, names: list[str]) -> None:
-    """Names of local files; of other strings, which are URLs, the hash."""
-    values = array.to_pylist()
-    local = [value is not None and "://" not in value for value in values]
-    names += [value for value, is_local in zip(values, local, strict=True) if is_local]
-    if digest is not None:
-        others = [None if is_local else value for value, is_local in zip(values, local, strict=True)]
-        digest.update(json.dumps([local, others]).encode())
+def _are_absent(data: pa.LargeBinaryArray) -> pa.BooleanArray:
+    return pc.equal(pc.binary_length(data), 0).fill_null(True)
 
 
-def _hash_bytes(array: pa.LargeBinaryArray, digest: Any) -> None:
-    """The lengths, and the bytes in one piece of the array's buffer."""
-    if digest is None:
-        return
-    _update(digest, pc.binary_length(array).fill_null(-1).to_numpy(zero_copy_only=False))
-    _, places, data = array.buffers()
-    if len(array) and data is not None:
-        offsets = np.frombuffer(places, dtype=np.int64)
-        digest.update(memoryview(data)[offsets[array.offset] : offsets[array.offset + len(array)]])
+def _are_local(array: pa.Array) -> pa.BooleanArray:
+    """Which strings name local files; others are URLs."""
+    return pc.invert(pc.match_substring(array, "://")).fill_null(False)
 
 
-def _update(digest: Any, values: np.ndarray) -> None:
-    if digest is not None:
-        digest.update(np.ascontiguousarray(values, dtype="<i8").data)
+def _hash_urls(chunks: Sequence[pa.Array], digest: Any) -> None:
+    local = [flag for chunk in chunks for flag in _are_local(chunk).to_pylist()]
+    values = [value for chunk in chunks for value in chunk.to_pylist()]
+    others = [None if is_local else value for value, is_local in zip(values, local, strict=True)]
+    digest.update(json.dumps([local, others]).encode())
+
+
+def _hash_bytes(chunks: Sequence[pa.LargeBinaryArray], digest: Any) -> None:
+    """All lengths, then all bytes, of each chunk in one piece of its buffer."""
+    _update(digest, [pc.binary_length(chunk) for chunk in chunks])
+    for chunk in chunks:
+        _, places, data = chunk.buffers()
+        if len(chunk) and data is not None:
+            offsets = np.frombuffer(places, dtype=np.int64)
+            digest.update(memoryview(data)[offsets[chunk.offset] : offsets[chunk.offset + len(chunk)]])
+
+
+def _update(digest: Any, lengths: Sequence[pa.Array]) -> None:
+    """-1 where there is no value."""
+    for part in lengths:
+        numbers = part.fill_null(-1).to_numpy(zero_copy_only=False)
+        digest.update(np.ascontiguousarray(numbers, dtype="<i8").data)
 
 
 # ---- Rows in memory -----------------------------------------------------------------------------------------------
@@ -253,7 +240,7 @@ def _hash_value(value: Any, digest: Any) -> list[str]:
         digest.update(b"file\n")
         return [value]
     if isinstance(value, Image.Image):
-        head, data = repr((value.mode, value.size)), value.tobytes()
+        head, data = "pixels", pixels_of(value)
     elif isinstance(value, bytes | bytearray | memoryview):
         head, data = "bytes", bytes(value)
     else:
@@ -261,3 +248,36 @@ def _hash_value(value: Any, digest: Any) -> list[str]:
     digest.update(f"{head} {len(data)}\n".encode())
     digest.update(data)
     return []
+
+
+def pixels_of(image: Image.Image) -> bytes:
+    """The pixels that an image in memory is decoded to, upright and as RGB, which it does not keep; that it is
+    unreadable, if it is.
+
+    Raises:
+        UnreadableImageError: If it cannot be read for a reason that may pass.
+    """
+    try:
+        decoded = decode_image(_opened_again(image))
+    except UnreadableImageError:
+        raise
+    except UndecodableImageError:
+        return b"unreadable"
+    return repr((decoded.mode, decoded.size)).encode() + decoded.tobytes()
+
+
+def _opened_again(image: Image.Image) -> Image.Image:
+    """Of an image that was opened and not decoded, another one, as an image keeps its pixels once it is decoded."""
+    file = image.fp if isinstance(image, ImageFile.ImageFile) else None
+    if file is None:
+        return image
+    try:
+        place = file.tell()
+        file.seek(0)
+        content = file.read()
+        file.seek(place)
+        again = Image.open(io.BytesIO(content), formats=None if image.format is None else [image.format])
+        again.seek(image.tell())
+        return again
+    except Exception as error:  # decoders and files raise any type
+        raise as_undecodable(error, "cannot be read") from error

@@ -24,6 +24,7 @@ from .columns import (
     holds_text,
     one_chunk,
     read_numbers,
+    spans,
     value_codes,
 )
 from .formats import ALONE_IN_GROUP, JUDGED_EQUAL, PreferenceFormat
@@ -183,8 +184,8 @@ def _pairs(rows: _Rows, start: int, drops: _Drops) -> PairIndex:
         if len(places):
             drops.add(kind, 2 * (start + places), rows.numbers[places], "")
     owners = np.repeat(np.flatnonzero(good), rows.labels.counts[good])  # for each image, its row in the round
-    spans = _spans(rows.labels.starts[good], rows.labels.counts[good])
-    values, places_in_row = rows.labels.values[spans], _spans(np.zeros(good.sum(), int), rows.labels.counts[good])
+    places = spans(rows.labels.starts[good], rows.labels.counts[good])
+    values, places_in_row = rows.labels.values[places], spans(np.zeros(good.sum(), int), rows.labels.counts[good])
     _, first, sizes = np.unique(rows.groups[owners], return_index=True, return_counts=True)
     last = first + sizes - 1
     # The end of a group comes after its last row, which may be a bad one.
@@ -298,12 +299,6 @@ _READERS: dict[Callable, Callable[[Sequence[pa.Array], int], _Lists]] = {
 def _table_of(values: np.ndarray, good: np.ndarray) -> _Lists:
     rows, images = values.shape
     return _Lists(np.arange(rows) * images, np.full(rows, images), values.reshape(-1), good)
-
-
-def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`[start, ..., start + count - 1]` of every span, joined."""
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
 def _problem(known: PreferenceFormat, row: Any) -> str:

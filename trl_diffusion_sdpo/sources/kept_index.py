@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,17 @@ def keep(folder: Path, found: PairIndex, drops: list[Drop]) -> tuple[PairIndex, 
         logger.warning("The index of the pairs was not kept in %s: %s. It is built at every start.", folder, error)
         return found, drops
     with contextlib.suppress(OSError):  # another process removes the same
-        _remove_all_but_the_last_used(folder.parent)
+        remove_all_but_the_last_used((path for path in folder.parent.iterdir() if path.is_dir()), KEPT)
     return read_kept(folder) or (found, drops)
 
 
-def _remove_all_but_the_last_used(parent: Path) -> None:
-    """Also removes what a killed process has begun to write, in time."""
-    for unused in sorted(parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-KEPT]:
-        shutil.rmtree(unused, ignore_errors=True)
+def remove_all_but_the_last_used(kept: Iterable[Path], count: int) -> None:
+    """Of files or folders. Also removes what a killed process has begun to write, in time."""
+    for unused in sorted(kept, key=lambda path: path.stat().st_mtime)[:-count]:
+        if unused.is_dir():
+            shutil.rmtree(unused, ignore_errors=True)
+        else:
+            unused.unlink(missing_ok=True)
 
 
 def _umask() -> int:

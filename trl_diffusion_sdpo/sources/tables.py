@@ -4,6 +4,7 @@ alone), and the fingerprint by which a resumed run recognizes its data."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .checking import ROUND_ROWS, DataReport, evenly_spaced
 from .columns import NotVectorizedError, prompts_of_rows
-from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values
+from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values, pixels_of
 from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError, as_undecodable
 from .index import PairIndex, find_pairs, index_type
@@ -87,8 +88,9 @@ class ArrowSource(OneSource):
     def images(self, row: int) -> list[Any]:
         return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
 
+    @functools.cached_property
     def contents(self) -> dict[str, str]:
-        """Checksums of all prompts and images."""
+        """Checksums of all prompts and images, as they are when they are asked for first."""
         prompts, images = checksum_of_prompts(self._text, self.format), checksum_of_images(self._images, self.format)
         return {"prompts": prompts, "images": images}
 
@@ -167,9 +169,10 @@ class RowSource(OneSource):
         with _errors_as_undecodable():
             return images_of_row(self._row(row), self.format.image_columns, self.format.images_in_list)
 
+    @functools.cached_property
     def contents(self) -> dict[str, str] | None:
-        """Checksums of all prompts and images; `None` of a user's class, which may decode or generate a row that is
-        read."""
+        """Checksums of all prompts and images, as they are when they are asked for first; `None` of a user's class,
+        which may decode or generate a row that is read."""
         if type(self._dataset) not in (list, tuple):
             return None
         columns = self.format.prompt_columns
@@ -303,7 +306,7 @@ def pairs_fingerprint(
     if scores is not None:
         digest.update(np.ascontiguousarray(scores, dtype="<f8").data)
     found = {"format": source.format.name, "pairs": len(index), "index": _short(digest)}
-    contents = [part.contents() for part, _ in source.split(np.arange(0))] if thorough else [None]
+    contents = [part.contents for part, _ in source.split(np.arange(0))] if thorough else [None]
     if None not in contents:
         return {**found, **{name: [part[name] for part in contents] for name in ("prompts", "images")}}
     prompt_rows = index[evenly_spaced(len(index), FINGERPRINTED_PROMPTS), 0].tolist()
@@ -337,7 +340,7 @@ def _undecoded_bytes(image: Any, opens_files: bool) -> bytes:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):
-        return repr((image.mode, image.size)).encode() + image.tobytes()
+        return pixels_of(image)
     if isinstance(image, str):
         if opens_files and os.path.isfile(image):
             with open(image, "rb") as file:

@@ -286,7 +286,15 @@ def check_prompt_padding(setting: str, family: Family, args: DiffusionSDPOConfig
 def encoder_facts(loaded: LoadedModel, args: DiffusionSDPOConfig, folder: Path) -> EncoderFacts:
     """What identifies VAE and text encoders of a model; `folder` keeps hashes of its files."""
     origin = loaded.name_or_path if loaded.options else None
-    return EncoderFacts(loaded.family, name_or_path=origin, options=loaded.options, folder=folder, peers=peers(args))
+    setting = "precompute_latents" if args.precompute_latents else "precompute_ref_errors"
+    return EncoderFacts(
+        loaded.family,
+        name_or_path=origin,
+        options=loaded.options,
+        folder=folder,
+        peers=peers(args),
+        setting=setting,
+    )
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
