@@ -161,9 +161,9 @@ STEPS = {"bare loop": bare_step, "authors' step": authors_step, "diffusers' scri
 
 def script_batch(bench: Bench, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch with what the scripts' data loaders make beforehand: pixels as floats, prompts as token numbers."""
-    floats = batch["pixel_values"].float().div(127.5).sub(1)
-    device = bench.device
-    return batch | {"floats": floats.to(device), "input_ids": bench.tokens(batch["prompts"]).to(device)}
+    device, pixels = bench.device, batch["pixel_values"]
+    made = {"floats": pixels.float().div(127.5).sub(1), "input_ids": bench.tokens(batch["prompts"])}
+    return batch | {name: values.to(device) for name, values in {"pixel_values": pixels, **made}.items()}
 
 
 def safeguarded_loss(

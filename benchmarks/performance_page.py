@@ -7,9 +7,11 @@ this script would write.
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from comparisons import COMPARISONS
 from proportions import FLOAT32_VAE, XL_HALF, true_shares
 from published_flops import MODELS, pair_flops, published_flops
 
@@ -79,23 +81,33 @@ def step_table() -> str:
 def step_words() -> str:
     """What the numbers of `step_time.py` say: how they were measured, and which targets they miss."""
     report, found = step_report(), comparisons()
-    rounds, load = report["settings"]["rounds"], report["load"]
+    counts = sorted({len(row["ratios"]) for row in found})
+    rounds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    load = report["load"]
     lines = [f"Measured in {rounds} rounds at a load average of {load} on {report['environment']['device']}."]
     targeted = [row for row in found if row["comparison"]["target"] is not None]
     missed = [row for row in targeted if row["quartiles"][1] > row["comparison"]["target"]]
-    if not missed:
+    measured = [row["comparison"] for row in targeted]
+    wanted = [asdict(comparison) for comparison in COMPARISONS if comparison.target is not None]
+    unmeasured = [of for of in wanted if of not in measured]
+    if not missed and not unmeasured:
         lines.append("All targets are reached.")
-    for row in missed:
-        of = row["comparison"]
-        lines.append(
-            f"Not reached: {of['name']} relative to {of['against']} ({of['published']}, {of['tuning']}), "
-            f"{row['quartiles'][1]:.2f} where the target is {of['target']:.2f}."
-        )
+    lines += [f"Not reached: {targeted_words(row['comparison'], row['quartiles'][1])}" for row in missed]
+    lines += [f"Not measured: {targeted_words(of)}" for of in unmeasured]
     lines += [overhead_words(row) for row in found if row["comparison"]["part"] == "overhead"]
     equal = {found["difference"] for found in found if found["comparison"]["part"] in ("cached", "errors")}
     if equal == {0}:
         lines.append("Encoded pairs and stored errors gave losses equal to the bit in all steps.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def targeted_words(of: dict[str, Any], ratio: float | None = None) -> str:
+    """A comparison with its target."""
+    found = "" if ratio is None else f" {ratio:.2f}"
+    return (
+        f"{of['name']} relative to {of['against']} ({of['published']}, {of['tuning']}),{found} where the target is "
+        f"{of['target']:.2f}."
+    )
 
 
 def overhead_words(row: dict[str, Any]) -> str:

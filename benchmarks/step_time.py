@@ -20,10 +20,11 @@ from typing import Any
 import matplotlib
 import torch
 from bare_steps import STEPS, Bench, script_batch
+from comparisons import COMPARISONS, Comparison
 from matplotlib import pyplot as plt
 from peft import LoraConfig
 from proportions import PARTS as PARTS_OF_STEP
-from proportions import PROPORTIONS, THIN, XL_HALF, Proportions, true_shares
+from proportions import PROPORTIONS, THIN, Proportions, true_shares
 from random_pipeline import random_pairs
 from safeguard_overhead import environment
 from tqdm.auto import tqdm
@@ -45,44 +46,6 @@ LORA_TARGETS, RANK = ("to_k", "to_q", "to_v", "to_out.0"), 4  # of diffusers' sc
 BETA, MU, LEARNING_RATES = 5000.0, 0.9, {"full": 1e-6, "lora": 1e-4}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One ratio: a contestant's time divided by that of another.
-
-    Attributes:
-        part (`str`): As `--parts` has it.
-        published (`str`): The proportions, a key of `PROPORTIONS`.
-        tuning (`str`): `"full"` or `"lora"`.
-        target (`float`, *optional*): The ratio should not exceed it.
-        whole (`bool`): Compare turns, loading of data included, instead of steps.
-    """
-
-    part: str
-    published: str
-    tuning: str
-    name: str
-    against: str
-    target: float | None = None
-    whole: bool = False
-
-
-COMPARISONS = (
-    Comparison("bare", "sd15", "full", "ours", "bare loop", 1.03),
-    Comparison("bare", "sd15", "lora", "ours", "bare loop", 1.03),
-    Comparison("overhead", THIN, "full", "ours", "bare loop"),
-    Comparison("overhead", THIN, "lora", "ours", "bare loop"),
-    Comparison("authors", "sd15", "full", "ours", "authors' step"),
-    Comparison("diffusers", "sd15", "lora", "ours", "diffusers' script"),
-    Comparison("cached", "sdxl", "full", "ours, cached", "ours", 1 / 1.3, whole=True),
-    Comparison("cached", "sdxl", "lora", "ours, cached", "ours", 1 / 1.3, whole=True),
-    Comparison("cached", "sdxl", "lora", "ours, cached, errors", "ours, errors", 1 / 1.3, whole=True),
-    Comparison("cached", XL_HALF, "full", "ours, cached", "ours", whole=True),
-    Comparison("cached", XL_HALF, "lora", "ours, cached", "ours", whole=True),
-    Comparison("errors", "sd15", "full", "ours, cached, errors", "ours, cached", 0.80),
-    Comparison("errors", "sd15", "lora", "ours, cached, errors", "ours, cached", 0.72),
-    Comparison("both", "sd15", "full", "ours, cached, errors", "authors' step", 0.60),
-    Comparison("both", "sd15", "lora", "ours, cached, errors", "diffusers' script"),
-)
 SETTINGS = ("parts", "rounds", "warmup", "pairs", "device", "threads", "smallest")
 PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
 THIN_ROUNDS = 4  # times as many rounds, as steps without arithmetic are short

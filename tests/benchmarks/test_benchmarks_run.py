@@ -125,6 +125,27 @@ def test_the_usual_transforms_that_loading_is_compared_with_make_the_same_pixels
     assert data_loading.usual_pair(48, first, second).shape == (2, 3, 48, 48)
 
 
+def test_the_first_trainer_of_a_process_is_not_in_the_rate_of_a_cache(tmp_path, monkeypatch):
+    """It pays for imports. It encodes elsewhere: all that is measured must be left for the second one."""
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import encode_throughput
+
+    made = []
+
+    class Recorded(encode_throughput.DiffusionSDPOTrainer):
+        def __init__(self, model, ref_model, args, data):
+            made.append((args.latent_cache_dir, len(data), Path(args.latent_cache_dir).exists()))
+            super().__init__(model, ref_model, args, data)
+
+    monkeypatch.setattr(encode_throughput, "DiffusionSDPOTrainer", Recorded)
+    options = encode_throughput.parse(["--smallest", "--images", "4", "--device", "cpu"])
+    size = encode_throughput.size_of("sd15", "full", options)
+    encode_throughput.cached_rate("images", size, options, tmp_path)
+    (first, *_), (folder, *second), third = made
+    assert first != folder and second == [2, False] and third == (folder, 2, True)
+
+
 @pytest.mark.matrix
 def test_the_rates_of_encoding_are_measured_alone_and_into_a_cache(tmp_path):
     pytest.importorskip("matplotlib")

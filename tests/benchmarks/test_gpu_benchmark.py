@@ -192,6 +192,30 @@ def test_the_page_on_performance_is_up_to_date():
     assert performance_page.rewritten(page) == page, "run `python benchmarks/performance_page.py`"
 
 
+def test_the_page_says_the_rounds_of_its_rows_and_which_targets_were_not_measured(monkeypatch):
+    def row(comparison, rounds, ratio):
+        return {"comparison": vars(comparison), "ratios": [ratio] * rounds, "quartiles": [ratio] * 3, "difference": 1}
+
+    first, second, *others = [one for one in performance_page.COMPARISONS if one.target is not None]
+
+    def said(*rows):
+        report = {"load": "1.0", "environment": {"device": "CPU"}, "groups": [{"results": rows}]}
+        monkeypatch.setattr(performance_page, "step_report", lambda: report)
+        return performance_page.step_words().splitlines()
+
+    found = said(row(first, 3, first.target), row(second, 5, 2.0))
+    assert found[0].startswith("- Measured in 3 to 5 rounds at")
+    assert (
+        found[1].startswith(f"- Not reached: {second.name} relative to {second.against}") and "2.00 where" in found[1]
+    )
+    assert found[2] == "- Not measured: ours, cached relative to ours (sdxl, full), where the target is 0.77."
+    assert len(found) == 2 + len(others)
+    assert said(*(row(one, 4, 0.1) for one in (first, second, *others))) == [
+        "- Measured in 4 rounds at a load average of 1.0 on CPU.",
+        "- All targets are reached.",
+    ]
+
+
 def test_lines_of_a_gpu_become_rows_of_the_page(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
     assert "Not measured yet" in performance_page.gpu_table()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes longer than measuring
@@ -59,6 +60,21 @@ def rows(measured) -> dict[tuple[str, str], dict]:
         for group in measured[0]["groups"]
         for row in group["results"]
     }
+
+
+def test_all_of_a_scripts_batch_is_on_the_device():
+    """That of the networks: the loader's pixels are on the CPU. The meta device stands for another one."""
+    import bare_steps
+    from proportions import PROPORTIONS
+
+    pipeline = PROPORTIONS["smallest sd15"].build()
+    bench = bare_steps.Bench(pipeline, "full", 1.0, 0.5, 1e-4)
+    bench.device = torch.device("meta")
+    batch = {"pixel_values": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "prompts": ["a prompt"], "seeds": [0]}
+    made = bare_steps.script_batch(bench, batch)
+    tensors = {name: value.device.type for name, value in made.items() if isinstance(value, torch.Tensor)}
+    assert tensors == dict.fromkeys(("pixel_values", "floats", "input_ids"), "meta")
+    assert made["pixel_values"].dtype == torch.uint8 and made["seeds"] == [0]
 
 
 def test_every_comparison_is_measured(measured):

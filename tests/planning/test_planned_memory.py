@@ -47,6 +47,10 @@ def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
 def test_the_page_has_the_measured_rows_and_each_is_within_ten_percent(benchmark):
     rows, page = list(benchmark.kept_rows(benchmark.RESULTS).values()), benchmark.PAGE.read_text(encoding="utf-8")
     assert len(rows) >= 5 and all(row.ratio == pytest.approx(1, abs=0.1) for row in rows)
+    # Bytes as they were counted, not those of the page's MiB, which have one decimal.
+    sizes = [size for row in rows for size in (row.planned, row.measured)]
+    rounded = [size for size in sizes if size == round(round(size / 2**20, 1) * 2**20)]
+    assert not rounded and all(isinstance(size, int) for size in sizes), "run `python benchmarks/planned_memory.py`"
     assert benchmark.table(rows) in page and benchmark.rewritten(page, rows) == page
 
 
@@ -129,7 +133,7 @@ def test_what_engines_divide():
 def test_what_is_offloaded_is_not_on_the_device():
     layout = Layout("zero3", 2, half=True, offloads_optimizer=True, offloads_weights=True, bucket=100)
     found = layout.trained_state(1000, 8000, by_branch=False)
-    assert found == {"gradients": 1000, "DeepSpeed's bucket": 200}
+    assert found == {"DeepSpeed's bucket": 200}, "its optimizer reads gradients on the CPU"
     assert layout.held(nn.Parameter(torch.empty(1000, device="meta")), 1) == 0
 
 

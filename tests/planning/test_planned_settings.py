@@ -5,14 +5,16 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from tiny_pipelines import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.cli.plan import PlannedSettings
+from trl_diffusion_sdpo.cli.plan import PlannedSettings, _fit_in_words, _tunings
 from trl_diffusion_sdpo.cli.planned_layout import layout_of
-from trl_diffusion_sdpo.planning.advice import advise, first_fit
+from trl_diffusion_sdpo.models.numerics import AUTOCAST_LAYERS
+from trl_diffusion_sdpo.planning.advice import advise, first_fit, most_processes
 from trl_diffusion_sdpo.planning.layouts import Layout
 from trl_diffusion_sdpo.planning.plan import Plan, Planner
 from trl_diffusion_sdpo.planning.skeleton import TokensOnly
@@ -123,7 +125,10 @@ def test_the_engine_is_read_from_deepspeeds_file(tmp_path):
     ("given", "said"),
     [
         (("zero3", None, None), "needs the number of processes"),
-        (("multi_gpu", None, 0), "must be at least 1"),
+        (("multi_gpu", None, 0), "must be a number, at least 1, got 0"),
+        (("multi_gpu", None, "auto"), "must be a number, at least 1, got 'auto'"),
+        ((None, {"zero_optimization": [2]}, 2), r"zero_optimization must map names to values, got \[2\]"),
+        ((None, {"zero_optimization": None}, 2), "ZeRO stage 1, 2 or 3"),
         ((None, {"zero_optimization": {"stage": 0}}, 2), "ZeRO stage 1, 2 or 3"),
         ((None, "no.json", 2), "which does not exist"),
     ],
@@ -131,6 +136,80 @@ def test_the_engine_is_read_from_deepspeeds_file(tmp_path):
 def test_an_engine_that_cannot_be_planned_is_refused(given, said):
     with pytest.raises(ValueError, match=said):
         layout_of(*given)
+
+
+def test_empty_entries_of_an_engines_file_set_nothing(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": None, "offload_param": {"device": None}}
+    assert layout_of(None, {"zero_optimization": zero}, 2) == Layout("zero3", 2)
+    given = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": None}
+    assert layout_of(write(tmp_path, given), None, None) == Layout("zero2", 2)
+    given = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": None}
+    assert layout_of(write(tmp_path, given), None, None) == Layout("fsdp2", 2)
+    (tmp_path / "config.yaml").write_text("")
+    assert layout_of(str(tmp_path / "config.yaml"), None, None) == Layout()
+
+
+def test_fsdp_by_the_arguments_is_not_planned_as_ddp(folder):
+    words = f"--model_name_or_path {folder} --fsdp full_shard --num_processes 2".split()
+    with pytest.raises(ValueError, match="`--accelerate_config fsdp2`, .* got `--fsdp`"):
+        PlannedSettings(words, "plan", "cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--use_peft --group_offload leaf --accelerate_config fsdp2", "cannot act under DeepSpeed and FSDP"),
+        ("--use_peft --layerwise_casting float8_e4m3fn --accelerate_config zero2", "cannot act under DeepSpeed"),
+        ("--layerwise_casting float8_e4m3fn", "is for the frozen base of a LoRA"),
+        ("--use_peft --load_in_4bit --group_offload leaf", "not quantized, got a base in 4 bits"),
+        ("--safeguard parameter --deepspeed OFFLOADED", "zero2 has gradients on the CPU"),
+    ],
+)
+def test_what_the_trainer_refuses_is_not_planned(words, said, folder, tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    words = f"--model_name_or_path {folder} --num_processes 2 {words}".replace(
+        "OFFLOADED", str(tmp_path / "zero.json")
+    )
+    with pytest.raises(ValueError, match=said):
+        PlannedSettings(words.split(), "plan", "cpu", None).prepared({})
+
+
+def test_an_offloaded_base_is_compared_with_tunings_that_can_act(folder):
+    """All weights and a quantized base stay on the device."""
+    words = f"--model_name_or_path {folder} --use_peft --group_offload leaf".split()
+    settings = PlannedSettings(words, "plan", "cpu", None)
+    planned = [settings.prepared(changes) for changes in _tunings(settings.values).values()]
+    assert [one.offloaded for one in planned] == ["leaf", None, None]
+
+
+def test_an_offloaded_float32_base_is_used_in_half_precision(folder):
+    """Under autocast, whose copies autograd would keep, as the trainer brings it. Norms are used as they are."""
+    words = f"--model_name_or_path {folder} --bf16 true --use_peft --per_device_train_batch_size 1".split()
+    words += ["--group_offload", "leaf"]
+    full, half = (
+        PlannedSettings([*words, "--dtype", dtype], "plan", "cpu", None).prepared({})
+        for dtype in ("float32", "bfloat16")
+    )
+    planner = Planner("cpu")
+    plan = planner.plan(full)
+    assert plan.components["policy"] == planner.components(half)["policy"], "the LoRA, and twice the largest layer"
+    frozen = [
+        (isinstance(layer, AUTOCAST_LAYERS), weight.dtype)
+        for layer in full.networks.family.denoiser.modules()
+        for weight in layer.parameters(recurse=False)
+        if not weight.requires_grad
+    ]
+    assert set(frozen) == {(True, torch.bfloat16), (False, torch.float32)}
+    assert {weight.dtype for weight in full.networks.trained} == {torch.float32}
+
+
+def test_a_base_in_8_bits_is_taken_off_once_where_it_is_offloaded(folder):
+    words = f"--model_name_or_path {folder} --use_peft --group_offload leaf".split()
+    sizes = [
+        Planner("cpu").components(PlannedSettings([*words, *more], "plan", "cpu", None).prepared({}))["policy"]
+        for more in ((), ("--layerwise_casting", "float8_e4m3fn"))
+    ]
+    assert sizes[0] == sizes[1] > 0
 
 
 def test_more_devices_are_proposed_last():
@@ -152,6 +231,20 @@ def test_more_devices_are_proposed_last():
         "num_processes": 4,
     }
     assert first_fit(found, 7, replan) is None, "nor on eight devices"
+    assert _fit_in_words(None, 7, most_processes(found)).endswith("fits 7 GB, on 8 devices neither.")
+
+
+@pytest.mark.parametrize(("given", "proposed"), [(8, None), (5, None), (3, 6), (2, 8)])
+def test_devices_are_named_if_they_were_tried(given, proposed):
+    def replan(changes):
+        return Plan({}, {"backward": 90 // changes.get("num_processes", given)}, 1, 1, 1, 1)
+
+    settings = {"accelerate_config": "fsdp2", "num_processes": given}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    found = advise(replan({}), settings, replan)
+    assert most_processes(found) == proposed
+    said = _fit_in_words(None, 7, proposed)
+    assert said == "No combination of these fits 7 GB" + (f", on {proposed} devices neither." if proposed else ".")
 
 
 def test_the_command_leaves_logging_as_it_was(folder, tmp_path, capsys):

@@ -80,6 +80,7 @@ class PlannedSettings:
     """
 
     def __init__(self, words: list[str], prog: str, device: str, like: str | None):
+        from ..engines.engine_settings import by_engine
         from . import train
         from .planned_layout import layout_of
 
@@ -95,6 +96,11 @@ class PlannedSettings:
             words = words if name == launch.OPTION else rest  # `train` would start the engine
         self._like, self._layout = like, layout_of(*engine.values())
         _, self._training, self._model = train.parse(words, prog)
+        if engine["deepspeed"] is None and by_engine(self._training):
+            raise ValueError(
+                f"A plan takes FSDP from `--{launch.OPTION} fsdp2`, or from a file of accelerate with "
+                "`distributed_type: FSDP`, got `--fsdp`. Pass one of the former instead, with `--num_processes`."
+            )
         if not self._model.model_name_or_path:
             raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
 
@@ -141,11 +147,12 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
     from ..planning.plan import Prepared
     from ..trainer.preparing import check_and_complete, choose_trained_weights, make_reference
 
-    stored = _stored(model_args) or (None if args.layerwise_casting is None else "float8")
+    quantized = _stored(model_args)
     loaded, spec = LoadedModel(_family(model_args, args, like), None), loss_spec(args.loss_type)
     adapter, added = choose_trained_weights(loaded, get_peft_config(model_args), args)
     half = autocast_dtype(args.mixed_precision)
     reference = make_reference(loaded, None, args, spec, adapter=adapter, added=added)
+    _check_acting(args, layout, adapter, reference, quantized)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)
     networks = Networks(_working(loaded.family, args, half), reference, average)
@@ -158,13 +165,33 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
         args.max_grad_norm,
         layout,
         frozen=cast(Any, "absent" if args.precompute_latents else frozen),
-        stored=stored,
+        stored=quantized or (None if args.layerwise_casting is None else "float8"),
         offloaded=args.group_offload,
         blocks=args.group_offload_blocks,
         checkpoints=args.save_total_limit or 1,
         variants=args.latent_crops if args.random_crop else 1 + args.random_flip,
         draws=args.ref_noise_draws,
     )
+
+
+def _check_acting(
+    args: DiffusionSDPOConfig, layout: Layout, adapter: str | None, reference: Any, quantized: str | None
+) -> None:
+    """Raise `ValueError` where the trainer would refuse what the engine and the storage of weights are together."""
+    from ..trainer.memory_setup import check_stored_base
+
+    if args.layerwise_casting is not None or args.group_offload is not None:
+        check_stored_base(args, adapter, reference, sharded=layout.name not in ("single", "ddp"))
+        if quantized is not None:
+            raise ValueError(
+                "`layerwise_casting` and `group_offload` need weights that are not quantized, got a base in "
+                f"{quantized.replace('bit', ' bits')}. Leave one of the two out."
+            )
+    if args.safeguard == "parameter" and layout.offloads_optimizer:
+        raise ValueError(
+            f"`safeguard='parameter'` cannot act where {layout.name} has gradients on the CPU, before the two branches "
+            "can be told apart. Leave the offloading out, or use `safeguard='output'`."
+        )
 
 
 def _stored(model_args: ModelConfig) -> str | None:
@@ -257,7 +284,7 @@ def _show(plan: Plan, own: Any, settings: PlannedSettings, planner: Any) -> None
         print(f"\n{report.advice_table(plan, found)}")
         if not plan.fits(own.fit):
             fit = advice.first_fit(found, own.fit, replan)
-            print(f"\n{_fit_in_words(fit, own.fit)}")
+            print(f"\n{_fit_in_words(fit, own.fit, advice.most_processes(found))}")
     if own.json is not None:
         data = report.as_json(plan) | {"advice": [{"options": one.changes, "peak": one.plan.peak} for one in found]}
         data["first_fit"] = None if fit is None else {"options": fit.changes, "peak": fit.plan.peak}
@@ -270,14 +297,17 @@ def _tunings(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """LoRA, QLoRA and full tuning, in the precisions that each is used with."""
     half = "bfloat16" if values["bf16"] or values["fp16"] else "float32"
     lora = {"use_peft": True, "dtype": half, "load_in_8bit": False}
-    full = {"use_peft": False, "dtype": "float32", "load_in_4bit": False, "load_in_8bit": False}
-    return {"LoRA": lora | {"load_in_4bit": False}, "QLoRA, 4 bits": lora | {"load_in_4bit": True}, "full": full}
+    on_device = {"group_offload": None, "layerwise_casting": None}  # which are for a LoRA that is not quantized
+    full = on_device | {"use_peft": False, "dtype": "float32", "load_in_4bit": False, "load_in_8bit": False}
+    quantized = on_device | lora | {"load_in_4bit": True}
+    return {"LoRA": lora | {"load_in_4bit": False}, "QLoRA, 4 bits": quantized, "full": full}
 
 
-def _fit_in_words(fit: Any, gigabytes: float) -> str:
-    from ..planning.advice import MOST_PROCESSES
+def _fit_in_words(fit: Any, gigabytes: float, processes: int | None) -> str:
     from ..planning.report import GIB, options
 
     if fit is None:
-        return f"No combination of these fits {gigabytes:g} GB, on {MOST_PROCESSES} devices neither."
+        return (
+            f"No combination of these fits {gigabytes:g} GB{f', on {processes} devices neither' if processes else ''}."
+        )
     return f"Fits {gigabytes:g} GB, at {fit.plan.peak / GIB:.2f} GiB, with:\n  {options(fit.changes)}"

@@ -23,11 +23,12 @@ def layout_of(config: str | None, engine_file: Any, processes: str | int | None)
         processes (`str` or `int`, *optional*): `--num_processes`; else that of the file of accelerate.
 
     Raises:
-        `ValueError`: If the engine is none that a plan knows, or the number of processes is missing or below 1.
+        `ValueError`: If the engine is none that a plan knows, or the number of processes is missing or no number
+            from 1.
     """
     facts: dict[str, Any] = {"name": "single"}
     if config is not None:
-        settings = yaml.safe_load(launch.config_path(config).read_text(encoding="utf-8"))
+        settings = _mapping(yaml.safe_load(launch.config_path(config).read_text(encoding="utf-8")), config)
         facts = _of_accelerate(settings, config)
         processes = settings.get("num_processes") if processes is None else processes
     if engine_file is not None:
@@ -36,9 +37,7 @@ def layout_of(config: str | None, engine_file: Any, processes: str | int | None)
         raise ValueError(
             f"A plan for {facts['name']} needs the number of processes, which share the model. Add `--num_processes`."
         )
-    count = 1 if processes is None else int(processes)
-    if count < 1:
-        raise ValueError(f"`--num_processes` must be at least 1, got {count}.")
+    count = 1 if processes is None else _number(processes)
     if facts["name"] == "single" and count > 1:
         facts["name"] = "ddp"
     return Layout(**facts, processes=count)
@@ -47,16 +46,16 @@ def layout_of(config: str | None, engine_file: Any, processes: str | int | None)
 def _of_accelerate(settings: dict[str, Any], name: str) -> dict[str, Any]:
     kind = settings.get("distributed_type", "NO")
     if kind == "DEEPSPEED":
-        given = settings.get("deepspeed_config", {})
+        given = _mapping(settings.get("deepspeed_config"), "deepspeed_config")
         if "deepspeed_config_file" in given:
             return _of_json(_read_json(given["deepspeed_config_file"]))
         return {
             "name": _zero(given.get("zero_stage", 2)),
-            "offloads_optimizer": given.get("offload_optimizer_device", "none") != "none",
-            "offloads_weights": given.get("offload_param_device", "none") != "none",
+            "offloads_optimizer": _offloads(given.get("offload_optimizer_device")),
+            "offloads_weights": _offloads(given.get("offload_param_device")),
         }
     if kind == "FSDP":
-        return _of_sharding(settings.get("fsdp_config", {}))
+        return _of_sharding(_mapping(settings.get("fsdp_config"), "fsdp_config"))
     if kind not in _KINDS:
         raise ValueError(
             f"A plan knows one process, DDP, FSDP2 and ZeRO-1 to 3; {name} has `distributed_type: {kind}`."
@@ -76,10 +75,10 @@ def _of_sharding(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_json(config: dict[str, Any]) -> dict[str, Any]:
-    given = config.get("zero_optimization", {})
+    given = _mapping(config.get("zero_optimization"), "zero_optimization")
     facts: dict[str, Any] = {"name": _zero(given.get("stage", 0)), "overlaps": given.get("overlap_comm") is True}
     for part, name in (("optimizer", "offloads_optimizer"), ("param", "offloads_weights")):
-        facts[name] = given.get(f"offload_{part}", {}).get("device", "none") != "none"
+        facts[name] = _offloads(_mapping(given.get(f"offload_{part}"), f"offload_{part}").get("device"))
     for key, name in (("reduce_bucket_size", "bucket"), ("stage3_max_live_parameters", "live")):
         if isinstance(given.get(key), (int, float)):  # "auto" leaves DeepSpeed's default
             facts[name] = int(given[key])
@@ -99,4 +98,25 @@ def _read_json(given: Any) -> dict[str, Any]:
     file = Path(given).expanduser()
     if not file.is_file():
         raise ValueError(f"DeepSpeed's configuration must be a JSON file, got {given!r}, which does not exist.")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return _mapping(json.loads(file.read_text(encoding="utf-8")), str(given))
+
+
+def _offloads(device: Any) -> bool:
+    return (device or "none") != "none"
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    """What a file has under a name; what is empty has no settings."""
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{name} must map names to values, got {value!r}.")
+    return value or {}
+
+
+def _number(processes: str | int) -> int:
+    try:
+        count = int(processes)
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"`--num_processes` must be a number, at least 1, got {processes!r}.")
+    return count

@@ -89,10 +89,10 @@ class StoredBase:
                 f"`group_offload='leaf'` cannot act: diffusers' {type(denoiser).__name__} reads weights of layers that "
                 "it does not call. Use `group_offload='block'`."
             )
-        self._in_full = layers_in_full(denoiser)
-        owners = {owner: (name, user) for name, owner, user in _owners(denoiser)}
-        for group in _block_groups(denoiser, blocks) if offload == "block" else []:
-            within = {owner: owners.pop(owner) for block in group for _, owner, _ in _owners(block)}
+        self._castable = set() if casting is None else cast_layers(denoiser)
+        owners = {owner: (name, user) for name, owner, user in weight_owners(denoiser)}
+        for group in block_groups(denoiser, blocks) if offload == "block" else []:
+            within = {owner: owners.pop(owner) for block in group for _, owner, _ in weight_owners(block)}
             weights = [part for owner, (name, _) in within.items() for part in self._store(name, owner, offload=True)]
             # A UNet checkpoints the layers within its blocks: in the backward pass they run without their block.
             for module in dict.fromkeys([*group, *(user for _, user in within.values())]):
@@ -110,11 +110,9 @@ class StoredBase:
     def _store(self, name: str, owner: nn.Module, *, offload: bool) -> list[_Weight]:
         """Take a module's own frozen parameters out of it: all to offload them, or those that are cast."""
         half_dtype = self._half_dtype if isinstance(owner, AUTOCAST_LAYERS) else None
-        may_cast = self._casting is not None and isinstance(owner, AUTOCAST_LAYERS)
-        may_cast = may_cast and not _matches(name, self._in_full)
         weights = []
         for key, parameter in list(owner.named_parameters(recurse=False)):
-            is_cast = may_cast and parameter.dim() > 1
+            is_cast = owner in self._castable and parameter.dim() > 1
             if parameter.requires_grad or not (offload or is_cast):
                 continue
             _check_plain(f"{name}.{key}", parameter)
@@ -202,13 +200,23 @@ class StoredBase:
         return weight.fetch(self._device, dtype).as_strided(*layout)
 
 
-def _block_groups(denoiser: nn.Module, blocks: int) -> list[list[nn.Module]]:
+def block_groups(denoiser: nn.Module, blocks: int) -> list[list[nn.Module]]:
     """The members of a denoiser's lists of modules, in groups of so many neighbours."""
     lists = [list(part) for part in denoiser.children() if isinstance(part, (nn.ModuleList, nn.Sequential))]
     return [part[first : first + blocks] for part in lists for first in range(0, len(part), blocks)]
 
 
-def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def cast_layers(denoiser: nn.Module) -> set[nn.Module]:
+    """The layers whose weights diffusers stores in 8 bits."""
+    in_full = layers_in_full(denoiser)
+    return {
+        owner
+        for name, owner, _ in weight_owners(denoiser)
+        if isinstance(owner, AUTOCAST_LAYERS) and not _matches(name, in_full)
+    }
+
+
+def weight_owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Modules without those of adapters, each with its name and the module in whose forward pass its parameters are
     read: the layers of PEFT read those of the layer that they wrap."""
     if isinstance(module, BaseTunerLayer):
@@ -216,7 +224,7 @@ def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         return
     yield prefix, module, module
     for name, child in module.named_children():
-        yield from _owners(child, f"{prefix}.{name}" if prefix else name)
+        yield from weight_owners(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

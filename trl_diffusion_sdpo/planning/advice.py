@@ -46,6 +46,8 @@ def candidates(settings: Mapping[str, Any]) -> dict[str, Changes]:
             "num_processes": 2 * settings.get("num_processes", 1),
         },
     }
+    if 2 * settings.get("num_processes", 1) > MOST_PROCESSES:
+        del all_changes["weights, gradients and optimizer divided over more devices"]
     if settings.get("safeguard") != "parameter":
         del all_changes["one branch's activations at a time"]
     return {
@@ -69,7 +71,7 @@ def advise(plan: Plan, settings: Mapping[str, Any], replan: Replan) -> list[Advi
 
 def first_fit(advice: list[Advice], gigabytes: float, replan: Replan) -> Advice | None:
     """The candidates applied one after another, cheap ones first, until the set-up fits; `None` where it does
-    not on [`MOST_PROCESSES`] devices."""
+    not on [`most_processes`] devices."""
     changes: Changes = {}
     words: list[str] = []
     for one in sorted(advice, key=lambda one: (*(name in one.changes for name in _LAST), one.plan.peak)):
@@ -83,6 +85,12 @@ def first_fit(advice: list[Advice], gigabytes: float, replan: Replan) -> Advice 
             if plan.fits(gigabytes):
                 return Advice("; ".join(words), changes, plan)
     return None
+
+
+def most_processes(advice: list[Advice]) -> int | None:
+    """The processes that [`first_fit`] tries at most; `None` if it leaves them as they are."""
+    tried = [step.get("num_processes", 0) for one in advice for step in _with_more_processes(one.changes)]
+    return max(tried, default=0) or None
 
 
 def _with_more_processes(changes: Changes) -> list[Changes]:

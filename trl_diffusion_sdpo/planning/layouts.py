@@ -89,7 +89,9 @@ class Layout:
             "DDP's buckets": 4 * trained if self.name == "ddp" else 0,
         }
         if self.name == "zero3":
-            found |= {"gradients": self._shard(trained) * width, "DeepSpeed's bucket": self.bucket * width}
+            # With the optimizer offloaded, the buffer of the gradients is on the CPU too.
+            gradients = 0 if self.offloads_optimizer else self._shard(trained) * width
+            found |= {"gradients": gradients, "DeepSpeed's bucket": self.bucket * width}
         return {name: size for name, size in found.items() if size}
 
     def rounded_in_place(self, weights: int) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..models.memory import block_groups, cast_layers, weight_owners
+from ..models.numerics import AUTOCAST_LAYERS
 from ..models.shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
 from .allocations import rounded
 from .fake_device import fake_device
@@ -128,7 +130,9 @@ class Planner:
         networks, step, family = prepared.networks, prepared.step, prepared.networks.family
         weights = list(family.denoiser.parameters())
         counts = sum(weight.numel() for weight in weights), sum(weight.numel() for weight in networks.trained)
-        disk, key, (components, states, temporary) = _disk(prepared), _key(prepared), self._held(prepared)
+        disk, (components, states, temporary) = _disk(prepared), self._held(prepared)
+        _cast_as_used(prepared)
+        key = _key(prepared)
         disk["checkpoints"] += prepared.checkpoints * states
         buffers = self._buffers(prepared)
         fake_weights(all_modules(networks), self._mode)
@@ -166,9 +170,10 @@ class Planner:
     def _buffers(self, prepared: Prepared) -> dict[str, int]:
         """What passes allocate for weights and gradients besides what [`measure_step`] counts, by moment."""
         denoiser, layout = prepared.networks.family.denoiser, prepared.layout
-        dequantized = 0
+        weights, dequantized = list(denoiser.parameters()), 0
         if prepared.stored:
-            dequantized = 2 * max((weight.numel() for weight in denoiser.parameters()), default=0)
+            widths = ((weight, weight.element_size() if prepared.stored == "float8" else 2) for weight in weights)
+            dequantized = max((weight.numel() * width for weight, width in widths), default=0)
         extra = dequantized + layout.gathered(denoiser)
         if isinstance(prepared.networks.reference.second, SecondDenoiser):
             extra += layout.left_gathered(prepared.networks.reference.second.module)
@@ -183,9 +188,9 @@ class Planner:
         others = {id(weight) for weights in adapters.values() for weight in weights}
         policy = sum(layout.held(one, block) for one in _tensors(denoiser) if id(one) not in others)
         if prepared.stored is not None:
-            policy -= _saved_by_quantization(denoiser, prepared.stored, layout)
+            policy -= _saved_by_quantization(_quantized(denoiser, prepared.stored), prepared.stored, layout)
         if prepared.offloaded is not None:
-            away, largest = _offloaded(denoiser, prepared.offloaded, prepared.blocks)
+            away, largest = _offloaded(prepared)
             policy -= away - 2 * largest  # the group that runs, and the one before, whose weights are still in use
         found = {"policy": policy}
         for name, shadow in shadows.items():
@@ -251,25 +256,64 @@ def _bytes(tensor: torch.Tensor, block: int) -> int:
     return rounded(tensor.numel() * tensor.element_size(), block)
 
 
-def _saved_by_quantization(denoiser: nn.Module, kind: str, layout: Layout) -> int:
-    """Bytes that frozen weights of linear layers take less when quantized. Engines do not shard such weights."""
-    kinds = (nn.Linear, nn.Conv2d) if kind == "float8" else nn.Linear
-    layers = [layer for layer in denoiser.modules() if isinstance(layer, kinds) and not layer.weight.requires_grad]
+def _quantized(denoiser: nn.Module, kind: str) -> set[Any]:
+    """Frozen layers whose weights are stored in fewer bits; those of adapters are not."""
+    layers = {owner for _, owner, _ in weight_owners(denoiser) if isinstance(owner, nn.Linear)}
+    found: set[Any] = cast_layers(denoiser) if kind == "float8" else layers
+    return {layer for layer in found if not layer.weight.requires_grad}
+
+
+def _saved_by_quantization(layers: set[Any], kind: str, layout: Layout) -> int:
+    """Bytes that the weights of these layers take less when quantized. Engines do not shard such weights."""
     return sum(layout.held(layer.weight, 1) - round(layer.weight.numel() * STORED[kind]) for layer in layers)
 
 
-def _offloaded(denoiser: nn.Module, unit: str, blocks: int) -> tuple[int, int]:
-    """Bytes of frozen weights that are on the CPU, and those of the largest group that is brought together."""
-    if unit == "leaf":
-        groups = [[module] for module in denoiser.modules() if not list(module.children())]
-    else:
-        lists = [list(part) for part in denoiser.children() if isinstance(part, (nn.ModuleList, nn.Sequential))]
-        groups = [part[first : first + blocks] for part in lists for first in range(0, len(part), blocks)]
+def _offloaded(prepared: Prepared) -> tuple[int, int]:
+    """Bytes of frozen weights that are on the CPU, and of the largest group that is brought together, as it is used."""
+    groups = [[(layer, weight) for layer in group for weight in _frozen(layer)] for group in _groups(prepared)]
+    away = sum(_bytes(weight, 1) for group in groups for _, weight in group)
+    if prepared.stored is not None:
+        layers = _quantized(prepared.networks.family.denoiser, prepared.stored)
+        layers &= {layer for group in groups for layer, _ in group}
+        away -= _saved_by_quantization(layers, prepared.stored, prepared.layout)
+    half = prepared.step.autocast
     sizes = [
-        sum(_bytes(weight, 1) for part in group for weight in part.parameters() if not weight.requires_grad)
+        sum(
+            weight.numel() * (half.itemsize if half and isinstance(layer, AUTOCAST_LAYERS) else weight.element_size())
+            for layer, weight in group
+        )
         for group in groups
     ]
-    return sum(sizes), max(sizes, default=0)
+    return away, max(sizes, default=0)
+
+
+def _groups(prepared: Prepared) -> list[list[nn.Module]]:
+    """Layers whose frozen weights are offloaded, in the groups that are brought together."""
+    denoiser = prepared.networks.family.denoiser
+    if prepared.offloaded is None:
+        return []
+    if prepared.offloaded == "leaf":
+        return [[layer] for _, layer, _ in weight_owners(denoiser)]
+    groups = block_groups(denoiser, prepared.blocks)
+    return [[layer for block in group for _, layer, _ in weight_owners(block)] for group in groups]
+
+
+def _frozen(layer: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in layer.parameters(recurse=False) if not weight.requires_grad]
+
+
+def _cast_as_used(prepared: Prepared) -> None:
+    """Give weights that are offloaded or in 8 bits the dtype of autocast, in which [`StoredBase`] brings them: autocast
+    then makes no copies, which autograd would keep."""
+    half = prepared.step.autocast
+    if half is None:
+        return
+    offloaded = {layer for group in _groups(prepared) for layer in group}
+    in_8_bits = _quantized(prepared.networks.family.denoiser, "float8") if prepared.stored == "float8" else set()
+    for layer in offloaded | in_8_bits:
+        for weight in _frozen(layer) if isinstance(layer, AUTOCAST_LAYERS) else ():
+            if layer in offloaded or weight.dim() > 1:
+                weight.data = weight.data.to(half)
 
 
 def _disk(prepared: Prepared) -> dict[str, int]:

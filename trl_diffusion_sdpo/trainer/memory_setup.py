@@ -26,7 +26,7 @@ def store_base(
             set_attention(module, args.attention_backend)
     if args.layerwise_casting is None and args.group_offload is None:
         return None
-    check_stored_base(args, adapter, reference)
+    check_stored_base(args, adapter, reference, sharded=by_engine(args))
     return StoredBase(
         denoiser,
         device=args.device,
@@ -55,8 +55,12 @@ def compile_models(denoiser: Any, shadow_weights: Sequence[ShadowWeights], args:
         args.torch_compile_backend = args.torch_compile_mode = None  # what accelerate would compile with
 
 
-def check_stored_base(args: DiffusionSDPOConfig, adapter: str | None, reference: Reference) -> None:
-    """Raise `ValueError` where the base cannot be stored on the CPU or in 8 bits."""
+def check_stored_base(args: DiffusionSDPOConfig, adapter: str | None, reference: Reference, *, sharded: bool) -> None:
+    """Raise `ValueError` where the base cannot be stored on the CPU or in 8 bits.
+
+    Args:
+        sharded (`bool`): Whether DeepSpeed or FSDP trains.
+    """
     names = [name for name in ("layerwise_casting", "group_offload") if getattr(args, name) is not None]
     given = f"`{names[0]}={getattr(args, names[0])!r}`"
     if adapter is None:
@@ -64,7 +68,7 @@ def check_stored_base(args: DiffusionSDPOConfig, adapter: str | None, reference:
             f"{given} is for the frozen base of a LoRA: weights that train stay on the device, in float32. Pass a "
             "`peft_config`, or leave it out."
         )
-    if by_engine(args):
+    if sharded:
         raise ValueError(
             f"{given} cannot act under DeepSpeed and FSDP, which hold all weights in a form of their own. Use their "
             "own offloading, or neither of them."
