@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import datasets
 import fsspec
+import numpy as np
 import pytest
 import torch
 from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig
@@ -19,13 +20,14 @@ from PIL import Image
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError
 from trl_diffusion_sdpo.artifacts.setup import write_setup
-from trl_diffusion_sdpo.cache import encoder, key
+from trl_diffusion_sdpo.cache import key
 from trl_diffusion_sdpo.cache.key import EncoderFacts, hashes_of
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
 from trl_diffusion_sdpo.runs.resuming import check_resumable
+from trl_diffusion_sdpo.sources import images
 from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
 from trl_diffusion_sdpo.trainer import encoding, preparing
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
@@ -224,6 +226,7 @@ def test_pairs_of_images_that_cannot_be_decoded_are_replaced_as_without_a_cache(
 @pytest.fixture
 def no_answer(monkeypatch):
     """`no_answer(times)`: a storage that cannot be reached so many times, for one image."""
+    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
     left, really = [0], MemoryFileSystem._open
 
     def unreliable(self, path, mode="rb", **options):
@@ -246,14 +249,14 @@ def on_a_storage(pairs):
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def test_an_error_of_reading_that_may_pass_is_not_stored(
-    make_trainer, make_cached, make_pairs, no_answer, monkeypatch
-):
+TOLD_HOW = "pair 2 .*TimeoutError: no answer.*2.png, 3 times.*start again; if it never can, remove its row"
+
+
+def test_an_error_of_reading_that_may_pass_is_not_stored(make_trainer, make_cached, make_pairs, no_answer):
     """Two errors are outlived; a third ends the run, and what was encoded stays."""
-    monkeypatch.setattr(encoder, "READ_AGAIN", (0.0, 0.0))
     given = {"train": on_a_storage(make_pairs(8)), "verify_images": "none", "image_schemes": ["memory"]}
     no_answer(3)
-    with pytest.raises(UnreadableImageError, match="Pair 2: .*TimeoutError: no answer.*3 times.*start again"):
+    with pytest.raises(UnreadableImageError, match=TOLD_HOW.replace("pair 2 ", "Pair 2:")):
         make_cached(**given)
     no_answer(2)
     cached = make_cached(**given)
@@ -264,14 +267,26 @@ def test_an_error_of_reading_that_may_pass_is_not_stored(
 def test_an_error_of_reading_that_may_pass_leaves_no_pair_without_errors_of_the_reference(
     make_trainer, make_pairs, no_answer
 ):
-    given = {"train": on_a_storage(make_pairs(8)), "verify_images": "none", "image_schemes": ["memory"]}
-    trainer = make_trainer(precompute_ref_errors=True, **given)
+    """Neither one in the sample that is checked before, nor two while they are computed; a third ends the run."""
     no_answer(1)
-    with pytest.raises(UnreadableImageError, match="pair 2 .*TimeoutError: no answer.*start again"):
+    given = {"train": on_a_storage(make_pairs(4)), "image_schemes": ["memory"]}
+    trainer = make_trainer(precompute_ref_errors=True, ref_noise_draws=1, **given)
+    assert trainer.train_dataset.report.undecodable == 1
+    no_answer(3)
+    with pytest.raises(UnreadableImageError, match=TOLD_HOW):
         trainer.precompute_reference_errors()
+    no_answer(2)
     trainer.precompute_reference_errors()
-    assert all("ref_errors" in trainer.train_dataset[pair] for pair in range(8))
-    assert trainer.train_dataset.report.undecodable == 0
+    assert np.isfinite(trainer.train_dataset._reference_errors).all()
+
+
+def test_pairs_that_an_earlier_trainer_could_not_read_are_read_again(make_trainer, make_pairs, no_answer):
+    first = make_trainer(train=on_a_storage(make_pairs(4)), image_schemes=["memory"])
+    no_answer(1)
+    assert first.train_dataset[2]["row"] == 3 and first.train_dataset[2]["row"] == 3
+    second = make_trainer(train=first.train_dataset)
+    assert second.train_dataset[2]["row"] == 2 and second.train_dataset.report.undecodable == 0
+    assert first.train_dataset.report.undecodable == 1
 
 
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(

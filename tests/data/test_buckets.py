@@ -1,10 +1,14 @@
 """Sizes of aspect-ratio buckets, which pair gets which, and the order of the pairs, against values worked out by hand
 and lists published by others."""
 
+import tracemalloc
+from itertools import islice
+
 import numpy as np
 import pytest
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_512_BIN, ASPECT_RATIO_1024_BIN
 
+from trl_diffusion_sdpo.data import buckets as bucket_module
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets, BucketSampler, PairSizes, Repeated, candidates
 from trl_diffusion_sdpo.data.image_sizes import describe_sizes
 
@@ -176,3 +180,24 @@ def test_pairs_take_the_place_of_one_another_bucket_by_bucket():
     assert list(candidates(3, 6, sizes, by_bucket=True)) == [3, 0, 5, 2, 4, 1]
     assert list(candidates(2, 6, sizes, by_bucket=True)) == [2, 5, 4, 1, 3, 0]
     assert list(candidates(4, 6, None, by_bucket=True)) == [4, 5, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("by_bucket", [False, True])
+def test_the_order_of_candidates_is_that_of_a_sort_over_all_pairs(by_bucket, monkeypatch):
+    monkeypatch.setattr(bucket_module, "BLOCK_PAIRS", 3)
+    sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.random.default_rng(0).integers(3, size=20).astype(np.uint16))
+    for pair in range(20):
+        others = [(pair + step) % 20 for step in range(1, 20)]
+        away = {other: (int(sizes.numbers[other]) - int(sizes.numbers[pair])) % 3 for other in others}
+        expected = sorted(others, key=lambda other: away[other] if by_bucket else away[other] > 0)
+        assert list(candidates(pair, 20, sizes, by_bucket=by_bucket)) == [pair, *expected]
+
+
+def test_the_next_pair_of_a_bucket_is_found_without_a_look_at_all_pairs():
+    sizes = PairSizes(((16, 20), (20, 16)), np.arange(2_000_000, dtype=np.uint16) % 2)
+    tracemalloc.start()
+    try:
+        assert list(islice(candidates(7, 2_000_000, sizes, by_bucket=True), 3)) == [7, 9, 11]
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

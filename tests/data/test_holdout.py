@@ -119,6 +119,18 @@ def test_values_of_the_group_column_are_those_of_one_data_set():
     assert sorted(len(test) for _, test in split) == [0, 0, 2]
 
 
+def test_a_size_for_which_no_prompt_can_be_spared_is_refused(caplog):
+    with pytest.raises(ValueError, match="each data set keeps a prompt to train on, and every other has more than 1"):
+        hold_out_of_several([pairs(["a"]), pairs(["b"])], 1, seed=0, formats=[None] * 2)
+    split = hold_out_of_several([pairs(["a"] * 4), pairs(["b"] * 4)], 2, seed=0, formats=[None] * 2)
+    assert sum(len(test) for _, test in split) == 2 and "Every prompt has more than the 2 rows" in caplog.text
+
+
+def test_an_empty_data_set_is_named():
+    with pytest.raises(ValueError, match=r"there are none in the data sets \[1\]"):
+        hold_out_of_several([pairs(PROMPTS), pairs(["a"]).select([])], 2, seed=0, formats=[None] * 2)
+
+
 def test_each_of_several_data_sets_keeps_a_prompt():
     """Rows without a prompt are one group; a prompt with a newline is the same one in an archive."""
     small = pairs(["a", "a", None])

@@ -1,5 +1,6 @@
 """Which images are checked before training: a sample, all or none, by one process or several."""
 
+import errno
 import io
 import logging
 import threading
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import map_style as map_style_module
+from trl_diffusion_sdpo.sources import images
 from trl_diffusion_sdpo.sources.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
-from trl_diffusion_sdpo.sources.images import ImageReader
+from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
 
 JUNK = b"this is no image"
 
@@ -161,6 +163,15 @@ def test_a_row_that_one_process_cannot_read_is_dropped_by_all(verify):
     reports = ThreadGroup(2).run(check)
     assert reports[0] == reports[1] and (reports[0].pairs, reports[0].undecodable) == (11, 1)
     assert "OSError: truncated" in str(reports[0])
+
+
+def test_a_row_of_a_users_data_set_that_may_be_good_is_not_left_out(monkeypatch):
+    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
+    data = Torn(OSError(errno.EIO, "bad sector"))
+    prepared = prepare(data, verify_images="none")
+    data.torn = True
+    with pytest.raises(UnreadableImageError, match="row 3 cannot be read .*bad sector.*3 times.*remove its row"):
+        prepared.check_all()
 
 
 @pytest.mark.parametrize("verify", ["sample", "all"])

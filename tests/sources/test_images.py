@@ -1,5 +1,6 @@
 """Images of untrusted rows: only local files and files of the Hub are opened, and no row ends the run."""
 
+import errno
 import io
 import os
 import resource
@@ -10,6 +11,7 @@ import warnings
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import fsspec
 import pytest
 from PIL import Image
@@ -224,6 +226,46 @@ def test_whatever_a_storage_raises_may_pass(error, monkeypatch):
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     monkeypatch.setattr(Flaky, "error", error, raising=False)
     assert kind_of("flaky://a.png", ("flaky",)) is UnreadableImageError
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "no"), PermissionError("no"), OSError(errno.EPERM, "")]
+)
+def test_a_missing_permission_does_not_pass(error, monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(Flaky, "error", error, raising=False)
+    assert kind_of("flaky://a.png", ("flaky",)) is UndecodableImageError
+    assert type(images.as_undecodable(error, "")) is UndecodableImageError
+
+
+@pytest.mark.parametrize("options", [{"verify_images": "all"}, {"verify_images": "none", "min_side": 8}])
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_no_pair_leaves_the_index_by_an_error_that_may_pass(options, kind, tmp_path, monkeypatch):
+    """A local file that cannot be read three times in a row ends the preparation; two times are outlived."""
+    left, check = [0], images._check_file
+
+    def failing(path, max_bytes):
+        if left[0] and path.endswith("2.png"):
+            left[0] -= 1
+            raise OSError(errno.EIO, "bad sector")
+        check(path, max_bytes)
+
+    monkeypatch.setattr(images, "_check_file", failing)
+    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(png(level=number))
+    rows = [
+        {"prompt": "a", "chosen": str(tmp_path / f"{i}.png"), "rejected": str(tmp_path / "4.png")} for i in range(4)
+    ]
+
+    def prepare():
+        return prepare_dataset(kind(rows), transform=PairTransform(16), **options)
+
+    left[0] = 3
+    with pytest.raises(UnreadableImageError, match="bad sector.*2.png, 3 times.*remove its row"):
+        prepare()
+    left[0] = 2
+    assert len(prepare()) == 4
 
 
 def test_too_many_open_files_may_pass(tmp_path):

@@ -2,9 +2,11 @@
 that leave nothing open, and batches that the data can fill."""
 
 import copy
+import gc
 import logging
 import os
 import tracemalloc
+import weakref
 
 import datasets
 import datasets.distributed
@@ -20,6 +22,7 @@ from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_d
 from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines import batch_loaders as loaders
 from trl_diffusion_sdpo.engines.batch_loaders import choose_workers
+from trl_diffusion_sdpo.step.reference_errors import ReferenceErrors
 from trl_diffusion_sdpo.trainer.data_preparation import check_batches, prepare_pairs
 
 
@@ -89,6 +92,25 @@ def test_an_evaluation_set_is_prepared_once_and_another_ones_own_is_not_kept(mak
     assert trainer.get_eval_dataloader("b") is not first
     other = make_pairs(2, seed=3)
     assert trainer.get_eval_dataloader(other) is not trainer.get_eval_dataloader(other)
+
+
+def test_prepared_pairs_of_ones_own_are_prepared_once_for_a_trainer(make_trainer, make_pairs, monkeypatch):
+    """The given pairs have no errors of the reference, and what is computed for them goes when they go."""
+    trainer = make_trainer(train=make_pairs(2), precompute_ref_errors=True, ref_noise_draws=1)
+    given = prepare_pairs(make_pairs(2, seed=3), trainer.args, trainer.loss_spec, name="eval", training=False)
+    computed, compute = [], ReferenceErrors.add_to
+
+    def counted(self, pairs):
+        computed.append(weakref.ref(pairs))
+        compute(self, pairs)
+
+    monkeypatch.setattr(ReferenceErrors, "add_to", counted)
+    for _ in range(2):
+        trainer.get_eval_dataloader(given)
+    assert [found() is given for found in computed] == [False] and not given.has_reference_errors
+    del given
+    gc.collect()
+    assert computed[0]() is None
 
 
 class Args:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +15,13 @@ from tqdm.auto import tqdm
 
 from ..data.pairs import PreferenceDataset
 from ..sources.checking import HOW_TO_DROP, Peers
-from ..sources.images import UndecodableImageError, UnreadableImageError
+from ..sources.images import UndecodableImageError, UnreadableImageError, read_again
 from .encoded_pairs import MOMENTS, SIZES, ImageRows
 from .shards import ShardStore
 
 IMAGES_AT_ONCE = range(2, 9)  # of the VAE: as many as `PIXELS_AT_ONCE` are, within this range
 PIXELS_AT_ONCE = 8 * 512 * 512
 PROMPTS_AT_ONCE = range(4, 17)  # products of matrices round differently in smaller batches on CPUs
-
-READ_AGAIN = (1.0, 5.0)  # seconds until an image that could not be read is read again
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 Load = Callable[[Dataset], Iterable[Any]]  # the items of a data set in their order
@@ -97,10 +96,7 @@ def encode_images(
 def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
     """Raise where the image of an error must not be stored as one that cannot be decoded."""
     if isinstance(error, UnreadableImageError):
-        raise UnreadableImageError(
-            f"Pair {pair}: {error}, {1 + len(READ_AGAIN)} times. The image may be good, so encoding stops. When it can "
-            "be read, start again: what is encoded stays."
-        )
+        raise UnreadableImageError(f"Pair {pair}: {error} What is encoded stays.")
     if dataset.strict:
         raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
 
@@ -193,14 +189,10 @@ class _Decoded(Dataset):
 
     def __getitem__(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError:
         image = self._images[index]
-        for seconds in (*READ_AGAIN, None):
-            try:
-                return self._variants(image)
-            except UndecodableImageError as error:
-                if seconds is None or not isinstance(error, UnreadableImageError):
-                    return type(error)(str(error))  # without what it holds of the image
-                time.sleep(seconds)
-        raise AssertionError
+        try:
+            return read_again(partial(self._variants, image))
+        except UndecodableImageError as error:
+            return type(error)(str(error))  # without what it holds of the image
 
     def _variants(self, image: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pair, side = self._rows.places[image].tolist()

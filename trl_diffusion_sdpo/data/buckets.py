@@ -19,6 +19,7 @@ from .transforms import Size
 
 MIN_AREA = 0.9  # of a size, as a share of the target's: SDXL's list at 1024 pixels is what 64 pixels allow within it
 MANY_REPEATS = 0.05  # as a share of the pairs
+BLOCK_PAIRS = 4096  # that are searched at once for one of a bucket
 ORDER = 1  # ends the key of an order's random numbers; those of pairs have no fourth part
 
 
@@ -162,10 +163,15 @@ def candidates(pair: int, pairs: int, sizes: PairSizes | None, *, by_bucket: boo
     if sizes is None:
         yield from chain(range(pair, pairs), range(pair))
         return
-    yield pair  # without a look at all the others
+    yield pair
+    own = sizes.numbers[pair]
+    for start in range(1, pairs, BLOCK_PAIRS):  # mostly one pair is wanted: without a look at all the others
+        following = (pair + np.arange(start, min(start + BLOCK_PAIRS, pairs))) % pairs
+        yield from following[sizes.numbers[following] == own].tolist()
     following = (pair + np.arange(1, pairs)) % pairs
-    buckets = (sizes.numbers[following].astype(np.int64) - int(sizes.numbers[pair])) % len(sizes.sizes)
-    yield from map(int, following[np.argsort(buckets if by_bucket else buckets > 0, kind="stable")])
+    others = following[sizes.numbers[following] != own]
+    buckets = (sizes.numbers[others].astype(np.int64) - int(own)) % len(sizes.sizes)
+    yield from (others[np.argsort(buckets, kind="stable")] if by_bucket else others).tolist()
 
 
 class Repeated(int):

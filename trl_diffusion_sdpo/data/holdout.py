@@ -45,15 +45,27 @@ def hold_out_of_several(
 
     Returns:
         `list`: For each data set the rows to train on and the rows held out, of which there may be none.
+
+    Raises:
+        ValueError: If no rows would be left to train on, a data set is empty, or every prompt of at most `size` rows
+            must be kept.
     """
     rows = np.array([len(part) for part in parts])
     total = int(rows.sum())
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
         raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {total}.")
+    if empty := np.flatnonzero(rows == 0).tolist():
+        raise ValueError(f"Every data set must have rows; there are none in the data sets {empty}. Leave them out.")
     known = [resolve_format(name, part.column_names) for part, name in zip(parts, formats, strict=True)]
     starts = np.cumsum(rows)[:-1]
-    held = _choose(np.split(_groups_of_rows(parts, known), starts), wanted, seed)
+    groups = _groups_of_rows(parts, known)
+    held = _choose(np.split(groups, starts), wanted, seed)
+    if not held.any() and np.bincount(groups).min() <= wanted:
+        raise ValueError(
+            f"`test_size={size:g}` must be larger: each data set keeps a prompt to train on, and every other has more "
+            f"than {wanted} rows."
+        )
     if not held.any():
         logger.warning("Every prompt has more than the %d rows of `test_size`: prompts are on both sides.", wanted)
         held[np.random.default_rng(seed).permutation(total)[:wanted]] = True

@@ -15,7 +15,7 @@ import pyarrow.compute as compute
 
 from ..sources.checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
 from ..sources.formats import images_of_row
-from ..sources.images import ImageReader, UndecodableImageError
+from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
 from ..sources.tables import ArrowSource, RowSource
 from .buckets import AspectRatioBuckets, PairSizes
 from .transforms import Size
@@ -168,9 +168,11 @@ def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
 
 
 def _size(reader: ImageReader, image: Any) -> tuple[int, int]:
-    """`(height, width)` of an image, zeros where it cannot be read."""
+    """`(height, width)` of an image, zeros where it cannot be used; `UnreadableImageError` where it may be good."""
     try:
-        return reader.size(image)
+        return read_again(partial(reader.size, image))
+    except UnreadableImageError:
+        raise
     except UndecodableImageError:
         return 0, 0
 

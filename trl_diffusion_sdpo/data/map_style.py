@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,13 +19,15 @@ from ..sources.checking import (
     DataReport,
     IdenticalPairs,
     Peers,
+    SourceImage,
     evenly_spaced,
     forks_by_default,
+    pairs_of_images,
     reject,
     same_image,
     usable_cores,
 )
-from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError
+from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
 from ..sources.mixture import Source
 from ..sources.tables import pairs_fingerprint
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
@@ -33,8 +35,6 @@ from .image_sizes import settle_sizes
 from .transforms import Encoded, ItemMaker, PairDraws, Size
 
 logger = logging.getLogger(__name__)
-
-SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
 
 
 class PreferenceDataset(Dataset):
@@ -54,7 +54,7 @@ class PreferenceDataset(Dataset):
     def __init__(self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str) -> None:
         self._source, self._maker, self._reader = source, maker, reader
         self.strict = strict  # whether bad rows stop the run
-        self._fatal: tuple[type[UndecodableImageError], ...] = ()  # errors that stop it in any case
+        self._for_storing = False  # then so do errors that may pass
         self._report = DataReport(name, source.format.name, rows=len(source))
         self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
@@ -135,11 +135,17 @@ class PreferenceDataset(Dataset):
         return view
 
     def in_epoch(self, epoch: int) -> "PreferenceDataset":
-        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference: for
-        results that are stored. So an image that may be good and could not be read is an error."""
+        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference."""
         view = copy.copy(self)
-        view._fatal = (UnreadableImageError,)
         view._maker, view._reference_errors = self._maker.in_epoch(epoch), None
+        return view
+
+    def for_storing(self) -> "PreferenceDataset":
+        """The same pairs, for results that are stored: what is undecodable is found anew, and an image that may be good
+        and cannot be read, also when it is read again, is an error."""
+        view = copy.copy(self)
+        view._for_storing = True
+        view._reset_undecodable()
         return view
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
@@ -224,9 +230,11 @@ class PreferenceDataset(Dataset):
         self._reset_undecodable()
 
     def from_source(self) -> "PreferenceDataset":
-        """The same pairs without encoded ones and errors of a reference, which may be of another model."""
+        """The same pairs without encoded ones and errors of a reference, which may be of another model; what is
+        undecodable is found anew."""
         view = copy.copy(self)
         view._encoded = view._reference_errors = None
+        view._reset_undecodable()
         return view
 
     def first(self, count: int) -> "PreferenceDataset":
@@ -260,7 +268,7 @@ class PreferenceDataset(Dataset):
         gathered = peers.gather_results(lambda: [self._check_pair(pair) for pair in share])
         checked = [result for results in gathered for result in results]
         reasons = {image: reason for found, _ in checked for image, reason in found.items()}
-        for pair, image in self._pairs_of_images(reasons):
+        for pair, image in pairs_of_images(self._index, reasons):
             reason = f"image {image[1]} {reasons[image]}"
             if self.strict:
                 self._reject("undecodable", image[0], reason, 1)
@@ -320,8 +328,9 @@ class PreferenceDataset(Dataset):
         for row in candidates(start, len(self), self.sizes, by_bucket=computed):
             if self._undecodable[row]:
                 continue
+            read = partial(self._item, row, self.target_size(row if computed else start))
             try:
-                item = {**self._item(row, self.target_size(row if computed else start)), **self._stored_errors(row)}
+                item = {**(read_again(read) if self._for_storing else read()), **self._stored_errors(row)}
             except UndecodableImageError as error:
                 self._reject_at_read(row, error)
                 continue
@@ -361,8 +370,8 @@ class PreferenceDataset(Dataset):
     def _reject_at_read(self, row: int, error: UndecodableImageError) -> None:
         rows = sorted({int(self._index[row, 0]), int(self._index[row, 2])})
         where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
-        if isinstance(error, self._fatal):
-            raise UnreadableImageError(f"{where}: {error}. When it can be read, start again.") from error
+        if self._for_storing and isinstance(error, UnreadableImageError):
+            raise UnreadableImageError(f"{where}: {error}") from error
         if self.strict:
             raise ValueError(f"{where}: {error}. {HOW_TO_DROP}") from error
         self._undecodable[row] = 1
@@ -370,7 +379,7 @@ class PreferenceDataset(Dataset):
 
     def _drop(self, reasons: Mapping[SourceImage, str]) -> None:
         keep = np.ones(len(self), dtype=bool)
-        for pair, image in self._pairs_of_images(reasons):
+        for pair, image in pairs_of_images(self._index, reasons):
             keep[pair] = False
             self._reject("undecodable", image[0], f"image {image[1]} {reasons[image]}", 1)
         self._keep(keep)
@@ -380,17 +389,6 @@ class PreferenceDataset(Dataset):
             self._index = self._index[mask]
             self._scores = None if self._scores is None else self._scores[mask]
             self._reset_undecodable()
-
-    def _pairs_of_images(self, images: Mapping[SourceImage, str]) -> Iterator[tuple[int, SourceImage]]:
-        """The pairs that contain any of the images, each with the first such image (the winner before the loser)."""
-        index, rows = self._index, np.array([row for row, _ in images], dtype=np.int64)
-        for pair in np.flatnonzero(np.isin(index[:, 0], rows) | np.isin(index[:, 2], rows)).tolist():
-            winner_row, winner_image, loser_row, loser_image = index[pair].tolist()
-            found = (winner_row, winner_image)
-            if found not in images:
-                found = (loser_row, loser_image)
-            if found in images:
-                yield pair, found
 
     def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
         reject(self._report, self.strict, kind, row, reason, amount)

@@ -173,7 +173,8 @@ def _with_small_sampler(loader: Any) -> Any:
 
 def _is_usual(sampler: RandomSampler) -> bool:
     """Whether it draws each pair once, from the seed alone, as those do that transformers makes."""
-    return not sampler.replacement and sampler._num_samples is None and sampler.generator is None
+    whole = sampler.num_samples == len(sampler.data_source)
+    return whole and not sampler.replacement and sampler.generator is None
 
 
 def choose_workers(

@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ..switch_words import SWITCH_WORDS
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+SourceImage = tuple[int, int]  # (row of the source, index of the image within the row)
 
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
@@ -127,6 +128,19 @@ class Peers:
 
 
 ALONE = Peers()
+
+
+def pairs_of_images(index: np.ndarray, images: Mapping[SourceImage, str]) -> Iterator[tuple[int, SourceImage]]:
+    """The pairs of an index `(P, 4)` that contain any of the images, each with the first such image (the winner before
+    the loser)."""
+    rows = np.array([row for row, _ in images], dtype=np.int64)
+    for pair in np.flatnonzero(np.isin(index[:, 0], rows) | np.isin(index[:, 2], rows)).tolist():
+        winner_row, winner_image, loser_row, loser_image = index[pair].tolist()
+        found = (winner_row, winner_image)
+        if found not in images:
+            found = (loser_row, loser_image)
+        if found in images:
+            yield pair, found
 
 
 class IdenticalPairs:

@@ -8,11 +8,13 @@ import re
 import stat
 import struct
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import fsspec
@@ -63,9 +65,17 @@ Result = TypeVar("Result")
 TURNED = (5, 6, 7, 8)  # EXIF orientations under which height and width change places
 
 
-# What is wrong with a path itself. Other errors of the system, of the network and of memory may pass.
-OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-
+# What is wrong with a path itself, or with the permission to read it. Other errors of the system, of the network and of
+# memory may pass.
+OF_THE_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM),
+)
+READ_AGAIN = (1.0, 5.0)  # seconds until an image that could not be read is read again
+HOW_TO_GO_ON = (
+    "The image may be good, so it is not left out. When it can be read, start again; if it never can, remove its row "
+    "from the data set."
+)
 
 OF_AN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
 
@@ -76,6 +86,23 @@ class UndecodableImageError(ValueError):
 
 class UnreadableImageError(UndecodableImageError):
     """An image that could not be read, for a reason that may pass: the image itself may be good."""
+
+
+def read_again(read: Callable[[], Result]) -> Result:
+    """What `read` returns; after an error that may pass, it is called again.
+
+    Raises:
+        UnreadableImageError: After the last of `READ_AGAIN`, with what to do.
+    """
+    for seconds in READ_AGAIN:
+        try:
+            return read()
+        except UnreadableImageError:
+            time.sleep(seconds)
+    try:
+        return read()
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{error}, {1 + len(READ_AGAIN)} times. {HOW_TO_GO_ON}") from error
 
 
 @dataclass(frozen=True)
@@ -102,7 +129,7 @@ class ImageReader:
             UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of an unknown
                 type, or at a URL whose scheme is not allowed.
         """
-        with _failures_as_undecodable():
+        with _failures_as_undecodable(value):
             image = self._open(value)
             _check_pixels(image)
             image.load()
@@ -116,7 +143,7 @@ class ImageReader:
         Raises:
             UndecodableImageError: As `decode`, for what a header shows.
         """
-        with _failures_as_undecodable(), self._header(value) as image:
+        with _failures_as_undecodable(value), self._header(value) as image:
             _check_pixels(image)
             width, height = image.size
             if isinstance(image, TiffImageFile):  # some versions of Pillow turn the size at once, others when decoding
@@ -137,9 +164,15 @@ class ImageReader:
         return _at(self.size, images, index)
 
     def problem(self, image: Any) -> str:
-        """Why an image cannot be used; empty if it can."""
+        """Why an image cannot be used; empty if it can.
+
+        Raises:
+            UnreadableImageError: If it could not be read repeatedly, though it may be good.
+        """
         try:
-            self.decode(image)
+            read_again(partial(self.decode, image))
+        except UnreadableImageError:
+            raise
         except UndecodableImageError as error:
             return str(error)
         return ""
@@ -235,7 +268,20 @@ def _bounded(data: bytes) -> bytes:
 
 
 @contextmanager
-def _failures_as_undecodable() -> Iterator[None]:
+def _failures_as_undecodable(value: Any) -> Iterator[None]:
+    """Any failure of an image as an `UndecodableImageError`; one that may pass names its file."""
+    try:
+        with _any_as_undecodable():
+            yield
+    except UnreadableImageError as error:
+        name = value.get("path") if isinstance(value, Mapping) else value
+        if not isinstance(name, str | os.PathLike) or os.fspath(name) in str(error):
+            raise
+        raise UnreadableImageError(f"{error}: {os.fspath(name)}") from error
+
+
+@contextmanager
+def _any_as_undecodable() -> Iterator[None]:
     try:
         yield
     except UndecodableImageError:
@@ -261,11 +307,11 @@ def _may_pass(error: Exception) -> bool:
 
 @contextmanager
 def _failures_as_unreadable() -> Iterator[None]:
-    """Libraries of storages have errors of their own: whatever they raise may pass, unless nothing is there, or what is
-    there is damaged."""
+    """Libraries of storages have errors of their own: whatever they raise may pass, unless nothing is there, it may
+    not be read, or what is there is damaged."""
     try:
         yield
-    except (FileNotFoundError, ValueError, *OF_AN_ARCHIVE):
+    except (FileNotFoundError, PermissionError, ValueError, *OF_AN_ARCHIVE):
         raise
     except Exception as error:
         raise UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})") from error

@@ -10,6 +10,7 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import datasets
@@ -22,7 +23,14 @@ from .checking import ROUND_ROWS, DataReport, evenly_spaced
 from .columns import NotVectorizedError, prompts_of_rows
 from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values, pixels_of
 from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
-from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError, as_undecodable
+from .images import (
+    MAX_FILE_BYTES,
+    ImageReader,
+    UndecodableImageError,
+    UnreadableImageError,
+    as_undecodable,
+    read_again,
+)
 from .index import PairIndex, find_pairs, index_type
 from .kept_index import keep, kept_folder, read_kept
 
@@ -213,8 +221,11 @@ class _OfRows(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> list[Any] | str:
+        row = int(self._rows[index])
         try:
-            images = self._source.images(int(self._rows[index]))
+            images = read_again(partial(self._source.images, row))
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"row {row} {error}") from error
         except UndecodableImageError as error:
             return str(error)
         return [self._function(image) for image in images]

@@ -151,7 +151,7 @@ class ReferenceErrors:
         training = _is_for_training(dataset)
         size = self._settings.batch_size if training else self._settings.eval_batch_size
         batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
-        loader = iter(self._settings.load(_Draws(dataset), batches, dataset))
+        loader = iter(self._settings.load(_Draws(dataset.for_storing()), batches, dataset))
         bar = tqdm(
             total=sum(map(len, numbers)),
             desc=f"Errors of the reference, {dataset.report.name} data",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -48,6 +48,7 @@ class DataOverrides(Trainer):
     encoding: PairEncoding | None
     _loaders: BatchLoaders
     _own_pairs: WeakSet  # data sets whose moments and errors of the reference are this trainer's
+    _own_copies: WeakKeyDictionary  # such ones that are evaluated, by the prepared pairs that a user gave
     _reference_errors: ReferenceErrors | None  # where they are computed before training
     _signature_columns: Any
 
@@ -117,16 +118,21 @@ class DataOverrides(Trainer):
         self._signature_columns = BATCH_COLUMNS
 
     def _prepare_pairs(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
+        if not training and isinstance(dataset, PreferenceDataset) and dataset in self._own_copies:
+            return self._own_copies[dataset]
         prepared = prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
         if prepared is None:
             return None
-        if isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs:
+        is_given = prepared is dataset and isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs
+        if is_given:
             prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
         if self.encoding is not None:
             self.encoding.add_to(prepared, name, compare=self.loss_spec.uses_loser)
         if args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
         self._own_pairs.add(prepared)
+        if is_given and not training:
+            self._own_copies[dataset] = prepared
         return prepared
 
     def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:

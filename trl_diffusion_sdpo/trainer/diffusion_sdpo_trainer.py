@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -302,7 +302,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
         """The collaborators of a step."""
         self._meter, self._finite = MetricMeter(), FiniteCheck()
-        self._own_pairs = WeakSet()
+        self._own_pairs, self._own_copies = WeakSet(), WeakKeyDictionary()
         self.parameter_safeguard = None  # made in `set_up_safeguard`
         self._engine_ready = False
         self._evaluated_weights = None  # in place of the policy's
