@@ -132,7 +132,12 @@ def _names_of(array: pa.Array) -> tuple[pa.LargeStringArray, np.ndarray]:
         return pa.concat_arrays([names for names, _ in parts]), before[ends] - before[ends - lengths]
     if _is_image(kind):
         data, path = _children(array)
-        return _names_of(pc.if_else(_are_absent(data), path, None).cast(pa.large_string()))
+        are_absent = _are_absent(data)
+        counts = np.zeros(len(array), dtype=np.int64)
+        names, counts[are_absent.to_numpy(zero_copy_only=False)] = _names_of(
+            path.filter(are_absent).cast(pa.large_string())
+        )
+        return names, counts
     if not (holds_text(kind) or pa.types.is_string_view(kind)):
         return pa.array([], pa.large_string()), np.zeros(len(array), dtype=np.int64)
     array = array.cast(pa.large_string())

@@ -311,8 +311,8 @@ def _failures_as_unreadable() -> Iterator[None]:
     not be read, or what is there is damaged."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, ValueError, *OF_AN_ARCHIVE):
-        raise
+    except (FileNotFoundError, PermissionError, ValueError, KeyError, *OF_AN_ARCHIVE):
+        raise  # fsspec 2024.5 has a `KeyError` for what an archive does not hold
     except Exception as error:
         raise UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})") from error
 
