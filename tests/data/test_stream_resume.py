@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
-from trl_diffusion_sdpo.data.streaming import Share, StreamProgress
+from trl_diffusion_sdpo.data.stream_progress import Share, StreamProgress
+from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset
 from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
 from trl_diffusion_sdpo.sources.images import ImageReader
 
@@ -80,6 +81,19 @@ def test_a_resumed_stream_has_the_batches_of_an_undisturbed_one(case):
         resumed.resume_at(first.position(trained, workers))
         after = [told(batch) for batch in islice(loader(resumed, workers, share), BATCHES)]
         assert after == [{}] * trained + undisturbed[trained:]
+
+
+def test_a_worker_in_another_pass_does_not_change_which_shards_are_read(monkeypatch):
+    undisturbed = [told(batch) for batch in islice(loader(stream(shards=3), 0, Share(0, 1, 2)), BATCHES)]
+    data = stream(shards=3)
+    shared, items = data._streams[0].source, PreferenceIterableDataset._items
+
+    def in_another_pass(self, *args):
+        shared.set_epoch(7)  # a worker ahead of this one, before the rows of this one's pass are read
+        return items(self, *args)
+
+    monkeypatch.setattr(PreferenceIterableDataset, "_items", in_another_pass)
+    assert [told(batch) for batch in islice(loader(data, 0, Share(0, 1, 2)), BATCHES)] == undisturbed
 
 
 def test_what_was_trained_on_is_not_decoded(monkeypatch):

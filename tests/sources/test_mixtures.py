@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.pairs import PairMixture
-from trl_diffusion_sdpo.data.streaming import Share
+from trl_diffusion_sdpo.data.stream_progress import Share
 
 
 def png(level):

@@ -19,7 +19,7 @@ from transformers.trainer_utils import seed_worker
 
 from .._compat import keeps_order, start_method
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
-from ..data.streaming import Share
+from ..data.stream_progress import Share
 from ..sources.checking import forks_by_default, usable_cores
 from .worker_processes import WorkerStart, worker_context
 
