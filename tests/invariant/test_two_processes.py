@@ -18,24 +18,28 @@ SCRIPT = textwrap.dedent(
     from peft import LoraConfig
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
-    model, data, output, tuning = sys.argv[1:]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    args = DiffusionSDPOConfig(
-        output, max_steps=4, per_device_train_batch_size=8 // world, optim="sgd", learning_rate=1e-5, beta=100.0,
-        safeguard_granularity="pair", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
-        disable_tqdm=True, max_grad_norm=0.0, random_crop=True, verify_images="all",
-    )
-    pairs = datasets.load_from_disk(data)
-    if tuning == "lora":  # as a stream, of which each process decodes its part
-        pairs = pairs.to_iterable_dataset(num_shards=4)
-    peft_config = LoraConfig(r=4) if tuning == "lora" else None
-    trainer = DiffusionSDPOTrainer(model, None, args, pairs, peft_config=peft_config)
-    trainer.train()
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        with open(os.path.join(output, "log.json"), "w") as file:
-            json.dump(trainer.state.log_history, file)
-    if world > 1:
+    def train(model, data, output, tuning):
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        args = DiffusionSDPOConfig(
+            output, max_steps=4, per_device_train_batch_size=8 // world, optim="sgd", learning_rate=1e-5, beta=100.0,
+            safeguard_granularity="pair", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+            disable_tqdm=True, max_grad_norm=0.0, random_crop=True, verify_images="all",
+        )
+        pairs = datasets.load_from_disk(data)
+        if tuning == "lora":  # as a stream, of which each process decodes its part
+            pairs = pairs.to_iterable_dataset(num_shards=4)
+        peft_config = LoraConfig(r=4) if tuning == "lora" else None
+        trainer = DiffusionSDPOTrainer(model, None, args, pairs, peft_config=peft_config)
+        trainer.train()
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            with open(os.path.join(output, "log.json"), "w") as file:
+                json.dump(trainer.state.log_history, file)
+
+    model, folder, name = sys.argv[1:]
+    for tuning in ("full", "lora"):
+        train(model, os.path.join(folder, tuning), os.path.join(folder, name, tuning), tuning)
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     """
@@ -48,30 +52,38 @@ def spoiled(index, image):
     return buffer.getvalue()[: 40 if index == 5 else None]
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_two_processes_of_four_pairs_walk_like_one_of_eight(sd_folder, make_pairs, tmp_path, tuning):
-    """All weights from a table that holds a bad image, which the processes find together; a LoRA from a stream."""
-    pairs = make_pairs(32 + (tuning == "full"))
-    if tuning == "full":
-        pairs = datasets.Dataset.from_list(
-            [{**row, "chosen": spoiled(i, row["chosen"])} for i, row in enumerate(pairs)]
-        )
-    pairs.save_to_disk(str(tmp_path / "pairs"))
-    script = tmp_path / "train.py"
+@pytest.fixture(scope="module")
+def walks(sd_folder, make_pairs, tmp_path_factory):
+    """Of one process and of two, what they logged of both trainings, and what they printed."""
+    folder, walks = tmp_path_factory.mktemp("walks"), {}
+    good = make_pairs(33)
+    bad = [{**row, "chosen": spoiled(index, row["chosen"])} for index, row in enumerate(good)]
+    datasets.Dataset.from_list(bad).save_to_disk(str(folder / "full"))
+    good.select(range(32)).save_to_disk(str(folder / "lora"))
+    script = folder / "train.py"
     script.write_text(SCRIPT)
-    logs = {}
     for world, launch in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        output = tmp_path / f"run{world}"
-        command = [sys.executable, *launch, str(script), sd_folder, str(tmp_path / "pairs"), str(output), tuning]
+        command = [sys.executable, *launch, str(script), sd_folder, str(folder), f"run{world}"]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert tuning != "full" or "32 pairs, 0 ties, 1 undecodable" in done.stderr
-        logs[world] = [entry for entry in json.loads((output / "log.json").read_text()) if "loss" in entry]
+        logs = {}
+        for tuning in ("full", "lora"):
+            history = json.loads((folder / f"run{world}" / tuning / "log.json").read_text())
+            logs[tuning] = [entry for entry in history if "loss" in entry]
+        walks[world] = logs, done.stderr
+    return walks
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_two_processes_of_four_pairs_walk_like_one_of_eight(walks, tuning):
+    """All weights from a table that holds a bad image, which the processes find together; a LoRA from a stream."""
+    logs = {world: logs[tuning] for world, (logs, _) in walks.items()}
+    assert all("32 pairs, 0 ties, 1 undecodable" in printed for _, printed in walks.values())
     for name in ("loss", "errors/winner", "errors/loser", "safeguard/scale"):
         one, two = ([entry[name] for entry in logs[world]] for world in (1, 2))
-        assert two == pytest.approx(one, rel=1e-5), name
+        assert len(one) == 4 and two == pytest.approx(one, rel=1e-5), name
     if tuning == "full":  # a LoRA's first steps from zero are lost in the rounding of the error
         one, two = (logs[world][-1]["errors/winner_change"] for world in (1, 2))
         assert two == pytest.approx(one, rel=1e-2)
