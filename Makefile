@@ -60,7 +60,7 @@ test-commands: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/cli tests/benchmarks tests/demo
 
 test-floors: $(FLOORS)/installed
-	OMP_NUM_THREADS=1 $(FLOORS_BIN)/python -m pytest -q -m "not slow and not matrix" $(FLOORS_TESTS)
+	OMP_NUM_THREADS=1 $(FLOORS_BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not matrix" $(FLOORS_TESTS)
 
 test-pythons:
 	$(PYTHON) tests/versions/run_pythons.py --torch "$(TORCH)"
