@@ -218,6 +218,16 @@ def test_every_command_explains_itself(command, capsys):
         (["--model_name_or_path", "folder"], "--dataset_name"),
         (["--model_name_or_path", "m", "--dataset_name", "d", "--safeguard_mu", "2"], "must be in [0, 1], got 2.0"),
         (["--betta", "5"], "`--betta` is no option of this command. Did you mean `--beta`?"),
+        (
+            ["--train_text_encoder"],
+            "`--train_text_encoder` is no option of this command. Text encoders are not trained.",
+        ),
+        (["--text-encoder-lr=1e-5"], "Text encoders are not trained."),
+        (
+            ["--lora_type", "lokr"],
+            "`--lora_type` is no option of this command. Of adapters there is LoRA (`use_peft`)",
+        ),
+        (["--network_module", "lycoris.kohya"], "Of adapters there is LoRA"),
         (["--safeguard_m", "0.5"], "`--safeguard_m` is no option"),
         (["--no-random-flop"], "Did you mean `--no_random_flip`"),
         (
@@ -246,6 +256,9 @@ def test_a_yaml_file_that_is_none_is_told(tmp_path, capsys):
     broken.write_text("beta: [1, 2\n")
     assert main(["train", "--config", str(broken)]) == 2
     assert "must be YAML" in capsys.readouterr().err
+    broken.write_text("lycoris_config: config.json\n")
+    assert main(["train", "--config", str(broken)]) == 2
+    assert "`lycoris_config` is none. Of adapters there is LoRA" in capsys.readouterr().err
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):

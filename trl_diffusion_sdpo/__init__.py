@@ -13,6 +13,7 @@ _HOMES = {
     "DiffusionSDPOTrainer": ".trainer",
     "PairMixture": ".data",
     "diffusion_preference_loss": ".losses",
+    "load_pairs": ".data",
     "register_family": ".families",
 }
 __all__ = [
@@ -21,11 +22,12 @@ __all__ = [
     "DiffusionSDPOTrainer",
     "PairMixture",
     "diffusion_preference_loss",
+    "load_pairs",
     "register_family",
 ]
 
 if TYPE_CHECKING:
-    from .data import PairMixture
+    from .data import PairMixture, load_pairs
     from .families import register_family
     from .losses import PreferenceLossOutput, diffusion_preference_loss
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer

@@ -1,7 +1,24 @@
 """Suggestions for misspelt names in error messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Patterns of other trainers' options for what is not here, with the reason.
+_ABSENT = (
+    ("text_encoder|(^|_)te[123]?_lr|textual_inversion", "Text encoders are not trained."),
+    (
+        "lycoris|loha|lokr|lora_type|lora_algo|peft_type|network_(module|args)",
+        "Of adapters there is LoRA (`use_peft`), also as DoRA and rsLoRA: `load_lora_weights` reads no other.",
+    ),
+)
+
+
+def why_absent(word: str) -> str:
+    """A sentence for the end of an error message on an unknown option for what this package leaves out, or an empty
+    string."""
+    found = (reason for pattern, reason in _ABSENT if re.search(pattern, word.lower().replace("-", "_")))
+    return next((f" {reason}" for reason in found), "")
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:

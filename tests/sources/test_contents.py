@@ -232,7 +232,7 @@ def test_chunks_and_slices_give_equal_hashes_and_names(name):
     for size in (1, 2, 3):
         chunks = [hidden[start : start + size] for start in range(0, len(column), size)]
         assert contents._hash_block(pa.table({"chosen": pa.chunked_array(chunks)})) == whole
-        parts = [contents._names_of(chunk) for chunk in chunks]
+        parts = [contents.local_names(chunk) for chunk in chunks]
         assert [found for part, _ in parts for found in part.to_pylist()] == names
         assert [len(counts) for _, counts in parts] == [len(chunk) for chunk in chunks]
         assert sum(counts.sum() for _, counts in parts) == len(names)

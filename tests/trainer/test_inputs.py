@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from peft import LoHaConfig, LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -134,12 +134,36 @@ def test_a_module_that_is_no_denoiser_is_refused(make_trainer, sd_pipeline):
 
 
 def test_lora_that_cannot_be_saved_or_matches_nothing_is_refused(make_trainer):
-    with pytest.raises(ValueError, match=r"must be a `peft.LoraConfig`, got LoHaConfig"):
-        make_trainer(peft_config=LoHaConfig(target_modules=["to_q"]))
+    for adapter in (LoHaConfig, LoKrConfig):
+        refusal = f"must be a `peft.LoraConfig`, got {adapter.__name__}: a file that `load_lora_weights`"
+        with pytest.raises(ValueError, match=rf"{refusal}.*\(LyCORIS\)"):
+            make_trainer(peft_config=adapter(target_modules=["to_q"]))
     with pytest.raises(ValueError, match="modules_to_save"):
         make_trainer(peft_config=LoraConfig(target_modules=["to_q"], modules_to_save=["conv_in"]))
     with pytest.raises(ValueError, match="nothing_like_this"):
         make_trainer(peft_config=LoraConfig(target_modules=["nothing_like_this"]))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj"], "text_encoder.*", ["to_q", "text_encoder.layers.0.self_attn.q_proj"], ["to_q", "te1_to_k"]],
+)
+def test_a_lora_on_text_encoders_is_refused_with_the_reason(make_trainer, targets):
+    with pytest.raises(ValueError, match="must name layers of the denoiser, .* Only the denoiser is trained: prompts"):
+        make_trainer(peft_config=LoraConfig(target_modules=targets))
+
+
+def test_targets_that_only_other_models_have_are_named(make_trainer, caplog):
+    make_trainer(peft_config=LoraConfig(target_modules=["to_q", "add_k_proj"]))
+    assert "it has no add_k_proj. Only the denoiser is trained" in caplog.text and "others are tuned" in caplog.text
+
+
+def test_a_text_encoder_with_an_adapter_to_train_is_refused_and_a_frozen_one_is_used(make_trainer, sd_pipeline):
+    sd_pipeline.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`text_encoder` has an adapter to be trained. Only the denoiser is trained"):
+        make_trainer(sd_pipeline)
+    sd_pipeline.text_encoder.requires_grad_(False)
+    make_trainer(sd_pipeline)
 
 
 def test_a_second_lora_on_top_of_one_is_refused(make_trainer, sd_pipeline):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..suggestions import did_you_mean
+from ..suggestions import did_you_mean, why_absent
 from ..switch_words import choice_of_switch
 from . import launch
 from .options import Option, OptionTable, given_parser, names_in_sources, refuse_unknown
@@ -203,7 +203,10 @@ def _refuse_options_of_the_launcher(words: list[str], table: OptionTable) -> Non
 
 def _refuse_unknown_keys(unknown: set[str], known: Any) -> None:
     if unknown:
-        listed = " ".join(f"`{key}` is none.{did_you_mean(str(key), known)}" for key in sorted(map(str, unknown)))
+        listed = " ".join(
+            f"`{key}` is none.{why_absent(str(key)) or did_you_mean(str(key), known)}"
+            for key in sorted(map(str, unknown))
+        )
         raise ValueError(
             f"The file of `--config` must hold options of the command or of `accelerate launch`: {listed}"
         )

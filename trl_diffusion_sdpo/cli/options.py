@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..suggestions import did_you_mean
+from ..suggestions import did_you_mean, why_absent
 from ..switch_words import SWITCH_WORDS
 
 TABLE_FILE = Path(__file__).with_name("train_options.json")
@@ -232,7 +232,9 @@ def _read_switch(word: str) -> bool:
 
 
 def _nearest_flag(flag: str, known: Iterable[str]) -> str:
-    return did_you_mean(flag.removeprefix("--"), {name.replace("-", "_") for name in known}, prefix="--")
+    return why_absent(flag) or did_you_mean(
+        flag.removeprefix("--"), {name.replace("-", "_") for name in known}, prefix="--"
+    )
 
 
 def _version(library: str) -> str:

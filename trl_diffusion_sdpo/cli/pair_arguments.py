@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from ..data.holdout import hold_out, hold_out_of_several
+from ..data.loading import (
+    ALL_SPLITS,
+    ONLY_SPLIT,
+    is_one_split,
+    is_saved,
+    load_pairs,
+    load_pairs_from_files,
+    rename_split,
+    saved_parts,
+    share_rows,
+    surely_share_rows,
+)
 from ..data.pairs import PairMixture
 from ..suggestions import did_you_mean
-from .splits import ALL_SPLITS, rename_split, rows_of, share_rows, surely_share_rows
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig
 
-# Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
-_SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
-_ONLY_SPLIT = "train"  # the Datasets library's name for the rows of data without splits
-_FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _HOW_TO_EVALUATE = (
     "Name other pairs with `eval_dataset_name`, hold some out of these with `test_size`, or leave `eval_strategy` out."
 )
@@ -138,8 +143,7 @@ def _read_sets(given: Any) -> list[PairSet]:
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
     """The pairs for training, and those for evaluation unless `eval_strategy` is `"no"`.
 
-    `dataset_name` is a Hub id, a file (parquet, arrow, JSON, CSV), a folder of such files or of images, or a folder
-    that `save_to_disk` wrote.
+    `dataset_name` is what [`~trl_diffusion_sdpo.load_pairs`] takes.
 
     Args:
         script_args (`PairArguments` or `trl.ScriptArguments`): The data.
@@ -150,18 +154,18 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     """
     if script_args.sets:
         return _load_mixture(script_args, training_args)
-    train_split = script_args.dataset_train_split
+    train_split, bad = script_args.dataset_train_split, training_args.on_bad_row
     if training_args.eval_strategy == "no":
-        return load_split(script_args, train_split), None
+        return load_split(script_args, train_split, bad), None
     if script_args.eval_dataset_name is not None and not _names_one_data_set(script_args):
-        evaluation = _load_other(script_args)
-        return load_split(script_args, train_split), evaluation
+        evaluation = _load_other(script_args, bad)
+        return load_split(script_args, train_split, bad), evaluation
     if script_args.test_size is not None:
         _refuse_streaming(script_args)
         known: dict[str, Any] = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
-        return hold_out(load_split(script_args, train_split), script_args.test_size, **known)
+        return hold_out(load_split(script_args, train_split, bad), script_args.test_size, **known)
     _refuse_shared_rows(script_args)
-    train, evaluation = load_split(script_args, train_split), _load_test_split(script_args)
+    train, evaluation = load_split(script_args, train_split, bad), _load_test_split(script_args, bad)
     _refuse_shared_rows(script_args, train)
     return train, evaluation
 
@@ -175,7 +179,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
     beside = _sets_of_evaluation(script_args) if names_others else {}
     for named in beside.values():
         _refuse_shared_rows(named)
-    parts = [_load_set(entry, script_args) for entry in sets]
+    parts = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
     weights = None if sets[0].weight is None else [entry.weight for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
@@ -183,7 +187,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
     for number, named in beside.items():
         _refuse_shared_rows(named, parts[number])
     if names_others:
-        evaluation = _load_other(script_args)
+        evaluation = _load_other(script_args, training_args.on_bad_row)
     elif evaluates:
         _refuse_streaming(script_args)
         split = hold_out_of_several(parts, script_args.test_size, seed=training_args.seed, formats=formats)
@@ -209,42 +213,25 @@ def _sets_of_evaluation(script_args: PairArguments) -> dict[int, PairArguments]:
     return found
 
 
-def _load_set(entry: PairSet, script_args: PairArguments) -> Any:
+def _load_set(entry: PairSet, script_args: PairArguments, on_bad_row: str) -> Any:
     streaming = script_args.dataset_streaming
     if entry.data_dir is None and entry.data_files is None:
         named = ScriptArguments(dataset_name=entry.path, dataset_config=entry.name, dataset_streaming=streaming)
-        loaded = load_split(named, entry.split)
+        loaded = load_split(named, entry.split, on_bad_row)
     else:
         files: dict[str, Any] = {"data_dir": entry.data_dir, "data_files": entry.data_files}
-        loaded = datasets.load_dataset(entry.path, name=entry.name, split=entry.split, streaming=streaming, **files)
+        loaded = load_pairs_from_files(entry.path, entry.split, streaming, entry.name, **files)
     return loaded if entry.columns is None else loaded.select_columns(entry.columns)
 
 
-def load_split(script_args: ScriptArguments, split: str) -> Any:
+def load_split(script_args: ScriptArguments, split: str, on_bad_row: str = "drop") -> Any:
     """One split of `dataset_name`; a file is one split under any name.
 
     Raises:
-        ValueError: If there is no such data set or split.
+        ValueError: If there is no such data set or split, or a folder has images and no pairs.
     """
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
-    path = Path(name).expanduser()
-    if path.exists() and script_args.dataset_config is not None:
-        message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
-        logging.getLogger(__name__).warning(message, script_args.dataset_config, name)
-    if _is_saved(path):
-        dataset = _load_saved(path, split)
-        return dataset.to_iterable_dataset() if streaming else dataset
-    if path.is_file():
-        builder = _FILE_BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise ValueError(
-                f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {name}. Pass its folder instead."
-            )
-        files, split = {_ONLY_SPLIT: str(path)}, rename_split(split, _ONLY_SPLIT)
-        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
-    if path.is_dir():
-        return datasets.load_dataset(str(path), split=split, streaming=streaming)
-    return datasets.load_dataset(name, name=script_args.dataset_config, split=split, streaming=streaming)
+    name, config = script_args.dataset_name, script_args.dataset_config
+    return load_pairs(name, split, config=config, streaming=script_args.dataset_streaming, on_bad_row=on_bad_row)
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
@@ -265,7 +252,7 @@ def _is_same_place(first: str, second: str) -> bool:
     return here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
 
 
-def _load_other(script_args: PairArguments) -> Any:
+def _load_other(script_args: PairArguments, on_bad_row: str) -> Any:
     """Pairs of `eval_dataset_name`, where it is not the training data set."""
     there, split = Path(script_args.eval_dataset_name).expanduser(), script_args.dataset_test_split
     other = ScriptArguments(
@@ -273,14 +260,14 @@ def _load_other(script_args: PairArguments) -> Any:
         dataset_config=None if there.exists() else script_args.dataset_config,
         dataset_streaming=script_args.dataset_streaming,
     )
-    return load_split(other, rename_split(split, _ONLY_SPLIT) if _is_one_split(there) else split)
+    return load_split(other, rename_split(split, ONLY_SPLIT) if is_one_split(there) else split, on_bad_row)
 
 
 def _splits(script_args: PairArguments) -> tuple[str, str]:
     """The splits of `dataset_name` for training and evaluation, by the only name there is if it has one split."""
     splits = script_args.dataset_train_split, script_args.dataset_test_split
-    if _is_one_split(Path(script_args.dataset_name).expanduser()):
-        return rename_split(splits[0], _ONLY_SPLIT), rename_split(splits[1], _ONLY_SPLIT)
+    if is_one_split(Path(script_args.dataset_name).expanduser()):
+        return rename_split(splits[0], ONLY_SPLIT), rename_split(splits[1], ONLY_SPLIT)
     return splits
 
 
@@ -288,8 +275,8 @@ def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
     """Number of rows of each split of `dataset_name`, by its loaded training split; `None` for a stream, whose splits
     cannot be sliced."""
     path = Path(script_args.dataset_name).expanduser()
-    if _is_saved(path):
-        return {name: len(part) for name, part in _saved_parts(path).items()}
+    if is_saved(path):
+        return {name: len(part) for name, part in saved_parts(path).items()}
     if script_args.dataset_streaming:
         return None
     return {name: part.num_examples for name, part in train.info.splits.items()}
@@ -315,7 +302,7 @@ def _on_training_pairs(script_args: PairArguments) -> ValueError:
             f"`eval_dataset_name` must name other pairs than those that are trained on, got {name} for both, "
             f"{test_split} beside {script_args.dataset_train_split}. Hold pairs out of them with `test_size`."
         )
-    if _is_one_split(Path(name).expanduser()) and "[" not in test_split:
+    if is_one_split(Path(name).expanduser()) and "[" not in test_split:
         return ValueError(
             f"`eval_strategy` needs pairs that are not trained on, and {name} is one split, all of it trained on. "
             + _HOW_TO_EVALUATE
@@ -326,9 +313,9 @@ def _on_training_pairs(script_args: PairArguments) -> ValueError:
     )
 
 
-def _load_test_split(script_args: PairArguments) -> Any:
+def _load_test_split(script_args: PairArguments, on_bad_row: str) -> Any:
     try:
-        return load_split(script_args, _splits(script_args)[1])
+        return load_split(script_args, _splits(script_args)[1], on_bad_row)
     except ValueError as error:  # no such split
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
@@ -339,33 +326,3 @@ def _refuse_streaming(script_args: PairArguments) -> None:
             f"`test_size={script_args.test_size}` cannot act on a stream, whose length and prompts are not known. Name "
             "pairs with `eval_dataset_name`, or leave `dataset_streaming` out."
         )
-
-
-def _is_saved(path: Path) -> bool:
-    return (path / _SAVED_DATASET).is_file() or _is_saved_dict(path)
-
-
-def _is_saved_dict(path: Path) -> bool:
-    return (path / _SAVED_DATASET_DICT).is_file()
-
-
-def _is_one_split(path: Path) -> bool:
-    return path.is_file() or (_is_saved(path) and not _is_saved_dict(path))
-
-
-def _saved_parts(path: Path) -> dict[str, datasets.Dataset]:
-    """Data written by `save_to_disk`, by split; a single `Dataset` is the split `train`."""
-    saved = datasets.load_from_disk(str(path))
-    return saved if isinstance(saved, datasets.DatasetDict) else {_ONLY_SPLIT: saved}
-
-
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
-    """A split of data written by `save_to_disk`, or slices of it."""
-    parts = _saved_parts(path)
-    if split in parts:
-        return parts[split]
-    try:
-        rows = rows_of(split, {name: len(part) for name, part in parts.items()})
-    except ValueError as error:
-        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.") from error
-    return datasets.concatenate_datasets([parts[name].select(part) for name, part in rows])

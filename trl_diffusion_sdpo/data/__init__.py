@@ -3,6 +3,7 @@
 from ..sources.formats import FORMATS, PreferenceFormat, detect_format
 from ..sources.images import UndecodableImageError, decode_image
 from .buckets import AspectRatioBuckets
+from .loading import load_pairs
 from .pairs import DataReport, PairMixture, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from .transforms import PairDraws, PairTransform, PreferenceCollator, pixels_as_floats
 
@@ -20,6 +21,7 @@ __all__ = [
     "UndecodableImageError",
     "decode_image",
     "detect_format",
+    "load_pairs",
     "pixels_as_floats",
     "prepare_dataset",
 ]

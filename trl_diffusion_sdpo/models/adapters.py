@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +28,11 @@ from torch import nn
 from .._compat import switch_adapters
 from ..losses import lora_scaling
 
+logger = logging.getLogger(__name__)
+
 POLICY_ADAPTER = "default"
+TEXT_ENCODERS_ARE_FROZEN = "Only the denoiser is trained: prompts are encoded without gradients."
+_IN_TEXT_ENCODERS = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
 ZERO_STARTS = (True, "gaussian")  # values of `init_lora_weights` with which a new LoRA changes nothing
 
 
@@ -124,6 +130,7 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     config.task_type = None  # for language models
     if config.target_modules is None:
         config.target_modules = list(default_targets)
+    _check_targets(denoiser, config.target_modules)
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -208,7 +215,11 @@ def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 def _check_lora(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}.")
+        raise ValueError(
+            f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}: a file that `load_lora_weights` "
+            "reads holds a LoRA, and no LoHa, LoKr (LyCORIS) or other adapter. Use a `LoraConfig`, with a larger `r` "
+            "or `use_dora=True` where it is too small."
+        )
     if config.modules_to_save:
         raise ValueError(
             f"`modules_to_save={config.modules_to_save}` cannot be stored in a file that `load_lora_weights` reads. "
@@ -217,3 +228,34 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
     if config.bias != "none":
         raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}: a LoRA file holds no biases.")
     return config
+
+
+def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
+    """Raises `ValueError` on targets of a LoRA that are no layer of a denoiser; warns if only some are none."""
+    if targets == "all-linear":
+        return
+    names, missing = [name for name, _ in denoiser.named_modules()], []
+    for target in [targets] if isinstance(targets, str) else sorted(targets):
+        pattern = target if target is targets else rf"(.*\.)?{re.escape(target)}"
+        if not any(re.fullmatch(pattern, name) for name in names):
+            missing.append(target)
+    if not missing:
+        return
+    rule = (
+        f"`target_modules` of the LoRA must name layers of the denoiser, a {type(denoiser).__name__}; it has no "
+        f"{', '.join(missing)}. {TEXT_ENCODERS_ARE_FROZEN}"
+    )
+    if targets is missing[0] or len(missing) == len(set(targets)) or any(map(_IN_TEXT_ENCODERS.match, missing)):
+        raise ValueError(f"{rule} Leave `target_modules` out for those of the model family.")
+    logger.warning("%s The others are tuned.", rule)
+
+
+def freeze(name: str, component: nn.Module) -> None:
+    """Freezes a component of a pipeline; `ValueError` if it has an adapter that asks for gradients."""
+    parts = [getattr(layer, kind) for layer in adapter_layers(component) for kind in layer.adapter_layer_names]
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        raise ValueError(
+            f"`{name}` has an adapter to be trained. {TEXT_ENCODERS_ARE_FROZEN} Merge or remove it, or freeze it with "
+            "`requires_grad_(False)` to use it as it is."
+        )
+    component.requires_grad_(False).eval()

@@ -95,7 +95,7 @@ def _hash_block(block: pa.Table) -> tuple[bytes, bool]:
     for column in block.columns:
         chunks = without_views(column).chunks
         _hash(chunks, digest, has_files=True)
-        has_names |= any(len(_names_of(chunk)[0]) for chunk in chunks)
+        has_names |= any(len(local_names(chunk)[0]) for chunk in chunks)
     return digest.digest(), has_names
 
 
@@ -105,7 +105,7 @@ def _names_in(images: datasets.Dataset) -> list[str]:
     found: dict[str, list[tuple[pa.Array, np.ndarray]]] = {column: [] for column in images.column_names}
     for part in base.with_format("arrow").iter(batch_size=ROUND_ROWS):
         for column, of_column in found.items():
-            of_column += [_names_of(chunk) for chunk in part.column(column).chunks]
+            of_column += [local_names(chunk) for chunk in part.column(column).chunks]
     names: list[str] = []
     for of_column in found.values():
         of_rows = pa.concat_arrays([part for part, _ in of_column])
@@ -117,15 +117,15 @@ def _names_in(images: datasets.Dataset) -> list[str]:
     return names
 
 
-def _names_of(array: pa.Array) -> tuple[pa.LargeStringArray, np.ndarray]:
+def local_names(array: pa.Array) -> tuple[pa.LargeStringArray, np.ndarray]:
     """The local files that rows name, and how many each row names."""
     kind = array.type
     if isinstance(array, pa.ExtensionArray):
-        return _names_of(array.storage)
+        return local_names(array.storage)
     if pa.types.is_dictionary(kind):
-        return _names_of(array.dictionary_decode())
+        return local_names(array.dictionary_decode())
     if _is_list(kind):
-        parts = [_names_of(piece) for piece in _flat(array)]
+        parts = [local_names(piece) for piece in _flat(array)]
         before = np.concatenate([[0], np.cumsum(np.concatenate([counts for _, counts in parts]))])
         lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
         ends = np.cumsum(lengths)
@@ -134,7 +134,7 @@ def _names_of(array: pa.Array) -> tuple[pa.LargeStringArray, np.ndarray]:
         data, path = _children(array)
         are_absent = _are_absent(data)
         counts = np.zeros(len(array), dtype=np.int64)
-        names, counts[are_absent.to_numpy(zero_copy_only=False)] = _names_of(
+        names, counts[are_absent.to_numpy(zero_copy_only=False)] = local_names(
             path.filter(are_absent).cast(pa.large_string())
         )
         return names, counts

@@ -313,7 +313,7 @@ def rank_of_row(values: Sequence[Any]) -> ImageScores:
     return ImageScores((-finite_number(values[0], "rank"),))
 
 
-_PROMPTS = ("prompt", "caption", "original_prompt")
+_PROMPTS = ("prompt", "caption", "original_prompt", "text")
 
 # Order matters only where a set fits two formats: the earlier one is taken.
 FORMATS: dict[str, PreferenceFormat] = {
@@ -328,7 +328,7 @@ FORMATS: dict[str, PreferenceFormat] = {
         ),
         PreferenceFormat(
             name="pickapic",
-            prompt_columns=("caption", "prompt", "original_prompt"),
+            prompt_columns=("caption", "prompt", "original_prompt", "text"),
             image_columns=("jpg_0", "jpg_1"),
             label_readers={("label_0", "label_1"): larger_is_better, ("label_0",): probability_of_first},
             validity_column="has_label",

@@ -134,7 +134,7 @@ class ImageReader:
             _check_pixels(image)
             image.load()
             image = _to_rgb(_upright(image))
-        _check_sides(*image.size)
+            _check_sides(*image.size)
         return image
 
     def size(self, value: Any) -> tuple[int, int]:
@@ -152,7 +152,7 @@ class ImageReader:
                 )
             if _orientation(image) in TURNED:
                 width, height = height, width
-        _check_sides(width, height)
+            _check_sides(width, height)
         return height, width
 
     def decode_at(self, images: Sequence[Any], index: int) -> Image.Image:
@@ -269,15 +269,15 @@ def _bounded(data: bytes) -> bytes:
 
 @contextmanager
 def _failures_as_undecodable(value: Any) -> Iterator[None]:
-    """Any failure of an image as an `UndecodableImageError`; one that may pass names its file."""
+    """Any failure of an image as an `UndecodableImageError` that names its file, if it has one."""
     try:
         with _any_as_undecodable():
             yield
-    except UnreadableImageError as error:
+    except UndecodableImageError as error:
         name = value.get("path") if isinstance(value, Mapping) else value
         if not isinstance(name, str | os.PathLike) or os.fspath(name) in str(error):
             raise
-        raise UnreadableImageError(f"{error}: {os.fspath(name)}") from error
+        raise type(error)(f"{error}: {os.fspath(name)}") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -164,7 +165,8 @@ class NoiseBinPlotCallback(TrainerCallback):
         if not state.is_world_process_zero or not is_plots_available():
             return
         for prefix, records in changes_by_noise_bin(state.log_history).items():
-            file = Path(args.output_dir) / f"noise_bins{prefix.removeprefix('eval').replace('/', '_')}.png"
+            name = re.sub(r'[<>:"/\\|?*]', "_", prefix.removeprefix("eval"))  # what Windows or others refuse in names
+            file = Path(args.output_dir) / f"noise_bins{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             plot_noise_bins(records[-SHOWN_EVALUATIONS:], cast(DiffusionSDPOConfig, args).num_noise_bins, file)
 

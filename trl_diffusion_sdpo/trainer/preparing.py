@@ -22,7 +22,7 @@ from ..engines.processes import peers
 from ..families import Family
 from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
-from ..models.adapters import active_adapter, add_lora, check_adapter_weight, train_only_adapter
+from ..models.adapters import active_adapter, add_lora, check_adapter_weight, freeze, train_only_adapter
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
@@ -108,7 +108,7 @@ def choose_trained_weights(
     if args.disable_dropout:
         disable_dropout(denoiser)
     for name in loaded.family.frozen_components:
-        getattr(loaded.pipeline, name).requires_grad_(False).eval()
+        freeze(name, getattr(loaded.pipeline, name))
     if peft_config is not None:
         adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
         if args.disable_dropout:

@@ -1,0 +1,284 @@
+"""Folders of images without a data file: which images are pairs, what is left out, and that each is counted."""
+
+import json
+import os
+import unicodedata
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from trl_diffusion_sdpo import load_pairs
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write("chosen/a.png", "chosen/a.txt: a cat", size=)`: images, which all differ, and texts in a folder."""
+    generator = np.random.default_rng(0)
+
+    def call(*files, folder="pairs", size=(16, 16)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for entry in files:
+            name, has_text, text = entry.partition(": ")
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if has_text:
+                path.write_text(text, encoding="utf-8")
+            elif path.suffix.lower() in (".png", ".jpg", ".webp"):
+                Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+            else:
+                path.write_bytes(b"\0")
+        return tmp_path / folder
+
+    return call
+
+
+def both(*names, suffix="png"):
+    return [f"{side}/{name}.{suffix}" for name in names for side in ("chosen", "rejected")]
+
+
+def rows(loaded, folder):
+    """With names relative to the folder."""
+    return [
+        {
+            column: [os.path.relpath(name, folder) for name in value] if column == "image_path" else value
+            if column in ("prompt", "rank") else os.path.relpath(value, folder)
+            for column, value in row.items()
+        }
+        for row in loaded
+    ]  # fmt: skip
+
+
+# ---- chosen and rejected ---------------------------------------------------------------------------------------------
+
+
+def test_equal_names_in_two_folders_are_pairs_with_the_caption_of_either_folder_or_of_both(write):
+    folder = write(
+        *both("b", "a", "deep/c", "d"),
+        *("rejected/a.txt: a cat\n", "chosen/b.txt: a\n  dog ", "b.txt: a dog"),
+        *("deep/c.txt: \ufeffa bird", "chosen/d.txt: ", "rejected/d.txt:  \n"),
+    )
+    assert rows(load_pairs(folder), folder) == [
+        {"prompt": prompt, "chosen": f"chosen/{name}.png", "rejected": f"rejected/{name}.png"}
+        for name, prompt in (("a", "a cat"), ("b", "a dog"), ("d", ""), ("deep/c", "a bird"))
+    ]
+
+
+def test_suffixes_may_differ_in_kind_and_case_and_names_in_how_letters_are_composed(write):
+    composed, decomposed = (unicodedata.normalize(form, "Mädchen 花") for form in ("NFC", "NFD"))
+    folder = write(
+        "chosen/a.PNG", "rejected/a.jpg", "a.TXT: x", f"chosen/{composed}.webp", f"rejected/{decomposed}.png"
+    )
+    write(f"{decomposed}.txt: y")
+    assert load_pairs(folder)["prompt"][:] == ["y", "x"] or load_pairs(folder)["prompt"][:] == ["x", "y"]
+    pairs = prepare_dataset(load_pairs(folder), transform=PairTransform(16))
+    assert len(pairs) == 2 and pairs.report.undecodable == 0
+
+
+def test_all_that_is_left_out_is_counted_by_its_reason(write, caplog):
+    folder = write(
+        *both("good", "alone", "uncaptioned", "differing", "latin", "twice"),
+        *("chosen/twice.jpg", "chosen/lonely.png", "preview.png", "chosen/notes.heic", "chosen/unused.txt: x"),
+        *("good.txt: g", "differing.txt: one", "chosen/differing.txt: other", "twice.txt: t", "lonely.txt: l"),
+        *("chosen/.DS_Store", "rejected/Thumbs.db", ".cache/x.png", "alone.txt: x"),
+    )
+    (folder / "latin.txt").write_bytes("größe".encode("latin-1"))
+    (folder / "rejected/alone.png").unlink()
+    assert load_pairs(folder)["prompt"][:] == ["g"]
+    assert caplog.messages == [
+        f"{folder}: 1 prompts with images. Left out:\n"
+        "  1 files of other kinds: chosen/notes.heic\n"
+        "  1 outside of chosen and rejected: preview.png\n"
+        "  2 without a partner: chosen/alone.png, chosen/lonely.png\n"
+        "  2 with captions that differ: chosen/differing.png, rejected/differing.png\n"
+        "  2 with a caption not in UTF-8: chosen/latin.png, rejected/latin.png\n"
+        "  2 of one name in one folder: chosen/twice.jpg, chosen/twice.png\n"
+        "  2 without a caption: chosen/uncaptioned.png, rejected/uncaptioned.png\n"
+        "  2 captions without images: chosen/unused.txt, twice.txt"
+    ]
+    with pytest.raises(ValueError, match='images that are in no pair. Add what is missing, or pass on_bad_row="drop"'):
+        load_pairs(folder, on_bad_row="raise")
+
+
+def test_files_that_are_no_images_are_not_bad_rows(write):
+    folder = write(*both("a"), "a.txt: x", "chosen/a.json")
+    assert len(load_pairs(folder, on_bad_row="raise")) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["chosen/a.png", "chosen/a.txt: x"], "has the folder chosen and not the other one"),
+        (["train/rejected/a.png"], "train has the folder rejected and not the other one"),
+        (["chosen/a.png", "rejected/b.png"], "has no pair of images with a prompt(.|\n)*2 without a partner"),
+        (both("a"), "has no pair of images with a prompt(.|\n)*2 without a caption"),
+        (["a.png", "b.png"], "has images and no pairs. Pairs are equal names in its folders chosen and rejected"),
+        (["images/a.png", "images/b.png", "c.png", "a.csv: x", "b.json: {}"], "Of its files a.csv, b.json, pass one"),
+        (["IMG_1.png", "IMG_2.png", "IMG_1.txt: one", "IMG_2.txt: two"], "2 with captions that differ"),
+    ],
+)
+def test_a_folder_without_pairs_is_an_error_that_says_what_is_missing(write, files, message):
+    with pytest.raises(ValueError, match=message):
+        load_pairs(write(*files))
+
+
+def test_splits_are_folders_and_slices_and_streams_are_read(write, tmp_path):
+    folder = write(
+        *(f"{split}/{name}" for split in ("train", "test") for name in [*both("a", "b"), "a.txt: a", "b.txt: b"])
+    )
+    write("test/chosen/c.png", "test/rejected/c.png", "test/c.txt: c")
+    assert load_pairs(folder)["prompt"][:] == ["a", "b"] and load_pairs(folder, "test")["prompt"][:] == ["a", "b", "c"]
+    assert load_pairs(folder, "train[:50%]+test[-1:]")["prompt"][:] == ["a", "c"]
+    assert [row["prompt"] for row in load_pairs(folder, "test[1:]", streaming=True)] == ["b", "c"]
+    assert load_pairs(folder, "all")["prompt"][:] == ["a", "b", "c", "a", "b"]
+    with pytest.raises(ValueError, match="must have the split 'validation'; it has test, train"):
+        load_pairs(folder, "validation")
+
+
+def test_rows_for_training_and_evaluation_are_told_apart_as_in_other_data(write, make_args):
+    folder = write(
+        *(f"{split}/{name}" for split in ("train", "test") for name in [*both("a", "b"), "a.txt: a", "b.txt: b"])
+    )
+    args = make_args(eval_strategy="steps", eval_steps=1)
+
+    def load(**words):
+        return [part["prompt"][:] for part in load_datasets(PairArguments(dataset_name=str(folder), **words), args)]
+
+    assert load() == [["a", "b"], ["a", "b"]]
+    assert load(dataset_train_split="train[:1]", dataset_test_split="train[1:]") == [["a"], ["b"]]
+    assert load(dataset_train_split="train[:1]+test", dataset_test_split="train[1:]") == [["a", "a", "b"], ["b"]]
+    assert sorted(map(len, load(test_size=0.5))) == [1, 1]
+    with pytest.raises(ValueError, match="on training pairs"):
+        load(dataset_train_split="train[:1]+test", dataset_test_split="test[1:]")
+
+
+def test_links_are_followed_and_loops_of_links_end(write, tmp_path):
+    folder = write(*both("a"), "chosen/a.txt: x")
+    (folder / "chosen" / "again").symlink_to(folder, target_is_directory=True)
+    (tmp_path / "linked").mkdir()
+    for side in ("chosen", "rejected"):
+        (tmp_path / "linked" / side).symlink_to(folder / side, target_is_directory=True)
+    assert load_pairs(folder)["prompt"][:] == ["x"] == load_pairs(tmp_path / "linked")["prompt"][:]
+
+
+def test_the_order_is_that_of_names_whatever_the_file_system_says(write, monkeypatch):
+    folder = write(*both("b", "a", "C"), "a.txt: a", "b.txt: b", "C.txt: c")
+    found, scandir = load_pairs(folder)[:], os.scandir
+
+    class Reversed:
+        def __init__(self, path):
+            self.entries = list(scandir(path))
+
+        def __iter__(self):
+            return iter(self.entries[::-1])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    assert load_pairs(folder)[:] == found and found["prompt"] == ["c", "a", "b"]
+
+
+# ---- Ranks at the end of names ---------------------------------------------------------------------------------------
+
+
+def test_images_of_one_name_are_ranked_by_their_numbers(write):
+    folder = write(
+        "cat_2.png", "cat_10.png", "cat_0.jpg", "cat.txt: a cat", "sub/dog_1.png", "sub/dog_01.jpg", "sub/dog_2.png"
+    )
+    write("sub/dog_1.txt: a dog", "sub/dog_2.txt: a dog", "a_1_0.png", "a_1_1.png", "a_1.txt: of a_1")
+    assert rows(load_pairs(folder), folder) == [
+        {"prompt": "of a_1", "image_path": ["a_1_0.png", "a_1_1.png"], "rank": [0, 1]},
+        {"prompt": "a cat", "image_path": ["cat_0.jpg", "cat_2.png", "cat_10.png"], "rank": [0, 2, 10]},
+        {"prompt": "a dog", "image_path": ["sub/dog_01.jpg", "sub/dog_1.png", "sub/dog_2.png"], "rank": [1, 1, 2]},
+    ]  # fmt: skip
+    pairs = prepare_dataset(load_pairs(folder), transform=PairTransform(16))
+    assert Counter(pairs[row]["prompt"] for row in range(len(pairs))) == {"of a_1": 1, "a cat": 3, "a dog": 2}
+    assert pairs.report.ties == 1, "the two images of rank 1"
+
+
+def test_what_has_no_rank_no_partner_or_no_caption_is_counted(write, caplog):
+    folder = write(
+        "a_0.png", "a_1.png", "a.txt: a", "b_0.png", "b.txt: b", "c_0.png", "c_1.png", "plain.png", "d.txt: d"
+    )
+    assert load_pairs(folder)["prompt"][:] == ["a"]
+    left_out = caplog.messages[0].partition("Left out:\n")[2]
+    assert left_out.splitlines() == [
+        "  1 without a rank at the end of the name: plain.png",
+        "  1 without a partner: b_0.png",
+        "  2 without a caption: c_0.png, c_1.png",
+        "  1 captions without images: d.txt",
+    ]
+
+
+def test_ranks_have_splits_too(write):
+    folder = write(*(f"{split}/a_{rank}.png" for split in ("train", "test") for rank in (0, 1)), "train/a.txt: x")
+    write("test/a.txt: y")
+    assert [load_pairs(folder, split)["prompt"][:] for split in ("train", "test")] == [["x"], ["y"]]
+
+
+# ---- Data files, which other images belong to ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("column", "kind"), [("prompt", "jsonl"), ("text", "csv")])
+def test_metadata_files_take_precedence_and_may_call_the_prompt_text(write, column, kind):
+    folder = write(*both("a_0", "a_1"), "a.txt: not this")
+    named = [
+        {column: f"p {n}", **{f"{side}_file_name": f"{side}/a_{n}.png" for side in ("chosen", "rejected")}}
+        for n in (0, 1)
+    ]
+    path = folder / f"metadata.{kind}"
+    if kind == "csv":
+        datasets.Dataset.from_list(named).to_csv(path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in named))
+    for streaming in (False, True):
+        loaded = load_pairs(folder, streaming=streaming)
+        prepared = prepare_dataset(loaded, transform=PairTransform(16))
+        assert [item["prompt"] for item in prepared] == ["p 0", "p 1"]
+
+
+def test_metadata_that_name_images_in_other_columns_lead_to_the_file(write):
+    folder = write(
+        *both("a"),
+        "metadata.jsonl: " + json.dumps({"prompt": "x", "chosen": "chosen/a.png", "rejected": "rejected/a.png"}),
+    )
+    with pytest.raises(
+        ValueError, match="`chosen_file_name` and `rejected_file_name`.*pass the file in place of its folder"
+    ):
+        load_pairs(folder)
+    assert rows(load_pairs(folder / "metadata.jsonl"), folder)[0]["chosen"] == "chosen/a.png"
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_on_folders_of_both_kinds_and_refuses_to_resume_with_another_file(
+    write, sd_folder, tmp_path, monkeypatch, capsys
+):
+    """With weights, sizes by aspect ratio and latents encoded beforehand; one image is damaged."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    two = write(*both("a", "b", "c", "d"), *(f"{name}.txt: {name}" for name in "abcd"), folder="two")
+    write(*both("wide", "broad"), "wide.txt: w", "broad.txt: b", folder="two", size=(24, 40))
+    damaged = two / "chosen" / "c.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    ranked = write(*(f"r_{rank}.png" for rank in range(3)), "r.txt: r", folder="ranked")
+    sets = [{"path": str(two), "weight": 2}, {"path": str(ranked), "weight": 1}]
+    words = ["--model_name_or_path", sd_folder, "--datasets", json.dumps(sets), "--output_dir", str(tmp_path / "run")]
+    words += "--resolution 32 --aspect_ratio_buckets true --bucket_step 8 --per_device_train_batch_size 2".split()
+    words += "--max_steps 2 --save_steps 1 --use_cpu --report_to none --disable_tqdm true".split()
+    words += ["--precompute_latents", "true", "--latent_cache_dir", str(tmp_path / "encoded")]
+    assert main(["train", *words]) == 0
+    setup = json.loads((tmp_path / "run" / "checkpoint-1" / "diffusion_sdpo_setup.json").read_text())
+    assert setup["train_data"]["pairs"] == 9, "six of the first folder and half as many of the other"
+    write(*both("new"), "new.txt: n", folder="two")
+    assert main(["train", *words, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1")]) == 2
+    assert "these are others than the checkpoint" in capsys.readouterr().err

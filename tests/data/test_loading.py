@@ -1,0 +1,154 @@
+"""Names of images in data files: relative to the file, else to the working directory, on any system."""
+
+import json
+import os
+
+import datasets
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from trl_diffusion_sdpo import load_pairs
+from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
+from trl_diffusion_sdpo.data import PairTransform, decode_image, prepare_dataset
+from trl_diffusion_sdpo.sources.images import UndecodableImageError
+
+ROW = {"prompt": "x", "chosen": "images/w.png", "rejected": "images\\l.png"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of a data set, beside the working directory; images say by their grey level where they are."""
+    for level, name in enumerate(("set/images/w.png", "set/images/l.png", "cwd/images/w.png", "cwd/only_here.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (level, level, level)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "set"
+
+
+def levels(loaded) -> list[tuple[int, int]]:
+    pairs = prepare_dataset(loaded, transform=PairTransform(16, random_flip=False))
+    return [tuple(item["pixel_values"][:, 0, 0, 0].tolist()) for item in pairs]
+
+
+def write(folder, kind, *rows):
+    path = folder / f"own.{kind}"
+    table = datasets.Dataset.from_list(list(rows))
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(list(rows)))
+    elif kind == "csv":
+        table.to_csv(path)
+    else:
+        table.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_relative_names_are_found_in_the_folder_of_the_file_and_then_in_the_working_directory(place, kind, streaming):
+    """The first image is in both places. Backslashes are Windows' slashes."""
+    path = write(place, kind, ROW, {**ROW, "chosen": "only_here.png"}, {**ROW, "chosen": str(place / "images/l.png")})
+    assert levels(load_pairs(path, streaming=streaming))[:2] == [(0, 1), (3, 1)]
+    if not streaming:
+        assert load_pairs(os.path.relpath(path))["chosen"][:] == [
+            str(place / "images/w.png"),
+            str(place.parent / "cwd/only_here.png"),
+            str(place / "images/l.png"),
+        ]
+
+
+def test_a_data_file_among_its_images_is_read_with_its_folder_whatever_most_files_are(place, make_args):
+    write(place, "jsonl", ROW)
+    assert levels(load_pairs(place)) == levels(load_pairs(place, streaming=True)) == [(0, 1)]
+    (place / "own.jsonl").rename(place / "train.jsonl")
+    (place / "test.jsonl").write_text(json.dumps({**ROW, "rejected": "only_here.png"}))
+    args = make_args(eval_strategy="steps", eval_steps=1)
+    assert [*map(levels, load_datasets(PairArguments(dataset_name=str(place)), args))] == [[(0, 1)], [(0, 3)]]
+
+
+def test_splits_in_folders_and_lists_of_data_sets_look_in_the_same_places(place, make_args):
+    (place / "images" / "l.png").rename(place / "l.png")
+    for split, chosen in (("train", "images/w.png"), ("test", "w.png")):
+        (place / split).mkdir()
+        for part in ("pairs", "more"):
+            path = place / split / f"{part}.jsonl"
+            path.write_text(json.dumps({"prompt": split, "chosen": chosen, "rejected": "l.png"}))
+    (place / "images" / "w.png").rename(place / "test" / "w.png")
+    expected = {"prompt": "test", "chosen": str(place / "test" / "w.png"), "rejected": str(place / "l.png")}
+    assert load_pairs(place, "test")[0] == expected
+    entry = {"path": "json", "data_files": {"train": str(path)}, "split": "train"}
+    mixture, _ = load_datasets(PairArguments(datasets=[entry]), make_args())
+    assert next(iter(mixture.parts.values()))[0]["chosen"] == expected["chosen"]
+
+
+def test_files_in_several_folders_leave_the_folder_that_was_named(place):
+    for part in ("one", "two"):
+        (place / "train" / part).mkdir(parents=True)
+        for name in ("pairs", "more"):
+            (place / "train" / part / f"{name}.jsonl").write_text(
+                json.dumps({"prompt": "x", "chosen": "w.png", "rejected": ROW["chosen"]})
+            )
+        Image.new("RGB", (16, 16)).save(place / "train" / part / "w.png")
+    assert load_pairs(place)[0] == {
+        "prompt": "x",
+        "chosen": str(place / "w.png"),
+        "rejected": str(place / "images/w.png"),
+    }
+
+
+def test_what_is_in_bytes_or_absolute_or_a_url_is_left_alone(place):
+    image = datasets.Image()
+    features = datasets.Features({"prompt": datasets.Value("string"), "chosen": image, "rejected": image})
+    data = (place / "images/l.png").read_bytes()
+    rows = {
+        "prompt": ["x"],
+        "chosen": [{"bytes": None, "path": "images/w.png"}],
+        "rejected": [{"bytes": data, "path": "l"}],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features).data.table
+    pyarrow.parquet.write_table(table, place / "images.parquet")
+    assert levels(load_pairs(place / "images.parquet")) == [(0, 1)]
+    assert levels(load_pairs(place / "images.parquet", streaming=True)) == [(0, 1)]
+    addresses = [
+        "hf://datasets/a/b/c.png",
+        "C:\\images\\w.png",
+        "d:/images/w.png",
+        "\\\\server\\share\\w.png",
+        "/w.png",
+    ]
+    path = write(place, "jsonl", *({"prompt": "x", "chosen": name, "rejected": name} for name in addresses))
+    assert load_pairs(path)["chosen"][:] == addresses
+
+
+def test_lists_of_names_are_looked_up(place):
+    path = write(place, "parquet", {"prompt": "x", "image_path": ["images/l.png", "only_here.png"], "rank": [2, 1]})
+    assert levels(load_pairs(path)) == [(3, 1)]
+
+
+def test_data_with_no_relative_name_are_not_copied(place, monkeypatch):
+    path = write(place, "jsonl", {"prompt": "x", "chosen": str(place / "w.png"), "rejected": str(place / "l.png")})
+    monkeypatch.delattr(datasets.Dataset, "map")
+    assert len(load_pairs(path)) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_an_image_that_is_nowhere_the_places_are_named(place, caplog, streaming):
+    path = write(place, "jsonl", {**ROW, "chosen": "images/lost.png"}, ROW)
+    assert levels(load_pairs(path, streaming=streaming))[0] == (0, 1)
+    tried = [str(folder / "images" / "lost.png") for folder in (place, place.parent / "cwd")]
+    assert f"There is no image 'images/lost.png': tried {', '.join(tried)}." in caplog.text
+    if not streaming:
+        assert (
+            f"row 0: image 0 cannot be decoded (FileNotFoundError: [Errno 2] No such file or directory: '{tried[0]}')"
+            in caplog.text
+        )
+
+
+def test_the_error_of_an_image_names_its_file(place):
+    (place / "broken.png").write_bytes((place / "images/w.png").read_bytes()[:45])
+    Image.new("RGB", (16, 4)).save(place / "small.png")
+    for name, reason in (("broken.png", "cannot be decoded"), ("small.png", "16x4 is too small")):
+        with pytest.raises(UndecodableImageError, match=f"{reason}.*{name}"):
+            decode_image(str(place / name))

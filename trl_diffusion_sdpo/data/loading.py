@@ -1,0 +1,306 @@
+"""Loads the pairs of a data set by its name: of the Hub, a file or a folder; and split expressions of the Datasets
+library, such as `train[:90%]` or `train+test`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from ..sources.columns import ROUND_ROWS
+from ..sources.contents import local_names
+from ..sources.formats import FORMATS
+from .image_folders import LAYOUTS, make_datasets, read_image_folder
+
+logger = logging.getLogger(__name__)
+
+ALL_SPLITS = "all"  # the Datasets library's name for the concatenation of all splits
+ONLY_SPLIT = "train"  # and for the rows of data without splits
+
+# Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
+_SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
+_FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+_SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
+_IMAGE_COLUMNS = tuple(dict.fromkeys(column for known in FORMATS.values() for column in known.image_columns))
+
+
+def load_pairs(
+    name: str | os.PathLike,
+    split: str = ONLY_SPLIT,
+    *,
+    config: str | None = None,
+    streaming: bool = False,
+    on_bad_row: str = "drop",
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Pairs by the name of a data set, as the command `train` loads them.
+
+    Args:
+        name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV); a folder of such files, of
+            images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`, or of
+            images with ranks at the end of their names; or a folder that `save_to_disk` wrote. Relative names of images
+            in a local file are looked up in its folder, then in the working directory.
+        split (`str`): Such as `"train"` or `"train[:90%]"`. A file is one split under any name.
+        config (`str`, *optional*): The configuration of a data set of the Hub.
+        streaming (`bool`): Whether to load a stream.
+        on_bad_row (`str`): Whether images of a folder that are in no pair are counted and left out (`"drop"`), or an
+            error (`"raise"`).
+
+    Raises:
+        ValueError: If there is no such data set or split, or a folder has images and no pairs.
+    """
+    path = Path(name).expanduser()
+    if path.exists() and config is not None:
+        message = "`dataset_config=%s` has no effect on %s: configurations belong to data sets of the Hub."
+        logger.warning(message, config, name)
+    parts = saved_parts(path) if is_saved(path) else None
+    if parts is not None:
+        found = found_images(_rows_of_parts(path, parts, split), [path])
+        return found.to_iterable_dataset() if streaming else found
+    if path.is_file():
+        return _load_file(path, split, streaming)
+    if not path.is_dir():
+        return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
+    layout = read_image_folder(path)
+    if layout is None:
+        return _load_folder(path, split, streaming)
+    made = _rows_of_parts(path, make_datasets(layout), split)
+    for part in {part.partition("[")[0] for part in _split_parts(split)} & set(layout) or layout:
+        layout[part].report(strict=on_bad_row == "raise")
+    return made.to_iterable_dataset() if streaming else made
+
+
+def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
+    """As [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
+    loaded = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **files)
+    return found_images(loaded, _folders_of_files(path, split, name=config, **files))
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / _SAVED_DATASET).is_file() or (path / _SAVED_DATASET_DICT).is_file()
+
+
+def is_one_split(path: Path) -> bool:
+    """Whether data have one split only, which goes by any name."""
+    return path.is_file() or ((path / _SAVED_DATASET).is_file() and not (path / _SAVED_DATASET_DICT).is_file())
+
+
+def saved_parts(path: Path) -> dict[str, datasets.Dataset]:
+    """Data written by `save_to_disk`, by split; a single `Dataset` is the split `train`."""
+    saved = datasets.load_from_disk(str(path))
+    return saved if isinstance(saved, datasets.DatasetDict) else {ONLY_SPLIT: saved}
+
+
+def _rows_of_parts(path: Path, parts: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
+    """A split, or slices of it."""
+    if split in parts:
+        return parts[split]
+    try:
+        rows = rows_of(split, {name: len(part) for name, part in parts.items()})
+    except ValueError as error:
+        raise ValueError(f"The data set {path} must have the split {split!r}; it has {', '.join(parts)}.") from error
+    joined = datasets.concatenate_datasets([parts[name].select(part) for name, part in rows])
+    joined.info.splits = next(iter(parts.values())).info.splits
+    return joined
+
+
+def _load_file(path: Path, split: str, streaming: bool) -> Any:
+    builder = _FILE_BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise ValueError(
+            f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {path}. Pass its folder instead."
+        )
+    files, split = {ONLY_SPLIT: str(path)}, rename_split(split, ONLY_SPLIT)
+    loaded = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
+    return found_images(loaded, [path.parent])
+
+
+def _load_folder(path: Path, split: str, streaming: bool) -> Any:
+    files = {} if _names_images(path) else {"data_files": _data_files(path)}
+    try:
+        loaded = datasets.load_dataset(str(path), split=split, streaming=streaming, **files)
+    except ValueError as error:
+        if "_file_name`" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}, such as `chosen_file_name` and `rejected_file_name`. If another column has the names of the "
+            f"images, pass the file in place of its folder {path}."
+        ) from error
+    return found_images(loaded, [*_folders_of_files(str(path), split, **files), path])
+
+
+def _names_images(path: Path) -> bool:
+    """Whether `datasets` reads more of a folder than images: it goes by the kind of most files."""
+    try:
+        builder = datasets.load_dataset_builder(str(path))
+    except ValueError:  # splits of several kinds
+        return False
+    names = [name for part in (builder.config.data_files or {}).values() for name in part]
+    return builder.name != "imagefolder" or any(_is_metadata(name) for name in names)
+
+
+def _is_metadata(name: str) -> bool:
+    stem, suffix = os.path.splitext(os.path.basename(name))
+    return stem == "metadata" or suffix.lower() in (".tar", ".zip")  # which may hold one
+
+
+def _data_files(path: Path) -> dict[str, list[str]]:
+    """The data files beside images in a folder, by split.
+
+    Raises:
+        ValueError: If there is none, or there are several kinds.
+    """
+    files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _FILE_BUILDERS)
+    if len({file.suffix.lower() for file in files}) != 1:
+        listed = f" Of its files {', '.join(file.name for file in files)}, pass one." if files else ""
+        raise ValueError(f"{path} has images and no pairs.{listed} {LAYOUTS}")
+    by_split = {file.stem: [file.name] for file in files if file.stem in _SPLIT_NAMES}
+    return by_split if ONLY_SPLIT in by_split else {ONLY_SPLIT: [file.name for file in files]}
+
+
+def _folders_of_files(path: str, split: str, **files: Any) -> list[Path]:
+    """The local folder of the data files of a split, if they are in one."""
+    of_splits = datasets.load_dataset_builder(path, **files).config.data_files or {}
+    wanted = {part.partition("[")[0] for part in _split_parts(split)}
+    names = [name for part in of_splits if wanted & {part, ALL_SPLITS} for name in of_splits[part]]
+    folders = {Path(name).parent for name in names if "://" not in name}
+    return list(folders) if len(folders) == 1 else []
+
+
+# ---- Names of images ----------------------------------------------------------------------------------------------
+
+
+def found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
+    """A data set whose relative names of image files are looked up in folders, in that order, and then in the working
+    directory. A name that is in none is taken to be in the first; the first such name is logged. A stream with such
+    names has undecoded images."""
+    if not folders:
+        return dataset
+    places = tuple(dict.fromkeys(os.path.abspath(folder) for folder in (*folders, os.curdir)))
+    if isinstance(dataset, datasets.Dataset):
+        columns = [column for column in _IMAGE_COLUMNS if column in dataset.column_names]
+        if not columns or not any(_is_relative(name) for name in _names_in(dataset, columns)):
+            return dataset
+        find, options = _Find(places, columns), {"features": dataset.features, "desc": "Finding images"}
+        # `datasets` would not see that a file is in another place than before
+        found = dataset.with_format("arrow").map(find.in_table, batched=True, load_from_cache_file=False, **options)
+        return found.with_format(None)
+    rows = dataset if dataset.features is None else dataset.decode(False)
+    row = next(iter(rows), {})
+    columns = [column for column in _IMAGE_COLUMNS if column in row]
+    if not any(_is_relative(name) for column in columns for name in _names_of(row[column])):
+        return dataset
+    return rows.map(_Find(places, columns).in_row, features=rows.features)
+
+
+class _Find:
+    """Looks names up in folders."""
+
+    def __init__(self, folders: Sequence[str], columns: Sequence[str]) -> None:
+        self._folders, self._columns, self._missed = folders, columns, False
+
+    def in_table(self, table: pa.Table) -> pa.Table:
+        for column in self._columns:
+            number, values = table.column_names.index(column), table.column(column)
+            found = pa.array([self._in_value(value) for value in values.to_pylist()], values.type)
+            table = table.set_column(number, table.schema.field(number), found)
+        return table
+
+    def in_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {column: self._in_value(row[column]) for column in self._columns if column in row}
+
+    def _in_value(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._in_value(part) for part in value]
+        if isinstance(value, Mapping):
+            return value if value.get("bytes") else {**value, "path": self._in_value(value.get("path"))}
+        return self._path(value) if isinstance(value, str) and _is_relative(value) else value
+
+    def _path(self, name: str) -> str:
+        spellings = dict.fromkeys((name, name.replace("\\", "/")))  # of Windows, in a file that is read elsewhere
+        tried = [os.path.join(folder, spelling) for folder in self._folders for spelling in spellings]
+        for path in tried:
+            if os.path.exists(path):
+                return path
+        if not self._missed:
+            logger.warning("There is no image %r: tried %s.", name, ", ".join(tried))
+            self._missed = True
+        return tried[0]
+
+
+def _is_relative(name: str) -> bool:
+    """Whether a name is relative to a folder, here and on Windows, and no URL."""
+    return bool(name) and not ("://" in name or os.path.isabs(name) or PureWindowsPath(name).is_absolute())
+
+
+def _names_in(dataset: datasets.Dataset, columns: list[str]) -> Iterator[str]:
+    """The names of local files in some columns. Bytes of images are not read."""
+    for part in dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROUND_ROWS):
+        for column in part.columns:
+            for chunk in column.chunks:
+                yield from local_names(chunk)[0].to_pylist()
+
+
+def _names_of(value: Any) -> list[str]:
+    """The names of files in an image of a row, or in a list of them."""
+    if isinstance(value, list):
+        return [name for part in value for name in _names_of(part)]
+    if isinstance(value, Mapping):
+        value = None if value.get("bytes") else value.get("path")
+    return [value] if isinstance(value, str) else []
+
+
+# ---- Split expressions --------------------------------------------------------------------------------------------
+
+
+def rename_split(split: str, name: str) -> str:
+    """Replaces the name of a split and keeps its slices: `test[:90%]` becomes `train[:90%]`."""
+    return "+".join(name + part[len(_split_name(part)) :] for part in _split_parts(split))
+
+
+def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
+    """The rows of a split expression such as `train[:90%]` or `train[:100]+test`: a split's name and a range of its
+    rows, for each summand. `lengths` are the splits' numbers of rows.
+
+    Raises:
+        ValueError: If there is no such split, or the expression is invalid.
+    """
+    if split == ALL_SPLITS:
+        return [(name, range(length)) for name, length in lengths.items()]
+    absolute = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [(part.splitname, range(part.from_, part.to)) for part in absolute]
+
+
+def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
+    """Whether two splits of one data set have a row in common, given the lengths of its splits."""
+    return any(
+        name == other and max(rows.start, others.start) < min(rows.stop, others.stop)
+        for name, rows in rows_of(first, lengths)
+        for other, others in rows_of(second, lengths)
+    )
+
+
+def surely_share_rows(first: str, second: str) -> bool:
+    """Whether two splits of one data set have a row in common whatever the splits' lengths, which are unknown before
+    the data are loaded: they have an equal part, or a part of one is all of a split that the other slices."""
+    if ALL_SPLITS in (first, second):
+        return True
+    return any(
+        _split_name(part) == _split_name(other) and (part == other or _split_name(part) in (part, other))
+        for part in _split_parts(first)
+        for other in _split_parts(second)
+    )
+
+
+def _split_parts(split: str) -> list[str]:
+    return [part.strip() for part in split.split("+")]
+
+
+def _split_name(part: str) -> str:
+    """`train` of `train[:90%]`."""
+    return part.partition("[")[0]
