@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 # Extra of this package -> the module that it installs.
 EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "plots": "matplotlib", "quantization": "bitsandbytes"}
 
+# Tracker of `report_to` -> the modules of which one must be installed, and the package that has it.
+TRACKERS = {
+    "wandb": (("wandb",), "wandb"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "comet_ml": (("comet_ml",), "comet_ml"),
+    "clearml": (("clearml",), "clearml"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "dvclive": (("dvclive",), "dvclive"),
+}
+
 # Logger -> the beginning of notes that name nothing a user of this package could change: image processors that no
 # pipeline calls here, the accelerator that an unused DeepSpeed finds, an empty list of modules.
 _IDLE_NOTES = {
@@ -47,6 +59,17 @@ def require(extra: str, purpose: str) -> None:
             f"{purpose} needs {EXTRAS[extra]}, which is not installed. Run "
             f"`pip install 'trl-diffusion-sdpo[{extra}]'`."
         )
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise a `MissingExtraError` unless the trackers of `report_to` are installed; names unknown here pass."""
+    for name in names:
+        modules, package = TRACKERS.get(name, ((), ""))
+        if modules and not any(find_spec(module) for module in modules):
+            raise MissingExtraError(
+                f"`report_to={name}` needs {modules[0]}, which is not installed. Run `pip install {package}`, or set "
+                "`report_to` to `none`."
+            )
 
 
 def lazy_attributes(

@@ -49,6 +49,7 @@ def _encode_alone(
     from trl import get_peft_config, get_quantization_config
 
     from ..losses import loss_spec
+    from ..runs.starting_point import starting_point
     from ..trainer import preparing  # takes seconds
     from ..trainer.data_preparation import prepare_pairs
     from ..trainer.encoding import PairEncoding
@@ -57,7 +58,8 @@ def _encode_alone(
     model, lora = model_args.model_name_or_path, get_peft_config(model_args)
     args, loss = preparing.copy_and_check_args(model, None, training_args), loss_spec(training_args.loss_type)
     loaded = preparing.load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
-    preparing.complete_args(args, loaded.family, loss, full=lora is None)
+    tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None
+    preparing.complete_args(args, loaded.family, loss, full=not tunes_lora)
     preparing.check_resolution(args, loaded.family)
     encoding = PairEncoding(preparing.place_frozen_components(loaded, args), loaded, args)
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}

@@ -260,10 +260,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"The file {path} must be YAML: {error}") from error
+        raise ValueError(f"The file {path} must be YAML{_in_words(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The file {path} must be YAML that can be read: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} must map names to values in YAML, got {type(settings).__name__}.")
     return settings
+
+
+def _in_words(error: yaml.YAMLError) -> str:
+    """What is wrong with a file, in one line, and where."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": {error}"
+    began = (
+        ""
+        if error.context is None or error.context_mark is None
+        else (f", {error.context} that began in line {error.context_mark.line + 1}")
+    )
+    return f"; line {error.problem_mark.line + 1} is not: {error.problem}{began}."
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

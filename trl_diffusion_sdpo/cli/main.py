@@ -8,6 +8,7 @@ from .. import __version__
 from ..import_utils import MissingExtraError, hide_idle_notes
 from ..suggestions import did_you_mean
 from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
+from .errors import is_own
 
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
@@ -25,7 +26,8 @@ COMMANDS = {
 }
 
 
-# Errors whose message is shown without a traceback.
+# Errors whose message is shown without a traceback, if this package raised them; others are shown whole, as only their
+# origin says what happened.
 _EXPLAINED = (ValueError, OSError, FloatingPointError, MissingExtraError)
 
 
@@ -37,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         `int`: The exit code: 0 on success and for help, 2 for a user error, 130 after an interruption.
+
+    Raises:
+        Exception: Of any kind, if this package did not raise it itself; Python then prints the traceback, and exits
+            with 1.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -63,7 +69,7 @@ def _run(name: str, arguments: list[str]) -> int:
         print(f"\n{prog}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except _EXPLAINED as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+        if os.environ.get(TRACEBACK_VARIABLE) == "1" or not is_own(error):
             raise
         print(f"{prog}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -76,8 +82,8 @@ def _help() -> str:
         f"usage: {PROGRAM} COMMAND [--OPTION VALUE ...]\n\n"
         "Preference tuning of text-to-image diffusers pipelines.\n\n"
         f"commands:\n{commands}\n\n"
-        f"`{PROGRAM} COMMAND --help` lists a command's options. Errors are one line; set {TRACEBACK_VARIABLE}=1 to "
-        "see where they come from."
+        f"`{PROGRAM} COMMAND --help` lists a command's options. Errors of this package are one line; set "
+        f"{TRACEBACK_VARIABLE}=1 to see where they come from. Errors of libraries have a traceback."
     )
 
 

@@ -19,8 +19,10 @@ from .options import OneLineParser
 if TYPE_CHECKING:
     from trl import ModelConfig
 
+    from ..models.loading import LoadedModel
     from ..planning.layouts import Layout
     from ..planning.plan import Plan, Prepared
+    from ..runs.starting_point import StartingPoint
     from ..trainer import DiffusionSDPOConfig
 
 
@@ -81,6 +83,7 @@ class PlannedSettings:
 
     def __init__(self, words: list[str], prog: str, device: str, like: str | None):
         from ..engines.engine_settings import by_engine
+        from ..runs.starting_point import starting_point
         from . import train
         from .planned_layout import layout_of
 
@@ -103,6 +106,8 @@ class PlannedSettings:
             )
         if not self._model.model_name_or_path:
             raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
+        if starting_point(self._model.model_name_or_path, self._training.adapter_name_or_path).adapter:
+            self._model.use_peft = True  # a LoRA that goes on
 
     @property
     def values(self) -> dict[str, Any]:
@@ -141,17 +146,18 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
 
     from ..losses import loss_spec
     from ..models.ema import EMAWeights
-    from ..models.loading import LoadedModel
     from ..models.numerics import autocast_dtype
     from ..planning.fake_step import Networks
     from ..planning.plan import Prepared
     from ..trainer.preparing import check_and_complete, choose_trained_weights, make_reference
 
     quantized = _stored(model_args)
-    loaded, spec = LoadedModel(_family(model_args, args, like), None), loss_spec(args.loss_type)
-    adapter, added = choose_trained_weights(loaded, get_peft_config(model_args), args)
+    loaded, spec = _loaded(model_args, args, like), loss_spec(args.loss_type)
+    given = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
+    lora = get_peft_config(model_args) if loaded.adapter_source is None else None
+    adapter, added = choose_trained_weights(loaded, lora, args)
     half = autocast_dtype(args.mixed_precision)
-    reference = make_reference(loaded, None, args, spec, adapter=adapter, added=added)
+    reference = make_reference(loaded, given, args, spec, adapter=adapter, added=added)
     _check_acting(args, layout, adapter, reference, quantized)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)
@@ -205,20 +211,30 @@ def _stored(model_args: ModelConfig) -> str | None:
     return "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
 
 
-def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None) -> Any:
+def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None) -> LoadedModel:
+    """The model, with the LoRA that it goes on from unless all weights are planned to train."""
+    from ..models.loading import LoadedModel
+    from ..runs.starting_point import attach_adapter, starting_point
+
+    start = starting_point(str(model_args.model_name_or_path), args.adapter_name_or_path)
+    family = _family(model_args, args, like, start)
+    if start.adapter is None or not model_args.use_peft:
+        return LoadedModel(family, None)
+    attach_adapter(family.pipeline, family.denoiser_name, start.adapter)
+    return LoadedModel(family, None, adapter_source=start.adapter)
+
+
+def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None, start: StartingPoint) -> Any:
     from ..models.numerics import torch_dtype
     from ..planning.skeleton import pipeline_of_folder, published_pipeline
 
-    options = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        **cast(Any, args.model_init_kwargs or {}),
-    }
+    given = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    options = start.with_recorded({**given, **cast(Any, args.model_init_kwargs or {})})
     dtype = torch_dtype(options.pop("dtype"))
     if like is not None:
         return published_pipeline(like, dtype)
     access = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
-    return pipeline_of_folder(str(model_args.model_name_or_path), dtype, **access)
+    return pipeline_of_folder(start.pipeline, dtype, **access)
 
 
 def _working(family: Any, args: DiffusionSDPOConfig, half: Any) -> Any:

@@ -10,7 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
+from .errors import reading_arguments, reading_data
 from .given import Given, read_given, refuse_missing, refuse_unknown_names
 from .options import OptionTable, describe, read_table
 from .train_help import group_options, help_parser
@@ -116,7 +118,8 @@ def _options_for(arguments: list[str], prog: str | None) -> OptionTable:
 def _parse(given: Given, prog: str | None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
     parser = make_parser(prog)
     parser.set_defaults_with_config(**given.settings)
-    return cast(Any, parser.parse_args_into_dataclasses(given.words, look_for_args_file=False))
+    with reading_arguments():
+        return cast(Any, parser.parse_args_into_dataclasses(given.words, look_for_args_file=False))
 
 
 def _texts(prog: str | None) -> dict[str, Any]:
@@ -165,6 +168,9 @@ def build_trainer(
 
     from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
 
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        require("quantization", "A quantized base")
+
     train_dataset, eval_dataset = load_data(script_args, training_args, model_args)
     return DiffusionSDPOTrainer(
         model_args.model_name_or_path,
@@ -185,7 +191,8 @@ def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, mo
     _show_progress(training_args)
     _warn_of_ignored(script_args, model_args)
     training_args.model_init_kwargs = _init_kwargs(training_args, model_args)
-    return load_datasets(script_args, training_args)
+    with reading_data(script_args.dataset_name):
+        return load_datasets(script_args, training_args)
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:

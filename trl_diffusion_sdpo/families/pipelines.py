@@ -3,17 +3,19 @@ a model repository."""
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Family
+from .model_files import check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes
 
 CLASS = "_class_name"  # of the pipeline, in its model_index.json
@@ -57,6 +59,7 @@ def load_pipeline(
     denoiser_quantization: Any = None,
     encoders: bool = True,
     denoiser: bool = True,
+    denoiser_folder: str | os.PathLike | None = None,
     **from_pretrained: Any,
 ) -> diffusers.DiffusionPipeline:
     """Load a pipeline that a family can train, from safetensors files and without any code from its repository.
@@ -74,6 +77,8 @@ def load_pipeline(
             meta device, with their configuration: nothing else of them is read or downloaded. [`load_encoders`] loads
             them later. Components in `from_pretrained` are used as they are.
         denoiser (`bool`): The same for the denoiser.
+        denoiser_folder (`str` or `os.PathLike`, *optional*): Where another denoiser of the same class is, in a folder
+            of its name; it takes the place of the pipeline's, which is not read.
         from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`: components, cache.
 
     Returns:
@@ -87,15 +92,14 @@ def load_pipeline(
     _refuse_options(from_pretrained)
     index = read_index(name_or_path, revision=revision, token=token, **from_pretrained)
     family = family_for_class_name(index[CLASS])
-    if denoiser_quantization is not None and denoiser:
-        taken = from_pretrained.keys() & {"quantization_config", family.denoiser_name}
-        if taken:
-            raise ValueError(
-                f"The denoiser's weights are quantized as they are read, by one configuration; got also `{min(taken)}`"
-                " to load the pipeline with. Pass one of them."
-            )
-        mapping = {family.denoiser_name: denoiser_quantization}
-        from_pretrained["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
+    if denoiser_folder is not None and denoiser:
+        hub = {name: from_pretrained[name] for name in _HUB_OPTIONS if name in from_pretrained}
+        hub |= {"revision": revision, "token": token, "quantization_config": denoiser_quantization}
+        part = load_denoiser(name_or_path, dtype=dtype, folder=denoiser_folder, **hub)
+        from_pretrained[family.denoiser_name] = part
+    elif denoiser_quantization is not None and denoiser:
+        from_pretrained |= _quantizing(family, denoiser_quantization, from_pretrained)
+    check_parts(name_or_path, index, from_pretrained)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
     options |= from_pretrained
     absent = (*(() if encoders else family.frozen_components), *(() if denoiser else (family.denoiser_name,)))
@@ -120,13 +124,20 @@ def load_encoders(
 
 
 def load_denoiser(
-    name_or_path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, **from_pretrained: Any
+    name_or_path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    folder: str | os.PathLike | None = None,
+    quantization_config: Any = None,
+    **from_pretrained: Any,
 ) -> diffusers.ModelMixin:
     """Load the denoiser of a pipeline without its other components, from safetensors files.
 
     Args:
         name_or_path (`str` or `os.PathLike`): The pipeline's folder or Hub id.
         dtype (`torch.dtype`): Of its weights.
+        folder (`str` or `os.PathLike`, *optional*): Where its weights are, if not in the pipeline.
+        quantization_config (*optional*): Of diffusers; its weights are quantized as they are read.
         from_pretrained (*optional*): Options named in `DENOISER_OPTIONS`.
 
     Returns:
@@ -147,10 +158,28 @@ def load_denoiser(
     index = read_index(name_or_path, **from_pretrained)
     family = family_for_class_name(index[CLASS])
     denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
-    with _safetensors_only(name_or_path):
+    options = from_pretrained
+    if folder is not None:  # it has neither the pipeline's commits nor its variants
+        options = {key: value for key, value in options.items() if key not in ("revision", "variant")}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    source = name_or_path if folder is None else os.fspath(folder)
+    with _safetensors_only(source):
         return denoiser_class.from_pretrained(
-            name_or_path, subfolder=family.denoiser_name, torch_dtype=dtype, use_safetensors=True, **from_pretrained
+            source, subfolder=family.denoiser_name, torch_dtype=dtype, use_safetensors=True, **options
         )
+
+
+def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option with which a pipeline's denoiser is quantized as it is read."""
+    taken = options.keys() & {"quantization_config", family.denoiser_name}
+    if taken:
+        raise ValueError(
+            f"The denoiser's weights are quantized as they are read, by one configuration; got also `{min(taken)}`"
+            " to load the pipeline with. Pass one of them."
+        )
+    mapping = {family.denoiser_name: quantization}
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeline]:
@@ -239,12 +268,8 @@ def _refuse_options(options: dict[str, Any]) -> None:
 def _safetensors_only(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise ValueError(
-            f"Every component of a pipeline must have its weights in safetensors files, and {name_or_path} could not "
-            f"be loaded so: {error}. Pickled weights (.bin) are never read; convert them by loading the pipeline in "
-            "diffusers and calling `save_pretrained`."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
 
 
 def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:

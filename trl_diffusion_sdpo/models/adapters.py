@@ -153,7 +153,9 @@ def copy_adapter(denoiser: Any, source: str, target: str) -> None:
     """Add a frozen adapter with the same weights under another name; `source` stays active."""
     config = copy.deepcopy(lora_configs(denoiser)[source])
     inject_adapter_in_model(config, denoiser, target)
-    set_peft_model_state_dict(denoiser, adapter_state(denoiser, source), adapter_name=target)
+    state = adapter_state(denoiser, source)
+    if not any(weight.is_meta for weight in state.values()):  # a plan has no weights
+        set_peft_model_state_dict(denoiser, state, adapter_name=target)
     train_only_adapter(denoiser, source)
     cast_adapter_like(denoiser, source, target)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
 from ..families.pipelines import load_encoders
+from ..import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
 
@@ -33,6 +34,8 @@ class LoadedModel:
     family: Family
     name_or_path: str | None  # the Hub id or folder, if known
     options: dict[str, Any] = field(default_factory=dict)  # with which it was loaded from there
+    denoiser_folder: str | None = None  # of a denoiser that is not the pipeline's own
+    adapter_source: str | None = None  # of a LoRA on it that goes on training
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -62,6 +65,7 @@ def load_model(
     device: torch.device | None = None,
     encoders: bool = True,
     denoiser: bool = True,
+    denoiser_folder: str | None = None,
 ) -> LoadedModel:
     """Resolve `model` to a pipeline and its family.
 
@@ -75,11 +79,12 @@ def load_model(
         device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
         encoders, denoiser (`bool`): Whether to load the weights of VAE and text encoders, and of the denoiser, of a Hub
             id or folder; see [`~trl_diffusion_sdpo.families.load_pipeline`]. A pipeline object keeps its own.
+        denoiser_folder (`str`, *optional*): Where another denoiser is, in place of that of a Hub id or folder.
 
     Raises:
         `ValueError`: If it is none of these, or arguments are given that it cannot use.
     """
-    parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser}
+    parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser, "denoiser_folder": denoiser_folder}
     loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
     _align_for(loaded.denoiser, device)
     return loaded
@@ -91,6 +96,7 @@ def load_reference(
     *,
     model_init_kwargs: dict[str, Any] | None = None,
     ref_model_init_kwargs: dict[str, Any] | None = None,
+    denoiser_folder: str | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
     """The denoiser of `ref_model`; of a Hub id or folder, nothing else is loaded.
@@ -100,6 +106,7 @@ def load_reference(
         model_init_kwargs (`dict`, *optional*): The policy's options. [`SHARED_OPTIONS`] apply to a Hub id or folder as
             well; `revision` does not, which names a state of the policy's repository.
         ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder.
+        denoiser_folder (`str`, *optional*): Where another denoiser is, in place of that of a Hub id or folder.
 
     Raises:
         `ValueError`: If it is none of these, or options are given that belong to other components of a pipeline.
@@ -109,7 +116,7 @@ def load_reference(
         options = {**shared, **(ref_model_init_kwargs or {})}
         dtype = options.pop("dtype", None)
         dtype = policy.family.dtype if dtype is None else torch_dtype(dtype)
-        denoiser = load_denoiser(ref_model, dtype=dtype, **options)
+        denoiser = load_denoiser(ref_model, dtype=dtype, folder=denoiser_folder, **options)
     else:
         denoiser = _resolve(ref_model, policy.pipeline, None, None, "ref_model").denoiser
     _align_for(denoiser, device)
@@ -133,8 +140,10 @@ def _resolve(
         options = dict(model_init_kwargs or {})
         options["dtype"] = torch_dtype(options.pop("dtype", None))
         quantization = diffusers_quantization(quantization_config)
+        if isinstance(quantization, diffusers.BitsAndBytesConfig):
+            require("quantization", "A quantized base")
         pipeline = load_pipeline(str(model), denoiser_quantization=quantization, **parts, **options)
-        return LoadedModel(find_family(pipeline), str(model), options)
+        return LoadedModel(find_family(pipeline), str(model), options, parts.get("denoiser_folder"))
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":
             raise ValueError(f"`{name}` is for a `{role}` given as Hub id or folder, got a {type(model).__name__}.")

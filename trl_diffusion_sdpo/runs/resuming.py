@@ -28,7 +28,8 @@ NOT_COMPARED = (
     *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
-    *("dataloader_multiprocessing_context", "train_data", "run_id"),
+    *("dataloader_multiprocessing_context", "train_data", "run_id", "base_model"),
+    *("adapter_name_or_path", "ref_model_name_or_path"),
 )
 # Optimizers that can load each other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")

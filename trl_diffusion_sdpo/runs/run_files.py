@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class RunFiles:
         budget ([`~trl_diffusion_sdpo.step.winner_budget.WinnerBudget`], *optional*): Saved and loaded.
         full_pipeline (`bool`): Whether the results include the pipeline's other components.
         trust_pickles (`bool`): Whether to load pickled files that could run code.
+        unpublished (`dict[str, Any]`): Facts that are written beside the arguments.
     """
 
     def __init__(
@@ -49,10 +51,11 @@ class RunFiles:
         budget: Any,
         full_pipeline: bool,
         trust_pickles: bool,
+        unpublished: dict[str, Any],
     ):
         self._args, self._engine, self._weights = args, engine, weights
         self._shadow_weights, self._average, self._budget = shadow_weights, average, budget
-        self._full_pipeline, self._trust_pickles = full_pipeline, trust_pickles
+        self._full_pipeline, self._trust_pickles, self._unpublished = full_pipeline, trust_pickles, unpublished
         self._resumed_args: dict[str, Any] = {}
         self.checkpoints = CheckpointFolders(args)
 
@@ -89,7 +92,8 @@ class RunFiles:
 
     def _write_args(self, folder: Path) -> None:
         """As JSON without tokens; the `training_args.bin` of transformers is a pickle with them."""
-        (folder / ARGS_FILE).write_text(self._args.to_json_string() + "\n", encoding="utf-8")
+        content = {**json.loads(self._args.to_json_string()), **self._unpublished}
+        (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def writing_checkpoint(self, folder: Path) -> Iterator[None]:

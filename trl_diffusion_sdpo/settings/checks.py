@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from .._compat import CHECKPOINTING, activation_checkpointing
 from ..families.timestep_sampling import TimestepSampling
+from ..import_utils import require_trackers
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..sources.checking import parse_verify_images
 from ..sources.images import parse_schemes
@@ -28,6 +29,7 @@ def check_settings(args: AllArguments) -> None:
     for name, setting in settings_of(cast(Any, type(args))).items():
         _check_value(name, setting, getattr(args, name))
     loss = loss_spec(args.loss_type)
+    require_trackers(args.report_to)
     _check_inherited(args)
     _check_length(args)
     _check_loss(args, loss)

@@ -19,6 +19,12 @@ class PipelineArguments:
     The part of [`DiffusionSDPOConfig`] that controls the model and the reference.
 
     Parameters:
+        adapter_name_or_path (`str`, *optional*):
+            A LoRA that training goes on from, on top of the model: a folder in PEFT's or diffusers' format, such as
+            that of a run, a `.safetensors` file or a Hub id. The reference then is this LoRA as it is before training.
+        ref_model_name_or_path (`str`, *optional*):
+            The reference in place of the model before training, as `ref_model`: a Hub id, a folder of a pipeline, or
+            that of a run.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for `DiffusionPipeline.from_pretrained`, used when `model` is a string.
         ref_model_init_kwargs (`dict` or `str`, *optional*):
@@ -61,6 +67,8 @@ class PipelineArguments:
             less memory and gives the same latents, to rounding.
     """
 
+    adapter_name_or_path: str | None = None
+    ref_model_name_or_path: str | None = None
     model_init_kwargs: dict[str, Any] | str | None = None
     ref_model_init_kwargs: dict[str, Any] | str | None = None
     disable_dropout: bool = True

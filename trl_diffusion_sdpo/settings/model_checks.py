@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import nn
 
 from .._compat import activation_checkpointing, checkpoints_activations
+from ..families import Family
+from ..families.timestep_sampling import TimestepSampling
 from .all_arguments import AllArguments
+
+logger = logging.getLogger(__name__)
 
 
 def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
@@ -52,3 +62,46 @@ def check_one_device(args: AllArguments) -> None:
             "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or show it one with "
             "CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
+    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot follow the settings."""
+    process = family.noise_process
+    last = process.num_train_timesteps
+    if args.timestep_range is not None and args.timestep_range[1] > last:
+        raise ValueError(
+            f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps; got "
+            f"{list(args.timestep_range)}."
+        )
+    weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
+    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
+    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for name, scheme in unused.items():
+        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
+            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
+    if args.timesteps is not None:
+        only: dict[str, Any] = {"only": tuple(args.timesteps)}
+        process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
+        return only
+    sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
+    return {"timestep_range": timestep_range, "sampling": sampling}
+
+
+def check_guidance(args: AllArguments, family: Family) -> None:
+    """Raise `ValueError` where guidance is given to a denoiser that takes none."""
+    if args.guidance_scale is not None and family.guidance_scale is None:
+        raise ValueError(
+            f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
+            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for sample images."
+        )
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise `ValueError` where results could not be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir` must be a folder that can be written, got {folder!r}: {error}.") from error

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
+from torch import nn
 
 from ..engines.host_copy import HostCopy
+from ..engines.sharding import local_tensor
 from ..engines.step_exchange import StepExchange
 
 
@@ -15,10 +19,17 @@ class FiniteCheck:
     are averaged over them) is copied to the host while the last backward pass is being queued and read after it, so
     that the host waits for the forward pass only. A gradient that is not finite although the loss is, which is rare,
     is found one step later, before anything is saved.
+
+    Args:
+        networks (`Callable`, *optional*): Returns what the losses were computed with, by name: where a loss is not
+            finite, and only then, their weights are looked at.
     """
 
-    def __init__(self, exchange: StepExchange | None = None):
+    def __init__(
+        self, exchange: StepExchange | None = None, networks: Callable[[], Mapping[str, nn.Module]] | None = None
+    ):
         self._exchange = StepExchange() if exchange is None else exchange
+        self._networks = dict if networks is None else networks
         self._gradient: HostCopy | None = None
         self._gradient_step = 0
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step: losses and rows
@@ -67,7 +78,26 @@ class FiniteCheck:
         values = zip(rows.tolist(), losses.float().tolist(), strict=True)
         bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
         listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "those of another process"
+        spoiled = spoiled_weights(self._networks())
+        if spoiled:
+            way = "Download the model again, or another revision or precision of it."
+            if step > 1:
+                way = "Resume from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+            raise FloatingPointError(
+                f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not, as weights "
+                f"were not finite before it: {', '.join(spoiled[:3])}, of {len(spoiled)}. {way}"
+            )
         raise FloatingPointError(
             f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not ({listed}). "
             "The weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
         )
+
+
+def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
+    """Names of weights with a number that is not finite, of this process's shards. Waits for the device."""
+    return [
+        f"`{name}` {weight}"
+        for name, network in networks.items()
+        for weight, values in network.state_dict().items()
+        if values.is_floating_point() and not values.is_meta and not torch.isfinite(local_tensor(values).float()).all()
+    ]

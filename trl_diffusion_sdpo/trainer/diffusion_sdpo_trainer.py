@@ -33,6 +33,7 @@ from ..models.ema import EMAWeights
 from ..models.loading import LoadedModel
 from ..models.reference import PrecomputedReference
 from ..runs.interrupts import step_exchange
+from ..runs.starting_point import recorded_base
 from ..settings.model_checks import refuse_dropout
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
@@ -139,6 +140,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         quantization_config: Any = None,
     ):
         args = copy_and_check_args(model, ref_model, args)
+        ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         self._set_up_model(loaded, ref_model, args, peft_config)
         self._set_up_step(args)
@@ -232,7 +234,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As transformers does it; then the set-up that needs the model as the engine wrapped it."""
         self.parameter_safeguard = None  # of an earlier training
-        self._finite = FiniteCheck(step_exchange(self.callback_handler.callbacks))
+        self._finite = FiniteCheck(step_exchange(self.callback_handler.callbacks), self._networks)
         self.engine.set_precision(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._shadow_weights:
@@ -272,6 +274,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         for name in (*self.family.frozen_components, self.family.denoiser_name):
             check_unsharded(getattr(self.pipeline, name), name)
         self.model_name_or_path = loaded.name_or_path
+        self.base = recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder)
         self.fingerprint = fingerprint(base_tensors(loaded.denoiser))  # before training changes them
         self.loss_spec = loss_spec(args.loss_type)
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
@@ -291,6 +294,13 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             self._encoder_facts = self.encoding.facts
         self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
         compile_models(loaded.denoiser, self._shadow_weights, args)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """What a loss is computed with."""
+        family, second = self.family, self.reference.module
+        names = (family.denoiser_name, *family.frozen_components)
+        networks = {name: getattr(family.pipeline, name) for name in names}
+        return networks if second is None else {**networks, "reference": second}
 
     def _move_to(self, device: torch.device) -> None:
         """What is frozen, to where the policy will be."""

@@ -33,6 +33,7 @@ from ..models.shadow_weights import ShadowWeights
 from ..runs.interrupts import stopping_on_interrupt
 from ..runs.run_files import RunFiles
 from ..runs.run_folder import PREVIOUS_RUN, RunFolder
+from ..runs.starting_point import BASE, public_base
 from ..settings.declaring import RESUME
 from ..step.finite_check import FiniteCheck
 from ..step.winner_budget import WinnerBudget
@@ -73,6 +74,7 @@ class FileOverrides(Trainer):
     engine: Engine
     frozen_components: FrozenComponents
     model_name_or_path: str | None
+    base: dict[str, Any] | None  # what the run started from
     fingerprint: str
     _shadow_weights: list[ShadowWeights]
     hub_model_id: Any
@@ -111,6 +113,7 @@ class FileOverrides(Trainer):
             budget=self.winner_budget,
             full_pipeline=self.args.save_full_pipeline,
             trust_pickles=self.args.trust_checkpoint,
+            unpublished={BASE: self.base},
         )
 
     # ---- Training, resuming ---------------------------------------------------------------------------------------
@@ -235,6 +238,7 @@ class FileOverrides(Trainer):
             "engine": self.engine.name,
             "processes": self.accelerator.num_processes,
             "weights_before_training": self.fingerprint,
+            BASE: public_base(self.base),
             "train_data": self._data_fingerprint,
             "run_id": self.run_folder.run_id,
             **{name: getattr(self.args, name) for name in settings_with(RESUME)},

@@ -4,9 +4,9 @@ model."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +20,22 @@ from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate
 from ..engines.processes import peers
 from ..families import Family
-from ..families.timestep_sampling import TimestepSampling
 from ..losses import LossSpec
 from ..models.adapters import active_adapter, add_lora, check_adapter_weight, freeze, train_only_adapter
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
+from ..runs.starting_point import StartingPoint, attach_adapter, check_continued, starting_point
 from ..settings.all_arguments import settled_resolution
-from ..settings.model_checks import check_activation_checkpointing, check_one_device, check_without_dropout
+from ..settings.model_checks import (
+    check_activation_checkpointing,
+    check_guidance,
+    check_one_device,
+    check_output_dir,
+    check_without_dropout,
+    checked_timesteps,
+)
 from ..step.pair_forward import LossSettings, NoiseSettings
 from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -54,11 +61,18 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
             "Leave `ref_model` out, or pass a copy."
         )
-    if isinstance(model, (str, Path)) and Path(model).resolve() == Path(args.output_dir).resolve():
+    for name in (model, args.adapter_name_or_path):
+        if isinstance(name, (str, Path)) and Path(name).resolve() == Path(args.output_dir).resolve():
+            raise ValueError(
+                f"`output_dir` must be another folder than the model's: saving would overwrite what is tuned; got "
+                f"{args.output_dir!r} for both. To go on with an interrupted run, use `resume_from_checkpoint`."
+            )
+    if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError(
-            f"`output_dir` must be another folder than the model's: saving would overwrite the pipeline that is tuned; "
-            f"got {args.output_dir!r} for both."
+            f"`ref_model` and `ref_model_name_or_path` both name the reference; got a {type(ref_model).__name__} and "
+            f"{args.ref_model_name_or_path!r}. Leave one out."
         )
+    ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
     if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
         raise ValueError(
             "`ref_model_init_kwargs` are for a `ref_model` given as Hub id or folder, got "
@@ -79,21 +93,32 @@ def load_policy(
     denoiser: bool = True,
 ) -> LoadedModel:
     """The pipeline whose denoiser trains, unsharded under every engine; `denoiser` as of `load_model`."""
-    if quantization_config is not None and peft_config is None:
+    start = StartingPoint("", adapter=args.adapter_name_or_path)
+    options = cast(Any, args.model_init_kwargs)  # a dict by now
+    if isinstance(model, (str, Path)):
+        start = starting_point(model, args.adapter_name_or_path)
+        model, options = start.pipeline, start.with_recorded(options)
+    if quantization_config is not None and peft_config is None and start.adapter is None:
         raise ValueError(
             "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, or "
             "leave the quantization out."
         )
     with loading_unsharded(args):
-        return load_model(
+        loaded = load_model(
             model,
             processing_class=processing_class,
-            model_init_kwargs=cast(Any, args.model_init_kwargs),  # a dict by now
+            model_init_kwargs=options,
             quantization_config=quantization_config,
             device=args.device,
             encoders=not args.precompute_latents,
             denoiser=denoiser,
+            denoiser_folder=start.denoiser,
         )
+    if start.adapter is None or not denoiser:
+        return loaded
+    start.warn_of_another_base(loaded.denoiser)
+    attach_adapter(loaded.pipeline, loaded.family.denoiser_name, start.adapter, seed=args.seed)
+    return dataclasses.replace(loaded, adapter_source=start.adapter)
 
 
 def choose_trained_weights(
@@ -109,7 +134,8 @@ def choose_trained_weights(
         disable_dropout(denoiser)
     for name in loaded.family.frozen_components:
         freeze(name, getattr(loaded.pipeline, name))
-    if peft_config is not None:
+    added = peft_config is not None and loaded.adapter_source is None
+    if peft_config is not None and added:
         adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
         if args.disable_dropout:
             disable_dropout(denoiser)
@@ -117,6 +143,8 @@ def choose_trained_weights(
         adapter = active_adapter(denoiser)
         if adapter is not None:
             check_adapter_weight(denoiser, adapter)
+            if peft_config is not None:
+                check_continued(denoiser, adapter, peft_config, str(loaded.adapter_source))
     check_precision(denoiser, adapter, args)
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(
@@ -129,7 +157,7 @@ def choose_trained_weights(
             denoiser.get_submodule(name).requires_grad_(False)
     else:
         train_only_adapter(denoiser, adapter)
-    return adapter, peft_config is not None
+    return adapter, added
 
 
 def make_reference(
@@ -138,14 +166,7 @@ def make_reference(
     """How the old policy is recovered; `adapter` is the trained one, and `added` whether it starts at zero."""
     given = None
     if ref_model is not None:
-        with loading_unsharded(args):
-            given = load_reference(
-                ref_model,
-                loaded,
-                model_init_kwargs=cast(Any, args.model_init_kwargs),  # a dict by now
-                ref_model_init_kwargs=cast(Any, args.ref_model_init_kwargs),
-                device=args.device,
-            )
+        given = given_reference(ref_model, loaded, args)
         if args.disable_dropout:
             disable_dropout(given)
         if not loss.needs_reference:
@@ -167,6 +188,29 @@ def make_reference(
         half_dtype=autocast_dtype(args.mixed_precision) if halves else None,
         precomputed=args.precompute_ref_errors,
     )
+
+
+def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
+    """The denoiser of a reference, with the LoRA of a run that it is named by."""
+    start = StartingPoint("")
+    options = cast(Any, args.ref_model_init_kwargs)  # a dict by now
+    if isinstance(ref_model, (str, Path)):
+        start = starting_point(ref_model)
+        ref_model, options = start.pipeline, start.with_recorded(options)
+    with loading_unsharded(args):
+        given = load_reference(
+            ref_model,
+            loaded,
+            model_init_kwargs=cast(Any, args.model_init_kwargs),
+            ref_model_init_kwargs=options,
+            denoiser_folder=start.denoiser,
+            device=args.device,
+        )
+    if start.adapter is not None:
+        owner = copy.copy(loaded.pipeline)
+        owner.register_modules(**{loaded.family.denoiser_name: given})
+        attach_adapter(owner, loaded.family.denoiser_name, start.adapter)
+    return given
 
 
 def reference_facts(
@@ -285,16 +329,6 @@ def check_precision(denoiser: nn.Module, adapter: str | None, args: DiffusionSDP
         )
 
 
-def check_output_dir(folder: str) -> None:
-    """Raise `ValueError` where results could not be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir` must be a folder that can be written, got {folder!r}: {error}.") from error
-
-
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     """Raise `ValueError` where the VAE would crop the images, the denoiser has no positions for them, or the pipeline
     would not generate them."""
@@ -327,30 +361,6 @@ def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
     return ((sides[0], sides[-1]),) if buckets is None else buckets.sizes
 
 
-def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
-    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot follow the settings."""
-    process = family.noise_process
-    last = process.num_train_timesteps
-    if args.timestep_range is not None and args.timestep_range[1] > last:
-        raise ValueError(
-            f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps; got "
-            f"{list(args.timestep_range)}."
-        )
-    weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
-    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
-    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
-    for name, scheme in unused.items():
-        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
-            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
-    if args.timesteps is not None:
-        only: dict[str, Any] = {"only": tuple(args.timesteps)}
-        process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
-        return only
-    sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
-    timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
-    return {"timestep_range": timestep_range, "sampling": sampling}
-
-
 def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
     """Log the timesteps within `loser_noise_range`; `ValueError` where none of those that are drawn is."""
     if args.loser_noise_range is None:
@@ -373,15 +383,6 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict
         "Losers train at the noise levels %g to %g: timesteps %g to %g of %d.",
         *(low, high, *within, process.num_train_timesteps),
     )
-
-
-def check_guidance(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` where guidance is given to a denoiser that takes none."""
-    if args.guidance_scale is not None and family.guidance_scale is None:
-        raise ValueError(
-            f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
-            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for sample images."
-        )
 
 
 def disable_dropout(module: nn.Module) -> None:

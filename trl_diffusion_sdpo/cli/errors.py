@@ -1,0 +1,76 @@
+"""Which errors are shown as one sentence: those that this package raised, and those of libraries that read what a user
+named, turned into sentences where it is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dis import opmap
+from pathlib import Path
+
+_PACKAGE = __package__.partition(".")[0]
+_NO_ROWS = "corresponds to no data"  # what datasets says of files without rows
+
+
+def is_own(error: Exception) -> bool:
+    """Whether an error is of one of this package's classes, or a `raise` of this package was where it began. A call of
+    this package that fails within a library, or within Python itself, is neither."""
+    if type(error).__module__.partition(".")[0] == _PACKAGE:
+        return True
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or place.tb_frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
+
+
+@contextlib.contextmanager
+def reading_arguments() -> Iterator[None]:
+    """Within, a `ValueError` of a library that checks its arguments is a user's."""
+    try:
+        yield
+    except ValueError as error:
+        if is_own(error):
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def reading_data(name: str | None) -> Iterator[None]:
+    """Within, errors of libraries that read a user's data name the data.
+
+    Args:
+        name (`str`, *optional*): Folder, file or Hub id of the data.
+
+    Raises:
+        ValueError: If a library could not read them.
+    """
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ValueError, OSError, StopIteration, ArrowException, DatasetsError) as error:
+        if is_own(error):
+            raise
+        raise ValueError(_about_data(name, error)) from error
+
+
+def _about_data(name: str | None, error: Exception) -> str:
+    data = "The data" if name is None else f"The data set {name}"
+    empty = _empty_files(name)
+    if empty:
+        return f"A data set has at least one pair, and {', '.join(map(str, empty[:3]))} has 0 bytes. Write it again."
+    if _NO_ROWS in str(error):
+        return f"A data set has at least one pair, and {name} has no rows. Was only its header written?"
+    cause = error if error.__cause__ is None else error.__cause__
+    return f"{data} could not be read: {' '.join(str(cause).split()) or type(cause).__name__}"
+
+
+def _empty_files(name: str | None) -> list[Path]:
+    path = Path(name or "").expanduser()
+    if name is None or not path.exists():
+        return []
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return [file for file in files if file.stat().st_size == 0]

@@ -1,0 +1,85 @@
+"""What is wrong with the files of a pipeline that could not be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_AGAIN = "Download it again."
+
+
+def check_parts(name_or_path: str, index: Mapping[str, Any], given: Container[str]) -> None:
+    """Raise `ValueError` where a folder lacks a part that its index names, such as a tokenizer.
+
+    Args:
+        index (`Mapping`): The pipeline's `model_index.json`.
+        given: Names of parts that do not come from the folder.
+    """
+    for name, entry in index.items() if os.path.isdir(name_or_path) else ():
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or None in entry or name in given:
+            continue
+        folder = Path(name_or_path) / name
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise ValueError(
+                f"The model_index.json of {name_or_path} names a {name}, a {entry[1]}, and there is no folder {folder} "
+                "with files in it. Download the whole pipeline, or copy that folder from its base."
+            )
+
+
+def what_is_wrong(name_or_path: str) -> str:
+    """A sentence on the weights of a folder, or of a Hub id in the Hub's cache, with what to do."""
+    folder = _folder_of(name_or_path)
+    files = sorted(folder.glob("*/*.safetensors")) if folder is not None else []
+    for file in files:
+        damage = _damage(file)
+        if damage is not None:
+            return f"{file} is damaged: {damage}. {_AGAIN}"
+    for listing in sorted(folder.glob("*/*.safetensors.index.json")) if folder is not None else []:
+        missing = _missing_shards(listing)
+        if missing:
+            return f"{listing.parent} lacks {len(missing)} of its files of weights, such as {missing[0]}. {_AGAIN}"
+    pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
+    if pickled:
+        return (
+            f"Every component of a pipeline must have its weights in safetensors files, and {name_or_path} has pickled "
+            f"ones, such as {pickled[0]}, which are never read. Convert them by loading the pipeline in diffusers and "
+            "calling `save_pretrained`."
+        )
+    return (
+        f"{name_or_path} could not be loaded: each component of a pipeline has its configuration, and its weights "
+        "in safetensors files."
+    )
+
+
+def _folder_of(name_or_path: str) -> Path | None:
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    try:
+        found = try_to_load_from_cache(name_or_path, "model_index.json")
+    except ValueError:  # no Hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _damage(file: Path) -> str | None:
+    """Why a file is no safetensors file of its length."""
+    try:
+        with safe_open(file, "pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return f"it has {file.stat().st_size} bytes, and {error}" if file.exists() else "its link leads nowhere"
+
+
+def _missing_shards(listing: Path) -> list[str]:
+    try:
+        names = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return [listing.name]
+    return sorted(name for name in names if not (listing.parent / name).is_file())
