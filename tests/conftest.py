@@ -97,9 +97,13 @@ def make_pairs():
 
 
 @pytest.fixture
-def make_args(tmp_path):
-    """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder."""
+def make_args(tmp_path, monkeypatch):
+    """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. The
+    curves, which take a third of a second at every save, are not plotted."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig
+    from trl_diffusion_sdpo.trainer import callbacks
+
+    monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: None)
 
     def build(**overrides):
         settings = {

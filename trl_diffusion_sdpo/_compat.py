@@ -26,6 +26,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key as pattern_key
 from transformers import TrainingArguments
 
+# The callbacks of trackers that take images. Public, and here because their package is also that of DeepSpeed and FSDP,
+# which only `engines` may ask for.
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
 # numpy's classes without which `torch.load(weights_only=True)` reads no random states of a checkpoint; exported by its
 # module only. Can go when transformers exports it.
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
@@ -35,6 +39,7 @@ _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fi
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
 __all__ = ["LORA_ADAPTER_METADATA_KEY", "HubConnectionError", "numpy_safe_globals", "pattern_key"]  # re-exported
+__all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
 # The fused attention of the CPU, forward and backward, as operations: torch's FLOP counter has no formula for them. Can

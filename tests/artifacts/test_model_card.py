@@ -7,7 +7,8 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, create_repo
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from trl_diffusion_sdpo.artifacts.model_card import ModelCardFacts, build_model_card
 
@@ -98,8 +99,28 @@ def test_a_card_with_nothing_to_tell_says_so():
         settings={}, metrics={}, gallery=[], versions={}, dataset_name=None, base_model=None, hub_model_id=None
     )
     text = build_model_card(empty).text
-    assert "No sample images were generated" in text and text.count("None were recorded.") == 2
+    assert "No sample images were generated" in text and "Nothing was measured" in text
+    assert "All settings have their defaults." in text and "| --- |" not in text
     assert "path/to/sd-tuned" in text and "path/to/base-pipeline" in text
+
+
+def test_results_are_shown_and_long_tables_are_folded():
+    given = {
+        "verdict": "Better by 3 %.",
+        "pictures": [("curves.png", "Curves")],
+        "comparison": [("a | <b>cube</b>", "samples/step-000000-0.png", "samples/step-000050-0.png")],
+        "run": {"LoRA": "rank 4", "Time": "3 min"},
+        "defaults": {"seed": 42},
+    }
+    text = build_model_card(facts(**given)).text
+    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    for line in ("Better by 3 %.", "![Curves](curves.png)", "| LoRA | rank 4 |", "| `beta` | `2000.0` |"):
+        assert line in shown.splitlines()
+    images = "![before training](samples/step-000000-0.png) | ![after training](samples/step-000050-0.png)"
+    assert f"| `a \\| <b>cube</b>` | {images} |" in shown.splitlines()
+    for folded in ("train_loss", "| `seed` | `42` |", "- torch: 2.13.0"):
+        assert folded not in shown and folded in text
+    assert re.findall(r"<details>\n<summary>[\w ]+</summary>\n\n", text)  # without the empty line, no table is shown
 
 
 def test_the_safeguard_is_only_claimed_where_it_acted():
@@ -148,9 +169,10 @@ def test_values_cannot_break_the_table():
 
 
 @pytest.mark.parametrize("path", ["/abs/a.png", "../a.png", "C:\\a.png"])
-def test_gallery_images_must_lie_in_the_repository(path):
-    with pytest.raises(ValueError, match="within the repository"):
-        facts(gallery=[(path, "a")])
+def test_images_must_lie_in_the_repository(path):
+    for given in ({"gallery": [(path, "a")]}, {"pictures": [(path, "a")]}, {"comparison": [("a", "b.png", path)]}):
+        with pytest.raises(ValueError, match="within the repository"):
+            facts(**given)
 
 
 def test_another_word_for_tuning_is_refused():
@@ -158,24 +180,32 @@ def test_another_word_for_tuning_is_refused():
         facts(tuning="dora")
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", "lora of peft", "full", "full pipeline"])
 def test_the_code_on_the_card_loads_what_was_tuned(tuning, sd_folder, make_sd_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = DiffusionPipeline.from_pretrained(sd_folder)
     base.save_pretrained("base")
-    if tuning == "lora":
+    kind = {"tuning": tuning.split()[0], "loads_lora": "peft" not in tuning, "full_pipeline": "pipeline" in tuning}
+    if tuning == "lora of peft":
+        lora = get_peft_model(base.unet, LoraConfig(r=2, target_modules=["to_q"]))
+        for name, parameter in lora.named_parameters():
+            if "lora" in name:
+                nn.init.ones_(parameter)
+        lora.save_pretrained("tuned")
+    elif tuning == "lora":
         base.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian"))
         state = {n.replace(".default", ""): torch.ones_like(p) for n, p in base.unet.named_parameters() if "lora" in n}
         base.save_lora_weights("tuned", unet_lora_layers=state)
     else:
-        make_sd_pipeline(seed=1).unet.save_pretrained("tuned/unet")
-    card = build_model_card(facts(tuning=tuning, base_model="base", hub_model_id="./tuned"))
+        tuned = make_sd_pipeline(seed=1)
+        tuned.save_pretrained("tuned") if "pipeline" in tuning else tuned.unet.save_pretrained("tuned/unet")
+    card = build_model_card(facts(base_model="base", hub_model_id="./tuned", **kind))
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace('pipeline.to("cuda")\n', "")
     names = {}
     exec(snippet.replace('("a red cube")', '("a red cube", num_inference_steps=1)'), names)
     assert names["image"].size == (16, 16)
     tuned, untuned = names["pipeline"].unet.state_dict(), DiffusionPipeline.from_pretrained("base").unet.state_dict()
-    if tuning == "lora":
+    if kind["tuning"] == "lora":
         lora = [name for name in tuned if "lora" in name]
         assert lora and all((tuned[name] == 1).all() for name in lora)
     else:

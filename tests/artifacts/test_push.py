@@ -43,6 +43,8 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     assert card.data.datasets in ("tester/pairs", ["tester/pairs"])
     assert "2511.03317" in card.text and "safeguard_mu" in card.text and "load_lora_weights" in card.text
     assert "errors/winner_change" in card.text
+    shown = re.findall(r"!\[[^]]*\]\((.*?)\)", card.text)
+    assert shown == ["samples/step-000000-0.png", "samples/step-000002-0.png"] and set(shown) <= set(files)
 
     (tmp_path / "got").mkdir()
     (tmp_path / "got" / "pytorch_lora_weights.safetensors").write_bytes(files["pytorch_lora_weights.safetensors"])
@@ -62,7 +64,7 @@ def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(
     trainer.train()
     trainer.push_to_hub()
     files = files_of(hub_server)
-    assert "unet/diffusion_pytorch_model.safetensors" in files
+    assert "unet/diffusion_pytorch_model.safetensors" in files and "trainer_state.json" not in files
     assert not [name for name in files if name.startswith("checkpoint-") or name.endswith((".bin", ".pt", ".pth"))]
     for name, content in files.items():
         assert hub_server.token.encode() not in content, name

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -63,19 +63,24 @@ class ModelCardFacts:
         denoiser_name (`str`): Its attribute that was tuned, `"unet"` or `"transformer"`.
         tuning (`str`): `"lora"` or `"full"`.
         loads_lora (`bool`): Whether the pipeline has `load_lora_weights`; PEFT loads the LoRA otherwise.
+        full_pipeline (`bool`): Whether a fully tuned model was saved with the pipeline's other components.
         generation_kwargs (`dict[str, Any]`): Arguments of the pipeline's call besides the prompt.
         generated_image (`str`): Expression for one image in the result of the call.
         dataset_name (`str`, *optional*): Hub id or folder of the preference data, as `base_model`.
         tags (`list[str]`): Added to the common ones.
         settings (`dict[str, Any]`): Becomes a table, without tokens at any depth and with the last part of absolute
             paths only. `safeguard="none"` also changes the description of the method.
-        metrics (`dict[str, float]`): Final values; becomes a table.
+        defaults (`dict[str, Any]`): Settings that have their defaults; a folded table.
+        run (`dict[str, str]`): Facts of the run, such as its hardware; becomes a table.
+        metrics (`dict[str, float]`): Final values; becomes a folded table.
         verdict (`str`, *optional*): Sentences on the change of the error on preferred images.
+        pictures (`list[tuple[str, str]]`): Paths of plots relative to the repository, each with its title.
         gallery (`list[tuple[str, str]]`): Image paths relative to the repository, each with its prompt.
+        comparison (`list[tuple[str, str, str]]`): Prompts, each with the paths of the images before and after training.
         license (`str`, *optional*): The Hub's identifier of the license.
 
     Raises:
-        `ValueError`: If `tuning` is neither of the two, or a gallery path is not relative to the repository.
+        `ValueError`: If `tuning` is neither of the two, or the path of an image is not relative to the repository.
     """
 
     model_name: str
@@ -87,9 +92,13 @@ class ModelCardFacts:
     dataset_name: str | None = None
     tags: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     verdict: str | None = None
+    pictures: list[tuple[str, str]] = field(default_factory=list)
     gallery: list[tuple[str, str]] = field(default_factory=list)
+    comparison: list[tuple[str, str, str]] = field(default_factory=list)
     trainer_name: str = "Diffusion-SDPO"
     paper_id: str = "2511.03317"
     paper_title: str = "Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models"
@@ -97,17 +106,17 @@ class ModelCardFacts:
     versions: dict[str, str] = field(default_factory=dict)
     license: str | None = None
     loads_lora: bool = True
+    full_pipeline: bool = False
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     generated_image: str = "images[0]"
 
     def __post_init__(self):
         if self.tuning not in TUNINGS:
             raise ValueError(f"`tuning` must be one of {', '.join(TUNINGS)}; got {self.tuning!r}.")
-        for path, _ in self.gallery:
+        compared = (path for _, *paths in self.comparison for path in paths)
+        for path in (*(path for path, _ in (*self.gallery, *self.pictures)), *compared):
             if _is_absolute(path) or ".." in PurePosixPath(path).parts:
-                raise ValueError(
-                    f"A gallery image must lie within the repository, got {path!r}. Give a relative path."
-                )
+                raise ValueError(f"An image must lie within the repository, got {path!r}. Give a relative path.")
 
 
 def build_model_card(facts: ModelCardFacts) -> ModelCard:
@@ -128,11 +137,15 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         has_gallery=bool(facts.gallery),
         snippet=_snippet(facts, base),
         settings_table=_table(("Setting", "Value"), _public_mapping(facts.settings)),
+        defaults_table=_table(("Setting", "Value"), _public_mapping(facts.defaults)),
+        run_table=_rows(("", ""), [(name, _text(value)) for name, value in facts.run.items()]),
+        comparison_table=_comparison_table(facts),
+        pictures=facts.pictures,
         metrics_table=_table(("Metric", "Value"), {name: f"{value:.6g}" for name, value in facts.metrics.items()}),
         verdict=facts.verdict,
         versions=list(facts.versions.items()),
-        averaged=facts.settings.get("ema_decay") is not None,
-        safeguarded=facts.settings.get("safeguard") != "none",
+        averaged={**facts.defaults, **facts.settings}.get("ema_decay") is not None,
+        safeguarded={**facts.defaults, **facts.settings}.get("safeguard") != "none",
         trainer_name=facts.trainer_name,
         paper_id=facts.paper_id,
         paper_title=facts.paper_title,
@@ -143,8 +156,8 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that training depends on."""
-    names = ("torch", "diffusers", "transformers", "peft", "trl")
+    """Versions of this package, of the libraries that training depends on, and of Python."""
+    names = ("trl-diffusion-sdpo", "torch", "diffusers", "transformers", "peft", "trl")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
@@ -188,32 +201,35 @@ def _metadata(facts: ModelCardFacts) -> ModelCardData:
     )
 
 
+def loading_code(facts: ModelCardFacts, repository: str) -> str:
+    """One line of code that loads the tuned weights from a repository or folder, into `pipeline` if it is a LoRA."""
+    name, repository = facts.denoiser_name, _quoted(repository)
+    if facts.tuning == "lora":
+        if facts.loads_lora:
+            return f"pipeline.load_lora_weights({repository})"
+        return f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {repository})"
+    if facts.full_pipeline:
+        return f"pipeline = DiffusionPipeline.from_pretrained({repository})"
+    return f'{name} = AutoModel.from_pretrained({repository}, subfolder="{name}")'
+
+
 def _snippet(facts: ModelCardFacts, base: str) -> str:
     """Code that loads the base pipeline with the tuned weights and generates one image."""
-    repository = _quoted(facts.hub_model_id or f"path/to/{_leaf(facts.model_name) or 'tuned-model'}")
-    base = _quoted(base)
     given = {"prompt": facts.gallery[0][1] if facts.gallery else _PROMPT, **facts.generation_kwargs}
     given = {name: _quoted(value) if isinstance(value, str) else value for name, value in given.items()}
     arguments = ", ".join(f"{name}={value}" for name, value in given.items())
     generate = ['pipeline.to("cuda")', f"image = pipeline({arguments}).{facts.generated_image}"]
-    name = facts.denoiser_name
+    load = loading_code(facts, facts.hub_model_id or f"path/to/{_leaf(facts.model_name) or 'tuned-model'}")
+    names, name = ["DiffusionPipeline"], facts.denoiser_name
     if facts.tuning == "lora":
-        with_peft = f"pipeline.{name} = PeftModel.from_pretrained(pipeline.{name}, {repository})"
-        load = [
-            "from diffusers import DiffusionPipeline",
-            *([] if facts.loads_lora else ["from peft import PeftModel"]),
-            "",
-            f"pipeline = DiffusionPipeline.from_pretrained({base})",
-            f"pipeline.load_lora_weights({repository})" if facts.loads_lora else with_peft,
-        ]
-    else:
-        load = [
-            "from diffusers import AutoModel, DiffusionPipeline",
-            "",
-            f'{name} = AutoModel.from_pretrained({repository}, subfolder="{name}")',
-            f"pipeline = DiffusionPipeline.from_pretrained({base}, {name}={name})",
-        ]
-    return "\n".join(load + generate)
+        load = f"pipeline = DiffusionPipeline.from_pretrained({_quoted(base)})\n{load}"
+    elif not facts.full_pipeline:
+        names = ["AutoModel", *names]
+        load = f"{load}\npipeline = DiffusionPipeline.from_pretrained({_quoted(base)}, {name}={name})"
+    imports = [f"from diffusers import {', '.join(names)}"]
+    if facts.tuning == "lora" and not facts.loads_lora:
+        imports.append("from peft import PeftModel")
+    return "\n".join([*imports, "", load, *generate])
 
 
 def _quoted(text: str) -> str:
@@ -222,15 +238,31 @@ def _quoted(text: str) -> str:
 
 
 def _table(header: tuple[str, str], rows: dict[str, Any]) -> str:
-    if not rows:
-        return ""
-    cells = [header, ("---", "---"), *((f"`{name}`", f"`{_cell(value)}`") for name, value in rows.items())]
-    return "\n".join(f"| {left} | {right} |" for left, right in cells)
+    return _rows(header, [(f"`{name}`", f"`{_cell(value)}`") for name, value in rows.items()])
+
+
+def _comparison_table(facts: ModelCardFacts) -> str:
+    rows = [
+        (f"`{_cell(prompt)}`", f"![before training]({before})", f"![after training]({after})")
+        for prompt, before, after in facts.comparison
+    ]
+    return _rows(("Prompt", "Before", "After"), rows)
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; nothing if there are no rows."""
+    cells = [header, ["---"] * len(header), *rows] if rows else []
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _cell(value: Any) -> str:
     """The value in one line, without characters that end a table cell or inline code."""
     return " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") or " "
+
+
+def _text(value: str) -> str:
+    """Text in one line of a table, without HTML."""
+    return " ".join(without_secrets(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _public_mapping(values: dict[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
         if interrupt.interrupted:
             _say_how_to_resume(trainer)
         else:
-            _finish(trainer, script_args, training_args)
+            _finish(trainer, training_args)
     trainer.accelerator.wait_for_everyone()  # a launcher may end the other processes when the first has exited
     trainer.accelerator.end_training()
     return EXIT_INTERRUPTED if interrupt.interrupted else EXIT_OK
@@ -167,12 +167,13 @@ def build_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
+    from .pair_arguments import public_name
 
     if model_args.load_in_4bit or model_args.load_in_8bit:
         require("quantization", "A quantized base")
 
     train_dataset, eval_dataset = load_data(script_args, training_args, model_args)
-    return DiffusionSDPOTrainer(
+    trainer = DiffusionSDPOTrainer(
         model_args.model_name_or_path,
         None,
         training_args,
@@ -182,6 +183,8 @@ def build_trainer(
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+    trainer.dataset_name = public_name(script_args)
+    return trainer
 
 
 def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> tuple:
@@ -236,13 +239,11 @@ def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) ->
     return {"revision": model_args.model_revision, "dtype": model_args.dtype, **given}
 
 
-def _finish(trainer: DiffusionSDPOTrainer, script_args: PairArguments, training_args: DiffusionSDPOConfig) -> None:
+def _finish(trainer: DiffusionSDPOTrainer, training_args: DiffusionSDPOConfig) -> None:
     if not training_args.push_to_hub:
         trainer.save_model(training_args.output_dir)
     else:
-        from .pair_arguments import public_name  # takes seconds
-
-        trainer.push_to_hub(dataset_name=public_name(script_args))  # saves first
+        trainer.push_to_hub()  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
     verdict = trainer.verdict()

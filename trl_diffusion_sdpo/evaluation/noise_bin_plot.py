@@ -32,6 +32,12 @@ def changes_by_noise_bin(history: Sequence[Mapping[str, Any]]) -> dict[str, list
     return found
 
 
+def noise_bin_file(prefix: str) -> str:
+    """Name of the plot of an evaluation's prefix: `noise_bins.png` for `eval`, `noise_bins_ema.png` for `eval_ema`."""
+    name = re.sub(r'[<>:"/\\|?*]', "_", prefix.removeprefix("eval"))  # what Windows or others refuse in names
+    return f"noise_bins{name}.png"
+
+
 def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
     """Plot the change of the errors over the noise level: the last evaluation opaque, earlier ones transparent.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -97,3 +99,16 @@ def settled_resolution(value: Any) -> int | list[int] | None:
             "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
         )
     return sides[0] if len(set(sides)) == 1 else sides
+
+
+@contextlib.contextmanager
+def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
+    """Change settings within the context, where transformers would act on them."""
+    before = {name: getattr(args, name) for name in settings}
+    for name, value in settings.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)

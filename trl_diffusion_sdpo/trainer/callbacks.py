@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
+from ..artifacts.run_card import CARD_FILE
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
-from ..evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
+from ..evaluation.console import ShortLogCallback
+from ..evaluation.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
+from ..evaluation.tracked_images import TrackedImages
+from ..evaluation.training_curves import CURVES_FILE, has_curves, plot_curves
 from ..evaluation.verdict import RunFacts, verdict_of, warning_of
 from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
@@ -25,7 +31,7 @@ from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .sample_images import SampleImagesCallback
+from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ def default_callbacks(
     load_probe: Callable[[], Sequence[ProbeInputs]],
     diagnostics: StepDiagnostics | None,
     run_facts: RunFacts,
+    images: TrackedImages,
+    end: Callable[[], None],
 ) -> list[TrainerCallback]:
     """The callbacks that the settings need, in the order of their calls."""
     callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
@@ -59,13 +67,13 @@ def default_callbacks(
     if args.sync_ref_model:
         callbacks.append(SyncReferenceCallback(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
     if args.sample_prompts:
-        callbacks.append(_sample_images(args, frozen))
+        callbacks.append(_sample_images(args, frozen, images))
     if args.eval_strategy != "no":
-        callbacks.append(NoiseBinPlotCallback())
-    return [*callbacks, VerdictCallback(run_facts)]
+        callbacks.append(NoiseBinPlotCallback(images))
+    return [*callbacks, VerdictCallback(run_facts), RunReportCallback(end)]
 
 
-def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents) -> SampleImagesCallback:
+def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: TrackedImages) -> SampleImagesCallback:
     family = frozen.family
     return SampleImagesCallback(
         family.pipeline,
@@ -78,7 +86,17 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents) -> Sampl
         denoiser_name=family.denoiser_name,
         every_process=by_engine(args),
         frozen=frozen,
+        images=images,
     )
+
+
+def arrange(handler: CallbackHandler, own: Sequence[TrainerCallback]) -> None:
+    """Put the trainer's own callbacks before the trackers', which end at `on_train_end` and take no image afterwards,
+    and let the progress bar show fewer metrics."""
+    others = [callback for callback in handler.callbacks if callback not in own]
+    handler.callbacks[:] = [others[0], *own, *others[1:]]  # the first decides when to log, evaluate and save
+    if type(handler.callbacks[-1]) is ProgressCallback:
+        handler.callbacks[-1] = ShortLogCallback()
 
 
 class EpochCallback(TrainerCallback):
@@ -161,14 +179,18 @@ class NoiseBinPlotCallback(TrainerCallback):
     `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an extra,
     the numbers are in the log only."""
 
+    def __init__(self, images: TrackedImages):
+        self._images = images
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero or not is_plots_available():
             return
         for prefix, records in changes_by_noise_bin(state.log_history).items():
-            name = re.sub(r'[<>:"/\\|?*]', "_", prefix.removeprefix("eval"))  # what Windows or others refuse in names
-            file = Path(args.output_dir) / f"noise_bins{name}.png"
+            file = Path(args.output_dir) / noise_bin_file(prefix)
             file.parent.mkdir(parents=True, exist_ok=True)
             plot_noise_bins(records[-SHOWN_EVALUATIONS:], cast(DiffusionSDPOConfig, args).num_noise_bins, file)
+            if f"{prefix}_errors/winner" in kwargs["metrics"]:
+                self._images.add(f"{prefix}/noise_bins", file, state.global_step)
 
 
 class DataReportCallback(TrainerCallback):
@@ -214,6 +236,67 @@ class VerdictCallback(TrainerCallback):
         verdict = verdict_of(state.log_history, self._run, final_step(args, state))
         if verdict is not None:
             logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
+
+
+class RunReportCallback(TrainerCallback):
+    """Writes the trainer's state and the curves into the output folder at every save and at the end, and then calls
+    `end`. What cannot be written is a warning: the weights matter more."""
+
+    def __init__(self, end: Callable[[], None]):
+        self._end = end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            with warning_of_unwritten_files():
+                self._write(Path(args.output_dir), state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            with warning_of_unwritten_files():
+                self._write(Path(args.output_dir), state)
+                self._end()
+
+    def _write(self, folder: Path, state: TrainerState) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if has_curves(state.log_history) and is_plots_available():
+            plot_curves(state.log_history, folder / CURVES_FILE)
+
+
+def plots_of(state: TrainerState) -> list[tuple[str, str]]:
+    """The plots that a run may have written, as files in its folder, each with its title."""
+    prefixes = changes_by_noise_bin(state.log_history)
+    by_noise = [(noise_bin_file(prefix), "Change of the errors by noise level") for prefix in prefixes]
+    curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
+    return [*curves, *by_noise]
+
+
+def run_lines(folder: Path, state: TrainerState, loading_code: str, *, card: bool) -> list[str]:
+    """What a training has left in its folder, a line each, and how to load the weights."""
+    steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png"))
+    curves = folder / CURVES_FILE
+    if not has_curves(state.log_history):
+        curves = None
+    elif not is_plots_available():
+        curves = "not plotted: `pip install 'trl-diffusion-sdpo[plots]'`"
+    found = {
+        "Samples": f"{steps[-1]} (first: {steps[0].name})" if steps else None,
+        "Curves": curves,
+        "State": folder / TRAINER_STATE_NAME,
+        "Card": folder / CARD_FILE if card else None,
+        "To load": f"{loading_code}  # once saved",
+    }
+    title = f"Training ended at step {state.global_step} of {state.max_steps}."
+    return [title, *(f"  {name + ':':<9}{what}" for name, what in found.items() if what is not None)]
+
+
+@contextlib.contextmanager
+def warning_of_unwritten_files() -> Iterator[None]:
+    """Turn an error of writing a report within the context into a warning."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("The report of the run could not be written: %s", error)
 
 
 class NothingToTrainCallback(TrainerCallback):

@@ -147,6 +147,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         workers_are_chosen = args.dataloader_num_workers is None
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         self._move_to(args.device)  # after encoding, which needs memory there
+        self._own_callbacks = self._default_callbacks(args, train_dataset)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
             args=args,
@@ -155,7 +156,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             eval_dataset=eval_dataset,
             processing_class=self.pipeline,
             compute_metrics=compute_metrics,
-            callbacks=[*self._default_callbacks(args, train_dataset), *(callbacks or [])],
+            callbacks=[*self._own_callbacks, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
@@ -375,6 +376,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             load_probe=self._load_probe,
             diagnostics=self._diagnostics,
             run_facts=self.run_facts,
+            images=self.tracked_images,
+            end=self._end_report,
         )
 
     def set_up_safeguard(self) -> None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .._compat import loads_lora
 from ..artifacts.disk import naming_the_disk
 from ..artifacts.hub import PublishingError
-from ..artifacts.model_card import ModelCardFacts, build_model_card, final_metrics, package_versions
 from ..artifacts.publishing import Publisher
+from ..artifacts.run_card import VERDICT_FILE, VERDICT_PLOT, RunCard
 from ..artifacts.weights import WeightFiles
+from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import loading_unsharded
 from ..engines.processes import failing_together
+from ..evaluation.console import say
+from ..evaluation.tracked_images import TrackedImages
+from ..evaluation.training_curves import CURVES_FILE
 from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
 from ..losses import LossSpec
@@ -34,23 +39,22 @@ from ..runs.interrupts import stopping_on_interrupt
 from ..runs.run_files import RunFiles
 from ..runs.run_folder import PREVIOUS_RUN, RunFolder
 from ..runs.starting_point import BASE, public_base
+from ..settings.all_arguments import temporarily
 from ..settings.declaring import RESUME
 from ..step.finite_check import FiniteCheck
 from ..step.winner_budget import WinnerBudget
-from .callbacks import final_step
+from .callbacks import arrange, final_step, plots_of, run_lines
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import stored_crops
-from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
+from .sample_images import SAMPLES_FOLDER, newest_gallery
 
-PLOTS = (SAMPLES_FOLDER, "noise_bins*.png")
+logger = logging.getLogger(__name__)
+
+REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
 ERRORS_FOLDER = "reference_errors"
-NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", "noise_bins*.png", f"{ERRORS_FOLDER}/*")
-# In the model card, besides those that a resume compares.
-CARD_SETTINGS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),
-    "num_train_epochs",
-)
+# The state names local folders.
+NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME, f"{ERRORS_FOLDER}/*")
 
 
 class FileOverrides(Trainer):
@@ -61,6 +65,11 @@ class FileOverrides(Trainer):
     run_files: RunFiles  # results and checkpoints in it
     publisher: Publisher
     run_facts: RunFacts  # for the verdict
+    tracked_images: TrackedImages
+    model_card: RunCard
+    _own_callbacks: list[TrainerCallback]
+    dataset_name: str | None = None  # of the training data on the Hub, for the model card
+    _first_step: int = 0  # that `train` began or resumed at
 
     args: DiffusionSDPOConfig
     pipeline: DiffusionPipeline
@@ -92,7 +101,7 @@ class FileOverrides(Trainer):
                 return loaded.whole_pipeline()
 
         self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, whole_pipeline)
-        self.publisher = Publisher(args, NOT_PUBLISHED)
+        self.publisher, self.tracked_images = Publisher(args, NOT_PUBLISHED), TrackedImages()
         self.run_facts = RunFacts(
             reference_moves=args.sync_ref_model,
             reference_was_given=self.gave_reference,
@@ -103,7 +112,18 @@ class FileOverrides(Trainer):
 
     def _set_up_run(self) -> None:
         """After transformers' constructor."""
-        self.run_folder = RunFolder(self.args, list(self.pipeline.components), PLOTS)
+        arrange(self.callback_handler, self._own_callbacks)
+        self.tracked_images.attach(self.callback_handler.callbacks)
+        self.model_card = RunCard(
+            self.args,
+            self.family,
+            lora=self.weight_files.describe()["lora"],
+            full_pipeline=self.args.save_full_pipeline,
+            base_model=self.model_name_or_path,
+            trainer_name=self._name,
+            settings=settings_with(RESUME),
+        )
+        self.run_folder = RunFolder(self.args, list(self.pipeline.components), REPORTS)
         self.run_files = RunFiles(
             self.args,
             self.engine,
@@ -156,6 +176,7 @@ class FileOverrides(Trainer):
         """Logging, saving and evaluation steps are this run's, not the checkpoint's."""
         progress = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
+        self._first_step = self.state.global_step
         return progress
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -267,44 +288,39 @@ class FileOverrides(Trainer):
 
         Args:
             model_name (`str`, *optional*): Name of the model; the output folder's if unset.
-            dataset_name (`str`, *optional*): Hub id of the training data.
+            dataset_name (`str`, *optional*): Hub id of the training data; the attribute `dataset_name` if unset.
             tags (`str` or `list[str]`, *optional*): Beside the trainer's own.
             license (`str`, *optional*): Identifier of the licence; that of the base model applies if unset.
         """
-        if not self.is_world_process_zero():
-            return
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        folder, verdict = Path(self.args.output_dir), self.verdict()
-        facts = ModelCardFacts(
-            model_name=model_name or folder.absolute().name,
-            hub_model_id=self.hub_model_id,
-            base_model=self.model_name_or_path,
-            pipeline_class=type(self.pipeline).__name__,
-            denoiser_name=self.family.denoiser_name,
-            tuning="full" if self.adapter is None else "lora",
-            loads_lora=loads_lora(type(self.pipeline)),
-            generation_kwargs=self.family.generation_kwargs(None),
-            generated_image=self.family.generated_image,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *tags],
-            settings={name: getattr(self.args, name) for name in (*settings_with(RESUME), *CARD_SETTINGS)},
-            metrics=final_metrics(self.state.log_history),
-            verdict=None if verdict is None else verdict.finding,
-            gallery=self._gallery(),
-            trainer_name=self._name,
-            versions=package_versions(),
-            license=license,
-        )
-        with naming_the_disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            build_model_card(facts).save(folder / "README.md")
+        if self.is_world_process_zero():
+            with naming_the_disk(self.args.output_dir):
+                self._write_card(model_name=model_name, dataset_name=dataset_name, tags=tags, license=license)
 
-    def _gallery(self) -> list[tuple[str, str]]:
-        """The newest sample images, each with its prompt."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SampleImagesCallback) and callback.last_step is not None:
-                return callback.gallery(callback.last_step)
-        return []
+    def _end_report(self) -> None:
+        """Write the card, and tell what the run has left and how to load it; the first process only."""
+        written = self._write_card(keep_edited=True)
+        tell = logger.info if self.args.disable_tqdm else say
+        for line in run_lines(Path(self.args.output_dir), self.state, self.model_card.loading_code(), card=written):
+            tell(line)
+
+    def _write_card(self, *, ended: bool = True, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
+        verdict = self.verdict()
+        facts["model_name"] = facts.get("model_name") or Path(self.args.output_dir).absolute().name
+        facts["dataset_name"] = facts.get("dataset_name") or self.dataset_name
+        return self.model_card.write(
+            self.state,
+            first_step=self._first_step,
+            data=self.train_dataset.report if isinstance(self.train_dataset, PREPARED) else None,
+            is_stream=isinstance(self.train_dataset, PreferenceIterableDataset),
+            plots=plots_of(self.state),
+            keep_edited=keep_edited,
+            ended=ended,
+            hub_model_id=self.hub_model_id,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            verdict=None if verdict is None else verdict.finding,
+            gallery=newest_gallery(self.callback_handler.callbacks),
+            **facts,
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository `args.hub_model_id` unless it exists; all processes must call it. `token` and `private`
@@ -351,7 +367,8 @@ class FileOverrides(Trainer):
                 if self.hub_model_id is None:
                     self.hub_model_id = self.publisher.create_repository(token, private)
                 if self.is_world_process_zero():
-                    self.create_model_card(model_name=model_name or self.hub_model_id.split("/")[-1], **kwargs)
+                    model_name = model_name or self.hub_model_id.split("/")[-1]
+                    self._write_card(model_name=model_name, keep_edited=True, **kwargs)
                     options = {"blocking": blocking, "training": self.is_in_train}
                     uploaded = self.publisher.upload(commit_message, token=token, revision=revision, **options)
         return uploaded
@@ -363,7 +380,7 @@ class FileOverrides(Trainer):
         with failing_together(PublishingError):
             self._save(self.args.output_dir)
             if self.is_world_process_zero():
-                self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+                self._write_card(model_name=self.hub_model_id.split("/")[-1], ended=False, keep_edited=True)
                 self.publisher.upload_progress(Path(checkpoint_folder), self.state)
 
     def _finish_current_push(self) -> None:
@@ -373,16 +390,3 @@ class FileOverrides(Trainer):
 def errors_folder(args: DiffusionSDPOConfig) -> str:
     """The folder of the errors that `precompute_ref_errors` computes."""
     return args.ref_errors_dir or str(Path(args.output_dir) / ERRORS_FOLDER)
-
-
-@contextlib.contextmanager
-def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
-    """Change settings within the context, where transformers would act on them."""
-    before = {name: getattr(args, name) for name in settings}
-    for name, value in settings.items():
-        setattr(args, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(args, name, value)

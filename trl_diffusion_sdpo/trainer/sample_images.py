@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
+from ..evaluation.tracked_images import TrackedImages
 from ..models.frozen_components import FrozenComponents
 from ..step.pair_forward import eval_mode
 
@@ -45,6 +46,8 @@ class SampleImagesCallback(TrainerCallback):
             shard of the denoiser; it then is called through the `model` that the Trainer passes to callbacks.
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
             and text encoders on the device while images are generated.
+        images ([`~trl_diffusion_sdpo.evaluation.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
+            to trackers, as `samples/0` and so on.
 
     Raises:
         `ValueError`: If there are no prompts, or `every_n_steps` is less than 1.
@@ -63,13 +66,15 @@ class SampleImagesCallback(TrainerCallback):
         denoiser_name: str = "unet",
         every_process: bool = False,
         frozen: FrozenComponents | None = None,
+        images: TrackedImages | None = None,
     ):
         if not prompts:
             raise ValueError("`prompts` must name at least one prompt, got none. Leave the callback out instead.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}. Use None for first and last.")
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
-        self._frozen = frozen
+        self._frozen, self._images = frozen, images or TrackedImages()
+        self._untracked: int | None = None  # step of images that trackers do not have yet
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **(call_options or {})}
         if resolution is not None:
@@ -79,19 +84,24 @@ class SampleImagesCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
-        self._last_step = None
+        self._last_step = self._untracked = None
         exists = resumed and grid_path(args.output_dir, state.global_step).exists()
         if in_any_process(exists, args.device):
             self._last_step = state.global_step  # generated from the same weights by the run that wrote the checkpoint
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
 
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._track(args)  # the first ones, when trackers have begun
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
             self._generate_once(args, state, state.global_step, kwargs.get("model"))
+            self._track(args)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         best = state.best_global_step if args.load_best_model_at_end else None
         self._generate_once(args, state, best or state.global_step, kwargs.get("model"))
+        self._track(args)
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
         """Image paths relative to the output folder, each with its prompt, as the model card takes them."""
@@ -117,6 +127,14 @@ class SampleImagesCallback(TrainerCallback):
             note.add_itxt("seed", str(self.seed + i))
             image.save(folder / path, pnginfo=note)
         labelled_grid(images, self.prompts).save(grid_path(folder, step))
+        self._untracked = step
+
+    def _track(self, args: TrainingArguments) -> None:
+        """Send the newest images to the trackers, unless they have them."""
+        if self._untracked is not None:
+            for i, (path, prompt) in enumerate(self.gallery(self._untracked)):
+                self._images.add(f"{SAMPLES_FOLDER}/{i}", Path(args.output_dir) / path, self._untracked, prompt)
+            self._untracked = None
 
     def generate(
         self, autocast: contextlib.AbstractContextManager | None = None, through: nn.Module | None = None
@@ -153,6 +171,14 @@ class SampleImagesCallback(TrainerCallback):
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
         image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
         return image[0] if isinstance(image, list) else image  # of a clip, its first frame
+
+
+def newest_gallery(callbacks: Iterable[TrainerCallback]) -> list[tuple[str, str]]:
+    """The newest sample images, each with its prompt; none before the first."""
+    for callback in callbacks:
+        if isinstance(callback, SampleImagesCallback) and callback.last_step is not None:
+            return callback.gallery(callback.last_step)
+    return []
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:

@@ -1,0 +1,154 @@
+"""The card of a run, which is written when training ends: what stands on it, and when a file is left alone."""
+
+import json
+import os
+import re
+import signal
+from importlib.metadata import version
+
+import pytest
+from peft import LoraConfig
+from PIL import Image, PngImagePlugin
+from transformers import TrainerCallback
+
+from trl_diffusion_sdpo.artifacts.run_card import (
+    GENERATED,
+    before_and_after,
+    duration,
+    lora_text,
+    pairs_text,
+    read_verdict,
+    split_by_default,
+)
+from trl_diffusion_sdpo.sources.checking import DataReport
+from trl_diffusion_sdpo.trainer.file_overrides import NOT_PUBLISHED
+
+LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
+
+
+class At(TrainerCallback):
+    """Calls something at the end of a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+def images_of(card: str) -> list[str]:
+    return re.findall(r"!\[[^]]*\]\((.*?)\)", card)
+
+
+def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(make_trainer, sd_folder, tmp_path):
+    sampled = {"sample_prompts": ["a red cube"], "sample_inference_steps": 1}
+    trainer = make_trainer(peft_config=LORA, beta=100.0, model_init_kwargs={"token": "hf_secretsecret"}, **sampled)
+
+    def judge():
+        run = tmp_path / "run"
+        for name in ("curves.png", "verdict.png"):
+            Image.new("RGB", (8, 8)).save(run / name)
+        verdict = {"label": "worse", "sentence": "The winners' error rose.", "advice": "Do not\nuse it."}
+        (run / "verdict.json").write_text(json.dumps(verdict))
+
+    trainer.add_callback(At(2, judge))
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    for line in (
+        "The winners' error rose. Do not use it.",
+        "| LoRA | rank 2, alpha 6, targets `to_k`, `to_q` |",
+        "| Pairs | 16, and 0 dropped |",
+        "| Optimizer steps | 2 of 2 |",
+        "| `beta` | `100.0` |",
+        f"- trl-diffusion-sdpo: {version('trl-diffusion-sdpo')}",
+    ):
+        assert line in card.splitlines()
+    assert re.search(r"\| Hardware \| cpu \(\w+\) \|\n\| Time \| \d+ s \|", card)
+    shown = ["verdict.png", "curves.png", "samples/step-000000-0.png", "samples/step-000002-0.png"]
+    assert images_of(card) == shown and all((tmp_path / "run" / name).is_file() for name in shown)
+    for private in (str(tmp_path), os.path.dirname(sd_folder), "hf_secret", os.uname().nodename):
+        assert private not in card
+
+
+def test_an_edited_card_is_left_as_it_is_and_one_that_is_asked_for_is_not(make_trainer, tmp_path, caplog):
+    file = tmp_path / "run" / "README.md"
+    file.parent.mkdir()
+    file.write_text("Mine.")
+    trainer = make_trainer(max_steps=1, peft_config=LORA)
+    trainer.train()
+    assert file.read_text() == "Mine." and "is left as it is" in caplog.text
+    trainer.create_model_card(license="mit")
+    assert "license: mit" in file.read_text() and GENERATED in file.read_text()
+
+
+def test_an_interrupted_run_has_its_curves_state_and_card_as_well(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=9, peft_config=LORA)
+    trainer.add_callback(At(2, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "| Optimizer steps | 2 of 9 |" in (tmp_path / "run" / "README.md").read_text()
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(make_trainer, tmp_path, caplog):
+    (tmp_path / "run" / "trainer_state.json").mkdir(parents=True)
+    trainer = make_trainer(max_steps=1, peft_config=LORA)
+    trainer.train()
+    assert "The report of the run could not be written" in caplog.text
+    trainer.save_model()
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_plots_are_published_and_the_state_that_names_folders_is_not():
+    assert "trainer_state.json" in NOT_PUBLISHED
+    assert not {"curves.png", "noise_bins*.png", "verdict.png", "verdict.json"} & set(NOT_PUBLISHED)
+
+
+def test_images_before_and_after_are_of_one_prompt_and_seed(tmp_path):
+    def draw(step, number, prompt, seed):
+        note = PngImagePlugin.PngInfo()
+        note.add_itxt("prompt", prompt)
+        note.add_itxt("seed", str(seed))
+        Image.new("RGB", (4, 4)).save(tmp_path / f"samples/step-{step:06d}-{number}.png", pnginfo=note)
+
+    (tmp_path / "samples").mkdir()
+    for step in (3, 20, 100):
+        draw(step, 0, "a", 1)
+        draw(step, 1, "b" if step > 3 else "another", 2)
+        draw(step, 10, "c", 3 if step > 3 else 4)
+    gallery = [(f"samples/step-000100-{number}.png", prompt) for number, prompt in ((0, "a"), (1, "b"), (10, "c"))]
+    assert before_and_after(tmp_path, gallery) == [("a", "samples/step-000003-0.png", "samples/step-000100-0.png")]
+    assert before_and_after(tmp_path, [("samples/step-000003-0.png", "a")]) == [], "nothing was trained"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"sentence": 3}', '{"label": "better"}', "\udce4"])
+def test_a_verdict_that_cannot_be_read_is_none(content, tmp_path):
+    if content is not None:
+        (tmp_path / "verdict.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert read_verdict(tmp_path) is None
+
+
+def test_facts_in_words():
+    assert (
+        lora_text({"r": 8, "lora_alpha": 16, "target_modules": ".*to_[qk]"}) == "rank 8, alpha 16, targets `.*to_[qk]`"
+    )
+    many = lora_text({"r": 8, "lora_alpha": 16, "target_modules": [f"m{number}" for number in range(14)]})
+    assert many.endswith("`m11` and 2 more")
+    data = DataReport("train", "chosen_rejected", rows=1500, pairs=1200, ties=200, bad_prompts=1)
+    assert pairs_text(data, of_stream=False) == "1,200, and 201 dropped (200 ties, 1 bad prompts)"
+    assert pairs_text(data, of_stream=True).startswith("a stream; the first process read 1,200, and 201 dropped")
+    assert duration([], 0) == ""
+    assert [duration([{"train_runtime": seconds}], 0) for seconds in (12.3, 601, 4350)] == [
+        "12 s",
+        "10 min",
+        "1 h 12 min",
+    ]
+    assert duration([{"train_runtime": 9.0}, {"train_runtime": 30.0}], 1500) == "30 s, from step 1,500 on"
+
+
+def test_settings_are_split_by_their_defaults(make_args):
+    args = make_args(beta=7.0, seed=42, weight_decay=0.5)
+    changed, defaults = split_by_default(args, ("beta", "seed", "weight_decay", "loss_type", "mixed_precision"))
+    assert changed == {"beta": 7.0, "weight_decay": 0.5}
+    assert defaults == {"seed": 42, "loss_type": "sigmoid", "mixed_precision": "no"}

@@ -1,0 +1,75 @@
+"""What training tells on the console: a short line for each log, and the same on the progress bar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+# Metric -> its word on the console.
+WORDS = {
+    "loss": "loss",
+    "errors/winner": "winner",
+    "errors/loser": "loser",
+    "rewards/accuracies": "accuracy",
+    "safeguard/scale": "lambda",
+    "learning_rate": "lr",
+}
+# Not shown: the trainer's other metrics, the speed of an evaluation, and what the bar shows.
+_HIDDEN = re.compile(
+    r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_.*(runtime|per_second)"
+    r"|grad_norm|epoch|total_flos|num_input_tokens_seen"
+)
+_EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")
+
+
+class ShortLogCallback(ProgressCallback):
+    """The progress bar, with a line of the most telling metrics for each log, and those of training on the bar itself.
+    In place of transformers' own callback, which prints every metric; all are in the state and in trackers."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        for title, metrics in shown_metrics(logs):
+            words = [f"step {state.global_step}", *title, *(f"{word} {value}" for word, value in metrics.items())]
+            self.training_bar.write("  ".join(words))
+            if "loss" in logs:
+                self.training_bar.set_postfix(metrics)
+
+
+def say(line: str) -> None:
+    """Write a line to the standard output, above progress bars."""
+    tqdm.write(line)
+
+
+def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """The metrics to show, by their words, of a log of training, or of each evaluation in it with its title.
+
+    The change of an error is shown as a share of the reference's, behind the error. Metrics that are not the trainer's
+    own, such as those of `compute_metrics`, are shown with their names.
+    """
+    prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
+    known = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}
+    others = {name: _short(value) for name, value in logs.items() if name not in known and not _HIDDEN.fullmatch(name)}
+    for prefix in prefixes:
+        names = {f"{prefix}{name}": word for name, word in WORDS.items()}
+        shown = {word: _short(logs[name]) + _change(logs, name) for name, word in names.items() if name in logs}
+        yield [f"evaluation {prefix[5:-1]}".strip()] if prefix else [], shown | others
+        others = {}
+
+
+def _change(logs: Mapping[str, Any], name: str) -> str:
+    change = logs.get(f"{name}_change")
+    before = None if change is None else logs[name] - change
+    return f" ({change / before:+.2%})" if before else ""
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
