@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # of a run, in its folder
+
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
     """Write a file under a temporary name, and then rename it.

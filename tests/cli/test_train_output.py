@@ -7,7 +7,7 @@ from trl_diffusion_sdpo.runs import run_files
 from trl_diffusion_sdpo.runs.run_lock import LOCK_FILE
 
 
-@pytest.mark.parametrize("rate, word", [("1e-7", "kept"), ("0.3", "ruined")])
+@pytest.mark.parametrize("rate, word", [("1e-7", "unchanged"), ("0.3", "ruined")])
 def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are_written(
     rate, word, sd_folder, make_pairs, tmp_path, capsys, monkeypatch
 ):

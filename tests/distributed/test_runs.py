@@ -523,6 +523,34 @@ def test_evaluation_is_that_of_ddp_and_of_one_process(found, needs, single):
     assert_evaluated_alike(ours, alone, tolerance=1e-3)
 
 
+def stopping(engine: str, tuning: str) -> list[dict]:
+    """A run that makes the winners worse, and must stop for it."""
+    args = {"eval_strategy": "steps", "eval_steps": 1, "safeguard": "none", "on_winner_rise": "stop"}
+    args |= {"learning_rate": WORSE[tuning], "save_strategy": "steps", "save_steps": STEPS, "beta": 1.0}
+    return [build_run(engine, tuning, "stopping", args, evaluated=EVALUATED)]
+
+
+def assert_stopped_together(folder: Path) -> None:
+    steps = facts_of(folder)["steps_taken"]
+    written = json.loads((folder / "saved" / "verdict.json").read_text())
+    assert steps < STEPS and (folder / "saved" / f"checkpoint-{steps}").is_dir()
+    assert written["label"] == "worse" and written["step"] == steps and written["winner_change_stderr_percent"] > 0
+    assert written["winner_change_percent"] == pytest.approx(
+        100 * logged(folder, "eval_errors/winner_change_relative")[-1], rel=1e-4
+    )
+
+
+@needing(stopping("ddp", "full"))
+def test_a_rise_stops_all_processes_with_a_checkpoint_and_a_verdict(found):
+    assert_stopped_together(*found)
+
+
+@pytest.mark.matrix
+@each(stopping, engines=("fsdp2", "zero2", "zero3"), tunings=("full",))
+def test_a_rise_stops_all_processes_of_every_engine(found):
+    assert_stopped_together(*found)
+
+
 def unevenly_evaluated(engine: str, tuning: str, pairs: int) -> dict:
     args = {"max_steps": 1, "optim": "sgd", "eval_strategy": "steps", "eval_steps": 1}
     return build_run(engine, tuning, f"evaluated-{pairs}", args, evaluated=pairs)

@@ -33,7 +33,7 @@ def test_tensorboard_has_the_images_of_every_step(tracked, tmp_path):
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    assert events.Tags()["images"] == ["samples/0", "eval/noise_bins"]
+    assert events.Tags()["images"] == ["samples/0", "eval/noise_bins", "verdict"]
     assert [event.step for event in events.Images("samples/0")] == [0, 2, 3]
     for event in events.Images("samples/0"):
         with Image.open(tmp_path / "run" / "samples" / f"step-{event.step:06d}-0.png") as image:

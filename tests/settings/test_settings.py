@@ -118,7 +118,7 @@ def test_every_range_and_every_choice_is_checked(make_args):
             if not setting.is_optional:
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
-    assert checked == 35
+    assert checked == 36
 
 
 def test_the_choices_of_a_setting_are_those_of_what_it_chooses_from():
@@ -159,7 +159,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         group_offload_blocks torch_compile_regional attention_backend
         vae_encode_batch_size dataset_format dataset_num_proc on_bad_row verify_images image_schemes
         safeguard_low_memory safeguard_diagnostics_steps sample_prompts sample_steps sample_inference_steps
-        sample_guidance_scale checkpoint_on_interrupt trust_checkpoint overwrite_output_dir
+        sample_guidance_scale on_winner_rise checkpoint_on_interrupt trust_checkpoint overwrite_output_dir
     """.split()
     assert sorted(settings_with("evaluation")) == sorted(evaluation)
     assert sorted(settings_with("resume")) == sorted([*resume, *evaluation])

@@ -17,6 +17,7 @@ from transformers import TrainerState, TrainingArguments
 
 from .._compat import loads_lora
 from ..families import Family
+from ..files import VERDICT_FILE, VERDICT_PLOT
 from ..masking import without_secrets
 from ..sources.checking import COUNTS, DataReport
 from .model_card import ModelCardFacts, build_model_card, final_metrics, loading_code, package_versions
@@ -24,7 +25,6 @@ from .model_card import ModelCardFacts, build_model_card, final_metrics, loading
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
-VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"
 # Settings on the card, besides those that change a trajectory.
 SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_steps"),

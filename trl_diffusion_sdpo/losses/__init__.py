@@ -8,7 +8,7 @@ from .diffusion_preference import (
     diffusion_preference_loss,
     order_by_scores,
 )
-from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
+from .noise_bins import error_moments, noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_terms import PairTerms, mean_error, pair_terms
 from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType, check_loss_kwargs, loss_spec
 from .safeguard import (
@@ -45,6 +45,7 @@ __all__ = [
     "check_safeguard",
     "diffusion_preference_loss",
     "ema_decay",
+    "error_moments",
     "interpolate",
     "lora_scaling",
     "loser_scale",

@@ -17,23 +17,60 @@ def noise_range_weights(noise_levels: torch.Tensor, low: float, high: float) -> 
     return ((noise_levels >= low) & (noise_levels <= high)).float()
 
 
-def noise_bin_changes(sums: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Metrics of how much the errors of policy and reference differ at each noise bin.
+def error_moments(errors: torch.Tensor) -> torch.Tensor:
+    """Addends, per pair, of the sums that [`noise_bin_changes`] reads.
 
     Args:
-        sums (`Sequence` of `num_noise_bins` rows): Of each bin, the summed errors of winner and loser, those under the
-            reference, and the number of pairs.
+        errors (`torch.Tensor` of shape `(B, 4)`): Errors of winner and loser, then the same before training or under
+            the reference.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 8)`: The errors, 1, and of the winner the squared change, the product of change and
+        earlier error, and the squared earlier error.
+    """
+    winner, before = errors[:, :1], errors[:, 2:3]
+    change = winner - before
+    return torch.cat([errors, torch.ones_like(winner), change**2, change * before, before**2], 1)
+
+
+def noise_bin_changes(sums: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Metrics of how much the errors of policy and reference differ, at each noise bin and over all.
+
+    Args:
+        sums (`Sequence` of `num_noise_bins` rows): The sums of [`error_moments`] over the pairs of each bin.
 
     Returns:
         `dict[str, float]`: For each bin with a pair, `errors/winner_change@0` and `errors/loser_change@0` (means of
-        policy minus reference), and as shares of the reference's error `errors/winner_change_relative@0` and so on; 0
-        where that error is 0.
+        policy minus reference), as shares of the reference's error `errors/winner_change_relative@0` and so on (0
+        where that error is 0), and with two pairs `errors/winner_change_relative_stderr@0`, the standard error of the
+        winner's share. Over all pairs, `errors/winner_change_relative` and `errors/winner_change_relative_stderr`.
     """
     metrics = {}
-    for noise_bin, (*errors, count) in enumerate(sums):
+    for noise_bin, (*errors, count, squares, products, earlier) in enumerate(sums):
         if not count:
             continue
         for name, error, reference in zip(("winner_change", "loser_change"), errors[:2], errors[2:], strict=True):
             metrics[f"errors/{name}@{noise_bin}"] = (error - reference) / count
             metrics[f"errors/{name}_relative@{noise_bin}"] = (error - reference) / reference if reference else 0.0
+        if count > 1 and errors[2]:
+            ratio = _ratio_stderr(errors[0] - errors[2], errors[2], count, squares, products, earlier)
+            metrics[f"errors/winner_change_relative_stderr@{noise_bin}"] = ratio
+    winner, _, before, _, count, *moments = (sum(column) for column in zip(*sums, strict=True))
+    if before:
+        metrics["errors/winner_change_relative"] = (winner - before) / before
+        if count > 1:
+            metrics["errors/winner_change_relative_stderr"] = _ratio_stderr(winner - before, before, count, *moments)
     return metrics
+
+
+def _ratio_stderr(
+    change: float, before: float, count: float, squares: float, products: float, earlier: float
+) -> float:
+    """Standard error of `change / before`, a ratio of sums over `count` pairs, by its linear approximation: the
+    scatter of each pair's change about what its earlier error would have it be.
+
+    Source: Cochran, Sampling Techniques, 1977, equation 6.13, without the correction for a finite population.
+    """
+    ratio = change / before
+    scatter = max(0.0, squares - 2 * ratio * products + ratio**2 * earlier)
+    return (count / (count - 1) * scatter) ** 0.5 / before

@@ -42,6 +42,7 @@ def check_settings(args: AllArguments) -> None:
     _check_loser_noise_range(args, loss)
     _check_winner_budget(args, loss)
     _check_average(args)
+    _check_winner_rise(args)
     _check_memory(args)
 
 
@@ -259,6 +260,14 @@ def _check_average(args: AllArguments) -> None:
             f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
             f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
             f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
+        )
+
+
+def _check_winner_rise(args: AllArguments) -> None:
+    if args.on_winner_rise == "stop" and args.eval_strategy == "no":
+        raise ValueError(
+            "`on_winner_rise='stop'` stops by what evaluations of held-out pairs show, got `eval_strategy='no'`. Give "
+            "an `eval_dataset` and set `eval_strategy='steps'`."
         )
 
 

@@ -11,6 +11,7 @@ from .declaring import EVALUATION, RESUME, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 Preconditioner = Literal["plain", "adamw"]
+OnWinnerRise = Literal["ignore", "warn", "stop"]
 
 
 @documented
@@ -170,6 +171,11 @@ class WinnerArguments:
         safeguard_preconditioner (`str`, *optional*, defaults to `"plain"`):
             With `safeguard="parameter"`: `"adamw"` bounds lambda also by what AdamW makes of the gradient, with its
             momentum, preconditioner, weight decay and clipping. Experimental.
+        on_winner_rise (`str`, *optional*, defaults to `"warn"`):
+            When an evaluation shows the winners' error above that before training, by more than the uncertainty:
+            `"warn"` logs it, once a rise, with the noise level and what to change; `"stop"` also writes a checkpoint
+            and ends the training; `"ignore"` does neither. Without evaluation, `"warn"` looks at the logs of training
+            for an error that has doubled.
     """
 
     num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME, EVALUATION] = 8
@@ -179,3 +185,4 @@ class WinnerArguments:
     winner_budget_steps: Annotated[int, Range("[1, inf)"), RESUME] = 10
     ema_decay: Annotated[float | None, Range("(0, 1)", "Usual: 0.98 to 0.9999."), RESUME] = None
     safeguard_preconditioner: Annotated[Preconditioner, RESUME] = "plain"
+    on_winner_rise: OnWinnerRise = "warn"

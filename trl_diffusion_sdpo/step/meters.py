@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ..engines.gradients import exact_dtype
-from ..losses import noise_bin_changes, noise_bin_of
+from ..losses import error_moments, noise_bin_changes, noise_bin_of
 
 
 class NoiseBinMeter:
@@ -19,9 +19,9 @@ class NoiseBinMeter:
     def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
         """Add B pairs: noise levels `(B,)` and errors `(B, 4)`, of winner and loser, policy then reference. Pairs that
         do not count add zeros, so that all processes have the same names."""
-        rows = torch.cat([errors, torch.ones_like(errors[:, :1])], 1) * float(counts)
-        sums = torch.zeros(self._bins, rows.shape[1], device=rows.device, dtype=exact_dtype(rows.device))
-        sums.index_add_(0, noise_bin_of(noise_levels, self._bins), rows.to(sums))
+        rows = error_moments(errors.to(exact_dtype(errors.device))) * float(counts)
+        sums = torch.zeros(self._bins, rows.shape[1], device=rows.device, dtype=rows.dtype)
+        sums.index_add_(0, noise_bin_of(noise_levels, self._bins), rows)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
@@ -12,11 +15,25 @@ from .pair_forward import PairForward, PairPredictions
 
 
 class PairEvaluation:
-    """The metrics of training and the change of errors at each noise bin, over the pairs of an evaluation."""
+    """The metrics of training and the change of errors at each noise bin, over the pairs of an evaluation.
+
+    The change is that to the reference. Without a reference it is that to an evaluation of the same pairs before the
+    first step, if there was one: this process keeps the errors of its pairs, in the order of the evaluation.
+    """
 
     def __init__(self, forward: PairForward, num_noise_bins: int):
         self._forward = forward
         self._metrics, self._noise_bins = MetricMeter(), NoiseBinMeter(num_noise_bins)
+        self._start: WeakKeyDictionary[Any, dict[str, list[torch.Tensor]]] = WeakKeyDictionary()
+        self._here: list[torch.Tensor] | None = None  # of these pairs, batch by batch
+        self._batch: int | None = None  # counts the batches after the start
+
+    def begin(self, dataset: Any, prefix: str, *, before_training: bool) -> None:
+        """Begin an evaluation of a data set, whose metrics will have the prefix."""
+        of_data = self._start.setdefault(dataset, {})
+        if before_training:
+            of_data[prefix] = []
+        self._here, self._batch = of_data.get(prefix), None if before_training else 0
 
     def add(self, predictions: PairPredictions, real: int) -> PreferenceLossOutput:
         """Add the predictions of B pairs, whose first `real` ones are not repeated to fill up the last batch; returns
@@ -28,14 +45,27 @@ class PairEvaluation:
             measured = self._forward.loss(predictions.take(torch.cat([first, first + pairs])))
         # Also where no pair of this process is real: sums are reduced by name, and all processes must have the names.
         self._metrics.add({**self._forward.logged_metrics(measured), "loss": measured.loss}, real)
-        if predictions.has_reference:
-            noise_levels = predictions.batch.noise_levels[: len(measured.pair_errors)]
-            self._noise_bins.add(noise_levels, measured.pair_errors, counts=real > 0)
+        errors, counts = measured.pair_errors, real > 0
+        if not predictions.has_reference and self._here is not None:
+            earlier = self._earlier(errors)
+            counts = counts and earlier is not None
+            errors = torch.cat([errors, errors if earlier is None else earlier], 1)
+        if errors.shape[1] == 4:
+            self._noise_bins.add(predictions.batch.noise_levels[: len(errors)], errors, counts=counts)
         return outputs
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last call, over all processes, which must call it together."""
         return {**self._metrics.drain(accelerator), **self._noise_bins.drain(accelerator)}
+
+    def _earlier(self, errors: torch.Tensor) -> torch.Tensor | None:
+        """The errors `(B, 2)` of a batch's pairs before the first step; `None` if its pairs are not those of then."""
+        if self._batch is None:
+            self._here.append(errors)
+            return errors
+        kept = self._here[self._batch] if self._batch < len(self._here) else None
+        self._batch += 1
+        return kept if kept is not None and kept.shape == errors.shape else None
 
 
 def real_pairs(state: GradientState, pairs: int, rank: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from ..evaluation.console import ShortLogCallback
 from ..evaluation.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
 from ..evaluation.tracked_images import TrackedImages
 from ..evaluation.training_curves import CURVES_FILE, has_curves, plot_curves
-from ..evaluation.verdict import RunFacts, verdict_of, warning_of
+from ..evaluation.verdict import RunFacts
 from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
@@ -31,6 +30,7 @@ from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .evaluation_overrides import VerdictCallback, warning_of_unwritten_files
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def default_callbacks(
     load_probe: Callable[[], Sequence[ProbeInputs]],
     diagnostics: StepDiagnostics | None,
     run_facts: RunFacts,
+    evaluate: Callable[[], Any],
     images: TrackedImages,
     end: Callable[[], None],
 ) -> list[TrainerCallback]:
@@ -66,11 +67,12 @@ def default_callbacks(
         callbacks.append(WinnerBudgetCallback(budget, load_probe))
     if args.sync_ref_model:
         callbacks.append(SyncReferenceCallback(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
-    if args.sample_prompts:
-        callbacks.append(_sample_images(args, frozen, images))
+    samples = _sample_images(args, frozen, images) if args.sample_prompts else None
+    if samples is not None:
+        callbacks.append(samples)
     if args.eval_strategy != "no":
         callbacks.append(NoiseBinPlotCallback(images))
-    return [*callbacks, VerdictCallback(run_facts), RunReportCallback(end)]
+    return [*callbacks, VerdictCallback(run_facts, evaluate, samples, images), RunReportCallback(end)]
 
 
 def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: TrackedImages) -> SampleImagesCallback:
@@ -213,31 +215,6 @@ class DataReportCallback(TrainerCallback):
             logger.warning("Bad pairs were found in training. %s", self._dataset.report)
 
 
-class VerdictCallback(TrainerCallback):
-    """Logs the verdict at the end of training, and one warning during training if the model is ruined."""
-
-    def __init__(self, run: RunFacts):
-        self._run, self._warned = run, False
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._warned = False
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._warned or not state.is_world_process_zero:
-            return
-        warning = warning_of(state.log_history, self._run, evaluates=args.eval_strategy != "no")
-        if warning is not None:
-            self._warned = True
-            logger.warning("%s", warning)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if not state.is_world_process_zero:
-            return
-        verdict = verdict_of(state.log_history, self._run, final_step(args, state))
-        if verdict is not None:
-            logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
-
-
 class RunReportCallback(TrainerCallback):
     """Writes the trainer's state and the curves into the output folder at every save and at the end, and then calls
     `end`. What cannot be written is a warning: the weights matter more."""
@@ -290,15 +267,6 @@ def run_lines(folder: Path, state: TrainerState, loading_code: str, *, card: boo
     return [title, *(f"  {name + ':':<9}{what}" for name, what in found.items() if what is not None)]
 
 
-@contextlib.contextmanager
-def warning_of_unwritten_files() -> Iterator[None]:
-    """Turn an error of writing a report within the context into a warning."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning("The report of the run could not be written: %s", error)
-
-
 class NothingToTrainCallback(TrainerCallback):
     """Warns if a run resumes from a checkpoint at or after its last step."""
 
@@ -309,8 +277,3 @@ class NothingToTrainCallback(TrainerCallback):
                 "of the checkpoint. More `max_steps` or `num_train_epochs` train on.",
                 *(state.global_step, state.max_steps),
             )
-
-
-def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """The step whose weights training ends with; `None` if the last one."""
-    return state.best_global_step if args.load_best_model_at_end else None

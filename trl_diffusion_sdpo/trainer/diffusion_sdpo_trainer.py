@@ -376,6 +376,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             load_probe=self._load_probe,
             diagnostics=self._diagnostics,
             run_facts=self.run_facts,
+            evaluate=lambda: self.evaluate(),
             images=self.tracked_images,
             end=self._end_report,
         )

@@ -1,20 +1,32 @@
-"""The overrides of transformers' Trainer that concern an evaluation."""
+"""The overrides of transformers' Trainer that concern an evaluation, and the verdict that comes of them."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.pairs import PreferenceDataset
 from ..engines.engine import Engine
+from ..engines.processes import in_any_process
+from ..evaluation.tracked_images import TrackedImages
+from ..evaluation.verdict import RunFacts, rise_in_training, rise_of, verdict_of, words_of_rise
+from ..evaluation.verdict_report import SamplePair, write_verdict
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..step.pair_evaluation import PairEvaluation, real_pairs
 from ..step.pair_forward import PairForward
+from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .sample_images import SampleImagesCallback
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationOverrides(Trainer):
@@ -76,6 +88,7 @@ class EvaluationOverrides(Trainer):
     def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
         """One pass over the data, with the metrics of its pairs."""
         self._evaluation.drain(self.accelerator)
+        self._evaluation.begin(dataloader.dataset, settings[-1], before_training=self.state.global_step == 0)
         if isinstance(dataloader.dataset, PreferenceDataset) and dataloader.dataset.sizes is not None:
             self.gather_function = self._gather_counted  # transformers resets it after the pass
         output = super().evaluation_loop(dataloader, *settings)
@@ -88,3 +101,106 @@ class EvaluationOverrides(Trainer):
         accelerate takes for further pairs of the data."""
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
+
+
+class VerdictCallback(TrainerCallback):
+    """Warns, or stops, when the preferred images get worse while training; at the end it logs the verdict and writes it
+    into the output folder.
+
+    Args:
+        run ([`RunFacts`]): Facts of the run.
+        evaluate (`Callable`): Evaluates the current weights; called by all processes.
+        samples ([`SampleImagesCallback`], *optional*): Generates the images of before and after.
+        images ([`TrackedImages`]): Receives the picture.
+    """
+
+    def __init__(
+        self,
+        run: RunFacts,
+        evaluate: Callable[[], Any],
+        samples: SampleImagesCallback | None,
+        images: TrackedImages,
+    ):
+        self._run, self._evaluate, self._samples, self._tracked = run, evaluate, samples, images
+        self._training = self._stops = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._training, self._stops = True, False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if args.eval_strategy != "no" or _on_winner_rise(args) == "ignore" or not state.is_world_process_zero:
+            return
+        measured = rise_in_training(state.log_history, self._run)
+        if measured is not None:
+            logger.warning("%s", words_of_rise(measured, self._run))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        action = _on_winner_rise(args)
+        if action == "ignore" or not self._training or state.global_step >= state.max_steps:
+            return  # at the end, the verdict says it
+        rise = rise_of(state.log_history, self._run)
+        stops = action == "stop" and in_any_process(rise is not None, args.device)
+        if stops:  # every process
+            self._stops = control.should_save = control.should_training_stop = True
+        if rise is not None and (rise[1] or stops) and state.is_world_process_zero:
+            end = " Training stops with a checkpoint, from which it can resume." if stops else ""
+            logger.warning("%s%s", words_of_rise(rise[0], self._run), end)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._stops = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._stops:  # `save_strategy="best"` has taken the save back
+            control.should_save = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._training = False
+        step = final_step(args, state)
+        if args.eval_strategy != "no" and step is None and self._is_unmeasured(state):
+            self._evaluate()
+        if not state.is_world_process_zero:
+            return
+        verdict = verdict_of(state.log_history, self._run, step)
+        with warning_of_unwritten_files():
+            images = self._images(args, step or state.global_step)
+            picture = write_verdict(Path(args.output_dir), verdict, self._run, images)
+            if picture is not None:
+                self._tracked.add("verdict", picture, state.global_step)
+        if verdict is not None:
+            logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
+
+    @staticmethod
+    def _is_unmeasured(state: TrainerState) -> bool:
+        """Whether training has reached its end since the last evaluation."""
+        evaluated = (entry["step"] for entry in reversed(state.log_history) if "eval_runtime" in entry)
+        return state.global_step >= state.max_steps and next(evaluated, None) != state.global_step
+
+    def _images(self, args: TrainingArguments, step: int) -> list[SamplePair]:
+        """The images of before training and of a step, where both are there."""
+        if self._samples is None or step == 0:
+            return []
+        galleries = zip(self._samples.gallery(0), self._samples.gallery(step), strict=True)
+        pairs = [
+            SamplePair(prompt, self._samples.seed + i, before, after)
+            for i, ((before, prompt), (after, _)) in enumerate(galleries)
+        ]
+        folder = Path(args.output_dir)
+        return [pair for pair in pairs if (folder / pair.before).is_file() and (folder / pair.after).is_file()]
+
+
+@contextlib.contextmanager
+def warning_of_unwritten_files() -> Iterator[None]:
+    """Turn an error of writing a report within the context into a warning."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("The report of the run could not be written: %s", error)
+
+
+def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step whose weights training ends with; `None` if the last one."""
+    return state.best_global_step if args.load_best_model_at_end else None
+
+
+def _on_winner_rise(args: TrainingArguments) -> str:
+    return cast(DiffusionSDPOConfig, args).on_winner_rise

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..artifacts.disk import naming_the_disk
 from ..artifacts.hub import PublishingError
 from ..artifacts.publishing import Publisher
-from ..artifacts.run_card import VERDICT_FILE, VERDICT_PLOT, RunCard
+from ..artifacts.run_card import RunCard
 from ..artifacts.weights import WeightFiles
 from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
@@ -29,6 +29,7 @@ from ..evaluation.tracked_images import TrackedImages
 from ..evaluation.training_curves import CURVES_FILE
 from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
+from ..files import VERDICT_FILE, VERDICT_PLOT
 from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import FrozenComponents
@@ -43,10 +44,11 @@ from ..settings.all_arguments import temporarily
 from ..settings.declaring import RESUME
 from ..step.finite_check import FiniteCheck
 from ..step.winner_budget import WinnerBudget
-from .callbacks import arrange, final_step, plots_of, run_lines
+from .callbacks import arrange, plots_of, run_lines
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import stored_crops
+from .evaluation_overrides import final_step
 from .sample_images import SAMPLES_FOLDER, newest_gallery
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,13 @@ class FileOverrides(Trainer):
         self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, whole_pipeline)
         self.publisher, self.tracked_images = Publisher(args, NOT_PUBLISHED), TrackedImages()
         self.run_facts = RunFacts(
+            has_reference=self.loss_spec.needs_reference,
             reference_moves=args.sync_ref_model,
             reference_was_given=self.gave_reference,
             uses_loser=self.loss_spec.uses_loser,
-            safeguarded=args.safeguard != "none",
+            safeguard=args.safeguard,
+            decays=not str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"),
+            num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
         )
 
