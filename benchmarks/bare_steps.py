@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
-from turns import now
+from transformers import Trainer, TrainingArguments
+from turns import Recording, now
 
 from trl_diffusion_sdpo.models.adapters import adapter_layers, adapters_off
 
@@ -91,6 +92,13 @@ class Bench:
 
 def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
     """The passes of this package's step, in its order and with its random numbers, and nothing else; the loss."""
+    loss = bare_loss(bench, batch)
+    bench.update(loss)
+    return loss.detach()
+
+
+def bare_loss(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
+    """The loss of `bare_step`, with its graph."""
     device = bench.device
     with torch.no_grad():
         with bench.part("VAE"):
@@ -111,9 +119,24 @@ def bare_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:
         reference = (bench.reference or bench.unet)(noisy, timesteps, text).sample
     with bench.part("policy"):
         predicted = bench.unet(noisy, timesteps, text).sample
-    loss = safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu)
-    bench.update(loss)
-    return loss.detach()
+    return safeguarded_loss(predicted, reference, noise, beta=bench.beta, mu=bench.mu)
+
+
+class PlainTrainer(Recording, Trainer):
+    """transformers' Trainer around `bare_loss`: what a step costs beside its passes without this package.
+
+    Args:
+        batches (`list`): Of the steps, in their order.
+    """
+
+    def __init__(self, bench: Bench, args: TrainingArguments, batches: list[dict[str, Any]]):
+        args.per_device_train_batch_size = 1  # of batches
+        model = nn.ModuleDict({"denoiser": bench.unet})
+        super().__init__(model, args, data_collator=lambda items: items[0], train_dataset=batches)
+        self._bench = bench
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return bare_loss(self._bench, inputs)
 
 
 def authors_step(bench: Bench, batch: dict[str, Any]) -> torch.Tensor:

@@ -31,6 +31,8 @@ COMPARISONS = (
     Comparison("bare", "sd15", "lora", "ours", "bare loop", 1.03),
     Comparison("overhead", THIN, "full", "ours", "bare loop"),
     Comparison("overhead", THIN, "lora", "ours", "bare loop"),
+    Comparison("overhead", THIN, "full", "plain Trainer", "bare loop"),
+    Comparison("overhead", THIN, "lora", "plain Trainer", "bare loop"),
     Comparison("authors", "sd15", "full", "ours", "authors' step"),
     Comparison("diffusers", "sd15", "lora", "ours", "diffusers' script"),
     Comparison("cached", "sdxl", "full", "ours, cached", "ours", 1 / 1.3, whole=True),

@@ -19,7 +19,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from bare_steps import STEPS, Bench, script_batch
+from bare_steps import STEPS, Bench, PlainTrainer, script_batch
 from comparisons import COMPARISONS, Comparison
 from matplotlib import pyplot as plt
 from peft import LoraConfig
@@ -48,7 +48,9 @@ BETA, MU, LEARNING_RATES = 5000.0, 0.9, {"full": 1e-6, "lora": 1e-4}
 
 SETTINGS = ("parts", "rounds", "warmup", "pairs", "device", "threads", "smallest")
 PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
-THIN_ROUNDS = 4  # times as many rounds, as steps without arithmetic are short
+# Times as many rounds: a ratio of two rounds of one contestant is between 0.85 and 1.2, so that the median of five says
+# little about some percent. Steps without arithmetic are short.
+ROUNDS = {THIN: 8, "sd15": 3}
 
 
 @dataclass
@@ -133,14 +135,14 @@ def measure(published: str, tuning: str, options: argparse.Namespace, folder: Pa
 
 def rounds_of(published: str, options: argparse.Namespace) -> int:
     """Timed rounds."""
-    return options.rounds * (THIN_ROUNDS if published == THIN and not options.smallest else 1)
+    return options.rounds * (1 if options.smallest else ROUNDS.get(published, 1))
 
 
 def contestant(
     name: str, published: str, tuning: str, options: argparse.Namespace, folder: Path
 ) -> tuple[InTurns, Bench | None]:
-    """A trainer with the settings of its name, or a hand-written loop and its networks. All have networks of their own,
-    of equal weights."""
+    """A trainer with the settings of its name, or a hand-written loop, or transformers' Trainer around its passes, and
+    its networks. All have networks of their own, of equal weights."""
     size = size_of(published, tuning, options)
     steps = options.warmup + rounds_of(published, options) + 1
     pairs_of_step = options.pairs or size.pairs
@@ -164,6 +166,10 @@ def contestant(
     bench = Bench(size.build().to(options.device), tuning, BETA, MU, LEARNING_RATES[tuning], lora)
     bench.unet.load_state_dict(trainer.denoiser.state_dict())  # a LoRA starts at random
     batches = (script_batch(bench, batch) for batch in trainer.get_train_dataloader())
+    if name not in STEPS:
+        plain = PlainTrainer(bench, args, list(batches))
+        plain.remove_callback(PrinterCallback)
+        return InTurns(plain.take_turns, options.device, options.threads), bench
     return InTurns(loop(partial(STEPS[name], bench), batches), options.device, options.threads), bench
 
 

@@ -141,14 +141,12 @@ class TimedForward(PairForward):
             return super().predict_reference(model, batches)
 
 
-class RecordingTrainer(DiffusionSDPOTrainer):
-    """Passes on the loss and the parts' times of every step."""
-
-    pair_forward_class = TimedForward
+class Recording:
+    """Of a trainer: passes on the loss of every step."""
 
     def take_turns(self, turns: InTurns) -> None:
         """Train as the work of `turns`."""
-        self._turns = self.pair_forward.turns = turns
+        self._turns = turns
         self.add_callback(_Turns(turns))
         self.train()
 
@@ -156,6 +154,16 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         loss = super().training_step(*args, **kwargs)
         self._turns.losses.append(loss.detach())
         return loss
+
+
+class RecordingTrainer(Recording, DiffusionSDPOTrainer):
+    """Passes on the parts' times of every step as well."""
+
+    pair_forward_class = TimedForward
+
+    def take_turns(self, turns: InTurns) -> None:
+        self.pair_forward.turns = turns
+        super().take_turns(turns)
 
 
 class _Turns(TrainerCallback):

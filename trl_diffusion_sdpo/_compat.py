@@ -130,6 +130,30 @@ def switch_adapters(layers: Iterable[BaseTunerLayer], *, on: bool) -> None:
         assert layer.disable_adapters is not on, f"PEFT's {type(layer).__name__} no longer reads `_disable_adapters`."
 
 
+def activate_adapter(layers: Iterable[BaseTunerLayer], name: str) -> None:
+    """Make an adapter the active one of PEFT's layers, and leave `requires_grad` of all weights as it is.
+
+    PEFT's `set_adapter` sets it for every weight of every adapter, with the costs of [`switch_adapters`].
+    `_active_adapter` has no public spelling; can go when there is one.
+    """
+    for layer in layers:
+        layer._active_adapter = [name]
+        assert layer.active_adapters == [name], f"PEFT's {type(layer).__name__} no longer reads `_active_adapter`."
+
+
+def modules_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """A module and all below it, in any order; one that is in several places comes several times.
+
+    `modules()` also makes their names, which takes several times as long. `_modules` has no public spelling; can go
+    when torch's own walk is as fast.
+    """
+    pending = [module]
+    while pending:
+        found = pending.pop()
+        yield found
+        pending += [child for child in found._modules.values() if child is not None]
+
+
 def forward_pre_hooks(module: torch.nn.Module) -> list[Any]:
     """A module's forward pre-hooks, so that none is registered twice.
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.families import find_family
-from trl_diffusion_sdpo.models.adapters import adapter_on, add_lora
+from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_on, add_lora
 from trl_diffusion_sdpo.models.numerics import read_contiguous
 from trl_diffusion_sdpo.models.reference import AdapterReference, FrozenReference
 
@@ -193,7 +193,7 @@ def test_a_frozen_adapter_predicts_what_the_trained_one_does_bit_for_bit(name, b
 
 @contextlib.contextmanager
 def as_frozen(denoiser, adapter):
-    with adapter_on(denoiser, "ref", back=adapter):
+    with adapter_on(adapter_layers(denoiser), "ref", back=adapter):
         yield denoiser
 
 

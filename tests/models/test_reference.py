@@ -1,5 +1,6 @@
 """Which reference is chosen, and how it moves."""
 
+import contextlib
 import copy
 import sys
 
@@ -33,29 +34,55 @@ def test_the_reference_stays_while_the_policy_moves(make_trainer, sd_folder):
             assert not torch.allclose(trainer.denoiser(*inputs).sample, base(*inputs).sample, atol=1e-4)
 
 
-def test_switching_adapters_off_and_on_takes_few_calls_a_layer_and_leaves_what_trains(make_trainer):
-    """Every step does it; PEFT's own way visits every weight."""
-    trainer = make_trainer(peft_config=LoraConfig(r=4))
+@pytest.mark.parametrize("kind", ["adapter_off", "ref_adapter"])
+def test_switching_adapters_takes_few_calls_a_layer_and_leaves_what_trains(make_trainer, kind):
+    """Every step does it; PEFT's own ways visit every weight."""
+    trainer = make_trainer(peft_config=LoraConfig(r=4), sync_ref_model=kind == "ref_adapter")
+    assert trainer.reference.kind == kind
     layers = [module for module in trainer.denoiser.modules() if isinstance(module, BaseTunerLayer)]
     trained = [weight.requires_grad for weight in trainer.denoiser.parameters()]
-    calls = 0
 
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event == "call"
+    def states():
+        return {(layer.disable_adapters, *layer.active_adapters) for layer in layers}
 
-    sys.setprofile(count)
-    try:
-        with trainer.reference.active(trainer.model):
-            sys.setprofile(None)
-            assert all(layer.disable_adapters for layer in layers)
+    with calls_counted() as calls, trainer.reference.active(trainer.model):
+        with uncounted():
+            assert states() == {(True, "default") if kind == "adapter_off" else (False, "ref")}
             assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
-            sys.setprofile(count)
+    assert states() == {(False, "default")}
+    assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
+    assert 0 < len(calls) < 20 * len(layers)
+
+
+def test_a_model_that_trains_is_not_put_into_training_mode_again(make_trainer):
+    """The Trainer does it before every forward pass, and torch assigns to every module."""
+    model = make_trainer(peft_config=LoraConfig(r=4)).model.train()
+    modules = list(model.modules())
+    with calls_counted() as calls:
+        model.train()
+    assert 0 < len(calls) < 4 * len(modules)
+    modules[-1].eval()
+    assert model.train() is model and all(module.training for module in modules)
+    assert model.eval() is model and not any(module.training for module in modules)
+
+
+@contextlib.contextmanager
+def calls_counted():
+    """The names of all Python functions that are called within."""
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        yield calls
     finally:
         sys.setprofile(None)
-    assert not any(layer.disable_adapters for layer in layers)
-    assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
-    assert calls < 10 * len(layers)
+
+
+@contextlib.contextmanager
+def uncounted():
+    counting = sys.getprofile()
+    sys.setprofile(None)
+    yield
+    sys.setprofile(counting)
 
 
 def test_a_full_reference_moves_by_the_mixing_rule(make_trainer, sd_folder):

@@ -1,9 +1,11 @@
 """Checksums of all images and prompts: one that changes anywhere is noticed, and where data lie does not matter."""
 
+import contextlib
 import errno
 import mmap
 import os
 import shutil
+import sqlite3
 
 import datasets
 import numpy as np
@@ -133,6 +135,42 @@ def test_images_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatc
     assert fingerprint(files) == start and len(read) == 1  # the others are not read again
     picture(249).save(files[6]["chosen"])
     assert fingerprint(files) != start
+
+
+def test_of_files_that_are_added_or_left_out_only_new_ones_are_read(tmp_path, monkeypatch):
+    read, as_before = [], file_contents._digest_of_file
+    monkeypatch.setattr(file_contents, "_digest_of_file", lambda name: read.append(name) or as_before(name))
+    files = rows_of(as_file, tmp_path / "images", count=40)
+    start = fingerprint(files[:-1])
+    assert len(read) == 78 and not read.clear()
+    assert fingerprint(files) != start and sorted(read) == sorted(files[-1][side] for side in ("chosen", "rejected"))
+    read.clear()
+    assert fingerprint(files[1:]) not in (start, fingerprint(files)) and fingerprint(files[:-1]) == start and not read
+    monkeypatch.chdir(tmp_path)  # the same files by other names
+    relative = [{**row, **{side: os.path.relpath(row[side]) for side in ("chosen", "rejected")}} for row in files]
+    assert fingerprint(relative) == fingerprint(files) and not read
+
+
+def test_a_damaged_or_locked_store_of_checksums_costs_reading_only(tmp_path, monkeypatch, caplog):
+    files, store = rows_of(as_file, tmp_path / "images", count=4), tmp_path / "datasets" / file_contents.FILES
+    start = fingerprint(files)
+    store.write_bytes(b"no database" * 1000)
+    assert fingerprint(files) == start and "are not kept" in caplog.text  # removed
+    caplog.clear()
+    assert fingerprint(files) == start == fingerprint(files) and not caplog.text  # and made again
+    monkeypatch.setattr(file_contents, "LOCKED", 0.01)
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert fingerprint(files) == start and "database is locked" in caplog.text
+
+
+def test_files_that_were_read_the_longest_time_ago_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_contents, "KEPT_FILES", 10)
+    files = rows_of(as_file, tmp_path / "images", count=8)
+    start = fingerprint(files)
+    with contextlib.closing(sqlite3.connect(tmp_path / "datasets" / file_contents.FILES)) as store:
+        assert store.execute("SELECT count(*) FROM files").fetchone() == (10,)
+    assert fingerprint(files) == start
 
 
 @pytest.mark.parametrize("call", ["stat", "read"])

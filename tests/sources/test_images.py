@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import datasets
 import fsspec
 import pytest
+import requests
 from PIL import Image
 
 from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, prepare_dataset
@@ -43,12 +44,14 @@ def soon():
 
 @pytest.fixture
 def web():
-    """A local server with one image at every path; `asked` are the requested paths."""
+    """A local server with one image at every path, whose first part may be the status of the answer; `asked` are the
+    requested paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.asked.append(self.path)
-            self.send_response(200)
+            status = self.path.split("/")[1]
+            self.send_response(int(status) if status.isdigit() else 200)
             self.send_header("Content-Length", str(len(png())))
             self.end_headers()
             if self.command == "GET":
@@ -61,7 +64,7 @@ def web():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -236,6 +239,51 @@ def test_a_missing_permission_does_not_pass(error, monkeypatch):
     monkeypatch.setattr(Flaky, "error", error, raising=False)
     assert kind_of("flaky://a.png", ("flaky",)) is UndecodableImageError
     assert type(images.as_undecodable(error, "")) is UndecodableImageError
+
+
+class ByRequests(fsspec.AbstractFileSystem):
+    """A storage whose library's errors have the server's response."""
+
+    protocol = "smb"  # a name that fsspec knows
+
+    def _open(self, path, mode="rb", **options):
+        response = requests.get("http://" + self._strip_protocol(path), timeout=10)
+        response.raise_for_status()
+        return io.BytesIO(response.content)
+
+
+@pytest.fixture(params=["smb", "http"])
+def scheme(request):
+    """Of a file system that is read through HTTP."""
+    fsspec.register_implementation("smb", ByRequests, clobber=True)
+    if request.param == "http":
+        pytest.importorskip("aiohttp")  # fsspec needs it for HTTP, and this package does not
+    return request.param
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
+def test_an_answer_that_does_not_pass_by_waiting_is_a_bad_pair_that_names_its_status(status, scheme, web):
+    rows = [
+        {"prompt": name, "chosen": address(web, scheme, name), "rejected": png(9)} for name in ("200", str(status))
+    ]
+    for options in ({"verify_images": "all"}, {"verify_images": "none", "min_side": 8}):
+        prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=(scheme,), **options)
+        assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
+        assert f"HTTP status {status}" in str(prepared.report)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+def test_an_answer_that_may_pass_is_no_bad_pair(status, scheme, web):
+    assert kind_of(address(web, scheme, str(status)), (scheme,)) is UnreadableImageError
+
+
+def test_a_server_that_does_not_answer_is_no_bad_pair(scheme, web):
+    web.server_close()
+    assert kind_of(address(web, scheme, "200"), (scheme,)) is UnreadableImageError
+
+
+def address(web, scheme, status) -> str:
+    return f"{scheme}://127.0.0.1:{web.server_address[1]}/{status}/a.png"
 
 
 @pytest.mark.parametrize("options", [{"verify_images": "all"}, {"verify_images": "none", "min_side": 8}])

@@ -230,8 +230,10 @@ class Family(ABC):
             `torch.Tensor` of shape `(N, ...)`, in the dtype in which the VAE ran, on its device.
         """
         vae, at_once = self.pipeline.vae, self.vae_encode_batch_size or len(pixel_values)
-        with no_autocast(vae.device), _without_overflow(vae):
-            parts = [part.to(vae.device, vae.dtype) for part in pixel_values.split(at_once)]
+        device = vae.device  # read once: diffusers visits every module to find it
+        with no_autocast(device), _without_overflow(vae):
+            pixel_values = pixel_values.to(device, vae.dtype)
+            parts = pixel_values.split(at_once)
             return torch.cat([self.vae_moments(part) for part in parts])
 
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
@@ -377,7 +379,7 @@ def no_autocast(device: torch.device) -> torch.autocast:
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
     """A context in which a float16 VAE with `force_upcast` has float32 weights; both casts are exact."""
-    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    overflows = vae.config.get("force_upcast", False) and vae.dtype == torch.float16
     if overflows:
         vae.to(torch.float32)
     try:

@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
-from .._compat import switch_adapters
+from .._compat import activate_adapter, switch_adapters
 from ..losses import lora_scaling
 
 logger = logging.getLogger(__name__)
@@ -181,24 +181,14 @@ def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def adapter_on(denoiser: nn.Module, name: str, back: str) -> Iterator[None]:
-    """Activate the frozen adapter `name` within the context, then `back` again, which trains."""
-    with _requires_grad_kept(denoiser):
-        set_adapter(denoiser, name, inference_mode=True)
+def adapter_on(layers: Iterable[BaseTunerLayer], name: str, back: str) -> Iterator[None]:
+    """Activate the frozen adapter `name` of some layers within the context, then `back` again, which trains."""
+    layers = list(layers)
+    activate_adapter(layers, name)
     try:
         yield
     finally:
-        set_adapter(denoiser, back)
-
-
-@contextlib.contextmanager
-def _requires_grad_kept(denoiser: nn.Module) -> Iterator[None]:
-    """Keep `requires_grad` of all weights, which PEFT clears for adapters that it switches off: FSDP2 decides in the
-    first forward pass, once for all, in which precision it keeps gradients."""
-    trained = [weight for weight in denoiser.parameters() if weight.requires_grad]
-    yield
-    for weight in trained:
-        weight.requires_grad_(True)
+        activate_adapter(layers, back)
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .._compat import block_names
+from .._compat import block_names, modules_of
 
 
 class DenoiserWrapper(nn.Module):
@@ -28,6 +28,13 @@ class DenoiserWrapper(nn.Module):
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         return self.denoiser(*args, **inputs)
+
+    def train(self, mode: bool = True) -> DenoiserWrapper:
+        """Put every module into training or evaluation mode. The Trainer calls this before every forward pass, and
+        assigning to a thousand modules what they have takes as long as hundreds of layers need in Python."""
+        if all(module.training is mode for module in modules_of(self)):
+            return self
+        return super().train(mode)
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -32,12 +32,13 @@ class SecondAdapter:
             )
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
         copy_adapter(denoiser, policy_adapter, name)
+        self._layers = adapter_layers(denoiser)  # found once, as in `AdapterOffReference`
         read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """`model`, the policy as the engine wrapped it, with the second adapter active."""
-        with adapter_on(self._denoiser, self._name, back=self._policy):
+        with adapter_on(self._layers, self._name, back=self._policy):
             yield model
 
     def weights(self) -> dict[str, torch.Tensor]:

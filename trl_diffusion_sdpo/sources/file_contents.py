@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,12 @@ SHOWN_AFTER = 5.0  # seconds
 MISSING = hashlib.sha256(b"missing").digest()  # in place of a file's
 CHECKSUMS_FOLDER = "image_checksums"  # within the cache of `datasets`
 KEPT_CHECKSUMS = 64  # files; those that were used the longest time ago are removed
-STATED = 1024  # files at which a thread looks at a time
+STATED = 512  # files at which a thread looks at a time, or that are looked up
+READ = 16  # files that a thread reads at a time
+WRITTEN = 4096  # files after which what was read of them is kept
+FILES = "image_checksums.sqlite"  # within the cache of `datasets`
+KEPT_FILES = 5_000_000  # of a gigabyte; those that were read the longest time ago are removed
+LOCKED = 30.0  # seconds that another process may write
 _FILE = np.dtype([("status", "<i8", 2), ("sha256", "V32")])
 VERSION = 1  # of what is kept: raise it where the same images would give another checksum
 
@@ -104,40 +110,82 @@ def _keep(file: Path, content: bytes) -> None:
 
 def _digests_of(names: list[str]) -> np.ndarray:
     """Of each file the digest, which is kept beside its size and time, and read again when they change."""
-    parts = (names[start : start + STATED] for start in range(0, len(names), STATED))
     count = -(-len(names) // STATED)
-    bar = tqdm(in_threads(_statuses, parts), "Looking at the files of images", count, delay=SHOWN_AFTER)
+    bar = tqdm(
+        in_threads(_statuses, _parts(names, STATED)), "Looking at the files of images", count, delay=SHOWN_AFTER
+    )
     statuses = np.concatenate(list(bar))
     folder = "" if all(map(os.path.isabs, names)) else os.getcwd()
-    text = "\0".join([folder, *names]).encode("utf-8", "surrogatepass")
-    file = _kept_file(f"{hashlib.sha256(text).hexdigest()[:32]}-{VERSION}.bin")
-    keeps = datasets.is_caching_enabled()
-    known = _known_files(file if keeps else None, len(names))
+    paths = [os.path.join(folder, name).encode("utf-8", "surrogatepass") for name in names]
+    known = _known_files(paths)
     unread = np.flatnonzero((known["status"] != statuses).any(axis=1))
     if not len(unread):
         return known["sha256"]
-    read = in_threads(_digest_of_file, (names[place] for place in unread))
-    try:
-        for place, digest in zip(unread, tqdm(read, READING, len(unread), delay=SHOWN_AFTER), strict=True):
-            known[place] = statuses[place], digest
-    finally:  # what was read before an error is not read again
-        if keeps:
-            data = known.tobytes()
-            _keep(file, hashlib.sha256(data).digest() + data)
+    parts = _parts([names[place] for place in unread], READ)
+    read = kept = 0
+    with tqdm(desc=READING, total=len(unread), delay=SHOWN_AFTER) as bar:
+        try:
+            for digests, error in in_threads(_digests_of_files, parts):
+                places = unread[read : read + len(digests)]
+                known["status"][places] = statuses[places]
+                known["sha256"][places] = np.array(digests, dtype="V32")
+                read += len(digests)
+                bar.update(len(digests))
+                if error is not None:
+                    raise error
+                if read - kept >= WRITTEN:
+                    _keep_files(paths, known, unread[kept:read])
+                    kept = read
+        finally:  # what was read before an error is not read again
+            _keep_files(paths, known, unread[kept:read])
     return known["sha256"]
 
 
-def _known_files(file: Path | None, count: int) -> np.ndarray:
-    """What is kept of so many files; a status that no file has where nothing is."""
-    try:
-        content = b"" if file is None else _read_kept(file)
-    except OSError:
-        content = b""
-    if len(content) == 32 + count * _FILE.itemsize and hashlib.sha256(content[32:]).digest() == content[:32]:
-        return np.frombuffer(content, dtype=_FILE, offset=32).copy()
-    known = np.zeros(count, dtype=_FILE)
+def _parts(names: list, size: int) -> Iterator[list]:
+    return (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _known_files(paths: list[bytes]) -> np.ndarray:
+    """What is kept of files; a status that no file has where nothing is."""
+    known = np.zeros(len(paths), dtype=_FILE)
     known["status"] = -2
+
+    def look_up(database: sqlite3.Connection) -> None:
+        places = {path: place for place, path in enumerate(paths)}
+        for part in _parts(paths, STATED):
+            asked = f"SELECT path, size, time, sha256 FROM files WHERE path IN ({','.join('?' * len(part))})"
+            for path, *status, digest in database.execute(asked, part):
+                known[places[path]] = tuple(status), digest
+
+    _with_database(look_up)
     return known
+
+
+def _keep_files(paths: list[bytes], known: np.ndarray, places: np.ndarray) -> None:
+    def store(database: sqlite3.Connection) -> None:
+        rows = ((paths[at], *map(int, known["status"][at]), known["sha256"][at].tobytes()) for at in places)
+        database.executemany("REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+        database.execute("DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?", (KEPT_FILES,))
+
+    if len(places):
+        _with_database(store)
+
+
+def _with_database(work: Callable[[sqlite3.Connection], None]) -> None:
+    """Call `work` with what is kept of the files of any data set, in one transaction; nothing where it cannot be
+    opened."""
+    if not datasets.is_caching_enabled():
+        return
+    file = Path(datasets.config.HF_DATASETS_CACHE, FILES)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(file, timeout=LOCKED)) as database, database:
+            database.execute("CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size, time, sha256)")
+            work(database)
+    except (OSError, sqlite3.Error, TypeError, ValueError) as error:
+        logger.warning("Checksums of images are not kept in %s: %s. They are read at every start.", file, error)
+        if type(error) is sqlite3.DatabaseError:  # damaged
+            file.unlink(missing_ok=True)
 
 
 def _statuses(names: list[str]) -> np.ndarray:
@@ -155,6 +203,17 @@ def _status(name: str) -> tuple[int, int]:
             raise _named(error, name) from error
         return -1, -1
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else (-1, -1)
+
+
+def _digests_of_files(names: list[str]) -> tuple[list[bytes], OSError | None]:
+    """Those before the first file that cannot be read, and its error."""
+    digests: list[bytes] = []
+    try:
+        for name in names:
+            digests.append(_digest_of_file(name))
+    except OSError as error:
+        return digests, error
+    return digests, None
 
 
 def _digest_of_file(name: str) -> bytes:

@@ -71,13 +71,16 @@ OF_THE_PATH = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
 )
+# HTTP statuses that do not pass by waiting; 408, 425 and 429 do, as those from 500 on.
+LASTING_STATUSES = frozenset(range(400, 500)) - {408, 425, 429}
+HTTP_CLIENTS = ("aiohttp", "requests", "httpx", "httpx2", "huggingface_hub")
 READ_AGAIN = (1.0, 5.0)  # seconds until an image that could not be read is read again
 HOW_TO_GO_ON = (
     "The image may be good, so it is not left out. When it can be read, start again; if it never can, remove its row "
     "from the data set."
 )
 
-OF_AN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+OF_AN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError)
 
 
 class UndecodableImageError(ValueError):
@@ -311,10 +314,25 @@ def _failures_as_unreadable() -> Iterator[None]:
     not be read, or what is there is damaged."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, ValueError, KeyError, *OF_AN_ARCHIVE):
-        raise  # fsspec 2024.5 has a `KeyError` for what an archive does not hold
     except Exception as error:
-        raise UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})") from error
+        # fsspec's HTTP file system says of every request that fails, whatever the reason, that there is no file.
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and _is_of_http(error.__cause__) else error
+        status = _http_status(cause)
+        if status in LASTING_STATUSES:
+            raise UndecodableImageError(f"cannot be read: the server's answer has HTTP status {status}") from error
+        if status is None and isinstance(cause, (FileNotFoundError, PermissionError, ValueError, *OF_AN_ARCHIVE)):
+            raise
+        raise UnreadableImageError(f"cannot be read ({type(cause).__name__}: {cause})") from error
+
+
+def _http_status(error: Any) -> int | None:
+    """The status of a server's answer: aiohttp's errors have it themselves, others in their response."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_of_http(error: Any) -> bool:
+    return isinstance(error, TimeoutError) or type(error).__module__.partition(".")[0] in HTTP_CLIENTS
 
 
 def _check_pixels(image: Image.Image) -> None:
