@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..engines.engine import Engine
+from ..families import Family
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
 from .memory import compile_blocks
 from .numerics import read_contiguous
@@ -231,3 +232,10 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
             f"got a {type(reference).__name__} with {len(theirs)}, differing in {differing}. Use the checkpoint that "
             "the policy started from."
         )
+
+
+def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:
+    """What a loss is computed with, by name: the denoiser, what is frozen, and a reference of its own."""
+    names = (family.denoiser_name, *family.frozen_components)
+    found = {name: getattr(family.pipeline, name) for name in names}
+    return found if reference is None else {**found, "reference": reference}

@@ -31,7 +31,7 @@ from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
 from ..models.loading import LoadedModel
-from ..models.reference import PrecomputedReference
+from ..models.reference import PrecomputedReference, networks
 from ..runs.interrupts import step_exchange
 from ..runs.starting_point import recorded_base
 from ..settings.model_checks import refuse_dropout
@@ -235,7 +235,9 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """As transformers does it; then the set-up that needs the model as the engine wrapped it."""
         self.parameter_safeguard = None  # of an earlier training
-        self._finite = FiniteCheck(step_exchange(self.callback_handler.callbacks), self._networks)
+        self._finite = FiniteCheck(
+            step_exchange(self.callback_handler.callbacks), lambda: networks(self.family, self.reference.module)
+        )
         self.engine.set_precision(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._shadow_weights:
@@ -295,13 +297,6 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             self._encoder_facts = self.encoding.facts
         self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
         compile_models(loaded.denoiser, self._shadow_weights, args)
-
-    def _networks(self) -> dict[str, nn.Module]:
-        """What a loss is computed with."""
-        family, second = self.family, self.reference.module
-        names = (family.denoiser_name, *family.frozen_components)
-        networks = {name: getattr(family.pipeline, name) for name in names}
-        return networks if second is None else {**networks, "reference": second}
 
     def _move_to(self, device: torch.device) -> None:
         """What is frozen, to where the policy will be."""
