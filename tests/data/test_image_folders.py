@@ -105,6 +105,21 @@ def test_all_that_is_left_out_is_counted_by_its_reason(write, caplog):
         load_pairs(folder, on_bad_row="raise")
 
 
+def test_a_link_to_a_caption_that_is_gone_leaves_its_images_out(write, caplog):
+    folder = write(*both("a", "b"), "a.txt: x")
+    (folder / "b.txt").symlink_to(folder / "gone.txt")
+    assert load_pairs(folder)["prompt"][:] == ["x"]
+    assert "2 with a caption that is a broken link: chosen/b.png, rejected/b.png" in caplog.text
+
+
+def test_the_two_folders_may_be_in_capitals_and_what_is_in_no_split_is_named(write, caplog):
+    folder = write(
+        "train/Chosen/a.png", "train/REJECTED/a.png", "train/a.txt: x", "other/b.png", "c.png", ".hidden.png"
+    )
+    assert load_pairs(folder)["prompt"][:] == ["x"]
+    assert caplog.messages == [f"{folder}: not read, as it is in no split: c.png, other"]
+
+
 def test_files_that_are_no_images_are_not_bad_rows(write):
     folder = write(*both("a"), "a.txt: x", "chosen/a.json")
     assert len(load_pairs(folder, on_bad_row="raise")) == 1
@@ -264,7 +279,9 @@ def test_metadata_that_name_images_in_other_columns_lead_to_the_file(write):
 def test_a_run_trains_on_folders_of_both_kinds_and_refuses_to_resume_with_another_file(
     write, sd_folder, tmp_path, monkeypatch, capsys
 ):
-    """With weights, sizes by aspect ratio and latents encoded beforehand; one image is damaged."""
+    """With weights, sizes by aspect ratio and latents encoded beforehand; one image is damaged, and no other program,
+    such as git, is found."""
+    monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     two = write(*both("a", "b", "c", "d"), *(f"{name}.txt: {name}" for name in "abcd"), folder="two")
     write(*both("wide", "broad"), "wide.txt: w", "broad.txt: b", folder="two", size=(24, 40))

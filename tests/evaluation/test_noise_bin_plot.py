@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.evaluation.noise_bin_plot import changes_by_noise_bin, plot_noise_bins
+from trl_diffusion_sdpo.evaluation.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
 from trl_diffusion_sdpo.trainer import callbacks
 
 HISTORY = [
@@ -73,6 +73,10 @@ def test_a_picture_has_a_point_at_the_middle_of_each_level_in_per_cent(drawn, tm
 def test_an_evaluation_of_winners_alone_is_drawn_as_well(drawn, tmp_path):
     plot_noise_bins(changes_by_noise_bin(HISTORY)["eval_ema"], 12, tmp_path / "levels.png")
     assert points_of(drawn[0].axes[0]) == [([2.5 / 12], [-12.5])]
+
+
+def test_names_of_plots_are_names_on_windows_too():
+    assert noise_bin_file("eval_C:\\own/it?") == "noise_bins_C__own_it_.png"
 
 
 @pytest.fixture

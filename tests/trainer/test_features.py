@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import TrainerCallback
 from trl import TrlParser
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.train import parse
 
 
 def final_weights(trainer) -> torch.Tensor:
@@ -133,6 +134,29 @@ def test_optimizers_train(make_trainer, optim):
     trainer = make_trainer(optim=optim, peft_config=LoraConfig(r=4))
     before = torch.cat([p.detach().flatten() for p in trainer.denoiser.parameters() if p.requires_grad])
     assert not torch.equal(final_weights(trainer), before)
+
+
+def test_optimizer_schedule_and_clipping_are_those_that_the_command_line_names(sd_folder, make_pairs, tmp_path):
+    """Each update of plain SGD has the length of the rate times the limit, as every gradient is longer than that."""
+    words = "--optim sgd --learning_rate 0.1 --lr_scheduler_type polynomial --max_grad_norm 0.5 --max_steps 4"
+    words += " --weight_decay 0 --warmup_steps 1 --logging_steps 1 --save_strategy no --report_to none --use_cpu"
+    power = ["--lr_scheduler_kwargs", '{"power": 2.0, "lr_end": 0.0}', "--output_dir", str(tmp_path)]
+    _, args, _ = parse([*words.split(), *power, "--model_name_or_path", sd_folder, "--dataset_name", "pairs"])
+    trainer = DiffusionSDPOTrainer(sd_folder, None, args, make_pairs())
+    moved = []
+
+    class Lengths(TrainerCallback):
+        def on_step_begin(self, *_, model, **others):
+            self.before = [weight.detach().clone() for weight in model.parameters()]
+
+        def on_step_end(self, *_, model, **others):
+            steps = [new - old for new, old in zip(model.parameters(), self.before, strict=True)]
+            moved.append(torch.stack([step.norm() for step in steps]).norm().item())
+
+    trainer.add_callback(Lengths())
+    trainer.train()
+    rates = [0.0, 0.1, 0.1 * (2 / 3) ** 2, 0.1 * (1 / 3) ** 2]
+    assert moved == pytest.approx([rate * 0.5 for rate in rates], rel=1e-3)
 
 
 def test_an_optimizer_may_be_passed(make_trainer, sd_pipeline):

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ CAPTION = ".txt"
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip")
 ALONE, NO_RANK, TWICE = "without a partner", "without a rank at the end of the name", "of one name in one folder"
 NO_CAPTION, OTHER_CAPTIONS, NO_TEXT = "without a caption", "with captions that differ", "with a caption not in UTF-8"
+NO_FILE = "with a caption that is a broken link"
 OUTSIDE, UNUSED, OTHER_FILES = "outside of chosen and rejected", "captions without images", "files of other kinds"
 NOTES = (UNUSED, OTHER_FILES)  # which are no bad rows
 LAYOUTS = (
@@ -90,7 +91,7 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
         for folder in here:
             if len(_sides(folder)) == 1:
                 raise ValueError(f"{folder} has the folder {_sides(folder)[0]} and not the other one. {LAYOUTS}")
-        return {"train" if folder == path else folder.name: _read_sides(folder) for folder in here}
+        return _by_split(path, here, _read_sides)
     names = [*_files(path)]
     if any(_is_data_file(name) for name in names):
         return None
@@ -98,7 +99,7 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
     stems = [found[1] for name in names if _is_image(name) and (found := _RANKED.fullmatch(_stem(name)))]
     if len(stems) == len(set(stems)):
         return None  # no two images of one name
-    return {"train" if folder == path else folder.name: _read_ranked(folder) for folder in here}
+    return _by_split(path, here, _read_ranked)
 
 
 def make_datasets(parts: dict[str, Part]) -> dict[str, datasets.Dataset]:
@@ -116,7 +117,7 @@ def _read_sides(folder: Path) -> Part:
     left_out: dict[str, list[str]] = defaultdict(list)
     for name in _files(folder):
         side, _, within = name.partition("/")
-        inside = bool(within) and side in SIDES
+        inside = bool(within) and side.lower() in SIDES
         stem = _stem(within if inside else name)
         if name.lower().endswith(CAPTION):
             captions[stem].append(name)
@@ -125,7 +126,7 @@ def _read_sides(folder: Path) -> Part:
         elif not inside:
             left_out[OUTSIDE].append(name)
         else:
-            images[stem].by_rank[SIDES.index(side)].append(name)
+            images[stem].by_rank[SIDES.index(side.lower())].append(name)
     rows: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": []}
     for stem in sorted(images):
         found = images[stem]
@@ -184,6 +185,8 @@ def _prompt(folder: Path, images: _Images, captions: list[str], left_out: dict[s
         texts = {" ".join((folder / name).read_text(encoding="utf-8-sig").split()) for name in captions}
     except UnicodeDecodeError:
         reason = NO_TEXT
+    except FileNotFoundError:
+        reason = NO_FILE
     if len(images.files) == 1:
         reason = ALONE
     elif not reason and len(texts) != 1:
@@ -198,11 +201,23 @@ def _paths(folder: Path, images: _Images) -> list[str]:
 
 
 def _sides(folder: Path) -> list[str]:
-    return [side for side in SIDES if (folder / side).is_dir()]
+    names = {entry.name.lower() for entry in _folders(folder)}
+    return [side for side in SIDES if side in names]
 
 
 def _folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _by_split(path: Path, folders: list[Path], read: Callable[[Path], Part]) -> dict[str, Part]:
+    """The parts of a folder that is one split, or has folders that are."""
+    if folders == [path]:
+        return {"train": read(path)}
+    with os.scandir(path) as entries:
+        others = sorted(entry.name for entry in entries if Path(entry.path) not in folders and not _is_clutter(entry))
+    if others:
+        logger.warning("%s: not read, as it is in no split: %s", path, ", ".join(others))
+    return {folder.name: read(folder) for folder in folders}
 
 
 def _files(folder: Path | str, above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -213,12 +228,16 @@ def _files(folder: Path | str, above: tuple[str, ...] = ()) -> Iterator[str]:
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
-        if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+        if _is_clutter(entry):
             continue
         if entry.is_dir():
             yield from (f"{entry.name}/{name}" for name in _files(entry.path, (*above, here)))
         else:
             yield entry.name
+
+
+def _is_clutter(entry: os.DirEntry) -> bool:
+    return entry.name.startswith(".") or entry.name.lower() in _CLUTTER
 
 
 def _stem(name: str) -> str:

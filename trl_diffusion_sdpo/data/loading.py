@@ -4,9 +4,10 @@ library, such as `train[:90%]` or `train+test`."""
 from __future__ import annotations
 
 import logging
+import ntpath
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -191,7 +192,7 @@ def found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
         found = dataset.with_format("arrow").map(find.in_table, batched=True, load_from_cache_file=False, **options)
         return found.with_format(None)
     rows = dataset if dataset.features is None else dataset.decode(False)
-    row = next(iter(rows), {})
+    row: Mapping[str, Any] = next(iter(rows), {})
     columns = [column for column in _IMAGE_COLUMNS if column in row]
     if not any(_is_relative(name) for column in columns for name in _names_of(row[column])):
         return dataset
@@ -222,11 +223,13 @@ class _Find:
         return self._path(value) if isinstance(value, str) and _is_relative(value) else value
 
     def _path(self, name: str) -> str:
-        spellings = dict.fromkeys((name, name.replace("\\", "/")))  # of Windows, in a file that is read elsewhere
-        tried = [os.path.join(folder, spelling) for folder in self._folders for spelling in spellings]
-        for path in tried:
-            if os.path.exists(path):
-                return path
+        spellings = {name: None, name.replace("\\", "/"): None}  # the second of Windows, read elsewhere
+        tried = []
+        for folder in self._folders:
+            for spelling in spellings:
+                tried.append(os.path.join(folder, spelling))
+                if os.path.exists(tried[-1]):
+                    return tried[-1]
         if not self._missed:
             logger.warning("There is no image %r: tried %s.", name, ", ".join(tried))
             self._missed = True
@@ -235,7 +238,7 @@ class _Find:
 
 def _is_relative(name: str) -> bool:
     """Whether a name is relative to a folder, here and on Windows, and no URL."""
-    return bool(name) and not ("://" in name or os.path.isabs(name) or PureWindowsPath(name).is_absolute())
+    return bool(name) and not ("://" in name or os.path.isabs(name) or ntpath.isabs(name))
 
 
 def _names_in(dataset: datasets.Dataset, columns: list[str]) -> Iterator[str]:
