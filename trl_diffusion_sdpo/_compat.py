@@ -16,6 +16,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 # LoRA's settings in a file's metadata; exported by their module only. Can go when `diffusers.loaders` exports them.
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
+# For models in one file; exported by their module only. Can go when `diffusers.loaders` exports them.
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
+
 # The error of a lost connection to the Hub comes from its client's HTTP library, httpx or httpx2 by version; this is
 # the common base of both. Can go when huggingface_hub has an error class for it.
 from huggingface_hub.errors import HTTPError as HubConnectionError
@@ -38,7 +41,13 @@ from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 _RENAMED = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
 
-__all__ = ["LORA_ADAPTER_METADATA_KEY", "HubConnectionError", "numpy_safe_globals", "pattern_key"]  # re-exported
+__all__ = [  # re-exported
+    "LORA_ADAPTER_METADATA_KEY",
+    "HubConnectionError",
+    "SingleFileComponentError",
+    "numpy_safe_globals",
+    "pattern_key",
+]
 __all__ += ["TensorBoardCallback", "TrackioCallback", "WandbCallback"]
 
 
@@ -294,3 +303,9 @@ def autocast_rules(rules: dict[str, Callable[..., Any]]) -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def default_configuration(tensors: dict[str, torch.Tensor]) -> str:
+    """The Hub id whose configuration diffusers gives a checkpoint in one file. diffusers has it as a function of its
+    own loader only; `from_single_file` reads the file first, and there names no id where it is offline."""
+    return str(fetch_diffusers_config(tensors)["pretrained_model_name_or_path"])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from trl_diffusion_sdpo.artifacts.disk import DiskFullError, naming_the_disk
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.runs.manifest import damage
 
 SIZE = 300_000  # bytes
 
@@ -63,6 +64,19 @@ def test_a_run_on_a_full_disk_says_so_at_each_of_its_files(make_trainer, small_d
         make(max_steps=1, peft_config=LoraConfig(r=2), sample_prompts=["a"], sample_inference_steps=1).train()
     with pytest.raises(DiskFullError, match="is full"):
         make(peft_config=LoraConfig(r=2)).create_model_card()
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun_and_the_last_one_stays(make_trainer, small_disk):
+    """The second checkpoint needs what the first one took, which is more than is left."""
+    run = small_disk / "run"
+    trainer = make_trainer(
+        output_dir=str(run), peft_config=LoraConfig(r=2), max_steps=2, save_strategy="steps", save_steps=1
+    )
+    (small_disk / "rest").write_bytes(b"0" * 60_000)
+    with pytest.raises(DiskFullError, match="is full: .* free, and at least .* are needed. Nothing of it was written"):
+        trainer.train()
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not damage(run / "checkpoint-1")
 
 
 def fill(folder):

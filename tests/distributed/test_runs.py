@@ -2,6 +2,7 @@
 reference stands still or follows, and drawings, evaluation and uploads are those of one process."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -70,6 +71,7 @@ def build_run(engine: str, tuning: str, kind: str, args: dict | None = None, **g
         "engine_settings": {},
         "tuning": tuning,
         "moved": False,
+        "goes_on_from": None,  # output of an earlier run
         "evaluated": 0,
         "every_step": False,
         "killed_after": None,
@@ -123,7 +125,7 @@ def finished(request, start, hub, tmp_path_factory):
     runs = {run["name"]: run for item in selected for run in item.callspec.params["needs"]}
     # Engine by engine; who ends with a kill goes last, directly before the one that resumes.
     ordered = sorted(runs.values(), key=lambda run: (ends_killed(run), run["engine"]))
-    pending, outputs = [with_places(run, start) for run in ordered], {}
+    pending, outputs = [with_places(run, start, folder) for run in ordered], {}
     while pending:
         output = launch(pending, folder, hub)
         reached = [run for run in pending if (folder / run["name"]).is_dir()]
@@ -150,13 +152,14 @@ def ends_killed(run: dict) -> bool:
     return run["killed_after"] is not None or run["resumes"] is True
 
 
-def with_places(run: dict, start: dict[str, str]) -> dict:
+def with_places(run: dict, start: dict[str, str], folder: Path) -> dict:
     """A run with what the worker needs to build its trainer."""
+    before = run["goes_on_from"]
     return {
         **run,
-        "model": start["policy" if run["moved"] else "base"],
+        "model": start["policy" if run["moved"] else "base"] if before is None else str(folder / before),
         "ref_model": start["base"] if run["moved"] else None,
-        "peft": LORA if run["tuning"] == "lora" else None,
+        "peft": LORA if run["tuning"] == "lora" and before is None else None,
         "data": start["pairs"],
     }
 
@@ -396,6 +399,24 @@ def test_a_reference_is_held_as_the_policy_is_and_never_changes(found, needs, ba
     assert_equal(walk[0]["reference"], base)
     assert_equal(walk[-1]["reference"], base)
     assert moved(walk[-1]["policy"], walk[0]["policy"]).norm() > 0
+
+
+def stages(engine: str, tuning: str) -> list[dict]:
+    first = build_run(engine, tuning, "first", {"max_steps": 2})
+    return [first, build_run(engine, tuning, "second", {"max_steps": 2}, goes_on_from=first["output"])]
+
+
+@pytest.mark.matrix
+@each(stages, engines=["ddp", *SHARDING, "zero2"])
+def test_a_second_stage_starts_from_the_first_which_is_its_reference(found, needs):
+    facts, (before, after) = facts_of(found[1]), walk_of(found[1])
+    assert facts["reference"] == {"full": "frozen", "lora": "ref_adapter"}[needs[0]["tuning"]]
+    assert_equal(before["policy"], walk_of(found[0])[-1]["policy"])
+    assert_equal(before["reference"], before["policy"])
+    assert_equal(after["reference"], before["reference"])
+    assert moved(after["policy"], before["policy"]).norm() > 0
+    assert logged(found[1], "rewards/margins")[0] == 0
+    assert logged(found[1], "loss")[0] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def following(engine: str, tuning: str, alpha: float) -> dict:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.artifacts.interpolation import read_run
 from trl_diffusion_sdpo.artifacts.lora_export import export_kohya
+from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.adapters import adapter_state
 from trl_diffusion_sdpo.runs.starting_point import starting_point
 
@@ -179,11 +180,17 @@ def test_a_second_stage_resumes_bit_for_bit(train, lora_run, tmp_path):
 
 
 @pytest.mark.matrix
-def test_a_second_stage_is_scaled_and_exported_over_the_base(train, lora_run, sd_pipeline, tmp_path):
+def test_a_second_stage_is_scaled_and_exported_over_the_base(train, lora_run, sd_pipeline, make_pairs, tmp_path):
+    pairs = make_pairs(4)
     second = Path(train(lora_run, name="second").args.output_dir)
     run = read_run(second)
     run.check_base(sd_pipeline.unet)
     assert run.setup["reference"] == "ref_adapter"
+    pairs.save_to_disk(tmp_path / "pairs")
+    sweep = ["sweep-scale", "--run", second, "--dataset_name", tmp_path / "pairs", "--dataset_test_split", "train"]
+    sweep += ["--scales", 0, 1, "--bake", 0.5, "--baked_dir", tmp_path / "half", "--use_cpu"]
+    assert main([str(word) for word in sweep]) == 0  # over the base that the run has recorded
+    assert starting_point(tmp_path / "half").pipeline == starting_point(second).pipeline
     export_kohya(second, tmp_path / "second.safetensors")
     plain = StableDiffusionPipeline.from_pretrained(starting_point(second).pipeline)
     plain.load_lora_weights(str(second))

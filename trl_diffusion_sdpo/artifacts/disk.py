@@ -43,6 +43,17 @@ def naming_the_disk(
         raise DiskFullError(_message(error, Path(folder), free, needed, setting)) from error
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raise a `DiskFullError` where a disk has less room than files in a folder will need, before any is written."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise DiskFullError(
+            f"The disk of {folder} is full: {readable_size(free)} are free, and at least {readable_size(needed)} are "
+            "needed. Nothing of it was written, and what was saved before is as it was. Free some, or choose another "
+            "`output_dir`."
+        )
+
+
 def free_bytes(folder: Path) -> int:
     """Free space on the disk of a folder, or of its nearest parent that exists."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..losses import LOSS_KWARG_RANGES, interpolate, loss_spec
 from ..models.adapters import base_tensors
 from ..models.ema import EMA_FOLDER
 from .lora_scale import LORA_A, LORA_B, factor_of
-from .setup import SETUP_FILE, fingerprint, read_setup, write_setup
+from .setup import ARGS_FILE, SETUP_FILE, fingerprint, read_setup, write_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class ScaledWeights:
         with self.active(scale):
             self._files.save(folder, full_pipeline=full_pipeline)
         write_setup(folder, {**self._run.setup, "scale": scale, "scaled_average": self._run.is_average})
+        if (self._run.folder / ARGS_FILE).is_file():  # which names the run's base
+            shutil.copyfile(self._run.folder / ARGS_FILE, folder / ARGS_FILE)
 
     def _at(self, scale: float, name: str) -> torch.Tensor:
         if self._run.lora is not None:

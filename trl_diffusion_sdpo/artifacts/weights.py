@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +25,9 @@ from .lora_scale import folded, public_settings
 COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+_PICKLES = (".bin", ".pt", ".ckpt")
+
+logger = logging.getLogger(__name__)
 
 
 class WeightFiles:
@@ -35,6 +40,8 @@ class WeightFiles:
         denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
         adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
         whole_pipeline (`Callable`, *optional*): Gives a pipeline that was loaded without its encoders with them.
+        linked_folder (`Path`, *optional*): Where the other components' files are; a whole pipeline is saved with links
+            to them.
     """
 
     def __init__(
@@ -43,9 +50,10 @@ class WeightFiles:
         denoiser_name: str,
         adapter: str | None,
         whole_pipeline: Callable[[], DiffusionPipeline] | None = None,
+        linked_folder: Path | None = None,
     ):
         self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
-        self._whole_pipeline = whole_pipeline
+        self._whole_pipeline, self._linked_folder = whole_pipeline, linked_folder
         tensors = self.tensors()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
@@ -94,17 +102,37 @@ class WeightFiles:
             tensors = self.tensors() if weights is None else weights
             save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
             return
-        pipeline = self._whole_pipeline() if full_pipeline and self._whole_pipeline is not None else self._pipeline
+        links = self._components_to_link() if full_pipeline else {}
+        all_saved = full_pipeline and not links
+        pipeline = self._whole_pipeline() if all_saved and self._whole_pipeline is not None else self._pipeline
         if weights is not None:
             pipeline = copy.copy(pipeline)
             pipeline.register_modules(**{self._denoiser_name: _with_weights(self._denoiser, weights)})
-        if full_pipeline:
+        _unlink_shared(folder / name for name in self._pipeline.components)
+        if all_saved:
             pipeline.save_pretrained(folder, safe_serialization=True)
         else:
             denoiser = pipeline.components[self._denoiser_name]
             denoiser.save_pretrained(folder / self._denoiser_name, safe_serialization=True)
+        for name, source in links.items():
+            _link_or_copy(source, folder / name)
+        if links:
+            pipeline.save_config(folder)
         configs = (folder / name / file for name in self._pipeline.components for file in COMPONENT_CONFIGS)
         _remove_local_paths([folder / "model_index.json", *configs])
+
+    def _components_to_link(self) -> dict[str, Path]:
+        """Folders of the components that did not train, by name; none where one cannot be taken as it is."""
+        if self._linked_folder is None:
+            return {}
+        parts = {name: part for name, part in self._pipeline.components.items() if part is not None}
+        folders = {name: self._linked_folder / name for name in parts if name != self._denoiser_name}
+        for name, source in folders.items():
+            is_network = isinstance(parts[name], nn.Module)
+            if not source.is_dir() or (is_network and not any(source.glob("*.safetensors"))):
+                logger.warning("`link_full_pipeline` copies: %s does not have the pipeline's `%s`.", source, name)
+                return {}
+        return folders
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         """Read what [`WeightFiles.save`] wrote; `ValueError` where the folder holds no such weights, or others."""
@@ -117,6 +145,28 @@ class WeightFiles:
                 f"A checkpoint of full tuning must hold the folder {self._denoiser_name}; {folder} does not.{hint}"
             )
         return cast(Any, type(self._denoiser)).from_pretrained(source, use_safetensors=True).state_dict()
+
+
+def _unlink_shared(folders: Iterable[Path]) -> None:
+    """Remove hard links of weights: writing into one would change the file that it shares."""
+    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
+        if file.stat().st_nlink > 1:
+            file.unlink()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A component's folder: weights linked where the file system allows it, other files copied, pickles left out."""
+    for file in (file for file in source.rglob("*") if file.is_file() and file.suffix not in _PICKLES):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, place)
+            continue
+        place.unlink(missing_ok=True)
+        try:
+            os.link(file.resolve(), place)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, place)
 
 
 def _with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:

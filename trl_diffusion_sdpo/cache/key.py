@@ -101,6 +101,8 @@ class EncoderFacts:
     def _weights(self, name: str, part: nn.Module) -> Any:
         if self._origin is None or name in self._options:
             return hash_of_tensors(part.state_dict())
+        if Path(self._origin).is_file():
+            return hashes_of([Path(self._origin)], self._folder / HASHES)
         folder = Path(self._origin) / name
         if folder.is_dir():
             files = sorted(folder.glob("*.safetensors"))  # others are never read

@@ -225,6 +225,7 @@ def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None
 
 
 def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None, start: StartingPoint) -> Any:
+    from ..families.single_file import configuration_of
     from ..models.numerics import torch_dtype
     from ..planning.skeleton import pipeline_of_folder, published_pipeline
 
@@ -234,7 +235,7 @@ def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None
     if like is not None:
         return published_pipeline(like, dtype)
     access = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
-    return pipeline_of_folder(start.pipeline, dtype, **access)
+    return pipeline_of_folder(configuration_of(start.pipeline, options.get("config")), dtype, **access)
 
 
 def _working(family: Any, args: DiffusionSDPOConfig, half: Any) -> Any:

@@ -47,7 +47,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--run", required=True, metavar="FOLDER", help="Output folder of the run, or one of its checkpoints.")
-    add("--model_name_or_path", required=True, metavar="ID", help="The run's base, a Hub id or folder.")
+    add("--model_name_or_path", metavar="ID", help="The run's base, if it has moved; the recorded one if unset.")
     add("--dataset_name", required=True, metavar="ID", help="Preference pairs, as `train` takes them.")
     add("--dataset_config", metavar="NAME", help="Configuration of a Hub data set.")
     add("--dataset_test_split", default="test", metavar="NAME", help="Split to evaluate on (default: test).")
@@ -115,10 +115,14 @@ def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTr
     from transformers import PrinterCallback
 
     from ..models.loading import load_model
+    from ..runs.starting_point import base_of_run, starting_point
     from ..trainer import DiffusionSDPOTrainer
 
     origin = {"revision": options.model_revision, "dtype": options.dtype}
-    loaded = load_model(options.model_name_or_path, model_init_kwargs=origin)
+    named = options.model_name_or_path
+    start = base_of_run(run.folder) if named is None else starting_point(named)  # without its LoRA
+    settings = start.with_recorded(origin)
+    loaded = load_model(start.pipeline, model_init_kwargs=settings, denoiser_folder=start.denoiser)
     run.check_base(loaded.denoiser)
     args, pairs = _make_args(options, run), _load_pairs(options)
     trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.loaders import FromSingleFileMixin
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from .base import Family
 from .model_files import check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes
+from .single_file import configuration_of, is_single_file, reading_single_file
 
 CLASS = "_class_name"  # of the pipeline, in its model_index.json
 
@@ -90,24 +92,25 @@ def load_pipeline(
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
-    index = read_index(name_or_path, revision=revision, token=token, **from_pretrained)
+    base = configuration_of(name_or_path, from_pretrained.pop("config", None))
+    index = _index_of(name_or_path, base, revision=revision, token=token, **from_pretrained)
     family = family_for_class_name(index[CLASS])
-    if denoiser_folder is not None and denoiser:
+    in_file = is_single_file(name_or_path)
+    if denoiser and (denoiser_folder is not None or (in_file and denoiser_quantization is not None)):
         hub = {name: from_pretrained[name] for name in _HUB_OPTIONS if name in from_pretrained}
         hub |= {"revision": revision, "token": token, "quantization_config": denoiser_quantization}
+        hub |= {"config": base} if in_file else {}
         part = load_denoiser(name_or_path, dtype=dtype, folder=denoiser_folder, **hub)
         from_pretrained[family.denoiser_name] = part
     elif denoiser_quantization is not None and denoiser:
         from_pretrained |= _quantizing(family, denoiser_quantization, from_pretrained)
-    check_parts(name_or_path, index, from_pretrained)
+    check_parts(base, index, from_pretrained)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant, "token": token}
     options |= from_pretrained
     absent = (*(() if encoders else family.frozen_components), *(() if denoiser else (family.denoiser_name,)))
     names = [name for name in absent if name not in from_pretrained]
-    options |= networks_without_weights(family, index, name_or_path, names, **options)
-    pipeline_class = _text_to_image_class(family)
-    with _safetensors_only(name_or_path):
-        pipeline = pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
+    options |= networks_without_weights(family, index, base, names, **options)
+    pipeline = _read_pipeline(_text_to_image_class(family), name_or_path, base, options)
     family(pipeline)  # refuses what can't be trained
     return pipeline
 
@@ -118,9 +121,24 @@ def load_encoders(
     """A pipeline with the denoiser of `family` and everything else from disk, as a pipeline without its encoders was
     loaded: `name_or_path` and `from_pretrained` are those of [`load_pipeline`]."""
     options = {"dtype": torch.float32, **from_pretrained, family.denoiser_name: family.denoiser}
-    with _safetensors_only(os.fspath(name_or_path)):
-        pipeline_class = type(family.pipeline)
-        return pipeline_class.from_pretrained(os.fspath(name_or_path), use_safetensors=True, **options)
+    base = configuration_of(os.fspath(name_or_path), options.pop("config", None))
+    return _read_pipeline(type(family.pipeline), os.fspath(name_or_path), base, options)
+
+
+def _read_pipeline(
+    pipeline_class: Any, name_or_path: str, base: str, options: dict[str, Any]
+) -> diffusers.DiffusionPipeline:
+    """A pipeline from a folder, the Hub or, with the configuration of `base`, one file."""
+    if not is_single_file(name_or_path):
+        with _safetensors_only(name_or_path):
+            return pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
+    if not issubclass(pipeline_class, FromSingleFileMixin):
+        raise ValueError(
+            f"diffusers does not read {pipeline_class.__name__} from one file, got {name_or_path}. Use a folder."
+        )
+    options = {key: value for key, value in options.items() if key != "variant"}  # a file is one
+    with reading_single_file(name_or_path, base):
+        return pipeline_class.from_single_file(name_or_path, config=base, **options)
 
 
 def load_denoiser(
@@ -149,13 +167,14 @@ def load_denoiser(
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
+    base = configuration_of(name_or_path, from_pretrained.pop("config", None))
     unknown = sorted(from_pretrained.keys() - set(DENOISER_OPTIONS))
     if unknown:
         raise ValueError(
             f"A denoiser alone is loaded with {', '.join(DENOISER_OPTIONS)} and `dtype`; got also {', '.join(unknown)}."
             " Leave these out, or pass a loaded pipeline."
         )
-    index = read_index(name_or_path, **from_pretrained)
+    index = _index_of(name_or_path, base, **from_pretrained)
     family = family_for_class_name(index[CLASS])
     denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
     options = from_pretrained
@@ -163,6 +182,10 @@ def load_denoiser(
         options = {key: value for key, value in options.items() if key not in ("revision", "variant")}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
+    if folder is None and is_single_file(name_or_path):
+        with reading_single_file(name_or_path, base):
+            options = {"config": base, "subfolder": family.denoiser_name, **options, "torch_dtype": dtype}
+            return denoiser_class.from_single_file(name_or_path, **options)
     source = name_or_path if folder is None else os.fspath(folder)
     with _safetensors_only(source):
         return denoiser_class.from_pretrained(
@@ -272,19 +295,27 @@ def _safetensors_only(name_or_path: str) -> Iterator[None]:
         raise ValueError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
 
 
+def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
+    """`model_index.json` of a model, for a file that of its configuration."""
+    try:
+        return read_index(base, **options)
+    except ValueError as error:
+        if not is_single_file(name_or_path):
+            raise
+        raise ValueError(
+            f"{name_or_path} needs the configuration of a diffusers pipeline, and that of {base} could not be read. "
+            'Name a folder or Hub id that has it by `model_init_kwargs={"config": "FOLDER OR HUB ID"}`. ' + str(error)
+        ) from error
+
+
 def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     """`model_index.json` of a pipeline, whose entry `CLASS` is a class name. Only the options `revision`, `token` and
     those in `_HUB_OPTIONS` are used."""
-    if os.path.isfile(name_or_path):
-        raise ValueError(
-            f"A pipeline is a folder saved by diffusers or a Hub id, got the file {name_or_path}. Convert it with "
-            "`from_single_file(...)` of its pipeline class and `save_pretrained`."
-        )
     is_folder = os.path.isdir(name_or_path)
     if not is_folder and (os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") > 1):
         raise ValueError(
             f"`model` must be a folder saved by diffusers or the id of a diffusers pipeline on the Hub, and there is "
-            f"no folder {name_or_path}. Check the path; a Hub id looks like owner/name."
+            f"no folder or file {name_or_path}. Check the path; a Hub id looks like owner/name."
         )
     if is_folder and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
         raise ValueError(

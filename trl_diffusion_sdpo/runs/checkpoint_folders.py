@@ -50,11 +50,17 @@ def checkpoints_in(folder: Path) -> dict[Path, int]:
 
 
 class CheckpointFolders:
-    """The checkpoints in a run's output folder. All processes must call every method."""
+    """The checkpoints in a run's output folder. All processes must call every method.
+
+    Attributes:
+        last_bytes (`int`): Of the checkpoint that was completed last; 0 before the first, and in processes that do not
+            write manifests.
+    """
 
     def __init__(self, args: TrainingArguments):
         self._args, self._processes = args, PartialState()
         self._begun: Path | None = None
+        self.last_bytes = 0
 
     # ---- Writing --------------------------------------------------------------------------------------------------
 
@@ -84,6 +90,7 @@ class CheckpointFolders:
         if not self._args.should_save:
             return
         Manifest(Manifest.read(folder).sequence, True, files).write(folder)
+        self.last_bytes = sum(size for size, _ in files.values())
         _delete_if_possible(_replaced(folder))
 
     def _measured_by_all(self, folder: Path) -> dict[str, list[Any]]:

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
+from ..artifacts.disk import DiskFullError, check_room
 from ..artifacts.setup import ARGS_FILE, write_setup
 from ..artifacts.weights import WeightFiles
 from ..engines.engine import Engine
+from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.shadow_weights import ShadowWeights
 from .checkpoint_folders import CheckpointFolders, holds_optimizer
@@ -97,7 +99,11 @@ class RunFiles:
 
     @contextlib.contextmanager
     def writing_checkpoint(self, folder: Path) -> Iterator[None]:
-        """Begin a checkpoint, and mark it as complete when all of its files were written within the context."""
+        """Begin a checkpoint, and mark it as complete when all of its files were written within the context.
+        `DiskFullError` in all processes where one has too little room, before anything is written."""
+        with failing_together(DiskFullError):
+            if self._args.should_save:
+                check_room(folder, max(self._weights.bytes_needed, self.checkpoints.last_bytes))
         self.checkpoints.begin(folder)
         yield
         if self._args.should_save:

@@ -102,6 +102,14 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
     return StartingPoint(**found, denoiser=base["denoiser"], adapter=str(folder), fingerprint=fingerprint)
 
 
+def base_of_run(run: str | os.PathLike) -> StartingPoint:
+    """What a run started from, without a LoRA; `ValueError` where that is unknown or gone."""
+    folder = Path(run)
+    base = stored_settings(folder).get(BASE) or read_setup(folder).get(BASE)
+    _check_base(base, folder, is_lora=False)
+    return StartingPoint(base["pipeline"], base["options"], base["denoiser"])
+
+
 def recorded_base(
     name_or_path: str | None, options: Mapping[str, Any], denoiser_folder: str | None
 ) -> dict[str, Any] | None:

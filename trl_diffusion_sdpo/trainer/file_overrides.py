@@ -102,7 +102,8 @@ class FileOverrides(Trainer):
             with loading_unsharded(self.args):  # the first process alone calls it
                 return loaded.whole_pipeline()
 
-        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, whole_pipeline)
+        linked = loaded.folder() if args.link_full_pipeline else None
+        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, whole_pipeline, linked)
         self.publisher, self.tracked_images = Publisher(args, NOT_PUBLISHED), TrackedImages()
         self.run_facts = RunFacts(
             has_reference=self.loss_spec.needs_reference,

@@ -1,0 +1,188 @@
+"""What is shown of an error: one sentence of this package's own, the traceback of a library's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.cli.errors import is_own
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.import_utils import MissingExtraError
+from trl_diffusion_sdpo.losses import interpolate
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+TINY = {
+    "use_cpu": True,
+    "max_steps": 1,
+    "resolution": 16,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+FOREIGN = ("Invalid beta parameter at index 0: 1.5", {"adam_beta1": 1.5})  # torch's optimizer, once training begins
+
+
+@pytest.fixture(scope="module")
+def pairs(make_pairs, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pairs")
+    make_pairs(4).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def broken(sd_folder, tmp_path) -> Path:
+    """A copy of the tiny pipeline, to be damaged."""
+    return Path(shutil.copytree(sd_folder, tmp_path / "model"))
+
+
+def words(model, data, folder, **settings) -> list[str]:
+    given = {"model_name_or_path": model, "dataset_name": data, "output_dir": folder, **TINY, **settings}
+    return ["train", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
+
+
+def sentence(capsys, *arguments, **settings) -> str:
+    """What `train` says of a user's error, in one line."""
+    capsys.readouterr()
+    assert main(words(*arguments, **settings)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train: error: " in line]
+    return line.partition("error: ")[2]
+
+
+def test_an_error_is_own_by_its_raise_or_its_class():
+    def caught(call):
+        try:
+            call()
+        except Exception as error:
+            return error
+
+    assert is_own(caught(lambda: DiffusionSDPOConfig("out", beta=-1.0)))
+    assert is_own(MissingExtraError("of a class of this package, from elsewhere"))
+    assert not is_own(
+        caught(lambda: interpolate(torch.zeros(2), torch.zeros(3), 0.5))
+    )  # torch, called by this package
+    assert not is_own(caught(lambda: int("x")))
+
+
+def test_an_error_of_a_library_while_training_has_its_traceback(sd_folder, pairs, tmp_path):
+    with pytest.raises(ValueError, match=FOREIGN[0]):
+        main(words(sd_folder, pairs, tmp_path / "run", **FOREIGN[1]))
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [False, True], ids=["one process", "two processes"])
+@pytest.mark.parametrize("foreign", [False, True], ids=["own", "foreign"])
+def test_processes_show_tracebacks_of_libraries_only(sd_folder, pairs, tmp_path, launched, foreign):
+    settings = FOREIGN[1] if foreign else {"timestep_range": "5 5"}
+    arguments = [part for word in words(sd_folder, pairs, tmp_path / "run", **settings) for part in word.split()]
+    if launched:
+        config = {"distributed_type": "MULTI_GPU", "num_machines": 1, "use_cpu": True, "mixed_precision": "no"}
+        (tmp_path / "cpus.yaml").write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", **config}))
+        arguments += ["--accelerate_config", str(tmp_path / "cpus.yaml"), "--num_processes", "2"]
+        arguments += ["--main_process_port", "0"]
+    command = [sys.executable, "-m", "trl_diffusion_sdpo", *arguments]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == (1 if foreign else 2), done.stderr[-3000:]
+    assert ("Traceback" in done.stderr) is foreign
+    said = f"ValueError: {FOREIGN[0]}" if foreign else "error: `timestep_range` must be two whole numbers"
+    assert said in done.stderr
+
+
+def test_a_check_of_transformers_on_its_arguments_is_a_users_error(sd_folder, pairs, tmp_path, capsys):
+    said = sentence(capsys, sd_folder, pairs, tmp_path / "run", save_strategy="steps", load_best_model_at_end=True)
+    assert "load_best_model_at_end requires the save and eval strategy to match" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.jsonl", "", "empty.jsonl has 0 bytes"),
+        ("empty.parquet", "", "empty.parquet has 0 bytes"),
+        ("header.csv", "prompt,chosen,rejected\n", "header.csv has no rows"),
+        ("list.json", "[]", "list.json has no rows"),
+        ("torn.json", '[{"prompt": ', "could not be read: "),
+    ],
+)
+def test_data_without_pairs_are_told(sd_folder, tmp_path, capsys, name, content, said):
+    (tmp_path / name).write_text(content)
+    assert said in sentence(capsys, sd_folder, tmp_path / name, tmp_path / "run")
+
+
+def test_data_that_are_not_there_are_told(sd_folder, tmp_path, capsys):
+    said = sentence(capsys, sd_folder, tmp_path / "nothing.json", tmp_path / "run")
+    assert "nothing.json could not be read: " in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\nsteps: [1\nbeta: 2\n", "line 3 is not: expected ',' or ']', but got ':', while parsing a flow seq"),
+        ("a: b: c\n", "line 1 is not: mapping values are not allowed here"),
+        ("seed: 1\nseed: 2\n", "seed is given twice"),
+    ],
+)
+def test_broken_yaml_is_told_with_its_line(tmp_path, capsys, text, said):
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert main(["train", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_its_package():
+    with pytest.raises(MissingExtraError, match="`report_to=dvclive` needs dvclive.* `pip install dvclive`"):
+        DiffusionSDPOConfig("out", report_to=["tensorboard", "dvclive"])
+
+
+def test_quantization_without_bitsandbytes_is_told(sd_folder, pairs, tmp_path, capsys):
+    if find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed")
+    said = sentence(capsys, sd_folder, pairs, tmp_path / "run", use_peft=True, load_in_4bit=True)
+    assert "needs bitsandbytes" in said and "pip install 'trl-diffusion-sdpo[quantization]'" in said
+
+
+@pytest.mark.parametrize("file", [UNET, "text_encoder/model.safetensors"])
+@pytest.mark.parametrize("size", [0, 5000, -100])
+def test_a_damaged_file_of_weights_is_named(broken, file, size):
+    (broken / file).write_bytes((broken / file).read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"{file} is damaged: it has [0-9]+ bytes, and .*. Download it again"):
+        load_pipeline(broken)
+
+
+def test_missing_files_of_a_model_are_named(broken, sd_folder):
+    weights = load_file(broken / UNET)
+    shards = {"conv_in.weight": "diffusion_pytorch_model-00002-of-00002.safetensors"}
+    (broken / f"{UNET}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    (broken / UNET).unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of its files of weights, such as .*00002-of-00002"):
+        load_pipeline(broken)
+    (broken / f"{UNET}.index.json").unlink()
+    torch.save(weights, broken / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="has pickled ones, such as .*bin, which are never read"):
+        load_pipeline(broken)
+    shutil.copy(Path(sd_folder) / UNET, broken / UNET)
+    shutil.rmtree(broken / "tokenizer")
+    with pytest.raises(ValueError, match="names a tokenizer, a CLIPTokenizer, and there is no folder"):
+        load_pipeline(broken)
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_step(make_trainer, broken):
+    weights = load_file(broken / UNET)
+    weights["conv_out.weight"].view(-1)[3] = float("nan")
+    save_file(weights, broken / UNET, {"format": "pt"})
+    trainer = make_trainer(broken, max_steps=2)
+    with pytest.raises(FloatingPointError, match="weights were not finite before it: `unet` conv_out.weight"):
+        trainer.train()
+    assert trainer.state.global_step == 0
