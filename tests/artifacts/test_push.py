@@ -1,6 +1,7 @@
 """`push_to_hub` through the real client, against a server on this machine that speaks the Hub's protocol."""
 
 import datetime
+import json
 import logging
 import multiprocessing
 import re
@@ -18,6 +19,7 @@ from peft import LoraConfig
 from trl_diffusion_sdpo.artifacts.hub import PublishingError, Uploads
 from trl_diffusion_sdpo.artifacts.model_card import mean_loss
 from trl_diffusion_sdpo.artifacts.publishing import Publisher
+from trl_diffusion_sdpo.trainer import callbacks
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -278,20 +280,27 @@ def test_all_processes_wait_for_an_upload_longer_than_a_collective_may_last(tmp_
     assert [process.exitcode for process in both] == [0, 0]
 
 
-def test_the_loss_on_the_card_is_of_the_whole_run_after_a_resume(make_trainer, tmp_path):
+def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer, tmp_path, monkeypatch):
+    plotted = []
+    monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: plotted.append((list(history), file)))
+
     def card_of(**args):
         trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=3, peft_config=LoraConfig(r=4), **args)
         trainer.train(resume_from_checkpoint=args.get("resume_from_checkpoint"))
-        trainer.create_model_card()
+        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        assert state["log_history"] == trainer.state.log_history == plotted[-1][0] and state["global_step"] == 4
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         text = (tmp_path / "run" / "README.md").read_text()
         return losses, float(re.search(r"\| `train_loss` \| `(.*)` \|", text)[1])
 
     losses, whole = card_of(learning_rate=1e-2)
+    assert [len(history) for history, _ in plotted] == [3, 4, 5], "at both saves and, with the means, at the end"
+    assert plotted[-1][1] == tmp_path / "run" / "curves.png"
     assert whole == pytest.approx(sum(losses) / 4, rel=1e-5)
     again, resumed = card_of(learning_rate=1e-2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert again == losses and abs(losses[-1] - whole) > 1e-3  # of the last step alone it was that
     assert resumed == pytest.approx(whole, rel=1e-5)
+    assert [entry["step"] for entry in plotted[-1][0] if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_a_mean_over_a_whole_run_by_hand():

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import pytest
 from peft import LoraConfig
 from PIL import Image, PngImagePlugin
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.artifacts.run_card import (
     GENERATED,
@@ -21,6 +21,7 @@ from trl_diffusion_sdpo.artifacts.run_card import (
     split_by_default,
 )
 from trl_diffusion_sdpo.sources.checking import DataReport
+from trl_diffusion_sdpo.trainer.callbacks import RunReportCallback
 from trl_diffusion_sdpo.trainer.file_overrides import NOT_PUBLISHED
 
 LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
@@ -41,22 +42,18 @@ def images_of(card: str) -> list[str]:
     return re.findall(r"!\[[^]]*\]\((.*?)\)", card)
 
 
-def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(make_trainer, sd_folder, tmp_path):
-    sampled = {"sample_prompts": ["a red cube"], "sample_inference_steps": 1}
+def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
+    make_trainer, sd_folder, tmp_path, capfd
+):
+    sampled = {"sample_prompts": ["a red cube"], "sample_inference_steps": 1, "disable_tqdm": False}
     trainer = make_trainer(peft_config=LORA, beta=100.0, model_init_kwargs={"token": "hf_secretsecret"}, **sampled)
 
-    def judge():
-        run = tmp_path / "run"
-        for name in ("curves.png", "verdict.png"):
-            Image.new("RGB", (8, 8)).save(run / name)
-        verdict = {"label": "worse", "sentence": "The winners' error rose.", "advice": "Do not\nuse it."}
-        (run / "verdict.json").write_text(json.dumps(verdict))
-
-    trainer.add_callback(At(2, judge))
+    trainer.add_callback(At(2, lambda: Image.new("RGB", (8, 8)).save(tmp_path / "run" / "curves.png")))
     trainer.train()
     card = (tmp_path / "run" / "README.md").read_text()
+    verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
     for line in (
-        "The winners' error rose. Do not use it.",
+        " ".join(verdict[name] for name in ("sentence", "advice") if verdict[name]),
         "| LoRA | rank 2, alpha 6, targets `to_k`, `to_q` |",
         "| Pairs | 16, and 0 dropped |",
         "| Optimizer steps | 2 of 2 |",
@@ -65,10 +62,34 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
     ):
         assert line in card.splitlines()
     assert re.search(r"\| Hardware \| cpu \(\w+\) \|\n\| Time \| \d+ s \|", card)
-    shown = ["verdict.png", "curves.png", "samples/step-000000-0.png", "samples/step-000002-0.png"]
-    assert images_of(card) == shown and all((tmp_path / "run" / name).is_file() for name in shown)
+    shown = images_of(card)
+    assert shown[-3:] == ["curves.png", "samples/step-000000-0.png", "samples/step-000002-0.png"]
+    assert shown[:-3] in ([], ["verdict.png"]) and all((tmp_path / "run" / name).is_file() for name in shown)
     for private in (str(tmp_path), os.path.dirname(sd_folder), "hf_secret", os.uname().nodename):
         assert private not in card
+    assert_told(*capfd.readouterr(), trainer, tmp_path / "run")
+
+
+def assert_told(out: str, bar: str, trainer, run):
+    """On the console are short lines, and at the end what the run has left, and code that loads it; the rest is in the
+    state."""
+    lines = out.splitlines()
+    first = next(line for line in lines if line.startswith("step 1  loss 0.6931  winner "))
+    assert "  lambda " in first and "grad_norm" not in out and "loss=" in bar and "accuracy=" in bar
+    told = lines[lines.index("Training ended at step 2 of 2.") + 1 :]
+    assert told == [
+        f"  Samples: {run / 'samples' / 'step-000002.png'} (first: step-000000.png)",
+        f"  Curves:  {run / 'curves.png'}",
+        f"  State:   {run / 'trainer_state.json'}",
+        f"  Card:    {run / 'README.md'}",
+        f'  To load: pipeline.load_lora_weights("{run}")  # once saved',
+    ]
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert {"grad_norm", "rewards/margins", "safeguard/active"} <= state["log_history"][0].keys()
+    trainer.save_model()
+    trainer.pipeline.unet.delete_adapters(trainer.adapter)
+    exec(told[-1].partition(": ")[2], {"pipeline": trainer.pipeline})
+    assert trainer.pipeline.get_active_adapters() == ["default_0"]
 
 
 def test_an_edited_card_is_left_as_it_is_and_one_that_is_asked_for_is_not(make_trainer, tmp_path, caplog):
@@ -91,13 +112,16 @@ def test_an_interrupted_run_has_its_curves_state_and_card_as_well(make_trainer, 
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
 
 
-def test_a_report_that_cannot_be_written_ends_no_run(make_trainer, tmp_path, caplog):
+def test_a_report_that_cannot_be_written_is_a_warning(make_args, tmp_path, caplog):
     (tmp_path / "run" / "trainer_state.json").mkdir(parents=True)
-    trainer = make_trainer(max_steps=1, peft_config=LORA)
-    trainer.train()
-    assert "The report of the run could not be written" in caplog.text
-    trainer.save_model()
-    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    ended, state = [], TrainerState()
+    callback = RunReportCallback(lambda: ended.append(1))
+    for event in (callback.on_save, callback.on_train_end):
+        event(make_args(), state, TrainerControl())
+    assert caplog.text.count("could not be written") == 2 and not ended
+    (tmp_path / "run" / "trainer_state.json").rmdir()
+    callback.on_train_end(make_args(), state, TrainerControl())
+    assert ended and (tmp_path / "run" / "trainer_state.json").is_file()
 
 
 def test_plots_are_published_and_the_state_that_names_folders_is_not():
@@ -127,6 +151,12 @@ def test_a_verdict_that_cannot_be_read_is_none(content, tmp_path):
     if content is not None:
         (tmp_path / "verdict.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert read_verdict(tmp_path) is None
+
+
+def test_sentence_and_advice_of_a_verdict_are_read(tmp_path):
+    verdict = {"label": "worse", "sentence": "The error rose.", "advice": "Do not\nuse it, hf_" + "a1B2" * 8}
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    assert read_verdict(tmp_path) == "The error rose. Do not use it, hf_..."
 
 
 def test_facts_in_words():

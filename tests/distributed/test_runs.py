@@ -602,8 +602,11 @@ def test_all_processes_together_publish_one_whole_artefact(found, needs, hub, tm
         "lora": {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"},
     }[needs[0]["tuning"]]
     samples = {f"samples/step-00000{step}{part}.png" for step in (0, STEPS) for part in ("", "-0")}
-    # Neither checkpoints nor shards nor pickles, which lie in the same folder.
-    assert set(repo.files) - {".gitattributes"} == weights | samples | {"README.md", "diffusion_sdpo_setup.json"}
+    # Neither checkpoints nor shards nor pickles, which lie in the same folder. Plots need matplotlib.
+    assert set(repo.files) - {".gitattributes", "curves.png", "noise_bins.png"} == weights | samples | {
+        "README.md",
+        "diffusion_sdpo_setup.json",
+    }
     for name, content in repo.files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

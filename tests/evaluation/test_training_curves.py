@@ -1,13 +1,9 @@
-"""The curves of a run: which points they have, by hand, and that a resumed run keeps the earlier ones."""
-
-import json
+"""The curves of a run: which points they have, by hand."""
 
 import pytest
-from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_sdpo.evaluation.training_curves import curves_of, has_curves, plot_curves
-from trl_diffusion_sdpo.trainer import callbacks
 
 HISTORY = [
     {"step": 0, "eval_loss": 0.5, "eval_errors/winner": 2.0, "eval_errors/winner_change": 0.0},
@@ -59,18 +55,3 @@ def test_a_picture_has_a_panel_for_each_of_them(history, tmp_path, monkeypatch):
         assert drawn == curves and axes.get_xlabel() == "optimizer step"
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 500
-
-
-def test_a_resumed_run_keeps_the_earlier_part_of_its_curves_and_its_state(make_trainer, tmp_path, monkeypatch):
-    plotted = []
-    monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: plotted.append((list(history), file)))
-    settings = {"peft_config": LoraConfig(r=2), "save_strategy": "steps", "save_steps": 2}
-    make_trainer(max_steps=3, **settings).train()
-    assert len(plotted) == 3, "at step 2, at the last step and at the end"
-    resumed = make_trainer(max_steps=4, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    history, file = plotted[-1]
-    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
-    assert file == tmp_path / "run" / "curves.png"
-    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    assert state["log_history"] == resumed.state.log_history and state["global_step"] == 4

@@ -138,7 +138,7 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         snippet=_snippet(facts, base),
         settings_table=_table(("Setting", "Value"), _public_mapping(facts.settings)),
         defaults_table=_table(("Setting", "Value"), _public_mapping(facts.defaults)),
-        run_table=_rows(("", ""), [(name, _text(value)) for name, value in facts.run.items()]),
+        run_table=_rows(("Run", "Value"), [(name, _text(value)) for name, value in facts.run.items()]),
         comparison_table=_comparison_table(facts),
         pictures=facts.pictures,
         metrics_table=_table(("Metric", "Value"), {name: f"{value:.6g}" for name, value in facts.metrics.items()}),

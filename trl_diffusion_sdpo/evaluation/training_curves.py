@@ -78,7 +78,7 @@ def _plot_panel(axes: Any, title: str, curves: Mapping[str, Points]) -> None:
     evaluations = list(dict.fromkeys(label.partition(", ")[2] for label in curves if ", " in label))
     for label, points in curves.items():
         first, _, evaluation = label.partition(", ")
-        look = {"color": "C3" if first == "losers" else "C0", "label": label}
+        look: dict[str, Any] = {"color": "C3" if first == "losers" else "C0", "label": label}
         if evaluation:
             look |= {"marker": "o", "markersize": 3, "linestyle": ("-", "--", ":")[evaluations.index(evaluation) % 3]}
         else:

@@ -248,10 +248,10 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
     return [*curves, *by_noise]
 
 
-def run_lines(folder: Path, state: TrainerState, loading_code: str, *, card: bool) -> list[str]:
+def run_lines(folder: Path, state: TrainerState, loading_code: str, *, samples: bool, card: bool) -> list[str]:
     """What a training has left in its folder, a line each, and how to load the weights."""
-    steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png"))
-    curves = folder / CURVES_FILE
+    steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png")) if samples else []
+    curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):
         curves = None
     elif not is_plots_available():

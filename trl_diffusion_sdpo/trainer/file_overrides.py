@@ -305,8 +305,9 @@ class FileOverrides(Trainer):
     def _end_report(self) -> None:
         """Write the card, and tell what the run has left and how to load it; the first process only."""
         written = self._write_card(keep_edited=True)
-        tell = logger.info if self.args.disable_tqdm else say
-        for line in run_lines(Path(self.args.output_dir), self.state, self.model_card.loading_code(), card=written):
+        tell, folder = logger.info if self.args.disable_tqdm else say, Path(self.args.output_dir)
+        found = {"samples": bool(newest_gallery(self.callback_handler.callbacks)), "card": written}
+        for line in run_lines(folder, self.state, self.model_card.loading_code(), **found):
             tell(line)
 
     def _write_card(self, *, ended: bool = True, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
