@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo._compat import repeated_blocks
 from trl_diffusion_sdpo.planning.published import PIPELINES
 from trl_diffusion_sdpo.sources.checking import usable_cores
 from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
@@ -60,7 +61,7 @@ class Case:
         model (`str`): A key of `PIPELINES`.
         tuning (`str`): `"lora"`, `"qlora"` (base in four bits) or `"full"`.
         cached (`bool`): With encoded images and prompts and the reference's errors computed beforehand.
-        compiled (`bool`): With `torch_compile` of the repeated blocks.
+        compiled (`bool`): With `torch_compile` of the repeated blocks, or of a whole denoiser that names none.
     """
 
     model: str
@@ -109,6 +110,8 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
     side = SMALLEST_SIDE if smallest else PIPELINES[case.model].resolution
     steps = 4 if smallest else WARMUP + TIMED + 1
     pairs = 1 if smallest else PAIRS[case.model]
+    pipeline = build(case.model, case.tuning, torch.device(device), smallest=smallest)
+    denoiser = next(part for part in (pipeline.components.get(name) for name in ("unet", "transformer")) if part)
     args = DiffusionSDPOConfig(
         folder,
         max_steps=steps,
@@ -119,7 +122,7 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
         use_cpu=device == "cpu",
         resolution=side,
         torch_compile=case.compiled,
-        torch_compile_regional=case.compiled,
+        torch_compile_regional=case.compiled and bool(repeated_blocks(denoiser)),
         dataloader_num_workers=0 if smallest else min(MAX_WORKERS, usable_cores() - 1),
         logging_strategy="no",
         save_strategy="no",
@@ -127,7 +130,6 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
         disable_tqdm=True,
         **({**CACHED, "latent_cache_dir": f"{folder}/encoded"} if case.cached else {}),
     )
-    pipeline = build(case.model, case.tuning, torch.device(device), smallest=smallest)
     lora = None if case.tuning == "full" else LoraConfig(r=RANK, lora_alpha=RANK)
     data = encoded_pairs(pairs * steps, side)
     trainer = MeasuredTrainer(pipeline, None, args, data, peft_config=lora, callbacks=[meter])

@@ -285,7 +285,7 @@ def compiled(walk, family, **settings):
     """A trained trainer, and the numbers of graphs and of operations that were compiled for it."""
     torch._dynamo.reset()
     counters.clear()
-    trainer = walk(family, torch_compile=True, torch_compile_backend="eager", **settings)
+    trainer = walk(family, **{"torch_compile": True, "torch_compile_backend": "eager", **settings})
     return trainer, counters["stats"]["unique_graphs"], counters["stats"]["calls_captured"]
 
 
@@ -310,6 +310,19 @@ def test_errors_of_the_reference_are_computed_by_compiled_blocks(walk, family_fo
         walk, "flux", torch_compile_regional=True, precompute_ref_errors=True, max_steps=1, **reference
     )
     assert graphs > 0 and trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+@pytest.mark.matrix
+def test_stored_errors_are_those_of_blocks_that_inductor_compiled_for_training(walk):
+    """Graphs with and without gradients fuse differently: the first step is neutral, and all are those of a live
+    reference to the bit."""
+    settings = {"torch_compile_regional": True, "torch_compile_backend": "inductor", "max_steps": 2}
+    live, stored = (
+        compiled(walk, "stable_diffusion", **settings, precompute_ref_errors=stored)[0] for stored in (False, True)
+    )
+    assert stored.state.log_history[0]["rewards/margins"] == 0 != stored.state.log_history[1]["rewards/margins"]
+    for name in ("loss", "rewards/margins"):
+        assert [log.get(name) for log in stored.state.log_history] == [log.get(name) for log in live.state.log_history]
 
 
 @pytest.mark.matrix

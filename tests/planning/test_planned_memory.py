@@ -38,7 +38,14 @@ def benchmark():
         sys.modules.pop("planned_memory", None)
 
 
-@pytest.mark.parametrize("name", ["UNet, full, one branch at a time", "transformer, LoRA, checkpointing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "UNet, full, one branch at a time",
+        pytest.param("UNet, full, bounded by AdamW", marks=pytest.mark.matrix),
+        "transformer, LoRA, checkpointing",
+    ],
+)
 def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
     row = benchmark.compare(name, *benchmark.CASES[name], "tiny", tmp_path)
     assert row.ratio == pytest.approx(1, abs=0.1), row
@@ -66,6 +73,13 @@ def test_storages_count_once_and_until_they_are_dropped():
         del view, second
         assert allocations.live == 0
     assert allocations.peaks == {"start": 8192}
+    with FakeTensorMode(), Allocations() as allocations:
+        stays = torch.empty(100)
+        allocations.ignore([stays])
+        view = stays.view(10, 10)
+        assert allocations.live == 0
+        del stays, view
+        assert allocations.live == 0
 
 
 def test_products_are_counted_as_two_operations_each():

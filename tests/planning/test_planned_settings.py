@@ -13,6 +13,7 @@ from tiny_pipelines import flux, stable_diffusion, stable_diffusion_3, stable_di
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.plan import PlannedSettings, _fit_in_words, _tunings
 from trl_diffusion_sdpo.cli.planned_layout import layout_of
+from trl_diffusion_sdpo.engines import gradients
 from trl_diffusion_sdpo.models.numerics import AUTOCAST_LAYERS
 from trl_diffusion_sdpo.planning.advice import advise, first_fit, most_processes
 from trl_diffusion_sdpo.planning.layouts import Layout
@@ -50,6 +51,29 @@ def test_accumulation_adds_no_operations_and_the_combination_of_branches_holds_b
     accumulated = plan_of(f"{ALL_WEIGHTS} --safeguard parameter --gradient_accumulation_steps 2")
     assert accumulated.flops == parameter.flops
     assert parameter.moments["optimizer"] - sum(parameter.components.values()) >= 2 * 4 * parameter.trained
+
+
+@pytest.mark.matrix
+def test_a_bound_by_adamw_takes_a_few_copies_of_one_weight_for_a_moment(plan_of, monkeypatch):
+    monkeypatch.setattr(gradients, "CPU_CHUNK", 512)  # of the inner products, which would hide it in a tiny model
+    words = "--per_device_train_batch_size 1 --max_grad_norm 0 --safeguard parameter"
+    plain, bounded = (
+        plan_of(f"{words} --safeguard_preconditioner {kind}", shared=False) for kind in ("plain", "adamw")
+    )
+    assert {
+        name: abs(size - plain.components[name]) <= 4 for name, size in bounded.components.items()
+    } == dict.fromkeys(plain.components, True), "AdamW's states are counted once"
+    # By hand: the weight that is largest, of a convolution of 32 to 16 channels. What is held of it at once: the step's
+    # second moment, its square root and a preconditioned anchor, and at most as many intermediate results.
+    largest = 4 * 16 * 32 * 3 * 3
+    added = bounded.moments["optimizer"] - plain.moments["optimizer"]
+    assert 3 * largest <= added <= 6 * largest, added / largest
+
+
+def test_offloading_of_single_layers_is_not_planned_for_a_model_that_refuses_it(family_folder):
+    words = f"--model_name_or_path {family_folder('hunyuan_dit')} --use_peft --group_offload leaf".split()
+    with pytest.raises(ValueError, match="HunyuanDiT2DModel reads weights of layers that it does not call"):
+        PlannedSettings(words, "plan", "cpu", None).prepared({})
 
 
 @pytest.mark.matrix

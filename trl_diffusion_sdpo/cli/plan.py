@@ -146,6 +146,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
 
     from ..losses import loss_spec
     from ..models.ema import EMAWeights
+    from ..models.memory import check_offload
     from ..models.numerics import autocast_dtype
     from ..planning.fake_step import Networks
     from ..planning.plan import Prepared
@@ -159,6 +160,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
     half = autocast_dtype(args.mixed_precision)
     reference = make_reference(loaded, given, args, spec, adapter=adapter, added=added)
     _check_acting(args, layout, adapter, reference, quantized)
+    check_offload(loaded.denoiser, args.group_offload)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)
     networks = Networks(_working(loaded.family, args, half), reference, average)
@@ -271,6 +273,7 @@ def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Lay
         checkpointing=arguments if checkpoints else None,
         anchor=anchor if by_branch else None,
         low_memory=args.safeguard_low_memory,
+        preconditioned=args.safeguard_preconditioner == "adamw",
         accumulates=accumulates,
         rounds_weights=layout.rounds,
         shards=1 if whole else layout.processes,

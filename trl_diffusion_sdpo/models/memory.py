@@ -84,11 +84,7 @@ class StoredBase:
         self._live: dict[int, _Weight] = {}  # by the address of what was brought
         self._current: list[_Weight] = []  # of the block that was brought last
         self._saving = contextlib.ExitStack()
-        if offload == "leaf" and not reads_weights_in_their_layers(denoiser):
-            raise ValueError(
-                f"`group_offload='leaf'` cannot act: diffusers' {type(denoiser).__name__} reads weights of layers that "
-                "it does not call. Use `group_offload='block'`."
-            )
+        check_offload(denoiser, offload)
         self._castable = set() if casting is None else cast_layers(denoiser)
         owners = {owner: (name, user) for name, owner, user in weight_owners(denoiser)}
         for group in block_groups(denoiser, blocks) if offload == "block" else []:
@@ -214,6 +210,15 @@ def cast_layers(denoiser: nn.Module) -> set[nn.Module]:
         for name, owner, _ in weight_owners(denoiser)
         if isinstance(owner, AUTOCAST_LAYERS) and not _matches(name, in_full)
     }
+
+
+def check_offload(denoiser: nn.Module, offload: str | None) -> None:
+    """Raise `ValueError` where a denoiser does not allow `"leaf"`."""
+    if offload == "leaf" and not reads_weights_in_their_layers(denoiser):
+        raise ValueError(
+            f"`group_offload='leaf'` cannot act: diffusers' {type(denoiser).__name__} reads weights of layers that "
+            "it does not call. Use `group_offload='block'`."
+        )
 
 
 def weight_owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:

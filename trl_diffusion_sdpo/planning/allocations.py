@@ -82,9 +82,11 @@ class Allocations(TorchDispatchMode):
             self._moment = before
 
     def ignore(self, tensors: Any) -> None:
-        """Tensors that exist already and are counted elsewhere: a view of them is no allocation."""
+        """Tensors that stay and are counted elsewhere: neither they nor views of them are allocations from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            if id(storage) in self._storages:
+                self._free(id(storage))
             self._storages[id(storage)] = (weakref.ref(storage), 0)
 
     def _count(self, tensor: torch.Tensor) -> None:

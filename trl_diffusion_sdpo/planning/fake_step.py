@@ -44,6 +44,7 @@ class StepSettings:
         checkpointing (`dict`, *optional*): Arguments of activation checkpointing; `None` without.
         anchor (`str`, *optional*): Of the safeguard in parameter space; `None` in output space or without.
         low_memory (`bool`): Whether that holds one branch's activations at a time.
+        preconditioned (`bool`): Whether it bounds lambda by AdamW's step as well.
         accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
         shards (`int`): Processes over which an engine divides gradients while the backward pass runs; 1 where they
             stay whole until the optimizer's step.
@@ -60,6 +61,7 @@ class StepSettings:
     anchor: Anchor | None
     low_memory: bool
     accumulates: bool
+    preconditioned: bool = False
     shards: int = 1
     shard_dtype: torch.dtype | None = torch.float32
     rounds_weights: bool = False
@@ -221,9 +223,12 @@ class _Shards:
     def take(self, weight: torch.Tensor) -> None:
         """Add the gradient of a weight to its shard."""
         if weight not in self.held and self._settings.shard_dtype is not None:
-            size = -(-weight.numel() // self._settings.shards)
-            self.held[cast(nn.Parameter, weight)] = torch.empty(size, dtype=self._settings.shard_dtype)
+            self.held[cast(nn.Parameter, weight)] = torch.empty(self.size_of(weight), dtype=self._settings.shard_dtype)
         weight.grad = None
+
+    def size_of(self, weight: torch.Tensor) -> int:
+        """Elements of a weight's shard."""
+        return -(-weight.numel() // self._settings.shards)
 
     def remove(self) -> None:
         """Leave the weights as they were."""
@@ -243,6 +248,10 @@ class _ShardsBackend(ReplicatedBackend):
         found: Gradient = [self._shards.held.pop(weight, None) for weight in self._shards.weights]
         return found if into is None else into
 
+    def weights(self) -> list[torch.Tensor]:
+        size = self._shards.size_of
+        return [weight.detach().flatten()[: size(weight)] for weight in self._shards.weights]
+
     def set_gradient(self, gradient: Gradient) -> None:
         pairs = zip(self._shards.weights, gradient, strict=True)
         self._shards.held = {weight: part for weight, part in pairs if part is not None}
@@ -257,7 +266,8 @@ def _by_branch(
 ) -> None:
     """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
     allocations, mu = forward.allocations, settings.loss.safeguard_mu
-    gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor)
+    adamw = _stepped_adamw(model, backend, allocations) if settings.preconditioned else None
+    gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor, adamw=adamw)
     safeguard = ParameterSafeguard(
         forward,
         gradients,
@@ -275,6 +285,17 @@ def _by_branch(
         del loss
     with allocations.moment(OPTIMIZER):
         gradients.combine()
+
+
+def _stepped_adamw(model: nn.Module, backend: ReplicatedBackend, allocations: Allocations) -> torch.optim.AdamW:
+    """AdamW with the states that it has after a step; they stay, and are counted elsewhere."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    adamw = torch.optim.AdamW(trained)
+    for weight, held in zip(trained, backend.weights(), strict=True):
+        states = {name: torch.empty(held.shape) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[weight] = {"step": torch.ones(()), **states}
+        allocations.ignore(adamw.state[weight].values())
+    return adamw
 
 
 def _existing(networks: Networks) -> list[torch.Tensor]:
