@@ -169,6 +169,7 @@ def test_the_base_as_the_reference_makes_the_first_margin_that_of_the_first_stag
         assert first["rewards/margins"] != 0 and first["errors/winner_change"] != 0
 
 
+@pytest.mark.matrix
 def test_a_second_stage_resumes_bit_for_bit(train, lora_run, tmp_path):
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = train(lora_run, output_dir=str(tmp_path / "whole"), **steps)
@@ -196,11 +197,41 @@ def test_a_second_stage_is_scaled_and_exported_over_the_base(train, lora_run, sd
     plain.load_lora_weights(str(second))
 
 
+@pytest.mark.matrix
+def test_a_second_stage_is_planned_encoded_and_named_in_the_card_as_the_first(
+    train, lora_run, full_run, sd_folder, make_pairs, tmp_path, capsys
+):
+    def said(command: str, *arguments) -> str:
+        assert main([command, *map(str, arguments), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]) == 0
+        return capsys.readouterr().out
+
+    count = sum(value.numel() for value in lora_of(lora_run).values())
+    assert f"Trained: {count:,} of" in said("plan", "--model_name_or_path", lora_run, "--no_advice")
+    assert f"Trained: {count:,} of" in said(
+        *("plan", "--model_name_or_path", sd_folder, "--adapter_name_or_path"),
+        *(lora_run / "pytorch_lora_weights.safetensors", "--ref_model_name_or_path", full_run, "--no_advice"),
+    )
+    whole = sum(
+        value.numel() for value in UNet2DConditionModel.from_pretrained(full_run / "unet").state_dict().values()
+    )
+    assert f"Trained: {whole:,} of {whole:,}" in said("plan", "--model_name_or_path", full_run, "--no_advice")
+
+    make_pairs(4).save_to_disk(tmp_path / "pairs")
+    data = ["--dataset_name", tmp_path / "pairs", "--latent_cache_dir", tmp_path / "cache", "--use_cpu", "true"]
+    assert "Encoded now: 0 images" not in said("encode", "--model_name_or_path", sd_folder, *data)
+    for run in (lora_run, full_run):
+        assert "Encoded now: 0 images and 0 prompts." in said("encode", "--model_name_or_path", run, *data)
+    second = train(lora_run, trains=False)
+    second.create_model_card()
+    assert f"`{Path(sd_folder).name}`" in Path(second.args.output_dir, "README.md").read_text()
+
+
 def test_nothing_that_is_published_names_a_folder(lora_run, sd_folder):
     assert sd_folder not in (lora_run / "diffusion_sdpo_setup.json").read_text()
     assert sd_folder in (lora_run / "training_args.json").read_text()
 
 
+@pytest.mark.matrix
 def test_a_base_that_moved_is_named_with_the_way_out(train, lora_run, sd_folder, tmp_path):
     moved = shutil.copytree(lora_run, tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-*"))
     args = json.loads((moved / "training_args.json").read_text())

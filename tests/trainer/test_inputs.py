@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -159,7 +159,7 @@ def test_targets_that_only_other_models_have_are_named(make_trainer, caplog):
 
 
 def test_a_text_encoder_with_an_adapter_to_train_is_refused_and_a_frozen_one_is_used(make_trainer, sd_pipeline):
-    sd_pipeline.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), sd_pipeline.text_encoder)
     with pytest.raises(ValueError, match="`text_encoder` has an adapter to be trained. Only the denoiser is trained"):
         make_trainer(sd_pipeline)
     sd_pipeline.text_encoder.requires_grad_(False)

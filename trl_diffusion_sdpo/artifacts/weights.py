@@ -108,7 +108,6 @@ class WeightFiles:
         if weights is not None:
             pipeline = copy.copy(pipeline)
             pipeline.register_modules(**{self._denoiser_name: _with_weights(self._denoiser, weights)})
-        _unlink_shared(folder / name for name in self._pipeline.components)
         if all_saved:
             pipeline.save_pretrained(folder, safe_serialization=True)
         else:
@@ -147,15 +146,9 @@ class WeightFiles:
         return cast(Any, type(self._denoiser)).from_pretrained(source, use_safetensors=True).state_dict()
 
 
-def _unlink_shared(folders: Iterable[Path]) -> None:
-    """Remove hard links of weights: writing into one would change the file that it shares."""
-    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
-        if file.stat().st_nlink > 1:
-            file.unlink()
-
-
 def _link_or_copy(source: Path, target: Path) -> None:
-    """A component's folder: weights linked where the file system allows it, other files copied, pickles left out."""
+    """A component's folder: weights linked where the file system allows it, other files copied, pickles left out. A
+    later save does not write into the shared file: safetensors replaces files."""
     for file in (file for file in source.rglob("*") if file.is_file() and file.suffix not in _PICKLES):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,9 @@ def recorded_base(
     """What a run started from, for its files; `None` for a pipeline of unknown origin. Folders become absolute."""
     if name_or_path is None:
         return None
-    kept = {key: _absolute(str(options[key])) for key in _OPTIONS if options.get(key) is not None}
+    kept = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
+    if "config" in kept:
+        kept["config"] = _absolute(kept["config"])
     denoiser = None if denoiser_folder is None else _absolute(denoiser_folder)
     return {"pipeline": _absolute(name_or_path), "options": kept, "denoiser": denoiser}
 

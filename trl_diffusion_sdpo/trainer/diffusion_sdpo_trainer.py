@@ -86,8 +86,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     ```
 
     Args:
-        model (`str`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder of a diffusers pipeline, a pipeline, or a
-            denoiser (UNet, transformer, or a [`~peft.PeftModel`] around one) with `processing_class`.
+        model (`str`, `DiffusionPipeline` or `nn.Module`): A Hub id, folder or file of a pipeline, a run's folder, a
+            pipeline, or a denoiser (UNet, transformer, or a [`~peft.PeftModel`] around one) with `processing_class`.
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference, of the same kinds. `None`
             takes the policy as it is before training: switched-off adapter, second adapter or frozen copy.
         args ([`DiffusionSDPOConfig`], *optional*): Settings; left as they are, a copy is completed.
