@@ -97,13 +97,21 @@ def make_pairs():
 
 
 @pytest.fixture
-def make_args(tmp_path, monkeypatch):
-    """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. The
-    curves, which take a third of a second at every save, are not plotted."""
+def plotted():
+    """Lets `make_args` and `make_trainer` draw curves and verdict."""
+
+
+@pytest.fixture
+def make_args(tmp_path, monkeypatch, request):
+    """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. Curves
+    and verdict are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig
+    from trl_diffusion_sdpo.evaluation import verdict_report
     from trl_diffusion_sdpo.trainer import callbacks
 
-    monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: None)
+    if "plotted" not in request.fixturenames:
+        monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: None)
+        monkeypatch.setattr(verdict_report, "draw_verdict", lambda folder, facts: None)
 
     def build(**overrides):
         settings = {

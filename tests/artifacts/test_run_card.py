@@ -55,7 +55,7 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
     for line in (
         " ".join(verdict[name] for name in ("sentence", "advice") if verdict[name]),
         "| LoRA | rank 2, alpha 6, targets `to_k`, `to_q` |",
-        "| Pairs | 16, and 0 dropped |",
+        "| Pairs | 16, 0 dropped |",
         "| Optimizer steps | 2 of 2 |",
         "| `beta` | `100.0` |",
         f"- trl-diffusion-sdpo: {version('trl-diffusion-sdpo')}",
@@ -166,8 +166,9 @@ def test_facts_in_words():
     many = lora_text({"r": 8, "lora_alpha": 16, "target_modules": [f"m{number}" for number in range(14)]})
     assert many.endswith("`m11` and 2 more")
     data = DataReport("train", "chosen_rejected", rows=1500, pairs=1200, ties=200, bad_prompts=1)
-    assert pairs_text(data, of_stream=False) == "1,200, and 201 dropped (200 ties, 1 bad prompts)"
-    assert pairs_text(data, of_stream=True).startswith("a stream; the first process read 1,200, and 201 dropped")
+    assert pairs_text(data, of_stream=False) == "1,200, 201 dropped (200 ties, 1 bad prompts)"
+    stream = "a stream, 201 dropped (200 ties, 1 bad prompts) by the first process in its last epoch"
+    assert pairs_text(data, of_stream=True) == stream
     assert duration([], 0) == ""
     assert [duration([{"train_runtime": seconds}], 0) for seconds in (12.3, 601, 4350)] == [
         "12 s",

@@ -602,11 +602,10 @@ def test_all_processes_together_publish_one_whole_artefact(found, needs, hub, tm
         "lora": {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"},
     }[needs[0]["tuning"]]
     samples = {f"samples/step-00000{step}{part}.png" for step in (0, STEPS) for part in ("", "-0")}
-    # Neither checkpoints nor shards nor pickles, which lie in the same folder. Plots need matplotlib.
-    assert set(repo.files) - {".gitattributes", "curves.png", "noise_bins.png"} == weights | samples | {
-        "README.md",
-        "diffusion_sdpo_setup.json",
-    }
+    reports = {"README.md", "diffusion_sdpo_setup.json", "verdict.json"}
+    plots = {"curves.png", "noise_bins.png", "verdict.png"}  # where matplotlib is installed
+    # Neither checkpoints nor shards nor pickles, which lie in the same folder.
+    assert set(repo.files) - {".gitattributes"} - plots == weights | samples | reports
     for name, content in repo.files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

@@ -12,7 +12,7 @@ PROMPT = "a red | cube"
 
 
 @pytest.fixture
-def tracked(make_trainer, make_pairs):
+def tracked(plotted, make_trainer, make_pairs):
     """`tracked(tracker)`: a trainer that has generated images at steps 0, 2 and 3, and was evaluated after step 3."""
 
     def run(tracker):

@@ -325,7 +325,9 @@ def test_the_uncertainty_is_that_of_the_changes_of_single_pairs(make_trainer, ma
 # ---- Written ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_is_written_with_its_figures_and_images_of_equal_seeds(make_trainer, make_pairs, tmp_path):
+def test_the_verdict_is_written_with_its_figures_and_images_of_equal_seeds(
+    plotted, make_trainer, make_pairs, tmp_path
+):
     samples = {"sample_prompts": ["a red circle", "a blue square"], "sample_inference_steps": 1}
     evaluates = {"eval_dataset": make_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(**samples, **evaluates, max_steps=3)

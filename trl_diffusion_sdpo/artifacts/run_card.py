@@ -187,11 +187,11 @@ def split_by_default(args: Any, names: Iterable[str]) -> tuple[dict[str, Any], d
 
 
 def pairs_text(data: DataReport, *, of_stream: bool) -> str:
-    """Numbers of pairs that were trained on and dropped, in words."""
+    """Numbers of pairs that were trained on and dropped, in words; of a stream, which is read ahead, the drops only."""
     drops = [(kind, getattr(data, kind)) for kind in COUNTS if kind not in ("rows", "pairs")]
     kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in drops if count)
-    text = f"{data.pairs:,}, and {data.dropped:,} dropped" + (f" ({kinds})" if kinds else "")
-    return f"a stream; the first process read {text}, in the last epoch" if of_stream else text
+    dropped = f"{data.dropped:,} dropped" + (f" ({kinds})" if kinds else "")
+    return f"a stream, {dropped} by the first process in its last epoch" if of_stream else f"{data.pairs:,}, {dropped}"
 
 
 def lora_text(lora: Mapping[str, Any]) -> str:
