@@ -65,7 +65,7 @@ def hour(tmp_path_factory):
             elif language == "python":
                 exec(compile(text, PAGE.name, "exec"), names)
             else:
-                words = shlex.split(text)
+                words = shlex.split(text.replace("\\\n", " "))
                 assert main([*words[1:], *(["--use_cpu"] if words[1] == "train" else [])]) == 0
     return folder, blocks
 
@@ -88,8 +88,8 @@ def test_the_files_that_the_page_names_are_there(hour):
 
 
 def test_the_exported_keys_and_scale_are_what_comfyui_and_kohya_compute(hour):
-    """`lora_unet_` and the module's name with underscores; readers add `alpha / r * up @ down`, training `8 / 16 * B @ A`
-    of PEFT's file. Every kind of layer is in tests/artifacts/test_lora_export.py."""
+    """`lora_unet_` and the module's name with underscores; readers add `alpha / r * up @ down`, and training adds
+    `8 / 16 * B @ A` of PEFT's file. Every kind of layer is in tests/artifacts/test_lora_export.py."""
     folder, _ = hour
     exported = load_file(folder / "shapes.safetensors")
     ours = load_file(folder / "shapes-lora" / "adapter_model.safetensors")

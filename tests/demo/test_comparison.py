@@ -42,6 +42,15 @@ def test_every_method_starts_from_the_base_model(result):
         assert curves.oracle[0] == result.base
 
 
+def test_two_steps_change_no_verdict(result):
+    for method in result.methods:
+        verdict = json.loads((result.folder / "runs" / method.key / "verdict.json").read_text(encoding="utf-8"))
+        change = method.curves.winner_change[-1] / (verdict["winner_error"] - method.curves.winner_change[-1])
+        assert (verdict["label"], verdict["step"], verdict["pairs"]) == ("unchanged", 2, "evaluation")
+        assert verdict["winner_change_percent"] == pytest.approx(100 * change, rel=1e-3)
+        assert 0 < verdict["winner_change_stderr_percent"] < 1 and len(verdict["noise_bins"]) == 8
+
+
 def test_lambda_is_1_for_plain_dpo_and_sft_has_none(result):
     sft, dpo, *safe = result.methods
     assert sft.curves.scale == []
@@ -72,6 +81,17 @@ def test_the_tuned_pipeline_loads_in_plain_diffusers_and_generates_the_reported_
 def test_a_folder_with_other_settings_is_refused(result):
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run_demo(result.folder, **{**TINY, "seed": 1})
+
+
+@pytest.mark.matrix
+def test_the_verdicts_on_the_whole_runs_are_those_that_the_docs_state(tmp_path):
+    found = run_demo(tmp_path, samples_per_prompt=1, gentle=False)
+    verdicts = {
+        method.key: json.loads((tmp_path / "runs" / method.key / "verdict.json").read_text(encoding="utf-8"))["word"]
+        for method in found.methods
+    }
+    assert verdicts["dpo"] == "ruined" and verdicts["sdpo"] == "worse"
+    assert {verdicts["sft"], verdicts["sdpo_recipe"]} <= {"unchanged", "better"}
 
 
 @pytest.mark.matrix

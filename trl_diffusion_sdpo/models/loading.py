@@ -207,4 +207,5 @@ def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
 
 
 def _origin(pipeline: DiffusionPipeline) -> str | None:
-    return pipeline.config.get("_name_or_path") or None
+    path = pipeline.config.get("_name_or_path")
+    return os.fspath(path) if path else None  # a `Path` that `from_pretrained` was given stays one
