@@ -62,6 +62,7 @@ def test_the_public_names_are_there_and_no_other():
         "DiffusionSDPOTrainer",
         "PairMixture",
         "diffusion_preference_loss",
+        "load_pairs",
         "register_family",
     ]
     assert trl_diffusion_sdpo.__all__ == public
