@@ -115,7 +115,8 @@ def test_every_name_that_is_logged_is_within_the_rule_and_documented(every_logge
     assert given, "the runs did not call `compute_metrics`"
     names = every_logged_name - given
     assert {name: violation(name) for name in names if violation(name)} == {}
-    plain = {re.sub(r"^eval_([a-z]+_)*(?=[a-z]+/)|(_relative)?@\d+$", "", name) for name in names if "/" in name}
+    around = r"^eval_([a-z]+_)*(?=[a-z]+/)|(_relative(_stderr)?)?(@\d+)?$"
+    plain = {re.sub(around, "", name) for name in names if "/" in name}
     assert plain == {name for name in documented_names() if "/" in name}
 
 
