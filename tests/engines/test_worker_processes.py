@@ -130,7 +130,7 @@ def test_sigterm_to_the_group_of_a_run_with_workers_leaves_a_whole_checkpoint(sd
     said = []
     for line in run.stdout:
         said.append(line)
-        if "'loss'" in line:
+        if "  loss " in line:
             break
     else:
         pytest.fail("".join(said)[-3000:])

@@ -224,7 +224,17 @@ def by_level(levels, errors, parts):
             change = sum(row[ours] - row[theirs] for row in rows)
             found[f"errors/{name}_change@{level}"] = change / len(rows)
             found[f"errors/{name}_change_relative@{level}"] = change / sum(row[theirs] for row in rows)
+        if len(rows) > 1:
+            found[f"errors/winner_change_relative_stderr@{level}"] = stderr_of_share(rows)
     return found
+
+
+def stderr_of_share(rows):
+    """Of the winners' change as a share of their earlier error: a ratio of sums, by the residuals of each pair."""
+    before = sum(row[2] for row in rows)
+    share = sum(row[0] - row[2] for row in rows) / before
+    residuals = [row[0] - row[2] - share * row[2] for row in rows]
+    return (len(rows) / (len(rows) - 1) * sum(residual**2 for residual in residuals)) ** 0.5 / before
 
 
 def of_levels(metrics, prefix="eval_"):
@@ -281,8 +291,10 @@ def test_before_training_no_level_has_changed(make_trainer, make_pairs):
     assert metrics and set(metrics.values()) == {0.0}
 
 
-def test_without_a_reference_there_is_no_change_to_tell(make_trainer, make_pairs):
-    metrics = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo").evaluate()
+def test_without_a_reference_and_an_evaluation_before_training_there_is_no_change_to_tell(make_trainer, make_pairs):
+    trainer = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo")
+    trainer.state.global_step = 3  # as after a resume
+    metrics = trainer.evaluate()
     assert not of_levels(metrics) and "eval_errors/winner" in metrics
 
 
