@@ -67,6 +67,9 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
     assert shown[:-3] in ([], ["verdict.png"]) and all((tmp_path / "run" / name).is_file() for name in shown)
     for private in (str(tmp_path), os.path.dirname(sd_folder), "hf_secret", os.uname().nodename):
         assert private not in card
+    (tmp_path / "run" / "samples" / "step-000002-0.png").unlink()
+    trainer.create_model_card()
+    assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
     assert_told(*capfd.readouterr(), trainer, tmp_path / "run")
 
 
@@ -137,13 +140,17 @@ def test_images_before_and_after_are_of_one_prompt_and_seed(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / f"samples/step-{step:06d}-{number}.png", pnginfo=note)
 
     (tmp_path / "samples").mkdir()
-    for step in (3, 20, 100):
+    for step in (0, 20, 100):
         draw(step, 0, "a", 1)
-        draw(step, 1, "b" if step > 3 else "another", 2)
-        draw(step, 10, "c", 3 if step > 3 else 4)
-    gallery = [(f"samples/step-000100-{number}.png", prompt) for number, prompt in ((0, "a"), (1, "b"), (10, "c"))]
-    assert before_and_after(tmp_path, gallery) == [("a", "samples/step-000003-0.png", "samples/step-000100-0.png")]
-    assert before_and_after(tmp_path, [("samples/step-000003-0.png", "a")]) == [], "nothing was trained"
+        draw(step, 1, "b" if step else "another", 2)
+        draw(step, 10, "c", 3 if step else 4)
+        draw(step, 11, "another", 5)
+    draw(20, 12, "e", 6)
+    draw(100, 12, "e", 6)
+    asked = ((0, "a"), (1, "b"), (10, "c"), (11, "d"), (12, "e"), (13, "f"))
+    gallery = [(f"samples/step-000100-{number}.png", prompt) for number, prompt in asked]
+    assert before_and_after(tmp_path, gallery) == [("a", "samples/step-000000-0.png", "samples/step-000100-0.png")]
+    assert before_and_after(tmp_path, [("samples/step-000000-0.png", "a")]) == [], "nothing was trained"
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"sentence": 3}', '{"label": "better"}', "\udce4"])

@@ -79,6 +79,10 @@ def test_names_of_plots_are_names_on_windows_too():
     assert noise_bin_file("eval_C:\\own/it?") == "noise_bins_C__own_it_.png"
 
 
+def test_names_of_plots_are_links_on_the_card():
+    assert noise_bin_file("eval_my set (1)") == "noise_bins_my_set__1_.png"
+
+
 @pytest.fixture
 def evaluated(make_trainer, make_pairs):
     """`evaluated()`: a trainer that has trained for two steps and was evaluated after each, with its average."""

@@ -36,7 +36,7 @@ def test_without_a_reference_the_errors_themselves_are_shown():
     assert curves_of(history)["error"] == {"winners": [(1, 0.5), (2, 0.5)]}
 
 
-@pytest.mark.parametrize("history", [HISTORY, [{"step": step, "loss": 1.0} for step in (1, 2)]])
+@pytest.mark.parametrize("history", [HISTORY, [{"step": step, "loss": 1.0, "eval_$_$_loss": 1.0} for step in (1, 2)]])
 def test_a_picture_has_a_panel_for_each_of_them(history, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure").Figure
     figures, savefig = [], figure.savefig

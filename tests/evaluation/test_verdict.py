@@ -3,16 +3,21 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from peft import LoraConfig
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from transformers import TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.evaluation.verdict import Change, RunFacts, judge, rise_of, verdict_of
 from trl_diffusion_sdpo.evaluation.verdict_report import SamplePair, verdict_facts, write_verdict
 from trl_diffusion_sdpo.losses import loss_spec
+from trl_diffusion_sdpo.runs.interrupts import CheckpointOnInterrupt
+from trl_diffusion_sdpo.trainer.evaluation_overrides import VerdictCallback, warning_of_unwritten_files
+from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, final_step
 
 DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text(encoding="utf-8"))
 DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe": "unchanged"}
@@ -56,6 +61,16 @@ def test_the_rule(change, stderr, level, word):
 def test_a_noise_bin_counts_beyond_three_of_its_standard_errors():
     assert judge(0.0, 0.01, Change(1.5, 0.49)) == "worse"
     assert judge(0.0, 0.01, Change(1.5, 0.51)) == "unchanged"
+
+
+def test_few_pairs_say_nothing_short_of_ruined():
+    assert judge(0.5, 0.01, pairs=29) == judge(0.0, 0.0, pairs=29) == judge(-0.5, 0.01, pairs=29) == "unknown"
+    assert judge(0.5, 0.01, pairs=30) == "worse" and judge(1.01, 0.01, pairs=2) == "ruined"
+    history = [{**evaluated(10, 0.15, 0.05), "eval_errors/pairs": 10.0}]
+    assert verdict_on(history).advice == "Evaluate on 30 pairs at least; there were 10."
+    assert rise_of(history, run_facts()) is None
+    history.append({**evaluated(20, 0.3, 0.2), "eval_errors/pairs": 10.0})
+    assert rise_of(history, run_facts())[0].word == "ruined"
 
 
 def run_facts(*, moves=False, given=False, safeguard="output", loss="sigmoid", decays=False) -> RunFacts:
@@ -182,8 +197,19 @@ def test_of_several_sets_the_worst_counts_and_averages_are_told_beside():
         evaluated(5, 0.1, 0.0, "eval_a") | evaluated(5, 0.2, 0.1, "eval_b") | evaluated(5, 0.102, 0.002, "eval_b_ema")
     ]
     verdict = verdict_on(history)
-    assert verdict.word == "worse" and "100.0% above" in verdict.finding
-    assert "That of the averaged weights is 2.0% above that before training." in verdict.finding
+    assert verdict.word == "worse" and "pairs of `b` is 100.0% above" in verdict.finding
+    assert "That of the averaged weights of `b` is 2.0% above that before training." in verdict.finding
+
+
+def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncertainty():
+    loud = evaluated(5, 0.11, 0.01, "eval_loud") | {"eval_loud_errors/winner_change_relative_stderr": 0.09}
+    sure = evaluated(5, 0.103, 0.003, "eval_sure") | {"eval_sure_errors/winner_change_relative_stderr": 0.01}
+    few = evaluated(5, 0.15, 0.05, "eval_few") | {"eval_few_errors/pairs": 5.0}
+    verdict = verdict_on([few, loud, sure])
+    assert verdict.word == "worse" and "pairs of `sure` is 3.0% above" in verdict.finding
+    assert verdict_on([few, loud]).word == "unchanged"
+    together = rise_of([few | loud | sure], run_facts())
+    assert together[0].name == "sure" and together[1]
 
 
 def test_the_best_checkpoint_is_judged_where_it_was_loaded():
@@ -205,6 +231,107 @@ def test_without_evaluation_the_last_ten_logs_of_training_count():
 def test_an_error_that_is_no_number_is_ruined():
     assert verdict_on([evaluated(3, math.nan, math.nan)]).word == "ruined"
     assert verdict_on([evaluated(0, 0.1), evaluated(3, math.inf)]).word == "ruined"
+    verdict = verdict_on([evaluated(3, math.nan, math.nan, _0=math.nan, _1=0.5)])
+    said = "Verdict: ruined. The error on the preferred images of the evaluation pairs is no number, at step 3."
+    assert verdict.finding == said
+    facts = verdict_facts(verdict, run_facts(), [])
+    numbers = ("winner_error", "winner_error_before", "winner_change_percent", "noise_percent")
+    assert [facts[name] for name in numbers] == [None] * 4 and facts["noise_bins"] == []
+    assert verdict_on([evaluated(3, 0.1, -math.inf)]) is None, "nothing to compare with"
+    assert judge(0.05, math.nan) == "unknown"
+
+
+# ---- At the end ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ending(make_args, tmp_path):
+    """`ending(history, step=, ...)`: the end of a training of 9 steps after one of them, with such logs; returns
+    how often it was evaluated."""
+
+    def run(history, *, step=9, callbacks=(), samples=None, **settings):
+        asked = []
+        args = make_args(eval_strategy="steps", eval_steps=3, **settings)
+        callback = VerdictCallback(run_facts(), lambda: asked.append(1), lambda: callbacks, samples, None)
+        callback.on_train_end(args, TrainerState(global_step=step, max_steps=9, log_history=history), TrainerControl())
+        return len(asked)
+
+    return run
+
+
+def test_weights_are_evaluated_once_at_the_end_if_the_last_evaluation_is_older(ending):
+    assert ending([evaluated(6, 0.1, 0.0)]) == ending([]) == 1
+    assert ending([evaluated(9, 0.1, 0.0)]) == 0
+    assert ending([evaluated(9, 0.1, 0.0, "eval_held out")]) == 0
+    assert ending([evaluated(3, 0.1, 0.0)], step=5) == 1, "another callback stopped it"
+
+
+def test_an_interrupt_ends_without_another_evaluation(ending):
+    interrupt = CheckpointOnInterrupt()
+    interrupt._agreed = True
+    history = [evaluated(3, 0.1, 0.0)]
+    assert ending(history, step=5, callbacks=[interrupt]) == 0
+    assert ending(history, step=5, callbacks=[CheckpointOnInterrupt()]) == 1
+
+
+def test_the_step_that_is_judged_is_that_of_the_checkpoint_that_was_loaded(make_args):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2, "eval_steps": 1}
+    args = make_args(eval_strategy="steps", **best)
+    assert final_step(args, TrainerState(best_global_step=3)) is None
+    loaded = TrainerState(best_global_step=3, best_model_checkpoint="run-1/checkpoint-2")
+    assert final_step(args, loaded) == 2 and final_step(make_args(), loaded) is None
+
+
+def test_a_run_begins_without_the_verdict_of_an_earlier_end(make_args, tmp_path):
+    (tmp_path / "run").mkdir()
+    written = [tmp_path / "run" / name for name in ("verdict.json", "verdict.png")]
+    for file in written:
+        file.write_text("old")
+    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None)
+    callback.on_train_begin(make_args(), TrainerState(is_world_process_zero=False), TrainerControl())
+    assert all(file.is_file() for file in written)
+    for _ in range(2):
+        callback.on_train_begin(make_args(), TrainerState(), TrainerControl())
+    assert not any(file.exists() for file in written)
+
+
+def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
+    def draw(step, number, prompt, seed):
+        note = PngImagePlugin.PngInfo()
+        note.add_itxt("prompt", prompt)
+        note.add_itxt("seed", str(seed))
+        Image.new("RGB", (4, 4)).save(tmp_path / f"run/samples/step-{step:06d}-{number}.png", pnginfo=note)
+
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    for step in (0, 9):
+        draw(step, 0, "a", 7)
+        draw(step, 1, "b" if step else "another", 8)
+        draw(step, 2, "c", 9 if step else 8)
+        draw(step, 3, "another", 10)
+    options = {"every_n_steps": None, "num_inference_steps": 1, "seed": 7, "resolution": None}
+    samples = SampleImagesCallback(None, ["a", "b", "c", "d", "e"], **options)
+    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), samples, None)
+    callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())
+    written = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert [(image["prompt"], image["seed"]) for image in written["images"]] == [("a", 7)]
+
+
+def test_a_report_that_fails_in_any_way_is_a_warning_with_its_traceback(caplog):
+    with warning_of_unwritten_files():
+        raise ValueError("no such letter")
+    assert "could not be written: no such letter" in caplog.text and "Traceback" in caplog.text
+    with pytest.raises(KeyboardInterrupt), warning_of_unwritten_files():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("save_only_model, end", [(False, "Pass `resume_from_checkpoint=True`"), (True, "cannot be")])
+def test_a_stop_promises_a_resume_only_where_there_is_one(save_only_model, end, make_args, caplog):
+    stops = {"on_winner_rise": "stop", "eval_strategy": "steps", "eval_steps": 1, "save_only_model": save_only_model}
+    callback, args = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None), make_args(**stops)
+    state = TrainerState(global_step=1, max_steps=9, log_history=[evaluated(1, 0.3, 0.2)])
+    callback.on_train_begin(args, state, TrainerControl())
+    callback.on_evaluate(args, state, TrainerControl())
+    assert "Training stops; " in caplog.text and "checkpoint-1" in caplog.text and end in caplog.text
 
 
 # ---- Said ------------------------------------------------------------------------------------------------------------
@@ -246,7 +373,8 @@ def test_without_evaluation_the_warning_comes_from_three_logs_of_training(ruined
 
 def test_a_training_that_keeps_the_winners_ends_without_a_warning(make_trainer, make_pairs, caplog):
     caplog.set_level(logging.INFO, logger="trl_diffusion_sdpo")
-    settings = {"eval_dataset": make_pairs(4, seed=1), "eval_strategy": "steps", "eval_steps": 1}
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 15}
+    settings = {"eval_dataset": make_pairs(30, seed=1), **evaluates}
     make_trainer(learning_rate=1e-6, peft_config=LoraConfig(r=2), **settings).train()
     assert not warnings_of(caplog)
     said = [record for record in caplog.records if record.getMessage().startswith("Verdict: unchanged.")]
@@ -260,7 +388,7 @@ def test_a_rise_stops_the_training_with_a_checkpoint_that_resumes(ruined, make_p
     assert trainer.state.global_step == 2 and (tmp_path / "run" / "checkpoint-2").is_dir()
     (warning,) = warnings_of(caplog)
     assert "; worst at noise levels" in warning and "Do not use these weights; try" in warning
-    assert warning.endswith("Training stops with a checkpoint, from which it can resume.")
+    assert "Training stops; all that it needs to go on is in" in warning and "checkpoint-2. Pass" in warning
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
     assert (written["label"], written["word"], written["step"]) == ("worse", "ruined", 2)
     resumed = ruined(**evaluates, on_winner_rise="ignore")
@@ -352,8 +480,31 @@ def test_what_is_not_known_or_no_number_is_written_as_such(tmp_path):
     unknown = json.loads((tmp_path / "verdict.json").read_text())
     assert (unknown["label"], unknown["step"]) == ("unknown", None) and "eval_strategy" in unknown["advice"]
     assert (tmp_path / "verdict.png").is_file()
+    assert (
+        verdict_facts(verdict_on([{**evaluated(5, 0.1, 0), "eval_errors/pairs": 7.0}]), run_facts(), [])[
+            "evaluated_pairs"
+        ]
+        == 7
+    )
     no_number = verdict_on([evaluated(3, math.nan, math.nan)])
     write_verdict(tmp_path, no_number, run_facts(), [])
     assert json.loads((tmp_path / "verdict.json").read_text())["winner_change_percent"] is None
     without_bins = verdict_facts(verdict_on([evaluated(5, 0.1, 0.01)]), run_facts(), [SamplePair("a", 0, "b", "c")])
     assert without_bins["noise_bins"] == [] and without_bins["winner_change_stderr_percent"] is None
+
+
+def test_the_picture_takes_any_prompt_and_name_and_its_band_is_of_the_mean(tmp_path, monkeypatch):
+    """matplotlib would read what is between two dollar signs as a formula, and refuse this one."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, savefig = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *given, **named: drawn.append(self) or savefig(self, *given))
+    entry = evaluated(5, 0.103, 0.003, "eval_$_$", **{f"_{level}": 0.01 for level in range(32)})
+    for name in ("before.png", "after.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    run = replace(run_facts(), num_noise_bins=32)
+    images = [SamplePair("a cat, $_$ face", 0, "before.png", "after.png")]
+    write_verdict(tmp_path, verdict_of([entry], run), run, images)
+    bars = drawn[0].subfigs[0].axes[0]
+    boxes = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in bars.patches]
+    assert [box[1] for box in boxes if box[2] == 10] == [1.1], "one band of 5% to both sides"
+    assert len(boxes) == 34 and len(bars.get_xticks()) <= 11 and bars.get_legend() is None

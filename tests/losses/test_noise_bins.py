@@ -1,5 +1,7 @@
 """Noise bins, weights by noise level and changes by bin, by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -38,6 +40,7 @@ def test_changes_are_means_and_shares_of_the_references_error():
         "errors/winner_change_relative@2": 0.0,  # the reference has no error there
         "errors/loser_change@2": -0.5,
         "errors/loser_change_relative@2": -0.5,
+        "errors/pairs": 3.0,
         "errors/winner_change_relative": 1.0,  # 2 in all, of 2
         "errors/winner_change_relative_stderr": (3 / 2 * (0.5**2 + 1.5**2 + 1.0**2)) ** 0.5 / 2,
     }
@@ -58,3 +61,9 @@ def test_the_standard_error_is_the_scatter_over_other_sets_of_pairs():
 def test_an_equal_error_has_no_uncertainty():
     same = error_moments(torch.tensor([[0.3, 0.5, 0.3, 0.5], [0.1, 0.2, 0.1, 0.2]])).sum(0).tolist()
     assert noise_bin_changes([same])["errors/winner_change_relative_stderr"] == 0.0
+
+
+def test_an_error_that_is_no_number_has_no_uncertainty_of_nought():
+    sums = error_moments(torch.tensor([[math.nan, 0.5, 0.3, 0.5], [0.1, 0.2, 0.1, 0.2]])).sum(0).tolist()
+    found = noise_bin_changes([sums])
+    assert all(math.isnan(found[f"errors/winner_change_relative{end}"]) for end in ("", "_stderr", "_stderr@0"))

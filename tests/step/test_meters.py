@@ -298,6 +298,11 @@ def test_without_a_reference_and_an_evaluation_before_training_there_is_no_chang
     assert not of_levels(metrics) and "eval_errors/winner" in metrics
 
 
+def test_without_a_reference_the_change_is_that_since_the_evaluation_before_training(make_trainer, make_pairs):
+    metrics = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo").evaluate()
+    assert set(of_levels(metrics).values()) == {0.0} and "eval_errors/winner_change" not in metrics
+
+
 # ---- Bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -161,9 +161,17 @@ def test_a_resumed_run_keeps_the_image_of_its_step_and_a_fresh_run_does_not(samp
     assert marks[0].read_bytes() != b"mark"
 
 
+def test_a_resumed_run_with_other_prompts_generates_images_of_these(sampler, args):
+    run(sampler, args, steps=2)
+    sampler.prompts = ["a blue cube", PROMPTS[1]]
+    run(sampler, args, steps=0, start=2)
+    with Image.open(args_folder(args) / "step-000002-0.png") as image:
+        assert image.text["prompt"] == "a blue cube"
+
+
 def test_the_best_model_is_drawn_if_it_was_loaded_at_the_end(sampler, args):
     args.load_best_model_at_end = True
-    run(sampler, args, steps=3, best_global_step=1)
+    run(sampler, args, steps=3, best_global_step=2, best_model_checkpoint="out/checkpoint-1")
     assert "step-000001-0.png" in names(args)
 
 

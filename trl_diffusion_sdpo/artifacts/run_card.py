@@ -108,6 +108,7 @@ class RunCard:
             logger.warning("%s was edited, or is not the trainer's, and is left as it is.", self.file)
             return False
         folder = self.file.parent
+        facts["gallery"] = [entry for entry in facts["gallery"] if (folder / entry[0]).is_file()]
         found = read_verdict(folder) if ended else None
         if found is not None:
             facts["verdict"] = found
@@ -155,24 +156,32 @@ def read_verdict(folder: Path) -> str | None:
 
 
 def before_and_after(folder: Path, gallery: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """Prompts with the paths of their first and their newest image, relative to `folder` as those of `gallery`, where
-    both are of the same prompt and seed."""
+    """Prompts with the paths of their images before the first step and of their newest ones, relative to `folder` as
+    those of `gallery`, where both are of this prompt and of one seed."""
     found = []
     for path, prompt in gallery:
         match = _SAMPLE.fullmatch(Path(path).name)
-        same = [] if match is None else (folder / path).parent.glob(f"step-*{match[3]}")
-        steps = {int(other[2]): other[0] for other in (_SAMPLE.fullmatch(file.name) for file in same) if other}
-        earlier = [step for step in steps if match is not None and step < int(match[2])]
-        if earlier:
-            before = f"{Path(path).parent.as_posix()}/{steps[min(earlier)]}"
-            if _note(folder / before) == _note(folder / path):
-                found.append((prompt, before, path))
+        if match is None or int(match[2]) == 0:
+            continue
+        before = f"{Path(path).parent.as_posix()}/{match[1]}{0:0{len(match[2])}}{match[3]}"
+        note = _note(folder / path)
+        if note is not None and note[0] == prompt and note == _note(folder / before):
+            found.append((prompt, before, path))
     return found
 
 
-def _note(file: Path) -> tuple[str | None, str | None]:
-    with Image.open(file) as image:
-        return image.info.get("prompt"), image.info.get("seed")
+def is_note(file: Path, prompt: str, seed: int) -> bool:
+    """Whether a file is a sample image of this prompt and seed."""
+    return _note(file) == (prompt, str(seed))
+
+
+def _note(file: Path) -> tuple[str | None, str | None] | None:
+    """Prompt and seed that an image states; `None` if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get("prompt"), image.info.get("seed")
+    except OSError:
+        return None
 
 
 def split_by_default(args: Any, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -34,7 +34,8 @@ def changes_by_noise_bin(history: Sequence[Mapping[str, Any]]) -> dict[str, list
 
 def noise_bin_file(prefix: str) -> str:
     """Name of the plot of an evaluation's prefix: `noise_bins.png` for `eval`, `noise_bins_ema.png` for `eval_ema`."""
-    name = re.sub(r'[<>:"/\\|?*]', "_", prefix.removeprefix("eval"))  # what Windows or others refuse in names
+    # What Windows or others refuse in names, and what ends a link of the card or has another meaning there.
+    name = re.sub(r'[<>:"/\\|?*\s()#%]', "_", prefix.removeprefix("eval"))
     return f"noise_bins{name}.png"
 
 

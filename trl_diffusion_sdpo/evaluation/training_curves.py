@@ -89,7 +89,8 @@ def _plot_panel(axes: Any, title: str, curves: Mapping[str, Points]) -> None:
         axes.set_ylim(-0.04, 1.04)  # both are shares
     axes.grid(alpha=0.25)
     if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        for label in axes.legend(frameon=False, fontsize=8).get_texts():
+            label.set_parse_math(False)  # a set's name may have a dollar sign
 
 
 def _points(history: History, metric: str, *, change: bool) -> Points:

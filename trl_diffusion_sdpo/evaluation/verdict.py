@@ -15,6 +15,7 @@ SMALLEST = 0.01  # change that counts, however many pairs show it
 UNMEASURED = 0.05  # in place of both, where no standard error is known
 COARSE = 0.2  # uncertainty above which a change within it is unknown
 RUINED = 1.0  # above: the error has doubled
+FEWEST = 30  # pairs; with fewer, the standard error is too small too often
 BIN_WORSE = 1.0  # above, in any noise bin: worse, whatever the mean
 BIN_STANDARD_ERRORS = 3.0  # of a bin's change: there are several bins
 AVERAGED_LOGS = 10  # of training, without an evaluation
@@ -23,6 +24,7 @@ LOGS_TO_WARN = 3  # at least, during training
 BEFORE_TRAINING = "before training"
 LABELS = {"better": "better", "unchanged": "unchanged", "worse": "worse", "ruined": "worse", "unknown": "unknown"}
 _RISES = {"worse": 1, "ruined": 2}  # by how bad they are
+_SEVERITY = ("unknown", "better", "unchanged", "worse", "ruined")  # of several sets, the last of these counts
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 
 History = Sequence[Mapping[str, Any]]
@@ -59,7 +61,9 @@ class Change:
     @property
     def noise(self) -> float:
         """The change that is not told from none."""
-        return UNMEASURED if self.stderr is None else max(SMALLEST, STANDARD_ERRORS * self.stderr)
+        if self.stderr is None:
+            return UNMEASURED
+        return max(SMALLEST, STANDARD_ERRORS * self.stderr) if math.isfinite(self.stderr) else math.inf
 
     @property
     def is_worse_in_a_bin(self) -> bool:
@@ -72,11 +76,13 @@ class Measurement:
 
     step: int  # optimizer steps done
     error: float  # mean squared error of the denoiser on the winners
-    before: float  # the error it is compared with
+    before: float  # the error it is compared with; irrelevant if `error` is not finite
     since: str  # description of that error, such as "before training"
     stderr: float | None = None  # of the relative change
     bins: Mapping[int, Change] = field(default_factory=dict)  # by noise bin
     accuracy: float | None = None  # share of pairs whose implicit reward is right
+    pairs: float | None = None  # number of pairs
+    name: str = ""  # of the evaluation set, if it has one
 
     @property
     def change(self) -> float:
@@ -92,7 +98,7 @@ class Measurement:
     def word(self) -> str:
         """The verdict's word. Where standard errors are known, bins of one pair have none, and do not count."""
         counted = [found for found in self.bins.values() if self.stderr is None or found.stderr is not None]
-        return judge(self.change, self.stderr, max(counted, key=lambda found: found.value, default=None))
+        return judge(self.change, self.stderr, max(counted, key=lambda found: found.value, default=None), self.pairs)
 
     def __str__(self) -> str:
         if not math.isfinite(self.error):
@@ -121,22 +127,27 @@ class Verdict:
         return f"{self.finding} {self.advice}".strip()
 
 
-def judge(change: float, stderr: float | None = None, worst_bin: Change | None = None) -> str:
+def judge(
+    change: float, stderr: float | None = None, worst_bin: Change | None = None, pairs: float | None = None
+) -> str:
     """The verdict's word.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
         stderr (`float`, *optional*): Its standard error over the pairs.
         worst_bin ([`Change`], *optional*): The largest change in a noise bin.
+        pairs (`float`, *optional*): The number of pairs.
 
     Returns:
-        `str`: `"ruined"` above +100%, or if the error is not finite; `"worse"` above the noise, or if a noise bin has
-        doubled; `"better"` below it; otherwise `"unchanged"`, or `"unknown"` if the noise is above 20%. The noise is
-        two standard errors, at least 1%, or 5% where none is known.
+        `str`: `"ruined"` above +100%, or if the error is not finite; otherwise `"unknown"` with fewer than 30 pairs;
+        `"worse"` above the noise, or if a noise bin has doubled; `"better"` below it; otherwise `"unchanged"`, or
+        `"unknown"` if the noise is above 20%. The noise is two standard errors, at least 1%, or 5% where none is known.
     """
     noise = Change(change, stderr).noise
     if not change <= RUINED:
         return "ruined"
+    if pairs is not None and pairs < FEWEST:
+        return "unknown"
     if change > noise or (worst_bin is not None and worst_bin.is_worse_in_a_bin):
         return "worse"
     if change < -noise:
@@ -159,21 +170,26 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verd
     of_policy = [found for prefix, found in evaluations.items() if not _is_average(prefix, run)]
     if of_policy:
         last = [_at(found, step) for found in of_policy]
-        measured = max(last, key=lambda found: found.change)  # of several sets, the one with the largest increase
+        measured = max(last, key=_badness)
         averages = [_at(found, step) for prefix, found in evaluations.items() if _is_average(prefix, run)]
         return _worded(measured, "evaluation", run, of_policy[last.index(measured)], averages)
     mean = _last_training(history, run)
     return None if mean is None else _worded(mean, "training", run, [], [])
 
 
+def is_evaluation(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a log history is an evaluation of pairs."""
+    return any(map(_WINNER.match, entry))
+
+
 def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
     """What the newest evaluation in a log history says, if that is worse than before training beyond the noise; and
     whether it is worse than what the evaluation before it said."""
-    newest = next((entry for entry in reversed(history) if any(map(_WINNER.match, entry))), {})
+    newest = next(filter(is_evaluation, reversed(history)), {})
     prefixes = (match["prefix"] for match in map(_WINNER.match, newest) if match)
     found = _evaluations(history, run)
     measured = [found[prefix] for prefix in prefixes if prefix in found and not _is_average(prefix, run)]
-    worst = max(measured, key=lambda evaluations: evaluations[-1].change, default=None)
+    worst = max(measured, key=lambda evaluations: _badness(evaluations[-1]), default=None)
     if worst is None or worst[-1].step != newest["step"] or worst[-1].word not in _RISES:
         return None
     previous = 0 if len(worst) == 1 else _RISES.get(worst[-2].word, 0)
@@ -193,8 +209,8 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     """A warning of a rise, with the noise level where it is largest and what to do."""
     what = "The model is being ruined" if measured.word == "ruined" else "The preferred images are getting worse"
     return (
-        f"{what}: at step {measured.step} the error on them is {measured}, {measured.error:.4g} against "
-        f"{measured.before:.4g}{_of_bins(measured, run)}. {_advice(measured.word, run)}"
+        f"{what}: at step {measured.step} the error on them{_of_set(measured)} is {measured}{_against(measured)}"
+        f"{_of_bins(measured, run)}. {_advice(measured, run)}"
     )
 
 
@@ -214,7 +230,7 @@ def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]
     for entry in history:
         for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
             measured = _measured(entry, first.setdefault(prefix, entry), prefix, run)
-            if measured is not None and measured.before > 0:
+            if measured is not None and _is_comparable(measured):
                 found.setdefault(prefix, []).append(measured)
     return found
 
@@ -223,13 +239,14 @@ def _measured(entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, r
     error, change = (entry.get(f"{prefix}_errors/{name}") for name in ("winner", "winner_change"))
     from_start = first["step"] == 0
     same = not run.has_reference or run.reference == BEFORE_TRAINING  # what the logged changes are relative to
-    facts: dict[str, Any] = {"accuracy": entry.get(f"{prefix}_rewards/accuracies")}
-    if same or (not from_start and run.reference):
+    facts: dict[str, Any] = {"accuracy": entry.get(f"{prefix}_rewards/accuracies"), "name": _set_name(prefix, run)}
+    facts["pairs"] = entry.get(f"{prefix}_errors/pairs")
+    if math.isfinite(error) and (same or (not from_start and run.reference)):
         facts |= {"stderr": entry.get(f"{prefix}_{_RELATIVE_STDERR}"), "bins": _bins(entry, prefix)}
     if from_start:
         return Measurement(entry["step"], error, first[f"{prefix}_errors/winner"], BEFORE_TRAINING, **facts)
     if run.reference and change is not None:
-        return _relative(entry["step"], error, change, run.reference, **facts)
+        return Measurement(entry["step"], error, error - change, run.reference, **facts)
     if entry["step"] > first["step"]:
         return Measurement(entry["step"], error, first[f"{prefix}_errors/winner"], f"at step {first['step']}", **facts)
     return None
@@ -243,14 +260,18 @@ def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measur
     names = ("errors/winner", "errors/winner_change", "rewards/accuracies")
     error, change, accuracy = (sum(log.get(name, math.nan) for log in logs) / len(logs) for name in names)
     known = None if math.isnan(accuracy) else accuracy
-    measured = _relative(logs[0]["step"], error, change, run.reference, accuracy=known)
-    return measured if measured.before > 0 else None
+    measured = Measurement(logs[0]["step"], error, error - change, run.reference, accuracy=known)
+    return measured if _is_comparable(measured) else None
 
 
-def _relative(step: int, error: float, change: float, since: str, **facts: Any) -> Measurement:
-    """From the error and its difference to the earlier one, whose value is irrelevant where that is not finite."""
-    before = error - change
-    return Measurement(step, error, before if math.isfinite(before) else 1.0, since, **facts)
+def _is_comparable(measured: Measurement) -> bool:
+    """Whether there is an earlier error, or need be none."""
+    return not math.isfinite(measured.error) or 0 < measured.before < math.inf
+
+
+def _badness(measured: Measurement) -> tuple[int, float]:
+    """Orders the measurements of several sets: by the word, then by the change."""
+    return _SEVERITY.index(measured.word), measured.change
 
 
 _RELATIVE = "errors/winner_change_relative"
@@ -272,23 +293,36 @@ def _is_average(prefix: str, run: RunFacts) -> bool:
     return prefix.endswith(run.average_suffix)
 
 
+def _set_name(prefix: str, run: RunFacts) -> str:
+    """The name of an evaluation set, without `eval_` and the end of averages."""
+    return prefix.removesuffix(run.average_suffix).removeprefix("eval").removeprefix("_")
+
+
 def _worded(
     measured: Measurement, pairs: str, run: RunFacts, history: Sequence[Measurement], averages: Iterable[Measurement]
 ) -> Verdict:
     word = measured.word
     finding = (
-        f"Verdict: {word}. The error on the preferred images of the {pairs} pairs is {measured}, {measured.error:.4g} "
-        f"against {measured.before:.4g}, at step {measured.step}{_of_bins(measured, run)}."
+        f"Verdict: {word}. The error on the preferred images of the {pairs} pairs{_of_set(measured)} is {measured}"
+        f"{_against(measured)}, at step {measured.step}{_of_bins(measured, run)}."
     )
     for average in averages:
-        finding += f" That of the averaged weights is {average}."
+        finding += f" That of the averaged weights{_of_set(average)} is {average}."
     if pairs == "training":
         finding += " Without an evaluation on held-out pairs, nothing is known of other pairs."
-    advice = _advice(word, run)
+    advice = _advice(measured, run)
     lowest = min(history, key=lambda found: found.change, default=None)
     if word in _RISES and lowest is not None and lowest.step not in (0, measured.step):
         advice += f" It was lowest at step {lowest.step} ({lowest.change:+.1%})."
     return Verdict(word, finding, advice, measured, pairs)
+
+
+def _of_set(measured: Measurement) -> str:
+    return f" of `{measured.name}`" if measured.name else ""
+
+
+def _against(measured: Measurement) -> str:
+    return f", {measured.error:.4g} against {measured.before:.4g}" if math.isfinite(measured.error) else ""
 
 
 def _of_bins(measured: Measurement, run: RunFacts) -> str:
@@ -299,8 +333,11 @@ def _of_bins(measured: Measurement, run: RunFacts) -> str:
     return f"; worst at noise levels {low:.3g} to {high:.3g} (bin {noise_bin}): {change.value:+.1%}"
 
 
-def _advice(word: str, run: RunFacts) -> str:
+def _advice(measured: Measurement, run: RunFacts) -> str:
     """In the order of docs/safeguard.md#when-it-got-worse."""
+    word = measured.word
+    if word == "unknown" and measured.pairs is not None and measured.pairs < FEWEST:
+        return f"Evaluate on {FEWEST} pairs at least; there were {measured.pairs:.0f}."
     if word == "unknown":
         return "Evaluate on more pairs: the change lies within a large uncertainty."
     if word not in _RISES:

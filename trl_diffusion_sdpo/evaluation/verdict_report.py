@@ -17,6 +17,7 @@ from ..import_utils import is_plots_available
 from .verdict import Change, RunFacts, Verdict, noise_levels_of
 
 SHOWN_PROMPTS = 6
+LABELLED_BARS = 10
 UNKNOWN = Verdict(
     "unknown",
     "Verdict: unknown. No error on preferred images was measured that can be compared.",
@@ -65,7 +66,8 @@ def verdict_facts(verdict: Verdict, run: RunFacts, images: Sequence[SamplePair])
         "winner_error": _finite(measured.error),
         "winner_error_before": _finite(measured.before),
         **_percent(of_all),
-        "noise_percent": _finite(100 * of_all.noise),
+        "noise_percent": _finite(100 * of_all.noise) if math.isfinite(measured.error) else None,
+        "evaluated_pairs": None if measured.pairs is None else round(measured.pairs),
         "reward_accuracy": _finite(measured.accuracy),
         "noise_bins": [
             {"bin": index, "noise_levels": list(noise_levels_of(index, run)), **_percent(change)}
@@ -82,7 +84,7 @@ def draw_verdict(folder: Path, facts: dict[str, Any]) -> Path:
     figure = Figure(figsize=(10, 4.6 + (3.6 if images else 0)), layout="constrained")
     rows: Any = figure.subfigures(2, 1, height_ratios=[4.4, 3.6]) if images else [figure]
     title = textwrap.fill(" ".join(filter(None, (facts["sentence"], facts["advice"]))), 105)
-    rows[0].suptitle(title, x=0.01, ha="left", fontsize=10, color=COLOURS[facts["label"]])
+    rows[0].suptitle(title, x=0.01, ha="left", fontsize=10, color=COLOURS[facts["label"]], parse_math=False)
     bars, accuracy = rows[0].subplots(1, 2, width_ratios=[5, 1])
     _draw_changes(bars, facts)
     _draw_accuracy(accuracy, facts.get("reward_accuracy"))
@@ -99,19 +101,24 @@ def _draw_changes(axes: Any, facts: dict[str, Any]) -> None:
     errors = [2 * (found["winner_change_stderr_percent"] or 0.0) for _, found in shown]
     colours = [COLOURS["worse"] if value > 0 else COLOURS["better"] for value in values]
     places = [place + (0.5 if place else 0) for place in range(len(shown))]  # the mean apart from the levels
+    axes.use_sticky_edges = False  # leaves room below the bars
     axes.bar(places, values, 0.75, color=colours)
     known = [place for place, error in enumerate(errors) if error]
     axes.errorbar(
         [places[i] for i in known], [values[i] for i in known], [errors[i] for i in known], fmt="none", ecolor="black"
     )
-    if shown:
-        noise = facts["noise_percent"]
-        axes.axhspan(-noise, noise, color="#bbbbbb", alpha=0.35, lw=0, label=f"not told from none (±{noise:.2g}%)")
-        axes.legend(frameon=False, fontsize=9)
+    noise = facts["noise_percent"] if shown else None
+    if noise is not None:  # of the mean alone
+        label = f"not told from none (±{noise:.2g}%)"
+        axes.bar([0], [2 * noise], 1.1, bottom=-noise, color="#bbbbbb", alpha=0.5, lw=0, zorder=0, label=label)
+        axes.figure.legend(loc="outside lower left", frameon=False, fontsize=9)
     if not any(math.isfinite(value) for value in values):
-        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center")
+        missing = "no number" if shown else "nothing was measured"
+        axes.text(0.5, 0.6, missing, transform=axes.transAxes, ha="center")
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xticks(places, [name for name, _ in shown], fontsize=9)
+    step = math.ceil(len(shown) / LABELLED_BARS)
+    named = [0, *range(1, len(shown), step)] if shown else []
+    axes.set_xticks([places[i] for i in named], [shown[i][0] for i in named], fontsize=9)
     axes.set_title("Error on the preferred images: change, lines of ± 2 standard errors", fontsize=10, loc="left")
     axes.set(xlabel="noise level, from clean to noise", ylabel="% of the error before")
     axes.spines[["top", "right"]].set_visible(False)
@@ -141,7 +148,7 @@ def _draw_images(figure: Any, folder: Path, images: Sequence[dict[str, Any]]) ->
             with Image.open(folder / pair[when]) as image:
                 axes.imshow(image.convert("RGB"))
         prompt = textwrap.shorten(pair["prompt"], 60, placeholder="…")
-        grid[0, column].set_title("\n".join(textwrap.wrap(f"“{prompt}”", 22)), fontsize=8)
+        grid[0, column].set_title("\n".join(textwrap.wrap(f"“{prompt}”", 22)), fontsize=8, parse_math=False)
     for axes, when in zip(grid[:, 0], ("before", "after"), strict=True):
         axes.text(-0.08, 0.5, when, transform=axes.transAxes, rotation=90, va="center", ha="right", fontsize=9)
 

@@ -43,7 +43,8 @@ def noise_bin_changes(sums: Sequence[Sequence[float]]) -> dict[str, float]:
         `dict[str, float]`: For each bin with a pair, `errors/winner_change@0` and `errors/loser_change@0` (means of
         policy minus reference), as shares of the reference's error `errors/winner_change_relative@0` and so on (0
         where that error is 0), and with two pairs `errors/winner_change_relative_stderr@0`, the standard error of the
-        winner's share. Over all pairs, `errors/winner_change_relative` and `errors/winner_change_relative_stderr`.
+        winner's share. Over all pairs, `errors/winner_change_relative` and `errors/winner_change_relative_stderr`, and
+        `errors/pairs`, their number.
     """
     metrics = {}
     for noise_bin, (*errors, count, squares, products, earlier) in enumerate(sums):
@@ -56,6 +57,7 @@ def noise_bin_changes(sums: Sequence[Sequence[float]]) -> dict[str, float]:
             ratio = _ratio_stderr(errors[0] - errors[2], errors[2], count, squares, products, earlier)
             metrics[f"errors/winner_change_relative_stderr@{noise_bin}"] = ratio
     winner, _, before, _, count, *moments = (sum(column) for column in zip(*sums, strict=True))
+    metrics["errors/pairs"] = count
     if before:
         metrics["errors/winner_change_relative"] = (winner - before) / before
         if count > 1:
@@ -72,5 +74,5 @@ def _ratio_stderr(
     Source: Cochran, Sampling Techniques, 1977, equation 6.13, without the correction for a finite population.
     """
     ratio = change / before
-    scatter = max(0.0, squares - 2 * ratio * products + ratio**2 * earlier)
+    scatter = max(squares - 2 * ratio * products + ratio**2 * earlier, 0.0)  # in this order, no number stays none
     return (count / (count - 1) * scatter) ** 0.5 / before

@@ -58,6 +58,11 @@ class CheckpointOnInterrupt(TrainerCallback):
             control.should_training_stop = True
         return control
 
+    @property
+    def stops(self) -> bool:
+        """Whether a signal ends this training, as all processes have agreed."""
+        return self._agreed
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.restore_handlers()
         if not self._agreed:  # training ended before the other processes received the signal
@@ -87,6 +92,11 @@ class CheckpointOnInterrupt(TrainerCallback):
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether a [`CheckpointOnInterrupt`] among the callbacks ends the training; the same in all processes."""
+    return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:

@@ -50,6 +50,7 @@ def default_callbacks(
     diagnostics: StepDiagnostics | None,
     run_facts: RunFacts,
     evaluate: Callable[[], Any],
+    callbacks_of_run: Callable[[], Sequence[TrainerCallback]],
     images: TrackedImages,
     end: Callable[[], None],
 ) -> list[TrainerCallback]:
@@ -72,7 +73,8 @@ def default_callbacks(
         callbacks.append(samples)
     if args.eval_strategy != "no":
         callbacks.append(NoiseBinPlotCallback(images))
-    return [*callbacks, VerdictCallback(run_facts, evaluate, samples, images), RunReportCallback(end)]
+    verdict = VerdictCallback(run_facts, evaluate, callbacks_of_run, samples, images)
+    return [*callbacks, verdict, RunReportCallback(end)]
 
 
 def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: TrackedImages) -> SampleImagesCallback:

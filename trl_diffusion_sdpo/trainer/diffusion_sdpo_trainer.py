@@ -372,6 +372,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             diagnostics=self._diagnostics,
             run_facts=self.run_facts,
             evaluate=lambda: self.evaluate(),
+            callbacks_of_run=lambda: self.callback_handler.callbacks,
             images=self.tracked_images,
             end=self._end_report,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,17 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..artifacts.run_card import is_note
 from ..data.pairs import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.processes import in_any_process
 from ..evaluation.tracked_images import TrackedImages
-from ..evaluation.verdict import RunFacts, rise_in_training, rise_of, verdict_of, words_of_rise
+from ..evaluation.verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
 from ..evaluation.verdict_report import SamplePair, write_verdict
+from ..files import VERDICT_FILE, VERDICT_PLOT
 from ..models.ema import EMA_FOLDER, EMAWeights
+from ..runs.interrupts import resume_hint, was_interrupted
 from ..step.pair_evaluation import PairEvaluation, real_pairs
 from ..step.pair_forward import PairForward
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .sample_images import SampleImagesCallback
+from .sample_images import SampleImagesCallback, final_step
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,7 @@ class VerdictCallback(TrainerCallback):
     Args:
         run ([`RunFacts`]): Facts of the run.
         evaluate (`Callable`): Evaluates the current weights; called by all processes.
+        callbacks (`Callable`): Returns the trainer's callbacks, which tell whether a signal has ended the training.
         samples ([`SampleImagesCallback`], *optional*): Generates the images of before and after.
         images ([`TrackedImages`]): Receives the picture.
     """
@@ -118,14 +122,19 @@ class VerdictCallback(TrainerCallback):
         self,
         run: RunFacts,
         evaluate: Callable[[], Any],
+        callbacks: Callable[[], Sequence[TrainerCallback]],
         samples: SampleImagesCallback | None,
         images: TrackedImages,
     ):
         self._run, self._evaluate, self._samples, self._tracked = run, evaluate, samples, images
+        self._callbacks = callbacks
         self._training = self._stops = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training, self._stops = True, False
+        if state.is_world_process_zero:  # of an earlier end: later weights would be published with it
+            for name in (VERDICT_FILE, VERDICT_PLOT):
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if args.eval_strategy != "no" or _on_winner_rise(args) == "ignore" or not state.is_world_process_zero:
@@ -143,7 +152,8 @@ class VerdictCallback(TrainerCallback):
         if stops:  # every process
             self._stops = control.should_save = control.should_training_stop = True
         if rise is not None and (rise[1] or stops) and state.is_world_process_zero:
-            end = " Training stops with a checkpoint, from which it can resume." if stops else ""
+            hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to go on.")
+            end = f" Training stops; {hint}" if stops else ""
             logger.warning("%s%s", words_of_rise(rise[0], self._run), end)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -156,8 +166,10 @@ class VerdictCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training = False
         step = final_step(args, state)
-        if args.eval_strategy != "no" and step is None and self._is_unmeasured(state):
-            self._evaluate()
+        if args.eval_strategy != "no":
+            unmeasured = step is None and self._is_unmeasured(args, state)
+            if in_any_process(unmeasured, args.device):
+                self._evaluate()
         if not state.is_world_process_zero:
             return
         verdict = verdict_of(state.log_history, self._run, step)
@@ -169,11 +181,13 @@ class VerdictCallback(TrainerCallback):
         if verdict is not None:
             logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
 
-    @staticmethod
-    def _is_unmeasured(state: TrainerState) -> bool:
-        """Whether training has reached its end since the last evaluation."""
-        evaluated = (entry["step"] for entry in reversed(state.log_history) if "eval_runtime" in entry)
-        return state.global_step >= state.max_steps and next(evaluated, None) != state.global_step
+    def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the weights have changed since the last evaluation, and no signal asks for an early end."""
+        asked = was_interrupted(self._callbacks()) or args.enable_jit_checkpoint
+        if asked and state.global_step < state.max_steps:
+            return False
+        evaluated = (entry["step"] for entry in reversed(state.log_history) if is_evaluation(entry))
+        return next(evaluated, None) != state.global_step
 
     def _images(self, args: TrainingArguments, step: int) -> list[SamplePair]:
         """The images of before training and of a step, where both are there."""
@@ -185,21 +199,22 @@ class VerdictCallback(TrainerCallback):
             for i, ((before, prompt), (after, _)) in enumerate(galleries)
         ]
         folder = Path(args.output_dir)
-        return [pair for pair in pairs if (folder / pair.before).is_file() and (folder / pair.after).is_file()]
+        return [
+            pair
+            for pair in pairs
+            if all(is_note(folder / path, pair.prompt, pair.seed) for path in (pair.before, pair.after))
+        ]
 
 
 @contextlib.contextmanager
 def warning_of_unwritten_files() -> Iterator[None]:
-    """Turn an error of writing a report within the context into a warning."""
+    """Turn an error of writing a report within the context into a warning, since the weights matter more. No process
+    may wait for another one within."""
     try:
         yield
-    except OSError as error:
-        logger.warning("The report of the run could not be written: %s", error)
-
-
-def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """The step whose weights training ends with; `None` if the last one."""
-    return state.best_global_step if args.load_best_model_at_end else None
+    except Exception as error:
+        known = isinstance(error, OSError)
+        logger.warning("The report of the run could not be written: %s", error, exc_info=not known)
 
 
 def _on_winner_rise(args: TrainingArguments) -> str:

@@ -48,8 +48,7 @@ from .callbacks import arrange, plots_of, run_lines
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import stored_crops
-from .evaluation_overrides import final_step
-from .sample_images import SAMPLES_FOLDER, newest_gallery
+from .sample_images import SAMPLES_FOLDER, final_step, newest_gallery
 
 logger = logging.getLogger(__name__)
 

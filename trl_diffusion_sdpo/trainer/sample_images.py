@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..artifacts.run_card import is_note
 from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
@@ -85,7 +86,7 @@ class SampleImagesCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
         self._last_step = self._untracked = None
-        exists = resumed and grid_path(args.output_dir, state.global_step).exists()
+        exists = resumed and self._are_written(Path(args.output_dir), state.global_step)
         if in_any_process(exists, args.device):
             self._last_step = state.global_step  # generated from the same weights by the run that wrote the checkpoint
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
@@ -99,8 +100,7 @@ class SampleImagesCallback(TrainerCallback):
             self._track(args)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        best = state.best_global_step if args.load_best_model_at_end else None
-        self._generate_once(args, state, best or state.global_step, kwargs.get("model"))
+        self._generate_once(args, state, final_step(args, state) or state.global_step, kwargs.get("model"))
         self._track(args)
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
@@ -111,6 +111,12 @@ class SampleImagesCallback(TrainerCallback):
     def last_step(self) -> int | None:
         """Step of the newest images; `None` before the first."""
         return self._last_step
+
+    def _are_written(self, folder: Path, step: int) -> bool:
+        """Whether the images of a step are there, of these prompts and seeds."""
+        files = enumerate(self.gallery(step))
+        noted = all(is_note(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
+        return noted and grid_path(folder, step).exists()
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
         if step == self._last_step or not (self.every_process or state.is_world_process_zero):
@@ -171,6 +177,14 @@ class SampleImagesCallback(TrainerCallback):
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
         image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
         return image[0] if isinstance(image, list) else image  # of a clip, its first frame
+
+
+def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step of the checkpoint that was loaded when training ended; `None` if none was. It may be an earlier one than
+    `best_global_step`, which need not have been saved."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
 
 
 def newest_gallery(callbacks: Iterable[TrainerCallback]) -> list[tuple[str, str]]:
