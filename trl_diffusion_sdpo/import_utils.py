@@ -26,6 +26,18 @@ TRACKERS = {
     "dvclive": (("dvclive",), "dvclive"),
 }
 
+# Pattern of the name in `optim` -> the module that it needs, and the package that has it.
+OPTIMIZERS = {
+    r"adamw_torch_[48]bit": ("torchao", "torchao"),
+    r"galore_.*": ("galore_torch", "galore-torch"),
+    r"apollo_.*": ("apollo_torch", "apollo-torch"),
+    r"(ada)?lomo": ("lomo_optim", "lomo-optim"),
+    r"grokadamw": ("grokadamw", "grokadamw"),
+    r"schedule_free_.*": ("schedulefree", "schedulefree"),
+    r"stable_adamw": ("optimi", "torch-optimi"),
+    r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": ("bitsandbytes", "bitsandbytes"),
+}
+
 # Logger -> the beginning of notes that name nothing a user of this package could change: image processors that no
 # pipeline calls here, the accelerator that an unused DeepSpeed finds, an empty list of modules.
 _IDLE_NOTES = {
@@ -69,6 +81,16 @@ def require_trackers(names: Iterable[str]) -> None:
             raise MissingExtraError(
                 f"`report_to={name}` needs {modules[0]}, which is not installed. Run `pip install {package}`, or set "
                 "`report_to` to `none`."
+            )
+
+
+def require_optimizer(name: str) -> None:
+    """Raise a `MissingExtraError` unless the package of an optimizer of `optim` is installed; unknown names pass."""
+    for pattern, (module, package) in OPTIMIZERS.items():
+        if re.fullmatch(pattern, name) and not find_spec(module):
+            raise MissingExtraError(
+                f"`optim={name}` needs {module}, which is not installed. Run `pip install {package}`, or set `optim` "
+                "to `adamw_torch`."
             )
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.cli.errors import is_own
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.import_utils import MissingExtraError
 from trl_diffusion_sdpo.losses import interpolate
+from trl_diffusion_sdpo.own_errors import is_own
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TINY = {

@@ -17,6 +17,7 @@ from trl_diffusion_sdpo.families import (
     find_family,
     load_pipeline,
 )
+from trl_diffusion_sdpo.own_errors import is_own
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {
@@ -225,6 +226,21 @@ def test_pickled_weights_are_refused(component, copied_folder):
         torch.save({}, copied_folder / component / pickled)
     with pytest.raises(ValueError, match="must have its weights in safetensors files"):
         load_pipeline(copied_folder)
+
+
+def test_pickles_beside_safetensors_are_not_the_fault(copied_folder):
+    (copied_folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (copied_folder / "tokenizer" / "tokenizer.json").write_text("")
+    (copied_folder / "tokenizer" / "vocab.json").write_text("")
+    with pytest.raises(ValueError, match="could not be loaded: each component .*Expecting value") as raised:
+        load_pipeline(copied_folder)
+    assert is_own(raised.value)
+
+
+def test_a_variant_that_a_folder_lacks_is_told(sd_folder):
+    with pytest.raises(ValueError, match="could not be loaded: .*variant") as raised:
+        load_pipeline(sd_folder, variant="fp16")
+    assert is_own(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
 from trl_diffusion_sdpo.families.single_file import configuration_of
+from trl_diffusion_sdpo.models.loading import load_model, load_reference
 from trl_diffusion_sdpo.planning.skeleton import pipeline_of_folder
 from trl_diffusion_sdpo.runs.starting_point import starting_point
 
@@ -134,6 +135,14 @@ def test_a_run_starts_from_a_file_and_a_second_stage_from_the_run(sd_file, make_
     )
     second.train()
     assert second.state.log_history[0]["errors/winner"] > 0
+
+
+def test_a_reference_in_one_file_is_read_with_the_configuration_of_the_policy(sd_file):
+    file, config = sd_file
+    policy = load_model(file, model_init_kwargs={"config": config})
+    assert_equal(load_reference(file, policy), policy.denoiser)
+    with pytest.raises(ValueError, match="for a reference `ref_model_init_kwargs`"):
+        load_reference(file, policy, ref_model_init_kwargs={"config": None})
 
 
 def test_files_that_are_not_read_are_told(sd_file, tmp_path):

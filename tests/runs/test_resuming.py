@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.runs.resuming import _compare
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
 
@@ -41,6 +42,17 @@ def test_another_learning_rate_is_that_of_the_next_step(make, caplog):
     resumed.train(resume_from_checkpoint=True)
     assert rates(resumed) == [1e-3, 1e-3, 1e-5, 1e-5]
     assert "Resuming with another `learning_rate`: it was 0.001, is 1e-05." in caplog.text
+
+
+def test_another_reference_is_told(tmp_path, monkeypatch, caplog):
+    """Two spellings of one folder are no other reference."""
+    monkeypatch.chdir(tmp_path)
+    for before, now, differs in (("base", str(tmp_path / "base"), False), ("base", "other", True), (None, "x", True)):
+        caplog.clear()
+        args = DiffusionSDPOConfig(str(tmp_path), ref_model_name_or_path=now, report_to="none")
+        stored = {**json.loads(args.to_json_string()), "ref_model_name_or_path": before}
+        _compare(stored, args, {}, tmp_path)
+        assert ("Resuming with another `ref_model_name_or_path`" in caplog.text) == differs
 
 
 def test_the_new_rate_is_what_the_optimizer_steps_with(make, tmp_path):

@@ -180,7 +180,7 @@ def test_a_run_may_go_on_in_a_folder_of_its_own(make, tmp_path):
 
 def test_the_folder_of_the_tuned_pipeline_is_no_output_folder(make_trainer, sd_folder, tmp_path):
     shutil.copytree(sd_folder, tmp_path / "run")
-    with pytest.raises(ValueError, match="would overwrite the pipeline that is tuned"):
+    with pytest.raises(ValueError, match="saving would overwrite or move what the run starts from"):
         make_trainer(str(tmp_path / "run"))
 
 

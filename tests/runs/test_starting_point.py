@@ -1,5 +1,6 @@
 """A second stage: training goes on from the folder of a run, or from a LoRA."""
 
+import copy
 import json
 import math
 import shutil
@@ -16,7 +17,9 @@ from trl_diffusion_sdpo.artifacts.interpolation import read_run
 from trl_diffusion_sdpo.artifacts.lora_export import export_kohya
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.adapters import adapter_state
-from trl_diffusion_sdpo.runs.starting_point import starting_point
+from trl_diffusion_sdpo.own_errors import is_own
+from trl_diffusion_sdpo.runs.starting_point import attach_adapter, base_of_run, starting_point
+from trl_diffusion_sdpo.trainer.preparing import copy_and_check_args
 
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -224,6 +227,61 @@ def test_a_second_stage_is_planned_encoded_and_named_in_the_card_as_the_first(
     second = train(lora_run, trains=False)
     second.create_model_card()
     assert f"`{Path(sd_folder).name}`" in Path(second.args.output_dir, "README.md").read_text()
+
+
+def test_another_base_is_told_on_every_way_to_a_lora(lora_run, sd_pipeline, make_sd_pipeline, caplog):
+    other = make_sd_pipeline()
+    with torch.no_grad():
+        other.unet.conv_in.weight.add_(1)
+    for place in (
+        lora_run,
+        lora_run / "checkpoint-2",
+        lora_run / "ema",
+        lora_run / "pytorch_lora_weights.safetensors",
+    ):
+        caplog.clear()
+        attach_adapter(copy.deepcopy(sd_pipeline), "unet", str(place))
+        assert "another base" not in caplog.text
+        attach_adapter(copy.deepcopy(other), "unet", str(place))
+        assert f"The LoRA of {place} was trained on weights of the fingerprint" in caplog.text
+
+
+def test_a_third_stage_of_all_weights_needs_no_folder_of_the_second(full_run, tmp_path):
+    """Its own denoiser takes the place of the one that it started from."""
+    shutil.copytree(full_run, tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    args["base_model"]["denoiser"] = "/gone/second-run"
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps(args))
+    assert starting_point(tmp_path / "run").denoiser == str(tmp_path / "run")
+    with pytest.raises(ValueError, match="/gone/second-run, and that is no longer there"):
+        base_of_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoint-2", "ema", "pytorch_lora_weights.safetensors"])
+def test_a_run_does_not_write_over_its_own_start(tmp_path, inner):
+    start, own = str(tmp_path / "run" / inner), DiffusionSDPOConfig(str(tmp_path / "run"), report_to="none")
+    for model, reference in ((start, None), ("a/b", start)):
+        with pytest.raises(ValueError, match="`output_dir` must be another folder than the model's"):
+            copy_and_check_args(model, reference, own)
+    copy_and_check_args(str(tmp_path / "run" / "previous-run-1"), None, own)
+    copy_and_check_args(start, None, DiffusionSDPOConfig(str(tmp_path / "other"), report_to="none"))
+
+
+@pytest.mark.parametrize("damage", ["pickled", "cut", "nothing", "arguments"])
+def test_a_damaged_folder_of_a_lora_is_told(lora_run, sd_pipeline, tmp_path, damage):
+    folder = tmp_path / "lora"
+    shutil.copytree(lora_run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "pytorch_lora*"))
+    if damage == "pickled":
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    elif damage == "arguments":
+        (folder / "training_args.json").write_text('{"beta": ')
+    else:
+        (folder / "adapter_config.json").write_text("{" if damage == "cut" else '{"r": 4}')
+    messages = {"pickled": "none at .*adapter_model.safetensors. Pickled", "arguments": "training_args.json has"}
+    with pytest.raises(ValueError, match=messages.get(damage, "lora cannot be put onto")) as raised:
+        starting_point(folder)
+        attach_adapter(sd_pipeline, "unet", str(folder))
+    assert is_own(raised.value)
 
 
 def test_nothing_that_is_published_names_a_folder(lora_run, sd_folder):

@@ -5,8 +5,9 @@ from typing import get_args
 
 import pytest
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo import DiffusionSDPOConfig, import_utils
 from trl_diffusion_sdpo.cli.options import Option
 from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
 from trl_diffusion_sdpo.families.noise import WEIGHTINGS
@@ -119,6 +120,32 @@ def test_every_range_and_every_choice_is_checked(make_args):
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
     assert checked == 36
+
+
+@pytest.mark.parametrize("name", [*(name.value for name in OptimizerNames)])
+def test_an_optimizer_whose_package_is_missing_is_told(name, monkeypatch):
+    """All names of transformers but those of torch, of itself and of accelerators."""
+    monkeypatch.setattr(import_utils, "find_spec", lambda module: None)
+    plain = ("torch", "torch_fused", "torch_xla", "torch_npu_fused", "anyprecision")
+    if name in ("adafactor", "sgd", "adagrad", "rmsprop", *(f"adamw_{kind}" for kind in plain)):
+        import_utils.require_optimizer(name)
+    else:
+        with pytest.raises(import_utils.MissingExtraError, match=f"`optim={name}` needs .* Run `pip install"):
+            import_utils.require_optimizer(name)
+
+
+def test_optimizers_and_schedules_are_checked_with_the_settings(make_args, monkeypatch):
+    with pytest.raises(ValueError, match=r"those of `lr_scheduler_type=cosine_with_min_lr`, got .*min_lr"):
+        make_args(lr_scheduler_type="cosine_with_min_lr")
+    with pytest.raises(ValueError, match=r"those of `lr_scheduler_type=polynomial`, got .*nonsense"):
+        make_args(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"nonsense": 1})
+    make_args(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6})
+    DiffusionSDPOConfig("out", report_to="none", lr_scheduler_type="polynomial")  # its rate is that of the loss
+    for kind in ("inverse_sqrt", "constant", "polynomial", "cosine_with_restarts"):
+        make_args(lr_scheduler_type=kind)
+    monkeypatch.setattr(import_utils, "find_spec", lambda module: None)
+    with pytest.raises(import_utils.MissingExtraError, match="pip install bitsandbytes"):
+        make_args(optim="adamw_bnb_8bit")
 
 
 def test_the_choices_of_a_setting_are_those_of_what_it_chooses_from():

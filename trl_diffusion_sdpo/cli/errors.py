@@ -5,24 +5,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dis import opmap
 from pathlib import Path
 
-_PACKAGE = __package__.partition(".")[0]
+from ..own_errors import is_own
+
 _NO_ROWS = "corresponds to no data"  # what datasets says of files without rows
-
-
-def is_own(error: Exception) -> bool:
-    """Whether an error is of one of this package's classes, or a `raise` of this package was where it began. A call of
-    this package that fails within a library, or within Python itself, is neither."""
-    if type(error).__module__.partition(".")[0] == _PACKAGE:
-        return True
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None or place.tb_frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
-        return False
-    return place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 @contextlib.contextmanager

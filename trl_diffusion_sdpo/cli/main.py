@@ -6,9 +6,9 @@ from importlib import import_module
 
 from .. import __version__
 from ..import_utils import MissingExtraError, hide_idle_notes
+from ..own_errors import is_own
 from ..suggestions import did_you_mean
 from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
-from .errors import is_own
 
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"

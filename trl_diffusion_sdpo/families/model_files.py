@@ -45,7 +45,9 @@ def what_is_wrong(name_or_path: str) -> str:
         missing = _missing_shards(listing)
         if missing:
             return f"{listing.parent} lacks {len(missing)} of its files of weights, such as {missing[0]}. {_AGAIN}"
+    read = {file.parent for file in files}  # pickles beside safetensors are not looked at
     pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
+    pickled = [file for file in pickled if file.parent not in read]
     if pickled:
         return (
             f"Every component of a pipeline must have its weights in safetensors files, and {name_or_path} has pickled "

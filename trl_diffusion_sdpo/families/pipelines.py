@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..own_errors import is_own
 from .base import Family
 from .model_files import check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes
-from .single_file import configuration_of, is_single_file, reading_single_file
+from .single_file import CONFIG_OPTION, configuration_of, is_single_file, reading_single_file
 
 CLASS = "_class_name"  # of the pipeline, in its model_index.json
 
@@ -291,7 +292,9 @@ def _refuse_options(options: dict[str, Any]) -> None:
 def _safetensors_only(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # of a variant, or of JSON
+        if is_own(error):
+            raise
         raise ValueError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
 
 
@@ -304,7 +307,7 @@ def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
             raise
         raise ValueError(
             f"{name_or_path} needs the configuration of a diffusers pipeline, and that of {base} could not be read. "
-            'Name a folder or Hub id that has it by `model_init_kwargs={"config": "FOLDER OR HUB ID"}`. ' + str(error)
+            f"Name a folder or Hub id that has it by {CONFIG_OPTION}. {error}"
         ) from error
 
 

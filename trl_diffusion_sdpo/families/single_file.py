@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .._compat import SingleFileComponentError, default_configuration
 
 SUFFIX = ".safetensors"
+CONFIG_OPTION = '`model_init_kwargs={"config": "FOLDER OR HUB ID"}`, for a reference `ref_model_init_kwargs`'
 _PICKLES = (".bin", ".pt", ".ckpt")
 
 
@@ -65,8 +66,7 @@ def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
             f"{name_or_path} could not be read with the configuration of {config}: {' '.join(str(error).split())} To "
-            "name another, or a folder where there is no network, use "
-            '`model_init_kwargs={"config": "FOLDER OR HUB ID"}`.'
+            f"name another, or a folder where there is no network, use {CONFIG_OPTION}."
         ) from error
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
 from ..families.pipelines import load_encoders
+from ..families.single_file import is_single_file
 from ..import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
@@ -117,7 +118,8 @@ def load_reference(
     Args:
         policy ([`LoadedModel`]): Has the dtype, and owns the other components.
         model_init_kwargs (`dict`, *optional*): The policy's options. [`SHARED_OPTIONS`] apply to a Hub id or folder as
-            well; `revision` does not, which names a state of the policy's repository.
+            well, and `config` where both are one file; `revision` does not, which names a state of the policy's
+            repository.
         ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder.
         denoiser_folder (`str`, *optional*): Where another denoiser is, in place of that of a Hub id or folder.
 
@@ -126,6 +128,9 @@ def load_reference(
     """
     if isinstance(ref_model, (str, Path)):
         shared = {key: value for key, value in (model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
+        config = policy.options.get("config")  # only a policy in one file has it
+        if config is not None and is_single_file(os.fspath(ref_model)):
+            shared["config"] = config
         options = {**shared, **(ref_model_init_kwargs or {})}
         dtype = options.pop("dtype", None)
         dtype = policy.family.dtype if dtype is None else torch_dtype(dtype)

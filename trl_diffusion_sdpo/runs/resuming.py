@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ NOT_COMPARED = (
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
     *("dataloader_multiprocessing_context", "train_data", "run_id", "base_model"),
-    *("adapter_name_or_path", "ref_model_name_or_path"),
+    "adapter_name_or_path",
 )
+REFERENCE = "ref_model_name_or_path"  # two spellings of one folder are the same
 # Optimizers that can load each other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Schedules that are no function of the step alone.
@@ -40,9 +42,16 @@ GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nest
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any]:
-    """All arguments of the run that wrote a checkpoint; empty for a published one, which has no such file."""
+    """All arguments of the run that wrote a checkpoint; empty for a published one, which has no such file. `ValueError`
+    where it cannot be read."""
     file = checkpoint / ARGS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} has a run's arguments in JSON, and cannot be read: {error}. Copy it again, or take another "
+            "checkpoint of the run, which has the same."
+        ) from error
 
 
 def check_resumable(
@@ -73,6 +82,9 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
     current = {**json.loads(args.to_json_string()), **setup}
     names = [name for name in current if name not in NOT_COMPARED and (name in stored or name in setup)]
     differing = {name: (stored.get(name), current[name]) for name in names if stored.get(name) != current[name]}
+    before, now = differing.get(REFERENCE, (None, None))
+    if before is not None and now is not None and os.path.abspath(before) == os.path.abspath(now):
+        del differing[REFERENCE]
     structure = {name: differing[name] for name in STRUCTURE if name in differing}
     broken = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in structure.items()]
     if broken:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,27 @@ class RunFolder:
         if message is not None:
             raise error or ValueError(message)
         return result
+
+
+def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
+    """Raise `ValueError` where what a run starts from is its output folder, or a checkpoint or weights in it: saving
+    would overwrite them, or `overwrite_output_dir` move them.
+
+    Args:
+        names (`Iterable`): Folders, files or Hub ids of model, LoRA and reference; objects and `None` pass.
+    """
+    folder = Path(output_dir).resolve()
+    for name in names:
+        place = Path(name).resolve() if isinstance(name, (str, Path)) else None
+        if place is None or folder not in (place, *place.parents):
+            continue
+        first = Path(*place.relative_to(folder).parts[:1])
+        if place == folder or step_of(first) is not None or any(first.match(pattern) for pattern in WEIGHTS):
+            raise ValueError(
+                "`output_dir` must be another folder than the model's, the LoRA's and the reference's: saving would "
+                f"overwrite or move what the run starts from; got {output_dir!r}, and {str(name)!r} is in it. To go on "
+                "with an interrupted run, use `resume_from_checkpoint`."
+            )
 
 
 def _run_id_in(file: Path) -> str | None:

@@ -22,6 +22,7 @@ from ..artifacts.setup import SETUP_FILE, fingerprint, read_setup
 from ..artifacts.weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX
 from ..models.adapters import POLICY_ADAPTER, active_adapter, adapter_state, add_lora, base_tensors, lora_configs
 from ..models.ema import EMA_FOLDER
+from ..own_errors import is_own
 from .resuming import stored_settings
 
 logger = logging.getLogger(__name__)
@@ -45,29 +46,17 @@ class StartingPoint:
         options (`Mapping[str, Any]`): With which an earlier run loaded it.
         denoiser (`str`, *optional*): Folder of a run that tuned all weights of the denoiser.
         adapter (`str`, *optional*): Folder, file or Hub id of a LoRA on the denoiser.
-        fingerprint (`str`, *optional*): Of the weights under the LoRA, as the run that trained it has recorded it.
     """
 
     pipeline: str
     options: Mapping[str, Any] = field(default_factory=dict)
     denoiser: str | None = None
     adapter: str | None = None
-    fingerprint: str | None = None
 
     def with_recorded(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
         """Options for loading the pipeline: a user's, and the recorded ones where the user's are the default."""
         given = {key: value for key, value in (options or {}).items() if value not in _DEFAULTS.get(key, (None,))}
         return {**(options or {}), **self.options, **given}
-
-    def warn_of_another_base(self, denoiser: nn.Module) -> None:
-        """Warn where a denoiser without adapters does not hold the weights that the LoRA was trained on."""
-        here = None if self.fingerprint is None else fingerprint(base_tensors(denoiser))
-        if here != self.fingerprint:
-            logger.warning(
-                "The LoRA of %s was trained on weights of the fingerprint %s, and these have %s: another base, "
-                "revision, `dtype` or quantization.",
-                *(self.adapter, self.fingerprint, here),
-            )
 
 
 def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike | None = None) -> StartingPoint:
@@ -81,8 +70,7 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
         `ValueError`: If a run's pipeline is unknown or gone, or there would be two LoRAs.
     """
     folder = Path(name_or_path)
-    is_average = folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file()
-    run = folder.parent if is_average else folder
+    run = _run_of(folder)
     setup = read_setup(run)
     chosen = None if adapter is None else os.fspath(adapter)
     if "tuning" not in setup or (folder / INDEX_FILE).is_file():
@@ -94,19 +82,18 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
             f"{chosen} too. Name its base as the model, or leave one of the two out."
         )
     base = stored_settings(run).get(BASE) or setup.get(BASE)
-    _check_base(base, run, is_lora=is_lora)
+    _check_base(base, run, ("pipeline", "denoiser") if is_lora else ("pipeline",), is_lora=is_lora)
     found = {"pipeline": base["pipeline"], "options": base["options"]}
     if not is_lora:
         return StartingPoint(**found, denoiser=str(folder), adapter=chosen)
-    fingerprint = setup.get("weights_before_training")
-    return StartingPoint(**found, denoiser=base["denoiser"], adapter=str(folder), fingerprint=fingerprint)
+    return StartingPoint(**found, denoiser=base["denoiser"], adapter=str(folder))
 
 
 def base_of_run(run: str | os.PathLike) -> StartingPoint:
     """What a run started from, without a LoRA; `ValueError` where that is unknown or gone."""
     folder = Path(run)
     base = stored_settings(folder).get(BASE) or read_setup(folder).get(BASE)
-    _check_base(base, folder, is_lora=False)
+    _check_base(base, folder, ("pipeline", "denoiser"), is_lora=False)
     return StartingPoint(base["pipeline"], base["options"], base["denoiser"])
 
 
@@ -132,7 +119,8 @@ def public_base(base: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str, *, seed: int = 0) -> str:
-    """Put a trained LoRA onto a pipeline's denoiser, where it is the only adapter.
+    """Put a trained LoRA onto a pipeline's denoiser, where it is the only adapter; warn where the weights under it are
+    not those that the run of the LoRA has recorded.
 
     Args:
         source (`str`): Folder in PEFT's or diffusers' format, a `.safetensors` file that the pipeline's
@@ -152,13 +140,16 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
             f"One LoRA goes on training, and the model has one already; got also {source}. Leave one out."
         )
     place = _local(source)
+    _warn_of_another_base(denoiser, place)
     try:
         if place.is_dir() and (place / PEFT_CONFIG_FILE).is_file():
             _attach_peft(denoiser, place, seed)
         else:
             _attach_by_pipeline(pipeline, place / LORA_FILE if place.is_dir() else place)
         name = active_adapter(denoiser)
-    except (RuntimeError, KeyError, SafetensorError) as error:
+    except (RuntimeError, KeyError, SafetensorError, OSError, ValueError, TypeError) as error:
+        if is_own(error):
+            raise
         raise ValueError(f"The LoRA {source} cannot be put onto a {type(denoiser).__name__}: {error}") from error
     if name is None:
         raise ValueError(
@@ -185,15 +176,15 @@ def check_continued(denoiser: nn.Module, name: str, config: PeftConfig, source: 
         )
 
 
-def _check_base(base: Any, run: Path, *, is_lora: bool) -> None:
-    """Raise `ValueError` where a run's base is unknown or its folder is gone."""
+def _check_base(base: Any, run: Path, needed: Iterable[str], *, is_lora: bool) -> None:
+    """Raise `ValueError` where a run's base is unknown, or a folder of it that is needed is gone."""
     way = f"`adapter_name_or_path` {run}" if is_lora else "its denoiser from this folder, loaded in Python"
     if not isinstance(base, Mapping):
         raise ValueError(
             f"{run} is the folder of a run that does not say which pipeline it started from. Name that pipeline as the "
             f"model, and {way}."
         )
-    for name in (base["pipeline"], base["denoiser"]):
+    for name in (base[key] for key in needed):
         if name is not None and os.path.isabs(name) and not os.path.exists(name):
             raise ValueError(
                 f"The run in {run} started from {name}, and that is no longer there. Name where the pipeline is now as "
@@ -201,7 +192,30 @@ def _check_base(base: Any, run: Path, *, is_lora: bool) -> None:
             )
 
 
+def _run_of(folder: Path) -> Path:
+    """The folder with the set-up of weights: their own, or of averaged weights the one that they are in."""
+    return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
+
+
+def _warn_of_another_base(denoiser: nn.Module, place: Path) -> None:
+    """Warn where a denoiser without adapters does not hold the weights that a run's LoRA was trained on."""
+    setup = read_setup(_run_of(place.parent if place.name == LORA_FILE else place))
+    trained_on = setup.get("weights_before_training") if setup.get("tuning") == "lora" else None
+    tensors = base_tensors(denoiser)
+    if trained_on is None or any(tensor.is_meta for tensor in tensors.values()):  # a plan has no weights
+        return
+    here = fingerprint(tensors)
+    if here != trained_on:
+        logger.warning(
+            "The LoRA of %s was trained on weights of the fingerprint %s, and these have %s: another base, "
+            "revision, `dtype` or quantization.",
+            *(place, trained_on, here),
+        )
+
+
 def _attach_peft(denoiser: nn.Module, folder: Path, seed: int) -> None:
+    if not (folder / PEFT_FILE).is_file():
+        raise ValueError(_no_lora(folder / PEFT_FILE))
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # overwritten below
@@ -228,14 +242,18 @@ def _attach_by_pipeline(pipeline: Any, file: Path) -> None:
             f"format, with {PEFT_CONFIG_FILE}."
         )
     if not file.is_file() or file.suffix != ".safetensors":
-        raise ValueError(
-            f"A LoRA is a folder with {PEFT_CONFIG_FILE} or {LORA_FILE}, or a .safetensors file; there is none at "
-            f"{file}. Pickled files (.bin, .pt, .ckpt) are never read."
-        )
+        raise ValueError(_no_lora(file))
     with safe_open(file, "pt") as opened:
         _check_kind(opened.keys(), file)
     pipeline.load_lora_weights(
         file.parent, weight_name=file.name, adapter_name=POLICY_ADAPTER, use_safetensors=True, local_files_only=True
+    )
+
+
+def _no_lora(file: Path) -> str:
+    return (
+        f"A LoRA is a folder with {PEFT_CONFIG_FILE} and {PEFT_FILE}, or with {LORA_FILE}, or a .safetensors file; "
+        f"there is none at {file}. Pickled files (.bin, .pt, .ckpt) are never read."
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, cast
 
+import torch
+from transformers import get_scheduler
+
 from .._compat import CHECKPOINTING, activation_checkpointing
 from ..families.timestep_sampling import TimestepSampling
-from ..import_utils import require_trackers
+from ..import_utils import require_optimizer, require_trackers
 from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
 from ..sources.checking import parse_verify_images
 from ..sources.images import parse_schemes
@@ -30,6 +33,7 @@ def check_settings(args: AllArguments) -> None:
         _check_value(name, setting, getattr(args, name))
     loss = loss_spec(args.loss_type)
     require_trackers(args.report_to)
+    _check_schedule(args)
     _check_inherited(args)
     _check_length(args)
     _check_loss(args, loss)
@@ -46,6 +50,7 @@ def check_settings(args: AllArguments) -> None:
     if args.link_full_pipeline and not args.save_full_pipeline:
         _warn("`link_full_pipeline` has no effect without `save_full_pipeline`.")
     _check_memory(args)
+    require_optimizer(str(getattr(args.optim, "value", args.optim)))
 
 
 def _check_value(name: str, setting: Setting, value: Any) -> None:
@@ -104,6 +109,20 @@ def _check_length(args: AllArguments) -> None:
         raise ValueError(
             f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
         )
+
+
+def _check_schedule(args: AllArguments) -> None:
+    """Make the schedule over one weight: transformers would refuse its arguments once data and model are loaded."""
+    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # unset, it follows the loss
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    kwargs: Any = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs` must be those of `lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')}`"
+            f", got {kwargs}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _check_loss(args: AllArguments, loss: LossSpec) -> None:

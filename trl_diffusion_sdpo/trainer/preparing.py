@@ -26,6 +26,7 @@ from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
+from ..runs.run_folder import refuse_own_start
 from ..runs.starting_point import StartingPoint, attach_adapter, check_continued, starting_point
 from ..settings.all_arguments import settled_resolution
 from ..settings.model_checks import (
@@ -61,18 +62,13 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
             "Leave `ref_model` out, or pass a copy."
         )
-    for name in (model, args.adapter_name_or_path):
-        if isinstance(name, (str, Path)) and Path(name).resolve() == Path(args.output_dir).resolve():
-            raise ValueError(
-                f"`output_dir` must be another folder than the model's: saving would overwrite what is tuned; got "
-                f"{args.output_dir!r} for both. To go on with an interrupted run, use `resume_from_checkpoint`."
-            )
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError(
             f"`ref_model` and `ref_model_name_or_path` both name the reference; got a {type(ref_model).__name__} and "
             f"{args.ref_model_name_or_path!r}. Leave one out."
         )
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+    refuse_own_start(args.output_dir, (model, args.adapter_name_or_path, ref_model))
     if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
         raise ValueError(
             "`ref_model_init_kwargs` are for a `ref_model` given as Hub id or folder, got "
@@ -116,7 +112,6 @@ def load_policy(
         )
     if start.adapter is None or not denoiser:
         return loaded
-    start.warn_of_another_base(loaded.denoiser)
     attach_adapter(loaded.pipeline, loaded.family.denoiser_name, start.adapter, seed=args.seed)
     return dataclasses.replace(loaded, adapter_source=start.adapter)
 
