@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.cli.errors import reading_data
+from trl_diffusion_sdpo.cli.errors import sentence as shown
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.import_utils import MissingExtraError
 from trl_diffusion_sdpo.losses import interpolate
 from trl_diffusion_sdpo.own_errors import is_own
+from trl_diffusion_sdpo.sources.checking import BadDataError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TINY = {
@@ -74,6 +80,30 @@ def test_an_error_is_own_by_its_raise_or_its_class():
     assert not is_own(caught(lambda: int("x")))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_row_that_a_worker_finds_is_one_line(tmp_path, streaming):
+    row = {"prompt": "x", "chosen": str(tmp_path / "junk.png"), "rejected": str(tmp_path / "junk.png")}
+    Path(row["chosen"]).write_bytes(b"no image")
+    rows = Dataset.from_list([row])
+    reading = {"transform": PairTransform(16), "verify_images": "none", "on_bad_row": "raise"}
+    pairs = prepare_dataset(rows.to_iterable_dataset() if streaming else rows, **reading)
+    with pytest.raises(ValueError) as alone:
+        next(iter(pairs))
+    with pytest.raises(ValueError, match="Caught .* in DataLoader worker") as caught:
+        next(iter(DataLoader(pairs, batch_size=None, num_workers=1)))
+    assert is_own(caught.value)
+    assert shown(caught.value) == str(alone.value) == shown(alone.value)
+
+
+def test_an_error_of_several_lines_from_a_worker_is_whole():
+    def kept(text):
+        return shown(BadDataError(f"Caught BadDataError in DataLoader worker process 0.\nOriginal Traceback{text}"))
+
+    name = f"{BadDataError.__module__}.BadDataError"
+    assert kept(f":\n  raise\n{name}: one\n  two\n") == "one\n  two"
+    assert shown(BadDataError(f"a\n{name}: b")) == f"a\n{name}: b", "of no worker"
+
+
 def test_an_error_of_a_library_while_training_has_its_traceback(sd_folder, pairs, tmp_path):
     with pytest.raises(ValueError, match=FOREIGN[0]):
         main(words(sd_folder, pairs, tmp_path / "run", **FOREIGN[1]))
@@ -117,6 +147,20 @@ def test_a_check_of_transformers_on_its_arguments_is_a_users_error(sd_folder, pa
 def test_data_without_pairs_are_told(sd_folder, tmp_path, capsys, name, content, said):
     (tmp_path / name).write_text(content)
     assert said in sentence(capsys, sd_folder, tmp_path / name, tmp_path / "run")
+
+
+def test_empty_files_beside_the_data_are_not_blamed(tmp_path):
+    for name in (".gitkeep", "_SUCCESS", "notes.txt", ".hidden.jsonl"):
+        (tmp_path / name).touch()
+
+    def said():
+        with pytest.raises(ValueError) as caught, reading_data(str(tmp_path)):
+            raise OSError("the disk is gone")
+        return str(caught.value)
+
+    assert said() == f"The data set {tmp_path} could not be read: the disk is gone"
+    (tmp_path / "pairs.jsonl").touch()
+    assert "/pairs.jsonl has 0 bytes." in said() and said().endswith("the disk is gone")
 
 
 def test_data_that_are_not_there_are_told(sd_folder, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+from trl_diffusion_sdpo.cli import pair_arguments
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets, load_split
 
@@ -69,6 +70,19 @@ def test_a_missing_test_split_is_an_error_with_advice(load):
         load("one")
     with pytest.raises(ValueError, match="test.*Name other pairs"):
         load("one", dataset_streaming=True)
+
+
+def test_another_error_of_the_test_split_has_no_such_advice(load, monkeypatch):
+    def loaded(script_args, split, on_bad_row):
+        if split == "test":
+            raise ValueError("the file is cut off")
+
+    monkeypatch.setattr(pair_arguments, "load_split", loaded)
+    with pytest.raises(ValueError, match="the file is cut off$"):
+        load("two")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="must have the split.*Name other pairs"):
+        load("saved_dict", dataset_test_split="tset")
 
 
 @pytest.mark.parametrize("name", ["one", "two", "saved_dict", "somebody/on-the-hub"])

@@ -14,6 +14,7 @@ from tiny_pipelines import case
 
 from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, read_run, scaled_factor
 from trl_diffusion_sdpo.cli import sweep_scale
+from trl_diffusion_sdpo.cli.errors import is_own
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.import_utils import EXTRAS
 from trl_diffusion_sdpo.losses import interpolate
@@ -375,6 +376,15 @@ def test_data_without_a_pair_is_refused(sweep, tmp_path, make_pairs, lora_run, c
     ties.to_parquet(tmp_path / "bad" / "test.parquet")
     assert sweep(lora_run[0], "--dataset_name", tmp_path / "bad") == 2
     assert "No pair is left" in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_read_are_an_error_of_one_line(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    for name, said in (("empty.jsonl", "empty.jsonl has 0 bytes"), ("none", "none could not be read")):
+        options = sweep_scale.make_parser().parse_args(["--run", "run", "--dataset_name", str(tmp_path / name)])
+        with pytest.raises(ValueError, match=said) as caught:
+            sweep_scale._load_pairs(options)
+        assert is_own(caught.value)
 
 
 def test_without_matplotlib_the_extra_is_named(sweep, lora_run, monkeypatch, capsys):

@@ -212,12 +212,20 @@ def test_images_of_one_name_are_ranked_by_their_numbers(write):
     write("sub/dog_1.txt: a dog", "sub/dog_2.txt: a dog", "a_1_0.png", "a_1_1.png", "a_1.txt: of a_1")
     assert rows(load_pairs(folder), folder) == [
         {"prompt": "of a_1", "image_path": ["a_1_0.png", "a_1_1.png"], "rank": [0, 1]},
-        {"prompt": "a cat", "image_path": ["cat_0.jpg", "cat_2.png", "cat_10.png"], "rank": [0, 2, 10]},
-        {"prompt": "a dog", "image_path": ["sub/dog_01.jpg", "sub/dog_1.png", "sub/dog_2.png"], "rank": [1, 1, 2]},
+        {"prompt": "a cat", "image_path": ["cat_0.jpg", "cat_2.png", "cat_10.png"], "rank": [0, 1, 2]},
+        {"prompt": "a dog", "image_path": ["sub/dog_01.jpg", "sub/dog_1.png", "sub/dog_2.png"], "rank": [0, 0, 1]},
     ]  # fmt: skip
     pairs = prepare_dataset(load_pairs(folder), transform=PairTransform(16))
     assert Counter(pairs[row]["prompt"] for row in range(len(pairs))) == {"of a_1": 1, "a cat": 3, "a dog": 2}
     assert pairs.report.ties == 1, "the two images of rank 1"
+
+
+def test_a_rank_may_be_of_any_length(write):
+    folder = write("a_20230101123045123456781.png", "a_20230101123045123456780.png", "a.txt: x")
+    assert rows(load_pairs(folder), folder)[0]["image_path"] == [
+        "a_20230101123045123456780.png",
+        "a_20230101123045123456781.png",
+    ]
 
 
 def test_what_has_no_rank_no_partner_or_no_caption_is_counted(write, caplog):

@@ -38,14 +38,14 @@ def write(folder, kind, *rows):
         path.write_text("\n".join(json.dumps(row) for row in rows))
     elif kind == "json":
         path.write_text(json.dumps(list(rows)))
-    elif kind == "csv":
-        table.to_csv(path)
+    elif kind in ("csv", "tsv"):
+        table.to_csv(path, sep="," if kind == "csv" else "\t")
     else:
         table.to_parquet(path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_relative_names_are_found_in_the_folder_of_the_file_and_then_in_the_working_directory(place, kind, streaming):
     """The first image is in both places. Backslashes are Windows' slashes."""
@@ -120,6 +120,13 @@ def test_what_is_in_bytes_or_absolute_or_a_url_is_left_alone(place):
     ]
     path = write(place, "jsonl", *({"prompt": "x", "chosen": name, "rejected": name} for name in addresses))
     assert load_pairs(path)["chosen"][:] == addresses
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_stream_is_looked_up_whatever_its_first_row_has(place, kind):
+    path = write(place, kind, {**ROW, "chosen": str(place / "images/l.png"), "rejected": "https://a/b.png"}, ROW)
+    assert [row["chosen"] for row in load_pairs(path, streaming=True)] == load_pairs(path)["chosen"][:]
+    assert [row["rejected"] for row in load_pairs(path, streaming=True)] == load_pairs(path)["rejected"][:]
 
 
 def test_lists_of_names_are_looked_up(place):

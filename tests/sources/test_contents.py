@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import logging
 import mmap
 import os
@@ -393,3 +394,17 @@ def test_urls_count_as_they_are_written(tmp_path):
     start = fingerprint(as_table(rows))
     rows[1]["chosen"] = {"bytes": None, "path": "zip://b.png::/data/images.zip"}
     assert changed(start, fingerprint(as_table(rows))) == {"images"}
+
+
+def test_a_file_that_may_be_read_again_is_not_kept_as_missing(tmp_path, monkeypatch):
+    """Its size and time stay as they are when its permissions change."""
+    file, other = tmp_path / "a.bmp", tmp_path / "none.bmp"
+    picture(1).save(file)
+    read = file_contents.checksum_of_files
+    good = read([str(file)])
+    shutil.rmtree(tmp_path / "datasets")
+    with monkeypatch.context() as locked:
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        locked.setattr(hashlib, "file_digest", lambda *_: (_ for _ in ()).throw(refused))
+        assert read([str(file)]) == read([str(other)]) != good
+    assert read([str(file)]) == good

@@ -4,12 +4,24 @@ named, turned into sentences where it is read."""
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..own_errors import is_own
 
+_IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 _NO_ROWS = "corresponds to no data"  # what datasets says of files without rows
+
+
+def sentence(error: Exception) -> str:
+    """What is shown of an own error; of one that torch raised again for a DataLoader worker, without the worker's
+    traceback, which torch puts before it."""
+    text, kind = str(error), type(error)
+    if _IN_WORKER.match(text) is None:
+        return text
+    _, found, message = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    return message.rstrip("\n") if found else text
 
 
 @contextlib.contextmanager
@@ -46,18 +58,23 @@ def reading_data(name: str | None) -> Iterator[None]:
 
 def _about_data(name: str | None, error: Exception) -> str:
     data = "The data" if name is None else f"The data set {name}"
-    empty = _empty_files(name)
+    cause = error if error.__cause__ is None else error.__cause__
+    said = " ".join(str(cause).split()) or type(cause).__name__
+    empty = ", ".join(map(str, _empty_files(name)[:3]))
     if empty:
-        return f"A data set has at least one pair, and {', '.join(map(str, empty[:3]))} has 0 bytes. Write it again."
+        return f"A data set has at least one pair, and {empty} has 0 bytes. Write it again. Reading ended with: {said}"
     if _NO_ROWS in str(error):
         return f"A data set has at least one pair, and {name} has no rows. Was only its header written?"
-    cause = error if error.__cause__ is None else error.__cause__
-    return f"{data} could not be read: {' '.join(str(cause).split()) or type(cause).__name__}"
+    return f"{data} could not be read: {said}"
 
 
 def _empty_files(name: str | None) -> list[Path]:
+    """Files of data without a byte. Those of other tools, such as `.gitkeep` and `_SUCCESS`, may be empty."""
+    from ..data.loading import FILE_BUILDERS
+
     path = Path(name or "").expanduser()
     if name is None or not path.exists():
         return []
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return [file for file in files if file.stat().st_size == 0]
+    data = [file for file in files if file.suffix.lower() in FILE_BUILDERS and file.name[0] not in "._"]
+    return [file for file in data if file.stat().st_size == 0]

@@ -9,6 +9,7 @@ from ..import_utils import MissingExtraError, hide_idle_notes
 from ..own_errors import is_own
 from ..suggestions import did_you_mean
 from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
+from .errors import sentence
 
 PROGRAM = "trl-diffusion-sdpo"
 TRACEBACK_VARIABLE = "TRL_DIFFUSION_SDPO_TRACEBACK"
@@ -71,7 +72,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except _EXPLAINED as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1" or not is_own(error):
             raise
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {sentence(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

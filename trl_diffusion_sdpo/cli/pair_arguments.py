@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _HOW_TO_EVALUATE = (
     "Name other pairs with `eval_dataset_name`, hold some out of these with `test_size`, or leave `eval_strategy` out."
 )
+# What `datasets` and `load_pairs` say of a split that is not there.
+_NO_SPLIT = re.compile("Unknown split|Bad split|must have the split")
 
 
 @dataclass
@@ -316,7 +319,9 @@ def _on_training_pairs(script_args: PairArguments) -> ValueError:
 def _load_test_split(script_args: PairArguments, on_bad_row: str) -> Any:
     try:
         return load_split(script_args, _splits(script_args)[1], on_bad_row)
-    except ValueError as error:  # no such split
+    except ValueError as error:
+        if _NO_SPLIT.search(str(error)) is None:
+            raise
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
 
 

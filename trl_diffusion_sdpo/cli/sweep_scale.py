@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..import_utils import require
 from . import EXIT_OK
+from .errors import reading_data
 from .options import OneLineParser
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
     from .pair_arguments import load_split
 
     script_args = ScriptArguments(dataset_name=options.dataset_name, dataset_config=options.dataset_config)
-    return load_split(script_args, options.dataset_test_split)
+    with reading_data(options.dataset_name):
+        return load_split(script_args, options.dataset_test_split)
 
 
 def _settings(

@@ -163,7 +163,8 @@ def _read_ranked(folder: Path) -> Part:
         found = images[stem]
         prompt = _prompt(folder, found, captions.pop(stem, []), left_out)
         if prompt is not None:
-            ranks = [rank for rank in sorted(found.by_rank) for _ in found.by_rank[rank]]
+            # in their order: a number in a name, such as a time, may be larger than a column holds
+            ranks = [place for place, rank in enumerate(sorted(found.by_rank)) for _ in found.by_rank[rank]]
             for column, value in zip(rows, (prompt, _paths(folder, found), ranks), strict=True):
                 rows[column].append(value)
     return _part(folder, rows, captions, left_out)

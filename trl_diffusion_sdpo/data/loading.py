@@ -25,7 +25,14 @@ ONLY_SPLIT = "train"  # and for the rows of data without splits
 
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
-_FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # with their arguments
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
 _SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
 _IMAGE_COLUMNS = tuple(dict.fromkeys(column for known in FORMATS.values() for column in known.image_columns))
 
@@ -41,10 +48,10 @@ def load_pairs(
     """Pairs by the name of a data set, as the command `train` loads them.
 
     Args:
-        name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV); a folder of such files, of
-            images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`, or of
-            images with ranks at the end of their names; or a folder that `save_to_disk` wrote. Relative names of images
-            in a local file are looked up in its folder, then in the working directory.
+        name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV, TSV); a folder of such
+            files, of images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`,
+            or of images with ranks at the end of their names; or a folder that `save_to_disk` wrote. Relative names of
+            images in a local file are looked up in its folder, then in the working directory.
         split (`str`): Such as `"train"` or `"train[:90%]"`. A file is one split under any name.
         config (`str`, *optional*): The configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
@@ -111,13 +118,13 @@ def _rows_of_parts(path: Path, parts: Mapping[str, datasets.Dataset], split: str
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
-    builder = _FILE_BUILDERS.get(path.suffix.lower())
-    if builder is None:
+    if path.suffix.lower() not in FILE_BUILDERS:
         raise ValueError(
-            f"A data set in one file must end in {', '.join(_FILE_BUILDERS)}; got {path}. Pass its folder instead."
+            f"A data set in one file must end in {', '.join(FILE_BUILDERS)}; got {path}. Pass its folder instead."
         )
+    builder, options = FILE_BUILDERS[path.suffix.lower()]
     files, split = {ONLY_SPLIT: str(path)}, rename_split(split, ONLY_SPLIT)
-    loaded = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
+    loaded = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **options)
     return found_images(loaded, [path.parent])
 
 
@@ -156,7 +163,7 @@ def _data_files(path: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: If there is none, or there are several kinds.
     """
-    files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _FILE_BUILDERS)
+    files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in FILE_BUILDERS)
     if len({file.suffix.lower() for file in files}) != 1:
         listed = f" Of its files {', '.join(file.name for file in files)}, pass one." if files else ""
         raise ValueError(f"{path} has images and no pairs.{listed} {LAYOUTS}")
@@ -178,8 +185,8 @@ def _folders_of_files(path: str, split: str, **files: Any) -> list[Path]:
 
 def found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
     """A data set whose relative names of image files are looked up in folders, in that order, and then in the working
-    directory. A name that is in none is taken to be in the first; the first such name is logged. A stream with such
-    names has undecoded images."""
+    directory. A name that is in none is taken to be in the first; the first such name is logged. A stream's
+    images are undecoded."""
     if not folders:
         return dataset
     places = tuple(dict.fromkeys(os.path.abspath(folder) for folder in (*folders, os.curdir)))
@@ -192,11 +199,9 @@ def found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
         found = dataset.with_format("arrow").map(find.in_table, batched=True, load_from_cache_file=False, **options)
         return found.with_format(None)
     rows = dataset if dataset.features is None else dataset.decode(False)
-    row: Mapping[str, Any] = next(iter(rows), {})
-    columns = [column for column in _IMAGE_COLUMNS if column in row]
-    if not any(_is_relative(name) for column in columns for name in _names_of(row[column])):
-        return dataset
-    return rows.map(_Find(places, columns).in_row, features=rows.features)
+    there = next(iter(rows), {}) if rows.column_names is None else rows.column_names
+    columns = [column for column in _IMAGE_COLUMNS if column in there]  # any row may have a name
+    return rows.map(_Find(places, columns).in_row, features=rows.features) if columns else dataset
 
 
 class _Find:
@@ -247,15 +252,6 @@ def _names_in(dataset: datasets.Dataset, columns: list[str]) -> Iterator[str]:
         for column in part.columns:
             for chunk in column.chunks:
                 yield from local_names(chunk)[0].to_pylist()
-
-
-def _names_of(value: Any) -> list[str]:
-    """The names of files in an image of a row, or in a list of them."""
-    if isinstance(value, list):
-        return [name for part in value for name in _names_of(part)]
-    if isinstance(value, Mapping):
-        value = None if value.get("bytes") else value.get("path")
-    return [value] if isinstance(value, str) else []
 
 
 # ---- Split expressions --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ..sources.checking import (
     FEW_ROWS,
     HOW_TO_DROP,
     SAMPLED_PAIRS,
+    BadDataError,
     DataReport,
     IdenticalPairs,
     Peers,
@@ -335,7 +336,7 @@ class PreferenceDataset(Dataset):
                 self._reject_at_read(row, error)
                 continue
             return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
-        raise ValueError(f"No pair of the data set can be decoded.\n{self.report}")
+        raise BadDataError(f"No pair of the data set can be decoded.\n{self.report}")
 
     def _item(self, row: int, target: Size) -> dict[str, Any]:
         winner_row, winner_image, loser_row, loser_image = self._index[row].tolist()
@@ -373,7 +374,7 @@ class PreferenceDataset(Dataset):
         if self._for_storing and isinstance(error, UnreadableImageError):
             raise UnreadableImageError(f"{where}: {error}") from error
         if self.strict:
-            raise ValueError(f"{where}: {error}. {HOW_TO_DROP}") from error
+            raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
         self._undecodable[row] = 1
         logger.warning("%s: %s; the next good pair is used instead.", where, error)
 

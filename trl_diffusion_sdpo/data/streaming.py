@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .._compat import is_split_by_node
-from ..sources.checking import COUNTS, SAMPLED_PAIRS, DataReport, IdenticalPairs, reject, same_image
+from ..sources.checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
 from ..sources.formats import (
     PairReference,
     PreferenceFormat,
@@ -222,7 +222,7 @@ class PreferenceIterableDataset(IterableDataset):
         if report.pairs:
             return position + 1
         if workers == 1 and (position < 0 or (taken and (self._repeat or self._share.count == 1))):
-            raise ValueError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
+            raise BadDataError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
         return 0 if taken and self._repeat else position + 1  # 0 ends the repetition: no image could be decoded
 
     def _record(self, reader: int, epoch: int, start: int, pairs: int) -> None:

@@ -28,6 +28,10 @@ MAX_EXAMPLES = 5
 HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
 
+class BadDataError(ValueError):
+    """Data that stop a run. By its class it is told apart where torch raises a DataLoader worker's error again."""
+
+
 @dataclass
 class DataReport:
     """Counts of the rows, pairs and drops of a preference set, with examples of what was dropped."""
@@ -71,10 +75,10 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
     """Counts a drop; true if the row was added to the examples.
 
     Raises:
-        ValueError: On a bad row, if `strict`. A tie is not one, as its labels are valid; nor is a small image.
+        BadDataError: On a bad row, if `strict`. A tie is not one, as its labels are valid; nor is a small image.
     """
     if strict and kind not in ("ties", "too_small"):
-        raise ValueError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
+        raise BadDataError(f"{report.name} data, row {row}: {reason}. {HOW_TO_DROP}")
     return report.add(kind, row, reason, amount)
 
 

@@ -155,7 +155,8 @@ def _known_files(paths: list[bytes]) -> np.ndarray:
         for part in _parts(paths, STATED):
             asked = f"SELECT path, size, time, sha256 FROM files WHERE path IN ({','.join('?' * len(part))})"
             for path, *status, digest in database.execute(asked, part):
-                known[places[path]] = tuple(status), digest
+                if digest != MISSING or status[0] < 0:  # of a file that is there, reading it again may succeed
+                    known[places[path]] = tuple(status), digest
 
     _with_database(look_up)
     return known
