@@ -41,7 +41,7 @@ COMING_FROM = sorted(DOCS.glob("coming_from_*.md"))
 RUNS = "<!-- runs -->\n"
 
 # What transformers' Trainer logs by itself.
-TRAINER_METRICS = {"loss", "grad_norm", "learning_rate"}
+TRAINER_METRICS = {"errors/pairs", "loss", "grad_norm", "learning_rate"}
 
 
 class Block(NamedTuple):
