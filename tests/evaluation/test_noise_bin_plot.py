@@ -24,20 +24,6 @@ HISTORY = [
 ]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they are written."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    figures, savefig = [], figure.savefig
-
-    def write(self, *given, **named):
-        figures.append(self)
-        return savefig(self, *given, **named)
-
-    monkeypatch.setattr(figure, "savefig", write)
-    return figures
-
-
 def points_of(axes):
     """What is drawn in an axis but the line at 0: levels and heights, the newest first."""
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:-1]]

@@ -37,17 +37,9 @@ def test_without_a_reference_the_errors_themselves_are_shown():
 
 
 @pytest.mark.parametrize("history", [HISTORY, [{"step": step, "loss": 1.0, "eval_$_$_loss": 1.0} for step in (1, 2)]])
-def test_a_picture_has_a_panel_for_each_of_them(history, tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    figures, savefig = [], figure.savefig
-
-    def write(self, *given, **named):
-        figures.append(self)
-        return savefig(self, *given, **named)
-
-    monkeypatch.setattr(figure, "savefig", write)
+def test_a_picture_has_a_panel_for_each_of_them(history, tmp_path, drawn):
     plot_curves(history, tmp_path / "curves.png")
-    panels = [axes for axes in figures[0].axes if axes.lines]
+    panels = [axes for axes in drawn[0].axes if axes.lines]
     expected = curves_of(history)
     assert [axes.get_title() for axes in panels] == list(expected)
     for axes, curves in zip(panels, expected.values(), strict=True):

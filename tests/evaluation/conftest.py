@@ -1,0 +1,17 @@
+"""What the tests of plots share."""
+
+import pytest
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are written."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, savefig = [], figure.savefig
+
+    def write(self, *given, **named):
+        figures.append(self)
+        return savefig(self, *given, **named)
+
+    monkeypatch.setattr(figure, "savefig", write)
+    return figures
