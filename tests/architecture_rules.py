@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(("data", "families", "losses", "rewards", "sources"), 1),
     **dict.fromkeys(("cache", "engines"), 2),
-    **dict.fromkeys(("artifacts", "evaluation", "models", "planning", "runs", "settings", "step"), 3),
+    **dict.fromkeys(("artifacts", "evaluation", "guidance", "models", "planning", "runs", "settings", "step"), 3),
     "trainer": 4,
     **dict.fromkeys(("cli", "demo"), 5),
 }
@@ -32,6 +32,7 @@ FLOORS = {
 TIES = {
     ("step", "models"),
     ("artifacts", "models"),
+    ("guidance", "models"),
     ("runs", "artifacts"),
     ("runs", "models"),
     ("planning", "models"),
@@ -44,7 +45,7 @@ NOT_EVEN_DOWN = {("evaluation", "engines")}
 # What families share, beside the families.
 SHARED_BY_FAMILIES = (
     *("__init__.py", "base.py", "loss_defaults.py", "lora_keys.py", "noise.py", "packing.py", "pipelines.py"),
-    *("model_files.py", "registry.py", "single_file.py", "timestep_sampling.py"),
+    *("model_files.py", "registry.py", "single_file.py", "timestep_sampling.py", "unet_checks.py"),
 )
 FAMILY_LINES = range(20, 151)  # data and a few hooks; more would be a room of its own
 FUNCTION_LINES, FILE_LINES, ROOM_FILES = 40, 400, 10
@@ -59,7 +60,7 @@ FORMULAS = set(
     "erf ndtri mse_loss l1_loss smooth_l1_loss huber_loss norm vector_norm dot vdot inner lerp lerp_ addcmul addcdiv "
     "cosine_similarity var std".split()
 )
-ROOMS_WITHOUT_FORMULAS = ("artifacts", "cli", "evaluation", "models", "runs", "step", "trainer")
+ROOMS_WITHOUT_FORMULAS = ("artifacts", "cli", "evaluation", "guidance", "models", "runs", "step", "trainer")
 ROOMS_THAT_TRAIN = ("demo", "engines", "losses", "planning", "step")  # a plan walks the graph of fake tensors
 # Names that begin with an underscore and are public: of named tuples, and `os._exit`.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make", "_exit"}

@@ -63,6 +63,7 @@ def test_the_public_names_are_there_and_no_other():
         "PairMixture",
         "diffusion_preference_loss",
         "load_pairs",
+        "preference_guidance",
         "register_family",
     ]
     assert trl_diffusion_sdpo.__all__ == public

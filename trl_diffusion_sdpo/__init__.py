@@ -14,6 +14,7 @@ _HOMES = {
     "PairMixture": ".data",
     "diffusion_preference_loss": ".losses",
     "load_pairs": ".data",
+    "preference_guidance": ".guidance",
     "register_family": ".families",
 }
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "PairMixture",
     "diffusion_preference_loss",
     "load_pairs",
+    "preference_guidance",
     "register_family",
 ]
 
 if TYPE_CHECKING:
     from .data import PairMixture, load_pairs
     from .families import register_family
+    from .guidance import preference_guidance
     from .losses import PreferenceLossOutput, diffusion_preference_loss
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 

@@ -150,6 +150,20 @@ def activate_adapter(layers: Iterable[BaseTunerLayer], name: str) -> None:
         assert layer.active_adapters == [name], f"PEFT's {type(layer).__name__} no longer reads `_active_adapter`."
 
 
+@contextlib.contextmanager
+def adapters_as_they_were(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+    """Undo [`switch_adapters`] and [`activate_adapter`] at the end, whatever was active before.
+
+    `_active_adapter` and `_disable_adapters` have no public spelling; can go when those two have one.
+    """
+    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, active, disabled in states:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
 def modules_of(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """A module and all below it, in any order; one that is in several places comes several times.
 

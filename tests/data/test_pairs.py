@@ -144,6 +144,29 @@ def test_every_format_gives_the_right_winners(case, style):
     assert levels(prepare(in_style(rows, style))) == expected
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("case", FORMAT_CASES)
+def test_swapped_labels_make_winners_of_the_losers_in_every_format(case, style):
+    rows, expected = FORMAT_CASES[case]
+    prepared = prepare(in_style(rows, style), swap_labels=True)
+    assert levels(prepared) == [(prompt, loser, winner) for prompt, winner, loser in expected]
+    assert "labels are swapped" in str(prepared.report) and prepared.is_swapped
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_swapped_scores_stay_larger_for_the_winner(style):
+    rows = canonical(2, chosen_score=0.75, rejected_score=-1.5)
+    items = items_of(prepare(in_style(rows, style), swap_labels=True))
+    assert [item["scores"] for item in items] == [(1.5, -0.75)] * 2
+
+
+def test_a_mixture_is_swapped_as_a_whole():
+    mixture = [datasets.Dataset.from_list(canonical(2)), datasets.Dataset.from_list(FORMAT_CASES["hpdv3"][0])]
+    prepared = prepare(mixture, swap_labels=True)
+    assert levels(prepared) == [("p0", 0, 100), ("p1", 1, 101), ("a", 2, 1)]
+    assert prepared.is_swapped and not prepare(mixture).is_swapped
+
+
 @pytest.mark.parametrize("style", ["arrow", "stream"])
 def test_image_columns_are_read_whether_embedded_or_paths(tmp_path, style):
     (tmp_path / "winner.png").write_bytes(png(9))

@@ -169,6 +169,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         vae_dtype resolution image_interpolation timestep_range timesteps weighting_scheme logit_mean logit_std
         mode_scale timestep_weighting guidance_scale snr_gamma noise_offset input_perturbation num_noise_bins
         seed data_seed aspect_ratio_buckets bucket_step bucket_max_aspect_ratio min_side layerwise_casting
+        swap_labels
     """.split()
     resume = """
         loss_type beta safeguard safeguard_mu safeguard_granularity safeguard_eps safeguard_anchor

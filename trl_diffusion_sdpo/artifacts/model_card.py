@@ -144,6 +144,7 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         metrics_table=_table(("Metric", "Value"), {name: f"{value:.6g}" for name, value in facts.metrics.items()}),
         verdict=facts.verdict,
         versions=list(facts.versions.items()),
+        swapped={**facts.defaults, **facts.settings}.get("swap_labels") is True,
         averaged={**facts.defaults, **facts.settings}.get("ema_decay") is not None,
         safeguarded={**facts.defaults, **facts.settings}.get("safeguard") != "none",
         trainer_name=facts.trainer_name,

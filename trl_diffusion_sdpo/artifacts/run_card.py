@@ -19,7 +19,7 @@ from .._compat import loads_lora
 from ..families import Family
 from ..files import VERDICT_FILE, VERDICT_PLOT
 from ..masking import without_secrets
-from ..sources.checking import COUNTS, DataReport
+from ..sources.checking import COUNTS, SWAPPED, DataReport
 from .model_card import ModelCardFacts, build_model_card, final_metrics, loading_code, package_versions
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,8 @@ def pairs_text(data: DataReport, *, of_stream: bool) -> str:
     drops = [(kind, getattr(data, kind)) for kind in COUNTS if kind not in ("rows", "pairs")]
     kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in drops if count)
     dropped = f"{data.dropped:,} dropped" + (f" ({kinds})" if kinds else "")
-    return f"a stream, {dropped} by the first process in its last epoch" if of_stream else f"{data.pairs:,}, {dropped}"
+    text = f"a stream, {dropped} by the first process in its last epoch" if of_stream else f"{data.pairs:,}, {dropped}"
+    return f"{text}; {SWAPPED}" if data.is_swapped else text
 
 
 def lora_text(lora: Mapping[str, Any]) -> str:

@@ -56,7 +56,8 @@ class PreferenceDataset(Dataset):
         self._source, self._maker, self._reader = source, maker, reader
         self.strict = strict  # whether bad rows stop the run
         self._for_storing = False  # then so do errors that may pass
-        self._report = DataReport(name, source.format.name, rows=len(source))
+        self.is_swapped = source.format.is_swapped  # whether the published losers are the winners
+        self._report = DataReport(name, source.format.name, rows=len(source), is_swapped=self.is_swapped)
         self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
         self._encoded: Encoded | None = None

@@ -3,6 +3,7 @@ torch data sets that read, check and transform the images."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -43,6 +44,7 @@ def prepare_dataset(
     training: bool = True,
     repeat: bool = False,
     use_scores: bool = True,
+    swap_labels: bool = False,
     name: str = "train",
 ) -> "PreferenceDataset | PreferenceIterableDataset":
     """A torch data set of pairs from any preference set.
@@ -72,6 +74,7 @@ def prepare_dataset(
         repeat (`bool`): Whether a stream restarts when it ends, each time with new draws and, if it is shuffled, in a
             new order; training, and resuming, then continue across its end. No effect on map-style sets.
         use_scores (`bool`): Whether to read score columns where present; a row without a score is then a bad row.
+        swap_labels (`bool`): Whether the published loser of a pair is its winner from here on, for all that reads it.
         name (`str`): Name of the set in messages.
 
     Returns:
@@ -80,17 +83,16 @@ def prepare_dataset(
     Raises:
         ValueError: If an argument, the kind of data set or its columns are not accepted, or if no pair remains.
     """
-    verify = parse_verify_images(verify_images)
+    verify, reader = parse_verify_images(verify_images), ImageReader((*SCHEMES, *parse_schemes(image_schemes)))
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
-    reader = ImageReader((*SCHEMES, *parse_schemes(image_schemes)))
     dataset, is_stream = _recognized(dataset)
     reads_sizes = buckets is not None or min_side is not None
     _check_reading(on_bad_row, is_stream, num_proc, name, verifies=verify == "all", reads_sizes=reads_sizes)
     if is_stream:
         options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
-        streams, weights = _streams(dataset, dataset_format, name, use_scores)
+        streams, weights = _streams(dataset, dataset_format, name, use_scores, swap_labels)
         return PreferenceIterableDataset(streams, maker, reader, weights=weights, name=name, **options)
-    source = _source(dataset, dataset_format, name, use_scores)
+    source = _source(dataset, dataset_format, name, use_scores, swap_labels)
     prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name)
     if verify == "all":
         prepared.check_all(num_proc, peers)
@@ -135,22 +137,32 @@ def _log_report(report: DataReport) -> None:
 
 
 def _streams(
-    dataset: Any, dataset_format: str | None, name: str, use_scores: bool
+    dataset: Any, dataset_format: str | None, name: str, use_scores: bool, swap_labels: bool
 ) -> tuple[list[Stream], Sequence[float] | None]:
+    parts = [
+        Stream(part, part_format, part_name, use_scores)
+        for _, part, part_format, part_name in _parts(dataset, dataset_format, name)
+    ]
+    for stream in parts:
+        stream.format = replace(stream.format, is_swapped=swap_labels)
+    return parts, dataset.weights if isinstance(dataset, PairMixture) else None
+
+
+def _source(dataset: Any, dataset_format: str | None, name: str, use_scores: bool, swap_labels: bool) -> Source:
+    parts = {
+        label: make_source(part, part_format, part_name, use_scores)
+        for label, part, part_format, part_name in _parts(dataset, dataset_format, name)
+    }
+    for source in parts.values():
+        source.format = replace(source.format, is_swapped=swap_labels)
+    return MixedSource(parts, dataset.weights) if isinstance(dataset, PairMixture) else parts[name]
+
+
+def _parts(dataset: Any, dataset_format: str | None, name: str) -> list[tuple[str, Any, str | None, str]]:
+    """A data set, or each of a mixture's: its label, its rows, its format as given, and its name in messages."""
     if not isinstance(dataset, PairMixture):
-        return [Stream(dataset, dataset_format, name, use_scores)], None
-    streams = [
-        Stream(part, dataset.format_of(number, dataset_format), f"{name} ({label})", use_scores)
+        return [(name, dataset, dataset_format, name)]
+    return [
+        (label, part, dataset.format_of(number, dataset_format), f"{name} ({label})")
         for number, (label, part) in enumerate(dataset.parts.items())
     ]
-    return streams, dataset.weights
-
-
-def _source(dataset: Any, dataset_format: str | None, name: str, use_scores: bool) -> Source:
-    if not isinstance(dataset, PairMixture):
-        return make_source(dataset, dataset_format, name, use_scores)
-    sources = {
-        label: make_source(part, dataset.format_of(number, dataset_format), f"{name} ({label})", use_scores)
-        for number, (label, part) in enumerate(dataset.parts.items())
-    }
-    return MixedSource(sources, dataset.weights)

@@ -99,11 +99,16 @@ class PreferenceIterableDataset(IterableDataset):
         self._progress = StreamProgress()
 
     @property
+    def is_swapped(self) -> bool:
+        """Whether the published losers are the winners."""
+        return any(stream.format.is_swapped for stream in self._streams)
+
+    @property
     def report(self) -> DataReport:
         """The counts of the current epoch so far, of all workers; examples are of this process alone. Pairs and
         undecodable pairs are counted in this process's share only."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
-        return DataReport(self._name, self._format_name, **counts, examples=self._examples)
+        return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
@@ -202,7 +207,7 @@ class PreferenceIterableDataset(IterableDataset):
         `start` is the number of those in earlier passes. Pairs before the one with the number `first` are left out."""
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        report = DataReport(self._name, self._format_name, examples={})
+        report = DataReport(self._name, self._format_name, examples={}, is_swapped=self.is_swapped)
         self._examples, counts = report.examples, self._counts[number % _COUNTER_ROWS]
         if worker is None:
             self._counts.zero_()  # of an earlier loader's workers

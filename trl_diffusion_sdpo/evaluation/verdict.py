@@ -28,6 +28,7 @@ _SEVERITY = ("unknown", "better", "unchanged", "worse", "ruined")  # of several 
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 
 History = Sequence[Mapping[str, Any]]
+_SWAPPED = "With `swap_labels`, the preferred images are those that were published as rejected."
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class RunFacts:
     decays: bool  # whether the learning rate decays
     num_noise_bins: int
     average_suffix: str  # of the metrics' prefixes of averaged weights, such as "_ema"
+    swapped_labels: bool = False  # whether the preferred images are those that were published as rejected
 
     @property
     def reference(self) -> str:
@@ -49,6 +51,11 @@ class RunFacts:
         if self.reference_moves:
             return ""
         return "of the reference" if self.reference_was_given else BEFORE_TRAINING
+
+    @property
+    def labels(self) -> str:
+        """A sentence on swapped labels, after a space; empty if they are as published."""
+        return f" {_SWAPPED}" if self.swapped_labels else ""
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     what = "The model is being ruined" if measured.word == "ruined" else "The preferred images are getting worse"
     return (
         f"{what}: at step {measured.step} the error on them{_of_set(measured)} is {measured}{_against(measured)}"
-        f"{_of_bins(measured, run)}. {_advice(measured, run)}"
+        f"{_of_bins(measured, run)}.{run.labels} {_advice(measured, run)}"
     )
 
 
@@ -304,7 +311,7 @@ def _worded(
     word = measured.word
     finding = (
         f"Verdict: {word}. The error on the preferred images of the {pairs} pairs{_of_set(measured)} is {measured}"
-        f"{_against(measured)}, at step {measured.step}{_of_bins(measured, run)}."
+        f"{_against(measured)}, at step {measured.step}{_of_bins(measured, run)}.{run.labels}"
     )
     for average in averages:
         finding += f" That of the averaged weights{_of_set(average)} is {average}."

@@ -1,10 +1,11 @@
 """Model families: what is specific to one diffusers pipeline, found by the name of the pipeline's class."""
 
-from .base import Family, check_in_channels, check_text_to_image_unet, no_autocast
+from .base import Family, check_in_channels, no_autocast
 from .loss_defaults import DDPM_DEFAULTS, FALLBACK, FLOW_DEFAULTS, LossDefaults
 from .noise import DDPMProcess, FlowMatchingProcess, NoiseProcess, constant
 from .pipelines import as_text_to_image, load_denoiser, load_pipeline
 from .registry import FAMILIES, family_for_class_name, find_family, known_pipeline_classes, register_family
+from .unet_checks import check_text_to_image_unet
 
 __all__ = [
     "DDPM_DEFAULTS",

@@ -68,3 +68,6 @@ class AuraFlowFamily(Family):
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
             "timestep": timesteps / 1000,  # the transformer's embedding multiplies by the same number
         }
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]

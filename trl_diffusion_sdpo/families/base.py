@@ -59,6 +59,10 @@ class Family(ABC):
             depends on the others in its batch.
         host_conditioning (`tuple[str, ...]`): Results of `encode_prompts` that `denoiser_inputs` reads on the host.
         generated_image (`str`): The first generated image in the output of the pipeline's call, as code.
+        conditional_rows (`str`): Where the pipeline's call has the rows of the prompts under classifier-free guidance:
+            in the `"last"` or the `"first"` half of a doubled batch, or in `"all"` rows of a call of the denoiser that
+            comes before another one without the prompts.
+        shared_inputs (`tuple[str, ...]`): Inputs of the denoiser that all rows share, such as positions.
 
     Raises:
         ValueError: If the pipeline cannot be trained with this family (`check_pipeline`, `noise_process_class`).
@@ -81,6 +85,8 @@ class Family(ABC):
     prompt_padding: ClassVar[Literal["fixed", "end", "start"]] = "fixed"
     host_conditioning: ClassVar[tuple[str, ...]] = ()
     generated_image: ClassVar[str] = "images[0]"
+    conditional_rows: Literal["last", "first", "all"] = "last"
+    shared_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
@@ -88,6 +94,18 @@ class Family(ABC):
         self._kept_statistics: dict[str, torch.Tensor] = {}
         self.check_pipeline()
         self.noise_process = self.noise_process_class(pipeline.scheduler.config)
+
+    @classmethod
+    def for_generation(cls, pipeline: DiffusionPipeline) -> "Family":
+        """The family around a pipeline that only generates images and may lack its VAE and text encoders."""
+        family = cls.__new__(cls)
+        family.frozen_components = tuple(name for name in cls.frozen_components if getattr(pipeline, name, None))
+        if "vae" in family.frozen_components:
+            Family.__init__(family, pipeline)
+        else:  # whose configuration the checks read
+            family.pipeline = pipeline
+            family.noise_process = cls.noise_process_class(pipeline.scheduler.config)
+        return family
 
     @classmethod
     def loss_defaults(cls, loss_type: str) -> LossDefaults:
@@ -103,6 +121,11 @@ class Family(ABC):
     def idle_modules(self) -> tuple[str, ...]:
         """Names of the denoiser's modules whose output is not used. They get no gradient and are not trained."""
         return ()
+
+    @property
+    def has_few_steps(self) -> bool:
+        """Whether the denoiser was distilled to few steps, as far as its configuration says."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -322,6 +345,14 @@ class Family(ABC):
         """The prediction `(N, ...)` in the denoiser's output for these latents: by default the output itself."""
         return output
 
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The noise process's timesteps in the denoiser's inputs, one or more: the inverse of `denoiser_inputs`."""
+        return inputs["timestep"]
+
+    def noise_level_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The noise levels of [`Family.timesteps_of`], float32 in `[0, 1]`."""
+        return self.noise_process.noise_level(self.noise_process.nearest(self.timesteps_of(inputs)))
+
 
 def check_in_channels(family: Family, expected: int) -> None:
     """Refuse transformers with other input channels than those of noisy latents.
@@ -339,28 +370,6 @@ def check_in_channels(family: Family, expected: int) -> None:
             f"A text-to-image {family.name} transformer takes {expected} input channels, the latents of its VAE, and "
             f"this one takes {taken}: it was made for inpainting, control images or editing, or for another VAE. Use "
             "the text-to-image checkpoint of the same model."
-        )
-
-
-def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
-    """Refuse UNets that take more than noisy latents and a prompt.
-
-    Raises:
-        ValueError: For inpainting, depth or editing UNets (more input channels than latents have), and for UNets
-            distilled to take a guidance scale as an input.
-    """
-    unet: Any = pipeline.unet.config
-    channels = pipeline.vae.config.latent_channels
-    if unet.in_channels != channels:
-        raise ValueError(
-            f"A text-to-image UNet takes the VAE's {channels} latent channels, and this one takes "
-            f"{unet.in_channels}: it was made for inpainting, depth or editing. Use the text-to-image checkpoint of "
-            "the same model."
-        )
-    if unet.time_cond_proj_dim is not None:
-        raise ValueError(
-            f"This UNet takes the guidance scale as an input (`time_cond_proj_dim` is {unet.time_cond_proj_dim}): it "
-            "was distilled, and preference training would undo that. Use the checkpoint it was distilled from."
         )
 
 

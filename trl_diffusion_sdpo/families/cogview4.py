@@ -71,6 +71,8 @@ class CogView4Family(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
+    conditional_rows = "all"
+    shared_inputs = ("image_rotary_emb",)
     prompt_padding = "start"
 
     def check_pipeline(self) -> None:
@@ -110,6 +112,10 @@ class CogView4Family(Family):
             "crop_coords": conditioning["crop_coords"],
             "image_rotary_emb": self._rotary(latents.shape[-2], latents.shape[-1], latents.device),
         }
+
+    def noise_level_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        tokens = self.image_seq_len(inputs["hidden_states"])
+        return self.noise_process.noise_level(self.timesteps_of(inputs), tokens)
 
     def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Cached rotary positions for a size of latents. The denoiser would compute them on the CPU in every prediction

@@ -33,6 +33,8 @@ class FluxFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    conditional_rows = "all"
+    shared_inputs = ("txt_ids", "img_ids")
     # As in the README of diffusers' scripts: at 1 the distilled model predicts as without guidance, and the targets are
     # made without guidance.
     guidance_scale = 1.0
@@ -41,6 +43,10 @@ class FluxFamily(Family):
         super().__init__(pipeline)
         if not self.denoiser.config.guidance_embeds:
             self.guidance_scale = None
+
+    @property
+    def has_few_steps(self) -> bool:
+        return not self.denoiser.config.guidance_embeds  # schnell
 
     @property
     def default_resolution(self) -> int:
@@ -86,3 +92,6 @@ class FluxFamily(Family):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return unpack_patches(output, *latents.shape[-2:])
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]

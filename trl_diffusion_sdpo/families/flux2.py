@@ -37,6 +37,7 @@ class Flux2Hooks(Family):
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = Flux2Process
+    conditional_rows = "all"
 
     @property
     def vae_scale_factor(self) -> int:
@@ -79,6 +80,9 @@ class Flux2Hooks(Family):
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return output.transpose(1, 2).unflatten(2, latents.shape[2:])
 
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]
+
 
 class Flux2Family(Flux2Hooks):
     """`Flux2Pipeline`: FLUX.2 [dev], prompted through Mistral Small and distilled to take the guidance scale as an
@@ -100,6 +104,10 @@ class Flux2KleinFamily(Flux2Hooks):
 
     name = "FLUX.2 klein"
     pipeline_classes = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
+
+    @property
+    def has_few_steps(self) -> bool:
+        return self.pipeline.config.is_distilled
 
 
 def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:

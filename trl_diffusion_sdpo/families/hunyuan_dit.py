@@ -34,6 +34,7 @@ class HunyuanDiTFamily(Family):
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2
+    shared_inputs = ("image_rotary_emb",)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
         """The scale, and images of the requested size instead of the nearest in the pipeline's list."""

@@ -31,6 +31,7 @@ class Lumina2Family(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    conditional_rows = "all"
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
@@ -54,3 +55,6 @@ class Lumina2Family(Family):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return -output
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return (1 - inputs["timestep"]) * self.noise_process.num_train_timesteps

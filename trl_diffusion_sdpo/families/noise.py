@@ -100,6 +100,11 @@ class NoiseProcess(ABC):
     def knows(self, timestep: float) -> bool:
         """Whether `timestep` is a timestep of the process."""
 
+    def nearest(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The nearest timesteps of the process, in its dtype: samplers have others between them, and half precision
+        rounds."""
+        return timesteps.float()
+
     @abstractmethod
     def _timesteps_between(
         self, uniform: torch.Tensor, low: int, high: int, sampling: TimestepSampling, image_seq_len: int | None
@@ -263,6 +268,9 @@ class DDPMProcess(NoiseProcess):
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)
+
+    def nearest(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return timesteps.float().round().long().clamp(0, self.num_train_timesteps - 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return self.scheduler.add_noise(latents.float(), noise.float(), timesteps)

@@ -27,6 +27,8 @@ class OvisImageFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    conditional_rows = "all"
+    shared_inputs = ("txt_ids", "img_ids")
 
     @property
     def default_resolution(self) -> int:
@@ -55,6 +57,9 @@ class OvisImageFamily(Family):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return unpack_patches(output, *latents.shape[-2:])
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]
 
 
 def _text_positions(length: int, device: torch.device) -> torch.Tensor:

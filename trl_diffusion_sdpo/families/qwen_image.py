@@ -33,6 +33,7 @@ class QwenImageFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    conditional_rows = "all"
     prompt_padding = "end"
     max_sequence_length = 512  # tokens of a prompt, the default of the pipeline's call; longer prompts are truncated
 
@@ -94,3 +95,6 @@ class QwenImageFamily(Family):
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return unpack_patches(output, *latents.shape[-2:])
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 * inputs["timestep"]

@@ -72,6 +72,9 @@ class SanaFamily(Family):
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         return output[:, : self.denoiser.config.in_channels]  # without a learned variance, if there is one
 
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return inputs["timestep"] / self.denoiser.config.timestep_scale
+
     def _instruction(self) -> list[str]:
         """The instruction that the pipeline's call adds to prompts by default; `encode_prompt` does not."""
         return inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default

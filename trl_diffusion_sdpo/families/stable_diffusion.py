@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .base import Family, check_text_to_image_unet
+from .base import Family
 from .loss_defaults import STABLE_DIFFUSION_DEFAULTS
 from .noise import DDPMProcess
+from .unet_checks import check_text_to_image_unet
 
 
 class StableDiffusionFamily(Family):

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .base import Family, channel_statistics, check_text_to_image_unet
+from .base import Family, channel_statistics
 from .loss_defaults import STABLE_DIFFUSION_XL_DEFAULTS
 from .noise import DDPMProcess, constant
+from .unet_checks import check_text_to_image_unet
 
 N_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 

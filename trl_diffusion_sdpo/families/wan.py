@@ -32,6 +32,7 @@ class WanFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    conditional_rows = "all"
     generated_image = "frames[0][0]"
 
     @property

@@ -38,6 +38,7 @@ class ZImageFamily(Family):
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
     patch_size = 2
+    conditional_rows = "first"
     host_conditioning = ("prompt_lengths",)
 
     @property
@@ -78,3 +79,6 @@ class ZImageFamily(Family):
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
         return -torch.stack(output).squeeze(2)  # N of (C, 1, H, W) -> (N, C, H, W)
+
+    def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return 1000 - 1000 * inputs["t"]

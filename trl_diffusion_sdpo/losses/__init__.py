@@ -8,6 +8,7 @@ from .diffusion_preference import (
     diffusion_preference_loss,
     order_by_scores,
 )
+from .guidance import guidance_shift, shifted
 from .noise_bins import error_moments, noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_terms import PairTerms, mean_error, pair_terms
 from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType, check_loss_kwargs, loss_spec
@@ -46,6 +47,7 @@ __all__ = [
     "diffusion_preference_loss",
     "ema_decay",
     "error_moments",
+    "guidance_shift",
     "interpolate",
     "lora_scaling",
     "loser_scale",
@@ -59,5 +61,6 @@ __all__ = [
     "pair_terms",
     "parameter_scale",
     "scale_gradient",
+    "shifted",
     "winner_error_gradient",
 ]

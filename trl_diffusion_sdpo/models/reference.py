@@ -222,16 +222,26 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
             "Leave `ref_model` out, or pass a copy."
         )
+    difference = architecture_difference(policy, reference)
+    if difference is not None:
+        raise ValueError(
+            f"`ref_model` must have the architecture of `model`, {difference}. Use the checkpoint that the policy "
+            "started from."
+        )
+
+
+def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
+    """How a reference differs from the policy in class or tensors, adapters aside; `None` where it does not."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )
-    if type(policy) is not type(reference) or ours != theirs:
-        differing = sorted(name for name, _ in set(ours.items()) ^ set(theirs.items()))[:3]
-        raise ValueError(
-            f"`ref_model` must have the architecture of `model`, a {type(policy).__name__} with {len(ours)} tensors; "
-            f"got a {type(reference).__name__} with {len(theirs)}, differing in {differing}. Use the checkpoint that "
-            "the policy started from."
-        )
+    if type(policy) is type(reference) and ours == theirs:
+        return None
+    differing = sorted(name for name, _ in set(ours.items()) ^ set(theirs.items()))[:3]
+    return (
+        f"a {type(policy).__name__} with {len(ours)} tensors; got a {type(reference).__name__} with {len(theirs)}, "
+        f"differing in {differing}"
+    )
 
 
 def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:

@@ -28,6 +28,10 @@ class DataArguments:
             seconds, one for a stream, else up to four, as cores, shared memory and the start method allow; the trainer
             logs what it chose. Map-style data give the same batches with any number. Loaders for evaluation follow it;
             where it was unset, with at most one worker for a stream, and none for a data set of another class.
+        swap_labels (`bool`, *optional*, defaults to `False`):
+            Whether the published loser of every pair is trained as its winner, and the published winner as its loser,
+            in training and evaluation data: for a negative model, a reference of
+            [`~trl_diffusion_sdpo.preference_guidance`].
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
             `"drop"` leaves out undecodable images, unreadable labels and prompts that are no text, counted and
             reported; `"raise"` stops at the first. Ties are left out and counted either way.
@@ -76,6 +80,7 @@ class DataArguments:
     dataset_format: str | None = None
     dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = None
     dataloader_num_workers: int | None = None
+    swap_labels: Annotated[bool, RESUME, EVALUATION] = False
     on_bad_row: OnBadRow = "drop"
     verify_images: str = "sample"
     image_schemes: list[str] | None = None

@@ -25,6 +25,7 @@ FEW_ROWS = 1000  # below this, starting processes takes longer than checking in 
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
+SWAPPED = "labels are swapped: the winner of a pair is the published loser"
 HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
 
@@ -46,6 +47,7 @@ class DataReport:
     bad_labels: int = 0  # rows whose label or score is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
     notes: tuple[str, ...] = ()  # on the sizes of the images
+    is_swapped: bool = False  # whether the published losers are the winners of the pairs
     examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first row numbers and reasons, by kind
 
     @property
@@ -66,6 +68,8 @@ class DataReport:
         listed = [count for count in COUNTS if count != "too_small" or self.too_small]  # which depends on a setting
         counts = ", ".join(f"{getattr(self, count)} {count.replace('_', ' ')}" for count in listed)
         lines = [f"{self.name} data ({self.format}): {counts}"]
+        if self.is_swapped:
+            lines.append(f"  {SWAPPED}")
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

@@ -27,6 +27,11 @@ class PairReference(NamedTuple):
     loser_image: int
     scores: tuple[float, float] | None
 
+    def swapped(self) -> "PairReference":
+        """The pair whose winner is this one's loser. Its scores have the other sign, so that larger stays better."""
+        scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
+        return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
+
 
 class ImageScores(NamedTuple):
     """How a row's label ranks the row's images."""
@@ -50,6 +55,7 @@ class PreferenceFormat:
         validity_column (`str`, *optional*): Where present and false, the row has no label.
         score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read where present.
         text_members (`bool`): Prompts are members of an archive: possibly bytes, possibly with a trailing newline.
+        is_swapped (`bool`): Whether the published loser is the winner of a pair.
     """
 
     name: str
@@ -61,6 +67,7 @@ class PreferenceFormat:
     validity_column: str | None = None
     score_columns: tuple[str, str] | None = None
     text_members: bool = False
+    is_swapped: bool = False
     _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -209,7 +216,7 @@ def groups(known: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iter
 def pairs_in_group(
     known: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
-    """The pairs within a group; bad prompts, bad labels and ties go to `reject`."""
+    """The pairs within a group, swapped if the format says so; bad prompts, bad labels and ties go to `reject`."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked, reward_scores = True, None
@@ -229,7 +236,8 @@ def pairs_in_group(
     if ties:
         reject("ties", images[0][0], JUDGED_EQUAL, ties)
     for winner, loser in pairs:
-        yield PairReference(*images[winner], *images[loser], reward_scores)
+        pair = PairReference(*images[winner], *images[loser], reward_scores)
+        yield pair.swapped() if known.is_swapped else pair
 
 
 def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:

@@ -44,6 +44,10 @@ class PairIndex(NamedTuple):
     pairs: np.ndarray
     scores: np.ndarray | None
 
+    def swapped(self) -> PairIndex:
+        """As [`formats.PairReference.swapped`]."""
+        return PairIndex(self.pairs[:, [2, 3, 0, 1]], None if self.scores is None else -self.scores[:, ::-1])
+
 
 def index_type(rows: int) -> type[np.signedinteger]:
     """The type of an index of so many rows."""

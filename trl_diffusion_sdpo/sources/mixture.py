@@ -156,7 +156,9 @@ class MixedSource:
 
     def _pairs_of(self, number: int, reject: Reject) -> PairIndex:
         source, start = self._sources[number], int(self._starts[number])
-        report = DataReport(self._names[number], source.format.name, rows=len(source))
+        report = DataReport(
+            self._names[number], source.format.name, is_swapped=source.format.is_swapped, rows=len(source)
+        )
 
         def both(kind: str, row: int, reason: str, amount: int) -> None:
             report.add(kind, row, reason, amount)
@@ -187,6 +189,10 @@ class MixedFormat:
     @property
     def name(self) -> str:
         return "+".join(known.name for known in self.formats)
+
+    @property
+    def is_swapped(self) -> bool:
+        return any(known.is_swapped for known in self.formats)
 
     def prompt(self, row: tuple[int, Mapping[str, Any]]) -> str:
         return self.formats[row[0]].prompt(row[1])

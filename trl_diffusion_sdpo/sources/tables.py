@@ -281,7 +281,7 @@ def build_index(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
         found = found if folder is None else keep(folder, *found)
     for drop in found[1]:
         reject(*drop)
-    return found[0]
+    return found[0].swapped() if source.format.is_swapped else found[0]
 
 
 def _index_by_row(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:

@@ -263,8 +263,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             several processes are to evaluate on parts of a stream that may differ in length.
     """
     if dataset is None or isinstance(dataset, PREPARED):
-        if not training:
-            _refuse_parts(dataset, args, name)
+        _check_prepared(dataset, args, name, training=training)
         return dataset
     transform = PairTransform(
         cast(Any, args.resolution),
@@ -289,6 +288,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         training=training,
         repeat=training,
         use_scores=loss.needs_scores,
+        swap_labels=args.swap_labels,
         name=name,
     )
     if isinstance(prepared, PreferenceIterableDataset):
@@ -301,6 +301,16 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             "has none. Score the images first, or choose another loss."
         )
     return prepared
+
+
+def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, name: str, *, training: bool) -> None:
+    if not training:
+        _refuse_parts(dataset, args, name)
+    if dataset is not None and dataset.is_swapped != args.swap_labels:
+        raise ValueError(
+            f"The labels of the prepared {name} data are{'' if dataset.is_swapped else ' not'} swapped, and "
+            f"`swap_labels` is {args.swap_labels}. Pass the data set that they were prepared from."
+        )
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:

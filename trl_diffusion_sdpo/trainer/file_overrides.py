@@ -113,6 +113,7 @@ class FileOverrides(Trainer):
             decays=not str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"),
             num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
+            swapped_labels=args.swap_labels,
         )
 
     def _set_up_run(self) -> None:

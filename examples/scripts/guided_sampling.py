@@ -1,0 +1,82 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-diffusion-sdpo"]
+# ///
+"""Images of a prompt at several scales of preference guidance, from equal noise, side by side in one file.
+
+Scale 0 is the model before training, 1 the tuned one, and larger scales go on in the same direction:
+
+```bash
+python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+    --lora path/to/run --prompt "a photo of a fox" --scales 0 1 2 3 4
+```
+
+With a negative model, which was tuned with `--swap_labels`, as reference; `--form npo` is that of Diffusion-NPO and has
+no scale:
+
+```bash
+python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+    --lora path/to/run --negative_lora path/to/negative --form npo --prompt "a photo of a fox"
+```
+"""
+
+import argparse
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+
+from trl_diffusion_sdpo import preference_guidance
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="the pipeline that was tuned")
+    parser.add_argument("--lora", required=True, help="the run's folder, or a repository")
+    parser.add_argument("--negative_lora", help="of a run with `swap_labels`: the reference")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 3.0, 4.0])
+    parser.add_argument("--form", default="conditional", choices=("conditional", "both", "npo"))
+    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels in [0, 1]")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's own if unset")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--images", type=int, default=4, help="for each scale")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="guided.png")
+    return parser.parse_args(argv)
+
+
+def load(args):
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    pipeline = DiffusionPipeline.from_pretrained(args.model_name_or_path, dtype=dtype)
+    pipeline.load_lora_weights(args.lora, adapter_name="tuned")
+    if args.negative_lora is not None:
+        pipeline.load_lora_weights(args.negative_lora, adapter_name="negative")
+    pipeline.set_adapters("tuned")
+    return pipeline.to("cuda" if on_gpu else "cpu")
+
+
+def main(argv=None):
+    args = parse(argv)
+    pipeline = load(args)
+    call = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    guided = {
+        "reference": None if args.negative_lora is None else "negative",
+        "form": args.form,
+        "interval": None if args.interval is None else tuple(args.interval),
+    }
+    scales = [None] if args.form == "npo" else args.scales
+    images = []
+    for scale in scales:
+        generators = [torch.Generator().manual_seed(args.seed + image) for image in range(args.images)]
+        with preference_guidance(pipeline, scale, **guided):
+            prompts = [args.prompt] * args.images
+            steps = args.num_inference_steps
+            images += pipeline(prompts, num_inference_steps=steps, generator=generators, **call).images
+    make_image_grid(images, rows=len(scales), cols=args.images).save(args.output)
+    print(f"{args.output}: a row for each of the scales {', '.join(map(str, scales))}")
+
+
+if __name__ == "__main__":
+    main()

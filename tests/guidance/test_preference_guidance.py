@@ -1,0 +1,459 @@
+"""What the context manager does around a pipeline: passes, restoring, other users of the denoiser, and bad input."""
+
+import contextlib
+import copy
+import threading
+import warnings
+
+import diffusers
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_module
+from diffusers import ClassifierFreeGuidance, FirstBlockCacheConfig, LCMScheduler, StableDiffusionXLAutoBlocks
+from packaging.version import Version
+from peft import LoraConfig
+from tiny_pipelines import case, quiet
+
+from trl_diffusion_sdpo import preference_guidance
+
+G = 3.0
+SIZE = {"height": 16, "width": 16, "output_type": "latent"}
+
+
+def add_lora(denoiser, name, seed=0, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        targets = ["to_q", "to_k", "to_v"]
+        lora = LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, at a second adapter
+            denoiser.add_adapter(lora, adapter_name=name)
+
+
+@pytest.fixture(scope="module")
+def built():
+    return quiet(case("stable_diffusion").build())
+
+
+@pytest.fixture(scope="module")
+def shared(built):
+    """With the adapters `negative` and `tuned`."""
+    pipeline = copy.deepcopy(built)
+    add_lora(pipeline.unet, "negative", seed=1)
+    add_lora(pipeline.unet, "tuned", seed=2)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline(shared):
+    """With `tuned` active. Tests may switch adapters; others take a copy."""
+    shared.unet.set_adapter("tuned")
+    shared.enable_lora()
+    return shared
+
+
+@pytest.fixture
+def own(pipeline):
+    """A copy, to be changed."""
+    return copy.deepcopy(pipeline)
+
+
+@contextlib.contextmanager
+def counted(pipeline):
+    """The rows of every forward pass of the denoiser within the context."""
+    rows = []
+    handle = pipeline.unet.conv_in.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def draw(pipeline, guidance_scale=1.0, steps=2, **options):
+    generator = torch.Generator().manual_seed(0)
+    call = {"guidance_scale": guidance_scale, "num_inference_steps": steps, "generator": generator, **SIZE}
+    return pipeline(["red", "a blue square"], **{**call, **options})[0]
+
+
+def denoiser_state(denoiser):
+    layers = [m for m in denoiser.modules() if hasattr(m, "active_adapter")]
+    adapters = [(layer.active_adapter, layer.disable_adapters, dict(layer.scaling)) for layer in layers]
+    hooks = [len(m._forward_pre_hooks) for m in denoiser.modules()]
+    grads = [p.requires_grad for p in denoiser.parameters()]
+    return type(denoiser), sorted(vars(denoiser)), denoiser.forward, adapters, hooks, grads
+
+
+# ---- Passes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "guidance", "expected"),
+    [
+        ({"scale": 1.0}, 1.0, [2]),
+        ({"scale": 1.0}, G, [4]),
+        ({}, 1.0, [2, 2]),
+        ({}, G, [4, 2]),  # the reference for the prompts only
+        ({"form": "both"}, G, [4, 4]),
+        ({"form": "both", "scale": 0.0}, G, [4]),
+        ({"form": "npo"}, G, [2, 2]),
+        ({"batched": True}, 1.0, [4]),
+        ({"batched": True}, G, [6]),
+        ({"batched": True, "form": "npo"}, G, [4]),
+        ({"interval": (0.0, 0.001)}, G, [4]),
+    ],
+    ids=str,
+)
+def test_a_step_costs_as_many_passes_as_stated(pipeline, options, guidance, expected):
+    with preference_guidance(pipeline, **options), counted(pipeline) as rows:
+        draw(pipeline, guidance, steps=1)
+    assert sorted(rows) == sorted(expected)
+
+
+@pytest.mark.parametrize("form", ["conditional", "both", "npo"])
+@pytest.mark.parametrize("reference", [None, "negative"])
+def test_one_batch_gives_what_two_passes_give(pipeline, form, reference):
+    images = []
+    for batched in (False, True):
+        with preference_guidance(pipeline, form=form, reference=reference, batched=batched):
+            images.append(draw(pipeline, G))
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-4)
+    assert (draw(pipeline, G) - images[0]).abs().max() > 1e-2
+
+
+def test_another_denoiser_is_as_good_as_the_lora_switched_off(pipeline, built):
+    with preference_guidance(pipeline, 2.0):
+        switched = draw(pipeline, G)
+    with preference_guidance(pipeline, 2.0, reference=copy.deepcopy(built.unet)):
+        assert torch.equal(draw(pipeline, G), switched)
+
+
+def test_a_negative_adapter_may_be_the_reference_of_the_base(pipeline):
+    pipeline.unet.set_adapter("negative")
+    negative = draw(pipeline)
+    pipeline.disable_lora()
+    base = draw(pipeline)
+    with preference_guidance(pipeline, 0.0, reference="negative"):
+        assert torch.equal(draw(pipeline), negative)
+    with preference_guidance(pipeline, 1.0, reference="negative"):
+        assert torch.equal(draw(pipeline), base)
+    assert torch.equal(draw(pipeline), base)
+
+
+def test_outside_the_interval_a_step_is_plain(pipeline):
+    levels, steps = [], 6
+    with preference_guidance(pipeline, 2.0, interval=(0.3, 0.7)), counted(pipeline) as seen:
+        draw(pipeline, steps=steps, callback_on_step_end=lambda p, i, t, kw: (levels.append(int(t)), kw)[1])
+    alphas = pipeline.scheduler.alphas_cumprod[levels].double()
+    level = (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
+    inside = int(((level >= 0.3) & (level <= 0.7)).sum())
+    assert 0 < inside < steps and len(seen) == steps + inside
+
+
+def test_guidance_that_a_callback_switches_off_ends_with_that_step(pipeline):
+    def switch_off(pipe, index, timestep, tensors):
+        if index == 0:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    with preference_guidance(pipeline), counted(pipeline) as rows:
+        options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        draw(pipeline, G, steps=2, **options)
+    assert rows == [2, 4, 2, 2]  # the reference comes first
+
+
+def test_equal_latents_without_guidance_are_no_doubled_batch(pipeline):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1)
+    with preference_guidance(pipeline, 2.0):
+        together = draw(pipeline, latents=latents)
+        generator = torch.Generator().manual_seed(0)
+        call = {"guidance_scale": 1.0, "num_inference_steps": 2, "generator": generator, **SIZE}
+        alone = pipeline(["red"], latents=latents[:1], **call)[0]
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-4)
+
+
+def test_the_lora_scale_of_a_call_is_the_policys(pipeline):
+    pipeline.unet.set_adapter("negative")
+    negative = draw(pipeline)
+    pipeline.unet.set_adapter("tuned")
+    half = draw(pipeline, cross_attention_kwargs={"scale": 0.5})
+    for batched in (False, True):
+        with preference_guidance(pipeline, 0.0, reference="negative", batched=batched):
+            given = draw(pipeline, cross_attention_kwargs={"scale": 0.5})
+            torch.testing.assert_close(given, negative, rtol=0, atol=1e-5)
+    with preference_guidance(pipeline, 1.0, reference="negative"):
+        assert torch.equal(draw(pipeline, cross_attention_kwargs={"scale": 0.5}), half)
+
+
+def test_a_second_call_with_the_same_latents_is_not_taken_for_the_unconditional_branch():
+    """Where the branches of classifier-free guidance are calls of their own."""
+    module = case("cogview4")
+    pipeline = quiet(module.build())
+    add_lora(pipeline.transformer, "tuned")
+    size = {"height": module.RESOLUTION, "width": module.RESOLUTION, "output_type": "latent"}
+    call = {"guidance_scale": 1.0, "num_inference_steps": 1, **size}
+    latents = pipeline(prompt="red", generator=torch.Generator().manual_seed(0), **call)[0]
+    with preference_guidance(pipeline, 2.0):
+        expected = pipeline(prompt="a blue square", latents=latents, **call)[0]
+    with preference_guidance(pipeline, 2.0):
+        pipeline(prompt="red", latents=latents, **call)
+        assert torch.equal(pipeline(prompt="a blue square", latents=latents, **call)[0], expected)
+
+
+@pytest.mark.matrix
+def test_guidance_by_skipped_layers_adds_the_shift_once():
+    module = case("stable_diffusion_3")
+    pipeline = quiet(module.build())
+    add_lora(pipeline.transformer, "tuned")
+
+    def first_step(**options):
+        latents = []
+        pipeline(
+            prompt=["red", "blue"],
+            guidance_scale=options.pop("guidance", G),
+            num_inference_steps=8,
+            height=module.RESOLUTION,
+            width=module.RESOLUTION,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            callback_on_step_end=lambda p, i, t, kw: (latents.append(kw["latents"].double()), kw)[1],
+            **options,
+        )
+        return latents[0]
+
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+    plain, policy = first_step(**skipping), first_step(guidance=1.0)
+    pipeline.disable_lora()
+    reference = first_step(guidance=1.0)
+    pipeline.enable_lora()
+    with preference_guidance(pipeline, 2.0):
+        guided = first_step(**skipping)
+    torch.testing.assert_close(guided, plain + policy - reference, rtol=0, atol=1e-4)
+
+
+# ---- Restoring -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"batched": True}, {"reference": "negative"}, {"form": "npo"}], ids=str)
+def test_everything_is_as_before_also_after_an_error(pipeline, options):
+    before, plain = denoiser_state(pipeline.unet), draw(pipeline, G)
+    with preference_guidance(pipeline, **options) as given:
+        assert given is pipeline and isinstance(pipeline.unet, before[0])
+        draw(pipeline, G)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), preference_guidance(pipeline, **options):
+        handle = pipeline.unet.mid_block.register_forward_pre_hook(stop)
+        try:
+            draw(pipeline, G)
+        finally:
+            handle.remove()
+    assert denoiser_state(pipeline.unet) == before
+    assert torch.equal(draw(pipeline, G), plain)
+
+
+def test_a_second_context_on_the_same_denoiser_is_refused(pipeline):
+    with preference_guidance(pipeline, 2.0):
+        expected = draw(pipeline)
+        with pytest.raises(ValueError, match="guided already"), preference_guidance(pipeline, 2.0):
+            pass
+        assert torch.equal(draw(pipeline), expected)  # the outer one goes on
+    with preference_guidance(pipeline, 2.0):
+        assert torch.equal(draw(pipeline), expected)
+
+
+def test_other_threads_are_guided_too(pipeline):
+    found = []
+    with preference_guidance(pipeline, 2.0):
+        expected = draw(pipeline)
+        thread = threading.Thread(target=lambda: found.append(draw(pipeline)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], expected)
+
+
+def test_the_saved_denoiser_is_of_its_own_class(pipeline, tmp_path):
+    with preference_guidance(pipeline):
+        pipeline.unet.save_config(tmp_path)
+    assert '"UNet2DConditionModel"' in (tmp_path / "config.json").read_text()
+
+
+# ---- Others that change the denoiser's calls -----------------------------------------------------------------------
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("way", ["wrapped", "in place", "a block"])
+def test_compiled_denoisers(own, way):
+    torch._dynamo.reset()
+    with preference_guidance(own, 2.0):
+        expected = draw(own, G)
+    plain = draw(own, G)
+    if way == "wrapped":
+        own.unet = torch.compile(own.unet, backend="eager")
+    elif way == "in place":
+        own.unet.compile(backend="eager")
+    else:
+        own.unet.mid_block.attentions[0].compile(backend="eager")
+    for _ in range(2):
+        with preference_guidance(own, 2.0):
+            torch.testing.assert_close(draw(own, G), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(draw(own, G), plain, rtol=0, atol=1e-5)
+
+
+def test_offloading_that_takes_its_hooks_off_after_every_call(own):
+    with preference_guidance(own, 2.0):
+        expected = draw(own)
+    own.enable_model_cpu_offload(device="cpu")
+    assert own.unet._hf_hook is not None
+    with preference_guidance(own, 2.0):
+        for _ in range(2):
+            assert torch.equal(draw(own), expected)
+        remove_hook_from_module(own.unet, recurse=True)
+        assert torch.equal(draw(own), expected)
+
+
+@pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="without an accelerator, an error")
+def test_group_offloading(own):
+    with preference_guidance(own, 2.0):
+        expected = draw(own)
+    cpu = torch.device("cpu")
+    own.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    with preference_guidance(own, 2.0):
+        assert torch.equal(draw(own), expected)
+
+
+def test_a_pipeline_without_text_encoder_and_vae(own):
+    with preference_guidance(own, 2.0, interval=(0.0, 1.0)):
+        expected = draw(own, G)
+    texts = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True, "device": "cpu"}
+    embeds, negative = own.encode_prompt(["red", "a blue square"], **texts)
+    own.text_encoder = None
+    with preference_guidance(own, 2.0, interval=(0.0, 1.0)):
+        generator = torch.Generator().manual_seed(0)
+        call = {"guidance_scale": G, "num_inference_steps": 2, "generator": generator, **SIZE}
+        given = own(prompt_embeds=embeds, negative_prompt_embeds=negative, **call)[0]
+    assert torch.equal(given, expected)
+
+
+def test_a_modular_pipeline_with_a_guider_of_diffusers():
+    """Whose scheduler gets `u + g (c - u)`, by two calls of the denoiser for the same latents."""
+    plain = quiet(case("stable_diffusion_xl").build())
+    add_lora(plain.unet, "tuned")
+    modular = StableDiffusionXLAutoBlocks().init_pipeline()
+    modular.update_components(**{name: plain.components[name] for name in plain.components if plain.components[name]})
+
+    def first_step(guidance_scale):
+        modular.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+        modular.set_progress_bar_config(disable=True)
+        met, step = [], type(modular.scheduler).step
+
+        def noted(scheduler, prediction, *args, **kwargs):
+            met.append(prediction.double())
+            return step(scheduler, prediction, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(modular.scheduler), "step", noted)
+            generator = torch.Generator().manual_seed(0)
+            modular(prompt="red", num_inference_steps=2, height=16, width=16, output="latents", generator=generator)
+        return met[0]
+
+    c, m = first_step(1.0), first_step(G)
+    plain.disable_lora()
+    c_r = first_step(1.0)
+    plain.enable_lora()
+    with preference_guidance(modular, 2.5):
+        guided = first_step(G)
+    torch.testing.assert_close(guided, m + 1.5 * (c - c_r), rtol=0, atol=1e-5)
+    assert (guided - m).abs().max() > 0.01
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": float("nan")}, "finite number of at least 0, got nan"),
+        ({"scale": float("inf")}, "finite number"),
+        ({"scale": -1.0}, "at least 0, got -1.0"),
+        ({"scale": True}, "finite number"),
+        ({"scale": "3"}, "finite number"),
+        ({"form": "mixture"}, "`form` must be one of conditional, both, npo"),
+        ({"form": "npo", "scale": 2.0}, "no scale of its own"),
+        ({"interval": (0.5, 0.5)}, "0 <= low < high <= 1"),
+        ({"interval": (0.2, 500)}, "0 <= low < high <= 1"),
+        ({"interval": 0.5}, "two noise levels"),
+        ({"reference": "missing"}, "'missing'; loaded: negative, tuned"),
+        ({"reference": "tuned"}, "another adapter than the active one"),
+        ({"reference": 3}, "a denoiser, got a int"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(pipeline, options, message):
+    before = denoiser_state(pipeline.unet)
+    with pytest.raises(ValueError, match=message), preference_guidance(pipeline, **options):
+        pass
+    assert denoiser_state(pipeline.unet) == before
+
+
+def test_references_that_do_not_fit_are_refused(pipeline, built):
+    def refused(message, reference, **options):
+        with pytest.raises(ValueError, match=message), preference_guidance(pipeline, reference=reference, **options):
+            pass
+
+    refused("another denoiser than the pipeline's", pipeline.unet)
+    refused("architecture of the pipeline's denoiser", case("stable_diffusion").build(layers_per_block=2).unet)
+    refused("architecture", case("stable_diffusion_xl").build().unet)
+    refused("dtype", copy.deepcopy(built.unet).half())
+    refused("pass its `unet`", built)
+    refused("One batch holds adapters of one denoiser", copy.deepcopy(built.unet), batched=True)
+    pipeline.unet.set_adapter(["tuned", "negative"])
+    refused("exactly one active LoRA", None, batched=True)
+
+
+def test_without_an_active_lora_a_reference_is_needed(own, built):
+    with pytest.raises(ValueError, match="no LoRA is active; loaded: none"), preference_guidance(copy.copy(built)):
+        pass
+    own.disable_lora()
+    with pytest.raises(ValueError, match="loaded: negative, tuned"), preference_guidance(own):
+        pass
+    own.enable_lora()
+    own.fuse_lora(adapter_names=["tuned"])
+    with pytest.raises(ValueError, match="unfuse_lora"), preference_guidance(own):
+        pass
+
+
+def test_pipelines_that_no_family_knows_and_caching_denoisers_are_refused(pipeline):
+    with pytest.raises(ValueError, match="pipeline class must be one of"), preference_guidance(object()):
+        pass
+    flux = quiet(case("flux").build())
+    add_lora(flux.transformer, "tuned")
+    flux.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="disable_cache"), preference_guidance(flux):
+        pass
+
+
+def test_warnings(own, caplog):
+    with preference_guidance(own, 6.0):
+        draw(own)
+    assert not caplog.records
+    for options, message in (
+        ({"scale": 6.5}, "Scales up to 6 were tried, got 6.5"),
+        ({"interval": (0.0, 1e-4)}, "No step that would be guided had a noise level in the interval"),
+        ({"form": "npo"}, "The form 'npo' changed nothing"),
+    ):
+        caplog.clear()
+        with preference_guidance(own, **options):
+            draw(own)
+        assert message in caplog.text
+    own.scheduler = LCMScheduler.from_config(own.scheduler.config)
+    with preference_guidance(own):
+        pass
+    assert "generates in few steps (LCMScheduler)" in caplog.text
+    schnell = quiet(case("flux_schnell").build())
+    add_lora(schnell.transformer, "tuned")
+    with preference_guidance(schnell):
+        pass
+    assert "FLUX.1 model generates in few steps (it is distilled)" in caplog.text

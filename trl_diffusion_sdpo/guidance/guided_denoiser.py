@@ -1,0 +1,159 @@
+"""A denoiser whose calls by a pipeline are guided: which rows of a call are conditional, and what is made of the
+predictions of policy and reference."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+from ..families import Family
+from ..losses import guidance_shift, interpolate, shifted
+from ..models.adapters import unwrap_peft_model
+from .denoiser_call import DenoiserCall, with_prediction
+from .predictors import Predictor
+
+Form = Literal["conditional", "both", "npo"]
+_ATTRIBUTE = "_preference_guidance"
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Rows of a call: those with the prompts, and those of the unconditional branch of classifier-free guidance.
+    Neither in passes that serve something else."""
+
+    conditional: slice | None
+    unconditional: slice | None
+
+
+class Guide:
+    """What happens in place of a denoiser's call.
+
+    Args:
+        family ([`Family`]): Of the pipeline.
+        predictor ([`Predictor`]): Of policy and reference.
+        form, scale, interval: As [`preference_guidance`] takes them; `scale` is 1 in the form `"npo"`.
+    """
+
+    def __init__(
+        self, family: Family, predictor: Predictor, form: Form, scale: float, interval: tuple[float, float] | None
+    ):
+        self.calls = self.guided_calls = 0
+        self._family, self._predictor, self._scale, self._interval = family, predictor, scale, interval
+        self._mix = {"conditional": self._conditional, "both": self._both, "npo": self._npo}[form]
+        self._is_plain = form != "npo" and scale == 1
+        plain = unwrap_peft_model(unwrap_module(family.denoiser))
+        self._signature = inspect.signature(type(plain).forward)
+        self._latents: Any = None  # of the last call, and the schedule that it belonged to
+        self._schedule: Any = None
+        self._shift: torch.Tensor | None = None  # of the last conditional prediction
+
+    def __call__(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
+        if self._is_plain:
+            return denoiser(*args, **kwargs)
+        call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
+        if not self._is_within(call):
+            return denoiser(*args, **kwargs)
+        return self._mix(denoiser, call, self._branches(call))
+
+    def _is_within(self, call: DenoiserCall) -> bool:
+        """Whether the call's noise level is in the interval."""
+        if self._interval is None:
+            return True
+        low, high = self._interval
+        return low <= float(self._family.noise_level_of(call.inputs).flatten()[0]) <= high
+
+    def _branches(self, call: DenoiserCall) -> Branches:
+        if call.inputs.get("skip_layers") is not None:  # of Stable Diffusion 3, in a pass of its own
+            return Branches(None, None)
+        if self._family.conditional_rows == "all":
+            return self._branches_of_calls(call)
+        # Two families' calls keep to themselves whether they guide; their batch says it.
+        pipeline: Any = self._family.pipeline
+        if not (getattr(pipeline, "do_classifier_free_guidance", True) and call.is_doubled):
+            return Branches(call.everything, None)
+        first, last = slice(0, call.rows // 2), slice(call.rows // 2, call.rows)
+        return Branches(last, first) if self._family.conditional_rows == "last" else Branches(first, last)
+
+    def _branches_of_calls(self, call: DenoiserCall) -> Branches:
+        """The second of two calls for the same latents is the unconditional one."""
+        schedule = self._family.pipeline.scheduler.timesteps  # a new tensor in every call of the pipeline
+        follows = call.latents is self._latents and schedule is self._schedule
+        self._latents, self._schedule = call.latents, schedule
+        return Branches(None, call.everything) if follows else Branches(call.everything, None)
+
+    def _both(self, denoiser: Callable[..., Any], call: DenoiserCall, branches: Branches) -> Any:
+        rows = call.everything
+        policy, reference, output = self._predictor.predict(denoiser, call, rows if self._scale else None, rows)
+        assert reference is not None
+        self.guided_calls += 1
+        return with_prediction(output, reference if policy is None else interpolate(reference, policy, self._scale))
+
+    def _conditional(self, denoiser: Callable[..., Any], call: DenoiserCall, branches: Branches) -> Any:
+        rows = branches.conditional
+        policy, reference, output = self._predictor.predict(denoiser, call, call.everything, rows)
+        assert policy is not None
+        if rows is None:
+            assert self._shift is not None, "The conditional prediction comes first."
+            return with_prediction(output, shifted(policy, self._shift))
+        assert reference is not None
+        self.guided_calls += 1
+        self._shift = guidance_shift(reference, policy[rows], self._scale)
+        if branches.unconditional is None:
+            return with_prediction(output, interpolate(reference, policy, self._scale))
+        return with_prediction(output, shifted(policy, torch.cat([self._shift, self._shift])))
+
+    def _npo(self, denoiser: Callable[..., Any], call: DenoiserCall, branches: Branches) -> Any:
+        conditional, unconditional = branches.conditional, branches.unconditional
+        if unconditional is None:
+            return denoiser(*call.args, **call.kwargs)
+        self.guided_calls += 1
+        policy, reference, output = self._predictor.predict(denoiser, call, conditional, unconditional)
+        assert reference is not None
+        if policy is None:
+            return with_prediction(output, reference)
+        assert conditional is not None
+        halves = (policy, reference) if conditional.start == 0 else (reference, policy)
+        return with_prediction(output, torch.cat(halves))
+
+
+def is_guided(denoiser: nn.Module) -> bool:
+    """Whether a denoiser's calls are guided."""
+    return _ATTRIBUTE in vars(denoiser)
+
+
+def guide(denoiser: nn.Module, guide: Guide) -> None:
+    """Guide the calls of a denoiser.
+
+    Its class becomes a subclass with another `__call__`: accelerate removes and adds its hooks, which are in `forward`,
+    in every call of an offloaded pipeline, and compiled modules have no `forward` of their own to replace.
+    """
+    vars(denoiser)[_ATTRIBUTE] = guide
+    _set_class(denoiser, _guided_class(cast(Any, type(denoiser))))
+
+
+def leave(denoiser: nn.Module) -> None:
+    """Undo [`guide`]."""
+    _set_class(denoiser, type(denoiser).__base__)
+    del vars(denoiser)[_ATTRIBUTE]
+
+
+def _set_class(denoiser: nn.Module, new: Any) -> None:
+    object.__setattr__(denoiser, "__class__", new)  # a compiled module hands what is set on to the module within
+
+
+@functools.cache  # so that a compiled denoiser is compiled anew once, not in every context
+def _guided_class(original: Any) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        guide: Guide = vars(self)[_ATTRIBUTE]
+        return guide(functools.partial(original.__call__, self), args, kwargs)
+
+    names = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original)(original.__name__, (original,), names)
