@@ -40,6 +40,7 @@ def loras(tmp_path_factory, sd_folder):
     return folders
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("more", "rows"),
     [(["--scales", "0", "1", "3"], 3), (["--form", "npo", "--negative_lora", "NEGATIVE", "--guidance_scale", "4"], 1)],

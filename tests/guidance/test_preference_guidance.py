@@ -6,12 +6,13 @@ import threading
 import warnings
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import ClassifierFreeGuidance, FirstBlockCacheConfig, LCMScheduler, StableDiffusionXLAutoBlocks
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from tiny_pipelines import case, quiet
 
 from trl_diffusion_sdpo import preference_guidance
@@ -118,6 +119,14 @@ def test_one_batch_gives_what_two_passes_give(pipeline, form, reference):
             images.append(draw(pipeline, G))
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-4)
     assert (draw(pipeline, G) - images[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [np.float32(2), np.int64(2)], ids=["float32", "int64"])
+def test_scales_may_be_numbers_of_numpy(pipeline, scale):
+    with preference_guidance(pipeline, 2.0):
+        expected = draw(pipeline, steps=1)
+    with preference_guidance(pipeline, scale):
+        assert torch.equal(draw(pipeline, steps=1), expected)
 
 
 def test_another_denoiser_is_as_good_as_the_lora_switched_off(pipeline, built):
@@ -302,6 +311,26 @@ def test_compiled_denoisers(own, way):
     torch.testing.assert_close(draw(own, G), plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.matrix
+def test_a_compiled_denoiser_whose_passes_write_to_the_same_memory(own):
+    """As CUDA graphs do (`mode="reduce-overhead"`)."""
+    with preference_guidance(own, 2.0):
+        expected = draw(own)
+    torch._dynamo.reset()
+    memory = {}
+
+    def backend(graph, _):
+        def run(*inputs):
+            found = graph(*inputs)
+            return tuple(memory.setdefault(value.shape, value.clone()).copy_(value) for value in found)
+
+        return run
+
+    own.unet.compile(backend=backend)
+    with preference_guidance(own, 2.0):
+        torch.testing.assert_close(draw(own), expected, rtol=0, atol=1e-5)
+
+
 def test_offloading_that_takes_its_hooks_off_after_every_call(own):
     with preference_guidance(own, 2.0):
         expected = draw(own)
@@ -335,6 +364,21 @@ def test_a_pipeline_without_text_encoder_and_vae(own):
         call = {"guidance_scale": G, "num_inference_steps": 2, "generator": generator, **SIZE}
         given = own(prompt_embeds=embeds, negative_prompt_embeds=negative, **call)[0]
     assert torch.equal(given, expected)
+
+
+def test_sdxl_without_text_encoders_and_with():
+    pipeline = quiet(case("stable_diffusion_xl").build())
+    add_lora(pipeline.unet, "tuned")
+    size = {"num_inference_steps": 1, **SIZE}
+
+    def guided(**options):
+        with preference_guidance(pipeline, 2.0):
+            return pipeline(guidance_scale=1.0, generator=torch.Generator().manual_seed(0), **options, **size)[0]
+
+    expected = guided(prompt="red")
+    embeds, _, pooled, _ = pipeline.encode_prompt("red", do_classifier_free_guidance=False)
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
+    assert torch.equal(guided(prompt_embeds=embeds, pooled_prompt_embeds=pooled), expected)
 
 
 def test_a_modular_pipeline_with_a_guider_of_diffusers():
@@ -385,6 +429,7 @@ def test_a_modular_pipeline_with_a_guider_of_diffusers():
         ({"interval": (0.5, 0.5)}, "0 <= low < high <= 1"),
         ({"interval": (0.2, 500)}, "0 <= low < high <= 1"),
         ({"interval": 0.5}, "two noise levels"),
+        ({"interval": ("low", None)}, "two noise levels"),
         ({"reference": "missing"}, "'missing'; loaded: negative, tuned"),
         ({"reference": "tuned"}, "another adapter than the active one"),
         ({"reference": 3}, "a denoiser, got a int"),
@@ -411,6 +456,10 @@ def test_references_that_do_not_fit_are_refused(pipeline, built):
     refused("One batch holds adapters of one denoiser", copy.deepcopy(built.unet), batched=True)
     pipeline.unet.set_adapter(["tuned", "negative"])
     refused("exactly one active LoRA", None, batched=True)
+    other = copy.deepcopy(built)
+    other.unet.add_adapter(LoHaConfig(r=2, target_modules=["to_q"]), adapter_name="loha")
+    with pytest.raises(ValueError, match="loha .LoHaConfig."), preference_guidance(other, batched=True):
+        pass
 
 
 def test_without_an_active_lora_a_reference_is_needed(own, built):
@@ -441,13 +490,14 @@ def test_warnings(own, caplog):
     assert not caplog.records
     for options, message in (
         ({"scale": 6.5}, "Scales up to 6 were tried, got 6.5"),
-        ({"interval": (0.0, 1e-4)}, "No step that would be guided had a noise level in the interval"),
+        ({"interval": (0.0, 1e-4)}, "No step had a noise level in the interval"),
+        ({"form": "npo", "interval": (0.0, 1e-4)}, "No step had a noise level in the interval"),
         ({"form": "npo"}, "The form 'npo' changed nothing"),
     ):
         caplog.clear()
         with preference_guidance(own, **options):
             draw(own)
-        assert message in caplog.text
+        assert [message in record.getMessage() for record in caplog.records] == [True]
     own.scheduler = LCMScheduler.from_config(own.scheduler.config)
     with preference_guidance(own):
         pass

@@ -23,11 +23,12 @@ def exchanged(pairs):
     return images
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param({"safeguard": "parameter", "winner_budget": 0.01, "winner_budget_pairs": 4}, id="budget"),
-        pytest.param({"loss_type": "smpo", "safeguard": "output"}, id="scores", marks=pytest.mark.matrix),
+        pytest.param({"loss_type": "smpo", "safeguard": "output"}, id="scores"),
     ],
 )
 def test_a_swapped_run_is_the_run_on_exchanged_columns(make_trainer, make_pairs, settings):

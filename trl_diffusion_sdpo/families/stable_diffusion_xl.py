@@ -43,6 +43,8 @@ class StableDiffusionXLFamily(Family):
                 "An SDXL UNet is conditioned on pooled text and sizes (`addition_embed_type='text_time'`), and this "
                 f"one has {unet.addition_embed_type!r}. Use a pipeline whose UNet is SDXL's."
             )
+        if self.pipeline.text_encoder_2 is None:  # where images are generated from embeddings
+            return
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         expected = N_TIME_IDS * unet.addition_time_embed_dim + pooled
         if unet.projection_class_embeddings_input_dim != expected:

@@ -44,7 +44,7 @@ class Guide:
     def __init__(
         self, family: Family, predictor: Predictor, form: Form, scale: float, interval: tuple[float, float] | None
     ):
-        self.calls = self.guided_calls = 0
+        self.calls = self.calls_within = self.guided_calls = 0
         self._family, self._predictor, self._scale, self._interval = family, predictor, scale, interval
         self._mix = {"conditional": self._conditional, "both": self._both, "npo": self._npo}[form]
         self._is_plain = form != "npo" and scale == 1
@@ -61,6 +61,7 @@ class Guide:
         call = DenoiserCall(self._signature, args, kwargs, self._family.shared_inputs)
         if not self._is_within(call):
             return denoiser(*args, **kwargs)
+        self.calls_within += 1
         return self._mix(denoiser, call, self._branches(call))
 
     def _is_within(self, call: DenoiserCall) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import unwrap_module
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -47,7 +48,9 @@ class TwoPasses(Predictor):
         if reference is not None:
             inputs = call.inputs if reference == call.everything else call.take(reference)
             output = self.refer(denoiser, without_lora_scale(inputs))
-            referred = prediction_in(output)
+            referred = prediction_in(
+                output
+            ).clone()  # compiled with CUDA graphs, the next pass writes to the same memory
         if policy is not None:
             full = policy == call.everything
             output = denoiser(*call.args, **call.kwargs) if full else denoiser(**call.take(policy))
@@ -148,13 +151,7 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
     _check_adapters(denoiser, layers, acting, reference)
     if not batched:
         return AdapterReference(layers, reference)
-    configs = lora_configs(_plain(denoiser))
-    doras = [name for name in (*acting, reference) if name is not None and configs[name].use_dora]
-    if len(acting) != 1 or doras:
-        raise ValueError(
-            "In one batch, PEFT needs exactly one active LoRA for the policy, and no DoRA; got "
-            f"{', '.join(acting) or 'none'}{', with DoRA' if doras else ''}. Leave `batched` out."
-        )
+    _check_one_batch(lora_configs(_plain(denoiser)), acting, reference)
     return OnePass(layers, acting[0], reference)
 
 
@@ -188,6 +185,17 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], acting: list[str], n
         raise ValueError(
             f"`reference` must be another adapter than the active one, got {name!r}. Activate the tuned one with "
             "`set_adapters`."
+        )
+
+
+def _check_one_batch(configs: Mapping[str, PeftConfig], acting: list[str], reference: str | None) -> None:
+    used = {name: configs[name] for name in (*acting, reference) if name is not None}
+    plain = [isinstance(config, LoraConfig) and not config.use_dora for config in used.values()]
+    if len(acting) != 1 or not all(plain):
+        kinds = [f"{name} ({type(config).__name__})" for name, config in used.items()]
+        raise ValueError(
+            "In one batch, PEFT needs exactly one active LoRA for the policy, and neither DoRA nor adapters of another "
+            f"kind; got {', '.join(kinds) or 'none'}. Leave `batched` out."
         )
 
 

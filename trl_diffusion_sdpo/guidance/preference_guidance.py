@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any, get_args
 
 from diffusers import CacheMixin, DiffusionPipeline, ModularPipeline
@@ -83,16 +84,15 @@ def preference_guidance(
     denoiser = family.denoiser
     _check_denoiser(denoiser)
     _warn_of_few_steps(family)
-    predictor = predictor_of(denoiser, reference, batched=batched)
-    guiding = Guide(family, predictor, form, scale, interval)
-    guide(denoiser, guiding)
-    try:
-        yield pipeline
-    finally:
-        leave(denoiser)
-        predictor.close()
+    with contextlib.closing(predictor_of(denoiser, reference, batched=batched)) as predictor:
+        guiding = Guide(family, predictor, form, scale, interval)
+        guide(denoiser, guiding)
+        try:
+            yield pipeline
+        finally:
+            leave(denoiser)
     if guiding.calls and not guiding.guided_calls and (form == "npo" or scale != 1):
-        _warn_of_no_effect(form, interval)
+        _warn_of_no_effect(None if guiding.calls_within else interval)
 
 
 def _family_of(pipeline: Any) -> Family:
@@ -117,7 +117,7 @@ def _checked_scale(scale: float | None, form: Form) -> float:
         return 1.0
     if scale is None:
         return DEFAULT_SCALE
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
         raise ValueError(
             f"`scale` must be a finite number of at least 0, got {scale!r}. 0 is the reference, 1 the tuned model."
         )
@@ -133,8 +133,8 @@ def _checked_scale(scale: float | None, form: Form) -> float:
 def _check_interval(interval: tuple[float, float] | None) -> None:
     if interval is None:
         return
-    numbers = isinstance(interval, (tuple, list)) and len(interval) == 2
-    if not numbers or not 0.0 <= interval[0] < interval[1] <= 1.0:
+    are_two = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(x, Real) for x in interval)
+    if not are_two or not 0.0 <= interval[0] < interval[1] <= 1.0:
         raise ValueError(
             f"`interval` must be two noise levels, `0 <= low < high <= 1`, got {interval!r}. 0 is the image, 1 noise."
         )
@@ -165,10 +165,11 @@ def _warn_of_few_steps(family: Family) -> None:
         )
 
 
-def _warn_of_no_effect(form: Form, interval: tuple[float, float] | None) -> None:
-    if interval is not None:
-        logger.warning("No step that would be guided had a noise level in the interval %s.", interval)
-    if form == "npo":
+def _warn_of_no_effect(missed: tuple[float, float] | None) -> None:
+    """Warn that nothing was guided, because all steps were outside of the interval `missed` or by the form `"npo"`."""
+    if missed is not None:
+        logger.warning("No step had a noise level in the interval %s: nothing was guided.", missed)
+    else:
         logger.warning(
             "The form 'npo' changed nothing: it replaces the unconditional branch of classifier-free guidance, and the "
             "pipeline predicted none. Raise its guidance scale, or use the form 'conditional'."
