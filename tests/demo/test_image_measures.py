@@ -1,0 +1,84 @@
+"""Diversity, distance from the drawings and saturation, by hand."""
+
+import numpy as np
+import pytest
+
+from trl_diffusion_sdpo.demo.image_measures import (
+    ImageMeter,
+    diversity,
+    frechet_distance,
+    pixel_features,
+    principal_components,
+    saturation,
+)
+from trl_diffusion_sdpo.demo.world import captions, render
+
+
+def plain(*colours):
+    """An image for each colour."""
+    return np.stack([np.full((32, 32, 3), colour, np.uint8) for colour in colours])
+
+
+def test_diversity_is_the_mean_distance_within_a_prompt_and_not_between_prompts():
+    # Of "a", the distances are 0.2, 0.6 and 0.4; of "b" 0. Colours differ by the same in all channels.
+    images = plain(0, 255, 51, 255, 153)
+    assert diversity(images, ["a", "b", "a", "b", "a"]) == pytest.approx(((0.2 + 0.6 + 0.4) / 3 + 0) / 2)
+    # One channel of three: the root of a third.
+    assert diversity(plain((0, 0, 0), (255, 0, 0)), ["a", "a"]) == pytest.approx(3**-0.5)
+
+
+def test_diversity_refuses_a_single_image_of_a_prompt():
+    with pytest.raises(ValueError, match="two images or more of each prompt, got one of 'b'"):
+        diversity(plain(0, 1, 2), ["a", "a", "b"])
+    with pytest.raises(ValueError, match="got 3 images and 2 prompts"):
+        diversity(plain(0, 1, 2), ["a", "a"])
+
+
+def test_saturation_is_the_spread_of_the_channels():
+    assert saturation(plain(0, 128, 255)) == 0
+    assert saturation(plain((255, 0, 0), (102, 51, 51))) == pytest.approx((1 + 0.2) / 2)
+
+
+def test_features_are_means_of_blocks_in_order():
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    image[0, 4:8, 28:32, 1] = 255  # the second row of blocks, the last column, green
+    image[0, 0, 0, 0] = 255  # one pixel of sixteen in the first block, red
+    features = pixel_features(image).reshape(8, 8, 3)
+    assert features[1, 7, 1] == 1 and features[0, 0, 0] == 1 / 16
+    assert features.sum() == pytest.approx(1 + 1 / 16)
+
+
+def test_components_are_the_directions_of_largest_variance():
+    features = np.array([[0.0, 3, 5], [0, -3, 5], [1, 0, 5], [-1, 0, 5]])
+    directions = principal_components(features, 2)
+    np.testing.assert_allclose(np.abs(directions), [[0, 1], [1, 0], [0, 0]], atol=1e-12)
+
+
+def test_the_frechet_distance_of_normals_by_hand():
+    # Means 0 and (3, 4), variances (1, 4) and (9, 16) without covariance: 25 + (1 - 3)^2 + (2 - 4)^2.
+    cross = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) * (3 / 2) ** 0.5  # sample variance 1 in each direction
+    first, second = cross * [1, 2], cross * [3, 4] + [3, 4]
+    assert frechet_distance(first, second) == pytest.approx(33)
+    # A turned coordinate system changes nothing, and neither does the order.
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    assert frechet_distance(second @ turn, first @ turn) == pytest.approx(33)
+    # Covariances that do not commute: tr((S1 S2)^(1/2)) is the root of tr(S1 S2) + 2 sqrt(det(S1 S2)) for 2 x 2.
+    turned = second @ turn
+    product = np.cov(first.T) @ np.cov(turned.T)
+    trace = (np.trace(product) + 2 * np.linalg.det(product) ** 0.5) ** 0.5
+    means = np.square(first.mean(0) - turned.mean(0)).sum()
+    assert frechet_distance(first, turned) == pytest.approx(means + 1 + 4 + 9 + 16 - 2 * trace)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_drawings_are_nearer_to_the_drawings_than_other_colours_are():
+    shown = [caption for caption in captions()[::9] for _ in range(4)]
+    meter = ImageMeter([caption.text for caption in shown], drawings_per_prompt=4)
+    offsets = [(-3, 0), (3, 0), (0, -3), (0, 3)] * 8
+    drawn = np.stack([render(caption, offset=at, blur=1.0) for caption, at in zip(shown, offsets, strict=True)])
+    right, grey = meter(drawn), meter(np.repeat(drawn.mean(-1, keepdims=True), 3, -1).astype(np.uint8))
+    assert right.frechet < grey.frechet / 2
+    assert right.saturation == pytest.approx(1, abs=0.15) and grey.saturation == 0
+    assert 0.1 < right.diversity < 0.3
+    same = meter(np.repeat(drawn[::4], 4, axis=0))
+    assert same.diversity == 0 and same.frechet > right.frechet

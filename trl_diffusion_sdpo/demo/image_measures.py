@@ -1,0 +1,121 @@
+"""What a score does not see in generated images: diversity, distance from the world's drawings, saturation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .pairs import eval_pairs
+from .world import IMAGE_SIZE
+
+FEATURE_SIZE = 8  # pixels, the side to which images are averaged
+COMPONENTS = 24
+DRAWINGS_SEED = 60_000  # of no training, held-out pair or probe
+DRAWINGS_PER_PROMPT = 14  # pairs, before near ties are dropped; the preferred drawing of each
+
+
+@dataclass(frozen=True)
+class ImageMeasures:
+    """Measurements of a set of images, by [`ImageMeter`]."""
+
+    diversity: float  # see `diversity`
+    frechet: float  # to the drawings; lower is nearer
+    saturation: float  # relative to the drawings': 1 is equal, 1.1 a tenth more
+
+
+class ImageMeter:
+    """Measures images of fixed prompts against the drawings that pairs of these prompts prefer.
+
+    The drawings are the preferred ones of pairs that no training sees, the same for every model.
+
+    The features are of `(8, 8)` pixels, means of blocks of `(4, 4)` in each channel, in `[0, 1]`: their first 24
+    principal components, fitted on the drawings and not scaled.
+
+    Args:
+        prompts (`Sequence[str]` of length N): Prompts of the world, one for each image that will be measured, at least
+            two of every prompt.
+        drawings_per_prompt (`int`): Pairs rendered for each prompt.
+    """
+
+    def __init__(self, prompts: Sequence[str], drawings_per_prompt: int = DRAWINGS_PER_PROMPT):
+        self.prompts = list(prompts)
+        pairs = eval_pairs(DRAWINGS_SEED, drawings_per_prompt)
+        wanted = set(self.prompts)
+        rows = [row for row, prompt in enumerate(pairs["prompt"]) if prompt in wanted]
+        drawings = np.stack([np.asarray(image.convert("RGB")) for image in pairs.select(rows)["chosen"]])
+        self._components = principal_components(pixel_features(drawings), COMPONENTS)
+        self._drawings = pixel_features(drawings) @ self._components
+        self._saturation = saturation(drawings)
+
+    def __call__(self, images: np.ndarray) -> ImageMeasures:
+        """Measure images `(N, 32, 32, 3)`, uint8, of the prompts."""
+        features = pixel_features(images) @ self._components
+        return ImageMeasures(
+            diversity=diversity(images, self.prompts),
+            frechet=frechet_distance(features, self._drawings),
+            saturation=saturation(images) / self._saturation,
+        )
+
+
+def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
+    """Mean distance of two images of one prompt: the root of the mean squared difference of pixels in `[0, 1]`.
+
+    Args:
+        images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): The images.
+        prompts (`Sequence[str]` of length N): Their prompts.
+
+    Returns:
+        `float`: In `[0, 1]`, the mean over pairs of a prompt, then over prompts; 0 if all images of a prompt are equal.
+
+    Raises:
+        ValueError: If a prompt has one image only, or the numbers of images and prompts differ.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"Each image needs its prompt, got {len(images)} images and {len(prompts)} prompts.")
+    pixels, named = images.reshape(len(images), -1) / 255, np.array(prompts)
+    means = []
+    for prompt in dict.fromkeys(prompts):
+        mine = pixels[named == prompt]
+        if len(mine) < 2:
+            raise ValueError(f"Diversity needs two images or more of each prompt, got one of {prompt!r}.")
+        first, second = np.triu_indices(len(mine), 1)
+        means.append(np.linalg.norm(mine[first] - mine[second], axis=1).mean() / pixels.shape[1] ** 0.5)
+    return float(np.mean(means))
+
+
+def saturation(images: np.ndarray) -> float:
+    """Mean over pixels of the largest minus the smallest channel, in `[0, 1]`; 0 for grey images.
+
+    HSV calls it chroma. Its saturation, which is this divided by the largest channel, is rounding where pixels are
+    black, as a third of the world's backgrounds are.
+    """
+    return float(np.ptp(images / 255, axis=-1).mean())
+
+
+def pixel_features(images: np.ndarray) -> np.ndarray:
+    """Means of blocks: images `(N, 32, 32, 3)`, uint8, to `(N, 8 * 8 * 3)` in `[0, 1]`."""
+    block = IMAGE_SIZE // FEATURE_SIZE
+    blocks = images.reshape(len(images), FEATURE_SIZE, block, FEATURE_SIZE, block, 3)
+    return blocks.mean(axis=(2, 4)).reshape(len(images), -1) / 255
+
+
+def principal_components(features: np.ndarray, count: int) -> np.ndarray:
+    """The directions in which features `(N, D)` vary most, `(D, count)`, orthonormal columns."""
+    _, _, directions = np.linalg.svd(features - features.mean(0), full_matrices=False)
+    return directions[:count].T
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Frechet distance of two normal distributions that are fitted to features `(N, D)` and `(M, D)`.
+
+    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, with the eigenvalues of `S1^(1/2) S2 S1^(1/2)`, which are those of
+    `S1 S2`. It falls with the number of samples: compare sets of equal size.
+
+    Source: https://huggingface.co/papers/1706.08500, equation 6.
+    """
+    means = [features.mean(0) for features in (first, second)]
+    ours, theirs = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
+    values, vectors = np.linalg.eigh(ours)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    product = np.linalg.eigvalsh(root @ theirs @ root).clip(min=0)  # rounding can make a zero negative
+    return float(np.square(means[0] - means[1]).sum() + np.trace(ours) + np.trace(theirs) - 2 * np.sqrt(product).sum())
