@@ -3,18 +3,29 @@
 import dataclasses
 import json
 import signal
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from trl_diffusion_sdpo.demo.comparison import Comparison, has_time_for_gentle, read_curves, run_demo
-from trl_diffusion_sdpo.demo.methods import METHODS, ImageScorer, OracleCallback
-from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
+from trl_diffusion_sdpo import preference_guidance
+from trl_diffusion_sdpo.demo.comparison import (
+    VERSION,
+    Comparison,
+    claim_folder,
+    has_time_for_gentle,
+    read_curves,
+    run_demo,
+)
+from trl_diffusion_sdpo.demo.methods import METHODS, GuidedScorer, ImageScorer, OracleCallback
+from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline, load_pipeline, reported_captions, score_prompts
 from trl_diffusion_sdpo.demo.results import MethodResult, Score
+from trl_diffusion_sdpo.demo.world import captions
 from trl_diffusion_sdpo.import_utils import EXTRAS, MissingExtraError
 
-TINY = {"max_steps": 2, "samples_per_prompt": 1, "evaluations": 1, "gentle": False}
+TINY = {"max_steps": 2, "samples_per_prompt": 1, "evaluations": 1, "gentle": False, "guidance_scales": ()}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +37,9 @@ def test_the_demo_trains_sft_dpo_sdpo_and_the_recipe_and_writes_its_report(resul
     assert [method.key for method in result.methods] == ["sft", "dpo", "sdpo", "sdpo_recipe"]
     assert {path.name for path in result.files} == {
         "curves.png",
+        "guidance.png",
         "grid.png",
+        "grid_guided.png",
         "table.md",
         "results.json",
         "summary.txt",
@@ -63,7 +76,13 @@ def test_lambda_is_1_for_plain_dpo_and_sft_has_none(result):
 def test_a_second_call_trains_nothing_again(result):
     files = [result.folder / "runs" / method.key / "result.json" for method in result.methods]
     written = [file.stat().st_mtime_ns for file in files]
+    generated = {path.parent.name: path for path in result.folder.glob("runs/*/generated.json")}
+    assert set(generated) == {"base", "sft", "dpo", "sdpo", "sdpo_recipe", "sdpo_recipe_guided"}
+    missing, kept = generated.pop("dpo"), {path: path.stat().st_mtime_ns for path in generated.values()}
+    missing.unlink()  # as after a kill
     again = run_demo(result.folder, **TINY)
+    assert missing.is_file() and {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert np.array_equal(again.guided["dpo"].plain.images, result.guided["dpo"].plain.images)
     assert [file.stat().st_mtime_ns for file in files] == written
     assert [method.to_dict() for method in again.methods] == [method.to_dict() for method in result.methods]
     assert np.array_equal(again.methods[2].samples, result.methods[2].samples)
@@ -81,6 +100,67 @@ def test_the_tuned_pipeline_loads_in_plain_diffusers_and_generates_the_reported_
 def test_a_folder_with_other_settings_is_refused(result):
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run_demo(result.folder, **{**TINY, "seed": 1})
+
+
+def test_guided_images_are_those_of_the_recipe_with_preference_guidance_from_the_base(result):
+    """By hand, at the reported prompts: half of the 72."""
+    tuned = load_pipeline(result.folder / "runs" / "sdpo_recipe")
+    scorer, base = ImageScorer(1, seed=20_000), load_base_pipeline()
+    context = partial(preference_guidance, scale=3.0, reference=base.unet)
+    images, scores = scorer(tuned, np.array(reported_captions()), context=context)
+    found = result.guided["sdpo_recipe_guided"].plain
+    assert len(images) == 36 and np.abs(images.astype(int) - found.images).max() <= 1
+    assert scores == pytest.approx(found.scores, abs=0.02)
+    assert not np.array_equal(found.images, result.guided["sdpo_recipe"].plain.images)
+
+
+def test_the_scale_is_chosen_on_the_prompts_that_do_not_report():
+    prompts = score_prompts(2)
+    reported = np.repeat(reported_captions(), 2)
+    values = {1.0: (0.2, 0.4), 2.0: (0.6, 0.5), 5.0: (0.5, 0.9)}  # on the others, on the reported ones
+
+    def scored(pipeline, only=slice(None), guidance_scale=1.0):
+        flags = reported[only]
+        images = np.full((len(flags), 32, 32, 3), int(guidance_scale), dtype=np.uint8)
+        return images, np.where(flags, *values[guidance_scale][::-1])
+
+    scored.prompts = prompts
+    guided = GuidedScorer(scored, (2.0, 5.0))(None)
+    assert guided.chosen_from == pytest.approx({1.0: 0.2, 2.0: 0.6, 5.0: 0.5})
+    assert (guided.best.guidance_scale, guided.best.score.mean) == (2.0, pytest.approx(0.5))
+    assert (guided.plain.guidance_scale, guided.plain.score.mean) == (1.0, pytest.approx(0.4))
+    assert (guided.best.images == 2).all() and len(guided.best.images) == len(guided.plain.images) == 72
+    assert guided.best.measures.diversity == 0.0 and guided.best.measures.frechet > 0
+    guided = GuidedScorer(scored, ())(None)
+    assert guided.best is guided.plain
+
+
+def test_half_of_the_prompts_report_with_every_colour_shape_and_background():
+    shown = [caption for caption, reported in zip(captions(), reported_captions(), strict=True) if reported]
+    assert len(shown) == 36
+    for name in ("colour", "shape", "background"):
+        counts = Counter(getattr(caption, name) for caption in shown)
+        assert set(counts) == {getattr(caption, name) for caption in captions()}
+        assert len(set(counts.values())) == 1
+
+
+def test_results_of_an_earlier_version_are_made_anew_and_those_of_other_settings_refused(tmp_path):
+    settings = {"seed": 0, "max_steps": 2, "pairs": "off_policy", "samples_per_prompt": 1, "version": VERSION}
+    old = {**settings, "evaluations": 6}
+    del old["version"]
+    (tmp_path / "settings.json").write_text(json.dumps(old))
+    result_file = tmp_path / "runs" / "sft" / "result.json"
+    result_file.parent.mkdir(parents=True)
+    result_file.write_text("{}")
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        claim_folder(tmp_path, {**settings, "seed": 1, "evaluations": 4})
+    assert result_file.is_file()
+    claim_folder(tmp_path, {**settings, "evaluations": 4})
+    assert not result_file.exists()
+    result_file.parent.mkdir(parents=True)
+    result_file.write_text("{}")
+    claim_folder(tmp_path, {**settings, "evaluations": 4})
+    assert result_file.is_file()
 
 
 @pytest.mark.matrix
@@ -103,11 +183,12 @@ def test_an_interrupted_method_resumes_from_its_checkpoint_to_the_same_result(tm
     comparison.folder = tmp_path / "broken"
     scorer = comparison.scorer
 
-    def interrupt_while_generating(pipeline):
-        signal.raise_signal(signal.SIGINT)
-        return scorer(pipeline)
+    class Interrupting(ImageScorer):
+        def __call__(self, *args, **options):
+            signal.raise_signal(signal.SIGINT)
+            return super().__call__(*args, **options)
 
-    comparison.scorer = interrupt_while_generating
+    comparison.scorer = Interrupting(1, seed=20_000)
     with pytest.raises(KeyboardInterrupt):
         comparison.train(METHODS[2], "broken")
     folder = tmp_path / "broken" / "runs" / "sdpo"
@@ -143,8 +224,8 @@ def test_curves_are_changes_since_the_first_evaluation_and_a_step_counts_once():
     assert (curves.scale_steps, curves.scale) == ([5], [0.75])
 
 
-@pytest.mark.parametrize(("seconds", "fits"), [(54.0, True), (54.1, False)])
-def test_the_gentle_runs_of_half_the_steps_are_added_if_all_fit_into_270_seconds(result, seconds, fits):
+@pytest.mark.parametrize(("seconds", "fits"), [(46.0, True), (46.1, False)])
+def test_the_gentle_runs_of_half_the_steps_are_added_if_all_fit_into_230_seconds(result, seconds, fits):
     methods = [dataclasses.replace(method, seconds=seconds) for method in result.methods]
     assert has_time_for_gentle(methods) is fits
 
@@ -156,12 +237,22 @@ def test_the_scorer_generates_equal_images_and_keeps_the_training_mode(tmp_path)
     images, scores = scorer(pipeline)
     assert pipeline.unet.training
     assert images.shape == (72, 32, 32, 3) and scores.shape == (72,)
+    assert len(scorer(pipeline, scorer.one_of_each)[0]) == 72 and len(range(144)[ImageScorer(2, 0).one_of_each]) == 72
     assert np.array_equal(images, scorer(pipeline)[0])
     assert OracleCallback(pipeline, scorer, Score(0.4, 0.0)).latest[0].size == 0
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"pairs": "none"}, {"seed": -1}, {"max_steps": 0}, {"samples_per_prompt": 0}, {"evaluations": 0}]
+    "wrong",
+    [
+        {"pairs": "none"},
+        {"seed": -1},
+        {"max_steps": 0},
+        {"samples_per_prompt": 0},
+        {"evaluations": 0},
+        {"guidance_scales": (1.0, 2.0)},
+        {"guidance_scales": (2.0, 2.0)},
+    ],
 )
 def test_arguments_out_of_range_are_named_before_anything_is_written(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -6,10 +6,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trl_diffusion_sdpo.demo.image_measures import ImageMeasures
 from trl_diffusion_sdpo.demo.report import draw_grid, numbers, summary, table, write_report
-from trl_diffusion_sdpo.demo.results import Curves, DemoResult, MethodResult, Score, read_sheet, write_sheet
+from trl_diffusion_sdpo.demo.results import (
+    Curves,
+    DemoResult,
+    Generated,
+    Guided,
+    MethodResult,
+    Score,
+    read_sheet,
+    write_sheet,
+)
 
-COLOURS = {"base": 0, "sft": 40, "dpo": 80, "sdpo": 120, "sdpo_recipe": 140, "dpo_gentle": 160, "sdpo_gentle": 200}
+COLOURS = {
+    "base": 0,
+    "sft": 40,
+    "dpo": 80,
+    "sdpo": 120,
+    "sdpo_recipe": 140,
+    "sdpo_recipe_guided": 150,
+    "dpo_gentle": 160,
+    "sdpo_gentle": 200,
+}
 LABELS = {
     "sft": "SFT",
     "dpo": "Diffusion-DPO",
@@ -26,6 +45,7 @@ WINNER_CHANGE = {
     "dpo_gentle": 0.2,
     "sdpo_gentle": 0.1,
 }
+GIVEN = {"base": 0.4, "sdpo_recipe_guided": 0.7}
 WIGGLE = np.tile([-0.1, 0.1], 36)  # standard error of the mean of 72: 0.1 * sqrt(72 / 71) / sqrt(72) = 0.012
 
 
@@ -49,6 +69,7 @@ def make_result(tmp_path):
             base_samples=_plain(COLOURS["base"]),
             base_scores=np.full(72, 0.4),
             methods=[_method(key, final, WIGGLE if key in wiggles else 0.0) for key, final in finals.items()],
+            guided={key: _guided(key, final) for key, final in {**GIVEN, **finals}.items()},
             seconds=9.0,
         )
 
@@ -76,14 +97,31 @@ def _method(key, final, wiggle):
     )
 
 
-def _plain(level):
-    return np.full((72, 32, 32, 3), level, dtype=np.uint8)
+def _guided(key, final):
+    """With 0.1 more under guidance, and images that are lighter by 5."""
+    plain, best = (
+        Generated(
+            scale,
+            _plain(COLOURS[key] + 5 * (scale > 1), 36),
+            np.full(36, final + 0.1 * (scale > 1)),
+            ImageMeasures(diversity=0.2, frechet=0.5 / scale, saturation=1.0),
+        )
+        for scale in (1.0, 2.0)
+    )
+    return Guided(plain, best, {1.0: 0.3, 2.0: 0.4}, seconds=1.0)
 
 
-def test_the_table_has_the_last_and_the_best_numbers(make_result):
+def _plain(level, count=72):
+    return np.full((count, 32, 32, 3), level, dtype=np.uint8)
+
+
+def test_the_table_has_each_model_without_and_with_guidance(make_result):
     lines = table(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6})).splitlines()
-    assert lines[2] == "| base model | 0.400 ± 0.014 | | 0 | 0 | |"
-    assert lines[4] == "| Diffusion-DPO | 0.300 ± 0.000 | 0.900 at step 50 | +0.250 | +0.500 | 12 |"
+    measures = "0.200 / 0.200 | 0.500 / 0.250"
+    assert lines[2] == f"| base model | 0.400 ± 0.000 | 0.500 ± 0.000 (2) | {measures} | 0 | 0 | 0 |"
+    assert lines[4] == f"| Diffusion-DPO | 0.300 ± 0.000 | 0.400 ± 0.000 (2) | {measures} | +0.250 | +0.500 | 12 |"
+    label = "Diffusion-SDPO, recipe, guided"
+    assert lines[7] == f"| {label} | 0.700 ± 0.000 | 0.800 ± 0.000 (2) | {measures} | +0.031 | +0.500 | 12 |"
     assert "- SFT: 100 steps, learning_rate 0.0002" in lines
 
 
@@ -94,6 +132,9 @@ def test_the_summary_names_the_setting_and_that_the_gentle_ones_were_not_run(mak
     assert "learning rate 1e-4) were not run" in text
     assert "Diffusion-SDPO is ahead of Diffusion-DPO (difference +0.300 ± 0.000)" in text
     assert "Diffusion-SDPO, recipe is not clearly different from Diffusion-SDPO (difference +0.000 ± 0.000)" in text
+    assert "the untrained base goes from 0.400 to 0.500 (scale 2)" in text
+    assert "Diffusion-SDPO, recipe, guided is ahead of Diffusion-SDPO (difference +0.100 ± 0.000)" in text
+    assert "Diffusion-SDPO, recipe is ahead of the base (difference +0.200 ± 0.000)" in text
     changes = "+0.250 under plain Diffusion-DPO, +0.062 under Diffusion-SDPO, +0.031 with the recipe"
     assert changes in text
 
@@ -107,15 +148,17 @@ def test_the_summary_says_so_if_the_safeguard_is_behind_or_nothing_is_clear(make
     assert "was not run" not in text
 
 
-def test_the_grid_has_a_column_for_the_base_and_each_method_and_every_tenth_prompt(make_result):
-    grid = draw_grid(make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6}))
-    pixels = np.asarray(grid)
+@pytest.mark.parametrize("with_guidance", [False, True])
+def test_the_grid_has_a_column_for_each_model_and_every_fifth_reported_prompt(make_result, with_guidance):
+    result = make_result({"sft": 0.5, "dpo": 0.3, "sdpo": 0.6, "sdpo_recipe": 0.6})
+    pixels = np.asarray(draw_grid(result, with_guidance=with_guidance))
     middle = pixels[64 + 64]  # the first row of images begins at 64 and is 128 high
-    for column, key in enumerate(["base", "sft", "dpo", "sdpo", "sdpo_recipe"]):
+    level = 5 * with_guidance
+    for column, key in enumerate(["base", "sft", "dpo", "sdpo", "sdpo_recipe", "sdpo_recipe_guided"]):
         start = 150 + column * 170
-        assert (middle[start : start + 128] == COLOURS[key]).all()
-    assert (middle[150 + 4 * 170 + 130 :] == 255).all()
-    rows = np.flatnonzero((pixels[:, 150 + 64] == 0).all(axis=-1))
+        assert (middle[start : start + 128] == COLOURS[key] + level).all()
+    assert (middle[150 + 5 * 170 + 130 :] == 255).all()
+    rows = np.flatnonzero((pixels[:, 150 + 64] == level).all(axis=-1))
     images = (np.diff(rows) > 1).sum() + 1
     assert images >= 8
 
@@ -136,12 +179,21 @@ def test_a_method_is_read_as_it_was_written(make_result, tmp_path):
     again = MethodResult.read(tmp_path)
     assert again.to_dict() == method.to_dict()
     assert np.array_equal(again.samples, method.samples) and np.array_equal(again.scores, method.scores)
-    assert again.best == (50, Score(0.9, 0.01))
+
+
+def test_guided_images_are_read_as_they_were_written(tmp_path):
+    guided = _guided("sdpo", 0.6)
+    guided.write(tmp_path)
+    again = Guided.read(tmp_path)
+    assert again.to_dict() == guided.to_dict()
+    for name in ("plain", "best"):
+        ours, theirs = getattr(guided, name), getattr(again, name)
+        assert np.array_equal(ours.images, theirs.images) and np.array_equal(ours.scores, theirs.scores)
 
 
 def test_a_sheet_has_a_row_for_each_prompt(tmp_path):
     samples = np.random.default_rng(0).integers(0, 256, size=(144, 32, 32, 3), dtype=np.uint8)
-    write_sheet(samples, tmp_path / "sheet.png")
+    write_sheet(samples, tmp_path / "sheet.png", 72)
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet)
     assert pixels.shape == (72 * 32, 2 * 32, 3)

@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,39 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
+from ..guidance import preference_guidance
 from ..import_utils import require
 from ..runs.interrupts import CheckpointOnInterrupt
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from .methods import GENTLE_METHODS, METHODS, ImageScorer, Method, OracleCallback, ProgressCallback
+from .methods import (
+    GENTLE_METHODS,
+    GUIDANCE_SCALES,
+    GUIDED_METHOD,
+    METHODS,
+    GuidedScorer,
+    ImageScorer,
+    Method,
+    OracleCallback,
+    ProgressCallback,
+)
 from .pairs import eval_pairs, off_policy_pairs, on_policy_pairs
-from .pipeline import load_base_pipeline
+from .pipeline import load_base_pipeline, load_pipeline
 from .report import write_report
-from .results import RESULT_FILE, Curves, DemoResult, MethodResult, Score
+from .results import GENERATED_FILE, RESULT_FILE, Curves, DemoResult, Guided, MethodResult, Score
 from .world import IMAGE_SIZE
 
 logger = logging.getLogger(__name__)
 
 PAIRS = ("off_policy", "on_policy")
 STEPS = 240
-TIME_BUDGET = 270.0  # seconds of training within which the gentle methods are included by default
+TIME_BUDGET = 230.0  # seconds of training within which the gentle methods are included by default
 GENTLE_DIVISOR = 2  # the gentle methods train for half of the steps
 LOGS = 30  # points of the curve of lambda
 THREADS = 4  # at most; networks this small do not get faster with more
 SETTINGS_FILE = "settings.json"
-RUNS_FOLDER = "runs"
+CHOSEN = ("seed", "max_steps", "pairs", "samples_per_prompt")  # by the caller
+RUNS_FOLDER, BASE_KEY = "runs", "base"
+VERSION = 2  # of what the results mean: 2 has images with classifier-free guidance, and fewer of them while training
 # Offsets of the seed, so that held-out pairs and scored latents differ from those of training.
 _HELD_OUT_SEED, _SCORE_SEED = 10_000, 20_000
 
@@ -62,7 +76,8 @@ def run_demo(
     pairs: str = "off_policy",
     gentle: bool | None = None,
     samples_per_prompt: int = 3,
-    evaluations: int = 6,
+    evaluations: int = 4,
+    guidance_scales: Sequence[float] = GUIDANCE_SCALES,
 ) -> DemoResult:
     """Train every method from the packaged base model on the same pairs, on the CPU, and write a report.
 
@@ -78,6 +93,8 @@ def run_demo(
             If it and `max_steps` are unset, only if everything is expected to take less than five minutes.
         samples_per_prompt (`int`): Images for each of the 72 prompts that the oracle scores.
         evaluations (`int`): Number of evaluations of each method.
+        guidance_scales (`Sequence[float]`): Scales of classifier-free guidance from which each model's best is chosen,
+            beside 1, which is none.
 
     Returns:
         `DemoResult`: The numbers, the images, the files written and a summary.
@@ -89,12 +106,13 @@ def run_demo(
     """
     require("plots", "Plotting the demo's curves")
     _check(seed, max_steps, pairs, samples_per_prompt, evaluations)
+    _check_scales(guidance_scales)
     steps = STEPS if max_steps is None else max_steps
     settings = {"seed": seed, "max_steps": steps, "pairs": pairs, "samples_per_prompt": samples_per_prompt}
-    settings |= {"evaluations": evaluations, **SHARED}
-    settings["methods"] = {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS)}
+    settings |= {"version": VERSION, "evaluations": evaluations, "guidance_scales": list(guidance_scales), **SHARED}
+    settings["methods"] = {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS, GUIDED_METHOD)}
     folder = Path(output_dir)
-    _claim_folder(folder, settings)
+    claim_folder(folder, settings)
     started = time.monotonic()
     with _few_threads(), _no_loading_bars():
         comparison = Comparison(folder, settings)
@@ -102,6 +120,7 @@ def run_demo(
         if gentle or (gentle is None and max_steps is None and has_time_for_gentle(methods)):
             titles = [f"gentle {i}/{len(GENTLE_METHODS)}" for i in range(1, len(GENTLE_METHODS) + 1)]
             methods += map(comparison.train, GENTLE_METHODS, titles)
+        guided = comparison.generate(methods)
         result = DemoResult(
             folder=folder,
             settings=settings,
@@ -111,6 +130,7 @@ def run_demo(
             base_samples=comparison.base_samples,
             base_scores=comparison.base_scores,
             methods=methods,
+            guided=guided,
             seconds=time.monotonic() - started,
         )
     summary, files = write_report(result)
@@ -157,6 +177,25 @@ class Comparison:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         return result
+
+    def generate(self, methods: list[MethodResult]) -> dict[str, Guided]:
+        """Images of every model with classifier-free guidance, and of the recipe with preference guidance; read where
+        they are finished."""
+        scorer = GuidedScorer(self.scorer, self.settings["guidance_scales"])
+        base = load_base_pipeline()
+        from_base = partial(preference_guidance, reference=base.unet, **GUIDED_METHOD.settings)
+        jobs: list[tuple[str, str, dict[str, Any]]]
+        jobs = [(BASE_KEY, BASE_KEY, {"plain": (self.base_samples, self.base_scores)})]
+        jobs += [(method.key, method.key, {"plain": (method.samples, method.scores)}) for method in methods]
+        jobs += [(GUIDED_METHOD.key, GUIDED_METHOD.of, {"context": from_base})]
+        found = {}
+        for key, model, options in tqdm(jobs, desc="Images with guidance"):
+            folder = self.folder / RUNS_FOLDER / key
+            if not (folder / GENERATED_FILE).is_file():
+                tuned = base if model == BASE_KEY else load_pipeline(self.folder / RUNS_FOLDER / model)
+                scorer(tuned, **options).write(folder)
+            found[key] = Guided.read(folder)
+        return found
 
     def _arguments(self, method: Method, folder: Path) -> DiffusionSDPOConfig:
         steps = self.settings["max_steps"]
@@ -233,12 +272,26 @@ def _check(seed: int, max_steps: int | None, pairs: str, samples_per_prompt: int
             raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
 
 
-def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings to the folder; refuse a folder with other settings, whose results are not comparable."""
+def _check_scales(guidance_scales: Sequence[float]) -> None:
+    if len(set(guidance_scales)) < len(guidance_scales) or not all(scale > 1 for scale in guidance_scales):
+        raise ValueError(
+            f"`guidance_scales` must be different numbers above 1, got {list(guidance_scales)}. 1 is always among them."
+        )
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings to the folder; refuse a folder with other settings, whose results are not comparable.
+
+    The results of an earlier version are removed, to be made anew.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS_FILE
     if file.is_file():
         stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.get("version") != VERSION and all(stored.get(name) == settings[name] for name in CHOSEN):
+            logger.warning("The results in %s are of an earlier version of the demo, and are made anew.", folder)
+            shutil.rmtree(folder / RUNS_FOLDER, ignore_errors=True)
+            stored = settings
         differing = [name for name in settings if stored.get(name) != settings[name]]
         if differing:
             listed = "; ".join(f"{name} was {stored.get(name)}, is {settings[name]}" for name in differing)

@@ -1,6 +1,8 @@
 """The embedded world's tiny `StableDiffusionPipeline`: building, loading and generating images."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +23,12 @@ _CHUNK = 256  # images per forward pass
 
 def load_base_pipeline() -> StableDiffusionPipeline:
     """The packaged base model in float32 on the CPU, in evaluation mode, without progress bar and safety checker."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline_folder(), dtype=torch.float32)
+    return load_pipeline(base_pipeline_folder())
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """A model of the demo, as [`load_base_pipeline`]."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -83,15 +90,23 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def generate_images(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], latents: torch.Tensor, steps: int = 12
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    latents: torch.Tensor,
+    steps: int = 12,
+    *,
+    guidance_scale: float = 1.0,
+    context: Callable[[StableDiffusionPipeline], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> np.ndarray:
-    """Generate one image per prompt from given latents: deterministic DDIM, without classifier-free guidance.
+    """Generate one image per prompt from given latents by deterministic DDIM.
 
     Args:
         pipeline (`StableDiffusionPipeline`): Not changed, nor its scheduler.
         prompts (`Sequence[str]` of length N): The prompts.
         latents (`torch.Tensor` of shape `(N, 4, 8, 8)`): Initial latents, standard normal.
         steps (`int`): Number of denoising steps.
+        guidance_scale (`float`): Of classifier-free guidance; 1 is none.
+        context (`Callable`): Makes a context manager for the pipeline that generates, such as `preference_guidance`.
 
     Returns:
         `np.ndarray` of shape `(N, 32, 32, 3)`, uint8.
@@ -108,24 +123,31 @@ def generate_images(
     sampler = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     sampler.set_progress_bar_config(disable=True)
     latents = latents.to(pipeline.device, pipeline.unet.dtype)
-    images = [
-        sampler(
-            list(prompts[start : start + _CHUNK]),
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
-            latents=latents[start : start + _CHUNK],
-            num_inference_steps=steps,
-            guidance_scale=1.0,
-            output_type="np",
-        ).images
-        for start in range(0, len(prompts), _CHUNK)
-    ]
+    with context(sampler):
+        images = [
+            sampler(
+                list(prompts[start : start + _CHUNK]),
+                height=IMAGE_SIZE,
+                width=IMAGE_SIZE,
+                latents=latents[start : start + _CHUNK],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                output_type="np",
+            ).images
+            for start in range(0, len(prompts), _CHUNK)
+        ]
     return np.rint(255 * np.concatenate(images)).astype(np.uint8)
 
 
 def score_prompts(n_per_prompt: int = 3) -> list[str]:
     """Every prompt of the world, `n_per_prompt` times in a row; the prompts of `score_latents`."""
     return [caption.text for caption in captions() for _ in range(n_per_prompt)]
+
+
+def reported_captions() -> list[bool]:
+    """Which of the 72 captions report: on the others, each model's scale of classifier-free guidance is chosen. Half of
+    each colour's, every shape and background among them."""
+    return [sum(divmod(index, len(SHAPES) * len(BACKGROUNDS))) % 2 == 0 for index in range(len(captions()))]
 
 
 def score_latents(n_per_prompt: int = 3, seed: int = 0) -> torch.Tensor:

@@ -1,30 +1,37 @@
 """The demo's report: curves, a grid of images from equal latents, a table, the numbers, and a summary."""
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .pipeline import score_prompts
-from .results import DemoResult, MethodResult, Score
-from .world import IMAGE_SIZE
+from .methods import GUIDED_METHOD
+from .pipeline import reported_captions
+from .results import DemoResult, Generated, Guided, MethodResult, Score
+from .world import IMAGE_SIZE, captions
 
 CURVES_FILE, GRID_FILE = "curves.png", "grid.png"
+GUIDANCE_FILE, GUIDED_GRID_FILE = "guidance.png", "grid_guided.png"
 TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE = "table.md", "results.json", "summary.txt"
+
+BASE = "base"
 
 # Okabe and Ito's palette for colour-blind readers, and the marker of each line.
 STYLES = {
-    "base": ("#000000", ""),
+    BASE: ("#000000", ""),
     "sft": ("#0072B2", "s"),
     "dpo": ("#D55E00", "v"),
     "sdpo": ("#009E73", "o"),
     "sdpo_recipe": ("#CC79A7", "P"),
+    GUIDED_METHOD.key: ("#882255", "*"),
     "dpo_gentle": ("#E69F00", "^"),
     "sdpo_gentle": ("#56B4E9", "D"),
 }
-GRID_PROMPT_EVERY = 10  # the grid shows every tenth prompt
+GRID_PROMPT_EVERY = 5  # the grid shows every fifth reported prompt
 GRID_ZOOM = 4
 
 
@@ -32,12 +39,14 @@ def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
     """Write the report to the result's folder; returns the summary and the files."""
     folder = result.folder
     plot_curves(result, folder / CURVES_FILE)
+    plot_guidance(rows_of(result), folder / GUIDANCE_FILE)
     draw_grid(result).save(folder / GRID_FILE)
+    draw_grid(result, with_guidance=True).save(folder / GUIDED_GRID_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
     (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
     text = summary(result)
     (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
-    names = (CURVES_FILE, GRID_FILE, TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
+    names = (CURVES_FILE, GUIDANCE_FILE, GRID_FILE, GUIDED_GRID_FILE, TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
     return text, tuple(folder / name for name in names)
 
 
@@ -102,59 +111,123 @@ def _name_panels(panels: Any) -> None:
     panels[1, 1].set_ylim(0, 1.05)
 
 
-def draw_grid(result: DemoResult) -> Image.Image:
-    """A grid of images from equal latents: a row for every tenth prompt, a column for the base model and each method.
+@dataclass(frozen=True)
+class Row:
+    """A model in the pictures and tables; its errors are those of its saved weights."""
+
+    key: str
+    label: str
+    guided: Guided
+    winner_change: str
+    loser_change: str
+    seconds: float  # of training
+
+
+def rows_of(result: DemoResult) -> list[Row]:
+    """The base model, the methods, and after the recipe its images with preference guidance."""
+    rows = [Row(BASE, "base model", result.guided[BASE], "0", "0", 0.0)]
+    for method in result.methods:
+        changes = _change(method.curves.winner_change), _change(method.curves.loser_change)
+        rows.append(Row(method.key, method.label, result.guided[method.key], *changes, method.seconds))
+        if method.key == GUIDED_METHOD.of:
+            key = GUIDED_METHOD.key
+            rows.append(Row(key, GUIDED_METHOD.label, result.guided[key], *changes, method.seconds))
+    return rows
+
+
+def plot_guidance(rows: list[Row], path: Path) -> None:
+    """Plot score against Frechet distance, for each model from its images without classifier-free guidance to those at
+    its best scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for row in rows:
+        colour, marker = STYLES[row.key]
+        parts = (row.guided.plain, row.guided.best)
+        x, y = [_measure(part, "frechet") for part in parts], [part.score.mean for part in parts]
+        style = {"color": colour, "marker": marker or "X", "ms": 10, "linestyle": ""}
+        panel.plot(x, y, color=colour, lw=1.6, alpha=0.6)
+        panel.plot(x[:1], y[:1], **style, markerfacecolor="white", markeredgewidth=1.8)
+        panel.plot(x[1:], y[1:], **style, label=f"{row.label} (scale {parts[1].guidance_scale:g})")
+    panel.set_xscale("log")
+    panel.set_title("Score and realism, without classifier-free guidance (open) and with it", fontsize=13, loc="left")
+    panel.set_xlabel("Frechet distance to the world's preferred drawings (left = nearer)", fontsize=11)
+    panel.set_ylabel("oracle score", fontsize=11)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
+    figure.savefig(path)
+
+
+def draw_grid(result: DemoResult, *, with_guidance: bool = False) -> Image.Image:
+    """A grid of images from equal latents: a row for every fifth reported prompt, a column for each of [`rows_of`].
+
+    Args:
+        result (`DemoResult`): The numbers and images.
+        with_guidance (`bool`): Whether the images are those at each model's best scale of classifier-free guidance.
 
     Returns:
-        `Image.Image`: With the score of each image, and the mean score of each column over all prompts.
+        `Image.Image`: With the score of each image, and the mean score of each column over the reported prompts.
     """
-    prompts = score_prompts(result.settings["samples_per_prompt"])
-    rows = range(0, len(prompts), GRID_PROMPT_EVERY * result.settings["samples_per_prompt"])
-    columns = [("base", "Base", result.base, result.base_samples, result.base_scores)]
-    columns += [(m.key, m.label, m.oracle, m.samples, m.scores) for m in result.methods]
+    samples = result.settings["samples_per_prompt"]
+    shown = [caption.text for caption, reported in zip(captions(), reported_captions(), strict=True) if reported]
+    rows = range(0, len(shown), GRID_PROMPT_EVERY)
+    columns = rows_of(result)
     large, normal, small = (ImageFont.load_default(size) for size in (21, 15, 14))
     side, left, top, gap = GRID_ZOOM * IMAGE_SIZE, 150, 64, 14
     step_x, step_y = side + 3 * gap, side + gap + 20
     sheet = Image.new("RGB", (left + step_x * len(columns), top + step_y * len(rows) + 34), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (key, label, mean, samples, scores) in enumerate(columns):
+    for column, model in enumerate(columns):
+        part = model.guided.best if with_guidance else model.guided.plain
         x = left + column * step_x
-        short = label.replace("Diffusion-", "").replace(", ", " ")
-        pen.text((x + side / 2, 8), short, STYLES[key][0], large, anchor="ma")
-        pen.text((x + side / 2, 34), f"mean {mean.mean:.3f}", "#333333", small, anchor="ma")
-        for row, index in enumerate(rows):
-            y = top + row * step_y
-            image = Image.fromarray(samples[index]).resize((side, side), Image.Resampling.NEAREST)
+        short = model.label.replace("Diffusion-", "").replace("SDPO, recipe", "recipe").replace(", ", " ")
+        pen.text((x + side / 2, 8), short, STYLES[model.key][0], large, anchor="ma")
+        mean = f"mean {part.score.mean:.3f}" + (f", scale {part.guidance_scale:g}" if with_guidance else "")
+        pen.text((x + side / 2, 34), mean, "#333333", small, anchor="ma")
+        for row, prompt in enumerate(rows):
+            y, index = top + row * step_y, prompt * samples
+            image = Image.fromarray(part.images[index]).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(image, (x, y))
             pen.rectangle((x - 1, y - 1, x + side, y + side), outline="#bbbbbb")
-            pen.text((x + side / 2, y + side + 3), f"{scores[index]:.2f}", "#333333", small, anchor="ma")
-    for row, index in enumerate(rows):
-        words = prompts[index].split()
+            pen.text((x + side / 2, y + side + 3), f"{part.scores[index]:.2f}", "#333333", small, anchor="ma")
+    for row, prompt in enumerate(rows):
+        words = shown[prompt].split()
         text = "\n".join([" ".join(words[:3]), " ".join(words[3:])])
         pen.multiline_text((12, top + row * step_y + side / 2), text, "black", normal, anchor="lm")
-    note = "Equal latents in each row. Below each image its oracle score; prompts: every tenth."
+    guidance = "with classifier-free guidance at each model's best scale" if with_guidance else "without guidance"
+    note = f"Equal latents in each row, {guidance}. Below each image its oracle score."
     pen.text((12, sheet.height - 28), note, "#444444", small)
     return sheet
 
 
 def table(result: DemoResult) -> str:
     """The final numbers as a Markdown table."""
+    rows = rows_of(result)
     lines = [
-        "| method | oracle score | best evaluation | winner error change | loser error change | seconds |",
-        "|---|---|---|---|---|---|",
-        f"| base model | {result.base} | | 0 | 0 | |",
+        "| method | score | with guidance (scale) | diversity | Frechet distance | winner error | loser error | s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for method in result.methods:
-        step, best = method.best
+    for row in rows:
+        plain, best = row.guided.plain, row.guided.best
+        measures = [
+            " / ".join(f"{_measure(part, name):.3f}" for part in (plain, best)) for name in ("diversity", "frechet")
+        ]
         lines.append(
-            f"| {method.label} | {method.oracle} | {best.mean:.3f} at step {step} "
-            f"| {_change(method.curves.winner_change)} | {_change(method.curves.loser_change)} | {method.seconds:.0f} |"
+            f"| {row.label} | {plain.score} | {best.score} ({best.guidance_scale:g}) | {' | '.join(measures)} "
+            f"| {row.winner_change} | {row.loser_change} | {row.seconds:.0f} |"
         )
-    s = result.settings
+    s, images = result.settings, len(rows[0].guided.plain.scores)
     lines += [
         "",
-        f"Oracle score in [0, 1], mean ± standard error over {len(result.base_scores)} images from equal latents. "
-        f"Error changes on {result.eval_pairs} held-out pairs under fixed noise, against the base model. "
+        f"Oracle score in [0, 1], mean ± standard error over {images} images of 36 prompts from equal latents, without "
+        "classifier-free guidance and with it, at the scale that is best on the other 36 prompts. Diversity, the "
+        "distance of two images of one prompt, and the Frechet distance to the world's preferred drawings: without / "
+        f"with guidance. Errors: changes on {result.eval_pairs} held-out pairs under fixed noise, against the base; "
+        f"preference guidance (scale {GUIDED_METHOD.settings['scale']:g}, from the base) changes no weights. "
         f"{result.train_pairs} {s['pairs'].replace('_', '-')} training pairs, steps of "
         f"{s['per_device_train_batch_size']} pairs, seed {s['seed']}: one seed of a toy world.",
         "",
@@ -174,6 +247,7 @@ def numbers(result: DemoResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "base": {"oracle": result.base.mean, "oracle_stderr": result.base.stderr},
         "methods": [method.to_dict() for method in result.methods],
+        "guided": {key: guided.to_dict() for key, guided in result.guided.items()},
     }
 
 
@@ -181,19 +255,20 @@ def summary(result: DemoResult) -> str:
     """The numbers, for a terminal, and what they do and do not show."""
     steps, seed = result.settings["max_steps"], result.settings["seed"]
     kind = result.settings["pairs"].replace("_", "-")
-    width = max(len(method.label) for method in result.methods)
+    rows = rows_of(result)
+    width = max(len(row.label) for row in rows)
     lines = [
         f"What happens when one pushes hard: {steps} steps on {result.train_pairs} {kind} pairs (seed {seed})",
         "",
-        f"  {'':{width}}  oracle score    winner error  loser error",
-        f"  {'base model':{width}}  {result.base}",
+        f"  {'':{width}}  score            with guidance (scale)  Frechet with  winner error",
     ]
-    for method in result.methods:
-        curves = method.curves
-        changes = f"{_change(curves.winner_change):>12}  {_change(curves.loser_change):>11}"
-        lines.append(f"  {method.label:{width}}  {method.oracle}  {changes}")
+    for row in rows:
+        best = row.guided.best
+        scores = f"{row.guided.plain.score}    {best.score} ({best.guidance_scale:g})"
+        lines.append(f"  {row.label:{width}}  {scores:35}  {_measure(best, 'frechet'):12.3f}  {row.winner_change:>12}")
     lines += ["", *_interpretation(result), ""]
-    lines += [f"Written to {result.folder}: {CURVES_FILE}, {GRID_FILE}, {TABLE_FILE}, {NUMBERS_FILE}."]
+    names = ", ".join((CURVES_FILE, GUIDANCE_FILE, GRID_FILE, GUIDED_GRID_FILE, TABLE_FILE, NUMBERS_FILE))
+    lines += [f"Written to {result.folder}: {names}."]
     return "\n".join(lines)
 
 
@@ -206,11 +281,12 @@ def _interpretation(result: DemoResult) -> list[str]:
         f"Error on the preferred images: {_change(dpo.curves.winner_change)} under plain Diffusion-DPO, "
         f"{_change(sdpo.curves.winner_change)} under Diffusion-SDPO, {_change(recipe.curves.winner_change)} with the "
         "recipe for keeping winners.",
-        f"Oracle score: {_comparison(sdpo, dpo)};",
-        f"{_comparison(recipe, sdpo)}.",
+        f"Oracle score without classifier-free guidance: {_compared(sdpo, dpo)};",
+        f"{_compared(recipe, sdpo)}.",
+        *_with_guidance(rows_of(result)),
     ]
     if "sdpo_gentle" in by_key:
-        gentle = _comparison(by_key["sdpo_gentle"], by_key["dpo_gentle"])
+        gentle = _compared(by_key["sdpo_gentle"], by_key["dpo_gentle"])
         steps = by_key["sdpo_gentle"].curves.steps[-1]
         lines.append(f"With the gentle settings (beta 500, learning rate 1e-4), after {steps} steps:\n{gentle}.")
     else:
@@ -222,13 +298,40 @@ def _interpretation(result: DemoResult) -> list[str]:
     return lines
 
 
-def _comparison(first: MethodResult, second: MethodResult) -> str:
-    """Which scored higher, by the mean and standard error of the paired difference."""
-    difference = first.scores - second.scores  # from equal latents
+def _with_guidance(rows: list[Row]) -> list[str]:
+    """What is left of the scores' differences in images as users generate them."""
+    by_key = {row.key: row for row in rows}
+    base, sdpo, recipe, guided = (by_key[key] for key in (BASE, "sdpo", GUIDED_METHOD.of, GUIDED_METHOD.key))
+    without, best = base.guided.plain.score.mean, base.guided.best
+    pairs = [(recipe, base), (recipe, sdpo), (guided, base), (guided, sdpo)]
+    compared = [
+        _comparison(a.label, b.label, a.guided.best.scores - b.guided.best.scores).replace("base model", "the base")
+        for a, b in pairs
+    ]
+    return [
+        "With classifier-free guidance, as images are usually generated, the untrained base goes from "
+        f"{without:.3f} to {best.score.mean:.3f} (scale {best.guidance_scale:g}).",
+        "Each model at the best of its scales:",
+        *(f"{text};" for text in compared[:-1]),
+        f"{compared[-1]}.",
+    ]
+
+
+def _measure(part: Generated, name: str) -> float:
+    """A measure of images; not a number where there is one image of a prompt only."""
+    return math.nan if part.measures is None else getattr(part.measures, name)
+
+
+def _compared(first: MethodResult, second: MethodResult) -> str:
+    return _comparison(first.label, second.label, first.scores - second.scores)
+
+
+def _comparison(first: str, second: str, difference: np.ndarray) -> str:
+    """Which scored higher, by the mean and standard error of the paired difference: from equal latents."""
     score = Score.of(difference)
     apart = abs(score.mean) > 2 * score.stderr
     verdict = ("ahead of" if score.mean > 0 else "behind") if apart else "not clearly different from"
-    return f"{first.label} is {verdict} {second.label} (difference {score.mean:+.3f} ± {score.stderr:.3f})"
+    return f"{first} is {verdict} {second} (difference {score.mean:+.3f} ± {score.stderr:.3f})"
 
 
 def _change(curve: list[float]) -> str:

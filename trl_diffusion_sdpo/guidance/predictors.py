@@ -48,9 +48,8 @@ class TwoPasses(Predictor):
         if reference is not None:
             inputs = call.inputs if reference == call.everything else call.take(reference)
             output = self.refer(denoiser, without_lora_scale(inputs))
-            referred = prediction_in(
-                output
-            ).clone()  # compiled with CUDA graphs, the next pass writes to the same memory
+            # Compiled with CUDA graphs, the next pass writes to the same memory.
+            referred = prediction_in(output).clone()
         if policy is not None:
             full = policy == call.everything
             output = denoiser(*call.args, **call.kwargs) if full else denoiser(**call.take(policy))
