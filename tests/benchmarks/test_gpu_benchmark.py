@@ -194,7 +194,12 @@ def test_the_page_on_performance_is_up_to_date():
 
 def test_the_page_says_the_rounds_of_its_rows_and_which_targets_were_not_measured(monkeypatch):
     def row(comparison, rounds, ratio):
-        return {"comparison": vars(comparison), "ratios": [ratio] * rounds, "quartiles": [ratio] * 3, "difference": 1}
+        return {
+            "comparison": vars(comparison),
+            "ratios": [ratio] * rounds,
+            "quartiles": [ratio] * 3,
+            "difference": 1,
+        } | {"milliseconds": [ratio, 1.0]}
 
     first, second, *others = [one for one in performance_page.COMPARISONS if one.target is not None]
 
@@ -208,6 +213,8 @@ def test_the_page_says_the_rounds_of_its_rows_and_which_targets_were_not_measure
     assert (
         found[1].startswith(f"- Not reached: {second.name} relative to {second.against}") and "2.00 where" in found[1]
     )
+    undecided = row(second, 5, 2.0) | {"quartiles": [second.target - 0.1, 2.0, 2.1]}
+    assert said(undecided)[1].startswith("- Undecided, as the quartiles are on both sides: ")
     assert found[2] == "- Not measured: ours, cached relative to ours (sdxl, full), where the target is 0.77."
     assert len(found) == 2 + len(others)
     assert said(*(row(one, 4, 0.1) for one in (first, second, *others))) == [
