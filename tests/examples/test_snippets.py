@@ -24,7 +24,11 @@ MODELS = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_folder",
 }
 SIZES = {
-    "README.md": {"max_steps=2000": "max_steps=1", "--max_steps 2000": "--max_steps 1"},
+    "README.md": {
+        "max_steps=2000": "max_steps=1",
+        "--max_steps 2000": "--max_steps 1",
+        'in the rain").images': 'in the rain", num_inference_steps=1).images',
+    },
     "docs/quickstart.md": {
         "max_steps=2000": "max_steps=1",
         "max_steps: 2000": "max_steps: 1",

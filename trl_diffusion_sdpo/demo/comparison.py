@@ -105,14 +105,10 @@ def run_demo(
         KeyboardInterrupt: After Ctrl-C, when the checkpoint is written.
     """
     require("plots", "Plotting the demo's curves")
-    _check(seed, max_steps, pairs, samples_per_prompt, evaluations)
-    _check_scales(guidance_scales)
-    steps = STEPS if max_steps is None else max_steps
-    settings = {"seed": seed, "max_steps": steps, "pairs": pairs, "samples_per_prompt": samples_per_prompt}
-    settings |= {"version": VERSION, "evaluations": evaluations, "guidance_scales": list(guidance_scales), **SHARED}
-    settings["methods"] = {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS, GUIDED_METHOD)}
-    folder = Path(output_dir)
-    claim_folder(folder, settings)
+    _check(seed, max_steps, pairs, samples_per_prompt, evaluations, guidance_scales)
+    chosen = {"seed": seed, "max_steps": max_steps or STEPS, "pairs": pairs, "samples_per_prompt": samples_per_prompt}
+    settings = _settings(**chosen, evaluations=evaluations, guidance_scales=list(guidance_scales))
+    folder = claim_folder(Path(output_dir), settings)
     started = time.monotonic()
     with _few_threads(), _no_loading_bars():
         comparison = Comparison(folder, settings)
@@ -261,7 +257,14 @@ def read_curves(history: list[dict[str, Any]]) -> Curves:
     )
 
 
-def _check(seed: int, max_steps: int | None, pairs: str, samples_per_prompt: int, evaluations: int) -> None:
+def _check(
+    seed: int,
+    max_steps: int | None,
+    pairs: str,
+    samples_per_prompt: int,
+    evaluations: int,
+    guidance_scales: Sequence[float],
+) -> None:
     if pairs not in PAIRS:
         raise ValueError(f"`pairs` must be one of {', '.join(PAIRS)}, got {pairs!r}.")
     if seed < 0:
@@ -270,17 +273,20 @@ def _check(seed: int, max_steps: int | None, pairs: str, samples_per_prompt: int
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
-
-
-def _check_scales(guidance_scales: Sequence[float]) -> None:
     if len(set(guidance_scales)) < len(guidance_scales) or not all(scale > 1 for scale in guidance_scales):
         raise ValueError(
             f"`guidance_scales` must be different numbers above 1, got {list(guidance_scales)}. 1 is always among them."
         )
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings to the folder; refuse a folder with other settings, whose results are not comparable.
+def _settings(**given: Any) -> dict[str, Any]:
+    """What results depend on."""
+    methods = {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS, GUIDED_METHOD)}
+    return {**given, "version": VERSION, **SHARED, "methods": methods}
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """Write the settings to the folder and return it; refuse one with other settings, whose results are not comparable.
 
     The results of an earlier version are removed, to be made anew.
     """
@@ -298,6 +304,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             rule = "`output_dir` must be new or hold a demo of the same settings"
             raise ValueError(f"{rule}; in {folder} {listed}. Choose another folder, or delete this one.")
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
 def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
