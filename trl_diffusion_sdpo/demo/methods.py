@@ -58,6 +58,7 @@ class GuidedMethod:
 
 GUIDED_METHOD = GuidedMethod("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", "sdpo_recipe", {"scale": 3.0})
 GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # of classifier-free guidance
+CHOOSING_SAMPLES = 2  # images of a prompt at each scale, to choose from them
 
 
 class ImageScorer:
@@ -102,6 +103,7 @@ class GuidedScorer:
         self._scorer, self._scales = scorer, guidance_scales
         samples = len(scorer.prompts) // len(reported_captions())
         self._reported = np.repeat(reported_captions(), samples)
+        self._choosing = ~self._reported & (np.arange(len(scorer.prompts)) % samples < CHOOSING_SAMPLES)
         prompts = np.array(scorer.prompts)[self._reported].tolist()
         self._meter = ImageMeter(prompts) if samples > 1 else None  # diversity needs two images of a prompt
 
@@ -112,9 +114,9 @@ class GuidedScorer:
         if they are known."""
         started, reported, scorer = time.monotonic(), self._reported, self._scorer
         images, scores = scorer(pipeline, **options) if plain is None else plain
-        chosen_from = {1.0: float(scores[~reported].mean())}
+        chosen_from = {1.0: float(scores[self._choosing].mean())}
         for scale in self._scales:
-            chosen_from[scale] = float(scorer(pipeline, ~reported, guidance_scale=scale, **options)[1].mean())
+            chosen_from[scale] = float(scorer(pipeline, self._choosing, guidance_scale=scale, **options)[1].mean())
         without = best = self._measured(1.0, images[reported], scores[reported])
         scale = max(chosen_from, key=chosen_from.__getitem__)
         if scale != 1:
