@@ -106,7 +106,7 @@ def test_guided_images_are_those_of_the_recipe_with_preference_guidance_from_the
     """By hand, at the reported prompts: half of the 72."""
     tuned = load_pipeline(result.folder / "runs" / "sdpo_recipe")
     scorer, base = ImageScorer(1, seed=20_000), load_base_pipeline()
-    context = partial(preference_guidance, scale=3.0, reference=base.unet)
+    context = partial(preference_guidance, scale=4.0, interval=(0.0, 0.62), reference=base.unet)
     images, scores = scorer(tuned, np.array(reported_captions()), context=context)
     found = result.guided["sdpo_recipe_guided"].plain
     assert len(images) == 36 and np.abs(images.astype(int) - found.images).max() <= 1

@@ -56,7 +56,9 @@ class GuidedMethod:
     settings: dict[str, Any]  # of `preference_guidance`
 
 
-GUIDED_METHOD = GuidedMethod("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", "sdpo_recipe", {"scale": 3.0})
+# As docs/guidance_measurements.md recommends.
+LOW_NOISE = {"scale": 4.0, "interval": [0.0, 0.62]}
+GUIDED_METHOD = GuidedMethod("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", "sdpo_recipe", LOW_NOISE)
 GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # of classifier-free guidance
 CHOOSING_SAMPLES = 2  # images of a prompt at each scale, to choose from them
 

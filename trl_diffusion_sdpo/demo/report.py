@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .methods import GUIDED_METHOD
+from .methods import GUIDED_METHOD, GuidedMethod
 from .pipeline import reported_captions
 from .results import DemoResult, Generated, Guided, MethodResult, Score
 from .world import IMAGE_SIZE, captions
@@ -227,7 +227,7 @@ def table(result: DemoResult) -> str:
         "classifier-free guidance and with it, at the scale that is best on the other 36 prompts. Diversity, the "
         "distance of two images of one prompt, and the Frechet distance to the world's preferred drawings: without / "
         f"with guidance. Errors: changes on {result.eval_pairs} held-out pairs under fixed noise, against the base; "
-        f"preference guidance (scale {GUIDED_METHOD.settings['scale']:g}, from the base) changes no weights. "
+        f"preference guidance ({_settings_text(GUIDED_METHOD)}, from the base) changes no weights. "
         f"{result.train_pairs} {s['pairs'].replace('_', '-')} training pairs, steps of "
         f"{s['per_device_train_batch_size']} pairs, seed {s['seed']}: one seed of a toy world.",
         "",
@@ -339,5 +339,5 @@ def _change(curve: list[float]) -> str:
     return f"{round(curve[-1], 3) + 0.0:+.3f}"
 
 
-def _settings_text(method: MethodResult) -> str:
+def _settings_text(method: MethodResult | GuidedMethod) -> str:
     return ", ".join(f"{name} {value}" for name, value in method.settings.items())
