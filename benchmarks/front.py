@@ -94,7 +94,7 @@ def make(run: Run) -> dict[str, Any]:
     return row
 
 
-def build_trainer(run: Run, pipeline: Any, folder: str) -> TriedTrainer:
+def build_trainer(run: Run, pipeline: Any, folder: str, *, reference: Any = None) -> TriedTrainer:
     train = off_policy_pairs(run.seed) if run.pairs == "off_policy" else on_policy_pairs(pipeline, run.seed)
     args = DiffusionSDPOConfig(
         output_dir=folder,
@@ -111,8 +111,8 @@ def build_trainer(run: Run, pipeline: Any, folder: str) -> TriedTrainer:
         **{"max_steps": STEPS[run.push], **SHARED, **SETTINGS[run.push], **run.settings},
     )
     probe = eval_pairs(run.seed + PROBE_SEED, per_prompt=1)  # of a budget: other pairs, of all prompts
-    # SFT has no reference; with a copy of the base, the errors' changes are measured.
-    reference = load_base_pipeline() if args.loss_type == "sft" else None
+    if reference is None and args.loss_type == "sft":  # it needs none; with the base, the errors' changes are measured
+        reference = load_base_pipeline()
     adapter = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK) if run.push == "lora" else None
     trainer = TriedTrainer(pipeline, reference, args, train, probe, peft_config=adapter, **run.tried)
     trainer.remove_callback(PrinterCallback)

@@ -108,6 +108,7 @@ def rule_settings(rule: str, strength: float) -> dict[str, Any]:
         "decay": DECAY,
         "long": LONG,
         "longer": LONGER,
+        "swapped": {"swap_labels": True},
         "fast": FAST,
         "pair": {"safeguard_granularity": "pair"},
         "weighted": {"safeguard_granularity": "weighted"},

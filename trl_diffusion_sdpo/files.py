@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # of a run, in its folder
+SWEEP_FOLDER = "scale_sweep"  # of sweeps over its scales, in its folder; that of averaged weights has a longer name
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo.artifacts.lora_export import to_kohya
-from trl_diffusion_sdpo.artifacts.lora_scale import ranks, split_key
+from trl_diffusion_sdpo.artifacts.weights import ranks, split_key
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo._compat import loads_lora
-from trl_diffusion_sdpo.artifacts.lora_scale import folded, public_settings, scaling
-from trl_diffusion_sdpo.artifacts.weights import save_adapter
+from trl_diffusion_sdpo.artifacts.weights import folded, public_settings, save_adapter, scaling
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.adapters import adapter_layers, adapter_state, add_lora
 

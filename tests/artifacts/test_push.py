@@ -19,6 +19,8 @@ from peft import LoraConfig
 from trl_diffusion_sdpo.artifacts.hub import PublishingError, Uploads
 from trl_diffusion_sdpo.artifacts.model_card import mean_loss
 from trl_diffusion_sdpo.artifacts.publishing import Publisher
+from trl_diffusion_sdpo.artifacts.run_card import GENERATED
+from trl_diffusion_sdpo.artifacts.setup import fingerprint, record_recommended_scale
 from trl_diffusion_sdpo.trainer import callbacks
 
 
@@ -51,6 +53,36 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     (tmp_path / "got").mkdir()
     (tmp_path / "got" / "pytorch_lora_weights.safetensors").write_bytes(files["pytorch_lora_weights.safetensors"])
     DiffusionPipeline.from_pretrained(sd_folder).load_lora_weights(str(tmp_path / "got"))
+
+
+def test_a_recommended_scale_is_published_as_long_as_the_weights_are_those_that_were_swept(
+    make_trainer, hub_server, tmp_path
+):
+    trainer = make_trainer(peft_config=LoraConfig(r=4), max_steps=1, ema_decay=0.5, hub_model_id="tester/run")
+    trainer.train()
+    trainer.save_model()
+    run, guided = tmp_path / "run", "with preference_guidance(pipeline, scale=2.0):"
+    facts = {"weights": 1.0, "prediction": 2.0, "sentence": "Scale 2.", "grids": ["scale_sweep/images_weights.png"]}
+    for average, folder in ((False, run), (True, run / "ema")):
+        of = fingerprint(trainer.weight_files.read(folder))
+        record_recommended_scale(run, {**facts, "of": of}, average=average)
+    (run / "scale_sweep" / "images").mkdir(parents=True)
+    for name in ("images_weights.png", "sweep.json", "images/weights-0-00.png"):
+        (run / "scale_sweep" / name).touch()
+    trainer.push_to_hub()
+    files = files_of(hub_server)
+    assert {name for name in files if "sweep" in name} == {"scale_sweep/images_weights.png"}
+    card, setup = files["README.md"].decode(), json.loads(files["diffusion_sdpo_setup.json"])
+    assert guided in card and "Averaged weights: Scale 2." in card and "](scale_sweep/images_weights.png)" in card
+    assert {"recommended_scale", "recommended_scale_of_average"} <= setup.keys()
+    edited = (run / "README.md").read_text().replace(GENERATED, "<!-- Mine.")
+    (run / "README.md").write_text(edited)
+    trainer.push_to_hub()
+    assert files_of(hub_server)["README.md"].decode() == edited
+    trainer.train()
+    trainer.push_to_hub()
+    card, setup = files_of(hub_server)["README.md"].decode(), files_of(hub_server)["diffusion_sdpo_setup.json"]
+    assert "<!-- Mine." in card and "preference_guidance(" not in card and b"recommended_scale" not in setup
 
 
 def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(

@@ -1,23 +1,31 @@
 """The sweep over scales between a base and a run's weights: measured, plotted, and written."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import case
 
+from trl_diffusion_sdpo import preference_guidance
 from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, read_run, scaled_factor
 from trl_diffusion_sdpo.cli import sweep_scale
 from trl_diffusion_sdpo.cli.errors import is_own
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.evaluation import scale_images, scale_sweep
+from trl_diffusion_sdpo.evaluation.scale_images import ScaleImages, checked_scores
 from trl_diffusion_sdpo.import_utils import EXTRAS
 from trl_diffusion_sdpo.losses import interpolate
+from trl_diffusion_sdpo.runs.manifest import damage
 
 METRICS = {
     "margin": "rewards/margins",
@@ -73,15 +81,50 @@ def full_run(train_run):
     return train_run("full", learning_rate=1e-3, ema_decay=0.5)
 
 
+@pytest.fixture(autouse=True)
+def few_plots(monkeypatch, request):
+    """Plots take half a second, and are drawn in tests that use `plotted`."""
+    if "plotted" not in request.fixturenames:
+        monkeypatch.setattr(scale_sweep, "plot_scale_sweep", lambda *_: None)
+        monkeypatch.setattr(scale_images, "draw_grid", lambda *_, **__: None)
+
+
 @pytest.fixture
 def sweep(tmp_path, sd_folder, pairs_folder):
-    """`sweep(folder, *more, base=, output=)`: exit code of the command; the rows are in `tmp_path / output`."""
+    """`sweep(folder, *more, base=, output=)`: exit code of the command without images; the rows are in
+    `tmp_path / output`."""
 
     def call(folder, *more, base=None, output="sweep"):
         words = ["--run", str(folder), "--model_name_or_path", base or sd_folder, "--dataset_name", pairs_folder]
+        words.append("--no_images")
         return main(["sweep-scale", *words, "--output_dir", str(tmp_path / output), "--use_cpu", *map(str, more)])
 
     return call
+
+
+@pytest.fixture
+def generate(tmp_path, sd_folder, pairs_folder, monkeypatch):
+    """`generate(folder, *more)`: exit code of the command with images of two steps, in `tmp_path / "sweep"`; modules of
+    `tmp_path` can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(folder, *more):
+        words = ["--run", str(folder), "--model_name_or_path", sd_folder, "--dataset_name", pairs_folder]
+        words += ["--output_dir", str(tmp_path / "sweep"), "--use_cpu", "--max_pairs", "1"]
+        return main(["sweep-scale", *words, "--sample_inference_steps", "2", *map(str, more)])
+
+    return call
+
+
+def pixels(folder: Path, name: str) -> np.ndarray:
+    with Image.open(folder / "images" / name) as image:
+        return np.asarray(image)
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each image was written."""
+    return {file.name: file.stat().st_mtime_ns for file in (folder / "images").iterdir()}
 
 
 def rows_in(folder: Path) -> list[dict]:
@@ -154,7 +197,7 @@ def test_weights_are_restored_exactly_after_a_scale(make_trainer, lora_run, full
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_scale_0_is_the_reference_and_scale_1_equals_the_runs_evaluation(
-    sweep, tmp_path, lora_run, full_run, tuning, capsys
+    sweep, tmp_path, lora_run, full_run, tuning, capsys, plotted
 ):
     folder, measured = {"lora": lora_run, "full": full_run}[tuning]
     assert sweep(folder, "--scales", 0, 0.5, 1) == 0
@@ -315,7 +358,128 @@ def test_baked_weights_have_the_scale_in_their_setup_file(sweep, tmp_path, lora_
     assert sweep(folder, *asked, 0.25) == 0
     assert sweep(folder, *asked, 0.75) == 0  # earlier scaled weights may be written over
     setup, own = (json.loads((f / "diffusion_sdpo_setup.json").read_text()) for f in (tmp_path / "baked", folder))
-    assert setup == {**own, "scale": 0.75, "scaled_average": False}
+    kept = {key: value for key, value in own.items() if not key.startswith("recommended_scale")}  # of other weights
+    assert setup == {**kept, "scale": 0.75, "scaled_average": False} and kept != own
+
+
+# ---- Images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_images_are_those_of_plain_diffusers_pipelines(generate, tmp_path, lora_run, full_run, sd_folder, tuning):
+    """The base, scaled weights and guidance, with classifier-free guidance, from equal noise."""
+    folder, _ = {"lora": lora_run, "full": full_run}[tuning]
+    asked = ["--scales", 0, 1, 2, "--prompts", "a dog", "a cat", "--sample_guidance_scale", 3, "--seed", 5]
+    assert generate(folder, *asked) == 0
+
+    def image_of(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
+        return np.asarray(pipeline("a cat", generator=torch.Generator().manual_seed(5 + 1), **call).images[0])
+
+    base = StableDiffusionPipeline.from_pretrained(sd_folder)
+    expected = {"weights-0-01.png": image_of(base)}
+    tuned, reference = StableDiffusionPipeline.from_pretrained(sd_folder), None
+    if tuning == "lora":
+        tuned.load_lora_weights(folder)
+        tuned.set_adapters("default_0", 2.0)
+        expected["weights-2-01.png"] = image_of(tuned)
+        tuned.set_adapters("default_0", 1.0)
+    else:
+        base_weights, reference = unet_of(sd_folder), base.unet
+        tuned.unet.load_state_dict({name: 2 * weight - base_weights[name] for name, weight in unet_of(folder).items()})
+        expected["weights-2-01.png"] = image_of(tuned)
+        tuned.unet.load_state_dict(unet_of(folder))
+    expected["weights-1-01.png"] = image_of(tuned)
+    with preference_guidance(tuned, 2.0, reference=reference):
+        expected["prediction-2-01.png"] = image_of(tuned)
+    assert len({found.tobytes() for found in expected.values()}) == 4
+    for name, found in expected.items():
+        assert np.abs(pixels(tmp_path / "sweep", name).astype(int) - found).max() <= 1, name
+
+
+def test_the_grids_of_a_sweep_are_drawn(generate, tmp_path, lora_run, plotted):
+    assert generate(lora_run[0], "--scales", 1, "--sample_inference_steps", 1) == 0
+    for name in ("images_weights.png", "images_prediction.png", "sweep.png"):
+        assert (tmp_path / "sweep" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_call_that_was_killed_goes_on_after_its_last_image(generate, tmp_path, lora_run, monkeypatch, capsys):
+    """With the prompts of the first pairs, as none are named."""
+    save, saved = ScaleImages.save, []
+
+    def killed(self, cell, image):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(self, cell, image)
+        saved.append(cell)
+
+    asked = ["--scales", 1, 2, "--max_pairs", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(ScaleImages, "save", killed)
+        assert generate(lora_run[0], *asked) == 130
+    before = written(tmp_path / "sweep")
+    assert len(before) == 3
+    capsys.readouterr()
+    assert generate(lora_run[0], *asked) == 0
+    assert "/3 " in capsys.readouterr().err  # three of six images were left
+    assert {name: written(tmp_path / "sweep")[name] for name in before} == before
+    assert len(written(tmp_path / "sweep")) == 6
+    settings = json.loads((tmp_path / "sweep" / "images.json").read_text())["settings"]
+    assert settings["prompts"] == ["prompt 0", "prompt 1"]
+
+
+SCORER = """
+calls = []
+
+
+def by_call(images, prompts):
+    calls.append((len(images), prompts))
+    return [float(len(calls))] * len(images)
+"""
+
+
+def test_scores_recommend_a_scale_for_the_set_up_file_and_the_card(generate, sweep, tmp_path, lora_run, capsys):
+    """With the run's own sample prompts. The scorer's values rise with its calls: weights at 1, then guidance by 2."""
+    folder = shutil.copytree(lora_run[0], tmp_path / "run")
+    prompts, args = [f"prompt {i}" for i in range(8)], json.loads((folder / "training_args.json").read_text())
+    (folder / "training_args.json").write_text(json.dumps({**args, "sample_prompts": prompts}))
+    (tmp_path / "scores_of_a_test.py").write_text(SCORER)
+    asked = ["--scales", 1, 2, "--scorer", "scores_of_a_test:by_call", "--sample_inference_steps", 1]
+    asked += ["--output_dir", folder / "scale_sweep"]
+    card = (folder / "README.md").read_text()
+    assert generate(folder, *asked) == 0
+    from scores_of_a_test import calls
+
+    assert calls == [(8, prompts)] * 3
+    recommended = json.loads((folder / "diffusion_sdpo_setup.json").read_text())["recommended_scale"]
+    assert (recommended["weights"], recommended["prediction"]) == (None, 2.0)  # one pair tells nothing of winners
+    assert recommended["sentence"] in capsys.readouterr().out
+    updated = (folder / "README.md").read_text()
+    assert "with preference_guidance(pipeline, scale=2.0):" in updated and recommended["sentence"] in updated
+    assert card.partition("## How to load")[0] == updated.partition("## How to load")[0]
+    for grid in ("images_weights.png", "images_prediction.png"):
+        assert f"](scale_sweep/{grid})" in updated
+    assert generate(folder, *asked) == 0  # nothing is scored again, and the card is the same
+    assert len(calls) == 3 and (folder / "README.md").read_text() == updated
+    assert sweep(folder, "--scales", 1) == 0  # another sweep, without scores
+    assert "preference_guidance(" not in (folder / "README.md").read_text()
+
+
+def test_a_run_on_swapped_labels_is_measured_with_them_and_is_a_reference(sweep, tmp_path, train_run, capsys):
+    folder, measured = train_run("swapped", **LORA, swap_labels=True, max_steps=1)
+    assert sweep(folder, "--scales", 1) == 0
+    assert_is_what_the_run_measured(rows_in(tmp_path / "sweep")[0], measured)
+    assert "Of a negative model, which is a reference" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_left_as_it_is(sweep, tmp_path, make_trainer, capsys):
+    trainer = make_trainer(peft_config=LORA["peft_config"], save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert sweep(checkpoint, "--scales", 1) == 0
+    assert "is a checkpoint, and is left as it is" in capsys.readouterr().out
+    assert damage(checkpoint) == []
 
 
 # ---- What is refused -----------------------------------------------------------------------------------------------
@@ -337,12 +501,59 @@ def test_a_run_of_another_base_is_refused(sweep, lora_run, tmp_path, make_sd_pip
         (["--bake", "0.5"], "belong together"),
         (["--baked_dir", "baked"], "belong together"),
         (["--max_pairs", "0"], "`--max_pairs` must be at least 1"),
+        (["--prompts", "a dog"], "`--no_images` generates no images, and `--prompts` is for images"),
     ],
 )
 def test_an_option_out_of_range_is_an_error_of_one_line(sweep, more, said, capsys):
     assert sweep("nowhere", *more) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--prompts", " "], "at least one prompt"),
+        (["--prompts", "nowhere.txt"], "that of `--prompts` cannot: "),
+        (["--sample_inference_steps", "0"], "`--sample_inference_steps` must be at least 1, got 0"),
+        (["--sample_guidance_scale", "nan"], "`--sample_guidance_scale` must be a finite number, got nan"),
+    ],
+)
+def test_an_option_of_the_images_that_is_wrong_is_an_error_of_one_line(generate, more, said, capsys):
+    assert generate("nowhere", *more) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_colon", "named as module:function"),
+        ("no_module_of_this_name:score", "No module named 'no_module_of_this_name'"),
+        ("math:no_function", "no attribute 'no_function'"),
+        ("math:pi", "must be a function, got a float"),
+    ],
+)
+def test_a_scorer_that_cannot_be_called_is_told_before_anything_is_loaded(generate, lora_run, name, said, capsys):
+    assert generate(lora_run[0], "--scorer", name) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and "Loading" not in error
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([1.0], "one number for each of 2 images, got 1"),
+        ([1.0, float("nan")], "finite numbers, got nan for the prompt 'a cat'"),
+        ([1.0, None], "a list of numbers"),
+        (1.0, "a list of numbers, one for each image, got a float"),
+    ],
+)
+def test_a_scorer_with_wrong_values_is_refused(values, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        checked_scores("mine:score", values, ["a dog", "a cat"])
+    assert is_own(caught.value)
+    assert checked_scores("mine:score", torch.tensor([1.0, 2.0]), ["a dog", "a cat"]) == [1.0, 2.0]
 
 
 def test_folders_that_are_no_run_are_errors(sweep, tmp_path, train_run, capsys):
@@ -353,6 +564,12 @@ def test_folders_that_are_no_run_are_errors(sweep, tmp_path, train_run, capsys):
         assert said in capsys.readouterr().err
     assert sweep(without_average, "--average") == 2
     assert "`ema_decay`" in capsys.readouterr().err
+
+
+def test_weights_that_were_merged_with_their_base_are_refused(sweep, tmp_path, lora_run, capsys):
+    assert sweep(lora_run[0], "--scales", 1, "--bake", 0.25, "--baked_dir", tmp_path / "baked", "--max_pairs", 1) == 0
+    assert sweep(tmp_path / "baked") == 2
+    assert "merged with their base, at scale 0.25" in capsys.readouterr().err
 
 
 def test_baking_over_other_files_is_refused(sweep, sd_folder, lora_run, capsys):

@@ -10,7 +10,7 @@ from accelerate.data_loader import IterableDatasetShard
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.stream_progress import Share
 from trl_diffusion_sdpo.sources.images import ImageReader
 
@@ -89,6 +89,24 @@ def test_in_evaluation_all_processes_have_equally_many_pairs_and_none_is_missing
     shares = [data.for_process(Share(index, 2, 2)) for index in (0, 1)]
     assert [prompts(share) for share in shares] == [first, second]
     assert told(shares[0]) == told(shares[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "bad", "first", "second"),
+    [
+        (8, (), [2, 2], [2, 2]),
+        (5, (), [2, 1], [2, 0]),
+        (1, (), [1], [0]),
+        (3, (), [2], [1]),
+        (6, (4,), [2, 1], [2, 0]),
+        (8, (0, 1, 5), [1, 0], [2, 2]),
+    ],
+)
+def test_batches_of_an_evaluation_tell_how_many_pairs_count(count, bad, first, second):
+    data = stream(count, bad=bad, training=False)
+    for index, expected in enumerate((first, second)):
+        loader = DataLoader(data.for_process(Share(index, 2, 2)), batch_size=2, collate_fn=PreferenceCollator())
+        assert [batch["counted"] for batch in loader] == expected
 
 
 def test_drop_last_drops_the_incomplete_last_batches():

@@ -137,11 +137,15 @@ def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
     )
     data = datasets.load_from_disk(run["data"])
     evaluated = data.select(range(run["evaluated"])) if run["evaluated"] else None
+    if run.get("streamed"):
+        sets = {"whole": evaluated, "single": data.select([0])}
+        evaluated = {name: pairs.to_iterable_dataset() for name, pairs in sets.items()}
     peft_config = None if run["peft"] is None else LoraConfig(**run["peft"])
     watch = Watch(run, folder)
     trainer = RecordingTrainer(
         run["model"], run["ref_model"], args, data, evaluated, peft_config=peft_config, callbacks=[watch]
     )
+    trainer.compute_metrics = (lambda found: {"compared": len(found.predictions)}) if run.get("streamed") else None
     watch.trainer = trainer
     trainer.watch = watch
     return trainer

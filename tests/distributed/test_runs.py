@@ -224,17 +224,17 @@ def single(start, tmp_path_factory):
 
 @pytest.fixture
 def evaluate_alone(start, tmp_path):
-    """`evaluate_alone(saved, pairs)`: the log of evaluating saved weights of full tuning in one process, a pair at a
-    time."""
+    """`evaluate_alone(saved, pairs)`: the metrics of saved weights of full tuning in one process, a pair at a time, of
+    the first pairs by each of some numbers."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
-    def evaluate(saved: Path, pairs: int) -> list[dict]:
+    def evaluate(saved: Path, *pairs: int) -> list[dict]:
         settings = {**COMMON_ARGS, "per_device_eval_batch_size": 1, "report_to": "none", "use_cpu": True}
         args = DiffusionSDPOConfig(str(tmp_path), disable_tqdm=True, **settings)
-        data = datasets.load_from_disk(start["pairs"]).select(range(pairs))
+        data = datasets.load_from_disk(start["pairs"])
         policy = tuned_pipeline(saved, start)
         trainer = DiffusionSDPOTrainer(policy, start["base"], args, None, data)
-        return [trainer.evaluate()]
+        return [trainer.evaluate(data.select(range(count))) for count in pairs]
 
     return evaluate
 
@@ -470,7 +470,12 @@ def assert_neutral(folder: Path) -> None:
         assert logged(folder, name)[0] == 0.0, name
 
 
-@each(lambda engine, tuning: [first_step(engine, tuning, "output" if tuning == "lora" else "parameter", True)])
+@needing(
+    [first_step("ddp", "lora", "output", True)],
+    [first_step("fsdp2", "full", "parameter", True)],
+    [first_step("zero2", "lora", "output", True)],
+    [first_step("zero3", "full", "parameter", True)],
+)
 def test_policy_and_reference_begin_as_one(found):
     assert_neutral(found[0])
 
@@ -572,9 +577,10 @@ def test_a_rise_stops_all_processes_of_every_engine(found):
     assert_stopped_together(*found)
 
 
-def unevenly_evaluated(engine: str, tuning: str, pairs: int) -> dict:
+def unevenly_evaluated(engine: str, tuning: str, pairs: int, streamed: bool = False) -> dict:
     args = {"max_steps": 1, "optim": "sgd", "eval_strategy": "steps", "eval_steps": 1}
-    return build_run(engine, tuning, f"evaluated-{pairs}", args, evaluated=pairs)
+    kind = f"{'streamed' if streamed else 'evaluated'}-{pairs}"
+    return build_run(engine, tuning, kind, args, evaluated=pairs, streamed=streamed)
 
 
 @needing(*[[unevenly_evaluated(engine, "full", 1)] for engine in ("ddp", "fsdp2")])
@@ -588,6 +594,35 @@ def test_a_process_that_evaluates_nothing_but_repetitions_counts_for_nothing(fou
 def test_repetitions_that_fill_up_a_batch_count_for_nothing(found, needs, evaluate_alone):
     ours = json.loads((found[0] / "log.json").read_text())
     assert_evaluated_alike(ours, evaluate_alone(found[0] / "saved", needs[0]["evaluated"]))
+
+
+def assert_stream_counts_once(folder: Path, pairs: int, evaluate_alone) -> None:
+    """Of two streams, the second with a pair for one process only."""
+    log, alone = json.loads((folder / "log.json").read_text()), evaluate_alone(folder / "saved", pairs, 1)
+    for name, count, expected in zip(("whole", "single"), (pairs, 1), alone, strict=True):
+        prefix = f"eval_{name}_"
+        found = next(entry for entry in log if f"{prefix}loss" in entry)
+        assert found[f"{prefix}compared"] == found[f"{prefix}errors/pairs"] == count
+        ours = {metric.replace(prefix, "eval_"): value for metric, value in found.items() if "compared" not in metric}
+        assert_evaluated_alike([ours], [expected])
+
+
+@needing([unevenly_evaluated("ddp", "full", 5, streamed=True)])
+def test_every_pair_of_a_stream_counts_once(found, needs, evaluate_alone):
+    assert_stream_counts_once(found[0], needs[0]["evaluated"], evaluate_alone)
+
+
+@pytest.mark.matrix
+@needing(
+    *[
+        [unevenly_evaluated(engine, "full", pairs, streamed=True)]
+        for engine in EVERY_ENGINE
+        for pairs in (1, 2, 3, 5, 8)
+        if (engine, pairs) != ("ddp", 5)
+    ]
+)
+def test_every_pair_of_a_stream_counts_once_under_every_engine(found, needs, evaluate_alone):
+    assert_stream_counts_once(found[0], needs[0]["evaluated"], evaluate_alone)
 
 
 # ---- Publishing ----------------------------------------------------------------------------------------------------

@@ -418,9 +418,12 @@ def evaluations_of(trainer) -> list[dict]:
 
 
 def ratio_and_stderr(change: np.ndarray, before: np.ndarray) -> tuple[float, float]:
-    """Change as a share, and its standard error, from the values of each pair."""
+    """Change as a share, and its standard error, by the shares without each pair and Student's distribution."""
     ratio, count = change.sum() / before.sum(), len(change)
-    return ratio, (count / (count - 1) * ((change - ratio * before) ** 2).sum()) ** 0.5 / before.sum()
+    without = (change.sum() - change) / (before.sum() - before)
+    freedom = max(1.0, (count - 1) / count * (before**2).sum() ** 2 / (before**4).sum())
+    widened = 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)
+    return ratio, ((count - 1) / count * ((without - ratio) ** 2).sum()) ** 0.5 * widened
 
 
 def test_the_uncertainty_is_that_of_the_changes_of_single_pairs(make_trainer, make_pairs):

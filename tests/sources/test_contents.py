@@ -139,6 +139,22 @@ def test_images_are_read_once_and_again_when_a_file_changes(tmp_path, monkeypatc
     assert fingerprint(files) != start
 
 
+def test_of_files_that_did_not_change_none_is_looked_up(tmp_path, monkeypatch):
+    files = rows_of(as_file, tmp_path / "images", count=4)
+    start = fingerprint(files)
+    kept = list((tmp_path / "datasets" / file_contents.CHECKSUMS_FOLDER).glob("files-*"))
+    assert len(kept) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(file_contents, "_known_files", None)
+        assert fingerprint(files) == start
+        patch.setattr(datasets, "is_caching_enabled", lambda: False)
+        with pytest.raises(TypeError):
+            fingerprint(files)
+    assert fingerprint(files[::-1]) != start  # the same files in another order
+    kept[0].write_bytes(b"{")
+    assert fingerprint(files) == start
+
+
 def test_of_files_that_are_added_or_left_out_only_new_ones_are_read(tmp_path, monkeypatch):
     read, as_before = [], file_contents._digest_of_file
     monkeypatch.setattr(file_contents, "_digest_of_file", lambda name: read.append(name) or as_before(name))
@@ -156,6 +172,7 @@ def test_of_files_that_are_added_or_left_out_only_new_ones_are_read(tmp_path, mo
 def test_a_damaged_or_locked_store_of_checksums_costs_reading_only(tmp_path, monkeypatch, caplog):
     files, store = rows_of(as_file, tmp_path / "images", count=4), tmp_path / "datasets" / file_contents.FILES
     start = fingerprint(files)
+    monkeypatch.setattr(file_contents, "_read_kept", lambda file: b"")  # that of all files together
     store.write_bytes(b"no database" * 1000)
     assert fingerprint(files) == start and "are not kept" in caplog.text  # removed
     caplog.clear()

@@ -230,11 +230,15 @@ def by_level(levels, errors, parts):
 
 
 def stderr_of_share(rows):
-    """Of the winners' change as a share of their earlier error: a ratio of sums, by the residuals of each pair."""
-    before = sum(row[2] for row in rows)
-    share = sum(row[0] - row[2] for row in rows) / before
-    residuals = [row[0] - row[2] - share * row[2] for row in rows]
-    return (len(rows) / (len(rows) - 1) * sum(residual**2 for residual in residuals)) ** 0.5 / before
+    """Of the winners' change as a share of their earlier error: by the shares without each pair, and Student's
+    distribution."""
+    changes, before = [row[0] - row[2] for row in rows], [row[2] for row in rows]
+    count, share = len(rows), sum(changes) / sum(before)
+    without = [(sum(changes) - change) / (sum(before) - error) for change, error in zip(changes, before, strict=True)]
+    freedom = (count - 1) / count * sum(e**2 for e in before) ** 2 / sum(e**4 for e in before)
+    freedom = max(1.0, freedom)
+    widened = 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)
+    return ((count - 1) / count * sum((other - share) ** 2 for other in without)) ** 0.5 * widened
 
 
 def of_levels(metrics, prefix="eval_"):

@@ -18,9 +18,8 @@ from torch import nn
 from ..losses import LOSS_KWARG_RANGES, interpolate, loss_spec
 from ..models.adapters import base_tensors
 from ..models.ema import EMA_FOLDER
-from .lora_scale import LORA_A, LORA_B, factor_of
-from .setup import ARGS_FILE, SETUP_FILE, fingerprint, read_setup, write_setup
-from .weights import PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles
+from .setup import ARGS_FILE, RECOMMENDED, SETUP_FILE, fingerprint, read_setup, write_setup
+from .weights import LORA_A, LORA_B, PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles, factor_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +81,11 @@ def read_run(folder: str | Path, *, average: bool = False) -> SavedRun:
         raise ValueError(
             f"The run must be a folder that the trainer saved, with {SETUP_FILE} in it; that of {folder} is not there "
             f"or lacks {', '.join(missing)}."
+        )
+    if "scale" in setup:
+        raise ValueError(
+            f"A run is scaled from the weights that it trained, and {folder} holds weights that were merged with their "
+            f"base, at scale {setup['scale']:g}. Pass the run's own folder."
         )
     weights = folder / EMA_FOLDER if average else folder
     if not weights.is_dir():
@@ -150,7 +154,8 @@ class ScaledWeights:
         full_pipeline = self._run.lora is None and (self._run.folder / "model_index.json").is_file()
         with self.active(scale):
             self._files.save(folder, full_pipeline=full_pipeline)
-        write_setup(folder, {**self._run.setup, "scale": scale, "scaled_average": self._run.is_average})
+        setup = {key: value for key, value in self._run.setup.items() if key not in RECOMMENDED.values()}
+        write_setup(folder, {**setup, "scale": scale, "scaled_average": self._run.is_average})
         if (self._run.folder / ARGS_FILE).is_file():  # which names the run's base
             shutil.copyfile(self._run.folder / ARGS_FILE, folder / ARGS_FILE)
 

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from .disk import naming_the_disk
-from .lora_scale import folded, ranks
 from .setup import SETUP_FILE, read_setup
-from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX
+from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
 PREFIX = "lora_unet_"  # also of transformers
 _A, _B = "lora_A.weight", "lora_B.weight"

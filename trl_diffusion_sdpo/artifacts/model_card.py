@@ -121,8 +121,7 @@ class ModelCardFacts:
 
 def build_model_card(facts: ModelCardFacts) -> ModelCard:
     """Build the card from its template, with the Hub's metadata; to be saved as `README.md`."""
-    base_is_hub = _is_hub_id(facts.base_model)
-    base = (facts.base_model if base_is_hub else _leaf(facts.base_model)) or "path/to/base-pipeline"
+    base_is_hub, base = _is_hub_id(facts.base_model), base_for_loading(facts.base_model)
     return ModelCard.from_template(
         _metadata(facts),
         template_path=str(TEMPLATE),
@@ -154,6 +153,11 @@ def build_model_card(facts: ModelCardFacts) -> ModelCard:
         diffusion_dpo_bibtex=DIFFUSION_DPO_BIBTEX,
         trl_bibtex=TRL_BIBTEX,
     )
+
+
+def base_for_loading(name: str | None) -> str:
+    """A base's name in the card's code: its Hub id, or the last part of a local folder."""
+    return (name if _is_hub_id(name) else _leaf(name)) or "path/to/base-pipeline"
 
 
 def package_versions() -> dict[str, str]:

@@ -12,14 +12,17 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from ..engines.processes import failing_together, gather_objects, in_any_process
+from ..files import SWEEP_FOLDER
 from .hub import PublishingError, Uploads
 from .setup import ARGS_FILE
 
 logger = logging.getLogger(__name__)
 
+SWEPT = ("*.json", "images/*")
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Pickles, logs, and the arguments, which name local folders; the model card has the settings.
-NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE)
+# Pickles, logs, and the arguments and numbers of sweeps, which name local folders; the model card has the settings. Of
+# a sweep's images, the grids are enough.
+NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE, *(f"{SWEEP_FOLDER}*/{name}" for name in SWEPT))
 
 
 class Publisher:

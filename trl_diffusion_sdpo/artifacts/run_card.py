@@ -17,10 +17,12 @@ from transformers import TrainerState, TrainingArguments
 
 from .._compat import loads_lora
 from ..families import Family
-from ..files import VERDICT_FILE, VERDICT_PLOT
+from ..files import VERDICT_FILE, VERDICT_PLOT, write_atomically
 from ..masking import without_secrets
 from ..sources.checking import COUNTS, SWAPPED, DataReport
 from .model_card import ModelCardFacts, build_model_card, final_metrics, loading_code, package_versions
+from .recommended_scale import with_recommended_scales
+from .setup import read_setup, recommended_scales
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +106,11 @@ class RunCard:
         Returns:
             `bool`: Whether it was written.
         """
+        folder = self.file.parent
         if keep_edited and self.file.is_file() and GENERATED not in self.file.read_text("utf-8", "replace"):
             logger.warning("%s was edited, or is not the trainer's, and is left as it is.", self.file)
+            update_recommended_scales(folder)
             return False
-        folder = self.file.parent
         facts["gallery"] = [entry for entry in facts["gallery"] if (folder / entry[0]).is_file()]
         found = read_verdict(folder) if ended else None
         if found is not None:
@@ -126,7 +129,8 @@ class RunCard:
             **facts,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        build_model_card(card).save(self.file)
+        text = with_recommended_scales(str(build_model_card(card)), recommended_scales(read_setup(folder)))
+        write_atomically(self.file, text.encode())
         return True
 
     def _run(self, state: TrainerState, first_step: int, pairs: str) -> dict[str, str]:
@@ -143,6 +147,19 @@ class RunCard:
     def loading_code(self) -> str:
         """One line of code that loads the tuned weights from the output folder."""
         return loading_code(self._model, self._args.output_dir)
+
+
+def update_recommended_scales(folder: Path) -> bool:
+    """Make the card in a folder tell what its set-up file recommends, and nothing else of it other; returns whether
+    there is a card."""
+    file = folder / CARD_FILE
+    if not file.is_file():
+        return False
+    before = file.read_bytes().decode("utf-8", "surrogateescape")
+    after = with_recommended_scales(before, recommended_scales(read_setup(folder)))
+    if after != before:
+        write_atomically(file, after.encode("utf-8", "surrogateescape"))
+    return True
 
 
 def read_verdict(folder: Path) -> str | None:

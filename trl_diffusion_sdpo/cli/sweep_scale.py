@@ -4,15 +4,15 @@ the results as JSON, table and plot, and can save the weights at one scale."""
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..files import SWEEP_FOLDER
 from ..import_utils import require
-from . import EXIT_OK
+from . import EXIT_OK, sweep_images
 from .errors import reading_data
 from .options import OneLineParser
 
@@ -23,27 +23,19 @@ if TYPE_CHECKING:
     from ..artifacts.interpolation import SavedRun, ScaledWeights
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 PRECISIONS = ("no", "bf16", "fp16")
-DEFAULT_FOLDERS = {False: "scale_sweep", True: "scale_sweep_ema"}  # in the run's folder, by --average
-SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
-# Key of a row -> its metric, and its heading in the table.
-VALUES = {
-    "margin": ("rewards/margins", "margin"),
-    "accuracy": ("rewards/accuracies", "accuracy"),
-    "winner_change": ("errors/winner_change", "winner change"),
-    "loser_change": ("errors/loser_change", "loser change"),
-}
-_WINNER_AT = "errors/winner_change_relative@"
+DEFAULT_FOLDERS = {False: SWEEP_FOLDER, True: f"{SWEEP_FOLDER}_ema"}  # in the run's folder, by --average
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=prog,
         description=(
-            "Evaluate a run at several scales between the base it started from (0) and its tuned weights (1). Writes "
-            "the numbers, and a plot of margin and accuracy against the change of the winners' error. A second call "
-            "evaluates only the missing scales."
+            "Evaluate a run at several scales from the base it started from (0) over its tuned weights (1) to beyond, "
+            "and generate images at each: by the weights, and by preference guidance in the prediction. Writes the "
+            "numbers, plots and images, and a recommended scale, also into the run's model card. A second call makes "
+            "only what is missing."
         ),
     )
     add = parser.add_argument
@@ -65,6 +57,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--model_revision", metavar="NAME", help="Branch, tag or commit of the base.")
     add("--dtype", metavar="NAME", help="Dtype in which the base is loaded, as in the run (default: float32).")
     add("--use_cpu", action="store_true", help="Run on the CPU.")
+    sweep_images.add_options(add)
     return parser
 
 
@@ -78,19 +71,24 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate the missing scales, plot all of them, and save the weights of `--bake`. Returns all rows.
+    """Evaluate the missing scales, plot all of them, generate the missing images, recommend a scale, and save the
+    weights of `--bake`. Returns all rows.
 
     Raises:
-        ValueError: On a folder, base, data or settings that do not fit together.
+        ValueError: On a folder, base, data, scorer or settings that do not fit together.
     """
     from ..artifacts.interpolation import ScaledWeights, check_free_folder, read_run  # seconds
 
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
         check_free_folder(Path(options.baked_dir), run)
+    scorer = None if options.scorer is None else sweep_images.load_scorer(options.scorer)
     trainer = _make_trainer(options, run)
     weights = ScaledWeights(trainer.weight_files, run)
-    rows = _evaluate(trainer, weights, options.scales, _settings(options, run, trainer, weights))
+    settings = _settings(options, run, trainer, weights)
+    rows = _evaluate(trainer, weights, options.scales, settings)
+    images = {} if options.no_images else sweep_images.make(options, run, trainer, weights, rows, scorer)
+    _recommend(trainer, run, weights, rows, settings, images)
     if options.bake is not None:
         weights.save(Path(options.baked_dir), options.bake)
         print(f"The weights at scale {options.bake:g} are in {options.baked_dir}.")
@@ -109,6 +107,7 @@ def _check(options: argparse.Namespace) -> None:
         value = vars(options)[name]
         if value is not None and value < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+    sweep_images.check(options)
 
 
 def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTrainer:
@@ -194,9 +193,11 @@ def _evaluate(
     """Evaluate the scales that the output folder lacks, writing each at once; then plot all."""
     from tqdm.auto import tqdm
 
+    from ..evaluation import scale_sweep
+
     folder = Path(trainer.args.output_dir)
-    file = folder / SWEEP_FILE
-    rows = read_sweep(file, settings)
+    file = folder / scale_sweep.SWEEP_FILE
+    rows = scale_sweep.read_sweep(file, settings)
     missing = sorted(set(scales) - {row["scale"] for row in rows})
     steps = len(missing) * len(trainer.get_eval_dataloader())
     with tqdm(total=steps, desc="Scales", unit="batch", disable=not missing) as bar:
@@ -204,12 +205,54 @@ def _evaluate(
         for scale in missing:
             bar.set_postfix_str(f"scale {scale:g}")
             with weights.active(scale):
-                rows.append(sweep_row(scale, trainer.evaluate()))
+                rows.append(scale_sweep.sweep_row(scale, trainer.evaluate()))
             rows.sort(key=lambda row: row["scale"])
-            write_sweep(file, settings, rows)
-    plot_scale_sweep(rows, trainer.args.num_noise_bins, folder / PLOT_FILE)
-    print(f"{sweep_table(rows)}\n\nThe numbers and the plot are in {folder}.")
+            scale_sweep.write_sweep(file, settings, rows)
+    scale_sweep.plot_scale_sweep(rows, trainer.args.num_noise_bins, folder / scale_sweep.PLOT_FILE)
+    print(f"{scale_sweep.sweep_table(rows)}\n\nThe numbers and the plot are in {folder}.")
     return rows
+
+
+def _recommend(
+    trainer: DiffusionSDPOTrainer,
+    run: SavedRun,
+    weights: ScaledWeights,
+    rows: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    images: dict[str, Any],
+) -> None:
+    """Recommend a scale: on the terminal, in the sweep's file, in the run's set-up file and on its model card."""
+    from ..artifacts.run_card import CARD_FILE, update_recommended_scales
+    from ..artifacts.setup import SETUP_FILE, record_recommended_scale
+    from ..evaluation import scale_sweep
+    from ..evaluation.recommended_scale import recommend
+    from ..runs.manifest import MANIFEST_FILE
+
+    is_negative = run.setup.get("swap_labels") is True
+    recommended = recommend(rows, is_negative=is_negative, **images).facts() | {"of": weights.fingerprint}
+    if run.lora is None:  # guidance needs the base's denoiser
+        recommended["reference"] = {"repository": _public_base(run), "subfolder": trainer.family.denoiser_name}
+    folder = Path(trainer.args.output_dir).absolute()
+    if images and folder.is_relative_to(run.folder.absolute()):  # the card can show them
+        grids = [folder / name for name in sweep_images.GRID_FILES.values()]
+        recommended["grids"] = [grid.relative_to(run.folder.absolute()).as_posix() for grid in grids]
+    scale_sweep.write_sweep(folder / scale_sweep.SWEEP_FILE, settings, rows, recommended)
+    print(recommended["sentence"])
+    if (run.folder / MANIFEST_FILE).is_file():  # which holds the checksum of the set-up file
+        print(f"{run.folder} is a checkpoint, and is left as it is.")
+        return
+    record_recommended_scale(run.folder, recommended, average=run.is_average)
+    has_card = update_recommended_scales(run.folder)
+    print(f"It is in {run.folder / SETUP_FILE}" + (f" and {run.folder / CARD_FILE}." if has_card else "."))
+
+
+def _public_base(run: SavedRun) -> str:
+    """Repository or folder with the denoiser that the run started from, as its model card names it."""
+    from ..artifacts.model_card import base_for_loading
+    from ..runs.starting_point import recorded_base_of
+
+    base = recorded_base_of(run.folder)
+    return base_for_loading(None if base is None else base["denoiser"] or base["pipeline"])
 
 
 def _batch_callback(on_batch: Callable[[], Any]) -> TrainerCallback:
@@ -221,102 +264,3 @@ def _batch_callback(on_batch: Callable[[], Any]) -> TrainerCallback:
             on_batch()
 
     return BatchCallback()
-
-
-def sweep_row(scale: float, metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, Any]:
-    """The metrics of `evaluate`, with a reference, at one scale as a row of the sweep.
-
-    Returns:
-        `dict[str, Any]`: `scale`, `margin`, `accuracy`, `winner_change`, `loser_change`, `winner_change_relative` (to
-        the reference's error), and `winner_change_relative_at`, the same by noise bin.
-    """
-    row: dict[str, Any] = {"scale": scale}
-    row |= {key: metrics[f"{prefix}_{metric}"] for key, (metric, _) in VALUES.items()}
-    before = metrics[f"{prefix}_errors/winner"] - row["winner_change"]
-    row["winner_change_relative"] = row["winner_change"] / before if before else 0.0
-    start = f"{prefix}_{_WINNER_AT}"
-    bins = {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}
-    row["winner_change_relative_at"] = {noise_bin: bins[noise_bin] for noise_bin in sorted(bins, key=int)}
-    return row
-
-
-def read_sweep(file: str | Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier sweep, which this one continues; none if there is no file.
-
-    Raises:
-        ValueError: If the file is not of a sweep, or of one with other settings.
-    """
-    file = Path(file)
-    if not file.is_file():
-        return []
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        rows, theirs = stored["rows"], stored["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no sweep. Remove it, or write to another folder.") from error
-    ours = json.loads(json.dumps(dict(settings)))
-    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if differing:
-        listed = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differing)
-        raise ValueError(f"{file} is of a sweep with other settings: {listed}. Write to another folder, or remove it.")
-    return rows
-
-
-def write_sweep(file: str | Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows with their settings, atomically."""
-    file = Path(file)
-    draft = file.with_name(f"{file.name}.new")
-    draft.write_text(json.dumps({"settings": dict(settings), "rows": list(rows)}, indent=2) + "\n", encoding="utf-8")
-    draft.replace(file)
-
-
-def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table for the terminal."""
-    heads = ["scale", *(head for _, head in VALUES.values()), "winner change, %", "in the worst noise bin, %"]
-    lines = [heads]
-    for row in rows:
-        worst = max(row["winner_change_relative_at"].values(), default=math.nan)
-        shares = [f"{100 * share:+.3f}" for share in (row["winner_change_relative"], worst)]
-        lines.append([f"{row['scale']:g}", *(f"{row[key]:.5g}" for key in VALUES), *shares])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def plot_scale_sweep(rows: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
-    """Plot margin and accuracy of one or more rows against the winners' change: overall, and for each noise bin.
-
-    The accuracy at scale 0 is left out: all margins are 0 there, and none is above 0.
-    """
-    from matplotlib import colormaps  # seconds to import, and an extra
-    from matplotlib.figure import Figure
-
-    rows = sorted(rows, key=lambda row: row["scale"])
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    for (overall, by_bin), metric in zip(panels, ("margin", "accuracy"), strict=True):
-        shown = [row for row in rows if metric == "margin" or row["scale"] > 0]
-        overall.plot([row["winner_change"] for row in shown], [row[metric] for row in shown], marker="o")
-        for row in shown:
-            at = (row["winner_change"], row[metric])
-            overall.annotate(f"{row['scale']:g}", at, (5, 5), textcoords="offset points")
-        for noise_bin in range(num_noise_bins):
-            points = [
-                (100 * row["winner_change_relative_at"][str(noise_bin)], row[metric])
-                for row in shown
-                if str(noise_bin) in row["winner_change_relative_at"]
-            ]
-            if points:
-                label = f"{noise_bin / num_noise_bins:.3g} to {(noise_bin + 1) / num_noise_bins:.3g}"
-                colour = colormaps["viridis"](noise_bin / max(1, num_noise_bins - 1))
-                by_bin.plot(*zip(*points, strict=True), marker=".", color=colour, linewidth=1.2, label=label)
-        overall.set_ylabel(metric)
-        for panel in (overall, by_bin):
-            panel.axvline(0, color="black", linewidth=0.8)
-            panel.grid(alpha=0.25)
-    panels[0, 0].set_title("all noise levels; the numbers are scales")
-    panels[0, 1].set_title("winners' change in each noise bin")
-    panels[1, 0].set_xlabel("change of the winners' error")
-    panels[1, 1].set_xlabel("change of the winners' error, % of the reference's")
-    if panels[0, 1].lines[:-1]:
-        panels[0, 1].legend(title="noise level", frameon=False, fontsize="small")
-    figure.savefig(file, dpi=120)

@@ -84,8 +84,8 @@ def load_pairs(
 
 def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
     """As [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
-    loaded = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **files)
-    return found_images(loaded, _folders_of_files(path, split, name=config, **files))
+    builder = datasets.load_dataset_builder(path, name=config, **files)
+    return found_images(_loaded(builder, split, streaming), _folders_of_files(builder, split))
 
 
 def is_saved(path: Path) -> bool:
@@ -129,9 +129,9 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
 
 
 def _load_folder(path: Path, split: str, streaming: bool) -> Any:
-    files = {} if _names_images(path) else {"data_files": _data_files(path)}
+    builder = _builder_of(path)
     try:
-        loaded = datasets.load_dataset(str(path), split=split, streaming=streaming, **files)
+        loaded = _loaded(builder, split, streaming)
     except ValueError as error:
         if "_file_name`" not in str(error):
             raise
@@ -139,17 +139,29 @@ def _load_folder(path: Path, split: str, streaming: bool) -> Any:
             f"{error}, such as `chosen_file_name` and `rejected_file_name`. If another column has the names of the "
             f"images, pass the file in place of its folder {path}."
         ) from error
-    return found_images(loaded, [*_folders_of_files(str(path), split, **files), path])
+    return found_images(loaded, [*_folders_of_files(builder, split), path])
 
 
-def _names_images(path: Path) -> bool:
-    """Whether `datasets` reads more of a folder than images: it goes by the kind of most files."""
+def _loaded(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> Any:
+    """As `datasets.load_dataset`."""
+    if streaming:
+        return builder.as_streaming_dataset(split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split)
+
+
+def _builder_of(path: Path) -> datasets.DatasetBuilder:
+    """Reads a folder: what `datasets` takes, which goes by the kind of most files, or the data files beside images.
+    Making one looks at all files of the folder many times."""
     try:
         builder = datasets.load_dataset_builder(str(path))
     except ValueError:  # splits of several kinds
-        return False
-    names = [name for part in (builder.config.data_files or {}).values() for name in part]
-    return builder.name != "imagefolder" or any(_is_metadata(name) for name in names)
+        pass
+    else:
+        names = [name for part in (builder.config.data_files or {}).values() for name in part]
+        if builder.name != "imagefolder" or any(_is_metadata(name) for name in names):
+            return builder
+    return datasets.load_dataset_builder(str(path), data_files=_data_files(path))
 
 
 def _is_metadata(name: str) -> bool:
@@ -171,9 +183,9 @@ def _data_files(path: Path) -> dict[str, list[str]]:
     return by_split if ONLY_SPLIT in by_split else {ONLY_SPLIT: [file.name for file in files]}
 
 
-def _folders_of_files(path: str, split: str, **files: Any) -> list[Path]:
+def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
     """The local folder of the data files of a split, if they are in one."""
-    of_splits = datasets.load_dataset_builder(path, **files).config.data_files or {}
+    of_splits = builder.config.data_files or {}
     wanted = {part.partition("[")[0] for part in _split_parts(split)}
     names = [name for part in of_splits if wanted & {part, ALL_SPLITS} for name in of_splits[part]]
     folders = {Path(name).parent for name in names if "://" not in name}

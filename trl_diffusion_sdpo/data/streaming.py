@@ -177,7 +177,7 @@ class PreferenceIterableDataset(IterableDataset):
             seen, epoch, first = seen + found, epoch + 1, 0
 
     def _once(self) -> Iterator[dict[str, Any]]:
-        """One pass in which all processes yield equally many pairs."""
+        """One pass in which all processes yield equally many pairs; of several, items tell which are `repeated`."""
         share, epoch = self._share, int(self._maker.epoch)
         if share.count == 1 or share.is_split:
             yield from self._one_pass(epoch, 0)
@@ -187,7 +187,7 @@ class PreferenceIterableDataset(IterableDataset):
         yielded, items = 0, self._one_pass(epoch, 0)
         while True:
             try:
-                pending.append(next(items))
+                pending.append({**next(items), "repeated": False})
             except StopIteration as end:
                 wanted = share.pairs_of(end.value)
                 break
@@ -200,7 +200,7 @@ class PreferenceIterableDataset(IterableDataset):
         if not filling and wanted:  # there are fewer pairs than processes
             filling = list(islice(self.for_process(Share())._one_pass(epoch, 0), share.batch))
         for index in range(wanted - yielded):
-            yield filling[index % len(filling)]
+            yield {**filling[index % len(filling)], "repeated": index >= len(pending)}
 
     def _one_pass(self, epoch: int, start: int, first: int = 0) -> Generator[dict[str, Any], None, int]:
         """This process's items of one pass over the stream; returns the number of labelled pairs of all processes.

@@ -248,7 +248,8 @@ class PreferenceCollator:
     - `prompts` (`list[str]` of length B);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
-    - `counted` (`int`), where aspect-ratio buckets fill up batches: the first pairs, which are not there for that;
+    - `counted` (`int`), where aspect-ratio buckets fill up batches, or several processes evaluate a stream: the first
+      pairs, which are not there for that;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), where errors of a reference were computed beforehand: those
       of the winners at the first of T draws of timestep and noise, at the second and so on, then those of the losers.

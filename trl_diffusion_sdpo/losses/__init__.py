@@ -9,7 +9,7 @@ from .diffusion_preference import (
     order_by_scores,
 )
 from .guidance import guidance_shift, shifted
-from .noise_bins import error_moments, noise_bin_changes, noise_bin_of, noise_range_weights
+from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_terms import PairTerms, mean_error, pair_terms
 from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType, check_loss_kwargs, loss_spec
 from .safeguard import (
@@ -24,6 +24,7 @@ from .safeguard import (
     scale_gradient,
     winner_error_gradient,
 )
+from .score_statistics import standard_error
 from .weight_arithmetic import ema_decay, interpolate, lora_scaling
 from .winner_budget import BudgetController
 
@@ -46,7 +47,6 @@ __all__ = [
     "check_safeguard",
     "diffusion_preference_loss",
     "ema_decay",
-    "error_moments",
     "guidance_shift",
     "interpolate",
     "lora_scaling",
@@ -62,5 +62,6 @@ __all__ = [
     "parameter_scale",
     "scale_gradient",
     "shifted",
+    "standard_error",
     "winner_error_gradient",
 ]

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from ..artifacts.disk import DiskFullError, check_room
-from ..artifacts.setup import ARGS_FILE, write_setup
+from ..artifacts.setup import ARGS_FILE, still_recommended, write_setup
 from ..artifacts.weights import WeightFiles
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
@@ -82,7 +82,8 @@ class RunFiles:
         self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not checkpoint)
         if average is not None:
             self._weights.save(folder / EMA_FOLDER, average)
-        write_setup(folder, setup)
+        written = {False: self._weights.tensors() if gathered is None else gathered, True: average}
+        write_setup(folder, {**setup, **still_recommended(folder, written)})
         if not checkpoint:
             self._write_args(folder)
 

@@ -81,7 +81,7 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
             f"One LoRA goes on training, and {folder} is the run of a LoRA already; got `adapter_name_or_path` "
             f"{chosen} too. Name its base as the model, or leave one of the two out."
         )
-    base = stored_settings(run).get(BASE) or setup.get(BASE)
+    base = recorded_base_of(run)
     _check_base(base, run, ("pipeline", "denoiser") if is_lora else ("pipeline",), is_lora=is_lora)
     found = {"pipeline": base["pipeline"], "options": base["options"]}
     if not is_lora:
@@ -92,9 +92,14 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
 def base_of_run(run: str | os.PathLike) -> StartingPoint:
     """What a run started from, without a LoRA; `ValueError` where that is unknown or gone."""
     folder = Path(run)
-    base = stored_settings(folder).get(BASE) or read_setup(folder).get(BASE)
+    base = recorded_base_of(folder)
     _check_base(base, folder, ("pipeline", "denoiser"), is_lora=False)
     return StartingPoint(base["pipeline"], base["options"], base["denoiser"])
+
+
+def recorded_base_of(run: Path) -> Any:
+    """What [`recorded_base`] gave for the run in a folder; `None` if its files do not say."""
+    return stored_settings(run).get(BASE) or read_setup(run).get(BASE)
 
 
 def recorded_base(

@@ -1,4 +1,4 @@
-"""Sums of a step's or an evaluation's detached scalars, kept on the device until they are logged."""
+"""A step's or an evaluation's detached scalars, kept on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import torch
 from accelerate import Accelerator
 
 from ..engines.gradients import exact_dtype
-from ..losses import error_moments, noise_bin_changes, noise_bin_of
+from ..losses import noise_bin_changes, noise_bin_of
 
 
 class NoiseBinMeter:
-    """Sums of errors by noise bin over an evaluation; one reduction over processes when they are read."""
+    """Errors and noise bins of an evaluation's pairs; one exchange between processes when they are read."""
 
     def __init__(self, num_noise_bins: int):
         self._bins = num_noise_bins
-        self._sums: torch.Tensor | None = None
+        self._rows: list[torch.Tensor] = []
 
     def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
         """Add B pairs: noise levels `(B,)` and errors `(B, 4)`, of winner and loser, policy then reference. Pairs that
-        do not count add zeros, so that all processes have the same names."""
-        rows = error_moments(errors.to(exact_dtype(errors.device))) * float(counts)
-        sums = torch.zeros(self._bins, rows.shape[1], device=rows.device, dtype=rows.dtype)
-        sums.index_add_(0, noise_bin_of(noise_levels, self._bins), rows)
-        self._sums = sums if self._sums is None else self._sums + sums
+        do not count add none, but all processes must add."""
+        exact = errors.to(exact_dtype(errors.device))
+        rows = torch.cat([noise_bin_of(noise_levels, self._bins).unsqueeze(1).to(exact.dtype), exact], 1)
+        self._rows.append(rows if counts else rows[:0])
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`]; all processes must call it together."""
-        if self._sums is None:
+        if not self._rows:
             return {}
-        sums, self._sums = accelerator.reduce(self._sums, reduction="sum").tolist(), None
-        return noise_bin_changes(sums)
+        rows, self._rows = torch.cat(self._rows), []
+        rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
+        rows = rows[rows[:, 0] >= 0]  # bins, which are not padding
+        return noise_bin_changes(rows[:, 0].long(), rows[:, 1:])
 
 
 class MetricMeter:

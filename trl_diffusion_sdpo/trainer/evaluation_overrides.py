@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..artifacts.run_card import is_note
-from ..data.pairs import PreferenceDataset
+from ..artifacts.setup import forget_recommended_scales
+from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.processes import in_any_process
 from ..evaluation.tracked_images import TrackedImages
@@ -92,7 +93,7 @@ class EvaluationOverrides(Trainer):
         """One pass over the data, with the metrics of its pairs."""
         self._evaluation.drain(self.accelerator)
         self._evaluation.begin(dataloader.dataset, settings[-1], before_training=self.state.global_step == 0)
-        if isinstance(dataloader.dataset, PreferenceDataset) and dataloader.dataset.sizes is not None:
+        if _tells_what_counts(dataloader.dataset):
             self.gather_function = self._gather_counted  # transformers resets it after the pass
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
@@ -100,8 +101,8 @@ class EvaluationOverrides(Trainer):
         return output
 
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the pairs of all processes' batches, without those that fill up the last batch of a size, which
-        accelerate takes for further pairs of the data."""
+        """Values of the pairs of all processes' batches, without those that fill up the last batch of a size or of a
+        stream, which accelerate takes for further pairs of the data."""
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
@@ -135,6 +136,7 @@ class VerdictCallback(TrainerCallback):
         if state.is_world_process_zero:  # of an earlier end: later weights would be published with it
             for name in (VERDICT_FILE, VERDICT_PLOT):
                 (Path(args.output_dir) / name).unlink(missing_ok=True)
+            forget_recommended_scales(Path(args.output_dir))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if args.eval_strategy != "no" or _on_winner_rise(args) == "ignore" or not state.is_world_process_zero:
@@ -215,6 +217,11 @@ def warning_of_unwritten_files() -> Iterator[None]:
     except Exception as error:
         known = isinstance(error, OSError)
         logger.warning("The report of the run could not be written: %s", error, exc_info=not known)
+
+
+def _tells_what_counts(dataset: Any) -> bool:
+    """Whether batches tell which of their pairs fill them up, so that accelerate cannot know it."""
+    return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None
 
 
 def _on_winner_rise(args: TrainingArguments) -> str:

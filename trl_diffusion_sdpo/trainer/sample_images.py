@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +143,44 @@ class SampleImagesCallback(TrainerCallback):
             self._untracked = None
 
     def generate(
-        self, autocast: contextlib.AbstractContextManager | None = None, through: nn.Module | None = None
+        self,
+        autocast: contextlib.AbstractContextManager | None = None,
+        through: nn.Module | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        within: Callable[[DiffusionPipeline], contextlib.AbstractContextManager] | None = None,
+        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> list[Image.Image]:
         """One image for each prompt, with the current weights.
 
         Args:
             autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
             through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
+            only (`Sequence[int]`, *optional*): Numbers of the prompts, if not all.
+            within (`Callable`, *optional*): Gives a context in which the pipeline that it receives is called.
+            on_image (`Callable`, *optional*): Receives each prompt's number and image as soon as it is there.
 
         Returns:
             `list[Image.Image]`: In the order of the prompts.
         """
-        with contextlib.nullcontext() if self._frozen is None else self._frozen.in_use():
-            return self._generate(autocast or contextlib.nullcontext(), through)
+        images: dict[int, Any] = dict.fromkeys(range(len(self.prompts)) if only is None else only)
+        none = contextlib.nullcontext()
+        with (
+            none if self._frozen is None else self._frozen.in_use(),
+            self._prepared(autocast or none, through) as pipeline,
+            none if within is None else within(pipeline),
+        ):
+            for i in images:
+                images[i] = self._generate_one(pipeline, i)
+                if on_image is not None:
+                    on_image(i, images[i])
+        return list(images.values())
 
-    def _generate(self, autocast: contextlib.AbstractContextManager, through: nn.Module | None) -> list[Image.Image]:
+    @contextlib.contextmanager
+    def _prepared(
+        self, autocast: contextlib.AbstractContextManager, through: nn.Module | None
+    ) -> Iterator[DiffusionPipeline]:
+        """A copy of the pipeline whose calls do not affect training."""
         pipeline = copy.copy(self.pipeline)  # the same networks; scheduler, progress bar and guidance of its own
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -169,9 +192,9 @@ class SampleImagesCallback(TrainerCallback):
         if through is not None:
             pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
-            precision = _in_training_precision(denoiser, autocast)
+            precision = in_training_precision(denoiser, autocast)
             with precision, _in_own_precision(pipeline.vae):
-                return [self._generate_one(pipeline, i) for i in range(len(self.prompts))]
+                yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
@@ -261,7 +284,7 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
+def in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
     """The denoiser under autocast, its inputs cast to its dtype and its outputs to the dtype of its inputs, so that
     frozen components may have another precision."""
     calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
