@@ -4,11 +4,11 @@
 # ///
 """Images of a prompt at several scales of preference guidance, from equal noise, side by side in one file.
 
-Scale 0 is the model before training, 1 the tuned one, and larger scales go on in the same direction:
+Scale 1 is the tuned model, and larger scales go on in the direction from the model before training, here at low noise:
 
 ```bash
 python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-    --lora path/to/run --prompt "a photo of a fox" --scales 0 1 2 3 4
+    --lora path/to/run --prompt "a photo of a fox" --scales 0 1 2 3 4 --interval 0 0.62
 ```
 
 With a negative model, which was tuned with `--swap_labels`, as reference; `--form npo` is that of Diffusion-NPO and has

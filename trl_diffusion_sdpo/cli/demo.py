@@ -14,8 +14,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         description=(
             "Tune the embedded tiny pipeline from the same start with the same pairs (SFT, Diffusion-DPO, "
-            "Diffusion-SDPO, and a recipe for keeping winners), then write curves, a before/after image grid and "
-            "a table to one folder."
+            "Diffusion-SDPO, and a recipe for keeping winners), generate images of all without and with guidance, then "
+            "write curves, grids of images and a table to one folder."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
