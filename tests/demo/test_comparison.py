@@ -131,8 +131,6 @@ def test_the_scale_is_chosen_on_the_prompts_that_do_not_report():
     assert (guided.plain.guidance_scale, guided.plain.score.mean) == (1.0, pytest.approx(0.4))
     assert (guided.best.images == 2).all() and len(guided.best.images) == len(guided.plain.images) == 72
     assert guided.best.measures.diversity == 0.0 and guided.best.measures.frechet > 0
-    guided = GuidedScorer(scored, ())(None)
-    assert guided.best is guided.plain
 
 
 def test_half_of_the_prompts_report_with_every_colour_shape_and_background():
@@ -237,7 +235,7 @@ def test_the_scorer_generates_equal_images_and_keeps_the_training_mode(tmp_path)
     images, scores = scorer(pipeline)
     assert pipeline.unet.training
     assert images.shape == (72, 32, 32, 3) and scores.shape == (72,)
-    assert len(scorer(pipeline, scorer.one_of_each)[0]) == 72 and len(range(144)[ImageScorer(2, 0).one_of_each]) == 72
+    assert list(range(144)[ImageScorer(2, 0).one_of_each]) == list(range(0, 144, 2))
     assert np.array_equal(images, scorer(pipeline)[0])
     assert OracleCallback(pipeline, scorer, Score(0.4, 0.0)).latest[0].size == 0
 
