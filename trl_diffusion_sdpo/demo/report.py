@@ -153,6 +153,8 @@ def plot_guidance(rows: list[Row], path: Path) -> None:
         panel.plot(x[:1], y[:1], **style, markerfacecolor="white", markeredgewidth=1.8)
         panel.plot(x[1:], y[1:], **style, label=f"{row.label} (scale {parts[1].guidance_scale:g})")
     panel.set_xscale("log")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("{x:g}")
     panel.set_title("Score and realism, without classifier-free guidance (open) and with it", fontsize=13, loc="left")
     panel.set_xlabel("Frechet distance to the world's preferred drawings (left = nearer)", fontsize=11)
     panel.set_ylabel("oracle score", fontsize=11)
