@@ -54,7 +54,7 @@ from trl_diffusion_sdpo.demo.oracle import oracle_score
 from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, load_base_pipeline
 from trl_diffusion_sdpo.demo.world import IMAGE_SIZE
 
-GRID_ROWS = 6
+GRID_ROWS = 8
 
 
 class Sampler:
@@ -122,7 +122,7 @@ class Sampler:
         return rounded(found | {"predictions": predictions})
 
     def meter(self, prompts: list[str]) -> ImageMeter:
-        return meter_of(tuple(prompts), 1 if self.plan.is_smallest else DRAWINGS_PER_PROMPT)
+        return meter_of(tuple(prompts), 4 if self.plan.is_smallest else DRAWINGS_PER_PROMPT)
 
     def noise(self, part: str, seed: int) -> tuple[list[str], torch.Tensor]:
         """Prompts and latents of a part, the same for every setting of a seed."""

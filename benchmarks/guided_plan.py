@@ -166,11 +166,12 @@ def second_grid() -> list[Setting]:
 
 def more_grid() -> list[Setting]:
     """Under other settings of the training."""
-    found = []
+    found, high_g = [], (3.0, 5.0)
     for model in MORE_MODELS:
-        found += grid(Kind(model), LOW_G)
+        found += grid(Kind(model), high_g if "recipe" in model else (2.0, 3.0))
         if "recipe" in model:
-            found += grid(Kind(model, "prediction"), LOW_G, (2.0, 3.0, 6.0) if "LoRA" in model else (2.0, 3.0))
+            found += grid(Kind(model, "prediction"), high_g, (3.0, 6.0))
+            found += grid(Kind(model, "prediction", "low"), high_g, (4.0, 6.0))
     return found
 
 

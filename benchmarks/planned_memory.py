@@ -3,7 +3,7 @@
 Both sides get the same words of the command line. Planned is what `trl-diffusion-sdpo plan` computes from the
 configuration files of a pipeline; measured is the third step of the trainer on that pipeline, with random weights. On
 CUDA, the allocator's peak. On the CPU, the bytes of all tensors that live before the step, and the allocations that the
-profiler records within it.
+profiler records within it. `--engines` compares a process of two instead, see `planned_processes.py`.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import json
 import re
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import diffusers
 import torch
+from planned_processes import ENGINES, compare_processes
 from random_pipeline import UNETS, build_pipeline, build_tokenizer, random_pairs, text_config
 from safeguard_overhead import peak_bytes
 from torch._subclasses.fake_tensor import FakeTensor
@@ -121,15 +123,8 @@ def living_storages() -> dict[int, int]:
 
 def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
     """Plan and measure a configuration of `"unet"` or `"transformer"`."""
-    pipeline, side = small_transformer(size) if kind == "transformer" else small_unet(size)
-    pipeline.save_pretrained(folder / "pipeline")
-    del pipeline  # a second copy of the weights would be measured
+    arguments, side = written(kind, words, size, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    common = f"--model_name_or_path {folder / 'pipeline'} --output_dir {folder / 'out'} --resolution {side}"
-    common += f" --max_steps {STEPS} --save_strategy no --report_to none --disable_tqdm true --logging_strategy no"
-    if kind == "transformer":
-        common += f" {WITHOUT_T5}"
-    arguments = f"{common} {words}".split()
     planned = PlannedSettings(arguments, "plan", device, None).plan(Planner(device), {}).peak
     _, training, model = train.parse(arguments + (["--use_cpu", "true"] if device == "cpu" else []))
     meter = PeakMeter(living_storages())
@@ -139,6 +134,24 @@ def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
     )
     trainer.train()
     return Row(name, words, planned, meter.peak)
+
+
+def written(kind: str, words: str, size: str, folder: Path) -> tuple[list[str], int]:
+    """Write the pipeline of a configuration; its words, and the side of its images."""
+    pipeline, side = small_transformer(size) if kind == "transformer" else small_unet(size)
+    pipeline.save_pretrained(folder / "pipeline")
+    common = f"--model_name_or_path {folder / 'pipeline'} --output_dir {folder / 'out'} --resolution {side}"
+    common += f" --max_steps {STEPS} --save_strategy no --report_to none --disable_tqdm true --logging_strategy no"
+    if kind == "transformer":
+        common += f" {WITHOUT_T5}"
+    return f"{common} {words}".split(), side
+
+
+def compare_engine(name: str, engine: str, size: str, folder: Path) -> Row:
+    """Plan and measure a process of two under an engine."""
+    kind, words = CASES[name]
+    planned, measured = compare_processes(engine, written(kind, words, size, folder)[0], folder)
+    return Row(f"{name}, {engine}", words, planned, measured)
 
 
 def small_unet(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
@@ -194,9 +207,10 @@ def kept_rows(file: Path) -> dict[str, Row]:
     return {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.is_file() else {}
 
 
-def rewritten(page: str, rows: list[Row]) -> str:
+def rewritten(page: str, rows: list[Row], name: str = "peaks") -> str:
     """The page with these rows in its table, which is between two comments."""
-    return re.sub(r"(<!-- table: peaks -->\n).*?(<!-- end -->)", rf"\1\n{table(rows)}\n\n\2", page, flags=re.DOTALL)
+    found = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+    return re.sub(found, rf"\1\n{table(rows)}\n\n\2", page, flags=re.DOTALL)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,18 +218,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet; the transformer is of like size")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows of other configurations stay in it")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="two processes on the CPU under each of these")
     parser.add_argument("--docs", action="store_true", help="write the rows of the output into docs/memory_planner.md")
     options = parser.parse_args(arguments)
+    if options.engines and options.output == RESULTS:
+        options.output = RESULTS.with_name("planned_processes.json")
     rows = kept_rows(options.output)
-    for name in tqdm(options.only, unit="run", leave=False, disable=None):
+    for name, engine in tqdm(list(product(options.only, options.engines or [None])), unit="run", disable=None):
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = compare(name, *CASES[name], options.size, Path(folder))
-        tqdm.write(table([rows[name]]).splitlines()[-1])
+            if engine is None:
+                row = compare(name, *CASES[name], options.size, Path(folder))
+            else:
+                row = compare_engine(name, engine, options.size, Path(folder))
+        rows[row.name] = row
+        tqdm.write(table([row]).splitlines()[-1])
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
     print(table(list(rows.values())))
     if options.docs:
-        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
+        name = "processes" if options.engines else "peaks"
+        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), list(rows.values()), name), encoding="utf-8")
     return 0
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from diffusers import FluxPipeline, QwenImagePipeline, ZImagePipeline
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
-from trl_diffusion_sdpo.artifacts.lora_export import to_kohya
+from trl_diffusion_sdpo.artifacts.lora_export import export_kohya, to_kohya
+from trl_diffusion_sdpo.artifacts.setup import record_recommended_scale
 from trl_diffusion_sdpo.artifacts.weights import ranks, split_key
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
@@ -119,6 +121,23 @@ FLUX_BLOCK = {
     "transformer_blocks.0.ff_context.net.2": (FLUX_WIDTH, 32),
     **{f"single_transformer_blocks.1.attn.{name}": (FLUX_WIDTH, 8) for name in ("to_q", "to_k", "to_v")},
 }
+
+
+def test_the_recommended_weight_is_in_the_metadata(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
+    trainer.save_model()
+
+    def metadata_with(weights, name):
+        record_recommended_scale(tmp_path / "run", {"weights": weights}, average=False)
+        export_kohya(tmp_path / "run", tmp_path / name)
+        with safe_open(tmp_path / name, "pt") as file:
+            return file.metadata()
+
+    assert metadata_with(0.5, "half.safetensors") == {
+        "format": "pt",
+        "modelspec.usage_hint": "Recommended weight: 0.5",
+    }
+    assert metadata_with(1.0, "whole.safetensors") == metadata_with(None, "none.safetensors") == {"format": "pt"}
 
 
 def test_diffusers_reads_what_is_written_for_flux():

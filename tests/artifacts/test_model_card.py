@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from trl_diffusion_sdpo.artifacts.model_card import ModelCardFacts, build_model_card
+from trl_diffusion_sdpo.artifacts.recommended_scale import with_recommended_scales
 
 TOKEN = "hf_" + "a1B2" * 8
 
@@ -210,3 +211,16 @@ def test_the_code_on_the_card_loads_what_was_tuned(tuning, sd_folder, make_sd_pi
         assert lora and all((tuned[name] == 1).all() for name in lora)
     else:
         assert not torch.equal(tuned["conv_in.weight"], untuned["conv_in.weight"])
+    assert_guided_is_another_image(card, names["image"])
+
+
+def assert_guided_is_another_image(card, image):
+    """The code with a recommended scale runs as well, from the same noise, and generates something else."""
+    reference = {} if "load_lora" in card.text or "Peft" in card.text else {"repository": "base", "subfolder": "unet"}
+    facts = {"prediction": 2.0, "sentence": "Scale 2."} | ({"reference": reference} if reference else {})
+    guided = with_recommended_scales(card.text, {"recommended_scale": facts})
+    snippet = re.search(r"```python\n(.*?)```", guided, re.DOTALL)[1].replace('pipeline.to("cuda")\n', "")
+    assert "preference_guidance(pipeline, scale=2.0" in snippet
+    names = {}
+    exec(snippet.replace('("a red cube")', '("a red cube", num_inference_steps=1)'), names)
+    assert names["image"].size == image.size and names["image"].tobytes() != image.tobytes()
