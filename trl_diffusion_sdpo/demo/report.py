@@ -148,7 +148,7 @@ def plot_guidance(rows: list[Row], path: Path) -> None:
         colour, marker = STYLES[row.key]
         parts = (row.guided.plain, row.guided.best)
         x, y = [_measure(part, "frechet") for part in parts], [part.score.mean for part in parts]
-        style = {"color": colour, "marker": marker or "X", "ms": 10, "linestyle": ""}
+        style: dict[str, Any] = {"color": colour, "marker": marker or "X", "ms": 10, "linestyle": ""}
         panel.plot(x, y, color=colour, lw=1.6, alpha=0.6)
         panel.plot(x[:1], y[:1], **style, markerfacecolor="white", markeredgewidth=1.8)
         panel.plot(x[1:], y[1:], **style, label=f"{row.label} (scale {parts[1].guidance_scale:g})")
