@@ -90,9 +90,14 @@ def peak_within(trace: dict, before: dict[int, int]) -> int:
             living[event["Addr"]] = event["Bytes"]
         else:
             living.pop(event["Addr"], None)
-    allocated = peak = sum((living | before).values())
+    living |= before
+    allocated = peak = sum(living.values())
     for event in (e["args"] for e in changes if e["ts"] >= begin):
-        allocated += event["Bytes"]
+        # What lived at the address was freed, also where a thread of gloo did it, which the profiler does not see.
+        allocated -= living.pop(event["Addr"], 0)
+        if event["Bytes"] > 0:
+            living[event["Addr"]] = event["Bytes"]
+            allocated += event["Bytes"]
         peak = max(peak, allocated)
     return peak
 

@@ -34,10 +34,8 @@ def measure(case: dict, folder: Path) -> None:
     if case["engine"].startswith("zero"):
         zero = trainer.model_wrapped.optimizer
         optimizer = zero.optimizer
-        if case["args"].get("bf16"):
-            names = {"zero3": "fp32_partitioned_groups_flat"}
-            name = names.get(case["engine"], "single_partition_of_fp32_groups")
-            found["float32 weights"] = sum(part.nbytes for part in vars(zero)[name])
+        name = {"zero3": "fp32_partitioned_groups_flat"}.get(case["engine"], "single_partition_of_fp32_groups")
+        found["float32 weights"] = sum(part.nbytes for part in vars(zero)[name])
         if case["engine"] == "zero3":
             found["gradients"] = zero.grad_partitions_flat_buffer.nbytes
             found["DeepSpeed's bucket"] = sum(bucket.buffer.nbytes for bucket in zero.ipg_buckets.values())

@@ -52,7 +52,7 @@ def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])  # ZeRO-3's plan is too low
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_a_plan_is_what_a_step_allocates_in_one_of_two_processes(benchmark, engine, tmp_path):
     row = benchmark.compare_engine("UNet, full", engine, "tiny", tmp_path)
     assert row.ratio == pytest.approx(1, abs=0.1), row
@@ -65,6 +65,7 @@ def test_the_peak_of_a_profile_counts_what_lives_before_the_step_once(benchmark)
         return {"name": "[memory]", "ts": time, "args": {"Addr": address, "Bytes": size}}
 
     changes = [change(1, 1, 10), change(2, 2, 20), change(3, 3, 40), change(4, 3, -40), change(11, 4, 80)]
+    changes += [change(11.5, 4, 80)]  # freed by a thread of gloo, which the profiler does not see
     changes += [change(12, 2, -20), change(13, 5, 15), change(21, 6, 1000)]
     events = [*changes[::-1], {"name": "the measured step", "ts": 10, "dur": 10}, {"name": "other", "ts": 0}]
     peak = sys.modules["planned_processes"].peak_within({"traceEvents": events}, {1: 10, 9: 5})
@@ -187,7 +188,7 @@ def test_fsdp2_gathers_the_block_that_runs_and_the_next_one():
     assert Layout("fsdp2", 2, half=True, units=("Block",)).gathered(model) == 2 * 78
     assert Layout("fsdp2", 2, half=True, units=("Block",)).gathered(model.bfloat16()) == 2 * 78, "not halved again"
     assert Layout("fsdp2", 2, units=("Block",), reshards=False).gathered(model) == 2 * 68
-    assert Layout("zero3", 2, half=True, live=50).gathered(model) == 50 * 2
+    assert Layout("zero3", 2, half=True, live=50, prefetch=60).gathered(model) == (50 + 60) * 2
 
 
 def test_the_command_writes_its_numbers_and_a_chart_and_leaves_no_fake_tensor(sdxl_folder, tmp_path):

@@ -79,7 +79,12 @@ def _of_json(config: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": _zero(given.get("stage", 0)), "overlaps": given.get("overlap_comm") is True}
     for part, name in (("optimizer", "offloads_optimizer"), ("param", "offloads_weights")):
         facts[name] = _offloads(_mapping(given.get(f"offload_{part}"), f"offload_{part}").get("device"))
-    for key, name in (("reduce_bucket_size", "bucket"), ("stage3_max_live_parameters", "live")):
+    names = {
+        "reduce_bucket_size": "bucket",
+        "stage3_max_live_parameters": "live",
+        "stage3_prefetch_bucket_size": "prefetch",
+    }
+    for key, name in names.items():
         if isinstance(given.get(key), (int, float)):  # "auto" leaves DeepSpeed's default
             facts[name] = int(given[key])
     return facts

@@ -27,6 +27,7 @@ class Layout:
         reshards (`bool`): Whether FSDP2 frees gathered blocks after the forward pass.
         bucket, live (`int`): Elements that DeepSpeed reduces at once, and that ZeRO-3 holds gathered at most.
             Source: https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training
+        prefetch (`int`): Elements that ZeRO-3 gathers at once, in a buffer from which it copies each weight.
         overlaps (`bool`): Whether ZeRO-1 and 2 reduce a bucket while the next one fills.
     """
 
@@ -39,6 +40,7 @@ class Layout:
     reshards: bool = True
     bucket: int = 500_000_000
     live: int = 1_000_000_000
+    prefetch: int = 50_000_000
     overlaps: bool = False
 
     @property
@@ -84,7 +86,8 @@ class Layout:
         width = 4 if self._is_exact(by_branch) else 2
         found = {
             "optimizer": self.share(states),
-            "float32 weights": self.share(self.rounded_in_place(trained)),
+            # DeepSpeed clones the shard that it steps, also where weights are in float32.
+            "float32 weights": self.share(4 * trained) if self._is_zero else 0,
             "gradients": 0,
             "DDP's buckets": 4 * trained if self.name == "ddp" else 0,
         }
@@ -103,7 +106,9 @@ class Layout:
         """Bytes of whole weights that a pass has gathered at once."""
         everything = sum(weight.numel() * self._computed(weight) for weight in denoiser.parameters())
         if self.name == "zero3":
-            return min(everything, self.live * (2 if self.half else 4))
+            # The buffer stays until the last weight that was gathered with it is used.
+            width = 2 if self.half else 4
+            return min(everything, self.live * width) + min(everything, self.prefetch * width)
         if self.name != "fsdp2":
             return 0
         if not self.reshards:
