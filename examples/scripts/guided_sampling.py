@@ -4,7 +4,8 @@
 # ///
 """Images of a prompt at several scales of preference guidance, from equal noise, side by side in one file.
 
-Scale 1 is the tuned model, and larger scales go on in the direction from the model before training, here at low noise:
+Scale 1 is the tuned model, and larger scales go on in the direction from the model before training, here at low noise.
+Scale 0 is that model without classifier-free guidance, or with `--form both`:
 
 ```bash
 python examples/scripts/guided_sampling.py --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -38,6 +39,7 @@ def parse(argv):
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 1.0, 2.0, 3.0, 4.0])
     parser.add_argument("--form", default="conditional", choices=("conditional", "both", "npo"))
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels in [0, 1]")
+    parser.add_argument("--allow_distilled", action="store_true", help="guide a model of few steps all the same")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's own if unset")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--images", type=int, default=4, help="for each scale")
@@ -64,6 +66,7 @@ def main(argv=None):
     guided = {
         "reference": None if args.negative_lora is None else "negative",
         "form": args.form,
+        "allow_distilled": args.allow_distilled,
         "interval": None if args.interval is None else tuple(args.interval),
     }
     scales = [None] if args.form == "npo" else args.scales

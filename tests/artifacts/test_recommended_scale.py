@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trl_diffusion_sdpo.artifacts.model_card import ModelCardFacts, build_model_card
-from trl_diffusion_sdpo.artifacts.recommended_scale import MARK, with_recommended_scales
+from trl_diffusion_sdpo.artifacts.recommended_scale import MARK, UNCHANGED, with_recommended_scales
 from trl_diffusion_sdpo.artifacts.run_card import CARD_FILE, update_recommended_scales
 from trl_diffusion_sdpo.artifacts.setup import (
     fingerprint,
@@ -133,3 +133,64 @@ def test_a_recommendation_lasts_as_long_as_the_weights(tmp_path, make_sd_pipelin
     assert still_recommended(tmp_path, {False: weights, True: weights}).keys() == {"recommended_scale"}
     assert still_recommended(tmp_path, {False: others, True: None}) == {}
     assert json.loads(Path(tmp_path / "diffusion_sdpo_setup.json").read_text())["tuning"] == "full"
+
+
+SCORED = {"recommended_scale": {**GUIDED["recommended_scale"], "call": {"guidance_scale": 5.0}}}
+
+
+@pytest.mark.parametrize("weights", [1.0, 0.5])
+def test_the_code_generates_with_the_guidance_at_which_the_scale_was_measured(weights):
+    prediction = 2.5 if weights == 1 else 1.0
+    facts = {**SCORED["recommended_scale"], "weights": weights, "prediction": prediction}
+    plain = card(generation_kwargs={"max_sequence_length": 64})
+    text = with_recommended_scales(plain, {"recommended_scale": facts})
+    lines = code_of(text).splitlines()
+    call = '(prompt="a photo of an astronaut riding a horse", max_sequence_length=64, guidance_scale=guidance_scale)'
+    assert lines[-1].strip() == f"image = pipeline{call}.images[0]"
+    assert f"guidance_scale = 5.0{MARK}" in lines
+    assert with_recommended_scales(text, {}) == plain
+    assert with_recommended_scales(text, {"recommended_scale": facts}) == text
+    compile(code_of(text), "card", "exec")
+
+
+def test_an_argument_of_a_user_stays():
+    mine = 'pipeline("é 🦊", guidance_scale=3.0)'
+    edited = card().replace('pipeline(prompt="a photo of an astronaut riding a horse")', mine)
+    assert f"    image = {mine}.images[0]" in code_of(with_recommended_scales(edited, SCORED))
+    several = edited.replace(mine, 'pipeline(\n    "é 🦊",\n)')
+    text = with_recommended_scales(several, SCORED)
+    assert '"é 🦊", guidance_scale=guidance_scale,\n' in text and with_recommended_scales(text, {}) == several
+
+
+def test_imports_over_several_lines_and_strings_of_a_user_are_not_broken():
+    imports = "from diffusers import (\n    AutoModel,\n    DiffusionPipeline,\n)"
+    edited = card().replace("from diffusers import DiffusionPipeline", imports)
+    text = with_recommended_scales(edited, GUIDED)
+    assert f"{imports}\nfrom trl_diffusion_sdpo import preference_guidance{MARK}\n" in text
+    compile(code_of(text), "card", "exec")
+    assert with_recommended_scales(text, {}) == edited
+    prompt = '"a photo of an astronaut riding a horse"'
+    edited = edited.replace(prompt, '"""a photo\nof an astronaut"""')
+    text = with_recommended_scales(edited, GUIDED)
+    assert code_of(text) == code_of(edited) and UNCHANGED in text
+    edited = card().replace(f"prompt={prompt}", "prompt for prompt in prompts")  # to which no argument can be added
+    text = with_recommended_scales(edited, SCORED)
+    assert code_of(text) == code_of(edited) and UNCHANGED in text
+
+
+def test_code_in_which_a_scale_of_the_weights_cannot_be_set_says_so():
+    text = with_recommended_scales(card(loads_lora=False), SCALED)
+    assert code_of(text) == code_of(card(loads_lora=False)) and text.count(UNCHANGED) == 1
+    assert UNCHANGED not in with_recommended_scales(card(), SCALED)
+
+
+def test_a_distilled_model_is_guided_as_it_was_swept():
+    facts = {**GUIDED["recommended_scale"], "distilled": True}
+    assert "scale=2.5, allow_distilled=True):" in with_recommended_scales(card(), {"recommended_scale": facts})
+
+
+def test_newlines_stay_as_they_are():
+    mixed = card().replace("\n", "\r\n", 1)
+    assert with_recommended_scales(mixed, {}) == mixed
+    text = with_recommended_scales(mixed, GUIDED)
+    assert text.count("\r\n") == 1 and with_recommended_scales(text, {}) == mixed

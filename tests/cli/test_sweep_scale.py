@@ -21,6 +21,7 @@ from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, read_run, 
 from trl_diffusion_sdpo.cli import sweep_scale
 from trl_diffusion_sdpo.cli.errors import is_own
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.cli.sweep_images import _first_prompts
 from trl_diffusion_sdpo.evaluation import scale_images, scale_sweep
 from trl_diffusion_sdpo.evaluation.scale_images import ScaleImages, checked_scores
 from trl_diffusion_sdpo.import_utils import EXTRAS
@@ -445,8 +446,9 @@ def test_scores_recommend_a_scale_for_the_set_up_file_and_the_card(generate, swe
     prompts, args = [f"prompt {i}" for i in range(8)], json.loads((folder / "training_args.json").read_text())
     (folder / "training_args.json").write_text(json.dumps({**args, "sample_prompts": prompts}))
     (tmp_path / "scores_of_a_test.py").write_text(SCORER)
-    asked = ["--scales", 1, 2, "--scorer", "scores_of_a_test:by_call", "--sample_inference_steps", 1]
+    asked = ["--scales", 1, 2, "--sample_inference_steps", 1, "--sample_guidance_scale", 3]
     asked += ["--output_dir", folder / "scale_sweep"]
+    unscored, asked = asked, [*asked, "--scorer", "scores_of_a_test:by_call"]
     card = (folder / "README.md").read_text()
     assert generate(folder, *asked) == 0
     from scores_of_a_test import calls
@@ -462,7 +464,23 @@ def test_scores_recommend_a_scale_for_the_set_up_file_and_the_card(generate, swe
         assert f"](scale_sweep/{grid})" in updated
     assert generate(folder, *asked) == 0  # nothing is scored again, and the card is the same
     assert len(calls) == 3 and (folder / "README.md").read_text() == updated
+    assert "guidance_scale = 3.0  # for the recommended scale" in updated and recommended["call"] == {
+        "guidance_scale": 3.0
+    }
+    assert generate(folder, *unscored) == 0  # by the scores that are kept
+    assert (folder / "README.md").read_text() == updated
     assert sweep(folder, "--scales", 1) == 0  # another sweep, without scores
+    assert (folder / "README.md").read_text() == updated
+    assert "an earlier sweep is kept" in capsys.readouterr().out
+    (folder / "diffusion_sdpo_setup.json").write_text(
+        json.dumps(
+            {
+                **json.loads((folder / "diffusion_sdpo_setup.json").read_text()),
+                "recommended_scale": {**recommended, "of": "other weights"},
+            }
+        )
+    )
+    assert sweep(folder, "--scales", 1) == 0
     assert "preference_guidance(" not in (folder / "README.md").read_text()
 
 
@@ -540,6 +558,41 @@ def test_a_scorer_that_cannot_be_called_is_told_before_anything_is_loaded(genera
     assert said in error and "Traceback" not in error and "Loading" not in error
 
 
+@pytest.mark.parametrize("named", [["--prompts", *"abcdefg"], ["--max_pairs", "6"]])
+def test_too_few_prompts_for_a_scorer_are_told_before_anything_is_made(generate, tmp_path, lora_run, named, capsys):
+    """Seven that are named, and those of six pairs."""
+    assert generate(lora_run[0], "--scorer", "builtins:print", *named) == 2
+    assert "Name 8 or more with `--prompts`" in capsys.readouterr().err
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+class Pairs:
+    """Pairs by their prompts, which counts the pairs that are read."""
+
+    def __init__(self, prompts):
+        self.all, self.read = prompts, 0
+
+    def __len__(self):
+        return len(self.all)
+
+    def first(self, count):
+        self.read += count
+        view = Pairs(self.all[:count])
+        view.prompts = lambda: set(view.all)
+        return view
+
+
+def test_the_first_prompts_of_pairs_are_distinct_not_empty_in_order_and_found_in_linear_time():
+    ten = [f"prompt {i}" for i in (3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 97)]
+    assert _first_prompts(Pairs(["", ten[0], " ", *ten])) == [f"prompt {i}" for i in (3, 1, 4, 5, 9, 2, 6, 35)]
+    late = ["a"] * 1000 + ["b"] * 999 + ["c"]
+    pairs = Pairs(late)
+    assert _first_prompts(pairs) == ["a", "b", "c"]
+    assert pairs.read < 50 * len(late)  # a scan for each pair reads 1000 times as many
+    with pytest.raises(ValueError, match="are empty"):
+        _first_prompts(Pairs(["", " "]))
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -566,10 +619,10 @@ def test_folders_that_are_no_run_are_errors(sweep, tmp_path, train_run, capsys):
     assert "`ema_decay`" in capsys.readouterr().err
 
 
-def test_weights_that_were_merged_with_their_base_are_refused(sweep, tmp_path, lora_run, capsys):
+def test_weights_of_another_scale_than_1_are_refused(sweep, tmp_path, lora_run, capsys):
     assert sweep(lora_run[0], "--scales", 1, "--bake", 0.25, "--baked_dir", tmp_path / "baked", "--max_pairs", 1) == 0
     assert sweep(tmp_path / "baked") == 2
-    assert "merged with their base, at scale 0.25" in capsys.readouterr().err
+    assert "holds weights of scale 0.25 already, written by `--bake`" in capsys.readouterr().err
 
 
 def test_baking_over_other_files_is_refused(sweep, sd_folder, lora_run, capsys):

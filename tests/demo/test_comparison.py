@@ -161,6 +161,21 @@ def test_results_of_an_earlier_version_are_made_anew_and_those_of_other_settings
     assert result_file.is_file()
 
 
+def test_results_of_an_earlier_version_that_cannot_be_removed_are_not_read_as_new(tmp_path):
+    settings = {"seed": 0, "max_steps": 2, "pairs": "off_policy", "samples_per_prompt": 1}
+    folder, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "runs").symlink_to(elsewhere)  # which `rmtree` refuses
+    (folder / "settings.json").write_text(json.dumps(settings))
+    for _ in range(2):
+        with pytest.raises(OSError, match="symbolic link"):
+            claim_folder(folder, {**settings, "version": VERSION})
+    (folder / "runs").unlink()
+    claim_folder(folder, {**settings, "version": VERSION})
+    assert json.loads((folder / "settings.json").read_text())["version"] == VERSION
+
+
 @pytest.mark.matrix
 def test_the_verdicts_on_the_whole_runs_are_those_that_the_docs_state(tmp_path):
     found = run_demo(tmp_path, samples_per_prompt=1, gentle=False)

@@ -91,6 +91,18 @@ def test_a_scale_of_0_says_that_the_base_is_as_good():
     assert found.sentence.count("the base, which no scale") == 2
 
 
+@pytest.mark.parametrize(("change", "word"), [(0.05, "worse"), (3.0, "ruined")])
+def test_no_guidance_goes_beyond_a_model_whose_winners_are_worse(change, word):
+    rising = scored(at_0=0.4, at_1=0.5, at_2=0.6)
+    lost = [row(0.0, 0.0), row(0.5, 0.0), row(1.0, change), row(2.0, 2 * change)]
+    found = recommend(lost, {"weights": rising, "prediction": rising}, scorer="mine:score")
+    assert found.prediction == 1.0 and f"None above 1 is, as the tuned model's held-out winners are {word}." in (
+        found.sentence
+    )
+    beyond = {"weights": scored(at_2=0.6), "prediction": scored(at_2=0.6)}
+    assert recommend(lost, beyond, scorer="mine:score").prediction is None
+
+
 def test_few_images_and_few_pairs_recommend_nothing_by_them():
     scores = {
         form: {scale: values[:7] for scale, values in scored(at_0=0.1, at_1=0.2, at_2=0.9).items()}

@@ -93,7 +93,7 @@ def test_a_grid_has_a_column_for_each_scale_and_a_row_for_each_prompt(tmp_path, 
     draw_grid(made, "weights", [0.0, 1.0, 2.0], tmp_path / "grid.png", heads=heads, scores=scores)
     panels = np.array(drawn[0].axes).reshape(2, 3)
     assert [axes.get_title() for axes in panels[0]] == [
-        "0 (base)\nscore 0.5 ± 0.5",
+        "base\nscore 0.5 ± 0.5",
         "1 (tuned)\nwinners +1.00% ± 0.10%\nscore 10.5 ± 0.5",
         "2\nscore 20.5 ± 0.5",
     ]
@@ -101,3 +101,14 @@ def test_a_grid_has_a_column_for_each_scale_and_a_row_for_each_prompt(tmp_path, 
     for row in (0, 1):
         assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in panels[row]] == [row, 10 + row, 20 + row]
         assert [axes.get_xlabel() for axes in panels[row]] == [str(row), str(10 + row), str(20 + row)]
+
+
+def test_scores_are_of_the_scales_whose_images_all_have_one(tmp_path, made):
+    more = images_in(tmp_path, scales=(3.0,))
+    assert more.only_scorer == "red"
+    assert {form: list(found) for form, found in more.scores("red").items()} == {
+        "weights": [0.0, 1.0, 2.0],
+        "prediction": [0.0, 1.0, 2.0],
+    }
+    made.score("other", red, lambda count: None)
+    assert images_in(tmp_path).only_scorer is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import threading
 import warnings
 
@@ -498,12 +499,18 @@ def test_warnings(own, caplog):
         with preference_guidance(own, **options):
             draw(own)
         assert [message in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_models_that_are_distilled_to_few_steps_are_guided_only_where_that_is_asked_for(own):
     own.scheduler = LCMScheduler.from_config(own.scheduler.config)
-    with preference_guidance(own):
-        pass
-    assert "generates in few steps (LCMScheduler)" in caplog.text
     schnell = quiet(case("flux_schnell").build())
     add_lora(schnell.transformer, "tuned")
-    with preference_guidance(schnell):
-        pass
-    assert "FLUX.1 model generates in few steps (it is distilled)" in caplog.text
+    for pipeline, said in ((own, "(LCMScheduler)"), (schnell, "FLUX.1 model generates in few (it is distilled)")):
+        for options in ({}, {"scale": 1.5}, {"form": "npo"}):
+            refused = pytest.raises(ValueError, match=re.escape(said))
+            with refused as caught, preference_guidance(pipeline, **options):
+                pass
+            assert "`allow_distilled=True`" in str(caught.value)
+        for options in ({"scale": 1.0}, {"scale": 3.0, "allow_distilled": True}):
+            with preference_guidance(pipeline, **options):
+                pass

@@ -84,8 +84,8 @@ def read_run(folder: str | Path, *, average: bool = False) -> SavedRun:
         )
     if "scale" in setup:
         raise ValueError(
-            f"A run is scaled from the weights that it trained, and {folder} holds weights that were merged with their "
-            f"base, at scale {setup['scale']:g}. Pass the run's own folder."
+            f"A run is scaled from the weights that it trained, and {folder} holds weights of scale "
+            f"{setup['scale']:g} already, written by `--bake`. Pass the run's own folder."
         )
     weights = folder / EMA_FOLDER if average else folder
     if not weights.is_dir():

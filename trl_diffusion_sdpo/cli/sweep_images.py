@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import copy
 import functools
@@ -89,18 +90,19 @@ def make(
     run: SavedRun,
     trainer: DiffusionSDPOTrainer,
     weights: ScaledWeights,
+    prompts: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     scorer: Scorer | None,
 ) -> dict[str, Any]:
     """Generate and score the missing images, and draw all; `rows` are those of the sweep. Returns the scores, the
     scorer's name and the guidance scale, as [`~trl_diffusion_sdpo.evaluation.recommended_scale.recommend`] takes
-    them."""
+    them. Without a scorer, those of the one that an earlier call had."""
     from tqdm.auto import tqdm
 
     from ..evaluation.scale_images import ScaleImages
 
     folder = Path(trainer.args.output_dir)
-    sampler = Sampler(options, run, trainer, weights)
+    sampler = Sampler(options, run, trainer, weights, prompts)
     images = ScaleImages(folder, sampler.settings(run), sampler.prompts, sampler.seed)
     scales = images.add_scales(options.scales)
     sampler.generate(images)
@@ -108,10 +110,11 @@ def make(
     if scorer is not None:
         with tqdm(desc="Scores", unit="image", leave=False) as bar:
             images.score(options.scorer, scorer, bar.update)
-    scores = images.scores(options.scorer)
+    name = options.scorer or images.only_scorer
+    scores = images.scores(name)
     _draw(images, scales, folder, rows, scores)
     print(f"The images are in {images.folder}, and side by side in {' and '.join(GRID_FILES.values())} beside them.")
-    return {"scores": scores, "scorer": options.scorer, "guidance_scale": sampler.guidance_scale}
+    return {"scores": scores, "scorer": name if scores else None, "guidance_scale": sampler.guidance_scale}
 
 
 class Sampler:
@@ -123,7 +126,12 @@ class Sampler:
     """
 
     def __init__(
-        self, options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer, weights: ScaledWeights
+        self,
+        options: argparse.Namespace,
+        run: SavedRun,
+        trainer: DiffusionSDPOTrainer,
+        weights: ScaledWeights,
+        prompts: Sequence[str],
     ):
         from ..runs.resuming import stored_settings
         from ..trainer.sample_images import SampleImagesCallback
@@ -135,7 +143,7 @@ class Sampler:
         steps = options.sample_inference_steps or stored.get("sample_inference_steps")
         self.steps: int = steps or trainer.args.sample_inference_steps
         self.seed: int = trainer.args.seed if options.seed is None else options.seed
-        self.prompts = options.prompts or stored.get("sample_prompts") or _prompts_of(trainer.eval_dataset)
+        self.prompts = list(prompts)
         self._callback = SampleImagesCallback(
             trainer.family.pipeline,
             self.prompts,
@@ -214,7 +222,8 @@ def _guided(
     from ..trainer.sample_images import in_training_precision
 
     same = contextlib.nullcontext() if reference is None else in_training_precision(reference, autocast)
-    with same, preference_guidance(pipeline, scale, reference=reference):
+    # Whether it helps a distilled model is what its images are compared for.
+    with same, preference_guidance(pipeline, scale, reference=reference, allow_distilled=True):
         yield
 
 
@@ -233,18 +242,55 @@ def _given_prompts(given: Sequence[str]) -> list[str]:
     return prompts
 
 
-def _prompts_of(dataset: Any) -> list[str]:
-    """The first distinct prompts of the evaluated pairs."""
+def named_prompts(options: argparse.Namespace, run: SavedRun) -> list[str] | None:
+    """The prompts of `--prompts`, else of the run; `None` if neither names any.
+
+    Raises:
+        `ValueError`: If they are too few for a scorer.
+    """
+    from ..runs.resuming import stored_settings
+
+    named = options.prompts or stored_settings(run.folder).get("sample_prompts")
+    return _enough(options, named) if named else None
+
+
+def find_prompts(options: argparse.Namespace, run: SavedRun, dataset: Any) -> list[str]:
+    """The prompts of the images: named ones, else the first of the evaluated pairs.
+
+    Raises:
+        `ValueError`: If there are none, or too few for a scorer.
+    """
+    return named_prompts(options, run) or _enough(options, _first_prompts(dataset))
+
+
+def _enough(options: argparse.Namespace, prompts: list[str]) -> list[str]:
+    from ..evaluation.recommended_scale import FEWEST_IMAGES
+
+    if options.scorer is not None and len(prompts) < FEWEST_IMAGES:
+        raise ValueError(
+            f"Scores of fewer than {FEWEST_IMAGES} prompts do not count, and there are {len(prompts)}. Name "
+            f"{FEWEST_IMAGES} or more with `--prompts`, or leave `--scorer` out."
+        )
+    return prompts
+
+
+def _first_prompts(dataset: Any) -> list[str]:
+    """The first distinct prompts of the evaluated pairs that are not empty, in their order."""
     from ..evaluation.scale_images import PROMPTS
 
-    found: dict[str, None] = {}
-    for count in range(1, len(dataset) + 1):
-        found |= dict.fromkeys(sorted(dataset.first(count).prompts() - set(found)))
-        if len(found) == PROMPTS:
-            break
-    prompts = [prompt for prompt in found if prompt.strip()]
-    if not prompts:
+    found: list[str] = []
+
+    def others(count: int) -> list[str]:
+        """Prompts of the first `count` pairs that are not found yet."""
+        return [prompt for prompt in dataset.first(count).prompts() if prompt.strip() and prompt not in found]
+
+    count = PROMPTS
+    while count < len(dataset) and len(others(count)) < PROMPTS:
+        count *= 2  # a scan for each pair would take the square of their number
+    while len(found) < PROMPTS and others(count):
+        found += others(bisect.bisect_left(range(count), True, key=lambda first: bool(others(first))))
+    if not found:
         raise ValueError(
             "Images need prompts, and those of the evaluated pairs are empty. Name some with `--prompts`."
         )
-    return prompts
+    return found

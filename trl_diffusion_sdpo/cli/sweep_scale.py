@@ -83,11 +83,13 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.baked_dir is not None:
         check_free_folder(Path(options.baked_dir), run)
     scorer = None if options.scorer is None else sweep_images.load_scorer(options.scorer)
+    sweep_images.named_prompts(options, run)  # which may be too few
     trainer = _make_trainer(options, run)
+    prompts = [] if options.no_images else sweep_images.find_prompts(options, run, trainer.eval_dataset)
     weights = ScaledWeights(trainer.weight_files, run)
     settings = _settings(options, run, trainer, weights)
     rows = _evaluate(trainer, weights, options.scales, settings)
-    images = {} if options.no_images else sweep_images.make(options, run, trainer, weights, rows, scorer)
+    images = {} if options.no_images else sweep_images.make(options, run, trainer, weights, prompts, rows, scorer)
     _recommend(trainer, run, weights, rows, settings, images)
     if options.bake is not None:
         weights.save(Path(options.baked_dir), options.bake)
@@ -223,19 +225,20 @@ def _recommend(
 ) -> None:
     """Recommend a scale: on the terminal, in the sweep's file, in the run's set-up file and on its model card."""
     from ..artifacts.run_card import CARD_FILE, update_recommended_scales
-    from ..artifacts.setup import SETUP_FILE, record_recommended_scale
+    from ..artifacts.setup import RECOMMENDED, SETUP_FILE, recommended_scales, record_recommended_scale
     from ..evaluation import scale_sweep
     from ..evaluation.recommended_scale import recommend
     from ..runs.manifest import MANIFEST_FILE
 
     is_negative = run.setup.get("swap_labels") is True
     recommended = recommend(rows, is_negative=is_negative, **images).facts() | {"of": weights.fingerprint}
-    if run.lora is None:  # guidance needs the base's denoiser
-        recommended["reference"] = {"repository": _public_base(run), "subfolder": trainer.family.denoiser_name}
     folder = Path(trainer.args.output_dir).absolute()
-    if images and folder.is_relative_to(run.folder.absolute()):  # the card can show them
-        grids = [folder / name for name in sweep_images.GRID_FILES.values()]
-        recommended["grids"] = [grid.relative_to(run.folder.absolute()).as_posix() for grid in grids]
+    earlier = recommended_scales(run.setup).get(RECOMMENDED[run.is_average], {})
+    if earlier.get("of") == weights.fingerprint and earlier.get("scorer") and not recommended["scorer"]:
+        recommended = earlier
+        print("The recommendation of an earlier sweep is kept, as it has scores of these weights, and this one none:")
+    else:
+        recommended |= _for_the_card(trainer, run, recommended, folder if images else None)
     scale_sweep.write_sweep(folder / scale_sweep.SWEEP_FILE, settings, rows, recommended)
     print(recommended["sentence"])
     if (run.folder / MANIFEST_FILE).is_file():  # which holds the checksum of the set-up file
@@ -244,6 +247,27 @@ def _recommend(
     record_recommended_scale(run.folder, recommended, average=run.is_average)
     has_card = update_recommended_scales(run.folder)
     print(f"It is in {run.folder / SETUP_FILE}" + (f" and {run.folder / CARD_FILE}." if has_card else "."))
+
+
+def _for_the_card(
+    trainer: DiffusionSDPOTrainer, run: SavedRun, recommended: dict[str, Any], folder: Path | None
+) -> dict[str, Any]:
+    """What the model card's code and paragraph need besides the scales; `folder` has grids of images, if any."""
+    from ..guidance.preference_guidance import is_distilled
+
+    family = trainer.family
+    found: dict[str, Any] = {}
+    if recommended["scorer"]:  # the arguments by which the scored images differ from those of the card's call
+        plain = family.generation_kwargs(None)
+        guided = family.generation_kwargs(recommended["guidance_scale"])
+        found["distilled"] = is_distilled(family)  # its guidance has to be asked for
+        found["call"] = {name: value for name, value in guided.items() if plain.get(name) != value}
+    if run.lora is None:  # guidance needs the base's denoiser
+        found["reference"] = {"repository": _public_base(run), "subfolder": family.denoiser_name}
+    if folder is not None and folder.is_relative_to(run.folder.absolute()):  # the card can show them
+        grids = [folder / name for name in sweep_images.GRID_FILES.values()]
+        found["grids"] = [grid.relative_to(run.folder.absolute()).as_posix() for grid in grids]
+    return found
 
 
 def _public_base(run: SavedRun) -> str:

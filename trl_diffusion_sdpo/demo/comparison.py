@@ -296,7 +296,8 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if stored.get("version") != VERSION and all(stored.get(name) == settings[name] for name in CHOSEN):
             logger.warning("The results in %s are of an earlier version of the demo, and are made anew.", folder)
-            shutil.rmtree(folder / RUNS_FOLDER, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # what stays would be read as new
+                shutil.rmtree(folder / RUNS_FOLDER)
             stored = settings
         differing = [name for name in settings if stored.get(name) != settings[name]]
         if differing:

@@ -13,6 +13,7 @@ from .scale_sweep import percent, word_of
 # The rule and its reasons: docs/cli.md#the-recommended-scale.
 FEWEST_IMAGES = 8  # of a scale; with fewer, the standard error of their scores is too small too often
 KEPT = ("better", "unchanged")  # words of the verdict on winners that are not worse
+LOST = ("worse", "ruined")
 
 Scores = Mapping[float, Sequence[float]]  # by scale, of the images of all prompts in one order
 
@@ -54,7 +55,7 @@ def recommend(
     kept = [row for row in rows if row["scale"] > 0 and word_of(row) in KEPT]
     scores = scores if scores and _are_enough(scores) else {}
     weights, of_weights = _of_weights(rows, kept, scores.get("weights"))
-    prediction, of_prediction = (None, _OF_NEGATIVE) if is_negative else _of_prediction(scores.get("prediction"))
+    prediction, of_prediction = (None, _OF_NEGATIVE) if is_negative else _of_prediction(rows, scores.get("prediction"))
     by = f" Scores are those of `{scorer}`{_guided(guidance_scale)}." if scores else _why_unscored(scorer)
     return RecommendedScale(
         weights, prediction, f"{of_weights} {of_prediction}{by}", scorer if scores else None, guidance_scale
@@ -88,7 +89,8 @@ def _of_weights(
     allowed = {row["scale"]: row for row in kept}
     scale = best_scale({scale: found for scale, found in scores.items() if scale == 0 or scale in allowed})
     if scale == 0:
-        return 0.0, f"Recommended scale of the weights: 0, the base, which no scale with kept winners {_EXCELS}."
+        why = f"generate with the base, which no scale with kept winners {_EXCELS}"
+        return 0.0, f"Recommended scale of the weights: 0; {why}."
     why = f"{_BEST}, of those whose held-out winners are not worse"
     return (
         scale,
@@ -96,14 +98,22 @@ def _of_weights(
     )
 
 
-def _of_prediction(scores: Scores | None) -> tuple[float | None, str]:
+def _of_prediction(rows: Sequence[Mapping[str, Any]], scores: Scores | None) -> tuple[float | None, str]:
     """A scale of guidance in the prediction, and why."""
-    if scores is None:
+    if not scores:
         return 1.0, "Recommended scale of preference guidance: 1, as nothing scored the images of larger ones."
+    tuned = next((word_of(row) for row in rows if row["scale"] == 1), "not measured")
+    capped = ""
+    if tuned in LOST:  # more of a model's direction is more of what it lost
+        scores = {scale: found for scale, found in scores.items() if scale <= 1}
+        capped = f" None above 1 is, as the tuned model's held-out winners are {tuned}."
+    if not scores:
+        return None, f"No scale of preference guidance is recommended.{capped}"
     scale = best_scale(scores)
     if scale == 0:
-        return 0.0, f"Recommended scale of preference guidance: 0, the base, which no scale {_EXCELS}."
-    return scale, f"Recommended scale of preference guidance: {scale:g}, {_BEST} ({_mean(scores, scale)})."
+        why = f"generate with the base, which no scale {_EXCELS}"
+        return 0.0, f"Recommended scale of preference guidance: 0; {why}.{capped}"
+    return scale, f"Recommended scale of preference guidance: {scale:g}, {_BEST} ({_mean(scores, scale)}).{capped}"
 
 
 _BEST = "the smallest whose images score as the best ones, within a standard error"

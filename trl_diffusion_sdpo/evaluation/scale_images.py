@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -112,12 +113,20 @@ class ScaleImages:
             on_image(len(group))
 
     def scores(self, name: str | None) -> dict[str, dict[float, list[float]]]:
-        """Scores by form and scale, in the order of the prompts; empty without a scorer."""
+        """Scores by form and scale, in the order of the prompts, of the scales whose images all have one; empty without
+        a scorer."""
         known = self._scores.get(name, {}) if name is not None else {}
-        return {
-            form: {scale: [known[cell.name] for cell in self.row(form, scale)] for scale in self._scales}
-            for form in (FORMS if known else ())
-        }
+        found: dict[str, dict[float, list[float]]] = {}
+        for form, scale in itertools.product(FORMS, self._scales):
+            names = [cell.name for cell in self.row(form, scale)]
+            if known.keys() >= set(names):
+                found.setdefault(form, {})[scale] = [known[name] for name in names]
+        return found
+
+    @property
+    def only_scorer(self) -> str | None:
+        """The name of the one scorer whose scores are kept; `None` of none or several."""
+        return next(iter(self._scores)) if len(self._scores) == 1 else None
 
     def row(self, form: str, scale: float) -> list[Cell]:
         """The images of a form at a scale."""
@@ -218,7 +227,7 @@ def draw_grid(
 
 
 def _scale_name(scale: float) -> str:
-    return {0.0: "0 (base)", 1.0: "1 (tuned)"}.get(scale, f"{scale:g}")
+    return {0.0: "base", 1.0: "1 (tuned)"}.get(scale, f"{scale:g}")
 
 
 def _mean(scores: Sequence[float]) -> str:

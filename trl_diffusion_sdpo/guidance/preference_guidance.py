@@ -34,6 +34,7 @@ def preference_guidance(
     form: Form = "conditional",
     interval: tuple[float, float] | None = None,
     batched: bool = False,
+    allow_distilled: bool = False,
 ) -> Iterator[DiffusionPipeline]:
     """Guide all calls of a pipeline within the context by the difference of the tuned model from a reference.
 
@@ -43,8 +44,9 @@ def preference_guidance(
     Args:
         pipeline (`DiffusionPipeline`): With the tuned model, such as after `load_lora_weights`. Its class must have a
             [`Family`]; or a modular pipeline of the same model.
-        scale (`float`, *optional*, defaults to 3): From 0, which is the reference, over 1, which is the tuned model
-            and costs no second pass, to larger ones. Not for the form `"npo"`.
+        scale (`float`, *optional*, defaults to 3): From 0 over 1, which is the tuned model and costs no second
+            pass, to larger ones. 0 is the reference without classifier-free guidance, or with the form `"both"`. Not
+            for the form `"npo"`.
         reference (`nn.Module` or `str`, *optional*): A denoiser of the same architecture, dtype and device, or the name
             of an adapter, such as one that was tuned on swapped labels. By default the denoiser with its LoRA
             switched off.
@@ -61,6 +63,8 @@ def preference_guidance(
             sigma of flow matching, and for DDPM that of the flow with the same signal-to-noise ratio.
         batched (`bool`, *optional*, defaults to `False`): Predict with policy and reference in one batch, which needs
             more memory. Both must be LoRA or no LoRA of the same denoiser.
+        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to guide beyond a tuned model that is
+            distilled to few steps, for which nothing was measured; refused otherwise.
 
     Returns:
         A context manager that gives the pipeline. It restores everything at its end.
@@ -83,7 +87,8 @@ def preference_guidance(
     family = _family_of(pipeline)
     denoiser = family.denoiser
     _check_denoiser(denoiser)
-    _warn_of_few_steps(family)
+    if not allow_distilled and (scale > 1 or form == "npo"):
+        _check_steps(family)
     with contextlib.closing(predictor_of(denoiser, reference, batched=batched)) as predictor:
         guiding = Guide(family, predictor, form, scale, interval)
         guide(denoiser, guiding)
@@ -119,7 +124,8 @@ def _checked_scale(scale: float | None, form: Form) -> float:
         return DEFAULT_SCALE
     if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
         raise ValueError(
-            f"`scale` must be a finite number of at least 0, got {scale!r}. 0 is the reference, 1 the tuned model."
+            f"`scale` must be a finite number of at least 0, got {scale!r}. 1 is the tuned model; 0 is the reference "
+            "without classifier-free guidance, or with the form 'both'."
         )
     if scale > TRIED_SCALES:
         logger.warning(
@@ -154,14 +160,19 @@ def _check_denoiser(denoiser: nn.Module) -> None:
         )
 
 
-def _warn_of_few_steps(family: Family) -> None:
-    scheduler = type(family.pipeline.scheduler).__name__
-    if family.has_few_steps or scheduler in FEW_STEP_SCHEDULERS:
-        logger.warning(
-            "This %s model generates in few steps (%s). Guidance was measured with many steps only: compare scales on "
-            "images, from 1 upwards.",
-            family.name,
-            scheduler if scheduler in FEW_STEP_SCHEDULERS else "it is distilled",
+def is_distilled(family: Family) -> bool:
+    """Whether a pipeline is known to generate in few steps, by its denoiser or its scheduler."""
+    return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS
+
+
+def _check_steps(family: Family) -> None:
+    if is_distilled(family):
+        scheduler = type(family.pipeline.scheduler).__name__
+        raise ValueError(
+            "Preference guidance beyond the tuned model is for models of many steps, as few leave no room to correct "
+            f"one that went too far; this {family.name} model generates in few ("
+            f"{scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use scale 1 at most, or pass "
+            "`allow_distilled=True` and compare images."
         )
 
 
