@@ -54,8 +54,10 @@ def train(run: Run, root: Path) -> None:
 def merged(denoiser: Any) -> Weights:
     """The weights of a denoiser, its active LoRA merged into them. Going along the line from the reference to these is
     scaling the LoRA."""
-    if hasattr(denoiser, "merge_and_unload"):
-        denoiser = copy.deepcopy(denoiser).merge_and_unload()
+    if getattr(denoiser, "peft_config", None):
+        denoiser = copy.deepcopy(denoiser)
+        denoiser.fuse_lora()
+        denoiser.unload_lora()
     # What the trainer averages is a wrapper around the denoiser.
     tensors = {name.removeprefix("denoiser."): tensor for name, tensor in denoiser.state_dict().items()}
     return {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
