@@ -59,7 +59,7 @@ def checksum_of_files(names: Sequence[str]) -> str:
     statuses, paths = _statuses_of(distinct), _paths_of(distinct)
     stated = hashlib.sha256(b"\0".join(paths))
     for array in (statuses, order):
-        stated.update(array)
+        stated.update(array.tobytes())
     file = _kept_file(f"files-{stated.hexdigest()}-{VERSION}.json")
     keeps = datasets.is_caching_enabled()
     if keeps:  # of these files together, in place of a million rows of a table
