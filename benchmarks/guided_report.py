@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from front_report import Point, deviation, rows_of, spread
-from guided_plan import BASE, STEPS, Kind, Plan, Setting, plans
+from guided_plan import BASE, MORE_MODELS, STEPS, Kind, Plan, Setting, plans
 
 MEASURES = ("score", "diversity", "frechet", "saturation", "predictions")
 BASE_KIND, LOOSE_KIND, RECIPE_KIND = Kind(BASE), Kind("loose SDPO"), Kind("recipe")
@@ -264,8 +264,10 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def is_marked(kind: Kind) -> bool:
-    """Whether the plot has a mark for a kind: not for DPO, which is far away, nor for what changes little."""
-    return kind.model != "DPO" and kind.steps == STEPS and (kind.weights == "raw" or kind.model == LOOSE_KIND.model)
+    """Whether the plot has a mark for a kind: not for DPO, for what changes little, or for other trainings."""
+    if kind.model in ("DPO", *MORE_MODELS):
+        return False
+    return kind.steps == STEPS and (kind.weights == "raw" or kind.model == LOOSE_KIND.model)
 
 
 OTHER_COLORS = ("#1e8449", "#ff66aa", "#17a589", "#7f8c8d", "#f1c40f", "#e67e22", "#5dade2", "#f5b7b1", "#239b56")
