@@ -14,6 +14,7 @@ import torch
 from front import build_trainer, changes, held_out
 from front_plan import Run
 from front_trainers import TriedTrainer
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
@@ -54,7 +55,9 @@ def train(run: Run, root: Path) -> None:
 def merged(denoiser: Any) -> Weights:
     """The weights of a denoiser, its active LoRA merged into them. Going along the line from the reference to these is
     scaling the LoRA."""
-    if getattr(denoiser, "peft_config", None):
+    if isinstance(denoiser, PeftModel):
+        denoiser = copy.deepcopy(denoiser).merge_and_unload()
+    elif getattr(denoiser, "peft_config", None):  # a LoRA that diffusers put into the denoiser, as the trainer does
         denoiser = copy.deepcopy(denoiser)
         denoiser.fuse_lora()
         denoiser.unload_lora()

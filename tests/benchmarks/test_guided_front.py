@@ -76,17 +76,23 @@ def test_every_form_predicts_as_often_as_it_says_and_is_what_it_is_named_after(g
     assert (low, high) == (7, 5)
 
 
-def test_a_merged_lora_scales_like_a_lora(guided, sd_folder):
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_a_merged_lora_scales_like_a_lora(guided, sd_folder, is_wrapped):
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig, get_peft_model
 
     unet = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet")
     base = guided.training.merged(unet)
-    tuned = get_peft_model(unet, LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False))
+    lora = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)
+    if is_wrapped:
+        tuned = get_peft_model(unet, lora)
+    else:
+        unet.add_adapter(lora)
+        tuned = unet
     merged = guided.training.merged(tuned)
     assert merged.keys() == base.keys()
     name = next(name for name in base if name.endswith("to_q.weight"))
-    layer = tuned.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+    layer = unet.get_submodule(name.removesuffix(".weight"))
     delta = 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # alpha / r
     twice = guided.training.scaled(base, merged, 2.0)
     torch.testing.assert_close(twice[name], base[name] + 2 * delta.detach(), rtol=1e-5, atol=1e-6)
