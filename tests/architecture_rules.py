@@ -44,8 +44,8 @@ NOT_EVEN_DOWN = {("evaluation", "engines")}
 
 # What families share, beside the families.
 SHARED_BY_FAMILIES = (
-    *("__init__.py", "base.py", "loss_defaults.py", "lora_keys.py", "noise.py", "packing.py", "pipelines.py"),
-    *("model_files.py", "registry.py", "single_file.py", "timestep_sampling.py", "unet_checks.py"),
+    *("__init__.py", "base.py", "inversion.py", "loss_defaults.py", "lora_keys.py", "noise.py", "packing.py"),
+    *("model_files.py", "pipelines.py", "registry.py", "single_file.py", "timestep_sampling.py", "unet_checks.py"),
 )
 FAMILY_LINES = range(20, 151)  # data and a few hooks; more would be a room of its own
 FUNCTION_LINES, FILE_LINES, ROOM_FILES = 40, 400, 10

@@ -7,8 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from trl_diffusion_sdpo.step.noisy_batch import repeat_pairs
-from trl_diffusion_sdpo.step.pair_forward import seeds_of_levels
+from trl_diffusion_sdpo.step.noisy_batch import repeat_pairs, seeds_of_levels
 
 LEVELS, BETA = 3, 50.0
 

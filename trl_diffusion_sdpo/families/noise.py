@@ -265,6 +265,7 @@ class DDPMProcess(NoiseProcess):
         self.scheduler = DDPMScheduler.from_config({key: scheduler_config[key] for key in known})
         self.prediction_type = prediction_type
         self.num_train_timesteps = self.scheduler.config.num_train_timesteps
+        self.set_alpha_to_one = scheduler_config.get("set_alpha_to_one", True)  # as DDIM has it, for inversion
 
     def knows(self, timestep: float) -> bool:
         return 0 <= timestep < self.num_train_timesteps and timestep == int(timestep)

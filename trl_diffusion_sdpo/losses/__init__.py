@@ -24,7 +24,7 @@ from .safeguard import (
     scale_gradient,
     winner_error_gradient,
 )
-from .score_statistics import standard_error
+from .score_statistics import SCORE_SCALES, score_scale, standard_error
 from .weight_arithmetic import ema_decay, interpolate, lora_scaling
 from .winner_budget import BudgetController
 
@@ -34,6 +34,7 @@ __all__ = [
     "LOSSES",
     "LOSS_KWARG_RANGES",
     "SAFEGUARDS",
+    "SCORE_SCALES",
     "Anchor",
     "BudgetController",
     "Granularity",
@@ -61,6 +62,7 @@ __all__ = [
     "pair_terms",
     "parameter_scale",
     "scale_gradient",
+    "score_scale",
     "shifted",
     "standard_error",
     "winner_error_gradient",

@@ -24,8 +24,8 @@ from ..models.reference import Reference
 from ..models.shadow_weights import SecondDenoiser
 from ..step.branch_gradients import BranchGradients
 from ..step.meters import MetricMeter
-from ..step.noisy_batch import NoisyBatch
-from ..step.pair_forward import LossSettings, NoiseSettings, PairForward
+from ..step.noisy_batch import NoiseSettings, NoisyBatch
+from ..step.pair_forward import LossSettings, PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
 from .allocations import Allocations
 from .fake_device import FakeDevice

@@ -77,6 +77,15 @@ def read_words(args: AllArguments) -> None:
             setattr(args, name, SWITCH_WORDS[value.lower()])
         elif isinstance(value, str) and setting.types == {float}:
             setattr(args, name, float(value))
+        elif isinstance(value, str) and setting.types == {float, str}:
+            setattr(args, name, _number_or_name(value))
+
+
+def _number_or_name(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def settled_resolution(value: Any) -> int | list[int] | None:

@@ -19,7 +19,7 @@ from .all_arguments import AllArguments, Setting, settings_of
 from .data_arguments import DataArguments
 from .declaring import Range
 from .model_arguments import PipelineArguments
-from .step_arguments import WinnerArguments
+from .step_arguments import NoiseArguments, WinnerArguments
 
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
@@ -41,6 +41,7 @@ def check_settings(args: AllArguments) -> None:
     _check_preconditioner(args)
     _check_data(args)
     _check_noise(args)
+    _check_inversion(args)
     _check_reference(args, loss)
     _check_precomputed_reference(args, loss)
     _check_loser_noise_range(args, loss)
@@ -217,6 +218,20 @@ def _check_noise(args: AllArguments) -> None:
         )
 
 
+def _check_inversion(args: AllArguments) -> None:
+    if args.noise_source == "shared":
+        for name in ("inversion", "inversion_steps", "inversion_end", "inversion_eta"):
+            if getattr(args, name) != getattr(NoiseArguments, name):
+                _warn(f"`{name}` has no effect without `noise_source='inversion'`.")
+        return
+    for name in ("noise_offset", "input_perturbation"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` changes noise that is drawn, and `noise_source='inversion'` draws "
+                "none. Leave one of the two out."
+            )
+
+
 def _check_reference(args: AllArguments, loss: LossSpec) -> None:
     if args.sync_ref_model and not loss.needs_reference:
         raise ValueError(
@@ -235,6 +250,7 @@ def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
         f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
         f"the loss {args.loss_type!r} has no reference": not loss.needs_reference,
         "`sync_ref_model` moves the reference, and its errors with it": args.sync_ref_model,
+        "`noise_source='inversion'` has noise that moves with the policy": args.noise_source == "inversion",
         "`torch_compile` compiles the policy after the errors are computed, which are then rounded differently (the "
         "blocks of `torch_compile_regional` are compiled before)": args.torch_compile
         and not args.torch_compile_regional,

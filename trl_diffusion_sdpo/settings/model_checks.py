@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ from torch import nn
 
 from .._compat import activation_checkpointing, checkpoints_activations
 from ..families import Family
+from ..families.inversion import InversionSettings, inversion_of
+from ..families.noise import NoiseProcess
 from ..families.timestep_sampling import TimestepSampling
 from .all_arguments import AllArguments
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+QUANTILES = 10_001  # of the timesteps that are drawn
+NEGLIGIBLE = 0.01  # share of them
 
 
 def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
@@ -86,6 +93,54 @@ def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
     sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
     return {"timestep_range": timestep_range, "sampling": sampling}
+
+
+def checked_inversion(
+    args: AllArguments, family: Family, timesteps: dict[str, Any], sizes: Iterable[tuple[int, int]]
+) -> InversionSettings | None:
+    """How images are inverted for their noise, `None` where it is drawn; `ValueError` where the model's noise process
+    cannot do it.
+
+    Args:
+        timesteps: As of [`checked_timesteps`].
+        sizes (`Iterable[tuple[int, int]]`): (height, width) of the training images.
+    """
+    if args.noise_source != "inversion":
+        return None
+    process, found = family.noise_process, inversion_of(family.noise_process)
+    if args.inversion_steps > process.num_train_timesteps:
+        raise ValueError(
+            f"`inversion_steps` must be at most {process.num_train_timesteps}, the scheduler's number of timesteps; "
+            f"got {args.inversion_steps}. Published: 5 and 10."
+        )
+    if args.inversion_eta and not found.has_variance:
+        raise ValueError(
+            f"`inversion_eta` scales DDIM's variance, and the sampling step of {family.name} has none; got "
+            f"{args.inversion_eta}. Use 0."
+        )
+    if args.inversion_end == "grid":
+        for length in sorted({family.tokens_of_image(*size) for size in sizes}):
+            _check_inversion_grid(process, found.grid(args.inversion_steps, CPU, length), length, timesteps)
+    return InversionSettings(args.inversion, args.inversion_steps, args.inversion_end, args.inversion_eta)
+
+
+def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int, timesteps: dict[str, Any]) -> None:
+    """Warn of timesteps below all of the grid's, whose images keep their clean latents; `ValueError` where all are."""
+    drawn = process.timesteps(torch.linspace(0, 1, QUANTILES), image_seq_len=length, **timesteps)
+    clean = (drawn <= grid.min()).float().mean() if len(grid) else torch.ones(())
+    advice = "Use `inversion_end='exact'`, which steps to the timestep itself, or more `inversion_steps`."
+    if clean == 1:
+        raise ValueError(
+            "`inversion_end='grid'` must have a timestep of the grid below some that are drawn, "
+            f"{float(drawn.min()):g} to {float(drawn.max()):g}; got {[round(each, 3) for each in grid.tolist()]}. "
+            f"{advice}"
+        )
+    if clean > NEGLIGIBLE:
+        logger.warning(
+            "With `inversion_end='grid'`, %.0f%% of the timesteps that are drawn are not above the grid's first, %g: "
+            "the clean latents of their pairs are taken for noisy ones. %s",
+            *(100 * clean, grid.min(), advice),
+        )
 
 
 def check_guidance(args: AllArguments, family: Family) -> None:

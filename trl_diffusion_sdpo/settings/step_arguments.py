@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ..families.inversion import InversionEnd, InversionKind
 from ..families.timestep_sampling import WeightingScheme
-from ..losses import LOSSES, Anchor, Granularity, LossType, Safeguard
+from ..losses import LOSSES, Anchor, Granularity, LossType, Safeguard, score_scale
 from .declaring import EVALUATION, RESUME, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 Preconditioner = Literal["plain", "adamw"]
+NoiseSource = Literal["shared", "inversion"]
 OnWinnerRise = Literal["ignore", "warn", "stop"]
 
 
@@ -44,6 +46,19 @@ class NoiseArguments:
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
             Draws of timestep and noise of each pair in training, in one batch: a pair is encoded once, and its loss is
             the mean over them. Activations take so many times the memory. Evaluation has one.
+        noise_source (`str`, *optional*, defaults to `"shared"`):
+            `"shared"` draws one noise for both images of a pair; `"inversion"` gives each image the noise that its own
+            inversion by the current policy finds, at the pair's timestep, for the forward passes of `inversion_steps`.
+        inversion (`str`, *optional*, defaults to `"ddim"`):
+            `"ddim"` predicts once a step, as DDIM-InPO; `"renoise"` twice, and takes the mean, as SmPO-Diffusion.
+        inversion_steps (`int`, *optional*, defaults to `10`):
+            Steps of the inversion over the whole schedule.
+        inversion_end (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` takes a last, shorter step to the timestep itself; `"grid"` stops at the last step below it, as
+            the published code does.
+        inversion_eta (`float`, *optional*, defaults to `0.0`):
+            Adds noise after each step of the inversion, of this factor times the standard deviation of DDIM's variance;
+            0.1 is published as an option. For DDPM.
         guidance_scale (`float`, *optional*):
             Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
     """
@@ -59,6 +74,11 @@ class NoiseArguments:
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
+    noise_source: Annotated[NoiseSource, RESUME, EVALUATION] = "shared"
+    inversion: Annotated[InversionKind, RESUME, EVALUATION] = "ddim"
+    inversion_steps: Annotated[int, Range("[1, inf)", "Published: 5 and 10."), RESUME, EVALUATION] = 10
+    inversion_end: Annotated[InversionEnd, RESUME, EVALUATION] = "exact"
+    inversion_eta: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     guidance_scale: Annotated[float | None, RESUME, EVALUATION] = None
 
 
@@ -108,7 +128,9 @@ class LossArguments:
         dpop_lambda (`float`, *optional*): Charge of `dpop` on a rise of the winner's error, 5 if unset.
         linear_eta (`float`, *optional*): Lowest weight of `linear`, 1e-3 if unset.
         smpo_coefficient (`float`, *optional*): Coefficient of `smpo`, 10 if unset.
-        smpo_score_scale (`float`, *optional*): What `smpo` divides score differences by, 1 if unset.
+        smpo_score_scale (`float` or `str`, *optional*):
+            What `smpo` divides score differences by, 1 if unset; `"pickscore"` is the published 0.166581, for cosines
+            of PickScore.
     """
 
     loss_type: Annotated[LossType, RESUME] = "sigmoid"
@@ -129,13 +151,14 @@ class LossArguments:
     dpop_lambda: Annotated[float | None, RESUME] = None
     linear_eta: Annotated[float | None, RESUME] = None
     smpo_coefficient: Annotated[float | None, RESUME] = None
-    smpo_score_scale: Annotated[float | None, RESUME] = None
+    smpo_score_scale: Annotated[float | str | None, RESUME] = None
 
     @property
     def loss_kwargs(self) -> dict[str, float]:
         """The settings of the loss besides `beta` that were given, by name."""
         values = {name: getattr(self, name) for spec in LOSSES.values() for name in spec.loss_kwargs}
-        return {name: value for name, value in values.items() if value is not None}
+        given = {name: value for name, value in values.items() if value is not None}
+        return {name: score_scale(value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 @documented

@@ -1,10 +1,35 @@
-"""A batch of noisy latents: the inputs of a denoiser and its target."""
+"""A batch of noisy latents, the inputs of a denoiser and its target; how its noise and timesteps are drawn."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+
+from ..families.inversion import InversionSettings
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How noise and timesteps are drawn.
+
+    Args:
+        timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
+        noise_offset (`float`): Scale of the per-channel constant noise.
+        input_perturbation (`float`): Scale of extra noise in the input, but not in the target.
+        timesteps_per_pair (`int`): Draws of timestep and noise of each encoded pair, in training.
+        inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Each image gets the noise
+            that its own inversion finds, in place of drawn noise.
+    """
+
+    timesteps: dict[str, Any] = field(default_factory=dict)
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    timesteps_per_pair: int = 1
+    inversion: InversionSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,16 @@ def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
     """Rows `(2B, ...)`, winners first, with all pairs repeated in their order: `(2 times B, ...)`, winners first."""
     winners, losers = tensor.chunk(2)
     return torch.cat([*[winners] * times, *[losers] * times])
+
+
+def seeds_of_levels(seeds: Sequence[int], levels: int) -> list[int]:
+    """Seeds of the first draw of each pair, which are the pairs' own, then of the second draws, and so on."""
+    later = [
+        int(np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)[0] >> 1)
+        for level in range(1, levels)
+        for seed in seeds
+    ]
+    return [*seeds, *later]
 
 
 def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:

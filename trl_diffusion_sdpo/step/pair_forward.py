@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..data.transforms import pixels_as_floats
+from ..families.inversion import inversion_of
 from ..losses import (
     BudgetController,
     Granularity,
@@ -31,29 +32,12 @@ from ..losses import (
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
-from .noisy_batch import NoisyBatch, repeat_pairs
+from .noisy_batch import NoiseSettings, NoisyBatch, repeat_pairs, seeds_of_levels
 
 VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
 
 # Of the safeguard in output space; with the parameter-space safeguard these names are those of its own lambda.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """How noise and timesteps are drawn.
-
-    Args:
-        timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
-        noise_offset (`float`): Scale of the per-channel constant noise.
-        input_perturbation (`float`): Scale of extra noise in the input, but not in the target.
-        timesteps_per_pair (`int`): Draws of timestep and noise of each encoded pair, in training.
-    """
-
-    timesteps: dict[str, Any] = field(default_factory=dict)
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    timesteps_per_pair: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +120,7 @@ class PairForward:
     ):
         self.family, self.reference, self.budget = frozen.family, reference, budget
         self.noise_settings, self.loss_settings = noise, loss
+        self._inversion = None if noise.inversion is None else inversion_of(self.family.noise_process)
         self._device, self._frozen = device, frozen
         self._accelerator: Accelerator | None = None
 
@@ -154,7 +139,8 @@ class PairForward:
                 policy's.
         """
         levels = self.noise_levels_of_a_pair(model)
-        batch, scores = self.noisy_batch(inputs, levels), self.scores(inputs, levels)
+        with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
+            batch, scores = self.noisy_batch(inputs, levels, policy), self.scores(inputs, levels)
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
@@ -196,18 +182,20 @@ class PairForward:
     # ---- Its parts ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def noisy_batch(self, inputs: dict[str, Any], levels: int = 1) -> NoisyBatch:
+    def noisy_batch(self, inputs: dict[str, Any], levels: int = 1, policy: nn.Module | None = None) -> NoisyBatch:
         """Encoded images and prompts of a collated batch, with the noise of their pair at its timestep.
 
         Args:
             levels (`int`, *optional*, defaults to 1): Draws of timestep and noise of each pair, which is encoded once.
                 The first draw of all pairs comes first, then the second, and so on: `(2 * levels * B)` rows.
+            policy (`nn.Module`, *optional*): Inverts the images, where the settings have an inversion.
         """
         latents, conditioning = self.encode(inputs)
         if levels > 1:
             latents = repeat_pairs(latents, levels)
             conditioning = {name: repeat_pairs(value, levels) for name, value in conditioning.items()}
-        timesteps, noise, perturbation = self.draw_noise(seeds_of_levels(inputs["seeds"], levels), latents)
+        draw = self.draw_noise if self._inversion is None else partial(self.invert, policy, conditioning)
+        timesteps, noise, perturbation = draw(seeds_of_levels(inputs["seeds"], levels), latents)
         return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -238,8 +226,7 @@ class PairForward:
             Timesteps `(2B,)`, noise `(2B, ...)`, and the perturbation `(2B, ...)` where there is one.
         """
         generators, settings = self.generators(seeds), self.noise_settings
-        shape = (len(seeds), *latents.shape[1:])
-        uniform = torch.cat([torch.rand(1, generator=generator, device=latents.device) for generator in generators])
+        shape, timesteps = (len(seeds), *latents.shape[1:]), self.draw_timesteps(generators, latents)
         noise = randn_tensor(shape, generators, latents.device, latents.dtype)
         if settings.noise_offset:
             constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
@@ -248,9 +235,36 @@ class PairForward:
         if settings.input_perturbation:
             perturbation = settings.input_perturbation * randn_tensor(shape, generators, latents.device, latents.dtype)
             perturbation = torch.cat([perturbation, perturbation])
-        length = self.family.image_seq_len(latents)
-        timesteps = self.family.noise_process.timesteps(uniform, image_seq_len=length, **settings.timesteps)
-        return torch.cat([timesteps, timesteps]), torch.cat([noise, noise]), perturbation
+        return timesteps, torch.cat([noise, noise]), perturbation
+
+    def draw_timesteps(self, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
+        """A timestep for each pair from its generator, for both halves: `(2B,)`."""
+        uniform = torch.cat([torch.rand(1, generator=generator, device=latents.device) for generator in generators])
+        process, length = self.family.noise_process, self.family.image_seq_len(latents)
+        timesteps = process.timesteps(uniform, image_seq_len=length, **self.noise_settings.timesteps)
+        return torch.cat([timesteps, timesteps])
+
+    def invert(
+        self,
+        policy: nn.Module | None,
+        conditioning: dict[str, torch.Tensor],
+        seeds: Sequence[int],
+        latents: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """As `draw_noise`, with the same timesteps; each image has the noise of its own inversion by the policy, in
+        the mode that it is in and without guidance. A pair's two images have the same added noise."""
+        assert policy is not None and self._inversion is not None and self.noise_settings.inversion is not None
+        generators = self.generators(seeds)
+        timesteps, shape = self.draw_timesteps(generators, latents), (len(seeds), *latents.shape[1:])
+        noise = self._inversion.noise(
+            lambda noisy, at: self.predict_at(policy, noisy, at, conditioning),
+            latents,
+            timesteps,
+            self.noise_settings.inversion,
+            image_seq_len=self.family.image_seq_len(latents),
+            draw=lambda: torch.cat([randn_tensor(shape, generators, latents.device, latents.dtype)] * 2),
+        )
+        return timesteps, noise, None
 
     def add_noise(
         self,
@@ -272,8 +286,18 @@ class PairForward:
 
     def predict(self, denoiser: nn.Module, batch: NoisyBatch) -> torch.Tensor:
         """A denoiser's prediction `(N, ...)` in float32, under the autocast of training."""
+        return self.predict_at(denoiser, batch.noisy, batch.timesteps, batch.conditioning)
+
+    def predict_at(
+        self,
+        denoiser: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """As `predict`, of noisy latents that have no target."""
         with self._accelerator.autocast():
-            return self.family.predict(denoiser, batch.noisy, batch.timesteps, batch.conditioning).float()
+            return self.family.predict(denoiser, noisy, timesteps, conditioning).float()
 
     def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
         """The reference's prediction of each batch, without a graph; `None` without a reference."""
@@ -330,16 +354,6 @@ class PairForward:
         settings, length = self.loss_settings, self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
         return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
-
-
-def seeds_of_levels(seeds: Sequence[int], levels: int) -> list[int]:
-    """Seeds of the first draw of each pair, which are the pairs' own, then of the second draws, and so on."""
-    later = [
-        int(np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)[0] >> 1)
-        for level in range(1, levels)
-        for seed in seeds
-    ]
-    return [*seeds, *later]
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ class ParameterSafeguard:
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
         """As [`PairForward.predict_pairs`]; `policy` is a leaf, so that the graph of the loss ends there."""
         levels = self._forward.noise_levels_of_a_pair(model)
-        batch, scores = self._forward.noisy_batch(inputs, levels), self._forward.scores(inputs, levels)
+        batch, scores = self._forward.noisy_batch(inputs, levels, model), self._forward.scores(inputs, levels)
         errors = self._forward.stored_errors(inputs)
         if self._sorts_by_scores:
             order = order_by_scores(scores)

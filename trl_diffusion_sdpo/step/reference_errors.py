@@ -111,6 +111,7 @@ class ReferenceErrors:
             )
         noise = dataclasses.asdict(self._forward.noise_settings)
         levels = noise.pop("timesteps_per_pair")  # of training alone
+        del noise["inversion"]  # whose noise moves with the policy: there is none here
         facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
         facts["crops"] = facts.get("crops") if training else None
         return ReferenceErrorStore(

@@ -35,9 +35,11 @@ from ..settings.model_checks import (
     check_one_device,
     check_output_dir,
     check_without_dropout,
+    checked_inversion,
     checked_timesteps,
 )
-from ..step.pair_forward import LossSettings, NoiseSettings
+from ..step.noisy_batch import NoiseSettings
+from ..step.pair_forward import LossSettings
 from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import stored_crops
@@ -244,7 +246,8 @@ def check_and_complete(
     check_noise_range(args, family, timesteps)
     check_without_dropout(args, loaded.denoiser)
     check_activation_checkpointing(args, loaded.denoiser)
-    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation, args.n_timesteps_per_pair)
+    inversion = checked_inversion(args, family, timesteps, image_sizes(args))
+    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation, args.n_timesteps_per_pair, inversion)
 
 
 def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
