@@ -1,0 +1,318 @@
+"""Noise by inversion: the published loops written out in float64, diffusers' own schedulers, and values by hand."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from trl_diffusion_sdpo.families.cogview4 import CogView4Process
+from trl_diffusion_sdpo.families.inversion import KINDS, InversionSettings, inversion_of
+from trl_diffusion_sdpo.families.noise import DDPMProcess, FlowMatchingProcess, NoiseProcess
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+STABLE_DIFFUSION = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False}
+CPU = torch.device("cpu")
+T = torch.tensor([0, 1, 2, 199, 201, 202, 650, 801, 998, 999])
+ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+
+
+def ddpm(**overrides):
+    return DDPMProcess(DDIMScheduler(**{**STABLE_DIFFUSION, **overrides}).config)
+
+
+def flow(**config):
+    return FlowMatchingProcess(FlowMatchEulerDiscreteScheduler(**config).config)
+
+
+def latents(rows=10):
+    return torch.randn(rows, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+
+
+WEIGHT = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 2
+
+
+def column(values):
+    return values.view(-1, 1, 1, 1)
+
+
+def epsilon(noisy, timesteps):
+    """A denoiser that is not linear and knows the time, in the dtype of its input."""
+    mixed = torch.einsum("ij,njhw->nihw", WEIGHT.to(noisy.dtype), noisy)
+    return torch.tanh(mixed + column(timesteps.to(noisy.dtype)) / 1000)
+
+
+def published(clean, timestep, grid, *, kind, first, last_step, added=()):
+    """The noise of one image, by the published loop on its latents, in float64. `grid` are all timesteps, `first` is
+    alpha of the clean latents, and `last_step` adds the one that the published loop has not."""
+    clean = clean.double()
+    x, before, added = clean, first, list(added)
+    for t in [t for t in grid if t < timestep] + ([timestep] if last_step else []):
+        told, after = torch.tensor([t]), ALPHAS[t]
+
+        def moved(e, x=x, before=before, after=after):
+            return after.sqrt() * (x - (1 - before) ** 0.5 * e) / before**0.5 + (1 - after).sqrt() * e
+
+        e = epsilon(x, told)
+        if kind == "renoise":
+            e = (e + epsilon(moved(e), told)) / 2
+        variance = (1 - before) / (1 - after) * (1 - after / before)  # DDIM's, from t down to the level below
+        x, before = moved(e) + (added.pop(0) * variance**0.5 if added else 0), after
+    a = ALPHAS[timestep]
+    return (x - a.sqrt() * clean) / (1 - a).sqrt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("config", "grid", "first"),
+    [
+        ({}, [1, 201, 401, 601, 801], ALPHAS[0]),
+        ({"set_alpha_to_one": True, "steps_offset": 0}, [0, 200, 400, 600, 800], 1.0),
+        ({"timestep_spacing": "trailing"}, [199, 399, 599, 799, 999], ALPHAS[0]),
+        ({"timestep_spacing": "linspace"}, [0, 250, 500, 749, 999], ALPHAS[0]),
+    ],
+)
+def test_the_noise_is_that_of_the_published_loop(kind, config, grid, first):
+    clean, inversion = latents(), inversion_of(ddpm(**config))
+    for end in ("grid", "exact"):
+        ours = inversion.noise(epsilon, clean, T, InversionSettings(kind, 5, end))
+        loop = {"kind": kind, "first": first if end == "grid" else 1.0, "last_step": end == "exact"}
+        expected = [published(row[None], int(t), grid, **loop) for row, t in zip(clean, T, strict=True)]
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), torch.cat(expected), rtol=1e-4, atol=2e-5)
+
+
+def test_added_variance_is_that_of_ddim():
+    clean, inversion, drawn = latents(), inversion_of(ddpm()), []
+
+    def draw():
+        drawn.append(torch.randn(clean.shape, generator=torch.Generator().manual_seed(len(drawn))))
+        return drawn[-1]
+
+    settings = InversionSettings("renoise", 5, "grid", 0.1)
+    ours = inversion.noise(epsilon, clean, T, settings, draw=draw)
+    loop = {"kind": "renoise", "first": ALPHAS[0], "last_step": False}
+    expected = []
+    for row, t in enumerate(T):
+        added = [0.1 * each[row : row + 1].double() for each in drawn]
+        expected.append(published(clean[row : row + 1], int(t), [1, 201, 401, 601, 801], added=added, **loop))
+    assert len(drawn) == 5
+    torch.testing.assert_close(ours.double(), torch.cat(expected), rtol=1e-4, atol=2e-5)
+    scheduler = DDIMScheduler(**STABLE_DIFFUSION)  # by diffusers: in units of the noise at the step's end
+    start, end = (inversion.level(torch.tensor([t])) for t in (401, 601))
+    variance = scheduler._get_variance(601, 401)
+    torch.testing.assert_close(inversion.deviation(start, end)[0], (variance / (1 - ALPHAS[601].float())).sqrt())
+
+
+@pytest.mark.parametrize("config", [{}, {"set_alpha_to_one": True, "steps_offset": 0}], ids=["sd", "from_clean"])
+def test_the_published_walk_is_that_of_diffusers_inverse_scheduler(config):
+    """Where `T` is a timestep above the grid, all its steps are taken, and the latents stay where they arrive."""
+    clean, scheduler = latents(1).double(), DDIMInverseScheduler(**{**STABLE_DIFFUSION, **config})
+    scheduler.set_timesteps(10)
+    x = clean
+    for t in scheduler.timesteps:
+        x = scheduler.step(epsilon(x, t[None]), int(t), x).prev_sample
+    a = ALPHAS[950]
+    ours = inversion_of(ddpm(**config)).noise(epsilon, clean, torch.tensor([950]), InversionSettings(end="grid"))
+    torch.testing.assert_close(a.sqrt() * clean + (1 - a).sqrt() * ours, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 5, 7, 10, 999])
+def test_the_grid_is_the_one_that_ddim_samples_on(spacing, steps):
+    scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "timestep_spacing": spacing})
+    scheduler.set_timesteps(steps)
+    below_the_last = [t for t in reversed(scheduler.timesteps.tolist()) if t < 999]  # no timestep is above that
+    assert inversion_of(ddpm(timestep_spacing=spacing)).grid(steps, CPU).tolist() == below_the_last
+
+
+def test_inversion_is_exact_where_the_prediction_does_not_depend_on_the_latents():
+    """A constant velocity or epsilon: all noise is that constant, at every timestep."""
+    clean, constant = latents(), torch.full((len(T), 4, 3, 3), 0.25)
+    for kind in KINDS:
+        ours = inversion_of(ddpm()).noise(lambda *_: constant, clean, T, InversionSettings(kind, 3))
+        torch.testing.assert_close(ours, constant)
+        ours = inversion_of(flow()).noise(lambda *_: constant - clean, clean, T.float(), InversionSettings(kind, 3))
+        torch.testing.assert_close(ours, constant)
+
+
+def test_a_linear_denoiser_by_hand():
+    """Epsilon is half of the latents. One step from clean latents to T: n = e = x / 2 with one call; with two, the
+    second is half of `y = a x + b x / 2`."""
+    clean, t = torch.full((1, 1, 1, 1), 2.0), torch.tensor([500])
+    a, b = float(ALPHAS[500].sqrt()), float((1 - ALPHAS[500]).sqrt())
+    one = InversionSettings("ddim", 1)
+    inversion = inversion_of(ddpm(timestep_spacing="trailing"))  # of one step: 999, so that 500 is reached at once
+    assert float(inversion.noise(lambda x, t: x / 2, clean, t, one)) == 1.0
+    y = a * 2.0 + b * 1.0
+    found = float(inversion.noise(lambda x, t: x / 2, clean, t, InversionSettings("renoise", 1)))
+    assert found == pytest.approx((1.0 + y / 2) / 2)
+    # A flow of velocity x / 2, to sigma 0.5 over 0.25: x = 2, 2.25, then n = (x - 0.5 * 2) / 0.5.
+    x = 2 + 0.25 * 1.0
+    x += 0.25 * x / 2
+    found = float(
+        inversion_of(flow()).noise(lambda x, t: x / 2, clean, torch.tensor([500.0]), InversionSettings("ddim", 4))
+    )
+    assert found == pytest.approx((x - 0.5 * 2) / 0.5)
+
+
+def sampled(noisy, scheduler, predict):
+    for t in scheduler.timesteps:
+        noisy = scheduler.step(predict(noisy, t[None].expand(len(noisy))), t, noisy, return_dict=False)[0]
+    return noisy
+
+
+def lost(clean, found):
+    return float((found - clean).norm() / clean.norm())
+
+
+def assert_of_first_order(errors):
+    """A step up with the prediction at its lower end, `f(x_s, t)`, where the one down has `f(x_t, t)`, is off by a term
+    of the second order in its size, and all steps by one of the first. ReNoise has the mean of both: half of it."""
+    assert errors["ddim", 100] < 0.15 * errors["ddim", 10] and errors["ddim", 100] < 0.1
+    assert errors["renoise", 100] == pytest.approx(errors["ddim", 100] / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_sampling_with_ddim_on_the_same_grid_gives_the_latents_back(prediction_type):
+    clean, t, errors = latents(4), torch.full((4,), 999), {}
+    config = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "prediction_type": prediction_type}
+    process, scheduler = ddpm(**config), DDIMScheduler(**{**STABLE_DIFFUSION, **config})
+    predict = as_prediction(prediction_type)
+    for steps in (10, 100):
+        for kind in KINDS:
+            noise = inversion_of(process).noise(predict, clean, t, InversionSettings(kind, steps))
+            scheduler.set_timesteps(steps)
+            errors[kind, steps] = lost(clean, sampled(process.add_noise(clean, noise, t), scheduler, predict))
+    assert_of_first_order(errors)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sampling_a_flow_with_euler_on_the_same_grid_gives_the_latents_back(shift):
+    clean, t, errors = latents(4), torch.full((4,), 1000.0), {}
+    process, scheduler = flow(shift=shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    for steps in (10, 100):
+        for kind in KINDS:
+            noise = inversion_of(process).noise(epsilon, clean, t, InversionSettings(kind, steps))
+            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+            errors[kind, steps] = lost(clean, sampled(process.add_noise(clean, noise, t), scheduler, epsilon))
+    assert_of_first_order(errors)
+
+
+def as_prediction(prediction_type):
+    """The denoiser above as a network of another prediction type: by `v = a e - b x0` and `x = a x0 + b e`."""
+
+    def predict(noisy, timesteps):
+        a = column(ALPHAS[timesteps].to(noisy.dtype))
+        e = epsilon(noisy, timesteps)
+        clean = (noisy - (1 - a).sqrt() * e) / a.sqrt()
+        velocity = a.sqrt() * e - (1 - a).sqrt() * clean
+        return {"epsilon": e, "v_prediction": velocity, "sample": clean}[prediction_type]
+
+    return predict
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_has_the_same_inversion_whatever_it_predicts(kind):
+    clean, settings = latents(), InversionSettings(kind, 5)
+    expected = inversion_of(ddpm()).noise(epsilon, clean, T, settings)
+    for name in ("v_prediction", "sample"):
+        ours = inversion_of(ddpm(prediction_type=name)).noise(as_prediction(name), clean, T, settings)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", ["exact", "grid"])
+def test_a_row_is_the_same_alone_and_in_any_batch(end):
+    clean, settings = latents(), InversionSettings("renoise", 5, end)
+    inversion = inversion_of(ddpm())
+    together = inversion.noise(lambda x, t: x.sin() + column(t) / 1000, clean, T, settings)
+    for row in range(len(T)):
+        index = slice(row, row + 1)
+        alone = inversion.noise(lambda x, t: x.sin() + column(t) / 1000, clean[index], T[index], settings)
+        assert torch.equal(alone, together[index])
+
+
+@pytest.mark.parametrize("process", [ddpm(), flow(shift=3.0)], ids=["ddpm", "flow"])
+def test_the_number_of_calls_depends_on_the_settings_alone(process):
+    for kind, calls in (("ddim", 1), ("renoise", 2)):
+        for end in ("exact", "grid"):
+            counts = set()
+            for t in (0, 1, 500, 999):
+                told = []
+
+                def predict(noisy, timesteps, told=told):
+                    told.append(timesteps)
+                    return noisy
+
+                at = torch.tensor([t, 999]).to(process.timestep_dtype)
+                inversion_of(process).noise(predict, latents(2), at, InversionSettings(kind, 4, end))
+                counts.add(len(told))
+                assert all(timesteps.dtype == at.dtype and timesteps.shape == at.shape for timesteps in told)
+                if end == "exact":
+                    assert all((timesteps <= at).all() for timesteps in told)
+            # From 4 levels of DDPM's grid one goes on to T; the last of a flow's is the end of the schedule.
+            levels = 4 if isinstance(process, DDPMProcess) else 3
+            assert counts == {calls * (levels + (end == "exact"))}
+
+
+def test_where_the_grid_has_no_level_below_the_published_code_takes_the_clean_latents_for_noisy_ones():
+    process, t = ddpm(), torch.tensor([0, 1])  # the first level is 1, and a step needs one below T
+    clean = latents(2)
+    noise = inversion_of(process).noise(epsilon, clean, t, InversionSettings(steps=5, end="grid"))
+    torch.testing.assert_close(process.add_noise(clean, noise, t), clean, rtol=1e-5, atol=1e-6)
+    exact = inversion_of(process).noise(epsilon, clean, t, InversionSettings(steps=5))
+    torch.testing.assert_close(exact[0], epsilon(clean, t)[0])  # a step from clean latents leaves what is predicted
+
+
+def test_a_flow_without_noise_has_the_noise_that_its_velocity_points_to():
+    clean, t = latents(4), torch.tensor([0.0, 1e-30, 1e-4, 1000.0])
+    exact = inversion_of(flow()).noise(epsilon, clean, t, InversionSettings(steps=4))
+    torch.testing.assert_close(exact[:3], (clean + epsilon(clean, t))[:3])
+    grid = inversion_of(flow()).noise(epsilon, clean, t, InversionSettings(steps=4, end="grid"))
+    assert torch.equal(grid[0], torch.zeros_like(clean[0]))
+    assert exact.isfinite().all() and grid.isfinite().all()
+
+
+@pytest.mark.parametrize("end", ["exact", "grid"])
+def test_schedules_without_signal_at_their_end_stay_finite(end):
+    process = ddpm(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    noise = inversion_of(process).noise(epsilon, latents(), T, InversionSettings("renoise", 5, end))
+    assert noise.isfinite().all()
+
+
+def test_levels_of_a_flow_follow_the_size_of_its_images():
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    scheduler = FlowMatchEulerDiscreteScheduler(**dynamic)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.825)  # of 2176 tokens
+    grid = inversion_of(flow(**dynamic)).grid(4, CPU, 2176)
+    torch.testing.assert_close(grid, scheduler.timesteps.flip(0)[:3], rtol=1e-5, atol=1e-2)
+
+
+def test_timesteps_before_the_shift_have_the_levels_after_it():
+    """A velocity of 1 from clean latents of 0: n = x / sigma = 1 only if steps and levels agree."""
+    config = {"use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"}
+    process = CogView4Process(FlowMatchEulerDiscreteScheduler(**config).config)
+    told = []
+
+    def predict(noisy, timesteps):
+        told.append(timesteps.tolist())
+        return torch.ones_like(noisy)
+
+    clean, t = torch.zeros(1, 4, 8, 8), torch.tensor([600.0])
+    noise = inversion_of(process).noise(predict, clean, t, InversionSettings(steps=4), image_seq_len=16)
+    torch.testing.assert_close(noise, torch.ones_like(noise))
+    assert told == [[250.0], [500.0], [600.0], [600.0]]
+
+
+def test_a_process_of_another_kind_has_no_inversion():
+    class Another(NoiseProcess):
+        pass
+
+    Another.__abstractmethods__ = frozenset()
+    with pytest.raises(ValueError, match="Inversion is known for DDPMProcess, FlowMatchingProcess, .* is a Another"):
+        inversion_of(object.__new__(Another))
+
+
+def test_a_process_that_inherits_has_the_inversion_of_its_parent():
+    assert type(inversion_of(flow())).__name__ == "EulerInversion"
+    assert math.isclose(float(inversion_of(flow()).level(torch.tensor([250.0])).signal), 0.75)
