@@ -183,7 +183,8 @@ def found(compared, record_property, case):
 
 @pytest.fixture(scope="session")
 def encoded(start, tmp_path_factory):
-    """`encoded(batch)`: a collated batch's noisy latents, timesteps, prompt embeddings and targets, in float64.
+    """`encoded(batch)`: a collated batch's latents, noisy and clean, timesteps, prompt embeddings and targets, in
+    float64.
 
     A pair's draws come from its own seed: the trainer of one process makes those that two have made.
     """
@@ -201,6 +202,7 @@ def encoded(start, tmp_path_factory):
             "noisy": process.add_noise(latents, noise, timesteps).double(),
             "timesteps": timesteps,
             "prompts": conditioning["prompt_embeds"].double(),
+            "clean": latents.double(),
             "target": process.target(latents, noise, timesteps).double(),
         }
 
@@ -268,7 +270,7 @@ class WalkByHand:
         """Lambda and the gradient's norm before clipping of each step; the weights before and after all of them."""
         before, lambdas, norms = self._weights(), [], []
         for step in steps:
-            gradients = [self._branches(batch) for batch in step]
+            gradients = [self._branches(self._with_its_noise(batch)) for batch in step]
             direction, scale = self._direction(gradients)
             lambdas.append(scale)
             norms.append(direction.norm().item())
@@ -277,6 +279,33 @@ class WalkByHand:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.trained.items()}
+
+    @torch.no_grad()
+    def _with_its_noise(self, batch: dict) -> dict:
+        """With `noise_source="inversion"`, the batch under the noise that the policy of now finds by ReNoise: image by
+        image, on its latents, from the clean ones (alpha 1) over 1, 334 and 667 to its own timestep."""
+        if self.args.get("noise_source") != "inversion":
+            return batch
+        assert (self.args["inversion"], self.args["inversion_steps"]) == ("renoise", 3)
+        alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+        rows = [self._inverted(batch, index, alphas) for index in range(len(batch["clean"]))]
+        noisy, noise = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return {**batch, "noisy": noisy, "target": noise}
+
+    def _inverted(self, batch: dict, index: int, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        row = slice(index, index + 1)
+        clean, last, before = batch["clean"][row], int(batch["timesteps"][index]), torch.ones((), dtype=torch.float64)
+        x = clean
+        for t in [*(t for t in (1, 334, 667) if t < last), last]:
+            told, after = {"timesteps": torch.tensor([t]), "prompts": batch["prompts"][row]}, alphas[t]
+
+            def moved(e, x=x, before=before, after=after):
+                return (after / before).sqrt() * (x - (1 - before).sqrt() * e) + (1 - after).sqrt() * e
+
+            first = self._predict(self.unet, {**told, "noisy": x})
+            second = self._predict(self.unet, {**told, "noisy": moved(first)})
+            x, before = moved((first + second) / 2), after
+        return x, (x - alphas[last].sqrt() * clean) / (1 - alphas[last]).sqrt()
 
     def _branches(self, batch: dict) -> dict[str, torch.Tensor]:
         """Gradients of a micro-batch: `winner`, `loser` (turned, so that both descend) and `error`; and residuals."""

@@ -105,6 +105,22 @@ def test_activation_checkpointing_changes_nothing(found):
     assert found["update_error"] < 1e-3
 
 
+INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 3}
+
+
+@pytest.mark.matrix
+@each(
+    [
+        build_case(engine, tuning, safeguard, 2, "inverted", **INVERSION)
+        for engine in ENGINES
+        for tuning, safeguard in (("full", "parameter"), ("fresh", "output"))
+    ]
+)
+def test_noise_by_inversion_is_found_by_the_policy_of_the_step(found):
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["update_error"] < 1e-3
+
+
 @pytest.mark.matrix
 @each(build_grid("bf16", bf16=True))
 def test_bf16_takes_nearly_the_same_step(found):
