@@ -1,0 +1,114 @@
+"""What can be set of noise by inversion, and what is refused; the named scale of scores."""
+
+import pytest
+
+from trl_diffusion_sdpo.families import inversion
+from trl_diffusion_sdpo.families.inversion import CALLS, ENDS, KINDS, InversionSettings
+
+INVERSION = {"noise_source": "inversion"}
+
+
+def test_kinds_and_ends_are_those_of_the_settings():
+    assert tuple(CALLS) == KINDS == ("ddim", "renoise") and ENDS == ("exact", "grid")
+
+
+def test_drawn_noise_is_the_default(make_args, make_trainer):
+    assert make_args().noise_source == "shared"
+    assert make_trainer().pair_forward.noise_settings.inversion is None
+
+
+def test_the_settings_reach_the_step(make_trainer):
+    given = {"inversion": "renoise", "inversion_steps": 7, "inversion_end": "grid", "inversion_eta": 0.1}
+    found = make_trainer(**INVERSION, **given).pair_forward.noise_settings.inversion
+    assert found == InversionSettings("renoise", 7, "grid", 0.1)
+    assert make_trainer(**INVERSION).pair_forward.noise_settings.inversion == InversionSettings()
+
+
+@pytest.mark.parametrize(
+    "given", [{"inversion": "renoise"}, {"inversion_steps": 5}, {"inversion_end": "grid"}, {"inversion_eta": 0.1}]
+)
+def test_a_setting_of_inversion_without_it_warns(make_args, given):
+    with pytest.warns(UserWarning, match=f"`{next(iter(given))}` has no effect without `noise_source='inversion'`"):
+        make_args(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"noise_offset": 0.1},
+            "`noise_offset=0.1` changes noise that is drawn, and `noise_source='inversion'` draws",
+        ),
+        ({"input_perturbation": 0.1}, "`input_perturbation=0.1` changes noise that is drawn"),
+        ({"precompute_ref_errors": True}, "has noise that moves with the policy"),
+        ({"inversion_steps": 0}, "`inversion_steps` must be at least 1, got 0"),
+        ({"inversion_eta": -1.0}, "`inversion_eta` must be at least 0"),
+        ({"inversion": "null"}, "`inversion` must be one of ddim, renoise; got 'null'"),
+        ({"inversion_end": "ceil"}, "`inversion_end` must be one of exact, grid; got 'ceil'"),
+    ],
+)
+def test_what_cannot_act_with_inversion_is_refused(make_args, given, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**INVERSION, **given)
+
+
+def test_an_unknown_source_of_noise_is_refused(make_args):
+    with pytest.raises(ValueError, match="`noise_source` must be one of shared, inversion; got 'inverted'"):
+        make_args(noise_source="inverted")
+
+
+def test_more_steps_than_timesteps_are_refused(make_trainer):
+    with pytest.raises(
+        ValueError, match="`inversion_steps` must be at most 1000, the scheduler's number of timesteps"
+    ):
+        make_trainer(**INVERSION, inversion_steps=1001)
+
+
+def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_trainer, caplog):
+    """The grid of 5 steps: 1, 201, 401, 601, 801."""
+    low = {"timestep_range": [0, 2], "inversion_steps": 5}
+    with pytest.raises(ValueError, match=r"below some that are drawn, 0 to 1; got \[1, 201, 401, 601, 801\]"):
+        make_trainer(**INVERSION, **low, inversion_end="grid")
+    assert make_trainer(**INVERSION, **low).pair_forward.noise_settings.inversion.end == "exact"
+    make_trainer(**INVERSION, inversion_steps=5, inversion_end="grid")
+    assert "are not above the grid's first" not in caplog.text  # two of a thousand
+    make_trainer(**INVERSION, timestep_range=[0, 4], inversion_end="grid")
+    assert "With `inversion_end='grid'`, 50% of the timesteps that are drawn are not above" in caplog.text
+
+
+def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folder, caplog):
+    """Of 5 steps the first level is shifted to 3/7, below which uniform draws are a fifth."""
+    folder = family_folder("stable_diffusion_3")
+    make_trainer(folder, **INVERSION, inversion_steps=5, inversion_end="grid", weighting_scheme="none")
+    assert (
+        "With `inversion_end='grid'`, 20% of the timesteps that are drawn are not above the grid's first, 428.571"
+        in (caplog.text)
+    )
+    with pytest.raises(
+        ValueError, match="`inversion_eta` scales DDIM's variance, and the sampling step of Stable Diff"
+    ):
+        make_trainer(folder, **INVERSION, inversion_eta=0.1)
+
+
+def test_a_noise_process_without_inversion_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(inversion, "INVERSIONS", {})
+    with pytest.raises(
+        ValueError, match="the noise process of this model is a DDPMProcess. Use `noise_source='shared'`"
+    ):
+        make_trainer(**INVERSION)
+
+
+@pytest.mark.parametrize(("given", "scale"), [("pickscore", 0.166581), ("0.5", 0.5), (2, 2)])
+def test_the_scale_of_scores_is_a_number_or_the_name_of_one(make_args, given, scale):
+    args = make_args(loss_type="smpo", smpo_score_scale=given)
+    assert args.loss_kwargs["smpo_score_scale"] == pytest.approx(scale, abs=1e-12)
+
+
+def test_another_name_of_a_scale_is_refused(make_args):
+    with pytest.raises(ValueError, match="`smpo_score_scale` must be a number or one of pickscore; got 'hps'"):
+        make_args(loss_type="smpo", smpo_score_scale="hps")
+
+
+def test_the_named_scale_reaches_the_loss(make_trainer):
+    trainer = make_trainer(loss_type="smpo", smpo_score_scale="pickscore")
+    assert trainer.pair_forward.loss_settings.loss_kwargs == {"smpo_score_scale": pytest.approx(0.166581)}

@@ -1,0 +1,278 @@
+"""Training with the noise of each image's own inversion: a step by hand on a real pipeline, and what must not change
+it."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.step.noisy_batch import seeds_of_levels
+
+INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 3}
+SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
+BETA = 50.0
+ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+
+
+@pytest.fixture
+def moved(sd_folder):
+    """A pipeline whose UNet has left the one in the folder."""
+    pipeline, generator = load_pipeline(sd_folder), torch.Generator().manual_seed(3)
+    for weight in pipeline.unet.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
+    return pipeline
+
+
+def batch_of(trainer):
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def gradient(trainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().double() for p in trainer.denoiser.parameters() if p.grad is not None])
+
+
+def by_hand(predict, clean, t, grid, at, step):
+    """The latents of one image at its timestep: `step(x, e, s, t)` is one step, `at` where the clean latents are."""
+    x, before = clean, at
+    for now in [*(k for k in grid if k < t), t]:
+        first = predict(x, now)
+        second = predict(step(x, first, before, now), now)
+        x, before = step(x, (first + second) / 2, before, now), now
+    return x
+
+
+def ddim_up(x, e, s, t):
+    """From the timestep `s`, or from clean latents at -1."""
+    a_s, a_t = ALPHAS[s] if s >= 0 else torch.ones((), dtype=torch.float64), ALPHAS[t]
+    return a_t.sqrt() * (x - (1 - a_s).sqrt() * e) / a_s.sqrt() + (1 - a_t).sqrt() * e
+
+
+def diffusion_dpo(policy, reference, target):
+    """`log(1 + exp(beta/2 (d_w - d_l)))`, the mean over the pairs."""
+    winner, loser = (
+        (policy - target).square().flatten(1).mean(1) - (reference - target).square().flatten(1).mean(1)
+    ).chunk(2)
+    return torch.nn.functional.softplus(BETA / 2 * (winner - loser)).mean()
+
+
+def test_a_step_of_a_ddpm_model_by_hand(make_trainer, moved, sd_folder):
+    trainer = make_trainer(moved, sd_folder, safeguard="none", beta=BETA, **INVERSION)
+    batch = batch_of(trainer)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+
+    policy = copy.deepcopy(trainer.denoiser).double().requires_grad_()
+    policy.zero_grad()
+    reference = copy.deepcopy(trainer.reference.module).double()
+    latents, conditioning = trainer.pair_forward.encode(batch)
+    clean, text = latents.double(), conditioning["prompt_embeds"].double()
+    timesteps = [
+        int(torch.rand(1, generator=torch.Generator().manual_seed(seed)) * 1000) for seed in batch["seeds"]
+    ] * 2
+    rows = []
+    with torch.no_grad():
+        for row, t in enumerate(timesteps):
+            prompt = text[row : row + 1]
+            rows.append(
+                by_hand(
+                    lambda x, now, prompt=prompt: policy(x, now, prompt).sample,
+                    *(clean[row : row + 1], t, (1, 334, 667), -1, ddim_up),
+                )
+            )
+    a = ALPHAS[timesteps].view(-1, 1, 1, 1)
+    noisy, noise = torch.cat(rows), (torch.cat(rows) - a.sqrt() * clean) / (1 - a).sqrt()
+    at = (noisy, torch.tensor(timesteps), text)
+    expected = diffusion_dpo(policy(*at).sample, reference(*at).sample.detach(), noise)
+    expected.backward()
+
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    theirs = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert (gradient(trainer) - theirs).norm() < 1e-3 * theirs.norm()
+    drawn = make_trainer(moved, sd_folder, safeguard="none", beta=BETA)
+    drawn.denoiser.zero_grad()
+    drawn.model.train()
+    drawn.compute_loss(drawn.model, batch).backward()
+    assert (gradient(drawn) - theirs).norm() > 0.1 * theirs.norm()  # drawn noise is something else
+
+
+def test_a_step_of_a_flow_model_by_hand(make_trainer, family_folder):
+    """Velocities: Euler's step up between the shifted levels, in float64; the target is `noise - clean`."""
+    folder = family_folder("stable_diffusion_3")
+    reference = load_pipeline(folder)
+    for weight in reference.transformer.parameters():
+        weight.data *= 1.02
+    trainer = make_trainer(folder, reference, safeguard="none", beta=BETA, weighting_scheme="none", **INVERSION)
+    batch = batch_of(trainer)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+
+    policy = copy.deepcopy(trainer.denoiser).double().requires_grad_()
+    policy.zero_grad()
+    frozen = copy.deepcopy(trainer.reference.module).double()
+    latents, conditioning = trainer.pair_forward.encode(batch)
+    clean = latents.double()
+    text, pooled = (conditioning[name].double() for name in ("prompt_embeds", "pooled_prompt_embeds"))
+
+    def velocity(model, x, now, rows):
+        told = torch.tensor(now).reshape(-1) * torch.ones(len(x))  # float32, as the trainer has them
+        return model(x, text[rows], pooled[rows], told, return_dict=False)[0]
+
+    def shifted(level):
+        return 1000 * 3 * level / (1 + 2 * level)
+
+    draws = [float(torch.rand(1, generator=torch.Generator().manual_seed(seed))) for seed in batch["seeds"]] * 2
+    timesteps, found = [shifted(draw) for draw in draws], []
+    with torch.no_grad():
+        for row, t in enumerate(timesteps):
+            rows = slice(row, row + 1)
+            found.append(
+                by_hand(
+                    lambda x, now, rows=rows: velocity(policy, x, now, rows),
+                    *(clean[rows], t, (shifted(1 / 3), shifted(2 / 3)), 0.0),
+                    lambda x, v, s, t: x + (t - s) / 1000 * v,
+                )
+            )
+    sigmas = torch.tensor(timesteps, dtype=torch.float64).view(-1, 1, 1, 1) / 1000
+    noisy, noise = torch.cat(found), (torch.cat(found) - (1 - sigmas) * clean) / sigmas
+    every = slice(None)
+    predictions = velocity(policy, noisy, timesteps, every), velocity(frozen, noisy, timesteps, every).detach()
+    expected = diffusion_dpo(*predictions, noise - clean)
+    expected.backward()
+
+    assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+    theirs = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    assert (gradient(trainer) - theirs).norm() < 2e-3 * theirs.norm()
+
+
+def test_timesteps_are_those_of_drawn_noise_and_the_published_end_gives_other_noise(make_trainer):
+    shared, exact, grid = make_trainer(), make_trainer(**INVERSION), make_trainer(**INVERSION, inversion_end="grid")
+    batch = batch_of(shared)
+    noisy = [each.pair_forward.noisy_batch(batch, 1, each.model) for each in (shared, exact, grid)]
+    assert torch.equal(noisy[0].timesteps, noisy[1].timesteps) and torch.equal(noisy[0].timesteps, noisy[2].timesteps)
+    assert len({float(each.target.square().mean()) for each in noisy}) == 3
+    again = exact.pair_forward.noisy_batch(batch, 1, exact.model)
+    assert torch.equal(again.noisy, noisy[1].noisy) and torch.equal(again.target, noisy[1].target)
+    winners, losers = noisy[1].target.chunk(2)
+    assert not torch.allclose(winners, losers, atol=0.1)  # each image has noise of its own
+    assert not any(each.noisy.requires_grad or each.target.requires_grad for each in noisy)
+
+
+def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(make_trainer):
+    trainer = make_trainer(**INVERSION, inversion_eta=0.5)
+    batch, rows = batch_of(trainer), [2, 3, 6, 7]
+    forward = trainer.pair_forward
+    whole = forward.noisy_batch(batch, 1, trainer.model)
+    half = {
+        "pixel_values": batch["pixel_values"][rows],
+        "prompts": batch["prompts"][2:],
+        "seeds": batch["seeds"][2:],
+        "original_sizes": batch["original_sizes"][rows],
+        "crop_top_lefts": batch["crop_top_lefts"][rows],
+    }
+    part = forward.noisy_batch(half, 1, trainer.model)
+    torch.testing.assert_close(part.noisy, whole.noisy[rows], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.target, whole.target[rows], rtol=1e-4, atol=1e-4)
+    other = make_trainer(**INVERSION)  # without the added noise
+    assert not torch.allclose(other.pair_forward.noisy_batch(batch, 1, other.model).target, whole.target, atol=0.05)
+
+
+def test_every_draw_of_a_pair_is_inverted_to_its_own_timestep(make_trainer):
+    trainer = make_trainer(**INVERSION)
+    batch = batch_of(trainer)
+    several = trainer.pair_forward.noisy_batch(batch, 2, trainer.model)
+    for level in range(2):
+        seeds = seeds_of_levels(batch["seeds"], 2)[4 * level : 4 * level + 4]
+        latents, conditioning = trainer.pair_forward.encode(batch)  # one encoding for both
+        timesteps, noise, _ = trainer.pair_forward.invert(trainer.model, conditioning, seeds, latents)
+        rows = [4 * level + row for row in range(4)] + [8 + 4 * level + row for row in range(4)]
+        assert torch.equal(several.timesteps[rows], timesteps)
+        torch.testing.assert_close(several.target[rows], noise, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_trainer, moved, sd_folder, precision):
+    """The gradient of a step, against that of its noisy batch alone: casts of weights that autocast would keep from the
+    passes before have no graph."""
+    trainer = make_trainer(moved, sd_folder, bf16=precision == "bf16", activation_checkpointing=True, **INVERSION)
+    batch, forward = batch_of(trainer), trainer.pair_forward
+    trainer.model.activation_checkpointing_enable()
+    trainer.model.train()
+    predictions = forward.predict_pairs(trainer.model, batch)
+    forward.loss(predictions).loss.backward()
+    ours = gradient(trainer)
+    trainer.denoiser.zero_grad()
+    again = copy.copy(forward)
+    again.noisy_batch = lambda *_: predictions.batch
+    again.loss(again.predict_pairs(trainer.model, batch)).loss.backward()
+    assert torch.equal(ours, gradient(trainer)) and ours.norm() > 0
+    assert all(weight.grad is not None for weight in trainer.denoiser.parameters())
+
+
+def test_both_safeguards_have_the_noise_of_the_whole_batch(make_trainer, moved, sd_folder):
+    output, parameter = (
+        make_trainer(moved, sd_folder, safeguard=name, max_steps=1, **SGD, **INVERSION)
+        for name in ("output", "parameter")
+    )
+    batches = {}
+    for name, trainer in (("output", output), ("parameter", parameter)):
+        trainer.denoiser.load_state_dict(moved.unet.state_dict())
+        noisy_batch = trainer.pair_forward.noisy_batch
+
+        def kept(*given, name=name, noisy_batch=noisy_batch):
+            batches[name] = noisy_batch(*given)
+            return batches[name]
+
+        trainer.pair_forward.noisy_batch = kept
+    start = copy.deepcopy(moved.unet.state_dict())
+    output.train()
+    moved.unet.load_state_dict(start)
+    parameter.train()
+    torch.testing.assert_close(batches["output"].target, batches["parameter"].target)
+    assert 0 <= parameter.state.log_history[0]["safeguard/scale"] <= 1
+
+
+def test_the_average_is_evaluated_at_the_noise_of_its_own_inversion(make_trainer, make_pairs):
+    trainer = make_trainer(ema_decay=0.9, max_steps=3, learning_rate=1e-2, eval_dataset=make_pairs(4), **INVERSION)
+    trainer.train()
+    forward, seen = trainer.pair_forward, []
+    invert = forward.invert
+    forward.invert = lambda model, *rest: seen.append(model) or invert(model, *rest)
+    trainer.evaluate()
+    with trainer.average.active(trainer.model_wrapped) as average:
+        assert any(model is average for model in seen) and any(model is trainer.model for model in seen)
+
+
+def test_an_evaluation_is_the_same_twice(make_trainer, make_pairs):
+    trainer = make_trainer(eval_dataset=make_pairs(4), **INVERSION, inversion_eta=0.1)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"] and first["eval_errors/winner"] == second["eval_errors/winner"]
+
+
+def test_a_resumed_run_arrives_where_an_undisturbed_one_does(make_trainer, tmp_path):
+    settings = {**INVERSION, "inversion_eta": 0.2, "save_strategy": "steps", "save_steps": 2, "winner_budget": 0.1}
+    settings |= {"winner_budget_pairs": 2, "winner_budget_steps": 1, "ema_decay": 0.5}
+    whole = make_trainer(peft_config=LoraConfig(r=2), max_steps=3, output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    resumed = make_trainer(peft_config=LoraConfig(r=2), max_steps=3, output_dir=str(tmp_path / "resumed"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    ours, theirs = (dict(trainer.denoiser.named_parameters()) for trainer in (resumed, whole))
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
+    """Its errors are compared with those before training: the noise must not move with the policy."""
+    probes = []
+    for settings in ({}, INVERSION):
+        trainer = make_trainer(winner_budget=0.1, winner_budget_pairs=2, max_steps=1, **settings)
+        begin = trainer.winner_budget.begin
+        trainer.winner_budget.begin = lambda pairs, begin=begin, trainer=trainer: (
+            begin(pairs),
+            probes.append(trainer.winner_budget.probe.batches),
+        )
+        trainer.train()
+    for drawn, inverted in zip(*probes, strict=True):
+        assert torch.equal(drawn.noisy, inverted.noisy) and torch.equal(drawn.target, inverted.target)
