@@ -53,6 +53,20 @@ def test_accumulation_adds_no_operations_and_the_combination_of_branches_holds_b
     assert parameter.moments["optimizer"] - sum(parameter.components.values()) >= 2 * 4 * parameter.trained
 
 
+def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
+    """By differences: 5 steps of DDIM are 2 calls more than 3, 3 steps of ReNoise 4 calls (and one each goes on to the
+    timestep); a call of the reference, which full tuning has and `sft` has not, is as much."""
+    words = f"{ALL_WEIGHTS} --safeguard none --noise_source inversion"
+    three, five, renoise = (
+        plan_of(f"{words} {more}").flops
+        for more in ("--inversion_steps 3", "--inversion_steps 5", "--inversion_steps 3 --inversion renoise")
+    )
+    shared = plan_of(f"{ALL_WEIGHTS} --safeguard none").flops
+    a_call = shared - plan_of(f"{ALL_WEIGHTS} --safeguard none --loss_type sft").flops
+    assert a_call > 0
+    assert (three - shared, five - shared, renoise - shared) == (4 * a_call, 6 * a_call, 8 * a_call)
+
+
 @pytest.mark.matrix
 def test_a_bound_by_adamw_takes_a_few_copies_of_one_weight_for_a_moment(plan_of, monkeypatch):
     monkeypatch.setattr(gradients, "CPU_CHUNK", 512)  # of the inner products, which would hide it in a tiny model

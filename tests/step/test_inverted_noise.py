@@ -51,9 +51,8 @@ def ddim_up(x, e, s, t):
 
 def diffusion_dpo(policy, reference, target):
     """`log(1 + exp(beta/2 (d_w - d_l)))`, the mean over the pairs."""
-    winner, loser = (
-        (policy - target).square().flatten(1).mean(1) - (reference - target).square().flatten(1).mean(1)
-    ).chunk(2)
+    now, before = ((each - target).square().flatten(1).mean(1) for each in (policy, reference))
+    winner, loser = (now - before).chunk(2)
     return torch.nn.functional.softplus(BETA / 2 * (winner - loser)).mean()
 
 
@@ -212,27 +211,24 @@ def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_train
     assert all(weight.grad is not None for weight in trainer.denoiser.parameters())
 
 
-def test_both_safeguards_have_the_noise_of_the_whole_batch(make_trainer, moved, sd_folder):
-    output, parameter = (
-        make_trainer(moved, sd_folder, safeguard=name, max_steps=1, **SGD, **INVERSION)
-        for name in ("output", "parameter")
-    )
-    batches = {}
-    for name, trainer in (("output", output), ("parameter", parameter)):
-        trainer.denoiser.load_state_dict(moved.unet.state_dict())
-        noisy_batch = trainer.pair_forward.noisy_batch
+def test_the_parameter_safeguard_has_the_noise_of_the_whole_batch(make_trainer, moved, sd_folder):
+    """One inversion of both images of all pairs, before the two branches are predicted apart."""
+    trainer = make_trainer(moved, sd_folder, safeguard="parameter", max_steps=1, **SGD, **INVERSION)
+    start, found = copy.deepcopy(trainer.denoiser.state_dict()), []
+    noisy_batch = trainer.pair_forward.noisy_batch
 
-        def kept(*given, name=name, noisy_batch=noisy_batch):
-            batches[name] = noisy_batch(*given)
-            return batches[name]
+    def kept(inputs, *given):
+        found.append((inputs, noisy_batch(inputs, *given)))
+        return found[-1][1]
 
-        trainer.pair_forward.noisy_batch = kept
-    start = copy.deepcopy(moved.unet.state_dict())
-    output.train()
-    moved.unet.load_state_dict(start)
-    parameter.train()
-    torch.testing.assert_close(batches["output"].target, batches["parameter"].target)
-    assert 0 <= parameter.state.log_history[0]["safeguard/scale"] <= 1
+    trainer.pair_forward.noisy_batch = kept
+    trainer.train()
+    (inputs, batch), scale = found[0], trainer.state.log_history[0]["safeguard/scale"]
+    assert 0 <= scale <= 1 and len(found) == 1
+    trainer.denoiser.load_state_dict(start)
+    again = noisy_batch(inputs, 1, trainer.model)
+    torch.testing.assert_close(again.target, batch.target)
+    torch.testing.assert_close(again.noisy, batch.noisy)
 
 
 def test_the_average_is_evaluated_at_the_noise_of_its_own_inversion(make_trainer, make_pairs):
@@ -253,8 +249,7 @@ def test_an_evaluation_is_the_same_twice(make_trainer, make_pairs):
 
 
 def test_a_resumed_run_arrives_where_an_undisturbed_one_does(make_trainer, tmp_path):
-    settings = {**INVERSION, "inversion_eta": 0.2, "save_strategy": "steps", "save_steps": 2, "winner_budget": 0.1}
-    settings |= {"winner_budget_pairs": 2, "winner_budget_steps": 1, "ema_decay": 0.5}
+    settings = {**INVERSION, "inversion_eta": 0.2, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(peft_config=LoraConfig(r=2), max_steps=3, output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
     resumed = make_trainer(peft_config=LoraConfig(r=2), max_steps=3, output_dir=str(tmp_path / "resumed"), **settings)
@@ -267,7 +262,8 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
     """Its errors are compared with those before training: the noise must not move with the policy."""
     probes = []
     for settings in ({}, INVERSION):
-        trainer = make_trainer(winner_budget=0.1, winner_budget_pairs=2, max_steps=1, **settings)
+        budget = {"winner_budget": 0.1, "winner_budget_pairs": 2, "num_noise_bins": 2}
+        trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2), **budget, **settings)
         begin = trainer.winner_budget.begin
         trainer.winner_budget.begin = lambda pairs, begin=begin, trainer=trainer: (
             begin(pairs),
