@@ -30,6 +30,13 @@ PUBLISHED = {
     "sdxl_dmpo": ("dmpo", 2.05e-6, "adafactor", 6000, 0.01, 0.6),
     "sdxl_dspo": ("dspo_sdxl", 2.05e-6, "adafactor", 5000, None, 0.6),
 }
+# SmPO-Diffusion and DDIM-InPO: loss, beta, kind and steps of the inversion, steps, warm-up.
+INVERTED = {
+    "sd15_smpo": ("smpo", 2000, "renoise", 5, 200, 100),
+    "sdxl_smpo": ("smpo", 5000, "renoise", 10, 200, 100),
+    "sd15_inpo": ("sigmoid", 2000, "ddim", 10, 400, 200),
+    "sdxl_inpo": ("sigmoid", 5000, "ddim", 10, 400, 200),
+}
 STARTING_POINTS = {f"{base}_lora" for base in ("sd15", "sdxl", "sd35", "flux")} | {"sd15_keep_winners"}
 BASES = {
     "sd35": ("stabilityai/stable-diffusion-3.5-medium", 1024),
@@ -135,6 +142,20 @@ def test_a_configuration_has_the_published_values(name, tmp_path):
     assert (model_args.model_name_or_path, model_args.use_peft, model_args.dtype) == (model, False, "float32")
 
 
+@pytest.mark.parametrize("name", INVERTED)
+def test_a_configuration_with_inversion_has_the_published_values(name, tmp_path):
+    model, resolution = BASES[name.split("_")[0]]
+    _, args, model_args = parse_config(ROOT / "examples" / "configs" / f"{name}.yaml", tmp_path)
+    inversion = (args.inversion, args.inversion_steps)
+    assert (args.loss_type, args.beta, *inversion, args.max_steps, args.warmup_steps) == INVERTED[name]
+    assert (args.noise_source, args.inversion_end, args.inversion_eta) == ("inversion", "exact", 0.0)
+    smpo = {"smpo_coefficient": 10, "smpo_score_scale": pytest.approx(0.166581)}
+    assert args.loss_kwargs == (smpo if args.loss_type == "smpo" else {})
+    assert (args.safeguard, args.bf16, args.resolution, args.learning_rate) == ("none", True, resolution, 1.024e-5)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 1024
+    assert (model_args.model_name_or_path, model_args.use_peft, model_args.dtype) == (model, False, "float32")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_parsed_and_explains_itself(path, tmp_path):
     script_args, args, model_args = parse_config(path, tmp_path)
@@ -146,7 +167,7 @@ def test_every_configuration_is_parsed_and_explains_itself(path, tmp_path):
 
 
 def test_no_published_row_is_missing():
-    assert {path.stem for path in CONFIGS} - set(PUBLISHED) == STARTING_POINTS
+    assert {path.stem for path in CONFIGS} - set(PUBLISHED) - set(INVERTED) == STARTING_POINTS
     assert all(isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict) for path in CONFIGS)
 
 

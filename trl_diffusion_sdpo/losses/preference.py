@@ -137,7 +137,7 @@ def smpo_loss(
     `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the softmax of the pair's normalised scores. Pairs that
     the scores rank the other way are swapped beforehand, so `p >= 0.5`.
 
-    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling (without ReNoise inversion).
+    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. Its noise is of `families.inversion`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
