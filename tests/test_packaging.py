@@ -37,7 +37,9 @@ INVERTED = {
     "sd15_inpo": ("sigmoid", 2000, "ddim", 10, 400, 200),
     "sdxl_inpo": ("sigmoid", 5000, "ddim", 10, 400, 200),
 }
-STARTING_POINTS = {f"{base}_lora" for base in ("sd15", "sdxl", "sd35", "flux")} | {"sd15_keep_winners"}
+STARTING_POINTS = {f"{base}_lora" for base in ("sd15", "sdxl", "sd35", "flux")} | {
+    *("sd15_keep_winners", "sd15_stabilised", "sd15_capo")
+}
 BASES = {
     "sd35": ("stabilityai/stable-diffusion-3.5-medium", 1024),
     "flux": ("black-forest-labs/FLUX.1-dev", 512),

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from trl_diffusion_sdpo.step.branch_gradients import ANCHOR, LOSER, WINNER
-from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
-from trl_diffusion_sdpo.step.pair_forward import PairPredictions
+from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch, PairPredictions
 
 BRANCHES = (WINNER, LOSER, ANCHOR)
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -60,6 +60,9 @@ def read_words(table, *words: str) -> dict:
         ("timesteps: [999, 749.5]", [999, 749.5]),
         ("timesteps: 999", [999]),
         ("sample_prompts: a dog", ["a dog"]),
+        ("loss_type: sigmoid", ["sigmoid"]),
+        ("loss_type: [sigmoid, sft]", ["sigmoid", "sft"]),
+        ("loss_weights: [1, 0.5]", [1, 0.5]),
         ("report_to: [tensorboard, wandb]", ["tensorboard", "wandb"]),
         ("model_init_kwargs: {variant: fp16}", {"variant": "fp16"}),
         ('model_init_kwargs: \'{"variant": "fp16"}\'', '{"variant": "fp16"}'),
@@ -76,6 +79,7 @@ def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, t
         ("safeguard: on", "`safeguard` must be one of none, output, parameter, got true"),
         ("loss_type: off", "`loss_type` must be one of sigmoid, "),
         ("loss_type: sigmoit", "got 'sigmoit'. Did you mean `sigmoid`?"),
+        ("loss_type: [sigmoid, sftt]", "`loss_type` must be one of sigmoid, "),
         ("run_name: on", "`run_name` must be text, got true: YAML reads on, off, yes and no as booleans."),
         ("max_steps: off", "`max_steps` must be a whole number, got false"),
         ("max_steps: 2.5", "`max_steps` must be a whole number, got 2.5"),
@@ -195,6 +199,23 @@ def test_settings_of_the_file_and_the_command_line_are_in_the_arguments(tmp_path
     assert (args.safeguard, args.random_flip, args.eval_strategy, args.use_cpu) == ("none", False, "no", True)
     assert (args.beta, args.max_steps, pairs.test_size) == (2000.0, 7, 0.25)
     assert (model.use_peft, model.lora_target_modules, model.lora_dropout) == (True, ["to_q", "to_k"], 0.0)
+
+
+def test_a_sum_of_losses_is_given_by_a_file_or_on_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"loss_type: [sigmoid, sft]\nloss_weights: [1, 0.1]\nuse_cpu: on\noutput_dir: {tmp_path}\n")
+    plain = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
+    for words, loss_type, weights in (
+        (["--config", str(file)], ["sigmoid", "sft"], [1.0, 0.1]),
+        (["--config", str(file), "--loss_type", "dmpo", "hinge"], ["dmpo", "hinge"], [1.0, 0.1]),
+        ([*plain, "--loss_type", "sigmoid", "sft", "--loss_weights", "2", "0.5"], ["sigmoid", "sft"], [2.0, 0.5]),
+        ([*plain, "--loss_type", "ipo"], "ipo", None),
+        (plain, "sigmoid", None),
+    ):
+        _, args, _ = train.parse(words)
+        assert (args.loss_type, args.loss_weights) == (loss_type, weights)
+    with pytest.raises(ValueError, match="must be one of sigmoid, .*, got 'sftt'. Did you mean `sft`"):
+        train.parse([*plain, "--loss_type", "sigmoid", "sftt"])
 
 
 def test_a_file_with_a_new_name_is_read_where_transformers_has_the_former_one(table, tmp_path):

@@ -66,10 +66,10 @@ def build_run(engine: str, tuning: str, kind: str, resumes: str | None = None, *
     }
 
 
-def with_resumed(engine: str, tuning: str) -> list[dict]:
+def with_resumed(engine: str, tuning: str, kind: str = "", **more) -> list[dict]:
     args = {"optim": "adamw_torch", "save_only_model": False, "learning_rate": {"full": 1e-3, "lora": 1e-2}[tuning]}
-    whole = build_run(engine, tuning, "undisturbed", **args)
-    return [whole, build_run(engine, tuning, "resumed", resumes=whole["name"], **args)]
+    whole = build_run(engine, tuning, f"undisturbed{kind}", **args, **more)
+    return [whole, build_run(engine, tuning, f"resumed{kind}", resumes=whole["name"], **args, **more)]
 
 
 def planned(*alternatives: list[dict]):
@@ -282,3 +282,44 @@ def test_in_bf16_and_with_the_parameter_safeguard_they_train_and_save(found):
 def test_a_probe_that_processes_cannot_share_evenly_has_each_pair_once(found, plan, alone):
     theirs = state_of(Path(alone(plan[0]).args.output_dir))["before"]
     torch.testing.assert_close(state_of(found[0] / "saved")["before"], theirs, rtol=1e-5, atol=0, equal_nan=True)
+
+
+# ---- Sums of losses, and the automatic beta ------------------------------------------------------------------------
+
+SUMMED = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 5.0], "auto_beta": True, "safeguard_mu": 0.3}
+
+
+def beta_of(folder: Path) -> dict[str, float]:
+    """Its state, of the last checkpoint."""
+    return json.loads((folder / f"checkpoint-{STEPS}" / "auto_beta.json").read_text())
+
+
+@pytest.mark.matrix
+@planned(
+    *[
+        [
+            build_run(
+                engine, "full", f"summed-{safeguard}", safeguard=safeguard, gradient_accumulation_steps=2, **SUMMED
+            )
+        ]
+        for engine in ("ddp", "zero2")
+        for safeguard in ("none", "parameter")
+    ]
+)
+def test_beta_follows_the_margins_of_all_processes_and_micro_batches(found, plan, alone):
+    trainer = alone(plan[0])
+    log = steps_of(json.loads((found[0] / "log.json").read_text()))
+    theirs = steps_of(trainer.state.log_history)
+    betas = [step["rewards/beta"] for step in log]
+    assert len(set(betas)) == STEPS and betas[0] == 500.0
+    assert betas == pytest.approx([step["rewards/beta"] for step in theirs], rel=1e-4)
+    assert beta_of(found[0] / "saved") == pytest.approx(beta_of(Path(trainer.args.output_dir)), rel=1e-3)
+    assert_walked_alike(found[0], trainer, tolerance=5e-3)
+
+
+@pytest.mark.matrix
+@planned(*[with_resumed(engine, "full", "-beta", **SUMMED) for engine in ("ddp", "zero2")])
+def test_a_resumed_run_has_the_same_beta_to_the_bit(found):
+    whole, resumed = found
+    assert beta_of(resumed / "saved") == beta_of(whole / "saved")
+    assert_equal(weights_in(resumed / "saved"), weights_in(whole / "saved"))

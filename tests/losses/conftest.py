@@ -78,6 +78,8 @@ def plain_losses(name: str, pred, target, ref, beta: float, k: dict, scores=None
             eta = k["linear_eta"]
             weight = min(max(0.2 * beta * (held_winner - held_loser) + 0.5, eta), 1 - eta)
             losses.append(weight * (winner - loser))
+        elif name == "capo":
+            losses.append((u - (scores[i] - scores[i + pairs])) ** 2)
         elif name == "smpo":
             p = sigmoid((scores[i] - scores[i + pairs]) / k["smpo_score_scale"])
             losses.append(-log_sigmoid(k["smpo_coefficient"] * (2 * p - 1) * u))

@@ -23,6 +23,7 @@ SETTINGS = {
     "dpop": (0.8, {"dpop_lambda": 2.0}),
     "linear": (0.3, {"linear_eta": 0.05}),
     "smpo": (0.8, {"smpo_coefficient": 3.0, "smpo_score_scale": 2.0}),
+    "capo": (0.3, {}),
 }
 # Residuals of three pairs, target 0. |r_w|^2 = 1, 1, 25 and <r_w, r_l> = 2, 4, 24.
 THREE = torch.tensor([[1.0, 0.0], [1.0, 0.0], [3.0, 4.0], [2.0, 1.0], [4.0, 0.0], [4.0, 3.0]])
@@ -57,10 +58,11 @@ def losses_of(name, winner, loser, target, ref, beta):
         "dmpo": p * (p / 0.95).log() + (1 - p) * ((1 - p) / 0.05).log(),
         "dpop": torch.log1p(torch.exp(-(u - 2.0 * beta / 2 * change.clamp(min=0)))),
         "smpo": torch.log1p(torch.exp(-3.0 * (2 * torch.sigmoid((scores_w - scores_l) / 2.0) - 1) * u)),
+        "capo": (u - (scores_w - scores_l)) ** 2,
     }[name]
 
 
-BY_HAND = ("sigmoid", "hinge", "ipo", "dspo", "dmpo", "mapo", "dpop", "linear", "smpo")
+BY_HAND = ("sigmoid", "hinge", "ipo", "dspo", "dmpo", "mapo", "dpop", "linear", "smpo", "capo")
 
 
 def parts_by_hand(name, model, target, ref, beta):
@@ -77,7 +79,14 @@ def gradient(tensors, name="sigmoid", **given):
     model, target, ref = tensors
     leaf = model.clone().requires_grad_()
     out = diffusion_preference_loss(
-        leaf, target, ref, loss_type=name, beta=beta, scores=SCORES if name == "smpo" else None, **loss_kwargs, **given
+        leaf,
+        target,
+        ref,
+        loss_type=name,
+        beta=beta,
+        scores=SCORES if LOSSES[name].needs_scores else None,
+        **loss_kwargs,
+        **given,
     )
     out.loss.backward()
     return leaf.grad, out

@@ -91,7 +91,7 @@ def test_each_loss_reports_the_metrics_that_have_a_meaning_for_it(loss_type: str
         expected |= set(CHANGES)
     if loss_type != "sft":
         expected |= set(REWARDS) | {"safeguard/scale", "safeguard/active", "safeguard/cosine"}
-    if loss_type in ("ipo", "dmpo"):
+    if loss_type in ("ipo", "dmpo", "capo"):
         expected.add("safeguard/past_target")
     assert set(out.metrics) == expected
     assert all(value.shape == () and not value.requires_grad for value in out.metrics.values())

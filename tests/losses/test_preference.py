@@ -16,7 +16,7 @@ from trl_diffusion_sdpo.losses import (
     mean_error,
     pair_terms,
 )
-from trl_diffusion_sdpo.losses.preference import LOSS_KWARG_RANGES, LossType, pair_losses
+from trl_diffusion_sdpo.losses.preference import LOSS_KWARG_RANGES, LossType
 
 LOG3 = math.log(3)
 
@@ -40,6 +40,7 @@ BY_HAND = {
     "dpop": (LOG3 / 3, {"dpop_lambda": 7.0}, math.log(4 / 3)),  # d_w < 0: nothing is charged
     "linear": (0.25, {}, -0.6),  # weight 0.2 * 0.25 * (-6) + 0.5 = 0.2, times 1 - 4
     "smpo": (LOG3 / 3, {"smpo_coefficient": 2.0}, math.log(4 / 3)),  # scores log 3 apart: p = 3/4, 2 (2p - 1) = 1
+    "capo": (0.25, {}, (0.75 - LOG3) ** 2),  # u = 3/4, and the scores are log 3 apart
 }
 SCORES = torch.tensor([LOG3, 0.0])
 
@@ -58,8 +59,13 @@ MILD = {
     "dpop": (0.8, {"dpop_lambda": 2.0}),
     "linear": (0.7, {"linear_eta": 0.05}),
     "smpo": (0.8, {"smpo_coefficient": 3.0, "smpo_score_scale": 2.0}),
+    "capo": (0.7, {}),
 }
 MILD_SCORES = torch.tensor([2.0, 0.5, 1.0, 1.0, 0.0, -3.0])  # winners first, each ahead of its loser
+
+
+def pair_losses(terms, loss_type, *, beta, **loss_kwargs):
+    return LOSSES[loss_type].pair_losses(terms, beta=beta, **loss_kwargs)
 
 
 def terms_of_errors(winner, loser, ref_winner=0.0, ref_loser=0.0) -> PairTerms:
@@ -124,7 +130,7 @@ def test_gradients_agree_with_differences_of_plain_python(loss_type: str, seeded
     assert (leaf.grad - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(MILD) - {"dspo", "dspo_sdxl", "linear", "smpo"}))
+@pytest.mark.parametrize("loss_type", sorted(set(MILD) - {"dspo", "dspo_sdxl", "linear", "smpo", "capo"}))
 def test_gradients_in_the_errors_pass_gradcheck_in_float64(loss_type: str):
     beta, loss_kwargs = MILD[loss_type]
     errors = torch.tensor([[1.2, 0.7], [0.9, 1.4]], dtype=torch.float64, requires_grad=True)
@@ -403,7 +409,7 @@ def test_the_type_of_losses_names_the_table():
 
 def test_lambda_follows_from_residuals_where_a_pairs_errors_weigh_alike():
     alike = {"sigmoid", "hinge", "robust", "simpo", "linear", "smpo", "sft"}
-    in_a_batch = alike | {"ipo", "dspo", "dspo_sdxl", "dmpo"}  # for the authors of the safeguard
+    in_a_batch = alike | {"ipo", "capo", "dspo", "dspo_sdxl", "dmpo"}  # for the authors of the safeguard
     for granularity, expected in {
         "batch": in_a_batch,
         "noise_bin": in_a_batch,
@@ -413,8 +419,8 @@ def test_lambda_follows_from_residuals_where_a_pairs_errors_weigh_alike():
         assert {name for name, spec in LOSSES.items() if spec.uses_residuals(granularity)} == expected
 
 
-def test_default_betas_are_the_published_ones():
-    published = {"dspo": 0.001, "dmpo": 2000.0, "mapo": 0.1, "linear": 100.0}
+def test_default_betas_are_the_published_ones_and_half_of_diffusion_dpos_for_capo():
+    published = {"dspo": 0.001, "dmpo": 2000.0, "mapo": 0.1, "linear": 100.0, "capo": 2500.0}
     for loss_type, spec in LOSSES.items():
         assert spec.default_beta == published.get(loss_type, 5000.0)
 

@@ -23,6 +23,7 @@ MILD = {
     "dpop": (0.8, {"dpop_lambda": 2.0}),
     "linear": (0.7, {"linear_eta": 0.05}),
     "smpo": (0.8, {"smpo_coefficient": 3.0}),
+    "capo": (0.3, {}),
 }
 SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])  # winners first, each ahead of its loser
 
@@ -37,7 +38,7 @@ def guarded(model, target, reference, loss_type="sigmoid", *, beta=None, mu=0.0,
         beta=mild_beta if beta is None else beta,
         safeguard_mu=mu,
         safeguard_granularity=granularity,
-        scores=SCORES if loss_type == "smpo" and len(model) == 6 else settings.pop("scores", None),
+        scores=SCORES if loss_type in ("smpo", "capo") and len(model) == 6 else settings.pop("scores", None),
         **(loss_kwargs | settings),
     )
 

@@ -15,7 +15,7 @@ from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
 from trl_diffusion_sdpo.losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS
 from trl_diffusion_sdpo.settings import data_arguments, step_arguments
 from trl_diffusion_sdpo.settings.all_arguments import settings_of
-from trl_diffusion_sdpo.settings.declaring import Range
+from trl_diffusion_sdpo.settings.declaring import Choices, Range
 from trl_diffusion_sdpo.sources.checking import parse_verify_images
 from trl_diffusion_sdpo.trainer.diffusion_sdpo_config import settings_with
 
@@ -110,16 +110,17 @@ def test_every_range_and_every_choice_is_checked(make_args):
     defaults = {field.name: field.default for field in fields(DiffusionSDPOConfig)}
     checked = 0
     for name, setting in settings_of(DiffusionSDPOConfig).items():
-        allowed = next((fact for fact in setting.facts if isinstance(fact, Range)), setting.choices or None)
+        words = next((fact.words for fact in setting.facts if isinstance(fact, Choices)), setting.choices)
+        allowed = next((fact for fact in setting.facts if isinstance(fact, Range)), words or None)
         if allowed is not None:
             checked += 1
             assert defaults[name] is None or defaults[name] in allowed
             with pytest.raises(ValueError, match=f"`{name}` must be"):
-                make_args(**{name: "nonsense" if setting.choices else -1})
+                make_args(**{name: "nonsense" if words else -1})
             if not setting.is_optional:
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
-    assert checked == 41
+    assert checked == 43
 
 
 @pytest.mark.parametrize("name", [*(name.value for name in OptimizerNames)])
@@ -172,7 +173,8 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         swap_labels noise_source inversion inversion_steps inversion_end inversion_eta
     """.split()
     resume = """
-        loss_type beta safeguard safeguard_mu safeguard_granularity safeguard_eps safeguard_anchor
+        loss_type loss_weights sft_weight margin_clamp auto_beta
+        beta safeguard safeguard_mu safeguard_granularity safeguard_eps safeguard_anchor
         safeguard_preconditioner per_device_train_batch_size gradient_accumulation_steps mixed_precision random_crop
         random_flip proportion_empty_prompts loser_noise_range winner_budget winner_budget_pairs winner_budget_steps
         ema_decay sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_errors ref_noise_draws

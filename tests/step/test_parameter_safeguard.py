@@ -360,7 +360,7 @@ def test_every_loss_with_a_loser_trains_under_it(make_trainer):
 
 def test_the_default_anchor_is_the_losses(make_trainer):
     anchored = {name for name, spec in LOSSES.items() if spec.anchor == "error"}
-    assert anchored == {"ipo", "dspo", "dspo_sdxl", "dmpo"}
+    assert anchored == {"ipo", "dspo", "dspo_sdxl", "dmpo", "capo"}
     trainer = make_trainer(loss_type="ipo", safeguard="parameter", max_steps=1)
     trainer.train()
     assert trainer.parameter_safeguard.gradients.anchor == "error"

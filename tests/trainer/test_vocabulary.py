@@ -98,7 +98,11 @@ def every_logged_name(make_trainer, make_pairs, tmp_path) -> set[str]:
         winner_budget_steps=1,
     )
     in_parameter_space = make_trainer(
-        **common, output_dir=str(tmp_path / "parameter"), safeguard="parameter", safeguard_diagnostics_steps=1
+        **common,
+        output_dir=str(tmp_path / "parameter"),
+        safeguard="parameter",
+        safeguard_diagnostics_steps=1,
+        auto_beta=True,
     )
     return logged_names(in_output_space) | logged_names(in_parameter_space)
 

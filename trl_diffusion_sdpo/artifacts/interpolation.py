@@ -23,7 +23,8 @@ from .weights import LORA_A, LORA_B, PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles, f
 
 logger = logging.getLogger(__name__)
 
-LOSS_SETTINGS = ("loss_type", "beta", *LOSS_KWARG_RANGES)
+SUM_SETTINGS = ("loss_weights", "sft_weight", "margin_clamp")  # not written by earlier versions
+LOSS_SETTINGS = ("loss_type", "beta", *SUM_SETTINGS, *LOSS_KWARG_RANGES)
 LOSS_WITH_A_MARGIN = "sigmoid"  # for runs whose loss reads no reference
 _REQUIRED = ("tuning", "loss_type", "denoiser_class", "weights_before_training")
 
@@ -46,7 +47,8 @@ class SavedRun:
         """Arguments with which the trainer measures margins against the base as the run did; `names` are the settings
         that an evaluation depends on, besides those of the loss."""
         names = [name for name in names if name not in LOSS_SETTINGS]
-        if loss_spec(self.setup["loss_type"]).needs_reference:
+        sum_of = {name: self.setup[name] for name in SUM_SETTINGS if self.setup.get(name) is not None}
+        if loss_spec(self.setup["loss_type"], **sum_of).needs_reference:
             names += LOSS_SETTINGS
         stored = {name: self.setup[name] for name in names if self.setup.get(name) is not None}
         return {"loss_type": LOSS_WITH_A_MARGIN, **stored, "safeguard": "none"}

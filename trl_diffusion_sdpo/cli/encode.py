@@ -48,7 +48,6 @@ def _encode_alone(
     """Encode as a trainer would when it is made, without the weights of a denoiser."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..losses import loss_spec
     from ..runs.starting_point import starting_point
     from ..trainer import preparing  # takes seconds
     from ..trainer.data_preparation import prepare_pairs
@@ -56,7 +55,7 @@ def _encode_alone(
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
     model, lora = model_args.model_name_or_path, get_peft_config(model_args)
-    args, loss = preparing.copy_and_check_args(model, None, training_args), loss_spec(training_args.loss_type)
+    args, loss = preparing.copy_and_check_args(model, None, training_args), training_args.loss_spec
     loaded = preparing.load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
     tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None
     preparing.complete_args(args, loaded.family, loss, full=not tunes_lora)

@@ -144,7 +144,6 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
     from transformers.training_args import OptimizerNames
     from trl import get_peft_config
 
-    from ..losses import loss_spec
     from ..models.ema import EMAWeights
     from ..models.memory import check_offload
     from ..models.numerics import autocast_dtype
@@ -153,7 +152,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
     from ..trainer.preparing import check_and_complete, choose_trained_weights, make_reference
 
     quantized = _stored(model_args)
-    loaded, spec = _loaded(model_args, args, like), loss_spec(args.loss_type)
+    loaded, spec = _loaded(model_args, args, like), args.loss_spec
     given = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None
     adapter, added = choose_trained_weights(loaded, lora, args)
@@ -255,12 +254,11 @@ def _working(family: Any, args: DiffusionSDPOConfig, half: Any) -> Any:
 
 def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Layout) -> Any:
     from .._compat import activation_checkpointing
-    from ..losses import loss_spec
     from ..planning.fake_step import StepSettings
     from ..trainer.preparing import image_sizes, loss_settings
 
     checkpoints, arguments = activation_checkpointing(args)
-    anchor = args.safeguard_anchor or loss_spec(args.loss_type).anchor
+    anchor = args.safeguard_anchor or args.loss_spec.anchor
     by_branch, accumulates = args.safeguard == "parameter", args.gradient_accumulation_steps > 1
     # FSDP2 leaves gradients whole until the last micro-batch, except those of branches.
     whole = not layout.shards_gradients or (layout.name == "fsdp2" and accumulates and not by_branch)

@@ -27,8 +27,11 @@ class LossDefaults:
 # Sources of both Stable Diffusion tables: https://huggingface.co/papers/2511.03317 for sigmoid, dspo and dmpo;
 # https://huggingface.co/papers/2406.06424 for MaPO's beta; the published script of
 # https://huggingface.co/papers/2506.02698 for SmPO's. simpo: half of its beta is MaPO's slope at 0, T s / 2 = 250.
+# capo, our choice for every model: half of sigmoid's, which gives a pair with calibrated scores 1/2 apart the slope of
+# sigmoid where all margins are 0, beta / 4 there and beta / 2 here.
 STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.9),  # also the published numbers of sigmoid
+    "capo": LossDefaults(beta=2500.0, safeguard_mu=0.9),
     "dmpo": LossDefaults(beta=2000.0, safeguard_mu=0.9),
     "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
     "linear": LossDefaults(beta=100.0, safeguard_mu=0.9),
@@ -38,6 +41,7 @@ STABLE_DIFFUSION_DEFAULTS: dict[str, LossDefaults] = {
 }
 STABLE_DIFFUSION_XL_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=5000.0, safeguard_mu=0.6),  # also the published numbers of sigmoid and smpo
+    "capo": LossDefaults(beta=2500.0, safeguard_mu=0.6),
     "dmpo": LossDefaults(beta=6000.0, safeguard_mu=0.6),
     "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
     "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
@@ -52,6 +56,7 @@ DDPM_DEFAULTS = STABLE_DIFFUSION_XL_DEFAULTS
 # UNets; dspo, mapo and linear are as there.
 FLOW_DEFAULTS: dict[str, LossDefaults] = {
     FALLBACK: LossDefaults(beta=2000.0, safeguard_mu=0.6, beta_lora=100.0),
+    "capo": LossDefaults(beta=1000.0, safeguard_mu=0.6, beta_lora=50.0),
     "dspo": LossDefaults(beta=0.001, safeguard_mu=0.2),
     "linear": LossDefaults(beta=100.0, safeguard_mu=0.6),
     "mapo": LossDefaults(beta=0.1, safeguard_mu=0.6),

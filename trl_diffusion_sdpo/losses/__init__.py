@@ -1,5 +1,6 @@
 """Every formula of the project, on tensors and numbers: losses, safeguard, metrics, noise bins, winner budget."""
 
+from .auto_beta import BetaController
 from .diffusion_preference import (
     SAFEGUARDS,
     PreferenceLossOutput,
@@ -9,9 +10,10 @@ from .diffusion_preference import (
     order_by_scores,
 )
 from .guidance import guidance_shift, shifted
+from .loss_sums import check_auto_beta, check_loss_kwargs, loss_spec, loss_weights_by_name
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_terms import PairTerms, mean_error, pair_terms
-from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType, check_loss_kwargs, loss_spec
+from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType
 from .safeguard import (
     ANCHORS,
     GRANULARITIES,
@@ -36,6 +38,7 @@ __all__ = [
     "SAFEGUARDS",
     "SCORE_SCALES",
     "Anchor",
+    "BetaController",
     "BudgetController",
     "Granularity",
     "LossSpec",
@@ -44,6 +47,7 @@ __all__ = [
     "PreferenceLossOutput",
     "Safeguard",
     "adamw_scale",
+    "check_auto_beta",
     "check_loss_kwargs",
     "check_safeguard",
     "diffusion_preference_loss",
@@ -53,6 +57,7 @@ __all__ = [
     "lora_scaling",
     "loser_scale",
     "loss_spec",
+    "loss_weights_by_name",
     "mean_error",
     "noise_bin_changes",
     "noise_bin_of",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
+from .loss_sums import check_loss_kwargs, loss_spec
 from .metrics import pair_metrics, pair_rewards, plain_errors, safeguard_metrics
 from .pair_terms import PairTerms, pair_terms, per_sample
-from .preference import LossType, check_loss_kwargs, loss_spec, pair_losses, past_target
+from .preference import LossSpec, LossType
 from .safeguard import GRANULARITIES, Granularity, output_cosine, output_scale, scale_gradient
 
 Safeguard = Literal["none", "output", "parameter"]
@@ -44,8 +46,11 @@ def diffusion_preference_loss(
     ref_pred: torch.Tensor | None = None,
     *,
     ref_errors: torch.Tensor | None = None,
-    loss_type: LossType = "sigmoid",
-    beta: float | None = 5000.0,
+    loss_type: LossType | Sequence[LossType] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    sft_weight: float = 0.0,
+    margin_clamp: float | None = None,
+    beta: float | torch.Tensor | None = 5000.0,
     safeguard: Literal["none", "output"] = "output",
     safeguard_mu: float = 0.9,
     safeguard_granularity: Granularity = "batch",
@@ -69,9 +74,13 @@ def diffusion_preference_loss(
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): In place of `ref_pred`: the mean squared errors of its
             predictions in float32, without timestep weights. Refused by `dspo` and `dspo_sdxl`, which read the
             prediction itself.
-        loss_type (`str`, *optional*, defaults to `"sigmoid"`): A name of `LOSSES`.
-        beta (`float`, *optional*, defaults to 5000): Factor of the margin in the logit `u = -(beta / 2) margin`,
-            greater than 0. Ignored by `sft`.
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): A name of `LOSSES`, or several, whose
+            losses are summed.
+        loss_weights (`list[float]`, *optional*): Weights of the summed losses, 1 each if unset.
+        sft_weight (`float`, *optional*, defaults to 0): Weight of the winner's error, which is added to the loss.
+        margin_clamp (`float`, *optional*): Largest logit, greater than 0: a pair above it has no gradient.
+        beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor of the margin in the logit
+            `u = -(beta / 2) margin`, greater than 0, which is not checked of a tensor. Ignored by `sft`.
         safeguard (`str`, *optional*, defaults to `"output"`): `"output"` scales the loser's gradient by a lambda
             computed at the predictions; `"none"` does not.
         safeguard_mu (`float`, *optional*, defaults to 0.9): Margin in `[0, 1]`; larger is stricter.
@@ -79,14 +88,15 @@ def diffusion_preference_loss(
             `"weighted"` or `"noise_bin"`.
         safeguard_eps (`float`, *optional*, defaults to 0): Added to the inner product of the gradients of the mean
             errors at the predictions, which contain the factor `2 / N`. The authors' code adds 1e-9.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' losses before the mean.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' losses before the mean over all
+            pairs; at least 0, and 0 drops a pair from the loss and from lambda.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' errors, as min-SNR does.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`: multiply the losers' gradients in
             addition to lambda; the loss's value does not change. A pair of weight 0 trains its winner only.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
             `[0, num_noise_bins)`, for `"noise_bin"`.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins.
-        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first; read by `smpo`.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first; read by `smpo` and `capo`.
         loss_kwargs (`float`): The loss's own settings, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
     Returns:
@@ -105,24 +115,21 @@ def diffusion_preference_loss(
     out.loss.backward()
     ```
     """
-    spec = loss_spec(loss_type)
-    check_safeguard(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps)
-    _check_output_space(safeguard, safeguard_granularity, noise_bins)
-    weights = (pair_weights, timestep_weights)
-    objective = _Objective(loss_type, beta, loss_kwargs, target, ref_pred, ref_errors, *weights, scores)
+    spec = loss_spec(loss_type, loss_weights, sft_weight, margin_clamp)
+    check_loss_kwargs(loss_type, beta, loss_kwargs)
+    _check_output_space(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps, noise_bins)
+    of_pairs = (pair_weights, timestep_weights, scores)
+    objective = _Objective(repr(loss_type), spec, beta, loss_kwargs, target, ref_pred, ref_errors, *of_pairs)
     objective.check(model_pred)
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
     if spec.needs_scores:
         model_pred, objective = objective.ordered(model_pred)
 
     residuals = (model_pred.detach().float() - objective.target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
-    scale = torch.ones((), device=model_pred.device)
-    if safeguard == "output" and spec.uses_loser:
-        plain = spec.uses_residuals(safeguard_granularity)
-        gradients = None if plain else objective.branch_gradients(model_pred, loser_weights)
-        rule: dict[str, Any] = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
-        rule |= {"loser_weights": loser_weights, "noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
-        scale = output_scale(residuals[0], residuals[1], branch_gradients=gradients, **rule)
+    rule: dict[str, Any] = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
+    rule |= {"loser_weights": loser_weights, "noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
+    guarded = safeguard == "output" and spec.uses_loser
+    scale = objective.scale(model_pred, residuals, **rule) if guarded else torch.ones((), device=model_pred.device)
 
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))
@@ -133,8 +140,9 @@ def diffusion_preference_loss(
 class _Objective:
     """The loss as a function of the predictions, with all other arguments of [`diffusion_preference_loss`] fixed."""
 
-    loss_type: LossType
-    beta: float | None
+    name: str  # of the loss, for messages
+    spec: LossSpec
+    beta: float | torch.Tensor | None
     loss_kwargs: dict[str, float]
     target: torch.Tensor
     ref_pred: torch.Tensor | None
@@ -144,9 +152,8 @@ class _Objective:
     scores: torch.Tensor | None
 
     def check(self, model_pred: torch.Tensor) -> None:
-        """Raise `ValueError` on settings out of range, and on missing tensors or wrong shapes."""
-        spec, target, ref_pred, scores = loss_spec(self.loss_type), self.target, self.ref_pred, self.scores
-        check_loss_kwargs(self.loss_type, self.beta, self.loss_kwargs)
+        """Raise `ValueError` on missing tensors and wrong shapes."""
+        spec, target, ref_pred, scores = self.spec, self.target, self.ref_pred, self.scores
         if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
             raise ValueError(
                 "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
@@ -155,7 +162,7 @@ class _Objective:
         if ref_pred is not None and ref_pred.shape != model_pred.shape:
             raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
         self._check_errors(len(model_pred))
-        loss = f"The loss {self.loss_type!r}"
+        loss = f"The loss {self.name}"
         if spec.needs_reference and ref_pred is None and self.ref_errors is None:
             raise ValueError(f"{loss} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
         if spec.uses_beta and self.beta is None:
@@ -169,9 +176,9 @@ class _Objective:
             return
         if self.ref_pred is not None:
             raise ValueError("The reference is `ref_pred` or `ref_errors`, got both. Leave one out.")
-        if loss_spec(self.loss_type).reads_reference_prediction:
+        if self.spec.reads_reference_prediction:
             raise ValueError(
-                f"The loss {self.loss_type!r} reads the reference's prediction, which `ref_errors` does not have. Pass "
+                f"The loss {self.name} reads the reference's prediction, which `ref_errors` does not have. Pass "
                 "`ref_pred`."
             )
         if self.ref_errors.shape != (rows,):
@@ -194,8 +201,23 @@ class _Objective:
 
     def reduce(self, terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each pair, `(B,)`, and their weighted mean."""
-        losses = pair_losses(terms, self.loss_type, beta=self.beta, **self.loss_kwargs)
+        losses = self.spec.pair_losses(terms, beta=self.beta, **self.loss_kwargs)
         return losses, (losses if self.pair_weights is None else losses * self.pair_weights.to(losses)).mean()
+
+    def scale(
+        self,
+        model_pred: torch.Tensor,
+        residuals: Sequence[torch.Tensor],
+        *,
+        granularity: Granularity,
+        loser_weights: torch.Tensor | None,
+        **rule: Any,
+    ) -> torch.Tensor:
+        """Lambda of output space, from residuals where those are enough; `rule` is as of [`output_scale`]."""
+        plain = self.spec.uses_residuals(granularity)
+        gradients = None if plain else self.branch_gradients(model_pred, loser_weights)
+        rule |= {"granularity": granularity, "loser_weights": loser_weights, "pair_weights": self.pair_weights}
+        return output_scale(residuals[0], residuals[1], branch_gradients=gradients, **rule)
 
     def branch_gradients(
         self, model_pred: torch.Tensor, loser_weights: torch.Tensor | None
@@ -211,12 +233,11 @@ class _Objective:
         self, terms: PairTerms, scale: torch.Tensor, residuals: Any, loser_weights: torch.Tensor | None
     ) -> PreferenceLossOutput:
         """The loss of `terms`, with metrics; those of the safeguard only if the loss reads the loser."""
-        spec = loss_spec(self.loss_type)
-        beta = self.beta if spec.uses_beta else None
+        spec, beta = self.spec, self.beta if self.spec.uses_beta else None
         losses, loss = self.reduce(terms)
         metrics = pair_metrics(terms, beta=beta)
         if spec.uses_loser:
-            past = past_target(terms, self.loss_type, beta=self.beta, **self.loss_kwargs)
+            past = spec.past_target(terms, beta=self.beta, **self.loss_kwargs)
             metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
         rewards = torch.stack(pair_rewards(terms, beta=1.0 if beta is None else beta), 1)
         errors = torch.stack(plain_errors(terms), 1)
@@ -235,7 +256,10 @@ def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> 
         raise ValueError(f"`safeguard_eps` must be at least 0, got {eps}. The authors' code adds 1e-9; 0 is exact.")
 
 
-def _check_output_space(safeguard: str, granularity: str, noise_bins: torch.Tensor | None) -> None:
+def _check_output_space(
+    safeguard: str, mu: float, granularity: str, eps: float, noise_bins: torch.Tensor | None
+) -> None:
+    check_safeguard(safeguard, mu, granularity, eps)
     if safeguard == "parameter":
         raise ValueError(
             "`safeguard='parameter'` needs the gradients of the model's weights. Use the trainer, or `parameter_scale` "

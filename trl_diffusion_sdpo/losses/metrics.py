@@ -7,7 +7,7 @@ import torch
 from .pair_terms import PairTerms
 
 
-def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Tensor]:
+def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Means over a batch of pairs, detached scalars on the device.
 
     Args:
@@ -34,7 +34,7 @@ def pair_metrics(terms: PairTerms, *, beta: float | None) -> dict[str, torch.Ten
     return {name: value.detach().mean() for name, value in metrics.items()}
 
 
-def pair_rewards(terms: PairTerms, *, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_rewards(terms: PairTerms, *, beta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Implicit rewards of winner and loser, `-(beta / 2)` times the change of their errors; detached, each `(B,)`."""
     return -0.5 * beta * terms.winner_change.detach(), -0.5 * beta * terms.loser_change.detach()
 

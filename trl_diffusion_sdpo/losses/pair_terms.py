@@ -25,6 +25,7 @@ class PairTerms:
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores of winner and loser.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that are factors of the errors.
             Residual and shift are multiplied by their square roots, so that their mean squares are weighted alike.
+        margin_clamp (`float`, *optional*): Largest value of the logit; a pair above it has no gradient through it.
     """
 
     winner_error: torch.Tensor
@@ -35,6 +36,7 @@ class PairTerms:
     winner_shift: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     timestep_weights: torch.Tensor | None = None
+    margin_clamp: float | None = None
 
     @property
     def winner_change(self) -> torch.Tensor:
@@ -46,12 +48,14 @@ class PairTerms:
         """Error of the loser minus its error under the reference, `(B,)`; without a reference, the error."""
         return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
 
-    def logit(self, beta: float) -> torch.Tensor:
-        """`u = -(beta / 2) (winner_change - loser_change)`, `(B,)`: log-odds that the policy ranks the pair rightly.
+    def logit(self, beta: float | torch.Tensor) -> torch.Tensor:
+        """`u = -(beta / 2) (winner_change - loser_change)`, `(B,)`: log-odds that the policy ranks the pair rightly; at
+        most `margin_clamp`.
 
         Source: https://huggingface.co/papers/2311.12908, equation 14, with beta in the half form.
         """
-        return -0.5 * beta * (self.winner_change - self.loser_change)
+        logit = -0.5 * beta * (self.winner_change - self.loser_change)
+        return logit if self.margin_clamp is None else logit.clamp(max=self.margin_clamp)
 
 
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:

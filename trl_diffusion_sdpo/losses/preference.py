@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -137,12 +137,26 @@ def smpo_loss(
     `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the softmax of the pair's normalised scores. Pairs that
     the scores rank the other way are swapped beforehand, so `p >= 0.5`.
 
-    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. Its noise is of `families.inversion`.
+    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling; its noise is `families.inversion`.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
     preference = torch.sigmoid((winner_score - loser_score) / smpo_score_scale)
     return -F.logsigmoid(smpo_coefficient * (2 * preference - 1) * terms.logit(beta))
+
+
+def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
+    """CaPO, `(u - (c_w - c_l))^2` with the calibrated scores `c` of the pair, `(B,)`: IPO with a target for each pair.
+
+    A calibrated score is the expected share of the images of a prompt that an image wins against, in `[0, 1]`. Pairs
+    that the scores rank the other way are swapped beforehand, so the target is in `[0, 1]`. The source's factor of the
+    margin is `beta / 2` here.
+
+    Source: https://huggingface.co/papers/2502.02588, by its abstract and this formula alone.
+    """
+    assert terms.scores is not None
+    winner_score, loser_score = terms.scores
+    return (terms.logit(beta) - (winner_score - loser_score)).square()
 
 
 @dataclass(frozen=True)
@@ -160,11 +174,17 @@ class LossSpec:
             authors of the safeguard treat them so. Lambdas of a batch or a noise bin then follow from residuals.
         positive_weights (`bool`): Whether the gradient by the winner's error is also positive for every pair. The
             lambda of a pair then follows from residuals.
-        target_logit (`Callable`, *optional*): From `loss_kwargs` to the finite logit of the smallest loss. At larger
-            logits the loss's gradient raises the winner's error, whatever lambda is.
+        target_logit (`Callable`, *optional*): From [`PairTerms`] and `loss_kwargs` to the finite logit of the smallest
+            loss, a number or `(B,)`. At larger logits the loss's gradient raises the winner's error, whatever lambda
+            is.
         anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the gradient of the winner's branch is a
             non-negative multiple of the gradient of each winner's error, else `"error"`.
         default_beta (`float`): Value of `beta` if neither the user nor the model family has one.
+        reads_logit_only (`bool`): Whether a pair's loss is a function of its logit, and of its scores, alone: a capped
+            logit then leaves the pair no gradient.
+        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else, so that its size can
+            follow the size of the margins.
+        margin_clamp (`float`, *optional*): Cap of the logit.
     """
 
     function: Callable[..., torch.Tensor]
@@ -174,14 +194,34 @@ class LossSpec:
     needs_scores: bool = False
     equal_weights: bool = True
     positive_weights: bool = True
-    target_logit: Callable[..., float] | None = None
+    target_logit: Callable[..., float | torch.Tensor] | None = None
     anchor: Anchor = "branch"
     default_beta: float = 5000.0
+    reads_logit_only: bool = False
+    beta_scales_logit: bool = False
+    margin_clamp: float | None = None
 
     @cached_property
     def uses_beta(self) -> bool:
         """Whether the function takes `beta`."""
         return "beta" in inspect.signature(self.function).parameters
+
+    def pair_losses(
+        self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
+    ) -> torch.Tensor:
+        """The loss of each pair, `(B,)`."""
+        return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
+
+    def past_target(
+        self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
+    ) -> torch.Tensor | None:
+        """Whether each pair's logit exceeds `target_logit` and is not capped, bool `(B,)`; `None` without a target."""
+        if self.target_logit is None:
+            return None
+        assert beta is not None
+        logit = terms.logit(beta).detach()
+        past = logit > self.target_logit(terms, **loss_kwargs)
+        return past if self.margin_clamp is None else past & (logit < self.margin_clamp)
 
     @cached_property
     def loss_kwargs(self) -> dict[str, float]:
@@ -198,32 +238,43 @@ class LossSpec:
         return self.positive_weights if granularity == "pair" else self.equal_weights
 
 
-def _dmpo_target_logit(dmpo_alpha: float = 0.01) -> float:
+def _dmpo_target_logit(terms: PairTerms, dmpo_alpha: float = 0.01) -> float:
     target = _dmpo_target(dmpo_alpha)
     return math.log(target) - math.log1p(-target)
 
 
+def _capo_target_logit(terms: PairTerms) -> torch.Tensor:
+    assert terms.scores is not None
+    return terms.scores[0] - terms.scores[1]
+
+
+# fmt: off
 LossType = Literal[
-    "sigmoid", "hinge", "ipo", "robust", "dspo", "dspo_sdxl", "dmpo", "sft", "mapo", "simpo", "dpop", "linear", "smpo"
+    "sigmoid", "hinge", "ipo", "robust", "dspo", "dspo_sdxl", "dmpo", "sft", "mapo", "simpo", "dpop", "linear", "smpo",
+    "capo",
 ]
+# fmt: on
+_LOGISTIC: dict[str, Any] = {"reads_logit_only": True, "beta_scales_logit": True}
+_TARGETED: dict[str, Any] = {"reads_logit_only": True, "positive_weights": False, "anchor": "error"}
+_DSPO: dict[str, Any] = {"reads_reference_prediction": True, "positive_weights": False, "anchor": "error"}
+_UNEQUAL: dict[str, Any] = {"equal_weights": False, "positive_weights": False}
 LOSSES: dict[LossType, LossSpec] = {
-    "sigmoid": LossSpec(sigmoid_loss),
-    "hinge": LossSpec(hinge_loss),
-    "ipo": LossSpec(ipo_loss, positive_weights=False, target_logit=lambda: 0.5, anchor="error"),
-    "robust": LossSpec(robust_loss),
-    "dspo": LossSpec(
-        dspo_loss, reads_reference_prediction=True, positive_weights=False, anchor="error", default_beta=0.001
-    ),
-    "dspo_sdxl": LossSpec(dspo_sdxl_loss, reads_reference_prediction=True, positive_weights=False, anchor="error"),
+    "sigmoid": LossSpec(sigmoid_loss, **_LOGISTIC),
+    "hinge": LossSpec(hinge_loss, **_LOGISTIC),
+    "ipo": LossSpec(ipo_loss, target_logit=lambda terms: 0.5, **_TARGETED),
+    "robust": LossSpec(robust_loss, **_LOGISTIC),
+    "dspo": LossSpec(dspo_loss, default_beta=0.001, **_DSPO),
+    "dspo_sdxl": LossSpec(dspo_sdxl_loss, beta_scales_logit=True, **_DSPO),
     "dmpo": LossSpec(
-        dmpo_loss, positive_weights=False, target_logit=_dmpo_target_logit, anchor="error", default_beta=2000.0
+        dmpo_loss, target_logit=_dmpo_target_logit, default_beta=2000.0, beta_scales_logit=True, **_TARGETED
     ),
     "sft": LossSpec(sft_loss, needs_reference=False, uses_loser=False),
-    "mapo": LossSpec(mapo_loss, needs_reference=False, equal_weights=False, positive_weights=False, default_beta=0.1),
-    "simpo": LossSpec(simpo_loss, needs_reference=False),
-    "dpop": LossSpec(dpop_loss, equal_weights=False, positive_weights=False),
+    "mapo": LossSpec(mapo_loss, needs_reference=False, default_beta=0.1, **_UNEQUAL),
+    "simpo": LossSpec(simpo_loss, needs_reference=False, beta_scales_logit=True),
+    "dpop": LossSpec(dpop_loss, beta_scales_logit=True, **_UNEQUAL),
     "linear": LossSpec(linear_loss, default_beta=100.0),
-    "smpo": LossSpec(smpo_loss, needs_scores=True),
+    "smpo": LossSpec(smpo_loss, needs_scores=True, **_LOGISTIC),
+    "capo": LossSpec(capo_loss, needs_scores=True, target_logit=_capo_target_logit, default_beta=2500.0, **_TARGETED),
 }
 
 _Range = tuple[str, Callable[[float], bool]]  # in words, and as a check of a finite number
@@ -242,48 +293,6 @@ LOSS_KWARG_RANGES: dict[str, _Range] = {
     "smpo_coefficient": _ABOVE_0,
     "smpo_score_scale": _ABOVE_0,
 }
-
-
-def loss_spec(loss_type: LossType) -> LossSpec:
-    """The row of [`LOSSES`] with this name.
-
-    Raises:
-        `ValueError`: If there is none.
-    """
-    if loss_type not in LOSSES:
-        raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {loss_type!r}.")
-    return LOSSES[loss_type]
-
-
-def check_loss_kwargs(loss_type: LossType, beta: float | None, loss_kwargs: dict[str, float]) -> None:
-    """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss."""
-    spec = loss_spec(loss_type)
-    if spec.uses_beta and beta is not None and not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"`beta` must be a finite number greater than 0, got {beta}. Diffusion-DPO uses 5000.")
-    for name, value in loss_kwargs.items():
-        if name not in spec.loss_kwargs:
-            accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"
-            raise ValueError(f"`{name}` is no setting of the loss {loss_type!r}: {accepted}. Leave it unset.")
-        rule, holds = LOSS_KWARG_RANGES[name]
-        if not (math.isfinite(value) and holds(value)):
-            raise ValueError(f"`{name}` must be {rule}, got {value}.")
-
-
-def past_target(
-    terms: PairTerms, loss_type: LossType, *, beta: float | None, **loss_kwargs: float
-) -> torch.Tensor | None:
-    """Whether each pair's logit exceeds its loss's `target_logit`, bool `(B,)`; `None` for losses without one."""
-    spec = LOSSES[loss_type]
-    if spec.target_logit is None:
-        return None
-    assert beta is not None
-    return terms.logit(beta).detach() > spec.target_logit(**loss_kwargs)
-
-
-def pair_losses(terms: PairTerms, loss_type: LossType, *, beta: float | None, **loss_kwargs: float) -> torch.Tensor:
-    """The loss of each pair, `(B,)`, by the function in [`LOSSES`]."""
-    spec = LOSSES[loss_type]
-    return spec.function(terms, beta=beta, **loss_kwargs) if spec.uses_beta else spec.function(terms, **loss_kwargs)
 
 
 def _dmpo_target(alpha: float) -> float:

@@ -149,6 +149,7 @@ def output_scale(
     granularity: Granularity = "batch",
     eps: float = 0.0,
     loser_weights: torch.Tensor | None = None,
+    pair_weights: torch.Tensor | None = None,
     noise_bins: torch.Tensor | None = None,
     num_noise_bins: int = 1,
 ) -> torch.Tensor:
@@ -164,6 +165,8 @@ def output_scale(
         eps (`float`): Added to the inner product.
         loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`, further factors of the losers'
             gradients. Branch gradients must contain them. Pairs of weight 0 are left out of the sums.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. Branch gradients must
+            contain them; pairs of weight 0 are left out of the sums, and the sums of residuals have no other weights.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bin of each pair, in `[0, num_noise_bins)`.
         num_noise_bins (`int`): Number of noise bins.
 
@@ -172,6 +175,8 @@ def output_scale(
     """
     winner_gain, dot = output_products(winner_residual, loser_residual, branch_gradients)
     shift: float | torch.Tensor = eps
+    if pair_weights is not None:
+        winner_gain, dot = winner_gain * (pair_weights > 0), dot * (pair_weights > 0)
     if loser_weights is not None:
         shift = eps if not eps else eps * (loser_weights > 0).any()  # without any loser, lambda is 1
         winner_gain = winner_gain * (loser_weights > 0)

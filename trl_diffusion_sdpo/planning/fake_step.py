@@ -17,7 +17,7 @@ from ..engines.gradient_backends import ReplicatedBackend
 from ..engines.gradients import Gradient
 from ..families import Family
 from ..families.noise import constant
-from ..losses import Anchor, loss_spec
+from ..losses import Anchor
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
 from ..models.reference import Reference
@@ -272,7 +272,7 @@ def _by_branch(
         forward,
         gradients,
         MetricMeter(),
-        sorts_by_scores=loss_spec(settings.loss.loss_type).needs_scores,
+        sorts_by_scores=settings.loss.spec.needs_scores,
         low_memory=settings.low_memory,
         diagnostics=None,
     )
@@ -327,7 +327,7 @@ def _batch(settings: StepSettings, *, with_errors: bool) -> dict[str, Any]:
         "seeds": list(range(settings.pairs)),
         "rows": list(range(settings.pairs)),
     }
-    if loss_spec(settings.loss.loss_type).needs_scores:
+    if settings.loss.spec.needs_scores:
         batch["scores"] = torch.ones(images)
     if with_errors:
         batch["ref_errors"] = torch.ones(images * settings.noise.timesteps_per_pair)

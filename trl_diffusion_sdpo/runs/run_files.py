@@ -1,4 +1,4 @@
-"""What a run writes and resumes from: weights, reference, averaged weights, winner budget, set-up, optimizer state."""
+"""What a run writes and resumes from: weights, reference, averaged weights, controllers, set-up, optimizer state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunFiles:
         weights ([`WeightFiles`]): Of the policy.
         shadow_weights (`Sequence[ShadowWeights]`): The reference, and the average if there is one.
         average ([`EMAWeights`], *optional*): The average, which is part of the results.
-        budget ([`~trl_diffusion_sdpo.step.winner_budget.WinnerBudget`], *optional*): Saved and loaded.
+        controllers (`Sequence`): The winner budget and the automatic beta, where the run has them: saved and loaded.
         full_pipeline (`bool`): Whether the results include the pipeline's other components.
         trust_pickles (`bool`): Whether to load pickled files that could run code.
         unpublished (`dict[str, Any]`): Facts that are written beside the arguments.
@@ -50,13 +50,13 @@ class RunFiles:
         *,
         shadow_weights: Sequence[ShadowWeights],
         average: EMAWeights | None,
-        budget: Any,
+        controllers: Sequence[Any],
         full_pipeline: bool,
         trust_pickles: bool,
         unpublished: dict[str, Any],
     ):
         self._args, self._engine, self._weights = args, engine, weights
-        self._shadow_weights, self._average, self._budget = shadow_weights, average, budget
+        self._shadow_weights, self._average, self._controllers = shadow_weights, average, controllers
         self._full_pipeline, self._trust_pickles, self._unpublished = full_pipeline, trust_pickles, unpublished
         self._resumed_args: dict[str, Any] = {}
         self.checkpoints = CheckpointFolders(args)
@@ -77,8 +77,8 @@ class RunFiles:
             average = self._average.gather(keep=writes)
         if not writes:
             return
-        if checkpoint and self._budget is not None:
-            self._budget.save(folder)
+        for controller in self._controllers if checkpoint else ():
+            controller.save(folder)
         self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not checkpoint)
         if average is not None:
             self._weights.save(folder / EMA_FOLDER, average)
@@ -162,8 +162,8 @@ class RunFiles:
         self._load_weights(folder, model)
         for shadow in self._shadow_weights:
             shadow.load(folder)
-        if self._budget is not None:
-            self._budget.load(folder)
+        for controller in self._controllers:
+            controller.load(folder)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
         """Read the weights of the best checkpoint, and their average, which the metric may have been measured on;

@@ -88,6 +88,12 @@ def _number_or_name(value: str) -> float | str:
         return value
 
 
+def settled_loss_type(value: Any) -> Any:
+    """`loss_type` in one form: a name, or a list of several. A command line and YAML give one name as a list of one."""
+    names = list(value) if isinstance(value, (list, tuple)) else [value]
+    return names[0] if len(names) == 1 else names
+
+
 def settled_resolution(value: Any) -> int | list[int] | None:
     """The size of training images in one form: the side of a square, or `[height, width]`.
 

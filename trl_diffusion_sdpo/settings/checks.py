@@ -11,13 +11,13 @@ from transformers import get_scheduler
 from .._compat import CHECKPOINTING, activation_checkpointing
 from ..families.timestep_sampling import TimestepSampling
 from ..import_utils import require_optimizer, require_trackers
-from ..losses import LossSpec, check_loss_kwargs, check_safeguard, loss_spec
+from ..losses import LossSpec, check_auto_beta, check_loss_kwargs, check_safeguard, loss_weights_by_name
 from ..sources.checking import parse_verify_images
 from ..sources.images import parse_schemes
 from ..suggestions import did_you_mean
 from .all_arguments import AllArguments, Setting, settings_of
 from .data_arguments import DataArguments
-from .declaring import Range
+from .declaring import Choices, Range
 from .model_arguments import PipelineArguments
 from .step_arguments import NoiseArguments, WinnerArguments
 
@@ -31,7 +31,7 @@ def check_settings(args: AllArguments) -> None:
     """Raise `ValueError` on a value out of its range, and on settings that cannot act, alone or together."""
     for name, setting in settings_of(cast(Any, type(args))).items():
         _check_value(name, setting, getattr(args, name))
-    loss = loss_spec(args.loss_type)
+    loss = args.loss_spec
     require_trackers(args.report_to)
     _check_schedule(args)
     _check_inherited(args)
@@ -63,6 +63,15 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
     for allowed in setting.facts:
         if isinstance(allowed, Range) and value not in allowed:
             raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
+        if isinstance(allowed, Choices):
+            _check_words(name, allowed.words, value if isinstance(value, list) else [value])
+
+
+def _check_words(name: str, known: tuple[str, ...], words: list[Any]) -> None:
+    for word in words:
+        if word not in known:
+            near = did_you_mean(str(word), known)
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {word!r}.{near}")
 
 
 def _warn(message: str) -> None:
@@ -132,7 +141,12 @@ def _check_loss(args: AllArguments, loss: LossSpec) -> None:
     check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
     if not loss.uses_beta and args.beta is not None:
         _warn(f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has none.")
-    if args.loss_type == "dspo" and args.beta is not None and args.beta > 1:
+    if args.auto_beta:
+        check_auto_beta(cast(Any, args.loss_type))
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    for name in (name for name, weight in weights.items() if not weight):
+        _warn(f"The loss {name!r} has no effect: its weight in `loss_weights` is 0.")
+    if "dspo" in weights and args.beta is not None and args.beta > 1:
         _warn(
             f"`beta={args.beta}` with the loss 'dspo' multiplies the distance to the reference; the published value is "
             "0.001. The form with a beta in the thousands is 'dspo_sdxl'."

@@ -2,7 +2,7 @@
 
 Its field holds the default; its annotation the choices as a `Literal`, the allowed numbers as a [`Range`], and the
 lists of settings that it belongs to; its paragraph of the class's docstring is its help. (The parser of transformers
-hands all metadata of a field to `argparse`: nothing but the help can be there.)
+hands all metadata of a field to `argparse`: nothing but its arguments can be there.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import re
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 RESUME = "resume"  # it changes the trajectory: resuming compares it, and the model card shows it
 EVALUATION = "evaluation"  # an evaluation of saved weights depends on it
@@ -43,22 +43,38 @@ class Range:
         return f"greater than {low}" if self.interval[0] == "(" else f"at least {low}"
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The words that the elements of a list may be, which a command line may also give as one word.
+
+    Args:
+        words (`tuple[str, ...]`): All of them.
+    """
+
+    words: tuple[str, ...]
+
+
 Group = TypeVar("Group", bound=type)
 
 
 def documented(group: Group) -> Group:
-    """Make the paragraphs of a dataclass's docstring the help of its fields.
+    """Make the paragraphs of a dataclass's docstring the help of its fields, with the words of [`Choices`] and, as that
+    parser takes no default of a list but from a factory, their default.
 
     Raises:
         `ValueError`: If a field has no paragraph.
     """
     text = inspect.getdoc(group) or ""
     paragraphs = dict(re.findall(r"^    (\w+) \(.*?\):\s+(.*?)(?=^    \w|\Z)", text, re.DOTALL | re.MULTILINE))
+    hints = get_type_hints(group, include_extras=True)
     for setting in fields(group):
         if setting.name not in group.__annotations__:
             continue
         if setting.name not in paragraphs:
             raise ValueError(f"Each setting needs a paragraph in the docstring of {group.__name__}: {setting.name}.")
         paragraph = " ".join(paragraphs[setting.name].split())
-        setting.metadata = MappingProxyType({"help": paragraph.replace("%", "%%")})
+        facts = get_args(hints[setting.name]) if get_origin(hints[setting.name]) is Annotated else ()
+        words = [fact.words for fact in facts if isinstance(fact, Choices)]
+        more = {"choices": words[0], "default": setting.default} if words else {}
+        setting.metadata = MappingProxyType({"help": paragraph.replace("%", "%%"), **more})
     return group

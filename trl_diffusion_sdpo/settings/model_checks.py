@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from ..families import Family
 from ..families.inversion import InversionSettings, inversion_of
 from ..families.noise import NoiseProcess
 from ..families.timestep_sampling import TimestepSampling
+from ..losses import LOSSES, loss_weights_by_name
 from .all_arguments import AllArguments
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,26 @@ logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 QUANTILES = 10_001  # of the timesteps that are drawn
 NEGLIGIBLE = 0.01  # share of them
+
+
+def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[float, float | None]:
+    """`safeguard_mu` and `beta` of a family for the loss of the settings: of a sum, the strictest mu of its parts that
+    read the loser, and the beta that its parts have in common; `None` without a beta, or where `beta` is given.
+
+    Raises:
+        `ValueError`: If `beta` is not given and the parts of a sum have different ones.
+    """
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    rows = {name: family.loss_defaults(name) for name, weight in weights.items() if weight}
+    guarded = [row.safeguard_mu for name, row in rows.items() if LOSSES[name].uses_loser]
+    mu = max(guarded or [row.safeguard_mu for row in rows.values()])
+    betas = {name: row.beta_for(full=full) for name, row in rows.items() if LOSSES[name].uses_beta}
+    if args.beta is not None or not betas:
+        return mu, None
+    if len(set(betas.values())) > 1:
+        listed = ", ".join(f"{beta:g} of {name}" for name, beta in betas.items())
+        raise ValueError(f"The parts of a sum share `beta`, and their defaults differ: {listed}. Set `beta`.")
+    return mu, next(iter(betas.values()))
 
 
 def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from ..families.inversion import InversionEnd, InversionKind
 from ..families.timestep_sampling import WeightingScheme
-from ..losses import LOSSES, Anchor, Granularity, LossType, Safeguard, score_scale
-from .declaring import EVALUATION, RESUME, Range, documented
+from ..losses import LOSSES, Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec, score_scale
+from .declaring import EVALUATION, RESUME, Choices, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 Preconditioner = Literal["plain", "adamw"]
@@ -89,12 +89,25 @@ class LossArguments:
     The part of [`DiffusionSDPOConfig`] that controls the loss and the safeguard.
 
     Parameters:
-        loss_type (`str`, *optional*, defaults to `"sigmoid"`):
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`, `"dmpo"`, `"sft"`, `"mapo"`,
-            `"simpo"`, `"dpop"`, `"linear"` or `"smpo"`.
+            `"simpo"`, `"dpop"`, `"linear"`, `"smpo"` or `"capo"`; or several, whose losses are summed: on the command
+            line `sigmoid sft`, in YAML `[sigmoid, sft]`.
+        loss_weights (`list[float]`, *optional*):
+            Weights of the losses of `loss_type`, in their order; 1 each if unset.
+        sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the winner's error, which is added to the loss: a sum with `sft`.
+        margin_clamp (`float`, *optional*):
+            Largest logit of a pair: above it the pair is won and has no gradient. For `sigmoid`, `hinge`, `ipo`,
+            `robust`, `dmpo`, `smpo` and `capo`. No cap if unset.
         beta (`float`, *optional*):
             Strength of the tie to the reference, in the half form: the logit is `-(beta / 2)` times the margin of the
             mean squared errors.
+        auto_beta (`bool`, *optional*, defaults to `False`):
+            Whether `beta` follows the margins in training: a pair that is won by a margin of average size gets the
+            factor 0.2 in the gradient of `sigmoid`. It starts at the given `beta` and stays within a tenth and ten
+            times of it; evaluation uses the given one. For `sigmoid`, `hinge`, `robust`, `dspo_sdxl`, `dmpo`,
+            `simpo`, `dpop` and `smpo`.
         safeguard (`str`, *optional*, defaults to `"output"`):
             Scales the loser's gradient so that the winner's error does not rise to first order. `"output"` measures
             at the model's output, from the residuals, which costs nothing; `"parameter"` from the true gradients, one
@@ -110,8 +123,8 @@ class LossArguments:
         safeguard_anchor (`str`, *optional*):
             What the parameter-space safeguard protects: `"branch"`, the winners' errors as the loss weighs them, or
             `"error"`, their plain mean, at the price of one more backward pass of the winners. The loss's own if
-            unset: `"error"` for `ipo`, `dspo`, `dspo_sdxl` and `dmpo`, whose winner branch can raise the winner's
-            error, `"branch"` for the others.
+            unset: `"error"` for `ipo`, `dspo`, `dspo_sdxl`, `dmpo` and `capo`, whose winner branch can raise the
+            winner's error, and sums with them, `"branch"` for the others.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
             Whether the parameter-space safeguard holds one branch's activations at a time, at the price of one more
             forward pass of the losers. Not with dropout.
@@ -133,8 +146,12 @@ class LossArguments:
             of PickScore.
     """
 
-    loss_type: Annotated[LossType, RESUME] = "sigmoid"
+    loss_type: Annotated[list[str], Choices(get_args(LossType)), RESUME] = cast(Any, "sigmoid")
+    loss_weights: Annotated[list[float] | None, RESUME] = None
+    sft_weight: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
     beta: Annotated[float | None, RESUME] = None
+    auto_beta: Annotated[bool, RESUME] = False
     safeguard: Annotated[Safeguard, RESUME] = "output"
     safeguard_mu: Annotated[float | None, RESUME] = None
     safeguard_granularity: Annotated[Granularity, RESUME] = "batch"
@@ -152,6 +169,11 @@ class LossArguments:
     linear_eta: Annotated[float | None, RESUME] = None
     smpo_coefficient: Annotated[float | None, RESUME] = None
     smpo_score_scale: Annotated[float | str | None, RESUME] = None
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """What is known of the loss; `ValueError` where `loss_type` and its settings name none."""
+        return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.sft_weight, self.margin_clamp)
 
     @property
     def loss_kwargs(self) -> dict[str, float]:

@@ -1,12 +1,18 @@
-"""A step's or an evaluation's detached scalars, kept on the device until they are logged."""
+"""A step's or an evaluation's detached scalars, kept on the device until they are logged, or steer beta."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..engines.gradients import exact_dtype
-from ..losses import noise_bin_changes, noise_bin_of
+from ..losses import BetaController, PreferenceLossOutput, noise_bin_changes, noise_bin_of
+
+BETA_FILE = "auto_beta.json"
 
 
 class NoiseBinMeter:
@@ -59,6 +65,47 @@ class MetricMeter:
         self._sums, self._weights = {}, {}
         means, weighed = torch.stack([totals[0] / totals[1], totals[1]]).tolist()  # one wait
         return {name: mean for name, mean, weight in zip(names, means, weighed, strict=True) if weight > 0}
+
+
+class AutoBeta:
+    """Sums the sizes of an optimizer step's margins, and moves beta by their mean once, after the step.
+
+    Args:
+        controller ([`~trl_diffusion_sdpo.losses.BetaController`]): Of beta.
+        meter ([`MetricMeter`]): Of training.
+    """
+
+    def __init__(self, controller: BetaController, meter: MetricMeter):
+        self.controller, self._meter = controller, meter
+        self._sums: torch.Tensor | None = None  # of the sizes and of the pairs, (2,)
+
+    def attach(self, model: nn.Module, accelerator: Accelerator) -> None:
+        """Average over the processes of `accelerator` from now on; the model is not read."""
+        self._accelerator = accelerator
+
+    def add(self, outputs: PreferenceLossOutput) -> None:
+        """Add a micro-batch, whose loss had the controller's beta."""
+        margins = self.controller.margins(outputs.pair_rewards)
+        sums = torch.stack([margins.sum(), torch.ones_like(margins).sum()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def after_step(self) -> None:
+        """Log the beta of the optimizer step, and move it; all processes must call it together."""
+        assert self._sums is not None
+        self._meter.add({"rewards/beta": self.controller.beta}, 1)
+        sums, self._sums = self._accelerator.reduce(self._sums, reduction="sum"), None
+        self.controller.steer(sums[0] / sums[1])
+
+    def save(self, folder: Path) -> None:
+        """Write the controller's state."""
+        (folder / BETA_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read what [`AutoBeta.save`] wrote; `ValueError` where it is missing."""
+        file = folder / BETA_FILE
+        if not file.is_file():
+            raise ValueError(f"A checkpoint with `auto_beta=True` must hold {BETA_FILE}; {folder} does not.")
+        self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""A batch of noisy latents, the inputs of a denoiser and its target; how its noise and timesteps are drawn."""
+"""A batch of noisy latents, the inputs of a denoiser and its target, what is predicted of it, and how its noise and
+timesteps are drawn."""
 
 from __future__ import annotations
 
@@ -59,6 +60,47 @@ class NoisyBatch:
         """Winners and losers."""
         pairs = len(self.noisy) // 2
         return self.take(slice(None, pairs)), self.take(slice(pairs, None))
+
+
+@dataclass(frozen=True)
+class PairPredictions:
+    """What policy and reference predict of B pairs, winners first.
+
+    Args:
+        batch ([`NoisyBatch`]): Their inputs.
+        policy (`torch.Tensor` of shape `(2B, ...)`): float32.
+        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): float32, without a graph.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores.
+        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Of a reference whose errors were computed
+            beforehand, in place of its predictions.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses.
+        beta (`torch.Tensor` of shape `()`, *optional*): In place of that of the settings.
+    """
+
+    batch: NoisyBatch
+    policy: torch.Tensor
+    reference: torch.Tensor | None
+    scores: torch.Tensor | None
+    reference_errors: torch.Tensor | None = None
+    pair_weights: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether anything is known of a reference."""
+        return self.reference is not None or self.reference_errors is not None
+
+    def take(self, rows: torch.Tensor) -> PairPredictions:
+        """Some of the rows, in the order of `rows`, winners first."""
+        optional = (self.reference, self.scores, self.reference_errors)
+        pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
+        return PairPredictions(
+            self.batch.take(rows),
+            self.policy[rows],
+            *(None if tensor is None else tensor[rows] for tensor in optional),
+            pair_weights=None if self.pair_weights is None else self.pair_weights[pairs],
+            beta=self.beta,
+        )
 
 
 def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ from accelerate.state import GradientState
 
 from ..losses import PreferenceLossOutput
 from .meters import MetricMeter, NoiseBinMeter
-from .pair_forward import PairForward, PairPredictions
+from .noisy_batch import PairPredictions
+from .pair_forward import PairForward
 
 
 class PairEvaluation:

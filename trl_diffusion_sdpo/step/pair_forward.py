@@ -19,12 +19,15 @@ from torch import nn
 from ..data.transforms import pixels_as_floats
 from ..families.inversion import inversion_of
 from ..losses import (
+    BetaController,
     BudgetController,
     Granularity,
+    LossSpec,
     LossType,
     PreferenceLossOutput,
     Safeguard,
     diffusion_preference_loss,
+    loss_spec,
     mean_error,
     noise_bin_of,
     noise_range_weights,
@@ -32,7 +35,7 @@ from ..losses import (
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
-from .noisy_batch import NoiseSettings, NoisyBatch, repeat_pairs, seeds_of_levels
+from .noisy_batch import NoiseSettings, NoisyBatch, PairPredictions, repeat_pairs, seeds_of_levels
 
 VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
 
@@ -51,7 +54,7 @@ class LossSettings:
         loser_noise_range (`tuple[float, float]`, *optional*): Noise levels within which losers train.
     """
 
-    loss_type: LossType
+    loss_type: LossType | Sequence[LossType]
     beta: float | None
     safeguard: Safeguard
     safeguard_mu: float
@@ -62,40 +65,14 @@ class LossSettings:
     timestep_weighting: str
     num_noise_bins: int
     loser_noise_range: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class PairPredictions:
-    """What policy and reference predict of B pairs, winners first.
-
-    Args:
-        batch ([`NoisyBatch`]): Their inputs.
-        policy (`torch.Tensor` of shape `(2B, ...)`): float32.
-        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): float32, without a graph.
-        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores.
-        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Of a reference whose errors were computed
-            beforehand, in place of its predictions.
-    """
-
-    batch: NoisyBatch
-    policy: torch.Tensor
-    reference: torch.Tensor | None
-    scores: torch.Tensor | None
-    reference_errors: torch.Tensor | None = None
+    loss_weights: Sequence[float] | None = None
+    sft_weight: float = 0.0
+    margin_clamp: float | None = None
 
     @property
-    def has_reference(self) -> bool:
-        """Whether anything is known of a reference."""
-        return self.reference is not None or self.reference_errors is not None
-
-    def take(self, rows: torch.Tensor) -> PairPredictions:
-        """Some of the rows, in the order of `rows`."""
-        optional = (self.reference, self.scores, self.reference_errors)
-        return PairPredictions(
-            self.batch.take(rows),
-            self.policy[rows],
-            *(None if tensor is None else tensor[rows] for tensor in optional),
-        )
+    def spec(self) -> LossSpec:
+        """What is known of the loss."""
+        return loss_spec(self.loss_type, self.loss_weights, self.sft_weight, self.margin_clamp)
 
 
 class PairForward:
@@ -106,6 +83,7 @@ class PairForward:
             family that they belong to.
         device (`torch.device`): Of batches and of the generators of noise.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales the losers' gradients by noise bin.
+        auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Has the beta of training.
     """
 
     def __init__(
@@ -117,8 +95,10 @@ class PairForward:
         noise: NoiseSettings,
         loss: LossSettings,
         budget: BudgetController | None = None,
+        auto_beta: BetaController | None = None,
     ):
         self.family, self.reference, self.budget = frozen.family, reference, budget
+        self.auto_beta = auto_beta
         self.noise_settings, self.loss_settings = noise, loss
         self._inversion = None if noise.inversion is None else inversion_of(self.family.noise_process)
         self._device, self._frozen = device, frozen
@@ -141,10 +121,12 @@ class PairForward:
         levels = self.noise_levels_of_a_pair(model)
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
             batch, scores = self.noisy_batch(inputs, levels, policy), self.scores(inputs, levels)
+        weighed = {"pair_weights": self.pair_weights(inputs, levels), "beta": self.beta_of(model)}
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
-            return PairPredictions(batch, self.predict(policy, batch), reference, scores, self.stored_errors(inputs))
+            errors = self.stored_errors(inputs)
+            return PairPredictions(batch, self.predict(policy, batch), reference, scores, errors, **weighed)
 
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
@@ -160,11 +142,15 @@ class PairForward:
             predictions.reference,
             ref_errors=predictions.reference_errors,
             loss_type=settings.loss_type,
-            beta=settings.beta,
+            loss_weights=settings.loss_weights,
+            sft_weight=settings.sft_weight,
+            margin_clamp=settings.margin_clamp,
+            beta=settings.beta if predictions.beta is None else predictions.beta,
             safeguard=safeguard,
             safeguard_mu=settings.safeguard_mu,
             safeguard_granularity=settings.safeguard_granularity,
             safeguard_eps=settings.safeguard_eps,
+            pair_weights=predictions.pair_weights,
             timestep_weights=self.timestep_weights(predictions.batch),
             loser_weights=self.loser_weights(noise_levels),
             noise_bins=noise_bin_of(noise_levels, settings.num_noise_bins),
@@ -333,6 +319,14 @@ class PairForward:
     def scores(self, inputs: dict[str, Any], levels: int) -> torch.Tensor | None:
         """The scores of a collated batch, for each of its draws; `None` without scores."""
         return repeat_pairs(inputs["scores"], levels) if "scores" in inputs else None
+
+    def pair_weights(self, inputs: dict[str, Any], levels: int) -> torch.Tensor | None:
+        """Factors of the pairs' losses in a collated batch, `(levels * B,)`; `None` without such a column."""
+        return inputs["pair_weights"].repeat(levels) if "pair_weights" in inputs else None
+
+    def beta_of(self, model: nn.Module) -> torch.Tensor | None:
+        """The beta of training; `None` for that of the settings, which evaluation has."""
+        return self.auto_beta.beta if model.training and self.auto_beta is not None else None
 
     def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         """One generator a pair: its draws depend on neither the pair's index in the batch nor the batch's size."""

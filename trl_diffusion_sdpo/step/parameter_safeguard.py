@@ -13,8 +13,8 @@ from torch import nn
 from ..losses import order_by_scores, winner_error_gradient
 from .branch_gradients import ANCHOR, LOSER, WINNER, BranchGradients
 from .meters import MetricMeter
-from .noisy_batch import NoisyBatch
-from .pair_forward import PairForward, PairPredictions
+from .noisy_batch import NoisyBatch, PairPredictions
+from .pair_forward import PairForward
 from .step_diagnostics import StepDiagnostics
 
 
@@ -77,7 +77,8 @@ class ParameterSafeguard:
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references[0] is None else torch.cat(references)
-        predictions = PairPredictions(batch, leaf, reference, scores, errors)
+        weights, beta = self._forward.pair_weights(inputs, levels), self._forward.beta_of(model)
+        predictions = PairPredictions(batch, leaf, reference, scores, errors, pair_weights=weights, beta=beta)
         self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
         return predictions
 

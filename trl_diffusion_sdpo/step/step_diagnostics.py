@@ -13,8 +13,8 @@ from ..engines.gradients import Gradient, inner_products
 from ..engines.sharding import local_tensor
 from ..losses import mean_error
 from .meters import MetricMeter
-from .noisy_batch import NoisyBatch
-from .pair_forward import PairForward, PairPredictions
+from .noisy_batch import NoisyBatch, PairPredictions
+from .pair_forward import PairForward
 
 
 @dataclass

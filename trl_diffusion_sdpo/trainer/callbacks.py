@@ -26,6 +26,7 @@ from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
+from ..step.meters import AutoBeta
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
 from .data_preparation import PREPARED
@@ -46,6 +47,7 @@ def default_callbacks(
     reference: Reference,
     average: EMAWeights | None,
     budget: WinnerBudget | None,
+    auto_beta: AutoBeta | None,
     load_probe: Callable[[], Sequence[ProbeInputs]],
     diagnostics: StepDiagnostics | None,
     run_facts: RunFacts,
@@ -66,6 +68,8 @@ def default_callbacks(
         callbacks.append(EMACallback(average))
     if budget is not None:
         callbacks.append(WinnerBudgetCallback(budget, load_probe))
+    if auto_beta is not None:
+        callbacks.append(AutoBetaCallback(auto_beta))
     if args.sync_ref_model:
         callbacks.append(SyncReferenceCallback(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
     samples = _sample_images(args, frozen, images) if args.sample_prompts else None
@@ -142,6 +146,16 @@ class EMACallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.average.after_step(state.global_step)
+
+
+class AutoBetaCallback(TrainerCallback):
+    """Moves beta after every optimizer step."""
+
+    def __init__(self, auto_beta: AutoBeta):
+        self._auto_beta = auto_beta
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._auto_beta.after_step()
 
 
 class StepDiagnosticsCallback(TrainerCallback):

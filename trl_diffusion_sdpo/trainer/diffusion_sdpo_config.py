@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..masking import masked
-from ..settings.all_arguments import AllArguments, read_words, settings_of, settled_resolution
+from ..settings.all_arguments import AllArguments, read_words, settings_of, settled_loss_type, settled_resolution
 from ..settings.checks import check_settings
 from ..settings.declaring import EVALUATION, RESUME
 
@@ -90,6 +90,7 @@ class DiffusionSDPOConfig(AllArguments):
             self.ddp_find_unused_parameters = False  # every trainable weight takes part in each forward pass
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
+        self.loss_type = settled_loss_type(self.loss_type)
         self.resolution = cast(Any, settled_resolution(self.resolution))  # parsers know no type for one number or two
         check_settings(self)
 

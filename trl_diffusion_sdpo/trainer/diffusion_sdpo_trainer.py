@@ -24,9 +24,8 @@ from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
 from ..engines.engine_settings import check_unsharded
 from ..engines.gradient_backends import unwrapped_adamw
-from ..engines.processes import peers
 from ..engines.sharding import full_tensor
-from ..losses import BudgetController, PreferenceLossOutput, loss_spec
+from ..losses import BetaController, BudgetController, PreferenceLossOutput
 from ..models.adapters import base_tensors
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
@@ -37,17 +36,17 @@ from ..runs.starting_point import recorded_base
 from ..settings.model_checks import refuse_dropout
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
-from ..step.meters import MetricMeter
+from ..step.meters import AutoBeta, MetricMeter
 from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.reference_errors import ErrorSettings, ReferenceErrors
+from ..step.reference_errors import ReferenceErrors
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import PairEncoding, encoder_facts
+from .encoding import PairEncoding, encoder_facts, error_settings
 from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import FileOverrides, errors_folder
 from .memory_setup import compile_models, store_base
@@ -195,6 +194,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             rows = inputs["rows"].repeat(self.args.n_timesteps_per_pair)
             self._finite.watch(outputs.pair_losses, rows, last=self.accelerator.sync_gradients)
             self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
+            if self.auto_beta is not None:
+                self.auto_beta.add(outputs)
             if self.engine.steps_in_backward and not by_branch:
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -255,8 +256,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        if self.winner_budget is not None:
-            self.winner_budget.attach(self.model_wrapped, self.accelerator)
+        for controller in self._controllers:
+            controller.attach(self.model_wrapped, self.accelerator)
         self.set_up_safeguard()
         return prepared
 
@@ -279,7 +280,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.model_name_or_path = loaded.name_or_path
         self.base = recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder)
         self.fingerprint = fingerprint(base_tensors(loaded.denoiser))  # before training changes them
-        self.loss_spec = loss_spec(args.loss_type)
+        self.loss_spec = args.loss_spec
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
         self.reference = make_reference(loaded, ref_model, args, self.loss_spec, adapter=self.adapter, added=added)
         self.gave_reference = ref_model is not None
@@ -315,6 +316,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         controller = None
         if args.winner_budget is not None:
             controller = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
+        betas = BetaController(cast(float, args.beta), args.device) if args.auto_beta else None
         self.pair_forward = self.pair_forward_class(
             self.frozen_components,
             self.reference,
@@ -322,6 +324,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             noise=self._noise_settings,
             loss=loss_settings(args),
             budget=controller,
+            auto_beta=betas,
         )
         self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
         self.winner_budget = None
@@ -330,6 +333,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             self.winner_budget = WinnerBudget(
                 controller, self.pair_forward, self._meter, sorts_by_scores=scored, average=self.average
             )
+        self.auto_beta = None if betas is None else AutoBeta(betas, self._meter)
+        self._controllers = [each for each in (self.winner_budget, self.auto_beta) if each is not None]
         self._diagnostics = None
         if args.safeguard_diagnostics_steps is not None:
             self._diagnostics = StepDiagnostics(self.pair_forward, self._meter, args.safeguard_diagnostics_steps)
@@ -346,17 +351,12 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             self._reference_errors = self._make_reference_errors(self.reference)
 
     def _make_reference_errors(self, reference: PrecomputedReference) -> ReferenceErrors:
-        args = self.args
-        settings = ErrorSettings(
-            folder=self.reference_errors_dir,
-            facts=reference_facts(reference, self.family, self.engine, args, self._encoder_facts),
-            noise_draws=args.ref_noise_draws,
-            batch_size=args.train_batch_size,
-            eval_batch_size=args.eval_batch_size,
+        settings = error_settings(
+            self.args,
+            self.reference_errors_dir,
+            reference_facts(reference, self.family, self.engine, self.args, self._encoder_facts),
             to_inputs=lambda items: self._prepare_inputs(cast(Any, self.data_collator)(items)),
             load=self._loaders.in_batches,
-            show_progress=args.process_index == 0 and not args.disable_tqdm,
-            peers=peers(args),
         )
         return ReferenceErrors(self.pair_forward, reference, self.denoiser, self.engine, settings)
 
@@ -368,6 +368,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
             reference=self.reference,
             average=self.average,
             budget=self.winner_budget,
+            auto_beta=self.auto_beta,
             load_probe=self._load_probe,
             diagnostics=self._diagnostics,
             run_facts=self.run_facts,

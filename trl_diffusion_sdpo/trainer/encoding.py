@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
 from ..runs.run_lock import RunLock
 from ..sources.checking import evenly_spaced
+from ..step.reference_errors import ErrorSettings
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -314,3 +315,20 @@ def _lock(stores: Sequence[ShardStore], stack: contextlib.ExitStack) -> None:
         lock = RunLock(store.path, setting="latent_cache_dir")
         lock.acquire(wait=True)
         stack.callback(lock.release)
+
+
+def error_settings(
+    args: DiffusionSDPOConfig, folder: str, facts: Mapping[str, Any], *, to_inputs: Callable, load: Callable
+) -> ErrorSettings:
+    """How errors of the reference are computed before training, by settings; the rest is as of [`ErrorSettings`]."""
+    return ErrorSettings(
+        folder=folder,
+        facts=facts,
+        noise_draws=args.ref_noise_draws,
+        batch_size=args.train_batch_size,
+        eval_batch_size=args.eval_batch_size,
+        to_inputs=to_inputs,
+        load=load,
+        show_progress=args.process_index == 0 and not args.disable_tqdm,
+        peers=peers(args),
+    )

@@ -43,7 +43,6 @@ from ..runs.starting_point import BASE, public_base
 from ..settings.all_arguments import temporarily
 from ..settings.declaring import RESUME
 from ..step.finite_check import FiniteCheck
-from ..step.winner_budget import WinnerBudget
 from .callbacks import arrange, plots_of, run_lines
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
@@ -80,7 +79,7 @@ class FileOverrides(Trainer):
     reference: Reference
     gave_reference: bool
     average: EMAWeights | None
-    winner_budget: WinnerBudget | None
+    _controllers: list[Any]  # the winner budget, the automatic beta
     engine: Engine
     frozen_components: FrozenComponents
     model_name_or_path: str | None
@@ -136,7 +135,7 @@ class FileOverrides(Trainer):
             self.weight_files,
             shadow_weights=self._shadow_weights,
             average=self.average,
-            budget=self.winner_budget,
+            controllers=self._controllers,
             full_pipeline=self.args.save_full_pipeline,
             trust_pickles=self.args.trust_checkpoint,
             unpublished={BASE: self.base},

@@ -37,6 +37,7 @@ from ..settings.model_checks import (
     check_without_dropout,
     checked_inversion,
     checked_timesteps,
+    loss_defaults,
 )
 from ..step.noisy_batch import NoiseSettings
 from ..step.pair_forward import LossSettings
@@ -254,7 +255,7 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
     """The settings of the loss."""
     span = args.loser_noise_range
     return LossSettings(
-        loss_type=args.loss_type,
+        loss_type=cast(Any, args.loss_type),
         beta=args.beta,
         safeguard=args.safeguard,
         safeguard_mu=args.safeguard_mu,
@@ -265,6 +266,9 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
         timestep_weighting=args.timestep_weighting,
         num_noise_bins=args.num_noise_bins,
         loser_noise_range=None if span is None else (span[0], span[1]),
+        loss_weights=args.loss_weights,
+        sft_weight=args.sft_weight,
+        margin_clamp=args.margin_clamp,
     )
 
 
@@ -291,11 +295,11 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
 
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
     """Set unset settings to the defaults of the family and the loss, and log them."""
-    defaults = family.loss_defaults(args.loss_type)
+    mu, beta = loss_defaults(args, family, full=full)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
-        "beta": defaults.beta_for(full=full) if loss.uses_beta else None,
-        "safeguard_mu": defaults.safeguard_mu,
+        "beta": beta,
+        "safeguard_mu": mu,
         "resolution": settled_resolution(family.default_resolution),
         "weighting_scheme": family.weighting_scheme if args.timesteps is None else None,
         "guidance_scale": family.guidance_scale,

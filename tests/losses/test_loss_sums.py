@@ -1,0 +1,356 @@
+"""Sums of losses, the cap of the logit and weights of pairs: values by hand, what the row of a sum says, and gradients
+under every safeguard of output space against loops in plain Python."""
+
+import math
+
+import pytest
+import torch
+
+from trl_diffusion_sdpo.losses import (
+    LOSSES,
+    PairTerms,
+    check_auto_beta,
+    check_loss_kwargs,
+    diffusion_preference_loss,
+    loss_spec,
+    loss_weights_by_name,
+)
+
+LOG3 = math.log(3)
+# As in test_preference: err_w = 1, d_w = -3, err_l = 4, d_l = 3, u = 3 beta.
+MODEL, REFERENCE, ZERO = torch.tensor([[1.0], [2.0]]), torch.tensor([[-2.0], [1.0]]), torch.zeros(2, 1)
+SETTINGS = {"dmpo": {"dmpo_alpha": 0.05}, "dpop": {"dpop_lambda": 2.0}}
+BINS = torch.tensor([0, 1, 0])
+PAIR_WEIGHTS = torch.tensor([0.5, 0.0, 2.0])
+SCORES = torch.tensor([0.9, 0.5, 0.8, 0.3, 0.4, 0.1])  # winners first, each ahead of its loser
+
+
+def one_pair(beta=LOG3 / 3, **given):
+    return diffusion_preference_loss(MODEL, ZERO, REFERENCE, beta=beta, safeguard="none", **given)
+
+
+# ---- Values --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_is_the_weighted_sum_of_its_parts():
+    # sigmoid(log 3) = 3/4; the winner's error is 1
+    expected = 2 * math.log(4 / 3) + 0.5 * 1
+    assert one_pair(loss_type=["sigmoid", "sft"], loss_weights=[2.0, 0.5]).loss.item() == pytest.approx(expected)
+    assert one_pair(loss_type=["sft", "sigmoid"]).loss.item() == pytest.approx(math.log(4 / 3) + 1)
+    dmpo = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+    out = one_pair(loss_type=["dmpo", "hinge"], loss_weights=[3.0, 1.0], dmpo_alpha=0.1)
+    assert out.loss.item() == pytest.approx(3 * dmpo)  # u = log 3 > 1
+    assert one_pair(loss_type="sigmoid", loss_weights=[3.0]).loss.item() == pytest.approx(3 * math.log(4 / 3))
+
+
+def test_an_sft_weight_adds_the_winners_error():
+    assert one_pair(loss_type="sigmoid", sft_weight=0.25).loss.item() == pytest.approx(math.log(4 / 3) + 0.25)
+    out = one_pair(loss_type=["sigmoid", "hinge"], loss_weights=[1.0, 2.0], sft_weight=0.25)
+    assert out.loss.item() == pytest.approx(math.log(4 / 3) + 0.25)
+
+
+def test_a_part_of_weight_zero_is_no_part():
+    spec = loss_spec(["sigmoid", "sft"], [0.0, 2.0])
+    assert not spec.uses_loser and not spec.needs_reference and spec.anchor == "branch"
+    out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], loss_weights=[0.0, 2.0])
+    assert out.loss.item() == 2.0
+    check_loss_kwargs(["dmpo", "sft"], 1.0, {"dmpo_alpha": 0.1})
+
+
+@pytest.mark.parametrize("alone", ["sigmoid", ["sigmoid"], ("sigmoid",)])
+def test_a_loss_alone_is_its_row(alone):
+    assert loss_spec(alone) is LOSSES["sigmoid"]
+    assert loss_spec(alone, [1.0], 0.0, None) is LOSSES["sigmoid"]
+
+
+def test_a_clamped_pair_has_the_loss_of_the_clamp_and_no_gradient():
+    # u = log 3 = 1.0986
+    for clamp, expected, is_won in ((0.5, math.log1p(math.exp(-0.5)), True), (2.0, math.log(4 / 3), False)):
+        leaf = MODEL.clone().requires_grad_()
+        out = diffusion_preference_loss(leaf, ZERO, REFERENCE, beta=LOG3 / 3, safeguard="none", margin_clamp=clamp)
+        out.loss.backward()
+        assert out.loss.item() == pytest.approx(expected)
+        assert bool(leaf.grad.any()) is not is_won
+
+
+def test_under_the_clamp_only_the_error_of_a_won_winner_pulls():
+    leaf = MODEL.clone().requires_grad_()
+    given = {"margin_clamp": 0.5, "sft_weight": 0.25, "safeguard": "none"}
+    diffusion_preference_loss(leaf, ZERO, REFERENCE, beta=LOG3 / 3, **given).loss.backward()
+    assert leaf.grad.tolist() == [[0.5], [0.0]]  # 0.25 * 2 * 1
+
+
+def test_the_cap_takes_the_pull_back_past_a_target_away():
+    # u = 0.9 past ipo's 1/2: with a cap of 0.8 there is no gradient, with 1.2 there is one
+    for clamp, past in ((0.8, 0.0), (1.2, 1.0)):
+        leaf = MODEL.clone().requires_grad_()
+        given = {"loss_type": "ipo", "beta": 0.3, "safeguard": "none", "margin_clamp": clamp}
+        out = diffusion_preference_loss(leaf, ZERO, REFERENCE, **given)
+        out.loss.backward()
+        assert out.metrics["safeguard/past_target"].item() == past
+        assert bool(leaf.grad.any()) is bool(past)
+
+
+def test_capo_has_a_target_for_each_pair():
+    # u = 3 beta = 0.6 of both pairs; calibrated scores 0.5 and 0.7 apart: one is past its target, one short of it
+    model, reference = MODEL.repeat_interleave(2, 0), REFERENCE.repeat_interleave(2, 0)
+    leaf = model.clone().requires_grad_()
+    scores = torch.tensor([0.8, 0.8, 0.3, 0.1])
+    given = {"loss_type": "capo", "beta": 0.2, "scores": scores, "safeguard": "none"}
+    out = diffusion_preference_loss(leaf, torch.zeros(4, 1), reference, **given)
+    out.loss.backward()
+    assert out.pair_losses.tolist() == pytest.approx([0.01, 0.01], rel=1e-4)
+    assert out.metrics["safeguard/past_target"].item() == 0.5
+    # d/d err_w = 2 (u - target)(-beta / 2) = -+0.02, d err_w / d prediction = 2, the mean over two pairs
+    assert leaf.grad.flatten().tolist() == pytest.approx([-0.02, 0.02, 0.04, -0.04], rel=1e-4)
+
+
+def test_the_target_of_a_sum_is_the_smallest_of_its_parts():
+    # ipo 1/2, dmpo log 9 = 2.2
+    for beta, past in ((0.4 / 3, 0.0), (0.6 / 3, 1.0), (3.0 / 3, 1.0)):
+        out = one_pair(beta, loss_type=["dmpo", "ipo", "sft"], dmpo_alpha=0.1)
+        assert out.metrics["safeguard/past_target"].item() == past
+
+
+# ---- What the row of a sum says ------------------------------------------------------------------------------------
+
+ROWS = [
+    # parts, reads the loser, a reference, its prediction, scores; errors weigh alike, positively; anchor
+    (["sigmoid", "hinge"], (True, True, False, False), (True, True), "branch"),
+    (["sigmoid", "sft"], (True, True, False, False), (False, False), "branch"),
+    (["simpo", "sft"], (True, False, False, False), (False, False), "branch"),
+    (["sigmoid", "simpo"], (True, True, False, False), (True, True), "branch"),
+    (["sigmoid", "dpop"], (True, True, False, False), (False, False), "branch"),
+    (["sigmoid", "mapo"], (True, True, False, False), (False, False), "branch"),
+    (["sigmoid", "ipo"], (True, True, False, False), (True, False), "error"),
+    (["dmpo", "sft"], (True, True, False, False), (False, False), "error"),
+    (["dspo", "sigmoid"], (True, True, True, False), (False, False), "error"),
+    (["smpo", "linear"], (True, True, False, True), (True, True), "branch"),
+    (["capo", "sigmoid"], (True, True, False, True), (True, False), "error"),
+    (["mapo", "sft"], (True, False, False, False), (False, False), "branch"),
+]
+
+
+@pytest.mark.parametrize(("parts", "reads", "weights", "anchor"), ROWS, ids=["-".join(row[0]) for row in ROWS])
+def test_the_row_of_a_sum_follows_from_those_of_its_parts(parts, reads, weights, anchor):
+    spec = loss_spec(parts)
+    assert (spec.uses_loser, spec.needs_reference, spec.reads_reference_prediction, spec.needs_scores) == reads
+    assert (spec.equal_weights, spec.positive_weights) == weights
+    assert spec.anchor == anchor
+
+
+@pytest.mark.parametrize(("parts", "reads", "weights", "anchor"), ROWS, ids=["-".join(row[0]) for row in ROWS])
+def test_what_it_says_of_the_weights_of_errors_is_so(parts, reads, weights, anchor):
+    """`a` and `b` of random pairs by autograd of the errors alone. DSPO's winner is no error."""
+    if "dspo" in parts:
+        return
+    generator = torch.Generator().manual_seed(1)
+    errors = 2 * torch.rand(4, 200, generator=generator, dtype=torch.float64)
+    winner, loser = errors[0].requires_grad_(), errors[1].requires_grad_()
+    scores = torch.rand(2, 200, generator=generator, dtype=torch.float64).sort(0, descending=True).values
+    terms = PairTerms(winner, loser, errors[2].detach(), errors[3].detach(), winner.view(-1, 1), None, scores)
+    a, b = torch.autograd.grad(loss_spec(parts).pair_losses(terms, beta=1.0).sum(), (winner, loser))
+    alike = torch.allclose(a, -b, rtol=1e-9, atol=1e-12)
+    assert alike is weights[0]
+    assert bool((a >= 0).all()) or anchor == "error"
+
+
+def test_settings_of_a_sum_are_those_of_all_parts():
+    spec = loss_spec(["robust", "dmpo", "sft"])
+    assert spec.loss_kwargs == {"label_smoothing": 0.1, "dmpo_alpha": 0.01} and spec.uses_beta
+    assert not loss_spec(["sft"], sft_weight=0.0).uses_beta
+    check_loss_kwargs(["robust", "dmpo"], 1.0, {"label_smoothing": 0.2, "dmpo_alpha": 0.1})
+    with pytest.raises(ValueError, match="`mapo_scale` is no setting of the loss .*robust.*takes label_smoothing"):
+        check_loss_kwargs(["robust", "dmpo"], 1.0, {"mapo_scale": 0.1})
+
+
+# ---- Gradients under the safeguard, by loops -----------------------------------------------------------------------
+
+CASES = [
+    (["sigmoid", "sft"], [1.0, 0.3], {}),
+    (["sigmoid", "hinge"], [1.0, 0.5], {}),
+    (["dmpo", "sft"], [1.0, 0.2], {}),
+    (["dspo", "sigmoid"], [1.0, 1.0], {}),
+    (["dpop", "ipo"], [0.5, 2.0], {}),
+    ("sigmoid", None, {"sft_weight": 0.4}),
+    ("capo", None, {}),
+    ("sigmoid", None, {"margin_clamp": 0.05}),
+    (["sigmoid", "sft"], [1.0, 0.3], {"margin_clamp": 0.05}),
+]
+
+
+def parts_of(loss_type, weights, given):
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    parts = dict(zip(names, weights or [1.0] * len(names), strict=True))
+    return parts | ({"sft": given["sft_weight"]} if "sft_weight" in given else {})
+
+
+def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None, pair_weights=None):
+    """Of the weighted mean, in float64: central differences, part by part; rows of pairs that the cap has won are 0."""
+    model, target, ref = tensors
+    total = torch.zeros(model.shape, dtype=torch.float64)
+    error = (model - target).double().square().flatten(1).mean(1) - (ref - target).double().square().flatten(1).mean(1)
+    logit = -beta / 2 * (error[:3] - error[3:])
+    for name, weight in parts.items():
+        part = gradient_by_differences(
+            name, *tensors, beta=beta, loss_kwargs=SETTINGS.get(name, {}), scores=SCORES
+        ).clone()
+        if clamp is not None and name != "sft":
+            part[(logit > clamp).repeat(2)] = 0
+        total += weight * part
+    if pair_weights is not None:
+        total *= pair_weights.double().repeat(2).view(-1, 1, 1)
+    return total, logit
+
+
+def expected_scale(granularity, plain, gradient, residual, mu, pair_weights):
+    """Lambda of each pair, in float64, by the closed form over groups of pairs."""
+    counted = [True] * 3 if pair_weights is None else (pair_weights > 0).tolist()
+    groups = {"batch": [[0, 1, 2]], "weighted": [[0, 1, 2]], "pair": [[0], [1], [2]], "noise_bin": [[0, 2], [1]]}
+    scale = [1.0] * 3
+    for group in groups[granularity]:
+        rows = [row for row in group if counted[row] or not plain]
+        winner = residual if plain else gradient
+        gain = sum(float((residual[row] * winner[row]).sum()) for row in rows)
+        dot = sum(float((residual[row] * (residual[row + 3] if plain else -gradient[row + 3])).sum()) for row in rows)
+        for row in group:
+            scale[row] = min(max((1 - mu) * gain / dot, 0.0), 1.0) if dot > 1e-12 else 1.0
+    return torch.tensor(scale, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "pair_weights"])
+@pytest.mark.parametrize("granularity", ["batch", "pair", "weighted", "noise_bin"])
+@pytest.mark.parametrize("case", CASES, ids=[str(case) for case in CASES])
+def test_the_gradient_is_that_of_a_loop(case, granularity, weighted, seeded_pairs, gradient_by_differences):
+    loss_type, weights, given = case
+    tensors, beta, mu = seeded_pairs(seed=1), 0.7, 0.5
+    pair_weights = PAIR_WEIGHTS if weighted else None
+    parts = parts_of(loss_type, weights, given)
+    gradient, logit = gradient_of(
+        parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"), pair_weights
+    )
+    assert "margin_clamp" not in given or 0 < int((logit > 0.05).sum()) < 3
+    alike = set(parts) <= {"sigmoid", "hinge", "capo"}
+    by_residuals = {"batch": alike, "noise_bin": alike, "pair": alike and "capo" not in parts, "weighted": False}
+    residual = (tensors[0] - tensors[1]).double()
+    scale = expected_scale(granularity, by_residuals[granularity], gradient, residual, mu, pair_weights)
+    leaf = tensors[0].clone().requires_grad_()
+    settings = {name: value for part in parts for name, value in SETTINGS.get(part, {}).items()}
+    out = diffusion_preference_loss(
+        leaf,
+        *tensors[1:],
+        loss_type=loss_type,
+        loss_weights=weights,
+        beta=beta,
+        safeguard_mu=mu,
+        safeguard_granularity=granularity,
+        noise_bins=BINS,
+        num_noise_bins=2,
+        pair_weights=pair_weights,
+        scores=SCORES,
+        **given,
+        **settings,
+    )
+    out.loss.backward()
+    expected = gradient * torch.cat([torch.ones_like(scale), scale]).view(-1, 1, 1)
+    assert (leaf.grad - expected).norm() < 2e-5 * expected.norm()
+    # A pair without a gradient may have any lambda.
+    acts = gradient[3:].flatten(1).norm(dim=1) > 0
+    assert torch.allclose(out.scale.double().expand(3)[acts], scale[acts], rtol=1e-4)
+
+
+def test_weights_of_one_change_nothing_to_the_bit(seeded_pairs):
+    tensors = seeded_pairs()
+    for granularity in ("batch", "pair", "weighted"):
+        gradients = []
+        for pair_weights in (None, torch.ones(3)):
+            leaf = tensors[0].clone().requires_grad_()
+            given = {"safeguard_granularity": granularity, "pair_weights": pair_weights}
+            out = diffusion_preference_loss(leaf, *tensors[1:], beta=0.8, **given)
+            out.loss.backward()
+            gradients.append((leaf.grad, out.loss, out.scale))
+        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_rewards_and_errors_are_without_the_weights_of_pairs(seeded_pairs):
+    tensors = seeded_pairs()
+    plain = diffusion_preference_loss(*tensors, beta=0.8)
+    weighted = diffusion_preference_loss(*tensors, beta=0.8, pair_weights=PAIR_WEIGHTS)
+    assert set(plain.metrics) == set(weighted.metrics)
+    assert all(
+        plain.metrics[name] == weighted.metrics[name] for name in plain.metrics if name.split("/")[0] != "safeguard"
+    )
+    assert torch.equal(plain.pair_losses, weighted.pair_losses) and plain.loss != weighted.loss
+
+
+def test_a_beta_on_the_device_is_the_same_number(seeded_pairs):
+    tensors = seeded_pairs()
+    for loss_type in (name for name in LOSSES if LOSSES[name].beta_scales_logit):
+        outs = [
+            diffusion_preference_loss(*tensors, loss_type=loss_type, beta=beta, scores=SCORES)
+            for beta in (500.0, torch.tensor(500.0))
+        ]
+        assert torch.equal(outs[0].loss, outs[1].loss) and torch.equal(outs[0].pair_rewards, outs[1].pair_rewards)
+
+
+# ---- What is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "weights", "sft_weight", "message"),
+    [
+        (["sigmoid", "dpo"], None, 0.0, "`loss_type` must be one of sigmoid, .*; got 'dpo'"),
+        ([], None, 0.0, "must name a loss"),
+        (["sigmoid", "sft", "sigmoid"], None, 0.0, "several different ones"),
+        (["dspo", "dspo_sdxl"], None, 0.0, "`dspo` and `dspo_sdxl` count as one"),
+        (["sigmoid", "sft"], [1.0], 0.0, "`loss_weights` must be a finite number"),
+        (["sigmoid", "sft"], [1.0, -0.1], 0.0, "at least 0"),
+        (["sigmoid", "sft"], [1.0, math.nan], 0.0, "finite number"),
+        (["sigmoid", "sft"], [math.inf, 1.0], 0.0, "finite number"),
+        (["sigmoid", "sft"], [0.0, 0.0], 0.0, "one of them above 0"),
+        ("sigmoid", [0.0], 0.5, "one of them above 0"),
+        ("sigmoid", None, -0.5, "`sft_weight` another one"),
+        ("sft", None, 0.5, "`sft_weight` adds `sft` to other losses"),
+        (["sigmoid", "sft"], None, 0.5, "weigh the parts by `loss_weights`"),
+    ],
+)
+def test_a_wrong_list_is_refused(loss_type, weights, sft_weight, message):
+    with pytest.raises(ValueError, match=message):
+        loss_weights_by_name(loss_type, weights, sft_weight)
+
+
+CLAMPED = {"sigmoid", "hinge", "ipo", "robust", "dmpo", "smpo", "capo"}
+SCALED = {"sigmoid", "hinge", "robust", "dspo_sdxl", "dmpo", "simpo", "dpop", "smpo"}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_cap_and_the_automatic_beta_are_for_the_losses_that_they_name(loss_type):
+    if loss_type in CLAMPED:
+        assert loss_spec(loss_type, margin_clamp=1.0).margin_clamp == 1.0
+        assert loss_spec(loss_type, margin_clamp=1.0).loss_kwargs == LOSSES[loss_type].loss_kwargs
+    else:
+        with pytest.raises(ValueError, match=f"`margin_clamp` caps .*; got {loss_type}. Leave it unset"):
+            loss_spec(loss_type, margin_clamp=1.0)
+    if loss_type in SCALED:
+        check_auto_beta(loss_type)
+    else:
+        with pytest.raises(ValueError, match=f"`auto_beta` chooses .*; got {loss_type}. Leave it unset"):
+            check_auto_beta(loss_type)
+
+
+def test_in_a_sum_the_part_that_refuses_is_named():
+    check_auto_beta(["sigmoid", "sft"])
+    loss_spec(["sigmoid", "sft"], margin_clamp=1.0)
+    with pytest.raises(ValueError, match="got mapo. Leave"):
+        loss_spec(["sigmoid", "mapo"], margin_clamp=1.0)
+    with pytest.raises(ValueError, match="got ipo. Leave"):
+        check_auto_beta(["sigmoid", "ipo"])
+    for clamp in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="`margin_clamp` must be finite and greater than 0"):
+            loss_spec("sigmoid", margin_clamp=clamp)
+
+
+def test_a_capped_logit_is_a_row_of_its_own_and_leaves_the_table():
+    spec = loss_spec("sigmoid", margin_clamp=1.0)
+    assert (spec.equal_weights, spec.positive_weights, spec.anchor) == (True, True, "branch")
+    assert LOSSES["sigmoid"].margin_clamp is None

@@ -1,0 +1,280 @@
+"""Sums of losses, the automatic beta and weights of pairs in a training: steps against gradients taken by hand, what is
+saved, and what an evaluation has."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from trl_diffusion_sdpo.losses import BetaController
+from trl_diffusion_sdpo.step.meters import BETA_FILE, AutoBeta, MetricMeter
+
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 1e-2,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+}
+LARGE = {**SGD, "beta": 500.0, "safeguard_mu": 0.3, "random_flip": False}
+
+
+class Kept(TrainerCallback):
+    """Weights after every step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(torch.cat([weight.detach().flatten().clone() for weight in model.parameters()]))
+
+
+def walked(trainer):
+    kept = Kept()
+    trainer.add_callback(kept)
+    trainer.train()
+    return kept.weights, [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+
+
+def moved(folder):
+    from trl_diffusion_sdpo.families import load_pipeline
+
+    pipeline = load_pipeline(folder)
+    generator = torch.Generator().manual_seed(3)
+    for weight in pipeline.unet.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
+    return pipeline
+
+
+# ---- Under the parameter-space safeguard, in float64 ---------------------------------------------------------------
+
+
+def branches_by_hand(trainer, batches, loss):
+    """Gradients of the winners' branch, of the losers' with its sign turned, and of the mean winner error."""
+    unet = copy.deepcopy(trainer.denoiser).double()
+    weights = list(unet.parameters())
+    twin = copy.deepcopy(trainer.reference.module).double()
+    sums = [torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float64) for _ in range(3)]
+    for inputs in batches:
+        batch = trainer.pair_forward.noisy_batch(inputs)
+        text, target = batch.conditioning["prompt_embeds"].double(), batch.target.double()
+        pred = unet(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
+        with torch.no_grad():
+            ref = twin(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
+        error, ref_error = ((rows - target).square().mean((1, 2, 3)).chunk(2) for rows in (pred, ref))
+        values = (
+            loss(error[0], error[1].detach(), *ref_error),
+            -loss(error[0].detach(), error[1], *ref_error),
+            error[0].mean(),
+        )
+        for i, value in enumerate(values):
+            found = torch.autograd.grad(value / len(batches), weights, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+            sums[i] += torch.cat([part.flatten() for part in parts])
+    return sums
+
+
+def logistic(error_w, error_l, ref_w, ref_l):
+    return torch.log1p(torch.exp(250.0 * (error_w - ref_w - error_l + ref_l)))
+
+
+def capped(error_w, error_l, ref_w, ref_l):
+    logit = -250.0 * (error_w - ref_w - error_l + ref_l)
+    return torch.log1p(torch.exp(-torch.where(logit < 0.2, logit, 0.2)))
+
+
+def dmpo(error_w, error_l, ref_w, ref_l):
+    p = torch.sigmoid(-250.0 * (error_w - ref_w - error_l + ref_l))
+    return p * (p / 0.9).log() + (1 - p) * ((1 - p) / 0.1).log()
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
+SUMS = {
+    "sum": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 20.0]}, lambda *e: logistic(*e) + 20 * e[0], 0),
+    "sft_weight": ({"sft_weight": 5.0}, lambda *e: logistic(*e) + 5 * e[0], 0),
+    "clamp": ({"margin_clamp": 0.2}, capped, 0),
+    "targets": (
+        {"loss_type": ["dmpo", "sigmoid"], "dmpo_alpha": 0.1, "loss_weights": [2.0, 1.0]},
+        lambda *e: 2 * dmpo(*e) + logistic(*e),
+        2,
+    ),
+    "pair_weights": ({}, lambda *e: WEIGHTS * logistic(*e), 0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, sd_folder, name):
+    settings, loss, anchor = SUMS[name]
+    accumulation = 2 if name == "sum" else 1
+    trainer = make_trainer(
+        moved(sd_folder),
+        sd_folder,
+        **{**LARGE, "safeguard": "parameter", **settings},
+        max_steps=1,
+        gradient_accumulation_steps=accumulation,
+    )
+    if name == "pair_weights":
+        collate = trainer.data_collator
+        trainer.data_collator = lambda items: {**collate(items), "pair_weights": WEIGHTS.float()}
+    loader = iter(trainer.get_train_dataloader())
+    batches = [trainer._prepare_inputs(next(loader)) for _ in range(accumulation)]
+    winner, loser, error = branches_by_hand(trainer, batches, lambda *e: loss(*e).mean())
+    a = (winner, None, error)[anchor]
+    gain, dot = float(a @ winner), float(a @ loser)
+    scale = 0.0 if gain <= 0 else 1.0 if dot <= 0 else min(0.7 * gain / dot, 1.0)
+    before = torch.cat([weight.detach().flatten().clone() for weight in trainer.model.parameters()])
+    weights, (log, *_) = walked(trainer)
+    assert log["safeguard/scale"] == pytest.approx(scale, abs=1e-5)
+    expected = -1e-2 * (winner - scale * loser)
+    assert (weights[0].double() - before.double() - expected).norm() <= 1e-3 * expected.norm()
+
+
+# ---- The automatic beta --------------------------------------------------------------------------------------------
+
+MOVING = {**SGD, "beta": 100.0, "auto_beta": True, "safeguard": "none", "logging_steps": 1, "learning_rate": 1e-3}
+
+
+def beta_after(beta, sizes, given=100.0):
+    """The rule by hand, in float64: the average starts at the margin that the given beta belongs to."""
+    average = 2 * np.log(4) / beta
+    for size in sizes:
+        average = 0.99 * average + 0.01 * size
+        yield min(max(2 * np.log(4) / average, given / 10), given * 10)
+
+
+class Sizes(TrainerCallback):
+    """Sizes of the margins of every optimizer step, from the losses of its micro-batches."""
+
+    def __init__(self):
+        self.steps, self.betas, self.now = [], [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(torch.cat(self.now).double().mean().item())
+        self.betas.append(self.used)
+        self.now = []
+
+    def watch(self, trainer):
+        original = trainer.pair_forward.loss
+
+        def loss(predictions, *given, **named):
+            outputs = original(predictions, *given, **named)
+            if predictions.beta is not None:
+                errors = outputs.pair_errors
+                self.now.append((errors[:, 1] - errors[:, 3] - errors[:, 0] + errors[:, 2]).abs())
+                self.used = float(predictions.beta)
+            return outputs
+
+        trainer.pair_forward.loss = loss
+        trainer.add_callback(self)
+        return self
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_beta_moves_once_an_optimizer_step_by_the_mean_over_all_its_pairs(
+    make_trainer, sd_folder, make_pairs, safeguard
+):
+    trainer = make_trainer(
+        moved(sd_folder),
+        sd_folder,
+        train=make_pairs(12),
+        **{**MOVING, "safeguard": safeguard, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+        max_steps=3,
+    )
+    sizes = Sizes().watch(trainer)
+    _, logs = walked(trainer)
+    expected = [100.0, *beta_after(100.0, sizes.steps)]
+    assert sizes.betas == pytest.approx(expected[:3], rel=1e-5)
+    assert [log["rewards/beta"] for log in logs] == pytest.approx(expected[:3], rel=1e-5)
+    assert trainer.auto_beta.controller.beta.item() == pytest.approx(expected[3], rel=1e-5)
+
+
+def test_an_evaluation_has_the_given_beta(make_trainer, sd_folder, make_pairs):
+    found = {}
+    for auto in (False, True):
+        trainer = make_trainer(
+            moved(sd_folder), sd_folder, **{**MOVING, "auto_beta": auto}, eval_dataset=make_pairs(4, seed=9)
+        )
+        if auto:
+            trainer.auto_beta.controller.steer(torch.tensor(1.0))
+        found[auto] = trainer.evaluate()
+    names = [name for name in found[True] if name.startswith("eval_") and "/" in name]
+    assert names and all(found[True][name] == found[False][name] for name in names)
+    assert found[True]["eval_loss"] == found[False]["eval_loss"] and "eval_rewards/beta" not in found[True]
+
+
+def test_step_zero_is_neutral_and_its_first_step_is_that_of_the_given_beta(make_trainer, sd_folder):
+    first = {}
+    for auto in (False, True):
+        weights, logs = walked(make_trainer(sd_folder, None, **{**MOVING, "auto_beta": auto}, max_steps=1))
+        assert logs[0]["rewards/margins"] == 0 and logs[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+        first[auto] = weights[0]
+    assert torch.equal(first[False], first[True])
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": ["sigmoid", "sft"]}, {"sft_weight": 0.5}, {"margin_clamp": 1.0}])
+def test_step_zero_of_a_sum_is_neutral(make_trainer, settings):
+    trainer = make_trainer(**{**SGD, "beta": 500.0, **settings}, max_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    weight = 0.5 if "sft_weight" in settings else 1.0 if "loss_type" in settings else 0.0
+    assert log["rewards/margins"] == 0 and log["errors/winner_change"] == 0
+    assert log["loss"] == pytest.approx(np.log(2) + weight * log["errors/winner"], rel=1e-6)
+
+
+def test_a_resumed_run_walks_on_to_the_bit(make_trainer, make_pairs, tmp_path):
+    def build(name, **more):
+        return make_trainer(
+            train=make_pairs(8),
+            output_dir=str(tmp_path / name),
+            **{**MOVING, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            **more,
+        )
+
+    whole = build("whole")
+    weights, _ = walked(whole)
+    state = json.loads((tmp_path / "whole" / "checkpoint-2" / BETA_FILE).read_text())
+    assert set(state) == {"beta", "margin"} and state["beta"] != 100.0
+    resumed = build("resumed")
+    kept = Kept()
+    resumed.add_callback(kept)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert len(kept.weights) == 2
+    assert torch.equal(kept.weights[-1], weights[-1])
+    assert torch.equal(resumed.auto_beta.controller.beta, whole.auto_beta.controller.beta)
+    assert resumed.auto_beta.controller.beta.item() != 100.0
+
+
+def test_its_file_is_needed_and_read_as_it_was_written(tmp_path):
+    made, other = (AutoBeta(BetaController(100.0, torch.device("cpu")), MetricMeter()) for _ in range(2))
+    with pytest.raises(ValueError, match=f"must hold {BETA_FILE}"):
+        made.load(tmp_path)
+    made.controller.steer(torch.tensor(0.1234567))
+    made.save(tmp_path)
+    other.load(tmp_path)
+    assert torch.equal(made.controller.beta, other.controller.beta)
+    assert torch.equal(made.controller.margin, other.controller.margin)
+
+
+# ---- Weights of pairs ----------------------------------------------------------------------------------------------
+
+
+def test_weights_of_pairs_are_repeated_for_each_draw_and_kept_with_their_pairs(make_trainer, make_pairs):
+    trainer = make_trainer(n_timesteps_per_pair=2, train=make_pairs(4), per_device_train_batch_size=3)
+    items = [trainer.train_dataset[row] for row in range(3)]
+    inputs = trainer._prepare_inputs({**trainer.data_collator(items), "pair_weights": torch.tensor([1.0, 2.0, 4.0])})
+    trainer.pair_forward.attach(trainer.accelerator)
+    predictions = trainer.pair_forward.predict_pairs(trainer.model.train(), inputs)
+    assert predictions.pair_weights.tolist() == [1.0, 2.0, 4.0, 1.0, 2.0, 4.0]
+    assert predictions.take(torch.tensor([2, 0, 8, 6])).pair_weights.tolist() == [4.0, 1.0]
+    assert predictions.take(torch.tensor([8, 1, 2, 7])).pair_weights.tolist() == [4.0, 2.0]  # the first two swapped
+    outputs = trainer.pair_forward.loss(predictions)
+    expected = (outputs.pair_losses * predictions.pair_weights).mean()
+    assert outputs.loss.item() == pytest.approx(expected.item())
+    evaluated = trainer.pair_forward.predict_pairs(trainer.model.eval(), inputs)
+    assert evaluated.pair_weights.tolist() == [1.0, 2.0, 4.0]
