@@ -23,7 +23,7 @@ COMMAND = "python tests/architecture_picture.py"
 # Rooms of a floor from left to right, such that few lines cross; others follow by their names.
 ORDER = (
     *("cli", "demo", "trainer", "evaluation", "runs", "artifacts", "models", "step", "planning", "settings"),
-    *("engines", "cache", "sources", "data", "families"),
+    *("engines", "scoring", "cache", "sources", "data", "families"),
 )
 LABELS = {
     "cli": "commands",
@@ -38,6 +38,7 @@ LABELS = {
     "planning": "memory beforehand",
     "settings": "groups, checks",
     "cache": "encoded pairs",
+    "scoring": "weights, curriculum",
     "engines": "DDP, FSDP2, ZeRO",
     "data": "pairs of images",
     "sources": "a user's rows",
@@ -59,6 +60,7 @@ COLOURS = {
     "planning": "#9a7d2e",
     "cache": "#3f8fa3",
     "engines": "#a1705a",
+    "scoring": "#7d6f9e",
 }
 OTHER_COLOUR = "#7c8694"
 

@@ -22,7 +22,7 @@ GROUND = ("_compat", "files", "import_utils", "masking", "own_errors", "suggesti
 FLOORS = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(("data", "families", "losses", "rewards", "sources"), 1),
-    **dict.fromkeys(("cache", "engines"), 2),
+    **dict.fromkeys(("cache", "engines", "scoring"), 2),
     **dict.fromkeys(("artifacts", "evaluation", "guidance", "models", "planning", "runs", "settings", "step"), 3),
     "trainer": 4,
     **dict.fromkeys(("cli", "demo"), 5),
@@ -60,7 +60,7 @@ FORMULAS = set(
     "erf ndtri mse_loss l1_loss smooth_l1_loss huber_loss norm vector_norm dot vdot inner lerp lerp_ addcmul addcdiv "
     "cosine_similarity var std".split()
 )
-ROOMS_WITHOUT_FORMULAS = ("artifacts", "cli", "evaluation", "guidance", "models", "runs", "step", "trainer")
+ROOMS_WITHOUT_FORMULAS = ("artifacts", "cli", "evaluation", "guidance", "models", "runs", "scoring", "step", "trainer")
 ROOMS_THAT_TRAIN = ("demo", "engines", "losses", "planning", "step")  # a plan walks the graph of fake tensors
 # Names that begin with an underscore and are public: of named tuples, and `os._exit`.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make", "_exit"}

@@ -72,6 +72,15 @@ def with_resumed(engine: str, tuning: str, kind: str = "", **more) -> list[dict]
     return [whole, build_run(engine, tuning, f"resumed{kind}", resumes=whole["name"], **args, **more)]
 
 
+SCORED = {"pair_weights": "inverse_gap", "curriculum_epochs": 0.5}  # of one epoch
+
+
+def scored_and_resumed(engine: str) -> list[dict]:
+    args = {**SCORED, "optim": "adamw_torch", "save_only_model": False, "learning_rate": 1e-3}
+    whole = build_run(engine, "full", "scored-undisturbed", **args)
+    return [whole, build_run(engine, "full", "scored-resumed", resumes=whole["name"], **args)]
+
+
 def planned(*alternatives: list[dict]):
     return pytest.mark.parametrize("plan", alternatives, ids=[runs[-1]["name"] for runs in alternatives])
 
@@ -322,4 +331,22 @@ def test_beta_follows_the_margins_of_all_processes_and_micro_batches(found, plan
 def test_a_resumed_run_has_the_same_beta_to_the_bit(found):
     whole, resumed = found
     assert beta_of(resumed / "saved") == beta_of(whole / "saved")
+    assert_equal(weights_in(resumed / "saved"), weights_in(whole / "saved"))
+
+
+@pytest.mark.matrix
+@planned(*[[build_run(engine, "full", "scored", **SCORED)] for engine in ("ddp", "zero2")])
+def test_weights_and_order_by_scores_are_those_of_one_process_with_batches_of_both(found, plan, alone):
+    """And others than without them, or there is nothing to compare."""
+    assert_walked_alike(found[0], alone(plan[0]), tolerance=5e-3)
+    plain = alone(build_run(plan[0]["engine"], "full", "whole"))
+    losses = [[entry["loss"] for entry in steps_of(t.state.log_history)] for t in (alone(plan[0]), plain)]
+    assert all(ours != theirs for ours, theirs in zip(*losses, strict=True))
+
+
+@pytest.mark.matrix
+@planned(*[scored_and_resumed(engine) for engine in ("ddp", "zero2")])
+def test_a_resumed_run_has_the_same_weights_and_order_by_scores_to_the_bit(found):
+    whole, resumed = found
+    assert json.loads((resumed / "facts.json").read_text())["began_at"] == 2
     assert_equal(weights_in(resumed / "saved"), weights_in(whole / "saved"))

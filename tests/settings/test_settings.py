@@ -120,7 +120,7 @@ def test_every_range_and_every_choice_is_checked(make_args):
             if not setting.is_optional:
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
-    assert checked == 43
+    assert checked == 44
 
 
 @pytest.mark.parametrize("name", [*(name.value for name in OptimizerNames)])
@@ -171,6 +171,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         mode_scale timestep_weighting guidance_scale snr_gamma noise_offset input_perturbation num_noise_bins
         seed data_seed aspect_ratio_buckets bucket_step bucket_max_aspect_ratio min_side layerwise_casting
         swap_labels noise_source inversion inversion_steps inversion_end inversion_eta
+        calibrated_scores
     """.split()
     resume = """
         loss_type loss_weights sft_weight margin_clamp auto_beta
@@ -178,7 +179,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         safeguard_preconditioner per_device_train_batch_size gradient_accumulation_steps mixed_precision random_crop
         random_flip proportion_empty_prompts loser_noise_range winner_budget winner_budget_pairs winner_budget_steps
         ema_decay sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_errors ref_noise_draws
-        n_timesteps_per_pair latent_crops
+        n_timesteps_per_pair latent_crops pair_weights curriculum_epochs
         label_smoothing dspo_threshold dmpo_alpha mapo_temperature mapo_scale simpo_gamma dpop_lambda linear_eta
         smpo_coefficient smpo_score_scale
     """.split()

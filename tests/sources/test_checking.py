@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data import map_style as map_style_module
+from trl_diffusion_sdpo.sources import checking as checking_module
 from trl_diffusion_sdpo.sources import images
 from trl_diffusion_sdpo.sources.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
 from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
@@ -184,7 +184,7 @@ def test_an_error_in_the_check_of_one_process_ends_all(verify):
     def check(peers):
         prepared = prepare(rows(12), verify_images="none")
         if peers.index == 0:
-            prepared._check_pair = prepared._source.check_images = full
+            prepared._source.images = prepared._source.check_images = full
         with pytest.raises((OSError, RuntimeError)) as caught:
             prepared.check_sample(peers) if verify == "sample" else prepared.check_all(peers=peers)
         return f"{caught.type.__name__}: {caught.value}"
@@ -298,7 +298,7 @@ def test_of_a_stream_the_first_pairs_are_compared(caplog):
 
 def test_no_processes_are_started_for_few_rows(monkeypatch):
     started = []
-    monkeypatch.setattr(map_style_module, "usable_cores", lambda count: started.append(count) or 2)
+    monkeypatch.setattr(checking_module, "usable_cores", lambda count: started.append(count) or 2)
     prepare(rows(999), verify_images="all")
     assert not started
     prepare(rows(1000), verify_images="all")

@@ -13,8 +13,7 @@ from peft import LoraConfig
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import BudgetController
-from trl_diffusion_sdpo.step.winner_budget import BUDGET_FILE, WinnerBudget
-from trl_diffusion_sdpo.trainer.data_preparation import probe_items
+from trl_diffusion_sdpo.step.winner_budget import BUDGET_FILE, WinnerBudget, probe_items
 
 NAN = float("nan")
 SHUT = math.log(0.005)  # half of the lowest scale that is not 0

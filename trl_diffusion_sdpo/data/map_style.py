@@ -1,6 +1,7 @@
 """Map-style pairs: an index in memory, over images that stay in the source."""
 
 import copy
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,6 @@ from torch.utils.data import Dataset
 
 from ..sources.checking import (
     ALONE,
-    FEW_ROWS,
     HOW_TO_DROP,
     SAMPLED_PAIRS,
     BadDataError,
@@ -22,16 +22,16 @@ from ..sources.checking import (
     Peers,
     SourceImage,
     evenly_spaced,
-    forks_by_default,
     pairs_of_images,
+    problems_of_all,
+    problems_of_pair,
     reject,
-    same_image,
-    usable_cores,
+    report_sample,
 )
 from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
 from ..sources.mixture import Source
 from ..sources.tables import pairs_fingerprint
-from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
+from .buckets import AspectRatioBuckets, PairSizes, Repeated, TakenAgain, candidates
 from .image_sizes import settle_sizes
 from .transforms import Encoded, ItemMaker, PairDraws, Size
 
@@ -43,13 +43,14 @@ class PreferenceDataset(Dataset):
 
     Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
     dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
-    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`; after
-    `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). After `use_encoded` they
-    have `moments` and `target_size` in place of `pixel_values`, and the prompt's `conditioning`. With aspect-ratio
-    buckets H and W are those of `target_size(row)`, and `repeated` says whether the pair fills up a batch. An item
-    depends on the seed, the epoch and `row`, and on nothing else. A pair that cannot be decoded is replaced by the next
-    one that can (of its bucket, if there is one), whichever process reads it first. What was computed at the size of
-    another bucket is of that size: of a bucket without a good pair, all pairs are replaced by those of one other.
+    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`; `pair_weight` after
+    `use_scores` with weights; after `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise
+    levels). After `use_encoded` they have `moments` and `target_size` in place of `pixel_values`, and the prompt's
+    `conditioning`. With aspect-ratio buckets H and W are those of `target_size(row)`, and `repeated` says whether the
+    pair fills up a batch. An item depends on the seed, the epoch, how often that has taken the pair, and `row`, and on
+    nothing else. A pair that cannot be decoded is replaced by the next one that can (of its bucket, if there is one),
+    whichever process reads it first. What was computed at the size of another bucket is of that size: of a bucket
+    without a good pair, all pairs are replaced by those of one other.
     """
 
     def __init__(self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str) -> None:
@@ -60,6 +61,8 @@ class PreferenceDataset(Dataset):
         self._report = DataReport(name, source.format.name, rows=len(source), is_swapped=self.is_swapped)
         self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
+        self._calibrated: np.ndarray | None = None  # scores, (P, 2)
+        self._weights: np.ndarray | None = None  # (P,)
         self._encoded: Encoded | None = None
         self.sizes: PairSizes | None = None  # of the pairs' buckets; where there are none, all have the transform's
         self._reset_undecodable()
@@ -71,6 +74,35 @@ class PreferenceDataset(Dataset):
     def has_scores(self) -> bool:
         """Whether items carry scores."""
         return self._scores is not None
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Scores of winner and loser as items carry them, `(P, 2)`; `None` without score columns."""
+        return self._scores if self._calibrated is None else self._calibrated
+
+    @property
+    def score_uses(self) -> tuple[bool, bool]:
+        """Whether scores are calibrated, and whether pairs have weights."""
+        return self._calibrated is not None, self._weights is not None
+
+    def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None) -> None:
+        """Let items carry these in place of the source's scores, `(P, 2)`, and weights of the pairs, `(P,)`."""
+        self._calibrated, self._weights = calibrated, None if weights is None else weights.astype(np.float32)
+
+    def origins(self) -> tuple[Source, np.ndarray]:
+        """The source, and of each pair the row and the image in it of winner and of loser, `(P, 4)`."""
+        return self._source, self._index
+
+    def add_note(self, note: str) -> None:
+        """Adds a line to the report."""
+        self._report.notes += (note,)
+
+    def drop_bad_rows(self, reasons: Mapping[int, str]) -> None:
+        """Drops the pairs of rows whose labels cannot be used, each with the reason, and counts them."""
+        bad = np.isin(self._index[:, 0], list(reasons))
+        for row in np.unique(self._index[bad, 0]).tolist():
+            self._reject("bad_labels", row, reasons[row], 1)
+        self._keep(~bad)
 
     @property
     def fork_safe(self) -> bool:
@@ -126,6 +158,7 @@ class PreferenceDataset(Dataset):
         """The same pairs, center-cropped, with every prompt and with seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker = self._maker.for_evaluation()
+        view._weights = None  # so that numbers of evaluations compare
         if self._maker.training:
             view._reference_errors = None  # they are those of other draws
         return view
@@ -245,6 +278,8 @@ class PreferenceDataset(Dataset):
         view._index, view._scores = self._index[:count], None if self._scores is None else self._scores[:count]
         view.sizes = None if self.sizes is None else self.sizes.take(slice(count))
         view._undecodable = self._undecodable[:count].clone().share_memory_()
+        view._calibrated = None if self._calibrated is None else self._calibrated[:count]
+        view._weights = None if self._weights is None else self._weights[:count]
         if self._reference_errors is not None:
             view._reference_errors = self._reference_errors[:, :count]
         return view
@@ -252,6 +287,8 @@ class PreferenceDataset(Dataset):
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
         """Identifies these pairs; see [`pairs_fingerprint`], which runs in the first of the peers."""
         found = peers.first(partial(pairs_fingerprint, self._source, self._index, self._scores, thorough=thorough))
+        if self._weights is not None and not thorough:  # as caches are, which do not depend on them
+            found["pair_weights"] = hashlib.sha256(self._weights.tobytes()).hexdigest()[:16]
         return found if self.sizes is None else found | {"sizes": self.sizes.fingerprint()}
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
@@ -267,7 +304,8 @@ class PreferenceDataset(Dataset):
         """
         sample = evenly_spaced(len(self), SAMPLED_PAIRS).tolist()
         share = sample[peers.index :: peers.count]
-        gathered = peers.gather_results(lambda: [self._check_pair(pair) for pair in share])
+        check = partial(problems_of_pair, self._source, self._reader)
+        gathered = peers.gather_results(lambda: [check(self._index[pair]) for pair in share])
         checked = [result for results in gathered for result in results]
         reasons = {image: reason for found, _ in checked for image, reason in found.items()}
         for pair, image in pairs_of_images(self._index, reasons):
@@ -276,23 +314,9 @@ class PreferenceDataset(Dataset):
                 self._reject("undecodable", image[0], reason, 1)
             self._undecodable[pair] = 1  # the report counts these
             self._report.add("undecodable", image[0], reason, amount=0)
-        self._report_sample(len(sample), sum(bool(found) for found, _ in checked))
-        pairs = IdenticalPairs(self._report.name)
-        for _, identical in checked:
-            if compare and identical is not None:
-                pairs.add(identical)
-        pairs.verify()
-
-    def _report_sample(self, checked: int, bad: int) -> None:
-        if not bad or checked == len(self):
-            return
-        logger.warning(
-            "%s data: of %d pairs that were checked among %d, %d cannot be decoded. verify_images='all' checks all "
-            "pairs before training; otherwise bad ones are found when they are read.",
-            *(self._report.name, checked, len(self), bad),
-        )
-        if bad == checked:
-            raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{self.report}")
+        report_sample(self.report, len(sample), sum(bool(found) for found, _ in checked), len(self))
+        if compare:
+            IdenticalPairs(self._report.name).verify_all([identical for _, identical in checked])
 
     def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
         """Decodes every image once and drops the pairs of those that fail.
@@ -302,35 +326,17 @@ class PreferenceDataset(Dataset):
                 the source is fork-safe.
             peers (`Peers`): The processes that divide the images.
         """
-        if not len(self):
-            return
-        needed = np.zeros(len(self._source), dtype=np.int64)  # number of labelled images of each row
-        for row, image in ((0, 1), (2, 3)):
-            np.maximum.at(needed, self._index[:, row], self._index[:, image] + 1)
-        rows = np.flatnonzero(needed)
-        if num_proc is None and self.fork_safe and forks_by_default() and len(rows) >= FEW_ROWS:
-            num_proc = usable_cores(peers.count)
-        reasons: dict[SourceImage, str] = {}
-        for chunk in peers.chunks(rows):
-            for found in peers.gather_results(partial(self._problems, chunk, needed, num_proc)):
-                reasons.update(found)
-        self._drop(reasons)
-
-    def _problems(self, rows: np.ndarray, needed: np.ndarray, num_proc: int | None) -> dict[SourceImage, str]:
-        """The problems of the images of some rows; `needed` is the number of images that each row must have."""
-        reasons: dict[SourceImage, str] = {}
-        for row, found in self._source.check_images(rows, self._reader, num_proc) if len(rows) else ():
-            found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
-            reasons.update({(row, image): reason for image, reason in enumerate(found) if reason})
-        return reasons
+        if len(self):
+            self._drop(problems_of_all(self._source, self._index, self._reader, num_proc, peers))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]
         computed = self._encoded is not None or self._reference_errors is not None  # at each pair's own size
+        maker = self._maker.taken_again(index.times) if isinstance(index, TakenAgain) else self._maker
         for row in candidates(start, len(self), self.sizes, by_bucket=computed):
             if self._undecodable[row]:
                 continue
-            read = partial(self._item, row, self.target_size(row if computed else start))
+            read = partial(self._item, row, self.target_size(row if computed else start), maker)
             try:
                 item = {**(read_again(read) if self._for_storing else read()), **self._stored_errors(row)}
             except UndecodableImageError as error:
@@ -339,17 +345,18 @@ class PreferenceDataset(Dataset):
             return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
         raise BadDataError(f"No pair of the data set can be decoded.\n{self.report}")
 
-    def _item(self, row: int, target: Size) -> dict[str, Any]:
+    def _item(self, row: int, target: Size, maker: ItemMaker) -> dict[str, Any]:
         winner_row, winner_image, loser_row, loser_image = self._index[row].tolist()
-        scores = None if self._scores is None else tuple(self._scores[row].tolist())
+        scores = None if self.scores is None else tuple(self.scores[row].tolist())
+        weight = {} if self._weights is None else {"pair_weight": float(self._weights[row])}
         if self._encoded is not None:
-            item = self._maker.item_of(row, self._source.prompt(winner_row), partial(self._encoded.pair, row), scores)
-            return item | self._encoded.conditioning(item["prompt"])
+            item = maker.item_of(row, self._source.prompt(winner_row), partial(self._encoded.pair, row), scores)
+            return item | self._encoded.conditioning(item["prompt"]) | weight
         winner_images = self._source.images(winner_row)
         loser_images = winner_images if loser_row == winner_row else self._source.images(loser_row)
         winner = self._reader.decode_at(winner_images, winner_image)
         loser = self._reader.decode_at(loser_images, loser_image)
-        return self._maker.item(row, self._source.prompt(winner_row), winner, loser, scores, target=target)
+        return maker.item(row, self._source.prompt(winner_row), winner, loser, scores, target=target) | weight
 
     def _stored_errors(self, row: int) -> dict[str, torch.Tensor]:
         if self._reference_errors is None:
@@ -358,16 +365,6 @@ class PreferenceDataset(Dataset):
         if errors.isnan().any():
             raise UndecodableImageError("has no errors of the reference: it could not be read when they were computed")
         return {"ref_errors": errors}
-
-    def _check_pair(self, pair: int) -> tuple[dict[SourceImage, str], bool | None]:
-        """The problems of a pair's images, and whether the two are identical; `None` if one cannot be decoded."""
-        reasons, images = {}, []
-        for row, image in self._index[pair].reshape(2, 2).tolist():
-            try:
-                images.append(self._reader.decode_at(self._source.images(row), image))
-            except UndecodableImageError as error:
-                reasons[row, image] = str(error).removeprefix(f"image {image} ")
-        return reasons, None if reasons else same_image(*images)
 
     def _reject_at_read(self, row: int, error: UndecodableImageError) -> None:
         rows = sorted({int(self._index[row, 0]), int(self._index[row, 2])})

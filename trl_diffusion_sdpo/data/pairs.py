@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from ..sources.checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
+from ..sources.columns import numbers_of_rows
 from ..sources.images import SCHEMES, ImageReader, parse_schemes
 from ..sources.mixture import MixedSource, PairMixture, Source
 from ..sources.tables import make_source
@@ -23,6 +24,11 @@ __all__ += ["prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_MEAN = (
+    "`pair_weights` reads the columns {columns} of all pairs before the first batch, as weights are divided by their "
+    "mean, and the {name} data are a stream, which has none before it ends. Load them without `streaming=True`, or "
+    "leave it out."
+)
 TABLES = (datasets.Dataset, datasets.IterableDataset)
 
 
@@ -45,6 +51,7 @@ def prepare_dataset(
     repeat: bool = False,
     use_scores: bool = True,
     swap_labels: bool = False,
+    number_columns: Sequence[str] = (),
     name: str = "train",
 ) -> "PreferenceDataset | PreferenceIterableDataset":
     """A torch data set of pairs from any preference set.
@@ -75,6 +82,8 @@ def prepare_dataset(
             new order; training, and resuming, then continue across its end. No effect on map-style sets.
         use_scores (`bool`): Whether to read score columns where present; a row without a score is then a bad row.
         swap_labels (`bool`): Whether the published loser of a pair is its winner from here on, for all that reads it.
+        number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers; a row without is a
+            bad row.
         name (`str`): Name of the set in messages.
 
     Returns:
@@ -87,19 +96,17 @@ def prepare_dataset(
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
     dataset, is_stream = _recognized(dataset)
     reads_sizes = buckets is not None or min_side is not None
+    if number_columns and is_stream:
+        raise ValueError(WITHOUT_MEAN.format(columns=list(number_columns), name=name))
     _check_reading(on_bad_row, is_stream, num_proc, name, verifies=verify == "all", reads_sizes=reads_sizes)
     if is_stream:
         options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
         streams, weights = _streams(dataset, dataset_format, name, use_scores, swap_labels)
         return PreferenceIterableDataset(streams, maker, reader, weights=weights, name=name, **options)
-    source = _source(dataset, dataset_format, name, use_scores, swap_labels)
+    source = _source(dataset, dataset_format, name, use_scores, swap_labels, number_columns)
     prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name)
-    if verify == "all":
-        prepared.check_all(num_proc, peers)
-    if reads_sizes:
-        prepared.settle_sizes(buckets, min_side, num_proc, peers)
-    if verify != "none" and len(prepared):
-        prepared.check_sample(peers, compare=compare)
+    _drop_bad_numbers(prepared, number_columns)
+    _check_images(prepared, verify, buckets, min_side, num_proc, peers, compare)
     _log_report(prepared.report)
     return prepared
 
@@ -129,6 +136,29 @@ def _check_reading(
         )
 
 
+def _drop_bad_numbers(prepared: PreferenceDataset, number_columns: Sequence[str]) -> None:
+    source, _ = prepared.origins()
+    for column in number_columns:
+        prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
+
+
+def _check_images(
+    prepared: PreferenceDataset,
+    verify: str,
+    buckets: AspectRatioBuckets | None,
+    min_side: int | None,
+    num_proc: int | None,
+    peers: Peers,
+    compare: bool,
+) -> None:
+    if verify == "all":
+        prepared.check_all(num_proc, peers)
+    if buckets is not None or min_side is not None:
+        prepared.settle_sizes(buckets, min_side, num_proc, peers)
+    if verify != "none" and len(prepared):
+        prepared.check_sample(peers, compare=compare)
+
+
 def _log_report(report: DataReport) -> None:
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
@@ -148,9 +178,16 @@ def _streams(
     return parts, dataset.weights if isinstance(dataset, PairMixture) else None
 
 
-def _source(dataset: Any, dataset_format: str | None, name: str, use_scores: bool, swap_labels: bool) -> Source:
+def _source(
+    dataset: Any,
+    dataset_format: str | None,
+    name: str,
+    use_scores: bool,
+    swap_labels: bool,
+    number_columns: Sequence[str],
+) -> Source:
     parts = {
-        label: make_source(part, part_format, part_name, use_scores)
+        label: make_source(part, part_format, part_name, use_scores, number_columns)
         for label, part, part_format, part_name in _parts(dataset, dataset_format, name)
     }
     for source in parts.values():

@@ -21,6 +21,8 @@ INTERPOLATIONS = {
 
 Size = tuple[int, int]
 
+TAKEN_AGAIN = 3  # the fourth part of a key, of a pair that an epoch takes again; `MIXING` and `ORDER` are others
+
 
 @dataclass(frozen=True)
 class PairDraws:
@@ -41,9 +43,10 @@ class PairDraws:
     seed: int
 
     @classmethod
-    def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
-        """The numbers of a pair, equal on every machine and in every process for the same non-negative key."""
-        generator = np.random.default_rng([seed, epoch, row])
+    def from_key(cls, seed: int, epoch: int, row: int, times: int = 0) -> "PairDraws":
+        """The numbers of a pair, equal on every machine and in every process for the same non-negative key; `times` is
+        how often the epoch has taken it before."""
+        generator = np.random.default_rng([seed, epoch, row, *([TAKEN_AGAIN, times] if times else [])])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
 
@@ -171,7 +174,7 @@ class ItemMaker:
         if seed < 0:
             raise ValueError(f"`seed` must not be negative, got {seed}.")
         self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
-        self.noise_draws = noise_draws
+        self.noise_draws, self.times = noise_draws, 0
         self.epoch: torch.Tensor | int = torch.zeros(1, dtype=torch.long)
         if training:
             self.epoch.share_memory_()  # for persistent workers; it holds a file open
@@ -186,6 +189,12 @@ class ItemMaker:
     def repeating(self, noise_draws: int) -> "ItemMaker":
         """One whose random numbers repeat after so many epochs."""
         return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
+
+    def taken_again(self, times: int) -> "ItemMaker":
+        """One of the random numbers of pairs that the epoch has taken so many times before."""
+        maker = copy.copy(self)
+        maker.times = times
+        return maker
 
     def in_epoch(self, epoch: int) -> "ItemMaker":
         """One of its own epoch, which is not shared with other processes."""
@@ -228,7 +237,7 @@ class ItemMaker:
         """As `item`, with what `read` returns for the draws (`None` in an evaluation) and their epoch in place of the
         images."""
         epoch = 0 if not self.training else self.draw if epoch is None else epoch
-        draws = PairDraws.from_key(self.seed, epoch, row)
+        draws = PairDraws.from_key(self.seed, epoch, row, self.times)
         item = read(draws if self.training else None, epoch)
         item["prompt"] = "" if self.training and draws.dropout < self.prompt_dropout else prompt
         item |= {"seed": draws.seed, "row": row}
@@ -251,6 +260,7 @@ class PreferenceCollator:
     - `counted` (`int`), where aspect-ratio buckets fill up batches, or several processes evaluate a stream: the first
       pairs, which are not there for that;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns;
+    - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), where the pairs of training have weights;
     - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), where errors of a reference were computed beforehand: those
       of the winners at the first of T draws of timestep and noise, at the second and so on, then those of the losers.
 
@@ -280,6 +290,8 @@ class PreferenceCollator:
             raise ValueError(f"Either all pairs of a batch have scores or none has, got {scored} of {len(items)}.")
         if scored:
             batch["scores"] = torch.tensor(_winners_first(items, "scores"), dtype=torch.float32)
+        if "pair_weight" in items[0]:
+            batch["pair_weights"] = torch.tensor([item["pair_weight"] for item in items], dtype=torch.float32)
         if "ref_errors" in items[0]:
             errors = torch.stack([item["ref_errors"] for item in items])  # (B, T, 2)
             batch["ref_errors"] = errors.permute(2, 1, 0).flatten()

@@ -13,6 +13,7 @@ from .guidance import guidance_shift, shifted
 from .loss_sums import check_auto_beta, check_loss_kwargs, loss_spec, loss_weights_by_name
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
 from .pair_terms import PairTerms, mean_error, pair_terms
+from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
 from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType
 from .safeguard import (
     ANCHORS,
@@ -37,6 +38,7 @@ __all__ = [
     "LOSS_KWARG_RANGES",
     "SAFEGUARDS",
     "SCORE_SCALES",
+    "WEIGHT_FUNCTIONS",
     "Anchor",
     "BetaController",
     "BudgetController",
@@ -47,6 +49,7 @@ __all__ = [
     "PreferenceLossOutput",
     "Safeguard",
     "adamw_scale",
+    "calibrated_scores",
     "check_auto_beta",
     "check_loss_kwargs",
     "check_safeguard",
@@ -68,7 +71,9 @@ __all__ = [
     "parameter_scale",
     "scale_gradient",
     "score_scale",
+    "score_gaps",
     "shifted",
     "standard_error",
     "winner_error_gradient",
+    "with_mean_one",
 ]

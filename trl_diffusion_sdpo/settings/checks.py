@@ -11,7 +11,14 @@ from transformers import get_scheduler
 from .._compat import CHECKPOINTING, activation_checkpointing
 from ..families.timestep_sampling import TimestepSampling
 from ..import_utils import require_optimizer, require_trackers
-from ..losses import LossSpec, check_auto_beta, check_loss_kwargs, check_safeguard, loss_weights_by_name
+from ..losses import (
+    WEIGHT_FUNCTIONS,
+    LossSpec,
+    check_auto_beta,
+    check_loss_kwargs,
+    check_safeguard,
+    loss_weights_by_name,
+)
 from ..sources.checking import parse_verify_images
 from ..sources.images import parse_schemes
 from ..suggestions import did_you_mean
@@ -40,6 +47,7 @@ def check_settings(args: AllArguments) -> None:
     _check_parameter_safeguard(args, loss)
     _check_preconditioner(args)
     _check_data(args)
+    _check_scores(args, loss)
     _check_noise(args)
     _check_inversion(args)
     _check_reference(args, loss)
@@ -209,6 +217,28 @@ def _check_data(args: AllArguments) -> None:
             _warn(f"`{name}` has no effect without `aspect_ratio_buckets`.")
     if args.sample_steps is not None and not args.sample_prompts:
         _warn("`sample_steps` has no effect without `sample_prompts`.")
+
+
+def _check_scores(args: AllArguments, loss: LossSpec) -> None:
+    weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
+    reads_gaps = weights is not None and not weights.several_scorers
+    if args.calibrated_scores and not (loss.needs_scores or reads_gaps or args.curriculum_epochs is not None):
+        _warn(
+            "`calibrated_scores` has no effect: neither the loss, `pair_weights` nor `curriculum_epochs` reads "
+            "`chosen_score` and `rejected_score`."
+        )
+    if args.curriculum_epochs is None:
+        return
+    reasons = {
+        "it shuffles the pairs that have entered": args.train_sampling_strategy != "random",
+        "`aspect_ratio_buckets` orders pairs so that a batch has one size": args.aspect_ratio_buckets,
+        "it takes pairs several times in an epoch, with random numbers for which `precompute_ref_errors` has no "
+        "errors": args.precompute_ref_errors,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            other = "`train_sampling_strategy='random'`" if "shuffles" in reason else "only one of the two"
+            raise ValueError(f"`curriculum_epochs={args.curriculum_epochs:g}` cannot act: {reason}. Use {other}.")
 
 
 def _check_noise(args: AllArguments) -> None:

@@ -32,6 +32,16 @@ class DataArguments:
             Whether the published loser of every pair is trained as its winner, and the published winner as its loser,
             in training and evaluation data: for a negative model, a reference of
             [`~trl_diffusion_sdpo.preference_guidance`].
+        pair_weights (`str`, *optional*):
+            Factors of the pairs' losses in training, divided by their mean over the training data: a numeric column, or
+            a function of the scores: `"gap"`, their gap; `"gain"`, the gap of `2^score`; `"inverse_gap"`, larger for
+            small gaps; `"agreement"`, smaller where several scorers disagree. Evaluations have none. Not for streams.
+        calibrated_scores (`bool`, *optional*, defaults to `False`):
+            Whether each image's expected share of wins among the images of its prompt takes the place of its score,
+            for the loss, the weights and the curriculum. Not for streams.
+        curriculum_epochs (`float`, *optional*):
+            Epochs over which pairs enter training, from the largest gaps of the scores to all. All at once if unset.
+            Not for streams.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
             `"drop"` leaves out undecodable images, unreadable labels and prompts that are no text, counted and
             reported; `"raise"` stops at the first. Ties are left out and counted either way.
@@ -81,6 +91,9 @@ class DataArguments:
     dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = None
     dataloader_num_workers: int | None = None
     swap_labels: Annotated[bool, RESUME, EVALUATION] = False
+    pair_weights: Annotated[str | None, RESUME] = None
+    calibrated_scores: Annotated[bool, RESUME, EVALUATION] = False
+    curriculum_epochs: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
     on_bad_row: OnBadRow = "drop"
     verify_images: str = "sample"
     image_schemes: list[str] | None = None

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ..suggestions import did_you_mean
 from ..switch_words import SWITCH_WORDS
+from .images import ImageReader, UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +153,60 @@ def pairs_of_images(index: np.ndarray, images: Mapping[SourceImage, str]) -> Ite
             yield pair, found
 
 
+def problems_of_all(
+    source: Any, index: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers
+) -> dict[SourceImage, str]:
+    """Decodes every image of an index `(P, 4)` once, in all peers together, and returns the problems of those that
+    fail; `num_proc` as of [`PreferenceDataset.check_all`]."""
+    needed = np.zeros(len(source), dtype=np.int64)  # number of labelled images of each row
+    for row, image in ((0, 1), (2, 3)):
+        np.maximum.at(needed, index[:, row], index[:, image] + 1)
+    rows = np.flatnonzero(needed)
+    if num_proc is None and source.fork_safe and forks_by_default() and len(rows) >= FEW_ROWS:
+        num_proc = usable_cores(peers.count)
+    reasons: dict[SourceImage, str] = {}
+    for chunk in peers.chunks(rows):
+        for found in peers.gather_results(partial(_problems_of_rows, source, chunk, reader, needed, num_proc)):
+            reasons.update(found)
+    return reasons
+
+
+def _problems_of_rows(
+    source: Any, rows: np.ndarray, reader: ImageReader, needed: np.ndarray, num_proc: int | None
+) -> dict[SourceImage, str]:
+    """The problems of the images of some rows; `needed` is the number of images that each row must have."""
+    reasons: dict[SourceImage, str] = {}
+    for row, found in source.check_images(rows, reader, num_proc) if len(rows) else ():
+        found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
+        reasons.update({(row, image): reason for image, reason in enumerate(found) if reason})
+    return reasons
+
+
+def problems_of_pair(source: Any, reader: ImageReader, pair: np.ndarray) -> tuple[dict[SourceImage, str], bool | None]:
+    """The problems of the images of a pair, by its row `(4,)` of the index, and whether the two are identical; `None`
+    if one cannot be decoded."""
+    reasons, decoded = {}, []
+    for row, image in pair.reshape(2, 2).tolist():
+        try:
+            decoded.append(reader.decode_at(source.images(row), image))
+        except UndecodableImageError as error:
+            reasons[row, image] = str(error).removeprefix(f"image {image} ")
+    return reasons, None if reasons else same_image(*decoded)
+
+
+def report_sample(report: DataReport, checked: int, bad: int, pairs: int) -> None:
+    """Warn of bad pairs in a sample of all `pairs`; `ValueError` if all of the sample are."""
+    if not bad or checked == pairs:
+        return
+    logger.warning(
+        "%s data: of %d pairs that were checked among %d, %d cannot be decoded. verify_images='all' checks all "
+        "pairs before training; otherwise bad ones are found when they are read.",
+        *(report.name, checked, pairs, bad),
+    )
+    if bad == checked:
+        raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{report}")
+
+
 class IdenticalPairs:
     """Counts pairs whose two images are identical; `name` is that of the data set in messages."""
 
@@ -160,6 +216,13 @@ class IdenticalPairs:
     def add(self, identical: bool) -> None:
         self.checked += 1
         self.identical += identical
+
+    def verify_all(self, found: list[bool | None]) -> None:
+        """Adds what is known of pairs, and verifies."""
+        for identical in found:
+            if identical is not None:
+                self.add(identical)
+        self.verify()
 
     def verify(self) -> None:
         """Warns if most pairs are identical.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -80,6 +80,35 @@ def read_numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         raise NotVectorizedError
     values = _by_distinct_value(column, formats.finite_number)
     return values, np.isfinite(values)
+
+
+def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
+    """The finite numbers of a column that no format names, one or a list of them for each row.
+
+    Args:
+        values (`Iterable`): Of the column, in the order of the rows. All lists have as many numbers as the first good
+            one; numbers may be written as text, as CSV files have them.
+        column (`str`): Its name, in reasons.
+
+    Returns:
+        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN where a row is bad, and why a row is bad, by its
+        number.
+    """
+    found: list[list[float]] = []
+    reasons: dict[int, str] = {}
+    width = 0
+    for row, value in enumerate(values):
+        try:
+            listed = value if isinstance(value, list | tuple | np.ndarray) else [value]
+            numbers = [formats.finite_number(each, column) for each in listed]
+            width = width or len(numbers)
+            if not numbers or len(numbers) != width:
+                raise LabelError(f"`{column}` must have {width or 'some'} numbers, as other rows have; got {value!r}")
+            found.append(numbers)
+        except LabelError as error:
+            reasons[row] = str(error)
+            found.append([])
+    return np.array([numbers or [np.nan] * width for numbers in found], dtype=np.float64), reasons
 
 
 def are_valid(column: pa.Array) -> np.ndarray:

@@ -109,6 +109,11 @@ class MixedSource:
         for number, (source, start) in enumerate(zip(self._sources, self._starts, strict=False)):
             yield from ((int(start) + row, (number, values)) for row, values in source.text_rows())
 
+    def values(self, column: str) -> Iterator[Any]:
+        """Each row's value of a column."""
+        for source in self._sources:
+            yield from source.values(column)
+
     def split(self, rows: np.ndarray) -> Iterator[tuple[ArrowSource | RowSource, np.ndarray]]:
         """Each source with those of the sorted rows that are its own, by their numbers within it."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))

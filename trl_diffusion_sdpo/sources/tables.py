@@ -61,9 +61,16 @@ class ArrowSource(OneSource):
 
     fork_safe = True
 
-    def __init__(self, dataset: datasets.Dataset, dataset_format: str | None, use_scores: bool) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        dataset_format: str | None,
+        use_scores: bool,
+        number_columns: Sequence[str] = (),
+    ) -> None:
         self.format = resolve_format(dataset_format, dataset.column_names, use_scores=use_scores)
-        self._text = dataset.with_format(None).select_columns(self.format.text_columns(dataset.column_names))
+        texts = dict.fromkeys([*self.format.text_columns(dataset.column_names), *number_columns])
+        self._text = dataset.with_format(None).select_columns(list(texts))
         self._images = dataset.with_format("arrow").select_columns(list(self.format.image_columns))
 
     def __len__(self) -> int:
@@ -82,7 +89,8 @@ class ArrowSource(OneSource):
             for values in zip(*batch.values(), strict=True):
                 yield next(numbers), dict(zip(columns, values, strict=True))
 
-    def group_values(self, column: str) -> Iterator[Any]:
+    def values(self, column: str) -> Iterator[Any]:
+        """Each row's value of a column that the format or `number_columns` has."""
         for batch in self._text.select_columns([column]).iter(batch_size=1000):
             yield from batch[column]
 
@@ -162,7 +170,8 @@ class RowSource(OneSource):
         for number in range(len(self)) if order is None else order.tolist():
             yield number, self._row(number)
 
-    def group_values(self, column: str) -> Iterator[Any]:
+    def values(self, column: str) -> Iterator[Any]:
+        """Each row's value of a column."""
         return (row.get(column) for _, row in self.text_rows())
 
     def prompt(self, row: int) -> str:
@@ -241,8 +250,13 @@ def _errors_as_undecodable() -> Iterator[None]:
 
 
 def make_source(
-    dataset: Any, dataset_format: str | None, name: str, use_scores: bool = True
+    dataset: Any, dataset_format: str | None, name: str, use_scores: bool = True, number_columns: Sequence[str] = ()
 ) -> ArrowSource | RowSource:
+    """Rows as a source, in which [`ArrowSource.values`] can read `number_columns` too.
+
+    Raises:
+        ValueError: If the data are of another kind, have no rows or lack a column.
+    """
     if isinstance(dataset, dict):
         raise ValueError(
             f"The {name} data must be one split, got a {type(dataset).__name__} of the splits {list(dataset)}. "
@@ -259,8 +273,19 @@ def make_source(
     if not len(dataset):
         raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-        return ArrowSource(dataset, dataset_format, use_scores)
-    return RowSource(dataset, dataset_format, use_scores)
+        _check_columns(number_columns, dataset.column_names, name)
+        return ArrowSource(dataset, dataset_format, use_scores, number_columns)
+    source = RowSource(dataset, dataset_format, use_scores)
+    _check_columns(number_columns, list(dataset[0]), name)
+    return source
+
+
+def _check_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
+    if lacking := [column for column in wanted if column not in columns]:
+        raise ValueError(
+            f"`pair_weights` reads the columns {lacking}, and the {name} data have {list(columns)}. Add them, or name "
+            "another column or function."
+        )
 
 
 def build_index(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
@@ -288,7 +313,7 @@ def _index_by_row(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
     index, scores, order = array("q"), array("d"), None
     if source.format.group_column is not None:
         codes: dict[Any, int] = {}
-        members = [codes.setdefault(value, len(codes)) for value in source.group_values(source.format.group_column)]
+        members = [codes.setdefault(value, len(codes)) for value in source.values(source.format.group_column)]
         order = np.argsort(np.array(members, dtype=np.int64), kind="stable")
     for group in groups(source.format, source.text_rows(order)):
         for pair in pairs_in_group(source.format, group, reject):

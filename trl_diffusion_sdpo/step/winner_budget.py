@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from ..data.pairs import PreferenceDataset
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
 from .meters import MetricMeter
@@ -172,3 +174,37 @@ class WinnerBudget:
         if not file.is_file():
             raise ValueError(f"A checkpoint with a `winner_budget` must hold {BUDGET_FILE}; {folder} does not.")
         self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+def probe_items(dataset: Any, wanted: int) -> list[Any]:
+    """Pairs of the winner budget's probe, as the collator takes them: spread over a data set, the first of a stream;
+    `ValueError` where there are none."""
+    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    view = dataset.for_evaluation()
+    if isinstance(view, PreferenceDataset):
+        wanted = min(wanted, len(view))
+        items = [view[i * len(view) // wanted] for i in range(wanted)]
+    else:
+        items = list(islice(iter(view), wanted))
+    if not items:
+        raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
+    return items
+
+
+def probe_inputs(
+    items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
+) -> list[ProbeInputs]:
+    """This process's share of the pairs of all processes, in batches; `to_inputs` collates pairs and moves them to the
+    device."""
+    by_size: dict[Any, list[Any]] = {}
+    for item in items:
+        by_size.setdefault(item.get("pixel_values", item.get("moments")).shape, []).append(item)
+    probe = []
+    for same in by_size.values():
+        rows = same[rank::world]
+        share = len(rows)
+        # Under engines a forward pass takes all processes: each has as many rows as the one with most.
+        rows += same[:1] * (-(-len(same) // world) - share)
+        batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+        probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]
+    return probe

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -22,8 +21,10 @@ from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
+from ..scoring.curriculum import CurriculumSampler, warn_of_short_training
+from ..scoring.pair_scores import ScoreSettings
 from ..step.reference_errors import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
-from ..step.winner_budget import ProbeInputs
+from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import PairEncoding, check_prompt_padding
 
@@ -33,6 +34,7 @@ POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, of each process
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 BATCH_COLUMNS = [
     *("rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores", "ref_errors"),
+    "pair_weights",
     *("moments", "target_size", "conditioning", "host_conditioning"),  # of pairs that were encoded before
     "counted",
 ]
@@ -79,6 +81,10 @@ class DataOverrides(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.curriculum_epochs is not None:
+            gaps = score_settings(self.args, self.loss_spec, training=True).gaps(dataset).numpy()
+            epochs = self.args.curriculum_epochs
+            return CurriculumSampler(gaps, epochs, seed=dataset.seed, epoch=lambda: dataset.epoch)
         if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
             return super()._get_train_sampler(train_dataset)
         return BucketSampler(
@@ -145,9 +151,13 @@ class DataOverrides(Trainer):
         train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
         check_batches(train_dataset, args)
-        if args.precompute_ref_errors and train_dataset is not None:
+        if isinstance(train_dataset, PreferenceDataset):
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
-            warn_of_repeated_draws(args, args.ref_noise_draws, -(-len(train_dataset) // step))
+            steps_of_epoch = -(-len(train_dataset) // step)
+            if args.precompute_ref_errors:
+                warn_of_repeated_draws(args, args.ref_noise_draws, steps_of_epoch)
+            if args.curriculum_epochs is not None:
+                warn_of_short_training(args, args.curriculum_epochs, steps_of_epoch)
         evaluates = eval_dataset is not None
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
@@ -263,8 +273,9 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
             several processes are to evaluate on parts of a stream that may differ in length.
     """
     if dataset is None or isinstance(dataset, PREPARED):
-        _check_prepared(dataset, args, name, training=training)
+        _check_prepared(dataset, args, loss, name, training=training)
         return dataset
+    scores = score_settings(args, loss, training=training)
     transform = PairTransform(
         cast(Any, args.resolution),
         center_crop=not (training and args.random_crop),
@@ -287,23 +298,42 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         compare=loss.uses_loser,
         training=training,
         repeat=training,
-        use_scores=loss.needs_scores,
+        use_scores=scores.needs_scores,
         swap_labels=args.swap_labels,
+        number_columns=scores.number_columns,
         name=name,
     )
     if isinstance(prepared, PreferenceIterableDataset):
         prepared.is_split = prepared.is_split_by_node()
         if not training:
             _refuse_parts(prepared, args, name)
-    if loss.needs_scores and not prepared.has_scores:
-        raise ValueError(
-            f"The loss {args.loss_type!r} needs score columns (`chosen_score`, `rejected_score`), and the {name} data "
-            "has none. Score the images first, or choose another loss."
-        )
+    _check_scores(prepared, scores, args, name)
+    scores.apply_to(prepared, peers(args))
     return prepared
 
 
-def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, name: str, *, training: bool) -> None:
+def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig, name: str) -> None:
+    if scores.needs_scores and not dataset.has_scores:
+        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else f"`{scores.needs_all_pairs}`"
+        raise ValueError(
+            f"{what} needs score columns (`chosen_score`, `rejected_score`), and the {name} data has none. Score the "
+            "images first, or choose another loss or setting."
+        )
+
+
+def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
+    """How scores are used; weights and the order of pairs are of training alone."""
+    return ScoreSettings(
+        pair_weights=args.pair_weights if training else None,
+        calibrated=args.calibrated_scores,
+        curriculum=training and args.curriculum_epochs is not None,
+        sorts_by_scores=loss.needs_scores,
+    )
+
+
+def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, name: str, *, training: bool) -> None:
+    if dataset is not None:
+        score_settings(args, loss, training=training).check_prepared(dataset, name, training=training)
     if not training:
         _refuse_parts(dataset, args, name)
     if dataset is not None and dataset.is_swapped != args.swap_labels:
@@ -360,37 +390,3 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
             "%d pairs. Every step is one epoch of %d micro-batches.",
             *(parts, args.gradient_accumulation_steps, step, pairs, batches),
         )
-
-
-def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Pairs of the winner budget's probe, as the collator takes them: spread over a data set, the first of a stream;
-    `ValueError` where there are none."""
-    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    view = dataset.for_evaluation()
-    if isinstance(view, PreferenceDataset):
-        wanted = min(wanted, len(view))
-        items = [view[i * len(view) // wanted] for i in range(wanted)]
-    else:
-        items = list(islice(iter(view), wanted))
-    if not items:
-        raise ValueError("`winner_budget` needs pairs for its probe, got none. Pass pairs as `eval_dataset`.")
-    return items
-
-
-def probe_inputs(
-    items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
-) -> list[ProbeInputs]:
-    """This process's share of the pairs of all processes, in batches; `to_inputs` collates pairs and moves them to the
-    device."""
-    by_size: dict[Any, list[Any]] = {}
-    for item in items:
-        by_size.setdefault(item.get("pixel_values", item.get("moments")).shape, []).append(item)
-    probe = []
-    for same in by_size.values():
-        rows = same[rank::world]
-        share = len(rows)
-        # Under engines a forward pass takes all processes: each has as many rows as the one with most.
-        rows += same[:1] * (-(-len(same) // world) - share)
-        batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-        probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]
-    return probe

@@ -1,0 +1,81 @@
+"""Weights of pairs in the step: a weighted batch has the gradient of its pairs, weighed by hand, under every safeguard
+of output space, and weights of 1 change no bit."""
+
+import pytest
+import torch
+
+WEIGHTS = [1.0, 3.0, 0.0, 4.0]  # with the mean 2
+
+
+@pytest.fixture
+def pairs(make_pairs):
+    rows = make_pairs(4)
+    return rows.add_column("quality", WEIGHTS).add_column("same", [0.3] * 4)
+
+
+def gradient_of(trainer, batch):
+    """Of the loss of a batch, by the trainer's own step, over all weights."""
+    trainer.denoiser.zero_grad()
+    loss = trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(batch))
+    loss.backward()
+    grads = [p.grad.flatten() for p in trainer.denoiser.parameters() if p.grad is not None]
+    return loss.detach().double(), torch.cat(grads).double()
+
+
+def single_batches(batch):
+    """The pairs of a batch as batches of one, without weights."""
+    size = len(batch["seeds"])
+    for pair in range(size):
+        rows = torch.tensor([pair, pair + size])
+        yield {
+            name: value[rows] if isinstance(value, torch.Tensor) and len(value) == 2 * size else value[pair : pair + 1]
+            for name, value in batch.items()
+            if name != "pair_weights"
+        }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "sigmoid", "safeguard": "none"},
+        {"loss_type": "sft"},
+        {"loss_type": "sigmoid", "safeguard": "output", "safeguard_granularity": "pair", "safeguard_mu": 0.8},
+    ],
+    ids=["none", "sft", "pair"],
+)
+def test_the_gradient_of_a_weighted_batch_is_that_of_its_pairs_weighed_by_hand(make_trainer, pairs, settings):
+    """`1/4 sum (w_i / 2) g_i`, where each `g_i` is of the pair alone."""
+    given = {"ref_model": None, "beta": None if settings["loss_type"] == "sft" else 100.0, **settings}
+    trainer = make_trainer(train=pairs, pair_weights="quality", **given)
+    trainer.train()  # away from the reference, and into the engine
+    (batch,) = trainer.get_train_dataloader()
+    loss, gradient = gradient_of(trainer, batch)
+    weights = [WEIGHTS[row] / 2 for row in batch["rows"].tolist()]
+    singles = [gradient_of(trainer, single) for single in single_batches(batch)]
+    expected = sum(weight * each for weight, (_, each) in zip(weights, singles, strict=True)) / 4
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    by_hand = sum(weight * value for weight, (value, _) in zip(weights, singles, strict=True)) / 4
+    assert float(loss) == pytest.approx(float(by_hand), rel=1e-5)
+    plain = sum(each for _, each in singles) / 4
+    assert float((gradient - plain).norm() / plain.norm()) > 0.1  # or there is nothing to see
+
+
+@pytest.mark.parametrize("safeguard", ["none", "output", "parameter"])
+def test_a_training_with_weights_of_one_is_that_without_to_the_bit(make_trainer, pairs, safeguard):
+    runs = []
+    for name in (None, "same"):
+        trainer = make_trainer(train=pairs, pair_weights=name, safeguard=safeguard, per_device_train_batch_size=2)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((losses, {name: value.clone() for name, value in trainer.denoiser.state_dict().items()}))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+def test_an_evaluation_is_that_of_a_run_without_weights(make_trainer, pairs):
+    """Before the first step, the models are equal."""
+    measured = []
+    for name in (None, "quality"):
+        trainer = make_trainer(train=pairs, eval_dataset=pairs, pair_weights=name)
+        measured.append({key: value for key, value in trainer.evaluate().items() if "/" in key or key == "eval_loss"})
+    assert measured[0] == measured[1] and len(measured[0]) > 5

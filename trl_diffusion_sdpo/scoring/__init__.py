@@ -1,0 +1,1 @@
+"""What the scores of pairs decide: their weights, calibrated scores, and the order of a curriculum."""
