@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 PACKAGE = "trl_diffusion_sdpo"
 
 # Room -> its floor; imports go to lower floors. The package's own `__init__` is above all.
-GROUND = ("_compat", "files", "import_utils", "masking", "own_errors", "suggestions", "switch_words")
+GROUND = ("_compat", "derangement", "files", "import_utils", "masking", "own_errors", "suggestions", "switch_words")
 FLOORS = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(("data", "families", "losses", "rewards", "sources"), 1),

@@ -393,8 +393,8 @@ def test_things_that_are_no_data_set_are_refused(dataset):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_wrong_columns_are_an_error_in_every_style(style):
-    with pytest.raises(ValueError, match="No known preference format.*'image'"):
-        prepare(in_style([{"text": "a", "image": png(1)}], style))
+    with pytest.raises(ValueError, match="No known preference format.*'picture'"):
+        prepare(in_style([{"text": "a", "picture": png(1)}], style))
 
 
 @pytest.mark.parametrize(

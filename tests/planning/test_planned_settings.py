@@ -119,6 +119,12 @@ def test_the_caches_of_a_pair_by_hand(plan_of, folder):
     assert plan_of(f"{words} --random_flip false").cached["latents"] == 2 * 2 * 4 * 8 * 8 * 4
 
 
+@pytest.mark.matrix
+def test_a_prompt_of_each_image_is_encoded_and_stored_for_each(plan_of):
+    one, two = (plan_of(f"{ALL_WEIGHTS}{named}") for named in ("", " --dataset_format branch_prompts"))
+    assert two.cached["prompts"] == 2 * one.cached["prompts"] and two.cached["latents"] == one.cached["latents"]
+
+
 def test_a_prompt_that_is_cut_is_as_long_as_it_may_be():
     tokens = TokensOnly(77)
     assert tokens("a", padding=True, max_length=546, truncation=True).input_ids.shape == (1, 546)

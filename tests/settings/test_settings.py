@@ -120,7 +120,7 @@ def test_every_range_and_every_choice_is_checked(make_args):
             if not setting.is_optional:
                 with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
                     make_args(**{name: None})
-    assert checked == 44
+    assert checked == 45
 
 
 @pytest.mark.parametrize("name", [*(name.value for name in OptimizerNames)])
@@ -171,7 +171,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         mode_scale timestep_weighting guidance_scale snr_gamma noise_offset input_perturbation num_noise_bins
         seed data_seed aspect_ratio_buckets bucket_step bucket_max_aspect_ratio min_side layerwise_casting
         swap_labels noise_source inversion inversion_steps inversion_end inversion_eta
-        calibrated_scores
+        calibrated_scores losers
     """.split()
     resume = """
         loss_type loss_weights sft_weight margin_clamp auto_beta

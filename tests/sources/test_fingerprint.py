@@ -88,7 +88,7 @@ def test_a_million_pairs_take_less_than_a_second():
     class Source:
         format = FORMATS["canonical"]
 
-        def prompt(self, row):
+        def prompt(self, row, image):
             return "a"
 
         def images(self, row):

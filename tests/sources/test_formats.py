@@ -17,6 +17,7 @@ PICKAPIC = (
     "jpg_0 jpg_1 label_0 label_1 model_0 model_1 ranking_id user_id"
 ).split()
 REAL_COLUMNS = {
+    "branch_prompts": ["chosen_prompt", "rejected_prompt", "chosen", "rejected", "chosen_score", "rejected_score"],
     "canonical": ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"],
     "pickapic": PICKAPIC,
     "pickapic_webdataset": ["jpg_0.jpg", "jpg_1.jpg", "label_0.txt", "original_prompt.txt", "__key__", "__url__"],
@@ -24,6 +25,7 @@ REAL_COLUMNS = {
     "hpdv3": ["prompt", "path1", "path2", "confidence", "choice_dist", "model1", "model2"],
     "imagerewarddb": ["image_id", "prompt_id", "prompt", "classification", "image", "rank", "overall_rating"],
     "rapidata": ["prompt", "image1", "image2", "votes_image1", "votes_image2", "model1", "model2", "detailed_results"],
+    "captioned": ["image", "text", "width", "height"],
 }
 
 
@@ -71,6 +73,41 @@ def test_unknown_columns_are_named_together_with_every_accepted_set():
 def test_a_missing_prompt_column_is_an_error():
     with pytest.raises(ValueError, match="No known preference format"):
         detect_format(["chosen", "rejected"])
+
+
+@pytest.mark.parametrize("image", ["image", "jpg", "png"])
+def test_captions_are_read_from_any_of_the_usual_columns(image):
+    known = resolve_format(None, ["caption", image, "url"])
+    assert (known.name, known.image_columns, known.has_losers) == ("captioned", (image,), False)
+    assert resolve_format("captioned", ["png", "jpg", "image", "text"]).image_columns == ("image",)
+    with pytest.raises(ValueError, match="lacks .*image"):
+        resolve_format("captioned", ["caption", "picture"])
+
+
+def test_a_prompt_of_each_image_is_read_where_both_columns_are_there(caplog):
+    both = ["chosen_prompt", "rejected_prompt", "chosen", "rejected"]
+    known = detect_format(both)
+    row = {"chosen_prompt": "a cat", "rejected_prompt": "a dog", "prompt": "an animal"}
+    assert known.name == "branch_prompts" and not caplog.text
+    assert known.prompts(row) == ["a cat", "a dog"] == [known.prompt(row, 0), known.prompt(row, 1)]
+    assert detect_format([*both, "caption"]).name == "branch_prompts"
+    assert "`caption` is not read. With `dataset_format=canonical`" in caplog.text
+    assert resolve_format("canonical", [*both, "prompt"]).prompts(row) == ["an animal"]
+
+
+@pytest.mark.parametrize("alone", ["chosen_prompt", "rejected_prompt"])
+@pytest.mark.parametrize("others", [[], ["prompt"]])
+def test_the_prompt_of_one_image_alone_is_an_error(alone, others):
+    with pytest.raises(ValueError, match=f"come in pairs: found `{alone}`, expected both"):
+        detect_format([alone, "chosen", "rejected", *others])
+    assert resolve_format("canonical", [alone, "chosen", "rejected", "prompt"]).name == "canonical"
+
+
+def test_a_missing_prompt_of_one_image_is_a_bad_prompt():
+    rows = [{"chosen_prompt": "a", "rejected_prompt": None}, {"chosen_prompt": 3, "rejected_prompt": "b"}]
+    assert read("branch_prompts", rows) == ([], [("bad_prompts", 0, 1), ("bad_prompts", 1, 1)])
+    with pytest.raises(ValueError, match="`rejected_prompt` must be a string, got NoneType"):
+        FORMATS["branch_prompts"].prompts(rows[0])
 
 
 def test_one_score_column_alone_is_an_error():

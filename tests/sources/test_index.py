@@ -71,6 +71,8 @@ COLUMNS = {
     "hpdv3": {},
     "imagerewarddb": {"rank": LABELS, "prompt_id": GROUPS},
     "rapidata": dict.fromkeys((*WEIGHTED, "votes_image1", "votes_image2"), LABELS),
+    "branch_prompts": {"rejected_prompt": PROMPTS, "chosen_score": LABELS, "rejected_score": LABELS},
+    "captioned": {},
 }
 OPTIONAL = {"chosen_score", "has_label", "label_1", "label_1.txt", "human_preference", WEIGHTED[0]}
 

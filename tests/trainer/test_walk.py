@@ -30,7 +30,7 @@ def by_hand(folder, batch, prompts_of, *, seeds) -> dict[str, torch.Tensor]:
             t = int(torch.rand(1, generator=stream) * 1000)
             noise = torch.randn(1, 4, 8, 8, generator=stream)
             noisy = (alphas[t] ** 0.5 * latent + (1 - alphas[t]) ** 0.5 * noise).float()
-            tokens = pipe.tokenizer(prompts_of[i], padding="max_length", max_length=16, truncation=True)
+            tokens = pipe.tokenizer(prompts_of[half][i], padding="max_length", max_length=16, truncation=True)
             text = pipe.text_encoder(torch.tensor([tokens.input_ids]))[0].detach()
             for name, unet in (("policy", policy), ("reference", frozen)):
                 with torch.set_grad_enabled(name == "policy"):
@@ -53,14 +53,24 @@ def by_hand(folder, batch, prompts_of, *, seeds) -> dict[str, torch.Tensor]:
     return {"loss": float(np.mean(losses)), "scale": scale, "gradient": gradient}
 
 
-def test_a_step_is_the_papers_step(make_trainer, sd_folder):
+@pytest.mark.parametrize("two_prompts", [False, True])
+def test_a_step_is_the_papers_step(make_trainer, make_pairs, sd_folder, two_prompts):
     reference = StableDiffusionPipeline.from_pretrained(sd_folder)
     with torch.no_grad():
         for parameter in reference.unet.parameters():
             parameter.mul_(1.001)
-    trainer = make_trainer(ref_model=reference, beta=BETA, safeguard_mu=MU)
+    pairs = make_pairs()
+    if two_prompts:
+        pairs = pairs.rename_column("prompt", "chosen_prompt")
+        pairs = pairs.add_column("rejected_prompt", [f"another text {row}" for row in range(len(pairs))])
+    trainer = make_trainer(ref_model=reference, train=pairs, beta=BETA, safeguard_mu=MU)
     batch = next(iter(trainer.get_train_dataloader()))
-    expected = by_hand(sd_folder, batch, batch["prompts"], seeds=batch["seeds"])
+    rows = batch["rows"].tolist()
+    prompts = (
+        [f"prompt {row}" for row in rows],
+        [f"{'another text' if two_prompts else 'prompt'} {row}" for row in rows],
+    )
+    expected = by_hand(sd_folder, batch, prompts, seeds=batch["seeds"])
 
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)

@@ -19,7 +19,7 @@ from .._compat import loads_lora
 from ..families import Family
 from ..files import VERDICT_FILE, VERDICT_PLOT, write_atomically
 from ..masking import without_secrets
-from ..sources.checking import COUNTS, SWAPPED, DataReport
+from ..sources.checking import COUNTS, PERMUTED, SWAPPED, DataReport
 from .model_card import ModelCardFacts, build_model_card, final_metrics, loading_code, package_versions
 from .recommended_scale import with_recommended_scales
 from .setup import read_setup, recommended_scales
@@ -218,7 +218,7 @@ def pairs_text(data: DataReport, *, of_stream: bool) -> str:
     kinds = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in drops if count)
     dropped = f"{data.dropped:,} dropped" + (f" ({kinds})" if kinds else "")
     text = f"a stream, {dropped} by the first process in its last epoch" if of_stream else f"{data.pairs:,}, {dropped}"
-    return f"{text}; {SWAPPED}" if data.is_swapped else text
+    return "; ".join([text, *[SWAPPED] * data.is_swapped, *[PERMUTED] * data.is_permuted])
 
 
 def lora_text(lora: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from ..data.pairs import PreferenceDataset
 from ..data.transforms import PairDraws
+from ..sources.columns import digest_of
 from ..sources.images import UndecodableImageError
 from .shards import ShardStore
 
@@ -65,8 +65,9 @@ class ImageRows:
             return [PLAIN, MIRRORED][: self.variants]
         return [PairDraws.from_key(self.seed, epoch, int(self.places[image, 0])) for epoch in range(self.crops)]
 
-    def of_pair(self, pair: int, draws: PairDraws | None, epoch: int) -> list[int]:
-        """The rows of winner and loser of a pair, as its draws in an epoch are; `None` for no flip and the center.
+    def of_pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> list[int]:
+        """The rows of winner and loser of a pair, as its draws in an epoch are; `None` for no flip and the center. With
+        `loser`, the loser of another pair, as the draws of this pair are.
 
         Raises:
             ValueError: Without draws, if only random crops are there.
@@ -76,12 +77,14 @@ class ImageRows:
                 "The cache has random crops of these pairs, and their centers are asked for. Pass an `eval_dataset`, "
                 "or set `random_crop=False` or `precompute_latents=False`."
             )
+        assert loser is None or self.crops is None, "crops are those of an image's own pair"
         variant = 0
         if self.crops is not None:
             variant = epoch % self.crops
         elif self.flips and draws is not None:
             variant = int(draws.flip < 0.5)
-        return [int(image) * self.variants + variant for image in self.images[pair]]
+        images = self.images[pair, 0], self.images[pair if loser is None else loser, 1]
+        return [int(image) * self.variants + variant for image in images]
 
 
 class EncodedPrompts:
@@ -102,7 +105,7 @@ class EncodedPrompts:
         Raises:
             ValueError: If the prompt is not in the cache.
         """
-        digest = _digest(prompt)
+        digest = digest_of(prompt)
         row = int(np.searchsorted(self._digests, digest))
         if row == len(self._digests) or self._digests[row] != digest:
             raise ValueError(
@@ -115,15 +118,11 @@ class EncodedPrompts:
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Distinct prompts, the empty one included, and their digests, by which they are sorted: int64."""
-    digests = {prompt: _digest(prompt) for prompt in {*prompts, ""}}
+    digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
     assert (array[1:] != array[:-1]).all(), "two prompts with one digest: odds of 1 to 30 million in a million prompts"
     return ordered, array
-
-
-def _digest(prompt: str) -> int:
-    return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
 
 
 class EncodedPairs:
@@ -140,13 +139,13 @@ class EncodedPairs:
     def __init__(self, images: ShardStore, rows: ImageRows, prompts: EncodedPrompts) -> None:
         self.images, self.rows, self.prompts = images, rows, prompts
 
-    def pair(self, pair: int, draws: PairDraws | None, epoch: int) -> dict[str, Any]:
-        """The entries of an item that depend on the images of a pair.
+    def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
+        """The entries of an item that depend on the images of a pair; with `loser`, on that of another pair.
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
         """
-        found = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch)]
+        found = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
         if not all(image[MOMENTS].numel() for image in found):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
         original, corner, target = zip(*(image[SIZES].tolist() for image in found), strict=True)

@@ -276,6 +276,7 @@ def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Lay
         rounds_weights=layout.rounds,
         shards=1 if whole else layout.processes,
         shard_dtype=layout.gradient_dtype(by_branch=by_branch),
+        two_prompts=args.dataset_format == "branch_prompts" and args.losers == "data",
     )
 
 

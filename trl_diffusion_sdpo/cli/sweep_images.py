@@ -282,7 +282,11 @@ def _first_prompts(dataset: Any) -> list[str]:
 
     def others(count: int) -> list[str]:
         """Prompts of the first `count` pairs that are not found yet."""
-        return [prompt for prompt in dataset.first(count).prompts() if prompt.strip() and prompt not in found]
+        return [
+            prompt
+            for prompt in dataset.first(count).prompts(of_losers=False)
+            if prompt.strip() and prompt not in found
+        ]
 
     count = PROMPTS
     while count < len(dataset) and len(others(count)) < PROMPTS:

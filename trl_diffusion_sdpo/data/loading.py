@@ -34,7 +34,9 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {  # with their arguments
     ".tsv": ("csv", {"sep": "\t"}),
 }
 _SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
-_IMAGE_COLUMNS = tuple(dict.fromkeys(column for known in FORMATS.values() for column in known.image_columns))
+_IMAGE_COLUMNS = tuple(
+    dict.fromkeys(name for known in FORMATS.values() for name in (*known.image_columns, *known.other_image_columns))
+)
 
 
 def load_pairs(

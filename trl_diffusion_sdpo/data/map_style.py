@@ -1,7 +1,6 @@
 """Map-style pairs: an index in memory, over images that stay in the source."""
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,28 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..sources.checking import (
-    ALONE,
-    HOW_TO_DROP,
-    SAMPLED_PAIRS,
-    BadDataError,
-    DataReport,
-    IdenticalPairs,
-    Peers,
-    SourceImage,
-    evenly_spaced,
-    pairs_of_images,
-    problems_of_all,
-    problems_of_pair,
-    reject,
-    report_sample,
-)
+from ..sources import checking
+from ..sources.checking import ALONE, HOW_TO_DROP, DataReport, Peers, SourceImage, evenly_spaced
 from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
+from ..sources.index import PairNumbers
 from ..sources.mixture import Source
 from ..sources.tables import pairs_fingerprint
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, TakenAgain, candidates
+from .holdout import PermutedLosers
 from .image_sizes import settle_sizes
-from .transforms import Encoded, ItemMaker, PairDraws, Size
+from .transforms import Encoded, ItemMaker, PairDraws, Size, check_reference_errors
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +30,34 @@ class PreferenceDataset(Dataset):
 
     Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
     dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
-    and timestep), `row` (the pair's index) and, where the source has score columns, `scores`; `pair_weight` after
-    `use_scores` with weights; after `set_reference_errors` also `ref_errors` (`(T, 2)`, of winner and loser at T noise
-    levels). After `use_encoded` they have `moments` and `target_size` in place of `pixel_values`, and the prompt's
-    `conditioning`. With aspect-ratio buckets H and W are those of `target_size(row)`, and `repeated` says whether the
-    pair fills up a batch. An item depends on the seed, the epoch, how often that has taken the pair, and `row`, and on
-    nothing else. A pair that cannot be decoded is replaced by the next one that can (of its bucket, if there is one),
-    whichever process reads it first. What was computed at the size of another bucket is of that size: of a bucket
-    without a good pair, all pairs are replaced by those of one other.
+    and timestep), `row` (the pair's index), where losers have their own prompts `loser_prompt`, and where the source
+    has score columns `scores`; `pair_weight` after `use_scores` with weights; after `set_reference_errors` also
+    `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). After `use_encoded` they have `moments` and
+    `target_size` in place of `pixel_values`, and the prompts' `conditioning` and `loser_conditioning`. With aspect
+    ratio buckets H and W are those of `target_size(row)`; `repeated` says whether the pair fills up a batch. An item
+    depends on the seed, the epoch, how often that has taken the pair, and `row`, where losers are permuted on all
+    prompts as well, and on nothing else. A pair that cannot be decoded is replaced by the next one that can (of its
+    bucket, if there is one), whichever process reads it first. What was computed at the size of another bucket is of
+    that size: of a bucket without a good pair, all pairs are replaced by those of one other.
     """
 
-    def __init__(self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str) -> None:
+    def __init__(
+        self, source: Source, maker: ItemMaker, reader: ImageReader, *, strict: bool, name: str, permutes: bool = False
+    ) -> None:
         self._source, self._maker, self._reader = source, maker, reader
         self.strict = strict  # whether bad rows stop the run
         self._for_storing = False  # then so do errors that may pass
         self.is_swapped = source.format.is_swapped  # whether the published losers are the winners
+        self.is_permuted = permutes  # whether losers are the winners of other pairs, by `permute_losers`
         self._report = DataReport(name, source.format.name, rows=len(source), is_swapped=self.is_swapped)
-        self._index, self._scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
+        self._report.is_permuted = permutes
+        self._index, scores = source.pairs(self._reject)  # of shapes (P, 4) and (P, 2)
+        if permutes:  # an index of the winners alone
+            self._index, scores = np.asarray(self._index)[:, [0, 1, 0, 1]], None
+        self._numbers = PairNumbers(scores)
+        self.has_loser_prompts = source.format.prompt_of_each_image and not permutes
+        self._losers: PermutedLosers | None = None
         self._reference_errors: np.ndarray | None = None  # (K, P, T, 2)
-        self._calibrated: np.ndarray | None = None  # scores, (P, 2)
-        self._weights: np.ndarray | None = None  # (P,)
         self._encoded: Encoded | None = None
         self.sizes: PairSizes | None = None  # of the pairs' buckets; where there are none, all have the transform's
         self._reset_undecodable()
@@ -73,21 +68,22 @@ class PreferenceDataset(Dataset):
     @property
     def has_scores(self) -> bool:
         """Whether items carry scores."""
-        return self._scores is not None
+        return self._numbers.scores is not None
 
     @property
     def scores(self) -> np.ndarray | None:
         """Scores of winner and loser as items carry them, `(P, 2)`; `None` without score columns."""
-        return self._scores if self._calibrated is None else self._calibrated
+        return self._numbers.scores_of_items
 
     @property
     def score_uses(self) -> tuple[bool, bool]:
         """Whether scores are calibrated, and whether pairs have weights."""
-        return self._calibrated is not None, self._weights is not None
+        return self._numbers.calibrated is not None, self._numbers.weights is not None
 
     def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None) -> None:
         """Let items carry these in place of the source's scores, `(P, 2)`, and weights of the pairs, `(P,)`."""
-        self._calibrated, self._weights = calibrated, None if weights is None else weights.astype(np.float32)
+        weights = None if weights is None else weights.astype(np.float32)
+        self._numbers = replace(self._numbers, calibrated=calibrated, weights=weights)
 
     def origins(self) -> tuple[Source, np.ndarray]:
         """The source, and of each pair the row and the image in it of winner and of loser, `(P, 4)`."""
@@ -150,6 +146,10 @@ class PreferenceDataset(Dataset):
         self._keep(settled.kept)
         self.sizes, self._report.notes = settled.sizes, settled.notes
 
+    def permute_losers(self) -> None:
+        """Draws losers by [`PermutedLosers`] from now on, anew in every epoch; for evaluation those of the first."""
+        self._losers = PermutedLosers.of(self._source, self._index, self._maker.seed, self._report.name)
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that random numbers depend on, also in running DataLoader workers."""
         self._maker.set_epoch(epoch)
@@ -158,7 +158,7 @@ class PreferenceDataset(Dataset):
         """The same pairs, center-cropped, with every prompt and with seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker = self._maker.for_evaluation()
-        view._weights = None  # so that numbers of evaluations compare
+        view._numbers = replace(self._numbers, weights=None)  # so that numbers of evaluations compare
         if self._maker.training:
             view._reference_errors = None  # they are those of other draws
         return view
@@ -184,20 +184,13 @@ class PreferenceDataset(Dataset):
         return view
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Sets the errors of a reference that items carry.
-
-        Args:
-            errors (`np.ndarray` of shape `(K, P, T, 2)`, float32): At each of K repeating draws, of each of the P
-                pairs, at T draws of timestep and noise, of winner and loser. A pair with NaN is left out, as one that
-                cannot be decoded.
-        """
-        draws = self._maker.noise_draws if self._maker.training else 1
-        if errors.shape[:2] != (draws, len(self)) or errors.shape[3:] != (2,):
-            raise ValueError(
-                f"Errors of a reference must have the shape ({draws}, {len(self)}, T, 2) of {draws} draws and "
-                f"{len(self)} pairs; got {errors.shape}."
-            )
+        """Sets the reference errors that items carry, float32 `(K, P, T, 2)`: at each of K repeating draws, of each
+        of the P pairs, at T draws of timestep and noise, of winner and loser. A pair with NaN is left out, as one that
+        cannot be decoded."""
+        check_reference_errors(errors, self._maker.noise_draws if self._maker.training else 1, len(self))
         self._reference_errors = errors
+        if self._losers is not None:
+            self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
 
     @property
     def has_reference_errors(self) -> bool:
@@ -208,7 +201,7 @@ class PreferenceDataset(Dataset):
         """What the items depend on besides the source, the epoch and the row: seed, size, crop and so on."""
         maker = self._maker
         drawn = {"seed": maker.seed, "prompt_dropout": maker.prompt_dropout, "training": maker.training}
-        return {**drawn, **self.pixel_settings()}
+        return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
 
     # ---- Encoding before training ---------------------------------------------------------------------------------
 
@@ -232,9 +225,7 @@ class PreferenceDataset(Dataset):
         random crops, and in the order of the source."""
         images = self._index.reshape(-1, 2, 2).astype(np.int64)
         numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
-        if self.sizes is None:
-            return numbers
-        return numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]
+        return numbers if self.sizes is None else numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]
 
     def image_variants(
         self, pair: int, side: int, draws: Sequence[PairDraws]
@@ -250,9 +241,11 @@ class PreferenceDataset(Dataset):
         found = (self._maker.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
         return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in found]
 
-    def prompts(self) -> set[str]:
-        """The distinct prompts of all pairs."""
-        return self._source.prompts(np.unique(self._index[:, 0]))
+    def prompts(self, *, of_losers: bool = True) -> set[str]:
+        """The distinct prompts of all pairs; of losers, where they have their own, only if wanted."""
+        columns = [1, 3] if of_losers else [1]
+        images = np.unique(self._index[:, columns].clip(max=1)).tolist() if self.has_loser_prompts else [0]
+        return set().union(*(self._source.prompts(np.unique(self._index[:, 0]), image) for image in images))
 
     @property
     def is_encoded(self) -> bool:
@@ -275,59 +268,44 @@ class PreferenceDataset(Dataset):
     def first(self, count: int) -> "PreferenceDataset":
         """The first pairs, at most `count`, with the same random numbers as here."""
         view = copy.copy(self)
-        view._index, view._scores = self._index[:count], None if self._scores is None else self._scores[:count]
+        view._index, view._numbers = self._index[:count], self._numbers.take(slice(count))
         view.sizes = None if self.sizes is None else self.sizes.take(slice(count))
         view._undecodable = self._undecodable[:count].clone().share_memory_()
-        view._calibrated = None if self._calibrated is None else self._calibrated[:count]
-        view._weights = None if self._weights is None else self._weights[:count]
         if self._reference_errors is not None:
             view._reference_errors = self._reference_errors[:, :count]
         return view
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
         """Identifies these pairs; see [`pairs_fingerprint`], which runs in the first of the peers."""
-        found = peers.first(partial(pairs_fingerprint, self._source, self._index, self._scores, thorough=thorough))
-        if self._weights is not None and not thorough:  # as caches are, which do not depend on them
-            found["pair_weights"] = hashlib.sha256(self._weights.tobytes()).hexdigest()[:16]
+        scores = self._numbers.scores
+        found = peers.first(partial(pairs_fingerprint, self._source, self._index, scores, thorough=thorough))
+        found |= {} if thorough else self._numbers.fingerprint()  # caches are thorough, and do not depend on weights
         return found if self.sizes is None else found | {"sizes": self.sizes.fingerprint()}
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
-        """Decodes a sample of evenly spaced pairs. Those that fail stay in the index and are replaced by the next good
-        pair: a run resumes by position in the index, which must not depend on which files could be read at its start.
-
-        Args:
-            peers (`Peers`): The processes that divide the sample.
-            compare (`bool`): Whether to refuse pairs whose winner and loser are identical.
-
-        Raises:
-            ValueError: If none of the sample can be decoded, or all its pairs are identical.
+        """Decodes a sample of evenly spaced pairs, divided among the peers. Those that fail stay in the index and are
+        replaced by the next good pair: a run resumes by position in the index, which must not depend on which files
+        could be read at its start. `ValueError` if none can be decoded or, with `compare`, all have identical images.
         """
-        sample = evenly_spaced(len(self), SAMPLED_PAIRS).tolist()
-        share = sample[peers.index :: peers.count]
-        check = partial(problems_of_pair, self._source, self._reader)
-        gathered = peers.gather_results(lambda: [check(self._index[pair]) for pair in share])
-        checked = [result for results in gathered for result in results]
+        sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS).tolist()
+        losers = [None if self._losers is None else self._losers.of_pair(pair, self._maker.draw) for pair in sample]
+        places = [self._places(*pair) for pair in zip(sample, losers, strict=True)]
+        checked = checking.check_pairs(self._source, self._reader, places, peers)
         reasons = {image: reason for found, _ in checked for image, reason in found.items()}
-        for pair, image in pairs_of_images(self._index, reasons):
+        for pair, image in checking.pairs_of_images(self._index, reasons):
             reason = f"image {image[1]} {reasons[image]}"
             if self.strict:
                 self._reject("undecodable", image[0], reason, 1)
             self._undecodable[pair] = 1  # the report counts these
             self._report.add("undecodable", image[0], reason, amount=0)
-        report_sample(self.report, len(sample), sum(bool(found) for found, _ in checked), len(self))
+        checking.tell_of_sample(self._report, len(self), len(sample), sum(bool(found) for found, _ in checked))
         if compare:
-            IdenticalPairs(self._report.name).verify_all([identical for _, identical in checked])
+            checking.IdenticalPairs(self._report.name).verify_all([identical for _, identical in checked])
 
     def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
-        """Decodes every image once and drops the pairs of those that fail.
-
-        Args:
-            num_proc (`int`, *optional*): Worker processes of each peer; by default as many as there are cores where
-                the source is fork-safe.
-            peers (`Peers`): The processes that divide the images.
-        """
+        """Decodes every image once and drops the pairs of those that fail; arguments as of [`problems_of_images`]."""
         if len(self):
-            self._drop(problems_of_all(self._source, self._index, self._reader, num_proc, peers))
+            self._drop(checking.problems_of_images(self._source, self._index, self._reader, num_proc, peers))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = range(len(self))[index]
@@ -336,27 +314,44 @@ class PreferenceDataset(Dataset):
         for row in candidates(start, len(self), self.sizes, by_bucket=computed):
             if self._undecodable[row]:
                 continue
-            read = partial(self._item, row, self.target_size(row if computed else start), maker)
             try:
-                item = {**(read_again(read) if self._for_storing else read()), **self._stored_errors(row)}
+                item = self._read(row, self.target_size(row if computed else start), maker)
             except UndecodableImageError as error:
                 self._reject_at_read(row, error)
                 continue
             return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
-        raise BadDataError(f"No pair of the data set can be decoded.\n{self.report}")
+        raise checking.BadDataError(f"No pair of the data set can be decoded.\n{self.report}")
 
-    def _item(self, row: int, target: Size, maker: ItemMaker) -> dict[str, Any]:
-        winner_row, winner_image, loser_row, loser_image = self._index[row].tolist()
-        scores = None if self.scores is None else tuple(self.scores[row].tolist())
-        weight = {} if self._weights is None else {"pair_weight": float(self._weights[row])}
+    def _read(self, row: int, target: Size, maker: ItemMaker) -> dict[str, Any]:
+        if self._losers is None:
+            return self._read_pair(row, None, target, maker)
+        for loser in self._losers.candidates(row, maker.draw):
+            try:
+                return self._read_pair(row, loser, target, maker)
+            except UndecodableImageError as error:
+                self._read_pair(row, None, target, maker)  # raises if it is the pair's own image
+                self._reject_at_read(loser, error, as_loser=True)
+        raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
+
+    def _read_pair(self, row: int, loser: int | None, target: Size, maker: ItemMaker) -> dict[str, Any]:
+        read = partial(self._item, row, loser, target, maker)
+        return {**(read_again(read) if self._for_storing else read()), **self._stored_errors(row)}
+
+    def _item(self, row: int, loser: int | None, target: Size, maker: ItemMaker) -> dict[str, Any]:
+        """A pair, with the winner of the pair `loser` as its loser, or with its own."""
+        (winner_row, winner_image), (loser_row, loser_image) = places = self._places(row, loser).tolist()
+        scores, weight = self._numbers.scores_of(row), self._numbers.weight_of(row)
+        prompt = self._source.prompt(winner_row, winner_image)
+        loser_prompt = self._source.prompt(loser_row, loser_image) if self.has_loser_prompts else None
         if self._encoded is not None:
-            item = maker.item_of(row, self._source.prompt(winner_row), partial(self._encoded.pair, row), scores)
+            read = partial(self._encoded.pair, row, loser=loser)
+            item = maker.item_of(row, prompt, read, scores, loser_prompt=loser_prompt)
+            if loser_prompt is not None:
+                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"])
             return item | self._encoded.conditioning(item["prompt"]) | weight
-        winner_images = self._source.images(winner_row)
-        loser_images = winner_images if loser_row == winner_row else self._source.images(loser_row)
-        winner = self._reader.decode_at(winner_images, winner_image)
-        loser = self._reader.decode_at(loser_images, loser_image)
-        return maker.item(row, self._source.prompt(winner_row), winner, loser, scores, target=target) | weight
+        images = {place: self._source.images(place) for place in dict.fromkeys((winner_row, loser_row))}
+        winner, lost = (self._reader.decode_at(images[place], image) for place, image in places)
+        return maker.item(row, prompt, winner, lost, scores, target=target, loser_prompt=loser_prompt) | weight
 
     def _stored_errors(self, row: int) -> dict[str, torch.Tensor]:
         if self._reference_errors is None:
@@ -366,31 +361,37 @@ class PreferenceDataset(Dataset):
             raise UndecodableImageError("has no errors of the reference: it could not be read when they were computed")
         return {"ref_errors": errors}
 
-    def _reject_at_read(self, row: int, error: UndecodableImageError) -> None:
-        rows = sorted({int(self._index[row, 0]), int(self._index[row, 2])})
+    def _places(self, pair: int, loser: int | None) -> np.ndarray:
+        """Rows and images of a pair's winner and of its loser, the winner of the pair `loser` or its own, `(2, 2)`."""
+        places = self._index[pair].reshape(2, 2)
+        return places if loser is None else np.stack([places[0], self._losers.images[loser]])
+
+    def _reject_at_read(self, row: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
+        images = self._losers.images if as_loser else self._index  # (P, 2) or (P, 4)
+        rows = sorted({int(images[row, 0]), int(images[row, -2])})
         where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
         if self._for_storing and isinstance(error, UnreadableImageError):
             raise UnreadableImageError(f"{where}: {error}") from error
         if self.strict:
-            raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
-        self._undecodable[row] = 1
+            raise checking.BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
+        (self._losers.bad if as_loser else self._undecodable)[row] = 1
         logger.warning("%s: %s; the next good pair is used instead.", where, error)
 
     def _drop(self, reasons: Mapping[SourceImage, str]) -> None:
         keep = np.ones(len(self), dtype=bool)
-        for pair, image in pairs_of_images(self._index, reasons):
+        for pair, image in checking.pairs_of_images(self._index, reasons):
             keep[pair] = False
             self._reject("undecodable", image[0], f"image {image[1]} {reasons[image]}", 1)
         self._keep(keep)
 
     def _keep(self, mask: np.ndarray) -> None:
         if not mask.all():
-            self._index = self._index[mask]
-            self._scores = None if self._scores is None else self._scores[mask]
+            self._index, self._numbers = self._index[mask], self._numbers.take(mask)
             self._reset_undecodable()
 
     def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
-        reject(self._report, self.strict, kind, row, reason, amount)
+        checking.reject(self._report, self.strict, kind, row, reason, amount)
 
     def _reset_undecodable(self) -> None:
         self._undecodable = torch.zeros(len(self._index), dtype=torch.uint8).share_memory_()
+        self._losers = None if self._losers is None else self._losers.afresh()

@@ -10,6 +10,7 @@ import datasets
 
 from ..sources.checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
 from ..sources.columns import numbers_of_rows
+from ..sources.formats import FORMATS
 from ..sources.images import SCHEMES, ImageReader, parse_schemes
 from ..sources.mixture import MixedSource, PairMixture, Source
 from ..sources.tables import make_source
@@ -52,6 +53,7 @@ def prepare_dataset(
     use_scores: bool = True,
     swap_labels: bool = False,
     number_columns: Sequence[str] = (),
+    losers: str = "data",
     name: str = "train",
 ) -> "PreferenceDataset | PreferenceIterableDataset":
     """A torch data set of pairs from any preference set.
@@ -84,6 +86,8 @@ def prepare_dataset(
         swap_labels (`bool`): Whether the published loser of a pair is its winner from here on, for all that reads it.
         number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers; a row without is a
             bad row.
+        losers (`str`): `"data"`, those of the data; or `"permute"`, in place of each the winner of a pair of another
+            prompt, by a permutation that depends on the seed and the epoch alone.
         name (`str`): Name of the set in messages.
 
     Returns:
@@ -95,6 +99,7 @@ def prepare_dataset(
     verify, reader = parse_verify_images(verify_images), ImageReader((*SCHEMES, *parse_schemes(image_schemes)))
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
     dataset, is_stream = _recognized(dataset)
+    permutes = _check_losers(losers, is_stream=is_stream, buckets=buckets, swap_labels=swap_labels)
     reads_sizes = buckets is not None or min_side is not None
     if number_columns and is_stream:
         raise ValueError(WITHOUT_MEAN.format(columns=list(number_columns), name=name))
@@ -102,11 +107,25 @@ def prepare_dataset(
     if is_stream:
         options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
         streams, weights = _streams(dataset, dataset_format, name, use_scores, swap_labels)
+        _refuse_without_losers(streams, name, permutes)
         return PreferenceIterableDataset(streams, maker, reader, weights=weights, name=name, **options)
     source = _source(dataset, dataset_format, name, use_scores, swap_labels, number_columns)
-    prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name)
+    _refuse_without_losers([source], name, permutes)
+    prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name, permutes=permutes)
     _drop_bad_numbers(prepared, number_columns)
-    _check_images(prepared, verify, buckets, min_side, num_proc, peers, compare)
+    if verify == "all":
+        prepared.check_all(num_proc, peers)
+    if reads_sizes:
+        prepared.settle_sizes(buckets, min_side, num_proc, peers)
+    return _settled(prepared, verify, peers, compare=compare)
+
+
+def _settled(prepared: PreferenceDataset, verify: str, peers: Peers, *, compare: bool) -> PreferenceDataset:
+    """Pairs none of which are left out any more, with their losers, a sample of them checked."""
+    if prepared.is_permuted:
+        prepared.permute_losers()
+    if verify != "none" and len(prepared):
+        prepared.check_sample(peers, compare=compare)
     _log_report(prepared.report)
     return prepared
 
@@ -142,21 +161,30 @@ def _drop_bad_numbers(prepared: PreferenceDataset, number_columns: Sequence[str]
         prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
 
 
-def _check_images(
-    prepared: PreferenceDataset,
-    verify: str,
-    buckets: AspectRatioBuckets | None,
-    min_side: int | None,
-    num_proc: int | None,
-    peers: Peers,
-    compare: bool,
-) -> None:
-    if verify == "all":
-        prepared.check_all(num_proc, peers)
-    if buckets is not None or min_side is not None:
-        prepared.settle_sizes(buckets, min_side, num_proc, peers)
-    if verify != "none" and len(prepared):
-        prepared.check_sample(peers, compare=compare)
+def _check_losers(losers: str, *, is_stream: bool, buckets: AspectRatioBuckets | None, swap_labels: bool) -> bool:
+    """Whether losers are permuted; `ValueError` where they cannot be."""
+    if losers not in ("data", "permute"):
+        raise ValueError(f'`losers` must be "data" or "permute", got {losers!r}.')
+    reasons = {
+        "the data are a stream, of which a row knows only the rows of its buffer, and losers would depend on what was "
+        "read. Load them without `streaming=True`": is_stream,
+        "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "
+        "cropped more than winners ever are. Leave the buckets off": buckets is not None,
+        "`swap_labels` would make the image of another prompt the winner. Leave it off": swap_labels,
+    }
+    for reason, holds in reasons.items():
+        if losers == "permute" and holds:
+            raise ValueError(f"`losers='permute'` cannot act: {reason}.")
+    return losers == "permute"
+
+
+def _refuse_without_losers(parts: Sequence[Any], name: str, permutes: bool) -> None:
+    if not permutes and not all(part.format.has_losers for part in parts):
+        others = "\n".join(f"  {known.describe()}" for known in FORMATS.values() if known.has_losers)
+        raise ValueError(
+            f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, where "
+            "the loser of an image is that of another caption, or rename columns so that they match one of:\n" + others
+        )
 
 
 def _log_report(report: DataReport) -> None:

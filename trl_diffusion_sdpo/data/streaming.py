@@ -75,6 +75,7 @@ class PreferenceIterableDataset(IterableDataset):
     """
 
     is_split = False
+    is_permuted = False  # losers are those of the data
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class PreferenceIterableDataset(IterableDataset):
         self._streams, self._weights = streams, [1.0] * len(streams) if weights is None else weights
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.has_scores for stream in streams)
+        self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self._maker, self._reader, self._strict, self._name = maker, reader, strict, name
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(_COUNTER_ROWS, len(COUNTS), dtype=torch.long).share_memory_()
@@ -220,9 +222,10 @@ class PreferenceIterableDataset(IterableDataset):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             taken += self._share.takes(start + position)
             if item is not None:
-                winner, loser, prompt, scores = item
+                winner, loser, prompt, loser_prompt, scores = item
                 self._record(0 if worker is None else worker.id, epoch, start, position + 1)
-                yield self._maker.item(position * readers + number, prompt, winner, loser, scores, epoch)
+                row = position * readers + number
+                yield self._maker.item(row, prompt, winner, loser, scores, epoch, loser_prompt=loser_prompt)
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if report.pairs:
             return position + 1
@@ -237,7 +240,7 @@ class PreferenceIterableDataset(IterableDataset):
             self._progress.record(reader, self._yielded // self._share.batch - 1, epoch, start, pairs)
 
     def _items(self, report: DataReport, epoch: int, start: int, first: int) -> Iterator[tuple | None]:
-        """Images, prompt and scores of each labelled pair; `None` if it is undecodable, of another process or before
+        """Images, prompts and scores of each labelled pair; `None` if it is undecodable, of another process or before
         the one with the number `first`."""
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
@@ -255,8 +258,9 @@ class PreferenceIterableDataset(IterableDataset):
                 if images is not None and self._compare:
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)
-                prompt = known.prompt(rows[pair.winner_row])
-                yield None if images is None else (*images, prompt, pair.scores)
+                texts = [known.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)]
+                prompts = texts if self.has_loser_prompts else (texts[0], None)
+                yield None if images is None else (*images, *prompts, pair.scores)
         if self._compare:
             self._verify_different(identical, at_end=True)
 

@@ -150,8 +150,8 @@ class PairTransform:
 class Encoded(Protocol):
     """Pairs and prompts that were encoded before."""
 
-    def pair(self, pair: int, draws: PairDraws | None, epoch: int) -> dict[str, Any]:
-        """Entries of an item in place of its pixels."""
+    def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
+        """Entries of an item in place of its pixels; `loser` is another pair, whose loser it has."""
 
     def conditioning(self, prompt: str) -> dict[str, Any]:
         """Entries of an item that depend on its prompt."""
@@ -220,11 +220,14 @@ class ItemMaker:
         scores: tuple[float, float] | None,
         epoch: int | None = None,
         target: Size | None = None,
+        loser_prompt: str | None = None,
     ) -> dict[str, Any]:
         """An item; `epoch` overrides the one that was set, for repeating streams, and `target` the transform's size."""
-        return self.item_of(
-            row, prompt, lambda draws, _: self.transform(winner, loser, draws, target)._asdict(), scores, epoch
-        )
+
+        def read(draws: PairDraws | None, _: int) -> dict[str, Any]:
+            return self.transform(winner, loser, draws, target)._asdict()
+
+        return self.item_of(row, prompt, read, scores, epoch, loser_prompt)
 
     def item_of(
         self,
@@ -233,13 +236,17 @@ class ItemMaker:
         read: Callable[[PairDraws | None, int], dict[str, Any]],
         scores: tuple[float, float] | None,
         epoch: int | None = None,
+        loser_prompt: str | None = None,
     ) -> dict[str, Any]:
         """As `item`, with what `read` returns for the draws (`None` in an evaluation) and their epoch in place of the
-        images."""
+        images. Where the loser has a prompt of its own, both are kept or both are emptied."""
         epoch = 0 if not self.training else self.draw if epoch is None else epoch
         draws = PairDraws.from_key(self.seed, epoch, row, self.times)
         item = read(draws if self.training else None, epoch)
-        item["prompt"] = "" if self.training and draws.dropout < self.prompt_dropout else prompt
+        is_emptied = self.training and draws.dropout < self.prompt_dropout
+        item["prompt"] = "" if is_emptied else prompt
+        if loser_prompt is not None:
+            item["loser_prompt"] = "" if is_emptied else loser_prompt
         item |= {"seed": draws.seed, "row": row}
         return item if scores is None else item | {"scores": scores}
 
@@ -254,7 +261,7 @@ class PreferenceCollator:
       size, here the number of pairs;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
       to floats in `[-1, 1]` on the device, one micro-batch at a time; another collator may return such floats;
-    - `prompts` (`list[str]` of length B);
+    - `prompts` (`list[str]` of length B; where losers have prompts of their own of length 2B, winners first);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
     - `counted` (`int`), where aspect-ratio buckets fill up batches, or several processes evaluate a stream: the first
@@ -266,7 +273,8 @@ class PreferenceCollator:
 
     Of pairs that were encoded before, it has `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
     (`(height, width)` of the pixels) in place of `pixel_values`, and of their prompts `conditioning` (tensors of shape
-    `(B, ...)`, padded at the end by zeros where they differ in length) and `host_conditioning` (lists of length B).
+    `(B, ...)`, padded at the end by zeros where they differ in length) and `host_conditioning` (lists of length B); of
+    2B prompts, both of length 2B.
 
     Raises:
         ValueError: If there are no items, or only some of them have scores.
@@ -278,7 +286,8 @@ class PreferenceCollator:
         batch = {
             "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
             **_images(items),
-            "prompts": [item["prompt"] for item in items],
+            "prompts": [item["prompt"] for item in items]
+            + [item["loser_prompt"] for item in _with_two_prompts(items)],
             "original_sizes": torch.tensor(_winners_first(items, "original_sizes"), dtype=torch.long),
             "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
             "seeds": [item["seed"] for item in items],
@@ -304,10 +313,28 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
         found["target_size"] = items[0]["target_size"]
+        prompts = [*items, *(item["loser_conditioning"] for item in _with_two_prompts(items))]
         for kind, join in (("conditioning", padded), ("host_conditioning", list)):
             if kind in items[0]:
-                found[kind] = {key: join([item[kind][key] for item in items]) for key in items[0][kind]}
+                found[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
     return found
+
+
+def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All items, if their losers have prompts of their own; none, if they have the winners'."""
+    found = [item for item in items if "loser_prompt" in item]
+    if len(found) not in (0, len(items)):
+        raise ValueError(f"All losers of a batch have their own prompt or none has, got {len(found)} of {len(items)}.")
+    return found
+
+
+def check_reference_errors(errors: np.ndarray, draws: int, pairs: int) -> None:
+    """Raise `ValueError` if errors are not those of all draws and pairs, `(draws, pairs, T, 2)`."""
+    if errors.shape[:2] != (draws, pairs) or errors.shape[3:] != (2,):
+        raise ValueError(
+            f"Errors of a reference must have the shape ({draws}, {pairs}, T, 2) of {draws} draws and {pairs} pairs; "
+            f"got {errors.shape}."
+        )
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -50,6 +50,7 @@ class StepSettings:
             stay whole until the optimizer's step.
         shard_dtype (`torch.dtype`, *optional*): Of these shards; `None` where they are counted elsewhere.
         rounds_weights (`bool`): Whether the engine computes with weights in the dtype of autocast.
+        two_prompts (`bool`): Whether each image of a pair has its own prompt.
     """
 
     noise: NoiseSettings
@@ -65,6 +66,7 @@ class StepSettings:
     shards: int = 1
     shard_dtype: torch.dtype | None = torch.float32
     rounds_weights: bool = False
+    two_prompts: bool = False
 
 
 @dataclass
@@ -321,7 +323,7 @@ def _batch(settings: StepSettings, *, with_errors: bool) -> dict[str, Any]:
     sizes = torch.ones(images, 2, dtype=torch.long)
     batch = {
         "pixel_values": torch.empty(images, 3, height, width, dtype=torch.uint8),
-        "prompts": ["a prompt"] * settings.pairs,
+        "prompts": ["a prompt"] * settings.pairs * (1 + settings.two_prompts),
         "original_sizes": sizes,
         "crop_top_lefts": sizes,
         "seeds": list(range(settings.pairs)),

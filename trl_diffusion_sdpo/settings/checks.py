@@ -48,6 +48,7 @@ def check_settings(args: AllArguments) -> None:
     _check_preconditioner(args)
     _check_data(args)
     _check_scores(args, loss)
+    _check_losers(args, loss)
     _check_noise(args)
     _check_inversion(args)
     _check_reference(args, loss)
@@ -239,6 +240,21 @@ def _check_scores(args: AllArguments, loss: LossSpec) -> None:
         if holds:
             other = "`train_sampling_strategy='random'`" if "shuffles" in reason else "only one of the two"
             raise ValueError(f"`curriculum_epochs={args.curriculum_epochs:g}` cannot act: {reason}. Use {other}.")
+
+
+def _check_losers(args: AllArguments, loss: LossSpec) -> None:
+    reasons = {
+        f"the loss {args.loss_type!r} reads scores of each pair's own loser": loss.needs_scores,
+        "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
+        "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "
+        "cropped more than winners ever are": args.aspect_ratio_buckets,
+        "`precompute_latents` with `random_crop` stores each image as its own pair crops it, and a pair has one crop": (
+            args.precompute_latents and args.random_crop
+        ),
+    }
+    for reason, holds in reasons.items():
+        if args.losers == "permute" and holds:
+            raise ValueError(f"`losers='permute'` cannot act: {reason}. Leave one of the two out.")
 
 
 def _check_noise(args: AllArguments) -> None:

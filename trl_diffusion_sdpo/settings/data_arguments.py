@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from .declaring import EVALUATION, RESUME, Range, documented
 
 OnBadRow = Literal["drop", "raise"]
+Losers = Literal["data", "permute"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
@@ -32,6 +33,10 @@ class DataArguments:
             Whether the published loser of every pair is trained as its winner, and the published winner as its loser,
             in training and evaluation data: for a negative model, a reference of
             [`~trl_diffusion_sdpo.preference_guidance`].
+        losers (`str`, *optional*, defaults to `"data"`):
+            `"data"`, the losers of the data set; `"permute"`, in place of each the winner of a pair of another prompt,
+            drawn anew in every epoch, in evaluation once. Also for images with captions, which have no losers.
+            Map-style data only.
         pair_weights (`str`, *optional*):
             Factors of the pairs' losses in training, divided by their mean over the training data: a numeric column, or
             a function of the scores: `"gap"`, their gap; `"gain"`, the gap of `2^score`; `"inverse_gap"`, larger for
@@ -91,6 +96,7 @@ class DataArguments:
     dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = None
     dataloader_num_workers: int | None = None
     swap_labels: Annotated[bool, RESUME, EVALUATION] = False
+    losers: Annotated[Losers, RESUME, EVALUATION] = "data"
     pair_weights: Annotated[str | None, RESUME] = None
     calibrated_scores: Annotated[bool, RESUME, EVALUATION] = False
     curriculum_epochs: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None

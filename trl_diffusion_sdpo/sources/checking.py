@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..suggestions import did_you_mean
 from ..switch_words import SWITCH_WORDS
-from .images import ImageReader, UndecodableImageError
+from .images import UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ FEW_ROWS = 1000  # below this, starting processes takes longer than checking in 
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
+PERMUTED = "losers are the winners of other pairs, drawn in every epoch"
 SWAPPED = "labels are swapped: the winner of a pair is the published loser"
 HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
@@ -50,6 +51,7 @@ class DataReport:
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
     notes: tuple[str, ...] = ()  # on the sizes of the images
     is_swapped: bool = False  # whether the published losers are the winners of the pairs
+    is_permuted: bool = False  # whether losers are the winners of other pairs
     examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first row numbers and reasons, by kind
 
     @property
@@ -72,6 +74,8 @@ class DataReport:
         lines = [f"{self.name} data ({self.format}): {counts}"]
         if self.is_swapped:
             lines.append(f"  {SWAPPED}")
+        if self.is_permuted:
+            lines.append(f"  {PERMUTED}")
         for kind, examples in self.examples.items():
             lines += [f"  {kind.replace('_', ' ')}: row {row}: {reason}" for row, reason in examples]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
@@ -153,49 +157,64 @@ def pairs_of_images(index: np.ndarray, images: Mapping[SourceImage, str]) -> Ite
             yield pair, found
 
 
-def problems_of_all(
-    source: Any, index: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers
+def problems_of_images(
+    source: Any, index: np.ndarray, reader: Any, num_proc: int | None, peers: Peers
 ) -> dict[SourceImage, str]:
-    """Decodes every image of an index `(P, 4)` once, in all peers together, and returns the problems of those that
-    fail; `num_proc` as of [`PreferenceDataset.check_all`]."""
+    """The images of an index `(P, 4)` that cannot be decoded, and why. All peers must call it together.
+
+    Args:
+        source: Of the images.
+        reader ([`~trl_diffusion_sdpo.sources.images.ImageReader`]): Decodes each once.
+        num_proc (`int`, *optional*): Worker processes of each peer; by default as many as there are cores where the
+            source is fork-safe.
+        peers (`Peers`): The processes that divide the images.
+    """
     needed = np.zeros(len(source), dtype=np.int64)  # number of labelled images of each row
     for row, image in ((0, 1), (2, 3)):
         np.maximum.at(needed, index[:, row], index[:, image] + 1)
     rows = np.flatnonzero(needed)
     if num_proc is None and source.fork_safe and forks_by_default() and len(rows) >= FEW_ROWS:
         num_proc = usable_cores(peers.count)
+
+    def problems(chunk: np.ndarray) -> dict[SourceImage, str]:
+        reasons: dict[SourceImage, str] = {}
+        for row, found in source.check_images(chunk, reader, num_proc) if len(chunk) else ():
+            found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
+            reasons.update({(row, image): reason for image, reason in enumerate(found) if reason})
+        return reasons
+
     reasons: dict[SourceImage, str] = {}
     for chunk in peers.chunks(rows):
-        for found in peers.gather_results(partial(_problems_of_rows, source, chunk, reader, needed, num_proc)):
+        for found in peers.gather_results(partial(problems, chunk)):
             reasons.update(found)
     return reasons
 
 
-def _problems_of_rows(
-    source: Any, rows: np.ndarray, reader: ImageReader, needed: np.ndarray, num_proc: int | None
-) -> dict[SourceImage, str]:
-    """The problems of the images of some rows; `needed` is the number of images that each row must have."""
-    reasons: dict[SourceImage, str] = {}
-    for row, found in source.check_images(rows, reader, num_proc) if len(rows) else ():
-        found = [*found, *["is missing: the row has fewer images than labels"] * (needed[row] - len(found))]
-        reasons.update({(row, image): reason for image, reason in enumerate(found) if reason})
-    return reasons
+def check_pairs(
+    source: Any, reader: Any, places: Sequence[np.ndarray], peers: Peers
+) -> list[tuple[dict[SourceImage, str], bool | None]]:
+    """The problems of each pair's images, and whether the two are identical; `None` if one cannot be decoded.
+
+    Args:
+        source, reader, peers: As of [`problems_of_images`].
+        places (`Sequence` of `np.ndarray` of shape `(2, 2)`): Rows and images of winner and loser.
+    """
+
+    def check(pair: np.ndarray) -> tuple[dict[SourceImage, str], bool | None]:
+        reasons, images = {}, []
+        for row, image in pair.tolist():
+            try:
+                images.append(reader.decode_at(source.images(row), image))
+            except UndecodableImageError as error:
+                reasons[row, image] = str(error).removeprefix(f"image {image} ")
+        return reasons, None if reasons else same_image(*images)
+
+    gathered = peers.gather_results(lambda: [check(pair) for pair in places[peers.index :: peers.count]])
+    return [result for results in gathered for result in results]
 
 
-def problems_of_pair(source: Any, reader: ImageReader, pair: np.ndarray) -> tuple[dict[SourceImage, str], bool | None]:
-    """The problems of the images of a pair, by its row `(4,)` of the index, and whether the two are identical; `None`
-    if one cannot be decoded."""
-    reasons, decoded = {}, []
-    for row, image in pair.reshape(2, 2).tolist():
-        try:
-            decoded.append(reader.decode_at(source.images(row), image))
-        except UndecodableImageError as error:
-            reasons[row, image] = str(error).removeprefix(f"image {image} ")
-    return reasons, None if reasons else same_image(*decoded)
-
-
-def report_sample(report: DataReport, checked: int, bad: int, pairs: int) -> None:
-    """Warn of bad pairs in a sample of all `pairs`; `ValueError` if all of the sample are."""
+def tell_of_sample(report: DataReport, pairs: int, checked: int, bad: int) -> None:
+    """Warn of the `bad` pairs among those of a sample that were `checked`; `ValueError` where all of them are."""
     if not bad or checked == pairs:
         return
     logger.warning(

@@ -1,21 +1,100 @@
-"""Columns of a table as arrays, without a loop over the rows."""
+"""How values of columns are read: one by one, and all of a table as arrays, without a loop over the rows."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from .._compat import without_selection
-from . import formats
-from .formats import LabelError, PreferenceFormat
 
 ROUND_ROWS = 65_536  # rows that are in memory at a time
 
 _OF_VIEWS = {"string_view": pa.large_string(), "binary_view": pa.large_binary()}
+
+
+class LabelError(ValueError):
+    """A row whose label or score is missing or unreadable."""
+
+
+class ImageScores(NamedTuple):
+    """How a row's label ranks the row's images."""
+
+    values: tuple[float, ...]  # one number per image; larger is better
+    ranked: bool = True  # whether equal numbers are a tie: the images that nobody picked were never compared
+
+
+# ---- One by one ----------------------------------------------------------------------------------------------------
+
+
+def member_text(value: Any) -> Any:
+    text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+    return text.strip() if isinstance(text, str) else text
+
+
+def is_valid(value: Any, what: str) -> bool:
+    """A boolean, true where it is missing. CSV and JSON files may hold it as text."""
+    if value is None or value != value:  # NaN: pandas' value of an empty cell
+        return True
+    word = str(member_text(value)).lower()
+    if word in ("true", "1", "1.0", "yes"):
+        return True
+    if word in ("false", "0", "0.0", "no"):
+        return False
+    raise LabelError(f"`{what}` must be true or false, got {value!r}")
+
+
+def finite_number(value: Any, what: str = "label") -> float:
+    """A finite float from a number, a numeric string or numeric bytes (archive members are text: "0.5\\n")."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise LabelError(f"`{what}` must be a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise LabelError(f"`{what}` must be finite, got {number}")
+    return number
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise LabelError(f"the label must be a list with one number per image, got {values!r}")
+    numbers = tuple(finite_number(value) for value in values)
+    if not numbers:
+        raise LabelError("the label is an empty list")
+    return numbers
+
+
+def first_is_preferred(_: Sequence[Any]) -> ImageScores:
+    return ImageScores((1.0, 0.0))
+
+
+def larger_is_better(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(_numbers(values))
+
+
+def probability_of_first(values: Sequence[Any]) -> ImageScores:
+    first = finite_number(values[0])
+    return ImageScores((first, 1.0 - first))
+
+
+def picked_from_list(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(_numbers(values[0]), ranked=False)
+
+
+def rank_list(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(tuple(-rank for rank in _numbers(values[0])))
+
+
+def rank_of_row(values: Sequence[Any]) -> ImageScores:
+    return ImageScores((-finite_number(values[0], "rank"),))
+
+
+# ---- As arrays -----------------------------------------------------------------------------------------------------
 
 
 class NotVectorizedError(Exception):
@@ -34,13 +113,19 @@ def row_codes(dataset: datasets.Dataset, column: str) -> np.ndarray:
         return np.array([codes.setdefault(repr(value), len(codes)) for batch in rows for value in batch[column]])
 
 
-def prompts_of_rows(table: datasets.Dataset, known: PreferenceFormat, rows: np.ndarray) -> set[str]:
-    """The distinct prompts of some rows of a table."""
-    column = known.prompt_column(table.column_names)
-    found: set[Any] = set()
-    for values in values_of_rows(table, column, rows):
-        found.update(values.unique().to_pylist())
-    return {known.prompt({column: value}) for value in found}
+def digest_of(text: str) -> int:
+    """64 bits that tell texts apart, equal on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
+
+
+def digests_of_values(read: Iterable[pa.ChunkedArray], as_text: Callable[[Any], str]) -> np.ndarray:
+    """The [`digest_of`] of each value of a column, int64, each distinct value of a part being read once."""
+    found = [np.zeros(0, dtype=np.int64)]
+    for values in read:
+        encoded = values.combine_chunks().dictionary_encode()
+        distinct = [digest_of(as_text(value)) for value in encoded.dictionary.to_pylist()]
+        found.append(np.array(distinct, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+    return np.concatenate(found)
 
 
 def values_of_rows(table: datasets.Dataset, column: str, rows: np.ndarray) -> Iterator[pa.ChunkedArray]:
@@ -67,7 +152,7 @@ def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def read_numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """A column as float64, and which of its values [`formats.finite_number`] accepts."""
+    """A column as float64, and which of its values [`finite_number`] accepts."""
     kind = column.type
     if pa.types.is_boolean(kind):
         column = column.cast(pa.uint8())
@@ -78,8 +163,17 @@ def read_numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         return np.full(len(column), np.nan), np.zeros(len(column), dtype=bool)
     if not (holds_text(kind) or holds_bytes(kind) or pa.types.is_decimal(kind)):
         raise NotVectorizedError
-    values = _by_distinct_value(column, formats.finite_number)
+    values = _by_distinct_value(column, finite_number)
     return values, np.isfinite(values)
+
+
+def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
+    """Raise `ValueError` if data lack columns that weights of pairs read."""
+    if lacking := [column for column in wanted if column not in columns]:
+        raise ValueError(
+            f"`pair_weights` reads the columns {lacking}, and the {name} data have {list(columns)}. Add them, or name "
+            "another column or function."
+        )
 
 
 def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
@@ -100,7 +194,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
     for row, value in enumerate(values):
         try:
             listed = value if isinstance(value, list | tuple | np.ndarray) else [value]
-            numbers = [formats.finite_number(each, column) for each in listed]
+            numbers = [finite_number(each, column) for each in listed]
             width = width or len(numbers)
             if not numbers or len(numbers) != width:
                 raise LabelError(f"`{column}` must have {width or 'some'} numbers, as other rows have; got {value!r}")
@@ -112,11 +206,11 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
 
 
 def are_valid(column: pa.Array) -> np.ndarray:
-    """Which values of a validity column [`formats.is_valid`] takes for true."""
+    """Which values of a validity column [`is_valid`] takes for true."""
     kind = column.type
     if not (_holds_keys(kind) or pa.types.is_floating(kind) or holds_bytes(kind) or pa.types.is_null(kind)):
         raise NotVectorizedError
-    return _by_distinct_value(column, lambda value: formats.is_valid(value, "")) == 1.0
+    return _by_distinct_value(column, lambda value: is_valid(value, "")) == 1.0
 
 
 def _by_distinct_value(column: pa.Array, function: Callable[[Any], float]) -> np.ndarray:

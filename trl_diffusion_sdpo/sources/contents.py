@@ -42,14 +42,14 @@ def checksum_of_images(table: datasets.Dataset, known: PreferenceFormat) -> str:
 
 
 def checksum_of_prompts(table: datasets.Dataset, known: PreferenceFormat) -> str:
-    """Of the column of prompts."""
-    column = next(name for name in known.prompt_columns if name in table.column_names)
-    base, selected = without_selection(table.select_columns([column]))
-    parts = (without_views(part.column(0)) for part in base.with_format("arrow").iter(batch_size=ROUND_ROWS))
+    """Of the column of prompts, or of both, one after the other."""
     digest = hashlib.sha256()
-    for part in parts if selected is None else [_rows_of(list(parts), selected)]:
-        for start in range(0, len(part), BLOCK_ROWS):
-            _hash(part.slice(start, BLOCK_ROWS).chunks, digest, has_files=False)
+    for column in known.read_prompt_columns(table.column_names):
+        base, selected = without_selection(table.select_columns([column]))
+        parts = (without_views(part.column(0)) for part in base.with_format("arrow").iter(batch_size=ROUND_ROWS))
+        for part in parts if selected is None else [_rows_of(list(parts), selected)]:
+            for start in range(0, len(part), BLOCK_ROWS):
+                _hash(part.slice(start, BLOCK_ROWS).chunks, digest, has_files=False)
     return digest.hexdigest()
 
 

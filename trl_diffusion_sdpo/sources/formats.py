@@ -2,20 +2,32 @@
 columns describe. A format reads from a row one score per image, larger for a better one; one function turns the scores
 into winners, losers and ties. Nothing here reads an image."""
 
-import math
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
+from .columns import (
+    ImageScores,
+    LabelError,
+    finite_number,
+    first_is_preferred,
+    is_valid,
+    larger_is_better,
+    member_text,
+    picked_from_list,
+    probability_of_first,
+    rank_list,
+    rank_of_row,
+)
+
+logger = logging.getLogger(__name__)
+
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], None]
 
 ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "images judged equal"
-
-
-class LabelError(ValueError):
-    """A row whose label or score is missing or unreadable."""
 
 
 class PairReference(NamedTuple):
@@ -33,13 +45,6 @@ class PairReference(NamedTuple):
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
 
 
-class ImageScores(NamedTuple):
-    """How a row's label ranks the row's images."""
-
-    values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether equal numbers are a tie: the images that nobody picked were never compared
-
-
 @dataclass(frozen=True)
 class PreferenceFormat:
     """The columns in which one kind of preference set keeps prompts, images and labels.
@@ -48,6 +53,7 @@ class PreferenceFormat:
         name (`str`): Key in `FORMATS`.
         prompt_columns (`tuple[str, ...]`): Accepted names of the prompt column; the first one present is read.
         image_columns (`tuple[str, ...]`): The two image columns, or the single one.
+        other_image_columns (`tuple[str, ...]`): Other accepted names of the single one; the first one present is read.
         label_readers (`Mapping`): Label columns to the function that turns their values into `ImageScores`, in order
             of preference; a row uses the first whose columns are all present and filled.
         images_in_list (`bool`): The single image column holds a list of images.
@@ -55,6 +61,8 @@ class PreferenceFormat:
         validity_column (`str`, *optional*): Where present and false, the row has no label.
         score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read where present.
         text_members (`bool`): Prompts are members of an archive: possibly bytes, possibly with a trailing newline.
+        prompt_of_each_image (`bool`): `prompt_columns` are the prompts of the two images, in place of one prompt.
+        has_losers (`bool`): Whether rows have a loser. Without one, a pair's loser is the winner of another.
         is_swapped (`bool`): Whether the published loser is the winner of a pair.
     """
 
@@ -62,11 +70,14 @@ class PreferenceFormat:
     prompt_columns: tuple[str, ...]
     image_columns: tuple[str, ...]
     label_readers: Mapping[tuple[str, ...], Callable[[Sequence[Any]], ImageScores]]
+    other_image_columns: tuple[str, ...] = ()
     images_in_list: bool = False
     group_column: str | None = None
     validity_column: str | None = None
     score_columns: tuple[str, str] | None = None
     text_members: bool = False
+    prompt_of_each_image: bool = False
+    has_losers: bool = True
     is_swapped: bool = False
     _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
@@ -79,7 +90,11 @@ class PreferenceFormat:
         """The columns that a set with these columns lacks for this format; empty if it can be read."""
         found = set(column_names)
         lacking = [column for column in (*self.image_columns, self.group_column) if column and column not in found]
-        if not found.intersection(self.prompt_columns):
+        if found.intersection(self.other_image_columns):
+            lacking = [column for column in lacking if column not in self.image_columns]
+        if self.prompt_of_each_image:
+            lacking += [column for column in self.prompt_columns if column not in found]
+        elif not found.intersection(self.prompt_columns):
             lacking.append(" or ".join(self.prompt_columns))
         if not any(found.issuperset(columns) for columns in self.label_readers):
             lacking.append(" or ".join("+".join(columns) for columns in self.label_readers))
@@ -91,28 +106,40 @@ class PreferenceFormat:
         return [column for column in self._text_columns if column in found]
 
     def prompt_column(self, column_names: Iterable[str]) -> str:
-        """The column of the prompts in a set with these columns."""
+        """The column of the prompts in a set with these columns; of two, that of the published winners."""
         found = set(column_names)
         return next(column for column in self.prompt_columns if column in found)
+
+    def read_prompt_columns(self, column_names: Iterable[str]) -> list[str]:
+        """All columns of prompts that are read from a set with these columns: one, or that of each image."""
+        return list(self.prompt_columns) if self.prompt_of_each_image else [self.prompt_column(column_names)]
 
     def describe(self) -> str:
         """The accepted columns in one line, for error messages."""
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
-        parts = [" or ".join(self.prompt_columns), *self.image_columns, self.group_column, labels]
+        prompts = self.prompt_columns if self.prompt_of_each_image else [" or ".join(self.prompt_columns)]
+        images = [" or ".join((*self.image_columns, *self.other_image_columns))]
+        parts = [*prompts, *(images if self.other_image_columns else self.image_columns), self.group_column, labels]
         return f"{self.name}: " + ", ".join(part for part in parts if part)
 
-    def prompt(self, row: Mapping[str, Any]) -> str:
-        """The row's prompt.
+    def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
+        """The row's prompt, or the one of its images' own prompts.
 
         Raises:
             ValueError: If it is anything but a string.
         """
-        value = next((row[column] for column in self.prompt_columns if column in row), None)
+        columns = self.prompt_columns[image : image + 1] if self.prompt_of_each_image else self.prompt_columns
+        value = next((row[column] for column in columns if column in row), None)
         if self.text_members:
-            value = _member_text(value)
+            value = member_text(value)
         if not isinstance(value, str):
-            raise ValueError(f"the prompt must be a string, got {type(value).__name__}")
+            name = f"`{columns[0]}`" if self.prompt_of_each_image else "the prompt"
+            raise ValueError(f"{name} must be a string, got {type(value).__name__}")
         return value
+
+    def prompts(self, row: Mapping[str, Any]) -> list[str]:
+        """The row's prompt, or those of its images; raises as `prompt`."""
+        return [self.prompt(row, image) for image in range(2 if self.prompt_of_each_image else 1)]
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
         """The label of a row as one score per image.
@@ -155,7 +182,9 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
     for candidate in FORMATS.values():
         if not candidate.missing(columns):
             _check_scores(candidate, columns)
+            _check_prompts(candidate, columns)
             return candidate
+    _check_prompts(FORMATS["canonical"], columns)
     raise ValueError(
         f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) so that "
         "they match one of:\n" + "\n".join(f"  {known.describe()}" for known in FORMATS.values())
@@ -182,6 +211,8 @@ def resolve_format(
                 f"{lacking}. Rename its columns or leave `dataset_format` out."
             )
         _check_scores(known, columns)
+    images = [column for column in (*known.image_columns, *known.other_image_columns) if column in columns]
+    known = replace(known, image_columns=tuple(images[:1])) if known.other_image_columns else known
     return known if use_scores else replace(known, score_columns=None)
 
 
@@ -223,7 +254,7 @@ def pairs_in_group(
     for number, row in group:
         try:
             labels, reward_scores = known.image_scores(row), known.reward_scores(row)
-            known.prompt(row)
+            known.prompts(row)
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
@@ -259,74 +290,40 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
         )
 
 
-def _member_text(value: Any) -> Any:
-    text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
-    return text.strip() if isinstance(text, str) else text
-
-
-def is_valid(value: Any, what: str) -> bool:
-    """A boolean, true where it is missing. CSV and JSON files may hold it as text."""
-    if value is None or value != value:  # NaN: pandas' value of an empty cell
-        return True
-    word = str(_member_text(value)).lower()
-    if word in ("true", "1", "1.0", "yes"):
-        return True
-    if word in ("false", "0", "0.0", "no"):
-        return False
-    raise LabelError(f"`{what}` must be true or false, got {value!r}")
-
-
-def finite_number(value: Any, what: str = "label") -> float:
-    """A finite float from a number, a numeric string or numeric bytes (archive members are text: "0.5\\n")."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise LabelError(f"`{what}` must be a number, got {value!r}") from error
-    if not math.isfinite(number):
-        raise LabelError(f"`{what}` must be finite, got {number}")
-    return number
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise LabelError(f"the label must be a list with one number per image, got {values!r}")
-    numbers = tuple(finite_number(value) for value in values)
-    if not numbers:
-        raise LabelError("the label is an empty list")
-    return numbers
-
-
-def first_is_preferred(_: Sequence[Any]) -> ImageScores:
-    return ImageScores((1.0, 0.0))
-
-
-def larger_is_better(values: Sequence[Any]) -> ImageScores:
-    return ImageScores(_numbers(values))
-
-
-def probability_of_first(values: Sequence[Any]) -> ImageScores:
-    first = finite_number(values[0])
-    return ImageScores((first, 1.0 - first))
-
-
-def picked_from_list(values: Sequence[Any]) -> ImageScores:
-    return ImageScores(_numbers(values[0]), ranked=False)
-
-
-def rank_list(values: Sequence[Any]) -> ImageScores:
-    return ImageScores(tuple(-rank for rank in _numbers(values[0])))
-
-
-def rank_of_row(values: Sequence[Any]) -> ImageScores:
-    return ImageScores((-finite_number(values[0], "rank"),))
+def _check_prompts(detected: PreferenceFormat, columns: list[str]) -> None:
+    """Refuse one branch's prompts alone, and say which are read where a set has both kinds."""
+    present = [column for column in BRANCH_PROMPTS if column in columns]
+    if detected.prompt_of_each_image:
+        plain = [column for column in _PROMPTS if column in columns]
+        if plain:
+            logger.warning(
+                "`%s` and `%s` are read as the prompts of chosen and rejected images, and `%s` is not read. With "
+                "`dataset_format=canonical` it would be the prompt of both.",
+                *(*BRANCH_PROMPTS, plain[0]),
+            )
+    elif len(present) == 1 and detected.image_columns == ("chosen", "rejected"):
+        raise ValueError(_ALONE.format(present[0]))
 
 
 _PROMPTS = ("prompt", "caption", "original_prompt", "text")
+BRANCH_PROMPTS = ("chosen_prompt", "rejected_prompt")
+_ALONE = (
+    f"Prompts of chosen and rejected images must come in pairs: found `{{}}`, expected both of {list(BRANCH_PROMPTS)}. "
+    "Add the other one, or name `dataset_format='canonical'` to read one prompt for both images."
+)
 
 # Order matters only where a set fits two formats: the earlier one is taken.
 FORMATS: dict[str, PreferenceFormat] = {
     known.name: known
     for known in (
+        PreferenceFormat(
+            name="branch_prompts",
+            prompt_columns=BRANCH_PROMPTS,
+            image_columns=("chosen", "rejected"),
+            label_readers={(): first_is_preferred},
+            score_columns=("chosen_score", "rejected_score"),
+            prompt_of_each_image=True,
+        ),
         PreferenceFormat(
             name="canonical",
             prompt_columns=_PROMPTS,
@@ -376,6 +373,14 @@ FORMATS: dict[str, PreferenceFormat] = {
                 ("weighted_results_image1_preference", "weighted_results_image2_preference"): larger_is_better,
                 ("votes_image1", "votes_image2"): larger_is_better,
             },
+        ),
+        PreferenceFormat(
+            name="captioned",
+            prompt_columns=_PROMPTS,
+            image_columns=("image",),
+            other_image_columns=("jpg", "png"),
+            label_readers={(): first_is_preferred},  # the loser is another row's image
+            has_losers=False,
         ),
     )
 }

@@ -3,6 +3,7 @@ are those of `formats.pairs_in_group`, which reads row by row, also what is no t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -47,6 +48,45 @@ class PairIndex(NamedTuple):
     def swapped(self) -> PairIndex:
         """As [`formats.PairReference.swapped`]."""
         return PairIndex(self.pairs[:, [2, 3, 0, 1]], None if self.scores is None else -self.scores[:, ::-1])
+
+
+@dataclass(frozen=True)
+class PairNumbers:
+    """What items of P pairs carry by row: scores and weights.
+
+    Args:
+        scores (`np.ndarray` of shape `(P, 2)`, *optional*): Of winner and loser, from the source's columns.
+        calibrated (`np.ndarray` of shape `(P, 2)`, *optional*): In their place.
+        weights (`np.ndarray` of shape `(P,)`, float32, *optional*): Factors of the pairs' losses.
+    """
+
+    scores: np.ndarray | None = None
+    calibrated: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    def take(self, rows: slice | np.ndarray) -> PairNumbers:
+        """Those of some pairs."""
+        found = (self.scores, self.calibrated, self.weights)
+        return PairNumbers(*(None if numbers is None else numbers[rows] for numbers in found))
+
+    @property
+    def scores_of_items(self) -> np.ndarray | None:
+        """The scores that items carry, `(P, 2)`."""
+        return self.scores if self.calibrated is None else self.calibrated
+
+    def scores_of(self, row: int) -> tuple[float, ...] | None:
+        """The two scores of a pair's item, if it has scores."""
+        return None if self.scores_of_items is None else tuple(self.scores_of_items[row].tolist())
+
+    def weight_of(self, row: int) -> dict[str, float]:
+        """The weight of a pair as a part of its item, empty without weights."""
+        return {} if self.weights is None else {"pair_weight": float(self.weights[row])}
+
+    def fingerprint(self) -> dict[str, str]:
+        """Identifies the weights, empty without them; scores are those of the source."""
+        if self.weights is None:
+            return {}
+        return {"pair_weights": hashlib.sha256(self.weights.tobytes()).hexdigest()[:16]}
 
 
 def index_type(rows: int) -> type[np.signedinteger]:
@@ -153,9 +193,10 @@ def _rows(columns: dict[str, pa.Array], known: PreferenceFormat, start: int, siz
         read = [read_numbers(columns[name]) for name in known.score_columns]
         scores = np.stack([values for values, _ in read], axis=1)
         good = good & read[0][1] & read[1][1]
-    prompt = columns[known.prompt_column(columns)]
-    is_text = holds_text(prompt.type) or (known.text_members and holds_bytes(prompt.type))
-    good_prompts = are_filled(prompt) if is_text else np.zeros(size, dtype=bool)
+    good_prompts = np.ones(size, dtype=bool)
+    for prompt in (columns[name] for name in known.read_prompt_columns(columns)):
+        is_text = holds_text(prompt.type) or (known.text_members and holds_bytes(prompt.type))
+        good_prompts &= are_filled(prompt) if is_text else False
     numbers = np.arange(start, start + size)
     return _Rows(numbers, np.arange(size), labels, ranked, good, good_prompts, scores)
 
@@ -307,7 +348,7 @@ def _table_of(values: np.ndarray, good: np.ndarray) -> _Lists:
 
 def _problem(known: PreferenceFormat, row: Any) -> str:
     try:
-        known.image_scores(row), known.reward_scores(row), known.prompt(row)
+        known.image_scores(row), known.reward_scores(row), known.prompts(row)
     except ValueError as error:
         return str(error)
     raise AssertionError(f"{known.name}: a row was found bad that is good: {row}")

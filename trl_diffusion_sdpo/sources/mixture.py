@@ -92,13 +92,17 @@ class MixedSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def prompt(self, row: int) -> str:
+    def prompt(self, row: int, image: int = 0) -> str:
         source, within = self._find(row)
-        return source.prompt(within)
+        return source.prompt(within, image)
 
-    def prompts(self, rows: np.ndarray) -> set[str]:
+    def prompts(self, rows: np.ndarray, image: int = 0) -> set[str]:
         """The distinct prompts of some rows, whose numbers are sorted."""
-        return {prompt for source, own in self.split(rows) for prompt in source.prompts(own)}
+        return {prompt for source, own in self.split(rows) for prompt in source.prompts(own, image)}
+
+    def prompt_digests(self, rows: np.ndarray) -> np.ndarray:
+        """A digest of the prompt of each of some rows, whose numbers are sorted."""
+        return np.concatenate([source.prompt_digests(own) for source, own in self.split(rows)])
 
     def images(self, row: int) -> list[Any]:
         source, within = self._find(row)
@@ -198,6 +202,15 @@ class MixedFormat:
     @property
     def is_swapped(self) -> bool:
         return any(known.is_swapped for known in self.formats)
+
+    @property
+    def prompt_of_each_image(self) -> bool:
+        """Whether a format has one: the other formats' images then have that of their row, twice."""
+        return any(known.prompt_of_each_image for known in self.formats)
+
+    @property
+    def has_losers(self) -> bool:
+        return all(known.has_losers for known in self.formats)
 
     def prompt(self, row: tuple[int, Mapping[str, Any]]) -> str:
         return self.formats[row[0]].prompt(row[1])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .checking import ROUND_ROWS, DataReport, evenly_spaced
-from .columns import NotVectorizedError, prompts_of_rows
+from .columns import NotVectorizedError, check_number_columns, digest_of, digests_of_values, values_of_rows
 from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values, pixels_of
 from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import (
@@ -94,12 +94,22 @@ class ArrowSource(OneSource):
         for batch in self._text.select_columns([column]).iter(batch_size=1000):
             yield from batch[column]
 
-    def prompt(self, row: int) -> str:
-        return self.format.prompt(self._text[row])
+    def prompt(self, row: int, image: int = 0) -> str:
+        return self.format.prompt(self._text[row], image)
 
-    def prompts(self, rows: np.ndarray) -> set[str]:
-        """The distinct prompts of some rows, whose numbers are sorted."""
-        return prompts_of_rows(self._text, self.format, rows)
+    def prompts(self, rows: np.ndarray, image: int = 0) -> set[str]:
+        """The distinct prompts of some rows, whose numbers are sorted; of two in a row, those of an image."""
+        columns, found = self.format.read_prompt_columns(self._text.column_names), set[Any]()
+        column = columns[min(image, len(columns) - 1)]
+        for values in values_of_rows(self._text, column, rows):
+            found.update(values.unique().to_pylist())
+        return {self.format.prompt({column: value}, image) for value in found}
+
+    def prompt_digests(self, rows: np.ndarray) -> np.ndarray:
+        """A digest of the prompt of each of some rows, whose numbers are sorted; of two, that of the first image."""
+        column = self.format.prompt_column(self._text.column_names)
+        read = values_of_rows(self._text, column, rows)
+        return digests_of_values(read, lambda value: self.format.prompt({column: value}))
 
     def images(self, row: int) -> list[Any]:
         return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
@@ -174,13 +184,17 @@ class RowSource(OneSource):
         """Each row's value of a column."""
         return (row.get(column) for _, row in self.text_rows())
 
-    def prompt(self, row: int) -> str:
+    def prompt(self, row: int, image: int = 0) -> str:
         with _errors_as_undecodable():
-            return self.format.prompt(self._row(row))
+            return self.format.prompt(self._row(row), image)
 
-    def prompts(self, rows: np.ndarray) -> set[str]:
+    def prompts(self, rows: np.ndarray, image: int = 0) -> set[str]:
         """The distinct prompts of some rows."""
-        return {self.prompt(row) for row in rows.tolist()}
+        return {self.prompt(row, image) for row in rows.tolist()}
+
+    def prompt_digests(self, rows: np.ndarray) -> np.ndarray:
+        """A digest of the prompt of each of some rows."""
+        return np.array([digest_of(self.prompt(row)) for row in rows.tolist()], dtype=np.int64)
 
     def images(self, row: int) -> list[Any]:
         with _errors_as_undecodable():
@@ -273,19 +287,11 @@ def make_source(
     if not len(dataset):
         raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-        _check_columns(number_columns, dataset.column_names, name)
+        check_number_columns(number_columns, dataset.column_names, name)
         return ArrowSource(dataset, dataset_format, use_scores, number_columns)
     source = RowSource(dataset, dataset_format, use_scores)
-    _check_columns(number_columns, list(dataset[0]), name)
+    check_number_columns(number_columns, list(dataset[0]), name)
     return source
-
-
-def _check_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
-    if lacking := [column for column in wanted if column not in columns]:
-        raise ValueError(
-            f"`pair_weights` reads the columns {lacking}, and the {name} data have {list(columns)}. Add them, or name "
-            "another column or function."
-        )
 
 
 def build_index(source: ArrowSource | RowSource, reject: Reject) -> PairIndex:
@@ -347,10 +353,10 @@ def pairs_fingerprint(
         return {**found, **{name: [part[name] for part in contents] for name in ("prompts", "images")}}
     prompt_rows = index[evenly_spaced(len(index), FINGERPRINTED_PROMPTS), 0].tolist()
     compared = evenly_spaced(len(index), THOROUGHLY if thorough else FINGERPRINTED_IMAGES)
-    image_rows = index[compared][:, [0, 2]].flatten().tolist()
+    image_rows, prompts = index[compared][:, [0, 2]].flatten().tolist(), range(1 + source.format.prompt_of_each_image)
     return {
         **found,
-        "prompts": _repeatable_hash(prompt_rows, lambda row: [repr(source.prompt(row)).encode()]),
+        "prompts": _repeatable_hash(prompt_rows, lambda row: [repr(source.prompt(row, n)).encode() for n in prompts]),
         "images": _repeatable_hash(
             image_rows, lambda row: [_undecoded_bytes(image, thorough) for image in source.images(row)]
         ),

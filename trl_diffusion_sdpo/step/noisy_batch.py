@@ -103,6 +103,21 @@ class PairPredictions:
         )
 
 
+def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
+    """The conditioning of each of `rows` images: of half as many prompts `(B, ...)` that of each for both images of its
+    pair, and of as many as it is.
+
+    Raises:
+        ValueError: On any other number of prompts.
+    """
+    prompts = len(conditioning)
+    if prompts not in (rows // 2, rows):
+        raise ValueError(
+            f"A batch has a prompt for each pair or for each image, {rows // 2} or {rows}; got {prompts}."
+        )
+    return torch.cat([conditioning] * (rows // prompts))
+
+
 def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
     """Rows `(2B, ...)`, winners first, with all pairs repeated in their order: `(2 times B, ...)`, winners first."""
     winners, losers = tensor.chunk(2)

@@ -35,7 +35,14 @@ from ..losses import (
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
-from .noisy_batch import NoiseSettings, NoisyBatch, PairPredictions, repeat_pairs, seeds_of_levels
+from .noisy_batch import (
+    NoiseSettings,
+    NoisyBatch,
+    PairPredictions,
+    of_both_halves,
+    repeat_pairs,
+    seeds_of_levels,
+)
 
 VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
 
@@ -195,9 +202,9 @@ class PairForward:
             pixels = pixels_as_floats(inputs["pixel_values"])
             with self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                conditioning = family.encode_prompts(inputs["prompts"])  # one for a pair's two images
+                conditioning = family.encode_prompts(inputs["prompts"])  # one for a pair's two images, or for each
             size = (pixels.shape[-2], pixels.shape[-1])
-        conditioning = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+        conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
         # A VAE may return channels-last latents. Convolutions keep that layout without gradients and drop it with them,
         # so that policy and reference would round differently.

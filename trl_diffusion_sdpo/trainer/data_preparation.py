@@ -276,15 +276,14 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         _check_prepared(dataset, args, loss, name, training=training)
         return dataset
     scores = score_settings(args, loss, training=training)
-    transform = PairTransform(
-        cast(Any, args.resolution),
-        center_crop=not (training and args.random_crop),
-        random_flip=training and args.random_flip,
-        interpolation=args.image_interpolation,
-    )
     prepared = prepare_dataset(
         dataset,
-        transform=transform,
+        transform=PairTransform(
+            cast(Any, args.resolution),
+            center_crop=not (training and args.random_crop),
+            random_flip=training and args.random_flip,
+            interpolation=args.image_interpolation,
+        ),
         prompt_dropout=args.proportion_empty_prompts if training else 0.0,
         seed=args.seed if args.data_seed is None else args.data_seed,
         dataset_format=args.dataset_format,
@@ -301,6 +300,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         use_scores=scores.needs_scores,
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
+        losers=args.losers,
         name=name,
     )
     if isinstance(prepared, PreferenceIterableDataset):
@@ -336,11 +336,14 @@ def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, nam
         score_settings(args, loss, training=training).check_prepared(dataset, name, training=training)
     if not training:
         _refuse_parts(dataset, args, name)
-    if dataset is not None and dataset.is_swapped != args.swap_labels:
-        raise ValueError(
-            f"The labels of the prepared {name} data are{'' if dataset.is_swapped else ' not'} swapped, and "
-            f"`swap_labels` is {args.swap_labels}. Pass the data set that they were prepared from."
-        )
+    if dataset is None:
+        return
+    for setting, of_data in {"swap_labels": dataset.is_swapped, "losers": dataset.is_permuted}.items():
+        if of_data != (getattr(args, setting) in (True, "permute")):
+            raise ValueError(
+                f"The {name} data were prepared with another `{setting}` than {getattr(args, setting)!r}. Pass the "
+                "data set that they were prepared from."
+            )
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:

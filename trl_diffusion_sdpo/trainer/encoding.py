@@ -139,6 +139,12 @@ class PairEncoding:
                 "Load them without `streaming=True`, or leave it off."
             )
         check_prompt_padding("precompute_latents", self._frozen.family, self._args)
+        if dataset.has_loser_prompts and self._frozen.family.prompt_padding == "start":
+            raise ValueError(
+                f"`precompute_latents=True` encodes every prompt alone, and {self._frozen.family.name} pads prompts at "
+                f"the start and attends to the padding: the two prompts of each pair of the {name} data depend on each "
+                "other. Leave it off."
+            )
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 

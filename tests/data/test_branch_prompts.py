@@ -1,0 +1,127 @@
+"""A prompt of each image: read from every style of data, dropped together, and held out by the winner's."""
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.holdout import hold_out
+from trl_diffusion_sdpo.data.transforms import PreferenceCollator
+from trl_diffusion_sdpo.sources.tables import ArrowSource, RowSource
+
+
+def two_prompts(pairs):
+    """The pairs with the prompts "w 0" and "l 0" and so on."""
+    count = len(pairs)
+    pairs = pairs.remove_columns("prompt").add_column("chosen_prompt", [f"w {i}" for i in range(count)])
+    return pairs.add_column("rejected_prompt", [f"l {i}" for i in range(count)])
+
+
+def prepare(data, **options):
+    return prepare_dataset(data, transform=PairTransform(16), **options)
+
+
+@pytest.fixture
+def pairs(make_pairs):
+    return two_prompts(make_pairs(6))
+
+
+def in_style(pairs, style):
+    return {"table": pairs, "list": pairs.to_list(), "stream": pairs.to_iterable_dataset()}[style]
+
+
+@pytest.mark.parametrize("style", ["table", "list", "stream"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_each_image_has_its_own_prompt(pairs, make_pairs, style, swap):
+    prepared = prepare(in_style(pairs, style), swap_labels=swap)
+    plain = prepare(make_pairs(6), swap_labels=swap)
+    items = list(prepared) if style == "stream" else [prepared[index] for index in range(6)]
+    assert prepared.has_loser_prompts and len(items) == 6
+    for index, item in enumerate(items):
+        expected = (f"l {index}", f"w {index}") if swap else (f"w {index}", f"l {index}")
+        assert (item["prompt"], item["loser_prompt"]) == expected
+        assert torch.equal(item["pixel_values"], plain[index]["pixel_values"])
+        assert item["seed"] == plain[index]["seed"]
+
+
+def test_a_batch_has_the_prompts_of_the_winners_first(pairs):
+    prepared = prepare(pairs)
+    batch = PreferenceCollator()([prepared[0], prepared[1]])
+    assert batch["prompts"] == ["w 0", "w 1", "l 0", "l 1"]
+    with pytest.raises(ValueError, match="All losers of a batch have their own prompt or none has, got 1 of 2"):
+        PreferenceCollator()([prepared[0], {key: prepared[1][key] for key in prepared[1] if key != "loser_prompt"}])
+
+
+@pytest.mark.parametrize("style", ["table", "stream"])
+def test_both_prompts_of_a_pair_are_dropped_or_none(pairs, make_pairs, style):
+    """The same pairs drop theirs as with one prompt a pair."""
+    dropped = set()
+    plain = prepare(in_style(make_pairs(6), style), prompt_dropout=0.5)
+    prepared = prepare(in_style(pairs, style), prompt_dropout=0.5)
+    for epoch in range(4):
+        plain.set_epoch(epoch)
+        prepared.set_epoch(epoch)
+        ours, theirs = (
+            list(data) if style == "stream" else [data[index] for index in range(6)] for data in (prepared, plain)
+        )
+        for item, other in zip(ours, theirs, strict=True):
+            dropped.add(item["prompt"] == "")
+            assert (item["prompt"] == "") == (item["loser_prompt"] == "") == (other["prompt"] == "")
+    assert dropped == {True, False}
+    assert all(item["prompt"] and item["loser_prompt"] for item in iter(prepared.for_evaluation()))
+
+
+@pytest.mark.parametrize("style", ["table", "list", "stream"])
+def test_a_row_without_one_of_its_prompts_is_counted(pairs, style):
+    rows = [*pairs.to_list(), {**pairs.to_list()[0], "rejected_prompt": None}]
+    data = datasets.Dataset.from_list(rows, features=pairs.features)
+    prepared = prepare(in_style(data, style))
+    assert sum(1 for _ in iter(prepared)) == 6 if style == "stream" else len(prepared) == 6
+    assert prepared.report.bad_prompts == 1 and "`rejected_prompt` must be a string" in str(prepared.report)
+    with pytest.raises(ValueError, match="row 6: `rejected_prompt` must be a string"):
+        found = prepare(in_style(data, style), on_bad_row="raise")
+        list(found)
+
+
+@pytest.mark.parametrize("style", ["table", "stream"])
+def test_in_a_mixture_all_losers_have_a_prompt(pairs, make_pairs, style):
+    parts = [in_style(pairs, style), in_style(make_pairs(2), style)]
+    prepared = prepare(PairMixture(parts))
+    loaded = DataLoader(prepared, batch_size=None)
+    found = {(item["prompt"], item["loser_prompt"]) for item in loaded}
+    assert found == {*((f"w {i}", f"l {i}") for i in range(6)), ("prompt 0",) * 2, ("prompt 1",) * 2}
+    if style == "table":
+        assert prepared.prompts() == {text for texts in found for text in texts}
+        assert prepared.prompts(of_losers=False) == {winner for winner, _ in found}
+
+
+def test_the_prompts_of_all_pairs_are_those_of_both_images(pairs):
+    prepared = prepare(pairs)
+    assert prepared.prompts() == {f"{side} {index}" for side in "wl" for index in range(6)}
+    assert prepared.first(2).prompts(of_losers=False) == {"w 0", "w 1"}
+    assert prepare(pairs, swap_labels=True).first(2).prompts(of_losers=False) == {"l 0", "l 1"}
+
+
+@pytest.mark.parametrize("make", [ArrowSource, RowSource])
+@pytest.mark.parametrize("column", ["chosen_prompt", "rejected_prompt"])
+def test_a_changed_prompt_of_either_image_is_another_data_set(pairs, make, column):
+    changed = pairs.map(lambda row: {column: row[column].replace("3", "three")})
+    one, other = (make(data if make is ArrowSource else data.to_list(), None, True) for data in (pairs, changed))
+    assert one.contents["prompts"] != other.contents["prompts"] and one.contents["images"] == other.contents["images"]
+    for thorough in (False, True):
+        found, differing = (
+            prepare(data, verify_images="none").fingerprint(thorough=thorough) for data in (pairs, changed)
+        )
+        assert {name for name in found if found[name] != differing[name]} == {"prompts"}
+
+
+def test_rows_are_held_out_by_the_prompt_of_the_chosen_image():
+    """Every rejected prompt is another row's chosen one: by both, all rows would be one group."""
+    names = [f"{number}.png" for number in range(12)]
+    chosen = [f"prompt {number // 2}" for number in range(12)]
+    data = datasets.Dataset.from_dict(
+        {"chosen_prompt": chosen, "rejected_prompt": chosen[2:] + chosen[:2], "chosen": names, "rejected": names}
+    )
+    train, test = hold_out(data, 4, seed=0)
+    assert len(test) == 4 and not set(train["chosen_prompt"]) & set(test["chosen_prompt"])

@@ -1,0 +1,247 @@
+"""Losers that are other rows' images: of another prompt, each once in an epoch, equal in every process."""
+
+import io
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
+from trl_diffusion_sdpo.sources.checking import PERMUTED
+
+JUNK = b"this is no image"
+PROMPTS = ["a", "b", "a", "c", "a", "b", "a", "d"]  # half of them are "a"
+
+
+def png(level, size=(16, 16)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def captions(prompts=PROMPTS, bad=(), **columns):
+    """Row i has an image of the grey level i + 1."""
+    return [{"text": text, "image": JUNK if i in bad else png(i + 1), **columns} for i, text in enumerate(prompts)]
+
+
+def prepare(rows, losers="permute", random_flip=False, center_crop=True, **options):
+    transform = PairTransform(16, center_crop=center_crop, random_flip=random_flip)
+    rows = datasets.Dataset.from_list(rows) if isinstance(rows, list) and isinstance(rows[0], dict) else rows
+    return prepare_dataset(rows, transform=transform, losers=losers, **options)
+
+
+def levels(prepared):
+    """(prompt, winner's grey level, loser's) of every item."""
+    items = [prepared[index] for index in range(len(prepared))]
+    return [(item["prompt"], *item["pixel_values"][:, 0, 0, 0].tolist()) for item in items]
+
+
+def check(found, prompts=PROMPTS):
+    """Every image once as winner of its own prompt and once as loser of another."""
+    assert [(prompt, winner) for prompt, winner, _ in found] == [(p, i + 1) for i, p in enumerate(prompts)]
+    assert sorted(loser for *_, loser in found) == list(range(1, len(prompts) + 1))
+    assert all(prompts[loser - 1] != prompt for prompt, _, loser in found)
+
+
+@pytest.mark.parametrize("style", ["table", "list"])
+def test_captions_are_pairs_with_losers_of_other_prompts_drawn_in_every_epoch(style):
+    prepared = prepare(captions() if style == "table" else tuple(captions()))
+    drawn = []
+    for epoch in range(20):
+        prepared.set_epoch(epoch)
+        found = levels(prepared)
+        check(found)
+        drawn.append(tuple(loser for *_, loser in found))
+    assert len(set(drawn)) > 15  # of 4! 4! = 576
+    prepared.set_epoch(3)
+    assert tuple(loser for *_, loser in levels(prepared)) == drawn[3]
+    assert PERMUTED in str(prepared.report) and prepared.report.format == "captioned"
+
+
+def test_the_seed_decides_and_a_copy_in_another_process_agrees():
+    first, other, same = (prepare(captions([str(i) for i in range(30)]), seed=seed) for seed in (1, 2, 1))
+    assert levels(first) != levels(other) and levels(first) == levels(same)
+    first.set_epoch(4)
+    same.set_epoch(4)
+    assert levels(first) == levels(pickle.loads(pickle.dumps(first))) == levels(same)
+
+
+def test_running_workers_follow_the_epoch():
+    prepared = prepare(captions())
+    loader = DataLoader(prepared, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1, 5):
+        prepared.set_epoch(epoch)
+        read = [tuple(item["pixel_values"][:, 0, 0, 0].tolist()) for item in loader]
+        assert read == [pair[1:] for pair in levels(prepared)]
+
+
+def test_an_evaluation_has_the_losers_of_the_first_epoch():
+    prepared = prepare(captions())
+    expected = levels(prepared)
+    prepared.set_epoch(7)
+    assert levels(prepared) != expected
+    assert levels(prepared.for_evaluation()) == expected == levels(prepare(captions(), training=False))
+
+
+def test_the_first_pairs_have_the_losers_that_they_have_among_all():
+    prepared = prepare(captions())
+    assert levels(prepared.first(3)) == levels(prepared)[:3]
+
+
+def test_repeating_draws_repeat_their_losers():
+    prepared = prepare(captions()).with_noise_draws(2)
+    drawn = []
+    for epoch in range(4):
+        prepared.set_epoch(epoch)
+        drawn.append(levels(prepared))
+    assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
+    assert [levels(prepared.in_epoch(draw)) for draw in (0, 1)] == drawn[:2]
+
+
+def test_winner_and_loser_have_one_crop_and_one_flip():
+    """Images of one size whose pixels say where they are: equal up to the first channel, which says whose they are."""
+    generator = np.random.default_rng(0)
+    places = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    rows = []
+    for number in range(8):
+        pixels = places.copy()
+        pixels[..., 0] = number
+        rows.append({"text": str(number), "image": Image.fromarray(pixels)})
+    prepared, flips, crops = prepare(rows, random_flip=True, center_crop=False), set(), set()
+    for epoch in range(3):
+        prepared.set_epoch(epoch)
+        for index in range(8):
+            item = prepared[index]
+            winner, loser = item["pixel_values"]
+            assert torch.equal(winner[1:], loser[1:]) and not torch.equal(winner[0], loser[0])
+            crops.add(item["crop_top_lefts"])
+            flips.add(tuple(winner[1].flatten()[:4].tolist()))
+    assert len(crops) > 1 and len(flips) > 3
+
+
+def test_of_pairs_the_winners_alone_are_read():
+    """The labels choose the winner; the published losers cannot even be decoded."""
+    rows = [
+        {"caption": "a", "jpg_0": png(1), "jpg_1": JUNK, "label_0": 1.0, "label_1": 0.0},
+        {"caption": "b", "jpg_0": JUNK, "jpg_1": png(2), "label_0": 0.0, "label_1": 1.0},
+        {"caption": "c", "jpg_0": png(3), "jpg_1": JUNK, "label_0": 1.0, "label_1": 0.0},
+    ]
+    for verify in ("sample", "all", "none"):
+        prepared = prepare(rows, verify_images=verify)
+        check(levels(prepared), ["a", "b", "c"])
+        assert prepared.report.undecodable == 0
+    assert not prepared.has_scores
+
+
+def test_of_two_prompts_the_winners_is_read():
+    both = {"chosen_prompt": "a", "rejected_prompt": "x", "chosen": png(1), "rejected": png(9)}
+    prepared = prepare([both, {**both, "chosen_prompt": "b", "chosen": png(2)}])
+    check(levels(prepared), ["a", "b"])
+    assert not prepared.has_loser_prompts and "loser_prompt" not in prepared[0]
+
+
+def test_an_image_that_wins_several_pairs_comes_as_often_and_never_against_its_own_prompt():
+    ranked = {"prompt": "a", "image_path": [png(1), png(2), png(3)], "rank": [1, 2, 3]}  # pairs 1-2, 1-3, 2-3
+    others = [{"prompt": "b", "image_path": [png(10 + i), png(99)], "rank": [1, 2]} for i in range(3)]
+    found = levels(prepare([ranked, *others]))
+    assert [pair[:2] for pair in found[:3]] == [("a", 1), ("a", 1), ("a", 2)]
+    assert sorted(pair[2] for pair in found[:3]) == [10, 11, 12]
+    assert sorted(pair[2] for pair in found[3:]) == [1, 1, 2]
+
+
+def test_a_mixture_is_permuted_as_one_and_prompts_of_several_sets_are_one():
+    """Of the prompts a, a, b and a, b, c, with the second set's pairs twice."""
+    parts = [captions(["a", "a", "b"]), captions(["a", "b", "c"])]
+    mixture = PairMixture([datasets.Dataset.from_list(part) for part in parts], weights=[1, 2])
+    prepared = prepare(mixture)
+    assert len(prepared) == 9
+    for epoch in range(5):
+        prepared.set_epoch(epoch)
+        items = [prepared[index] for index in range(9)]
+        places = [
+            prepared._places(index, prepared._losers.of_pair(index, prepared._maker.draw)).tolist()
+            for index in range(9)
+        ]
+        prompt_of = dict(enumerate("aababc"))
+        assert [item["prompt"] for item in items] == [prompt_of[row] for (row, _), _ in places]
+        assert all(prompt_of[winner] != prompt_of[loser] for (winner, _), (loser, _) in places)
+
+
+@pytest.mark.parametrize("verify", ["none", "sample"])
+def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(verify):
+    """Row 1 is bad. Pair 1 is replaced by pair 2; whose loser it would be gets the next image of another prompt."""
+    prompts = [str(number) for number in range(6)]
+    expected = None
+    for order in (range(6), reversed(range(6)), [4, 1, 0, 5, 2, 3]):
+        prepared = prepare(captions(prompts, bad={1}), verify_images=verify)
+        read = {index: prepared[index] for index in order}
+        found = [(item["row"], *item["pixel_values"][:, 0, 0, 0].tolist()) for _, item in sorted(read.items())]
+        assert expected in (None, found)
+        expected = found
+    good = prepare(captions(prompts), verify_images="none")
+    for row, _, loser in expected:
+        own = levels(good)[row][2]
+        following = [(own - 1 + step) % 6 + 1 for step in range(6)]
+        assert loser == next(level for level in following if level != 2 and level != row + 1)
+    assert [row for row, *_ in expected] == [0, 2, 2, 3, 4, 5]
+    assert prepared.report.undecodable == 1 and prepared.undecodable.tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_bad_images_are_left_out_of_the_permutation_where_all_are_checked():
+    prepared = prepare(captions(["a", "b", "c", "d"], bad={1}), verify_images="all")
+    assert len(prepared) == 3
+    assert sorted(loser for *_, loser in levels(prepared)) == [1, 3, 4]
+    with pytest.raises(ValueError, match="pair 1|row 1"):
+        prepare(captions(["a", "b", "c", "d"], bad={1}), verify_images="all", on_bad_row="raise")
+
+
+def test_data_without_two_good_prompts_end_in_an_error():
+    prepared = prepare(captions(["a", "b"], bad={1}), verify_images="none")
+    with pytest.raises(ValueError, match="No pair of the data set can be decoded"):
+        prepared[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"), [("aaab", "'a' has 3 of 4"), ("aaa", "'a' has 3 of 3"), ("b", "'b' has 1 of 1")]
+)
+def test_more_than_half_of_one_prompt_is_refused_with_its_share(prompts, said):
+    with pytest.raises(ValueError, match=f"no prompt may have more than half of the images. In the train data {said}"):
+        prepare(captions(list(prompts)))
+
+
+def test_data_whose_rows_are_all_bad_are_told_as_ever():
+    with pytest.raises(ValueError, match="No pair is left"):
+        prepare(captions([None, None]))
+
+
+def test_captions_need_permuted_losers():
+    for rows in (captions(), datasets.Dataset.from_list(captions()).to_iterable_dataset()):
+        with pytest.raises(ValueError, match="(?s)captions and no losers .*`losers='permute'`.*canonical: prompt"):
+            prepare(rows, losers="data")
+
+
+def test_what_cannot_be_permuted_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="a stream"):
+        prepare(datasets.Dataset.from_list(captions()).to_iterable_dataset())
+    with pytest.raises(ValueError, match="aspect_ratio_buckets"):
+        prepare(captions(), buckets=AspectRatioBuckets((64, 64), 16))
+    with pytest.raises(ValueError, match="swap_labels"):
+        prepare(captions(), swap_labels=True)
+    with pytest.raises(ValueError, match='`losers` must be "data" or "permute"'):
+        prepare(captions(), losers="shuffle")
+
+
+def test_data_of_one_image_are_refused_as_pairs_of_it_would_be():
+    with pytest.raises(ValueError, match="are the same image"):
+        prepare([{"text": str(number), "image": png(1)} for number in range(4)])
+
+
+def test_the_items_of_other_data_are_not_touched(make_pairs):
+    plain, before = prepare(make_pairs(4), losers="data"), prepare_dataset(make_pairs(4), transform=PairTransform(16))
+    assert all(torch.equal(plain[i]["pixel_values"], before[i]["pixel_values"]) for i in range(4))
+    assert plain.draw_settings().keys() == before.draw_settings().keys() and "losers" not in plain.draw_settings()

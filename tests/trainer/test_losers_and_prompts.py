@@ -1,0 +1,228 @@
+"""Runs on permuted losers and on a prompt of each image: what the denoiser is given, what is computed before training,
+and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.sources.checking import PERMUTED
+from trl_diffusion_sdpo.step.noisy_batch import of_both_halves
+
+TIMES = ("runtime", "per_second", "flos", "time", "memory")
+
+
+def two_prompts(pairs):
+    """Texts of different lengths."""
+    texts = {"chosen_prompt": "red", "rejected_prompt": "longer blue"}
+    pairs = pairs.remove_columns("prompt")
+    for column, text in texts.items():
+        pairs = pairs.add_column(column, [f"{text} {row}" for row in range(len(pairs))])
+    return pairs
+
+
+def captions(pairs):
+    return pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "image")
+
+
+def walk(trainer, **resumed):
+    """Logs without times, and the weights."""
+    trainer.train(**resumed)
+    history = trainer.state.log_history
+    logs = [{name: value for name, value in row.items() if not any(t in name for t in TIMES)} for row in history]
+    return logs, torch.cat([weight.detach().flatten() for weight in trainer.denoiser.parameters()])
+
+
+def assert_equal(one, other):
+    assert one[0] == other[0] and torch.equal(one[1], other[1])
+
+
+# ---- A prompt of each image ---------------------------------------------------------------------------------------
+
+
+def sd(pipeline, prompt):
+    return {"encoder_hidden_states": pipeline.encode_prompt(prompt, "cpu", 1, False)[0]}
+
+
+def sdxl(pipeline, prompt):
+    text, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+    sizes = torch.tensor([[20.0, 24.0, 0.0, 2.0, 16.0, 16.0]])  # 20 x 24 resized to 16 x 19 and cropped at the centre
+    return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+
+
+def sd3(pipeline, prompt):
+    text, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+
+MODELS = {"stable_diffusion": sd, "stable_diffusion_xl": sdxl, "stable_diffusion_3": sd3}
+
+
+@pytest.mark.parametrize(
+    ("model", "precomputed"),
+    [
+        *[(model, False) for model in MODELS],
+        ("stable_diffusion_xl", True),
+        *[pytest.param(f"stable_diffusion{kind}", True, marks=pytest.mark.matrix) for kind in ("", "_3")],
+    ],
+)
+def test_each_image_is_predicted_with_the_pipelines_encoding_of_its_own_prompt(
+    make_trainer, make_pairs, family_folder, tmp_path, model, precomputed
+):
+    """One image at a time, by the pipeline's own denoiser and its own `encode_prompt`."""
+    pairs, folder, own_inputs = two_prompts(make_pairs(4)), family_folder(model), MODELS[model]
+    cache = {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "cache")} if precomputed else {}
+    trainer = make_trainer(folder, train=pairs, per_device_train_batch_size=2, resolution=16, **cache)
+    collated = trainer.data_collator([trainer.train_dataset[row] for row in (2, 0)])
+    expected = [pairs[column][row] for column in ("chosen_prompt", "rejected_prompt") for row in (2, 0)]
+    assert collated["prompts"] == expected
+    with torch.no_grad():
+        found = trainer.pair_forward.predict_pairs(trainer.model, trainer._prepare_inputs(collated))
+        pipeline = load_pipeline(folder)
+        is_flow = model == "stable_diffusion_3"
+        denoiser, name = (pipeline.transformer, "hidden_states") if is_flow else (pipeline.unet, "sample")
+        for image, prompt in enumerate(expected):
+            own = found.policy[image : image + 1]
+            given = {name: found.batch.noisy[image : image + 1], "timestep": found.batch.timesteps[image : image + 1]}
+            alone = denoiser(**given, **own_inputs(pipeline, prompt)).sample
+            torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
+            partners = denoiser(**given, **own_inputs(pipeline, expected[(image + 2) % 4])).sample
+            assert (own - partners).abs().max() > 100 * (own - alone).abs().max()
+
+
+def test_equal_prompts_of_both_images_are_one_prompt_to_the_bit(make_trainer, make_pairs):
+    plain = make_pairs(8)
+    both = plain.rename_column("prompt", "chosen_prompt").add_column("rejected_prompt", plain["prompt"])
+    settings = {"proportion_empty_prompts": 0.3, "optim": "sgd", "safeguard": "parameter"}
+    assert_equal(walk(make_trainer(train=both, **settings)), walk(make_trainer(train=plain, **settings)))
+
+
+@pytest.mark.parametrize("model", ["stable_diffusion", pytest.param("qwen_image", marks=pytest.mark.matrix)])
+def test_encoded_prompts_of_both_images_are_those_of_training(
+    make_trainer, make_pairs, family_folder, tmp_path, model
+):
+    """With dropped prompts, an evaluation, a budget's probe and stored errors. Qwen's prompts differ in length."""
+    settings = {"proportion_empty_prompts": 0.3, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    settings |= {"winner_budget": 0.05, "winner_budget_pairs": 2, "winner_budget_steps": 1, "resolution": 16}
+    settings |= {"safeguard": "parameter", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    runs = []
+    for cache in ({}, {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "cache")}):
+        data = {"train": two_prompts(make_pairs(6)), "eval_dataset": two_prompts(make_pairs(3, seed=1))}
+        runs.append(walk(make_trainer(family_folder(model), **data, **cache, **settings)))
+    if model == "stable_diffusion":
+        assert_equal(*runs)
+    else:  # encoded alone, a text rounds differently
+        torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_with_another_number_of_prompts_is_refused():
+    conditioning = torch.arange(4)[:, None]
+    assert of_both_halves(conditioning, 8).flatten().tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert of_both_halves(conditioning, 4).flatten().tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="a prompt for each pair or for each image, 8 or 16; got 4"):
+        of_both_halves(conditioning, 16)
+
+
+def test_two_prompts_that_depend_on_each_other_are_not_encoded_alone(
+    make_trainer, make_pairs, family_folder, tmp_path
+):
+    cache = {"precompute_latents": True, "latent_cache_dir": str(tmp_path)}
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    with pytest.raises(ValueError, match="the two prompts of each pair of the train data depend on each other"):
+        make_trainer(family_folder("cogview4"), train=two_prompts(make_pairs(2)), **cache, **sizes)
+
+
+# ---- Permuted losers ----------------------------------------------------------------------------------------------
+
+PERMUTE = {"losers": "permute", "proportion_empty_prompts": 0.3, "max_steps": 6, "eval_strategy": "steps"}
+PERMUTE |= {"eval_steps": 3, "beta": 500.0}
+
+
+def permuted(make_trainer, make_pairs, **settings):
+    """A run of three epochs of captions, and an evaluation of others, with flips."""
+    data = {"train": captions(make_pairs(8)), "eval_dataset": captions(make_pairs(4, seed=1))}
+    return make_trainer(**data, **{**PERMUTE, **settings})
+
+
+LATENTS, ERRORS = {"precompute_latents": True}, {"precompute_ref_errors": True, "ref_noise_draws": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "safeguard"),
+    [
+        (LATENTS | ERRORS, "output"),
+        *[
+            pytest.param(before, safeguard, marks=pytest.mark.matrix)
+            for before in (LATENTS, ERRORS, LATENTS | ERRORS)
+            for safeguard in ("none", "parameter")
+        ],
+    ],
+)
+def test_what_is_computed_before_training_does_not_change_a_run_on_captions(
+    make_trainer, make_pairs, tmp_path, before, safeguard
+):
+    settings = {"safeguard": safeguard, "max_steps": 4, "eval_steps": 4}
+    live = walk(permuted(make_trainer, make_pairs, **settings))
+    folder = {"latent_cache_dir": str(tmp_path / "cache")} if "precompute_latents" in before else {}
+    trainer = permuted(make_trainer, make_pairs, **settings, **before, **folder, overwrite_output_dir=True)
+    if folder:
+        assert len(trainer.train_dataset._encoded.rows) == 2 * 8  # each image once, and mirrored
+    assert_equal(walk(trainer), live)
+
+
+def test_a_resumed_run_has_the_losers_of_an_undisturbed_one(make_trainer, make_pairs, tmp_path):
+    """From the middle of the second epoch of four."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    whole = permuted(make_trainer, make_pairs, **settings)
+    _, weights = walk(whole)
+    resumed = permuted(make_trainer, make_pairs, **settings)
+    _, again = walk(resumed, resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
+    assert torch.equal(weights, again)
+
+
+@pytest.mark.matrix
+def test_pairs_in_smaller_batches_have_the_same_losers(make_trainer, make_pairs):
+    """A batch of four, and two of two that are accumulated: rounding apart, one step."""
+    runs = [
+        walk(
+            permuted(make_trainer, make_pairs, optim="sgd", max_steps=3, eval_strategy="no", safeguard="none", **split)
+        )[1]
+        for split in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    ]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_card_the_set_up_and_the_report_say_that_losers_are_permuted(make_trainer, make_pairs):
+    trainer = permuted(make_trainer, make_pairs, max_steps=1, eval_strategy="no", peft_config=LoraConfig(r=2))
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    folder = Path(trainer.args.output_dir)
+    card = (folder / "README.md").read_text()
+    assert PERMUTED in card and "| `losers` | `permute` |" in card
+    assert json.loads((folder / "diffusion_sdpo_setup.json").read_text())["losers"] == "permute"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"swap_labels": True}, "`swap_labels` would make the image of another prompt the winner"),
+        ({"loss_type": "smpo"}, "reads scores of each pair's own loser"),
+        ({"aspect_ratio_buckets": True}, "`aspect_ratio_buckets` train a pair at the winner's size"),
+        ({"precompute_latents": True, "random_crop": True}, "stores each image as its own pair crops it"),
+    ],
+)
+def test_settings_that_permuted_losers_cannot_act_with_are_refused(make_args, settings, said):
+    with pytest.raises(ValueError, match=f"`losers='permute'` cannot act: .*{said}"):
+        make_args(losers="permute", **settings)
+
+
+def test_prepared_data_with_other_losers_are_refused(make_trainer, make_pairs):
+    prepared = permuted(make_trainer, make_pairs).train_dataset
+    with pytest.raises(ValueError, match="prepared with another `losers` than 'data'"):
+        make_trainer(train=prepared)
+    with pytest.raises(ValueError, match="prepared with another `losers` than 'permute'"):
+        make_trainer(train=make_trainer().train_dataset, losers="permute")
