@@ -73,10 +73,10 @@ test-kills: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/kills
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/step_time.py --rounds 1
-	$(BIN)/python benchmarks/encode_throughput.py --rounds 1 --images 16
-	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --latents 16 --batch 2
-	$(BIN)/python benchmarks/winner_rises.py --steps 60
+	$(BIN)/python benchmarks/step_time.py --quick
+	$(BIN)/python benchmarks/encode_throughput.py --quick
+	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --tuning lora --latents 16 --batch 2
+	$(BIN)/python benchmarks/winner_rises.py --steps 40 --learning_rate 1e-3
 	$(BIN)/python benchmarks/planned_memory.py --size tiny --output bench_output/planned_memory.json
 	$(BIN)/python benchmarks/data_loading.py --quick
 

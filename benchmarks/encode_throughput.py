@@ -1,7 +1,8 @@
 """Images and distinct prompts that are encoded in a second: by the networks alone, by batch size, and into a cache.
 
 Seconds are of CPU time on one thread, or of the wall on CUDA. Those of a cache are the seconds of a trainer's set-up
-that encodes, less those of one that finds all encoded: decoding, checksums and files are included.
+that encodes, less those of one that finds all encoded: decoding, checksums and files are included. Images are not
+mirrored. The images of the pairs whose prompts are timed are encoded before, by a trainer that is not timed.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from matplotlib import pyplot as plt
 from proportions import Proportions
 from random_pipeline import random_pairs
 from safeguard_overhead import environment
-from step_time import LATENTS, arguments_of, size_of
+from step_time import LATENTS, arguments_of, name_files, size_of
 from tqdm.auto import tqdm
 from turns import now
 
@@ -29,24 +31,37 @@ from trl_diffusion_sdpo.families import find_family
 KINDS = ("images", "prompts")
 BATCHES = {"images": (1, 2, 4, 8, 16), "prompts": (1, 4, 16, 64)}
 SMALLEST_BATCHES = {"images": (1, 2), "prompts": (1, 4)}
+QUICK_BATCHES = {"images": (1, 2, 4), "prompts": (1, 4, 16)}
+QUICK_IMAGES = 8
+PIXELS_BESIDE_PROMPTS = 16  # side of the images in the rows whose prompts are timed
 
 
 def cached_rate(kind: str, size: Proportions, options: argparse.Namespace, folder: Path) -> float:
     """Of encoding into a cache, at the batch sizes that it chooses."""
     count = options.images if kind == "images" else 8 * options.images
+    # The first trainer of a process imports what others find, and is not counted. For images it encodes one row
+    # elsewhere; for prompts it encodes the images of all rows, of which the cache has one copy for each row.
     if kind == "images":
         pairs = [{**pair, "prompt": "one"} for pair in random_pairs(count // 2, size.pixels)]
+        first, folder_of_first = pairs[:1], "images, not counted"
     else:
+        size = replace(size, pixels=PIXELS_BESIDE_PROMPTS)
         pair = random_pairs(1, size.pixels)[0]
         pairs = [{**pair, "prompt": f"number {number}"} for number in range(count)]
+        first, folder_of_first = [{**pair, "prompt": "one"} for _ in range(count)], kind
     seconds = []
-    # The first trainer of a process imports what others find: it encodes one row elsewhere, and is not counted.
-    for rows, name in ((pairs[:1], f"{kind}, not counted"), (pairs, kind), (pairs, kind)):
-        data, args = Dataset.from_list(rows), arguments_of(LATENTS, size, options, folder / name)
+    for rows, name in ((first, folder_of_first), (pairs, kind), (pairs, kind)):
+        data = Dataset.from_list(rows)
+        args = arguments_of(LATENTS | {"random_flip": False}, size, options, folder / name)
         pipeline, began = size.build(), now(options.device)
         DiffusionSDPOTrainer(pipeline, None, args, data)
         seconds.append(now(options.device) - began)
     return count / (seconds[1] - seconds[2])
+
+
+def batches_of(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Batch sizes of the networks alone, by kind."""
+    return SMALLEST_BATCHES if options.smallest else QUICK_BATCHES if options.quick else BATCHES
 
 
 @torch.no_grad()
@@ -55,7 +70,7 @@ def bare_rates(size: Proportions, options: argparse.Namespace, bar: tqdm) -> dic
     family = find_family(size.build().to(options.device))
     rates: dict[str, dict[int, float]] = {}
     for kind in KINDS:
-        for batch in (SMALLEST_BATCHES if options.smallest else BATCHES)[kind]:
+        for batch in batches_of(options)[kind]:
             call = encoding_call(kind, batch, family, size)
             call()
             seconds = []
@@ -104,22 +119,26 @@ def table(bare: dict[str, dict[int, float]], cached: dict[str, float]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--published", choices=["sd15", "sdxl"], default="sd15", help="the small pipeline's shape")
-    parser.add_argument("--images", type=int, default=32, help="encoded into a cache; eight times as many prompts")
-    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each batch size")
+    parser.add_argument("--images", type=int, help="encoded into a cache; eight times as many prompts (default: 32)")
+    parser.add_argument("--rounds", type=int, help="timed calls of each batch size (default: 3)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU")
     parser.add_argument("--smallest", action="store_true", help="networks so small that the rates mean nothing")
-    parser.add_argument("--output", type=Path, default=Path("bench_output/encode_throughput.json"))
-    parser.add_argument("--plot", type=Path, default=Path("bench_output/encode_throughput.png"))
-    return parser.parse_args(arguments)
+    parser.add_argument("--quick", action="store_true", help="smaller batches, fewer images, one round")
+    parser.add_argument("--output", type=Path, help="file for all numbers (default: in bench_output)")
+    parser.add_argument("--plot", type=Path, help="file for the plot (default: in bench_output)")
+    options = parser.parse_args(arguments)
+    options.images = options.images or (QUICK_IMAGES if options.quick else 32)
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    name_files(options, "encode_throughput")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     size = size_of(options.published, "full", options)
-    batches = SMALLEST_BATCHES if options.smallest else BATCHES
-    total = sum(map(len, batches.values())) + len(KINDS)
+    total = sum(map(len, batches_of(options).values())) + len(KINDS)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=total, unit="measurement") as bar:
         bare, cached = bare_rates(size, options, bar), {}
         for kind in KINDS:

@@ -115,6 +115,12 @@ PROPORTIONS = {
     # As many layers as at the true size, and next to no arithmetic in them.
     THIN: Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64),
     XL_HALF: Proportions("sdxl", unet=64, vae=24, text=(48, 80), pixels=128, pairs=4, transformers=(1, 2, 4)),
+    # For `--quick`: on fewer tokens.
+    "quick sd15, full": Proportions("sd15", unet=64, vae=40, text=(128,), pixels=128),
+    "quick sd15, lora": Proportions("sd15", unet=128, vae=80, text=(128,), pixels=64),
+    "quick sdxl, full": Proportions(
+        "sdxl", unet=64, vae=32, text=(48, 80), pixels=128, pairs=2, transformers=(1, 2, 3)
+    ),
     "smallest sd15": Proportions("sd15", unet=32, vae=8, text=(32,), pixels=64, layers=1),
     "smallest sdxl": Proportions(
         "sdxl", unet=32, vae=8, text=(32, 32), pixels=64, pairs=4, transformers=(1, 1, 1), layers=1

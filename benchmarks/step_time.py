@@ -46,11 +46,12 @@ LORA_TARGETS, RANK = ("to_k", "to_q", "to_v", "to_out.0"), 4  # of diffusers' sc
 BETA, MU, LEARNING_RATES = 5000.0, 0.9, {"full": 1e-6, "lora": 1e-4}
 
 
-SETTINGS = ("parts", "rounds", "warmup", "pairs", "device", "threads", "smallest")
+SETTINGS = ("parts", "rounds", "warmup", "pairs", "device", "threads", "smallest", "quick")
 PARTS = tuple(dict.fromkeys(comparison.part for comparison in COMPARISONS))
 # Times as many rounds: a ratio of two rounds of one contestant is between 0.85 and 1.2, so that the median of five says
 # little about some percent. Steps without arithmetic are short.
 ROUNDS = {THIN: 8, "sd15": 3}
+QUICK_ROUNDS = {THIN: 4, "sd15": 2}
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Group:
 
 def measure(published: str, tuning: str, options: argparse.Namespace, folder: Path, bar: tqdm) -> Group:
     """The comparisons of one kind of pipeline and one tuning, in common rounds."""
-    wanted = [c for c in COMPARISONS if (c.published, c.tuning) == (published, tuning) and c.part in options.parts]
+    wanted = [c for c in wanted_comparisons(options) if (c.published, c.tuning) == (published, tuning)]
     names = list(dict.fromkeys(name for c in wanted for name in (c.name, c.against)))
     contestants: dict[str, InTurns] = {}
     group = Group(published, tuning)
@@ -133,9 +134,20 @@ def measure(published: str, tuning: str, options: argparse.Namespace, folder: Pa
     return group
 
 
+def wanted_comparisons(options: argparse.Namespace) -> list[Comparison]:
+    """Those of the parts; of a quick call without SDXL's LoRA and its VAE in half precision."""
+    found = [comparison for comparison in COMPARISONS if comparison.part in options.parts]
+    if options.quick:
+        found = [
+            one for one in found if one.published == THIN or f"quick {one.published}, {one.tuning}" in PROPORTIONS
+        ]
+    return found
+
+
 def rounds_of(published: str, options: argparse.Namespace) -> int:
     """Timed rounds."""
-    return options.rounds * (1 if options.smallest else ROUNDS.get(published, 1))
+    times = {} if options.smallest else QUICK_ROUNDS if options.quick else ROUNDS
+    return options.rounds * times.get(published, 1)
 
 
 def contestant(
@@ -201,7 +213,8 @@ def arguments_of(
 def size_of(published: str, tuning: str, options: argparse.Namespace) -> Proportions:
     if options.smallest:
         return PROPORTIONS[f"smallest {PROPORTIONS[published].published}"]
-    return PROPORTIONS.get(f"{published}, {tuning}", PROPORTIONS[published])
+    names = ([f"quick {published}, {tuning}"] if options.quick else []) + [f"{published}, {tuning}", published]
+    return PROPORTIONS[next(name for name in names if name in PROPORTIONS)]
 
 
 def result(comparison: Comparison, contestants: dict[str, InTurns], warmup: int) -> Result:
@@ -285,24 +298,33 @@ def plot(groups: list[Group], file: Path) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 5)")
     parser.add_argument("--warmup", type=int, default=1, help="warm-up rounds")
     parser.add_argument("--pairs", type=int, help="pairs a step (default: of the proportions)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU; one is steadiest on a busy machine")
     parser.add_argument("--resume", action="store_true", help="keep what `--output` has of the same settings")
     parser.add_argument("--smallest", action="store_true", help="networks so small that the ratios mean nothing")
-    parser.add_argument(
-        "--output", type=Path, default=Path("bench_output/step_time.json"), help="file for all numbers"
-    )
-    parser.add_argument("--plot", type=Path, default=Path("bench_output/step_time.png"), help="file for the plot")
-    return parser.parse_args(arguments)
+    parser.add_argument("--quick", action="store_true", help="fewer pixels, comparisons and rounds: a first look")
+    parser.add_argument("--output", type=Path, help="file for all numbers (default: in bench_output)")
+    parser.add_argument("--plot", type=Path, help="file for the plot (default: in bench_output)")
+    options = parser.parse_args(arguments)
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    name_files(options, "step_time")
+    return options
+
+
+def name_files(options: argparse.Namespace, name: str) -> None:
+    """The files that were not named: a quick call's are others, so that it overwrites no full measurement."""
+    name += "_quick" if options.quick else ""
+    options.output = options.output or Path(f"bench_output/{name}.json")
+    options.plot = options.plot or Path(f"bench_output/{name}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    wanted = [comparison for comparison in COMPARISONS if comparison.part in options.parts]
+    wanted = wanted_comparisons(options)
     kinds = dict.fromkeys((comparison.published, comparison.tuning) for comparison in wanted)
     settings = {name: getattr(options, name) for name in SETTINGS}
     groups = kept_groups(options.output, settings) if options.resume else []
@@ -335,8 +357,9 @@ def kept_groups(file: Path, settings: dict[str, Any]) -> list[Group]:
     if not file.is_file():
         return []
     report = json.loads(file.read_text(encoding="utf-8"))
-    if report["settings"] != settings:
-        raise ValueError(f"`--resume` needs the settings of {file}, {report['settings']}; got {settings}.")
+    of_file = {"quick": False, **report["settings"]}  # earlier files do not name it
+    if of_file != settings:
+        raise ValueError(f"`--resume` needs the settings of {file}, {of_file}; got {settings}.")
     return [from_json(group) for group in report["groups"]]
 
 

@@ -146,6 +146,35 @@ def test_the_first_trainer_of_a_process_is_not_in_the_rate_of_a_cache(tmp_path, 
     assert first != folder and second == [2, False] and third == (folder, 2, True)
 
 
+def test_the_rate_of_prompts_into_a_cache_is_of_prompts_alone(tmp_path, monkeypatch):
+    """The trainer before the timed one encodes the images of all rows, and its own prompt: 2 images a row, not
+    mirrored. The timed one encodes no image, and each row's prompt with the empty one."""
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import encode_throughput
+
+    from trl_diffusion_sdpo.cache import encoder
+
+    written = []
+    for kind in ("images", "prompts"):
+        function = getattr(encoder, f"encode_{kind}")
+
+        def recorded(*given, function=function, kind=kind, **named):
+            found = function(*given, **named)
+            written.append((kind, found.rows))
+            return found
+
+        monkeypatch.setattr(encoder, f"encode_{kind}", recorded)
+        for module in list(sys.modules.values()):
+            if getattr(module, f"encode_{kind}", None) is function:
+                monkeypatch.setattr(module, f"encode_{kind}", recorded)
+    options = encode_throughput.parse(["--smallest", "--images", "2", "--device", "cpu"])
+    size = encode_throughput.size_of("sd15", "full", options)
+    encode_throughput.cached_rate("prompts", size, options, tmp_path)
+    assert [count for kind, count in written if kind == "images" and count] == [32]
+    assert [count for kind, count in written if kind == "prompts" and count] == [2, 17]
+
+
 @pytest.mark.matrix
 def test_the_rates_of_encoding_are_measured_alone_and_into_a_cache(tmp_path):
     pytest.importorskip("matplotlib")

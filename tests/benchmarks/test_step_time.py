@@ -49,9 +49,45 @@ def test_a_call_that_resumes_measures_only_what_is_missing(measured, monkeypatch
     file.write_text(json.dumps({**report, "groups": report["groups"][:1]}))
     with pytest.raises(TypeError, match="not callable"):
         step_time.main([*words, "--resume"])
-    with pytest.raises(ValueError, match="`--resume` needs the settings of"):
-        step_time.main([*words, "--resume", "--pairs", "3"])
+    for other in (["--pairs", "3"], ["--quick"]):
+        with pytest.raises(ValueError, match="`--resume` needs the settings of"):
+            step_time.main([*words, "--resume", *other])
+    del report["settings"]["quick"]  # as files of before
+    file.write_text(json.dumps(report))
+    assert step_time.main([*words, "--resume"]) == 0
     file.write_text(shown)
+
+
+@pytest.mark.parametrize("script", ["step_time", "encode_throughput"])
+def test_a_quick_call_writes_files_of_its_own(script):
+    pytest.importorskip("matplotlib")
+    module = __import__(script)
+    whole, quick = module.parse([]), module.parse(["--quick"])
+    assert (whole.output, whole.plot) == tuple(Path(f"bench_output/{script}.{kind}") for kind in ("json", "png"))
+    assert not {whole.output, whole.plot} & {quick.output, quick.plot} and quick.rounds < whole.rounds
+    assert module.parse(["--quick", "--output", "a.json"]).output == Path("a.json")
+
+
+def test_a_quick_call_has_every_part_on_fewer_pixels():
+    pytest.importorskip("matplotlib")
+    import step_time
+
+    quick, whole = step_time.parse(["--quick"]), step_time.parse([])
+    kinds = {(one.published, one.tuning) for one in step_time.wanted_comparisons(quick)}
+    assert kinds == {
+        ("sd15", "full"),
+        ("sd15", "lora"),
+        ("thin sd15", "full"),
+        ("thin sd15", "lora"),
+        ("sdxl", "full"),
+    }
+    assert {one.part for one in step_time.wanted_comparisons(quick)} == set(step_time.PARTS)
+    sizes = {kind: [step_time.size_of(*kind, options) for options in (quick, whole)] for kind in kinds}
+    assert [size.pixels for size in sizes["sd15", "full"]] == [128, 192]
+    assert [size.pixels for size in sizes["sd15", "lora"]] == [64, 128]
+    assert [size.pairs for size in sizes["sdxl", "full"]] == [2, 4]
+    steps = {published: step_time.rounds_of(published, quick) for published, _ in kinds}
+    assert steps == {"sd15": 2, "thin sd15": 4, "sdxl": 1}
 
 
 def rows(measured) -> dict[tuple[str, str], dict]:

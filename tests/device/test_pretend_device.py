@@ -19,6 +19,7 @@ SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_st
 EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 FP8 = {"layerwise_casting": "float8_e4m3fn"}
+INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 2}
 MEMORY = ("offload_frozen_components", "group_offload", "layerwise_casting")
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
@@ -105,6 +106,17 @@ def test_the_other_ways_synchronize_as_listed(found, cases):
 def test_average_budget_and_diagnostics_do_not_synchronize(found, cases):
     micro_batches = cases[0]["args"].get("gradient_accumulation_steps", 1)
     check_waits(found[0], {place: micro_batches * count for place, count in listed(cases[0]).items()})
+
+
+@each(sd("full", "parameter", "inverted", INVERSION | {"inversion_eta": 0.1}))
+def test_noise_by_inversion_does_not_synchronize(found, cases):
+    check_waits(found[0], listed(cases[0]))
+
+
+@pytest.mark.matrix
+@each(*[run(family, "lora", "output", "inverted", INVERSION) for family in CASES])
+def test_noise_by_inversion_of_every_family_runs_on_the_device(found):
+    assert all(answer["steps"] == 2 for answer in found)
 
 
 @each(run("z_image", "lora", "parameter", "scores", EMA_AND_BUDGET | {"loss_type": "smpo"}))

@@ -129,10 +129,11 @@ def test_the_example_writes_a_lora_of_a_transformer(run_example, family_folder, 
 @pytest.mark.parametrize("config", ["sd15_score_weights", "sd15_curriculum"])
 def test_the_example_weighs_and_orders_pairs_by_their_scores(run_example, sd_folder, pairs, tmp_path, config):
     scored = tmp_path / "scored"
+    scored.mkdir()
     for name, rows in datasets.load_dataset(pairs).items():
         rows = rows.add_column("chosen_score", [float(i) for i in range(len(rows))])
         rows.add_column("rejected_score", [0.0] * len(rows)).to_parquet(scored / f"{name}.parquet")
-    output = run_example(config, sd_folder, "--dataset_name", str(scored), "--eval_strategy", "no")
+    output = run_example(config, sd_folder, "--dataset_name", str(scored))
     assert len(logged(output, "loss")) == 2
 
 

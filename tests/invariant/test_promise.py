@@ -61,11 +61,11 @@ def pairs():
 def train(pairs, tmp_path):
     """`train(steps=, learning_rate=, every=, **safeguard)`: the trainer's logged steps, and what was watched."""
 
-    def run(*, steps, learning_rate, every=1, **safeguard):
+    def run(*, steps, learning_rate, every=1, batch=PAIRS, **settings):
         args = DiffusionSDPOConfig(
             str(tmp_path / "run"),
             max_steps=steps,
-            per_device_train_batch_size=PAIRS,
+            per_device_train_batch_size=batch,
             beta=100.0,
             learning_rate=learning_rate,
             optim="sgd",
@@ -79,7 +79,7 @@ def train(pairs, tmp_path):
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-            **safeguard,
+            **settings,
         )
         watch = Watch()
         trainer = WatchingTrainer(load_base_pipeline(), None, args, pairs, callbacks=[watch])
@@ -119,6 +119,25 @@ def test_no_small_step_raises_the_error_of_its_own_winners(train, count, limited
     assert 0.9 < sum(realised) / sum(predicted) < 1.1
     assert sum(step["safeguard/scale"] < 1 for step in steps) > limited
     assert sum(step["loss"] for step in steps[-20:]) / 20 < 0.692
+
+
+SUMS = {
+    "sum": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "sft_weight": {"sft_weight": 0.1},
+    "clamp": {"margin_clamp": 0.02},  # some steps win their pair by that
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sum", *(pytest.param(name, marks=pytest.mark.matrix) for name in list(SUMS)[1:])])
+def test_nor_does_one_of_a_sum_or_under_a_cap_at_mu_0(train, name):
+    """Of one pair, whose branch is its error's. At mu 0 a bound that acts leaves what is of second order."""
+    given = {"steps": 24, "learning_rate": SMALL, "batch": 1, **SUMS[name]}
+    _, plain = train(safeguard="none", **given)
+    steps, guarded = train(safeguard="parameter", safeguard_mu=0.0, **given)
+    acts = [number for number, step in enumerate(steps, start=1) if step["safeguard/scale"] < 1]
+    assert plain.batches == guarded.batches and len(acts) > 2
+    assert sum(rises(plain.changes.values())) > 10 * sum(rises(guarded.changes.values()))
 
 
 @pytest.mark.slow

@@ -188,9 +188,9 @@ class TakenAgain(int):
         made.times = times
         return made
 
-    def __getnewargs__(self) -> tuple[int, int]:
+    def __reduce__(self) -> tuple[type[TakenAgain], tuple[int, int]]:
         """For DataLoader workers, which receive indices pickled."""
-        return int(self), self.times
+        return TakenAgain, (int(self), self.times)
 
 
 class BucketSampler(Sampler[int]):

@@ -101,31 +101,17 @@ def prepare_dataset(
     dataset, is_stream = _recognized(dataset)
     permutes = _check_losers(losers, is_stream=is_stream, buckets=buckets, swap_labels=swap_labels)
     reads_sizes = buckets is not None or min_side is not None
-    if number_columns and is_stream:
-        raise ValueError(WITHOUT_MEAN.format(columns=list(number_columns), name=name))
     _check_reading(on_bad_row, is_stream, num_proc, name, verifies=verify == "all", reads_sizes=reads_sizes)
     if is_stream:
+        _refuse_number_columns(number_columns, name)
         options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
         streams, weights = _streams(dataset, dataset_format, name, use_scores, swap_labels)
-        _refuse_without_losers(streams, name, permutes)
         return PreferenceIterableDataset(streams, maker, reader, weights=weights, name=name, **options)
     source = _source(dataset, dataset_format, name, use_scores, swap_labels, number_columns)
-    _refuse_without_losers([source], name, permutes)
+    _refuse_without_losers([source], name, permutes=permutes)
     prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name, permutes=permutes)
     _drop_bad_numbers(prepared, number_columns)
-    if verify == "all":
-        prepared.check_all(num_proc, peers)
-    if reads_sizes:
-        prepared.settle_sizes(buckets, min_side, num_proc, peers)
-    return _settled(prepared, verify, peers, compare=compare)
-
-
-def _settled(prepared: PreferenceDataset, verify: str, peers: Peers, *, compare: bool) -> PreferenceDataset:
-    """Pairs none of which are left out any more, with their losers, a sample of them checked."""
-    if prepared.is_permuted:
-        prepared.permute_losers()
-    if verify != "none" and len(prepared):
-        prepared.check_sample(peers, compare=compare)
+    _check_images(prepared, verify, buckets, min_side, num_proc, peers, compare)
     _log_report(prepared.report)
     return prepared
 
@@ -155,6 +141,32 @@ def _check_reading(
         )
 
 
+def _check_images(
+    prepared: PreferenceDataset,
+    verify: str,
+    buckets: AspectRatioBuckets | None,
+    min_side: int | None,
+    num_proc: int | None,
+    peers: Peers,
+    compare: bool,
+) -> None:
+    """Check all images and their sizes as asked for, draw the losers of pairs none of which is left out any more, and
+    check a sample."""
+    if verify == "all":
+        prepared.check_all(num_proc, peers)
+    if buckets is not None or min_side is not None:
+        prepared.settle_sizes(buckets, min_side, num_proc, peers)
+    if prepared.is_permuted:
+        prepared.permute_losers()
+    if verify != "none" and len(prepared):
+        prepared.check_sample(peers, compare=compare)
+
+
+def _refuse_number_columns(number_columns: Sequence[str], name: str) -> None:
+    if number_columns:
+        raise ValueError(WITHOUT_MEAN.format(columns=list(number_columns), name=name))
+
+
 def _drop_bad_numbers(prepared: PreferenceDataset, number_columns: Sequence[str]) -> None:
     source, _ = prepared.origins()
     for column in number_columns:
@@ -178,7 +190,7 @@ def _check_losers(losers: str, *, is_stream: bool, buckets: AspectRatioBuckets |
     return losers == "permute"
 
 
-def _refuse_without_losers(parts: Sequence[Any], name: str, permutes: bool) -> None:
+def _refuse_without_losers(parts: Sequence[Any], name: str, *, permutes: bool) -> None:
     if not permutes and not all(part.format.has_losers for part in parts):
         others = "\n".join(f"  {known.describe()}" for known in FORMATS.values() if known.has_losers)
         raise ValueError(
@@ -201,6 +213,7 @@ def _streams(
         Stream(part, part_format, part_name, use_scores)
         for _, part, part_format, part_name in _parts(dataset, dataset_format, name)
     ]
+    _refuse_without_losers(parts, name, permutes=False)  # which streams cannot
     for stream in parts:
         stream.format = replace(stream.format, is_swapped=swap_labels)
     return parts, dataset.weights if isinstance(dataset, PairMixture) else None

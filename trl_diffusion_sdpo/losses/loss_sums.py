@@ -113,7 +113,7 @@ def check_loss_kwargs(
     looked at, which would wait for its device."""
     spec = loss_spec(loss_type)
     given = spec.uses_beta and beta is not None and not isinstance(beta, torch.Tensor)
-    if given and not (beta > 0 and math.isfinite(beta)):  # type: ignore[operator]
+    if given and not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"`beta` must be a finite number greater than 0, got {beta}. Diffusion-DPO uses 5000.")
     for name, value in loss_kwargs.items():
         if name not in spec.loss_kwargs:

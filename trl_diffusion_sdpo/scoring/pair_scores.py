@@ -116,7 +116,7 @@ class ScoreSettings:
     def gaps(self, dataset: PreferenceDataset) -> torch.Tensor:
         """The gap of each pair's scores, `(P,)`, never below 0."""
         assert dataset.scores is not None
-        return score_gaps(torch.from_numpy(dataset.scores), sorts_by_scores=self.sorts_by_scores)
+        return score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
 
     def _check_gaps(self, dataset: PreferenceDataset) -> None:
         assert dataset.scores is not None
@@ -184,7 +184,7 @@ def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
 def _scores_of_one(dataset: PreferenceDataset) -> torch.Tensor:
     """`(P, 2, 1)`."""
     assert dataset.scores is not None
-    return torch.from_numpy(dataset.scores)[:, :, None]
+    return torch.tensor(dataset.scores)[:, :, None]
 
 
 def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:

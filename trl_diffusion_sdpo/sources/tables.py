@@ -176,6 +176,11 @@ class RowSource(OneSource):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    @property
+    def columns(self) -> list[str]:
+        """Those of the first row."""
+        return list(self._row(0))
+
     def text_rows(self, order: np.ndarray | None = None) -> Iterator[tuple[int, Mapping]]:
         for number in range(len(self)) if order is None else order.tolist():
             yield number, self._row(number)
@@ -223,9 +228,8 @@ class RowSource(OneSource):
         self, function: Callable[[Any], Any], rows: np.ndarray, num_proc: int | None, desc: str
     ) -> Iterator[list[Any] | str]:
         """For each row, what `function` returns of each of its images, or why the row cannot be read."""
-        yield from tqdm(
-            DataLoader(_OfRows(self, rows, function), batch_size=None, num_workers=num_proc or 0), desc=desc
-        )
+        loader = DataLoader(_OfRows(self, rows, function), batch_size=None, num_workers=num_proc or 0)
+        yield from tqdm(loader, desc=desc)
 
     def _row(self, number: int) -> Mapping[str, Any]:
         row = self._dataset[number]
@@ -266,11 +270,7 @@ def _errors_as_undecodable() -> Iterator[None]:
 def make_source(
     dataset: Any, dataset_format: str | None, name: str, use_scores: bool = True, number_columns: Sequence[str] = ()
 ) -> ArrowSource | RowSource:
-    """Rows as a source, in which [`ArrowSource.values`] can read `number_columns` too.
-
-    Raises:
-        ValueError: If the data are of another kind, have no rows or lack a column.
-    """
+    """Rows as a source; `ValueError` if the data are of another kind, have no rows or lack one of `number_columns`."""
     if isinstance(dataset, dict):
         raise ValueError(
             f"The {name} data must be one split, got a {type(dataset).__name__} of the splits {list(dataset)}. "
@@ -290,7 +290,8 @@ def make_source(
         check_number_columns(number_columns, dataset.column_names, name)
         return ArrowSource(dataset, dataset_format, use_scores, number_columns)
     source = RowSource(dataset, dataset_format, use_scores)
-    check_number_columns(number_columns, list(dataset[0]), name)
+    if number_columns:
+        check_number_columns(number_columns, source.columns, name)
     return source
 
 

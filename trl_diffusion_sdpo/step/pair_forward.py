@@ -128,12 +128,12 @@ class PairForward:
         levels = self.noise_levels_of_a_pair(model)
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
             batch, scores = self.noisy_batch(inputs, levels, policy), self.scores(inputs, levels)
-        weighed = {"pair_weights": self.pair_weights(inputs, levels), "beta": self.beta_of(model)}
+        pair_weights, beta = self.pair_weights(inputs, levels), self.beta_of(model)
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
-            errors = self.stored_errors(inputs)
-            return PairPredictions(batch, self.predict(policy, batch), reference, scores, errors, **weighed)
+            prediction, errors = self.predict(policy, batch), self.stored_errors(inputs)
+            return PairPredictions(batch, prediction, reference, scores, errors, pair_weights, beta)
 
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None

@@ -78,7 +78,7 @@ class ParameterSafeguard:
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references[0] is None else torch.cat(references)
         weights, beta = self._forward.pair_weights(inputs, levels), self._forward.beta_of(model)
-        predictions = PairPredictions(batch, leaf, reference, scores, errors, pair_weights=weights, beta=beta)
+        predictions = PairPredictions(batch, leaf, reference, scores, errors, weights, beta)
         self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
         return predictions
 

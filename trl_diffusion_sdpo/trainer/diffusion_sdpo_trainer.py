@@ -316,7 +316,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         controller = None
         if args.winner_budget is not None:
             controller = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
-        betas = BetaController(cast(float, args.beta), args.device) if args.auto_beta else None
+        betas = BetaController(args.beta, args.device) if args.auto_beta else None
         self.pair_forward = self.pair_forward_class(
             self.frozen_components,
             self.reference,
