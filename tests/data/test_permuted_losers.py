@@ -1,6 +1,7 @@
 """Losers that are other rows' images: of another prompt, each once in an epoch, equal in every process."""
 
 import io
+import json
 import pickle
 
 import datasets
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
+from trl_diffusion_sdpo.data.loading import load_pairs
 from trl_diffusion_sdpo.sources.checking import PERMUTED
 
 JUNK = b"this is no image"
@@ -190,6 +192,35 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
         assert loser == next(level for level in following if level != 2 and level != row + 1)
     assert [row for row, *_ in expected] == [0, 2, 2, 3, 4, 5]
     assert prepared.report.undecodable == 1 and prepared.undecodable.tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_what_was_unreadable_is_read_again_by_a_new_view():
+    rows = tuple(captions(["a", "b", "c"]))
+    rows[1]["image"] = JUNK
+    prepared = prepare(rows, verify_images="none")
+    assert 2 not in {level for pair in levels(prepared) for level in pair[1:]}
+    rows[1]["image"] = png(2)
+    check(levels(prepared.from_source()), ["a", "b", "c"])
+
+
+def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
+    """It could not be read when they were computed, and another image took its place."""
+    prepared = prepare(captions([str(number) for number in range(5)])).with_noise_draws(1)
+    assert prepared.draw_settings()["losers"] == "permute"
+    errors = np.zeros((1, 5, 1, 2), dtype=np.float32)
+    errors[0, 3] = np.nan
+    prepared.set_reference_errors(errors)
+    found = [prepared[index]["pixel_values"][:, 0, 0, 0].tolist() for index in range(5)]
+    assert 4 not in {level for pair in found for level in pair} and [pair[0] for pair in found] == [1, 2, 3, 5, 5]
+
+
+@pytest.mark.parametrize("column", ["image", "jpg", "png"])
+def test_names_of_images_with_captions_are_looked_up_beside_their_file(tmp_path, column):
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(png(number + 1))
+    lines = [json.dumps({"caption": str(number), column: f"{number}.png"}) for number in range(2)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    assert levels(prepare(load_pairs(tmp_path / "own.jsonl"))) == [("0", 1, 2), ("1", 2, 1)]
 
 
 def test_bad_images_are_left_out_of_the_permutation_where_all_are_checked():

@@ -289,18 +289,22 @@ def test_levels_of_a_flow_follow_the_size_of_its_images():
 
 
 def test_timesteps_before_the_shift_have_the_levels_after_it():
-    """A velocity of 1 from clean latents of 0: n = x / sigma = 1 only if steps and levels agree."""
+    """A velocity of `1 + x` from clean latents of 0: Euler's steps by hand. The factor of the shift is
+    `0.25 + 0.75 sqrt(16 / 256) = 0.4375` for 16 tokens."""
     config = {"use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"}
     process = CogView4Process(FlowMatchEulerDiscreteScheduler(**config).config)
     told = []
 
     def predict(noisy, timesteps):
         told.append(timesteps.tolist())
-        return torch.ones_like(noisy)
+        return 1 + noisy
 
     clean, t = torch.zeros(1, 4, 8, 8), torch.tensor([600.0])
     noise = inversion_of(process).noise(predict, clean, t, InversionSettings(steps=4), image_seq_len=16)
-    torch.testing.assert_close(noise, torch.ones_like(noise))
+    sigmas, x = [0.4375 * level / (1 - 0.5625 * level) for level in (0, 0.25, 0.5, 0.6)], 0.0
+    for start, end in zip(sigmas, sigmas[1:], strict=False):
+        x += (end - start) * (1 + x)
+    torch.testing.assert_close(noise, torch.full_like(noise, x / sigmas[-1]))
     assert told == [[250.0], [500.0], [600.0], [600.0]]
 
 

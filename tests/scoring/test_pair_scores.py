@@ -1,5 +1,6 @@
 """Weights and calibrated scores of data sets: what they are computed from, what is refused, counted and reported."""
 
+import hashlib
 import io
 import logging
 
@@ -186,6 +187,8 @@ def test_an_evaluation_and_a_part_of_the_pairs_have_their_own(caplog):
     made = prepared(rows([1, 2, 0, 5]), ScoreSettings("gap"))
     assert "pair_weight" not in made.for_evaluation()[0]
     assert weights_of(made.first(2)) == [0.5, 1]
+    digest = hashlib.sha256(np.array([0.5, 1], dtype=np.float32).tobytes()).hexdigest()
+    assert made.first(2).fingerprint()["pair_weights"] == digest[:16]
 
 
 def test_other_weights_are_other_data_for_a_run_that_resumes_and_the_same_for_a_cache():

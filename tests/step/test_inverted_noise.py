@@ -272,3 +272,10 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
         trainer.train()
     for drawn, inverted in zip(*probes, strict=True):
         assert torch.equal(drawn.noisy, inverted.noisy) and torch.equal(drawn.target, inverted.target)
+
+
+def test_what_stored_errors_of_a_reference_depend_on_has_not_changed(make_trainer):
+    """With another fact, errors that were computed before would not be found."""
+    trainer = make_trainer(precompute_ref_errors=True, peft_config=LoraConfig(r=2))
+    facts = trainer._reference_errors.store_of(trainer.train_dataset).facts
+    assert sorted(facts["noise"]) == ["input_perturbation", "noise_offset", "timesteps"]

@@ -100,8 +100,8 @@ def prepare_dataset(
     strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
     dataset, is_stream = _recognized(dataset)
     permutes = _check_losers(losers, is_stream=is_stream, buckets=buckets, swap_labels=swap_labels)
-    reads_sizes = buckets is not None or min_side is not None
-    _check_reading(on_bad_row, is_stream, num_proc, name, verifies=verify == "all", reads_sizes=reads_sizes)
+    reads = {"verifies": verify == "all", "reads_sizes": buckets is not None or min_side is not None}
+    _check_reading(on_bad_row, is_stream, num_proc, name, **reads)
     if is_stream:
         _refuse_number_columns(number_columns, name)
         options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
@@ -112,7 +112,6 @@ def prepare_dataset(
     prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name, permutes=permutes)
     _drop_bad_numbers(prepared, number_columns)
     _check_images(prepared, verify, buckets, min_side, num_proc, peers, compare)
-    _log_report(prepared.report)
     return prepared
 
 
@@ -151,7 +150,7 @@ def _check_images(
     compare: bool,
 ) -> None:
     """Check all images and their sizes as asked for, draw the losers of pairs none of which is left out any more, and
-    check a sample."""
+    check a sample; then log the report."""
     if verify == "all":
         prepared.check_all(num_proc, peers)
     if buckets is not None or min_side is not None:
@@ -160,6 +159,7 @@ def _check_images(
         prepared.permute_losers()
     if verify != "none" and len(prepared):
         prepared.check_sample(peers, compare=compare)
+    _log_report(prepared.report)
 
 
 def _refuse_number_columns(number_columns: Sequence[str], name: str) -> None:

@@ -177,8 +177,7 @@ class RowSource(OneSource):
         return len(self._dataset)
 
     @property
-    def columns(self) -> list[str]:
-        """Those of the first row."""
+    def columns(self) -> list[str]:  # of the first row
         return list(self._row(0))
 
     def text_rows(self, order: np.ndarray | None = None) -> Iterator[tuple[int, Mapping]]:

@@ -93,14 +93,11 @@ class PairPredictions:
     def take(self, rows: torch.Tensor) -> PairPredictions:
         """Some of the rows, in the order of `rows`, winners first."""
         optional = (self.reference, self.scores, self.reference_errors)
+        reference, scores, errors = (None if tensor is None else tensor[rows] for tensor in optional)
         pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
-        return PairPredictions(
-            self.batch.take(rows),
-            self.policy[rows],
-            *(None if tensor is None else tensor[rows] for tensor in optional),
-            pair_weights=None if self.pair_weights is None else self.pair_weights[pairs],
-            beta=self.beta,
-        )
+        factors = None if self.pair_weights is None else self.pair_weights[pairs]
+        batch = self.batch.take(rows)
+        return PairPredictions(batch, self.policy[rows], reference, scores, errors, factors, self.beta)
 
 
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
