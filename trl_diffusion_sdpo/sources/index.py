@@ -74,9 +74,12 @@ class PairNumbers:
         """The scores that items carry, `(P, 2)`."""
         return self.scores if self.calibrated is None else self.calibrated
 
-    def scores_of(self, row: int) -> tuple[float, ...] | None:
-        """The two scores of a pair's item, if it has scores."""
-        return None if self.scores_of_items is None else tuple(self.scores_of_items[row].tolist())
+    def scores_of(self, row: int) -> tuple[float, float] | None:
+        """The scores of winner and loser of a pair's item, if it has scores."""
+        if self.scores_of_items is None:
+            return None
+        winner, loser = self.scores_of_items[row].tolist()
+        return winner, loser
 
     def weight_of(self, row: int) -> dict[str, float]:
         """The weight of a pair as a part of its item, empty without weights."""
