@@ -51,10 +51,16 @@ def test_an_sft_weight_adds_the_winners_error():
 
 def test_a_part_of_weight_zero_is_no_part():
     spec = loss_spec(["sigmoid", "sft"], [0.0, 2.0])
-    assert not spec.uses_loser and not spec.needs_reference and spec.anchor == "branch"
+    assert not spec.uses_loser and not spec.needs_reference and not spec.uses_beta and spec.anchor == "branch"
     out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], loss_weights=[0.0, 2.0])
     assert out.loss.item() == 2.0
+    given = {"loss_weights": [0.0, 2.0], "beta": None, "dmpo_alpha": 0.1}
+    out = diffusion_preference_loss(MODEL, ZERO, None, loss_type=["dmpo", "sft"], **given)
+    assert out.loss.item() == 2.0
     check_loss_kwargs(["dmpo", "sft"], 1.0, {"dmpo_alpha": 0.1})
+    check_auto_beta(["ipo", "sigmoid"], [0.0, 1.0])
+    with pytest.raises(ValueError, match="`auto_beta` chooses the factor of a logit.*got sft. Leave"):
+        check_auto_beta(["sigmoid", "sft"], [0.0, 1.0])
 
 
 @pytest.mark.parametrize("alone", ["sigmoid", ["sigmoid"], ("sigmoid",)])

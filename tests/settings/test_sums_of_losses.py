@@ -46,6 +46,7 @@ def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
         ({"loss_type": "mapo", "margin_clamp": 1.0}, "`margin_clamp` caps the logit .*; got mapo"),
         ({"loss_type": "sft", "auto_beta": True}, "`auto_beta` chooses the factor of a logit.*; got sft"),
         ({"loss_type": ["sigmoid", "ipo"], "auto_beta": True}, "; got ipo. Leave it unset"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0, 1], "auto_beta": True}, "; got sft. Leave it unset"),
         ({"loss_type": ["sigmoid", "sft"], "mapo_scale": 1.0}, "`mapo_scale` is no setting of the loss"),
         ({"loss_type": ["sft", "mapo"], "loss_weights": [1, 0], "winner_budget": 0.1}, "has no loser"),
         ({"loss_type": ["dspo", "sigmoid"], "precompute_ref_errors": True}, "reads the reference's prediction"),

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from trl_diffusion_sdpo.losses import BetaController
+from trl_diffusion_sdpo.artifacts.interpolation import SavedRun, read_run
+from trl_diffusion_sdpo.losses import BetaController, diffusion_preference_loss
 from trl_diffusion_sdpo.step.meters import BETA_FILE, AutoBeta, MetricMeter
 
 SGD = {
@@ -65,9 +67,12 @@ def branches_by_hand(trainer, batches, loss):
         with torch.no_grad():
             ref = twin(batch.noisy.double(), batch.timesteps, encoder_hidden_states=text).sample
         error, ref_error = ((rows - target).square().mean((1, 2, 3)).chunk(2) for rows in (pred, ref))
+        if "scores" in inputs:
+            error, ref_error = by_scores(inputs, error), by_scores(inputs, ref_error)
+        rest = (*ref_error, inputs["rows"])
         values = (
-            loss(error[0], error[1].detach(), *ref_error),
-            -loss(error[0].detach(), error[1], *ref_error),
+            loss(error[0], error[1].detach(), *rest),
+            -loss(error[0].detach(), error[1], *rest),
             error[0].mean(),
         )
         for i, value in enumerate(values):
@@ -77,18 +82,38 @@ def branches_by_hand(trainer, batches, loss):
     return sums
 
 
-def logistic(error_w, error_l, ref_w, ref_l):
+def by_scores(inputs, errors):
+    """Errors of the image with the higher score and of the other: of the rows of `make_pairs` whose number is a
+    multiple of 3 the rejected image has the score 1 and the chosen one 0."""
+    swapped = inputs["rows"] % 3 == 0
+    return torch.where(swapped, errors[1], errors[0]), torch.where(swapped, errors[0], errors[1])
+
+
+def logistic(error_w, error_l, ref_w, ref_l, rows):
     return torch.log1p(torch.exp(250.0 * (error_w - ref_w - error_l + ref_l)))
 
 
-def capped(error_w, error_l, ref_w, ref_l):
+def capped(error_w, error_l, ref_w, ref_l, rows):
     logit = -250.0 * (error_w - ref_w - error_l + ref_l)
     return torch.log1p(torch.exp(-torch.where(logit < 0.2, logit, 0.2)))
 
 
-def dmpo(error_w, error_l, ref_w, ref_l):
+def dmpo(error_w, error_l, ref_w, ref_l, rows):
     p = torch.sigmoid(-250.0 * (error_w - ref_w - error_l + ref_l))
     return p * (p / 0.9).log() + (1 - p) * ((1 - p) / 0.1).log()
+
+
+HALF = 10.0  # of capo's beta, for which most pairs have not reached their targets
+
+
+def capo(gap):
+    """`gap` is that of scores 1 apart; in `make_pairs` every third pair has equal scores instead."""
+
+    def loss(error_w, error_l, ref_w, ref_l, rows):
+        target = torch.where(rows % 3 == 1, 0.0, torch.tensor(gap, dtype=torch.float64))
+        return (-HALF * (error_w - ref_w - error_l + ref_l) - target) ** 2
+
+    return loss
 
 
 WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
@@ -102,17 +127,34 @@ SUMS = {
         2,
     ),
     "pair_weights": ({}, lambda *e: WEIGHTS * logistic(*e), 0),
+    "capo": ({"loss_type": "capo", "beta": 2 * HALF}, capo(1.0), 2),
+    # of two images, sigma(1) and sigma(-1)
+    "calibrated": (
+        {"loss_type": "capo", "beta": 2 * HALF, "calibrated_scores": True},
+        capo(2 / (1 + np.exp(-1)) - 1),
+        2,
+    ),
+    "capo_and_sft": (
+        {"loss_type": ["capo", "sft"], "loss_weights": [1.0, 5.0], "beta": 2 * HALF},
+        lambda *e: capo(1.0)(*e) + 5 * e[0],
+        2,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", SUMS)
+BY_DEFAULT = ("sum", "sft_weight", "clamp", "targets", "pair_weights", "calibrated")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.matrix) for name in SUMS]
+)
 def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, sd_folder, name):
     settings, loss, anchor = SUMS[name]
     accumulation = 2 if name == "sum" else 1
     trainer = make_trainer(
         moved(sd_folder),
         sd_folder,
-        **{**LARGE, "safeguard": "parameter", **settings},
+        **{**LARGE, "safeguard": "parameter", "safeguard_mu": 0.9, **settings},
         max_steps=1,
         gradient_accumulation_steps=accumulation,
     )
@@ -124,9 +166,10 @@ def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(make_trainer, 
     winner, loser, error = branches_by_hand(trainer, batches, lambda *e: loss(*e).mean())
     a = (winner, None, error)[anchor]
     gain, dot = float(a @ winner), float(a @ loser)
-    scale = 0.0 if gain <= 0 else 1.0 if dot <= 0 else min(0.7 * gain / dot, 1.0)
+    scale = 0.0 if gain <= 0 else 1.0 if dot <= 0 else min(0.1 * gain / dot, 1.0)
     before = torch.cat([weight.detach().flatten().clone() for weight in trainer.model.parameters()])
     weights, (log, *_) = walked(trainer)
+    assert 0 < scale < 1  # or nothing is seen of it
     assert log["safeguard/scale"] == pytest.approx(scale, abs=1e-5)
     expected = -1e-2 * (winner - scale * loser)
     assert (weights[0].double() - before.double() - expected).norm() <= 1e-3 * expected.norm()
@@ -224,6 +267,14 @@ def test_step_zero_of_a_sum_is_neutral(make_trainer, settings):
     assert log["loss"] == pytest.approx(np.log(2) + weight * log["errors/winner"], rel=1e-6)
 
 
+def test_a_sum_whose_only_part_with_a_beta_has_no_weight_trains_as_the_rest(make_trainer):
+    weights = [
+        walked(make_trainer(**{**SGD, **settings}, max_steps=1))[0][0]
+        for settings in ({"loss_type": "sft"}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 1.0]})
+    ]
+    assert torch.equal(*weights)
+
+
 def test_a_resumed_run_walks_on_to_the_bit(make_trainer, make_pairs, tmp_path):
     def build(name, **more):
         return make_trainer(
@@ -250,6 +301,17 @@ def test_a_resumed_run_walks_on_to_the_bit(make_trainer, make_pairs, tmp_path):
     assert resumed.auto_beta.controller.beta.item() != 100.0
 
 
+def test_what_a_stopped_step_has_added_is_no_part_of_the_next_training():
+    """A loss that is not finite stops a run after its micro-batch was added."""
+    auto = AutoBeta(BetaController(100.0, torch.device("cpu")), MetricMeter())
+    accelerator, target = Accelerator(cpu=True), torch.zeros(2, 1)
+    for predicted in (float("nan"), 1.0):
+        auto.attach(torch.nn.Identity(), accelerator)
+        auto.add(diffusion_preference_loss(torch.tensor([[predicted], [2.0]]), target, target + 1, beta=100.0))
+    auto.after_step()  # margin 3
+    assert auto.controller.beta.item() == pytest.approx(next(beta_after(100.0, [3.0])))
+
+
 def test_its_file_is_needed_and_read_as_it_was_written(tmp_path):
     made, other = (AutoBeta(BetaController(100.0, torch.device("cpu")), MetricMeter()) for _ in range(2))
     with pytest.raises(ValueError, match=f"must hold {BETA_FILE}"):
@@ -259,6 +321,38 @@ def test_its_file_is_needed_and_read_as_it_was_written(tmp_path):
     other.load(tmp_path)
     assert torch.equal(made.controller.beta, other.controller.beta)
     assert torch.equal(made.controller.margin, other.controller.margin)
+
+
+# ---- A list in what is saved ---------------------------------------------------------------------------------------
+
+
+def test_a_sum_is_read_back_as_it_was_and_compared_by_a_resumed_run(make_trainer, tmp_path, caplog):
+    summed = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "margin_clamp": 2.0, "beta": 500.0}
+    folder = tmp_path / "run"
+    trainer = make_trainer(**summed, save_strategy="steps", save_steps=1, max_steps=1, output_dir=str(folder))
+    trainer.train()
+    trainer.save_model()
+    expected = {**summed, "sft_weight": 0.0, "safeguard": "none", "resolution": 16}
+    assert read_run(folder).evaluation_settings(["resolution"]) == expected
+    assert "| `loss_type` | `['sigmoid', 'sft']` |" in (folder / "README.md").read_text()
+
+    def said(**changed):
+        other = tmp_path / f"{len(changed)} changed"
+        resumed = make_trainer(**{**summed, **changed}, max_steps=2, output_dir=str(other))
+        caplog.clear()
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        return [record.getMessage() for record in caplog.records if "another `loss_" in record.getMessage()]
+
+    assert said() == []
+    assert said(loss_type=["sigmoid", "hinge"]) == [
+        "Resuming with another `loss_type`: it was ['sigmoid', 'sft'], is ['sigmoid', 'hinge']."
+    ]
+
+
+def test_a_saved_sum_that_reads_no_reference_is_evaluated_by_a_margin(tmp_path):
+    setup = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 1.0], "beta": None, "resolution": 16}
+    run = SavedRun(tmp_path, tmp_path, setup, None)
+    assert run.evaluation_settings(["resolution"]) == {"loss_type": "sigmoid", "resolution": 16, "safeguard": "none"}
 
 
 # ---- Weights of pairs ----------------------------------------------------------------------------------------------

@@ -88,9 +88,10 @@ def loss_spec(
     return replace(spec, function=_Capped(spec.function, margin_clamp), margin_clamp=margin_clamp)
 
 
-def check_auto_beta(loss_type: LossType | Sequence[LossType]) -> None:
-    """Raise `ValueError` where a part has a beta that is no factor of a logit alone, or none has a beta."""
-    rows = {name: LOSSES[name] for name in loss_weights_by_name(loss_type)}
+def check_auto_beta(loss_type: LossType | Sequence[LossType], loss_weights: Sequence[float] | None = None) -> None:
+    """Raise `ValueError` where a part has a beta that is no factor of a logit alone, or none has a beta; parts of
+    weight 0 are none."""
+    rows = {name: LOSSES[name] for name, weight in loss_weights_by_name(loss_type, loss_weights).items() if weight}
     refuse_parts(
         [name for name, row in rows.items() if row.uses_beta and not row.beta_scales_logit]
         or [name for name in rows if not any(row.uses_beta for row in rows.values())],
@@ -132,11 +133,7 @@ class _Sum:
 
     def __call__(self, terms: PairTerms, **settings: Any) -> torch.Tensor:
         beta = settings.pop("beta", None)
-        losses = [
-            weight * spec.pair_losses(terms, beta=beta, **_own(spec, settings))
-            for weight, spec in self.parts
-            if weight
-        ]
+        losses = [weight * spec.pair_losses(terms, beta=beta, **_own(spec, settings)) for weight, spec in self.parts]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     @property
@@ -174,10 +171,11 @@ def _sum_spec(weights: dict[LossType, float]) -> LossSpec:
     With the weights `a_i` of the winner's error and `b_i` of the loser's in each part, those of the sum are the sums
     `a = sum k_i a_i` and `b = sum k_i b_i`, `k_i > 0`. They are equal if those of every part are, which excludes parts
     without a loser, and DSPO, whose branches are treated as equal only where it stands alone; positive if those of
-    every part are. The winner's branch is a non-negative multiple of the winner's error if that of every part is.
+    every part are. The winner's branch is a non-negative multiple of the winner's error if that of every part is. A
+    part of weight 0 is none: nothing is asked for on its account, neither a beta nor a reference.
     """
-    parts = tuple((weight, LOSSES[name]) for name, weight in weights.items())
-    rows = [row for weight, row in parts if weight]
+    parts = tuple((weight, LOSSES[name]) for name, weight in weights.items() if weight)
+    rows = [row for _, row in parts]
     targets = [row for row in rows if row.target_logit is not None]
     equal = all(row.equal_weights and row.uses_loser and not row.reads_reference_prediction for row in rows)
 

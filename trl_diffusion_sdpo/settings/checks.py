@@ -151,7 +151,7 @@ def _check_loss(args: AllArguments, loss: LossSpec) -> None:
     if not loss.uses_beta and args.beta is not None:
         _warn(f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has none.")
     if args.auto_beta:
-        check_auto_beta(cast(Any, args.loss_type))
+        check_auto_beta(cast(Any, args.loss_type), args.loss_weights)
     weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
     for name in (name for name, weight in weights.items() if not weight):
         _warn(f"The loss {name!r} has no effect: its weight in `loss_weights` is 0.")

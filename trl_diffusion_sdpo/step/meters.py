@@ -80,8 +80,9 @@ class AutoBeta:
         self._sums: torch.Tensor | None = None  # of the sizes and of the pairs, (2,)
 
     def attach(self, model: nn.Module, accelerator: Accelerator) -> None:
-        """Average over the processes of `accelerator` from now on; the model is not read."""
-        self._accelerator = accelerator
+        """Average over the processes of `accelerator` from now on, without what a training that was stopped within an
+        optimizer step has added; the model is not read."""
+        self._accelerator, self._sums = accelerator, None
 
     def add(self, outputs: PreferenceLossOutput) -> None:
         """Add a micro-batch, whose loss had the controller's beta."""
