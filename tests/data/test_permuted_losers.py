@@ -140,6 +140,13 @@ def test_of_pairs_the_winners_alone_are_read():
     assert not prepared.has_scores
 
 
+def test_scores_of_the_published_pairs_are_not_carried():
+    pair = {"chosen_score": 1.0, "rejected_score": 0.0, "rejected": png(9)}
+    prepared = prepare([{**pair, "prompt": text, "chosen": png(level)} for text, level in (("a", 1), ("b", 2))])
+    check(levels(prepared), ["a", "b"])
+    assert not prepared.has_scores and "scores" not in prepared[0]
+
+
 def test_of_two_prompts_the_winners_is_read():
     both = {"chosen_prompt": "a", "rejected_prompt": "x", "chosen": png(1), "rejected": png(9)}
     prepared = prepare([both, {**both, "chosen_prompt": "b", "chosen": png(2)}])

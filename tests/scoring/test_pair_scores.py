@@ -68,7 +68,7 @@ def test_the_weights_of_a_function_follow_the_score_columns(style):
 def test_without_the_setting_a_batch_has_no_weights():
     made = prepared(rows([1, 2]), ScoreSettings(sorts_by_scores=True))
     assert "pair_weights" not in PreferenceCollator()([made[0], made[1]])
-    assert made.score_uses == (False, False)
+    assert made.score_uses == (False, None)
 
 
 def test_pairs_without_a_number_are_left_out_counted_and_not_part_of_the_mean():
@@ -123,6 +123,36 @@ def test_scores_with_equal_gaps_are_refused(gap, settings):
 def test_equal_weights_of_a_column_have_no_effect_and_say_so(caplog):
     made = prepared(rows([1, 2], quality=[7.0, 7.0]), ScoreSettings("quality"))
     assert weights_of(made) == [1, 1] and "`pair_weights='quality'` has no effect" in caplog.text
+
+
+def test_gains_that_are_all_zero_are_refused():
+    """2^0 beside 2^5000 is 0 in float64, and the largest score is against its label."""
+    with pytest.raises(ValueError, match="`pair_weights='gain'` is 0 for all 2 pairs.*scores of a smaller scale"):
+        prepared([row(0, 0.0, 5000.0), row(1, 1.0, 0.0)], ScoreSettings("gain"))
+
+
+SHARES = ScoreSettings(sorts_by_scores=True, in_unit_range=True)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("scores", "range_"), [((21.5, 0.25), "0.25 to 21.5"), ((1.0, -0.5), "-0.5 to 1")])
+def test_scores_that_are_no_shares_of_wins_are_told_with_their_range(caplog, scores, range_, swap):
+    data = [row(0, *scores), row(1, 0.75, 0.25)]
+    made = prepared(data, SHARES, swap_labels=swap)
+    assert f"in [0, 1], and theirs are from {range_}" in caplog.text and "Use `calibrated_scores`" in caplog.text
+    caplog.clear()
+    SHARES.check_prepared(made, "eval", training=False)  # as at every evaluation
+    assert not caplog.text
+    SHARES.check_prepared(made, "train", training=True)
+    assert f"theirs are from {range_}" in caplog.text
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_shares_of_wins_and_calibrated_scores_are_not_warned_of(caplog, swap):
+    prepared([row(0, 1.0, 0.0), row(1, 0.25, 0.75)], SHARES, swap_labels=swap)
+    prepared([row(0, 21.5, 20.0)], ScoreSettings(calibrated=True, sorts_by_scores=True, in_unit_range=True))
+    prepared([row(0, 21.5, 20.0)], ScoreSettings(sorts_by_scores=True))
+    assert "share of wins" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -187,6 +217,7 @@ def test_an_evaluation_and_a_part_of_the_pairs_have_their_own(caplog):
     made = prepared(rows([1, 2, 0, 5]), ScoreSettings("gap"))
     assert "pair_weight" not in made.for_evaluation()[0]
     assert weights_of(made.first(2)) == [0.5, 1]
+    assert made.first(2).score_uses == (False, "'gap'") and made.for_evaluation().score_uses == (False, None)
     digest = hashlib.sha256(np.array([0.5, 1], dtype=np.float32).tobytes()).hexdigest()
     assert made.first(2).fingerprint()["pair_weights"] == digest[:16]
 

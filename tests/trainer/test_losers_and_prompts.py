@@ -211,6 +211,13 @@ def test_the_card_the_set_up_and_the_report_say_that_losers_are_permuted(make_tr
     [
         ({"swap_labels": True}, "`swap_labels` would make the image of another prompt the winner"),
         ({"loss_type": "smpo"}, "reads scores of each pair's own loser"),
+        *[
+            ({"pair_weights": name}, f"`pair_weights='{name}'` reads scores of each pair's")
+            for name in ("gap", "gain")
+        ],
+        *[({"pair_weights": name}, "a column of weights can be named") for name in ("inverse_gap", "agreement")],
+        ({"curriculum_epochs": 1}, "`curriculum_epochs` goes by scores of each pair's own loser"),
+        ({"calibrated_scores": True, "loss_type": "sigmoid"}, "`calibrated_scores` are scores of each pair's own"),
         ({"aspect_ratio_buckets": True}, "`aspect_ratio_buckets` train a pair at the winner's size"),
         ({"precompute_latents": True, "random_crop": True}, "stores each image as its own pair crops it"),
     ],
@@ -218,6 +225,15 @@ def test_the_card_the_set_up_and_the_report_say_that_losers_are_permuted(make_tr
 def test_settings_that_permuted_losers_cannot_act_with_are_refused(make_args, settings, said):
     with pytest.raises(ValueError, match=f"`losers='permute'` cannot act: .*{said}"):
         make_args(losers="permute", **settings)
+
+
+def test_permuted_losers_with_a_column_of_weights_have_the_weight_of_the_winner(make_trainer, make_pairs):
+    """The mean of 0.5, 1.5, ..., 3.5 is 2."""
+    data = captions(make_pairs(4)).add_column("quality", [0.5, 1.5, 2.5, 3.5])
+    trainer = make_trainer(train=data, losers="permute", pair_weights="quality", per_device_train_batch_size=4)
+    (batch,) = trainer.get_train_dataloader()
+    found = dict(zip(batch["rows"].tolist(), batch["pair_weights"].tolist(), strict=True))
+    assert found == {row: (row + 0.5) / 2 for row in range(4)}
 
 
 def test_prepared_data_with_other_losers_are_refused(make_trainer, make_pairs):

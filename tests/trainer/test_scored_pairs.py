@@ -145,6 +145,7 @@ def test_resuming_with_other_weights_is_refused(make_trainer, scored, tmp_path):
     [
         ({"pair_weights": "gap"}, "`pair_weights` needs score columns .*train data has none"),
         ({"curriculum_epochs": 1}, "`curriculum_epochs` needs score columns .*train data has none"),
+        ({"curriculum_epochs": 1, "pair_weights": "quality"}, "`curriculum_epochs` needs score columns"),
         ({"pair_weights": "agreement"}, r"reads the columns \['chosen_scores', 'rejected_scores'\]"),
     ],
 )
@@ -160,16 +161,38 @@ def test_streams_are_refused_by_the_trainer(make_trainer, scored):
             make_trainer(train=scored.to_iterable_dataset(), **settings)
 
 
+def test_weights_of_a_loss_that_orders_pairs_are_others(make_trainer, scored):
+    """Of a pair whose scores contradict its label, the gap is 0 or the distance."""
+    weighted = make_trainer(train=scored, pair_weights="gap", loss_type="smpo").train_dataset
+    make_trainer(train=weighted, pair_weights="gap", loss_type="smpo")
+    with pytest.raises(ValueError, match="weights of pairs by 'gap' of pairs ordered by scores, and"):
+        make_trainer(train=weighted, pair_weights="gap")
+
+
+@pytest.mark.parametrize("loss_type", ["capo", ["sigmoid", "capo"]])
+def test_a_loss_that_reads_shares_of_wins_tells_of_raw_scores(make_trainer, scored, caplog, loss_type):
+    make_trainer(train=scored, loss_type=loss_type, beta=100.0)
+    assert "share of wins, in [0, 1], and theirs are from 0 to 4" in caplog.text
+    caplog.clear()
+    make_trainer(train=scored, loss_type=loss_type, beta=100.0, calibrated_scores=True)
+    assert "share of wins, in [0, 1]" not in caplog.text
+
+
 def test_prepared_data_must_use_scores_as_the_settings_say(make_trainer, scored):
     weighted = make_trainer(train=scored, pair_weights="gap").train_dataset
     make_trainer(train=weighted, pair_weights="gap", eval_dataset=weighted)
     with pytest.raises(ValueError, match="prepared train data have no calibrated scores and weights of pairs"):
         make_trainer(train=weighted)
+    for other in ({"pair_weights": "inverse_gap"}, {"pair_weights": "quality"}):
+        with pytest.raises(ValueError, match="have .*weights of pairs by 'gap', and .*`pair_weights` '(inv|qual)"):
+            make_trainer(train=weighted, **other)
     plain = make_trainer(train=scored).train_dataset
     with pytest.raises(ValueError, match="no weights of pairs, and .*`pair_weights` 'gap'"):
         make_trainer(train=plain, pair_weights="gap")
     with pytest.raises(ValueError, match="`curriculum_epochs` goes by scores, and the prepared"):
         make_trainer(train=plain, curriculum_epochs=1)
+    with pytest.raises(ValueError, match="The loss reads scores, and the prepared train data have none"):
+        make_trainer(train=plain, loss_type="smpo")
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,14 @@ class PreferenceDataset(Dataset):
         return self._numbers.scores_of_items
 
     @property
-    def score_uses(self) -> tuple[bool, bool]:
-        """Whether scores are calibrated, and whether pairs have weights."""
-        return self._numbers.calibrated is not None, self._numbers.weights is not None
+    def score_uses(self) -> tuple[bool, str | None]:
+        """Whether scores are calibrated, and what weights of pairs were computed from; `None` without weights."""
+        return self._numbers.calibrated is not None, self._numbers.weighed_by
 
-    def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None) -> None:
+    def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None, by: str | None = None) -> None:
         """Let items carry these in place of the source's scores, `(P, 2)`, and weights of the pairs, `(P,)`."""
         weights = None if weights is None else weights.astype(np.float32)
-        self._numbers = replace(self._numbers, calibrated=calibrated, weights=weights)
+        self._numbers = replace(self._numbers, calibrated=calibrated, weights=weights, weighed_by=by)
 
     def origins(self) -> tuple[Source, np.ndarray]:
         """The source, and of each pair the row and the image in it of winner and of loser, `(P, 4)`."""
@@ -158,7 +158,7 @@ class PreferenceDataset(Dataset):
         """The same pairs, center-cropped, with every prompt and with seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker = self._maker.for_evaluation()
-        view._numbers = replace(self._numbers, weights=None)  # so that numbers of evaluations compare
+        view._numbers = replace(self._numbers, weights=None, weighed_by=None)  # so that numbers of evaluations compare
         if self._maker.training:
             view._reference_errors = None  # they are those of other draws
         return view

@@ -21,7 +21,7 @@ INTERPOLATIONS = {
 
 Size = tuple[int, int]
 
-TAKEN_AGAIN = 3  # the fourth part of a key, of a pair that an epoch takes again; `MIXING` and `ORDER` are others
+TAKEN_AGAIN = 5  # the fourth part of a key, of a pair that an epoch takes again; those of orders and losers are others
 
 
 @dataclass(frozen=True)

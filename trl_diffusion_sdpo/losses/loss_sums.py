@@ -192,6 +192,7 @@ def _sum_spec(weights: dict[LossType, float]) -> LossSpec:
         reads_reference_prediction=any(row.reads_reference_prediction for row in rows),
         uses_loser=any(row.uses_loser for row in rows),
         needs_scores=any(row.needs_scores for row in rows),
+        reads_shares=any(row.reads_shares for row in rows),
         equal_weights=equal,
         positive_weights=equal and all(row.positive_weights for row in rows),
         target_logit=target_logit if targets else None,

@@ -170,6 +170,7 @@ class LossSpec:
             alone are not enough.
         uses_loser (`bool`): Whether it reads the loser's error; if not, no safeguard applies.
         needs_scores (`bool`): Whether it reads reward scores.
+        reads_shares (`bool`): Whether it takes these for expected shares of wins, in `[0, 1]`.
         equal_weights (`bool`): Whether the gradients of each pair's loss by its two errors have equal sizes, or the
             authors of the safeguard treat them so. Lambdas of a batch or a noise bin then follow from residuals.
         positive_weights (`bool`): Whether the gradient by the winner's error is also positive for every pair. The
@@ -192,6 +193,7 @@ class LossSpec:
     reads_reference_prediction: bool = False
     uses_loser: bool = True
     needs_scores: bool = False
+    reads_shares: bool = False
     equal_weights: bool = True
     positive_weights: bool = True
     target_logit: Callable[..., float | torch.Tensor] | None = None
@@ -274,7 +276,14 @@ LOSSES: dict[LossType, LossSpec] = {
     "dpop": LossSpec(dpop_loss, beta_scales_logit=True, **_UNEQUAL),
     "linear": LossSpec(linear_loss, default_beta=100.0),
     "smpo": LossSpec(smpo_loss, needs_scores=True, **_LOGISTIC),
-    "capo": LossSpec(capo_loss, needs_scores=True, target_logit=_capo_target_logit, default_beta=2500.0, **_TARGETED),
+    "capo": LossSpec(
+        capo_loss,
+        needs_scores=True,
+        reads_shares=True,
+        target_logit=_capo_target_logit,
+        default_beta=2500.0,
+        **_TARGETED,
+    ),
 }
 
 _Range = tuple[str, Callable[[float], bool]]  # in words, and as a check of a finite number

@@ -35,12 +35,14 @@ class ScoreSettings:
         calibrated (`bool`): Whether calibrated scores take the place of those of the score columns.
         curriculum (`bool`): Whether the order of the pairs follows the gaps of their scores.
         sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher one as the winner.
+        in_unit_range (`bool`): Whether the loss takes scores for shares of wins, in `[0, 1]`.
     """
 
     pair_weights: str | None = None
     calibrated: bool = False
     curriculum: bool = False
     sorts_by_scores: bool = False
+    in_unit_range: bool = False
 
     @property
     def number_columns(self) -> tuple[str, ...]:
@@ -57,6 +59,15 @@ class ScoreSettings:
         """Whether the gaps of the score columns are read."""
         known = None if self.pair_weights is None else WEIGHT_FUNCTIONS.get(self.pair_weights)
         return self.curriculum or (known is not None and not known.several_scorers)
+
+    @property
+    def weighed_by(self) -> str | None:
+        """What weights are computed from, in words; `None` without weights."""
+        if self.pair_weights is None:
+            return None
+        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        by_gap = known is not None and not known.several_scorers
+        return repr(self.pair_weights) + (" of pairs ordered by scores" if by_gap and self.sorts_by_scores else "")
 
     @property
     def needs_scores(self) -> bool:
@@ -81,6 +92,7 @@ class ScoreSettings:
         Raises:
             ValueError: On a stream; on scores whose gaps are all equal; on weights that are negative or all 0.
         """
+        self._warn_of_range(dataset)
         name = self.needs_all_pairs
         if not name:
             return
@@ -91,7 +103,7 @@ class ScoreSettings:
         if self.reads_gaps:
             self._check_gaps(dataset)
         if self.pair_weights is not None:
-            dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset))
+            dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self.weighed_by)
 
     def check_prepared(self, dataset: Any, name: str, *, training: bool) -> None:
         """Raise `ValueError` where data that were prepared elsewhere do not use scores as these settings say."""
@@ -99,18 +111,37 @@ class ScoreSettings:
             if self.needs_all_pairs:
                 raise ValueError(NOT_FOR_STREAMS.format(name=self.needs_all_pairs, data=name))
             return
-        calibrated, weighted = dataset.score_uses
-        found = (calibrated, weighted and training)
-        if found != (self.calibrates, self.pair_weights is not None):
+        calibrated, weighed_by = dataset.score_uses
+        found = (calibrated, weighed_by if training else None)
+        if found != (self.calibrates, self.weighed_by):
             raise ValueError(
                 f"The prepared {name} data have{'' if found[0] else ' no'} calibrated scores and"
-                f"{'' if found[1] else ' no'} weights of pairs, and `calibrated_scores` is {self.calibrated}, "
-                f"`pair_weights` {self.pair_weights!r}. Pass the data set that they were prepared from."
-            )
-        if self.curriculum and not dataset.has_scores:
-            raise ValueError(
-                f"`curriculum_epochs` goes by scores, and the prepared {name} data have none. Pass the data set that "
+                f"{f' weights of pairs by {found[1]}' if found[1] else ' no weights of pairs'}, and "
+                f"`calibrated_scores` is {self.calibrated}, `pair_weights` {self.weighed_by}. Pass the data set that "
                 "they were prepared from."
+            )
+        if training:  # evaluation data come by at every evaluation
+            self._warn_of_range(dataset)
+        if (self.curriculum or self.sorts_by_scores) and not dataset.has_scores:
+            what = "`curriculum_epochs` goes by scores" if self.curriculum else "The loss reads scores"
+            raise ValueError(
+                f"{what}, and the prepared {name} data have none. Pass the data set that they were prepared from."
+            )
+
+    def _warn_of_range(self, dataset: Any) -> None:
+        """Warn of scores that are no shares of wins where the loss takes them for those; of streams, none is known."""
+        if not self.in_unit_range or self.calibrated or not isinstance(dataset, PreferenceDataset):
+            return
+        if dataset.scores is None or not len(dataset):
+            return
+        scores = -dataset.scores if dataset.is_swapped else dataset.scores  # which changed their signs
+        low, high = float(scores.min()), float(scores.max())
+        if low < 0 or high > 1:
+            logger.warning(
+                "%s data: the loss takes scores for an image's expected share of wins, in [0, 1], and theirs are from "
+                "%.4g to %.4g: the logit's target is then a difference of these. Use `calibrated_scores`, which makes "
+                "shares of them.",
+                *(dataset.report.name, low, high),
             )
 
     def gaps(self, dataset: PreferenceDataset) -> torch.Tensor:
@@ -145,6 +176,11 @@ class ScoreSettings:
         else:
             scores = _scores_of_several(dataset) if known.several_scorers else _scores_of_one(dataset)
             weights = known.function(scores, sorts_by_scores=self.sorts_by_scores)
+        if not weights.any():
+            raise ValueError(
+                f"`pair_weights={self.pair_weights!r}` is 0 for all {len(weights)} pairs of the {dataset.report.name} "
+                "data: none is left. Choose other weights, or for `gain` scores of a smaller scale."
+            )
         if weights.min() == weights.max():
             logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)
         weights = with_mean_one(weights)
@@ -176,8 +212,6 @@ def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
             f"{what} must not be negative, which would turn pairs around, and it is for {negative} of {len(weights)} "
             f"pairs of the {dataset.report.name} data, down to {float(weights.min()):g}. Leave them out, or use 0."
         )
-    if not weights.any():
-        raise ValueError(f"{what} is 0 for all {len(weights)} pairs of the {dataset.report.name} data: none is left.")
     return weights[:, 0]
 
 

@@ -243,8 +243,14 @@ def _check_scores(args: AllArguments, loss: LossSpec) -> None:
 
 
 def _check_losers(args: AllArguments, loss: LossSpec) -> None:
+    own = "scores of each pair's own loser"
     reasons = {
-        f"the loss {args.loss_type!r} reads scores of each pair's own loser": loss.needs_scores,
+        f"the loss {args.loss_type!r} reads {own}": loss.needs_scores,
+        f"`pair_weights={args.pair_weights!r}` reads {own} (a column of weights can be named)": (
+            args.pair_weights in WEIGHT_FUNCTIONS
+        ),
+        f"`curriculum_epochs` goes by {own}": args.curriculum_epochs is not None,
+        f"`calibrated_scores` are {own}": args.calibrated_scores,
         "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
         "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "
         "cropped more than winners ever are": args.aspect_ratio_buckets,

@@ -58,16 +58,19 @@ class PairNumbers:
         scores (`np.ndarray` of shape `(P, 2)`, *optional*): Of winner and loser, from the source's columns.
         calibrated (`np.ndarray` of shape `(P, 2)`, *optional*): In their place.
         weights (`np.ndarray` of shape `(P,)`, float32, *optional*): Factors of the pairs' losses.
+        weighed_by (`str`, *optional*): What the weights were computed from, in words.
     """
 
     scores: np.ndarray | None = None
     calibrated: np.ndarray | None = None
     weights: np.ndarray | None = None
+    weighed_by: str | None = None
 
     def take(self, rows: slice | np.ndarray) -> PairNumbers:
         """Those of some pairs."""
-        found = (self.scores, self.calibrated, self.weights)
-        return PairNumbers(*(None if numbers is None else numbers[rows] for numbers in found))
+        parts = (self.scores, self.calibrated, self.weights)
+        scores, calibrated, weights = (None if numbers is None else numbers[rows] for numbers in parts)
+        return PairNumbers(scores, calibrated, weights, self.weighed_by)
 
     @property
     def scores_of_items(self) -> np.ndarray | None:
@@ -75,11 +78,9 @@ class PairNumbers:
         return self.scores if self.calibrated is None else self.calibrated
 
     def scores_of(self, row: int) -> tuple[float, float] | None:
-        """The scores of winner and loser of a pair's item, if it has scores."""
-        if self.scores_of_items is None:
-            return None
-        winner, loser = self.scores_of_items[row].tolist()
-        return winner, loser
+        """The two scores of a pair's item, if it has scores."""
+        found = self.scores_of_items
+        return None if found is None else (float(found[row, 0]), float(found[row, 1]))
 
     def weight_of(self, row: int) -> dict[str, float]:
         """The weight of a pair as a part of its item, empty without weights."""

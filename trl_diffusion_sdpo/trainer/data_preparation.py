@@ -314,7 +314,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
 
 def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig, name: str) -> None:
     if scores.needs_scores and not dataset.has_scores:
-        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else f"`{scores.needs_all_pairs}`"
+        setting = "`curriculum_epochs`" if scores.curriculum else "`pair_weights`"
+        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else setting
         raise ValueError(
             f"{what} needs score columns (`chosen_score`, `rejected_score`), and the {name} data has none. Score the "
             "images first, or choose another loss or setting."
@@ -328,6 +329,7 @@ def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool)
         calibrated=args.calibrated_scores,
         curriculum=training and args.curriculum_epochs is not None,
         sorts_by_scores=loss.needs_scores,
+        in_unit_range=loss.reads_shares,
     )
 
 
