@@ -113,6 +113,8 @@ class Comparison:
     def statements(self) -> str:
         """What the rule says of all rows, one line for each answer."""
         compared = [one for one in self.measured.values() if one.method != BASE and one is not self.main]
+        if not any(self.verdict(one, self.main) for one in compared):
+            return "- **Nothing is judged yet**: every row has fewer than two seeds."
         helpful = {one.method for one in compared if self.verdict(one, self.main) == AHEAD}
         judged = {one.method for one in compared if self.verdict(one, self.main)} - {MAIN}
         lines = []
@@ -245,11 +247,9 @@ def plot(comparison: Comparison, file: Path) -> None:
             style = {"color": color_of(one.method), "marker": "o", "elinewidth": 0.7, "ecolor": "#bbbbbb"}
             ax.errorbar(x.mean(), y.mean(), xerr=errors_of(x), yerr=errors_of(y), **style)
         lines = [(comparison.main, "safeguarded DPO", "--")]
+        ax.set_xscale("symlog", linthresh=0.001)
         if safeguard == NO_SAFEGUARD:
-            ax.set_xscale("symlog", linthresh=0.001)
             lines.append((comparison.base, "base model", ":"))
-        else:
-            ax.locator_params(axis="x", nbins=5)
         for row, name, style in lines:
             if row is not None:
                 ax.axhline(row.values["score"].mean(), color="#555555", linestyle=style, linewidth=1, label=name)

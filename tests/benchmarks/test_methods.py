@@ -115,7 +115,9 @@ def test_rows_are_compared_on_the_seeds_of_both(modules):
     np.testing.assert_allclose(comparison.measured["ipo", "none"].over(comparison.main), [0.02, 0.02])
     one = modules.report.Comparison(rows[:1] + rows[2:3])  # one seed has no standard error
     assert one.verdict(one.measured["ipo", "none"], one.main) == ""
-    assert "- **Not judged**, with fewer than two seeds: without it ipo." in one.statements()
+    assert one.statements() == "- **Nothing is judged yet**: every row has fewer than two seeds."
+    some = modules.report.Comparison(rows[:2] + rows[2:4] + rows_of_scores(modules, {("dmpo", "none"): (0.5,)}))
+    assert "- **Not judged**, with fewer than two seeds: without it dmpo." in some.statements()
     assert "Not judged" not in comparison.statements()
 
 

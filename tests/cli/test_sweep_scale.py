@@ -578,7 +578,7 @@ class Pairs:
     def first(self, count):
         self.read += count
         view = Pairs(self.all[:count])
-        view.prompts = lambda: set(view.all)
+        view.prompts = lambda *, of_losers: set(view.all)
         return view
 
 

@@ -33,6 +33,10 @@ def each(cases: list[dict]):
     return pytest.mark.parametrize("case", cases, ids=[case["name"] for case in cases])
 
 
+# Of lambda in float32 against float64. It depends on the kernels that a CPU has: 1.1e-5 was seen on one of two.
+ROUNDING = 5e-5
+
+
 def is_by_default(case: dict) -> bool:
     """Half of a grid, in which any two settings meet in every engine; the other half is run with `-m matrix`."""
     signs = (case["tuning"] == "full", case["args"]["safeguard"] == "output")
@@ -41,7 +45,7 @@ def is_by_default(case: dict) -> bool:
 
 @each([case for case in build_grid() if is_by_default(case)])
 def test_two_processes_take_the_step_of_the_walk_by_hand(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert all(0 < scale < 1 for scale in found["lambdas"])
     assert found["update_error"] < 1e-3
 
@@ -49,20 +53,20 @@ def test_two_processes_take_the_step_of_the_walk_by_hand(found):
 @pytest.mark.matrix
 @each([case for case in build_grid() if not is_by_default(case)])
 def test_two_processes_take_it_under_the_other_settings(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert all(0 < scale < 1 for scale in found["lambdas"])
     assert found["update_error"] < 1e-3
 
 
 @each([build_case(engine, "fresh", "parameter", 2) for engine in ENGINES])
 def test_a_lora_from_zero_is_compared_with_the_base_under_it(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert found["update_error"] < 1e-3
 
 
 @each([build_case(engine, "full", "parameter", 2, "error", safeguard_anchor="error") for engine in ENGINES])
 def test_the_error_anchor_is_of_the_whole_batch(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert all(0 < scale < 1 for scale in found["lambdas"])
     assert found["update_error"] < 1e-3
 
@@ -70,7 +74,7 @@ def test_the_error_anchor_is_of_the_whole_batch(found):
 @pytest.mark.matrix
 @each([build_case("ddp", "fresh", "parameter", 2, "offloaded", group_offload="block", offload_frozen_components=True)])
 def test_an_offloaded_base_trains_in_two_processes(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert found["update_error"] < 1e-3
 
 
@@ -81,7 +85,7 @@ def test_an_offloaded_base_trains_in_two_processes(found):
     ]
 )
 def test_the_safeguarded_gradient_is_what_gets_clipped(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert found["norms"] == pytest.approx(found["norms_by_hand"], rel=1e-4)
     assert min(found["norms"]) > 0.5
     assert found["update_error"] < 1e-3
@@ -101,7 +105,7 @@ def test_a_loser_that_does_no_harm_is_left_whole(found):
 @pytest.mark.matrix
 @each(build_grid("checkpointing", activation_checkpointing=True))
 def test_activation_checkpointing_changes_nothing(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert found["update_error"] < 1e-3
 
 
@@ -117,7 +121,7 @@ INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_ste
     ]
 )
 def test_noise_by_inversion_is_found_by_the_policy_of_the_step(found):
-    assert found["logged"] == pytest.approx(found["lambdas"], abs=1e-5)
+    assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert found["update_error"] < 1e-3
 
 
