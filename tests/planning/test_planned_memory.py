@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_diffusion_sdpo._compat import CHECKPOINTING
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.data.transforms import pixels_as_floats, white
 from trl_diffusion_sdpo.families.noise import constant
 from trl_diffusion_sdpo.planning.advice import advise, first_fit
 from trl_diffusion_sdpo.planning.allocations import Allocations
@@ -196,6 +197,7 @@ def test_fsdp2_gathers_the_block_that_runs_and_the_next_one():
 
 def test_the_command_writes_its_numbers_and_a_chart_and_leaves_no_fake_tensor(sdxl_folder, tmp_path):
     pytest.importorskip("matplotlib")
+    white.cache_clear()
     words = ["plan", "--model_name_or_path", sdxl_folder, "--per_device_train_batch_size", "2", "--no_advice"]
     assert main([*words, "--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.png")]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -207,6 +209,7 @@ def test_the_command_writes_its_numbers_and_a_chart_and_leaves_no_fake_tensor(sd
     assert (tmp_path / "plan.png").stat().st_size > 5_000
     # SDXL's sizes are cached constants, which a later step of a real run must find real.
     assert type(constant((16, 16), torch.int64, torch.device("cpu"))) is torch.Tensor
+    assert pixels_as_floats(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
 def a_plan(gigabytes: float) -> Plan:

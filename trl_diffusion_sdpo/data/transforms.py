@@ -71,11 +71,11 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
     """
     if pixels.dtype != torch.uint8:
         return pixels
-    return pixels.float().div_(_white(pixels.device)).sub_(0.5).div_(0.5)
+    return pixels.float().div_(white(pixels.device)).sub_(0.5).div_(0.5)
 
 
 @lru_cache(maxsize=16)
-def _white(device: torch.device) -> torch.Tensor:
+def white(device: torch.device) -> torch.Tensor:
     """255 as a tensor on the device: CUDA divides by a Python scalar by multiplying with its rounded reciprocal."""
     return torch.full((), 255.0, device=device)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..data.transforms import pixels_as_floats
+from ..data.transforms import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
 from ..engines.gradients import Gradient
 from ..families import Family
@@ -165,7 +165,8 @@ def measure_step(networks: Networks, settings: StepSettings, device: FakeDevice,
         with mode, device.active():
             return _measure(model, networks, settings, device)
     finally:
-        constant.cache_clear()  # fake tensors must not be left to a later step
+        for cached in (constant, white):  # fake tensors must not be left to a later step
+            cached.cache_clear()
         if settings.checkpointing is not None:
             denoiser.disable_gradient_checkpointing()
         for weight in networks.trained:
