@@ -41,6 +41,7 @@ from methods_plan import (
     IMAGE_SEEDS,
     MAIN,
     NO_SAFEGUARD,
+    OWN_NOISE,
     SEEDS,
     SHARED,
     SMALLEST,
@@ -68,15 +69,24 @@ COST_WARMUP = 2  # rounds
 
 def make(run: Run, protocol: Protocol, folder: Path) -> dict[str, Any]:
     """Train, and measure images and errors; encoded pairs are in `folder`, for all runs of a process."""
-    pipeline, seconds = load_base_pipeline(), 0.0
+    pipeline, seconds, found = load_base_pipeline(), 0.0, {}
     if run.method != BASE:
-        trainer = build_trainer(run, protocol, folder, pipeline)
+        logged = {"logging_strategy": "steps", "logging_steps": -(-protocol.steps // 10)} if run.inverts else {}
+        trainer = build_trainer(run, protocol, folder, pipeline, **logged)
         began = time.process_time()
         trainer.train()
         seconds = time.process_time() - began
+        found = {OWN_NOISE: at_own_noise(trainer.state.log_history)} if run.inverts else {}
     facts = {"key": run.key, **asdict(run), "settings": run.settings(), "how": protocol.facts()}
     measured = {**images_of(pipeline, run.seed, protocol), "errors": errors_of(pipeline, run.seed, protocol, folder)}
-    return rounded({**facts, **measured, "seconds": seconds})
+    return rounded({**facts, **measured, **found, "seconds": seconds})
+
+
+def at_own_noise(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The winners' error in the last tenth of a training, at the noise of the policy's inversion, and its change
+    against the base model at the same noise."""
+    last = [entry for entry in history if "errors/winner" in entry][-1]
+    return {"winner": last["errors/winner"], "winner_change": last["errors/winner_change"]}
 
 
 def build_trainer(

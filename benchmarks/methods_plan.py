@@ -96,6 +96,7 @@ class Method:
 
 
 INVERSION = {"noise_source": "inversion"}
+OWN_NOISE = "own_noise"  # in rows of these: errors at the noise of training, which is not that of evaluations
 LOSSES_ALONE = ("hinge", "ipo", "robust", "dspo", "dspo_sdxl", "dmpo", "mapo", "simpo", "dpop", "linear", "smpo")
 METHODS: dict[str, Method] = {
     SFT: Method("sft", has_loser=False),
@@ -137,9 +138,16 @@ class Run:
             return {}
         return METHODS[self.method].all_settings() | SAFEGUARDS[self.safeguard]
 
+    @property
+    def inverts(self) -> bool:
+        """Whether it trains at noise by inversion."""
+        return INVERSION.items() <= self.settings().items()
+
     def is_made(self, row: dict[str, Any] | None, protocol: Protocol) -> bool:
         """Whether a row is of this run, with the same settings and protocol."""
-        return row is not None and (row["settings"], row["how"]) == (self.settings(), protocol.facts())
+        if row is None or (OWN_NOISE in row) != self.inverts:
+            return False
+        return (row["settings"], row["how"]) == (self.settings(), protocol.facts())
 
 
 def planned(names: Sequence[str] = ALL_NAMES, seeds: Sequence[int] = SEEDS) -> list[Run]:

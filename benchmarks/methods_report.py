@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from front_report import rows_of
-from methods_plan import ALL_NAMES, BASE, MAIN, METHODS, NO_SAFEGUARD, SAFEGUARD, SAFEGUARDS, SFT, Run
+from methods_plan import ALL_NAMES, BASE, MAIN, METHODS, NO_SAFEGUARD, OWN_NOISE, SAFEGUARD, SAFEGUARDS, SFT, Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "methods.jsonl"
@@ -30,6 +30,7 @@ MEASURES = {
     "diversity": lambda row: row["best"]["diversity"],
     "winner": lambda row: row["errors"]["winner"],
 }
+OWN_WINNER = "winner at own noise"  # a measure of rows that train at noise by inversion
 ERRORS_OF_A_DIFFERENCE = 2  # standard errors within which two rows are level
 AHEAD, LEVEL, BEHIND = "ahead", "level", "behind"
 SHOWN = {NO_SAFEGUARD: "", SAFEGUARD: "yes"}
@@ -69,6 +70,8 @@ class Comparison:
                 if mine:
                     mine.sort(key=lambda row: row["seed"])
                     values = {measure: np.array([read(row) for row in mine]) for measure, read in MEASURES.items()}
+                    if all(OWN_NOISE in row for row in mine):
+                        values[OWN_WINNER] = np.array([relative_change(row[OWN_NOISE]) for row in mine])
                     seeds = tuple(row["seed"] for row in mine)
                     self.measured[name, safeguard] = Measured(name, safeguard, seeds, values)
         self.main = self.measured.get((MAIN, SAFEGUARD))
@@ -129,7 +132,20 @@ class Comparison:
         unjudged = [one for one in compared if not self.verdict(one, self.main)]
         if unjudged:
             lines.append(f"- **Not judged**, with fewer than two seeds: {grouped(unjudged)}")
-        return "\n".join([*lines, *self.of_the_safeguard()])
+        return "\n".join([*lines, *self.of_the_safeguard(), *self.of_inversion()])
+
+    def of_inversion(self) -> list[str]:
+        """What the winners' error does at the noise of training, where that is not drawn."""
+        rows = [one for one in self.measured.values() if OWN_WINNER in one.values]
+        if not rows:
+            return []
+        words = {SAFEGUARD: "with the safeguard", NO_SAFEGUARD: "without it"}
+        said = [f"{one.method} {words[one.safeguard]} {100 * one.values[OWN_WINNER].mean():+.0f} %" for one in rows]
+        return [
+            "- **Noise by inversion**: in the last tenth of training, at the noise that the policy's own inversion "
+            f"finds, the winners' error changes against the base model by: {', '.join(said)}. *Winner change* is at "
+            "drawn noise."
+        ]
 
     def of_the_safeguard(self) -> list[str]:
         """What it changes, method by method."""
@@ -168,6 +184,11 @@ def is_planned(row: dict[str, Any]) -> bool:
     if row["method"] not in ALL_NAMES or is_cost(row):
         return row["method"] in ALL_NAMES
     return row["settings"] == Run(row["method"], row["safeguard"], row["seed"]).settings()
+
+
+def relative_change(own: dict[str, float]) -> float:
+    """Of the winners' error, as a share of that of the base model at the same noise."""
+    return own["winner_change"] / (own["winner"] - own["winner_change"])
 
 
 def grouped(found: list[Measured]) -> str:

@@ -109,6 +109,18 @@ def test_two_rows_differ_by_two_standard_errors_of_the_difference_or_of_the_medi
     assert "raises the score of 0 of 2 methods by this rule, leaves 1 level and lowers it for dmpo." in said
 
 
+def test_rows_at_noise_by_inversion_say_what_the_winners_error_does_there(modules):
+    """By hand: errors of 0.2 and 0.3 at the end, 1 of the base model at the same noise: -80 % and -70 %."""
+    rows = [
+        made_row(modules, "InPO", "none", seed, 0.5, own_noise={"winner": winner, "winner_change": change})
+        for seed, winner, change in ((8, 0.2, -0.8), (9, 0.3, -0.7))
+    ]
+    rows += rows_of_scores(modules, {("sigmoid", "parameter"): (0.5, 0.6), ("InPO", "parameter"): (0.5, 0.6)})
+    (said,) = modules.report.Comparison(rows).of_inversion()
+    assert "changes against the base model by: InPO without it -75 %. *Winner change*" in said
+    assert not modules.report.Comparison(rows[2:]).of_inversion()
+
+
 def test_rows_are_compared_on_the_seeds_of_both(modules):
     rows = rows_of_scores(modules, {("sigmoid", "parameter"): (0.5, 0.6), ("ipo", "none"): (0.52, 0.62, 0.9)})
     comparison = modules.report.Comparison(rows)
@@ -173,6 +185,15 @@ def test_a_run_is_measured_and_not_made_again(modules, tmp_path, capsys):
     modules.methods.make_all([run], modules.plan.SMALLEST, file)
     assert file.read_text() == written
     assert not run.is_made(row, modules.plan.Protocol())
+
+
+def test_a_run_at_noise_by_inversion_is_measured_there_too(modules, tmp_path):
+    run, folder = modules.plan.Run("InPO", "none", 8), tmp_path / "files"
+    row = modules.methods.make(run, modules.plan.SMALLEST, folder)
+    assert row["own_noise"]["winner"] > 0 and row["own_noise"].keys() == {"winner", "winner_change"}
+    assert run.is_made(row, modules.plan.SMALLEST)
+    del row["own_noise"]
+    assert not run.is_made(row, modules.plan.SMALLEST)
 
 
 def test_a_run_that_fails_leaves_the_others_and_is_reported(modules, tmp_path, monkeypatch):

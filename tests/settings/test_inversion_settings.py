@@ -52,6 +52,15 @@ def test_what_cannot_act_with_inversion_is_refused(make_args, given, message):
         make_args(**INVERSION, **given)
 
 
+def test_training_without_a_measurement_at_drawn_noise_warns(make_args, recwarn):
+    with pytest.warns(UserWarning, match="errors of training are at noise that the policy finds itself"):
+        make_args(**INVERSION)
+    recwarn.clear()
+    make_args(**INVERSION, eval_strategy="steps", eval_steps=1)
+    make_args(**INVERSION, winner_budget=0.1)
+    assert not [each for each in recwarn if "policy finds itself" in str(each.message)]
+
+
 def test_an_unknown_source_of_noise_is_refused(make_args):
     with pytest.raises(ValueError, match="`noise_source` must be one of shared, inversion; got 'inverted'"):
         make_args(noise_source="inverted")

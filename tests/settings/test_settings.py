@@ -170,8 +170,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         vae_dtype resolution image_interpolation timestep_range timesteps weighting_scheme logit_mean logit_std
         mode_scale timestep_weighting guidance_scale snr_gamma noise_offset input_perturbation num_noise_bins
         seed data_seed aspect_ratio_buckets bucket_step bucket_max_aspect_ratio min_side layerwise_casting
-        swap_labels noise_source inversion inversion_steps inversion_end inversion_eta
-        calibrated_scores losers
+        swap_labels calibrated_scores losers
     """.split()
     resume = """
         loss_type loss_weights sft_weight margin_clamp auto_beta
@@ -180,6 +179,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
         random_flip proportion_empty_prompts loser_noise_range winner_budget winner_budget_pairs winner_budget_steps
         ema_decay sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_errors ref_noise_draws
         n_timesteps_per_pair latent_crops pair_weights curriculum_epochs
+        noise_source inversion inversion_steps inversion_end inversion_eta
         label_smoothing dspo_threshold dmpo_alpha mapo_temperature mapo_scale simpo_gamma dpop_lambda linear_eta
         smpo_coefficient smpo_score_scale
     """.split()

@@ -296,6 +296,12 @@ def _check_inversion(args: AllArguments) -> None:
                 f"`{name}={getattr(args, name)}` changes noise that is drawn, and `noise_source='inversion'` draws "
                 "none. Leave one of the two out."
             )
+    if args.eval_strategy == "no" and args.winner_budget is None:
+        _warn(
+            "With `noise_source='inversion'` the errors of training are at noise that the policy finds itself: they "
+            "fall as it comes to agree with itself, even while those at drawn noise rise. `eval_strategy` with an "
+            "`eval_dataset` measures at drawn noise."
+        )
 
 
 def _check_reference(args: AllArguments, loss: LossSpec) -> None:

@@ -49,6 +49,7 @@ class NoiseArguments:
         noise_source (`str`, *optional*, defaults to `"shared"`):
             `"shared"` draws one noise for both images of a pair; `"inversion"` gives each image the noise that its own
             inversion by the current policy finds, at the pair's timestep, for the forward passes of `inversion_steps`.
+            Evaluations draw theirs in any case.
         inversion (`str`, *optional*, defaults to `"ddim"`):
             `"ddim"` predicts once a step, as DDIM-InPO; `"renoise"` twice, and takes the mean, as SmPO-Diffusion.
         inversion_steps (`int`, *optional*, defaults to `10`):
@@ -74,11 +75,11 @@ class NoiseArguments:
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
-    noise_source: Annotated[NoiseSource, RESUME, EVALUATION] = "shared"
-    inversion: Annotated[InversionKind, RESUME, EVALUATION] = "ddim"
-    inversion_steps: Annotated[int, Range("[1, inf)", "Published: 5 and 10."), RESUME, EVALUATION] = 10
-    inversion_end: Annotated[InversionEnd, RESUME, EVALUATION] = "exact"
-    inversion_eta: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
+    noise_source: Annotated[NoiseSource, RESUME] = "shared"
+    inversion: Annotated[InversionKind, RESUME] = "ddim"
+    inversion_steps: Annotated[int, Range("[1, inf)", "Published: 5 and 10."), RESUME] = 10
+    inversion_end: Annotated[InversionEnd, RESUME] = "exact"
+    inversion_eta: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
     guidance_scale: Annotated[float | None, RESUME, EVALUATION] = None
 
 

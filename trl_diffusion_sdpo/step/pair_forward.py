@@ -126,8 +126,7 @@ class PairForward:
                 policy's.
         """
         levels = self.noise_levels_of_a_pair(model)
-        with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
-            batch, scores = self.noisy_batch(inputs, levels, policy), self.scores(inputs, levels)
+        batch, scores = self.noisy_batch(inputs, levels, model), self.scores(inputs, levels)
         pair_weights, beta = self.pair_weights(inputs, levels), self.beta_of(model)
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
@@ -181,13 +180,16 @@ class PairForward:
         Args:
             levels (`int`, *optional*, defaults to 1): Draws of timestep and noise of each pair, which is encoded once.
                 The first draw of all pairs comes first, then the second, and so on: `(2 * levels * B)` rows.
-            policy (`nn.Module`, *optional*): Inverts the images, where the settings have an inversion.
+            policy (`nn.Module`, *optional*): Inverts the images, where the settings have an inversion and it is in
+                training. Evaluation draws its noise: errors at noise that the policy finds itself fall as it comes to
+                agree with itself, whatever becomes of the images that it generates.
         """
         latents, conditioning = self.encode(inputs)
         if levels > 1:
             latents = repeat_pairs(latents, levels)
             conditioning = {name: repeat_pairs(value, levels) for name, value in conditioning.items()}
-        draw = self.draw_noise if self._inversion is None else partial(self.invert, policy, conditioning)
+        inverts = self._inversion is not None and policy is not None and policy.training
+        draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
         timesteps, noise, perturbation = draw(seeds_of_levels(inputs["seeds"], levels), latents)
         return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
 
