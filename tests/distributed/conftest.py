@@ -3,10 +3,6 @@ sharing no code with the trainer's losses, says where they must arrive."""
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -16,8 +12,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from two_processes import done_of
 
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WORKER = Path(__file__).with_name("worker.py")
 # One level instead of two: engines take their time for every tensor.
 UNET = {
@@ -25,7 +21,6 @@ UNET = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
-SECONDS_A_CASE = 30  # a hundred times what one takes
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 COMMON_ARGS = {
     "max_steps": 2,
@@ -74,23 +69,8 @@ def trained(request, start, tmp_path_factory):
     if any(case.get("stored") for case in cases):
         fill_errors(start, tmp_path_factory.mktemp("elsewhere"))
     # By engine: what ZeRO-3 leaves behind in a process makes all that follows slower.
-    pending, outputs = [whole(case, start) for case in sorted(cases, key=lambda case: case["engine"])], {}
-    while pending:
-        output = launch(pending, folder)
-        reached = [case for case in pending if (folder / case["name"]).is_dir()]
-        assert reached, f"The processes did not start:\n{output[-3000:]}"
-        outputs.update({case["name"]: output for case in reached})
-        pending = pending[len(reached) :]  # one that failed has ended its processes
-
-    def result(case: dict) -> Path:
-        place = folder / case["name"]
-        errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
-        assert not errors, "\n".join(errors)
-        done = [(place / f"done{rank}").is_file() for rank in (0, 1)]
-        assert all(done), f"A process ended without an exception:\n{outputs[case['name']][-3000:]}"
-        return place
-
-    return result
+    ordered = [whole(case, start) for case in sorted(cases, key=lambda case: case["engine"])]
+    return done_of(WORKER, ordered, folder)
 
 
 def fill_errors(start: dict[str, str], folder: Path) -> None:
@@ -122,21 +102,6 @@ def whole(case: dict, start: dict[str, str]) -> dict:
         "data": start["pairs"],
         "args": {**COMMON_ARGS, **case["args"], **({"ref_errors_dir": start["errors"]} if case.get("stored") else {})},
     }
-
-
-def launch(cases: list[dict], folder: Path) -> str:
-    """Train cases one after the other in two processes; what these printed."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *LAUNCH, str(WORKER), str(folder / "cases.json"), str(folder)]
-    with open(folder / "output.txt", "w+") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        try:
-            process.wait(timeout=60 + SECONDS_A_CASE * len(cases))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        return (folder / "output.txt").read_text()
 
 
 # ---- The same by hand ---------------------------------------------------------------------------------------------

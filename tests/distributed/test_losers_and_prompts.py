@@ -2,20 +2,15 @@
 that resumes with the same losers."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import done_of
 
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WORKER = Path(__file__).with_name("run_worker.py")
-SECONDS_A_RUN = 30  # a hundred times what one takes
 ENGINES = ("ddp", "zero2")
 STEPS = 6  # three epochs of 8 pairs
 EVALUATED = 5  # one comes twice
@@ -85,40 +80,12 @@ def done(request, start, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     selected = (item for item in request.session.items if "pair_runs" in item.fixturenames)
     runs = {run["name"]: run for item in selected for run in item.callspec.params["pair_runs"]}
-    pending, output = [with_places(run, start, data, folder) for run in runs.values()], ""
-    while pending:
-        output = launch(pending, folder)
-        reached = [run for run in pending if (folder / run["name"]).is_dir()]
-        assert reached, f"The processes did not start:\n{output[-3000:]}"
-        pending = pending[len(reached) :]  # one that failed has ended its processes
-
-    def result(run: dict) -> Path:
-        place = folder / run["name"]
-        errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
-        assert not errors, "\n".join(errors)
-        assert all((place / f"done{rank}").is_file() for rank in (0, 1)), output[-3000:]
-        return place
-
-    return result
+    return done_of(WORKER, [with_places(run, start, data, folder) for run in runs.values()], folder)
 
 
 def with_places(run: dict, start: dict[str, str], data: dict[str, str], folder: Path) -> dict:
     resumes = None if run["resumes"] is None else str(folder / run["resumes"] / "saved" / "checkpoint-3")
     return {**run, "model": start["policy"], "ref_model": start["base"], "data": data[run["kind"]], "resumes": resumes}
-
-
-def launch(runs: list[dict], folder: Path) -> str:
-    (folder / "runs.json").write_text(json.dumps(runs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *LAUNCH, str(WORKER), str(folder / "runs.json"), str(folder)]
-    with open(folder / "output.txt", "w+") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        try:
-            process.wait(timeout=120 + SECONDS_A_RUN * len(runs))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        return (folder / "output.txt").read_text()
 
 
 @pytest.fixture(scope="module")

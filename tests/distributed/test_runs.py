@@ -3,10 +3,6 @@ reference stands still or follows, and drawings, evaluation and uploads are thos
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,10 +13,9 @@ from local_hub import running_hub
 from peft import LoraConfig
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from two_processes import do_in_turn, folder_of_done
 
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WORKER = Path(__file__).with_name("run_worker.py")
-SECONDS_A_RUN = 30  # a hundred times what one takes
 SHARDING = ("fsdp2", "zero3")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 EVERY_ENGINE = (*ENGINES, "zero1")
@@ -125,24 +120,14 @@ def finished(request, start, hub, tmp_path_factory):
     runs = {run["name"]: run for item in selected for run in item.callspec.params["needs"]}
     # Engine by engine; who ends with a kill goes last, directly before the one that resumes.
     ordered = sorted(runs.values(), key=lambda run: (ends_killed(run), run["engine"]))
-    pending, outputs = [with_places(run, start, folder) for run in ordered], {}
-    while pending:
-        output = launch(pending, folder, hub)
-        reached = [run for run in pending if (folder / run["name"]).is_dir()]
-        assert reached, f"The processes did not start:\n{output[-3000:]}"
-        outputs.update({run["name"]: output for run in reached})
-        pending = pending[len(reached) :]  # one that failed or was killed has ended its processes
+    outputs = do_in_turn(WORKER, [with_places(run, start, folder) for run in ordered], folder, to_hub(hub, folder))
 
     def result(run: dict) -> Path:
         place = folder / run["name"]
-        errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
-        if run["killed_after"] is not None:
-            assert not list(place.glob("done*")) and "Signal 9 (SIGKILL)" in outputs[run["name"]]
-            assert outputs[run["name"]].endswith("exit status 1")
-            return place
-        assert not errors, "\n".join(errors)
-        done = [(place / f"done{rank}").is_file() for rank in (0, 1)]
-        assert all(done), f"A process ended without an exception:\n{outputs[run['name']][-3000:]}"
+        if run["killed_after"] is None:
+            return folder_of_done(run, folder, outputs)
+        assert not list(place.glob("done*"))
+        assert "Signal 9 (SIGKILL)" in outputs[run["name"]] and outputs[run["name"]].endswith("exit status 1")
         return place
 
     return result
@@ -164,14 +149,9 @@ def with_places(run: dict, start: dict[str, str], folder: Path) -> dict:
     }
 
 
-def launch(runs: list[dict], folder: Path, hub) -> str:
-    """Do runs one after the other in two processes; what these printed."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
+def to_hub(hub, folder: Path) -> dict[str, str]:
+    """The environment in which the Hub is the one of this machine."""
+    return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": hub.token,
         "HF_HUB_DISABLE_XET": "1",
@@ -180,15 +160,6 @@ def launch(runs: list[dict], folder: Path, hub) -> str:
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, *LAUNCH, str(WORKER), str(folder / "runs.json"), str(folder)]
-    with open(folder / "output.txt", "w+") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        try:
-            process.wait(timeout=60 + SECONDS_A_RUN * len(runs))
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        return f"{(folder / 'output.txt').read_text()}\nexit status {process.returncode}"
 
 
 @pytest.fixture

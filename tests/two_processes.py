@@ -1,0 +1,59 @@
+"""Does a list of runs in two processes on the CPU, which they share for as long as these live."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+SECONDS_TO_START = 120
+SECONDS_A_RUN = 30  # a hundred times what one takes
+
+
+def do_in_turn(
+    worker: Path, runs: Sequence[dict], folder: Path, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Do runs one after the other, each below `folder` under its name; those that follow one which ended its processes
+    in new ones. What was printed, with the exit status, by the name of a run."""
+    pending, outputs = list(runs), {}
+    while pending:
+        output = _launch(worker, pending, folder, environment or {})
+        reached = [run for run in pending if (folder / run["name"]).is_dir()]
+        assert reached, f"The processes did not start:\n{output[-3000:]}"
+        outputs.update({run["name"]: output for run in reached})
+        pending = pending[len(reached) :]  # one that failed or was killed has ended its processes
+    return outputs
+
+
+def folder_of_done(run: dict, folder: Path, outputs: Mapping[str, str]) -> Path:
+    """The folder of a run; fails if the run did, in either process."""
+    place = folder / run["name"]
+    errors = [path.read_text()[-3000:] for path in sorted(place.glob("error*.txt"))]
+    assert not errors, "\n".join(errors)
+    done = [(place / f"done{rank}").is_file() for rank in (0, 1)]
+    assert all(done), f"A process ended without an exception:\n{outputs[run['name']][-3000:]}"
+    return place
+
+
+def done_of(worker: Path, runs: Sequence[dict], folder: Path) -> Callable[[dict], Path]:
+    """Do runs as [`do_in_turn`]; [`folder_of_done`] of each of them."""
+    outputs = do_in_turn(worker, runs, folder)
+    return lambda run: folder_of_done(run, folder, outputs)
+
+
+def _launch(worker: Path, runs: Sequence[dict], folder: Path, environment: Mapping[str, str]) -> str:
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, *LAUNCH, str(worker), str(folder / "runs.json"), str(folder)]
+    whole = {**os.environ, **ON_CPU, **environment}
+    with open(folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(command, env=whole, stdout=output, stderr=output, start_new_session=True)
+        try:
+            process.wait(timeout=SECONDS_TO_START + SECONDS_A_RUN * len(runs))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return f"{(folder / 'output.txt').read_text()}\nexit status {process.returncode}"
