@@ -71,12 +71,12 @@ def make(run: Run, protocol: Protocol, folder: Path) -> dict[str, Any]:
     """Train, and measure images and errors; encoded pairs are in `folder`, for all runs of a process."""
     pipeline, seconds, found = load_base_pipeline(), 0.0, {}
     if run.method != BASE:
-        logged = {"logging_strategy": "steps", "logging_steps": -(-protocol.steps // 10)} if run.inverts else {}
+        logged = {"logging_strategy": "steps", "logging_steps": -(-protocol.steps // 10)} if run.has_own_noise else {}
         trainer = build_trainer(run, protocol, folder, pipeline, **logged)
         began = time.process_time()
         trainer.train()
         seconds = time.process_time() - began
-        found = {OWN_NOISE: at_own_noise(trainer.state.log_history)} if run.inverts else {}
+        found = {OWN_NOISE: at_own_noise(trainer.state.log_history)} if run.has_own_noise else {}
     facts = {"key": run.key, **asdict(run), "settings": run.settings(), "how": protocol.facts()}
     measured = {**images_of(pipeline, run.seed, protocol), "errors": errors_of(pipeline, run.seed, protocol, folder)}
     return rounded({**facts, **measured, **found, "seconds": seconds})

@@ -107,6 +107,7 @@ METHODS: dict[str, Method] = {
     "sigmoid + sft": Method("sigmoid", {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.5]}),
     "sft_weight": Method("sigmoid", {"sft_weight": 25.0}),
     "margin_clamp": Method("sigmoid", {"margin_clamp": 2.0}),
+    "ipo + margin_clamp": Method("ipo", {"margin_clamp": 0.5}),  # at its target: nothing pulls back past it
     "auto_beta": Method("sigmoid", {"auto_beta": True}),
     "gap weights": Method("sigmoid", {"pair_weights": "gap"}),
     "gain weights": Method("sigmoid", {"pair_weights": "gain"}),
@@ -114,6 +115,8 @@ METHODS: dict[str, Method] = {
     "curriculum": Method("sigmoid", {"curriculum_epochs": 2.0}),  # of four
     "SUDO": Method("sigmoid", {"losers": "permute", "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.5]}),
     "InPO": Method("sigmoid", {**INVERSION, "inversion": "ddim", "inversion_steps": 10}),
+    # What the winners alone do at that noise, without any loser.
+    "sft + InPO's noise": Method("sft", {**INVERSION, "inversion": "ddim", "inversion_steps": 10}, has_loser=False),
     # The oracle's scores are in [0, 1] already.
     "SmPO": Method("smpo", {**INVERSION, "inversion": "renoise", "inversion_steps": 5}),
 }
@@ -139,13 +142,13 @@ class Run:
         return METHODS[self.method].all_settings() | SAFEGUARDS[self.safeguard]
 
     @property
-    def inverts(self) -> bool:
-        """Whether it trains at noise by inversion."""
-        return INVERSION.items() <= self.settings().items()
+    def has_own_noise(self) -> bool:
+        """Whether it trains at noise by inversion, with a reference: then training logs the winners' change there."""
+        return INVERSION.items() <= self.settings().items() and METHODS[self.method].has_loser
 
     def is_made(self, row: dict[str, Any] | None, protocol: Protocol) -> bool:
         """Whether a row is of this run, with the same settings and protocol."""
-        if row is None or (OWN_NOISE in row) != self.inverts:
+        if row is None or (OWN_NOISE in row) != self.has_own_noise:
             return False
         return (row["settings"], row["how"]) == (self.settings(), protocol.facts())
 
