@@ -252,36 +252,52 @@ def _filled(found: re.Match[str], text: str) -> str:
 
 # ---- Plot ----------------------------------------------------------------------------------------------------------
 
-GAP = 0.038  # between two names, as a share of the axes' height
+MARKERS = {NO_SAFEGUARD: "o", SAFEGUARD: "D"}
+TITLES = {NO_SAFEGUARD: "without the safeguard", SAFEGUARD: "with the safeguard (parameter space, mu 0.8)"}
+AXES = {  # a measure to its label
+    "score": "oracle score at the best classifier-free guidance",
+    "winner": "change of the winners' error on held-out pairs",
+}
 
 
 def plot(comparison: Comparison, file: Path) -> None:
-    """Score against the winners' change, without and with the safeguard; names stand in a column beside the points."""
+    """A line for each method, the best score above: its scores, and beside them the changes of the winners' error."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    titles = {NO_SAFEGUARD: "without the safeguard", SAFEGUARD: "with the safeguard (parameter space, mu 0.8)"}
-    for ax, (safeguard, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        points = [one for one in comparison.measured.values() if one.safeguard == safeguard]
-        for one in points:
-            x, y = (one.values[name] for name in ("winner", "score"))
-            style = {"color": color_of(one.method), "marker": "o", "elinewidth": 0.7, "ecolor": "#bbbbbb"}
-            ax.errorbar(x.mean(), y.mean(), xerr=errors_of(x), yerr=errors_of(y), **style)
-        lines = [(comparison.main, "safeguarded DPO", "--")]
-        ax.set_xscale("symlog", linthresh=0.001)
-        if safeguard == NO_SAFEGUARD:
-            lines.append((comparison.base, "base model", ":"))
-        for row, name, style in lines:
-            if row is not None:
-                ax.axhline(row.values["score"].mean(), color="#555555", linestyle=style, linewidth=1, label=name)
-        ax.axvline(0, color="black", linewidth=0.6)
-        ax.set(title=title, xlabel="change of the winners' error on held-out pairs (lower is better)")
-        ax.grid(alpha=0.2)
-        name_points(ax, points)
-    figure.axes[0].set_ylabel("oracle score at the best classifier-free guidance")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    best: dict[str, float] = {}
+    for one in comparison.measured.values():
+        best[one.method] = max(best.get(one.method, 0.0), one.values["score"].mean())
+    names = sorted(best, key=best.__getitem__)
+    figure = Figure(figsize=(12, 1.5 + 0.28 * len(names)), layout="constrained")
+    for ax, (measure, label) in zip(figure.subplots(1, 2, sharey=True), AXES.items(), strict=True):
+        for one in comparison.measured.values():
+            draw_point(ax, one, one.values[measure], names.index(one.method))
+        ax.set(xlabel=label)
+        ax.grid(alpha=0.25)
+    scores, changes = figure.axes
+    for row, name, style in ((comparison.main, "safeguarded DPO", "--"), (comparison.base, "base model", ":")):
+        if row is not None:
+            scores.axvline(row.values["score"].mean(), color="#555555", linestyle=style, linewidth=1, label=name)
+    changes.set_xscale("symlog", linthresh=0.001)
+    changes.set_xlim(left=-0.001)
+    changes.axvline(0, color="black", linewidth=0.6)
+    scores.set_yticks(range(len(names)), names)
+    for text, name in zip(scores.get_yticklabels(), names, strict=True):
+        text.set_color(color_of(name))
+    for safeguard, title in TITLES.items():
+        filled = "none" if safeguard == NO_SAFEGUARD else "#333333"
+        scores.plot([], [], MARKERS[safeguard], color="#333333", markerfacecolor=filled, label=title)
+    figure.legend(*scores.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
+
+
+def draw_point(ax: Any, one: Measured, values: np.ndarray, line: int) -> None:
+    """Mean and standard error; hollow without the safeguard."""
+    color = color_of(one.method)
+    filled = "white" if one.safeguard == NO_SAFEGUARD else color
+    style = {"marker": MARKERS[one.safeguard], "color": color, "markerfacecolor": filled, "ecolor": "#999999"}
+    ax.errorbar(values.mean(), line, xerr=errors_of(values), markersize=6, elinewidth=0.9, **style)
 
 
 def color_of(method: str) -> str:
@@ -289,32 +305,6 @@ def color_of(method: str) -> str:
     if method in (BASE, SFT, MAIN):
         return "#c0392b"
     return "#2471a3" if METHODS[method].settings.keys() <= {"calibrated_scores"} else "#1e8449"
-
-
-def name_points(ax: Any, points: list[Measured]) -> None:
-    """Names in a column right of the axes, in the order of the scores and near them, each with a line to its point."""
-    points = sorted(points, key=lambda one: one.values["score"].mean())
-    lower, upper = ax.get_ylim()
-    wanted = [(one.values["score"].mean() - lower) / (upper - lower) for one in points]
-    for one, height in zip(points, spread_out(wanted), strict=True):
-        at = (one.values["winner"].mean(), one.values["score"].mean())
-        color = color_of(one.method)
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "relpos": (0, 0.5), "shrinkA": 0}
-        text = {"fontsize": 9, "va": "center", "color": color, "arrowprops": line}
-        ax.annotate(one.method, at, (1.05, height), textcoords="axes fraction", **text)
-    ax.set_ylim(lower, upper)
-
-
-def spread_out(heights: list[float]) -> list[float]:
-    """Rising heights, each moved as far as `GAP` between neighbours asks for: upwards first, and down from 1."""
-    found: list[float] = []
-    for height in heights:
-        found.append(max(height, found[-1] + GAP) if found else height)
-    limit = 1.0
-    for place in reversed(range(len(found))):
-        found[place] = min(found[place], limit)
-        limit = found[place] - GAP
-    return found
 
 
 def errors_of(values: np.ndarray) -> float:

@@ -157,13 +157,6 @@ def test_the_report_writes_the_page_and_leaves_out_what_the_plan_does_not_make(m
         modules.report.report(file, page, picture)
 
 
-def test_names_in_the_plot_keep_their_order_and_a_distance(modules):
-    gap = modules.report.GAP
-    assert modules.report.spread_out([0.2, 0.5]) == [0.2, 0.5]
-    assert modules.report.spread_out([0.2, 0.2, 0.9]) == pytest.approx([0.2, 0.2 + gap, 0.9])
-    assert modules.report.spread_out([0.99, 1.0]) == pytest.approx([1 - gap, 1])
-
-
 def test_the_page_is_what_the_rows_say(modules):
     rows = list(modules.methods.rows_of(modules.report.RESULTS).values())
     page = modules.report.PAGE.read_text(encoding="utf-8")
