@@ -1,6 +1,10 @@
 """Fixtures that several rooms' tests share: tiny pipelines of diffusers' and transformers' real classes with random
 weights, saved to a folder once a session and loaded back as a user would."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before libraries read it: no test may depend on what the Hub holds
+
 import datasets
 import numpy as np
 import pytest
