@@ -25,7 +25,7 @@ SOURCES := trl_diffusion_sdpo tests examples benchmarks docs_build
 FLOORS := .venv-floors
 FLOORS_BIN := $(FLOORS)/bin
 # What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
-FLOORS_TESTS := tests/data tests/sources tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
+FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
 	tests/cli/test_given.py tests/cli/test_pair_arguments.py tests/test_cli_surface.py tests/test_versions.py
 
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs clean
@@ -48,7 +48,7 @@ test-families: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "matrix or not matrix" tests/families tests/device
 
 test-trainer: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/artifacts tests/runs tests/trainer tests/cache tests/data tests/planning
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "matrix or not matrix" tests/engines tests/models tests/step tests/saving tests/trainer tests/cache tests/data tests/planning
 
 # No environment is made: the torch that is installed above may be one for CPUs.
 test-gpu:

@@ -18,10 +18,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from trl_diffusion_sdpo.data import AspectRatioBuckets
+from trl_diffusion_sdpo.data.checking import ALONE
 from trl_diffusion_sdpo.data.image_sizes import read_sizes
-from trl_diffusion_sdpo.sources.checking import ALONE
-from trl_diffusion_sdpo.sources.images import ImageReader
-from trl_diffusion_sdpo.sources.tables import ArrowSource
+from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.tables import ArrowSource
 
 SQUARE, BUCKETS, OTHERS = "#c0392b", "#2471a3", "#b0b0b0"
 RATIOS = np.geomspace(0.4, 2.5, 801)

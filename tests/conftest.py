@@ -110,7 +110,7 @@ def make_args(tmp_path, monkeypatch, request):
     """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. Curves
     and verdict are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig
-    from trl_diffusion_sdpo.evaluation import verdict_report
+    from trl_diffusion_sdpo.reporting import verdict_report
     from trl_diffusion_sdpo.trainer import callbacks
 
     if "plotted" not in request.fixturenames:

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import api as default_api
 from huggingface_hub.utils import http_backoff
 
-from trl_diffusion_sdpo.artifacts import hub as hub_requests
+from trl_diffusion_sdpo.saving import hub as hub_requests
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt")
 REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called

@@ -25,14 +25,14 @@ from trl_diffusion_sdpo.cli.demo import make_parser as make_demo_parser
 from trl_diffusion_sdpo.cli.main import COMMANDS
 from trl_diffusion_sdpo.cli.pair_arguments import PairArguments
 from trl_diffusion_sdpo.data import FORMATS, detect_format
+from trl_diffusion_sdpo.data.checking import COUNTS
 from trl_diffusion_sdpo.families import FAMILIES, Family, family_for_class_name
 from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
 from trl_diffusion_sdpo.planning.published import DENOISERS
-from trl_diffusion_sdpo.settings.all_arguments import AllArguments
-from trl_diffusion_sdpo.sources.checking import COUNTS
+from trl_diffusion_sdpo.trainer.config.all_arguments import AllArguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -89,7 +89,7 @@ def test_the_files_that_the_page_names_are_there(hour):
 
 def test_the_exported_keys_and_scale_are_what_comfyui_and_kohya_compute(hour):
     """`lora_unet_` and the module's name with underscores; readers add `alpha / r * up @ down`, and training adds
-    `8 / 16 * B @ A` of PEFT's file. Every kind of layer is in tests/artifacts/test_lora_export.py."""
+    `8 / 16 * B @ A` of PEFT's file. Every kind of layer is in tests/saving/test_lora_export.py."""
     folder, _ = hour
     exported = load_file(folder / "shapes.safetensors")
     ours = load_file(folder / "shapes-lora" / "adapter_model.safetensors")

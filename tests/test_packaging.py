@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import trl_diffusion_sdpo
-from trl_diffusion_sdpo import import_utils
-from trl_diffusion_sdpo.artifacts import model_card
 from trl_diffusion_sdpo.cli import launch, train
+from trl_diffusion_sdpo.saving import model_card
+from trl_diffusion_sdpo.utils import import_utils
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -175,7 +175,7 @@ def test_no_published_row_is_missing():
 
 
 def test_the_model_card_template_is_shipped():
-    assert list((ROOT / "trl_diffusion_sdpo" / "artifacts" / "templates").iterdir())
+    assert list((ROOT / "trl_diffusion_sdpo" / "saving" / "templates").iterdir())
 
 
 def test_the_package_says_that_it_is_typed():

@@ -9,7 +9,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from transformers import TrainingArguments
 
-from trl_diffusion_sdpo import _compat
+from trl_diffusion_sdpo.utils import _compat
 
 ROOT = Path(__file__).parents[1]
 LOWEST = runpy.run_path(str(ROOT / "tests" / "versions" / "lowest.py"))["lowest_versions"]

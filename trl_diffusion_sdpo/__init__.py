@@ -3,7 +3,7 @@ images. The public names are imported at their first use."""
 
 from typing import TYPE_CHECKING
 
-from .import_utils import lazy_attributes
+from .utils.import_utils import lazy_attributes
 
 __version__ = "0.1.0.dev0"
 

@@ -18,17 +18,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.artifacts.disk import DiskFullError
-from trl_diffusion_sdpo.artifacts.setup import write_setup
 from trl_diffusion_sdpo.cache import key
 from trl_diffusion_sdpo.cache.key import EncoderFacts, hashes_of
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.data import images
+from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
-from trl_diffusion_sdpo.runs.resuming import check_resumable
-from trl_diffusion_sdpo.sources import images
-from trl_diffusion_sdpo.sources.images import ImageReader, UnreadableImageError
+from trl_diffusion_sdpo.saving.disk import DiskFullError
+from trl_diffusion_sdpo.saving.resuming import check_resumable
+from trl_diffusion_sdpo.saving.setup import write_setup
 from trl_diffusion_sdpo.trainer import encoding, preparing
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 from trl_diffusion_sdpo.trainer.preparing import place_frozen_components

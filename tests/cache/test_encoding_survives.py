@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState, PartialState
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.artifacts.disk import DiskFullError
 from trl_diffusion_sdpo.cache import encoder
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
+from trl_diffusion_sdpo.saving.disk import DiskFullError
 from trl_diffusion_sdpo.trainer import encoding
 
 pytestmark = pytest.mark.matrix

@@ -19,11 +19,11 @@ from trl_diffusion_sdpo.cli.errors import reading_data
 from trl_diffusion_sdpo.cli.errors import sentence as shown
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.checking import BadDataError
 from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.import_utils import MissingExtraError
 from trl_diffusion_sdpo.losses import interpolate
-from trl_diffusion_sdpo.own_errors import is_own
-from trl_diffusion_sdpo.sources.checking import BadDataError
+from trl_diffusion_sdpo.utils.import_utils import MissingExtraError
+from trl_diffusion_sdpo.utils.own_errors import is_own
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TINY = {

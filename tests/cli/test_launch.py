@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from trl_diffusion_sdpo import import_utils
 from trl_diffusion_sdpo.cli import launch, train
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.denoiser_wrapper import DenoiserWrapper
+from trl_diffusion_sdpo.utils import import_utils
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]

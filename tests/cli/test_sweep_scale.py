@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo import preference_guidance
-from trl_diffusion_sdpo.artifacts.interpolation import ScaledWeights, read_run, scaled_factor
 from trl_diffusion_sdpo.cli import sweep_scale
 from trl_diffusion_sdpo.cli.errors import is_own
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.sweep_images import _first_prompts
-from trl_diffusion_sdpo.evaluation import scale_images, scale_sweep
-from trl_diffusion_sdpo.evaluation.scale_images import ScaleImages, checked_scores
-from trl_diffusion_sdpo.import_utils import EXTRAS
 from trl_diffusion_sdpo.losses import interpolate
-from trl_diffusion_sdpo.runs.manifest import damage
+from trl_diffusion_sdpo.reporting import scale_images, scale_sweep
+from trl_diffusion_sdpo.reporting.scale_images import ScaleImages, checked_scores
+from trl_diffusion_sdpo.saving.interpolation import ScaledWeights, read_run, scaled_factor
+from trl_diffusion_sdpo.saving.manifest import damage
+from trl_diffusion_sdpo.utils.import_utils import EXTRAS
 
 METRICS = {
     "margin": "rewards/margins",

@@ -3,8 +3,8 @@
 import pytest
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.runs import run_files
-from trl_diffusion_sdpo.runs.run_lock import LOCK_FILE
+from trl_diffusion_sdpo.saving import run_files
+from trl_diffusion_sdpo.saving.run_lock import LOCK_FILE
 
 
 @pytest.mark.parametrize("rate, word", [("1e-7", "unchanged"), ("0.3", "ruined")])

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.holdout import hold_out
+from trl_diffusion_sdpo.data.tables import ArrowSource, RowSource
 from trl_diffusion_sdpo.data.transforms import PreferenceCollator
-from trl_diffusion_sdpo.sources.tables import ArrowSource, RowSource
 
 
 def two_prompts(pairs):

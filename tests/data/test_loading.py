@@ -11,7 +11,7 @@ from PIL import Image
 from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
 from trl_diffusion_sdpo.data import PairTransform, decode_image, prepare_dataset
-from trl_diffusion_sdpo.sources.images import UndecodableImageError
+from trl_diffusion_sdpo.data.images import UndecodableImageError
 
 ROW = {"prompt": "x", "chosen": "images/w.png", "rejected": "images\\l.png"}
 

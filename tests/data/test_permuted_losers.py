@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
+from trl_diffusion_sdpo.data.checking import PERMUTED
 from trl_diffusion_sdpo.data.loading import load_pairs
-from trl_diffusion_sdpo.sources.checking import PERMUTED
 
 JUNK = b"this is no image"
 PROMPTS = ["a", "b", "a", "c", "a", "b", "a", "d"]  # half of them are "a"

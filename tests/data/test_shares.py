@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.stream_progress import Share
-from trl_diffusion_sdpo.sources.images import ImageReader
 
 JUNK = b"this is no image"
 

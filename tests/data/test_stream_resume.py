@@ -9,10 +9,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.stream_progress import Share, StreamProgress
 from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset
 from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
-from trl_diffusion_sdpo.sources.images import ImageReader
 
 BATCHES = 10
 

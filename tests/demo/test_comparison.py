@@ -23,7 +23,7 @@ from trl_diffusion_sdpo.demo.methods import METHODS, GuidedScorer, ImageScorer, 
 from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline, load_pipeline, reported_captions, score_prompts
 from trl_diffusion_sdpo.demo.results import MethodResult, Score
 from trl_diffusion_sdpo.demo.world import captions
-from trl_diffusion_sdpo.import_utils import EXTRAS, MissingExtraError
+from trl_diffusion_sdpo.utils.import_utils import EXTRAS, MissingExtraError
 
 TINY = {"max_steps": 2, "samples_per_prompt": 1, "evaluations": 1, "gentle": False, "guidance_scales": ()}
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from worker import RecordingTrainer, check_engine, engine_args, take_turns
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.evaluation import verdict_report
+from trl_diffusion_sdpo.reporting import verdict_report
 from trl_diffusion_sdpo.trainer import callbacks
 
 callbacks.plot_curves = verdict_report.draw_verdict = lambda *given: None  # half a second at every save and end

@@ -16,8 +16,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.runs.checkpoint_folders import CheckpointFolders
-from trl_diffusion_sdpo.runs.manifest import Manifest, damage
+from trl_diffusion_sdpo.saving.checkpoint_folders import CheckpointFolders
+from trl_diffusion_sdpo.saving.manifest import Manifest, damage
 
 found, rank = {}, int(sys.argv[1])
 for each_node in (True, False):

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.engines import host_copy
-from trl_diffusion_sdpo.runs.interrupts import CheckpointOnInterrupt, step_exchange
+from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt, step_exchange
 from trl_diffusion_sdpo.step.finite_check import FiniteCheck
 from trl_diffusion_sdpo.trainer import diffusion_sdpo_trainer
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.engines.worker_processes import WorkerStart, worker_context
-from trl_diffusion_sdpo.runs.manifest import Manifest, damage
+from trl_diffusion_sdpo.saving.manifest import Manifest, damage
 
 
 class Numbers(torch.utils.data.Dataset):

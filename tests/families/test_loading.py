@@ -17,7 +17,7 @@ from trl_diffusion_sdpo.families import (
     find_family,
     load_pipeline,
 )
-from trl_diffusion_sdpo.own_errors import is_own
+from trl_diffusion_sdpo.utils.own_errors import is_own
 
 # Tiny pipeline -> classes besides the text-to-image one whose folders hold the same networks.
 OTHER_CLASSES = {

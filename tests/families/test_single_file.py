@@ -13,7 +13,7 @@ from trl_diffusion_sdpo.families import load_denoiser, load_pipeline
 from trl_diffusion_sdpo.families.single_file import configuration_of
 from trl_diffusion_sdpo.models.loading import load_model, load_reference
 from trl_diffusion_sdpo.planning.skeleton import pipeline_of_folder
-from trl_diffusion_sdpo.runs.starting_point import starting_point
+from trl_diffusion_sdpo.saving.starting_point import starting_point
 
 # diffusers' prefix -> the original one, of a UNet with two levels of one layer each.
 UNET = {

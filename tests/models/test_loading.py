@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.artifacts.weights import WeightFiles
 from trl_diffusion_sdpo.families import find_family, load_denoiser, load_pipeline
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
 from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT
+from trl_diffusion_sdpo.saving.weights import WeightFiles
 
 GRID = 1 / 64
 ACCESS = {

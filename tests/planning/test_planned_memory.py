@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trl_diffusion_sdpo._compat import CHECKPOINTING
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data.transforms import pixels_as_floats, white
 from trl_diffusion_sdpo.families.noise import constant
@@ -20,6 +19,7 @@ from trl_diffusion_sdpo.planning.fake_device import fake_device
 from trl_diffusion_sdpo.planning.layouts import ENGINES, Layout
 from trl_diffusion_sdpo.planning.optimizers import optimizer_memory
 from trl_diffusion_sdpo.planning.plan import Plan
+from trl_diffusion_sdpo.utils._compat import CHECKPOINTING
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from trl_diffusion_sdpo.artifacts.interpolation import SavedRun, read_run
 from trl_diffusion_sdpo.losses import BetaController, diffusion_preference_loss
+from trl_diffusion_sdpo.saving.interpolation import SavedRun, read_run
 from trl_diffusion_sdpo.step.meters import BETA_FILE, AutoBeta, MetricMeter
 
 SGD = {

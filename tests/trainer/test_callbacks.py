@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
-from trl_diffusion_sdpo.runs.interrupts import CheckpointOnInterrupt
+from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.trainer.callbacks import EpochCallback, SyncReferenceCallback
 from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, labelled_grid
 

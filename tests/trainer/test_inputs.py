@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo._compat import CHECKPOINTING
+from trl_diffusion_sdpo.utils._compat import CHECKPOINTING
 
 
 def image(value=0, size=(16, 16)):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from trl_diffusion_sdpo.data.checking import PERMUTED
 from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.sources.checking import PERMUTED
 from trl_diffusion_sdpo.step.noisy_batch import of_both_halves
 
 TIMES = ("runtime", "per_second", "flos", "time", "memory")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_diffusion_sdpo.sources.checking import SWAPPED
+from trl_diffusion_sdpo.data.checking import SWAPPED
 
 
 def exchanged(pairs):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.columns import digest_of
+from ..data.images import UndecodableImageError
 from ..data.pairs import PreferenceDataset
 from ..data.transforms import PairDraws
-from ..sources.columns import digest_of
-from ..sources.images import UndecodableImageError
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..data.checking import HOW_TO_DROP, Peers
+from ..data.images import UndecodableImageError, UnreadableImageError, read_again
 from ..data.pairs import PreferenceDataset
-from ..sources.checking import HOW_TO_DROP, Peers
-from ..sources.images import UndecodableImageError, UnreadableImageError, read_again
 from .encoded_pairs import MOMENTS, SIZES, ImageRows
 from .shards import ShardStore
 

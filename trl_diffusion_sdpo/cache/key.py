@@ -21,10 +21,10 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..data.checking import ALONE, Peers, usable_cores
 from ..data.pairs import PreferenceDataset
 from ..families import Family
-from ..files import write_atomically
-from ..sources.checking import ALONE, Peers, usable_cores
+from ..utils.files import write_atomically
 from .encoded_pairs import ImageRows
 from .shards import own_ending
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..files import write_atomically
+from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

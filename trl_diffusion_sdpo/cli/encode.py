@@ -48,7 +48,7 @@ def _encode_alone(
     """Encode as a trainer would when it is made, without the weights of a denoiser."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..runs.starting_point import starting_point
+    from ..saving.starting_point import starting_point
     from ..trainer import preparing  # takes seconds
     from ..trainer.data_preparation import prepare_pairs
     from ..trainer.encoding import PairEncoding

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..own_errors import is_own
+from ..utils.own_errors import is_own
 
 _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
 _NO_ROWS = "corresponds to no data"  # what datasets says of files without rows

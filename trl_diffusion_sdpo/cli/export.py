@@ -26,7 +26,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
-    from ..artifacts.lora_export import export_kohya  # takes seconds: after the arguments are checked
+    from ..saving.lora_export import export_kohya  # takes seconds: after the arguments are checked
 
     tensors = export_kohya(options.run, options.output, average=options.average)
     count = sum(key.endswith(".alpha") for key in tensors)

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..suggestions import did_you_mean, why_absent
-from ..switch_words import choice_of_switch
+from ..utils.hints import did_you_mean, why_absent
+from ..utils.switch_words import choice_of_switch
 from . import launch
 from .options import Option, OptionTable, given_parser, names_in_sources, refuse_unknown
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..import_utils import require
-from ..suggestions import did_you_mean
+from ..utils.hints import did_you_mean
+from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"

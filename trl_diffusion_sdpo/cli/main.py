@@ -5,9 +5,9 @@ import sys
 from importlib import import_module
 
 from .. import __version__
-from ..import_utils import MissingExtraError, hide_idle_notes
-from ..own_errors import is_own
-from ..suggestions import did_you_mean
+from ..utils.hints import did_you_mean
+from ..utils.import_utils import MissingExtraError, hide_idle_notes
+from ..utils.own_errors import is_own
 from . import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR
 from .errors import sentence
 

@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..suggestions import did_you_mean, why_absent
-from ..switch_words import SWITCH_WORDS
+from ..utils.hints import did_you_mean, why_absent
+from ..utils.switch_words import SWITCH_WORDS
 
 TABLE_FILE = Path(__file__).with_name("train_options.json")
 DESCRIBED = ("accelerate", "transformers", "trl")

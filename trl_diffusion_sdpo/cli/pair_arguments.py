@@ -25,7 +25,7 @@ from ..data.loading import (
     surely_share_rows,
 )
 from ..data.pairs import PairMixture
-from ..suggestions import did_you_mean
+from ..utils.hints import did_you_mean
 
 if TYPE_CHECKING:
     from ..trainer import DiffusionSDPOConfig

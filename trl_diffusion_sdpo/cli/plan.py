@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..suggestions import did_you_mean
+from ..utils.hints import did_you_mean
 from . import EXIT_OK, launch
 from .options import OneLineParser
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..models.loading import LoadedModel
     from ..planning.layouts import Layout
     from ..planning.plan import Plan, Prepared
-    from ..runs.starting_point import StartingPoint
+    from ..saving.starting_point import StartingPoint
     from ..trainer import DiffusionSDPOConfig
 
 
@@ -83,7 +83,7 @@ class PlannedSettings:
 
     def __init__(self, words: list[str], prog: str, device: str, like: str | None):
         from ..engines.engine_settings import by_engine
-        from ..runs.starting_point import starting_point
+        from ..saving.starting_point import starting_point
         from . import train
         from .planned_layout import layout_of
 
@@ -215,7 +215,7 @@ def _stored(model_args: ModelConfig) -> str | None:
 def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None) -> LoadedModel:
     """The model, with the LoRA that it goes on from unless all weights are planned to train."""
     from ..models.loading import LoadedModel
-    from ..runs.starting_point import attach_adapter, starting_point
+    from ..saving.starting_point import attach_adapter, starting_point
 
     start = starting_point(str(model_args.model_name_or_path), args.adapter_name_or_path)
     family = _family(model_args, args, like, start)
@@ -253,9 +253,9 @@ def _working(family: Any, args: DiffusionSDPOConfig, half: Any) -> Any:
 
 
 def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Layout) -> Any:
-    from .._compat import activation_checkpointing
     from ..planning.fake_step import StepSettings
     from ..trainer.preparing import image_sizes, loss_settings
+    from ..utils._compat import activation_checkpointing
 
     checkpoints, arguments = activation_checkpointing(args)
     anchor = args.safeguard_anchor or args.loss_spec.anchor

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
-    from ..artifacts.interpolation import SavedRun, ScaledWeights
-    from ..evaluation.scale_images import ScaleImages, Scorer
+    from ..reporting.scale_images import ScaleImages, Scorer
+    from ..saving.interpolation import SavedRun, ScaledWeights
     from ..trainer import DiffusionSDPOTrainer
 
 GRID_FILES = {"weights": "images_weights.png", "prediction": "images_prediction.png"}
@@ -95,11 +95,11 @@ def make(
     scorer: Scorer | None,
 ) -> dict[str, Any]:
     """Generate and score the missing images, and draw all; `rows` are those of the sweep. Returns the scores, the
-    scorer's name and the guidance scale, as [`~trl_diffusion_sdpo.evaluation.recommended_scale.recommend`] takes
+    scorer's name and the guidance scale, as [`~trl_diffusion_sdpo.reporting.recommended_scale.recommend`] takes
     them. Without a scorer, those of the one that an earlier call had."""
     from tqdm.auto import tqdm
 
-    from ..evaluation.scale_images import ScaleImages
+    from ..reporting.scale_images import ScaleImages
 
     folder = Path(trainer.args.output_dir)
     sampler = Sampler(options, run, trainer, weights, prompts)
@@ -122,7 +122,7 @@ class Sampler:
 
     Args:
         trainer ([`~trl_diffusion_sdpo.DiffusionSDPOTrainer`]): Its denoiser is the base.
-        weights ([`~trl_diffusion_sdpo.artifacts.interpolation.ScaledWeights`]): Of the run.
+        weights ([`~trl_diffusion_sdpo.saving.interpolation.ScaledWeights`]): Of the run.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Sampler:
         weights: ScaledWeights,
         prompts: Sequence[str],
     ):
-        from ..runs.resuming import stored_settings
+        from ..saving.resuming import stored_settings
         from ..trainer.sample_images import SampleImagesCallback
 
         stored = stored_settings(run.folder)  # empty for a run from the Hub
@@ -173,7 +173,7 @@ class Sampler:
         from tqdm.auto import tqdm
 
         from ..engines.engine_settings import training_autocast
-        from ..evaluation.scale_images import Cell
+        from ..reporting.scale_images import Cell
 
         missing = images.missing()
         guided = any(form == "prediction" for form, _ in missing)
@@ -201,8 +201,8 @@ def _draw(
     scores: Mapping[str, Mapping[float, Sequence[float]]],
 ) -> None:
     """Draw a grid for each form; above those of the weights is how the winners' error changes."""
-    from ..evaluation.scale_images import draw_grid
-    from ..evaluation.scale_sweep import percent
+    from ..reporting.scale_images import draw_grid
+    from ..reporting.scale_sweep import percent
 
     changes = {
         row["scale"]: f"winners {percent(row['winner_change_relative'], row.get('winner_change_relative_stderr'))}"
@@ -248,7 +248,7 @@ def named_prompts(options: argparse.Namespace, run: SavedRun) -> list[str] | Non
     Raises:
         `ValueError`: If they are too few for a scorer.
     """
-    from ..runs.resuming import stored_settings
+    from ..saving.resuming import stored_settings
 
     named = options.prompts or stored_settings(run.folder).get("sample_prompts")
     return _enough(options, named) if named else None
@@ -264,7 +264,7 @@ def find_prompts(options: argparse.Namespace, run: SavedRun, dataset: Any) -> li
 
 
 def _enough(options: argparse.Namespace, prompts: list[str]) -> list[str]:
-    from ..evaluation.recommended_scale import FEWEST_IMAGES
+    from ..reporting.recommended_scale import FEWEST_IMAGES
 
     if options.scorer is not None and len(prompts) < FEWEST_IMAGES:
         raise ValueError(
@@ -276,7 +276,7 @@ def _enough(options: argparse.Namespace, prompts: list[str]) -> list[str]:
 
 def _first_prompts(dataset: Any) -> list[str]:
     """The first distinct prompts of the evaluated pairs that are not empty, in their order."""
-    from ..evaluation.scale_images import PROMPTS
+    from ..reporting.scale_images import PROMPTS
 
     found: list[str] = []
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..files import SWEEP_FOLDER
-from ..import_utils import require
+from ..utils.files import SWEEP_FOLDER
+from ..utils.import_utils import require
 from . import EXIT_OK, sweep_images
 from .errors import reading_data
 from .options import OneLineParser
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import TrainerCallback
 
-    from ..artifacts.interpolation import SavedRun, ScaledWeights
+    from ..saving.interpolation import SavedRun, ScaledWeights
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -77,7 +77,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: On a folder, base, data, scorer or settings that do not fit together.
     """
-    from ..artifacts.interpolation import ScaledWeights, check_free_folder, read_run  # seconds
+    from ..saving.interpolation import ScaledWeights, check_free_folder, read_run  # seconds
 
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
@@ -117,7 +117,7 @@ def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTr
     from transformers import PrinterCallback
 
     from ..models.loading import load_model
-    from ..runs.starting_point import base_of_run, starting_point
+    from ..saving.starting_point import base_of_run, starting_point
     from ..trainer import DiffusionSDPOTrainer
 
     origin = {"revision": options.model_revision, "dtype": options.dtype}
@@ -156,7 +156,7 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
 
 
 def _evaluation_settings(run: SavedRun) -> dict[str, Any]:
-    from ..settings.declaring import EVALUATION
+    from ..trainer.config.declaring import EVALUATION
     from ..trainer.diffusion_sdpo_config import settings_with
 
     return run.evaluation_settings(settings_with(EVALUATION))
@@ -195,7 +195,7 @@ def _evaluate(
     """Evaluate the scales that the output folder lacks, writing each at once; then plot all."""
     from tqdm.auto import tqdm
 
-    from ..evaluation import scale_sweep
+    from ..reporting import scale_sweep
 
     folder = Path(trainer.args.output_dir)
     file = folder / scale_sweep.SWEEP_FILE
@@ -224,11 +224,11 @@ def _recommend(
     images: dict[str, Any],
 ) -> None:
     """Recommend a scale: on the terminal, in the sweep's file, in the run's set-up file and on its model card."""
-    from ..artifacts.run_card import CARD_FILE, update_recommended_scales
-    from ..artifacts.setup import RECOMMENDED, SETUP_FILE, recommended_scales, record_recommended_scale
-    from ..evaluation import scale_sweep
-    from ..evaluation.recommended_scale import recommend
-    from ..runs.manifest import MANIFEST_FILE
+    from ..reporting import scale_sweep
+    from ..reporting.recommended_scale import recommend
+    from ..saving.manifest import MANIFEST_FILE
+    from ..saving.run_card import CARD_FILE, update_recommended_scales
+    from ..saving.setup import RECOMMENDED, SETUP_FILE, recommended_scales, record_recommended_scale
 
     is_negative = run.setup.get("swap_labels") is True
     recommended = recommend(rows, is_negative=is_negative, **images).facts() | {"of": weights.fingerprint}
@@ -272,8 +272,8 @@ def _for_the_card(
 
 def _public_base(run: SavedRun) -> str:
     """Repository or folder with the denoiser that the run started from, as its model card names it."""
-    from ..artifacts.model_card import base_for_loading
-    from ..runs.starting_point import recorded_base_of
+    from ..saving.model_card import base_for_loading
+    from ..saving.starting_point import recorded_base_of
 
     base = recorded_base_of(run.folder)
     return base_for_loading(None if base is None else base["denoiser"] or base["pipeline"])

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..import_utils import require
+from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_arguments, reading_data
 from .given import Given, read_given, refuse_missing, refuse_unknown_names
@@ -58,9 +58,9 @@ def _holders() -> dict[str, Sequence[type]]:
     """The dataclasses of the options by the title under which the help lists them."""
     from trl import ModelConfig, ScriptArguments
 
-    from ..settings.data_arguments import DataArguments, RunArguments
-    from ..settings.model_arguments import MemoryArguments, PipelineArguments, SampleArguments
-    from ..settings.step_arguments import LossArguments, NoiseArguments, WinnerArguments
+    from ..trainer.config.data_arguments import DataArguments, RunArguments
+    from ..trainer.config.model_arguments import MemoryArguments, PipelineArguments, SampleArguments
+    from ..trainer.config.step_arguments import LossArguments, NoiseArguments, WinnerArguments
     from .pair_arguments import PairArguments
 
     return {
@@ -142,7 +142,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     Returns:
         `int`: The exit code: 0, or 130 if it was interrupted and has written a checkpoint.
     """
-    from ..runs.interrupts import CheckpointOnInterrupt
+    from ..saving.interrupts import CheckpointOnInterrupt
 
     interrupt = CheckpointOnInterrupt()
     trainer = build_trainer(script_args, training_args, model_args, interrupt)
@@ -205,7 +205,7 @@ def resume_point(value: str | bool | None) -> str | bool | None:
     Raises:
         ValueError: If the folder does not exist.
     """
-    from ..runs.checkpoint_folders import LATEST, meaning  # takes seconds
+    from ..saving.checkpoint_folders import LATEST, meaning  # takes seconds
 
     point = meaning(value)
     if isinstance(point, str) and point != LATEST and not Path(point).is_dir():
@@ -252,7 +252,7 @@ def _finish(trainer: DiffusionSDPOTrainer, training_args: DiffusionSDPOConfig) -
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:
-    from ..runs.interrupts import resume_hint  # takes seconds
+    from ..saving.interrupts import resume_hint  # takes seconds
 
     how = "To resume, run the same command with\n  --resume_from_checkpoint true"
     hint = resume_hint(trainer.args, trainer.state.global_step, how)

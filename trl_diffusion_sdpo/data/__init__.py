@@ -1,8 +1,8 @@
 """Preference data: from the columns of published sets to batches of pairs."""
 
-from ..sources.formats import FORMATS, PreferenceFormat, detect_format
-from ..sources.images import UndecodableImageError, decode_image
 from .buckets import AspectRatioBuckets
+from .formats import FORMATS, PreferenceFormat, detect_format
+from .images import UndecodableImageError, decode_image
 from .loading import load_pairs
 from .pairs import DataReport, PairMixture, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from .transforms import PairDraws, PairTransform, PreferenceCollator, pixels_as_floats

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import torch
 
-from ..derangement import derangement, most_common
-from ..sources.columns import by_first_appearance, row_codes, values_of_rows
-from ..sources.formats import PreferenceFormat, resolve_format
+from .columns import by_first_appearance, row_codes, values_of_rows
+from .derangement import derangement, most_common
+from .formats import PreferenceFormat, resolve_format
 
 logger = logging.getLogger(__name__)
 

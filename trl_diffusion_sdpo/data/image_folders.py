@@ -16,8 +16,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from ..sources.checking import MAX_EXAMPLES
-from ..sources.images import FILE_FORMATS
+from .checking import MAX_EXAMPLES
+from .images import FILE_FORMATS
 
 logger = logging.getLogger(__name__)
 

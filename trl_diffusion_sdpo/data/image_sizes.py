@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 
-from ..sources.checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
-from ..sources.formats import images_of_row
-from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
-from ..sources.tables import ArrowSource, RowSource
 from .buckets import AspectRatioBuckets, PairSizes
+from .checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
+from .formats import images_of_row
+from .images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
+from .tables import ArrowSource, RowSource
 from .transforms import Size
 
 STRONG_CROP = 0.25  # share of an image's area; pairs that lose more are counted

@@ -13,9 +13,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ..sources.columns import ROUND_ROWS
-from ..sources.contents import local_names
-from ..sources.formats import FORMATS
+from .columns import ROUND_ROWS
+from .contents import local_names
+from .formats import FORMATS
 from .image_folders import LAYOUTS, make_datasets, read_image_folder
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..sources import checking
-from ..sources.checking import ALONE, HOW_TO_DROP, DataReport, Peers, SourceImage, evenly_spaced
-from ..sources.images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
-from ..sources.index import PairNumbers
-from ..sources.mixture import Source
-from ..sources.tables import pairs_fingerprint
+from . import checking
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, TakenAgain, candidates
+from .checking import ALONE, HOW_TO_DROP, DataReport, Peers, SourceImage, evenly_spaced
 from .holdout import PermutedLosers
 from .image_sizes import settle_sizes
+from .images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
+from .index import PairNumbers
+from .mixture import Source
+from .tables import pairs_fingerprint
 from .transforms import Encoded, ItemMaker, PairDraws, Size, check_reference_errors
 
 logger = logging.getLogger(__name__)

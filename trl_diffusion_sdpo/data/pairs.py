@@ -8,16 +8,16 @@ from typing import Any
 
 import datasets
 
-from ..sources.checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
-from ..sources.columns import numbers_of_rows
-from ..sources.formats import FORMATS
-from ..sources.images import SCHEMES, ImageReader, parse_schemes
-from ..sources.mixture import MixedSource, PairMixture, Source
-from ..sources.tables import make_source
 from .buckets import AspectRatioBuckets
+from .checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
+from .columns import numbers_of_rows
+from .formats import FORMATS
 from .image_sizes import ENLARGED
+from .images import SCHEMES, ImageReader, parse_schemes
 from .map_style import PreferenceDataset
+from .mixture import MixedSource, PairMixture, Source
 from .streaming import PreferenceIterableDataset, Stream
+from .tables import make_source
 from .transforms import ItemMaker, PairTransform
 
 __all__ = ["COUNTS", "DataReport", "PairMixture", "PreferenceDataset", "PreferenceIterableDataset"]

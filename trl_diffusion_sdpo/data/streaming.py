@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .._compat import is_split_by_node
-from ..sources.checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
-from ..sources.formats import (
+from ..utils._compat import is_split_by_node
+from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
+from .formats import (
     PairReference,
     PreferenceFormat,
     Reject,
@@ -24,7 +24,7 @@ from ..sources.formats import (
     pairs_in_group,
     resolve_format,
 )
-from ..sources.images import ImageReader, UndecodableImageError
+from .images import ImageReader, UndecodableImageError
 from .stream_progress import Share, StreamProgress
 from .transforms import ItemMaker
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..sources.images import MIN_SIDE
+from .images import MIN_SIDE
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -3,7 +3,7 @@
 The world and the oracle need numpy only and are imported here; the pairs are in `pairs`, the pipeline in `pipeline`.
 """
 
-from ..import_utils import hide_idle_notes
+from ..utils.import_utils import hide_idle_notes
 from .oracle import OracleParts, oracle_parts, oracle_score
 from .world import Caption, captions, imperfect_render, parse_caption, render
 

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from ..guidance import preference_guidance
-from ..import_utils import require
-from ..runs.interrupts import CheckpointOnInterrupt
+from ..saving.interrupts import CheckpointOnInterrupt
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from ..utils.import_utils import require
 from .methods import (
     GENTLE_METHODS,
     GUIDANCE_SCALES,

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from .._compat import keeps_order, start_method
+from ..data.checking import forks_by_default, usable_cores
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..data.stream_progress import Share
-from ..sources.checking import forks_by_default, usable_cores
+from ..utils._compat import keeps_order, start_method
 from .worker_processes import WorkerStart, worker_context
 
 MAX_WORKERS = 4  # decode some hundred pairs a second, more than a denoiser trains on

@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from .._compat import keeps_zero_gradients, zero3_adam_state, zero_gradients, zero_weights
 from ..losses.adamw import AdamWState
+from ..utils._compat import keeps_zero_gradients, zero3_adam_state, zero_gradients, zero_weights
 from .gradients import Gradient, add
 from .sharding import local_tensor
 

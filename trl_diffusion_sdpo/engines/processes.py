@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from ..masking import without_secrets
-from ..sources.checking import ALONE, Peers
+from ..data.checking import ALONE, Peers
+from ..utils.secrets import without_secrets
 
 TIMEOUT = timedelta(days=1)  # one process may upload for hours while the others wait
 

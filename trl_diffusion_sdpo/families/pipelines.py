@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..own_errors import is_own
+from ..utils.own_errors import is_own
 from .base import Family
 from .model_files import check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .._compat import SingleFileComponentError, default_configuration
+from ..utils._compat import SingleFileComponentError, default_configuration
 
 SUFFIX = ".safetensors"
 CONFIG_OPTION = '`model_init_kwargs={"config": "FOLDER OR HUB ID"}`, for a reference `ref_model_init_kwargs`'

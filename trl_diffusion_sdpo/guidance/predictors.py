@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .._compat import activate_adapter, adapters_as_they_were, switch_adapters
 from ..models.adapters import adapter_layers, lora_configs, unwrap_peft_model
 from ..models.reference import architecture_difference
+from ..utils._compat import activate_adapter, adapters_as_they_were, switch_adapters
 from .denoiser_call import DenoiserCall, prediction_in, without_lora_scale
 
 BASE = "__base__"  # PEFT's name, in a mixed batch, of the model without adapters

@@ -25,8 +25,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
 from torch import nn
 
-from .._compat import activate_adapter, switch_adapters
 from ..losses import lora_scaling
+from ..utils._compat import activate_adapter, switch_adapters
 
 logger = logging.getLogger(__name__)
 

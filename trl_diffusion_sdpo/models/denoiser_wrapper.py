@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .._compat import block_names, modules_of
+from ..utils._compat import block_names, modules_of
 
 
 class DenoiserWrapper(nn.Module):

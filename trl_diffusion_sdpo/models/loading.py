@@ -18,7 +18,7 @@ from torch import nn
 from ..families import Family, as_text_to_image, find_family, load_denoiser, load_pipeline
 from ..families.pipelines import load_encoders
 from ..families.single_file import is_single_file
-from ..import_utils import require
+from ..utils.import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
 

@@ -20,14 +20,14 @@ from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .._compat import (
+from ..utils._compat import (
     attention_backends,
     has_attention_backends,
     layers_in_full,
     reads_weights_in_their_layers,
     repeated_blocks,
 )
-from ..suggestions import did_you_mean
+from ..utils.hints import did_you_mean
 from .numerics import AUTOCAST_LAYERS
 
 NO_BACKWARD = "sage"  # quantized attention, in the names of back ends

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import forward_pre_hooks
+from ..utils._compat import forward_pre_hooks
 
 AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights autocast casts at every use
 CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .._compat import CHECKPOINTING
+from ..utils._compat import CHECKPOINTING
 from .plan import Plan
 
 Changes = dict[str, Any]

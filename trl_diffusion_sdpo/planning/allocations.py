@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
+from ..utils._compat import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
 
 CUDA_BLOCK = 512  # bytes, to which CUDA's caching allocator rounds
 

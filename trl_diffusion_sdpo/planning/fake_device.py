@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._compat import CPU_ATTENTION_BACKWARD, autocast_rules
+from ..utils._compat import CPU_ATTENTION_BACKWARD, autocast_rules
 from .allocations import CUDA_BLOCK
 
 CUDA_FUSED_ATTENTION_GRADIENT = 4  # bytes an element: FlashAttention 2 sums the gradient of the queries in float32

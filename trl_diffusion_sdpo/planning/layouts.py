@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._compat import block_names
+from ..utils._compat import block_names
 from .allocations import rounded
 
 

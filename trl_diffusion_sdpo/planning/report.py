@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..import_utils import require
+from ..utils.import_utils import require
 from .advice import Advice
 from .plan import CARDS, USABLE, Plan
 

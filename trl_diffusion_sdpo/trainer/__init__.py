@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..import_utils import lazy_attributes
+from ..utils.import_utils import lazy_attributes
 
 _HOMES = {"DiffusionSDPOConfig": ".diffusion_sdpo_config", "DiffusionSDPOTrainer": ".diffusion_sdpo_trainer"}
 __all__ = ["DiffusionSDPOConfig", "DiffusionSDPOTrainer"]

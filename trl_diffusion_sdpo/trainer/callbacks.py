@@ -13,22 +13,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
-from ..artifacts.run_card import CARD_FILE
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..engines.engine_settings import by_engine
 from ..engines.processes import peers
-from ..evaluation.console import ShortLogCallback
-from ..evaluation.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
-from ..evaluation.tracked_images import TrackedImages
-from ..evaluation.training_curves import CURVES_FILE, has_curves, plot_curves
-from ..evaluation.verdict import RunFacts
-from ..import_utils import is_plots_available
 from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
+from ..reporting.console import ShortLogCallback
+from ..reporting.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
+from ..reporting.tracked_images import TrackedImages
+from ..reporting.training_curves import CURVES_FILE, has_curves, plot_curves
+from ..reporting.verdict import RunFacts
+from ..saving.run_card import CARD_FILE
 from ..step.meters import AutoBeta
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
+from ..utils.import_utils import is_plots_available
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .evaluation_overrides import VerdictCallback, warning_of_unwritten_files

@@ -13,18 +13,18 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
-from .._compat import keeps_order
+from ..cache.reference_pass import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
 from ..data.buckets import AspectRatioBuckets, BucketSampler
+from ..data.curriculum import CurriculumSampler, warn_of_short_training
+from ..data.pair_scores import ScoreSettings
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
-from ..scoring.curriculum import CurriculumSampler, warn_of_short_training
-from ..scoring.pair_scores import ScoreSettings
-from ..step.reference_errors import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
 from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
+from ..utils._compat import keeps_order
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import PairEncoding, check_prompt_padding
 

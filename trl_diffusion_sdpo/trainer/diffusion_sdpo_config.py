@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 
-from ..masking import masked
-from ..settings.all_arguments import AllArguments, read_words, settings_of, settled_loss_type, settled_resolution
-from ..settings.checks import check_settings
-from ..settings.declaring import EVALUATION, RESUME
+from ..utils.secrets import masked
+from .config.all_arguments import AllArguments, read_words, settings_of, settled_loss_type, settled_resolution
+from .config.checks import check_settings
+from .config.declaring import EVALUATION, RESUME
 
 # Settings of transformers, by the lists of settings that they belong to.
 INHERITED = {

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy
 
-from ..artifacts.setup import fingerprint
+from ..cache.reference_pass import ReferenceErrors
 from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
@@ -31,19 +31,19 @@ from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
 from ..models.loading import LoadedModel
 from ..models.reference import PrecomputedReference, networks
-from ..runs.interrupts import step_exchange
-from ..runs.starting_point import recorded_base
-from ..settings.model_checks import refuse_dropout
+from ..saving.interrupts import step_exchange
+from ..saving.setup import fingerprint
+from ..saving.starting_point import recorded_base
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
 from ..step.meters import AutoBeta, MetricMeter
 from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.reference_errors import ReferenceErrors
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
+from .config.model_checks import refuse_dropout
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import PairEncoding, encoder_facts, error_settings

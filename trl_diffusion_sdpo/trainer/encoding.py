@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..artifacts.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
 from ..cache.encoded_pairs import EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
 from ..cache.encoder import (
     Written,
@@ -28,7 +27,9 @@ from ..cache.encoder import (
     moments_of,
 )
 from ..cache.key import EncoderFacts, image_key, prompt_key
+from ..cache.reference_pass import ErrorSettings
 from ..cache.shards import ShardStore, stored_bytes
+from ..data.checking import evenly_spaced
 from ..data.pairs import PreferenceDataset
 from ..data.transforms import pixels_as_floats
 from ..engines.batch_loaders import load_one_by_one
@@ -36,9 +37,8 @@ from ..engines.processes import failing_together, peers
 from ..families import Family
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
-from ..runs.run_lock import RunLock
-from ..sources.checking import evenly_spaced
-from ..step.reference_errors import ErrorSettings
+from ..saving.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
+from ..saving.run_lock import RunLock
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)

@@ -14,19 +14,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..artifacts.run_card import is_note
-from ..artifacts.setup import forget_recommended_scales
 from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.processes import in_any_process
-from ..evaluation.tracked_images import TrackedImages
-from ..evaluation.verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
-from ..evaluation.verdict_report import SamplePair, write_verdict
-from ..files import VERDICT_FILE, VERDICT_PLOT
 from ..models.ema import EMA_FOLDER, EMAWeights
-from ..runs.interrupts import resume_hint, was_interrupted
+from ..reporting.tracked_images import TrackedImages
+from ..reporting.verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
+from ..reporting.verdict_report import SamplePair, write_verdict
+from ..saving.interrupts import resume_hint, was_interrupted
+from ..saving.run_card import is_note
+from ..saving.setup import forget_recommended_scales
 from ..step.pair_evaluation import PairEvaluation, real_pairs
 from ..step.pair_forward import PairForward
+from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .sample_images import SampleImagesCallback, final_step
 

@@ -15,35 +15,35 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..artifacts.disk import naming_the_disk
-from ..artifacts.hub import PublishingError
-from ..artifacts.publishing import Publisher
-from ..artifacts.run_card import RunCard
-from ..artifacts.weights import WeightFiles
 from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import loading_unsharded
 from ..engines.processes import failing_together
-from ..evaluation.console import say
-from ..evaluation.tracked_images import TrackedImages
-from ..evaluation.training_curves import CURVES_FILE
-from ..evaluation.verdict import RunFacts, Verdict, verdict_of
 from ..families import Family
-from ..files import VERDICT_FILE, VERDICT_PLOT
 from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
 from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
-from ..runs.interrupts import stopping_on_interrupt
-from ..runs.run_files import RunFiles
-from ..runs.run_folder import PREVIOUS_RUN, RunFolder
-from ..runs.starting_point import BASE, public_base
-from ..settings.all_arguments import temporarily
-from ..settings.declaring import RESUME
+from ..reporting.console import say
+from ..reporting.tracked_images import TrackedImages
+from ..reporting.training_curves import CURVES_FILE
+from ..reporting.verdict import RunFacts, Verdict, verdict_of
+from ..saving.disk import naming_the_disk
+from ..saving.hub import PublishingError
+from ..saving.interrupts import stopping_on_interrupt
+from ..saving.publishing import Publisher
+from ..saving.run_card import RunCard
+from ..saving.run_files import RunFiles
+from ..saving.run_folder import PREVIOUS_RUN, RunFolder
+from ..saving.starting_point import BASE, public_base
+from ..saving.weights import WeightFiles
 from ..step.finite_check import FiniteCheck
+from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .callbacks import arrange, plots_of, run_lines
+from .config.all_arguments import temporarily
+from .config.declaring import RESUME
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import stored_crops

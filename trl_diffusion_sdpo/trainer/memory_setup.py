@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .._compat import compile_with_eager_rounding
 from ..engines.engine_settings import by_engine
 from ..models.memory import StoredBase, compile_blocks, set_attention
 from ..models.numerics import autocast_dtype
 from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
+from ..utils._compat import compile_with_eager_rounding
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 

@@ -26,10 +26,12 @@ from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel, load_model, load_reference
 from ..models.numerics import autocast_dtype
 from ..models.reference import PrecomputedReference, Reference, build_reference
-from ..runs.run_folder import refuse_own_start
-from ..runs.starting_point import StartingPoint, attach_adapter, check_continued, starting_point
-from ..settings.all_arguments import settled_resolution
-from ..settings.model_checks import (
+from ..saving.run_folder import refuse_own_start
+from ..saving.starting_point import StartingPoint, attach_adapter, check_continued, starting_point
+from ..step.noisy_batch import NoiseSettings
+from ..step.pair_forward import LossSettings
+from .config.all_arguments import settled_resolution
+from .config.model_checks import (
     check_activation_checkpointing,
     check_guidance,
     check_one_device,
@@ -39,8 +41,6 @@ from ..settings.model_checks import (
     checked_timesteps,
     loss_defaults,
 )
-from ..step.noisy_batch import NoiseSettings
-from ..step.pair_forward import LossSettings
 from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 from .encoding import stored_crops

@@ -16,12 +16,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..artifacts.run_card import is_note
 from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
-from ..evaluation.tracked_images import TrackedImages
 from ..models.frozen_components import FrozenComponents
+from ..reporting.tracked_images import TrackedImages
+from ..saving.run_card import is_note
 from ..step.pair_forward import eval_mode
 
 SAMPLES_FOLDER = "samples"
@@ -47,7 +47,7 @@ class SampleImagesCallback(TrainerCallback):
             shard of the denoiser; it then is called through the `model` that the Trainer passes to callbacks.
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
             and text encoders on the device while images are generated.
-        images ([`~trl_diffusion_sdpo.evaluation.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
+        images ([`~trl_diffusion_sdpo.reporting.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
             to trackers, as `samples/0` and so on.
 
     Raises:

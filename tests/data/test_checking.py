@@ -1,0 +1,330 @@
+"""Which images are checked before training: a sample, all or none, by one process or several."""
+
+import errno
+import io
+import logging
+import threading
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from trl_diffusion_sdpo.data import PairTransform, images, prepare_dataset
+from trl_diffusion_sdpo.data import checking as checking_module
+from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
+from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
+
+JUNK = b"this is no image"
+
+
+def png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (level % 256,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(count, bad=(), identical=()):
+    pictures = [png(level) for level in range(256)]
+    return [
+        {
+            "prompt": f"p{i}",
+            "chosen": JUNK if i in bad else pictures[i % 256],
+            "rejected": pictures[i % 256 if i in identical else (i + 1) % 256],
+        }
+        for i in range(count)
+    ]
+
+
+def prepare(data, **options):
+    return prepare_dataset(data, transform=PairTransform(16), **options)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many images have been decoded so far."""
+    counted, decode = [], ImageReader.decode
+
+    def spy(self, value):
+        counted.append(value)
+        return decode(self, value)
+
+    monkeypatch.setattr(ImageReader, "decode", spy)
+    return counted
+
+
+class ThreadGroup:
+    """Simulates a process group with threads: each gets a `Peers` whose `gather` is a collective among them."""
+
+    def __init__(self, count):
+        self.count, self.given, self.barrier = count, [None] * count, threading.Barrier(count, timeout=20)
+        self.gathers = 0
+
+    def peers(self, index):
+        def gather(value):
+            self.given[index] = value
+            self.barrier.wait()
+            found = list(self.given)
+            if self.barrier.wait() == 0:
+                self.gathers += 1
+            return found
+
+        return Peers(index, self.count, gather)
+
+    def run(self, function):
+        results = [None] * self.count
+
+        def call(index):
+            results[index] = function(self.peers(index))
+
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(self.count)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        return results
+
+
+def test_by_default_128_pairs_are_checked_and_the_others_when_they_are_read(decoded, caplog):
+    data = rows(1000, bad={0, 3})  # the sample is 0, 7, 15, ...
+    prepared = prepare(data)
+    assert len(decoded) == 2 * 128
+    assert len(prepared) == 1000 and (prepared.report.pairs, prepared.report.undecodable) == (999, 1)
+    assert "of 128 pairs that were checked among 1000, 1 cannot be decoded" in caplog.text
+    assert prepared[0]["prompt"] == "p1" and prepared[3]["prompt"] == "p4"  # replaced by the next good pairs
+    assert (prepared.report.pairs, prepared.report.undecodable) == (998, 2)
+
+
+def test_a_small_set_is_checked_completely_and_none_checks_nothing(decoded):
+    assert prepare(rows(100, bad={50})).report.pairs == 99 and len(decoded) == 200
+    decoded.clear()
+    assert len(prepare(rows(100, bad={50}), verify_images="none")) == 100 and not decoded
+
+
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_all_checks_every_image(style):
+    data = rows(300, bad={1, 150, 299})
+    prepared = prepare(datasets.Dataset.from_list(data) if style == "arrow" else data, verify_images="all")
+    assert len(prepared) == 297 and [row for row, _ in prepared.report.examples["undecodable"]] == [1, 150, 299]
+
+
+def test_a_list_is_checked_by_several_processes_where_asked_to(caplog):
+    data = rows(300, bad={1, 150, 299})
+    prepared = prepare(data, verify_images="all", num_proc=2)
+    assert len(prepared) == 297 and "no effect" not in caplog.text
+
+
+def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
+    """A run that resumes when the file can be read again finds its position by the number and order of the pairs."""
+    good, torn = prepare(rows(300)), prepare(rows(300, bad={0}))
+    assert len(torn) == len(good) == 300
+    assert torn.fingerprint()["index"] == good.fingerprint()["index"]
+    assert [torn[index]["prompt"] for index in (0, 1, 299)] == ["p1", "p1", "p299"]
+    assert torn.report.examples["undecodable"][0][0] == 0
+    assert torn.first(2)[0]["prompt"] == "p1" and torn.first(2).report.pairs == 1
+
+
+class Torn(torch.utils.data.Dataset):
+    """A data set that decodes in `__getitem__`: once `torn`, row 3 raises."""
+
+    def __init__(self, error):
+        self.error, self.torn = error, False
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if self.torn and index == 3:
+            raise self.error
+        return rows(12)[index]
+
+
+@pytest.mark.parametrize("error", [OSError("truncated"), KeyError("label")])
+def test_a_row_that_a_users_data_set_fails_to_read_is_one_bad_row(error):
+    data = Torn(error)
+    prepared = prepare(data, verify_images="none")
+    data.torn = True
+    assert prepared[3]["prompt"] == "p4"
+    assert prepared.report.undecodable == 1
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+def test_a_row_that_one_process_cannot_read_is_dropped_by_all(verify):
+    def check(peers):
+        data = Torn(OSError("truncated"))
+        prepared = prepare(data, verify_images="none")
+        data.torn = True
+        if verify == "all":
+            prepared.check_all(peers=peers)
+        prepared.check_sample(peers)
+        return prepared.report
+
+    reports = ThreadGroup(2).run(check)
+    assert reports[0] == reports[1] and (reports[0].pairs, reports[0].undecodable) == (11, 1)
+    assert "OSError: truncated" in str(reports[0])
+
+
+def test_a_row_of_a_users_data_set_that_may_be_good_is_not_left_out(monkeypatch):
+    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
+    data = Torn(OSError(errno.EIO, "bad sector"))
+    prepared = prepare(data, verify_images="none")
+    data.torn = True
+    with pytest.raises(UnreadableImageError, match="row 3 cannot be read .*bad sector.*3 times.*remove its row"):
+        prepared.check_all()
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+def test_an_error_in_the_check_of_one_process_ends_all(verify):
+    """For example a full disk; the rows of the second process are good."""
+
+    def full(*_):
+        raise OSError("no space left")
+
+    def check(peers):
+        prepared = prepare(rows(12), verify_images="none")
+        if peers.index == 0:
+            prepared._source.images = prepared._source.check_images = full
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            prepared.check_sample(peers) if verify == "sample" else prepared.check_all(peers=peers)
+        return f"{caught.type.__name__}: {caught.value}"
+
+    first, second = ThreadGroup(2).run(check)
+    assert first == "OSError: no space left"
+    assert second == ("RuntimeError: Process 0 failed in its part of the work: OSError: no space left")
+
+
+def test_a_sample_without_a_single_good_pair_is_an_error():
+    with pytest.raises(ValueError, match="None of the 128 pairs that were checked can be decoded"):
+        prepare([{"prompt": "a", "chosen": JUNK, "rejected": JUNK}] * 300)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("sample", "sample"), ("all", "all"), ("none", "none"), (True, "all"), (False, "none"), ("True", "all"),
+        ("false", "none"), ("yes", "all"), ("no", "none"), ("on", "all"), ("off", "none"), ("ALL", "all"),
+    ],
+)  # fmt: skip
+def test_booleans_and_their_spellings_are_accepted(given, meant):
+    assert parse_verify_images(given) == meant
+
+
+@pytest.mark.parametrize("given", ["some", 2, ""])
+def test_other_words_are_refused(given):
+    with pytest.raises(ValueError, match="`verify_images` must be one of sample, all, none"):
+        parse_verify_images(given)
+
+
+def test_a_misspelt_word_is_answered_with_the_near_one_and_with_what_to_do():
+    with pytest.raises(ValueError, match="got 'smaple'. Did you mean `sample`. Leave it unset for a sample."):
+        parse_verify_images("smaple")
+
+
+def test_a_single_worker_finds_identical_images_in_a_short_stream():
+    """One worker is the default of streams; of several, each sees too few pairs."""
+    data = datasets.Dataset.from_list(rows(20, identical=range(20))).to_iterable_dataset(num_shards=2)
+    with pytest.raises(ValueError, match="In 20 of 20 pairs"):
+        list(DataLoader(prepare(data), batch_size=None, num_workers=1))
+    assert len(list(DataLoader(prepare(data), batch_size=None, num_workers=2))) == 20
+
+
+def test_a_sample_is_evenly_spaced_from_the_first_pair_without_repeats():
+    assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced(3, 128).tolist() == [0, 1, 2]
+    assert evenly_spaced(0, 128).tolist() == []
+    assert len(set(evenly_spaced(1_000_003, 128).tolist())) == 128
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style, decoded, monkeypatch):
+    monkeypatch.setattr("trl_diffusion_sdpo.data.checking.ROUND_ROWS", 20)
+    data = rows(100, bad={5, 41, 99})
+    if style == "arrow":
+        data = datasets.Dataset.from_list(data)
+    group = ThreadGroup(3)
+    three = group.run(lambda peers: prepare(data, verify_images=verify, peers=peers))
+    assert [prepared.report.pairs for prepared in three] == [97] * 3
+    assert all(torch.equal(prepared.undecodable, three[0].undecodable) for prepared in three)
+    assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
+    # All rows once in two rounds of 60 rows, then the sample; then one process alone.
+    assert group.gathers == (3 if verify == "all" else 1)
+
+
+def test_processes_decode_a_share_each(decoded):
+    ThreadGroup(4).run(lambda peers: prepare(rows(100), peers=peers))
+    assert len(decoded) == 200
+
+
+def test_a_bad_row_in_one_processs_share_raises_in_all():
+    def attempt(peers):
+        with pytest.raises(ValueError, match="row 41: image 0 is of no image format"):
+            prepare(rows(100, bad={41}), on_bad_row="raise", peers=peers)
+        return True
+
+    assert ThreadGroup(3).run(attempt) == [True] * 3
+
+
+def test_pairs_of_identical_images_are_refused():
+    with pytest.raises(ValueError, match="In 50 of 50 pairs of the train data .* are the same image"):
+        prepare(rows(50, identical=range(50)))
+    with pytest.raises(ValueError, match="In 128 of 128 pairs"):
+        prepare(rows(1000, identical=range(1000)))
+    assert len(prepare(rows(50, identical=range(50)), compare=False)) == 50
+    assert len(prepare(rows(50, identical=range(50)), verify_images="none")) == 50
+
+
+def test_mostly_identical_images_are_a_warning_with_the_numbers(caplog):
+    prepare(rows(50, identical=range(26)))
+    assert "In 26 of 50 pairs of the train data that were checked, chosen and rejected" in caplog.text
+    caplog.clear()
+    prepare(rows(50, identical=range(25)))
+    assert "the same image" not in caplog.text
+
+
+def test_of_a_stream_the_first_pairs_are_compared(caplog):
+    def stream(count, identical):
+        return prepare(datasets.Dataset.from_list(rows(count, identical=identical)).to_iterable_dataset())
+
+    with pytest.raises(ValueError, match="In 128 of 128 pairs"):
+        list(stream(200, identical=range(150)))
+    with pytest.raises(ValueError, match="In 20 of 20 pairs"):
+        list(stream(20, identical=range(20)))
+    mostly = stream(200, identical=range(100))
+    assert len(list(mostly)) == len(list(mostly)) == 200
+    assert caplog.text.count("In 100 of 128 pairs") == 1
+
+
+def test_no_processes_are_started_for_few_rows(monkeypatch):
+    started = []
+    monkeypatch.setattr(checking_module, "usable_cores", lambda count: started.append(count) or 2)
+    prepare(rows(999), verify_images="all")
+    assert not started
+    prepare(rows(1000), verify_images="all")
+    assert started == [1]
+
+
+def test_the_report_counts_the_undecodable_pairs_of_other_processes():
+    prepared = prepare(rows(10, bad={3, 7}), verify_images="none")
+    prepared[3]
+    other = prepare(rows(10, bad={3, 7}), verify_images="none")
+    other[7]
+    found = np.flatnonzero(prepared.undecodable.numpy()).tolist()
+    assert found == [3]
+    prepared.mark_undecodable(other.undecodable)
+    assert (prepared.report.pairs, prepared.report.undecodable) == (8, 2)
+
+
+def test_the_counts_are_logged(caplog):
+    with caplog.at_level(logging.INFO):
+        prepare(rows(200))
+    assert "train data (canonical): 200 rows, 200 pairs" in caplog.text
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):
+    """Of 16 processes on two machines of 32 cores, 8 share a machine."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(32), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (usable_cores(16), usable_cores(1)) == (4, 32)  # a process alone does not share the work
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert (usable_cores(16), usable_cores(64)) == (2, 1)

@@ -1,0 +1,90 @@
+"""No place gets an equal value, whatever the values, and no place is preferred where none need be."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from trl_diffusion_sdpo.data.derangement import derangement, most_common
+
+AWKWARD = {
+    "two": [0, 1],
+    "all different": list(range(9)),
+    "half of one": [7] * 5 + [1, 2, 3, 4, 5],
+    "two halves": [3, 4] * 6,
+    "half of an odd number, rounded down": [7] * 4 + [1, 1, 2, 3, 3],
+    "thirds": [0] * 4 + [1] * 4 + [2] * 4,
+    "nearly half and one more": [0] * 5 + [1] * 5 + [2],
+    "negative and large": [-(2**63), 2**63 - 1, -(2**63), 0],
+}
+
+
+@pytest.mark.parametrize("values", AWKWARD.values(), ids=AWKWARD)
+def test_every_place_is_given_once_and_never_to_an_equal_value(values):
+    values = np.array(values, dtype=np.int64)
+    for seed in range(300):
+        given = derangement(values, [seed, 0])
+        assert sorted(given.tolist()) == list(range(len(values)))
+        assert (values[given] != values).all()
+
+
+def test_random_distributions_up_to_half_of_one_value():
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        rest = generator.integers(1, 6, generator.integers(1, 40))
+        own = generator.integers(0, len(rest), endpoint=True)
+        values = generator.permutation(np.concatenate([np.zeros(own, dtype=np.int64), rest]))
+        key = generator.integers(0, 2**31, 2).tolist()
+        if 2 * np.bincount(values).max() > len(values):
+            with pytest.raises(ValueError, match="more than half of the places"):
+                derangement(values, key)
+            continue
+        given = derangement(values, key)
+        assert (np.sort(given) == np.arange(len(values))).all() and (values[given] != values).all()
+
+
+def test_the_key_decides_and_nothing_else():
+    values = np.arange(50) % 20
+    first = derangement(values, [3, 1])
+    np.random.seed(0)
+    assert (derangement(values, [3, 1]) == first).all()
+    assert (derangement(values + 100, [3, 1]) == first).all()  # only which are equal counts
+    assert (derangement(values, [3, 2]) != first).any() and (derangement(values, [4, 1]) != first).any()
+
+
+def test_all_others_are_equally_likely():
+    """Four of one value and two of each of two others: by symmetry each of the first gets any other as often, a quarter
+    of the time; 4000 draws are within 0.03 (four standard deviations)."""
+    values = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    counts = np.zeros((8, 8))
+    for seed in range(4000):
+        counts[np.arange(8), derangement(values, [seed])] += 1
+    assert np.abs(counts[:4, 4:] / 4000 - 0.25).max() < 0.03
+    assert np.abs(counts[4:, :4] / 4000 - 0.25).max() < 0.03
+
+
+def test_every_permutation_that_is_allowed_is_drawn_about_as_often():
+    """Two of one value among four: the 2 x 2 ways to give each half the places of the other, 1000 of 4000 times each;
+    four different values: all 9 permutations without a fixed point. Within four standard deviations."""
+    for values, ways in (([0, 0, 1, 2], 4), ([0, 1, 2, 3], 9)):
+        drawn = Counter(tuple(derangement(np.array(values), [seed]).tolist()) for seed in range(4000))
+        assert len(drawn) == ways
+        assert all(abs(count - 4000 / ways) < 4 * (4000 / ways) ** 0.5 for count in drawn.values()), drawn
+
+
+def test_places_of_one_value_do_not_get_neighbours_of_one_other():
+    """A hundred values of ten places: were they shifted together, five of ten would get one value."""
+    values = np.repeat(np.arange(100), 10)
+    got = values[derangement(values, [0])].reshape(100, 10)
+    assert np.mean([len(set(row)) for row in got.tolist()]) > 9  # of ten at random out of 990, 9.6 are different
+
+
+def test_nothing_has_a_permutation_of_nothing():
+    assert derangement(np.zeros(0, dtype=np.int64), [0]).tolist() == []
+    with pytest.raises(ValueError, match="one has 1 of 1"):
+        derangement(np.array([5]), [0])
+
+
+def test_the_most_common_value_and_how_often_it_is_there():
+    assert most_common(np.array([4, 2, 4, 9, 4])) == (0, 3)
+    assert most_common(np.array([4])) == (0, 1)

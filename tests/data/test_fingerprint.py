@@ -1,0 +1,110 @@
+"""The fingerprint of a data set: it changes with the data, and not with the machine or the way they are stored."""
+
+import shutil
+import time
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from trl_diffusion_sdpo.data.formats import FORMATS
+from trl_diffusion_sdpo.data.pairs import prepare_dataset
+from trl_diffusion_sdpo.data.tables import pairs_fingerprint
+from trl_diffusion_sdpo.data.transforms import PairTransform
+
+
+def fingerprint(data, **settings) -> dict:
+    return prepare_dataset(data, transform=PairTransform(16), **settings).fingerprint()
+
+
+def changed(one, other) -> set[str]:
+    return {name for name in one if one[name] != other[name]}
+
+
+@pytest.fixture
+def labelled(make_pairs):
+    """Rows as Pick-a-Pic has them, with a label that says which image is preferred."""
+    pairs = make_pairs(20)
+    label = [float(row % 3 > 0) for row in range(20)]
+    named = pairs.rename_columns({"chosen": "jpg_0", "rejected": "jpg_1", "prompt": "caption"})
+    return named.remove_columns(["chosen_score", "rejected_score"]).add_column("label_0", label)
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_data_are_stored(make_pairs, tmp_path):
+    pairs = make_pairs()
+    pairs.save_to_disk(str(tmp_path / "saved"))
+    shutil.move(tmp_path / "saved", tmp_path / "moved")
+    again = datasets.load_from_disk(str(tmp_path / "moved"))
+    assert fingerprint(again) == fingerprint(pairs)
+    assert fingerprint(pairs, seed=7, verify_images=False) == fingerprint(pairs)
+
+
+def test_size_order_labels_scores_prompts_and_images_change_the_fingerprint(labelled, make_pairs):
+    start = fingerprint(labelled)
+    assert "pairs" in changed(start, fingerprint(labelled.select(range(19))))
+    assert "prompts" in changed(start, fingerprint(labelled.select(range(19, -1, -1))))
+    one_label = labelled["label_0"][:]
+    one_label[11] = 1.0 - one_label[11]
+    flipped = labelled.remove_columns("label_0").add_column("label_0", one_label)
+    assert changed(start, fingerprint(flipped)) == {"index"}
+    scored = make_pairs()
+    other = scored.map(lambda row, number: {"chosen_score": row["chosen_score"] + (number == 5)}, with_indices=True)
+    assert changed(fingerprint(scored), fingerprint(other)) == {"index"}
+    images = make_pairs(seed=1).remove_columns("chosen_score").add_column("chosen_score", scored["chosen_score"])
+    assert changed(fingerprint(scored), fingerprint(images)) == {"images"}
+
+
+def test_rows_that_differ_from_read_to_read_are_not_compared(make_pairs):
+    class Random(list):
+        def __getitem__(self, number):
+            row = super().__getitem__(number)
+            return {**row, "prompt": f"{row['prompt']} {np.random.default_rng().integers(2**40)}"}
+
+    rows = [{"prompt": "a", "chosen": picture(1), "rejected": picture(2)} for _ in range(8)]
+    assert fingerprint(Random(rows), verify_images=False)["prompts"] is None
+    assert fingerprint(rows, verify_images=False)["prompts"] is not None
+
+
+def picture(value):
+    return Image.new("RGB", (16, 16), (value, value, value))
+
+
+def test_of_image_files_the_name_counts_and_not_the_folder(tmp_path):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for level, name in enumerate(("w", "l", "other")):
+            picture(level).save(tmp_path / folder / f"{name}.png")
+
+    def rows(folder, loser="l"):
+        paths = {"chosen": str(tmp_path / folder / "w.png"), "rejected": str(tmp_path / folder / f"{loser}.png")}
+        return [{"prompt": "a", **paths}]
+
+    assert fingerprint(rows("here")) == fingerprint(rows("there"))
+    assert changed(fingerprint(rows("here")), fingerprint(rows("here", "other"))) == {"images"}
+
+
+def test_a_million_pairs_take_less_than_a_second():
+    class Source:
+        format = FORMATS["canonical"]
+
+        def prompt(self, row, image):
+            return "a"
+
+        def images(self, row):
+            return [b"0", b"1"]
+
+    index = np.tile(np.arange(1_000_000)[:, None], (1, 4))
+    started = time.process_time()
+    found = pairs_fingerprint(Source(), index, index[:, :2] / 2)
+    assert time.process_time() - started < 1
+    assert found["pairs"] == 1_000_000
+
+
+def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):
+    stream = make_pairs().to_iterable_dataset(num_shards=2)
+    read = []
+    watched = stream.map(lambda row: read.append(1) or row, features=stream.features)
+    found = fingerprint(watched.shuffle(seed=1, buffer_size=8))
+    assert found["shards"] == 2 and "prompt" in found["columns"] and not read
+    assert changed(found, fingerprint(make_pairs().to_iterable_dataset(num_shards=3))) == {"shards"}

@@ -1,0 +1,244 @@
+"""Each published format is read from rows shaped like the real ones, without any image."""
+
+import pytest
+
+from trl_diffusion_sdpo.data.formats import (
+    FORMATS,
+    LabelError,
+    compare,
+    detect_format,
+    groups,
+    pairs_in_group,
+    resolve_format,
+)
+
+PICKAPIC = (
+    "are_different best_image_uid caption created_at has_label image_0_uid image_0_url image_1_uid image_1_url "
+    "jpg_0 jpg_1 label_0 label_1 model_0 model_1 ranking_id user_id"
+).split()
+REAL_COLUMNS = {
+    "branch_prompts": ["chosen_prompt", "rejected_prompt", "chosen", "rejected", "chosen_score", "rejected_score"],
+    "canonical": ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"],
+    "pickapic": PICKAPIC,
+    "pickapic_webdataset": ["jpg_0.jpg", "jpg_1.jpg", "label_0.txt", "original_prompt.txt", "__key__", "__url__"],
+    "hpdv2": ["prompt", "image_path", "human_preference", "user_hash"],
+    "hpdv3": ["prompt", "path1", "path2", "confidence", "choice_dist", "model1", "model2"],
+    "imagerewarddb": ["image_id", "prompt_id", "prompt", "classification", "image", "rank", "overall_rating"],
+    "rapidata": ["prompt", "image1", "image2", "votes_image1", "votes_image2", "model1", "model2", "detailed_results"],
+    "captioned": ["image", "text", "width", "height"],
+}
+
+
+def read(name, rows):
+    """Pairs as (winner row, image, loser row, image), and every rejection as (kind, row, amount)."""
+    rejected = []
+
+    def reject(kind, row, reason, amount):
+        rejected.append((kind, row, amount))
+
+    known = FORMATS[name]
+    pairs = [
+        tuple(pair[:4]) for group in groups(known, enumerate(rows)) for pair in pairs_in_group(known, group, reject)
+    ]
+    return pairs, rejected
+
+
+@pytest.mark.parametrize(("name", "columns"), REAL_COLUMNS.items())
+def test_real_columns_are_recognised(name, columns):
+    assert detect_format(columns).name == name
+
+
+def test_hpdv2_test_split_is_recognised_by_its_rank():
+    assert detect_format(["prompt", "image_path", "rank", "raw_annotations"]).name == "hpdv2"
+
+
+def test_rapidata_is_recognised_by_weighted_results():
+    columns = [
+        "prompt",
+        "image1",
+        "image2",
+        "weighted_results_image1_preference",
+        "weighted_results_image2_preference",
+    ]
+    assert detect_format(columns).name == "rapidata"
+
+
+def test_unknown_columns_are_named_together_with_every_accepted_set():
+    with pytest.raises(ValueError, match="caption_text") as error:
+        detect_format(["caption_text", "img"])
+    for name in FORMATS:
+        assert f"{name}:" in str(error.value)
+
+
+def test_a_missing_prompt_column_is_an_error():
+    with pytest.raises(ValueError, match="No known preference format"):
+        detect_format(["chosen", "rejected"])
+
+
+@pytest.mark.parametrize("image", ["image", "jpg", "png"])
+def test_captions_are_read_from_any_of_the_usual_columns(image):
+    known = resolve_format(None, ["caption", image, "url"])
+    assert (known.name, known.image_columns, known.has_losers) == ("captioned", (image,), False)
+    assert resolve_format("captioned", ["png", "jpg", "image", "text"]).image_columns == ("image",)
+    with pytest.raises(ValueError, match="lacks .*image"):
+        resolve_format("captioned", ["caption", "picture"])
+
+
+def test_a_prompt_of_each_image_is_read_where_both_columns_are_there(caplog):
+    both = ["chosen_prompt", "rejected_prompt", "chosen", "rejected"]
+    known = detect_format(both)
+    row = {"chosen_prompt": "a cat", "rejected_prompt": "a dog", "prompt": "an animal"}
+    assert known.name == "branch_prompts" and not caplog.text
+    assert known.prompts(row) == ["a cat", "a dog"] == [known.prompt(row, 0), known.prompt(row, 1)]
+    assert detect_format([*both, "caption"]).name == "branch_prompts"
+    assert "`caption` is not read. With `dataset_format=canonical`" in caplog.text
+    assert resolve_format("canonical", [*both, "prompt"]).prompts(row) == ["an animal"]
+
+
+@pytest.mark.parametrize("alone", ["chosen_prompt", "rejected_prompt"])
+@pytest.mark.parametrize("others", [[], ["prompt"]])
+def test_the_prompt_of_one_image_alone_is_an_error(alone, others):
+    with pytest.raises(ValueError, match=f"come in pairs: found `{alone}`, expected both"):
+        detect_format([alone, "chosen", "rejected", *others])
+    assert resolve_format("canonical", [alone, "chosen", "rejected", "prompt"]).name == "canonical"
+
+
+def test_a_missing_prompt_of_one_image_is_a_bad_prompt():
+    rows = [{"chosen_prompt": "a", "rejected_prompt": None}, {"chosen_prompt": 3, "rejected_prompt": "b"}]
+    assert read("branch_prompts", rows) == ([], [("bad_prompts", 0, 1), ("bad_prompts", 1, 1)])
+    with pytest.raises(ValueError, match="`rejected_prompt` must be a string, got NoneType"):
+        FORMATS["branch_prompts"].prompts(rows[0])
+
+
+def test_one_score_column_alone_is_an_error():
+    with pytest.raises(ValueError, match="chosen_score"):
+        detect_format(["prompt", "chosen", "rejected", "chosen_score"])
+
+
+def test_a_named_format_must_exist_and_fit():
+    with pytest.raises(ValueError, match="must be one of"):
+        resolve_format("pickapick", PICKAPIC)
+    with pytest.raises(ValueError, match="lacks .*path1"):
+        resolve_format("hpdv3", PICKAPIC)
+    assert resolve_format("pickapic", PICKAPIC).name == "pickapic"
+
+
+def test_equal_scores_are_a_tie_and_the_larger_wins():
+    assert compare([0.0, 1.0]) == ([(1, 0)], 0)
+    assert compare([0.5, 0.5]) == ([], 1)
+    assert compare([3.0, 1.0, 3.0]) == ([(0, 1), (2, 1)], 1)
+
+
+def test_images_that_were_not_picked_are_not_tied_with_each_other():
+    assert compare([0.0, 1.0, 0.0], ranked=False) == ([(1, 0), (1, 2)], 0)
+    assert compare([0.0, 0.0, 0.0], ranked=False) == ([], 3)
+
+
+def test_canonical_prefers_the_chosen_column():
+    assert read("canonical", [{"prompt": "a"}]) == ([(0, 0, 0, 1)], [])
+
+
+def test_canonical_scores_are_read():
+    known = FORMATS["canonical"]
+    assert known.reward_scores({"prompt": "a", "chosen_score": 2, "rejected_score": "0.5"}) == (2.0, 0.5)
+    assert known.reward_scores({"prompt": "a"}) is None
+    with pytest.raises(LabelError, match="rejected_score"):
+        known.reward_scores({"prompt": "a", "chosen_score": 2.0, "rejected_score": None})
+
+
+def test_pickapic_labels_choose_the_winner_and_half_is_a_tie():
+    rows = [
+        {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": True},
+        {"caption": "b", "label_0": 0.0, "label_1": 1.0, "has_label": True},
+        {"caption": "c", "label_0": 0.5, "label_1": 0.5, "has_label": True},
+    ]
+    assert read("pickapic", rows) == ([(0, 0, 0, 1), (1, 1, 1, 0)], [("ties", 2, 1)])
+
+
+def test_pickapic_rows_without_a_label_are_no_pairs():
+    rows = [
+        {"caption": "a", "label_0": None, "label_1": None, "has_label": True},
+        {"caption": "b", "label_0": 1.0, "label_1": 0.0, "has_label": False},
+        {"caption": "c", "label_0": float("nan"), "label_1": 0.0},
+    ]
+    assert read("pickapic", rows) == ([], [("bad_labels", 0, 1), ("bad_labels", 1, 1), ("bad_labels", 2, 1)])
+
+
+@pytest.mark.parametrize("said, counts", [("False", False), ("0", False), (b"no", False), ("true", True), ("1", True)])
+def test_pickapic_takes_has_label_as_text_for_what_it_says(said, counts):
+    row = {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": said}
+    assert read("pickapic", [row]) == (([(0, 0, 0, 1)], []) if counts else ([], [("bad_labels", 0, 1)]))
+
+
+def test_pickapic_with_an_unreadable_has_label_is_a_bad_label():
+    row = {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": "perhaps"}
+    assert read("pickapic", [row]) == ([], [("bad_labels", 0, 1)])
+
+
+def test_pickapic_with_the_first_label_only():
+    rows = [{"caption": "a", "label_0": value} for value in (0.0, 0.5, 1.0)]
+    assert read("pickapic", rows) == ([(0, 1, 0, 0), (2, 0, 2, 1)], [("ties", 1, 1)])
+
+
+@pytest.mark.parametrize("convert", [str, lambda text: text.encode()])
+def test_webdataset_labels_are_text_and_still_swap(convert):
+    rows = [
+        {"original_prompt.txt": convert("a cat\n"), "label_0.txt": convert(label)} for label in ("0\n", "0.5\n", "1")
+    ]
+    assert read("pickapic_webdataset", rows) == ([(0, 1, 0, 0), (2, 0, 2, 1)], [("ties", 1, 1)])
+    assert FORMATS["pickapic_webdataset"].prompt(rows[0]) == "a cat"
+
+
+def test_hpdv2_human_preference_expands_the_picked_image_against_the_others():
+    rows = [{"prompt": "a", "human_preference": [0, 1]}, {"prompt": "b", "human_preference": [0, 0, 1]}]
+    assert read("hpdv2", rows) == ([(0, 1, 0, 0), (1, 2, 1, 0), (1, 2, 1, 1)], [])
+
+
+def test_hpdv2_rank_expands_to_all_pairs_with_the_lower_rank_winning():
+    pairs, rejected = read("hpdv2", [{"prompt": "a", "rank": [2, 1, 3]}])
+    assert sorted(pairs) == [(0, 0, 0, 2), (0, 1, 0, 0), (0, 1, 0, 2)]
+    assert rejected == []
+
+
+def test_hpdv2_reads_rank_where_the_row_has_no_human_preference():
+    assert read("hpdv2", [{"prompt": "a", "human_preference": None, "rank": [1, 2]}])[0] == [(0, 0, 0, 1)]
+
+
+def test_hpdv2_nine_distinct_ranks_make_36_pairs():
+    assert len(read("hpdv2", [{"prompt": "a", "rank": list(range(9))}])[0]) == 36
+
+
+@pytest.mark.parametrize("label", [[], 3, "10", [1, "best"]])
+def test_hpdv2_labels_that_are_no_list_of_numbers_are_bad(label):
+    assert read("hpdv2", [{"prompt": "a", "rank": label}]) == ([], [("bad_labels", 0, 1)])
+
+
+def test_hpdv3_prefers_path1():
+    assert read("hpdv3", [{"prompt": "a", "confidence": 0.9}]) == ([(0, 0, 0, 1)], [])
+
+
+def test_imagerewarddb_compares_rows_of_one_prompt_id():
+    rows = [
+        {"prompt": "a", "prompt_id": "p1", "rank": 2},
+        {"prompt": "a", "prompt_id": "p1", "rank": 1},
+        {"prompt": "b", "prompt_id": "p2", "rank": 1},
+        {"prompt": "b", "prompt_id": "p2", "rank": 1},
+        {"prompt": "b", "prompt_id": "p2", "rank": 5},
+        {"prompt": "c", "prompt_id": "p3", "rank": 1},
+        {"prompt": "d", "prompt_id": None, "rank": 1},
+    ]
+    pairs, rejected = read("imagerewarddb", rows)
+    assert pairs == [(1, 0, 0, 0), (2, 0, 4, 0), (3, 0, 4, 0)]
+    assert rejected == [("ties", 2, 1), ("bad_labels", 5, 1), ("bad_labels", 6, 1)]
+
+
+def test_rapidata_is_read_by_votes_and_by_weighted_results():
+    first, second = "weighted_results_image1_preference", "weighted_results_image2_preference"
+    assert read("rapidata", [{"prompt": "a", "votes_image1": 3, "votes_image2": 7}])[0] == [(0, 1, 0, 0)]
+    assert read("rapidata", [{"prompt": "a", "votes_image1": 5, "votes_image2": 5}])[1] == [("ties", 0, 1)]
+    assert read("rapidata", [{"prompt": "a", first: 0.8, second: 0.2}])[0] == [(0, 0, 0, 1)]
+
+
+@pytest.mark.parametrize("prompt", [None, ["a cat"], 7])
+def test_a_prompt_that_is_no_string_is_a_bad_prompt(prompt):
+    assert read("canonical", [{"prompt": prompt}]) == ([], [("bad_prompts", 0, 1)])

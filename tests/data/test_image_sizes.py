@@ -1,0 +1,258 @@
+"""The size of an image from its header is that of the decoded image, and what pairs get by it."""
+
+import io
+import threading
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from trl_diffusion_sdpo.data import AspectRatioBuckets, PairMixture, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.buckets import Repeated
+from trl_diffusion_sdpo.data.checking import Peers
+from trl_diffusion_sdpo.data.images import ImageReader, UndecodableImageError
+from trl_diffusion_sdpo.data.transforms import PairDraws
+
+BUCKETS = AspectRatioBuckets((16, 16), step=4)  # 12 x 20, 16 x 16, 20 x 12
+
+
+def encoded(height, width, kind="PNG", **options):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def with_late_exif(data, orientation):
+    """A PNG whose EXIF comes after its pixels, where Pillow looks only when it decodes."""
+    buffer = io.BytesIO()
+    PngImagePlugin.putchunk(buffer, b"eXIf", turned(orientation).tobytes()[6:])
+    return data[:-12] + buffer.getvalue() + data[-12:]
+
+
+def same_as_decoded(value):
+    image = ImageReader().decode(value)
+    assert ImageReader().size(value) == (image.height, image.width)
+    return image.height, image.width
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_of_a_turned_image_is_that_of_the_upright_one(kind, orientation):
+    upright = (12, 24) if orientation < 5 else (24, 12)
+    assert same_as_decoded(encoded(12, 24, kind, exif=turned(orientation))) == upright
+    if kind == "PNG":
+        assert same_as_decoded(with_late_exif(encoded(12, 24), orientation)) == upright
+
+
+def test_every_kind_of_value_has_its_size(tmp_path):
+    data, file = encoded(12, 24), tmp_path / "image.png"
+    file.write_bytes(data)
+    for kind in ("BMP", "GIF", "PPM"):
+        assert same_as_decoded(encoded(12, 24, kind)) == (12, 24)
+    values = [data, bytearray(data), memoryview(data), str(file), file, file.as_uri(), Image.open(file)]
+    for value in (*values, {"bytes": data, "path": None}, {"bytes": None, "path": str(file)}):
+        assert same_as_decoded(value) == (12, 24)
+
+
+def test_no_pixel_is_decoded(monkeypatch):
+    data = [encoded(12, 24, kind) for kind in ("PNG", "JPEG", "WEBP")]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert {ImageReader().size(value) for value in data} == {(12, 24)}
+    late = with_late_exif(data[0], 6)
+    with pytest.raises(pytest.fail.Exception):  # must be, to know its orientation
+        ImageReader().size(late)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"", "no image format"),
+        (b"this is no image", "no image format"),
+        (encoded(12, 24)[:20], "cannot be decoded|no image format"),
+        (encoded(4, 24), "too small"),
+        (encoded(8, 600), "too long"),
+        (None, "is missing"),
+        ({"bytes": None, "path": None}, "is missing"),
+        ("/dev/zero", "no regular file"),
+        ("s3://bucket/image.png", "which rows may not have opened"),
+        (7, "unknown kind"),
+    ],
+)
+def test_what_has_no_size_is_refused_like_by_decoding(value, reason):
+    for read in (ImageReader().decode, ImageReader().size):
+        with pytest.raises(UndecodableImageError, match=reason):
+            read(value)
+
+
+def row(winner, loser, **columns):
+    return {"prompt": f"{winner} {loser}", "chosen": encoded(*winner), "rejected": encoded(*loser), **columns}
+
+
+def prepare(data, **options):
+    return prepare_dataset(data, transform=PairTransform(16), **options)
+
+
+ROWS = [row((16, 16), (32, 32)), row((20, 60), (40, 80)), row((80, 40), (40, 20)), row((30, 10), (12, 12))]
+SIDES = ("chosen", "rejected")
+TARGETS = [(16, 16), (12, 20), (20, 12), (20, 12)]  # of 3:1 and 1:1 the mean is 1.73, and 20 x 12 is 1.67
+
+
+def saved(file, data):
+    file.write_bytes(data)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["rows", "bytes", "images", "files", "lists"])
+def test_pairs_get_the_sizes_of_their_buckets_from_every_source(kind, tmp_path):
+    rows = ROWS
+    if kind == "lists":
+        keys = ("rejected", "chosen")
+        rows = [{"prompt": "", "image_path": [one[key] for key in keys], "human_preference": [0, 1]} for one in ROWS]
+    elif kind == "files":
+        rows = [{key: saved(tmp_path / f"{i}{key}.png", one[key]) for key in SIDES} for i, one in enumerate(ROWS)]
+        rows = [{**one, "prompt": ""} for one in rows]
+    data = rows if kind == "rows" else datasets.Dataset.from_list(rows)
+    if kind == "images":
+        data = data.cast_column("chosen", datasets.Image()).cast_column("rejected", datasets.Image())
+    prepared = prepare(data, buckets=BUCKETS)
+    assert [prepared.target_size(pair) for pair in range(4)] == TARGETS
+    assert [tuple(prepared[pair]["pixel_values"].shape[2:]) for pair in range(4)] == TARGETS
+    assert prepared.first(2).target_size(1) == (12, 20) and prepared.for_evaluation().target_size(2) == (20, 12)
+
+
+def test_sizes_and_crops_are_those_of_the_bucket():
+    """At 12 x 20, a 40 x 80 image becomes 12 x 24, of which 4 columns are cropped; 20 x 60 becomes 12 x 36."""
+    item = prepare(ROWS, buckets=BUCKETS, training=False)[1]
+    assert item["original_sizes"] == ((20, 60), (40, 80))
+    assert item["crop_top_lefts"] == ((0, 8), (0, 2))
+    transform = PairTransform(16, center_crop=False)
+    images = [ImageReader().decode(encoded(*size)) for size in ((20, 60), (40, 80))]
+    drawn = transform(*images, PairDraws(0.0, 0.999, 0.9, 0.9, seed=0), (12, 20))
+    assert drawn.crop_top_lefts == ((0, 16), (0, 4)) and drawn.pixel_values.shape == (2, 3, 12, 20)
+
+
+def test_small_images_are_left_out_and_counted_also_where_bad_rows_are_raised(caplog):
+    for buckets in (None, BUCKETS):
+        prepared = prepare(ROWS, min_side=16, buckets=buckets, on_bad_row="raise")
+        assert (prepared.report.pairs, prepared.report.too_small, prepared.report.dropped) == (3, 1, 1)
+        assert prepared.report.examples["too_small"] == [(3, "10 pixels along the shorter side, and `min_side=16`")]
+        assert "1 too small" in caplog.text
+        caplog.clear()
+    assert prepared[0]["repeated"] is False and prepared[Repeated(0)]["repeated"] is True
+    assert prepared.target_size(2) == (20, 12)
+    kept = prepare(ROWS, min_side=8)
+    assert kept.report.too_small == 0 and kept.target_size(0) == (16, 16) and "repeated" not in kept[0]
+
+
+def test_an_image_without_a_readable_size_drops_its_pair():
+    rows = [*ROWS, {**ROWS[0], "rejected": b"junk"}, {**ROWS[1], "chosen": None}]
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        prepared = prepare(data, buckets=BUCKETS, verify_images="none")
+        assert (prepared.report.pairs, prepared.report.undecodable) == (4, 2)
+        assert [number for number, _ in prepared.report.examples["undecodable"]] == [4, 5]
+        assert "no image format" in prepared.report.examples["undecodable"][0][1]
+        with pytest.raises(ValueError, match=r"row 4: image 1 is of no image format"):
+            prepare(data, buckets=BUCKETS, on_bad_row="raise", verify_images="none")
+    many = prepare([ROWS[0], *[rows[4]] * 9], buckets=BUCKETS, verify_images="none").report
+    assert (many.pairs, many.undecodable, len(many.examples["undecodable"])) == (1, 9, 5)
+    with pytest.raises(ValueError, match="No pair is left"):
+        prepare([rows[4]], buckets=BUCKETS, verify_images="none")
+
+
+def test_a_row_with_fewer_images_than_labels_drops_its_pair():
+    rows = [{"prompt": "a", "image_path": [ROWS[0]["chosen"]], "human_preference": [0, 1]}] + [
+        {"prompt": "b", "image_path": [ROWS[0]["chosen"], ROWS[1]["chosen"]], "human_preference": [0, 1]}
+    ]
+    prepared = prepare(datasets.Dataset.from_list(rows), buckets=BUCKETS, verify_images="none")
+    assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
+
+
+def test_a_pair_that_fails_when_read_is_replaced_by_one_of_its_bucket():
+    """Its header is whole and its pixels are not; then by any other, at its size."""
+    broken = {**ROWS[1], "chosen": ROWS[1]["chosen"][:90]}
+    prepared = prepare([broken, ROWS[0], ROWS[1], ROWS[2]], buckets=BUCKETS, verify_images="none")
+    assert prepared.target_size(0) == (12, 20)
+    assert prepared[0]["row"] == 2 and prepared[0]["pixel_values"].shape[2:] == (12, 20)
+    alone = prepare([ROWS[0], broken, ROWS[2]], buckets=BUCKETS, verify_images="none")
+    assert alone[1]["row"] == 2 and alone[1]["pixel_values"].shape[2:] == (12, 20)
+
+
+def test_peers_share_the_reading_and_get_all_sizes():
+    data, barrier, given = datasets.Dataset.from_list(ROWS * 3), threading.Barrier(3, timeout=20), [None] * 3
+    read, results = [], [None] * 3
+
+    def run(index):
+        def gather(value):
+            given[index] = value
+            barrier.wait()
+            found = list(given)
+            barrier.wait()
+            return found
+
+        prepared = prepare(data, buckets=BUCKETS, peers=Peers(index, 3, gather), verify_images="none")
+        results[index] = [prepared.target_size(pair) for pair in range(12)]
+        read.append(prepared.fingerprint()["sizes"])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert results == [TARGETS * 3] * 3 and len(set(read)) == 1
+
+
+def test_the_fingerprint_knows_the_sizes():
+    plain, bucketed = prepare(ROWS).fingerprint(), prepare(ROWS, buckets=BUCKETS).fingerprint()
+    finer = prepare(ROWS, buckets=AspectRatioBuckets((16, 16), step=2)).fingerprint()
+    assert "sizes" not in plain and {**bucketed, "sizes": None} == {**plain, "sizes": None}
+    assert bucketed["sizes"] != finer["sizes"]
+
+
+def test_the_sizes_of_a_saved_set_are_read_once(tmp_path, monkeypatch):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "pairs")
+    first = prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).fingerprint()
+    monkeypatch.setattr(ImageReader, "size", lambda *_: pytest.fail("read again"))
+    assert prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).fingerprint() == first
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_the_sizes_of_files_that_have_changed_are_read_anew(tmp_path, in_dict):
+    """The rows of the saved set are equal both times; a file that they name is not."""
+    names = {side: saved(tmp_path / f"{side}.png", ROWS[0][side]) for side in SIDES}
+    values = {side: {"bytes": None, "path": name} if in_dict else name for side, name in names.items()}
+    datasets.Dataset.from_list([{"prompt": "", **values}]).save_to_disk(tmp_path / "pairs")
+    found = []
+    for row in ROWS[:2]:
+        for side in SIDES:
+            saved(tmp_path / f"{side}.png", row[side])
+        found.append(prepare(datasets.load_from_disk(tmp_path / "pairs"), buckets=BUCKETS).target_size(0))
+    assert found == TARGETS[:2]
+
+
+def test_the_sizes_of_a_mixture_are_those_of_its_parts():
+    """A table and rows in a list, each read in its own way; the second one's pairs come twice."""
+    parts = {"table": datasets.Dataset.from_list(ROWS), "rows": ROWS[1:3]}
+    prepared = prepare(PairMixture(parts, weights=(1, 1)), buckets=BUCKETS)
+    assert [prepared.target_size(pair) for pair in range(8)] == [*TARGETS, *TARGETS[1:3] * 2]
+    assert prepared[5]["pixel_values"].shape[2:] == (20, 12)
+
+
+def test_streams_are_refused_with_what_to_do():
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    for options in ({"buckets": BUCKETS}, {"min_side": 9}):
+        with pytest.raises(ValueError, match="are a stream, which has none. Load them without `streaming=True`"):
+            prepare(stream, **options)
+
+
+def test_the_collator_counts_what_does_not_fill_up():
+    prepared = prepare([ROWS[0]] * 3, buckets=BUCKETS)
+    batch = PreferenceCollator()([prepared[0], prepared[1], prepared[Repeated(2)]])
+    assert batch["counted"] == 2 and batch["pixel_values"].shape == (6, 3, 16, 16)
+    assert "counted" not in PreferenceCollator()([prepare(ROWS)[0]])
+    torch.testing.assert_close(prepared[Repeated(2)]["pixel_values"], prepared[2]["pixel_values"])

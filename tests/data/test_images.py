@@ -1,0 +1,340 @@
+"""Images of untrusted rows: only local files and files of the Hub are opened, and no row ends the run."""
+
+import errno
+import io
+import os
+import resource
+import signal
+import tarfile
+import threading
+import warnings
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import fsspec
+import pytest
+import requests
+from PIL import Image
+
+from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, images, prepare_dataset
+from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
+
+
+def png(level=7, size=(16, 16)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def soon():
+    """Fails a test that blocks."""
+
+    def late(*_):
+        raise AssertionError("it waited")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def web():
+    """A local server with one image at every path, whose first part may be the status of the answer; `asked` are the
+    requested paths."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            status = self.path.split("/")[1]
+            self.send_response(int(status) if status.isdigit() else 200)
+            self.send_header("Content-Length", str(len(png())))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(png())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_urls_in_rows_do_not_reach_other_hosts_by_default(web, soon):
+    host = f"127.0.0.1:{web.server_address[1]}"
+    for address in (
+        f"http://{host}/a.png",
+        f"webhdfs://{host}/a.png",
+        f"zip://a.png::http://{host}/a.zip",
+        f"simplecache::http://{host}/a.png",
+        f"filecache::zip://a.png::http://{host}/a.zip",
+        f"github://owner:repo@{host}/a.png",
+    ):
+        with pytest.raises(UndecodableImageError, match="rows may not have opened"):
+            decode_image(address)
+    assert web.asked == []
+
+
+def test_allowed_schemes_are_opened():
+    with fsspec.open("memory://a.png", "wb") as file:
+        file.write(png(7))
+    rows = [{"prompt": "a", "chosen": "memory://a.png", "rejected": png(9)}]
+    prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=("memory",))
+    assert prepared[0]["pixel_values"][:, 0, 0, 0].tolist() == [7, 9]
+    with pytest.raises(ValueError, match="No pair is left"):
+        prepare_dataset(rows, transform=PairTransform(16))
+
+
+@pytest.mark.parametrize("given", ["memory", "memory://", ["MEMORY"], ("Memory://", "memory")])
+def test_schemes_may_be_written_as_in_a_url_and_without_a_list(given):
+    assert images.parse_schemes(given) == ("memory",)
+    with fsspec.open("memory://b.png", "wb") as file:
+        file.write(png(7))
+    rows = [{"prompt": "a", "chosen": "memory://b.png", "rejected": png(9)}]
+    assert prepare_dataset(rows, transform=PairTransform(16), image_schemes=given).report.pairs == 1
+
+
+def test_an_unknown_scheme_is_refused():
+    assert images.parse_schemes(None) == images.parse_schemes([]) == ()
+    with pytest.raises(ValueError, match="`image_schemes` must be schemes.*got 'memroy'. Did you mean `memory`"):
+        prepare_dataset([], transform=PairTransform(16), image_schemes=["memroy"])
+
+
+@pytest.mark.parametrize("suffix", ["gz", "GZ", "bz2", "xz"])
+def test_compressed_archives_are_refused(suffix, tmp_path):
+    path = tmp_path / f"a.tar.{suffix}"
+    with tarfile.open(path, f"w:{suffix.lower()}") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png())
+        archive.addfile(info, io.BytesIO(png()))
+    for address in (f"tar://a.png::{path}", f"tar://a.png::file://{path}"):
+        with pytest.raises(UndecodableImageError, match="is in a compressed archive.*Pack it as .tar"):
+            decode_image(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "jupyter://a.png", "dbfs://a.png", "reference://a.png", "s3://bucket/a.png", "gs://bucket/a.png", "ftp://h/a",
+        "memory://a.png", "libarchive://a.png::/b", "HTTP://127.0.0.1/a", "://a", "zip://a.png::cached",
+        "hf://datasets/nobody/nothing/a.png", "zip://a::zip://b::zip://c::/d.zip", "file:///nowhere/a.png",
+        "zip://a.png::/nowhere.zip", "nul\0byte.png", "nul\0byte://a",
+    ],
+)  # fmt: skip
+def test_a_row_that_names_what_cannot_be_opened_is_one_bad_row(address, soon):
+    rows = [{"prompt": name, "chosen": image, "rejected": png(9)} for name, image in (("a", png()), ("b", address))]
+    prepared = prepare_dataset(rows, transform=PairTransform(16))
+    assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
+
+
+def test_pipes_devices_and_folders_are_not_opened(tmp_path, soon):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path / "link.png", tmp_path):
+        for spelling in (str(path), f"file://{path}", f"zip://a.png::{path}", f"zip://a.png::file://{path}"):
+            with pytest.raises(UndecodableImageError, match="no regular file"):
+                decode_image(spelling)
+
+
+def test_members_of_archives_and_links_to_files_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("in/a.png", png(3))
+    (tmp_path / "b.png").write_bytes(png(4))
+    (tmp_path / "link.png").symlink_to(tmp_path / "b.png")
+    found = [
+        decode_image(path).getpixel((0, 0))[0]
+        for path in (
+            f"zip://in/a.png::{tmp_path}/images.zip",
+            f"zip://in/a.png::file://{tmp_path}/images.zip",
+            f"{tmp_path}/link.png",
+            f"file://{tmp_path}/b.png",
+        )
+    ]
+    assert found == [3, 3, 4, 4]
+
+
+def test_large_files_are_refused_before_they_are_read(tmp_path):
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(images.MAX_FILE_BYTES + 1)  # holds no blocks
+    with pytest.raises(UndecodableImageError, match=f"{images.MAX_FILE_BYTES + 1} bytes"):
+        decode_image(str(large))
+
+
+def test_members_of_archives_are_read_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10_000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10_001))
+    assert (tmp_path / "bomb.zip").stat().st_size < 500
+    with pytest.raises(UndecodableImageError, match="more than 10000 bytes"):
+        decode_image(f"zip://a.png::{tmp_path}/bomb.zip")
+
+
+def test_pixels_are_counted_before_they_are_decoded_whatever_pillow_allows(monkeypatch):
+    """Pillow's limit can be disabled."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 16)
+    assert decode_image(png()).size == (16, 16)
+    cut_off = png(size=(16, 17))[:60]  # decoding would fail otherwise
+    with pytest.raises(UndecodableImageError, match="16x17 is too large: 256 pixels at most"):
+        decode_image(cut_off)
+
+
+def test_an_error_of_any_kind_is_one_bad_image():
+    class Strange(Image.Image):
+        def load(self):
+            raise AttributeError("of a decoder")
+
+    strange = Strange()
+    strange._size = (16, 16)
+    with pytest.raises(UndecodableImageError, match="AttributeError: of a decoder"):
+        decode_image(strange)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ImageReader().problem(strange) and ImageReader().problem(png()) == ""
+
+
+class Refused(Exception):
+    """An error of a library of a storage."""
+
+
+class Flaky(fsspec.AbstractFileSystem):
+    """A storage on which nothing can be opened at the moment."""
+
+    protocol = "flaky"
+    error: Exception
+
+    def _open(self, path, mode="rb", **options):
+        raise self.error
+
+
+def kind_of(path, schemes=("file", "zip")):
+    with pytest.raises(UndecodableImageError) as caught:
+        ImageReader(schemes).decode(str(path))
+    return caught.type
+
+
+@pytest.mark.parametrize("error", [Refused("try again"), TimeoutError(), ConnectionResetError(), OSError(5, "i/o")])
+def test_whatever_a_storage_raises_may_pass(error, monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(Flaky, "error", error, raising=False)
+    assert kind_of("flaky://a.png", ("flaky",)) is UnreadableImageError
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "no"), PermissionError("no"), OSError(errno.EPERM, "")]
+)
+def test_a_missing_permission_does_not_pass(error, monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(Flaky, "error", error, raising=False)
+    assert kind_of("flaky://a.png", ("flaky",)) is UndecodableImageError
+    assert type(images.as_undecodable(error, "")) is UndecodableImageError
+
+
+class ByRequests(fsspec.AbstractFileSystem):
+    """A storage whose library's errors have the server's response."""
+
+    protocol = "smb"  # a name that fsspec knows
+
+    def _open(self, path, mode="rb", **options):
+        response = requests.get("http://" + self._strip_protocol(path), timeout=10)
+        response.raise_for_status()
+        return io.BytesIO(response.content)
+
+
+@pytest.fixture(params=["smb", "http"])
+def scheme(request):
+    """Of a file system that is read through HTTP."""
+    fsspec.register_implementation("smb", ByRequests, clobber=True)
+    if request.param == "http":
+        pytest.importorskip("aiohttp")  # fsspec needs it for HTTP, and this package does not
+    return request.param
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
+def test_an_answer_that_does_not_pass_by_waiting_is_a_bad_pair_that_names_its_status(status, scheme, web):
+    rows = [
+        {"prompt": name, "chosen": address(web, scheme, name), "rejected": png(9)} for name in ("200", str(status))
+    ]
+    for options in ({"verify_images": "all"}, {"verify_images": "none", "min_side": 8}):
+        prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=(scheme,), **options)
+        assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
+        assert f"HTTP status {status}" in str(prepared.report)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+def test_an_answer_that_may_pass_is_no_bad_pair(status, scheme, web):
+    assert kind_of(address(web, scheme, str(status)), (scheme,)) is UnreadableImageError
+
+
+def test_a_server_that_does_not_answer_is_no_bad_pair(scheme, web):
+    web.server_close()
+    assert kind_of(address(web, scheme, "200"), (scheme,)) is UnreadableImageError
+
+
+def address(web, scheme, status) -> str:
+    return f"{scheme}://127.0.0.1:{web.server_address[1]}/{status}/a.png"
+
+
+@pytest.mark.parametrize("options", [{"verify_images": "all"}, {"verify_images": "none", "min_side": 8}])
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_no_pair_leaves_the_index_by_an_error_that_may_pass(options, kind, tmp_path, monkeypatch):
+    """A local file that cannot be read three times in a row ends the preparation; two times are outlived."""
+    left, check = [0], images._check_file
+
+    def failing(path, max_bytes):
+        if left[0] and path.endswith("2.png"):
+            left[0] -= 1
+            raise OSError(errno.EIO, "bad sector")
+        check(path, max_bytes)
+
+    monkeypatch.setattr(images, "_check_file", failing)
+    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(png(level=number))
+    rows = [
+        {"prompt": "a", "chosen": str(tmp_path / f"{i}.png"), "rejected": str(tmp_path / "4.png")} for i in range(4)
+    ]
+
+    def prepare():
+        return prepare_dataset(kind(rows), transform=PairTransform(16), **options)
+
+    left[0] = 3
+    with pytest.raises(UnreadableImageError, match="bad sector.*2.png, 3 times.*remove its row"):
+        prepare()
+    left[0] = 2
+    assert len(prepare()) == 4
+
+
+def test_too_many_open_files_may_pass(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        kind = kind_of(tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert kind is UnreadableImageError
+    assert decode_image(str(tmp_path / "a.png")).size == (16, 16)
+
+
+def test_damage_and_absence_do_not_pass(tmp_path):
+    (tmp_path / "cut.png").write_bytes(png(size=(64, 64))[:80])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(png()) + 40] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    (tmp_path / "no.zip").write_bytes(b"no archive")
+    zipped = [f"zip://a.png::{tmp_path}/a.zip", f"zip://b.png::{tmp_path}/a.zip", f"zip://a.png::{tmp_path}/no.zip"]
+    for place in (tmp_path / "cut.png", tmp_path / "missing.png", tmp_path, *zipped):
+        assert kind_of(place) is UndecodableImageError, place

@@ -1,0 +1,313 @@
+"""Weights and calibrated scores of data sets: what they are computed from, what is refused, counted and reported."""
+
+import hashlib
+import io
+import logging
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from trl_diffusion_sdpo.data import PairMixture, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data.pair_scores import ScoreSettings
+
+
+def png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(number, chosen=1.0, rejected=0.0, prompt=None, **columns):
+    """A pair of two images that no other number has."""
+    images = {"chosen": png(2 * number), "rejected": png(2 * number + 1)}
+    scores = {"chosen_score": chosen, "rejected_score": rejected}
+    return {"prompt": f"number {number}" if prompt is None else prompt, **images, **scores, **columns}
+
+
+def rows(gaps, **columns):
+    return [
+        row(i, float(gap), 0.0, **{name: values[i] for name, values in columns.items()}) for i, gap in enumerate(gaps)
+    ]
+
+
+def prepared(data, settings, style="list", **options):
+    if style == "arrow":
+        data = datasets.Dataset.from_list(data)
+    made = prepare_dataset(
+        data,
+        transform=PairTransform(16),
+        use_scores=settings.needs_scores,
+        number_columns=settings.number_columns,
+        **options,
+    )
+    settings.apply_to(made)
+    return made
+
+
+def weights_of(made):
+    return [item["pair_weight"] for item in (made[i] for i in range(len(made)))]
+
+
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_the_weights_of_a_column_have_the_mean_one(style):
+    made = prepared(rows([1, 2, 3], quality=[1.0, 3.0, 0.0]), ScoreSettings("quality"), style)
+    assert weights_of(made) == pytest.approx([0.75, 2.25, 0])
+    assert "scores" not in made[0]
+    batch = PreferenceCollator()([made[1], made[0]])
+    assert batch["pair_weights"].tolist() == pytest.approx([2.25, 0.75]) and batch["pair_weights"].dim() == 1
+
+
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_the_weights_of_a_function_follow_the_score_columns(style):
+    made = prepared(rows([1, 2, 0, 5]), ScoreSettings("gap"), style)
+    assert weights_of(made) == [0.5, 1, 0, 2.5]
+
+
+def test_without_the_setting_a_batch_has_no_weights():
+    made = prepared(rows([1, 2]), ScoreSettings(sorts_by_scores=True))
+    assert "pair_weights" not in PreferenceCollator()([made[0], made[1]])
+    assert made.score_uses == (False, None)
+
+
+def test_pairs_without_a_number_are_left_out_counted_and_not_part_of_the_mean():
+    values = [2.0, None, float("nan"), 6.0, float("inf"), "high"]
+    made = prepared(rows([1] * 6, quality=values), ScoreSettings("quality"))
+    assert weights_of(made) == [0.5, 1.5] and [made[i]["prompt"] for i in (0, 1)] == ["number 0", "number 3"]
+    assert made.report.bad_labels == 4 and made.report.pairs == 2
+    assert "row 2: `quality` must be finite, got nan" in str(made.report)
+    assert "row 5: `quality` must be a number, got 'high'" in str(made.report)
+    with pytest.raises(ValueError, match="row 1: `quality` must be a number, got None"):
+        prepared(rows([1] * 6, quality=values), ScoreSettings("quality"), on_bad_row="raise")
+
+
+def test_pairs_without_a_score_are_left_out_counted_and_not_part_of_the_mean():
+    made = prepared(rows([1, float("nan"), 3, float("inf")]), ScoreSettings("gap"))
+    assert weights_of(made) == [0.5, 1.5] and made.report.bad_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, -0.5, -2.0], "must not be negative.* for 2 of 3 pairs of the train data, down to -2"),
+        ([0.0, 0.0, 0.0], "is 0 for all 3 pairs"),
+        (["a", "b", "c"], "No pair is left"),
+        ([[1.0, 2.0]] * 3, "one number for each pair, and its rows have 2"),
+    ],
+)
+def test_columns_that_are_no_weights_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(rows([1, 2, 3], quality=values), ScoreSettings("quality"))
+
+
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(style):
+    with pytest.raises(ValueError, match=r"columns \['qualty'\], and the train data have .*'chosen_score'"):
+        prepared(rows([1, 2]), ScoreSettings("qualty"), style)
+
+
+def test_a_column_is_of_pairs_and_not_of_single_images():
+    data = [{"prompt_id": "a", "prompt": "a", "image": png(i), "rank": i, "quality": 1.0} for i in range(3)]
+    with pytest.raises(ValueError, match="pairs of the train data are of two rows each"):
+        prepared(data, ScoreSettings("quality"))
+
+
+@pytest.mark.parametrize("gap", [0, 2])
+@pytest.mark.parametrize("settings", [ScoreSettings("gap"), ScoreSettings(curriculum=True)], ids=["weights", "order"])
+def test_scores_with_equal_gaps_are_refused(gap, settings):
+    with pytest.raises(ValueError, match=f"all 3 pairs of the train data have the gap {gap}"):
+        prepared(rows([gap] * 3), settings)
+
+
+def test_equal_weights_of_a_column_have_no_effect_and_say_so(caplog):
+    made = prepared(rows([1, 2], quality=[7.0, 7.0]), ScoreSettings("quality"))
+    assert weights_of(made) == [1, 1] and "`pair_weights='quality'` has no effect" in caplog.text
+
+
+def test_gains_that_are_all_zero_are_refused():
+    """2^0 beside 2^5000 is 0 in float64, and the largest score is against its label."""
+    with pytest.raises(ValueError, match="`pair_weights='gain'` is 0 for all 2 pairs.*scores of a smaller scale"):
+        prepared([row(0, 0.0, 5000.0), row(1, 1.0, 0.0)], ScoreSettings("gain"))
+
+
+SHARES = ScoreSettings(sorts_by_scores=True, in_unit_range=True)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("scores", "range_"), [((21.5, 0.25), "0.25 to 21.5"), ((1.0, -0.5), "-0.5 to 1")])
+def test_scores_that_are_no_shares_of_wins_are_told_with_their_range(caplog, scores, range_, swap):
+    data = [row(0, *scores), row(1, 0.75, 0.25)]
+    made = prepared(data, SHARES, swap_labels=swap)
+    assert f"in [0, 1], and theirs are from {range_}" in caplog.text and "Use `calibrated_scores`" in caplog.text
+    caplog.clear()
+    SHARES.check_prepared(made, "eval", training=False)  # as at every evaluation
+    assert not caplog.text
+    SHARES.check_prepared(made, "train", training=True)
+    assert f"theirs are from {range_}" in caplog.text
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_shares_of_wins_and_calibrated_scores_are_not_warned_of(caplog, swap):
+    prepared([row(0, 1.0, 0.0), row(1, 0.25, 0.75)], SHARES, swap_labels=swap)
+    prepared([row(0, 21.5, 20.0)], ScoreSettings(calibrated=True, sorts_by_scores=True, in_unit_range=True))
+    prepared([row(0, 21.5, 20.0)], ScoreSettings(sorts_by_scores=True))
+    assert "share of wins" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sorts", "expected", "told"),
+    [(False, [2, 0, 1], "their gap counts as 0"), (True, [1, 1.5, 0.5], "they are exchanged")],
+)
+def test_scores_against_the_labels_are_counted_and_reported(caplog, sorts, expected, told):
+    made = prepared(rows([2, -3, 1]), ScoreSettings("gap", sorts_by_scores=sorts))
+    assert weights_of(made) == expected
+    for text in (caplog.text, str(made.report)):
+        assert f"in 1 of 3 pairs the rejected image has the higher score: {told}" in text
+
+
+def test_several_scorers_weigh_by_their_agreement():
+    """As in tests/losses/test_pair_weights.py: 4/5 and 4/9, with the mean 28/45."""
+    scorers = {"chosen_scores": [[2.0, 5.0], [3.0, 0.0]], "rejected_scores": [[1.0, 4.0], [0.0, 1.0]]}
+    made = prepared(rows([1, 1], **scorers), ScoreSettings("agreement"))
+    assert weights_of(made) == pytest.approx([36 / 28, 20 / 28])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        ([[1.0], [2.0]], [[0.0], [0.0]], "at least 2"),
+        ([[1.0, 2.0], [2.0, 1.0]], [[0.0, 1.0, 2.0]] * 2, "has 2 numbers in a row and `rejected_scores` has 3"),
+        ([[1.0, 2.0], [2.0, 5.0]], [[0.0, 2.0], [0.0, 5.0]], r"scorers \[1\] \(from 0\)"),
+    ],
+)
+def test_scorers_that_cannot_be_compared_are_refused(chosen, rejected, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(rows([1, 1], chosen_scores=chosen, rejected_scores=rejected), ScoreSettings("agreement"))
+
+
+def test_rows_with_another_number_of_scores_are_bad_rows():
+    scorers = {"chosen_scores": [[2.0, 5.0], [3.0], [3.0, 0.0]], "rejected_scores": [[1.0, 4.0], [0.0], [0.0, 1.0]]}
+    made = prepared(rows([1, 1, 1], **scorers), ScoreSettings("agreement"))
+    assert weights_of(made) == pytest.approx([36 / 28, 20 / 28]) and made.report.bad_labels == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [ScoreSettings("gap"), ScoreSettings("quality"), ScoreSettings(curriculum=True)], ids=str
+)
+def test_streams_are_refused_with_the_reason(settings):
+    stream = datasets.Dataset.from_list(rows([1, 2], quality=[1.0, 2.0])).to_iterable_dataset()
+    with pytest.raises(ValueError, match="are a stream.*Load them without `streaming=True`"):
+        prepared(stream, settings)
+
+
+def test_the_mean_of_a_mixture_is_over_its_pairs_as_an_epoch_has_them():
+    """One pair of weight 1 that comes three times, and three of weights 2, 3 and 7: the mean is 15 / 6."""
+    parts = {"one": rows([1], quality=[1.0]), "three": rows([1, 2, 3], quality=[2.0, 3.0, 7.0])}
+    made = prepared(PairMixture(parts, weights=[0.5, 0.5]), ScoreSettings("quality"))
+    assert weights_of(made) == pytest.approx([0.4, 0.4, 0.4, 0.8, 1.2, 2.8])
+
+
+def test_swapped_labels_keep_their_gaps():
+    made = prepared(rows([1, 3, -2]), ScoreSettings("gap"), swap_labels=True)
+    assert weights_of(made) == [0.75, 2.25, 0]  # published and score turn together
+
+
+def test_an_evaluation_and_a_part_of_the_pairs_have_their_own(caplog):
+    made = prepared(rows([1, 2, 0, 5]), ScoreSettings("gap"))
+    assert "pair_weight" not in made.for_evaluation()[0]
+    assert weights_of(made.first(2)) == [0.5, 1]
+    assert made.first(2).score_uses == (False, "'gap'") and made.for_evaluation().score_uses == (False, None)
+    digest = hashlib.sha256(np.array([0.5, 1], dtype=np.float32).tobytes()).hexdigest()
+    assert made.first(2).fingerprint()["pair_weights"] == digest[:16]
+
+
+def test_other_weights_are_other_data_for_a_run_that_resumes_and_the_same_for_a_cache():
+    one, other = (prepared(rows([1, 2, 3], quality=v), ScoreSettings("quality")) for v in ([1.0, 2, 3], [3.0, 2, 1]))
+    assert one.fingerprint() != other.fingerprint()
+    assert one.fingerprint(thorough=True) == other.fingerprint(thorough=True)
+
+
+# ---- Calibrated scores --------------------------------------------------------------------------------------------
+
+LOG3 = np.log(3.0)
+
+
+def calibrated(data, **options):
+    settings = ScoreSettings(calibrated=True, sorts_by_scores=True)
+    made = prepared(data, settings, **options)
+    return np.array([made[i]["scores"] for i in range(len(made))])
+
+
+@pytest.mark.parametrize("style", ["list", "arrow"])
+def test_a_prompt_with_one_pair_has_the_chance_of_its_winner_and_the_complement(style):
+    np.testing.assert_allclose(calibrated(rows([LOG3, 0]), style=style), [[0.75, 0.25], [0.5, 0.5]])
+
+
+def test_images_of_a_prompt_are_compared_with_all_others_of_it():
+    """(log 3, 0) and (0, 0) of one prompt are four images, and (log 3, 0) of another prompt two: 3/4 against each, and
+    (1/4 + 1/2 + 1/2) / 3."""
+    data = [row(0, LOG3, 0, "a"), row(1, LOG3, 0, "b"), row(2, 0, 0, "a")]
+    rest = 1.25 / 3
+    np.testing.assert_allclose(calibrated(data), [[0.75, rest], [0.75, 0.25], [rest, rest]])
+
+
+def test_an_image_that_is_in_two_pairs_of_a_prompt_counts_once():
+    """(log 3, 0) and (log 3, 0) with the same winner: three images. With another winner of that score: four."""
+    data = [row(0, LOG3, 0, "a"), row(1, LOG3, 0, "a")]
+    same = [data[0], {**data[1], "chosen": data[0]["chosen"]}]
+    rest = (0.25 + 0.5) / 2
+    np.testing.assert_allclose(calibrated(same), [[0.75, rest], [0.75, rest]])
+    best, rest = (0.5 + 0.75 + 0.75) / 3, (0.25 + 0.25 + 0.5) / 3
+    np.testing.assert_allclose(calibrated(data), [[best, rest], [best, rest]])
+
+
+def test_an_image_is_known_by_its_content_in_whatever_file_it_is(tmp_path):
+    data = [row(0, LOG3, 0, "a"), row(1, LOG3, 0, "a")]
+    for number, content in enumerate([data[0]["chosen"], data[0]["chosen"], data[1]["chosen"]]):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    for number, third in ((1, 0.375), (2, 1 / 3)):
+        named = [
+            {**data[0], "chosen": str(tmp_path / "0.png")},
+            {**data[1], "chosen": str(tmp_path / f"{number}.png")},
+        ]
+        np.testing.assert_allclose(calibrated(named)[:, 1], third)
+
+
+def test_contents_are_read_of_images_alone_that_share_prompt_and_score(monkeypatch):
+    read = []
+    data = [row(0, 1, 0, "a"), row(1, 1, 0.5, "a"), row(2, 1, 0, "b")]
+    made = prepare_dataset(data, transform=PairTransform(16), verify_images="none")
+    source, _ = made.origins()
+    images = source.images
+    monkeypatch.setattr(source, "images", lambda number: read.append(number) or images(number))
+    ScoreSettings(calibrated=True, sorts_by_scores=True).apply_to(made)
+    assert read == [0, 1]
+
+
+def test_weights_and_gaps_are_of_calibrated_scores():
+    """Gaps of 3/4 - 1/4 and 9/10 - 1/10."""
+    made = prepared(rows([LOG3, np.log(9.0)]), ScoreSettings("gap", calibrated=True))
+    assert weights_of(made) == pytest.approx([0.5 / 0.65, 0.8 / 0.65])
+
+
+def test_calibrated_scores_of_swapped_labels_are_those_of_the_images_turned_around():
+    """Scores of (log 3, 0) are (0, -log 3) when their labels are swapped."""
+    np.testing.assert_allclose(calibrated(rows([LOG3]), swap_labels=True), [[0.75, 0.25]])
+
+
+def test_large_and_small_groups_are_an_independent_loop():
+    generator = np.random.default_rng(3)
+    data = [row(i, *generator.normal(size=2), prompt=f"p{min(i % 7, 4)}") for i in range(40)]
+    found = calibrated(data)
+    for number, one in enumerate(data):
+        others = [s for r in data if r["prompt"] == one["prompt"] for s in (r["chosen_score"], r["rejected_score"])]
+        for side, name in enumerate(("chosen_score", "rejected_score")):
+            wins = [1 / (1 + np.exp(other - one[name])) for other in others]
+            assert found[number, side] == pytest.approx((sum(wins) - 0.5) / (len(others) - 1), rel=1e-12)
+
+
+def test_the_report_of_weights_is_logged(caplog):
+    with caplog.at_level(logging.INFO):
+        prepared(rows([1, 2, 0, 5]), ScoreSettings("gap"))
+    assert "weights of pairs by 'gap' from 0 to 2.5, 1 of 4 are 0; their mean is 1" in caplog.text

@@ -1,0 +1,513 @@
+"""The verdict on a training: the rule by hand, what it is measured by, and where it is said."""
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+from PIL import Image, PngImagePlugin
+from transformers import TrainerControl, TrainerState
+
+from trl_diffusion_sdpo.losses import loss_spec
+from trl_diffusion_sdpo.reporting.verdict import Change, RunFacts, judge, rise_of, verdict_of
+from trl_diffusion_sdpo.reporting.verdict_report import SamplePair, verdict_facts, write_verdict
+from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
+from trl_diffusion_sdpo.trainer.evaluation_overrides import VerdictCallback, warning_of_unwritten_files
+from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, final_step
+
+DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text(encoding="utf-8"))
+DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe": "unchanged"}
+
+
+@pytest.mark.parametrize(
+    "change, stderr, level, word",
+    [
+        # Without a standard error, 5% are not told from none.
+        (-0.2, None, None, "better"),
+        (-0.05, None, None, "unchanged"),
+        (0.05, None, 1.0, "unchanged"),
+        (0.051, None, 0.0, "worse"),
+        # Two standard errors, and at least 1%.
+        (0.03, 0.016, None, "unchanged"),
+        (0.03, 0.014, None, "worse"),
+        (-0.03, 0.014, None, "better"),
+        (0.009, 0.0001, None, "unchanged"),
+        (0.011, 0.0001, None, "worse"),
+        (0.0, 0.0, 0.0, "unchanged"),
+        # An uncertainty of more than 20% hides too much.
+        (0.1, 0.09, None, "unchanged"),
+        (0.1, 0.11, None, "unknown"),
+        (-0.1, 0.11, None, "unknown"),
+        (0.9, 0.11, None, "worse"),
+        # One noise bin that has doubled.
+        (-0.2, 0.01, 1.01, "worse"),
+        (0.0, None, math.nan, "worse"),
+        # The error has doubled.
+        (1.0, None, None, "worse"),
+        (1.01, 5.0, None, "ruined"),
+        (6.3, 0.5, 60.0, "ruined"),
+        (math.inf, None, None, "ruined"),
+        (math.nan, 0.1, None, "ruined"),
+    ],
+)
+def test_the_rule(change, stderr, level, word):
+    assert judge(change, stderr, None if level is None else Change(level)) == word
+
+
+def test_a_noise_bin_counts_beyond_three_of_its_standard_errors():
+    assert judge(0.0, 0.01, Change(1.5, 0.49)) == "worse"
+    assert judge(0.0, 0.01, Change(1.5, 0.51)) == "unchanged"
+
+
+def test_few_pairs_say_nothing_short_of_ruined():
+    assert judge(0.5, 0.01, pairs=29) == judge(0.0, 0.0, pairs=29) == judge(-0.5, 0.01, pairs=29) == "unknown"
+    assert judge(0.5, 0.01, pairs=30) == "worse" and judge(1.01, 0.01, pairs=2) == "ruined"
+    history = [{**evaluated(10, 0.15, 0.05), "eval_errors/pairs": 10.0}]
+    assert verdict_on(history).advice == "Evaluate on 30 pairs at least; there were 10."
+    assert rise_of(history, run_facts()) is None
+    history.append({**evaluated(20, 0.3, 0.2), "eval_errors/pairs": 10.0})
+    assert rise_of(history, run_facts())[0].word == "ruined"
+
+
+def run_facts(*, moves=False, given=False, safeguard="output", loss="sigmoid", decays=False) -> RunFacts:
+    spec = loss_spec(loss)
+    return RunFacts(spec.needs_reference, moves, given, spec.uses_loser, safeguard, decays, 8, "_ema")
+
+
+def verdict_on(history, *, best=None, **facts):
+    """The verdict on a training with such logs."""
+    return verdict_of(history, run_facts(**facts), best)
+
+
+def evaluated(step, winner, change=None, prefix="eval", **levels) -> dict:
+    entry = {"step": step, f"{prefix}_errors/winner": winner}
+    if change is not None:
+        entry[f"{prefix}_errors/winner_change"] = change
+    return entry | {f"{prefix}_errors/winner_change_relative@{level[1:]}": value for level, value in levels.items()}
+
+
+def test_a_model_whose_held_out_error_is_seven_times_as_large_is_ruined():
+    verdict = verdict_on([evaluated(40, 0.053, 0.003), evaluated(240, 0.365, 0.315, _0=0.4, _7=60.0)])
+    assert verdict.word == "ruined"
+    assert verdict.finding == (
+        "Verdict: ruined. The error on the preferred images of the evaluation pairs is 630.0% above that before "
+        "training, 0.365 against 0.05, at step 240; worst at noise levels 0.875 to 1 (bin 7): +6000.0%."
+    )
+    assert "Do not use these weights" in verdict.advice and "lowest at step 40 (+6.0%)" in verdict.advice
+
+
+def test_an_unchanged_model_needs_no_advice():
+    verdict = verdict_on([evaluated(10, 0.101, 0.001, _0=0.02)])
+    assert (verdict.word, verdict.advice) == ("unchanged", "")
+    assert "1.0% above that before training" in str(verdict)
+
+
+def test_advice_goes_by_what_is_set():
+    worse = [evaluated(10, 0.12, 0.02)]
+    start = "Do not use these weights unless their images are better; try, one change at a time: "
+    plain = "`lr_scheduler_type: cosine`, `safeguard: parameter`, a `winner_budget`."
+    assert verdict_on(worse, safeguard="none").advice == start + plain
+    assert "cosine`, a larger `safeguard_mu`, `safeguard: parameter`, a `winner_budget`" in verdict_on(worse).advice
+    strict = verdict_on(worse, safeguard="parameter", decays=True)
+    assert strict.advice == start + "a lower `learning_rate`, a larger `safeguard_mu`, a `winner_budget`."
+    assert verdict_on(worse, loss="sft").advice == start + "`lr_scheduler_type: cosine`."
+
+
+def with_stderr(entry: dict, stderr: float) -> dict:
+    return entry | {"eval_errors/winner_change_relative_stderr": stderr}
+
+
+def test_the_uncertainty_of_the_pairs_decides_and_is_told():
+    history = [evaluated(0, 0.1, 0.0), with_stderr(evaluated(10, 0.103, 0.003), 0.01)]
+    assert verdict_on(history).word == "worse"
+    assert "3.0% above that before training (standard error 1.0%), 0.103 against 0.1" in verdict_on(history).finding
+    history[-1] = with_stderr(history[-1], 0.02)
+    assert verdict_on(history).word == "unchanged"
+
+
+def test_a_large_uncertainty_asks_for_more_pairs():
+    verdict = verdict_on([with_stderr(evaluated(10, 0.11, 0.01), 0.2)])
+    assert (verdict.word, verdict.label) == ("unknown", "unknown") and "more pairs" in verdict.advice
+
+
+def test_changes_relative_to_another_reference_are_not_those_since_the_start():
+    """Neither the bins nor the uncertainty of a given reference belong to the change since the evaluation at step 0."""
+    history = [evaluated(0, 0.1, -0.4), with_stderr(evaluated(5, 0.104, -0.396, _0=3.0), 0.001)]
+    history[-1]["eval_errors/winner_change_relative_stderr@0"] = 0.1
+    assert verdict_on(history, given=True).word == "unchanged"
+    assert verdict_on(history[1:], given=True).word == "worse"  # relative to the reference, a bin has doubled
+    assert verdict_on(history, moves=True).word == "unchanged"
+
+
+def test_a_bin_of_one_pair_does_not_count_where_the_others_are_known():
+    entry = with_stderr(evaluated(10, 0.1, 0.0, _0=0.2, _7=5.0), 0.001)
+    entry["eval_errors/winner_change_relative_stderr@0"] = 0.02
+    assert verdict_on([entry]).word == "unchanged"
+
+
+@pytest.mark.parametrize("method", DEMO["methods"])
+def test_the_verdicts_on_the_runs_of_the_demo(method):
+    """The last evaluations of the demo's runs, as recorded."""
+    recorded = DEMO["methods"][method]
+    facts = run_facts(loss=recorded["loss_type"], safeguard=recorded["safeguard"])
+    verdict = verdict_of(recorded["evaluations"], facts)
+    assert verdict.word == recorded["word"] == DEMO_WORDS[method]
+
+
+def test_no_step_and_the_base_model_are_unchanged():
+    first = DEMO["methods"]["dpo"]["evaluations"][0]
+    assert first["step"] == 0
+    assert verdict_on([first]).word == "unchanged"
+
+
+def test_a_rise_is_new_once():
+    risen, back = evaluated(20, 0.12, 0.02), evaluated(30, 0.101, 0.001)
+    run, history = run_facts(), [evaluated(10, 0.1, 0.0)]
+    assert rise_of(history, run) is None
+    news = []
+    for entry in (risen, {**risen, "step": 25}, back, {**risen, "step": 40}, evaluated(50, 0.3, 0.2)):
+        history.append(entry)
+        rise = rise_of(history, run)
+        news.append(None if rise is None else rise[1])
+    assert news == [True, False, None, True, True]  # the last one is ruined
+    assert rise_of([*history, {"step": 60, "loss": 0.1}], run)[0].step == 50
+    assert rise_of([{"step": 1, "loss": 0.1}], run) is None
+
+
+def test_an_evaluation_before_the_first_step_is_what_counts():
+    """Against the reference, which is another model here, the error has fallen; since the start it has doubled."""
+    history = [evaluated(0, 0.1, -0.4), evaluated(5, 0.21, -0.29)]
+    assert verdict_on(history, given=True).word == "ruined"
+    assert "58.0% below that of the reference" in verdict_on(history[1:], given=True).finding
+
+
+def test_a_reference_that_moves_is_no_measure_and_the_first_evaluation_is():
+    history = [evaluated(10, 0.1, 0.0), evaluated(20, 0.11, 0.0)]
+    assert "10.0% above that at step 10" in verdict_on(history, moves=True).finding
+    assert verdict_on(history[:1], moves=True) is None
+    assert verdict_on([evaluated(10, 0.1)], loss="sft") is None  # nor is there one without a reference
+
+
+def test_of_several_sets_the_worst_counts_and_averages_are_told_beside():
+    history = [
+        evaluated(5, 0.1, 0.0, "eval_a") | evaluated(5, 0.2, 0.1, "eval_b") | evaluated(5, 0.102, 0.002, "eval_b_ema")
+    ]
+    verdict = verdict_on(history)
+    assert verdict.word == "worse" and "pairs of `b` is 100.0% above" in verdict.finding
+    assert "That of the averaged weights of `b` is 2.0% above that before training." in verdict.finding
+
+
+def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncertainty():
+    loud = evaluated(5, 0.11, 0.01, "eval_loud") | {"eval_loud_errors/winner_change_relative_stderr": 0.09}
+    sure = evaluated(5, 0.103, 0.003, "eval_sure") | {"eval_sure_errors/winner_change_relative_stderr": 0.01}
+    few = evaluated(5, 0.15, 0.05, "eval_few") | {"eval_few_errors/pairs": 5.0}
+    verdict = verdict_on([few, loud, sure])
+    assert verdict.word == "worse" and "pairs of `sure` is 3.0% above" in verdict.finding
+    assert verdict_on([few, loud]).word == "unchanged"
+    together = rise_of([few | loud | sure], run_facts())
+    assert together[0].name == "sure" and together[1]
+
+
+def test_the_best_checkpoint_is_judged_where_it_was_loaded():
+    history = [evaluated(10, 0.09, -0.01), evaluated(20, 0.9, 0.8)]
+    assert verdict_on(history, best=10).word == "better"
+
+
+def test_without_evaluation_the_last_ten_logs_of_training_count():
+    def log(step, winner, change):
+        return {"step": step, "loss": 0.5, "errors/winner": winner, "errors/winner_change": change}
+
+    history = [log(1, 0.9, 0.8), *[log(step, 0.13, 0.03) for step in range(2, 12)], {"step": 11, "train_runtime": 1.0}]
+    verdict = verdict_on(history)
+    assert verdict.word == "worse" and "training pairs is 30.0% above" in verdict.finding
+    assert "nothing is known of other pairs" in verdict.finding
+    assert verdict_on([]) is None
+
+
+def test_an_error_that_is_no_number_is_ruined():
+    assert verdict_on([evaluated(3, math.nan, math.nan)]).word == "ruined"
+    assert verdict_on([evaluated(0, 0.1), evaluated(3, math.inf)]).word == "ruined"
+    verdict = verdict_on([evaluated(3, math.nan, math.nan, _0=math.nan, _1=0.5)])
+    said = "Verdict: ruined. The error on the preferred images of the evaluation pairs is no number, at step 3."
+    assert verdict.finding == said
+    facts = verdict_facts(verdict, run_facts(), [])
+    numbers = ("winner_error", "winner_error_before", "winner_change_percent", "noise_percent")
+    assert [facts[name] for name in numbers] == [None] * 4 and facts["noise_bins"] == []
+    assert verdict_on([evaluated(3, 0.1, -math.inf)]) is None, "nothing to compare with"
+    assert judge(0.05, math.nan) == "unknown"
+
+
+# ---- At the end ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ending(make_args, tmp_path):
+    """`ending(history, step=, ...)`: the end of a training of 9 steps after one of them, with such logs; returns
+    how often it was evaluated."""
+
+    def run(history, *, step=9, callbacks=(), samples=None, **settings):
+        asked = []
+        args = make_args(eval_strategy="steps", eval_steps=3, **settings)
+        callback = VerdictCallback(run_facts(), lambda: asked.append(1), lambda: callbacks, samples, None)
+        callback.on_train_end(args, TrainerState(global_step=step, max_steps=9, log_history=history), TrainerControl())
+        return len(asked)
+
+    return run
+
+
+def test_weights_are_evaluated_once_at_the_end_if_the_last_evaluation_is_older(ending):
+    assert ending([evaluated(6, 0.1, 0.0)]) == ending([]) == 1
+    assert ending([evaluated(9, 0.1, 0.0)]) == 0
+    assert ending([evaluated(9, 0.1, 0.0, "eval_held out")]) == 0
+    assert ending([evaluated(3, 0.1, 0.0)], step=5) == 1, "another callback stopped it"
+
+
+def test_an_interrupt_ends_without_another_evaluation(ending):
+    interrupt = CheckpointOnInterrupt()
+    interrupt._agreed = True
+    history = [evaluated(3, 0.1, 0.0)]
+    assert ending(history, step=5, callbacks=[interrupt]) == 0
+    assert ending(history, step=5, callbacks=[CheckpointOnInterrupt()]) == 1
+
+
+def test_the_step_that_is_judged_is_that_of_the_checkpoint_that_was_loaded(make_args):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2, "eval_steps": 1}
+    args = make_args(eval_strategy="steps", **best)
+    assert final_step(args, TrainerState(best_global_step=3)) is None
+    loaded = TrainerState(best_global_step=3, best_model_checkpoint="run-1/checkpoint-2")
+    assert final_step(args, loaded) == 2 and final_step(make_args(), loaded) is None
+
+
+def test_a_run_begins_without_the_verdict_of_an_earlier_end(make_args, tmp_path):
+    (tmp_path / "run").mkdir()
+    written = [tmp_path / "run" / name for name in ("verdict.json", "verdict.png")]
+    for file in written:
+        file.write_text("old")
+    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None)
+    callback.on_train_begin(make_args(), TrainerState(is_world_process_zero=False), TrainerControl())
+    assert all(file.is_file() for file in written)
+    for _ in range(2):
+        callback.on_train_begin(make_args(), TrainerState(), TrainerControl())
+    assert not any(file.exists() for file in written)
+
+
+def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
+    def draw(step, number, prompt, seed):
+        note = PngImagePlugin.PngInfo()
+        note.add_itxt("prompt", prompt)
+        note.add_itxt("seed", str(seed))
+        Image.new("RGB", (4, 4)).save(tmp_path / f"run/samples/step-{step:06d}-{number}.png", pnginfo=note)
+
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    for step in (0, 9):
+        draw(step, 0, "a", 7)
+        draw(step, 1, "b" if step else "another", 8)
+        draw(step, 2, "c", 9 if step else 8)
+        draw(step, 3, "another", 10)
+    options = {"every_n_steps": None, "num_inference_steps": 1, "seed": 7, "resolution": None}
+    samples = SampleImagesCallback(None, ["a", "b", "c", "d", "e"], **options)
+    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), samples, None)
+    callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())
+    written = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert [(image["prompt"], image["seed"]) for image in written["images"]] == [("a", 7)]
+
+
+def test_a_report_that_fails_in_any_way_is_a_warning_with_its_traceback(caplog):
+    with warning_of_unwritten_files():
+        raise ValueError("no such letter")
+    assert "could not be written: no such letter" in caplog.text and "Traceback" in caplog.text
+    with pytest.raises(KeyboardInterrupt), warning_of_unwritten_files():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("save_only_model, end", [(False, "Pass `resume_from_checkpoint=True`"), (True, "cannot be")])
+def test_a_stop_promises_a_resume_only_where_there_is_one(save_only_model, end, make_args, caplog):
+    stops = {"on_winner_rise": "stop", "eval_strategy": "steps", "eval_steps": 1, "save_only_model": save_only_model}
+    callback, args = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None), make_args(**stops)
+    state = TrainerState(global_step=1, max_steps=9, log_history=[evaluated(1, 0.3, 0.2)])
+    callback.on_train_begin(args, state, TrainerControl())
+    callback.on_evaluate(args, state, TrainerControl())
+    assert "Training stops; " in caplog.text and "checkpoint-1" in caplog.text and end in caplog.text
+
+
+# ---- Said ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ruined(make_trainer, make_pairs):
+    """A trainer that will ruin its model, with evaluations."""
+
+    def build(**more):
+        settings = {"learning_rate": 0.3, "safeguard": "none", "beta": 1.0, "max_steps": 6, "loss_type": "linear"}
+        return make_trainer(**{**settings, **more})
+
+    return build
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "being ruined" in record.getMessage()]
+
+
+def test_a_model_being_ruined_is_told_once_and_again_at_the_end_and_in_the_card(ruined, make_pairs, caplog, tmp_path):
+    trainer = ruined(eval_dataset=make_pairs(4, seed=1), eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    (warning,) = warnings_of(caplog)
+    assert "at step 2 " in warning and "Do not use these weights" in warning
+    said = [record for record in caplog.records if record.getMessage().startswith("Verdict: ruined.")]
+    assert len(said) == 1 and said[0].levelno == logging.WARNING and "at step 6" in said[0].getMessage()
+    trainer.create_model_card()
+    assert "Verdict: ruined. The error on the preferred images" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_without_evaluation_the_warning_comes_from_three_logs_of_training(ruined, caplog, tmp_path):
+    ruined().train()
+    (warning,) = warnings_of(caplog)
+    assert "at step 3 " in warning
+    written = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert written["pairs"] == "training" and "nothing is known of other pairs" in written["sentence"]
+
+
+def test_a_training_that_keeps_the_winners_ends_without_a_warning(make_trainer, make_pairs, caplog):
+    caplog.set_level(logging.INFO, logger="trl_diffusion_sdpo")
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 15}
+    settings = {"eval_dataset": make_pairs(30, seed=1), **evaluates}
+    make_trainer(learning_rate=1e-6, peft_config=LoraConfig(r=2), **settings).train()
+    assert not warnings_of(caplog)
+    said = [record for record in caplog.records if record.getMessage().startswith("Verdict: unchanged.")]
+    assert len(said) == 1 and said[0].levelno == logging.INFO
+
+
+def test_a_rise_stops_the_training_with_a_checkpoint_that_resumes(ruined, make_pairs, caplog, tmp_path):
+    evaluates = {"eval_dataset": make_pairs(4, seed=1), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = ruined(**evaluates, on_winner_rise="stop")
+    trainer.train()
+    assert trainer.state.global_step == 2 and (tmp_path / "run" / "checkpoint-2").is_dir()
+    (warning,) = warnings_of(caplog)
+    assert "; worst at noise levels" in warning and "Do not use these weights; try" in warning
+    assert "Training stops; all that it needs to go on is in" in warning and "checkpoint-2. Pass" in warning
+    written = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert (written["label"], written["word"], written["step"]) == ("worse", "ruined", 2)
+    resumed = ruined(**evaluates, on_winner_rise="ignore")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6 and len(warnings_of(caplog)) == 1
+
+
+def test_a_rise_stops_where_the_best_weights_are_saved_and_loaded(ruined, make_pairs, tmp_path):
+    """`save_strategy="best"` takes back a save of weights that are not the best."""
+    best = {"save_strategy": "best", "load_best_model_at_end": True, "metric_for_best_model": "errors/winner_change"}
+    evaluates = {"eval_dataset": make_pairs(4, seed=1), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = ruined(**best, **evaluates, greater_is_better=False, eval_on_start=True, on_winner_rise="stop")
+    trainer.train()
+    assert trainer.state.global_step == 2 and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def test_to_stop_at_a_rise_needs_evaluations(make_args):
+    with pytest.raises(ValueError, match="on_winner_rise='stop'.*eval_strategy='no'"):
+        make_args(on_winner_rise="stop")
+
+
+# ---- Measured --------------------------------------------------------------------------------------------------------
+
+
+def evaluations_of(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "eval_errors/winner" in entry]
+
+
+def ratio_and_stderr(change: np.ndarray, before: np.ndarray) -> tuple[float, float]:
+    """Change as a share, and its standard error, by the shares without each pair and Student's distribution."""
+    ratio, count = change.sum() / before.sum(), len(change)
+    without = (change.sum() - change) / (before.sum() - before)
+    freedom = max(1.0, (count - 1) / count * (before**2).sum() ** 2 / (before**4).sum())
+    widened = 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)
+    return ratio, ((count - 1) / count * ((without - ratio) ** 2).sum()) ** 0.5 * widened
+
+
+def test_the_uncertainty_is_that_of_the_changes_of_single_pairs(make_trainer, make_pairs):
+    """Without a reference against the kept errors of the evaluation at step 0, with one against its errors; the single
+    errors are those that `compute_metrics` sees: a reward of `simpo` is `-beta / 2` of an error, one of `sigmoid` of a
+    change. The last batch is not full."""
+    seen: list[np.ndarray] = []
+
+    def keep(evaluated):
+        seen.append(-2 * evaluated.predictions[:, 0].astype(np.float64))
+        return {}
+
+    settings = {"eval_dataset": make_pairs(7, seed=1), "eval_strategy": "steps", "eval_steps": 2, "num_noise_bins": 2}
+    settings |= {"eval_on_start": True, "compute_metrics": keep, "beta": 1.0, "safeguard": "none"}
+    simpo = make_trainer(loss_type="simpo", **settings)
+    simpo.train()
+    before, after = seen
+    names = ("eval_errors/winner_change_relative", "eval_errors/winner_change_relative_stderr")
+    first, last = evaluations_of(simpo)
+    assert [first[name] for name in names] == [0.0, 0.0]
+    assert [last[name] for name in names] == pytest.approx(ratio_and_stderr(after - before, before), rel=1e-4)
+    assert last[names[0]] == pytest.approx(last["eval_errors/winner"] / first["eval_errors/winner"] - 1, rel=1e-4)
+    assert {f"{name}@{level}" for name in names for level in (0, 1)} <= set(last)
+    sigmoid = make_trainer(loss_type="sigmoid", **settings)
+    sigmoid.train()
+    last = evaluations_of(sigmoid)[-1]
+    assert [last[name] for name in names] == pytest.approx(ratio_and_stderr(seen[3], before), rel=1e-4)
+
+
+# ---- Written ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_is_written_with_its_figures_and_images_of_equal_seeds(
+    plotted, make_trainer, make_pairs, tmp_path
+):
+    samples = {"sample_prompts": ["a red circle", "a blue square"], "sample_inference_steps": 1}
+    evaluates = {"eval_dataset": make_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(**samples, **evaluates, max_steps=3)
+    trainer.train()
+    assert [entry["step"] for entry in evaluations_of(trainer)] == [2, 3]  # the weights that are saved
+    written = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert written["label"] in ("better", "unchanged", "worse", "unknown") and written["pairs"] == "evaluation"
+    assert written["sentence"].startswith(f"Verdict: {written['word']}. ") and written["step"] == 3
+    change = 100 * (written["winner_error"] / written["winner_error_before"] - 1)
+    assert written["winner_change_percent"] == pytest.approx(change) and 0 <= written["reward_accuracy"] <= 1
+    assert all(found["noise_levels"] == [found["bin"] / 8, (found["bin"] + 1) / 8] for found in written["noise_bins"])
+    assert [image["prompt"] for image in written["images"]] == samples["sample_prompts"]
+    for image in written["images"]:
+        before, after = (Image.open(tmp_path / "run" / image[when]) for when in ("before", "after"))
+        assert before.info["seed"] == after.info["seed"] == str(image["seed"])
+    with Image.open(tmp_path / "run" / "verdict.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_what_is_not_known_or_no_number_is_written_as_such(tmp_path):
+    write_verdict(tmp_path, None, run_facts(), [])
+    unknown = json.loads((tmp_path / "verdict.json").read_text())
+    assert (unknown["label"], unknown["step"]) == ("unknown", None) and "eval_strategy" in unknown["advice"]
+    assert (tmp_path / "verdict.png").is_file()
+    assert (
+        verdict_facts(verdict_on([{**evaluated(5, 0.1, 0), "eval_errors/pairs": 7.0}]), run_facts(), [])[
+            "evaluated_pairs"
+        ]
+        == 7
+    )
+    no_number = verdict_on([evaluated(3, math.nan, math.nan)])
+    write_verdict(tmp_path, no_number, run_facts(), [])
+    assert json.loads((tmp_path / "verdict.json").read_text())["winner_change_percent"] is None
+    without_bins = verdict_facts(verdict_on([evaluated(5, 0.1, 0.01)]), run_facts(), [SamplePair("a", 0, "b", "c")])
+    assert without_bins["noise_bins"] == [] and without_bins["winner_change_stderr_percent"] is None
+
+
+def test_the_picture_takes_any_prompt_and_name_and_its_band_is_of_the_mean(tmp_path, monkeypatch):
+    """matplotlib would read what is between two dollar signs as a formula, and refuse this one."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, savefig = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *given, **named: drawn.append(self) or savefig(self, *given))
+    entry = evaluated(5, 0.103, 0.003, "eval_$_$", **{f"_{level}": 0.01 for level in range(32)})
+    for name in ("before.png", "after.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    run = replace(run_facts(), num_noise_bins=32)
+    images = [SamplePair("a cat, $_$ face", 0, "before.png", "after.png")]
+    write_verdict(tmp_path, verdict_of([entry], run), run, images)
+    bars = drawn[0].subfigs[0].axes[0]
+    boxes = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in bars.patches]
+    assert [box[1] for box in boxes if box[2] == 10] == [1.1], "one band of 5% to both sides"
+    assert len(boxes) == 34 and len(bars.get_xticks()) <= 11 and bars.get_legend() is None

@@ -1,0 +1,226 @@
+"""The model card: metadata that the Hub accepts, code that loads what was tuned, and nothing private."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, create_repo
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from trl_diffusion_sdpo.saving.model_card import ModelCardFacts, build_model_card
+from trl_diffusion_sdpo.saving.recommended_scale import with_recommended_scales
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+def facts(**changes):
+    given = {
+        "model_name": "sd-tuned",
+        "hub_model_id": "me/sd-tuned",
+        "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "pipeline_class": "StableDiffusionPipeline",
+        "denoiser_name": "unet",
+        "tuning": "lora",
+        "dataset_name": "yuvalkirstain/pickapic_v2",
+        "tags": ["stable-diffusion", "lora"],
+        "settings": {"beta": 2000.0, "loss_type": "sigmoid"},
+        "metrics": {"train_loss": 0.6931471805},
+        "gallery": [("samples/step-000050-0.png", "a red cube")],
+        "versions": {"torch": "2.13.0"},
+        "license": "creativeml-openrail-m",
+    }
+    return ModelCardFacts(**{**given, **changes})
+
+
+def metadata(card):
+    """Parsed from the text by hand, as a reader of the file would."""
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", str(card), re.DOTALL)[1])
+
+
+def test_metadata_of_a_lora_is_what_the_hub_reads():
+    assert metadata(build_model_card(facts())) == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": "creativeml-openrail-m",
+        "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "base_model_relation": "adapter",
+        "datasets": ["yuvalkirstain/pickapic_v2"],
+        "tags": [
+            *("text-to-image", "diffusers", "diffusers-training", "trl-diffusion-sdpo", "diffusion-sdpo", "dpo"),
+            *("lora", "template:sd-lora", "stable-diffusion"),
+        ],
+        "widget": [{"text": "a red cube", "output": {"url": "samples/step-000050-0.png"}}],
+    }
+
+
+def test_metadata_of_a_full_model_names_no_lora():
+    data = metadata(build_model_card(facts(tuning="full", tags=[], gallery=[], license=None)))
+    assert data["base_model_relation"] == "finetune"
+    assert not {"lora", "template:sd-lora"} & set(data["tags"])
+    assert "widget" not in data and "license" not in data
+
+
+def test_the_card_survives_being_written_and_read(tmp_path):
+    card = build_model_card(facts(gallery=[("a.png", "a\n---\nlicense: evil"), ("b.png", 'ein "Würfel": {{ x }} 🧊')]))
+    card.save(tmp_path / "README.md")
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.to_dict() == card.data.to_dict()
+    assert [entry["text"] for entry in read.data.widget] == ["a\n---\nlicense: evil", 'ein "Würfel": {{ x }} 🧊']
+    assert read.data.license == "creativeml-openrail-m"
+    assert "# sd-tuned" in read.text
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_hub_accepts_the_card(hub_server, tuning):
+    repo = create_repo("sd-tuned").repo_id
+    build_model_card(facts(tuning=tuning)).push_to_hub(repo)
+    assert hub_server.repos[repo].files["README.md"].decode() == str(build_model_card(facts(tuning=tuning)))
+
+
+def test_settings_metrics_versions_and_citations_are_written():
+    text = build_model_card(facts()).text
+    for line in (
+        "| `beta` | `2000.0` |",
+        "| `loss_type` | `sigmoid` |",
+        "| `train_loss` | `0.693147` |",
+        "- torch: 2.13.0",
+    ):
+        assert line in text.splitlines()
+    assert "<Gallery />" in text
+    for cited in ("arXiv:2511.03317", "arXiv:2311.12908", "vonwerra2020trl", "huggingface.co/papers/2511.03317"):
+        assert cited in text
+    assert not re.search(r"{{ ?\w+ ?}}|{%", text)
+
+
+def test_a_card_with_nothing_to_tell_says_so():
+    empty = facts(
+        settings={}, metrics={}, gallery=[], versions={}, dataset_name=None, base_model=None, hub_model_id=None
+    )
+    text = build_model_card(empty).text
+    assert "No sample images were generated" in text and "Nothing was measured" in text
+    assert "All settings have their defaults." in text and "| --- |" not in text
+    assert "path/to/sd-tuned" in text and "path/to/base-pipeline" in text
+
+
+def test_results_are_shown_and_long_tables_are_folded():
+    given = {
+        "verdict": "Better by 3 %.",
+        "pictures": [("curves.png", "Curves")],
+        "comparison": [("a | <b>cube</b>", "samples/step-000000-0.png", "samples/step-000050-0.png")],
+        "run": {"LoRA": "rank 4", "Time": "3 min"},
+        "defaults": {"seed": 42},
+    }
+    text = build_model_card(facts(**given)).text
+    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    for line in ("Better by 3 %.", "![Curves](curves.png)", "| LoRA | rank 4 |", "| `beta` | `2000.0` |"):
+        assert line in shown.splitlines()
+    images = "![before training](samples/step-000000-0.png) | ![after training](samples/step-000050-0.png)"
+    assert f"| `a \\| <b>cube</b>` | {images} |" in shown.splitlines()
+    for folded in ("train_loss", "| `seed` | `42` |", "- torch: 2.13.0"):
+        assert folded not in shown and folded in text
+    assert re.findall(r"<details>\n<summary>[\w ]+</summary>\n\n", text)  # without the empty line, no table is shown
+
+
+def test_the_safeguard_is_only_claimed_where_it_acted():
+    claim = "whose safeguard scales down"
+    assert claim in build_model_card(facts(settings={"safeguard": "output"})).text
+    plain = build_model_card(facts(settings={"safeguard": "none"})).text
+    assert claim not in plain and "its safeguard switched off" in plain
+
+
+def test_tokens_never_reach_the_card():
+    settings = {
+        "hub_token": "secret-1",
+        "push_to_hub_token": "secret-2",
+        "model_init_kwargs": {"token": "secret-3", "revision": "main", "nested": [{"auth_token": "secret-4"}]},
+        "run_name": f"with {TOKEN} inside",
+        "token_length": 77,
+    }
+    card = str(build_model_card(facts(settings=settings)))
+    assert "secret" not in card and TOKEN not in card
+    assert "`{'revision': 'main', 'nested': [{}]}`" in card and "`77`" in card
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/someone/models/sd", "C:\\someone\\models\\sd", "~/someone/sd/", "someone/a/sd"]
+)
+def test_of_local_folders_only_the_name_is_told(path):
+    card = build_model_card(facts(base_model=path, dataset_name=path, settings={"output_dir": path, "beta": 1.0}))
+    assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
+    assert "base_model_relation" not in metadata(card)
+    assert "`sd` is a placeholder: the pipeline that was tuned" in card.text
+    body = re.sub(r"\| `output_dir`.*", "", str(card)) if path == "someone/a/sd" else str(card)
+    assert "someone" not in body
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "models" / "sd").mkdir(parents=True)
+    assert metadata(build_model_card(facts(base_model="models/sd")))["base_model"] == "models/sd"
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in metadata(build_model_card(facts(base_model="models/sd")))
+
+
+def test_values_cannot_break_the_table():
+    text = build_model_card(facts(settings={"sample_prompts": ["a | b", "c\nd `e`"], "none": None, "empty": ""})).text
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) == 4 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+
+
+@pytest.mark.parametrize("path", ["/abs/a.png", "../a.png", "C:\\a.png"])
+def test_images_must_lie_in_the_repository(path):
+    for given in ({"gallery": [(path, "a")]}, {"pictures": [(path, "a")]}, {"comparison": [("a", "b.png", path)]}):
+        with pytest.raises(ValueError, match="within the repository"):
+            facts(**given)
+
+
+def test_another_word_for_tuning_is_refused():
+    with pytest.raises(ValueError, match="`tuning` must be one of lora, full; got 'dora'"):
+        facts(tuning="dora")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "lora of peft", "full", "full pipeline"])
+def test_the_code_on_the_card_loads_what_was_tuned(tuning, sd_folder, make_sd_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = DiffusionPipeline.from_pretrained(sd_folder)
+    base.save_pretrained("base")
+    kind = {"tuning": tuning.split()[0], "loads_lora": "peft" not in tuning, "full_pipeline": "pipeline" in tuning}
+    if tuning == "lora of peft":
+        lora = get_peft_model(base.unet, LoraConfig(r=2, target_modules=["to_q"]))
+        for name, parameter in lora.named_parameters():
+            if "lora" in name:
+                nn.init.ones_(parameter)
+        lora.save_pretrained("tuned")
+    elif tuning == "lora":
+        base.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian"))
+        state = {n.replace(".default", ""): torch.ones_like(p) for n, p in base.unet.named_parameters() if "lora" in n}
+        base.save_lora_weights("tuned", unet_lora_layers=state)
+    else:
+        tuned = make_sd_pipeline(seed=1)
+        tuned.save_pretrained("tuned") if "pipeline" in tuning else tuned.unet.save_pretrained("tuned/unet")
+    card = build_model_card(facts(base_model="base", hub_model_id="./tuned", **kind))
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace('pipeline.to("cuda")\n', "")
+    names = {}
+    exec(snippet.replace('("a red cube")', '("a red cube", num_inference_steps=1)'), names)
+    assert names["image"].size == (16, 16)
+    tuned, untuned = names["pipeline"].unet.state_dict(), DiffusionPipeline.from_pretrained("base").unet.state_dict()
+    if kind["tuning"] == "lora":
+        lora = [name for name in tuned if "lora" in name]
+        assert lora and all((tuned[name] == 1).all() for name in lora)
+    else:
+        assert not torch.equal(tuned["conv_in.weight"], untuned["conv_in.weight"])
+    assert_guided_is_another_image(card, names["image"])
+
+
+def assert_guided_is_another_image(card, image):
+    """The code with a recommended scale runs as well, from the same noise, and generates something else."""
+    reference = {} if "load_lora" in card.text or "Peft" in card.text else {"repository": "base", "subfolder": "unet"}
+    facts = {"prediction": 2.0, "sentence": "Scale 2."} | ({"reference": reference} if reference else {})
+    guided = with_recommended_scales(card.text, {"recommended_scale": facts})
+    snippet = re.search(r"```python\n(.*?)```", guided, re.DOTALL)[1].replace('pipeline.to("cuda")\n', "")
+    assert "preference_guidance(pipeline, scale=2.0" in snippet
+    names = {}
+    exec(snippet.replace('("a red cube")', '("a red cube", num_inference_steps=1)'), names)
+    assert names["image"].size == image.size and names["image"].tobytes() != image.tobytes()

@@ -1,0 +1,350 @@
+"""`push_to_hub` through the real client, against a server on this machine that speaks the Hub's protocol."""
+
+import datetime
+import json
+import logging
+import multiprocessing
+import re
+import time
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+
+from trl_diffusion_sdpo.saving.hub import PublishingError, Uploads
+from trl_diffusion_sdpo.saving.model_card import mean_loss
+from trl_diffusion_sdpo.saving.publishing import Publisher
+from trl_diffusion_sdpo.saving.run_card import GENERATED
+from trl_diffusion_sdpo.saving.setup import fingerprint, record_recommended_scale
+from trl_diffusion_sdpo.trainer import callbacks
+
+
+def files_of(hub_server, repo="tester/run"):
+    return hub_server.repos[repo].files
+
+
+def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_server, sd_folder, tmp_path):
+    trainer = make_trainer(
+        peft_config=LoraConfig(r=4),
+        sample_prompts=["a cat"],
+        sample_inference_steps=2,
+        max_steps=2,
+        hub_model_id="tester/run",
+    )
+    trainer.train()
+    trainer.push_to_hub(dataset_name="tester/pairs", tags=["mine"])
+
+    files = files_of(hub_server)
+    assert {"README.md", "pytorch_lora_weights.safetensors", "samples/step-000002-0.png"} <= set(files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "diffusers"
+    assert {"mine", "trl-diffusion-sdpo", "lora"} <= set(card.data.tags)
+    assert card.data.datasets in ("tester/pairs", ["tester/pairs"])
+    assert "2511.03317" in card.text and "safeguard_mu" in card.text and "load_lora_weights" in card.text
+    assert "errors/winner_change" in card.text
+    shown = re.findall(r"!\[[^]]*\]\((.*?)\)", card.text)
+    assert shown == ["samples/step-000000-0.png", "samples/step-000002-0.png"] and set(shown) <= set(files)
+
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got" / "pytorch_lora_weights.safetensors").write_bytes(files["pytorch_lora_weights.safetensors"])
+    DiffusionPipeline.from_pretrained(sd_folder).load_lora_weights(str(tmp_path / "got"))
+
+
+def test_a_recommended_scale_is_published_as_long_as_the_weights_are_those_that_were_swept(
+    make_trainer, hub_server, tmp_path
+):
+    trainer = make_trainer(peft_config=LoraConfig(r=4), max_steps=1, ema_decay=0.5, hub_model_id="tester/run")
+    trainer.train()
+    trainer.save_model()
+    run, guided = tmp_path / "run", "with preference_guidance(pipeline, scale=2.0):"
+    facts = {"weights": 1.0, "prediction": 2.0, "sentence": "Scale 2.", "grids": ["scale_sweep/images_weights.png"]}
+    for average, folder in ((False, run), (True, run / "ema")):
+        of = fingerprint(trainer.weight_files.read(folder))
+        record_recommended_scale(run, {**facts, "of": of}, average=average)
+    (run / "scale_sweep" / "images").mkdir(parents=True)
+    for name in ("images_weights.png", "sweep.json", "images/weights-0-00.png"):
+        (run / "scale_sweep" / name).touch()
+    (run / "of_b" / "images").mkdir(parents=True)  # a sweep into another folder, and one into the run's own
+    (run / "images").mkdir()
+    for folder in (run / "of_b", run):
+        for name in ("sweep.json", "images.json", "images/weights-0-00.png", "images/prediction-2-00.png"):
+            (folder / name).touch()
+    (run / "images" / "mine.png").touch()
+    trainer.push_to_hub()
+    files = files_of(hub_server)
+    found = {name for name in files if any(part in name for part in ("sweep", "images", "of_b"))}
+    assert found == {"scale_sweep/images_weights.png", "images/mine.png"}
+    card, setup = files["README.md"].decode(), json.loads(files["diffusion_sdpo_setup.json"])
+    assert guided in card and "Averaged weights: Scale 2." in card and "](scale_sweep/images_weights.png)" in card
+    assert {"recommended_scale", "recommended_scale_of_average"} <= setup.keys()
+    edited = (run / "README.md").read_text().replace(GENERATED, "<!-- Mine.")
+    (run / "README.md").write_text(edited)
+    trainer.push_to_hub()
+    assert files_of(hub_server)["README.md"].decode() == edited
+    trainer.train()
+    trainer.push_to_hub()
+    card, setup = files_of(hub_server)["README.md"].decode(), files_of(hub_server)["diffusion_sdpo_setup.json"]
+    assert "<!-- Mine." in card and "preference_guidance(" not in card and b"recommended_scale" not in setup
+
+
+def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(
+    make_trainer, hub_server, sd_folder, tmp_path
+):
+    trainer = make_trainer(
+        hub_model_id="tester/run",
+        hub_token=hub_server.token,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    files = files_of(hub_server)
+    assert "unet/diffusion_pytorch_model.safetensors" in files and "trainer_state.json" not in files
+    assert not [name for name in files if name.startswith("checkpoint-") or name.endswith((".bin", ".pt", ".pth"))]
+    for name, content in files.items():
+        assert hub_server.token.encode() not in content, name
+        assert str(tmp_path).encode() not in content and sd_folder.encode() not in content, name
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_training_publishes_as_it_goes(make_trainer, hub_server, strategy):
+    trainer = make_trainer(
+        push_to_hub=True,
+        hub_strategy=strategy,
+        hub_always_push=True,
+        hub_model_id="tester/run",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        peft_config=LoraConfig(r=4),
+    )
+    trainer.train()
+    files = set(files_of(hub_server))
+    assert {"README.md", "pytorch_lora_weights.safetensors"} <= files
+    folder = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-1"}[strategy]
+    if folder is not None:
+        assert f"{folder}/trainer_state.json" in files and f"{folder}/optimizer.pt" in files
+
+
+def test_a_published_checkpoint_is_downloaded_and_resumed(make_trainer, hub_server, tmp_path):
+    settings = {"peft_config": LoraConfig(r=4), "hub_model_id": "tester/run"}
+    publishing = {"push_to_hub": True, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1}
+    make_trainer(max_steps=1, **publishing, **settings).train()
+    got = huggingface_hub.snapshot_download(
+        "tester/run", allow_patterns="last-checkpoint/*", local_dir=tmp_path / "got"
+    )
+    assert not (tmp_path / "got" / "last-checkpoint" / "training_args.json").exists()
+    resumed = make_trainer(max_steps=2, output_dir=str(tmp_path / "other"), **settings)
+    resumed.train(resume_from_checkpoint=f"{got}/last-checkpoint")
+    assert resumed._initial_global_step == 1 and resumed.state.global_step == 2
+
+
+def test_saving_publishes_where_it_was_asked_for(make_trainer, hub_server):
+    trainer = make_trainer(push_to_hub=True, hub_model_id="tester/run", max_steps=1, peft_config=LoraConfig(r=4))
+    trainer.train()
+    trainer.save_model()
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+
+
+def test_saving_writes_once_and_not_while_an_upload_reads(make_trainer, hub_server, monkeypatch):
+    trainer = make_trainer(push_to_hub=True, hub_model_id="tester/run", max_steps=1, peft_config=LoraConfig(r=4))
+    save, uploads, idle = trainer._save, trainer.publisher.uploads, []
+    monkeypatch.setattr(trainer, "_save", lambda folder: (idle.append(uploads.is_done()), save(folder)))
+    uploads._jobs.append(uploads._api.run_as_future(time.sleep, 1))
+    trainer.save_model()
+    assert idle == [True]
+
+
+def test_a_private_repository_stays_private(make_trainer, hub_server):
+    trainer = make_trainer(max_steps=1, hub_model_id="tester/run", hub_private_repo=True)
+    trainer.push_to_hub()
+    assert hub_server.repos["tester/run"].private
+
+
+ENDPOINTS = {
+    "create": "POST /api/repos/create",
+    "validate": "POST /api/validate-yaml",
+    "preupload": "POST /api/models/.*/preupload/",
+    "batch": r"POST /.*\.git/info/lfs/objects/batch",
+    "upload": "PUT /lfs/",
+    "verify": "POST /verify",
+    "commit": "POST /api/models/.*/commit/",
+}
+
+
+def unsaved(make_trainer, **args):
+    """A trainer whose weights are nowhere yet; from what they come does not matter to the Hub."""
+    return make_trainer(hub_model_id="tester/run", peft_config=LoraConfig(r=4), **args)
+
+
+def test_endpoints_that_are_busy_for_a_while_are_asked_again(make_trainer, hub_server):
+    hub_server.failing = dict.fromkeys(ENDPOINTS.values(), 2)
+    unsaved(make_trainer).push_to_hub()
+    assert set(hub_server.failing.values()) == {0}  # each was asked, in vain, and again
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+    assert len(hub_server.repos["tester/run"].commits) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["create", "commit"])
+def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer, hub_server, tmp_path, endpoint):
+    trainer = unsaved(make_trainer)
+    hub_server.failing = {ENDPOINTS[endpoint]: float("inf")}
+    with pytest.raises(PublishingError) as told:
+        trainer.push_to_hub()
+    message = str(told.value)
+    assert f"The weights are safe in {tmp_path / 'run'}" in message and "`push_to_hub()`" in message
+    assert "\n" not in message and "tester/run" in message
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    asked = [path for path in hub_server.paths("POST") if "create" in path]
+    assert len(asked) == (6 if endpoint == "create" else 1)  # bounded
+
+    hub_server.failing = {}
+    sent = len(hub_server.paths("PUT"))
+    trainer.push_to_hub()
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+    if endpoint == "commit":
+        assert len(hub_server.paths("PUT")) == sent  # the weights had arrived
+
+
+def test_a_refusal_is_not_asked_again(make_trainer, hub_server):
+    hub_server.forbidden = {"tester/run"}
+    with pytest.raises(PublishingError, match="You may not write to tester/run"):
+        unsaved(make_trainer).push_to_hub()
+    assert len([path for path in hub_server.paths("POST") if "create" in path]) == 1
+
+
+def test_a_lost_connection_is_made_anew(make_trainer, hub_server, monkeypatch):
+    trainer, answer, lost = unsaved(make_trainer), hub_server.httpd.finish_request, []
+
+    def lose_the_first(request, address):
+        if lost:
+            return answer(request, address)
+        lost.append(address)
+
+    monkeypatch.setattr(hub_server.httpd, "finish_request", lose_the_first)
+    huggingface_hub.close_session()
+    trainer.push_to_hub()
+    assert lost and "README.md" in files_of(hub_server)
+
+
+def test_a_hub_that_is_away_is_told_before_training(make_trainer, hub_server):
+    hub_server.failing = {ENDPOINTS["create"]: float("inf")}
+    with pytest.raises(PublishingError, match="tester/run failed: .*503.* Nothing was trained") as told:
+        make_trainer(push_to_hub=True, hub_model_id="tester/run")
+    assert "\n" not in str(told.value)
+
+
+def test_a_hub_that_is_away_for_a_moment_does_not_end_a_run_before_it_begins(make_trainer, hub_server):
+    hub_server.failing = {ENDPOINTS["create"]: 3}
+    make_trainer(push_to_hub=True, hub_model_id="tester/run")
+    assert "tester/run" in hub_server.repos
+
+
+def test_an_upload_that_fails_beside_the_training_is_told_and_ends_nothing(make_trainer, hub_server, caplog, tmp_path):
+    hub_server.failing = {ENDPOINTS["commit"]: float("inf")}
+    trainer = make_trainer(
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        hub_always_push=True,
+        hub_model_id="tester/run",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        peft_config=LoraConfig(r=4),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    warnings = [
+        record.message for record in caplog.records if record.levelno == logging.WARNING
+    ]  # not single attempts
+    told = [message for message in warnings if "Uploading to tester/run failed" in message]
+    assert len(told) == 4  # the weights and the checkpoint, twice
+    assert all(f"safe in {tmp_path / 'run'}" in line for line in told)
+    assert any("503" in line for line in told)  # on a busy machine the server here may also answer too late
+
+
+def test_an_upload_that_nobody_waits_for_tells_when_it_fails(make_trainer, hub_server, caplog):
+    trainer = unsaved(make_trainer)
+    hub_server.failing = {ENDPOINTS["commit"]: float("inf")}
+    job = trainer.push_to_hub(blocking=False)
+    assert isinstance(job.exception(), PublishingError)
+    hub_server.failing = {}
+    trainer.push_to_hub()  # waits for the reports of what went before
+    assert "Uploading to tester/run failed" in caplog.text
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_large_file_that_does_not_arrive_is_sent_again_and_then_told(make_trainer, hub_server, caplog, blocking):
+    trainer = unsaved(make_trainer)
+    hub_server.failing = {ENDPOINTS["upload"]: float("inf")}
+    told = r"Uploading to tester/run failed: .*[.]safetensors.*503.*The weights are safe in"
+    if blocking:
+        with pytest.raises(PublishingError, match=told):
+            trainer.push_to_hub()
+    else:
+        assert isinstance(trainer.push_to_hub(blocking=False).exception(), PublishingError)
+        assert re.search(told, caplog.text)
+    assert len([path for path in hub_server.paths("POST") if path.endswith("objects/batch")]) == 6  # each attempt's
+    hub_server.failing = {}
+    trainer.push_to_hub()
+    assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
+
+
+def wait_for_the_upload_of_the_first(rank: int, folder: str) -> None:
+    """Two processes whose collectives have three seconds, and an upload of six in the first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
+    publisher = Publisher(SimpleNamespace())
+    publisher.uploads = uploads = Uploads()
+    if rank == 0:
+        uploads._jobs.append(uploads._api.run_as_future(time.sleep, 6))
+    publisher.wait()
+    dist.all_reduce(torch.ones(1), group=short)
+    dist.destroy_process_group()
+
+
+def test_all_processes_wait_for_an_upload_longer_than_a_collective_may_last(tmp_path):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=wait_for_the_upload_of_the_first, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+
+
+def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer, tmp_path, monkeypatch):
+    plotted = []
+    monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: plotted.append((list(history), file)))
+
+    def card_of(**args):
+        trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=3, peft_config=LoraConfig(r=4), **args)
+        trainer.train(resume_from_checkpoint=args.get("resume_from_checkpoint"))
+        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        assert state["log_history"] == trainer.state.log_history == plotted[-1][0] and state["global_step"] == 4
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        text = (tmp_path / "run" / "README.md").read_text()
+        return losses, float(re.search(r"\| `train_loss` \| `(.*)` \|", text)[1])
+
+    losses, whole = card_of(learning_rate=1e-2)
+    assert [len(history) for history, _ in plotted] == [3, 4, 5], "at both saves and, with the means, at the end"
+    assert plotted[-1][1] == tmp_path / "run" / "curves.png"
+    assert whole == pytest.approx(sum(losses) / 4, rel=1e-5)
+    again, resumed = card_of(learning_rate=1e-2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert again == losses and abs(losses[-1] - whole) > 1e-3  # of the last step alone it was that
+    assert resumed == pytest.approx(whole, rel=1e-5)
+    assert [entry["step"] for entry in plotted[-1][0] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_mean_over_a_whole_run_by_hand():
+    """Ten steps: 3 in each of five, 1 in each of three, 2 in each of two."""
+    history = [{"loss": 3.0, "step": 5}, {"eval_loss": 9.0, "step": 5}, {"loss": 1.0, "step": 8}]
+    history += [{"loss": 2.0, "step": 10}, {"train_loss": 2.0, "step": 10}]
+    assert mean_loss(history) == pytest.approx((3 * 5 + 1 * 3 + 2 * 2) / 10)
+    assert mean_loss([{"train_loss": 2.0, "step": 10}]) is None

@@ -1,0 +1,299 @@
+"""A resumed run acts as its own arguments say, names what differs from the checkpoint, and goes on in the same data."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.saving.resuming import _compare
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+
+
+@pytest.fixture
+def make(make_trainer):
+    def build(steps, **more):
+        return make_trainer(max_steps=steps, **{"peft_config": LoraConfig(r=2), **SAVING, **more})
+
+    return build
+
+
+def rates(trainer) -> list[float]:
+    """Learning rates of all steps, in the order of the steps."""
+    return [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def groups(trainer) -> list[dict]:
+    return [
+        {name: value for name, value in group.items() if name != "params"} for group in trainer.optimizer.param_groups
+    ]
+
+
+# ---- The optimizer's settings ----------------------------------------------------------------------------------------
+
+
+def test_another_learning_rate_is_that_of_the_next_step(make, caplog):
+    make(2, learning_rate=1e-3).train()
+    resumed = make(4, learning_rate=1e-5)
+    resumed.train(resume_from_checkpoint=True)
+    assert rates(resumed) == [1e-3, 1e-3, 1e-5, 1e-5]
+    assert "Resuming with another `learning_rate`: it was 0.001, is 1e-05." in caplog.text
+
+
+def test_another_reference_is_told(tmp_path, monkeypatch, caplog):
+    """Two spellings of one folder are no other reference."""
+    monkeypatch.chdir(tmp_path)
+    for before, now, differs in (("base", str(tmp_path / "base"), False), ("base", "other", True), (None, "x", True)):
+        caplog.clear()
+        args = DiffusionSDPOConfig(str(tmp_path), ref_model_name_or_path=now, report_to="none")
+        stored = {**json.loads(args.to_json_string()), "ref_model_name_or_path": before}
+        _compare(stored, args, {}, tmp_path)
+        assert ("Resuming with another `ref_model_name_or_path`" in caplog.text) == differs
+
+
+def test_the_new_rate_is_what_the_optimizer_steps_with(make, tmp_path):
+    """Plain SGD, whose step is the rate times the gradient: a tenth of the rate is a tenth of the step."""
+    make(2, optim="sgd", learning_rate=1e-3).train()
+    moves = {}
+    for rate in (1e-2, 1e-3):
+        trainer = make(3, optim="sgd", learning_rate=rate, save_strategy="no", output_dir=str(tmp_path / str(rate)))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        now = torch.cat([p.detach().flatten() for p in trainer.denoiser.parameters() if p.requires_grad])
+        start = make(2, output_dir=str(tmp_path / "start"))
+        start._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+        before = torch.cat([p.detach().flatten() for p in start.denoiser.parameters() if p.requires_grad])
+        moves[rate] = now - before
+    assert moves[1e-3].abs().max() > 1e-6
+    torch.testing.assert_close(moves[1e-2], 10 * moves[1e-3], rtol=1e-2, atol=1e-7)
+
+
+def test_another_schedule_goes_on_at_its_own_place(make):
+    """Linear from 1e-3 over 4 steps, taken up after 2 as linear from 1e-2 over 8: 1 - k/8 at step k."""
+    make(2, learning_rate=1e-3, lr_scheduler_type="constant").train()
+    resumed = make(8, learning_rate=1e-2, lr_scheduler_type="linear")
+    resumed.train(resume_from_checkpoint=True)
+    assert rates(resumed)[2:] == pytest.approx([1e-2 * (1 - step / 8) for step in range(2, 8)])
+
+
+def test_weight_decay_betas_and_epsilon_are_this_run_s(make, caplog):
+    make(2).train()
+    resumed = make(3, weight_decay=0.5, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3)
+    resumed.train(resume_from_checkpoint=True)
+    assert [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in groups(resumed)] == [
+        (0.5, (0.7, 0.8), 1e-3),
+        (0.0, (0.7, 0.8), 1e-3),
+    ]
+    for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        assert f"Resuming with another `{name}`" in caplog.text
+
+
+def test_the_moments_stay_those_of_the_checkpoint(make, tmp_path):
+    make(2, learning_rate=1e-3).train()
+    resumed = make(3, learning_rate=1e-5, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert {int(state["step"]) for state in resumed.optimizer.state.values()} == {3}
+
+
+def test_nothing_is_touched_where_nothing_differs(make, tmp_path, caplog):
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "adam_beta1": 0.8}
+    make(4, **schedule).train()
+    before = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"]
+    resumed, found = make(4, **schedule), []
+    load = resumed._load_optimizer_and_scheduler
+
+    def look(checkpoint):
+        load(checkpoint)
+        found.extend(groups(resumed))
+
+    resumed._load_optimizer_and_scheduler = look
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert found == [{name: value for name, value in group.items() if name != "params"} for group in before]
+    assert "Resuming with another" not in caplog.text
+
+
+def with_scheduler(make, steps, rate, kind, **more):
+    """A trainer with an optimizer and a schedule that the user has made."""
+    trainer = make(steps, **more)
+    weights = [weight for weight in trainer.denoiser.parameters() if weight.requires_grad]
+    trainer.optimizer = torch.optim.AdamW(weights, lr=rate)
+    trainer.lr_scheduler = kind(trainer.optimizer)
+    return trainer
+
+
+def test_a_schedule_that_goes_on_from_its_last_rate_is_scaled(make):
+    """Halved at every step: 8, 4 and then, with a fourth of the rate, 0.5 and 0.25 in place of 2 and 1."""
+
+    def halving(optimizer):
+        return StepLR(optimizer, step_size=1, gamma=0.5)
+
+    with_scheduler(make, 2, 8e-4, halving).train()
+    resumed = with_scheduler(make, 4, 2e-4, halving)
+    resumed.train(resume_from_checkpoint=True)
+    assert rates(resumed) == pytest.approx([8e-4, 4e-4, 0.5e-4, 0.25e-4])
+
+
+def test_a_schedule_without_a_base_rate_is_scaled_by_the_arguments(make):
+    with_scheduler(make, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
+    resumed = with_scheduler(make, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
+    resumed.train(resume_from_checkpoint=True)
+    assert rates(resumed) == pytest.approx([8e-4, 8e-4, 2e-4, 2e-4])
+
+
+def test_under_deepspeed_a_last_rate_is_scaled_once(make, tmp_path):
+    """As an engine's checkpoint is loaded; optimizer and schedule are torch's own here, and no engine reads any."""
+    with_scheduler(make, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
+    resumed = with_scheduler(make, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    assert resumed.run_files.resume_point(checkpoint, resumed._setup) == checkpoint
+    resumed._load_engine_checkpoint(checkpoint)
+    assert [group["lr"] for group in groups(resumed)] == pytest.approx([2e-4])
+
+
+def test_another_optimizer_cannot_take_up_the_state_and_is_refused(make, tmp_path):
+    make(2).train()
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(ValueError, match="another `optim`, as one optimizer cannot read another's state"):
+        make(4, optim="sgd").train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_how_often_is_saved_and_logged_is_this_run_s(make, tmp_path):
+    make(2, save_steps=2, logging_steps=2).train()
+    resumed = make(5, save_steps=1, logging_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir() and (tmp_path / "run" / "checkpoint-4").is_dir()
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [2, 3, 4, 5]
+
+
+# ---- Every setting that differs --------------------------------------------------------------------------------------
+
+
+def test_every_setting_that_differs_is_named_once_and_places_are_not(make, caplog, tmp_path):
+    make(2).train()
+    changed = {"max_grad_norm": 0.3, "lr_scheduler_type": "linear", "warmup_steps": 1, "beta": 7.0, "save_steps": 3}
+    elsewhere = {
+        "run_name": "again",
+        "overwrite_output_dir": True,
+        "output_dir": str(tmp_path / "more"),
+        "report_to": [],
+    }
+    make(4, **changed, **elsewhere).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    told = [record.getMessage() for record in caplog.records if "Resuming with another" in record.getMessage()]
+    named = sorted(message.split("`")[1] for message in told)
+    assert named == sorted([*changed, "max_steps"])
+
+
+def test_a_checkpoint_from_before_the_arguments_were_stored_resumes(make, tmp_path):
+    make(2).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    for file in ("training_args.json", "checkpoint_manifest.json"):
+        (checkpoint / file).unlink()
+    setup = json.loads((checkpoint / "diffusion_sdpo_setup.json").read_text())
+    for name in ("train_data", "run_id"):
+        del setup[name]
+    (checkpoint / "diffusion_sdpo_setup.json").write_text(json.dumps(setup))
+    make(3).train(resume_from_checkpoint=True)
+
+
+# ---- The same data ---------------------------------------------------------------------------------------------------
+
+
+def test_other_data_are_refused_by_name_and_can_be_begun_anew(make, make_pairs, tmp_path, caplog):
+    make(2).train()
+    others = {
+        "pairs was 16, is 12": make_pairs(12),
+        "prompts was": make_pairs().select(range(15, -1, -1)),
+    }
+    for told, data in others.items():
+        with pytest.raises(ValueError, match=told):
+            make(4, train=data).train(resume_from_checkpoint=True)
+    make(4, train=make_pairs(12), ignore_data_skip=True).train(resume_from_checkpoint=True)
+    assert "Resuming with other training data, from their start: pairs was 16, is 12" in caplog.text
+
+
+def test_other_images_under_the_same_labels_are_said(make, make_pairs, caplog):
+    make(2).train()
+    pairs, other = make_pairs(), make_pairs(seed=1)
+    other = other.remove_columns("prompt").add_column("prompt", pairs["prompt"]).select_columns(pairs.column_names)
+    make(4, train=other).train(resume_from_checkpoint=True)
+    assert "other bytes in the images" in caplog.text
+
+
+def test_another_stream_is_refused(make, make_pairs):
+    make(2, train=make_pairs().to_iterable_dataset()).train()
+    make(3, train=make_pairs().to_iterable_dataset()).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="shards was 1, is 2"):
+        make(4, train=make_pairs().to_iterable_dataset(num_shards=2)).train(resume_from_checkpoint=True)
+
+
+# ---- Where to go on, and whether anything is left --------------------------------------------------------------------
+
+
+def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(make, tmp_path):
+    make(2).train()
+    resumed = make(3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    resumed.train()
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3]
+    newest = make(4, resume_from_checkpoint="true")  # as YAML and the command line have it
+    newest.train()
+    assert [entry["step"] for entry in newest.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="holds one"):
+        make(4, resume_from_checkpoint="true").train(resume_from_checkpoint=False)
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
+def test_a_run_of_no_steps_is_refused(make_args, settings):
+    """`max_steps=0` would train one step."""
+    with pytest.raises(ValueError, match="at least one step"):
+        make_args(**settings)
+
+
+# ---- A stream --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def consumed(make, make_pairs, tmp_path):
+    """Trains on a shuffled stream with a damaged image, and returns the prompts of each micro-batch."""
+
+    def train(steps, resume=None, **more):
+        rows = make_pairs(10, size=(16, 16)).cast_column("chosen", datasets.Image(decode=False)).to_list()
+        rows[4]["chosen"] = {"bytes": b"junk", "path": None}
+        stream = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=4)
+        options = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "output_dir": str(tmp_path / "s"),
+        }
+        trainer, seen, compute_loss = (
+            make(steps, train=stream, **{**options, **more}),
+            [],
+            DiffusionSDPOTrainer.compute_loss,
+        )
+        trainer.compute_loss = lambda model, inputs, *rest, **named: (
+            seen.append(inputs["prompts"]) or compute_loss(trainer, model, inputs, *rest, **named)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    return train
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_stream_repeats_no_pair_and_skips_none(consumed, tmp_path, caplog, workers):
+    undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))
+    assert consumed(2, dataloader_num_workers=workers) == undisturbed[:4]
+    assert consumed(5, "latest", dataloader_num_workers=workers) == undisturbed[4:]
+    assert "decoded again" not in caplog.text
+
+
+def test_without_its_position_a_stream_is_read_again_to_the_same_place(consumed, tmp_path, caplog, monkeypatch):
+    undisturbed = consumed(4, dataloader_num_workers=0, output_dir=str(tmp_path / "undisturbed"))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("trl_diffusion_sdpo.trainer.data_preparation.save_position", lambda *_: None)
+        consumed(2, dataloader_num_workers=0)
+    assert consumed(4, "latest", dataloader_num_workers=0) == undisturbed[4:]
+    assert "the batches that were trained on are read and decoded again" in caplog.text

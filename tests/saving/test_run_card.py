@@ -1,0 +1,192 @@
+"""The card of a run, which is written when training ends: what stands on it, and when a file is left alone."""
+
+import json
+import os
+import re
+import signal
+from importlib.metadata import version
+
+import pytest
+from peft import LoraConfig
+from PIL import Image, PngImagePlugin
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trl_diffusion_sdpo.data.checking import DataReport
+from trl_diffusion_sdpo.saving.run_card import (
+    GENERATED,
+    before_and_after,
+    duration,
+    lora_text,
+    pairs_text,
+    read_verdict,
+    split_by_default,
+)
+from trl_diffusion_sdpo.trainer.callbacks import RunReportCallback
+from trl_diffusion_sdpo.trainer.file_overrides import NOT_PUBLISHED
+
+LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
+
+
+class At(TrainerCallback):
+    """Calls something at the end of a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+def images_of(card: str) -> list[str]:
+    return re.findall(r"!\[[^]]*\]\((.*?)\)", card)
+
+
+def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
+    make_trainer, sd_folder, tmp_path, capfd
+):
+    sampled = {"sample_prompts": ["a red cube"], "sample_inference_steps": 1, "disable_tqdm": False}
+    trainer = make_trainer(peft_config=LORA, beta=100.0, model_init_kwargs={"token": "hf_secretsecret"}, **sampled)
+
+    trainer.add_callback(At(2, lambda: Image.new("RGB", (8, 8)).save(tmp_path / "run" / "curves.png")))
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    for line in (
+        " ".join(verdict[name] for name in ("sentence", "advice") if verdict[name]),
+        "| LoRA | rank 2, alpha 6, targets `to_k`, `to_q` |",
+        "| Pairs | 16, 0 dropped |",
+        "| Optimizer steps | 2 of 2 |",
+        "| `beta` | `100.0` |",
+        f"- trl-diffusion-sdpo: {version('trl-diffusion-sdpo')}",
+    ):
+        assert line in card.splitlines()
+    assert re.search(r"\| Hardware \| cpu \(\w+\) \|\n\| Time \| \d+ s \|", card)
+    shown = images_of(card)
+    assert shown[-3:] == ["curves.png", "samples/step-000000-0.png", "samples/step-000002-0.png"]
+    assert shown[:-3] in ([], ["verdict.png"]) and all((tmp_path / "run" / name).is_file() for name in shown)
+    for private in (str(tmp_path), os.path.dirname(sd_folder), "hf_secret", os.uname().nodename):
+        assert private not in card
+    (tmp_path / "run" / "samples" / "step-000002-0.png").unlink()
+    trainer.create_model_card()
+    assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
+    assert_told(*capfd.readouterr(), trainer, tmp_path / "run")
+
+
+def assert_told(out: str, bar: str, trainer, run):
+    """On the console are short lines, and at the end what the run has left, and code that loads it; the rest is in the
+    state."""
+    lines = out.splitlines()
+    first = next(line for line in lines if line.startswith("step 1  loss 0.6931  winner "))
+    assert "  lambda " in first and "grad_norm" not in out and "loss=" in bar and "accuracy=" in bar
+    told = lines[lines.index("Training ended at step 2 of 2.") + 1 :]
+    assert told == [
+        f"  Samples: {run / 'samples' / 'step-000002.png'} (first: step-000000.png)",
+        f"  Curves:  {run / 'curves.png'}",
+        f"  State:   {run / 'trainer_state.json'}",
+        f"  Card:    {run / 'README.md'}",
+        f'  To load: pipeline.load_lora_weights("{run}")  # once saved',
+    ]
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert {"grad_norm", "rewards/margins", "safeguard/active"} <= state["log_history"][0].keys()
+    trainer.save_model()
+    trainer.pipeline.unet.delete_adapters(trainer.adapter)
+    exec(told[-1].partition(": ")[2], {"pipeline": trainer.pipeline})
+    assert trainer.pipeline.get_active_adapters() == ["default_0"]
+
+
+def test_an_edited_card_is_left_as_it_is_and_one_that_is_asked_for_is_not(make_trainer, tmp_path, caplog):
+    file = tmp_path / "run" / "README.md"
+    file.parent.mkdir()
+    file.write_text("Mine.")
+    trainer = make_trainer(max_steps=1, peft_config=LORA)
+    trainer.train()
+    assert file.read_text() == "Mine." and "is left as it is" in caplog.text
+    trainer.create_model_card(license="mit")
+    assert "license: mit" in file.read_text() and GENERATED in file.read_text()
+
+
+def test_an_interrupted_run_has_its_curves_state_and_card_as_well(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=9, peft_config=LORA)
+    trainer.add_callback(At(2, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert "| Optimizer steps | 2 of 9 |" in (tmp_path / "run" / "README.md").read_text()
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(make_args, tmp_path, caplog):
+    (tmp_path / "run" / "trainer_state.json").mkdir(parents=True)
+    ended, state = [], TrainerState()
+    callback = RunReportCallback(lambda: ended.append(1))
+    for event in (callback.on_save, callback.on_train_end):
+        event(make_args(), state, TrainerControl())
+    assert caplog.text.count("could not be written") == 2 and not ended
+    (tmp_path / "run" / "trainer_state.json").rmdir()
+    callback.on_train_end(make_args(), state, TrainerControl())
+    assert ended and (tmp_path / "run" / "trainer_state.json").is_file()
+
+
+def test_plots_are_published_and_the_state_that_names_folders_is_not():
+    assert "trainer_state.json" in NOT_PUBLISHED
+    assert not {"curves.png", "noise_bins*.png", "verdict.png", "verdict.json"} & set(NOT_PUBLISHED)
+
+
+def test_images_before_and_after_are_of_one_prompt_and_seed(tmp_path):
+    def draw(step, number, prompt, seed):
+        note = PngImagePlugin.PngInfo()
+        note.add_itxt("prompt", prompt)
+        note.add_itxt("seed", str(seed))
+        Image.new("RGB", (4, 4)).save(tmp_path / f"samples/step-{step:06d}-{number}.png", pnginfo=note)
+
+    (tmp_path / "samples").mkdir()
+    for step in (0, 20, 100):
+        draw(step, 0, "a", 1)
+        draw(step, 1, "b" if step else "another", 2)
+        draw(step, 10, "c", 3 if step else 4)
+        draw(step, 11, "another", 5)
+    draw(20, 12, "e", 6)
+    draw(100, 12, "e", 6)
+    asked = ((0, "a"), (1, "b"), (10, "c"), (11, "d"), (12, "e"), (13, "f"))
+    gallery = [(f"samples/step-000100-{number}.png", prompt) for number, prompt in asked]
+    assert before_and_after(tmp_path, gallery) == [("a", "samples/step-000000-0.png", "samples/step-000100-0.png")]
+    assert before_and_after(tmp_path, [("samples/step-000000-0.png", "a")]) == [], "nothing was trained"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"sentence": 3}', '{"label": "better"}', "\udce4"])
+def test_a_verdict_that_cannot_be_read_is_none(content, tmp_path):
+    if content is not None:
+        (tmp_path / "verdict.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert read_verdict(tmp_path) is None
+
+
+def test_sentence_and_advice_of_a_verdict_are_read(tmp_path):
+    verdict = {"label": "worse", "sentence": "The error rose.", "advice": "Do not\nuse it, hf_" + "a1B2" * 8}
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    assert read_verdict(tmp_path) == "The error rose. Do not use it, hf_..."
+
+
+def test_facts_in_words():
+    assert (
+        lora_text({"r": 8, "lora_alpha": 16, "target_modules": ".*to_[qk]"}) == "rank 8, alpha 16, targets `.*to_[qk]`"
+    )
+    many = lora_text({"r": 8, "lora_alpha": 16, "target_modules": [f"m{number}" for number in range(14)]})
+    assert many.endswith("`m11` and 2 more")
+    data = DataReport("train", "chosen_rejected", rows=1500, pairs=1200, ties=200, bad_prompts=1)
+    assert pairs_text(data, of_stream=False) == "1,200, 201 dropped (200 ties, 1 bad prompts)"
+    stream = "a stream, 201 dropped (200 ties, 1 bad prompts) by the first process in its last epoch"
+    assert pairs_text(data, of_stream=True) == stream
+    assert duration([], 0) == ""
+    assert [duration([{"train_runtime": seconds}], 0) for seconds in (12.3, 601, 4350)] == [
+        "12 s",
+        "10 min",
+        "1 h 12 min",
+    ]
+    assert duration([{"train_runtime": 9.0}, {"train_runtime": 30.0}], 1500) == "30 s, from step 1,500 on"
+
+
+def test_settings_are_split_by_their_defaults(make_args):
+    args = make_args(beta=7.0, seed=42, weight_decay=0.5)
+    changed, defaults = split_by_default(args, ("beta", "seed", "weight_decay", "loss_type", "mixed_precision"))
+    assert changed == {"beta": 7.0, "weight_decay": 0.5}
+    assert defaults == {"seed": 42, "loss_type": "sigmoid", "mixed_precision": "no"}

@@ -1,0 +1,342 @@
+"""A second stage: training goes on from the folder of a run, or from a LoRA."""
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.models.adapters import adapter_state
+from trl_diffusion_sdpo.saving.interpolation import read_run
+from trl_diffusion_sdpo.saving.lora_export import export_kohya
+from trl_diffusion_sdpo.saving.starting_point import attach_adapter, base_of_run, starting_point
+from trl_diffusion_sdpo.trainer.preparing import copy_and_check_args
+from trl_diffusion_sdpo.utils.own_errors import is_own
+
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+both_precisions = pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.matrix), True])
+LORA = {"r": 4, "lora_alpha": 12, "target_modules": ["to_q", "to_out.0", "conv1"]}
+
+
+@pytest.fixture(scope="module")
+def train(sd_folder, make_pairs, tmp_path_factory):
+    """`train(model, name, ...)`: a trainer that has trained and saved, in the folder of its arguments."""
+
+    def run(model=None, name="run", ref_model=None, peft_config=None, trains=True, **settings):
+        args = DiffusionSDPOConfig(**{**SETTINGS, "output_dir": str(tmp_path_factory.mktemp(name)), **settings})
+        trainer = DiffusionSDPOTrainer(model or sd_folder, ref_model, args, make_pairs(), peft_config=peft_config)
+        if trains:
+            trainer.train()
+            trainer.save_model()
+        return trainer
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora_run(train) -> Path:
+    """The folder of a run of a LoRA with its average and a checkpoint, whose scale is 3."""
+    trainer = train(peft_config=LoraConfig(**LORA), name="lora", save_strategy="steps", save_steps=2, ema_decay=0.5)
+    return Path(trainer.args.output_dir)
+
+
+@pytest.fixture(scope="module")
+def full_run(train) -> Path:
+    """The folder of a run of all weights, which holds a denoiser only."""
+    return Path(train(name="full", learning_rate=1e-3).args.output_dir)
+
+
+def assert_neutral(trainer) -> None:
+    """The first step's metrics, before the weights change."""
+    first = trainer.state.log_history[0]
+    assert first["rewards/margins"] == 0
+    assert first["errors/winner_change"] == first["errors/loser_change"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def lora_of(folder: Path) -> dict[str, torch.Tensor]:
+    state = load_file(folder / "adapter_model.safetensors")
+    return {key.removeprefix("base_model.model."): value for key, value in state.items()}
+
+
+def assert_equal(left, right) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+@both_precisions
+def test_a_run_of_a_lora_goes_on_from_its_weights_which_are_the_reference(train, lora_run, bf16):
+    second = train(lora_run, trains=False, bf16=bf16)
+    started = {key: value.detach().clone() for key, value in adapter_state(second.denoiser, "default").items()}
+    assert_equal(started, lora_of(lora_run))
+    assert_equal(dict(adapter_state(second.denoiser, "ref")), started)
+    second.train()
+    second.save_model()
+    assert second.reference.kind == "ref_adapter"
+    assert_neutral(second)
+    assert_equal(dict(adapter_state(second.denoiser, "ref")), started)
+    after = lora_of(Path(second.args.output_dir))
+    assert not torch.equal(*(state["down_blocks.0.resnets.0.conv1.lora_B.weight"] for state in (after, started)))
+    config = json.loads(Path(second.args.output_dir, "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 12)
+
+
+@both_precisions
+def test_a_run_of_all_weights_goes_on_with_the_rest_of_its_pipeline(train, full_run, sd_folder, bf16):
+    second = train(full_run, bf16=bf16, trains=False)
+    tuned = UNet2DConditionModel.from_pretrained(full_run, subfolder="unet").state_dict()
+    assert_equal(second.denoiser.state_dict(), tuned)
+    assert second.model_name_or_path == sd_folder
+    second.train()
+    assert second.reference.kind == "frozen"
+    assert_neutral(second)
+
+
+@pytest.mark.matrix
+def test_stages_follow_one_another_without_the_earlier_folders(train, lora_run, full_run, sd_folder):
+    """The third stage of a LoRA needs its pipeline only, and a LoRA on tuned weights needs these and the pipeline."""
+    second = Path(train(lora_run, name="second").args.output_dir)
+    point = starting_point(second)
+    assert (point.pipeline, point.denoiser, point.adapter) == (sd_folder, None, str(second))
+    over = Path(train(full_run, name="over", peft_config=LoraConfig(**LORA)).args.output_dir)
+    point = starting_point(over)
+    assert (point.pipeline, point.denoiser, point.adapter) == (sd_folder, str(full_run), str(over))
+    assert_neutral(train(over, max_steps=1))
+
+
+@pytest.mark.matrix
+def test_checkpoints_and_averages_are_starting_points(train, lora_run):
+    for folder in (lora_run / "checkpoint-2", lora_run / "ema"):
+        trainer = train(folder, trains=False)
+        assert_equal(dict(adapter_state(trainer.denoiser, "default")), lora_of(folder))
+
+
+@pytest.mark.parametrize("where", [pytest.param("folder", marks=pytest.mark.matrix), "file"])
+def test_a_lora_in_the_format_of_diffusers_goes_on(train, lora_run, sd_folder, tmp_path, where):
+    """Its weights hold their scale, so alpha is the rank; the sum of base and LoRA is the same."""
+    shutil.copy(lora_run / "pytorch_lora_weights.safetensors", tmp_path)
+    source = tmp_path if where == "folder" else tmp_path / "pytorch_lora_weights.safetensors"
+    trainer = train(adapter_name_or_path=str(source), max_steps=1)
+    assert_neutral(trainer)
+    assert trainer.denoiser.peft_config["default"].r == trainer.denoiser.peft_config["default"].lora_alpha == 4
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    trained, before = (
+        lora_of(lora_run),
+        adapter_state(train(adapter_name_or_path=str(source), trains=False).denoiser, "default"),
+    )
+    product = 3 * trained[f"{name}.lora_B.weight"] @ trained[f"{name}.lora_A.weight"]
+    torch.testing.assert_close(before[f"{name}.lora_B.weight"] @ before[f"{name}.lora_A.weight"], product)
+
+
+@pytest.mark.matrix
+def test_an_exported_lora_and_one_of_peft_go_on(train, lora_run, sd_pipeline, tmp_path):
+    export_kohya(lora_run, tmp_path / "kohya.safetensors")
+    assert_neutral(train(adapter_name_or_path=str(tmp_path / "kohya.safetensors"), max_steps=1))
+    PeftModel.from_pretrained(sd_pipeline.unet, lora_run).save_pretrained(tmp_path / "peft")
+    trainer = train(adapter_name_or_path=str(tmp_path / "peft"), trains=False)
+    assert_equal(dict(adapter_state(trainer.denoiser, "default")), lora_of(lora_run))
+
+
+@both_precisions
+def test_a_run_as_the_reference_is_base_and_lora(train, lora_run, bf16):
+    """The policy starts from the same run: two ways to load it agree bit for bit."""
+    trainer = train(lora_run, ref_model_name_or_path=str(lora_run), bf16=bf16, max_steps=1)
+    assert trainer.reference.kind == "frozen"
+    assert_neutral(trainer)
+
+
+@pytest.mark.matrix
+def test_the_base_as_the_reference_makes_the_first_margin_that_of_the_first_stage(
+    train, lora_run, full_run, sd_folder
+):
+    for run in (lora_run, full_run):
+        first = train(run, ref_model_name_or_path=sd_folder, max_steps=1).state.log_history[0]
+        assert first["rewards/margins"] != 0 and first["errors/winner_change"] != 0
+
+
+@pytest.mark.matrix
+def test_a_second_stage_resumes_bit_for_bit(train, lora_run, tmp_path):
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(lora_run, output_dir=str(tmp_path / "whole"), **steps)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    resumed = train(lora_run, output_dir=str(tmp_path / "cut"), trains=False, **steps)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(dict(adapter_state(resumed.denoiser, "default")), dict(adapter_state(whole.denoiser, "default")))
+    assert_equal(dict(adapter_state(resumed.denoiser, "ref")), lora_of(lora_run))
+
+
+@pytest.mark.matrix
+def test_a_second_stage_is_scaled_and_exported_over_the_base(train, lora_run, sd_pipeline, make_pairs, tmp_path):
+    pairs = make_pairs(4)
+    second = Path(train(lora_run, name="second").args.output_dir)
+    run = read_run(second)
+    run.check_base(sd_pipeline.unet)
+    assert run.setup["reference"] == "ref_adapter"
+    pairs.save_to_disk(tmp_path / "pairs")
+    sweep = ["sweep-scale", "--run", second, "--dataset_name", tmp_path / "pairs", "--dataset_test_split", "train"]
+    sweep += ["--scales", 0, 1, "--bake", 0.5, "--baked_dir", tmp_path / "half", "--use_cpu"]
+    assert main([str(word) for word in sweep]) == 0  # over the base that the run has recorded
+    assert starting_point(tmp_path / "half").pipeline == starting_point(second).pipeline
+    export_kohya(second, tmp_path / "second.safetensors")
+    plain = StableDiffusionPipeline.from_pretrained(starting_point(second).pipeline)
+    plain.load_lora_weights(str(second))
+
+
+@pytest.mark.matrix
+def test_a_second_stage_is_planned_encoded_and_named_in_the_card_as_the_first(
+    train, lora_run, full_run, sd_folder, make_pairs, tmp_path, capsys
+):
+    def said(command: str, *arguments) -> str:
+        assert main([command, *map(str, arguments), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]) == 0
+        return capsys.readouterr().out
+
+    count = sum(value.numel() for value in lora_of(lora_run).values())
+    assert f"Trained: {count:,} of" in said("plan", "--model_name_or_path", lora_run, "--no_advice")
+    assert f"Trained: {count:,} of" in said(
+        *("plan", "--model_name_or_path", sd_folder, "--adapter_name_or_path"),
+        *(lora_run / "pytorch_lora_weights.safetensors", "--ref_model_name_or_path", full_run, "--no_advice"),
+    )
+    whole = sum(
+        value.numel() for value in UNet2DConditionModel.from_pretrained(full_run / "unet").state_dict().values()
+    )
+    assert f"Trained: {whole:,} of {whole:,}" in said("plan", "--model_name_or_path", full_run, "--no_advice")
+
+    make_pairs(4).save_to_disk(tmp_path / "pairs")
+    data = ["--dataset_name", tmp_path / "pairs", "--latent_cache_dir", tmp_path / "cache", "--use_cpu", "true"]
+    assert "Encoded now: 0 images" not in said("encode", "--model_name_or_path", sd_folder, *data)
+    for run in (lora_run, full_run):
+        assert "Encoded now: 0 images and 0 prompts." in said("encode", "--model_name_or_path", run, *data)
+    second = train(lora_run, trains=False)
+    second.create_model_card()
+    assert f"`{Path(sd_folder).name}`" in Path(second.args.output_dir, "README.md").read_text()
+
+
+def test_another_base_is_told_on_every_way_to_a_lora(lora_run, sd_pipeline, make_sd_pipeline, caplog):
+    other = make_sd_pipeline()
+    with torch.no_grad():
+        other.unet.conv_in.weight.add_(1)
+    for place in (
+        lora_run,
+        lora_run / "checkpoint-2",
+        lora_run / "ema",
+        lora_run / "pytorch_lora_weights.safetensors",
+    ):
+        caplog.clear()
+        attach_adapter(copy.deepcopy(sd_pipeline), "unet", str(place))
+        assert "another base" not in caplog.text
+        attach_adapter(copy.deepcopy(other), "unet", str(place))
+        assert f"The LoRA of {place} was trained on weights of the fingerprint" in caplog.text
+
+
+def test_a_third_stage_of_all_weights_needs_no_folder_of_the_second(full_run, tmp_path):
+    """Its own denoiser takes the place of the one that it started from."""
+    shutil.copytree(full_run, tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    args["base_model"]["denoiser"] = "/gone/second-run"
+    (tmp_path / "run" / "training_args.json").write_text(json.dumps(args))
+    assert starting_point(tmp_path / "run").denoiser == str(tmp_path / "run")
+    with pytest.raises(ValueError, match="/gone/second-run, and that is no longer there"):
+        base_of_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoint-2", "ema", "pytorch_lora_weights.safetensors"])
+def test_a_run_does_not_write_over_its_own_start(tmp_path, inner):
+    start, own = str(tmp_path / "run" / inner), DiffusionSDPOConfig(str(tmp_path / "run"), report_to="none")
+    for model, reference in ((start, None), ("a/b", start)):
+        with pytest.raises(ValueError, match="`output_dir` must be another folder than the model's"):
+            copy_and_check_args(model, reference, own)
+    copy_and_check_args(str(tmp_path / "run" / "previous-run-1"), None, own)
+    copy_and_check_args(start, None, DiffusionSDPOConfig(str(tmp_path / "other"), report_to="none"))
+
+
+@pytest.mark.parametrize("damage", ["pickled", "cut", "nothing", "arguments"])
+def test_a_damaged_folder_of_a_lora_is_told(lora_run, sd_pipeline, tmp_path, damage):
+    folder = tmp_path / "lora"
+    shutil.copytree(lora_run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "pytorch_lora*"))
+    if damage == "pickled":
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    elif damage == "arguments":
+        (folder / "training_args.json").write_text('{"beta": ')
+    else:
+        (folder / "adapter_config.json").write_text("{" if damage == "cut" else '{"r": 4}')
+    messages = {"pickled": "none at .*adapter_model.safetensors. Pickled", "arguments": "training_args.json has"}
+    with pytest.raises(ValueError, match=messages.get(damage, "lora cannot be put onto")) as raised:
+        starting_point(folder)
+        attach_adapter(sd_pipeline, "unet", str(folder))
+    assert is_own(raised.value)
+
+
+def test_nothing_that_is_published_names_a_folder(lora_run, sd_folder):
+    assert sd_folder not in (lora_run / "diffusion_sdpo_setup.json").read_text()
+    assert sd_folder in (lora_run / "training_args.json").read_text()
+
+
+@pytest.mark.matrix
+def test_a_base_that_moved_is_named_with_the_way_out(train, lora_run, sd_folder, tmp_path):
+    moved = shutil.copytree(lora_run, tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-*"))
+    args = json.loads((moved / "training_args.json").read_text())
+    args["base_model"]["pipeline"] = "/no/such/pipeline"
+    (moved / "training_args.json").write_text(json.dumps(args))
+    with pytest.raises(ValueError, match="no longer there. Name where the pipeline is now .* `adapter_name_or_path`"):
+        starting_point(moved)
+    (moved / "training_args.json").unlink()  # as on the Hub, where the base was a folder
+    with pytest.raises(ValueError, match="does not say which pipeline"):
+        starting_point(moved)
+    assert_neutral(train(sd_folder, adapter_name_or_path=str(moved), max_steps=1))
+
+
+def test_another_shape_than_that_of_the_lora_is_refused(train, lora_run):
+    train(lora_run, peft_config=LoraConfig(**LORA), trains=False)
+    with pytest.raises(ValueError, match=r"keeps its shape, and that of .* has r 4, not 8, lora_alpha 12, not 8"):
+        train(lora_run, peft_config=LoraConfig(r=8), trains=False)
+    with pytest.raises(ValueError, match="is the run of a LoRA already"):
+        train(lora_run, adapter_name_or_path=str(lora_run), trains=False)
+    with pytest.raises(ValueError, match="both name the reference"):
+        train(lora_run, "twice", "a/b", ref_model_name_or_path="a/b", trains=False)
+
+
+def test_a_lora_that_cannot_go_on_is_refused_with_the_reason(train, lora_run, make_sd_pipeline, tmp_path):
+    state = load_file(lora_run / "pytorch_lora_weights.safetensors")
+    some = next(iter(state.values()))
+    files = {
+        "text": {**state, "text_encoder.layers.0.self_attn.q_proj.lora_A.weight": some.clone()},
+        "lokr": {"lora_unet_mid.lokr_w1": some},
+        "other": {
+            "transformer.blocks.0.attn.to_q.lora_A.weight": some,
+            "transformer.blocks.0.attn.to_q.lora_B.weight": some.clone(),
+        },
+    }
+    messages = {
+        "text": "Text encoders do not train",
+        "lokr": "is a LoKr",
+        "other": "has no weights for it|cannot be put",
+    }
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=messages[name]):
+            train(adapter_name_or_path=str(tmp_path / f"{name}.safetensors"), trains=False)
+    with pytest.raises(ValueError, match="cannot be put|another architecture"):
+        train(make_sd_pipeline(block_out_channels=(8, 16)), adapter_name_or_path=str(lora_run), trains=False)
+    (tmp_path / "lora.ckpt").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="Pickled files .* are never read"):
+        train(adapter_name_or_path=str(tmp_path / "lora.ckpt"), trains=False)
+    with pytest.raises(ValueError, match="there is no /no/such"):
+        train(adapter_name_or_path="/no/such", trains=False)

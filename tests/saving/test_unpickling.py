@@ -1,0 +1,28 @@
+"""What is raised where a checkpoint's pickle is refused, also by a process that reads a shard."""
+
+import pickle
+
+import pytest
+from torch.distributed.checkpoint import CheckpointException
+
+from trl_diffusion_sdpo.saving.unpickling import tensors_only
+
+
+def of_a_process(cause: BaseException) -> CheckpointException:
+    """As torch raises it in all processes where the second one has failed."""
+    return CheckpointException("read", {1: (cause, None)})
+
+
+@pytest.mark.parametrize("raised", [pickle.UnpicklingError("os.system"), of_a_process(pickle.UnpicklingError("x"))])
+def test_a_refused_pickle_names_the_way_out(raised):
+    with pytest.raises(ValueError, match="set `trust_checkpoint=True`"):
+        with tensors_only([], trust=False):
+            raise raised
+
+
+@pytest.mark.parametrize("raised", [OSError("disk"), of_a_process(OSError("disk"))])
+def test_other_errors_stay_what_they_are(raised):
+    with pytest.raises(type(raised)) as told:
+        with tensors_only([], trust=False):
+            raise raised
+    assert told.value is raised

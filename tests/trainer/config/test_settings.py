@@ -1,0 +1,199 @@
+"""Settings as YAML and people write them, given to the configuration itself, and what a setting says of itself."""
+
+from dataclasses import fields
+from typing import get_args
+
+import pytest
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.cli.options import Option
+from trl_diffusion_sdpo.data.checking import parse_verify_images
+from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
+from trl_diffusion_sdpo.families.noise import WEIGHTINGS
+from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
+from trl_diffusion_sdpo.losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS
+from trl_diffusion_sdpo.trainer.config import data_arguments, step_arguments
+from trl_diffusion_sdpo.trainer.config.all_arguments import settings_of
+from trl_diffusion_sdpo.trainer.config.declaring import Choices, Range
+from trl_diffusion_sdpo.trainer.diffusion_sdpo_config import settings_with
+from trl_diffusion_sdpo.utils import import_utils
+
+OPTION = Option(
+    flags=["--switch"],
+    off_flags=[],
+    kinds=["bool"],
+    elements="bool",
+    nargs="?",
+    choices=None,
+    default=False,
+    help=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [
+        ("safeguard", False, "none"),
+        ("timestep_weighting", False, "none"),
+        ("weighting_scheme", False, "none"),
+        ("eval_strategy", False, "no"),
+        ("save_strategy", False, "no"),
+        ("random_flip", "off", False),
+        ("random_flip", "No", False),
+        ("random_crop", "on", True),
+        ("disable_dropout", "yes", True),
+        ("disable_tqdm", "on", True),
+        ("bf16", "no", False),
+        ("random_flip", True, True),
+        ("safeguard", "parameter", "parameter"),
+    ],
+)
+def test_a_word_is_the_switch_that_it_means_and_off_the_choice_that_means_it(make_args, name, given, meant):
+    value = getattr(make_args(**{name: given}), name)
+    assert value == meant and isinstance(value, type(meant))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        *((word, True) for word in ("true", "True", "yes", "on", "t", "y", "1")),
+        *((word, False) for word in ("false", "False", "no", "off", "f", "n", "0")),
+    ],
+)
+def test_a_word_is_the_same_switch_wherever_it_is_written(make_args, word, meant):
+    assert make_args(random_flip=word).random_flip is meant
+    assert OPTION.read(word) is meant
+    assert parse_verify_images(word) == ("all" if meant else "none")
+
+
+@pytest.mark.parametrize("name", ["random_flip", "disable_tqdm", "bf16"])
+def test_a_word_that_means_neither_is_refused(make_args, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False, got 'maybe'"):
+        make_args(**{name: "maybe"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("safeguard", True), ("loss_type", False), ("on_bad_row", False)])
+def test_a_switch_that_no_choice_means_is_refused(make_args, name, value):
+    with pytest.raises(ValueError, match=f"got {value}"):
+        make_args(**{name: value})
+
+
+def test_a_choice_that_is_misspelt_is_told_with_what_was_meant(make_args):
+    with pytest.raises(ValueError, match="got 'dropp'. Did you mean `drop`?"):
+        make_args(on_bad_row="dropp")
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number_for_every_setting_of_numbers(make_args):
+    args = make_args(snr_gamma="5e0", noise_offset="1e-1", max_grad_norm="2e0")
+    assert (args.snr_gamma, args.noise_offset, args.max_grad_norm) == (5.0, 0.1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "rule"),
+    [
+        ("[1, inf)", [1, 7], [0, 0.5, float("nan"), "2"], "at least 1"),
+        ("(0, inf)", [1e-9, 3], [0, -1, float("inf")], "greater than 0"),
+        ("(0, 1]", [0.5, 1], [0, 1.1], "in (0, 1]"),
+        ("[0, 1)", [0, 0.9], [-0.1, 1], "in [0, 1)"),
+    ],
+)
+def test_a_range_holds_what_its_interval_says(interval, inside, outside, rule):
+    allowed = Range(interval)
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+    assert str(allowed) == rule
+
+
+def test_every_range_and_every_choice_is_checked(make_args):
+    """Each setting that says what it may be refuses what it may not be, and its own default is allowed."""
+    defaults = {field.name: field.default for field in fields(DiffusionSDPOConfig)}
+    checked = 0
+    for name, setting in settings_of(DiffusionSDPOConfig).items():
+        words = next((fact.words for fact in setting.facts if isinstance(fact, Choices)), setting.choices)
+        allowed = next((fact for fact in setting.facts if isinstance(fact, Range)), words or None)
+        if allowed is not None:
+            checked += 1
+            assert defaults[name] is None or defaults[name] in allowed
+            with pytest.raises(ValueError, match=f"`{name}` must be"):
+                make_args(**{name: "nonsense" if words else -1})
+            if not setting.is_optional:
+                with pytest.raises(ValueError, match=f"`{name}` must be .*got None"):
+                    make_args(**{name: None})
+    assert checked == 45
+
+
+@pytest.mark.parametrize("name", [*(name.value for name in OptimizerNames)])
+def test_an_optimizer_whose_package_is_missing_is_told(name, monkeypatch):
+    """All names of transformers but those of torch, of itself and of accelerators."""
+    monkeypatch.setattr(import_utils, "find_spec", lambda module: None)
+    plain = ("torch", "torch_fused", "torch_xla", "torch_npu_fused", "anyprecision")
+    if name in ("adafactor", "sgd", "adagrad", "rmsprop", *(f"adamw_{kind}" for kind in plain)):
+        import_utils.require_optimizer(name)
+    else:
+        with pytest.raises(import_utils.MissingExtraError, match=f"`optim={name}` needs .* Run `pip install"):
+            import_utils.require_optimizer(name)
+
+
+def test_optimizers_and_schedules_are_checked_with_the_settings(make_args, monkeypatch):
+    with pytest.raises(ValueError, match=r"those of `lr_scheduler_type=cosine_with_min_lr`, got .*min_lr"):
+        make_args(lr_scheduler_type="cosine_with_min_lr")
+    with pytest.raises(ValueError, match=r"those of `lr_scheduler_type=polynomial`, got .*nonsense"):
+        make_args(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"nonsense": 1})
+    make_args(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6})
+    DiffusionSDPOConfig("out", report_to="none", lr_scheduler_type="polynomial")  # its rate is that of the loss
+    for kind in ("inverse_sqrt", "constant", "polynomial", "cosine_with_restarts"):
+        make_args(lr_scheduler_type=kind)
+    monkeypatch.setattr(import_utils, "find_spec", lambda module: None)
+    with pytest.raises(import_utils.MissingExtraError, match="pip install bitsandbytes"):
+        make_args(optim="adamw_bnb_8bit")
+
+
+def test_the_choices_of_a_setting_are_those_of_what_it_chooses_from():
+    assert get_args(step_arguments.LossType) == tuple(LOSSES)
+    assert get_args(step_arguments.Safeguard) == SAFEGUARDS
+    assert get_args(step_arguments.Granularity) == GRANULARITIES
+    assert get_args(step_arguments.Anchor) == ANCHORS
+    assert get_args(step_arguments.WeightingScheme) == tuple(DENSITIES)
+    assert get_args(step_arguments.TimestepWeighting) == WEIGHTINGS
+    assert get_args(data_arguments.Interpolation) == tuple(INTERPOLATIONS)
+
+
+def test_every_setting_of_a_loss_is_one_of_the_config():
+    names = {name for spec in LOSSES.values() for name in spec.loss_kwargs}
+    assert names <= set(settings_with("resume"))
+
+
+def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on():
+    """Written by hand: a new setting must be decided upon."""
+    evaluation = """
+        vae_dtype resolution image_interpolation timestep_range timesteps weighting_scheme logit_mean logit_std
+        mode_scale timestep_weighting guidance_scale snr_gamma noise_offset input_perturbation num_noise_bins
+        seed data_seed aspect_ratio_buckets bucket_step bucket_max_aspect_ratio min_side layerwise_casting
+        swap_labels calibrated_scores losers
+    """.split()
+    resume = """
+        loss_type loss_weights sft_weight margin_clamp auto_beta
+        beta safeguard safeguard_mu safeguard_granularity safeguard_eps safeguard_anchor
+        safeguard_preconditioner per_device_train_batch_size gradient_accumulation_steps mixed_precision random_crop
+        random_flip proportion_empty_prompts loser_noise_range winner_budget winner_budget_pairs winner_budget_steps
+        ema_decay sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_errors ref_noise_draws
+        n_timesteps_per_pair latent_crops pair_weights curriculum_epochs
+        noise_source inversion inversion_steps inversion_end inversion_eta
+        label_smoothing dspo_threshold dmpo_alpha mapo_temperature mapo_scale simpo_gamma dpop_lambda linear_eta
+        smpo_coefficient smpo_score_scale
+    """.split()
+    neither = """
+        adapter_name_or_path ref_model_name_or_path model_init_kwargs ref_model_init_kwargs disable_dropout
+        ref_model_half_precision ref_errors_dir save_full_pipeline link_full_pipeline
+        precompute_latents latent_cache_dir offload_frozen_components group_offload
+        group_offload_blocks torch_compile_regional attention_backend
+        vae_encode_batch_size dataset_format dataset_num_proc on_bad_row verify_images image_schemes
+        safeguard_low_memory safeguard_diagnostics_steps sample_prompts sample_steps sample_inference_steps
+        sample_guidance_scale on_winner_rise checkpoint_on_interrupt trust_checkpoint overwrite_output_dir
+    """.split()
+    assert sorted(settings_with("evaluation")) == sorted(evaluation)
+    assert sorted(settings_with("resume")) == sorted([*resume, *evaluation])
+    own = {field.name for field in fields(DiffusionSDPOConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert own - set(resume) - set(evaluation) == set(neither)

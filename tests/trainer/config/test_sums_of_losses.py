@@ -1,0 +1,90 @@
+"""The settings of sums of losses, the cap of the logit and the automatic beta: forms, refusals, warnings, defaults."""
+
+import pytest
+
+from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
+from trl_diffusion_sdpo.losses import LOSSES
+from trl_diffusion_sdpo.trainer.config.model_checks import loss_defaults
+
+
+@pytest.mark.parametrize(
+    ("given", "settled"),
+    [
+        ("dmpo", "dmpo"),
+        (["dmpo"], "dmpo"),
+        (("sigmoid", "sft"), ["sigmoid", "sft"]),
+        (["sigmoid", "sft"], ["sigmoid", "sft"]),
+    ],
+)
+def test_one_name_is_a_word_and_several_are_a_list(make_args, given, settled):
+    assert make_args(loss_type=given).loss_type == settled
+
+
+def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
+    assert make_args().loss_spec is LOSSES["sigmoid"]
+    args = make_args(loss_type=["sigmoid", "dmpo"], loss_weights=[1.0, 0.5], sft_weight=0.1, margin_clamp=2.0)
+    assert not args.loss_spec.equal_weights and args.loss_spec.margin_clamp == 2.0
+    assert args.loss_spec.loss_kwargs == {"dmpo_alpha": 0.01}
+    assert make_args(loss_type=["robust", "dmpo"], dmpo_alpha=0.1, label_smoothing=0.2).loss_kwargs == {
+        "label_smoothing": 0.2,
+        "dmpo_alpha": 0.1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": ["sigmoid", "sigmo"]}, "`loss_type` must be one of .*; got 'sigmo'. Did you mean `sigmoid`"),
+        ({"loss_type": []}, "must name a loss"),
+        ({"loss_type": ["sft", "sft"]}, "several different ones"),
+        ({"loss_type": ["dspo", "dspo_sdxl"]}, "count as one"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "`loss_weights` must be"),
+        ({"loss_weights": [1.0, 2.0]}, "`loss_weights` must be"),
+        ({"sft_weight": float("nan")}, "`sft_weight` must be at least 0, got nan"),
+        ({"loss_type": "sft", "sft_weight": 0.1}, "adds `sft` to other losses"),
+        ({"margin_clamp": 0}, "`margin_clamp` must be greater than 0"),
+        ({"loss_type": "mapo", "margin_clamp": 1.0}, "`margin_clamp` caps the logit .*; got mapo"),
+        ({"loss_type": "sft", "auto_beta": True}, "`auto_beta` chooses the factor of a logit.*; got sft"),
+        ({"loss_type": ["sigmoid", "ipo"], "auto_beta": True}, "; got ipo. Leave it unset"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0, 1], "auto_beta": True}, "; got sft. Leave it unset"),
+        ({"loss_type": ["sigmoid", "sft"], "mapo_scale": 1.0}, "`mapo_scale` is no setting of the loss"),
+        ({"loss_type": ["sft", "mapo"], "loss_weights": [1, 0], "winner_budget": 0.1}, "has no loser"),
+        ({"loss_type": ["dspo", "sigmoid"], "precompute_ref_errors": True}, "reads the reference's prediction"),
+    ],
+)
+def test_what_cannot_act_is_refused(make_args, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**settings)
+
+
+def test_a_part_of_weight_zero_warns(make_args):
+    with pytest.warns(UserWarning, match="The loss 'sft' has no effect: its weight in `loss_weights` is 0"):
+        make_args(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.0])
+
+
+def test_a_large_beta_warns_of_dspo_in_a_sum_too(make_args):
+    with pytest.warns(UserWarning, match="`beta=5000.0` with the loss 'dspo'"):
+        make_args(loss_type=["dspo", "sft"], beta=5000.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mu", "beta"),
+    [
+        ({}, 0.9, 5000.0),
+        ({"loss_type": "dspo"}, 0.2, 0.001),
+        ({"loss_type": "sft"}, 0.9, None),
+        ({"loss_type": ["sigmoid", "sft"]}, 0.9, 5000.0),
+        ({"loss_type": ["sft", "dspo"]}, 0.2, 0.001),  # that of the part with a loser
+        ({"loss_type": ["mapo", "dspo"], "beta": 0.1}, 0.9, None),  # the strictest; a given beta stays
+        ({"loss_type": ["dmpo", "sigmoid"], "loss_weights": [1.0, 0.0]}, 0.9, 2000.0),
+    ],
+)
+def test_the_defaults_of_a_sum_are_those_of_its_parts(make_args, settings, mu, beta):
+    args = make_args(**settings)
+    assert loss_defaults(args, StableDiffusionFamily, full=True) == (mu, beta)
+
+
+def test_parts_with_different_default_betas_need_one_that_is_given(make_args):
+    args = make_args(loss_type=["dmpo", "sigmoid"])
+    with pytest.raises(ValueError, match="defaults differ: 2000 of dmpo, 5000 of sigmoid. Set `beta`"):
+        loss_defaults(args, StableDiffusionFamily, full=True)

@@ -1,1 +1,0 @@
-"""Files for others: tuned weights, LoRA formats, the set-up file, the model card, uploads to the Hub."""

@@ -1,0 +1,241 @@
+"""Weights of pairs, computed once from score columns or read from a column, with the mean 1 over the training data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..losses import WEIGHT_FUNCTIONS, score_gaps, with_mean_one
+from .calibration import calibrate
+from .checking import ALONE, Peers
+from .columns import numbers_of_rows
+from .pairs import PreferenceDataset
+
+logger = logging.getLogger(__name__)
+
+SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists, a number by each scorer
+NOT_FOR_STREAMS = (
+    "`{name}` needs the scores or weights of all pairs before the first batch, and the {data} data are a stream: the "
+    "mean of the weights, the largest gaps and the images of a prompt are not known before it ends. Load them without "
+    "`streaming=True`, or leave it out."
+)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How the scores of a data set are used.
+
+    Args:
+        pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or a column.
+        calibrated (`bool`): Whether calibrated scores take the place of those of the score columns.
+        curriculum (`bool`): Whether the order of the pairs follows the gaps of their scores.
+        sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher one as the winner.
+        in_unit_range (`bool`): Whether the loss takes scores for shares of wins, in `[0, 1]`.
+    """
+
+    pair_weights: str | None = None
+    calibrated: bool = False
+    curriculum: bool = False
+    sorts_by_scores: bool = False
+    in_unit_range: bool = False
+
+    @property
+    def number_columns(self) -> tuple[str, ...]:
+        """Columns that are read beside those of the format."""
+        if self.pair_weights is None:
+            return ()
+        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        if known is None:
+            return (self.pair_weights,)
+        return SCORER_COLUMNS if known.several_scorers else ()
+
+    @property
+    def reads_gaps(self) -> bool:
+        """Whether the gaps of the score columns are read."""
+        known = None if self.pair_weights is None else WEIGHT_FUNCTIONS.get(self.pair_weights)
+        return self.curriculum or (known is not None and not known.several_scorers)
+
+    @property
+    def weighed_by(self) -> str | None:
+        """What weights are computed from, in words; `None` without weights."""
+        if self.pair_weights is None:
+            return None
+        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        by_gap = known is not None and not known.several_scorers
+        return repr(self.pair_weights) + (" of pairs ordered by scores" if by_gap and self.sorts_by_scores else "")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether score columns are read."""
+        return self.sorts_by_scores or self.reads_gaps
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are scores to calibrate."""
+        return self.calibrated and self.needs_scores
+
+    @property
+    def needs_all_pairs(self) -> str:
+        """The first setting that needs the scores of all pairs; empty where none does."""
+        names = ("pair_weights", "calibrated_scores", "curriculum_epochs")
+        used = zip(names, (self.pair_weights, self.calibrates, self.curriculum), strict=True)
+        return next((name for name, value in used if value), "")
+
+    def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
+        """Compute calibrated scores and weights, and let the data set's items carry them. All processes must call it.
+
+        Raises:
+            ValueError: On a stream; on scores whose gaps are all equal; on weights that are negative or all 0.
+        """
+        self._warn_of_range(dataset)
+        name = self.needs_all_pairs
+        if not name:
+            return
+        if not isinstance(dataset, PreferenceDataset):
+            raise ValueError(NOT_FOR_STREAMS.format(name=name, data=dataset.report.name))
+        calibrated = peers.first(partial(calibrate, dataset)) if self.calibrates else None
+        dataset.use_scores(calibrated=calibrated, weights=None)
+        if self.reads_gaps:
+            self._check_gaps(dataset)
+        if self.pair_weights is not None:
+            dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self.weighed_by)
+
+    def check_prepared(self, dataset: Any, name: str, *, training: bool) -> None:
+        """Raise `ValueError` where data that were prepared elsewhere do not use scores as these settings say."""
+        if not isinstance(dataset, PreferenceDataset):
+            if self.needs_all_pairs:
+                raise ValueError(NOT_FOR_STREAMS.format(name=self.needs_all_pairs, data=name))
+            return
+        calibrated, weighed_by = dataset.score_uses
+        found = (calibrated, weighed_by if training else None)
+        if found != (self.calibrates, self.weighed_by):
+            raise ValueError(
+                f"The prepared {name} data have{'' if found[0] else ' no'} calibrated scores and"
+                f"{f' weights of pairs by {found[1]}' if found[1] else ' no weights of pairs'}, and "
+                f"`calibrated_scores` is {self.calibrated}, `pair_weights` {self.weighed_by}. Pass the data set that "
+                "they were prepared from."
+            )
+        if training:  # evaluation data come by at every evaluation
+            self._warn_of_range(dataset)
+        if (self.curriculum or self.sorts_by_scores) and not dataset.has_scores:
+            what = "`curriculum_epochs` goes by scores" if self.curriculum else "The loss reads scores"
+            raise ValueError(
+                f"{what}, and the prepared {name} data have none. Pass the data set that they were prepared from."
+            )
+
+    def _warn_of_range(self, dataset: Any) -> None:
+        """Warn of scores that are no shares of wins where the loss takes them for those; of streams, none is known."""
+        if not self.in_unit_range or self.calibrated or not isinstance(dataset, PreferenceDataset):
+            return
+        if dataset.scores is None or not len(dataset):
+            return
+        scores = -dataset.scores if dataset.is_swapped else dataset.scores  # which changed their signs
+        low, high = float(scores.min()), float(scores.max())
+        if low < 0 or high > 1:
+            logger.warning(
+                "%s data: the loss takes scores for an image's expected share of wins, in [0, 1], and theirs are from "
+                "%.4g to %.4g: the logit's target is then a difference of these. Use `calibrated_scores`, which makes "
+                "shares of them.",
+                *(dataset.report.name, low, high),
+            )
+
+    def gaps(self, dataset: PreferenceDataset) -> torch.Tensor:
+        """The gap of each pair's scores, `(P,)`, never below 0."""
+        assert dataset.scores is not None
+        return score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
+
+    def _check_gaps(self, dataset: PreferenceDataset) -> None:
+        assert dataset.scores is not None
+        gaps, pairs = self.gaps(dataset), len(dataset)
+        if gaps.min() == gaps.max():
+            name = "curriculum_epochs" if self.curriculum else "pair_weights"
+            raise ValueError(
+                f"`{name}` goes by the gaps of the scores, and all {pairs} pairs of the {dataset.report.name} data "
+                f"have the gap {float(gaps.max()):g}. Score the images by what tells them apart, or leave it out."
+            )
+        contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
+        if contradicted:
+            what = (
+                "they are exchanged, as the loss goes by scores" if self.sorts_by_scores else "their gap counts as 0"
+            )
+            note = f"in {contradicted} of {pairs} pairs the rejected image has the higher score: {what}"
+            dataset.add_note(note)
+            logger.warning("%s data: %s.", dataset.report.name, note)
+
+    def _weights(self, dataset: PreferenceDataset) -> np.ndarray:
+        """The weights of all pairs, `(P,)`."""
+        assert self.pair_weights is not None
+        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        if known is None:
+            weights = _weights_of_column(dataset, self.pair_weights)
+        else:
+            scores = _scores_of_several(dataset) if known.several_scorers else _scores_of_one(dataset)
+            weights = known.function(scores, sorts_by_scores=self.sorts_by_scores)
+        if not weights.any():
+            raise ValueError(
+                f"`pair_weights={self.pair_weights!r}` is 0 for all {len(weights)} pairs of the {dataset.report.name} "
+                "data: none is left. Choose other weights, or for `gain` scores of a smaller scale."
+            )
+        if weights.min() == weights.max():
+            logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)
+        weights = with_mean_one(weights)
+        logger.info(
+            "%s data: weights of pairs by %r from %.3g to %.3g, %d of %d are 0; their mean is 1.",
+            *(dataset.report.name, self.pair_weights, float(weights.min()), float(weights.max())),
+            *(int((weights == 0).sum()), len(weights)),
+        )
+        return weights.numpy()
+
+
+def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
+    """The numbers of a column for each pair, `(P, K)` in float64; pairs of bad rows were dropped."""
+    source, index = dataset.origins()
+    if (index[:, 0] != index[:, 2]).any():
+        raise ValueError(
+            f"`pair_weights` reads the column {column!r}, one value for a pair, and the pairs of the "
+            f"{dataset.report.name} data are of two rows each. Use a format with a pair in a row."
+        )
+    return torch.from_numpy(numbers_of_rows(source.values(column), column)[0][index[:, 0]])
+
+
+def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
+    weights, what = _numbers(dataset, column), f"`pair_weights={column!r}`"
+    if weights.shape[1] != 1:
+        raise ValueError(f"{what} must be a column of one number for each pair, and its rows have {weights.shape[1]}.")
+    if negative := int((weights < 0).sum()):
+        raise ValueError(
+            f"{what} must not be negative, which would turn pairs around, and it is for {negative} of {len(weights)} "
+            f"pairs of the {dataset.report.name} data, down to {float(weights.min()):g}. Leave them out, or use 0."
+        )
+    return weights[:, 0]
+
+
+def _scores_of_one(dataset: PreferenceDataset) -> torch.Tensor:
+    """`(P, 2, 1)`."""
+    assert dataset.scores is not None
+    return torch.tensor(dataset.scores)[:, :, None]
+
+
+def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
+    """`(P, 2, K)`."""
+    chosen, rejected = (_numbers(dataset, column) for column in SCORER_COLUMNS)
+    if chosen.shape != rejected.shape or chosen.shape[1] < 2:
+        raise ValueError(
+            "`pair_weights='agreement'` compares several scorers, at least 2, the same for both images; "
+            f"`{SCORER_COLUMNS[0]}` has {chosen.shape[1]} numbers in a row and `{SCORER_COLUMNS[1]}` has "
+            f"{rejected.shape[1]}."
+        )
+    scores = torch.stack([chosen, rejected], dim=1)
+    constant = [number for number, equal in enumerate((chosen == rejected).all(dim=0).tolist()) if equal]
+    if constant:
+        raise ValueError(
+            "`pair_weights='agreement'` needs scorers that tell images apart, and the scorers "
+            f"{constant} (from 0) give both images of all {len(scores)} pairs the same score. Leave them out of "
+            f"`{SCORER_COLUMNS[0]}` and `{SCORER_COLUMNS[1]}`."
+        )
+    return scores

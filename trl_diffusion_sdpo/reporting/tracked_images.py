@@ -1,0 +1,49 @@
+"""Sends images of a run to its trackers, each by the tracker's own means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import TrainerCallback
+
+from ..utils._compat import TensorBoardCallback, TrackioCallback, WandbCallback
+
+
+class TrackedImages:
+    """Sends images to those of TensorBoard, Weights & Biases and Trackio that are among a trainer's callbacks, which is
+    where `report_to` puts them; to be called in the process that tracks, after `on_train_begin` of these callbacks and
+    before their `on_train_end`."""
+
+    def __init__(self):
+        self._callbacks: Sequence[TrainerCallback] = ()
+
+    def attach(self, callbacks: Sequence[TrainerCallback]) -> None:
+        """Take the trainer's list of callbacks, which may still change."""
+        self._callbacks = callbacks
+
+    def add(self, name: str, file: Path, step: int, caption: str | None = None) -> None:
+        """Send an image file, whose name in trackers is that of a series over the steps."""
+        for callback in self._callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                _to_tensorboard(callback.tb_writer, name, file, step, caption)
+            elif isinstance(callback, WandbCallback):
+                import wandb  # the callback needs it
+
+                if wandb.run is not None:
+                    wandb.log({name: wandb.Image(str(file), caption=caption), "train/global_step": step})
+            elif isinstance(callback, TrackioCallback):
+                import trackio
+
+                trackio.log({name: trackio.Image(str(file), caption=caption), "train/global_step": step})
+
+
+def _to_tensorboard(writer: Any, name: str, file: Path, step: int, caption: str | None) -> None:
+    with Image.open(file) as image:
+        writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    if caption is not None:
+        writer.add_text(name, caption, step)
+    writer.flush()

@@ -1,0 +1,102 @@
+"""The curves of a run, as its log history has them: loss, change of the errors, accuracy and lambda."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..utils.import_utils import require
+
+CURVES_FILE = "curves.png"
+_CHANGE = "change of the error, % of the reference's"
+# Panel -> its curves: label and metric, of which the second panel has the change.
+_PANELS = {
+    "loss": [("loss", "loss")],
+    _CHANGE: [("winners", "errors/winner"), ("losers", "errors/loser")],
+    "accuracy": [("accuracy", "rewards/accuracies")],
+    "lambda": [("lambda", "safeguard/scale")],
+}
+_EVALUATION = re.compile(r"(eval.*_)loss")
+
+History = Sequence[Mapping[str, Any]]
+Points = list[tuple[int, float]]
+
+
+def has_curves(history: History) -> bool:
+    """Whether training was logged at two steps at least."""
+    return sum("loss" in entry for entry in history) > 1
+
+
+def curves_of(history: History) -> dict[str, dict[str, Points]]:
+    """The curves in a trainer's log history.
+
+    Args:
+        history (`Sequence[Mapping]`): As `TrainerState.log_history`.
+
+    Returns:
+        `dict[str, dict[str, list]]`: For each panel its curves by label, such as "winners" in training and "winners,
+        eval" in evaluations of that prefix, as points of step and value. Changes are in per cent of the reference's
+        error; without a reference, the panel has the errors themselves.
+    """
+    prefixes = [match[1] for entry in history for match in map(_EVALUATION.fullmatch, entry) if match]
+    relative = any(f"{prefix}errors/winner_change" in entry for entry in history for prefix in ("", *prefixes))
+    panels: dict[str, dict[str, Points]] = {}
+    for panel, curves in _PANELS.items():
+        title = "error" if panel == _CHANGE and not relative else panel
+        for prefix in ("", *dict.fromkeys(prefixes)):
+            for label, metric in curves:
+                points = _points(history, f"{prefix}{metric}", change=panel == _CHANGE and relative)
+                if points:
+                    panels.setdefault(title, {})[f"{label}, {prefix[:-1]}" if prefix else label] = points
+    return panels
+
+
+def plot_curves(history: History, file: str | Path) -> None:
+    """Plot the curves of a run: those of training thin, those of evaluations with a mark for each.
+
+    Args:
+        history (`Sequence[Mapping]`): As `TrainerState.log_history`.
+        file (`str` or `Path`): Image file to write.
+
+    Raises:
+        `MissingExtraError`: If matplotlib is not installed.
+    """
+    require("plots", "Plotting curves")
+    from matplotlib.figure import Figure
+
+    panels = curves_of(history)
+    figure = Figure(figsize=(5 * min(2, len(panels)), 3.2 * -(-len(panels) // 2)), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), squeeze=False)
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        _plot_panel(axes, title, curves)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.savefig(file, dpi=120)
+
+
+def _plot_panel(axes: Any, title: str, curves: Mapping[str, Points]) -> None:
+    evaluations = list(dict.fromkeys(label.partition(", ")[2] for label in curves if ", " in label))
+    for label, points in curves.items():
+        first, _, evaluation = label.partition(", ")
+        look: dict[str, Any] = {"color": "C3" if first == "losers" else "C0", "label": label}
+        if evaluation:
+            look |= {"marker": "o", "markersize": 3, "linestyle": ("-", "--", ":")[evaluations.index(evaluation) % 3]}
+        else:
+            look |= {"linewidth": 0.8, "alpha": 0.6}
+        axes.plot(*zip(*points, strict=True), **look)
+    axes.set(title=title, xlabel="optimizer step")
+    if title in ("accuracy", "lambda"):
+        axes.set_ylim(-0.04, 1.04)  # both are shares
+    axes.grid(alpha=0.25)
+    if len(curves) > 1:
+        for label in axes.legend(frameon=False, fontsize=8).get_texts():
+            label.set_parse_math(False)  # a set's name may have a dollar sign
+
+
+def _points(history: History, metric: str, *, change: bool) -> Points:
+    """Step and value of each log of a metric, or of its change in per cent of the reference's."""
+    if not change:
+        return [(entry["step"], entry[metric]) for entry in history if metric in entry]
+    found = [entry for entry in history if f"{metric}_change" in entry]
+    changes = [(entry["step"], entry[f"{metric}_change"], entry[metric]) for entry in found]
+    return [(step, 100 * change / (error - change)) for step, change, error in changes if error != change]

@@ -1,0 +1,189 @@
+"""Comparing a run with the checkpoint that it resumes from, and applying its own optimizer settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.scheduler import AcceleratedScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainingArguments
+
+from ..utils._compat import set_last_rates
+from .setup import ARGS_FILE, SETUP_FILE, read_setup
+
+logger = logging.getLogger(__name__)
+
+# Of the set-up: without these, a checkpoint's weights cannot be loaded or mean something else.
+STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
+# Paths, logging, the Hub, loader processes: none changes the training. The last two are compared elsewhere.
+NOT_COMPARED = (
+    *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
+    *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
+    *("trackio_static_space_id", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+    *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
+    *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
+    *("dataloader_multiprocessing_context", "train_data", "run_id", "base_model"),
+    "adapter_name_or_path",
+)
+REFERENCE = "ref_model_name_or_path"  # two spellings of one folder are the same
+# Optimizers that can load each other's state.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+# Schedules that are no function of the step alone.
+SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
+# Settings in an optimizer's parameter groups, where some optimizers keep state as well.
+GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
+
+
+def stored_settings(checkpoint: Path) -> dict[str, Any]:
+    """All arguments of the run that wrote a checkpoint; empty for a published one, which has no such file. `ValueError`
+    where it cannot be read."""
+    file = checkpoint / ARGS_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} has a run's arguments in JSON, and cannot be read: {error}. Copy it again, or take another "
+            "checkpoint of the run, which has the same."
+        ) from error
+
+
+def check_resumable(
+    checkpoint: Path, setup: dict[str, Any], stored_args: dict[str, Any], args: TrainingArguments
+) -> None:
+    """Compare a checkpoint with the run that resumes from it, before anything is loaded; settings that differ are
+    logged.
+
+    Args:
+        setup (`dict[str, Any]`): Of this run.
+        stored_args (`dict[str, Any]`): Of the run that wrote the checkpoint, see [`stored_settings`].
+        args (`TrainingArguments`): Of this run.
+
+    Raises:
+        `ValueError`: If the checkpoint is of another model, optimizer or data.
+    """
+    stored = read_setup(checkpoint)
+    if not stored:
+        raise ValueError(
+            f"A checkpoint to resume from must hold {SETUP_FILE}; {checkpoint} does not. Pass a `checkpoint-*` folder "
+            "that this trainer wrote."
+        )
+    _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
+    _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
+
+
+def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, Any], checkpoint: Path) -> None:
+    current = {**json.loads(args.to_json_string()), **setup}
+    names = [name for name in current if name not in NOT_COMPARED and (name in stored or name in setup)]
+    differing = {name: (stored.get(name), current[name]) for name in names if stored.get(name) != current[name]}
+    before, now = differing.get(REFERENCE, (None, None))
+    if before is not None and now is not None and os.path.abspath(before) == os.path.abspath(now):
+        del differing[REFERENCE]
+    structure = {name: differing[name] for name in STRUCTURE if name in differing}
+    broken = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in structure.items()]
+    if broken:
+        raise ValueError(
+            f"A run resumes with the set-up that wrote its checkpoint; differing: {'; '.join(broken)}. Restore these, "
+            f"or start anew instead of resuming from {checkpoint}."
+        )
+    for name, (before, now) in differing.items():
+        reason = _why_not(name, before, now)
+        if reason:
+            raise ValueError(
+                f"A run cannot resume with another `{name}`, as {reason}: it was {before!r}, is {now!r}. "
+                "Restore it, or pass the checkpoint's weights as `model` to start anew from them."
+            )
+    for name, (before, now) in differing.items():
+        logger.warning("Resuming with another `%s`: it was %r, is %r.", name, before, now)
+
+
+def _why_not(name: str, before: Any, now: Any) -> str:
+    if name == "optim" and not {before, now} <= set(ADAMW):
+        return "one optimizer cannot read another's state"
+    if name == "lr_scheduler_type" and {before, now} & set(SCHEDULES_WITH_STATE):
+        return "such a schedule cannot read another's state"
+    return ""
+
+
+def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
+    """Compare fingerprints of the training data, `None` if unknown; `ValueError` where they differ, unless the run
+    starts at their beginning."""
+    if before is None or now is None:
+        return
+    both = [name for name in now if before.get(name) is not None and now[name] is not None]
+    differing = [name for name in both if before[name] != now[name]]
+    if not differing:
+        return
+    listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing)
+    if differing == ["images"]:
+        logger.warning("Resuming with other bytes in the images of the training data: %s.", listed)
+    elif starts_anew:
+        logger.warning("Resuming with other training data, from their start: %s.", listed)
+    else:
+        raise ValueError(
+            f"A run goes on at its place in the training data, and these are others than the checkpoint's: {listed}. "
+            "Pass the same data in the same order, or set `ignore_data_skip=True` to begin these from their start."
+        )
+
+
+class OptimizerSettings:
+    """Learning rate, weight decay, betas and so on as the arguments have set them. Loading a checkpoint's optimizer and
+    schedule overwrites them.
+
+    Args:
+        optimizer, scheduler: As the engine has wrapped them, before anything is loaded.
+        rate (`float`): The run's learning rate.
+        rate_before (`float`, *optional*): The checkpoint's; this run's if unknown.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None):
+        names = (*GROUP_SETTINGS, "initial_lr")
+        self._groups = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+        self._base_rates = list(_unwrapped(scheduler).__dict__.get("base_lrs", ()))
+        self._rate, self._rate_before = rate, rate if rate_before is None else rate_before
+
+    def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Set them again; the schedule stays at the checkpoint's step."""
+        groups, schedule = optimizer.param_groups, _unwrapped(scheduler)
+        factors = []
+        for group, settings in zip(groups, self._groups, strict=True):
+            factors.append(self._factor(settings.get("initial_lr"), group.get("initial_lr")))
+            for name, value in settings.items():
+                if name in group and _as_list(group[name]) != _as_list(value):
+                    group[name] = value
+        if self._base_rates:
+            schedule.base_lrs = list(self._base_rates)
+        for group, rate in zip(groups, self._next_rates(groups, schedule, factors), strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        set_last_rates(schedule, [group["lr"] for group in groups])
+
+    def _next_rates(self, groups: list[dict[str, Any]], schedule: Any, factors: list[float]) -> list[Any]:
+        if isinstance(schedule, LambdaLR):
+            step = schedule.last_epoch
+            return [base * of(step) for base, of in zip(self._base_rates, schedule.lr_lambdas, strict=True)]
+        if not isinstance(schedule, LRScheduler):  # DeepSpeed's, which take their rates from its configuration
+            return list(schedule.get_lr())
+        return [group["lr"] * factor for group, factor in zip(groups, factors, strict=True)]
+
+    def _factor(self, now: float | None, before: float | None) -> float:
+        """Ratio of the rates, for schedules that compute a rate from the last one."""
+        if now is None or before is None:
+            now, before = self._rate, self._rate_before
+        return 1.0 if math.isclose(now, before, rel_tol=1e-12) else now / before
+
+
+def _unwrapped(scheduler: Any) -> Any:
+    return scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

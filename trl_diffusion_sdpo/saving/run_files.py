@@ -1,0 +1,186 @@
+"""What a run writes and resumes from: weights, reference, averaged weights, controllers, set-up, optimizer state."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from ..engines.engine import Engine
+from ..engines.processes import failing_together
+from ..models.ema import EMA_FOLDER, EMAWeights
+from ..models.shadow_weights import ShadowWeights
+from .checkpoint_folders import CheckpointFolders, holds_optimizer
+from .disk import DiskFullError, check_room
+from .resuming import OptimizerSettings, check_resumable, stored_settings
+from .setup import ARGS_FILE, still_recommended, write_setup
+from .unpickling import tensors_only
+from .weights import WeightFiles
+
+
+class RunFiles:
+    """Writes a run's results and checkpoints, and reads checkpoints. All processes must call its methods.
+
+    Results are the weights, their average, the set-up and the arguments. A checkpoint holds the weights and everything
+    that changes during training; [`~transformers.Trainer`] adds its own files.
+
+    Args:
+        weights ([`WeightFiles`]): Of the policy.
+        shadow_weights (`Sequence[ShadowWeights]`): The reference, and the average if there is one.
+        average ([`EMAWeights`], *optional*): The average, which is part of the results.
+        controllers (`Sequence`): The winner budget and the automatic beta, where the run has them: saved and loaded.
+        full_pipeline (`bool`): Whether the results include the pipeline's other components.
+        trust_pickles (`bool`): Whether to load pickled files that could run code.
+        unpublished (`dict[str, Any]`): Facts that are written beside the arguments.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        engine: Engine,
+        weights: WeightFiles,
+        *,
+        shadow_weights: Sequence[ShadowWeights],
+        average: EMAWeights | None,
+        controllers: Sequence[Any],
+        full_pipeline: bool,
+        trust_pickles: bool,
+        unpublished: dict[str, Any],
+    ):
+        self._args, self._engine, self._weights = args, engine, weights
+        self._shadow_weights, self._average, self._controllers = shadow_weights, average, controllers
+        self._full_pipeline, self._trust_pickles, self._unpublished = full_pipeline, trust_pickles, unpublished
+        self._resumed_args: dict[str, Any] = {}
+        self.checkpoints = CheckpointFolders(args)
+
+    # ---- Writing --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
+        """Write into a folder, which is made if it is missing: what changes during training, if it is the checkpoint
+        that was begun, else results. `model` is the policy as the engine wrapped it."""
+        writes, checkpoint = self._args.should_save, self.checkpoints.is_begun(folder)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        gathered = self._gather(model, keep=writes)
+        for shadow in self._shadow_weights if checkpoint else ():
+            shadow.save(folder, write=writes)
+        average = None
+        if self._average is not None and not checkpoint:
+            average = self._average.gather(keep=writes)
+        if not writes:
+            return
+        for controller in self._controllers if checkpoint else ():
+            controller.save(folder)
+        self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not checkpoint)
+        if average is not None:
+            self._weights.save(folder / EMA_FOLDER, average)
+        written = {False: self._weights.tensors() if gathered is None else gathered, True: average}
+        write_setup(folder, {**setup, **still_recommended(folder, written)})
+        if not checkpoint:
+            self._write_args(folder)
+
+    def _gather(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
+        if not self._engine.holds_shards:
+            return None
+        self._engine.reshard(model)
+        return self._engine.gather(self._weights.tensors(), keep=keep)
+
+    def _write_args(self, folder: Path) -> None:
+        """As JSON without tokens; the `training_args.bin` of transformers is a pickle with them."""
+        content = {**json.loads(self._args.to_json_string()), **self._unpublished}
+        (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def writing_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Begin a checkpoint, and mark it as complete when all of its files were written within the context.
+        `DiskFullError` in all processes where one has too little room, before anything is written."""
+        with failing_together(DiskFullError):
+            if self._args.should_save:
+                check_room(folder, max(self._weights.bytes_needed, self.checkpoints.last_bytes))
+        self.checkpoints.begin(folder)
+        yield
+        if self._args.should_save:
+            self._write_args(folder)
+        self.checkpoints.complete(folder)
+
+    def save_sharded_optimizer(
+        self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
+    ) -> None:
+        """Write the optimizer's state as the engine shards it, without frozen weights, and the schedule's."""
+        self._engine.save_state(model, optimizer, folder)
+        if self._args.should_save:
+            torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
+
+    # ---- Reading --------------------------------------------------------------------------------------------------
+
+    def resume_point(self, value: str | bool | None, setup: Callable[[], dict[str, Any]]) -> str | None:
+        """The checkpoint to resume from, after all checks; `None` for a new start. `value` is as of
+        [`~transformers.Trainer.train`], or `"latest"`; `setup` returns this run's set-up.
+
+        Raises:
+            `ValueError`: If there is no such checkpoint, or it is incomplete, damaged, of another set-up, without an
+                optimizer state, or holds pickles that could run code.
+        """
+        point = self.checkpoints.resume_point(value, self._args.output_dir)
+        self._resumed_args = {}
+        if point is not None:
+            self.check_resumable(Path(point), setup())
+        return point
+
+    def check_resumable(self, folder: Path, setup: dict[str, Any]) -> None:
+        """The checks of [`RunFiles.resume_point`] on one checkpoint, but for damage."""
+        self._resumed_args = stored_settings(folder)
+        check_resumable(folder, setup, self._resumed_args, self._args)
+        if not holds_optimizer(folder):
+            raise ValueError(
+                f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
+                "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
+            )
+        if not self._trust_pickles:
+            self.checkpoints.refuse_code(folder, self._engine.pickled_types)
+
+    @contextlib.contextmanager
+    def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
+        """Load a checkpoint's optimizer and schedule within, from tensors only; this run's settings of both apply
+        afterwards. Not to be nested: a schedule's last rate would be scaled twice."""
+        rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
+        settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
+        with self._tensors_only():
+            yield
+        settings.restore(optimizer, scheduler)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Read everything that [`RunFiles.save`] wrote into a checkpoint."""
+        self._load_weights(folder, model)
+        for shadow in self._shadow_weights:
+            shadow.load(folder)
+        for controller in self._controllers:
+            controller.load(folder)
+
+    def load_best(self, folder: Path, model: nn.Module) -> None:
+        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on;
+        `ValueError` where its files are damaged."""
+        self.checkpoints.check_best(folder)
+        self._load_weights(folder, model)
+        if self._average is not None:
+            self._average.load(folder)
+
+    def _load_weights(self, folder: Path, model: nn.Module) -> None:
+        if self._engine.loads_weights_with_optimizer:
+            with self._tensors_only():
+                self._engine.load_state(model, str(folder))
+            return
+        weights = self._weights.read(folder)
+        self._engine.reshard(model)
+        self._engine.scatter(weights, self._weights.tensors())
+
+    def _tensors_only(self) -> contextlib.AbstractContextManager:
+        return tensors_only(self._engine.pickled_types, trust=self._trust_pickles)

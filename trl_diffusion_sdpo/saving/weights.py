@@ -1,0 +1,286 @@
+"""Writing tuned weights in the formats of diffusers and PEFT, and reading them back exactly."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..losses import lora_scaling
+from ..models.adapters import adapter_state
+from ..utils._compat import LORA_ADAPTER_METADATA_KEY, loads_lora, pattern_key
+
+COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
+_PICKLES = (".bin", ".pt", ".ckpt")
+
+logger = logging.getLogger(__name__)
+
+
+class WeightFiles:
+    """Reads and writes the weights that a run tunes: a LoRA, or all weights of the denoiser.
+
+    Make it before an engine shards the weights: it records their shapes.
+
+    Args:
+        pipeline (`DiffusionPipeline`): Its denoiser is tuned.
+        denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
+        adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
+        whole_pipeline (`Callable`, *optional*): Gives a pipeline that was loaded without its encoders with them.
+        linked_folder (`Path`, *optional*): Where the other components' files are; a whole pipeline is saved with links
+            to them.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoiser_name: str,
+        adapter: str | None,
+        whole_pipeline: Callable[[], DiffusionPipeline] | None = None,
+        linked_folder: Path | None = None,
+    ):
+        self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
+        self._whole_pipeline, self._linked_folder = whole_pipeline, linked_folder
+        tensors = self.tensors()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        copies = 1 if adapter is None else 2  # a LoRA is written in two formats
+        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # on the disk
+
+    @property
+    def _denoiser(self) -> nn.Module:
+        return self._pipeline.components[self._denoiser_name]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's parameters, or all parameters and buffers of the denoiser; not copied."""
+        if self._adapter is None:
+            return self._denoiser.state_dict(keep_vars=True)
+        return adapter_state(self._denoiser, self._adapter)
+
+    def describe(self) -> dict[str, Any]:
+        """What is tuned, for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
+        lora = None
+        if self._adapter is not None:
+            config = cast(Any, self._denoiser).peft_config[self._adapter]
+            names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+            lora = {name: getattr(config, name) for name in names}
+            if not isinstance(config.target_modules, str):
+                lora["target_modules"] = sorted(config.target_modules)
+        return {
+            "pipeline_class": type(self._pipeline).__name__,
+            "denoiser_class": type(self._denoiser).__name__,
+            "tuning": "full" if lora is None else "lora",
+            "lora": lora,
+        }
+
+    def save(
+        self, folder: Path, weights: dict[str, torch.Tensor] | None = None, *, full_pipeline: bool = False
+    ) -> None:
+        """Write the LoRA as `pytorch_lora_weights.safetensors` and for PEFT, or the denoiser as a folder of its name.
+
+        Args:
+            folder (`Path`): Made if it is missing.
+            weights (`dict[str, torch.Tensor]`, *optional*): To be written in place of [`WeightFiles.tensors`], under
+                the same names; unsharded.
+            full_pipeline (`bool`): Whether to write the pipeline's other components as well; not with a LoRA.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._adapter is not None:
+            config = cast(Any, self._denoiser).peft_config[self._adapter]
+            tensors = self.tensors() if weights is None else weights
+            save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
+            return
+        links = self._components_to_link() if full_pipeline else {}
+        all_saved = full_pipeline and not links
+        pipeline = self._whole_pipeline() if all_saved and self._whole_pipeline is not None else self._pipeline
+        if weights is not None:
+            pipeline = copy.copy(pipeline)
+            pipeline.register_modules(**{self._denoiser_name: _with_weights(self._denoiser, weights)})
+        if all_saved:
+            pipeline.save_pretrained(folder, safe_serialization=True)
+        else:
+            denoiser = pipeline.components[self._denoiser_name]
+            denoiser.save_pretrained(folder / self._denoiser_name, safe_serialization=True)
+        for name, source in links.items():
+            _link_or_copy(source, folder / name)
+        if links:
+            pipeline.save_config(folder)
+        configs = (folder / name / file for name in self._pipeline.components for file in COMPONENT_CONFIGS)
+        _remove_local_paths([folder / "model_index.json", *configs])
+
+    def _components_to_link(self) -> dict[str, Path]:
+        """Folders of the components that did not train, by name; none where one cannot be taken as it is."""
+        if self._linked_folder is None:
+            return {}
+        parts = {name: part for name, part in self._pipeline.components.items() if part is not None}
+        folders = {name: self._linked_folder / name for name in parts if name != self._denoiser_name}
+        for name, source in folders.items():
+            is_network = isinstance(parts[name], nn.Module)
+            if not source.is_dir() or (is_network and not any(source.glob("*.safetensors"))):
+                logger.warning("`link_full_pipeline` copies: %s does not have the pipeline's `%s`.", source, name)
+                return {}
+        return folders
+
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Read what [`WeightFiles.save`] wrote; `ValueError` where the folder holds no such weights, or others."""
+        if self._adapter is not None:
+            return read_adapter(self.shapes, folder)
+        source = folder / self._denoiser_name
+        if not source.is_dir():
+            hint = " It holds a LoRA: resume with `peft_config`." if (folder / PEFT_FILE).is_file() else ""
+            raise ValueError(
+                f"A checkpoint of full tuning must hold the folder {self._denoiser_name}; {folder} does not.{hint}"
+            )
+        return cast(Any, type(self._denoiser)).from_pretrained(source, use_safetensors=True).state_dict()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A component's folder: weights linked where the file system allows it, other files copied, pickles left out. A
+    later save does not write into the shared file: safetensors replaces files."""
+    for file in (file for file in source.rglob("*") if file.is_file() and file.suffix not in _PICKLES):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, place)
+            continue
+        place.unlink(missing_ok=True)
+        try:
+            os.link(file.resolve(), place)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, place)
+
+
+def _with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A denoiser of the same architecture that holds these tensors, which are not copied."""
+    with init_empty_weights():
+        twin = cast(Any, type(denoiser)).from_config(denoiser.config)
+    twin.load_state_dict(weights, strict=True, assign=True)
+    return twin
+
+
+def save_adapter(
+    weights: dict[str, torch.Tensor],
+    config: LoraConfig,
+    pipeline_class: type[DiffusionPipeline],
+    denoiser_name: str,
+    folder: Path,
+) -> None:
+    """Write an adapter's weights for [`~peft.PeftModel.from_pretrained`] and, where the pipeline has it, for
+    `pipeline.load_lora_weights`.
+
+    PEFT's file has the weights as they train; their scale is in its configuration. In the other file the scale is
+    multiplied into the weights: tools that read neither diffusers' metadata nor PEFT's configuration assume 1. Both
+    have PEFT's names: diffusers' conversion to older formats handles attention layers only and would drop the rest.
+    """
+    weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
+    if loads_lora(pipeline_class):
+        scaled, plain = folded(weights, config)
+        settings = {f"{denoiser_name}.{name}": value for name, value in public_settings(plain).items()}
+
+        def write(tensors: dict[str, torch.Tensor], file: str) -> None:
+            # One entry: safetensors writes several in a random order, and equal files would be uploaded again.
+            save_file(tensors, file, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
+
+        layers = {f"{denoiser_name}_lora_layers": scaled}
+        pipeline_class.save_lora_weights(folder, **layers, save_function=write)
+    save_file({PEFT_PREFIX + key: value for key, value in weights.items()}, folder / PEFT_FILE, {"format": "pt"})
+    text = json.dumps(public_settings(config), indent=2, sort_keys=True)
+    (folder / PEFT_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
+    """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes; `ValueError` where it did not."""
+    file = folder / PEFT_FILE
+    if not file.is_file():
+        raise ValueError(f"A LoRA checkpoint must hold {PEFT_FILE}; {folder} does not. Was it tuned in full?")
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
+    stored = {key: tuple(value.shape) for key, value in state.items()}
+    if shapes != stored:
+        differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
+        raise ValueError(
+            f"{file} holds a LoRA of another set-up: {len(stored)} tensors for {len(shapes)}, such as {differing}. "
+            "Resume with the `peft_config` of the run that wrote it."
+        )
+    return state
+
+
+def _remove_local_paths(configs: Iterable[Path]) -> None:
+    """Remove local folders, from which components were loaded, from configurations just saved."""
+    for file in configs:
+        if not file.is_file():
+            continue
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if os.path.exists(str(config.get("_name_or_path", ""))):
+            del config["_name_or_path"]
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ---- A LoRA's scale, `lora_alpha / r`: readers assume 1 if a file names none -----------------------------------------
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """`("blocks.0.to_q", "lora_B.weight")` of `"blocks.0.to_q.lora_B.weight"`."""
+    module, _, part = key.rpartition(".lora_")
+    return module, f"lora_{part}"
+
+
+def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Rank of the LoRA of each module, from tensors under their PEFT names."""
+    first = {split_key(key)[0]: value for key, value in weights.items() if factor_of(key) in LORA_A}
+    return {module: value.shape[0] for module, value in first.items()}
+
+
+def scaling(config: LoraConfig, module: str, rank: int) -> float:
+    """The factor that PEFT applies to the LoRA of a module, with the module's alpha if it has one."""
+    alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
+
+
+def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """The same LoRA with its scales multiplied into the factors B.
+
+    Exact where a scale is a power of two, as with `r=16, lora_alpha=32`; otherwise each value is rounded once.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): Under their PEFT names.
+        config ([`~peft.LoraConfig`]): Has the alphas, their patterns and `use_rslora`.
+
+    Returns:
+        `tuple`: New weights, and a configuration in which every alpha is the rank, so that PEFT applies scale 1.
+    """
+    scales = {module: scaling(config, module, rank) for module, rank in ranks(weights).items()}
+    scaled = {
+        key: value * scales[split_key(key)[0]] if factor_of(key) in LORA_B else value for key, value in weights.items()
+    }
+    plain = copy.deepcopy(config)
+    plain.lora_alpha, plain.alpha_pattern, plain.use_rslora = plain.r, dict(plain.rank_pattern), False
+    return scaled, plain
+
+
+def public_settings(config: LoraConfig) -> dict[str, Any]:
+    """A LoRA's settings for a published file: in a fixed order, without local folders."""
+    settings: dict[str, Any] = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
+    }
+    base = config.base_model_name_or_path
+    if base is not None and (os.path.isabs(base) or os.path.exists(base) or base.startswith(("~", "."))):
+        settings["base_model_name_or_path"] = None
+    return settings
+
+
+def factor_of(key: str) -> str:
+    """`"lora_B"` of `"blocks.0.to_q.lora_B.weight"`."""
+    return split_key(key)[1].partition(".")[0]

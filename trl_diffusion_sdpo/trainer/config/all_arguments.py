@@ -1,0 +1,129 @@
+"""All settings together, and how words become their values."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from transformers import TrainingArguments
+
+from ...data.images import MIN_SIDE
+from ...utils.switch_words import SWITCH_WORDS, choice_of_switch
+from .data_arguments import DataArguments, RunArguments
+from .model_arguments import MemoryArguments, PipelineArguments, SampleArguments
+from .step_arguments import LossArguments, NoiseArguments, WinnerArguments
+
+_CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), ("no",))
+
+
+@dataclass
+class AllArguments(
+    PipelineArguments,
+    MemoryArguments,
+    NoiseArguments,
+    LossArguments,
+    DataArguments,
+    WinnerArguments,
+    SampleArguments,
+    RunArguments,
+    TrainingArguments,
+):
+    """All settings, which [`DiffusionSDPOConfig`] completes and checks."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The annotation of a setting."""
+
+    types: frozenset[Any]  # besides `None`
+    is_optional: bool  # whether it may be `None`
+    choices: tuple[str, ...]  # of its `Literal`
+    facts: tuple[Any, ...]  # the metadata of its `Annotated`
+
+
+@functools.cache
+def settings_of(config: type[AllArguments]) -> dict[str, Setting]:
+    """All settings of a configuration, by name."""
+    hints = get_type_hints(config, include_extras=True)
+    return {field.name: _setting(hints[field.name]) for field in fields(config)}
+
+
+def _setting(hint: Any) -> Setting:
+    facts: list[Any] = []
+    if get_origin(hint) is Annotated:
+        hint, *facts = get_args(hint)
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    choices = tuple(word for word in words if isinstance(word, str))
+    return Setting(frozenset(members) - {type(None)}, type(None) in members, choices, tuple(facts))
+
+
+def read_words(args: AllArguments) -> None:
+    """Convert switches and numbers given as text, and a switch for a setting with choices to its choice: `"yes"` to
+    `True`, `"2e3"` to 2000.0, `False` to `"none"`. `ValueError` where the text is no switch or no number."""
+    for name, setting in settings_of(cast(Any, type(args))).items():
+        value = getattr(args, name)
+        choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
+        meant = choice_of_switch(value, choices) if isinstance(value, bool) else None
+        if meant is not None:
+            setattr(args, name, meant)
+        elif isinstance(value, str) and setting.types == {bool}:
+            if value.lower() not in SWITCH_WORDS:
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+            setattr(args, name, SWITCH_WORDS[value.lower()])
+        elif isinstance(value, str) and setting.types == {float}:
+            setattr(args, name, float(value))
+        elif isinstance(value, str) and setting.types == {float, str}:
+            setattr(args, name, _number_or_name(value))
+
+
+def _number_or_name(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def settled_loss_type(value: Any) -> Any:
+    """`loss_type` in one form: a name, or a list of several. A command line and YAML give one name as a list of one."""
+    names = list(value) if isinstance(value, (list, tuple)) else [value]
+    return names[0] if len(names) == 1 else names
+
+
+def settled_resolution(value: Any) -> int | list[int] | None:
+    """The size of training images in one form: the side of a square, or `[height, width]`.
+
+    Args:
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): From Python, a command line (where one number
+            comes as a list of one) or YAML.
+
+    Raises:
+        `ValueError`: If it is not a size, or smaller than 8 pixels.
+    """
+    if value is None:
+        return None
+    sides = list(value) if isinstance(value, (list, tuple)) else [value]
+    integers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not integers or len(sides) not in (1, 2) or min(sides) < MIN_SIDE:
+        raise ValueError(
+            f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
+            "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
+        )
+    return sides[0] if len(set(sides)) == 1 else sides
+
+
+@contextlib.contextmanager
+def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
+    """Change settings within the context, where transformers would act on them."""
+    before = {name: getattr(args, name) for name in settings}
+    for name, value in settings.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)

@@ -1,0 +1,399 @@
+"""Checks of the settings, as far as no model is needed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from transformers import get_scheduler
+
+from ...data.checking import parse_verify_images
+from ...data.images import parse_schemes
+from ...families.timestep_sampling import TimestepSampling
+from ...losses import (
+    WEIGHT_FUNCTIONS,
+    LossSpec,
+    check_auto_beta,
+    check_loss_kwargs,
+    check_safeguard,
+    loss_weights_by_name,
+)
+from ...utils._compat import CHECKPOINTING, activation_checkpointing
+from ...utils.hints import did_you_mean
+from ...utils.import_utils import require_optimizer, require_trackers
+from .all_arguments import AllArguments, Setting, settings_of
+from .data_arguments import DataArguments
+from .declaring import Choices, Range
+from .model_arguments import PipelineArguments
+from .step_arguments import NoiseArguments, WinnerArguments
+
+# Optimizers that step within the backward pass, before the other branch's gradient is there.
+FUSED_OPTIMIZERS = ("lomo", "adalomo")
+LAYERWISE = "layerwise"
+MEASUREMENTS_OF_LAG = 10  # of a budget, over which an average may reach back
+
+
+def check_settings(args: AllArguments) -> None:
+    """Raise `ValueError` on a value out of its range, and on settings that cannot act, alone or together."""
+    for name, setting in settings_of(cast(Any, type(args))).items():
+        _check_value(name, setting, getattr(args, name))
+    loss = args.loss_spec
+    require_trackers(args.report_to)
+    _check_schedule(args)
+    _check_inherited(args)
+    _check_length(args)
+    _check_loss(args, loss)
+    _check_parameter_safeguard(args, loss)
+    _check_preconditioner(args)
+    _check_data(args)
+    _check_scores(args, loss)
+    _check_losers(args, loss)
+    _check_noise(args)
+    _check_inversion(args)
+    _check_reference(args, loss)
+    _check_precomputed_reference(args, loss)
+    _check_loser_noise_range(args, loss)
+    _check_winner_budget(args, loss)
+    _check_average(args)
+    _check_winner_rise(args)
+    if args.link_full_pipeline and not args.save_full_pipeline:
+        _warn("`link_full_pipeline` has no effect without `save_full_pipeline`.")
+    _check_memory(args)
+    require_optimizer(str(getattr(args.optim, "value", args.optim)))
+
+
+def _check_value(name: str, setting: Setting, value: Any) -> None:
+    if value is None and setting.is_optional:
+        return
+    if setting.choices and str not in setting.types and value not in setting.choices:
+        near = did_you_mean(str(value), setting.choices)
+        raise ValueError(f"`{name}` must be one of {', '.join(setting.choices)}; got {value!r}.{near}")
+    for allowed in setting.facts:
+        if isinstance(allowed, Range) and value not in allowed:
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
+        if isinstance(allowed, Choices):
+            _check_words(name, allowed.words, value if isinstance(value, list) else [value])
+
+
+def _check_words(name: str, known: tuple[str, ...], words: list[Any]) -> None:
+    for word in words:
+        if word not in known:
+            near = did_you_mean(str(word), known)
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {word!r}.{near}")
+
+
+def _warn(message: str) -> None:
+    """Warn the caller of the configuration: above this are a check, `check_settings`, `__post_init__`, `__init__`."""
+    warnings.warn(message, stacklevel=6)
+
+
+def _check_inherited(args: AllArguments) -> None:
+    """Refuse settings of language models and classifiers that cannot act on a diffusion model."""
+    if args.remove_unused_columns:
+        _warn("`remove_unused_columns=True` has no effect: formats know their columns.")
+        args.remove_unused_columns = False
+    _, checkpointing = activation_checkpointing(args)
+    in_order = args.train_sampling_strategy in ("random", "sequential")
+    counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
+    refused = {
+        "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "there are no embeddings to disturb"),
+        "use_liger_kernel": (args.use_liger_kernel, "its kernels are those of language models"),
+        "label_smoothing_factor": (bool(args.label_smoothing_factor), "use `loss_type='robust'`"),
+        "train_sampling_strategy": (not in_order, "images have one size; use 'random'"),
+        "include_for_metrics": (bool(args.include_for_metrics), "`compute_metrics` receives rewards alone"),
+        "include_num_input_tokens_seen": (counts_tokens, "images have no tokens"),
+        "bf16_full_eval": (args.bf16_full_eval, "it would round the policy and not the reference; use `bf16`"),
+        "fp16_full_eval": (args.fp16_full_eval, "it would round the policy and not the reference; use `fp16`"),
+        "fp16": (args.fp16 and args.device.type == "cpu", "a CPU has no fp16 autocast; use `bf16`"),
+        "accelerator_config": (
+            bool(cast(Any, args.accelerator_config).dispatch_batches),
+            "`dispatch_batches` cannot send prompts and seeds between processes; leave it off",
+        ),
+        f"{CHECKPOINTING}_kwargs": (
+            bool(checkpointing.get("use_reentrant")),
+            "`use_reentrant=True` loses the gradients of a LoRA; leave it out",
+        ),
+    }
+    for name, (is_refused, advice) in refused.items():
+        if is_refused:
+            raise ValueError(f"`{name}={getattr(args, name)}` cannot act on a diffusion model: {advice}.")
+
+
+def _check_length(args: AllArguments) -> None:
+    """Refuse a run without steps; with `max_steps=0` transformers' Trainer takes one nevertheless."""
+    if args.max_steps == 0:
+        raise ValueError("A run has at least one step, got `max_steps=0`. Use -1 to go by `num_train_epochs`.")
+    if args.max_steps < 0 and not args.num_train_epochs > 0:
+        raise ValueError(
+            f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
+        )
+
+
+def _check_schedule(args: AllArguments) -> None:
+    """Make the schedule over one weight: transformers would refuse its arguments once data and model are loaded."""
+    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # unset, it follows the loss
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    kwargs: Any = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs` must be those of `lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')}`"
+            f", got {kwargs}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _check_loss(args: AllArguments, loss: LossSpec) -> None:
+    check_loss_kwargs(cast(Any, args.loss_type), args.beta, args.loss_kwargs)
+    mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
+    check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
+    if not loss.uses_beta and args.beta is not None:
+        _warn(f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has none.")
+    if args.auto_beta:
+        check_auto_beta(cast(Any, args.loss_type), args.loss_weights)
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    for name in (name for name, weight in weights.items() if not weight):
+        _warn(f"The loss {name!r} has no effect: its weight in `loss_weights` is 0.")
+    if "dspo" in weights and args.beta is not None and args.beta > 1:
+        _warn(
+            f"`beta={args.beta}` with the loss 'dspo' multiplies the distance to the reference; the published value is "
+            "0.001. The form with a beta in the thousands is 'dspo_sdxl'."
+        )
+    unsafe = args.safeguard == "none" or not loss.uses_loser
+    if unsafe and (args.safeguard_mu is not None or args.safeguard_eps or args.safeguard_granularity != "batch"):
+        reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r} has no loser"
+        _warn(f"The `safeguard_*` settings have no effect: {reason}.")
+
+
+def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
+    """Refuse settings under which lambda or the gradients could not be right."""
+    if args.safeguard != "parameter":
+        names = ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps")
+        idle = [name for name in names if getattr(args, name)]
+        if idle:
+            listed = ", ".join(f"`{name}`" for name in idle)
+            _warn(f"{listed} has no effect: it belongs to `safeguard='parameter'`.")
+        return
+    if not loss.uses_loser:
+        raise ValueError(
+            f"`safeguard='parameter'` scales the loser's gradient, and the loss {args.loss_type!r} has no loser. Use "
+            "`safeguard='none'`, which is the same here and costs less."
+        )
+    if args.safeguard_granularity != "batch" or args.safeguard_eps:
+        _warn(
+            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`: it has one "
+            "lambda an optimizer step, and no division that needs an epsilon."
+        )
+    optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
+    if optimizer in FUSED_OPTIMIZERS or LAYERWISE in optimizer:
+        raise ValueError(
+            f"`safeguard='parameter'` needs both branches' gradients before the optimizer steps, and {optimizer!r} "
+            "steps within the backward pass. Use another optimizer, or `safeguard='output'`."
+        )
+    if args.ddp_static_graph:
+        raise ValueError(
+            "`ddp_static_graph=True` cannot act with `safeguard='parameter'`, which runs one backward pass per branch. "
+            "Leave it off."
+        )
+
+
+def _check_preconditioner(args: AllArguments) -> None:
+    if args.safeguard_preconditioner != "plain" and args.safeguard != "parameter":
+        raise ValueError(
+            f"`safeguard_preconditioner={args.safeguard_preconditioner!r}` needs `safeguard='parameter'`: output space "
+            f"has no gradients of weights; got {args.safeguard!r}."
+        )
+
+
+def _check_data(args: AllArguments) -> None:
+    if args.latent_crops != 1 and not (args.precompute_latents and args.random_crop):
+        _warn("`latent_crops` has no effect without `precompute_latents` and `random_crop`.")
+    if args.latent_cache_dir is not None and not args.precompute_latents:
+        _warn("`latent_cache_dir` has no effect without `precompute_latents`.")
+    args.verify_images = parse_verify_images(args.verify_images)
+    args.image_schemes = list(parse_schemes(args.image_schemes)) or None
+    for name in ("bucket_step", "bucket_max_aspect_ratio"):
+        if not args.aspect_ratio_buckets and getattr(args, name) != getattr(DataArguments, name):
+            _warn(f"`{name}` has no effect without `aspect_ratio_buckets`.")
+    if args.sample_steps is not None and not args.sample_prompts:
+        _warn("`sample_steps` has no effect without `sample_prompts`.")
+
+
+def _check_scores(args: AllArguments, loss: LossSpec) -> None:
+    weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
+    reads_gaps = weights is not None and not weights.several_scorers
+    if args.calibrated_scores and not (loss.needs_scores or reads_gaps or args.curriculum_epochs is not None):
+        _warn(
+            "`calibrated_scores` has no effect: neither the loss, `pair_weights` nor `curriculum_epochs` reads "
+            "`chosen_score` and `rejected_score`."
+        )
+    if args.curriculum_epochs is None:
+        return
+    reasons = {
+        "it shuffles the pairs that have entered": args.train_sampling_strategy != "random",
+        "`aspect_ratio_buckets` orders pairs so that a batch has one size": args.aspect_ratio_buckets,
+        "it takes pairs several times in an epoch, with random numbers for which `precompute_ref_errors` has no "
+        "errors": args.precompute_ref_errors,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            other = "`train_sampling_strategy='random'`" if "shuffles" in reason else "only one of the two"
+            raise ValueError(f"`curriculum_epochs={args.curriculum_epochs:g}` cannot act: {reason}. Use {other}.")
+
+
+def _check_losers(args: AllArguments, loss: LossSpec) -> None:
+    own = "scores of each pair's own loser"
+    reasons = {
+        f"the loss {args.loss_type!r} reads {own}": loss.needs_scores,
+        f"`pair_weights={args.pair_weights!r}` reads {own} (a column of weights can be named)": (
+            args.pair_weights in WEIGHT_FUNCTIONS
+        ),
+        f"`curriculum_epochs` goes by {own}": args.curriculum_epochs is not None,
+        f"`calibrated_scores` are {own}": args.calibrated_scores,
+        "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
+        "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "
+        "cropped more than winners ever are": args.aspect_ratio_buckets,
+        "`precompute_latents` with `random_crop` stores each image as its own pair crops it, and a pair has one crop": (
+            args.precompute_latents and args.random_crop
+        ),
+    }
+    for reason, holds in reasons.items():
+        if args.losers == "permute" and holds:
+            raise ValueError(f"`losers='permute'` cannot act: {reason}. Leave one of the two out.")
+
+
+def _check_noise(args: AllArguments) -> None:
+    if args.timestep_range is not None:
+        span = list(args.timestep_range)
+        if len(span) != 2 or not all(isinstance(end, int) for end in span) or not 0 <= span[0] < span[1]:
+            raise ValueError(
+                "`timestep_range` must be two whole numbers, the lowest timestep and the first above the highest, "
+                f"got {span}. For the noisier half of 1000 use 500 1000."
+            )
+    if args.timesteps is not None and (args.timestep_range is not None or args.weighting_scheme is not None):
+        raise ValueError(
+            f"`timesteps` takes the place of `timestep_range` and `weighting_scheme`; got {list(args.timesteps)} "
+            f"beside {args.timestep_range} and {args.weighting_scheme!r}. Set the one or the others."
+        )
+    TimestepSampling(args.weighting_scheme or "none", args.logit_mean, args.logit_std, args.mode_scale)
+    if args.snr_gamma is not None and args.timestep_weighting != "none":
+        raise ValueError(
+            "`snr_gamma` and `timestep_weighting` both weigh the timesteps, one for DDPM and one for flow matching; "
+            f"got {args.snr_gamma} and {args.timestep_weighting!r}. Set one."
+        )
+
+
+def _check_inversion(args: AllArguments) -> None:
+    if args.noise_source == "shared":
+        for name in ("inversion", "inversion_steps", "inversion_end", "inversion_eta"):
+            if getattr(args, name) != getattr(NoiseArguments, name):
+                _warn(f"`{name}` has no effect without `noise_source='inversion'`.")
+        return
+    for name in ("noise_offset", "input_perturbation"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` changes noise that is drawn, and `noise_source='inversion'` draws "
+                "none. Leave one of the two out."
+            )
+    if args.eval_strategy == "no" and args.winner_budget is None:
+        _warn(
+            "With `noise_source='inversion'` the errors of training are at noise that the policy finds itself: they "
+            "fall as it comes to agree with itself, even while those at drawn noise rise. `eval_strategy` with an "
+            "`eval_dataset` measures at drawn noise."
+        )
+
+
+def _check_reference(args: AllArguments, loss: LossSpec) -> None:
+    if args.sync_ref_model and not loss.needs_reference:
+        raise ValueError(
+            f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
+            "choose a loss with a reference."
+        )
+
+
+def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
+    if not args.precompute_ref_errors:
+        for name in ("ref_noise_draws", "ref_errors_dir"):
+            if getattr(args, name) != getattr(PipelineArguments, name):
+                _warn(f"`{name}` has no effect without `precompute_ref_errors`.")
+        return
+    reasons = {
+        f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
+        f"the loss {args.loss_type!r} has no reference": not loss.needs_reference,
+        "`sync_ref_model` moves the reference, and its errors with it": args.sync_ref_model,
+        "`noise_source='inversion'` has noise that moves with the policy": args.noise_source == "inversion",
+        "`torch_compile` compiles the policy after the errors are computed, which are then rounded differently (the "
+        "blocks of `torch_compile_regional` are compiled before)": args.torch_compile
+        and not args.torch_compile_regional,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"`precompute_ref_errors=True` cannot act: {reason}. Leave one of the two out.")
+
+
+def _check_loser_noise_range(args: AllArguments, loss: LossSpec) -> None:
+    levels = args.loser_noise_range
+    if levels is not None and (len(levels) != 2 or not 0 <= levels[0] < levels[1] <= 1):
+        raise ValueError(
+            f"`loser_noise_range` must be two noise levels, the lower one first, in [0, 1]; got {list(levels)}. For "
+            "the noisier part use 0.6 1."
+        )
+    if levels is not None and not loss.uses_loser:
+        raise ValueError(_without_loser("loser_noise_range", args))
+
+
+def _check_winner_budget(args: AllArguments, loss: LossSpec) -> None:
+    for name in ("winner_budget_pairs", "winner_budget_steps"):
+        if args.winner_budget is None and getattr(args, name) != getattr(WinnerArguments, name):
+            _warn(f"`{name}` has no effect without `winner_budget`.")
+    if args.winner_budget is not None and not loss.uses_loser:
+        raise ValueError(_without_loser("winner_budget", args))
+
+
+def _without_loser(name: str, args: AllArguments) -> str:
+    return f"`{name}` cannot act: the loss {args.loss_type!r} has no loser. Leave it unset."
+
+
+def _check_average(args: AllArguments) -> None:
+    if args.ema_decay is None:
+        return
+    if args.sync_ref_model:
+        raise ValueError(
+            "`ema_decay` averages the policy against a reference that stays as it is, and `sync_ref_model` moves it; "
+            "got both. Leave one out."
+        )
+    lag = 1 / (1 - args.ema_decay)  # steps over which the average reaches back
+    if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * args.winner_budget_steps:
+        _warn(
+            f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
+            f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
+            f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
+        )
+
+
+def _check_winner_rise(args: AllArguments) -> None:
+    if args.on_winner_rise == "stop" and args.eval_strategy == "no":
+        raise ValueError(
+            "`on_winner_rise='stop'` stops by what evaluations of held-out pairs show, got `eval_strategy='no'`. Give "
+            "an `eval_dataset` and set `eval_strategy='steps'`."
+        )
+
+
+def _check_memory(args: AllArguments) -> None:
+    stored = [name for name in ("layerwise_casting", "group_offload") if getattr(args, name) is not None]
+    if stored and args.torch_compile:
+        raise ValueError(
+            f"`{stored[0]}` exchanges weights between the layers of a forward pass, which compiled code cannot follow; "
+            "got `torch_compile` too. Leave one out."
+        )
+    on_host = args.device.type == "cpu"
+    idle = {
+        "group_offload_blocks": args.group_offload_blocks != 1 and args.group_offload != "block",
+        "torch_compile_regional": args.torch_compile_regional and not args.torch_compile,
+        "offload_frozen_components": args.offload_frozen_components and on_host,
+        "group_offload": args.group_offload is not None and on_host,
+    }
+    needed = {"group_offload_blocks": "`group_offload='block'`", "torch_compile_regional": "`torch_compile`"}
+    for name in (name for name, is_idle in idle.items() if is_idle):
+        _warn(f"`{name}` has no effect without {needed.get(name, 'an accelerator')}.")

@@ -1,0 +1,183 @@
+"""Checks of the settings against a model or this process."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...families import Family
+from ...families.inversion import InversionSettings, inversion_of
+from ...families.noise import NoiseProcess
+from ...families.timestep_sampling import TimestepSampling
+from ...losses import LOSSES, loss_weights_by_name
+from ...utils._compat import activation_checkpointing, checkpoints_activations
+from .all_arguments import AllArguments
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+QUANTILES = 10_001  # of the timesteps that are drawn
+NEGLIGIBLE = 0.01  # share of them
+
+
+def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[float, float | None]:
+    """`safeguard_mu` and `beta` of a family for the loss of the settings: of a sum, the strictest mu of its parts that
+    read the loser, and the beta that its parts have in common; `None` without a beta, or where `beta` is given.
+
+    Raises:
+        `ValueError`: If `beta` is not given and the parts of a sum have different ones.
+    """
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    rows = {name: family.loss_defaults(name) for name, weight in weights.items() if weight}
+    guarded = [row.safeguard_mu for name, row in rows.items() if LOSSES[name].uses_loser]
+    mu = max(guarded or [row.safeguard_mu for row in rows.values()])
+    betas = {name: row.beta_for(full=full) for name, row in rows.items() if LOSSES[name].uses_beta}
+    if args.beta is not None or not betas:
+        return mu, None
+    if len(set(betas.values())) > 1:
+        listed = ", ".join(f"{beta:g} of {name}" for name, beta in betas.items())
+        raise ValueError(f"The parts of a sum share `beta`, and their defaults differ: {listed}. Set `beta`.")
+    return mu, next(iter(betas.values()))
+
+
+def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
+    """Raise `ValueError` where a setting predicts the same input twice and dropout would make the two differ."""
+    twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
+    if args.safeguard == "parameter" and twice:
+        refuse_dropout(denoiser, f"`{twice[0]}`")
+    if args.precompute_ref_errors and _has_dropout(denoiser):
+        raise ValueError(
+            "`precompute_ref_errors=True` needs a policy that predicts as its reference did before training, and "
+            "dropout makes the two differ. Set `disable_dropout=True`, or leave it out."
+        )
+
+
+def refuse_dropout(denoiser: nn.Module, what: str) -> None:
+    """Raise `ValueError` where a denoiser has dropout that acts; `what` predicts the same images twice."""
+    if _has_dropout(denoiser):
+        raise ValueError(
+            f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
+            "leave it out."
+        )
+
+
+def _has_dropout(denoiser: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules())
+
+
+def check_activation_checkpointing(args: AllArguments, denoiser: nn.Module) -> None:
+    """Raise `ValueError` where activation checkpointing is asked of a denoiser that does not support it."""
+    is_on, _ = activation_checkpointing(args)
+    if is_on and not checkpoints_activations(denoiser):
+        raise ValueError(
+            f"`activation_checkpointing` (`gradient_checkpointing`) cannot act: diffusers' {type(denoiser).__name__} "
+            "has none. Leave it off, and use smaller micro-batches or `safeguard_low_memory`."
+        )
+
+
+def check_one_device(args: AllArguments) -> None:
+    """Raise `ValueError` where transformers would wrap the model in `nn.DataParallel`, which replicates neither the
+    reference nor the hooks of a family and of the safeguard."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process trains on one GPU, and this one sees {args.n_gpu}. Start a process for each with "
+            "`trl-diffusion-sdpo train --accelerate_config multi_gpu ...` or `accelerate launch`, or show it one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
+    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot follow the settings."""
+    process = family.noise_process
+    last = process.num_train_timesteps
+    if args.timestep_range is not None and args.timestep_range[1] > last:
+        raise ValueError(
+            f"`timestep_range` must end at {last} or below, the scheduler's number of timesteps; got "
+            f"{list(args.timestep_range)}."
+        )
+    weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
+    process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
+    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+    for name, scheme in unused.items():
+        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
+            logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
+    if args.timesteps is not None:
+        only: dict[str, Any] = {"only": tuple(args.timesteps)}
+        process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
+        return only
+    sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
+    return {"timestep_range": timestep_range, "sampling": sampling}
+
+
+def checked_inversion(
+    args: AllArguments, family: Family, timesteps: dict[str, Any], sizes: Iterable[tuple[int, int]]
+) -> InversionSettings | None:
+    """How images are inverted for their noise, `None` where it is drawn; `ValueError` where the model's noise process
+    cannot do it.
+
+    Args:
+        timesteps: As of [`checked_timesteps`].
+        sizes (`Iterable[tuple[int, int]]`): (height, width) of the training images.
+    """
+    if args.noise_source != "inversion":
+        return None
+    process, found = family.noise_process, inversion_of(family.noise_process)
+    if args.inversion_steps > process.num_train_timesteps:
+        raise ValueError(
+            f"`inversion_steps` must be at most {process.num_train_timesteps}, the scheduler's number of timesteps; "
+            f"got {args.inversion_steps}. Published: 5 and 10."
+        )
+    if args.inversion_eta and not found.has_variance:
+        raise ValueError(
+            f"`inversion_eta` scales DDIM's variance, and the sampling step of {family.name} has none; got "
+            f"{args.inversion_eta}. Use 0."
+        )
+    if args.inversion_end == "grid":
+        for length in sorted({family.tokens_of_image(*size) for size in sizes}):
+            _check_inversion_grid(process, found.grid(args.inversion_steps, CPU, length), length, timesteps)
+    return InversionSettings(args.inversion, args.inversion_steps, args.inversion_end, args.inversion_eta)
+
+
+def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int, timesteps: dict[str, Any]) -> None:
+    """Warn of timesteps below all of the grid's, whose images keep their clean latents; `ValueError` where all are."""
+    drawn = process.timesteps(torch.linspace(0, 1, QUANTILES), image_seq_len=length, **timesteps)
+    clean = (drawn <= grid.min()).float().mean() if len(grid) else torch.ones(())
+    advice = "Use `inversion_end='exact'`, which steps to the timestep itself, or more `inversion_steps`."
+    if clean == 1:
+        raise ValueError(
+            "`inversion_end='grid'` must have a timestep of the grid below some that are drawn, "
+            f"{float(drawn.min()):g} to {float(drawn.max()):g}; got {[round(each, 3) for each in grid.tolist()]}. "
+            f"{advice}"
+        )
+    if clean > NEGLIGIBLE:
+        logger.warning(
+            "With `inversion_end='grid'`, %.0f%% of the timesteps that are drawn are not above the grid's first, %g: "
+            "the clean latents of their pairs are taken for noisy ones. %s",
+            *(100 * clean, grid.min(), advice),
+        )
+
+
+def check_guidance(args: AllArguments, family: Family) -> None:
+    """Raise `ValueError` where guidance is given to a denoiser that takes none."""
+    if args.guidance_scale is not None and family.guidance_scale is None:
+        raise ValueError(
+            f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
+            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for sample images."
+        )
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise `ValueError` where results could not be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir` must be a folder that can be written, got {folder!r}: {error}.") from error

@@ -1,0 +1,234 @@
+"""Settings of a step: the noise, the loss and its safeguard, and what is measured of the winners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast, get_args
+
+from ...families.inversion import InversionEnd, InversionKind
+from ...families.timestep_sampling import WeightingScheme
+from ...losses import LOSSES, Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec, score_scale
+from .declaring import EVALUATION, RESUME, Choices, Range, documented
+
+TimestepWeighting = Literal["none", "one_minus_t_squared"]
+Preconditioner = Literal["plain", "adamw"]
+NoiseSource = Literal["shared", "inversion"]
+OnWinnerRise = Literal["ignore", "warn", "stop"]
+
+
+@documented
+@dataclass
+class NoiseArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls the noise.
+
+    Parameters:
+        timestep_range (`list[int]`, *optional*):
+            Two whole numbers, lowest timestep and the first above the highest, such as `0 1000`; all if unset.
+        timesteps (`list[float]`, *optional*):
+            The only timesteps to train at, each as often: those that a distilled model's few steps visit, such as
+            `999 749 499 249`. A density over all if unset.
+        weighting_scheme (`str`, *optional*):
+            Density of the timesteps: `"none"` (uniform), `"logit_normal"` or `"mode"`, before the shift that the
+            pipeline's scheduler states; the family's own if unset.
+        logit_mean (`float`, *optional*, defaults to `0.0`): Mean of `"logit_normal"`; above 0 samples more noise.
+        logit_std (`float`, *optional*, defaults to `1.0`): Standard deviation of `"logit_normal"`.
+        mode_scale (`float`, *optional*, defaults to `1.29`): Scale of `"mode"`; 0 is uniform.
+        timestep_weighting (`str`, *optional*, defaults to `"none"`):
+            `"one_minus_t_squared"` weighs errors of a flow model by `(1 - t)^2`, `t` the share of noise.
+        snr_gamma (`float`, *optional*):
+            Gamma of [min-SNR](https://huggingface.co/papers/2303.09556), which weighs the errors by timestep; 5.0 is
+            usual. No weighting if unset.
+        noise_offset (`float`, *optional*, defaults to `0.0`):
+            Scale of a noise that is constant over the image, per channel, added to the noise.
+        input_perturbation (`float`, *optional*, defaults to `0.0`):
+            Scale of extra noise that the model's input carries and its target does not; 0.1 is usual.
+        n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
+            Draws of timestep and noise of each pair in training, in one batch: a pair is encoded once, and its loss is
+            the mean over them. Activations take so many times the memory. Evaluation has one.
+        noise_source (`str`, *optional*, defaults to `"shared"`):
+            `"shared"` draws one noise for both images of a pair; `"inversion"` gives each image the noise that its own
+            inversion by the current policy finds, at the pair's timestep, for the forward passes of `inversion_steps`.
+            Evaluations draw theirs in any case.
+        inversion (`str`, *optional*, defaults to `"ddim"`):
+            `"ddim"` predicts once a step, as DDIM-InPO; `"renoise"` twice, and takes the mean, as SmPO-Diffusion.
+        inversion_steps (`int`, *optional*, defaults to `10`):
+            Steps of the inversion over the whole schedule.
+        inversion_end (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` takes a last, shorter step to the timestep itself; `"grid"` stops at the last step below it, as
+            the published code does.
+        inversion_eta (`float`, *optional*, defaults to `0.0`):
+            Adds noise after each step of the inversion, of this factor times the standard deviation of DDIM's variance;
+            0.1 is published as an option. For DDPM.
+        guidance_scale (`float`, *optional*):
+            Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
+    """
+
+    timestep_range: Annotated[list[int] | None, RESUME, EVALUATION] = None
+    timesteps: Annotated[list[float] | None, RESUME, EVALUATION] = None
+    weighting_scheme: Annotated[WeightingScheme | None, RESUME, EVALUATION] = None
+    logit_mean: Annotated[float, RESUME, EVALUATION] = 0.0
+    logit_std: Annotated[float, RESUME, EVALUATION] = 1.0
+    mode_scale: Annotated[float, RESUME, EVALUATION] = 1.29
+    timestep_weighting: Annotated[TimestepWeighting, RESUME, EVALUATION] = "none"
+    snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME, EVALUATION] = None
+    noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
+    input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
+    n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
+    noise_source: Annotated[NoiseSource, RESUME] = "shared"
+    inversion: Annotated[InversionKind, RESUME] = "ddim"
+    inversion_steps: Annotated[int, Range("[1, inf)", "Published: 5 and 10."), RESUME] = 10
+    inversion_end: Annotated[InversionEnd, RESUME] = "exact"
+    inversion_eta: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    guidance_scale: Annotated[float | None, RESUME, EVALUATION] = None
+
+
+@documented
+@dataclass
+class LossArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that controls the loss and the safeguard.
+
+    Parameters:
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`, `"dmpo"`, `"sft"`, `"mapo"`,
+            `"simpo"`, `"dpop"`, `"linear"`, `"smpo"` or `"capo"`; or several, whose losses are summed: on the command
+            line `sigmoid sft`, in YAML `[sigmoid, sft]`.
+        loss_weights (`list[float]`, *optional*):
+            Weights of the losses of `loss_type`, in their order; 1 each if unset.
+        sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the winner's error, which is added to the loss: a sum with `sft`.
+        margin_clamp (`float`, *optional*):
+            Largest logit of a pair: above it the pair is won and has no gradient. For `sigmoid`, `hinge`, `ipo`,
+            `robust`, `dmpo`, `smpo` and `capo`. No cap if unset.
+        beta (`float`, *optional*):
+            Strength of the tie to the reference, in the half form: the logit is `-(beta / 2)` times the margin of the
+            mean squared errors.
+        auto_beta (`bool`, *optional*, defaults to `False`):
+            Whether `beta` follows the margins in training: a pair that is won by a margin of average size gets the
+            factor 0.2 in the gradient of `sigmoid`. It starts at the given `beta` and stays within a tenth and ten
+            times of it; evaluation uses the given one. For `sigmoid`, `hinge`, `robust`, `dspo_sdxl`, `dmpo`,
+            `simpo`, `dpop` and `smpo`.
+        safeguard (`str`, *optional*, defaults to `"output"`):
+            Scales the loser's gradient so that the winner's error does not rise to first order. `"output"` measures
+            at the model's output, from the residuals, which costs nothing; `"parameter"` from the true gradients, one
+            backward pass per branch and one lambda per optimizer step; `"none"` is the plain loss.
+        safeguard_mu (`float`, *optional*):
+            Share of the winner's descent that must remain, in `[0, 1]`.
+        safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
+            `"batch"`, one lambda a micro-batch and process, as published; `"pair"`, one a pair, which does not depend
+            on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights; `"noise_bin"`, one
+            a noise bin of the micro-batch.
+        safeguard_eps (`float`, *optional*, defaults to `0.0`):
+            Added to the dot product; 1e-9 reproduces the authors' code.
+        safeguard_anchor (`str`, *optional*):
+            What the parameter-space safeguard protects: `"branch"`, the winners' errors as the loss weighs them, or
+            `"error"`, their plain mean, at the price of one more backward pass of the winners. The loss's own if
+            unset: `"error"` for `ipo`, `dspo`, `dspo_sdxl`, `dmpo` and `capo`, whose winner branch can raise the
+            winner's error, and sums with them, `"branch"` for the others.
+        safeguard_low_memory (`bool`, *optional*, defaults to `False`):
+            Whether the parameter-space safeguard holds one branch's activations at a time, at the price of one more
+            forward pass of the losers. Not with dropout.
+        safeguard_diagnostics_steps (`int`, *optional*):
+            Optimizer steps between two measurements of the parameter-space safeguard: lambda of output space beside
+            its own, and the change of the winners' error on the same batch, noise and timesteps, predicted from its
+            gradient and realised by the optimizer. None if unset.
+        label_smoothing (`float`, *optional*): Share of flipped labels that `robust` assumes, 0.1 if unset.
+        dspo_threshold (`float`, *optional*): Mean squared shift from which `dspo_sdxl` weighs it, 0.1 if unset.
+        dmpo_alpha (`float`, *optional*): Distance of `dmpo`'s target preference from 1, 0.01 if unset.
+        mapo_temperature (`float`, *optional*): T of `mapo`, 1000 if unset.
+        mapo_scale (`float`, *optional*): s of `mapo`, 0.5 if unset.
+        simpo_gamma (`float`, *optional*): Target margin of `simpo`, 0.5 if unset.
+        dpop_lambda (`float`, *optional*): Charge of `dpop` on a rise of the winner's error, 5 if unset.
+        linear_eta (`float`, *optional*): Lowest weight of `linear`, 1e-3 if unset.
+        smpo_coefficient (`float`, *optional*): Coefficient of `smpo`, 10 if unset.
+        smpo_score_scale (`float` or `str`, *optional*):
+            What `smpo` divides score differences by, 1 if unset; `"pickscore"` is the published 0.166581, for cosines
+            of PickScore.
+    """
+
+    loss_type: Annotated[list[str], Choices(get_args(LossType)), RESUME] = cast(Any, "sigmoid")
+    loss_weights: Annotated[list[float] | None, RESUME] = None
+    sft_weight: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
+    beta: Annotated[float | None, RESUME] = None
+    auto_beta: Annotated[bool, RESUME] = False
+    safeguard: Annotated[Safeguard, RESUME] = "output"
+    safeguard_mu: Annotated[float | None, RESUME] = None
+    safeguard_granularity: Annotated[Granularity, RESUME] = "batch"
+    safeguard_eps: Annotated[float, RESUME] = 0.0
+    safeguard_anchor: Annotated[Anchor | None, RESUME] = None
+    safeguard_low_memory: bool = False
+    safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
+    label_smoothing: Annotated[float | None, RESUME] = None
+    dspo_threshold: Annotated[float | None, RESUME] = None
+    dmpo_alpha: Annotated[float | None, RESUME] = None
+    mapo_temperature: Annotated[float | None, RESUME] = None
+    mapo_scale: Annotated[float | None, RESUME] = None
+    simpo_gamma: Annotated[float | None, RESUME] = None
+    dpop_lambda: Annotated[float | None, RESUME] = None
+    linear_eta: Annotated[float | None, RESUME] = None
+    smpo_coefficient: Annotated[float | None, RESUME] = None
+    smpo_score_scale: Annotated[float | str | None, RESUME] = None
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """What is known of the loss; `ValueError` where `loss_type` and its settings name none."""
+        return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.sft_weight, self.margin_clamp)
+
+    @property
+    def loss_kwargs(self) -> dict[str, float]:
+        """The settings of the loss besides `beta` that were given, by name."""
+        values = {name: getattr(self, name) for spec in LOSSES.values() for name in spec.loss_kwargs}
+        given = {name: value for name, value in values.items() if value is not None}
+        return {name: score_scale(value) if isinstance(value, str) else value for name, value in given.items()}
+
+
+@documented
+@dataclass
+class WinnerArguments:
+    r"""
+    The part of [`DiffusionSDPOConfig`] that watches and steers what training does to the preferred images. A noise
+    level is the share of noise in a noisy latent, from 0 (clean) to 1: sigma of flow matching, and under DDPM the sigma
+    with the same ratio of signal to noise. It means the same for every model.
+
+    Parameters:
+        num_noise_bins (`int`, *optional*, defaults to `8`):
+            Equal parts of the noise levels from 0 to 1: evaluation reports the change of errors in each,
+            `safeguard_granularity="noise_bin"` has a lambda for each, `winner_budget` steers each.
+        loser_noise_range (`list[float]`, *optional*):
+            Two noise levels, lowest and highest, within which losers train, such as `0.6 1`; outside, a pair trains its
+            winner only. All levels if unset.
+        winner_budget (`float`, *optional*):
+            Target for the winners' error in every noise bin: its largest rise, as a share of the error before training;
+            0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down in noise bins above it,
+            back up below it, and down in all bins while one is above it although its losers are scaled to 0. With
+            `ema_decay`, the averaged weights are measured and held to it; the last weights may lie above. Not measured
+            if unset.
+        winner_budget_pairs (`int`, *optional*, defaults to `32`):
+            Pairs of the probe: spread over the evaluation data (of several sets, the first), or the first of a stream;
+            over the training data where there are none.
+        winner_budget_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps between two measurements of the probe.
+        ema_decay (`float`, *optional*):
+            Keeps an average of the trained weights, `average = decay * average + (1 - decay) * weights` after every
+            step, in `(0, 1)`; early steps use `(1 + step) / (10 + step)` where that is smaller. It is evaluated, saved
+            and pushed beside the weights, in the folder `ema`. None if unset.
+        safeguard_preconditioner (`str`, *optional*, defaults to `"plain"`):
+            With `safeguard="parameter"`: `"adamw"` bounds lambda also by what AdamW makes of the gradient, with its
+            momentum, preconditioner, weight decay and clipping. Experimental.
+        on_winner_rise (`str`, *optional*, defaults to `"warn"`):
+            When an evaluation shows the winners' error above that before training, by more than the uncertainty:
+            `"warn"` logs it, once a rise, with the noise level and what to change; `"stop"` also writes a checkpoint
+            and ends the training; `"ignore"` does neither. Without evaluation, `"warn"` looks at the logs of training
+            for an error that has doubled.
+    """
+
+    num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME, EVALUATION] = 8
+    loser_noise_range: Annotated[list[float] | None, RESUME] = None
+    winner_budget: Annotated[float | None, Range("(0, inf)", "0.01 is one per cent."), RESUME] = None
+    winner_budget_pairs: Annotated[int, Range("[1, inf)"), RESUME] = 32
+    winner_budget_steps: Annotated[int, Range("[1, inf)"), RESUME] = 10
+    ema_decay: Annotated[float | None, Range("(0, 1)", "Usual: 0.98 to 0.9999."), RESUME] = None
+    safeguard_preconditioner: Annotated[Preconditioner, RESUME] = "plain"
+    on_winner_rise: OnWinnerRise = "warn"
