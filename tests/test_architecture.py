@@ -141,6 +141,6 @@ def project_files() -> list[Path]:
     folders = [ROOT / name for name in (PACKAGE.name, "tests", "examples", "docs", "benchmarks")]
     inside = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     visible = [path for path in inside if not any(part.startswith((".", "__")) for part in path.parent.parts)]
-    beside = [path for path in [*ROOT.glob("*"), ROOT / ".ci" / "run"] if path.is_file()]
+    beside = [path for path in [*ROOT.glob("*"), ROOT / ".ci" / "run"] if path.is_file() and path.name != ".git"]
     suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cfg", ""}
     return [path for path in [*visible, *beside] if path.suffix in suffixes]
