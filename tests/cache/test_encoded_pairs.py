@@ -26,12 +26,12 @@ from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
-from trl_diffusion_sdpo.saving.disk import DiskFullError
 from trl_diffusion_sdpo.saving.resuming import check_resumable
 from trl_diffusion_sdpo.saving.setup import write_setup
 from trl_diffusion_sdpo.trainer import encoding, preparing
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
 from trl_diffusion_sdpo.trainer.preparing import place_frozen_components
+from trl_diffusion_sdpo.utils.disk import DiskFullError
 
 TIMES = ("runtime", "per_second", "flos")
 RUN = {"num_train_epochs": 2, "max_steps": -1, "proportion_empty_prompts": 0.3, "eval_strategy": "epoch"}

@@ -18,8 +18,8 @@ from tiny_pipelines import CASES, case
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.cache import encoder
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
-from trl_diffusion_sdpo.saving.disk import DiskFullError
 from trl_diffusion_sdpo.trainer import encoding
+from trl_diffusion_sdpo.utils.disk import DiskFullError
 
 pytestmark = pytest.mark.matrix
 FORK = multiprocessing.get_context("fork")

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.saving.disk import DiskFullError, naming_the_disk
 from trl_diffusion_sdpo.saving.manifest import damage
+from trl_diffusion_sdpo.utils.disk import DiskFullError, naming_the_disk
 
 SIZE = 300_000  # bytes
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
-from .disk import naming_the_disk
+from ..utils.disk import naming_the_disk
 from .setup import RECOMMENDED, SETUP_FILE, read_setup, recommended_scales
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 

@@ -18,8 +18,8 @@ from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.shadow_weights import ShadowWeights
+from ..utils.disk import DiskFullError, check_room
 from .checkpoint_folders import CheckpointFolders, holds_optimizer
-from .disk import DiskFullError, check_room
 from .resuming import OptimizerSettings, check_resumable, stored_settings
 from .setup import ARGS_FILE, still_recommended, write_setup
 from .unpickling import tensors_only

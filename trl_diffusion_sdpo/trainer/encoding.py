@@ -37,8 +37,8 @@ from ..engines.processes import failing_together, peers
 from ..families import Family
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
-from ..saving.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
 from ..saving.run_lock import RunLock
+from ..utils.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)

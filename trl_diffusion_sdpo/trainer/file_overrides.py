@@ -30,7 +30,6 @@ from ..reporting.console import say
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
-from ..saving.disk import naming_the_disk
 from ..saving.hub import PublishingError
 from ..saving.interrupts import stopping_on_interrupt
 from ..saving.publishing import Publisher
@@ -40,6 +39,7 @@ from ..saving.run_folder import PREVIOUS_RUN, RunFolder
 from ..saving.starting_point import BASE, public_base
 from ..saving.weights import WeightFiles
 from ..step.finite_check import FiniteCheck
+from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .callbacks import arrange, plots_of, run_lines
 from .config.all_arguments import temporarily
