@@ -74,16 +74,13 @@ test-kills: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step_time.py --quick
-	$(BIN)/python benchmarks/encode_throughput.py --quick
 	$(BIN)/python benchmarks/safeguard_overhead.py --rounds 2 --reference --tuning lora --latents 16 --batch 2
-	$(BIN)/python benchmarks/winner_rises.py --steps 40 --learning_rate 1e-3
 	$(BIN)/python benchmarks/planned_memory.py --size tiny --output bench_output/planned_memory.json
 	$(BIN)/python benchmarks/data_loading.py --quick
 
-# No environment is made, as in `test-gpu`; the results and the page that is made of them are to be committed.
+# No environment is made, as in `test-gpu`; the results are to be committed.
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_speed.py
-	PYTHONPATH=. $(PYTHON) benchmarks/performance_page.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,4 +1,4 @@
-"""What `step_time.py` compares, and what `performance_page.py` says of it."""
+"""The ratios that `step_time.py` measures."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,5 @@
 """Keeps the documentation true: arguments, losses, metrics, formats, families, defaults, links and code blocks."""
 
-import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -15,7 +14,6 @@ import peft
 import pytest
 import torch
 import yaml
-from tiny_pipelines import case
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -257,10 +255,6 @@ def module_of(path: str):
     return module
 
 
-def memory_script():
-    return module_of("benchmarks/family_memory.py")
-
-
 def test_every_familys_defaults_have_a_source():
     (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "Rate, all weights")
     named = [name for row in table.rows for name in code(row[0])]
@@ -271,36 +265,6 @@ def test_every_familys_defaults_have_a_source():
 def test_every_pipeline_class_stands_in_the_first_table_of_the_family_page():
     (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "Parameters")
     assert [name for row in table.rows for name in code(row[0])] == list(FAMILIES)
-
-
-@pytest.mark.slow
-def test_the_first_table_of_the_family_page_is_what_the_benchmark_prints():
-    page = (DOCS / "model_families.md").read_text(encoding="utf-8")
-    assert [line for line in memory_script().table() if line not in page.splitlines()] == []
-
-
-def test_the_memory_of_a_model_is_counted_as_the_family_page_says():
-    counts = memory_script().Counts(parameters=1000, lora=10, buffers=0)
-    assert counts.lora_bytes == 2 * 1000 + 10 * (4 + 4 + 4 + 4)
-    assert counts.full_bytes == 1000 * (4 + 4 + 4 + 4) + 2 * 1000
-    # A table of positions: in bf16 with the base; in float32 in the policy and in the reference.
-    assert memory_script().Counts(parameters=0, lora=0, buffers=100).lora_bytes == 200
-    assert memory_script().Counts(parameters=0, lora=0, buffers=100).full_bytes == 800
-
-
-def test_the_family_page_says_which_models_every_run_of_the_tests_trains():
-    tests = ast.parse((ROOT / "tests/families/test_family_training.py").read_text(encoding="utf-8"))
-    (in_ci,) = [
-        ast.literal_eval(node.value)
-        for node in tests.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "IN_CI"
-    ]
-    trained = {inspect.signature(case(name).build).return_annotation.__name__ for name in in_ci}
-    in_other_tests = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
-    (table,) = tables_with(DOCS / "model_families.md", "Pipeline class", "Parameters")
-    tested = {code(row[0])[0]: row[4] for row in table.rows}
-    assert {name for name, how in tested.items() if how == "tiny, `make test`"} == trained | in_other_tests
-    assert set(tested.values()) == {"tiny, `make test`", "tiny, `make test-families`"}
 
 
 def test_the_family_that_is_walked_through_is_quoted_whole():

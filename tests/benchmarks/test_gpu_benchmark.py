@@ -1,4 +1,4 @@
-"""The benchmark for GPUs on the CPU, with networks of one layer: every kind of case, resuming, and its page."""
+"""The benchmark for GPUs on the CPU, with networks of one layer: every kind of case, and resuming."""
 
 import importlib.util
 import json
@@ -14,7 +14,6 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes longer than measuring
 
-import performance_page  # noqa: E402
 from gpu_device import Memory, peak_flops  # noqa: E402
 
 
@@ -182,59 +181,3 @@ def test_every_case_trains(tmp_path, case):
         pytest.importorskip("bitsandbytes")
     assert call(tmp_path / "gpu.jsonl", "--cases", case.name) == 0
     assert lines(tmp_path / "gpu.jsonl")[case.name]["neutral"]
-
-
-# ---- The page -------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_on_performance_is_up_to_date():
-    page = performance_page.PAGE.read_text(encoding="utf-8")
-    assert performance_page.rewritten(page) == page, "run `python benchmarks/performance_page.py`"
-
-
-def test_the_page_says_the_rounds_of_its_rows_and_which_targets_were_not_measured(monkeypatch):
-    def row(comparison, rounds, ratio):
-        return {
-            "comparison": vars(comparison),
-            "ratios": [ratio] * rounds,
-            "quartiles": [ratio] * 3,
-            "difference": 1,
-        } | {"milliseconds": [ratio, 1.0]}
-
-    first, second, *others = [one for one in performance_page.COMPARISONS if one.target is not None]
-
-    def said(*rows):
-        report = {"load": "1.0", "environment": {"device": "CPU"}, "groups": [{"results": rows}]}
-        monkeypatch.setattr(performance_page, "step_report", lambda: report)
-        return performance_page.step_words().splitlines()
-
-    found = said(row(first, 3, first.target), row(second, 5, 2.0))
-    assert found[0].startswith("- Measured in 3 to 5 rounds at")
-    assert (
-        found[1].startswith(f"- Not reached: {second.name} relative to {second.against}") and "2.00 where" in found[1]
-    )
-    undecided = row(second, 5, 2.0) | {"quartiles": [second.target - 0.1, 2.0, 2.1]}
-    assert said(undecided)[1].startswith("- Undecided, as the quartiles are on both sides: ")
-    assert found[2] == "- Not measured: ours, cached relative to ours (sdxl, full), where the target is 0.77."
-    assert len(found) == 2 + len(others)
-    assert said(*(row(one, 4, 0.1) for one in (first, second, *others))) == [
-        "- Measured in 4 rounds at a load average of 1.0 on CPU.",
-        "- All targets are reached.",
-    ]
-
-
-def test_lines_of_a_gpu_become_rows_of_the_page(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
-    assert "Not measured yet" in performance_page.gpu_table()
-    written = [{**line, "smallest": False} for line in lines(measured).values()]
-    written.append({**written[0], "case": "sd15-lora", "tuning": "lora", **DID_NOT_FIT})
-    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
-    shown = performance_page.gpu_table()
-    assert len(shown.splitlines()) == 2 + 4 and "| LoRA | no |  | out of memory in training |" in shown
-
-
-def test_the_flops_of_a_pair_by_hand():
-    """Of two images; with a LoRA the backward pass takes as much as a forward pass, with all weights twice as much."""
-    flops = {"denoiser": 10, "vae": 7, "text": 1}
-    assert performance_page.pair_flops(flops, "lora") == 2 * 7 + 1 + 2 * 10 * 3
-    assert performance_page.pair_flops(flops, "full", cached=True, errors=True) == 2 * 10 * 3

@@ -20,7 +20,7 @@ HARD = {"learning_rate": 2e-4, "beta": 100.0}
 GENTLE = {"learning_rate": 1e-4, "beta": 500.0}
 UNSAFE = {"loss_type": "sigmoid", "safeguard": "none"}
 SAFE = {"loss_type": "sigmoid", "safeguard": "output", "safeguard_mu": 0.6}
-# A lower winner error for slightly less reward: a point of the front that benchmarks/front.py measures.
+# A lower winner error for slightly less reward: see docs/safeguard_measurements.md.
 RECIPE = {"loss_type": "sigmoid", "safeguard": "parameter", "safeguard_mu": 0.8, "lr_scheduler_type": "cosine"}
 
 
