@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, images, prepare_dataset
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import checking as checking_module
 from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
 from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
@@ -164,12 +164,11 @@ def test_a_row_that_one_process_cannot_read_is_dropped_by_all(verify):
     assert "OSError: truncated" in str(reports[0])
 
 
-def test_a_row_of_a_users_data_set_that_may_be_good_is_not_left_out(monkeypatch):
-    monkeypatch.setattr(images, "READ_AGAIN", (0.0, 0.0))
+def test_a_row_of_a_users_data_set_that_may_be_good_is_not_left_out():
     data = Torn(OSError(errno.EIO, "bad sector"))
     prepared = prepare(data, verify_images="none")
     data.torn = True
-    with pytest.raises(UnreadableImageError, match="row 3 cannot be read .*bad sector.*3 times.*remove its row"):
+    with pytest.raises(UnreadableImageError, match="row 3 cannot be read .*bad sector"):
         prepared.check_all()
 
 
@@ -258,7 +257,7 @@ def test_processes_decode_a_share_each(decoded):
 
 def test_a_bad_row_in_one_processs_share_raises_in_all():
     def attempt(peers):
-        with pytest.raises(ValueError, match="row 41: image 0 is of no image format"):
+        with pytest.raises(ValueError, match="row 41: image 0 is not an image format"):
             prepare(rows(100, bad={41}), on_bad_row="raise", peers=peers)
         return True
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..data.checking import HOW_TO_DROP, Peers
-from ..data.images import UndecodableImageError, UnreadableImageError, read_again
+from ..data.images import UndecodableImageError
 from ..data.pairs import PreferenceDataset
 from .encoded_pairs import MOMENTS, SIZES, ImageRows
 from .shards import ShardStore
@@ -95,8 +94,6 @@ def encode_images(
 
 def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
     """Raise where the image of an error must not be stored as one that cannot be decoded."""
-    if isinstance(error, UnreadableImageError):
-        raise UnreadableImageError(f"Pair {pair}: {error} What is encoded stays.")
     if dataset.strict:
         raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
 
@@ -190,7 +187,7 @@ class _Decoded(Dataset):
     def __getitem__(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError:
         image = self._images[index]
         try:
-            return read_again(partial(self._variants, image))
+            return self._variants(image)
         except UndecodableImageError as error:
             return type(error)(str(error))  # without what it holds of the image
 

@@ -16,7 +16,7 @@ import pyarrow.compute as compute
 from .buckets import AspectRatioBuckets, PairSizes
 from .checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
 from .formats import images_of_row
-from .images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
+from .images import ImageReader, UndecodableImageError
 from .tables import ArrowSource, RowSource
 from .transforms import Size
 
@@ -168,11 +168,9 @@ def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
 
 
 def _size(reader: ImageReader, image: Any) -> tuple[int, int]:
-    """`(height, width)` of an image, zeros where it cannot be used; `UnreadableImageError` where it may be good."""
+    """Return `(height, width)` of an image, zeros if it cannot be used."""
     try:
-        return read_again(partial(reader.size, image))
-    except UnreadableImageError:
-        raise
+        return reader.size(image)
     except UndecodableImageError:
         return 0, 0
 

@@ -1,12 +1,14 @@
-"""Decodes the values of image columns. Paths and URLs in rows are not trusted: they may name a device, a pipe or
-another host, and a small file may decompress to any size. Every failure is an `UndecodableImageError`."""
+"""Decodes the values of image columns.
+
+Paths and URLs in rows are not trusted: they may name a device, a pipe or another host, and a small file may decompress
+to any size. A bad image raises `UndecodableImageError`, and its row is left out. A storage that fails repeatedly raises
+`UnreadableImageError`, and the run ends: the image may be good, and training without it would be another training.
+"""
 
 import errno
 import io
 import os
 import re
-import stat
-import struct
 import tarfile
 import time
 import zipfile
@@ -14,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import fsspec
@@ -23,10 +24,10 @@ import pyarrow
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
 
+from ..utils.files import check_regular_file
 from ..utils.hints import did_you_mean
+from ..utils.secrets import without_secrets
 
 MIN_SIDE = 8  # a VAE encodes 8 x 8 pixels to one latent
 MAX_ASPECT_RATIO = 64  # an image is resized by its shorter side: the longer one would exceed any memory
@@ -35,82 +36,69 @@ MAX_PIXELS = 178_956_970  # Pillow's default limit; half a gigabyte as RGB
 
 # Without the formats that Pillow decodes by running other programs, such as EPS.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Schemes that rows may use by default: local files, members of archives, and files of the Hub, which is how `datasets`
-# names the images of a set that it streams from there.
+# Schemes that rows may use by default: local files, members of archives, and files of the Hub, because `datasets` names
+# the images of a set that it streams from there in this way.
 SCHEMES = ("file", "hf", "zip", "tar")
 
-
-def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """fsspec's names of the schemes of `image_schemes`, such as `"s3"`, `"S3"` or `"s3://"`, without repeats.
-
-    Raises:
-        ValueError: If fsspec knows no such scheme.
-    """
-    given = [value] if isinstance(value, str) else list(value or ())
-    known = fsspec.available_protocols()
-    schemes: dict[str, None] = {}
-    for word in given:
-        scheme = str(word).removesuffix("://").lower()
-        if scheme not in known:
-            raise ValueError(
-                "`image_schemes` must be schemes of URLs that fsspec knows (`fsspec.available_protocols()`), such as "
-                f"s3; got {word!r}.{did_you_mean(scheme, known)}"
-            )
-        schemes[scheme] = None
-    return tuple(schemes)
-
-
-Result = TypeVar("Result")
-
-TURNED = (5, 6, 7, 8)  # EXIF orientations under which height and width change places
-
-
-# What is wrong with a path itself, or with the permission to read it. Other errors of the system, of the network and of
-# memory may pass.
+READ_AGAIN = (1.0, 5.0)  # seconds before an image is read again after an error that may pass
+HOW_TO_GO_ON = (
+    "The image may be good, so it is not left out. When the storage answers again, start the run again, with "
+    "`resume_from_checkpoint` if it has saved a checkpoint. If it never does, remove the row from the data set."
+)
+# Errors of the path itself or of the permission to read it. Other numbered errors of the system may pass.
 OF_THE_PATH = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
 )
-# HTTP statuses that do not pass by waiting; 408, 425 and 429 do, as those from 500 on.
-LASTING_STATUSES = frozenset(range(400, 500)) - {408, 425, 429}
-HTTP_CLIENTS = ("aiohttp", "requests", "httpx", "httpx2", "huggingface_hub")
-READ_AGAIN = (1.0, 5.0)  # seconds until an image that could not be read is read again
-HOW_TO_GO_ON = (
-    "The image may be good, so it is not left out. When it can be read, start again; if it never can, remove its row "
-    "from the data set."
-)
+PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410, 414, 451)  # of HTTP
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError)
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
-OF_AN_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError)
+Result = TypeVar("Result")
 
 
 class UndecodableImageError(ValueError):
-    """An image that cannot be used, with the reason."""
+    """An image that cannot be used, with the reason. Passwords of URLs do not appear in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
-class UnreadableImageError(UndecodableImageError):
-    """An image that could not be read, for a reason that may pass: the image itself may be good."""
+class UnreadableImageError(ValueError):
+    """A storage that failed repeatedly. The image may be good."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
-def read_again(read: Callable[[], Result]) -> Result:
-    """What `read` returns; after an error that may pass, it is called again.
+def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return fsspec's names of the schemes of `image_schemes`, such as `"s3"`, `"S3"` or `"s3://"`, without repeats.
 
     Raises:
-        UnreadableImageError: After the last of `READ_AGAIN`, with what to do.
+        ValueError: If fsspec knows no such scheme, or a package that it needs is not installed.
     """
-    for seconds in READ_AGAIN:
+    words = [value] if isinstance(value, str) else list(value or ())
+    schemes: dict[str, None] = {}
+    for word in words:
+        scheme = str(word).removesuffix("://").lower()
+        if scheme not in fsspec.available_protocols():
+            raise ValueError(
+                "`image_schemes` must be schemes of URLs that fsspec knows (`fsspec.available_protocols()`), such as "
+                f"s3; got {word!r}.{did_you_mean(scheme, fsspec.available_protocols())}"
+            )
         try:
-            return read()
-        except UnreadableImageError:
-            time.sleep(seconds)
-    try:
-        return read()
-    except UnreadableImageError as error:
-        raise UnreadableImageError(f"{error}, {1 + len(READ_AGAIN)} times. {HOW_TO_GO_ON}") from error
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            raise ValueError(
+                f"`image_schemes={word!r}` cannot be used: {error}. Install it, e.g. with pip."
+            ) from error
+        schemes[scheme] = None
+    return tuple(schemes)
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Opens and decodes the images of rows.
+    """Opens and decodes the images of rows. After an error that may pass, an image is read again.
 
     Args:
         schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chains such as `zip://a.png::hf://...`.
@@ -119,7 +107,7 @@ class ImageReader:
     schemes: tuple[str, ...] = SCHEMES
 
     def decode(self, value: Any) -> Image.Image:
-        """The value of an image column as an upright RGB image.
+        """Return the value of an image column as an upright RGB image.
 
         Transparent images are composited on white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
 
@@ -131,113 +119,143 @@ class ImageReader:
         Raises:
             UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of an unknown
                 type, or at a URL whose scheme is not allowed.
+            UnreadableImageError: If the storage failed repeatedly.
         """
-        with _failures_as_undecodable(value):
-            image = self._open(value)
-            _check_pixels(image)
-            image.load()
-            image = _to_rgb(_upright(image))
-            _check_sides(*image.size)
-        return image
+        return _read_patiently(self._decode, value)
 
     def size(self, value: Any) -> tuple[int, int]:
-        """`(height, width)` of the image that `decode` would give, read from its header; pixels may still be damaged.
+        """Return `(height, width)` of the image that `decode` would give. Only the header is read, so the pixels may
+        still be damaged, and a rotation that a PNG names after its pixels is not seen.
 
         Raises:
-            UndecodableImageError: As `decode`, for what a header shows.
+            As `decode`, for what a header shows.
         """
-        with _failures_as_undecodable(value), self._header(value) as image:
-            _check_pixels(image)
-            width, height = image.size
-            if isinstance(image, TiffImageFile):  # some versions of Pillow turn the size at once, others when decoding
-                width, height = (
-                    int(image.tag_v2[tag]) for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
-                )
-            if _orientation(image) in TURNED:
-                width, height = height, width
-            _check_sides(width, height)
-        return height, width
+        return _read_patiently(self._size, value)
 
     def decode_at(self, images: Sequence[Any], index: int) -> Image.Image:
-        """One of a row's images, decoded; the error names its index."""
+        """Decode one of a row's images; the error names its index."""
         return _at(self.decode, images, index)
 
     def size_at(self, images: Sequence[Any], index: int) -> tuple[int, int]:
-        """`size` of one of a row's images; the error names its index."""
+        """Return the `size` of one of a row's images; the error names its index."""
         return _at(self.size, images, index)
 
     def problem(self, image: Any) -> str:
-        """Why an image cannot be used; empty if it can.
+        """Return why an image cannot be used; empty if it can.
 
         Raises:
-            UnreadableImageError: If it could not be read repeatedly, though it may be good.
+            UnreadableImageError: If the storage failed repeatedly.
         """
         try:
-            read_again(partial(self.decode, image))
-        except UnreadableImageError:
-            raise
+            self.decode(image)
         except UndecodableImageError as error:
             return str(error)
         return ""
 
+    def _decode(self, value: Any) -> Image.Image:
+        with self._opened(value) as image:
+            image.load()
+            image = _to_rgb(_upright(image))
+            _check_sides(*image.size)
+            return image
+
+    def _size(self, value: Any) -> tuple[int, int]:
+        with self._opened(value) as image:
+            if image.format == "TIFF":  # Pillow turns it when it is decoded
+                image.load()
+                width, height = _upright(image).size
+            else:
+                width, height = image.size
+                # `PngImageFile.getexif` would decode the pixels, to see what comes after them.
+                if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED:
+                    width, height = height, width
+            _check_sides(width, height)
+        return height, width
+
     @contextmanager
-    def _header(self, value: Any) -> Iterator[Image.Image]:
-        """An image whose pixels are not read; bytes are not copied, and of a local file only the beginning is read."""
+    def _opened(self, value: Any) -> Iterator[Image.Image]:
+        """Open an image and check its number of pixels, before any is decoded."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes | bytearray | memoryview):
-            value = pyarrow.BufferReader(value)
-        elif isinstance(value, str | os.PathLike) and "://" not in os.fspath(value):
-            _check_file(os.fspath(value), MAX_FILE_BYTES)
-        else:
-            yield self._open(value)
+        if isinstance(value, Image.Image):
+            _check_pixels(value)
+            yield value
             return
+        if isinstance(value, str | os.PathLike):
+            path = os.fspath(value)
+            value = self._download(path) if "://" in path else _check_file(path, MAX_FILE_BYTES)
+        elif isinstance(value, bytes | bytearray | memoryview):
+            value = pyarrow.BufferReader(value)  # without a copy
+        elif value is None:
+            raise UndecodableImageError("is missing: neither bytes nor a path")
+        else:
+            raise UndecodableImageError(
+                f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path or a dict of both"
+            )
         with Image.open(value, formats=FILE_FORMATS) as image:
+            _check_pixels(image)
             yield image
 
-    def _open(self, value: Any) -> Image.Image:
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
-            if not value:
-                raise UndecodableImageError("is missing: neither bytes nor a path")
-        if isinstance(value, Image.Image):
-            return value
-        if isinstance(value, str | os.PathLike):
-            value = self._read(os.fspath(value))
-        if isinstance(value, bytes | bytearray | memoryview):
-            return Image.open(io.BytesIO(value), formats=FILE_FORMATS)
-        if value is None:
-            raise UndecodableImageError("is missing: got None")
-        raise UndecodableImageError(
-            f"is of unknown kind {type(value).__name__}: expected a PIL image, bytes, a path or a dict of both"
-        )
-
-    def _read(self, path: str) -> bytes:
-        """The bytes at a path or URL, which is checked before it is opened."""
-        if "://" not in path:
-            _check_file(path, MAX_FILE_BYTES)
-            with open(path, "rb") as file:
-                return _bounded(file.read(MAX_FILE_BYTES + 1))
-        hops = path.split("::")
+    def _download(self, url: str) -> io.BytesIO:
+        """Return the bytes at a URL, or of a member of an archive. The URL is checked before anything is opened."""
+        hops = url.split("::")
         for depth, hop in enumerate(hops):
             scheme = _scheme(hop)
             if scheme not in self.schemes and not (scheme == "" and depth == len(hops) - 1):
                 raise UndecodableImageError(
-                    f"is at {scheme or hop}://, which rows may not have opened (`image_schemes` allows more): {path}"
+                    f"is at {scheme or hop}://, which rows may not have opened (`image_schemes` allows more): {url}"
                 )
             if depth > 1:
-                raise UndecodableImageError(f"is in an archive within an archive: {path}")
+                raise UndecodableImageError(f"is in an archive within an archive: {url}")
             if depth and _scheme(hops[depth - 1]) == "tar" and infer_compression(hop) is not None:
                 raise UndecodableImageError(
-                    f"is in a compressed archive, all of which would be unpacked to find it: {path}. Pack it as .tar"
+                    f"is in a compressed archive, all of which would be unpacked to find it: {url}. Pack it as .tar"
                 )
             if scheme in ("", "file"):
                 _check_file(url_to_fs(hop)[1], MAX_FILE_BYTES if len(hops) == 1 else None)
-        with _failures_as_unreadable(), fsspec.open(path, "rb") as file:
-            return _bounded(file.read(MAX_FILE_BYTES + 1))
+        try:
+            with fsspec.open(url, "rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+        except Exception as error:
+            raise _storage_error(error) from None  # its traceback may show the URL's password
+        if len(content) > MAX_FILE_BYTES:
+            raise UndecodableImageError(f"is too large a file: more than {MAX_FILE_BYTES} bytes")
+        return io.BytesIO(content)
 
 
 decode_image = ImageReader().decode  # with the default schemes
+
+
+def as_undecodable(error: Exception, what: str) -> UndecodableImageError | UnreadableImageError:
+    """Return the error of an image for any that was raised while it was read. `what` says what cannot be done."""
+    if isinstance(error, UndecodableImageError | UnreadableImageError):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return UndecodableImageError("is not an image format that Pillow can read")
+    may_pass = isinstance(error, MemoryError | TimeoutError | ConnectionError)
+    if isinstance(error, OSError) and error.errno is not None:  # decoders raise it without a number for damaged images
+        may_pass = error.errno not in OF_THE_PATH
+    kind = UnreadableImageError if may_pass else UndecodableImageError
+    return kind(f"{what} ({type(error).__name__}: {error})")
+
+
+def _read_patiently(read: Callable[[Any], Result], value: Any) -> Result:
+    """Return `read(value)`. Any failure becomes one of the two errors of this module, and names the image's file."""
+    for pause in (*READ_AGAIN, None):
+        try:
+            return read(value)
+        except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
+            failure = as_undecodable(error, "cannot be decoded")
+            reason = str(failure)
+            name = value.get("path") if isinstance(value, Mapping) else value
+            if isinstance(name, str | os.PathLike) and without_secrets(os.fspath(name)) not in reason:
+                reason = f"{reason}: {os.fspath(name)}"
+            if isinstance(failure, UndecodableImageError):
+                raise UndecodableImageError(reason) from (None if failure is error else error)
+            if pause is None:
+                raise UnreadableImageError(f"{reason}, {len(READ_AGAIN) + 1} times. {HOW_TO_GO_ON}") from error
+        time.sleep(pause)
+    raise AssertionError
 
 
 def _at(read: Callable[[Any], Result], images: Sequence[Any], index: int) -> Result:
@@ -245,94 +263,38 @@ def _at(read: Callable[[Any], Result], images: Sequence[Any], index: int) -> Res
         raise UndecodableImageError(f"image {index} is missing: the row has {len(images)} images")
     try:
         return read(images[index])
-    except UndecodableImageError as error:
+    except (UndecodableImageError, UnreadableImageError) as error:
         raise type(error)(f"image {index} {error}") from error
 
 
 def _scheme(hop: str) -> str:
-    """The scheme of one part of a chained URL, empty for a plain path. fsspec takes a bare word as a scheme."""
+    """Return the scheme of one part of a chained URL, empty for a plain path. fsspec takes a bare word as a scheme."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
 
-def _check_file(path: str, max_bytes: int | None) -> None:
-    """Refuse anything but a regular file before it is opened: reading a pipe blocks, and a device has no end."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise UndecodableImageError(f"is no regular file: {path}")
-    if max_bytes is not None and status.st_size > max_bytes:
-        raise UndecodableImageError(f"is too large a file: {status.st_size} bytes, {max_bytes} at most: {path}")
-
-
-def _bounded(data: bytes) -> bytes:
-    if len(data) > MAX_FILE_BYTES:
-        raise UndecodableImageError(f"is too large a file: more than {MAX_FILE_BYTES} bytes")
-    return data
-
-
-@contextmanager
-def _failures_as_undecodable(value: Any) -> Iterator[None]:
-    """Any failure of an image as an `UndecodableImageError` that names its file, if it has one."""
+def _check_file(path: str, max_bytes: int | None) -> str:
+    """Return the path of a regular file, after it was checked and before it is opened."""
     try:
-        with _any_as_undecodable():
-            yield
-    except UndecodableImageError as error:
-        name = value.get("path") if isinstance(value, Mapping) else value
-        if not isinstance(name, str | os.PathLike) or os.fspath(name) in str(error):
-            raise
-        raise type(error)(f"{error}: {os.fspath(name)}") from error
+        check_regular_file(path, max_bytes)
+    except ValueError as error:
+        raise UndecodableImageError(str(error)) from None
+    return path
 
 
-@contextmanager
-def _any_as_undecodable() -> Iterator[None]:
-    try:
-        yield
-    except UndecodableImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UndecodableImageError("is of no image format that Pillow knows") from error
-    except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
-        raise as_undecodable(error, "cannot be decoded") from error
-
-
-def as_undecodable(error: Exception, what: str) -> UndecodableImageError:
-    """The error of an image for any that was raised while it was read or decoded; `what` says what cannot be done."""
-    kind = UnreadableImageError if _may_pass(error) else UndecodableImageError
-    return kind(f"{what} ({type(error).__name__}: {error})")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether an error is of the system or of memory. Decoders raise `OSError` without a number for damaged images."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno not in OF_THE_PATH
-    return isinstance(error, MemoryError | TimeoutError | ConnectionError)
-
-
-@contextmanager
-def _failures_as_unreadable() -> Iterator[None]:
-    """Libraries of storages have errors of their own: whatever they raise may pass, unless nothing is there, it may
-    not be read, or what is there is damaged."""
-    try:
-        yield
-    except Exception as error:
-        # fsspec's HTTP file system says of every request that fails, whatever the reason, that there is no file.
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) and _is_of_http(error.__cause__) else error
-        status = _http_status(cause)
-        if status in LASTING_STATUSES:
-            raise UndecodableImageError(f"cannot be read: the server's answer has HTTP status {status}") from error
-        if status is None and isinstance(cause, (FileNotFoundError, PermissionError, ValueError, *OF_AN_ARCHIVE)):
-            raise
-        raise UnreadableImageError(f"cannot be read ({type(cause).__name__}: {cause})") from error
-
-
-def _http_status(error: Any) -> int | None:
-    """The status of a server's answer: aiohttp's errors have it themselves, others in their response."""
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _is_of_http(error: Any) -> bool:
-    return isinstance(error, TimeoutError) or type(error).__module__.partition(".")[0] in HTTP_CLIENTS
+def _storage_error(error: Exception) -> UndecodableImageError | UnreadableImageError:
+    """Return the error of an image for what a storage's library raised, which may be of any type. It may pass, unless
+    it says that nothing is there, that it may not be read, or that it is damaged."""
+    # fsspec's HTTP file system says of every request that fails, whatever the reason, that there is no file.
+    cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    if status is None:
+        permanent = isinstance(cause, (FileNotFoundError, PermissionError, ValueError, *DAMAGED_ARCHIVE))
+    else:
+        permanent = status in PERMANENT_STATUSES
+    kind = UndecodableImageError if permanent else UnreadableImageError
+    answer = "" if status is None else f"HTTP status {status}, "
+    return kind(f"cannot be read ({answer}{type(cause).__name__}: {cause})")
 
 
 def _check_pixels(image: Image.Image) -> None:
@@ -349,30 +311,8 @@ def _check_sides(width: int, height: int) -> None:
         raise UndecodableImageError(f"{width}x{height} is too long: {MAX_ASPECT_RATIO} to 1 at most")
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation by which `decode` turns an image; its pixels are read only where they must be."""
-    if isinstance(image, PngImageFile) and image.fp is not None and not _has_late_metadata(image.fp):
-        exif = Image.Image.getexif(image)  # `PngImageFile.getexif` decodes an image for what may come after its pixels
-    else:
-        exif = image.getexif()
-    return exif.get(ExifTags.Base.Orientation, 1)
-
-
-def _has_late_metadata(file: Any) -> bool:
-    """Whether a PNG has texts or EXIF, which hold the orientation, after its pixels."""
-    place, end, chunk, after, found = file.tell(), file.seek(0, os.SEEK_END), 8, False, False
-    while chunk + 8 <= end and not found:
-        file.seek(chunk)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        found = after and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-        after |= kind == b"IDAT"
-        chunk += length + 12  # with its length, kind and checksum
-    file.seek(place)
-    return found
-
-
 def _upright(image: Image.Image) -> Image.Image:
-    """With its EXIF rotation applied; the same object if it has none, of which Pillow would make a copy."""
+    """Apply the EXIF rotation. An image without one is returned itself; Pillow would copy it."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 
@@ -392,7 +332,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _wide_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's conversion clips everything above 255 to white."""
+    """Scale 16-bit grey to 8 bits; Pillow's conversion clips everything above 255 to white."""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")

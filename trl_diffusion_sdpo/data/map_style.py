@@ -16,7 +16,7 @@ from .buckets import AspectRatioBuckets, PairSizes, Repeated, TakenAgain, candid
 from .checking import ALONE, HOW_TO_DROP, DataReport, Peers, SourceImage, evenly_spaced
 from .holdout import PermutedLosers
 from .image_sizes import settle_sizes
-from .images import ImageReader, UndecodableImageError, UnreadableImageError, read_again
+from .images import ImageReader, UndecodableImageError
 from .index import PairNumbers
 from .mixture import Source
 from .tables import pairs_fingerprint
@@ -46,7 +46,6 @@ class PreferenceDataset(Dataset):
     ) -> None:
         self._source, self._maker, self._reader = source, maker, reader
         self.strict = strict  # whether bad rows stop the run
-        self._for_storing = False  # then so do errors that may pass
         self.is_swapped = source.format.is_swapped  # whether the published losers are the winners
         self.is_permuted = permutes  # whether losers are the winners of other pairs, by `permute_losers`
         self._report = DataReport(name, source.format.name, rows=len(source), is_swapped=self.is_swapped)
@@ -176,10 +175,8 @@ class PreferenceDataset(Dataset):
         return view
 
     def for_storing(self) -> "PreferenceDataset":
-        """The same pairs, for results that are stored: what is undecodable is found anew, and an image that may be good
-        and cannot be read, also when it is read again, is an error."""
+        """The same pairs, for results that are stored: what is undecodable is found anew."""
         view = copy.copy(self)
-        view._for_storing = True
         view._reset_undecodable()
         return view
 
@@ -334,8 +331,7 @@ class PreferenceDataset(Dataset):
         raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
 
     def _read_pair(self, row: int, loser: int | None, target: Size, maker: ItemMaker) -> dict[str, Any]:
-        read = partial(self._item, row, loser, target, maker)
-        return {**(read_again(read) if self._for_storing else read()), **self._stored_errors(row)}
+        return {**self._item(row, loser, target, maker), **self._stored_errors(row)}
 
     def _item(self, row: int, loser: int | None, target: Size, maker: ItemMaker) -> dict[str, Any]:
         """A pair, with the winner of the pair `loser` as its loser, or with its own."""
@@ -370,8 +366,6 @@ class PreferenceDataset(Dataset):
         images = self._losers.images if as_loser else self._index  # (P, 2) or (P, 4)
         rows = sorted({int(images[row, 0]), int(images[row, -2])})
         where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
-        if self._for_storing and isinstance(error, UnreadableImageError):
-            raise UnreadableImageError(f"{where}: {error}") from error
         if self.strict:
             raise checking.BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
         (self._losers.bad if as_loser else self._undecodable)[row] = 1

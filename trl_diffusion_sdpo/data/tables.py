@@ -10,7 +10,6 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from functools import partial
 from typing import Any
 
 import datasets
@@ -23,14 +22,7 @@ from .checking import ROUND_ROWS, DataReport, evenly_spaced
 from .columns import NotVectorizedError, check_number_columns, digest_of, digests_of_values, values_of_rows
 from .contents import checksum_of_images, checksum_of_prompts, checksum_of_values, pixels_of
 from .formats import Reject, groups, images_of_row, pairs_in_group, resolve_format
-from .images import (
-    MAX_FILE_BYTES,
-    ImageReader,
-    UndecodableImageError,
-    UnreadableImageError,
-    as_undecodable,
-    read_again,
-)
+from .images import MAX_FILE_BYTES, ImageReader, UndecodableImageError, UnreadableImageError, as_undecodable
 from .index import PairIndex, find_pairs, index_type
 from .kept_index import keep, kept_folder, read_kept
 
@@ -249,7 +241,7 @@ class _OfRows(Dataset):
     def __getitem__(self, index: int) -> list[Any] | str:
         row = int(self._rows[index])
         try:
-            images = read_again(partial(self._source.images, row))
+            images = self._source.images(row)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"row {row} {error}") from error
         except UndecodableImageError as error:

@@ -1,9 +1,11 @@
-"""Files that a kill, a full disk or a loss of power leaves either as they were or whole."""
+"""Safe writing and reading of files: a kill, a full disk or a loss of power leaves a written file either as it was or
+whole, and a name that strangers chose is checked before it is opened."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -43,3 +45,17 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
+    """Check a file before it is opened: reading a pipe blocks, and a device such as `/dev/zero` has no end.
+
+    Raises:
+        ValueError: If the path is not a regular file, or the file has more than `max_bytes`.
+        OSError: If there is none.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"is not a regular file: {os.fspath(path)}")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise ValueError(f"is too large a file: {status.st_size} bytes, {max_bytes} at most: {os.fspath(path)}")
