@@ -14,7 +14,7 @@ What waits here is what torch's `set_sync_debug_mode` reports on CUDA: a value t
 copy between host and device that is not `non_blocking`. A copy into pinned memory that does not wait holds wrong
 values until an event that was recorded after it has been waited for.
 
-It proves nothing about kernels, streams and compilers, and has no process group. Generators stay on the CPU. torch's
+It proves nothing about kernels, streams and compilers, and has no process group. torch's
 Python back end for new devices, on which it stands, is experimental (torch 2.13).
 """
 
@@ -258,7 +258,8 @@ class DeviceModule:
 
 
 class HostGenerator(torch.Generator):
-    """A generator of the CPU that says it is of the device that was asked for."""
+    """A generator of the CPU that says it is of the device that was asked for. As on a real device, a seed there means
+    other numbers than on the CPU."""
 
     def __new__(cls, device="cpu"):
         made = super().__new__(cls, "cpu")
@@ -268,6 +269,9 @@ class HostGenerator(torch.Generator):
     @property
     def device(self):
         return self.asked
+
+    def manual_seed(self, seed):
+        return super().manual_seed(seed + 1 if _is_here(self.asked) else seed)
 
 
 def install() -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import pytest
 import torch.utils.backend_registration
 from device.waits import A_LOG, A_MICRO_BATCH, A_PREDICTION, AN_EVALUATION
@@ -106,6 +107,30 @@ def test_the_other_ways_synchronize_as_listed(found, cases):
 def test_average_budget_and_diagnostics_do_not_synchronize(found, cases):
     micro_batches = cases[0]["args"].get("gradient_accumulation_steps", 1)
     check_waits(found[0], {place: micro_batches * count for place, count in listed(cases[0]).items()})
+
+
+COMPARED = {"logging_steps": 1, "max_steps": 2, "learning_rate": 1e-4}
+DRAWN = {"noise_offset": 0.1, "input_perturbation": 0.1, "weighting_scheme": "logit_normal", "n_timesteps_per_pair": 2}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+@each(
+    sd("full", "output", "drawn", COMPARED | DRAWN | EMA_AND_BUDGET | EVALUATED, evaluates=True),
+    sd("full", "output", "added", COMPARED | INVERSION | {"inversion_eta": 0.1}),
+)
+def test_a_seed_means_the_same_noise_as_on_the_cpu(found, cases, make_trainer, family_folder, start_data):
+    """Noise, its offset and perturbation, timesteps, posterior samples, the noise that inversion adds, the budget's
+    probe and evaluations: all errors are those of a run on the CPU."""
+    data = datasets.load_from_disk(start_data)
+    settings = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2} | cases[0]["args"]
+    evaluation = data.select(range(3)) if cases[0]["evaluates"] else None
+    trainer = make_trainer(family_folder(cases[0]["family"]), None, data, evaluation, **settings)
+    trainer.train()
+    names = [name for entry in trainer.state.log_history for name in entry if "errors/" in name or "budget/" in name]
+    assert names
+    for here, there in zip(trainer.state.log_history, found[0]["log"], strict=True):
+        measured = {name: value for name, value in here.items() if name in names}
+        assert {name: there[name] for name in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5)
 
 
 @each(sd("full", "parameter", "inverted", INVERSION | {"inversion_eta": 0.1}))

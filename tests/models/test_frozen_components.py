@@ -8,7 +8,7 @@ from tiny_pipelines import CASES, case
 from tiny_pipelines.parts import kl_vae
 
 from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
-from trl_diffusion_sdpo.families import find_family, load_pipeline
+from trl_diffusion_sdpo.families import base, find_family, load_pipeline
 from trl_diffusion_sdpo.models.frozen_components import working_pipeline
 
 HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +120,15 @@ def test_the_vae_meets_no_more_images_than_it_is_told_and_casts_no_more(make_tra
     )
     trainer.train()
     assert met == [(3, BF16), (3, BF16), (2, BF16)]  # four pairs
+
+
+def test_by_default_the_vae_meets_a_bounded_number_of_pixels(make_trainer, monkeypatch):
+    met = []
+    monkeypatch.setattr(base, "PIXELS_AT_ONCE", 3 * 16 * 16)
+    trainer = make_trainer(max_steps=1)
+    trainer.family.pipeline.vae.encoder.register_forward_pre_hook(lambda part, args: met.append(len(args[0])))
+    trainer.train()
+    assert met == [3, 3, 2]  # four pairs
 
 
 def test_encoding_in_chunks_walks_the_trajectory_of_encoding_at_once(make_trainer):

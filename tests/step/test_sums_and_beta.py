@@ -362,7 +362,6 @@ def test_weights_of_pairs_are_repeated_for_each_draw_and_kept_with_their_pairs(m
     trainer = make_trainer(n_timesteps_per_pair=2, train=make_pairs(4), per_device_train_batch_size=3)
     items = [trainer.train_dataset[row] for row in range(3)]
     inputs = trainer._prepare_inputs({**trainer.data_collator(items), "pair_weights": torch.tensor([1.0, 2.0, 4.0])})
-    trainer.pair_forward.attach(trainer.accelerator)
     predictions = trainer.pair_forward.predict_pairs(trainer.model.train(), inputs)
     assert predictions.pair_weights.tolist() == [1.0, 2.0, 4.0, 1.0, 2.0, 4.0]
     assert predictions.take(torch.tensor([2, 0, 8, 6])).pair_weights.tolist() == [4.0, 1.0]

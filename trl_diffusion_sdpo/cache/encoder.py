@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from ..data.checking import HOW_TO_DROP, Peers
 from ..data.images import UndecodableImageError
 from ..data.pairs import PreferenceDataset
+from ..families.base import PIXELS_AT_ONCE
 from .encoded_pairs import MOMENTS, SIZES, ImageRows
 from .shards import ShardStore
 
 IMAGES_AT_ONCE = range(2, 9)  # of the VAE: as many as `PIXELS_AT_ONCE` are, within this range
-PIXELS_AT_ONCE = 8 * 512 * 512
 PROMPTS_AT_ONCE = range(4, 17)  # products of matrices round differently in smaller batches on CPUs
 
 Encode = Callable[[torch.Tensor], torch.Tensor]

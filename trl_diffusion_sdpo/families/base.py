@@ -11,9 +11,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from .draws import standard_normal
 from .loss_defaults import FALLBACK, LossDefaults
 from .noise import NoiseProcess, constant
 from .timestep_sampling import WeightingScheme
+
+PIXELS_AT_ONCE = 8 * 512 * 512  # of the VAE: its activations on a whole micro-batch would be the peak of memory
 
 # Joint attention of image and text, projections of both: targets of diffusers' LoRA script for SD3, and among those of
 # the script for FLUX.1.
@@ -51,8 +54,8 @@ class Family(ABC):
         patch_size (`int`): Latents per token along one side, of transformers.
         guidance_scale (`float`, *optional*): Guidance scale in training, for distilled denoisers that take it as an
             input; else `None`. May be set on an instance.
-        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE in `encode_images`; `None` for all at
-            once. May be set on an instance.
+        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE in `encode_images`; `None` for as many as
+            `PIXELS_AT_ONCE` are, at least two. May be set on an instance.
         prompt_padding (`str`): How `encode_prompts` makes prompts of one batch equally long. `"fixed"`: all have one
             length, in every batch. `"end"`: to the longest of the batch, by zeros at the end that are masked.
             `"start"`: to the longest by tokens at the start that are attended to, so that a prompt's conditioning
@@ -230,8 +233,8 @@ class Family(ABC):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): Images in `[-1, 1]`.
-            generator (`list[torch.Generator]` of length N, *optional*): Generators from which the images' latents are
-                sampled. `None` takes the modes of the posteriors.
+            generator (`list[torch.Generator]` of length N, *optional*): Generators of the CPU, from which the images'
+                latents are sampled. `None` takes the modes of the posteriors.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32, on the VAE's device.
@@ -252,7 +255,8 @@ class Family(ABC):
         Returns:
             `torch.Tensor` of shape `(N, ...)`, in the dtype in which the VAE ran, on its device.
         """
-        vae, at_once = self.pipeline.vae, self.vae_encode_batch_size or len(pixel_values)
+        vae = self.pipeline.vae
+        at_once = self.vae_encode_batch_size or max(2, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
         device = vae.device  # read once: diffusers visits every module to find it
         with no_autocast(device), _without_overflow(vae):
             pixel_values = pixel_values.to(device, vae.dtype)
@@ -275,7 +279,10 @@ class Family(ABC):
         """Latents `(N, ...)`, unscaled: samples of the posteriors by `vae_moments`, or their modes without generators.
         Equal to those of the VAE's own posterior to the bit."""
         posterior = DiagonalGaussianDistribution(moments)
-        return posterior.mode() if generator is None else posterior.sample(generator)
+        if generator is None:
+            return posterior.mode()
+        noise = standard_normal(posterior.mean.shape, generator, moments.device, moments.dtype)
+        return posterior.mean + posterior.std * noise
 
     def latent_statistics(self) -> dict[str, torch.Tensor]:
         """Tensors of the VAE's weights that `scale_latents` reads, by name; none in most families.

@@ -177,12 +177,11 @@ def _measure(model: nn.Module, networks: Networks, settings: StepSettings, devic
     allocations = Allocations(device.block, device.hidden)
     allocations.ignore(_existing(networks))
     here: Any = HeldComponents(networks.family)
+    process: Any = OneProcess(settings.autocast)
     forward = MeasuredForward(
-        here, networks.reference, device=torch.device("cpu"), noise=settings.noise, loss=settings.loss
+        here, networks.reference, noise=settings.noise, loss=settings.loss, autocast=process.autocast
     )
     forward.allocations = allocations
-    process: Any = OneProcess(settings.autocast)
-    forward.attach(process)
     with allocations:
         inputs = _batch(settings, with_errors=networks.reference.is_precomputed)
         shards = None if settings.shards == 1 else _Shards(networks.trained, settings)

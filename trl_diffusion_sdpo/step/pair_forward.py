@@ -6,17 +6,16 @@ Training under both safeguards, evaluation and the winner budget's probe all go 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import Accelerator
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..data.transforms import pixels_as_floats
+from ..families.draws import generators_of, sent, standard_normal, uniform
 from ..families.inversion import inversion_of
 from ..losses import (
     BetaController,
@@ -88,7 +87,7 @@ class PairForward:
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, and the
             family that they belong to.
-        device (`torch.device`): Of batches and of the generators of noise.
+        autocast (`Callable`): Returns the context under which denoisers predict.
         budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales the losers' gradients by noise bin.
         auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Has the beta of training.
     """
@@ -98,9 +97,9 @@ class PairForward:
         frozen: FrozenComponents,
         reference: Reference,
         *,
-        device: torch.device,
         noise: NoiseSettings,
         loss: LossSettings,
+        autocast: Callable[[], contextlib.AbstractContextManager],
         budget: BudgetController | None = None,
         auto_beta: BetaController | None = None,
     ):
@@ -108,12 +107,8 @@ class PairForward:
         self.auto_beta = auto_beta
         self.noise_settings, self.loss_settings = noise, loss
         self._inversion = None if noise.inversion is None else inversion_of(self.family.noise_process)
-        self._device, self._frozen = device, frozen
-        self._accelerator: Accelerator | None = None
-
-    def attach(self, accelerator: Accelerator) -> None:
-        """Predict under the autocast of `accelerator` from now on."""
-        self._accelerator = accelerator
+        self._frozen = frozen
+        self._autocast = autocast
 
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
@@ -195,7 +190,7 @@ class PairForward:
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
-        generators = self.generators([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
+        generators = generators_of([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         if "moments" in inputs:
             latents = self.family.latents_of(inputs["moments"], [*generators, *generators])
             host = {name: torch.tensor(value) for name, value in inputs.get("host_conditioning", {}).items()}
@@ -220,24 +215,26 @@ class PairForward:
         Returns:
             Timesteps `(2B,)`, noise `(2B, ...)`, and the perturbation `(2B, ...)` where there is one.
         """
-        generators, settings = self.generators(seeds), self.noise_settings
-        shape, timesteps = (len(seeds), *latents.shape[1:]), self.draw_timesteps(generators, latents)
-        noise = randn_tensor(shape, generators, latents.device, latents.dtype)
+        settings = self.noise_settings
+        generators = generators_of(seeds)
+        drawn = partial(standard_normal, generators=generators, device=latents.device, dtype=latents.dtype)
+        shape = (len(seeds), *latents.shape[1:])
+        timesteps = self.draw_timesteps(generators, latents)
+        noise = drawn(shape)
         if settings.noise_offset:
             constant = (*shape[:2], *[1] * (len(shape) - 2))  # one value a channel
-            noise = noise + settings.noise_offset * randn_tensor(constant, generators, latents.device, latents.dtype)
+            noise = noise + settings.noise_offset * drawn(constant)
         perturbation = None
         if settings.input_perturbation:
-            perturbation = settings.input_perturbation * randn_tensor(shape, generators, latents.device, latents.dtype)
+            perturbation = settings.input_perturbation * drawn(shape)
             perturbation = torch.cat([perturbation, perturbation])
         return timesteps, torch.cat([noise, noise]), perturbation
 
     def draw_timesteps(self, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
         """A timestep for each pair from its generator, for both halves: `(2B,)`."""
-        uniform = torch.cat([torch.rand(1, generator=generator, device=latents.device) for generator in generators])
         process, length = self.family.noise_process, self.family.image_seq_len(latents)
-        timesteps = process.timesteps(uniform, image_seq_len=length, **self.noise_settings.timesteps)
-        return torch.cat([timesteps, timesteps])
+        timesteps = process.timesteps(uniform(generators), image_seq_len=length, **self.noise_settings.timesteps)
+        return sent(torch.cat([timesteps, timesteps]), latents.device)
 
     def invert(
         self,
@@ -249,7 +246,7 @@ class PairForward:
         """As `draw_noise`, with the same timesteps; each image has the noise of its own inversion by the policy, in
         the mode that it is in and without guidance. A pair's two images have the same added noise."""
         assert policy is not None and self._inversion is not None and self.noise_settings.inversion is not None
-        generators = self.generators(seeds)
+        generators = generators_of(seeds)
         timesteps, shape = self.draw_timesteps(generators, latents), (len(seeds), *latents.shape[1:])
         noise = self._inversion.noise(
             lambda noisy, at: self.predict_at(policy, noisy, at, conditioning),
@@ -257,7 +254,7 @@ class PairForward:
             timesteps,
             self.noise_settings.inversion,
             image_seq_len=self.family.image_seq_len(latents),
-            draw=lambda: torch.cat([randn_tensor(shape, generators, latents.device, latents.dtype)] * 2),
+            draw=lambda: torch.cat([standard_normal(shape, generators, latents.device, latents.dtype)] * 2),
         )
         return timesteps, noise, None
 
@@ -291,7 +288,7 @@ class PairForward:
         conditioning: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """As `predict`, of noisy latents that have no target."""
-        with self._accelerator.autocast():
+        with self._autocast():
             return self.family.predict(denoiser, noisy, timesteps, conditioning).float()
 
     def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
@@ -336,10 +333,6 @@ class PairForward:
     def beta_of(self, model: nn.Module) -> torch.Tensor | None:
         """The beta of training; `None` for that of the settings, which evaluation has."""
         return self.auto_beta.beta if model.training and self.auto_beta is not None else None
-
-    def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
-        """One generator a pair: its draws depend on neither the pair's index in the batch nor the batch's size."""
-        return [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
         """Factors of the losers' gradients besides lambda, `(B,)`, from the pairs' noise levels `(B,)`; `None` without

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..data.pairs import PreferenceDataset
+from ..families.draws import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
 from .meters import MetricMeter
@@ -151,15 +151,15 @@ class WinnerBudget:
         """Latents with noise and timesteps from the pairs' seeds; `None` if no timestep of training is in the bin."""
         forward = self._forward
         process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
-        every = process.candidate_timesteps(clean.device, **forward.noise_settings.timesteps)
+        every = process.candidate_timesteps(torch.device("cpu"), **forward.noise_settings.timesteps)
         noise_levels = process.noise_level(every, length)
         within = every[noise_bin_of(noise_levels, forward.loss_settings.num_noise_bins) == noise_bin]
         if not len(within):
             return None
-        generators = forward.generators([seed + 1 + noise_bin for seed in seeds])
-        uniform = torch.cat([torch.rand(1, generator=generator, device=clean.device) for generator in generators])
-        timesteps = within[(uniform * len(within)).long().clamp(max=len(within) - 1)]
-        noise = randn_tensor(clean.shape, generators, clean.device, clean.dtype)
+        generators = generators_of([seed + 1 + noise_bin for seed in seeds])
+        chosen = (uniform(generators) * len(within)).long().clamp(max=len(within) - 1)
+        timesteps = sent(within[chosen], clean.device)
+        noise = standard_normal(clean.shape, generators, clean.device, clean.dtype)
         return forward.add_noise(clean, noise, timesteps, conditioning)
 
     # ---- In checkpoints -------------------------------------------------------------------------------------------

@@ -320,9 +320,9 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.pair_forward = self.pair_forward_class(
             self.frozen_components,
             self.reference,
-            device=args.device,
             noise=self._noise_settings,
             loss=loss_settings(args),
+            autocast=lambda: self.accelerator.autocast(),  # made later, by transformers' constructor
             budget=controller,
             auto_beta=betas,
         )
@@ -343,7 +343,6 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         """After transformers' constructor, which makes the accelerator."""
         self.engine = Engine(self.accelerator)
         self.engine.check()
-        self.pair_forward.attach(self.accelerator)
         for weights in self._shadow_weights:
             weights.attach(self.engine)
         self._reference_errors = None

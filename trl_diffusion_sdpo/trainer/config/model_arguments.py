@@ -67,8 +67,8 @@ class PipelineArguments:
             autocast, but float32 under fp16 where the VAE's configuration says that it overflows there
             (`force_upcast`); without autocast, as the VAE was loaded.
         vae_encode_batch_size (`int`, *optional*):
-            Images that the VAE encodes at once; all of a micro-batch, two a pair, if unset. A smaller number needs
-            less memory and gives the same latents, to rounding.
+            Images that the VAE encodes at once. If unset, 8 images of 512 x 512 pixels, 2 of 1024 x 1024, and as many
+            pixels of other sizes. A smaller number needs less memory and gives the same latents, to rounding.
     """
 
     adapter_name_or_path: str | None = None
@@ -87,7 +87,7 @@ class PipelineArguments:
     link_full_pipeline: bool = False
     vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"
     vae_encode_batch_size: Annotated[
-        int | None, Range("[1, inf)", "Leave it unset to encode the images of a micro-batch together.")
+        int | None, Range("[1, inf)", "Leave it unset for about two million pixels at once.")
     ] = None
 
 
