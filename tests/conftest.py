@@ -106,6 +106,20 @@ def plotted():
 
 
 @pytest.fixture
+def several_draws():
+    """Lets evaluations of a few pairs take several draws of noise for each, as users' evaluations do."""
+
+
+@pytest.fixture(autouse=True)
+def one_draw(monkeypatch, request):
+    """Evaluations of a few pairs take one draw of noise for each, unless the test uses `several_draws`."""
+    if "several_draws" not in request.fixturenames:
+        from trl_diffusion_sdpo.step import pair_evaluation
+
+        monkeypatch.setattr(pair_evaluation, "MOST_DRAWS", 1)
+
+
+@pytest.fixture
 def make_args(tmp_path, monkeypatch, request):
     """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. Curves
     and verdict are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,8 +48,26 @@ def test_changes_are_means_and_shares_of_the_references_error():
         "errors/winner_change_relative": 1.0,  # 2 in all, of 2
         # Without one pair: 1 of 1.5, 2 of 0.5, 1 of 2, in place of 1.
         "errors/winner_change_relative_stderr": (2 / 3 * ((1 / 3) ** 2 + 3**2 + 0.5**2)) ** 0.5 * widened,
+        # Margins 0, 0 and -1.5: two ties and one pair in the wrong order.
+        "errors/accuracy": 1 / 3,
+        "errors/accuracy_stderr": (np.var([0.5, 0.5, 0, 0, 0, 1, 1]) / 7) ** 0.5,
+        "errors/margin_relative": -0.75,
+        # Without one pair: -1.5 of 1.5, -1.5 of 0.5, 0 of 2, in place of -0.75.
+        "errors/margin_relative_stderr": (2 / 3 * (0.25**2 + 2.25**2 + 0.75**2)) ** 0.5 * widened,
     }
     assert found == pytest.approx(by_hand)
+
+
+def test_draws_of_a_pair_count_as_one_pair():
+    """Two draws of each of three pairs have the standard errors of the pairs' sums, not those of six pairs."""
+    errors = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    drawn = noise_bin_changes(torch.zeros(3, 2, dtype=torch.int64), errors)
+    summed = noise_bin_changes(torch.zeros(3, dtype=torch.int64), errors.sum(1))
+    names = [name for name in summed if "stderr" in name and "accuracy" not in name]
+    assert len(names) == 3 and {name: drawn[name] for name in names} == pytest.approx({n: summed[n] for n in names})
+    assert drawn["errors/pairs"] == 3 and drawn["errors/winner_change@0"] == pytest.approx(
+        summed["errors/winner_change@0"] / 2
+    )
 
 
 def test_of_pairs_with_one_error_it_is_that_of_a_mean_by_students_distribution():

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from PIL import Image, PngImagePlugin
 from transformers import TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.losses import loss_spec
-from trl_diffusion_sdpo.reporting.verdict import Change, RunFacts, judge, rise_of, verdict_of
+from trl_diffusion_sdpo.reporting.verdict import (
+    Estimate,
+    RunFacts,
+    judge_preference,
+    judge_winners,
+    rise_of,
+    verdict_of,
+)
 from trl_diffusion_sdpo.reporting.verdict_report import SamplePair, verdict_facts, write_verdict
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.trainer.evaluation_overrides import VerdictCallback, warning_of_unwritten_files
@@ -55,27 +63,82 @@ DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe
     ],
 )
 def test_the_rule(change, stderr, level, word):
-    assert judge(change, stderr, None if level is None else Change(level)) == word
+    assert judge_winners(change, stderr, None if level is None else Estimate(level)) == word
 
 
 def test_a_noise_bin_counts_beyond_three_of_its_standard_errors():
-    assert judge(0.0, 0.01, Change(1.5, 0.49)) == "worse"
-    assert judge(0.0, 0.01, Change(1.5, 0.51)) == "unchanged"
+    assert judge_winners(0.0, 0.01, Estimate(1.5, 0.49)) == "worse"
+    assert judge_winners(0.0, 0.01, Estimate(1.5, 0.51)) == "unchanged"
 
 
-def test_few_pairs_say_nothing_short_of_ruined():
-    assert judge(0.5, 0.01, pairs=29) == judge(0.0, 0.0, pairs=29) == judge(-0.5, 0.01, pairs=29) == "unknown"
-    assert judge(0.5, 0.01, pairs=30) == "worse" and judge(1.01, 0.01, pairs=2) == "ruined"
-    history = [{**evaluated(10, 0.15, 0.05), "eval_errors/pairs": 10.0}]
-    assert verdict_on(history).advice == "Evaluate on 30 pairs at least; there were 10."
-    assert rise_of(history, run_facts()) is None
-    history.append({**evaluated(20, 0.3, 0.2), "eval_errors/pairs": 10.0})
-    assert rise_of(history, run_facts())[0].word == "ruined"
+def test_few_pairs_are_judged_with_less_certainty():
+    assert judge_winners(0.5, 0.01, pairs=3) == "unknown" and judge_winners(1.01, 0.01, pairs=2) == "ruined"
+    assert judge_winners(0.5, 0.01, pairs=4) == judge_winners(0.5, 0.01, pairs=30) == "worse"
+    learned = {"accuracy": (0.9, 0.1), "margin_relative": (0.02, 0.005)}
+    verdict = verdict_on([judged(10, -0.05, 0.01, pairs=8, **learned)])
+    assert (verdict.word, verdict.headline) == ("better", "probably better, 8 pairs") and "30 pairs" in verdict.advice
+    assert verdict_on([judged(10, -0.05, 0.01, pairs=30, **learned)]).headline == "better"
+    few = [judged(10, 0.2, 0.01, pairs=8)]
+    assert verdict_on(few).headline == "probably worse, 8 pairs" and rise_of(few, run_facts()) is None
+    assert rise_of([judged(10, 1.2, 0.01, pairs=8)], run_facts())[0].winners == "ruined"
 
 
-def run_facts(*, moves=False, given=False, safeguard="output", loss="sigmoid", decays=False) -> RunFacts:
+@pytest.mark.parametrize(
+    ("accuracy", "margin", "word"),
+    [
+        ((0.61, 0.05), (0.01, 0.01), "learned"),
+        ((0.59, 0.05), (0.01, 0.01), "not learned"),
+        ((0.55, 0.05), (0.01, 0.004), "learned"),
+        ((0.55, 0.05), None, "not learned"),
+        # The two contradict each other: most pairs are right, and a few are wrong by much.
+        ((0.61, 0.05), (-0.01, 0.004), "not learned"),
+        ((0.5, 0.05), (-0.01, 0.004), "not learned"),
+        ((0.39, 0.05), (-0.01, 0.01), "reversed"),
+        # No step: every pair is a tie.
+        ((0.5, 0.01), (0.0, 0.0), "not learned"),
+        # The mean of training logs has no standard error, and the first log an accuracy of 0.
+        ((0.56, None), None, "learned"),
+        ((0.1, None), None, "not learned"),
+        (None, None, "unknown"),
+    ],
+)
+def test_the_rule_of_the_preference(accuracy, margin, word):
+    estimates = (None if numbers is None else Estimate(*numbers) for numbers in (accuracy, margin))
+    assert judge_preference(*estimates) == word
+
+
+def test_better_needs_kept_winners_and_a_learned_preference():
+    """README's settings on pairs that differ by blur: the winners' error falls, and the losers' falls more."""
+    missed = {"accuracy": (0.5, 0.08), "margin_relative": (-0.02, 0.005)}
+    history = [{"step": 9, "loss": 1.68, "safeguard/scale": 0.1}, judged(10, -0.05, 0.01, pairs=40, **missed)]
+    verdict = verdict_on(history, mu=0.8)
+    assert (verdict.word, verdict.label) == ("not learned", "unchanged")
+    assert "50% ± 8%" in verdict.finding and "-2.00% ± 0.50%" in verdict.finding
+    assert "lambda was 0.10" in verdict.advice and "`safeguard_mu` than 0.8" in verdict.advice
+    facts = verdict_facts(verdict, run_facts(), [])
+    assert (facts["winners"], facts["preference"], facts["reward_accuracy"]) == ("better", "not learned", 0.5)
+    assert (facts["margin_percent"], facts["margin_stderr_percent"]) == (-2.0, 0.5)
+    learned = {"accuracy": (0.98, 0.03), "margin_relative": (0.3, 0.02)}
+    assert verdict_on([judged(10, 0.0, 0.01, **learned)]).word == "better"
+    assert verdict_on([judged(10, 0.4, 0.01, **learned)]).word == "worse"
+    assert verdict_on([judged(10, 0.0, 0.01, accuracy=(0.3, 0.05))]).label == "worse"
+    assert verdict_on([judged(10, 0.0, 0.01, **missed)], loss="sft").word == "unchanged", "it has no losers"
+
+
+def judged(step, change, stderr, pairs=40, **preference) -> dict:
+    """An evaluation with standard errors; of the preference, values with their standard errors."""
+    entry = with_stderr(evaluated(step, 0.1 * (1 + change), 0.1 * change), stderr) | {
+        "eval_errors/pairs": float(pairs)
+    }
+    for name, (value, error) in preference.items():
+        entry |= {f"eval_errors/{name}": value, f"eval_errors/{name}_stderr": error}
+    return entry
+
+
+def run_facts(*, moves=False, given=False, safeguard="output", loss="sigmoid", decays=False, mu=None) -> RunFacts:
     spec = loss_spec(loss)
-    return RunFacts(spec.needs_reference, moves, given, spec.uses_loser, safeguard, decays, 8, "_ema")
+    facts = (spec.needs_reference, moves, given, spec.uses_loser, safeguard, decays, 8, "_ema")
+    return RunFacts(*facts, safeguard_mu=mu)
 
 
 def verdict_on(history, *, best=None, **facts):
@@ -93,11 +156,9 @@ def evaluated(step, winner, change=None, prefix="eval", **levels) -> dict:
 def test_a_model_whose_held_out_error_is_seven_times_as_large_is_ruined():
     verdict = verdict_on([evaluated(40, 0.053, 0.003), evaluated(240, 0.365, 0.315, _0=0.4, _7=60.0)])
     assert verdict.word == "ruined"
-    assert verdict.finding == (
-        "Verdict: ruined. The error on the preferred images of the evaluation pairs is 630.0% above that before "
-        "training, 0.365 against 0.05, at step 240; worst at noise levels 0.875 to 1 (bin 7): +6000.0%."
-    )
-    assert "Do not use these weights" in verdict.advice and "lowest at step 40 (+6.0%)" in verdict.advice
+    assert verdict.finding.startswith("Verdict: ruined.") and "+6000.0%" in verdict.finding
+    assert "630.0% above that before training, 0.365 against 0.05" in verdict.finding
+    assert "lowest at step 40 (+6.0%)" in verdict.advice
 
 
 def test_an_unchanged_model_needs_no_advice():
@@ -107,14 +168,13 @@ def test_an_unchanged_model_needs_no_advice():
 
 
 def test_advice_goes_by_what_is_set():
-    worse = [evaluated(10, 0.12, 0.02)]
-    start = "Do not use these weights unless their images are better; try, one change at a time: "
-    plain = "`lr_scheduler_type: cosine`, `safeguard: parameter`, a `winner_budget`."
-    assert verdict_on(worse, safeguard="none").advice == start + plain
-    assert "cosine`, a larger `safeguard_mu`, `safeguard: parameter`, a `winner_budget`" in verdict_on(worse).advice
-    strict = verdict_on(worse, safeguard="parameter", decays=True)
-    assert strict.advice == start + "a lower `learning_rate`, a larger `safeguard_mu`, a `winner_budget`."
-    assert verdict_on(worse, loss="sft").advice == start + "`lr_scheduler_type: cosine`."
+    def advised(**facts):
+        return re.findall(r"`([a-z_]+)", verdict_on([evaluated(10, 0.12, 0.02)], **facts).advice)
+
+    assert advised(safeguard="none") == ["lr_scheduler_type", "safeguard", "winner_budget"]
+    assert advised() == ["lr_scheduler_type", "safeguard_mu", "safeguard", "winner_budget"]
+    assert advised(safeguard="parameter", decays=True) == ["learning_rate", "safeguard_mu", "winner_budget"]
+    assert advised(loss="sft") == ["lr_scheduler_type"]
 
 
 def with_stderr(entry: dict, stderr: float) -> dict:
@@ -131,7 +191,7 @@ def test_the_uncertainty_of_the_pairs_decides_and_is_told():
 
 def test_a_large_uncertainty_asks_for_more_pairs():
     verdict = verdict_on([with_stderr(evaluated(10, 0.11, 0.01), 0.2)])
-    assert (verdict.word, verdict.label) == ("unknown", "unknown") and "more pairs" in verdict.advice
+    assert (verdict.word, verdict.label) == ("unknown", "unknown") and "pairs" in verdict.advice
 
 
 def test_changes_relative_to_another_reference_are_not_those_since_the_start():
@@ -197,8 +257,8 @@ def test_of_several_sets_the_worst_counts_and_averages_are_told_beside():
         evaluated(5, 0.1, 0.0, "eval_a") | evaluated(5, 0.2, 0.1, "eval_b") | evaluated(5, 0.102, 0.002, "eval_b_ema")
     ]
     verdict = verdict_on(history)
-    assert verdict.word == "worse" and "pairs of `b` is 100.0% above" in verdict.finding
-    assert "That of the averaged weights of `b` is 2.0% above that before training." in verdict.finding
+    assert verdict.word == "worse" and "of `b` is 100.0% above" in verdict.finding
+    assert "of `b`: 2.0% above that before training" in verdict.finding
 
 
 def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncertainty():
@@ -206,8 +266,8 @@ def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncert
     sure = evaluated(5, 0.103, 0.003, "eval_sure") | {"eval_sure_errors/winner_change_relative_stderr": 0.01}
     few = evaluated(5, 0.15, 0.05, "eval_few") | {"eval_few_errors/pairs": 5.0}
     verdict = verdict_on([few, loud, sure])
-    assert verdict.word == "worse" and "pairs of `sure` is 3.0% above" in verdict.finding
-    assert verdict_on([few, loud]).word == "unchanged"
+    assert verdict.word == "worse" and "of `sure` is 3.0% above" in verdict.finding
+    assert verdict_on([few, loud]).headline == "probably worse, 5 pairs"
     together = rise_of([few | loud | sure], run_facts())
     assert together[0].name == "sure" and together[1]
 
@@ -223,7 +283,7 @@ def test_without_evaluation_the_last_ten_logs_of_training_count():
 
     history = [log(1, 0.9, 0.8), *[log(step, 0.13, 0.03) for step in range(2, 12)], {"step": 11, "train_runtime": 1.0}]
     verdict = verdict_on(history)
-    assert verdict.word == "worse" and "training pairs is 30.0% above" in verdict.finding
+    assert verdict.word == "worse" and "30.0% above" in verdict.finding
     assert "nothing is known of other pairs" in verdict.finding
     assert verdict_on([]) is None
 
@@ -232,13 +292,12 @@ def test_an_error_that_is_no_number_is_ruined():
     assert verdict_on([evaluated(3, math.nan, math.nan)]).word == "ruined"
     assert verdict_on([evaluated(0, 0.1), evaluated(3, math.inf)]).word == "ruined"
     verdict = verdict_on([evaluated(3, math.nan, math.nan, _0=math.nan, _1=0.5)])
-    said = "Verdict: ruined. The error on the preferred images of the evaluation pairs is no number, at step 3."
-    assert verdict.finding == said
+    assert "no number" in verdict.finding
     facts = verdict_facts(verdict, run_facts(), [])
-    numbers = ("winner_error", "winner_error_before", "winner_change_percent", "noise_percent")
-    assert [facts[name] for name in numbers] == [None] * 4 and facts["noise_bins"] == []
+    numbers = ("winner_error", "winner_error_before", "winner_change_percent")
+    assert [facts[name] for name in numbers] == [None] * 3 and facts["noise_bins"] == []
     assert verdict_on([evaluated(3, 0.1, -math.inf)]) is None, "nothing to compare with"
-    assert judge(0.05, math.nan) == "unknown"
+    assert judge_winners(0.05, math.nan) == "unknown"
 
 
 # ---- At the end ----------------------------------------------------------------------------------------------------
@@ -358,9 +417,9 @@ def test_a_model_being_ruined_is_told_once_and_again_at_the_end_and_in_the_card(
     (warning,) = warnings_of(caplog)
     assert "at step 2 " in warning and "Do not use these weights" in warning
     said = [record for record in caplog.records if record.getMessage().startswith("Verdict: ruined.")]
-    assert len(said) == 1 and said[0].levelno == logging.WARNING and "at step 6" in said[0].getMessage()
+    assert len(said) == 1 and said[0].levelno == logging.WARNING and "t step 6 " in said[0].getMessage()
     trainer.create_model_card()
-    assert "Verdict: ruined. The error on the preferred images" in (tmp_path / "run" / "README.md").read_text()
+    assert "Verdict: ruined." in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_without_evaluation_the_warning_comes_from_three_logs_of_training(ruined, caplog, tmp_path):
@@ -377,7 +436,7 @@ def test_a_training_that_keeps_the_winners_ends_without_a_warning(make_trainer, 
     settings = {"eval_dataset": make_pairs(30, seed=1), **evaluates}
     make_trainer(learning_rate=1e-6, peft_config=LoraConfig(r=2), **settings).train()
     assert not warnings_of(caplog)
-    said = [record for record in caplog.records if record.getMessage().startswith("Verdict: unchanged.")]
+    said = [record for record in caplog.records if record.getMessage().startswith("Verdict: not learned.")]
     assert len(said) == 1 and said[0].levelno == logging.INFO
 
 
@@ -453,6 +512,21 @@ def test_the_uncertainty_is_that_of_the_changes_of_single_pairs(make_trainer, ma
     assert [last[name] for name in names] == pytest.approx(ratio_and_stderr(seen[3], before), rel=1e-4)
 
 
+def test_few_pairs_are_evaluated_at_several_draws_of_noise(several_draws, make_trainer, make_pairs):
+    """Eight draws of six pairs, of which the first is the only one of a larger set; the last batch is not full."""
+    seen: list[np.ndarray] = []
+    settings = {"eval_dataset": make_pairs(6, seed=1), "num_noise_bins": 4, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(**settings, compute_metrics=lambda evaluated: seen.append(evaluated.predictions) or {})
+    trainer.train()
+    last = evaluations_of(trainer)[-1]
+    assert last["eval_errors/pairs"] == 6 and seen[-1].shape == (6, 2)
+    assert last["eval_rewards/margins"] == pytest.approx(float(np.diff(-seen[-1]).mean()), rel=1e-4)
+    assert 0 <= last["eval_errors/accuracy"] <= 1 and last["eval_errors/accuracy"] * 48 == pytest.approx(
+        round(last["eval_errors/accuracy"] * 48)
+    )
+    assert all(f"eval_errors/winner_change_relative_stderr@{level}" in last for level in range(4))
+
+
 # ---- Written ---------------------------------------------------------------------------------------------------------
 
 
@@ -466,7 +540,7 @@ def test_the_verdict_is_written_with_its_figures_and_images_of_equal_seeds(
     assert [entry["step"] for entry in evaluations_of(trainer)] == [2, 3]  # the weights that are saved
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
     assert written["label"] in ("better", "unchanged", "worse", "unknown") and written["pairs"] == "evaluation"
-    assert written["sentence"].startswith(f"Verdict: {written['word']}. ") and written["step"] == 3
+    assert written["sentence"].startswith(f"Verdict: {written['headline']}. ") and written["step"] == 3
     change = 100 * (written["winner_error"] / written["winner_error_before"] - 1)
     assert written["winner_change_percent"] == pytest.approx(change) and 0 <= written["reward_accuracy"] <= 1
     assert all(found["noise_levels"] == [found["bin"] / 8, (found["bin"] + 1) / 8] for found in written["noise_bins"])
@@ -496,18 +570,15 @@ def test_what_is_not_known_or_no_number_is_written_as_such(tmp_path):
     assert without_bins["noise_bins"] == [] and without_bins["winner_change_stderr_percent"] is None
 
 
-def test_the_picture_takes_any_prompt_and_name_and_its_band_is_of_the_mean(tmp_path, monkeypatch):
-    """matplotlib would read what is between two dollar signs as a formula, and refuse this one."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    drawn, savefig = [], figure.savefig
-    monkeypatch.setattr(figure, "savefig", lambda self, *given, **named: drawn.append(self) or savefig(self, *given))
+def test_the_picture_takes_any_prompt_and_name_and_its_axis_goes_by_the_values(tmp_path, drawn):
+    """matplotlib would read what is between two dollar signs as a formula, and refuse this one. A standard error of
+    600% in one noise bin must not make lines of the others."""
     entry = evaluated(5, 0.103, 0.003, "eval_$_$", **{f"_{level}": 0.01 for level in range(32)})
+    entry |= {"eval_$_$_errors/winner_change_relative_stderr@3": 6.0}
     for name in ("before.png", "after.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     run = replace(run_facts(), num_noise_bins=32)
     images = [SamplePair("a cat, $_$ face", 0, "before.png", "after.png")]
     write_verdict(tmp_path, verdict_of([entry], run), run, images)
-    bars = drawn[0].subfigs[0].axes[0]
-    boxes = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in bars.patches]
-    assert [box[1] for box in boxes if box[2] == 10] == [1.1], "one band of 5% to both sides"
-    assert len(boxes) == 34 and len(bars.get_xticks()) <= 11 and bars.get_legend() is None
+    changes = drawn[0].subfigs[1].axes[0]
+    assert max(map(abs, changes.get_ylim())) < 10

@@ -246,9 +246,6 @@ def _finish(trainer: DiffusionSDPOTrainer, training_args: DiffusionSDPOConfig) -
         trainer.push_to_hub()  # saves first
         trainer.accelerator.print(f"Published as {trainer.hub_model_id}.")
     trainer.accelerator.print(f"The tuned weights are in {training_args.output_dir}.")
-    verdict = trainer.verdict()
-    if verdict is not None:
-        trainer.accelerator.print(verdict)
 
 
 def _say_how_to_resume(trainer: DiffusionSDPOTrainer) -> None:

@@ -19,36 +19,69 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
     """Metrics of how much the errors of policy and reference differ, at each noise bin and over all.
 
     Args:
-        noise_bins (`torch.Tensor` of shape `(P,)`, int64): Noise bin of each pair; on the host, as the errors.
-        errors (`torch.Tensor` of shape `(P, 4)`): Errors of winner and loser, then the same before training or under
-            the reference.
+        noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of D draws of
+            noise; on the host, as the errors.
+        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, then the same before
+            training or under the reference.
 
     Returns:
         `dict[str, float]`: For each bin with a pair, `errors/winner_change@0` and `errors/loser_change@0` (means of
         policy minus reference), as shares of the reference's error `errors/winner_change_relative@0` and so on (0
         where that error is 0), and where two pairs have an error, `errors/winner_change_relative_stderr@0`, the
         standard error of the winner's share ([`share_stderr`]). Over all pairs, `errors/winner_change_relative` and
-        `errors/winner_change_relative_stderr`, and `errors/pairs`, their number.
+        `errors/winner_change_relative_stderr`, `errors/pairs`, their number, and the metrics of
+        [`preference_learned`].
     """
+    if errors.ndim == 2:
+        noise_bins, errors = noise_bins.unsqueeze(1), errors.unsqueeze(1)
     metrics = {}
     for noise_bin in noise_bins.unique().tolist():
-        own = errors[noise_bins == noise_bin]
+        here = noise_bins == noise_bin
+        own = torch.where(here.unsqueeze(2), errors, 0.0).sum(1)[here.any(1)]  # draws of one pair are not independent
         sums = own.sum(0).tolist()
         for name, error, before in zip(("winner_change", "loser_change"), sums[:2], sums[2:], strict=True):
             change = error - before
-            metrics[f"errors/{name}@{noise_bin}"] = change / len(own)
+            metrics[f"errors/{name}@{noise_bin}"] = change / int(here.sum())
             metrics[f"errors/{name}_relative@{noise_bin}"] = change / before if before else 0.0
         stderr = share_stderr(own[:, 0] - own[:, 2], own[:, 2])
         if stderr is not None:
             metrics[f"errors/winner_change_relative_stderr@{noise_bin}"] = stderr
-    winner, _, before, _ = errors.sum(0).tolist()
+    of_pairs = errors.sum(1)
+    winner, _, before, _ = of_pairs.sum(0).tolist()
     metrics["errors/pairs"] = float(len(errors))
     if before:
         metrics["errors/winner_change_relative"] = (winner - before) / before
-        stderr = share_stderr(errors[:, 0] - errors[:, 2], errors[:, 2])
+        stderr = share_stderr(of_pairs[:, 0] - of_pairs[:, 2], of_pairs[:, 2])
         if stderr is not None:
             metrics["errors/winner_change_relative_stderr"] = stderr
+            metrics |= preference_learned(errors)
     return metrics
+
+
+def preference_learned(errors: torch.Tensor) -> dict[str, float]:
+    """Metrics of whether the loser's error rose against the winner's, with their standard errors over the pairs.
+
+    Args:
+        errors (`torch.Tensor` of shape `(P, D, 4)`): As in [`noise_bin_changes`], of two pairs at least.
+
+    Returns:
+        `dict[str, float]`: `errors/accuracy`, the share of pairs whose loser's error rose more than the winner's (ties
+        count half), and `errors/margin_relative`, how much more it rose on average, as a share of the winners' earlier
+        error; each also with `_stderr`. The accuracy's standard error is that of Agresti and Coull (Approximate is
+        better than "exact" for interval estimation of binomial proportions, 1998), which two right and two wrong pairs
+        are added for: a few pairs that are all right are not certain.
+    """
+    margins = (errors[..., 1] - errors[..., 3]) - (errors[..., 0] - errors[..., 2])
+    right = ((margins > 0).double() + (margins == 0).double() / 2).mean(1)
+    widened = torch.cat([right, right.new_tensor([0.0, 0.0, 1.0, 1.0])])
+    before = errors[..., 2].sum(1)
+    metrics = {
+        "errors/accuracy": float(right.mean()),
+        "errors/accuracy_stderr": float(widened.std(correction=0) / len(widened) ** 0.5),
+        "errors/margin_relative": float(margins.sum() / before.sum()),
+    }
+    stderr = share_stderr(margins.sum(1), before)
+    return metrics if stderr is None else metrics | {"errors/margin_relative_stderr": stderr}
 
 
 def share_stderr(changes: torch.Tensor, before: torch.Tensor) -> float | None:

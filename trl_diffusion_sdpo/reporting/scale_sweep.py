@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import write_atomically
-from .verdict import Change, Measurement
+from .verdict import Estimate, Measurement
 
 SWEEP_FILE, PLOT_FILE = "sweep.json", "sweep.png"
 # Key of a row -> its metric, and its heading in the table.
@@ -54,7 +54,7 @@ def word_of(row: Mapping[str, Any]) -> str:
         before=1.0,
         since="of the base",
         stderr=row.get(f"{_RELATIVE}_stderr"),
-        bins={int(noise_bin): Change(value, stderrs.get(noise_bin)) for noise_bin, value in changes},
+        bins={int(noise_bin): Estimate(value, stderrs.get(noise_bin)) for noise_bin, value in changes},
         pairs=row.get("pairs"),
     ).word
 

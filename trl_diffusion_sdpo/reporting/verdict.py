@@ -1,4 +1,4 @@
-"""The verdict on a training: how the denoiser's error on preferred images has changed, with numbers and advice."""
+"""The verdict on a training: whether the preferred images were kept and the preference was learned, and what to do."""
 
 from __future__ import annotations
 
@@ -6,29 +6,40 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-# Relative changes of the winners' mean error. The rule and its reasons: docs/evaluation.md#the-verdict.
-STANDARD_ERRORS = 2.0  # of the change over the pairs: within these, another set of pairs could have shown none
-SMALLEST = 0.01  # change that counts, however many pairs show it
-UNMEASURED = 0.05  # in place of both, where no standard error is known
-COARSE = 0.2  # uncertainty above which a change within it is unknown
-RUINED = 1.0  # above: the error has doubled
-FEWEST = 30  # pairs; with fewer, the standard error is too small too often
-BIN_WORSE = 1.0  # above, in any noise bin: worse, whatever the mean
-BIN_STANDARD_ERRORS = 3.0  # of a bin's change: there are several bins
-AVERAGED_LOGS = 10  # of training, without an evaluation
+from ..step.pair_evaluation import FEWEST_PAIRS
+
+# The rule and its reasons: docs/evaluation.md#the-verdict.
+STANDARD_ERRORS = 2.0  # another set of pairs may differ by this many
+SMALLEST = 0.01  # smaller changes of the winners' error do not count, however many pairs show them
+UNMEASURED = 0.05  # uncertainty of a change, or of an accuracy, whose standard error is unknown
+COARSE = 0.2  # a change within a larger uncertainty than this is unknown
+RUINED = 1.0  # above this change, the error has more than doubled
+FEWEST_AT_ALL = 4  # pairs; of fewer, nothing is said
+BIN_WORSE = 1.0  # a noise bin whose error has more than doubled is worse, whatever the mean says
+BIN_STANDARD_ERRORS = 3.0  # of a bin's change, because the largest of several bins is looked at
+CHANCE = 0.5  # accuracy of a model that has learned nothing
+SMALL_LAMBDA = 0.5  # below this mean lambda, the safeguard takes most of the losers' gradient
+AVERAGED_LOGS = 10  # of training, if there is no evaluation
 LOGS_TO_WARN = 3  # at least, during training
 
 BEFORE_TRAINING = "before training"
-LABELS = {"better": "better", "unchanged": "unchanged", "worse": "worse", "ruined": "worse", "unknown": "unknown"}
-_RISES = {"worse": 1, "ruined": 2}  # by how bad they are
-_SEVERITY = ("unknown", "better", "unchanged", "worse", "ruined")  # of several sets, the last of these counts
+# Each word of a verdict with its label. The order is by how bad the word is: of several sets, the last one counts.
+LABELS = {
+    "unknown": "unknown",
+    "better": "better",
+    "unchanged": "unchanged",
+    "not learned": "unchanged",
+    "reversed": "worse",
+    "worse": "worse",
+    "ruined": "worse",
+}
+_RISES = {"worse": 1, "ruined": 2}  # words of winners, by how bad they are
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
+_CHANGE = "errors/winner_change_relative"
 
 History = Sequence[Mapping[str, Any]]
-_SWAPPED = "With `swap_labels`, the preferred images are those that were published as rejected."
 
 
 @dataclass(frozen=True)
@@ -37,13 +48,14 @@ class RunFacts:
 
     has_reference: bool  # whether the loss has a reference
     reference_moves: bool  # errors relative to a reference that follows the policy do not count
-    reference_was_given: bool  # if not, it is the policy before training
+    reference_was_given: bool  # if not, the reference is the policy before training
     uses_loser: bool  # whether the loss has a loser's branch
     safeguard: str  # the setting
     decays: bool  # whether the learning rate decays
     num_noise_bins: int
     average_suffix: str  # of the metrics' prefixes of averaged weights, such as "_ema"
     swapped_labels: bool = False  # whether the preferred images are those that were published as rejected
+    safeguard_mu: float | None = None  # the setting
 
     @property
     def reference(self) -> str:
@@ -52,60 +64,73 @@ class RunFacts:
             return ""
         return "of the reference" if self.reference_was_given else BEFORE_TRAINING
 
-    @property
-    def labels(self) -> str:
-        """A sentence on swapped labels, after a space; empty if they are as published."""
-        return f" {_SWAPPED}" if self.swapped_labels else ""
-
 
 @dataclass(frozen=True)
-class Change:
-    """A relative change of an error, and its standard error over the pairs if that is known."""
+class Estimate:
+    """A measured value, and its standard error over the pairs if that is known."""
 
     value: float
     stderr: float | None = None
 
     @property
     def noise(self) -> float:
-        """The change that is not told from none."""
+        """Largest difference from no change that another set of pairs may show; infinite if it cannot be told."""
         if self.stderr is None:
             return UNMEASURED
-        return max(SMALLEST, STANDARD_ERRORS * self.stderr) if math.isfinite(self.stderr) else math.inf
-
-    @property
-    def is_worse_in_a_bin(self) -> bool:
-        return not self.value <= max(BIN_WORSE, BIN_STANDARD_ERRORS * (self.stderr or 0.0))
+        return STANDARD_ERRORS * self.stderr if math.isfinite(self.stderr) else math.inf
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The winners' error at one step."""
+    """The errors at one step."""
 
     step: int  # optimizer steps done
     error: float  # mean squared error of the denoiser on the winners
     before: float  # the error it is compared with; irrelevant if `error` is not finite
     since: str  # description of that error, such as "before training"
     stderr: float | None = None  # of the relative change
-    bins: Mapping[int, Change] = field(default_factory=dict)  # by noise bin
-    accuracy: float | None = None  # share of pairs whose implicit reward is right
+    bins: Mapping[int, Estimate] = field(default_factory=dict)  # relative changes of the winners' error, by noise bin
+    loser_bins: Mapping[int, float] = field(default_factory=dict)
+    accuracy: Estimate | None = None  # share of the pairs whose loser's error rose more than the winner's
+    margin: Estimate | None = None  # by how much more, as a share of the winners' earlier error
+    scale: float | None = None  # mean lambda of the last logs of training
     pairs: float | None = None  # number of pairs
     name: str = ""  # of the evaluation set, if it has one
 
     @property
     def change(self) -> float:
-        """Relative change; infinite if the error is not finite."""
+        """Relative change of the winners' error; infinite if the error is not finite."""
         return self.error / self.before - 1 if math.isfinite(self.error) else math.inf
 
     @property
-    def worst(self) -> tuple[int, Change] | None:
+    def worst(self) -> tuple[int, Estimate] | None:
         """The noise bin with the largest increase."""
-        return max(self.bins.items(), key=lambda found: found[1].value, default=None)
+        return max(self.bins.items(), key=lambda item: item[1].value, default=None)
+
+    @property
+    def winners(self) -> str:
+        """The word on the winners. If standard errors are known, bins of one pair have none, and do not count."""
+        counted = [change for change in self.bins.values() if self.stderr is None or change.stderr is not None]
+        worst = max(counted, key=lambda change: change.value, default=None)
+        return judge_winners(self.change, self.stderr, worst, self.pairs)
+
+    @property
+    def preference(self) -> str:
+        """The word on the preference."""
+        few = self.pairs is not None and self.pairs < FEWEST_AT_ALL
+        return "unknown" if few else judge_preference(self.accuracy, self.margin)
 
     @property
     def word(self) -> str:
-        """The verdict's word. Where standard errors are known, bins of one pair have none, and do not count."""
-        counted = [found for found in self.bins.values() if self.stderr is None or found.stderr is not None]
-        return judge(self.change, self.stderr, max(counted, key=lambda found: found.value, default=None), self.pairs)
+        """The word on both: `"better"` says that the winners were kept and the preference was learned."""
+        if self.winners not in ("better", "unchanged") or self.preference == "unknown":
+            return self.winners
+        return "better" if self.preference == "learned" else self.preference
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether there are enough pairs to leave "probably" out."""
+        return self.pairs is None or self.pairs >= FEWEST_PAIRS or self.word in ("ruined", "unknown")
 
     def __str__(self) -> str:
         if not math.isfinite(self.error):
@@ -130,40 +155,74 @@ class Verdict:
         """`"better"`, `"unchanged"`, `"worse"` or `"unknown"`."""
         return LABELS[self.word]
 
+    @property
+    def headline(self) -> str:
+        """The word, with "probably" and the number of pairs if there are few."""
+        if self.measured is None or self.measured.is_sure:
+            return self.word
+        return f"probably {self.word}, {self.measured.pairs:.0f} pairs"
+
     def __str__(self) -> str:
         return f"{self.finding} {self.advice}".strip()
 
 
-def judge(
-    change: float, stderr: float | None = None, worst_bin: Change | None = None, pairs: float | None = None
+def judge_winners(
+    change: float, stderr: float | None = None, worst_bin: Estimate | None = None, pairs: float | None = None
 ) -> str:
-    """The verdict's word.
+    """Return the word on the winners.
 
     Args:
         change (`float`): Relative change of the winners' mean error.
         stderr (`float`, *optional*): Its standard error over the pairs.
-        worst_bin ([`Change`], *optional*): The largest change in a noise bin.
+        worst_bin ([`Estimate`], *optional*): The largest change in a noise bin.
         pairs (`float`, *optional*): The number of pairs.
 
     Returns:
-        `str`: `"ruined"` above +100%, or if the error is not finite; otherwise `"unknown"` with fewer than 30 pairs;
+        `str`: `"ruined"` above +100%, or if the error is not finite; otherwise `"unknown"` with fewer than 4 pairs;
         `"worse"` above the noise, or if a noise bin has doubled; `"better"` below it; otherwise `"unchanged"`, or
-        `"unknown"` if the noise is above 20%. The noise is two standard errors, at least 1%, or 5% where none is known.
+        `"unknown"` if the noise is above 20%. The noise is two standard errors, at least 1%, or 5% if none is known.
     """
-    noise = Change(change, stderr).noise
+    noise = max(SMALLEST, Estimate(change, stderr).noise)
     if not change <= RUINED:
         return "ruined"
-    if pairs is not None and pairs < FEWEST:
+    if pairs is not None and pairs < FEWEST_AT_ALL:
         return "unknown"
-    if change > noise or (worst_bin is not None and worst_bin.is_worse_in_a_bin):
+    limit = BIN_WORSE if worst_bin is None else max(BIN_WORSE, BIN_STANDARD_ERRORS * (worst_bin.stderr or 0.0))
+    if change > noise or (worst_bin is not None and not worst_bin.value <= limit):
         return "worse"
     if change < -noise:
         return "better"
     return "unchanged" if noise <= COARSE else "unknown"
 
 
+def judge_preference(accuracy: Estimate | None, margin: Estimate | None = None) -> str:
+    """Return the word on the preference.
+
+    Args:
+        accuracy ([`Estimate`], *optional*): Share of the pairs whose loser's error rose more than the winner's.
+        margin ([`Estimate`], *optional*): How much more it rose. A margin without a standard error does not count.
+
+    Returns:
+        `str`: `"learned"` if accuracy or margin is above chance by more than its noise and neither is below by as much;
+        `"reversed"` if the accuracy is below by more than its noise; otherwise `"not learned"`, or `"unknown"` if
+        nothing was measured.
+    """
+    distances = [] if accuracy is None else [(accuracy.value - CHANCE, accuracy.noise)]
+    if margin is not None and margin.stderr is not None:
+        distances.append((margin.value, margin.noise))
+    if not distances:
+        return "unknown"
+    above = any(distance > noise for distance, noise in distances)
+    below = any(distance < -noise for distance, noise in distances)
+    if above and not below:
+        return "learned"
+    # Training logs have no standard error, and the first one an accuracy of 0, because no pair differs yet.
+    measured = accuracy is not None and accuracy.stderr is not None
+    return "reversed" if measured and accuracy.value < CHANCE - accuracy.noise else "not learned"
+
+
 def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verdict | None:
-    """The verdict by the last evaluation, or by the last logs of training if there is none.
+    """Return the verdict by the last evaluation, or by the last logs of training if there is none.
 
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
@@ -174,14 +233,13 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verd
         `Verdict` or `None`: `None` if no error was logged that can be compared.
     """
     evaluations = _evaluations(history, run)
-    of_policy = [found for prefix, found in evaluations.items() if not _is_average(prefix, run)]
+    of_policy = [steps for prefix, steps in evaluations.items() if not prefix.endswith(run.average_suffix)]
     if of_policy:
-        last = [_at(found, step) for found in of_policy]
-        measured = max(last, key=_badness)
-        averages = [_at(found, step) for prefix, found in evaluations.items() if _is_average(prefix, run)]
-        return _worded(measured, "evaluation", run, of_policy[last.index(measured)], averages)
+        judged = max(of_policy, key=lambda steps: _badness(_at(steps, step)))
+        averages = [_at(steps, step) for prefix, steps in evaluations.items() if prefix.endswith(run.average_suffix)]
+        return _worded(_at(judged, step), "evaluation", run, judged, averages)
     mean = _last_training(history, run)
-    return None if mean is None else _worded(mean, "training", run, [], [])
+    return None if mean is None else _worded(mean, "training", run)
 
 
 def is_evaluation(entry: Mapping[str, Any]) -> bool:
@@ -190,40 +248,46 @@ def is_evaluation(entry: Mapping[str, Any]) -> bool:
 
 
 def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
-    """What the newest evaluation in a log history says, if that is worse than before training beyond the noise; and
-    whether it is worse than what the evaluation before it said."""
+    """Return the newest evaluation of a log history if its winners are worse, and whether they are worse by another
+    word than in the evaluation before. Of fewer than 30 pairs only `"ruined"` counts."""
     newest = next(filter(is_evaluation, reversed(history)), {})
-    prefixes = (match["prefix"] for match in map(_WINNER.match, newest) if match)
-    found = _evaluations(history, run)
-    measured = [found[prefix] for prefix in prefixes if prefix in found and not _is_average(prefix, run)]
-    worst = max(measured, key=lambda evaluations: _badness(evaluations[-1]), default=None)
-    if worst is None or worst[-1].step != newest["step"] or worst[-1].word not in _RISES:
+    rises = [
+        steps
+        for prefix, steps in _evaluations(history, run).items()
+        if f"{prefix}_errors/winner" in newest
+        and not prefix.endswith(run.average_suffix)
+        and steps[-1].step == newest["step"]
+        and _rise(steps[-1])
+    ]
+    if not rises:
         return None
-    previous = 0 if len(worst) == 1 else _RISES.get(worst[-2].word, 0)
-    return worst[-1], _RISES[worst[-1].word] > previous
+    worst = max(rises, key=lambda steps: (_rise(steps[-1]), steps[-1].change))
+    previous = _rise(worst[-2]) if len(worst) > 1 else 0
+    return worst[-1], _rise(worst[-1]) > previous
 
 
 def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
-    """The mean over the last logs of training, if it says `"ruined"` for the first time with the newest entry."""
+    """Return the mean over the last logs of training if it says `"ruined"` for the first time with the newest entry."""
     if "errors/winner_change" not in history[-1]:
         return None
     measured, previous = (_last_training(logs, run, at_least=LOGS_TO_WARN) for logs in (history, history[:-1]))
-    told = previous is not None and previous.word == "ruined"
-    return measured if measured is not None and measured.word == "ruined" and not told else None
+    if measured is None or measured.winners != "ruined":
+        return None
+    return measured if previous is None or previous.winners != "ruined" else None
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
-    """A warning of a rise, with the noise level where it is largest and what to do."""
-    what = "The model is being ruined" if measured.word == "ruined" else "The preferred images are getting worse"
-    return (
-        f"{what}: at step {measured.step} the error on them{_of_set(measured)} is {measured}{_against(measured)}"
-        f"{_of_bins(measured, run)}.{run.labels} {_advice(measured, run)}"
-    )
+    """A warning that the winners get worse, with the noise level of the largest rise and what to do."""
+    what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
+    return f"{what}: at step {measured.step} {_of_winners(measured, run)} {_advice(measured, run)}"
 
 
 def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
     """The lowest and the highest noise level of a bin."""
     return noise_bin / run.num_noise_bins, (noise_bin + 1) / run.num_noise_bins
+
+
+# ---- Reading the log history -----------------------------------------------------------------------------------------
 
 
 def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]]:
@@ -236,39 +300,63 @@ def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]
     first: dict[str, Mapping[str, Any]] = {}
     for entry in history:
         for prefix in (match["prefix"] for match in map(_WINNER.match, entry) if match):
-            measured = _measured(entry, first.setdefault(prefix, entry), prefix, run)
+            measured = _measured(entry, first.setdefault(prefix, entry), prefix, run, _mean_scale(history))
             if measured is not None and _is_comparable(measured):
                 found.setdefault(prefix, []).append(measured)
     return found
 
 
-def _measured(entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts) -> Measurement | None:
-    error, change = (entry.get(f"{prefix}_errors/{name}") for name in ("winner", "winner_change"))
+def _measured(
+    entry: Mapping[str, Any], first: Mapping[str, Any], prefix: str, run: RunFacts, scale: float | None
+) -> Measurement | None:
+    def estimate(name: str) -> Estimate | None:
+        value, stderr = entry.get(f"{prefix}_errors/{name}"), entry.get(f"{prefix}_errors/{name}_stderr")
+        return None if value is None or stderr is None else Estimate(value, stderr)
+
+    step, error = entry["step"], entry[f"{prefix}_errors/winner"]
+    change, before = entry.get(f"{prefix}_errors/winner_change"), first[f"{prefix}_errors/winner"]
     from_start = first["step"] == 0
-    same = not run.has_reference or run.reference == BEFORE_TRAINING  # what the logged changes are relative to
-    facts: dict[str, Any] = {"accuracy": entry.get(f"{prefix}_rewards/accuracies"), "name": _set_name(prefix, run)}
-    facts["pairs"] = entry.get(f"{prefix}_errors/pairs")
+    name = prefix.removesuffix(run.average_suffix).removeprefix("eval").removeprefix("_")
+    facts: dict[str, Any] = {"name": name, "pairs": entry.get(f"{prefix}_errors/pairs"), "scale": scale}
+    # Changes of single pairs are logged relative to the reference, which must be what the mean is compared with.
+    same = not run.has_reference or run.reference == BEFORE_TRAINING
     if math.isfinite(error) and (same or (not from_start and run.reference)):
-        facts |= {"stderr": entry.get(f"{prefix}_{_RELATIVE_STDERR}"), "bins": _bins(entry, prefix)}
+        start = f"{prefix}_{_CHANGE}@"
+        levels = [int(key.removeprefix(start)) for key in entry if key.startswith(start)]
+        stderrs = f"{prefix}_{_CHANGE}_stderr"
+        losers = f"{prefix}_errors/loser_change_relative@"
+        facts["stderr"] = entry.get(stderrs)
+        facts["bins"] = {
+            level: Estimate(entry[f"{start}{level}"], entry.get(f"{stderrs}@{level}")) for level in levels
+        }
+        facts["loser_bins"] = {level: entry[f"{losers}{level}"] for level in levels if f"{losers}{level}" in entry}
+        if run.uses_loser:
+            facts |= {"accuracy": estimate("accuracy"), "margin": estimate("margin_relative")}
     if from_start:
-        return Measurement(entry["step"], error, first[f"{prefix}_errors/winner"], BEFORE_TRAINING, **facts)
+        return Measurement(step, error, before, BEFORE_TRAINING, **facts)
     if run.reference and change is not None:
-        return Measurement(entry["step"], error, error - change, run.reference, **facts)
-    if entry["step"] > first["step"]:
-        return Measurement(entry["step"], error, first[f"{prefix}_errors/winner"], f"at step {first['step']}", **facts)
+        return Measurement(step, error, error - change, run.reference, **facts)
+    if step > first["step"]:
+        return Measurement(step, error, before, f"at step {first['step']}", **facts)
     return None
 
 
 def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measurement | None:
     """Mean over the last logs of training; `None` with fewer than `at_least`, or if the reference moves."""
-    logs = list(islice((entry for entry in reversed(history) if "errors/winner_change" in entry), AVERAGED_LOGS))
+    logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
     if not run.reference or len(logs) < at_least:
         return None
     names = ("errors/winner", "errors/winner_change", "rewards/accuracies")
     error, change, accuracy = (sum(log.get(name, math.nan) for log in logs) / len(logs) for name in names)
-    known = None if math.isnan(accuracy) else accuracy
-    measured = Measurement(logs[0]["step"], error, error - change, run.reference, accuracy=known)
+    known = Estimate(accuracy) if run.uses_loser and not math.isnan(accuracy) else None
+    facts: dict[str, Any] = {"accuracy": known, "scale": _mean_scale(history)}
+    measured = Measurement(logs[-1]["step"], error, error - change, run.reference, **facts)
     return measured if _is_comparable(measured) else None
+
+
+def _mean_scale(history: History) -> float | None:
+    scales = [entry["safeguard/scale"] for entry in history if "safeguard/scale" in entry][-AVERAGED_LOGS:]
+    return sum(scales) / len(scales) if scales else None
 
 
 def _is_comparable(measured: Measurement) -> bool:
@@ -276,19 +364,14 @@ def _is_comparable(measured: Measurement) -> bool:
     return not math.isfinite(measured.error) or 0 < measured.before < math.inf
 
 
-def _badness(measured: Measurement) -> tuple[int, float]:
-    """Orders the measurements of several sets: by the word, then by the change."""
-    return _SEVERITY.index(measured.word), measured.change
+def _badness(measured: Measurement) -> tuple[int, bool, float]:
+    """Order the measurements of several sets by the word, then by its certainty and by the change."""
+    return list(LABELS).index(measured.word), measured.is_sure, measured.change
 
 
-_RELATIVE = "errors/winner_change_relative"
-_RELATIVE_STDERR = f"{_RELATIVE}_stderr"
-
-
-def _bins(entry: Mapping[str, Any], prefix: str) -> dict[int, Change]:
-    start = f"{prefix}_{_RELATIVE}@"
-    bins = {int(name.removeprefix(start)): value for name, value in entry.items() if name.startswith(start)}
-    return {index: Change(value, entry.get(f"{prefix}_{_RELATIVE_STDERR}@{index}")) for index, value in bins.items()}
+def _rise(measured: Measurement) -> int:
+    is_sure = measured.pairs is None or measured.pairs >= FEWEST_PAIRS or measured.winners == "ruined"
+    return _RISES.get(measured.winners, 0) if is_sure else 0
 
 
 def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
@@ -296,63 +379,91 @@ def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
     return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 
-def _is_average(prefix: str, run: RunFacts) -> bool:
-    return prefix.endswith(run.average_suffix)
-
-
-def _set_name(prefix: str, run: RunFacts) -> str:
-    """The name of an evaluation set, without `eval_` and the end of averages."""
-    return prefix.removesuffix(run.average_suffix).removeprefix("eval").removeprefix("_")
+# ---- Words -----------------------------------------------------------------------------------------------------------
 
 
 def _worded(
-    measured: Measurement, pairs: str, run: RunFacts, history: Sequence[Measurement], averages: Iterable[Measurement]
+    measured: Measurement,
+    pairs: str,
+    run: RunFacts,
+    history: Sequence[Measurement] = (),
+    averages: Iterable[Measurement] = (),
 ) -> Verdict:
-    word = measured.word
-    finding = (
-        f"Verdict: {word}. The error on the preferred images of the {pairs} pairs{_of_set(measured)} is {measured}"
-        f"{_against(measured)}, at step {measured.step}{_of_bins(measured, run)}.{run.labels}"
-    )
-    for average in averages:
-        finding += f" That of the averaged weights{_of_set(average)} is {average}."
-    if pairs == "training":
-        finding += " Without an evaluation on held-out pairs, nothing is known of other pairs."
     advice = _advice(measured, run)
-    lowest = min(history, key=lambda found: found.change, default=None)
-    if word in _RISES and lowest is not None and lowest.step not in (0, measured.step):
+    lowest = min(history, key=lambda earlier: earlier.change, default=None)
+    if measured.winners in _RISES and lowest is not None and lowest.step not in (0, measured.step):
         advice += f" It was lowest at step {lowest.step} ({lowest.change:+.1%})."
-    return Verdict(word, finding, advice, measured, pairs)
+    sentences = [f"At step {measured.step} {_of_winners(measured, run)}"]
+    if measured.preference != "unknown":
+        sentences.append(_of_preference(measured, pairs))
+    sentences += [f"Averaged weights{_of_set(average)}: {average}." for average in averages]
+    if pairs == "training":
+        sentences.append("Without an evaluation on held-out pairs, nothing is known of other pairs.")
+    verdict = Verdict(measured.word, " ".join(sentences), advice, measured, pairs)
+    return Verdict(verdict.word, f"Verdict: {verdict.headline}. {verdict.finding}", advice, measured, pairs)
+
+
+def _of_winners(measured: Measurement, run: RunFacts) -> str:
+    words = f"the error on the preferred images{_of_set(measured)} is {measured}"
+    if math.isfinite(measured.error):
+        words += f", {measured.error:.4g} against {measured.before:.4g}"
+    if measured.worst is not None:
+        noise_bin, change = measured.worst
+        low, high = noise_levels_of(noise_bin, run)
+        words += f"; worst at noise levels {low:.3g} to {high:.3g} (bin {noise_bin}): {change.value:+.1%}"
+    swapped = " With `swap_labels`, the preferred images are those that were published as rejected."
+    return f"{words}.{swapped if run.swapped_labels else ''}"
+
+
+def _of_preference(measured: Measurement, pairs: str) -> str:
+    learned = {"learned": "is learned", "reversed": "is reversed"}.get(measured.preference, "is not learned")
+    numbers = []
+    if measured.accuracy is not None:
+        numbers.append(f"accuracy {_with_error(measured.accuracy, '.0%')}")
+    if measured.margin is not None:
+        numbers.append(f"margin {_with_error(measured.margin, '+.2%')} of the error")
+    whose = "held-out" if pairs == "evaluation" else "training"
+    return f"The preference {learned}: {', '.join(numbers)} on {whose} pairs."
+
+
+def _with_error(estimate: Estimate, style: str) -> str:
+    known = "" if estimate.stderr is None else f" ± {estimate.stderr:{style.lstrip('+')}}"
+    return f"{estimate.value:{style}}{known}"
 
 
 def _of_set(measured: Measurement) -> str:
     return f" of `{measured.name}`" if measured.name else ""
 
 
-def _against(measured: Measurement) -> str:
-    return f", {measured.error:.4g} against {measured.before:.4g}" if math.isfinite(measured.error) else ""
-
-
-def _of_bins(measured: Measurement, run: RunFacts) -> str:
-    if measured.worst is None:
-        return ""
-    noise_bin, change = measured.worst
-    low, high = noise_levels_of(noise_bin, run)
-    return f"; worst at noise levels {low:.3g} to {high:.3g} (bin {noise_bin}): {change.value:+.1%}"
-
-
 def _advice(measured: Measurement, run: RunFacts) -> str:
-    """In the order of docs/safeguard.md#when-it-got-worse."""
-    word = measured.word
-    if word == "unknown" and measured.pairs is not None and measured.pairs < FEWEST:
-        return f"Evaluate on {FEWEST} pairs at least; there were {measured.pairs:.0f}."
+    """What to do, in the order of docs/safeguard.md#when-it-got-worse."""
+    word, enough = measured.word, measured.pairs is None or measured.pairs >= FEWEST_PAIRS
+    more = "Evaluate on more pairs" if enough else f"Evaluate on {FEWEST_PAIRS} pairs or more"
     if word == "unknown":
-        return "Evaluate on more pairs: the change lies within a large uncertainty."
-    if word not in _RISES:
-        return ""
-    ways = ["a lower `learning_rate`" if run.decays else "`lr_scheduler_type: cosine`"]
-    if run.uses_loser:
-        ways += [] if run.safeguard == "none" else ["a larger `safeguard_mu`"]
-        ways += [] if run.safeguard == "parameter" else ["`safeguard: parameter`"]
-        ways += ["a `winner_budget`"]
-    unless = "" if word == "ruined" else " unless their images are better"
-    return f"Do not use these weights{unless}; try, one change at a time: {', '.join(ways)}."
+        return f"{more}: the uncertainty is too large."
+    sentences = []
+    if measured.winners in _RISES:
+        ways = ["a lower `learning_rate`" if run.decays else "`lr_scheduler_type: cosine`"]
+        if run.uses_loser:
+            ways += [] if run.safeguard == "none" else ["a larger `safeguard_mu`"]
+            ways += [] if run.safeguard == "parameter" else ["`safeguard: parameter`"]
+            ways += ["a `winner_budget`"]
+        unless = "" if word == "ruined" else " unless their images are better"
+        sentences.append(f"Do not use these weights{unless}; try, one change at a time: {', '.join(ways)}.")
+    elif word in ("not learned", "reversed"):
+        sentences.append(_advice_to_learn(measured, run))
+    return " ".join(sentences if measured.is_sure else [*sentences, f"{more} to be sure."])
+
+
+def _advice_to_learn(measured: Measurement, run: RunFacts) -> str:
+    """What to change if the winners were kept and the preference was not learned."""
+    is_held = measured.scale is not None and measured.scale < SMALL_LAMBDA and run.safeguard != "none"
+    if is_held:
+        now = "" if run.safeguard_mu is None else f" than {run.safeguard_mu:g}"
+        return (
+            f"Losers hardly trained, because lambda was {measured.scale:.2f} on average: try a smaller "
+            f"`safeguard_mu`{now}."
+        )
+    if measured.word == "reversed":
+        return "Check that the labels are not swapped; else try a lower `learning_rate`."
+    return "Train for more steps, with more pairs a step, or with a higher `learning_rate`."

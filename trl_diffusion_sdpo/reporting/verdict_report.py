@@ -14,16 +14,16 @@ from PIL import Image
 
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
 from ..utils.import_utils import is_plots_available
-from .verdict import Change, RunFacts, Verdict, noise_levels_of
+from .verdict import STANDARD_ERRORS, Estimate, Measurement, RunFacts, Verdict, noise_levels_of
 
 SHOWN_PROMPTS = 6
-LABELLED_BARS = 10
 UNKNOWN = Verdict(
     "unknown",
     "Verdict: unknown. No error on preferred images was measured that can be compared.",
     "Give held-out pairs as `eval_dataset` and set `eval_strategy: steps` and `eval_on_start: true`.",
 )
-COLOURS = {"better": "#0072B2", "unchanged": "#555555", "worse": "#D55E00", "unknown": "#555555"}
+COLOURS = {"better": "#1b7837", "unchanged": "#555555", "worse": "#b2182b", "unknown": "#555555"}
+WINNERS, LOSERS, GREY = "#2166ac", "#e08214", "#666666"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SamplePair:
 
 
 def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: Sequence[SamplePair]) -> Path | None:
-    """Write `verdict.json`, and with matplotlib `verdict.png`, into a run's folder; returns the picture."""
+    """Write `verdict.json`, and with matplotlib `verdict.png`, into a run's folder. Return the picture's path."""
     facts = verdict_facts(verdict or UNKNOWN, run, images)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / VERDICT_FILE, json.dumps(facts, indent=2, allow_nan=False).encode() + b"\n")
@@ -50,6 +50,7 @@ def verdict_facts(verdict: Verdict, run: RunFacts, images: Sequence[SamplePair])
     facts: dict[str, Any] = {
         "label": verdict.label,
         "word": verdict.word,
+        "headline": verdict.headline,
         "sentence": verdict.finding,
         "advice": verdict.advice or None,
         "pairs": verdict.pairs,
@@ -57,90 +58,135 @@ def verdict_facts(verdict: Verdict, run: RunFacts, images: Sequence[SamplePair])
         "noise_bins": [],
         "images": [asdict(pair) for pair in images],
     }
-    if measured is None:
-        return facts
-    of_all = Change(measured.change, measured.stderr)
-    return facts | {
+    return facts if measured is None else facts | _numbers(measured, run)
+
+
+def _numbers(measured: Measurement, run: RunFacts) -> dict[str, Any]:
+    bins = []
+    for index, change in sorted(measured.bins.items()):
+        levels = {"bin": index, "noise_levels": list(noise_levels_of(index, run))}
+        losers = {"loser_change_percent": _percent(measured.loser_bins.get(index))}
+        bins.append(levels | _both("winner_change", change) | losers)
+    accuracy = measured.accuracy or Estimate(math.nan)
+    return {
         "step": measured.step,
+        "winners": measured.winners,
+        "preference": measured.preference,
         "compared_with": measured.since,
         "winner_error": _finite(measured.error),
         "winner_error_before": _finite(measured.before),
-        **_percent(of_all),
-        "noise_percent": _finite(100 * of_all.noise) if math.isfinite(measured.error) else None,
+        **_both("winner_change", Estimate(measured.change, measured.stderr)),
+        **_both("margin", measured.margin or Estimate(math.nan)),
         "evaluated_pairs": None if measured.pairs is None else round(measured.pairs),
-        "reward_accuracy": _finite(measured.accuracy),
-        "noise_bins": [
-            {"bin": index, "noise_levels": list(noise_levels_of(index, run)), **_percent(change)}
-            for index, change in sorted(measured.bins.items())
-        ],
+        "reward_accuracy": _finite(accuracy.value),
+        "reward_accuracy_stderr": _finite(accuracy.stderr),
+        "mean_lambda": _finite(measured.scale),
+        "noise_bins": bins,
     }
 
 
 def draw_verdict(folder: Path, facts: dict[str, Any]) -> Path:
-    """Draw the content of `verdict.json`: the winners' change by noise level, the accuracy, images before and after."""
+    """Draw the content of `verdict.json`: the word, the errors' change by noise level, accuracy, images."""
     from matplotlib.figure import Figure
 
     images = facts["images"][:SHOWN_PROMPTS]
-    figure = Figure(figsize=(10, 4.6 + (3.6 if images else 0)), layout="constrained")
-    rows: Any = figure.subfigures(2, 1, height_ratios=[4.4, 3.6]) if images else [figure]
-    title = textwrap.fill(" ".join(filter(None, (facts["sentence"], facts["advice"]))), 105)
-    rows[0].suptitle(title, x=0.01, ha="left", fontsize=10, color=COLOURS[facts["label"]], parse_math=False)
-    bars, accuracy = rows[0].subplots(1, 2, width_ratios=[5, 1])
-    _draw_changes(bars, facts)
-    _draw_accuracy(accuracy, facts.get("reward_accuracy"))
+    text = _caption(facts)
+    side = min(1.9, 9.3 / max(1, len(images)))  # of an image, in inches
+    heights = [0.6 + 0.2 * len(text), 3.1, *([2 * side + 0.6] if images else [])]
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.05)
+    rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    look: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
+    colour, below = COLOURS[facts["label"]], 1 - 0.6 / heights[0]
+    rows[0].text(0.015, 0.93, facts["headline"].capitalize(), size=20, weight="bold", color=colour, **look)
+    rows[0].text(0.015, below, "\n".join(text), size=9.5, color="#333333", linespacing=1.35, **look)
+    changes, accuracy = rows[1].subplots(1, 2, width_ratios=[4, 1])
+    _draw_changes(changes, facts)
+    _draw_accuracy(accuracy, facts)
     if images:
-        _draw_images(rows[1], folder, images)
-    figure.savefig(folder / VERDICT_PLOT, dpi=110)
+        _draw_images(rows[2], folder, images)
+    figure.savefig(folder / VERDICT_PLOT, dpi=120)
     return folder / VERDICT_PLOT
 
 
-def _draw_changes(axes: Any, facts: dict[str, Any]) -> None:
-    shown = [("all", facts)] if "winner_change_percent" in facts else []
-    shown += [("{:.3g} to\n{:.3g}".format(*found["noise_levels"]), found) for found in facts["noise_bins"]]
-    values = [math.nan if (value := found["winner_change_percent"]) is None else value for _, found in shown]
-    errors = [2 * (found["winner_change_stderr_percent"] or 0.0) for _, found in shown]
-    colours = [COLOURS["worse"] if value > 0 else COLOURS["better"] for value in values]
-    places = [place + (0.5 if place else 0) for place in range(len(shown))]  # the mean apart from the levels
-    axes.use_sticky_edges = False  # leaves room below the bars
-    axes.bar(places, values, 0.75, color=colours)
-    known = [place for place, error in enumerate(errors) if error]
-    axes.errorbar(
-        [places[i] for i in known], [values[i] for i in known], [errors[i] for i in known], fmt="none", ecolor="black"
-    )
-    noise = facts["noise_percent"] if shown else None
-    if noise is not None:  # of the mean alone
-        label = f"not told from none (±{noise:.2g}%)"
-        axes.bar([0], [2 * noise], 1.1, bottom=-noise, color="#bbbbbb", alpha=0.5, lw=0, zorder=0, label=label)
-        axes.figure.legend(loc="outside lower left", frameon=False, fontsize=9)
-    if not any(math.isfinite(value) for value in values):
-        missing = "no number" if shown else "nothing was measured"
-        axes.text(0.5, 0.6, missing, transform=axes.transAxes, ha="center")
-    axes.axhline(0, color="black", lw=0.8)
-    step = math.ceil(len(shown) / LABELLED_BARS)
-    named = [0, *range(1, len(shown), step)] if shown else []
-    axes.set_xticks([places[i] for i in named], [shown[i][0] for i in named], fontsize=9)
-    axes.set_title("Error on the preferred images: change, lines of ± 2 standard errors", fontsize=10, loc="left")
-    axes.set(xlabel="noise level, from clean to noise", ylabel="% of the error before")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_accuracy(axes: Any, accuracy: float | None) -> None:
-    axes.set_title("Reward accuracy", fontsize=10)
-    axes.set_ylim(0, 100)
-    axes.set_xticks([])
-    axes.axhline(50, color="black", lw=0.8, ls=":")
-    if accuracy is None:
-        axes.text(0.5, 0.6, "not measured", transform=axes.transAxes, ha="center", fontsize=9)
+def _caption(facts: dict[str, Any]) -> list[str]:
+    """Lines below the word: what was found, with numbers, and what to do."""
+    if facts.get("winner_change_percent") is None:
+        sentences = [facts["sentence"].removeprefix(f"Verdict: {facts['headline']}. ")]
     else:
-        axes.bar([0], [100 * accuracy], 0.5, color="#0072B2")
-        axes.text(0, min(100 * accuracy + 2, 94), f"{accuracy:.0%}", ha="center", fontsize=11)
-    axes.set_xlim(-0.6, 0.6)
-    axes.set_ylabel("% of pairs")
+        stderr = facts["winner_change_stderr_percent"]
+        known = "" if stderr is None else f" ± {_short(stderr)}"
+        change = f"{_short(facts['winner_change_percent'], '+')}{known} %"
+        pairs = f"{facts['evaluated_pairs']} held-out" if facts["evaluated_pairs"] else facts["pairs"]
+        kept = {"better": "kept", "unchanged": "kept"}.get(facts["winners"], facts["winners"])
+        sentences = [f"Step {facts['step']}, {pairs} pairs. Preferred images {kept}: error {change}."]
+        if facts["preference"] != "unknown":
+            sentences.append(f"Preference {facts['preference']}.")
+    return [line for part in (" ".join(sentences), facts["advice"]) if part for line in textwrap.wrap(part, 120)]
+
+
+def _draw_changes(axes: Any, facts: dict[str, Any]) -> None:
+    """Draw the change of winners and losers over the noise level; their mean is a dashed line."""
+    whose = "training pairs" if facts["pairs"] == "training" else "held-out pairs"
+    axes.set_title(f"Change of the error on {whose}, in %", fontsize=10, loc="left")
+    axes.axhline(0, color="black", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.2)
+    bins = [found for found in facts["noise_bins"] if found["winner_change_percent"] is not None]
+    mean = facts.get("winner_change_percent")
+    if mean is not None:
+        axes.axhline(mean, color=WINNERS, lw=1, ls="--", label=f"preferred, mean: {_short(mean, '+')} %")
+    elif not bins:
+        axes.set_yticks([0])
+        said = "not a number" if "winner_change_percent" in facts else "nothing was measured"
+        axes.text(0.5, 0.6, said, transform=axes.transAxes, ha="center", color=GREY)
+    levels = [sum(found["noise_levels"]) / 2 for found in bins]
+    winners = [found["winner_change_percent"] for found in bins]
+    noise = [STANDARD_ERRORS * (found["winner_change_stderr_percent"] or 0.0) for found in bins]
+    losers = [(at, found["loser_change_percent"]) for at, found in zip(levels, bins, strict=True)]
+    losers = [(at, change) for at, change in losers if change is not None]
+    if bins:
+        low, high = ([w + sign * n for w, n in zip(winners, noise, strict=True)] for sign in (-1, 1))
+        axes.plot(levels, winners, "o-", color=WINNERS, lw=2, ms=5, label="preferred, ± 2 standard errors")
+        axes.fill_between(levels, low, high, color=WINNERS, alpha=0.15, lw=0)
+    if losers:
+        axes.plot(*zip(*losers, strict=True), "o-", color=LOSERS, lw=2, ms=5, label="rejected")
+    axes.set(xlabel="noise level, from clean to noise", xlim=(0, 1))
+    axes.set_ylim(*_limits([0.0, *winners, *(change for _, change in losers)], [mean or 0.0], noise))
+    if bins or mean is not None:
+        axes.legend(frameon=False, fontsize=8, loc="best")
+
+
+def _limits(values: Sequence[float], means: Sequence[float], noise: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis by the values. Uncertainties get at most as much room again: one large one must not make a line
+    of all others."""
+    low, high = min(*values, *means), max(*values, *means)
+    room = max(0.12 * (high - low), min(max(noise, default=0.0), 0.5 * (high - low)), 0.1)
+    return low - room, high + room
+
+
+def _draw_accuracy(axes: Any, facts: dict[str, Any]) -> None:
+    """Draw the share of pairs in the right order, with chance as a dotted line."""
+    axes.set_title("Pairs in the right order", fontsize=10)
+    axes.set(xlim=(-1, 1), ylim=(0, 100), xticks=[], yticks=[0, 50, 100], yticklabels=["0 %", "50 %", "100 %"])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.axhline(50, color="black", lw=0.8, ls=":")
+    accuracy, stderr = facts.get("reward_accuracy"), facts.get("reward_accuracy_stderr")
+    if accuracy is None:
+        axes.text(0, 60, "not measured", ha="center", fontsize=9, color=GREY)
+        return
+    colour = {"learned": COLOURS["better"], "reversed": COLOURS["worse"]}.get(facts["preference"], GREY)
+    axes.bar([0], [100 * accuracy], 0.7, color=colour, alpha=0.25)
+    error = None if stderr is None else [100 * STANDARD_ERRORS * stderr]
+    axes.errorbar([0], [100 * accuracy], error, fmt="o", color=colour, ms=7, capsize=4, lw=1.5)
+    axes.text(0, 6, f"{accuracy:.0%}", ha="center", fontsize=15, weight="bold", color=colour)
+    if facts.get("margin_percent") is not None:
+        axes.set_xlabel(f"margin {_short(facts['margin_percent'], '+')} %", fontsize=9)
 
 
 def _draw_images(figure: Any, folder: Path, images: Sequence[dict[str, Any]]) -> None:
-    grid = figure.subplots(2, SHOWN_PROMPTS, squeeze=False)
+    """Draw each prompt's images before training, above those after it."""
+    grid = figure.subplots(2, max(3, len(images)), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for column, pair in enumerate(images):
@@ -148,14 +194,23 @@ def _draw_images(figure: Any, folder: Path, images: Sequence[dict[str, Any]]) ->
             with Image.open(folder / pair[when]) as image:
                 axes.imshow(image.convert("RGB"))
         prompt = textwrap.shorten(pair["prompt"], 60, placeholder="…")
-        grid[0, column].set_title("\n".join(textwrap.wrap(f"“{prompt}”", 22)), fontsize=8, parse_math=False)
+        grid[0, column].set_title("\n".join(textwrap.wrap(prompt, 24)), fontsize=8, parse_math=False)
     for axes, when in zip(grid[:, 0], ("before", "after"), strict=True):
-        axes.text(-0.08, 0.5, when, transform=axes.transAxes, rotation=90, va="center", ha="right", fontsize=9)
+        axes.text(-0.06, 0.5, when, transform=axes.transAxes, rotation=90, va="center", ha="right", fontsize=9)
 
 
-def _percent(change: Change) -> dict[str, float | None]:
-    stderr = None if change.stderr is None else 100 * change.stderr
-    return {"winner_change_percent": _finite(100 * change.value), "winner_change_stderr_percent": _finite(stderr)}
+def _short(value: float, sign: str = "") -> str:
+    """A number with two digits or more, without an exponent."""
+    digits = 2 if abs(value) < 1 else 1 if abs(value) < 10 else 0
+    return f"{value:{sign}.{digits}f}"
+
+
+def _both(name: str, estimate: Estimate) -> dict[str, float | None]:
+    return {f"{name}_percent": _percent(estimate.value), f"{name}_stderr_percent": _percent(estimate.stderr)}
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else _finite(100 * value)
 
 
 def _finite(value: float | None) -> float | None:

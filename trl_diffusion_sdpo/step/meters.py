@@ -23,10 +23,11 @@ class NoiseBinMeter:
         self._rows: list[torch.Tensor] = []
 
     def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
-        """Add B pairs: noise levels `(B,)` and errors `(B, 4)`, of winner and loser, policy then reference. Pairs that
-        do not count add none, but all processes must add."""
+        """Add B pairs at D draws of noise: noise levels `(B, D)` and errors `(B, D, 4)`, of winner and loser, policy
+        then reference. Pairs that do not count add none, but all processes must add."""
         exact = errors.to(exact_dtype(errors.device))
-        rows = torch.cat([noise_bin_of(noise_levels, self._bins).unsqueeze(1).to(exact.dtype), exact], 1)
+        bins = noise_bin_of(noise_levels, self._bins).unsqueeze(2).to(exact.dtype)
+        rows = torch.cat([bins, exact], 2)
         self._rows.append(rows if counts else rows[:0])
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
@@ -35,8 +36,8 @@ class NoiseBinMeter:
             return {}
         rows, self._rows = torch.cat(self._rows), []
         rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
-        rows = rows[rows[:, 0] >= 0]  # bins, which are not padding
-        return noise_bin_changes(rows[:, 0].long(), rows[:, 1:])
+        rows = rows[rows[:, 0, 0] >= 0]  # padding has no bin
+        return noise_bin_changes(rows[..., 0].long(), rows[..., 1:])
 
 
 class MetricMeter:

@@ -18,13 +18,15 @@ from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.processes import in_any_process
 from ..models.ema import EMA_FOLDER, EMAWeights
+from ..models.reference import Reference
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
 from ..reporting.verdict_report import SamplePair, write_verdict
 from ..saving.interrupts import resume_hint, was_interrupted
 from ..saving.run_card import is_note
 from ..saving.setup import forget_recommended_scales
-from ..step.pair_evaluation import PairEvaluation, real_pairs
+from ..step.noisy_batch import seeds_of_levels
+from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -38,6 +40,7 @@ class EvaluationOverrides(Trainer):
 
     engine: Engine
     average: EMAWeights | None
+    reference: Reference
     pair_forward: PairForward
     _evaluation: PairEvaluation
     _evaluated_weights: EMAWeights | None
@@ -54,15 +57,21 @@ class EvaluationOverrides(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            predictions = self.pair_forward.predict_pairs(model, inputs, self._evaluated_weights)
-            state, pairs = self.accelerator.gradient_state, len(inputs["seeds"])
-            real = inputs.get("counted", real_pairs(state, pairs, self.args.process_index))
-            outputs = self._evaluation.add(predictions, real)
-        loss = outputs.loss.detach()
+            pairs = len(inputs["seeds"])
+            seeds = seeds_of_levels(inputs["seeds"], self._evaluation.draws)
+            draws = [
+                self.pair_forward.predict_pairs(
+                    model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluated_weights
+                )
+                for start in range(0, len(seeds), pairs)
+            ]
+            real = inputs.get("counted", real_pairs(self.accelerator.gradient_state, pairs, self.args.process_index))
+            outputs = self._evaluation.add(draws, real)
+        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
         self._counted = torch.arange(pairs, device=loss.device) < real
         if prediction_loss_only:
             return loss, None, None
-        rewards = outputs.pair_rewards
+        rewards = torch.stack([output.pair_rewards for output in outputs]).mean(0)
         return loss, rewards, torch.zeros(len(rewards), device=rewards.device)
 
     def evaluation_loop(
@@ -92,7 +101,10 @@ class EvaluationOverrides(Trainer):
     def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
         """One pass over the data, with the metrics of its pairs."""
         self._evaluation.drain(self.accelerator)
-        self._evaluation.begin(dataloader.dataset, settings[-1], before_training=self.state.global_step == 0)
+        draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
+        self._evaluation.begin(
+            dataloader.dataset, settings[-1], before_training=self.state.global_step == 0, draws=draws
+        )
         if _tells_what_counts(dataloader.dataset):
             self.gather_function = self._gather_counted  # transformers resets it after the pass
         output = super().evaluation_loop(dataloader, *settings)
@@ -181,7 +193,7 @@ class VerdictCallback(TrainerCallback):
             if picture is not None:
                 self._tracked.add("verdict", picture, state.global_step)
         if verdict is not None:
-            logger.log(logging.WARNING if verdict.advice else logging.INFO, "%s", verdict)
+            logger.log(logging.INFO if verdict.label in ("better", "unchanged") else logging.WARNING, "%s", verdict)
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether the weights have changed since the last evaluation, and no signal asks for an early end."""

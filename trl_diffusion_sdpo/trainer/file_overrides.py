@@ -113,6 +113,7 @@ class FileOverrides(Trainer):
             num_noise_bins=args.num_noise_bins,
             average_suffix=f"_{EMA_FOLDER}",
             swapped_labels=args.swap_labels,
+            safeguard_mu=args.safeguard_mu,
         )
 
     def _set_up_run(self) -> None:
