@@ -93,8 +93,8 @@ def draw_verdict(folder: Path, facts: dict[str, Any]) -> Path:
     text = _caption(facts)
     side = min(1.9, 9.3 / max(1, len(images)))  # of an image, in inches
     heights = [0.6 + 0.2 * len(text), 3.1, *([2 * side + 0.6] if images else [])]
-    figure = Figure(figsize=(10, sum(heights)), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.05)
+    figure = Figure(figsize=(10, sum(heights)), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.05)
     rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     look: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
     colour, below = COLOURS[facts["label"]], 1 - 0.6 / heights[0]
