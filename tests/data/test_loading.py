@@ -4,7 +4,6 @@ import json
 import os
 
 import datasets
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -98,19 +97,7 @@ def test_files_in_several_folders_leave_the_folder_that_was_named(place):
     }
 
 
-def test_what_is_in_bytes_or_absolute_or_a_url_is_left_alone(place):
-    image = datasets.Image()
-    features = datasets.Features({"prompt": datasets.Value("string"), "chosen": image, "rejected": image})
-    data = (place / "images/l.png").read_bytes()
-    rows = {
-        "prompt": ["x"],
-        "chosen": [{"bytes": None, "path": "images/w.png"}],
-        "rejected": [{"bytes": data, "path": "l"}],
-    }
-    table = datasets.Dataset.from_dict(rows, features=features).data.table
-    pyarrow.parquet.write_table(table, place / "images.parquet")
-    assert levels(load_pairs(place / "images.parquet")) == [(0, 1)]
-    assert levels(load_pairs(place / "images.parquet", streaming=True)) == [(0, 1)]
+def test_what_is_absolute_or_a_url_is_left_alone(place):
     addresses = [
         "hf://datasets/a/b/c.png",
         "C:\\images\\w.png",
@@ -141,16 +128,12 @@ def test_data_with_no_relative_name_are_not_copied(place, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_of_an_image_that_is_nowhere_the_places_are_named(place, caplog, streaming):
+def test_an_image_that_is_nowhere_is_a_bad_row_that_names_its_file(place, caplog, streaming):
     path = write(place, "jsonl", {**ROW, "chosen": "images/lost.png"}, ROW)
     assert levels(load_pairs(path, streaming=streaming))[0] == (0, 1)
-    tried = [str(folder / "images" / "lost.png") for folder in (place, place.parent / "cwd")]
-    assert f"There is no image 'images/lost.png': tried {', '.join(tried)}." in caplog.text
     if not streaming:
-        assert (
-            f"row 0: image 0 cannot be decoded (FileNotFoundError: [Errno 2] No such file or directory: '{tried[0]}')"
-            in caplog.text
-        )
+        assert "row 0: image 0 cannot be decoded (FileNotFoundError" in caplog.text
+        assert str(place / "images" / "lost.png") in caplog.text
 
 
 def test_the_error_of_an_image_names_its_file(place):

@@ -6,15 +6,13 @@ from __future__ import annotations
 import logging
 import ntpath
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 
-from .columns import ROUND_ROWS
-from .contents import local_names
 from .formats import FORMATS
 from .image_folders import LAYOUTS, make_datasets, read_image_folder
 
@@ -69,7 +67,7 @@ def load_pairs(
         logger.warning(message, config, name)
     parts = saved_parts(path) if is_saved(path) else None
     if parts is not None:
-        found = found_images(_rows_of_parts(path, parts, split), [path])
+        found = with_found_images(_rows_of_parts(path, parts, split), [path])
         return found.to_iterable_dataset() if streaming else found
     if path.is_file():
         return _load_file(path, split, streaming)
@@ -87,7 +85,7 @@ def load_pairs(
 def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
     """As [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
     builder = datasets.load_dataset_builder(path, name=config, **files)
-    return found_images(_loaded(builder, split, streaming), _folders_of_files(builder, split))
+    return with_found_images(_loaded(builder, split, streaming), _folders_of_files(builder, split))
 
 
 def is_saved(path: Path) -> bool:
@@ -127,7 +125,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
     builder, options = FILE_BUILDERS[path.suffix.lower()]
     files, split = {ONLY_SPLIT: str(path)}, rename_split(split, ONLY_SPLIT)
     loaded = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming, **options)
-    return found_images(loaded, [path.parent])
+    return with_found_images(loaded, [path.parent])
 
 
 def _load_folder(path: Path, split: str, streaming: bool) -> Any:
@@ -141,7 +139,7 @@ def _load_folder(path: Path, split: str, streaming: bool) -> Any:
             f"{error}, such as `chosen_file_name` and `rejected_file_name`. If another column has the names of the "
             f"images, pass the file in place of its folder {path}."
         ) from error
-    return found_images(loaded, [*_folders_of_files(builder, split), path])
+    return with_found_images(loaded, [*_folders_of_files(builder, split), path])
 
 
 def _loaded(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> Any:
@@ -197,75 +195,48 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 # ---- Names of images ----------------------------------------------------------------------------------------------
 
 
-def found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
-    """A data set whose relative names of image files are looked up in folders, in that order, and then in the working
-    directory. A name that is in none is taken to be in the first; the first such name is logged. A stream's
-    images are undecoded."""
-    if not folders:
+def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
+    """Return a data set whose relative names of image files are looked up in folders, in that order, and then in the
+    working directory. A name that is in none is taken to be in the first."""
+    features = dataset.features or {}
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
+    if not folders or not columns:
         return dataset
-    places = tuple(dict.fromkeys(os.path.abspath(folder) for folder in (*folders, os.curdir)))
-    if isinstance(dataset, datasets.Dataset):
-        columns = [column for column in _IMAGE_COLUMNS if column in dataset.column_names]
-        if not columns or not any(_is_relative(name) for name in _names_in(dataset, columns)):
-            return dataset
-        find, options = _Find(places, columns), {"features": dataset.features, "desc": "Finding images"}
-        # `datasets` would not see that a file is in another place than before
-        found = dataset.with_format("arrow").map(find.in_table, batched=True, load_from_cache_file=False, **options)
-        return found.with_format(None)
-    rows = dataset if dataset.features is None else dataset.decode(False)
-    there = next(iter(rows), {}) if rows.column_names is None else rows.column_names
-    columns = [column for column in _IMAGE_COLUMNS if column in there]  # any row may have a name
-    return rows.map(_Find(places, columns).in_row, features=rows.features) if columns else dataset
+    places = [os.path.abspath(folder) for folder in (*folders, os.curdir)]
+    options: dict[str, Any] = {"input_columns": columns, "features": dataset.features}
+    if isinstance(dataset, datasets.IterableDataset):
+        rows = dataset.decode(False) if features else dataset
+        return rows.map(partial(_in_row, columns, places), **options)
+    batches = dataset.select_columns(columns).iter(1000)
+    if not any(_find(value, places) != value for batch in batches for values in batch.values() for value in values):
+        return dataset
+    find = partial(_in_batch, columns, places)
+    # `datasets` would not see that a file is in another place than before.
+    return dataset.map(find, batched=True, load_from_cache_file=False, desc="Finding images", **options)
 
 
-class _Find:
-    """Looks names up in folders."""
-
-    def __init__(self, folders: Sequence[str], columns: Sequence[str]) -> None:
-        self._folders, self._columns, self._missed = folders, columns, False
-
-    def in_table(self, table: pa.Table) -> pa.Table:
-        for column in self._columns:
-            number, values = table.column_names.index(column), table.column(column)
-            found = pa.array([self._in_value(value) for value in values.to_pylist()], values.type)
-            table = table.set_column(number, table.schema.field(number), found)
-        return table
-
-    def in_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {column: self._in_value(row[column]) for column in self._columns if column in row}
-
-    def _in_value(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._in_value(part) for part in value]
-        if isinstance(value, Mapping):
-            return value if value.get("bytes") else {**value, "path": self._in_value(value.get("path"))}
-        return self._path(value) if isinstance(value, str) and _is_relative(value) else value
-
-    def _path(self, name: str) -> str:
-        spellings = {name: None, name.replace("\\", "/"): None}  # the second of Windows, read elsewhere
-        tried = []
-        for folder in self._folders:
-            for spelling in spellings:
-                tried.append(os.path.join(folder, spelling))
-                if os.path.exists(tried[-1]):
-                    return tried[-1]
-        if not self._missed:
-            logger.warning("There is no image %r: tried %s.", name, ", ".join(tried))
-            self._missed = True
-        return tried[0]
+def _in_row(columns: Sequence[str], places: Sequence[str], *values: Any) -> dict[str, Any]:
+    return {name: _find(value, places) for name, value in zip(columns, values, strict=True)}
 
 
-def _is_relative(name: str) -> bool:
-    """Whether a name is relative to a folder, here and on Windows, and no URL."""
-    return bool(name) and not ("://" in name or os.path.isabs(name) or ntpath.isabs(name))
+def _in_batch(columns: Sequence[str], places: Sequence[str], *values: list[Any]) -> dict[str, list[Any]]:
+    return {name: [_find(value, places) for value in column] for name, column in zip(columns, values, strict=True)}
 
 
-def _names_in(dataset: datasets.Dataset, columns: list[str]) -> Iterator[str]:
-    """The names of local files in some columns. Bytes of images are not read."""
-    for part in dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROUND_ROWS):
-        for column in part.columns:
-            for chunk in column.chunks:
-                yield from local_names(chunk)[0].to_pylist()
+def _find(value: Any, places: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_find(part, places) for part in value]
+    if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or ntpath.isabs(value):
+        return value
+    names = [value, value.replace("\\", "/")]  # the second of Windows, read elsewhere
+    tried = [os.path.join(folder, name) for folder in places for name in names]
+    return next(filter(os.path.exists, tried), tried[0])
+
+
+def _is_image_feature(feature: Any) -> bool:
+    """Whether `datasets` decodes a column, or a list in it."""
+    return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
 # ---- Split expressions --------------------------------------------------------------------------------------------
