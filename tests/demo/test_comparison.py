@@ -1,6 +1,5 @@
 """The demo in its smallest form, with the real trainer: what it trains, resumes and refuses."""
 
-import dataclasses
 import json
 import signal
 from collections import Counter
@@ -15,7 +14,6 @@ from trl_diffusion_sdpo.demo.comparison import (
     VERSION,
     Comparison,
     claim_folder,
-    has_time_for_gentle,
     read_curves,
     run_demo,
 )
@@ -235,12 +233,6 @@ def test_curves_are_changes_since_the_first_evaluation_and_a_step_counts_once():
     assert curves.loser_change == [0.0, 1.0]
     assert curves.oracle == [Score(0.4, 0.1), Score(0.2, 0.1)]
     assert (curves.scale_steps, curves.scale) == ([5], [0.75])
-
-
-@pytest.mark.parametrize(("seconds", "fits"), [(46.0, True), (46.1, False)])
-def test_the_gentle_runs_of_half_the_steps_are_added_if_all_fit_into_230_seconds(result, seconds, fits):
-    methods = [dataclasses.replace(method, seconds=seconds) for method in result.methods]
-    assert has_time_for_gentle(methods) is fits
 
 
 def test_the_scorer_generates_equal_images_and_keeps_the_training_mode(tmp_path):

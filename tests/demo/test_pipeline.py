@@ -1,12 +1,13 @@
 """The tiny pipeline: its tokenizer, the packaged weights, and images from fixed latents."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from trl_diffusion_sdpo.demo import build_base
 from trl_diffusion_sdpo.demo.oracle import oracle_parts
 from trl_diffusion_sdpo.demo.pipeline import (
     base_pipeline_folder,
@@ -57,12 +58,12 @@ def test_the_shipped_tokenizer_is_the_built_one(base):
 
 def test_the_shipped_pipeline_is_small_and_safetensors_only():
     stored = [path for path in base_pipeline_folder().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in stored) < 4.5e6
+    assert sum(path.stat().st_size for path in stored) < 8e6
     assert {path.suffix for path in stored} <= {".json", ".safetensors", ".txt"}
 
 
-def test_the_shipped_pipeline_loads_through_diffusers_in_float32():
-    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline_folder(), dtype=torch.float32)
+def test_the_shipped_pipeline_loads_in_one_dtype_if_none_is_asked_for():
+    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline_folder())
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     image = pipeline("a red circle on white", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
@@ -118,7 +119,10 @@ def test_the_base_model_follows_prompts_and_can_be_improved(base):
     assert parts.colour.mean() > 3 * mismatched.colour.mean()
 
 
-def test_the_build_command_makes_a_loadable_folder_and_resumes(tmp_path, monkeypatch, caplog):
+def test_the_build_script_makes_a_loadable_folder_and_resumes(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import build_demo_base as build_base
+
     monkeypatch.setattr(build_base, "IMAGES_PER_PROMPT", 1)
     arguments = ["--output", str(tmp_path / "base"), "--work_dir", str(tmp_path / "work")]
     build_base.main([*arguments, "--vae_steps", "2", "--unet_steps", "2"])

@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 PAIRS = ("off_policy", "on_policy")
 STEPS = 240
-TIME_BUDGET = 230.0  # seconds of training within which the gentle methods are included by default
 GENTLE_DIVISOR = 2  # the gentle methods train for half of the steps
 LOGS = 30  # points of the curve of lambda
 THREADS = 4  # at most; networks this small do not get faster with more
@@ -74,7 +73,7 @@ def run_demo(
     seed: int = 0,
     max_steps: int | None = None,
     pairs: str = "off_policy",
-    gentle: bool | None = None,
+    gentle: bool = False,
     samples_per_prompt: int = 3,
     evaluations: int = 4,
     guidance_scales: Sequence[float] = GUIDANCE_SCALES,
@@ -89,8 +88,7 @@ def run_demo(
         seed (`int`): Seed of the pairs, the noise and the generated images.
         max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
         pairs (`str`): `"off_policy"`, two rendered images, or `"on_policy"`, two images of the base model.
-        gentle (`bool`, *optional*): Whether to train Diffusion-DPO and Diffusion-SDPO with the gentle settings too.
-            If it and `max_steps` are unset, only if everything is expected to take less than five minutes.
+        gentle (`bool`): Whether to train Diffusion-DPO and Diffusion-SDPO with the gentle settings too.
         samples_per_prompt (`int`): Images for each of the 72 prompts that the oracle scores.
         evaluations (`int`): Number of evaluations of each method.
         guidance_scales (`Sequence[float]`): Scales of classifier-free guidance from which each model's best is chosen,
@@ -113,7 +111,7 @@ def run_demo(
     with _few_threads(), _no_loading_bars():
         comparison = Comparison(folder, settings)
         methods = [comparison.train(method, f"{i}/{len(METHODS)}") for i, method in enumerate(METHODS, 1)]
-        if gentle or (gentle is None and max_steps is None and has_time_for_gentle(methods)):
+        if gentle:
             titles = [f"gentle {i}/{len(GENTLE_METHODS)}" for i in range(1, len(GENTLE_METHODS) + 1)]
             methods += map(comparison.train, GENTLE_METHODS, titles)
         guided = comparison.generate(methods)
@@ -313,18 +311,6 @@ def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
     if kind == "off_policy":
         return off_policy_pairs(seed), eval_pairs(seed)
     return on_policy_pairs(base, seed), on_policy_pairs(base, seed + _HELD_OUT_SEED, per_prompt=2)
-
-
-def has_time_for_gentle(methods: list[MethodResult]) -> bool:
-    """Whether all methods are expected to stay within the time budget, from the stored times of the trained ones.
-
-    A second call in the same folder has the same result.
-    """
-    hard = max(method.seconds for method in methods if method.key in ("dpo", "sdpo"))
-    expected = sum(method.seconds for method in methods) + hard * len(GENTLE_METHODS) / GENTLE_DIVISOR
-    if expected > TIME_BUDGET:
-        logger.info("The gentle methods are left out: everything would take %.0f seconds.", expected)
-    return expected <= TIME_BUDGET
 
 
 @contextlib.contextmanager

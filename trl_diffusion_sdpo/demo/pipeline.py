@@ -34,7 +34,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def base_pipeline_folder() -> Path:
-    """Folder of the packaged base model, in diffusers' layout, bfloat16 safetensors.
+    """Folder of the packaged base model, in diffusers' layout: weights rounded to bfloat16, stored in float32.
 
     Raises:
         ValueError: If the installed package lacks the folder.
@@ -43,7 +43,7 @@ def base_pipeline_folder() -> Path:
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"The demo's base model must be in {folder}, but there is no model_index.json. "
-            "Reinstall the package, or rebuild it with `python -m trl_diffusion_sdpo.demo.build_base`."
+            "Reinstall the package, or rebuild it with `python benchmarks/build_demo_base.py`."
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""Train the demo's base model from scratch: `python -m trl_diffusion_sdpo.demo.build_base`.
+"""Train the demo's base model from scratch: `python benchmarks/build_demo_base.py`.
 
 First the autoencoder is trained on the flawed images of the world, then the denoiser and the text encoder on captioned
 latents. A finished autoencoder is saved in `--work_dir` and not trained again by a second call.
@@ -16,8 +16,8 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
-from .pipeline import build_pipeline
-from .world import captions, imperfect_render
+from trl_diffusion_sdpo.demo.pipeline import build_pipeline
+from trl_diffusion_sdpo.demo.world import captions, imperfect_render
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,10 @@ UNET_BATCH, UNET_LR, EMA_DECAY, PROMPT_DROPOUT = 64, 2e-3, 0.998, 0.1
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Build both stages and save the pipeline as bfloat16 safetensors in `--output`."""
+    """Build both stages and save the pipeline in `--output`, rounded to bfloat16 and stored in float32.
+
+    Rounded weights compress to half the size, and float32 files load in one dtype whatever the caller asks for.
+    """
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
     images, prompts = render_training_data(args.seed)
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipeline.vae.save_pretrained(vae_folder)
 
     train_unet(pipeline, images, prompts, steps=args.unet_steps, seed=args.seed)
-    pipeline.to(torch.bfloat16).save_pretrained(args.output)
+    pipeline.to(torch.bfloat16).to(torch.float32).save_pretrained(args.output)
     logger.info("The base model is in %s.", args.output)
 
 
@@ -120,8 +123,10 @@ def _step(loss: torch.Tensor, parameters, optimizer: torch.optim.Optimizer, sche
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trl_diffusion_sdpo.demo.build_base", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "base", help="folder of the result")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=Path("trl_diffusion_sdpo/demo/base"), help="folder of the result"
+    )
     work_dir = "folder of the trained autoencoder; delete it to train it again"
     parser.add_argument("--work_dir", type=Path, default=Path("build/demo_base"), help=work_dir)
     parser.add_argument("--seed", type=int, default=0)
