@@ -25,7 +25,6 @@ from trl_diffusion_sdpo.losses import interpolate
 from trl_diffusion_sdpo.reporting import scale_images, scale_sweep
 from trl_diffusion_sdpo.reporting.scale_images import ScaleImages, checked_scores
 from trl_diffusion_sdpo.saving.interpolation import ScaledWeights, read_run, scaled_factor
-from trl_diffusion_sdpo.saving.manifest import damage
 from trl_diffusion_sdpo.utils.import_utils import EXTRAS
 
 METRICS = {
@@ -489,18 +488,6 @@ def test_a_run_on_swapped_labels_is_measured_with_them_and_is_a_reference(sweep,
     assert sweep(folder, "--scales", 1) == 0
     assert_is_what_the_run_measured(rows_in(tmp_path / "sweep")[0], measured)
     assert "Of a negative model, which is a reference" in capsys.readouterr().out
-
-
-def test_a_checkpoint_is_left_as_it_is(sweep, tmp_path, make_trainer, capsys):
-    trainer = make_trainer(peft_config=LORA["peft_config"], save_strategy="steps", save_steps=2)
-    trainer.train()
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    assert sweep(checkpoint, "--scales", 1) == 0
-    assert "is a checkpoint, and is left as it is" in capsys.readouterr().out
-    assert damage(checkpoint) == []
-
-
-# ---- What is refused -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_another_base_is_refused(sweep, lora_run, tmp_path, make_sd_pipeline, capsys):

@@ -1,10 +1,11 @@
 """The last lines of the training command, and the lock that it holds until then."""
 
 import pytest
+from filelock import FileLock, Timeout
 
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.saving import run_files
-from trl_diffusion_sdpo.saving.run_lock import LOCK_FILE
+from trl_diffusion_sdpo.saving.run_folder import LOCK_FILE
 
 
 @pytest.mark.parametrize("rate, word", [("1e-7", "unchanged"), ("0.3", "ruined")])
@@ -14,8 +15,15 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
     make_pairs().save_to_disk(str(tmp_path / "pairs"))
     held, write = [], run_files.write_setup
 
+    def is_locked() -> bool:
+        try:
+            with FileLock(tmp_path / "run" / LOCK_FILE, timeout=0):
+                return False
+        except Timeout:
+            return True
+
     def watched(folder, setup):
-        held.append((tmp_path / "run" / LOCK_FILE).is_file())
+        held.append(is_locked())
         write(folder, setup)
 
     monkeypatch.setattr(run_files, "write_setup", watched)
@@ -36,4 +44,4 @@ def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are
     assert main(["train", *(str(part) for name, value in words.items() for part in (f"--{name}", value))]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-2:]
     assert last[0].startswith("The tuned weights are in") and last[1].startswith(f"Verdict: {word}. ")
-    assert held == [True] and not (tmp_path / "run" / LOCK_FILE).exists()
+    assert held == [True] and not is_locked()

@@ -16,22 +16,22 @@ from pathlib import Path
 from accelerate import PartialState
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.saving.checkpoint_folders import CheckpointFolders
-from trl_diffusion_sdpo.saving.manifest import Manifest, damage
+from trl_diffusion_sdpo.saving.checkpoints import Checkpoints
 
 found, rank = {}, int(sys.argv[1])
 for each_node in (True, False):
     args = DiffusionSDPOConfig(f"run-{each_node}", save_on_each_node=each_node, use_cpu=True, report_to="none")
-    folders, folder = CheckpointFolders(args), Path(args.output_dir) / "checkpoint-2"
-    folders.begin(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rng_state_{rank}.pth").write_text("1")
-    if args.should_save:
-        (folder / "optimizer.pt").write_text("moments")
-        (folder / "trainer_state.json").write_text(json.dumps({"machine": rank + 9}))  # of other sizes
-    folders.complete(folder)
-    manifest = Manifest.read(folder)
-    found[str(each_node)] = [None if manifest is None else sorted(manifest.files), damage(folder)]
+    checkpoints, folder = Checkpoints(args), Path(args.output_dir) / "checkpoint-2"
+    with checkpoints.writing(folder, 0) as partial:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / f"rng_state_{rank}.pth").write_text("1")
+        if args.should_save:
+            (partial / "trainer_state.json").write_text("{}")
+    try:
+        told = checkpoints.resume_point(True, args.output_dir)
+    except ValueError as error:
+        told = str(error)
+    found[str(each_node)] = [sorted(path.name for path in folder.iterdir()), told]
 print("found " + json.dumps(found))
 PartialState().destroy_process_group()
 """
@@ -55,12 +55,15 @@ def found(tmp_path_factory) -> list[dict]:
     return [json.loads(text.rpartition("found ")[2]) for text in said]
 
 
-def test_with_a_save_on_each_machine_each_manifest_is_of_its_own_files(found):
+def test_with_a_save_on_each_machine_each_has_a_checkpoint_of_its_own(found):
     for rank in range(2):
-        files = ["optimizer.pt", f"rng_state_{rank}.pth", "trainer_state.json"]
-        assert found[rank]["True"] == [files, []]
+        assert found[rank]["True"] == [[f"rng_state_{rank}.pth", "trainer_state.json"], "run-True/checkpoint-2"]
 
 
-def test_a_file_that_only_another_machine_has_is_no_damage(found):
-    assert found[0]["False"] == [["optimizer.pt", "rng_state_0.pth", "trainer_state.json"], []]
-    assert found[1]["False"] == [None, ["it was not written to its end"]]  # it has no checkpoint
+def test_without_it_each_keeps_its_own_files_and_resuming_is_refused(found):
+    assert [machine["False"][0] for machine in found] == [
+        ["rng_state_0.pth", "trainer_state.json"],
+        ["rng_state_1.pth"],
+    ]
+    for machine in found:
+        assert "trainer_state.json is missing" in machine["False"][1]

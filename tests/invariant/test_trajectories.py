@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from trl_diffusion_sdpo.saving.run_lock import LOCK_FILE
+from trl_diffusion_sdpo.saving.run_folder import LOCK_FILE
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

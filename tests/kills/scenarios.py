@@ -45,9 +45,9 @@ def writes(folder: Path, variant: str, every: str = "1") -> dict:
 
 
 def damaged(folder: Path, engine: str, *only: str) -> dict:
-    """For each file of the newest checkpoint that a single process writes (with `only`, those that end so): the log of
-    a run that resumes without the file, its number of steps, and the differences to an uninterrupted run."""
-    expected, _ = uninterrupted(engine, "lora", folder)
+    """For each file of the newest checkpoint that a single process writes (with `only`, those that end so): whether a
+    run resumes without the file, and its log."""
+    uninterrupted(engine, "lora", folder)
     complete = folder / run_of(engine, "lora", "uninterrupted")["name"] / "output"
     newest = complete / NEWEST
     names = [path.relative_to(newest).as_posix() for path in sorted(newest.rglob("*"))]
@@ -61,13 +61,9 @@ def damaged(folder: Path, engine: str, *only: str) -> dict:
         shutil.rmtree(run_folder, ignore_errors=True)
         shutil.copytree(complete, run_folder / "output")
         (run_folder / "output" / NEWEST / name).unlink()
-        finish(run, folder)
-        facts = json.loads((run_folder / "facts.json").read_text())
-        found[name] = {
-            "log": (run_folder / "log0.txt").read_text(),
-            "steps_taken": facts["steps_taken"],
-            "differences": differences(result_of(run, folder), expected),
-        }
+        ended = attempt({**run, "args": {"max_steps": 6}}, folder)
+        logs = [path.read_text() for path in sorted(run_folder.glob("log*.txt"))]
+        found[name] = {"done": ended.done, "log": "".join(logs)}
     return found
 
 
@@ -143,7 +139,6 @@ def _resume(folder: Path, engine: str, checkpoint: Path, name: str | None, **arg
     shutil.copytree(checkpoint, run_folder / "output" / "checkpoint-2")
     if name is not None:
         plant(run_folder / "output" / "checkpoint-2" / name, mark)
-        (run_folder / "output" / "checkpoint-2" / "checkpoint_manifest.json").unlink()  # an attacker could forge it
     ended = attempt({**run, "resume": True, "args": {"max_steps": 3, **args}}, folder)
     logs = [path.read_text() for path in sorted(run_folder.glob("log*.txt"))]
     ran = mark.is_dir()

@@ -1,25 +1,21 @@
 """A resumed run acts as its own arguments say, names what differs from the checkpoint, and goes on in the same data."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.saving.resuming import _compare
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
-
 
 @pytest.fixture
-def make(make_trainer):
-    def build(steps, **more):
-        return make_trainer(max_steps=steps, **{"peft_config": LoraConfig(r=2), **SAVING, **more})
-
-    return build
+def second(run):
+    """The checkpoint of step 2 of a copied run, which the run resumes from."""
+    return str(run / "checkpoint-2")
 
 
 def rates(trainer) -> list[float]:
@@ -36,10 +32,9 @@ def groups(trainer) -> list[dict]:
 # ---- The optimizer's settings ----------------------------------------------------------------------------------------
 
 
-def test_another_learning_rate_is_that_of_the_next_step(make, caplog):
-    make(2, learning_rate=1e-3).train()
-    resumed = make(4, learning_rate=1e-5)
-    resumed.train(resume_from_checkpoint=True)
+def test_another_learning_rate_is_that_of_the_next_step(build, second, caplog):
+    resumed = build(4, learning_rate=1e-5)
+    resumed.train(resume_from_checkpoint=second)
     assert rates(resumed) == [1e-3, 1e-3, 1e-5, 1e-5]
     assert "Resuming with another `learning_rate`: it was 0.001, is 1e-05." in caplog.text
 
@@ -55,15 +50,15 @@ def test_another_reference_is_told(tmp_path, monkeypatch, caplog):
         assert ("Resuming with another `ref_model_name_or_path`" in caplog.text) == differs
 
 
-def test_the_new_rate_is_what_the_optimizer_steps_with(make, tmp_path):
+def test_the_new_rate_is_what_the_optimizer_steps_with(build, tmp_path):
     """Plain SGD, whose step is the rate times the gradient: a tenth of the rate is a tenth of the step."""
-    make(2, optim="sgd", learning_rate=1e-3).train()
+    build(2, optim="sgd", learning_rate=1e-3).train()
     moves = {}
     for rate in (1e-2, 1e-3):
-        trainer = make(3, optim="sgd", learning_rate=rate, save_strategy="no", output_dir=str(tmp_path / str(rate)))
+        trainer = build(3, optim="sgd", learning_rate=rate, save_strategy="no", output_dir=str(tmp_path / str(rate)))
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
         now = torch.cat([p.detach().flatten() for p in trainer.denoiser.parameters() if p.requires_grad])
-        start = make(2, output_dir=str(tmp_path / "start"))
+        start = build(2, output_dir=str(tmp_path / "start"))
         start._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
         before = torch.cat([p.detach().flatten() for p in start.denoiser.parameters() if p.requires_grad])
         moves[rate] = now - before
@@ -71,18 +66,16 @@ def test_the_new_rate_is_what_the_optimizer_steps_with(make, tmp_path):
     torch.testing.assert_close(moves[1e-2], 10 * moves[1e-3], rtol=1e-2, atol=1e-7)
 
 
-def test_another_schedule_goes_on_at_its_own_place(make):
-    """Linear from 1e-3 over 4 steps, taken up after 2 as linear from 1e-2 over 8: 1 - k/8 at step k."""
-    make(2, learning_rate=1e-3, lr_scheduler_type="constant").train()
-    resumed = make(8, learning_rate=1e-2, lr_scheduler_type="linear")
-    resumed.train(resume_from_checkpoint=True)
-    assert rates(resumed)[2:] == pytest.approx([1e-2 * (1 - step / 8) for step in range(2, 8)])
+def test_another_schedule_goes_on_at_its_own_place(build, second):
+    """Constant at 1e-3, taken up after 2 steps as linear from 1e-2 over 5: 1 - k/5 at step k."""
+    resumed = build(5, learning_rate=1e-2, lr_scheduler_type="linear")
+    resumed.train(resume_from_checkpoint=second)
+    assert rates(resumed)[2:] == pytest.approx([1e-2 * (1 - step / 5) for step in range(2, 5)])
 
 
-def test_weight_decay_betas_and_epsilon_are_this_run_s(make, caplog):
-    make(2).train()
-    resumed = make(3, weight_decay=0.5, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3)
-    resumed.train(resume_from_checkpoint=True)
+def test_weight_decay_betas_and_epsilon_are_this_run_s(build, second, caplog):
+    resumed = build(3, weight_decay=0.5, adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3)
+    resumed.train(resume_from_checkpoint=second)
     assert [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in groups(resumed)] == [
         (0.5, (0.7, 0.8), 1e-3),
         (0.0, (0.7, 0.8), 1e-3),
@@ -91,18 +84,17 @@ def test_weight_decay_betas_and_epsilon_are_this_run_s(make, caplog):
         assert f"Resuming with another `{name}`" in caplog.text
 
 
-def test_the_moments_stay_those_of_the_checkpoint(make, tmp_path):
-    make(2, learning_rate=1e-3).train()
-    resumed = make(3, learning_rate=1e-5, save_strategy="no")
-    resumed.train(resume_from_checkpoint=True)
+def test_the_moments_stay_those_of_the_checkpoint(build, second):
+    resumed = build(3, learning_rate=1e-5, save_strategy="no")
+    resumed.train(resume_from_checkpoint=second)
     assert {int(state["step"]) for state in resumed.optimizer.state.values()} == {3}
 
 
-def test_nothing_is_touched_where_nothing_differs(make, tmp_path, caplog):
+def test_nothing_is_touched_where_nothing_differs(build, tmp_path, caplog):
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "adam_beta1": 0.8}
-    make(4, **schedule).train()
+    build(4, **schedule).train()
     before = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"]
-    resumed, found = make(4, **schedule), []
+    resumed, found = build(4, **schedule), []
     load = resumed._load_optimizer_and_scheduler
 
     def look(checkpoint):
@@ -115,65 +107,62 @@ def test_nothing_is_touched_where_nothing_differs(make, tmp_path, caplog):
     assert "Resuming with another" not in caplog.text
 
 
-def with_scheduler(make, steps, rate, kind, **more):
+def with_scheduler(build, steps, rate, kind, **more):
     """A trainer with an optimizer and a schedule that the user has made."""
-    trainer = make(steps, **more)
+    trainer = build(steps, **more)
     weights = [weight for weight in trainer.denoiser.parameters() if weight.requires_grad]
     trainer.optimizer = torch.optim.AdamW(weights, lr=rate)
     trainer.lr_scheduler = kind(trainer.optimizer)
     return trainer
 
 
-def test_a_schedule_that_goes_on_from_its_last_rate_is_scaled(make):
+def test_a_schedule_that_goes_on_from_its_last_rate_is_scaled(build):
     """Halved at every step: 8, 4 and then, with a fourth of the rate, 0.5 and 0.25 in place of 2 and 1."""
 
     def halving(optimizer):
         return StepLR(optimizer, step_size=1, gamma=0.5)
 
-    with_scheduler(make, 2, 8e-4, halving).train()
-    resumed = with_scheduler(make, 4, 2e-4, halving)
+    with_scheduler(build, 2, 8e-4, halving).train()
+    resumed = with_scheduler(build, 4, 2e-4, halving)
     resumed.train(resume_from_checkpoint=True)
     assert rates(resumed) == pytest.approx([8e-4, 4e-4, 0.5e-4, 0.25e-4])
 
 
-def test_a_schedule_without_a_base_rate_is_scaled_by_the_arguments(make):
-    with_scheduler(make, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
-    resumed = with_scheduler(make, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
+def test_a_schedule_without_a_base_rate_is_scaled_by_the_arguments(build):
+    with_scheduler(build, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
+    resumed = with_scheduler(build, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
     resumed.train(resume_from_checkpoint=True)
     assert rates(resumed) == pytest.approx([8e-4, 8e-4, 2e-4, 2e-4])
 
 
-def test_under_deepspeed_a_last_rate_is_scaled_once(make, tmp_path):
+def test_under_deepspeed_a_last_rate_is_scaled_once(build, tmp_path):
     """As an engine's checkpoint is loaded; optimizer and schedule are torch's own here, and no engine reads any."""
-    with_scheduler(make, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
-    resumed = with_scheduler(make, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
+    with_scheduler(build, 2, 8e-4, ReduceLROnPlateau, learning_rate=8e-4).train()
+    resumed = with_scheduler(build, 4, 2e-4, ReduceLROnPlateau, learning_rate=2e-4)
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     assert resumed.run_files.resume_point(checkpoint, resumed._setup) == checkpoint
     resumed._load_engine_checkpoint(checkpoint)
     assert [group["lr"] for group in groups(resumed)] == pytest.approx([2e-4])
 
 
-def test_another_optimizer_cannot_take_up_the_state_and_is_refused(make, tmp_path):
-    make(2).train()
-    before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    with pytest.raises(ValueError, match="another `optim`, as one optimizer cannot read another's state"):
-        make(4, optim="sgd").train(resume_from_checkpoint=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+def test_another_optimizer_cannot_take_up_the_state_and_is_refused(build, run):
+    before = {path.name for path in run.iterdir()}
+    with pytest.raises(ValueError, match="`optim`"):
+        build(4, optim="sgd").train(resume_from_checkpoint=True)
+    assert {path.name for path in run.iterdir()} - {"_run.lock"} == before - {"_run.lock"}
 
 
-def test_how_often_is_saved_and_logged_is_this_run_s(make, tmp_path):
-    make(2, save_steps=2, logging_steps=2).train()
-    resumed = make(5, save_steps=1, logging_steps=1)
-    resumed.train(resume_from_checkpoint=True)
-    assert (tmp_path / "run" / "checkpoint-3").is_dir() and (tmp_path / "run" / "checkpoint-4").is_dir()
-    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [2, 3, 4, 5]
+def test_how_often_is_saved_and_logged_is_this_run_s(build, run, second):
+    resumed = build(4, save_steps=1, logging_steps=2)
+    resumed.train(resume_from_checkpoint=second)
+    assert (run / "checkpoint-3").is_dir() and (run / "checkpoint-4").is_dir()
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 4]
 
 
 # ---- Every setting that differs --------------------------------------------------------------------------------------
 
 
-def test_every_setting_that_differs_is_named_once_and_places_are_not(make, caplog, tmp_path):
-    make(2).train()
+def test_every_setting_that_differs_is_named_once_and_places_are_not(build, second, caplog, tmp_path):
     changed = {"max_grad_norm": 0.3, "lr_scheduler_type": "linear", "warmup_steps": 1, "beta": 7.0, "save_steps": 3}
     elsewhere = {
         "run_name": "again",
@@ -181,68 +170,71 @@ def test_every_setting_that_differs_is_named_once_and_places_are_not(make, caplo
         "output_dir": str(tmp_path / "more"),
         "report_to": [],
     }
-    make(4, **changed, **elsewhere).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    build(5, **changed, **elsewhere).train(resume_from_checkpoint=second)
     told = [record.getMessage() for record in caplog.records if "Resuming with another" in record.getMessage()]
     named = sorted(message.split("`")[1] for message in told)
     assert named == sorted([*changed, "max_steps"])
 
 
-def test_a_checkpoint_from_before_the_arguments_were_stored_resumes(make, tmp_path):
-    make(2).train()
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    for file in ("training_args.json", "checkpoint_manifest.json"):
-        (checkpoint / file).unlink()
+def test_a_checkpoint_from_before_the_arguments_were_stored_resumes(build, second):
+    checkpoint = Path(second)
+    (checkpoint / "training_args.json").unlink()
     setup = json.loads((checkpoint / "diffusion_sdpo_setup.json").read_text())
-    for name in ("train_data", "run_id"):
+    for name in ("train_data", "eval_data", "run_id"):
         del setup[name]
     (checkpoint / "diffusion_sdpo_setup.json").write_text(json.dumps(setup))
-    make(3).train(resume_from_checkpoint=True)
+    build(3).train(resume_from_checkpoint=second)
 
 
 # ---- The same data ---------------------------------------------------------------------------------------------------
 
 
-def test_other_data_are_refused_by_name_and_can_be_begun_anew(make, make_pairs, tmp_path, caplog):
-    make(2).train()
+def test_other_data_are_refused_by_name_and_can_be_begun_anew(build, run, make_pairs, caplog):
     others = {
         "pairs was 16, is 12": make_pairs(12),
         "prompts was": make_pairs().select(range(15, -1, -1)),
     }
     for told, data in others.items():
         with pytest.raises(ValueError, match=told):
-            make(4, train=data).train(resume_from_checkpoint=True)
-    make(4, train=make_pairs(12), ignore_data_skip=True).train(resume_from_checkpoint=True)
+            build(5, train=data).train(resume_from_checkpoint=True)
+    build(5, train=make_pairs(12), ignore_data_skip=True).train(resume_from_checkpoint=True)
     assert "Resuming with other training data, from their start: pairs was 16, is 12" in caplog.text
 
 
-def test_other_images_under_the_same_labels_are_said(make, make_pairs, caplog):
-    make(2).train()
+def test_other_images_under_the_same_labels_are_said(build, run, make_pairs, caplog):
     pairs, other = make_pairs(), make_pairs(seed=1)
     other = other.remove_columns("prompt").add_column("prompt", pairs["prompt"]).select_columns(pairs.column_names)
-    make(4, train=other).train(resume_from_checkpoint=True)
+    build(5, train=other).train(resume_from_checkpoint=True)
     assert "other bytes in the images" in caplog.text
 
 
-def test_another_stream_is_refused(make, make_pairs):
-    make(2, train=make_pairs().to_iterable_dataset()).train()
-    make(3, train=make_pairs().to_iterable_dataset()).train(resume_from_checkpoint=True)
+def test_other_evaluation_pairs_are_said(build, make_pairs, caplog):
+    build(1, save_steps=1, eval_dataset=make_pairs(2, seed=1)).train()
+    build(2, save_steps=1, eval_dataset=make_pairs(2, seed=1)).train(resume_from_checkpoint=True)
+    assert "evaluation pairs" not in caplog.text
+    build(3, save_steps=1, eval_dataset=make_pairs(3, seed=2)).train(resume_from_checkpoint=True)
+    assert "Resuming with other evaluation pairs" in caplog.text
+
+
+def test_another_stream_is_refused(build, make_pairs):
+    build(2, train=make_pairs().to_iterable_dataset()).train()
+    build(3, train=make_pairs().to_iterable_dataset()).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="shards was 1, is 2"):
-        make(4, train=make_pairs().to_iterable_dataset(num_shards=2)).train(resume_from_checkpoint=True)
+        build(4, train=make_pairs().to_iterable_dataset(num_shards=2)).train(resume_from_checkpoint=True)
 
 
 # ---- Where to go on, and whether anything is left --------------------------------------------------------------------
 
 
-def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(make, tmp_path):
-    make(2).train()
-    resumed = make(3, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+def test_a_checkpoint_named_in_the_arguments_is_gone_on_from(build, run):
+    resumed = build(5, resume_from_checkpoint=str(run / "checkpoint-4"))
     resumed.train()
-    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3]
-    newest = make(4, resume_from_checkpoint="true")  # as YAML and the command line have it
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
+    newest = build(6, resume_from_checkpoint="true")  # as YAML and the command line have it
     newest.train()
-    assert [entry["step"] for entry in newest.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    assert newest._initial_global_step == 5
     with pytest.raises(ValueError, match="holds one"):
-        make(4, resume_from_checkpoint="true").train(resume_from_checkpoint=False)
+        build(6, resume_from_checkpoint="true").train(resume_from_checkpoint=False)
 
 
 @pytest.mark.parametrize("settings", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
@@ -256,7 +248,7 @@ def test_a_run_of_no_steps_is_refused(make_args, settings):
 
 
 @pytest.fixture
-def consumed(make, make_pairs, tmp_path):
+def consumed(build, make_pairs, tmp_path):
     """Trains on a shuffled stream with a damaged image, and returns the prompts of each micro-batch."""
 
     def train(steps, resume=None, **more):
@@ -269,7 +261,7 @@ def consumed(make, make_pairs, tmp_path):
             "output_dir": str(tmp_path / "s"),
         }
         trainer, seen, compute_loss = (
-            make(steps, train=stream, **{**options, **more}),
+            build(steps, train=stream, **{**options, **more}),
             [],
             DiffusionSDPOTrainer.compute_loss,
         )

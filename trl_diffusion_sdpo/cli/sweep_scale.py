@@ -226,7 +226,6 @@ def _recommend(
     """Recommend a scale: on the terminal, in the sweep's file, in the run's set-up file and on its model card."""
     from ..reporting import scale_sweep
     from ..reporting.recommended_scale import recommend
-    from ..saving.manifest import MANIFEST_FILE
     from ..saving.run_card import CARD_FILE, update_recommended_scales
     from ..saving.setup import RECOMMENDED, SETUP_FILE, recommended_scales, record_recommended_scale
 
@@ -241,9 +240,6 @@ def _recommend(
         recommended |= _for_the_card(trainer, run, recommended, folder if images else None)
     scale_sweep.write_sweep(folder / scale_sweep.SWEEP_FILE, settings, rows, recommended)
     print(recommended["sentence"])
-    if (run.folder / MANIFEST_FILE).is_file():  # which holds the checksum of the set-up file
-        print(f"{run.folder} is a checkpoint, and is left as it is.")
-        return
     record_recommended_scale(run.folder, recommended, average=run.is_average)
     has_card = update_recommended_scales(run.folder)
     print(f"It is in {run.folder / SETUP_FILE}" + (f" and {run.folder / CARD_FILE}." if has_card else "."))

@@ -205,7 +205,7 @@ def resume_point(value: str | bool | None) -> str | bool | None:
     Raises:
         ValueError: If the folder does not exist.
     """
-    from ..saving.checkpoint_folders import LATEST, meaning  # takes seconds
+    from ..saving.checkpoints import LATEST, meaning  # takes seconds
 
     point = meaning(value)
     if isinstance(point, str) and point != LATEST and not Path(point).is_dir():

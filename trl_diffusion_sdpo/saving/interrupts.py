@@ -56,6 +56,13 @@ class CheckpointOnInterrupt(TrainerCallback):
             self._agreed, self.interrupted = True, self.interrupted or signal.SIGINT  # all processes end alike
             control.should_save = True
             control.should_training_stop = True
+            control.should_evaluate = False  # a machine that is about to go leaves seconds
+        return control
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._agreed:  # the epoch is cut short, and its checkpoint is written
+            control.should_evaluate = False
+            control.should_save = False
         return control
 
     @property

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Of the set-up: without these, a checkpoint's weights cannot be loaded or mean something else.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-# Paths, logging, the Hub, loader processes: none changes the training. The last two are compared elsewhere.
+# Paths, logging, the Hub, loader processes: none changes the training. The data are compared elsewhere.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -29,7 +29,7 @@ NOT_COMPARED = (
     *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
-    *("dataloader_multiprocessing_context", "train_data", "run_id", "base_model"),
+    *("dataloader_multiprocessing_context", "train_data", "eval_data", "run_id", "base_model"),
     "adapter_name_or_path",
 )
 REFERENCE = "ref_model_name_or_path"  # two spellings of one folder are the same
@@ -76,6 +76,13 @@ def check_resumable(
         )
     _compare({**stored_args, **stored}, args, json.loads(json.dumps(setup)), checkpoint)
     _compare_data(stored.get("train_data"), setup["train_data"], starts_anew=args.ignore_data_skip)
+    before, now = stored.get("eval_data"), json.loads(json.dumps(setup["eval_data"]))
+    if before is not None and now is not None and before != now:
+        logger.warning(
+            "Resuming with other evaluation pairs: metrics of before and after cannot be compared. They were %s, are "
+            "%s.",
+            *(before, now),
+        )
 
 
 def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, Any], checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from ..engines.engine import Engine
-from ..engines.processes import failing_together
+from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.shadow_weights import ShadowWeights
-from ..utils.disk import DiskFullError, check_room
-from .checkpoint_folders import CheckpointFolders, holds_optimizer
+from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import OptimizerSettings, check_resumable, stored_settings
 from .setup import ARGS_FILE, still_recommended, write_setup
-from .unpickling import tensors_only
+from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
 
 
@@ -59,33 +58,65 @@ class RunFiles:
         self._shadow_weights, self._average, self._controllers = shadow_weights, average, controllers
         self._full_pipeline, self._trust_pickles, self._unpublished = full_pipeline, trust_pickles, unpublished
         self._resumed_args: dict[str, Any] = {}
-        self.checkpoints = CheckpointFolders(args)
+        self.checkpoints = Checkpoints(args)
 
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
         """Write into a folder, which is made if it is missing: what changes during training, if it is the checkpoint
-        that was begun, else results. `model` is the policy as the engine wrapped it."""
-        writes, checkpoint = self._args.should_save, self.checkpoints.is_begun(folder)
+        that is being written, else results.
+
+        Args:
+            model (`nn.Module`): The policy as the engine wrapped it.
+            setup (`dict[str, Any]`): The content of the set-up file.
+
+        Raises:
+            `FloatingPointError`: In all processes, if weights are not finite; nothing was written then.
+        """
+        writes = self._args.should_save
+        is_checkpoint = self.checkpoints.is_being_written(folder)
+        gathered = self._gather(model, keep=writes)
+        average = None
+        if self._average is not None and not is_checkpoint:
+            average = self._average.gather(keep=writes)
+        weights = self._weights.tensors() if gathered is None else gathered
+        self._check_finite({False: weights, True: average or {}}, together=is_checkpoint or self._engine.holds_shards)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-        gathered = self._gather(model, keep=writes)
-        for shadow in self._shadow_weights if checkpoint else ():
+        for shadow in self._shadow_weights if is_checkpoint else ():
             shadow.save(folder, write=writes)
-        average = None
-        if self._average is not None and not checkpoint:
-            average = self._average.gather(keep=writes)
         if not writes:
             return
-        for controller in self._controllers if checkpoint else ():
+        for controller in self._controllers if is_checkpoint else ():
             controller.save(folder)
-        self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not checkpoint)
+        self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not is_checkpoint)
         if average is not None:
             self._weights.save(folder / EMA_FOLDER, average)
-        written = {False: self._weights.tensors() if gathered is None else gathered, True: average}
-        write_setup(folder, {**setup, **still_recommended(folder, written)})
-        if not checkpoint:
+        write_setup(folder, {**setup, **still_recommended(folder, {False: weights, True: average})})
+        if not is_checkpoint:
             self._write_args(folder)
+
+    def verify_weights(self, model: nn.Module) -> None:
+        """Raise `FloatingPointError` in all processes if the policy's weights are not finite."""
+        gathered = self._gather(model, keep=self._args.should_save)
+        self._check_finite({False: self._weights.tensors() if gathered is None else gathered}, together=True)
+
+    def _check_finite(self, weights: Mapping[bool, Mapping[str, torch.Tensor]], *, together: bool) -> None:
+        """Look at the weights, by whether they are an average, in the processes that write them. With `together`, all
+        processes call it, and all raise if one of them does."""
+        spoiled: list[str] = []
+        if self._args.should_save:
+            for is_average, tensors in weights.items():
+                names = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+                spoiled += [f"the average of {name}" if is_average else name for name in names]
+        if together:
+            spoiled = next((names for names in gather_objects(spoiled) if names), [])
+        if spoiled:
+            raise FloatingPointError(
+                f"Weights must be finite, and {len(spoiled)} tensors are not: {', '.join(spoiled[:3])}. Nothing was "
+                "written, and files of earlier saves are as they were. Resume from the last checkpoint with a lower "
+                "`learning_rate`, or use bf16 instead of fp16."
+            )
 
     def _gather(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
         if not self._engine.holds_shards:
@@ -99,17 +130,13 @@ class RunFiles:
         (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
-    def writing_checkpoint(self, folder: Path) -> Iterator[None]:
-        """Begin a checkpoint, and mark it as complete when all of its files were written within the context.
-        `DiskFullError` in all processes where one has too little room, before anything is written."""
-        with failing_together(DiskFullError):
+    def writing_checkpoint(self, folder: Path) -> Iterator[Path]:
+        """Yield a temporary folder, which is renamed to `folder` when all of its files were written within the context;
+        see [`Checkpoints.writing`]."""
+        with self.checkpoints.writing(folder, self._weights.bytes_needed) as partial:
+            yield partial
             if self._args.should_save:
-                check_room(folder, max(self._weights.bytes_needed, self.checkpoints.last_bytes))
-        self.checkpoints.begin(folder)
-        yield
-        if self._args.should_save:
-            self._write_args(folder)
-        self.checkpoints.complete(folder)
+                self._write_args(partial)
 
     def save_sharded_optimizer(
         self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
@@ -136,7 +163,7 @@ class RunFiles:
         return point
 
     def check_resumable(self, folder: Path, setup: dict[str, Any]) -> None:
-        """The checks of [`RunFiles.resume_point`] on one checkpoint, but for damage."""
+        """Run the checks of [`RunFiles.resume_point`] on one checkpoint, but for missing files."""
         self._resumed_args = stored_settings(folder)
         check_resumable(folder, setup, self._resumed_args, self._args)
         if not holds_optimizer(folder):
@@ -145,7 +172,7 @@ class RunFiles:
                 "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
             )
         if not self._trust_pickles:
-            self.checkpoints.refuse_code(folder, self._engine.pickled_types)
+            refuse_code_in_metadata(folder)
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
@@ -153,34 +180,38 @@ class RunFiles:
         afterwards. Not to be nested: a schedule's last rate would be scaled twice."""
         rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
         settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
-        with self._tensors_only():
+        with self.reading():
             yield
         settings.restore(optimizer, scheduler)
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """Read everything that [`RunFiles.save`] wrote into a checkpoint."""
-        self._load_weights(folder, model)
-        for shadow in self._shadow_weights:
-            shadow.load(folder)
-        for controller in self._controllers:
-            controller.load(folder)
+        with self.reading():
+            self._load_weights(folder, model)
+            for shadow in self._shadow_weights:
+                shadow.load(folder)
+            for controller in self._controllers:
+                controller.load(folder)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
-        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on;
-        `ValueError` where its files are damaged."""
-        self.checkpoints.check_best(folder)
-        self._load_weights(folder, model)
-        if self._average is not None:
-            self._average.load(folder)
+        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on."""
+        with self.reading():
+            self._load_weights(folder, model)
+            if self._average is not None:
+                self._average.load(folder)
 
     def _load_weights(self, folder: Path, model: nn.Module) -> None:
         if self._engine.loads_weights_with_optimizer:
-            with self._tensors_only():
-                self._engine.load_state(model, str(folder))
+            self._engine.load_state(model, str(folder))
             return
         weights = self._weights.read(folder)
         self._engine.reshard(model)
         self._engine.scatter(weights, self._weights.tensors())
 
-    def _tensors_only(self) -> contextlib.AbstractContextManager:
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a checkpoint's files are read; see [`~.unpickling.tensors_only`]."""
         return tensors_only(self._engine.pickled_types, trust=self._trust_pickles)
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())

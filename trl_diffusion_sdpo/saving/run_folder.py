@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
 from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER
 from ..utils.files import write_atomically
-from .checkpoint_folders import checkpoints_in, step_of
-from .manifest import damage
-from .run_lock import RunLock
+from .checkpoints import checkpoints_in, restore_replaced, step_of
 from .setup import ARGS_FILE, SETUP_FILE
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "_run.json"  # files with an underscore are not published
+RUN_FILE, LOCK_FILE = "_run.json", "_run.lock"  # files with an underscore are not published
+LOCK_SECONDS = 10.0  # waited for workers of a killed run, which hold its lock until they notice
 PREVIOUS_RUN = "previous-run"
 # What `save_model` writes, besides folders of the pipeline's components. No wider patterns: users have files there.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
@@ -45,8 +45,7 @@ class RunFolder:
     def __init__(self, args: TrainingArguments, components: Sequence[str], plots: Sequence[str]):
         self._args, self._components, self._plots = args, components, plots
         self._processes = PartialState()
-        self._locks = 0  # entered contexts
-        self._lock: RunLock | None = None
+        self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS)
         self.run_id: str | None = None
 
     @property
@@ -56,21 +55,23 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:
-        """Lock the folder against other runs; may be nested. `ValueError` where another running process has locked it,
-        in all processes if `all_processes` enter."""
-        if self._locks == 0:
-            if all_processes:
-                self._in_first_process(self._acquire)
-            elif self._processes.is_main_process:
-                self._acquire()
-        self._locks += 1
+        """Lock the folder against other runs; may be nested. The first process holds the lock.
+
+        Args:
+            all_processes (`bool`): Whether all processes enter. They all raise if the folder is in use.
+
+        Raises:
+            `ValueError`: If another running process has locked the folder.
+        """
+        if all_processes:
+            self._in_first_process(self._acquire)
+        elif self._processes.is_main_process:
+            self._acquire()
         try:
             yield
         finally:
-            self._locks -= 1
-            if self._locks == 0 and self._lock is not None:
+            if self._processes.is_main_process:
                 self._lock.release()
-                self._lock = None
 
     def begin(self, checkpoint: str | Path | None, *, overwrite: bool) -> None:
         """Prepare the folder for a run that starts, or resumes from a checkpoint. All processes must call it.
@@ -88,9 +89,13 @@ class RunFolder:
 
     def _acquire(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(self.path)
-        lock.acquire()
-        self._lock = lock
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"A folder takes one run at a time, and another process writes into {self.path}. Name another "
+                "`output_dir`, or wait until that run has ended."
+            ) from error
 
     def _begin(self, checkpoint: Path | None, overwrite: bool) -> str:
         if checkpoint is None or checkpoint.resolve().parent != self.path.resolve():
@@ -105,20 +110,19 @@ class RunFolder:
 
     def _move_other_run(self, overwrite: bool) -> None:
         """For a run that does not resume from a checkpoint in this folder."""
+        restore_replaced(self.path)
         checkpoints = list(checkpoints_in(self.path))
-        complete = [path.name for path in checkpoints if not damage(path, checksums=False)]
         has_weights = self.run_id is None and (self.path / SETUP_FILE).is_file()  # not written by this trainer
-        found = [*complete[:3], *([f"{len(complete) - 3} more checkpoints"] if len(complete) > 3 else [])]
+        found = [f"{len(checkpoints)} checkpoints up to {checkpoints[-1].name}"] if checkpoints else []
         found += ["tuned weights"] if has_weights else []
         if found and not overwrite:
             raise ValueError(
                 f"A run starts in a folder without another run, and `output_dir` {self.path} holds one "
                 f"({', '.join(found)}): their checkpoints would be taken for one another's. Go on with "
                 "`resume_from_checkpoint=True`, name another folder, or set `overwrite_output_dir=True`, which moves "
-                f"its files into {PREVIOUS_RUN}-{self._next_number()}. If a resume was meant and all were skipped "
-                "as damaged, only their sizes are right: delete them, or do one of the latter two."
+                f"its files into {PREVIOUS_RUN}-{self._next_number()}."
             )
-        if found:  # incomplete checkpoints alone are replaced by the next ones
+        if found:
             others = self._matching((*self._plots, RUN_FILE))
             self._move_aside([*checkpoints, *self._results(), *others], "another run")
 
@@ -136,7 +140,6 @@ class RunFolder:
         """Move the checkpoints and results that were written after the one that is resumed from."""
         step = step_of(checkpoint)
         later = [path for path, other in checkpoints_in(self.path).items() if step is not None and other > step]
-        later = [path for path in later if not damage(path, checksums=False)]
         if later:
             self._move_aside([*later, *self._results()], f"after {checkpoint.name}")
 

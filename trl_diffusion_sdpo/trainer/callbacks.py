@@ -264,8 +264,9 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
     return [*curves, *by_noise]
 
 
-def run_lines(folder: Path, state: TrainerState, loading_code: str, *, samples: bool, card: bool) -> list[str]:
-    """What a training has left in its folder, a line each, and how to load the weights."""
+def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
+    """Return a line for each thing that a training has left in its folder, and how to load the weights. Without
+    `loading_code`, they were not saved there."""
     steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png")) if samples else []
     curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):
@@ -277,7 +278,7 @@ def run_lines(folder: Path, state: TrainerState, loading_code: str, *, samples: 
         "Curves": curves,
         "State": folder / TRAINER_STATE_NAME,
         "Card": folder / CARD_FILE if card else None,
-        "To load": f"{loading_code}  # once saved",
+        "To load": None if loading_code is None else f"{loading_code}  # once saved",
     }
     title = f"Training ended at step {state.global_step} of {state.max_steps}."
     return [title, *(f"  {name + ':':<9}{what}" for name, what in found.items() if what is not None)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
 from ..cache.encoded_pairs import EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
@@ -37,7 +38,6 @@ from ..engines.processes import failing_together, peers
 from ..families import Family
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
-from ..saving.run_lock import RunLock
 from ..utils.disk import DiskFullError, free_bytes, naming_the_disk, readable_size
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
@@ -318,9 +318,12 @@ def _lock(stores: Sequence[ShardStore], stack: contextlib.ExitStack) -> None:
     """Take the stores' locks, waiting for other runs that hold them; the stack releases them."""
     for store in stores:
         store.path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(store.path, setting="latent_cache_dir")
-        lock.acquire(wait=True)
-        stack.callback(lock.release)
+        lock = FileLock(store.path / "_run.lock")
+        try:
+            stack.enter_context(lock.acquire(timeout=0))
+        except Timeout:
+            logger.warning("Another run writes into %s (`latent_cache_dir`): waiting for it to end.", store.path)
+            stack.enter_context(lock.acquire())
 
 
 def error_settings(

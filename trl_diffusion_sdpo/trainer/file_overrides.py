@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from ..reporting.tracked_images import TrackedImages
 from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.hub import PublishingError
-from ..saving.interrupts import stopping_on_interrupt
+from ..saving.interrupts import stopping_on_interrupt, was_interrupted
+from ..saving.model_card import mean_loss
 from ..saving.publishing import Publisher
 from ..saving.run_card import RunCard
 from ..saving.run_files import RunFiles
@@ -70,6 +73,9 @@ class FileOverrides(Trainer):
     _own_callbacks: list[TrainerCallback]
     dataset_name: str | None = None  # of the training data on the Hub, for the model card
     _first_step: int = 0  # that `train` began or resumed at
+    _saved_step: int = -1  # of the last checkpoint of this training
+    _began: float = 0.0  # when training began, on a clock that is never set
+    _partial_dir: str | None = None  # where a checkpoint is being written
 
     args: DiffusionSDPOConfig
     pipeline: DiffusionPipeline
@@ -183,6 +189,8 @@ class FileOverrides(Trainer):
         progress = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         self._first_step = self.state.global_step
+        self._saved_step = -1
+        self._began = time.monotonic()
         return progress
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -192,10 +200,24 @@ class FileOverrides(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _finalize_training(self, *args: Any) -> Any:
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         self._finite.verify_gradient()
-        with temporarily(self.args, save_total_limit=None):  # with 1, transformers would delete all but the best
-            return super()._finalize_training(*args)
+        if self.state.global_step not in (self._first_step, self._saved_step):
+            self.run_files.verify_weights(self.model_wrapped)
+        began = time.time() - (time.monotonic() - self._began)  # the clock may have been set since
+        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete all but the best
+        if was_interrupted(self.callback_handler.callbacks):
+            settings["load_best_model_at_end"] = False
+        with temporarily(self.args, **settings):
+            output = super()._finalize_training(trial, num_train_samples, began)
+        if self.state.global_step == self._first_step:
+            return output._replace(training_loss=mean_loss(self.state.log_history) or math.nan)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self.state.global_step == self._first_step:
+            del logs["train_loss"]  # transformers' mean over no steps, 0
+        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.run_files.load(Path(resume_from_checkpoint), self.model_wrapped)
@@ -210,6 +232,14 @@ class FileOverrides(Trainer):
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             self.run_files.load(Path(checkpoint), self.model_wrapped)
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self.run_files.reading():
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with self.run_files.reading():
+            super()._load_scaler(checkpoint)
 
     def _load_best_model(self) -> None:
         self.run_files.load_best(Path(self.state.best_model_checkpoint), self.model_wrapped)
@@ -241,14 +271,26 @@ class FileOverrides(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._finite.verify_gradient()
         run_dir = Path(self._get_output_dir(trial))
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # Uploads need the manifest, and rotation goes by its sequence: transformers would go by times of files.
-        own_settings = temporarily(self.args, push_to_hub=False, save_total_limit=None)
-        with self.run_files.writing_checkpoint(folder), own_settings:
-            super()._save_checkpoint(model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.run_files.writing_checkpoint(run_dir / name) as partial:
+            self._partial_dir = str(partial.parent)
+            try:
+                with temporarily(self.args, push_to_hub=False):
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self._partial_dir = None
+            if self.state.best_model_checkpoint == str(partial):  # transformers takes the folder that it has written
+                self.state.best_model_checkpoint = str(run_dir / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self._saved_step = self.state.global_step
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+            self._push_from_checkpoint(str(run_dir / name))
         self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder of checkpoints: while one is being written, a temporary one on the same disk."""
+        return self._partial_dir or super()._get_output_dir(trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.engine.holds_shards:
@@ -267,6 +309,7 @@ class FileOverrides(Trainer):
             "weights_before_training": self.fingerprint,
             BASE: public_base(self.base),
             "train_data": self._data_fingerprint,
+            "eval_data": self._eval_fingerprint,
             "run_id": self.run_folder.run_id,
             **{name: getattr(self.args, name) for name in settings_with(RESUME)},
             "latent_crops": stored_crops(self.args),
@@ -275,6 +318,11 @@ class FileOverrides(Trainer):
     @functools.cached_property
     def _data_fingerprint(self) -> dict[str, Any] | None:
         return self.train_dataset.fingerprint() if isinstance(self.train_dataset, PREPARED) else None
+
+    @functools.cached_property
+    def _eval_fingerprint(self) -> dict[str, Any] | None:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        return {name: data.fingerprint() for name, data in sets.items() if isinstance(data, PREPARED)} or None
 
     # ---- Publishing -----------------------------------------------------------------------------------------------
 
@@ -307,7 +355,9 @@ class FileOverrides(Trainer):
         written = self._write_card(keep_edited=True)
         tell, folder = logger.info if self.args.disable_tqdm else say, Path(self.args.output_dir)
         found = {"samples": bool(newest_gallery(self.callback_handler.callbacks)), "card": written}
-        for line in run_lines(folder, self.state, self.model_card.loading_code(), **found):
+        interrupted = was_interrupted(self.callback_handler.callbacks)
+        loading_code = None if interrupted else self.model_card.loading_code()
+        for line in run_lines(folder, self.state, loading_code, **found):
             tell(line)
 
     def _write_card(self, *, ended: bool = True, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:

@@ -1,0 +1,200 @@
+"""The checkpoints in a run's output folder: written to their end or not there at all, found again, and rotated."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..engines.processes import failing_together, gather_objects
+from ..utils.disk import DiskFullError, check_room
+from ..utils.files import sync_folder
+from .setup import read_setup
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"  # as in diffusers' scripts
+PARTIAL = "_partial"  # folder of a checkpoint that is being written; names with an underscore are not published
+# Optimizer states of one process or DDP, FSDP2 (full or sharded), DeepSpeed.
+OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_REPLACED = ".replaced"
+_WORDS: dict[str, str | bool | None] = {"true": True, "false": None, "none": None, LATEST: LATEST}
+
+
+def meaning(value: str | os.PathLike | bool | None) -> str | bool | None:
+    """Parse `resume_from_checkpoint`, also from the words of a command line: `True` for the newest checkpoint,
+    `"latest"` for the newest if there is one, `None` for a new start, or a folder."""
+    if value is None or isinstance(value, bool):
+        return value or None
+    return _WORDS.get(str(value).lower(), str(value))
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step in a checkpoint's name; `None` for other names."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(folder: Path) -> dict[Path, int]:
+    """Return the checkpoints in a folder with their steps, sorted by step."""
+    steps = {path: step_of(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
+    return dict(sorted(((path, step) for path, step in steps.items() if step is not None), key=lambda item: item[1]))
+
+
+class Checkpoints:
+    """The checkpoints in a run's output folder. All processes must call every method."""
+
+    def __init__(self, args: TrainingArguments):
+        self._args = args
+        self._processes = PartialState()
+        self._partial: Path | None = None  # the folder that is being written
+        self._last_bytes = 0  # size of the last checkpoint
+
+    # ---- Writing --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self, folder: Path, needed: int) -> Iterator[Path]:
+        """Yield a temporary folder on the same disk, and rename it to `folder` when all processes have written their
+        files. A kill at any moment leaves either no folder of this name, or a complete one.
+
+        Args:
+            folder (`Path`): The checkpoint. An earlier one of the same step is replaced.
+            needed (`int`): Bytes that it will need at least.
+
+        Raises:
+            `DiskFullError`: In all processes, if the disk has too little room; nothing was written then.
+        """
+        partial = folder.parent / PARTIAL / folder.name
+        with failing_together(DiskFullError):
+            if self._args.should_save:
+                restore_replaced(folder.parent)
+                check_room(folder, max(needed, self._last_bytes))
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        self._partial = partial
+        try:
+            yield partial
+        finally:
+            self._partial = None
+        self._processes.wait_for_everyone()
+        if self._args.should_save:
+            self._last_bytes = _finish(partial, folder)
+        self._processes.wait_for_everyone()
+        if self._processes.is_local_main_process and not self._args.should_save and partial.is_dir():
+            _finish(partial, folder)  # its own files, on a disk of this machine alone
+            logger.warning(
+                "%s lies in another folder on each machine, with the files of that machine's processes. To resume on "
+                "all of them, name an `output_dir` that all share, or set `save_on_each_node=True`.",
+                folder,
+            )
+
+    def is_being_written(self, folder: Path) -> bool:
+        """Whether a folder is the temporary one of [`Checkpoints.writing`]."""
+        return folder == self._partial
+
+    def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
+        """Delete the oldest checkpoints beyond `save_total_limit`, but never the best one or the newest."""
+        if self._args.should_save:
+            best = None if best is None else str(Path(output_dir) / Path(best).name)
+            rotate_checkpoints(str(output_dir), self._args.save_total_limit, best)
+
+    # ---- Reading --------------------------------------------------------------------------------------------------
+
+    def resume_point(self, value: str | os.PathLike | bool | None, output_dir: str) -> str | None:
+        """Return the checkpoint to resume from; `None` for a new start.
+
+        Args:
+            value: As in [`meaning`].
+
+        Raises:
+            `ValueError`: If `output_dir` has no checkpoint, or files are missing in the one that was found or named.
+        """
+        point = meaning(value)
+        if point is None:
+            return None
+        folder: str | None = point if isinstance(point, str) and point != LATEST else self.newest(output_dir)
+        if folder is None and point is True:
+            raise ValueError(
+                f"To resume, `output_dir` must hold a checkpoint, and {output_dir} has none. Start without "
+                f"`resume_from_checkpoint`, or with {LATEST!r}, which starts anew if there is none."
+            )
+        if folder is None:
+            if self._processes.is_main_process:
+                logger.info("%s holds no checkpoint: the run starts anew.", output_dir)
+            return None
+        found = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
+        if found is not None:
+            raise ValueError(
+                f"A checkpoint to resume from must be complete; in {folder} {found}. Copy it again if it is a copy, or "
+                "set `resume_from_checkpoint` to another checkpoint's folder."
+            )
+        return folder
+
+    def newest(self, output_dir: str | os.PathLike) -> str | None:
+        """Return the checkpoint of the highest step, `None` if there is none. One that an earlier version did not
+        write to its end is skipped."""
+        found = None
+        if self._processes.is_main_process:
+            restore_replaced(Path(output_dir))
+            for folder in checkpoints_in(Path(output_dir)):
+                if (folder / TRAINER_STATE_NAME).is_file():
+                    found = str(folder)
+                else:
+                    logger.warning("Skipping %s: it was not written to its end.", folder)
+        return gather_objects(found)[0]
+
+    def _missing(self, folder: Path) -> str | None:
+        """Say which file of a checkpoint this process misses. transformers would resume without the last two."""
+        if not folder.is_dir():
+            return "nothing was found: there is no such folder"
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{TRAINER_STATE_NAME} is missing or cannot be read"
+        needed = []
+        if holds_optimizer(folder):
+            needed.append(SCHEDULER_NAME)
+            processes = self._processes.num_processes
+            if read_setup(folder).get("processes") == processes:
+                needed.append("rng_state.pth" if processes == 1 else f"rng_state_{self._processes.process_index}.pth")
+        return next((f"{name} is missing" for name in needed if not (folder / name).is_file()), None)
+
+
+def holds_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint has the optimizer's state."""
+    return any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
+
+
+def restore_replaced(output_dir: Path) -> None:
+    """Undo the first rename of [`_finish`] if the process was killed before the second one."""
+    for replaced in (output_dir / PARTIAL).glob(f"*{_REPLACED}"):
+        folder = output_dir / replaced.name.removesuffix(_REPLACED)
+        if not folder.exists():
+            os.rename(replaced, folder)
+
+
+def _finish(partial: Path, folder: Path) -> int:
+    """Store a checkpoint's files durably, give it its name, and return its size in bytes."""
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for path in files:
+        with open(path, "r+b") as stream:  # some systems sync only files opened for writing
+            os.fsync(stream.fileno())
+    for parent in {path.parent for path in files}:
+        sync_folder(parent)
+    if folder.exists():  # a folder cannot be renamed to one with files in it
+        os.rename(folder, partial.with_name(folder.name + _REPLACED))
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(partial.parent, ignore_errors=True)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
