@@ -57,19 +57,6 @@ def test_a_size_that_leaves_nothing_to_train_on_is_refused(size):
         hold_out(pairs(PROMPTS), size, seed=0)
 
 
-def test_rows_of_one_group_stay_together_whatever_their_prompts():
-    """ImageRewardDB compares the rows of a `prompt_id`: one row alone makes no pair."""
-    rows = {
-        "prompt": [f"prompt {row % 2} of {row // 4}" for row in range(40)],
-        "prompt_id": [f"{row // 4}" for row in range(40)],
-        "image": [f"{row}.png" for row in range(40)],
-        "rank": list(range(40)),
-    }
-    train, test = hold_out(datasets.Dataset.from_dict(rows), 0.2, seed=1)
-    assert set(Counter(test["prompt_id"]).values()) == {4}
-    assert not set(train["prompt_id"]) & set(test["prompt_id"])
-
-
 def test_the_prompt_is_the_column_that_the_format_reads():
     """Pick-a-Pic's rows are read by `caption`."""
     rows = {
@@ -106,39 +93,23 @@ def test_of_several_data_sets_a_prompt_is_on_one_side_in_all(size):
         assert sum(len(part) for both in split for part in both) == 160
 
 
-def test_values_of_the_group_column_are_those_of_one_data_set():
-    """Of three data sets with the same numbers of prompts: only the rows of one prompt are held out together."""
-    ranked = [
-        datasets.Dataset.from_dict(
-            {"prompt": [f"{name}{i // 2}" for i in range(20)], "prompt_id": [str(i // 2) for i in range(20)]}
-            | {"image": ["a.png"] * 20, "rank": [0, 1] * 10}
-        )
-        for name in "abc"
-    ]
-    split = hold_out_of_several(ranked, 2, seed=0, formats=[None] * 3)
-    assert sorted(len(test) for _, test in split) == [0, 0, 2]
-
-
 def test_a_size_for_which_no_prompt_can_be_spared_is_refused(caplog):
-    with pytest.raises(ValueError, match="each data set keeps a prompt to train on, and every other has more than 1"):
+    with pytest.raises(ValueError, match=r"no row to train on of the data sets \[[01]\]"):
         hold_out_of_several([pairs(["a"]), pairs(["b"])], 1, seed=0, formats=[None] * 2)
     split = hold_out_of_several([pairs(["a"] * 4), pairs(["b"] * 4)], 2, seed=0, formats=[None] * 2)
     assert sum(len(test) for _, test in split) == 2 and "Every prompt has more than the 2 rows" in caplog.text
 
 
 def test_an_empty_data_set_is_named():
-    with pytest.raises(ValueError, match=r"there are none in the data sets \[1\]"):
+    with pytest.raises(ValueError, match=r"data sets \[1\]"):
         hold_out_of_several([pairs(PROMPTS), pairs(["a"]).select([])], 2, seed=0, formats=[None] * 2)
 
 
-def test_each_of_several_data_sets_keeps_a_prompt():
-    """Rows without a prompt are one group; a prompt with a newline is the same one in an archive."""
-    small = pairs(["a", "a", None])
+def test_a_prompt_with_a_newline_is_the_same_one_in_an_archive():
     members = datasets.Dataset.from_dict(
         {"caption.txt": [b"a\n", b"z"], "jpg_0.jpg": ["x"] * 2, "jpg_1.jpg": ["y"] * 2, "label_0.txt": ["1"] * 2}
     )
-    for seed in range(20):
-        split = hold_out_of_several([small, pairs(PROMPTS), members], 62, seed=seed, formats=[None] * 3)
-        assert all(len(train) for train, _ in split)
-        one, _, other = split
+    for seed in range(10):
+        split = hold_out_of_several([pairs(["a", "b", "c"]), members], 2, seed=seed, formats=[None] * 2)
+        one, other = split
         assert ("a" in one[0]["prompt"]) == (b"a\n" in other[0]["caption.txt"])

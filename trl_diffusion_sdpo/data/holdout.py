@@ -1,6 +1,7 @@
 """What prompts decide: which rows are held out for evaluation, and which pairs' winners can be another's loser."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from textwrap import shorten
@@ -10,9 +11,8 @@ import datasets
 import numpy as np
 import torch
 
-from .columns import by_first_appearance, row_codes, values_of_rows
 from .derangement import derangement, most_common
-from .formats import PreferenceFormat, resolve_format
+from .formats import resolve_format
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,7 @@ Split = tuple[datasets.Dataset, datasets.Dataset]
 LOSERS = 3  # ends the key of the permutations' random numbers; those of pairs have no fourth part
 
 
-def hold_out(
-    dataset: datasets.Dataset, size: float, *, seed: int, dataset_format: str | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(dataset: datasets.Dataset, size: float, *, seed: int, dataset_format: str | None = None) -> Split:
     """Split a data set by prompt, so that no prompt of the training rows is evaluated.
 
     Args:
@@ -45,115 +43,58 @@ def hold_out_of_several(
     parts: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[Split]:
     """Split data sets that are trained on together as if they were one: `size` is of all their rows, and a prompt that
-    several of them have is on one side in all. Of each something is left to train on; the rest is as for [`hold_out`].
-
-    Returns:
-        `list`: For each data set the rows to train on and the rows held out, of which there may be none.
+    several of them have is on one side in all. The rest is as for [`hold_out`].
 
     Raises:
-        ValueError: If no rows would be left to train on, a data set is empty, or every prompt of at most `size` rows
-            must be kept.
+        ValueError: If no rows of one of the data sets would be left to train on.
     """
-    rows = np.array([len(part) for part in parts])
-    total = int(rows.sum())
+    prompts = [_prompts(part, name) for part, name in zip(parts, formats, strict=True)]
+    rows = Counter(chain(*prompts))  # of each prompt, in the order of their first rows
+    total = rows.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
         raise ValueError(f"`test_size={size:g}` must leave rows to train on; the data set has {total}.")
-    if empty := np.flatnonzero(rows == 0).tolist():
-        raise ValueError(f"Every data set must have rows; there are none in the data sets {empty}. Leave them out.")
-    known = [resolve_format(name, part.column_names) for part, name in zip(parts, formats, strict=True)]
-    starts = np.cumsum(rows)[:-1]
-    groups = _groups_of_rows(parts, known)
-    held = _choose(np.split(groups, starts), wanted, seed)
-    if not held.any() and np.bincount(groups).min() <= wanted:
-        raise ValueError(
-            f"`test_size={size:g}` must be larger: each data set keeps a prompt to train on, and every other has more "
-            f"than {wanted} rows."
-        )
-    if not held.any():
+
+    # Take prompts in a random order while they fit.
+    shuffled = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    distinct = list(rows)
+    held: set[str | None] = set()
+    count = 0
+    for prompt in (distinct[number] for number in shuffled):
+        if count + rows[prompt] <= wanted:
+            held.add(prompt)
+            count += rows[prompt]
+    masks = [np.array([prompt in held for prompt in of_part], dtype=bool) for of_part in prompts]
+    if not held:
         logger.warning("Every prompt has more than the %d rows of `test_size`: prompts are on both sides.", wanted)
-        held[np.random.default_rng(seed).permutation(total)[:wanted]] = True
-    logger.info("Held out for evaluation: %d of %d rows.", held.sum(), total)
-    masks = np.split(held, starts)
+        mask = np.zeros(total, dtype=bool)
+        mask[np.random.default_rng(seed).permutation(total)[:wanted]] = True
+        masks = np.split(mask, np.cumsum([len(of_part) for of_part in prompts])[:-1])
+
     if empty := [number for number, mask in enumerate(masks) if mask.all()]:
-        raise ValueError(f"`test_size={size:g}` leaves no row to train on of the data sets {empty}. Hold fewer out.")
+        raise ValueError(
+            f"`test_size={size:g}` leaves no row to train on of the data sets {empty}. Hold fewer rows out, choose "
+            "another `seed`, or leave these data sets out."
+        )
+    logger.info("Held out for evaluation: %d of %d rows.", sum(mask.sum() for mask in masks), total)
     return [
         (part.select(np.flatnonzero(~mask)), part.select(np.flatnonzero(mask)))
         for part, mask in zip(parts, masks, strict=True)
     ]
 
 
-def _groups_of_rows(parts: Sequence[datasets.Dataset], formats: Sequence[PreferenceFormat]) -> np.ndarray:
-    """For every row of all data sets the number of its group, by first appearance: rows of one prompt, and also of one
-    value of the group column where the format compares rows."""
-    columns = [known.prompt_column(part.column_names) for part, known in zip(parts, formats, strict=True)]
-    codes = [row_codes(part, column) for part, column in zip(parts, columns, strict=True)]
-    if len(parts) > 1:
-        numbers: dict[str | None, int] = {}
-        codes = [_by_prompt(part, known, own, numbers) for part, known, own in zip(parts, formats, codes, strict=True)]
-    prompts, compared = np.concatenate(codes), list(codes)
-    grouped = [number for number, known in enumerate(formats) if known.group_column not in (None, columns[number])]
-    for number in grouped:  # by values that mean nothing in another data set
-        others = 1 + max(found.max() for found in compared)
-        compared[number] = others + row_codes(parts[number], str(formats[number].group_column))
-    return _connected(prompts, np.concatenate(compared)) if grouped else prompts
-
-
-def _by_prompt(
-    part: datasets.Dataset, known: PreferenceFormat, codes: np.ndarray, numbers: dict[str | None, int]
-) -> np.ndarray:
-    """The number of each row by its prompt, in all data sets; adds to `numbers`. `codes` are those of this data set."""
-    first = np.unique(codes, return_index=True)[1]  # row of each prompt, in the order of the codes
-    column = known.prompt_column(part.column_names)
-    values = chain.from_iterable(found.to_pylist() for found in values_of_rows(part, column, first))
-    return np.array([numbers.setdefault(_prompt(known, column, value), len(numbers)) for value in values])[codes]
-
-
-def _prompt(known: PreferenceFormat, column: str, value: Any) -> str | None:
-    try:
-        return known.prompt({column: value})
-    except ValueError:
-        return None
-
-
-def _connected(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Numbers of the groups of rows that are connected by equal values (union-find over the different values)."""
-    offset = int(first.max(initial=-1)) + 1
-    links, of_row = np.unique(np.stack([first, second + offset], axis=1), axis=0, return_inverse=True)
-    parent = list(range(int(links.max(initial=-1)) + 1))
-
-    def root(value: int) -> int:
-        while parent[value] != value:
-            parent[value] = parent[parent[value]]
-            value = parent[value]
-        return value
-
-    for one, other in links.tolist():
-        parent[root(other)] = root(one)
-    roots = np.array([root(one) for one in links[:, 0].tolist()])[of_row.reshape(-1)]
-    return by_first_appearance(roots)
-
-
-def _choose(groups: Sequence[np.ndarray], wanted: int, seed: int) -> np.ndarray:
-    """Takes groups in a random order while they fit, but of several data sets not the last group of one.
-
-    Args:
-        groups: The groups of each data set's rows.
-
-    Returns:
-        `np.ndarray` of shape `(rows of all,)`, bool: The rows of those that were taken.
-    """
-    of_all = np.concatenate(groups)
-    sizes = np.bincount(of_all)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    place = np.argsort(order)  # of each group in the order
-    kept = {order[place[own].max()] for own in groups} if len(groups) > 1 else set()
-    taken, held = np.zeros(len(sizes), dtype=bool), 0
-    for number, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        if held + size <= wanted and number not in kept:
-            taken[number] = True
-            held += size
-    return taken[of_all]
+def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
+    """Return each row's prompt, `None` if it is bad."""
+    known = resolve_format(dataset_format, dataset.column_names)
+    column = known.prompt_column(dataset.column_names)
+    prompts: list[str | None] = []
+    for batch in dataset.with_format(None).select_columns([column]).iter(batch_size=1000):
+        for value in batch[column]:
+            try:
+                prompts.append(known.prompt({column: value}))
+            except ValueError:
+                prompts.append(None)
+    return prompts
 
 
 class PermutedLosers:
