@@ -56,7 +56,8 @@ def published(clean, timestep, grid, *, kind, first, last_step, added=()):
         e = epsilon(x, told)
         if kind == "renoise":
             e = (e + epsilon(moved(e), told)) / 2
-        variance = (1 - before) / (1 - after) * (1 - after / before)  # DDIM's, from t down to the level below
+        above = ALPHAS[min(t + 1000 // len(grid), 999)]
+        variance = (1 - after) / (1 - above) * (1 - above / after)  # DDIM's, from the next step of the grid down to t
         x, before = moved(e) + (added.pop(0) * variance**0.5 if added else 0), after
     a = ALPHAS[timestep]
     return (x - a.sqrt() * clean) / (1 - a).sqrt()
@@ -82,26 +83,31 @@ def test_the_noise_is_that_of_the_published_loop(kind, config, grid, first):
         torch.testing.assert_close(ours.double(), torch.cat(expected), rtol=1e-4, atol=2e-5)
 
 
-def test_added_variance_is_that_of_ddim():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["grid", "exact"])
+def test_added_noise_is_that_of_the_published_loop(kind, end):
+    """After every step, also the first: 0.1 times the deviation of DDIM's next step, `_get_variance(t + 200, t)` of
+    diffusers."""
     clean, inversion, drawn = latents(), inversion_of(ddpm()), []
 
     def draw():
         drawn.append(torch.randn(clean.shape, generator=torch.Generator().manual_seed(len(drawn))))
         return drawn[-1]
 
-    settings = InversionSettings("renoise", 5, "grid", 0.1)
-    ours = inversion.noise(epsilon, clean, T, settings, draw=draw)
-    loop = {"kind": "renoise", "first": ALPHAS[0], "last_step": False}
-    expected = []
+    ours = inversion.noise(epsilon, clean, T, InversionSettings(kind, 5, end, 0.1), draw=draw)
+    loop = {"kind": kind, "first": ALPHAS[0] if end == "grid" else 1.0, "last_step": end == "exact"}
+    grid, expected = [1, 201, 401, 601, 801], []
     for row, t in enumerate(T):
-        added = [0.1 * each[row : row + 1].double() for each in drawn]
-        expected.append(published(clean[row : row + 1], int(t), [1, 201, 401, 601, 801], added=added, **loop))
-    assert len(drawn) == 5
-    torch.testing.assert_close(ours.double(), torch.cat(expected), rtol=1e-4, atol=2e-5)
-    scheduler = DDIMScheduler(**STABLE_DIFFUSION)  # by diffusers: in units of the noise at the step's end
-    start, end = (inversion.level(torch.tensor([t])) for t in (401, 601))
-    variance = scheduler._get_variance(601, 401)
-    torch.testing.assert_close(inversion.deviation(start, end)[0], (variance / (1 - ALPHAS[601].float())).sqrt())
+        below = sum(step < t for step in grid)
+        of_row = [0.1 * each[row : row + 1].double() for each in drawn]
+        added = of_row[:below] + ([of_row[below]] if end == "exact" else [])
+        expected.append(published(clean[row : row + 1], int(t), grid, added=added, **loop))
+    assert len(drawn) == (5 if end == "grid" else 6)
+    torch.testing.assert_close(ours.double(), torch.cat(expected), rtol=1e-4, atol=3e-5)
+    for t in (1, 401, 601):
+        latents_deviation = DDIMScheduler(**STABLE_DIFFUSION)._get_variance(t + 200, t).sqrt()
+        ours = inversion.deviation(torch.tensor([t]), 5)[0] * (1 - ALPHAS[t].float()).sqrt()
+        torch.testing.assert_close(ours, latents_deviation)
 
 
 @pytest.mark.parametrize("config", [{}, {"set_alpha_to_one": True, "steps_offset": 0}], ids=["sd", "from_clean"])

@@ -34,7 +34,8 @@ class InversionSettings:
         end (`str`): `"exact"` takes a last, shorter step to the image's own timestep. `"grid"` stops at the last
             timestep of the grid below it, as published: what is found is then noise of another level, and where the
             grid has no timestep below, the clean latents.
-        eta (`float`): Factor of noise with the standard deviation of DDIM's variance that is added after each step.
+        eta (`float`): Factor of noise that is added after each step, with the standard deviation of DDIM's variance of
+            the next step of the grid, as DDIM-InPO's code has it.
     """
 
     kind: InversionKind = "ddim"
@@ -101,8 +102,9 @@ class Inversion(ABC):
     def remaining(self, start: Level, end: Level) -> torch.Tensor:
         """The part `r` of an image's noise that a step leaves."""
 
-    def deviation(self, start: Level, end: Level) -> torch.Tensor:
-        """The standard deviation of a step's variance, in units of the noise at its end; with `has_variance` only."""
+    def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
+        """The standard deviation `(N,)` of the noise that `eta` scales, added at the timesteps at which a step ends, in
+        units of the noise there; with `has_variance` only."""
         raise ValueError("This inversion has no variance. Use `eta=0`.")
 
     @torch.no_grad()
@@ -147,7 +149,7 @@ class Inversion(ABC):
                 # A step is affine in its prediction: the mean of the steps is the step by the predictions' mean.
                 found, noisy = found + stepped / CALLS[settings.kind], there.mix(clean, stepped)
             if settings.eta and draw is not None:
-                added = settings.eta * self.deviation(here, there) * draw().float()
+                added = settings.eta * self.deviation(ends, settings.steps).view(columns) * draw().float()
                 found = torch.where(moves, found + added, found)
             noise, here = found, there.where(moves, here)
         if settings.end == "exact":
@@ -198,10 +200,14 @@ class DDIMInversion(Inversion):
     def remaining(self, start: Level, end: Level) -> torch.Tensor:
         return end.signal * start.noise / (start.signal * end.noise)
 
-    def deviation(self, start: Level, end: Level) -> torch.Tensor:
-        """By equation 16 of DDIM at `eta = 1`; 0 for a step from clean latents."""
-        fresh = 1.0 - (end.signal / start.signal).square()
-        return start.noise / end.noise.square() * fresh.clamp(min=0.0).sqrt()
+    def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
+        """By equation 16 of DDIM at `eta = 1`, of the sampling step that comes down to these timesteps from one step of
+        the grid above them, or from the last timestep."""
+        total = self.process.num_train_timesteps
+        here = self.level(timesteps)
+        above = self.level((timesteps + total // steps).clamp(max=total - 1))
+        fresh = 1.0 - (above.signal / here.signal).square()
+        return fresh.clamp(min=0.0).sqrt() / above.noise
 
 
 class EulerInversion(Inversion):

@@ -244,17 +244,17 @@ class PairForward:
         latents: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
         """As `draw_noise`, with the same timesteps; each image has the noise of its own inversion by the policy, in
-        the mode that it is in and without guidance. A pair's two images have the same added noise."""
+        the mode that it is in and without guidance. Each image has its own added noise."""
         assert policy is not None and self._inversion is not None and self.noise_settings.inversion is not None
         generators = generators_of(seeds)
-        timesteps, shape = self.draw_timesteps(generators, latents), (len(seeds), *latents.shape[1:])
+        timesteps = self.draw_timesteps(generators, latents)
         noise = self._inversion.noise(
             lambda noisy, at: self.predict_at(policy, noisy, at, conditioning),
             latents,
             timesteps,
             self.noise_settings.inversion,
             image_seq_len=self.family.image_seq_len(latents),
-            draw=lambda: torch.cat([standard_normal(shape, generators, latents.device, latents.dtype)] * 2),
+            draw=partial(standard_normal, latents.shape, [*generators, *generators], latents.device, latents.dtype),
         )
         return timesteps, noise, None
 

@@ -58,8 +58,8 @@ class NoiseArguments:
             `"exact"` takes a last, shorter step to the timestep itself; `"grid"` stops at the last step below it, as
             the published code does.
         inversion_eta (`float`, *optional*, defaults to `0.0`):
-            Adds noise after each step of the inversion, of this factor times the standard deviation of DDIM's variance;
-            0.1 is published as an option. For DDPM.
+            Adds noise after each step of the inversion, of this factor times the standard deviation of DDIM's variance
+            at the next step, as DDIM-InPO does with 0.1. For DDPM.
         guidance_scale (`float`, *optional*):
             Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
     """
