@@ -1,9 +1,17 @@
 """Fixtures that several rooms' tests share: tiny pipelines of diffusers' and transformers' real classes with random
 weights, saved to a folder once a session and loaded back as a user would."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before libraries read it: no test may depend on what the Hub holds
+# DeepSpeed builds an extension once in each test run, which all processes of the run inherit. In a folder that outlives
+# the run, a build that was killed leaves a lock, for which the next one waits without a word and without an end.
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch_extensions-")
+    atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 import datasets
 import numpy as np

@@ -123,6 +123,7 @@ def whole_one(weight: torch.Tensor) -> torch.Tensor:
 
 
 def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
+    differs = run.get("differs", {}) if dist.get_rank() == 1 else {}
     engine = engine_args(run["engine"])
     for name, settings in run["engine_settings"].items():
         engine[name] = {**engine[name], **settings}
@@ -133,9 +134,9 @@ def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
         use_cpu=True,
         disable_tqdm=True,
         **engine,
-        **run["args"],
+        **{**run["args"], **{name: value for name, value in differs.items() if name != "pairs"}},
     )
-    data = datasets.load_from_disk(run["data"])
+    data = datasets.load_from_disk(run["data"]).select(range(differs.get("pairs", 16)))
     evaluated = data.select(range(run["evaluated"])) if run["evaluated"] else None
     if run.get("streamed"):
         sets = {"whole": evaluated, "single": data.select([0])}

@@ -742,6 +742,17 @@ def refusal(folder: Path) -> str:
     return first
 
 
+@needing(
+    *[
+        [build_run("ddp", "lora", f"other-{name}", {"max_steps": 4}, refused=True, differs={name: value})]
+        for name, value in {"max_steps": 5, "pairs": 15}.items()
+    ]
+)
+def test_processes_with_other_settings_or_data_are_refused(found, needs):
+    (differing,) = needs[0]["differs"]
+    assert f"`{'train_dataset' if differing == 'pairs' else differing}` is" in refusal(found[0])
+
+
 SGD = {"max_steps": 1, "optim": "sgd", "save_strategy": "steps"}
 
 

@@ -41,6 +41,11 @@ class Engine:
         return self._is_deepspeed or self._is_fsdp
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether the weights themselves are sharded: ZeRO-3 and FSDP2."""
+        return self._is_fsdp or self._zero_stage == 3
+
+    @property
     def steps_in_backward(self) -> bool:
         """Whether accelerate's backward pass ends with the optimizer's step."""
         return self._is_deepspeed
@@ -133,6 +138,8 @@ class Engine:
                 # FSDP would round every input, timesteps too; autocast rounds what weights are multiplied with.
                 settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
+            # Otherwise FSDP keeps whole gradients of all micro-batches but the last: two models in each process.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         elif self._zero_stage >= 2 and exact_gradients:  # with these settings, ZeRO-1 uses another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -144,6 +151,12 @@ class Engine:
         if not self.rounds_weights:
             return {}
         return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
+
+    def shard_before_preparing(self, module: nn.Module, unrounded: dict[nn.Parameter, torch.Tensor]) -> None:
+        """Shard a module from the CPU, one weight at a time, where `accelerator.prepare` would first move all of it to
+        the device: under ZeRO-3. The values of [`Engine.unrounded`] become shards."""
+        if self._zero_stage == 3:
+            sharding.zero3_partition(module, self.accelerator, self._half_dtype, unrounded)
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
         """After the model is prepared: copy these weights into the optimizer's float32 weights, and empty the
@@ -197,17 +210,19 @@ class Engine:
         return Float32Shards(weights, self.accelerator, self._zero_stage)
 
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
-        """Shard a frozen module, in place, as the engine has sharded the policy and in the policy's precision; if it
-        `moves`, its weights are updated by steps too small for half precision. Returns the module to call instead."""
+        """Move a frozen module from the CPU to the device, in place, sharded as the engine has sharded the policy and
+        in the policy's precision; if it `moves`, its weights are updated by steps too small for half precision.
+        Returns the module to call instead. Weights are cast before they are moved, and sharded one after the other."""
         dtype = self._half_dtype
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
                 weight.data = weight.data.to(dtype)  # FSDP rounds them to it at every use
             return fsdp2_prepare_model(self.accelerator, module).eval()
         if not self._is_deepspeed:
-            return module
+            return module.to(self.accelerator.device)
         if self._zero_stage < 3:
-            return module if dtype is None else module.to(dtype)
+            return module.to(dtype=dtype).to(self.accelerator.device)
+        sharding.zero3_partition(module, self.accelerator, dtype, {})
         return sharding.zero3_engine(module, self.accelerator)
 
     @contextlib.contextmanager

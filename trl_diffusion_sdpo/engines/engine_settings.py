@@ -24,6 +24,11 @@ def by_engine(args: TrainingArguments) -> bool:
     return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
 
 
+def shards_weights(args: TrainingArguments) -> bool:
+    """Whether the engine that these settings ask for shards weights: ZeRO-3 or FSDP."""
+    return by_engine(args) and (args.deepspeed_plugin is None or args.deepspeed_plugin.zero_stage == 3)
+
+
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
     """Fill in the learning rate of DeepSpeed's configuration where `"auto"` was resolved before the rate was known."""
     plugin = args.deepspeed_plugin

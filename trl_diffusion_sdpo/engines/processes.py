@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from ..data.checking import ALONE, Peers
 from ..utils.secrets import without_secrets
 
-TIMEOUT = timedelta(days=1)  # one process may upload for hours while the others wait
+UPLOAD_TIMEOUT = timedelta(days=1)  # one process may upload for hours while the others wait
 
 
 def several_processes() -> bool:
@@ -31,18 +32,35 @@ def in_any_process(flag: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """A small picklable object of every process, by rank; all must call it. Runs on the CPU, with a timeout longer than
-    that of collectives on the device."""
+def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
+    """Gather a small picklable object of every process, by rank; all must call it.
+
+    Processes wait for each other as long as in any collective: `ddp_timeout`, half an hour by default.
+
+    Args:
+        during_upload (`bool`): Whether a process may be uploading meanwhile. The others then wait for up to a day.
+
+    Raises:
+        `RuntimeError`: If another process has ended, or does not answer in time.
+    """
     if not several_processes():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
-        dist.all_gather_object(values, value, group=group)
-    finally:
-        dist.destroy_process_group(group)
+        dist.all_gather_object(values, value, group=_upload_group(dist.group.WORLD) if during_upload else None)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Process {dist.get_rank()} has lost another process, which has ended or does not answer: the first error "
+            f"in the output of all processes is the cause. ({error})"
+        ) from error
     return values
+
+
+@lru_cache(maxsize=1)
+def _upload_group(world: Any) -> Any:
+    """A group of all processes of `world` that waits for uploads; made once. Collectives on a device could not wait so
+    long."""
+    return dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT)
 
 
 def peers(args: TrainingArguments) -> Peers:
@@ -50,16 +68,36 @@ def peers(args: TrainingArguments) -> Peers:
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Raise `ValueError` in all processes if a fact, such as a setting, is not the same in all of them. All must call
+    it. Processes that disagree would wait for each other, or average gradients of different runs."""
+    everyone = gather_objects({name: repr(value) for name, value in facts.items()})
+    for name, ours in everyone[0].items():
+        for rank, theirs in enumerate(everyone):
+            if theirs.get(name) != ours:
+                raise ValueError(
+                    f"All processes must train on the same data with the same settings, and `{name}` is "
+                    f"{without_secrets(_short(ours))} in process 0 and {without_secrets(_short(theirs.get(name)))} in "
+                    f"process {rank}. Start them by one command, from the same files."
+                )
+
+
+def _short(text: str | None) -> str:
+    text = str(text)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 @contextlib.contextmanager
-def failing_together(error_type: type[Exception]) -> Iterator[None]:
+def failing_together(error_type: type[Exception], *, during_upload: bool = False) -> Iterator[None]:
     """Raise in all processes where one of them raises within; all must enter. A process without an error of its own
-    raises `error_type` with the message of the other's."""
+    raises `error_type` with the message of the other's. `during_upload` is that of [`gather_objects`]."""
     own: Exception | None = None
     try:
         yield
     except Exception as error:
         own = error
-    messages = gather_objects(None if own is None else without_secrets(f"{type(own).__name__}: {own}"))
+    message = None if own is None else without_secrets(f"{type(own).__name__}: {own}")
+    messages = gather_objects(message, during_upload=during_upload)
     if own is not None:
         raise own
     failed = [rank for rank, message in enumerate(messages) if message is not None]

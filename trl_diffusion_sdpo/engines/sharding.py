@@ -6,7 +6,7 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,43 @@ def scatter(value: torch.Tensor, into: torch.Tensor, zero_stage: int) -> None:
         into.detach().copy_(value)
 
 
+def zero3_partition(
+    module: nn.Module,
+    accelerator: Accelerator,
+    dtype: torch.dtype | None,
+    unrounded: dict[nn.Parameter, torch.Tensor],
+) -> None:
+    """Shard a module's weights under ZeRO-3, in place: one after the other is cast, moved to the device and replaced by
+    this process's shard. DeepSpeed's engine would move the whole module first. Buffers are moved whole.
+
+    Args:
+        dtype (`torch.dtype`, *optional*): To which weights are cast.
+        unrounded (`dict[nn.Parameter, torch.Tensor]`): Weights before they are cast; replaced by this process's shards
+            of them.
+    """
+    import deepspeed  # takes seconds
+
+    class OneByOne(nn.Module):
+        """The weights as `zero.Init` asks for them: each is sharded before the next one is taken."""
+
+        def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+            for weight in module.parameters():
+                if dtype is not None and weight.is_floating_point():
+                    weight.data = weight.data.to(dtype)
+                yield weight
+                if weight in unrounded:
+                    size = cast(Any, weight).ds_tensor.numel()
+                    unrounded[weight] = shard_of(unrounded[weight], size).clone()
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
+        config.pop(name, None)
+    config["train_micro_batch_size_per_gpu"] = 1  # "auto" until the model is prepared, and without effect here
+    deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+
+
 def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A frozen module in a ZeRO-3 engine without optimizer, configured as the policy's."""
     import deepspeed  # takes seconds
@@ -104,7 +141,7 @@ def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
     while weights:
         weight, value = weights.popitem()
         if is_zero_param(weight):
-            safe_set_local_fp32_param(weight, shard_of(value.float(), weight.ds_tensor.numel()))
+            safe_set_local_fp32_param(weight, value.float())
         else:
             safe_set_full_fp32_param(weight, value.float())
 

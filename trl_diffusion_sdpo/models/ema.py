@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from ..losses import ema_decay
-from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
+from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights, second_copy
 
 EMA_FOLDER = "ema"  # within the output folder
 EMA_FILE = "ema.safetensors"  # in checkpoints
@@ -16,14 +14,14 @@ EMA_ADAPTER = "ema"
 
 class EMAWeights(ShadowWeights):
     """The average of the policy's trained weights, in a second adapter where an `adapter` trains, else in a second
-    denoiser; `decay` in `(0, 1)` is the share of the average that a step retains."""
+    denoiser; `decay` in `(0, 1)` is the share of the average that a step retains. For `shared` see [`second_copy`]."""
 
-    def __init__(self, denoiser: nn.Module, adapter: str | None, decay: float):
+    def __init__(self, denoiser: nn.Module, adapter: str | None, decay: float, *, shared: bool = False):
         self.decay = decay
         if adapter is not None:
             second: SecondAdapter | SecondDenoiser = SecondAdapter(denoiser, adapter, EMA_ADAPTER)
         else:
-            second = SecondDenoiser(copy.deepcopy(denoiser), denoiser)
+            second = SecondDenoiser(second_copy(denoiser, shared=shared), denoiser)
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:

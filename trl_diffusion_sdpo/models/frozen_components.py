@@ -8,8 +8,9 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -19,19 +20,31 @@ from transformers import PreTrainedModel
 
 from ..families import Family
 from .loading import is_absent
-from .numerics import torch_dtype
+from .numerics import CPU_ALIGNMENT, torch_dtype
 from .text_checks import check_text_encoding
 
 logger = logging.getLogger(__name__)
 
 VAE = "vae"
+UNPINNED = ("cpu", "mps")  # devices that share the CPU's memory
+PINNED_BUFFER = 1 << 28  # bytes
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 OVERFLOWS = "force_upcast"  # in a VAE's configuration: it overflows in float16
 
 
 class FrozenComponents:
-    """A family around a copy of its pipeline, as training uses it, and where its VAE and text encoders are.
+    """A family around a copy of its pipeline, as training uses it, and the owner of its VAE and text encoders.
 
-    The given pipeline is not changed, except that components which keep their precision are shared with it.
+    They are in one of three states. In all of them, `family` has real components on the device within [`in_use`]:
+
+    | state | outside `in_use` | entering `in_use` | leaving it |
+    |---|---|---|---|
+    | `"on device"` | on the device | - | - |
+    | `"offloaded"` | on the CPU, in pinned memory | copies them to the device, without waiting | drops the copies |
+    | `"absent"` | on the meta device, without weights | loads them from disk | frees them |
+
+    The given pipeline shares components that keep their precision and device. Its others are not changed, except that
+    components to be offloaded are moved to the CPU.
 
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Its VAE and text encoders may be on the meta device.
@@ -40,13 +53,8 @@ class FrozenComponents:
         vae_dtype (`str`): A dtype, or `"auto"` for that of autocast unless the VAE overflows there.
         vae_encode_batch_size (`int`, *optional*): Images per call of the VAE.
         guidance_scale (`float`, *optional*): Input of a denoiser that takes one.
-        offload (`bool`): Whether they are on the CPU, in pinned memory, except while they are used.
-        load (`Callable`, *optional*): Gives the pipeline with the components that are on the meta device.
-
-    Attributes:
-        family ([`~trl_diffusion_sdpo.families.Family`]): Its components are real within `in_use` only, unless the
-            state is `"on device"`.
-        state (`str`): `"on device"`, `"offloaded"` to the CPU, or `"absent"`: on the meta device.
+        offload (`bool`): Whether they are offloaded, if they are not absent.
+        load (`Callable`, *optional*): Returns the pipeline with the components that are on the meta device.
 
     Raises:
         `ValueError`: If different prompts are encoded alike, or quantized components are to be offloaded.
@@ -69,22 +77,16 @@ class FrozenComponents:
         self._device, self._half_dtype, self._vae_dtype, self._load = device, half_dtype, vae_dtype, load
         absent = any(is_absent(getattr(family.pipeline, name)) for name in family.frozen_components)
         self.state = "absent" if absent else "offloaded" if offload else "on device"
-        place = device if self.state == "on device" else torch.device("cpu")
-        self._are_held = True
-        self._given: list[tuple[nn.Module, torch.device]] = []  # with their own device, where that is no CPU
-        for name in family.frozen_components if self.state == "offloaded" else ():
-            part = getattr(family.pipeline, name)
-            _check_movable(name, part)
-            if part.device.type != "cpu":
-                self._given.append((part, part.device))
-        self._hold()
-        self.family = type(family)(self._working(family, place))
+        if self.state == "offloaded":
+            for name in family.frozen_components:
+                _check_movable(name, getattr(family.pipeline, name))
+        home = device if self.state == "on device" else torch.device("cpu")
+        self.family = type(family)(self._working(family, home))
         self.family.guidance_scale = guidance_scale
         self.family.vae_encode_batch_size = vae_encode_batch_size
         self.family.settle_dtype()
-        self._kept = self._pinned() if self.state == "offloaded" else []
-        self._users, self._was_checked, self._has_loaded = 0, False, False
-        self._meta: dict[str, nn.Module] = {}  # in place of absent components
+        self._on_host = self._pinned_tensors() if self.state == "offloaded" else []
+        self._users, self._was_checked, self._was_read = 0, False, False
         if self.state != "absent":
             with self.in_use():
                 pass  # checks the text encoders
@@ -92,103 +94,107 @@ class FrozenComponents:
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Family]:
         """The family with real VAE and text encoders on the device, in the precision in which they run. May be nested.
-
-        Absent components are loaded from disk and freed afterwards. Offloaded ones are copied to the device, without
-        waiting, and afterwards the copies are dropped; the device's cache is not emptied, which would wait.
-        """
-        self._users += 1
-        try:
-            if self._users == 1:
-                self._bring()
+        The device's cache is not emptied after offloaded components were used: that would wait."""
+        with contextlib.ExitStack() as stack:
+            if self._users == 0:
+                stack.enter_context({"absent": self._read, "offloaded": self._copied}.get(self.state, nullcontext)())
+            self._users += 1
+            stack.callback(self._leave)
             if not self._was_checked:
                 self._was_checked = True
                 check_text_encoding(self.family)
             yield self.family
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self._take_back()
+
+    def _leave(self) -> None:
+        self._users -= 1
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within, offloaded components of the given pipeline are on the device while they are used only; afterwards
-        they are where they were given. Until the first of these contexts ends, they are as within."""
-        self._are_held = True
-        self._assign_kept()
-        self._hold()
-        try:
-            yield
-        finally:
-            self._are_held = False
-            self._release()
-
-    def _hold(self) -> None:
-        for part, _ in self._given:
-            part.to("cpu")
-
-    def _release(self) -> None:
-        for part, device in self._given:
-            part.to(device)
-
-    def _bring(self) -> None:
-        if self.state == "absent":
-            self._read()
+    def _copied(self) -> Iterator[None]:
+        """Offloaded components on the device."""
         copies: dict[int, torch.Tensor] = {}  # a tensor may be in several modules
-        for module, name, tensor in self._kept:
+        for module, name, tensor in self._on_host:
             if id(tensor) not in copies:
                 copies[id(tensor)] = tensor.to(self._device, non_blocking=True)
             _assign(module, name, copies[id(tensor)])
+        del copies
+        try:
+            yield
+        finally:
+            for module, name, tensor in self._on_host:
+                _assign(module, name, tensor)
 
-    def _assign_kept(self) -> None:
-        for module, name, tensor in self._kept:
-            _assign(module, name, tensor)
-
-    def _take_back(self) -> None:
-        self._assign_kept()
-        if not self._are_held:
-            self._release()
-        if self.state == "absent":
-            self.family.pipeline.register_modules(**self._meta)
-            gc.collect()
-            if self._device.type != "cpu":
-                clear_device_cache()
-
-    def _read(self) -> None:
-        """Load the absent components; the random states stay as they are."""
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        """Absent components from disk; the random states stay as they are."""
         if self._load is None:
             raise ValueError(
                 "The pipeline's VAE or text encoders are on the meta device, without weights. Pass the Hub id or "
                 "folder that they are in, or load the whole pipeline."
             )
         start, pipeline = time.monotonic(), self.family.pipeline
-        self._meta = {name: getattr(pipeline, name) for name in self.family.frozen_components}
+        without_weights = {name: getattr(pipeline, name) for name in self.family.frozen_components}
         with torch.random.fork_rng(devices=[]):
             loaded = type(self.family)(self._load())
-        for name in self.family.frozen_components:
+        for name in without_weights:
             getattr(loaded.pipeline, name).requires_grad_(False).eval()
         working = self._working(loaded, self._device)
-        pipeline.register_modules(**{name: getattr(working, name) for name in self._meta})
-        if not self._has_loaded:
-            self._has_loaded = True
+        del loaded
+        pipeline.register_modules(**{name: getattr(working, name) for name in without_weights})
+        del working
+        if not self._was_read:
+            self._was_read = True
             logger.warning(
                 "Loaded VAE and text encoders in %.1f s, as they are each time they are needed, and freed afterwards.",
                 time.monotonic() - start,
             )
+        try:
+            yield
+        finally:
+            pipeline.register_modules(**without_weights)
+            gc.collect()
+            if self._device.type != "cpu":
+                clear_device_cache()
 
-    def _working(self, family: Family, place: torch.device) -> DiffusionPipeline:
-        return working_pipeline(family, device=place, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
+    def _working(self, family: Family, device: torch.device) -> DiffusionPipeline:
+        return working_pipeline(family, device=device, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
 
-    def _pinned(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """Every tensor of the components with its place, in pinned memory where copies to the device need that."""
-        parts = [getattr(self.family.pipeline, name) for name in self.family.frozen_components]
-        pinned: dict[int, torch.Tensor] = {}
-        places = [
-            (module, name, tensor) for part in parts for module in part.modules() for name, tensor in _own(module)
-        ]
-        for _, _, tensor in places:
-            if id(tensor) not in pinned:
-                pinned[id(tensor)] = tensor if self._device.type == "cpu" else tensor.pin_memory()
-        return [(module, name, pinned[id(tensor)]) for module, name, tensor in places]
+    def _pinned_tensors(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """Every module, name and tensor of the components, in pinned memory if copies to the device need that."""
+        modules = [m for name in self.family.frozen_components for m in getattr(self.family.pipeline, name).modules()]
+        owned = [(module, name, tensor) for module in modules for name, tensor in _own(module)]
+        if self._device.type in UNPINNED:
+            return owned
+        distinct = {id(tensor): tensor for _, _, tensor in owned}
+        pinned = dict(zip(distinct, pin(list(distinct.values())), strict=True))
+        return [(module, name, pinned[id(tensor)]) for module, name, tensor in owned]
+
+
+def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy tensors into pinned memory.
+
+    PyTorch rounds each piece of pinned memory up to a power of two: up to twice what the tensors need. They are packed
+    into large buffers, whose sizes are powers of two.
+    """
+    sizes = [-(-tensor.nbytes // CPU_ALIGNMENT) * CPU_ALIGNMENT for tensor in tensors]
+    capacity = max([PINNED_BUFFER, *(1 << (size - 1).bit_length() for size in sizes if size)])
+    buffers: list[list[int]] = []  # the tensors in each
+    free: list[int] = []
+    for index in sorted(range(len(tensors)), key=lambda index: -sizes[index]):
+        fitting = next((number for number, left in enumerate(free) if left >= sizes[index]), None)
+        if fitting is None:
+            fitting = len(buffers)
+            buffers.append([])
+            free.append(capacity)
+        buffers[fitting].append(index)
+        free[fitting] -= sizes[index]
+    pinned: list[Any] = [None] * len(tensors)
+    for members in buffers:
+        buffer = torch.empty(sum(sizes[index] for index in members), dtype=torch.uint8, pin_memory=True)
+        for index, piece in zip(members, buffer.split([sizes[index] for index in members]), strict=True):
+            tensor = tensors[index]
+            values = piece[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
+            pinned[index] = values.copy_(tensor.detach())
+    return pinned
 
 
 def working_pipeline(
@@ -203,11 +209,23 @@ def working_pipeline(
         if name == VAE:
             part = _working_vae(part, half_dtype, vae_dtype)
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
-            part = part if _text_overflows(part, half_dtype) else copy.deepcopy(part).to(half_dtype)
+            part = part if _text_overflows(part, half_dtype) else cast_copy(part, half_dtype)
         there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}
         # What is there is not moved: networks in 8 bits refuse to be.
         working.register_modules(**{name: part if there or is_absent(part) else part.to(device)})
     return working
+
+
+def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Copy a module in another dtype, tensor by tensor: memory is needed for the copy only, not for one in the dtype of
+    the original."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            values = tensor.detach().to(dtype, copy=True)
+            is_weight = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_weight else values
+    return copy.deepcopy(module, memo).to(dtype)
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
@@ -250,7 +268,7 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
     forced = overflows and dtype == torch.float16
     if dtype == vae.dtype and not forced:
         return vae
-    vae = copy.deepcopy(vae).to(dtype)
+    vae = cast_copy(vae, dtype)
     if forced:
         logger.warning(
             "`vae_dtype='float16'` though the VAE's configuration says that it overflows there (`%s`): latents that "

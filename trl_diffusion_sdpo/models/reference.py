@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from ..families import Family
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
 from .memory import compile_blocks
 from .numerics import read_contiguous
-from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
+from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights, second_copy
 
 REFERENCE_FILE = "reference.safetensors"  # in checkpoints
 REFERENCE_ADAPTER = "ref"
@@ -154,6 +153,7 @@ def build_reference(
     given: nn.Module | None,
     may_modify_given: bool,
     changed_by_engine: bool = False,
+    shared: bool = False,
     fresh_adapter: str | None,
     started_adapter: str | None,
     follows: bool,
@@ -167,6 +167,7 @@ def build_reference(
         given (`nn.Module`, *optional*): The user's reference.
         may_modify_given (`bool`): Whether it was loaded by the trainer, so that it need not be copied to be changed.
         changed_by_engine (`bool`): Whether an engine will round or shard it in place.
+        shared (`bool`): See [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, initialized to zero.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy came with.
         follows (`bool`): Whether the reference will be synchronised with the policy.
@@ -183,7 +184,7 @@ def build_reference(
                 "`ref_model` out: the reference then is a second adapter."
             )
         if (half_dtype is not None or follows or changed_by_engine) and not may_modify_given:
-            given = copy.deepcopy(given)
+            given = second_copy(given, shared=shared)
         frozen = FrozenReference(given, denoiser, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, given.state_dict) if precomputed else frozen
     if not needed:
@@ -195,7 +196,8 @@ def build_reference(
     adapter = fresh_adapter or started_adapter
     if adapter is not None:
         return AdapterReference(denoiser, adapter)
-    return FrozenReference(copy.deepcopy(denoiser), denoiser, half_dtype=half_dtype, follows=follows)
+    copied = second_copy(denoiser, shared=shared)
+    return FrozenReference(copied, denoiser, half_dtype=half_dtype, follows=follows)
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:

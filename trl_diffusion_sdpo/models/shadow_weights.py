@@ -4,6 +4,7 @@ and rounded as the engine does it with the policy."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,16 @@ from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, 
 from .denoiser_wrapper import DenoiserWrapper
 from .memory import compile_blocks
 from .numerics import halve_autocast_weights, read_contiguous
+
+
+def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
+    """Copy a module. If `shared`, the copy's weights use the memory of the original's: an engine that shards both gives
+    each its own. Buffers are always copied."""
+    memo: dict[int, Any] = {}
+    for weight in module.parameters() if shared else ():
+        if type(weight) is nn.Parameter:
+            memo[id(weight)] = nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+    return copy.deepcopy(module, memo)
 
 
 class SecondAdapter:
@@ -122,6 +133,11 @@ class ShadowWeights:
     def attach(self, engine: Engine) -> None:
         """Set the engine, before any of the methods below is called."""
         self._engine = engine
+
+    def stop_sharing(self) -> None:
+        """Give the weights of a [`second_copy`] memory of their own, if the engine will not do so."""
+        for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
+            weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
         """Before the engine prepares the policy: copy what it will round."""

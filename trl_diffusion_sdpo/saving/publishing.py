@@ -46,7 +46,7 @@ class Publisher:
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
         """As [`Uploads.create_repository`], by the arguments; all processes must call it, and raise together."""
         self.uploads = self.uploads or Uploads()
-        with failing_together(PublishingError):
+        with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
                 self.repository = self.uploads.create_repository(
                     self._args.hub_model_id or Path(self._args.output_dir).absolute().name,
@@ -59,7 +59,7 @@ class Publisher:
     @contextlib.contextmanager
     def failing_after_save(self) -> Iterator[None]:
         """Raise errors within in all processes; one of the Hub says where the saved weights are."""
-        with failing_together(PublishingError):
+        with failing_together(PublishingError, during_upload=True):
             try:
                 yield
             except PublishingError as error:
@@ -129,7 +129,7 @@ class Publisher:
         if not self.uploads.is_done():
             logger.info("Waiting for the upload in progress.")
         self.uploads.wait_until_done()
-        gather_objects(None)  # a barrier with a longer timeout than that of collectives on the device
+        gather_objects(None, during_upload=True)  # a barrier
 
     def _upload_later(self, folder: str, *, training: bool, **arguments: Any) -> Any:
         advice = f"{'Training goes on. ' if training else ''}{self._advice()}"

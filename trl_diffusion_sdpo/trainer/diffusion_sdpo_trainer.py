@@ -22,8 +22,9 @@ from ..cache.reference_pass import ReferenceErrors
 from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
-from ..engines.engine_settings import check_unsharded
+from ..engines.engine_settings import by_engine, check_unsharded, shards_weights
 from ..engines.gradient_backends import unwrapped_adamw
+from ..engines.processes import check_agreement
 from ..engines.sharding import full_tensor
 from ..losses import BetaController, BudgetController, PreferenceLossOutput
 from ..models.adapters import base_tensors
@@ -43,9 +44,10 @@ from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from .callbacks import default_callbacks
+from .config.declaring import RESUME
 from .config.model_checks import refuse_dropout
 from .data_preparation import DataOverrides
-from .diffusion_sdpo_config import DiffusionSDPOConfig
+from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import PairEncoding, encoder_facts, error_settings
 from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import FileOverrides, errors_folder
@@ -62,6 +64,13 @@ from .preparing import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Beside those that change the trajectory: when processes train, evaluate and save, which they do together.
+SAME_IN_ALL_PROCESSES = (
+    *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
+    *("precompute_latents", "push_to_hub", "sample_prompts"),
+)
 
 
 class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
@@ -139,13 +148,14 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         quantization_config: Any = None,
     ):
         args = copy_and_check_args(model, ref_model, args)
+        check_agreement({name: getattr(args, name) for name in (*settings_with(RESUME), *SAME_IN_ALL_PROCESSES)})
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         self._set_up_model(loaded, ref_model, args, peft_config)
         self._set_up_step(args)
         workers_are_chosen = args.dataloader_num_workers is None
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
-        self._move_to(args.device)  # after encoding, which needs memory there
+        self._move_frozen(args)  # after encoding, which needs memory there
         self._own_callbacks = self._default_callbacks(args, train_dataset)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
@@ -243,8 +253,10 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._shadow_weights:
             weights.keep_unrounded()
-        by_engine = self.engine.loads_weights_with_optimizer and resume_from_checkpoint is not None
-        checkpoint = None if by_engine else resume_from_checkpoint
+        self.engine.shard_before_preparing(self.denoiser, unrounded)
+        # An engine that shards reads a checkpoint below, once second copies of the weights are sharded as well.
+        read_later = self.engine.holds_shards and resume_from_checkpoint is not None
+        checkpoint = None if read_later else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             self.engine.check_resumable(self.optimizer)
@@ -252,7 +264,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         for weights in self._shadow_weights:
             weights.prepare(self.model_wrapped)
         self._engine_ready = True
-        if by_engine:
+        if read_later:
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
@@ -286,7 +298,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.gave_reference = ref_model is not None
         self.average = None
         if args.ema_decay is not None:
-            self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay)
+            self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay, shared=shards_weights(args))
         self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
         self._set_up_files(args, loaded)
@@ -299,10 +311,11 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
         compile_models(loaded.denoiser, self._shadow_weights, args)
 
-    def _move_to(self, device: torch.device) -> None:
-        """What is frozen, to where the policy will be."""
-        for weights in self._shadow_weights:
-            weights.to(device)
+    def _move_frozen(self, args: DiffusionSDPOConfig) -> None:
+        """Move what is frozen to where the policy will be. Engines move second copies of its weights themselves, once
+        they have sharded or rounded them."""
+        for weights in [] if by_engine(args) else self._shadow_weights:
+            weights.to(args.device)
         if self.stored_base is not None:
             self.stored_base.to_device()
 
@@ -345,6 +358,8 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.engine.check()
         for weights in self._shadow_weights:
             weights.attach(self.engine)
+            if shards_weights(self.args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
+                weights.stop_sharing()
         self._reference_errors = None
         if isinstance(self.reference, PrecomputedReference):
             self._reference_errors = self._make_reference_errors(self.reference)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import loading_unsharded
-from ..engines.processes import failing_together
+from ..engines.processes import check_agreement, failing_together
 from ..families import Family
 from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
@@ -171,6 +171,7 @@ class FileOverrides(Trainer):
                 "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
                 "new trainer and pass `resume_from_checkpoint` to go on."
             )
+        check_agreement(self._facts_of_all_processes())
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers leaves it to scripts
         disk = naming_the_disk(self.args.output_dir, self.weight_files.bytes_needed)
@@ -180,9 +181,16 @@ class FileOverrides(Trainer):
             interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if self.args.checkpoint_on_interrupt:
                 interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
-            with interruptible, self.frozen_components.held():
+            with interruptible:
                 self.precompute_reference_errors()
                 return super().train(point, *args, **kwargs)
+
+    def _facts_of_all_processes(self) -> dict[str, Any]:
+        """What must be the same in all processes, besides settings. A stream may be another part in each of them."""
+        facts: dict[str, Any] = {"model": self.fingerprint}
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):
+            facts["train_dataset"] = self._data_fingerprint
+        return facts
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """Logging, saving and evaluation steps are this run's, not the checkpoint's."""
@@ -228,10 +236,12 @@ class FileOverrides(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_engine_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint where the engine reads weights and optimizer at once."""
+        """Load a checkpoint into weights and optimizer that an engine has sharded."""
+        self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             self.run_files.load(Path(checkpoint), self.model_wrapped)
             super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self.run_files.reading():
@@ -418,7 +428,7 @@ class FileOverrides(Trainer):
         self._finish_current_push()  # it reads the files that are written next
         uploaded = None
         with self.run_folder.locked(all_processes=True):
-            with failing_together(PublishingError):
+            with failing_together(PublishingError, during_upload=True):
                 self.save_model(_internal_call=True)
             with self.publisher.failing_after_save():
                 if self.hub_model_id is None:
@@ -434,7 +444,7 @@ class FileOverrides(Trainer):
         """Publish during training. transformers would look for its own files, and upload pickles."""
         if not self.publisher.is_ready_for_progress():
             return
-        with failing_together(PublishingError):
+        with failing_together(PublishingError, during_upload=True):
             self._save(self.args.output_dir)
             if self.is_world_process_zero():
                 self._write_card(model_name=self.hub_model_id.split("/")[-1], ended=False, keep_edited=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..cache.key import EncoderFacts, config_of, hash_of_tensors
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate
+from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate, shards_weights
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
@@ -180,6 +180,7 @@ def make_reference(
         given=given,
         may_modify_given=isinstance(ref_model, (str, Path)),
         changed_by_engine=changed_by_engine,
+        shared=shards_weights(args),
         fresh_adapter=adapter if added else None,
         started_adapter=None if added else adapter,
         follows=args.sync_ref_model,
