@@ -19,9 +19,8 @@ EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs"
 SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
 EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-FP8 = {"layerwise_casting": "float8_e4m3fn"}
 INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 2}
-MEMORY = ("offload_frozen_components", "group_offload", "layerwise_casting")
+MEMORY = ("offload_frozen_components",)
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
 
@@ -167,7 +166,7 @@ def each_pair(*pairs: list[dict]):
     return pytest.mark.parametrize("cases", [pytest.param(pair, id=pair[-1]["name"]) for pair in pairs])
 
 
-@each_pair(stored("stable_diffusion", "parameter", group_offload="leaf", offload_frozen_components=True, **SAMPLING))
+@each_pair(stored("stable_diffusion", "parameter", offload_frozen_components=True, **SAMPLING))
 def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(found):
     plain, offloaded = found
     assert offloaded["sum"] == plain["sum"] and offloaded["waits"] == plain["waits"]
@@ -176,38 +175,13 @@ def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(fou
 
 @each(
     sd("full", "output", "cached", {"precompute_latents": True, "ema_decay": 0.9}),
-    sd("lora", "output", "cached", {"precompute_latents": True, **FP8}, given_on_device=True),
+    sd("lora", "output", "cached", {"precompute_latents": True}, given_on_device=True),
 )
 def test_a_cached_step_does_not_wait_and_encoding_has_the_device_for_itself(found):
     """Batches come from pinned memory; what else is frozen comes to the device once all is encoded."""
     assert found[0]["waits"] == {} and found[0]["pinned"] == [True]
     assert found[0]["while_encoding"] == ["cpu"] and found[0]["copies"] == ["pretend"]
     assert found[0]["encoding_waits"] == []  # pixels come from pinned memory as well
-
-
-@each(sd("lora", "output", "lent", {"offload_frozen_components": True}, given_on_device=True))
-def test_components_are_given_back_to_the_device_that_they_were_on(found):
-    assert found[0]["given"] == ["pretend"]
-
-
-@pytest.mark.matrix
-@each_pair(
-    stored("flux", group_offload="block", **SAMPLING),
-    stored("stable_diffusion", "parameter", "-again", group_offload="block", activation_checkpointing=True),
-)
-def test_offloaded_blocks_come_to_the_device_without_waiting(found):
-    plain, offloaded = found
-    assert offloaded["sum"] == plain["sum"] and offloaded["waits"] == plain["waits"]
-
-
-@pytest.mark.matrix
-@each(
-    *[run(family, "lora", "output", "block", {"group_offload": "block"}) for family in CASES],
-    *[run(family, "lora", "output", "leaf", {"group_offload": "leaf"}) for family in CASES if family != "hunyuan_dit"],
-    *[run(family, "lora", "output", "fp8", {"layerwise_casting": "float8_e4m3fn"}) for family in CASES],
-)
-def test_a_stored_base_of_every_family_runs_on_the_device(found):
-    assert all(answer["steps"] == 2 for answer in found)
 
 
 ENCODED = {"precompute_latents": True, "precompute_ref_errors": True}

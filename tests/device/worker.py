@@ -57,8 +57,6 @@ class Watched(DiffusionSDPOTrainer):
     def _copies(self):
         for weights in self._shadow_weights:
             yield from weights.second.module.parameters() if isinstance(weights.second, SecondDenoiser) else ()
-        if self.stored_base is not None:
-            yield from (weight.stored for weight in self.stored_base._resident)
 
     def _prepare_inputs(self, inputs):
         self.are_pinned |= {value.is_pinned() for value in inputs.values() if isinstance(value, torch.Tensor)}
@@ -104,7 +102,6 @@ def run(case: dict, pipeline, folder: Path) -> dict:
         found["sum"] = sum(float(weight.double().abs().sum()) for weight in weights)
     parts = (getattr(trainer.family.pipeline, name) for name in trainer.family.frozen_components)
     found["frozen"] = sorted({weight.device.type for part in parts for weight in part.parameters()})
-    found["given"] = sorted({weight.device.type for name in names for weight in getattr(pipeline, name).parameters()})
     found["copies"] = sorted({weight.device.type for weight in trainer._copies()})
     found |= {"while_encoding": trainer.while_encoding, "encoding_waits": trainer.encoding_waits}
     found["pinned"] = sorted(trainer.are_pinned)

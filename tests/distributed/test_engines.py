@@ -78,8 +78,8 @@ def test_the_error_anchor_is_of_the_whole_batch(found):
 
 
 @pytest.mark.matrix
-@each([build_case("ddp", "fresh", "parameter", 2, "offloaded", group_offload="block", offload_frozen_components=True)])
-def test_an_offloaded_base_trains_in_two_processes(found):
+@each([build_case("ddp", "fresh", "parameter", 2, "offloaded", offload_frozen_components=True)])
+def test_offloaded_components_train_in_two_processes(found):
     assert found["logged"] == pytest.approx(found["lambdas"], abs=ROUNDING)
     assert found["update_error"] < 1e-3
 

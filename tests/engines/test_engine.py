@@ -1,14 +1,16 @@
 """What callers are told of an engine, from an accelerator's settings alone."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, HfDeepSpeedConfig
 
 from trl_diffusion_sdpo.engines.engine import Engine
+from trl_diffusion_sdpo.engines.engine_settings import check_deepspeed_precision
 
 
 def engine(kind: str, **deepspeed_config) -> Engine:
@@ -57,6 +59,27 @@ def test_version_1_of_fsdp_and_zero_plus_plus_are_refused():
     engine("DEEPSPEED").check()
 
 
+def test_copies_of_shards_are_refused():
+    found = engine("FSDP")
+    found.accelerator.is_fsdp2 = True
+    found.accelerator.parallelism_config = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
+    with pytest.raises(ValueError, match="`dp_replicate_size=2`"):
+        found.check()
+
+
+def test_settings_of_accelerate_that_fail_here_are_completed():
+    """Weights are on every process; sizes of buckets must not be compiled one by one; no whole gradients are kept."""
+    found = engine("FSDP")
+    plugin = SimpleNamespace(mixed_precision_policy=None, cpu_ram_efficient_loading=True)
+    compiling, accumulation = SimpleNamespace(dynamic=False), {}
+    state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=compiling)
+    vars(found.accelerator).update(
+        is_fsdp2=True, state=state, gradient_state=SimpleNamespace(plugin_kwargs=accumulation)
+    )
+    found.complete_settings(exact_gradients=True)
+    assert not plugin.cpu_ram_efficient_loading and compiling.dynamic is None and accumulation["sync_each_batch"]
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, AcceleratedOptimizer])
 def test_sgd_without_momentum_is_refused_under_fsdp_alone(momentum, wrap):
@@ -73,3 +96,11 @@ def test_sgd_without_momentum_is_refused_under_fsdp_alone(momentum, wrap):
 
 def test_adamw_is_resumed_under_fsdp():
     engine("FSDP").check_resumable(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+
+
+@pytest.mark.parametrize(("config", "bf16"), [({"enabled": True}, False), ({"enabled": True}, True), ({}, False)])
+def test_a_precision_of_deepspeed_that_the_arguments_lack_is_refused_with_the_option_to_set(config, bf16):
+    plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig({"bf16": config}))
+    args = SimpleNamespace(deepspeed_plugin=plugin, bf16=bf16, fp16=False)
+    with pytest.raises(ValueError, match="--bf16 true") if config and not bf16 else nullcontext():
+        check_deepspeed_precision(args)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.engines.worker_processes import WorkerStart, worker_context
+from trl_diffusion_sdpo.engines.worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -142,3 +142,14 @@ def test_sigterm_to_the_group_of_a_run_with_workers_leaves_a_whole_checkpoint(sd
     assert len(checkpoints) == 1, rest[-3000:]
     assert (checkpoints[0] / "trainer_state.json").is_file()
     assert "exited unexpectedly" not in rest
+
+
+def test_full_shared_memory_is_named(monkeypatch):
+    def fail(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)  # workers are forked from here
+    collate = CollateIntoSharedMemory(torch.stack)
+    assert len(collate([torch.zeros(2)])) == 1  # without a worker, no shared memory is needed
+    with pytest.raises(RuntimeError, match="/dev/shm.*`dataloader_num_workers`"):
+        next(iter(DataLoader([torch.zeros(2)], num_workers=1, collate_fn=collate)))

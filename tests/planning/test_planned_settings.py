@@ -5,16 +5,14 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from tiny_pipelines import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.cli.plan import PlannedSettings, _fit_in_words, _tunings
+from trl_diffusion_sdpo.cli.plan import PlannedSettings, _fit_in_words
 from trl_diffusion_sdpo.cli.planned_layout import layout_of
 from trl_diffusion_sdpo.engines import gradients
-from trl_diffusion_sdpo.models.numerics import AUTOCAST_LAYERS
 from trl_diffusion_sdpo.planning.advice import advise, first_fit, most_processes
 from trl_diffusion_sdpo.planning.layouts import Layout
 from trl_diffusion_sdpo.planning.plan import Plan, Planner
@@ -82,12 +80,6 @@ def test_a_bound_by_adamw_takes_a_few_copies_of_one_weight_for_a_moment(plan_of,
     largest = 4 * 16 * 32 * 3 * 3
     added = bounded.moments["optimizer"] - plain.moments["optimizer"]
     assert 3 * largest <= added <= 6 * largest, added / largest
-
-
-def test_offloading_of_single_layers_is_not_planned_for_a_model_that_refuses_it(family_folder):
-    words = f"--model_name_or_path {family_folder('hunyuan_dit')} --use_peft --group_offload leaf".split()
-    with pytest.raises(ValueError, match="HunyuanDiT2DModel reads weights of layers that it does not call"):
-        PlannedSettings(words, "plan", "cpu", None).prepared({})
 
 
 @pytest.mark.matrix
@@ -202,10 +194,6 @@ def test_fsdp_by_the_arguments_is_not_planned_as_ddp(folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--use_peft --group_offload leaf --accelerate_config fsdp2", "cannot act under DeepSpeed and FSDP"),
-        ("--use_peft --layerwise_casting float8_e4m3fn --accelerate_config zero2", "cannot act under DeepSpeed"),
-        ("--layerwise_casting float8_e4m3fn", "is for the frozen base of a LoRA"),
-        ("--use_peft --load_in_4bit --group_offload leaf", "not quantized, got a base in 4 bits"),
         ("--safeguard parameter --deepspeed OFFLOADED", "zero2 has gradients on the CPU"),
     ],
 )
@@ -216,44 +204,6 @@ def test_what_the_trainer_refuses_is_not_planned(words, said, folder, tmp_path):
     )
     with pytest.raises(ValueError, match=said):
         PlannedSettings(words.split(), "plan", "cpu", None).prepared({})
-
-
-def test_an_offloaded_base_is_compared_with_tunings_that_can_act(folder):
-    """All weights and a quantized base stay on the device."""
-    words = f"--model_name_or_path {folder} --use_peft --group_offload leaf".split()
-    settings = PlannedSettings(words, "plan", "cpu", None)
-    planned = [settings.prepared(changes) for changes in _tunings(settings.values).values()]
-    assert [one.offloaded for one in planned] == ["leaf", None, None]
-
-
-def test_an_offloaded_float32_base_is_used_in_half_precision(folder):
-    """Under autocast, whose copies autograd would keep, as the trainer brings it. Norms are used as they are."""
-    words = f"--model_name_or_path {folder} --bf16 true --use_peft --per_device_train_batch_size 1".split()
-    words += ["--group_offload", "leaf"]
-    full, half = (
-        PlannedSettings([*words, "--dtype", dtype], "plan", "cpu", None).prepared({})
-        for dtype in ("float32", "bfloat16")
-    )
-    planner = Planner("cpu")
-    plan = planner.plan(full)
-    assert plan.components["policy"] == planner.components(half)["policy"], "the LoRA, and twice the largest layer"
-    frozen = [
-        (isinstance(layer, AUTOCAST_LAYERS), weight.dtype)
-        for layer in full.networks.family.denoiser.modules()
-        for weight in layer.parameters(recurse=False)
-        if not weight.requires_grad
-    ]
-    assert set(frozen) == {(True, torch.bfloat16), (False, torch.float32)}
-    assert {weight.dtype for weight in full.networks.trained} == {torch.float32}
-
-
-def test_a_base_in_8_bits_is_taken_off_once_where_it_is_offloaded(folder):
-    words = f"--model_name_or_path {folder} --use_peft --group_offload leaf".split()
-    sizes = [
-        Planner("cpu").components(PlannedSettings([*words, *more], "plan", "cpu", None).prepared({}))["policy"]
-        for more in ((), ("--layerwise_casting", "float8_e4m3fn"))
-    ]
-    assert sizes[0] == sizes[1] > 0
 
 
 def test_more_devices_are_proposed_last():

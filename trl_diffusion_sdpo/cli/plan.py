@@ -145,7 +145,6 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
     from trl import get_peft_config
 
     from ..models.ema import EMAWeights
-    from ..models.memory import check_offload
     from ..models.numerics import autocast_dtype
     from ..planning.fake_step import Networks
     from ..planning.plan import Prepared
@@ -158,8 +157,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
     adapter, added = choose_trained_weights(loaded, lora, args)
     half = autocast_dtype(args.mixed_precision)
     reference = make_reference(loaded, given, args, spec, adapter=adapter, added=added)
-    _check_acting(args, layout, adapter, reference, quantized)
-    check_offload(loaded.denoiser, args.group_offload)
+    _check_acting(args, layout)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)
     networks = Networks(_working(loaded.family, args, half), reference, average)
@@ -172,28 +170,15 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, layout: Layout, 
         args.max_grad_norm,
         layout,
         frozen=cast(Any, "absent" if args.precompute_latents else frozen),
-        stored=quantized or (None if args.layerwise_casting is None else "float8"),
-        offloaded=args.group_offload,
-        blocks=args.group_offload_blocks,
+        stored=quantized,
         checkpoints=args.save_total_limit or 1,
         variants=args.latent_crops if args.random_crop else 1 + args.random_flip,
         draws=args.ref_noise_draws,
     )
 
 
-def _check_acting(
-    args: DiffusionSDPOConfig, layout: Layout, adapter: str | None, reference: Any, quantized: str | None
-) -> None:
-    """Raise `ValueError` where the trainer would refuse what the engine and the storage of weights are together."""
-    from ..trainer.memory_setup import check_stored_base
-
-    if args.layerwise_casting is not None or args.group_offload is not None:
-        check_stored_base(args, adapter, reference, sharded=layout.name not in ("single", "ddp"))
-        if quantized is not None:
-            raise ValueError(
-                "`layerwise_casting` and `group_offload` need weights that are not quantized, got a base in "
-                f"{quantized.replace('bit', ' bits')}. Leave one of the two out."
-            )
+def _check_acting(args: DiffusionSDPOConfig, layout: Layout) -> None:
+    """Raise `ValueError` where the trainer would refuse settings under this engine."""
     if args.safeguard == "parameter" and layout.offloads_optimizer:
         raise ValueError(
             f"`safeguard='parameter'` cannot act where {layout.name} has gradients on the CPU, before the two branches "
@@ -316,9 +301,8 @@ def _tunings(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """LoRA, QLoRA and full tuning, in the precisions that each is used with."""
     half = "bfloat16" if values["bf16"] or values["fp16"] else "float32"
     lora = {"use_peft": True, "dtype": half, "load_in_8bit": False}
-    on_device = {"group_offload": None, "layerwise_casting": None}  # which are for a LoRA that is not quantized
-    full = on_device | {"use_peft": False, "dtype": "float32", "load_in_4bit": False, "load_in_8bit": False}
-    quantized = on_device | lora | {"load_in_4bit": True}
+    full = {"use_peft": False, "dtype": "float32", "load_in_4bit": False, "load_in_8bit": False}
+    quantized = lora | {"load_in_4bit": True}
     return {"LoRA": lora | {"load_in_4bit": False}, "QLoRA, 4 bits": quantized, "full": full}
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, default_convert
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
@@ -21,7 +21,7 @@ from ..data.checking import forks_by_default, usable_cores
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..data.stream_progress import Share
 from ..utils._compat import keeps_order, start_method
-from .worker_processes import WorkerStart, worker_context
+from .worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
 MAX_WORKERS = 4  # decode some hundred pairs a second, more than a denoiser trains on
 MAX_READERS = 8  # before training, where nothing but a VAE waits for them
@@ -154,9 +154,11 @@ def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDa
 def _plain_loader(
     args: TrainingArguments, items: Dataset, workers: int, start: WorkerStart | None = None, **options: Any
 ) -> DataLoader:
+    collate = options.pop("collate_fn", default_convert)
     return DataLoader(
         items,
         num_workers=workers,
+        collate_fn=CollateIntoSharedMemory(collate) if workers else collate,
         worker_init_fn=start or WorkerStart(),
         multiprocessing_context=worker_context(start_method(args)) if workers else None,
         prefetch_factor=args.dataloader_prefetch_factor,
@@ -222,15 +224,21 @@ def _workers_and_reason(
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0, ""
     if start_method(args) is None and not forks_by_default():
-        return 0, "here new processes import the main module, which may not be made for it"
+        return 0, (
+            "on this platform workers import the main script again; put the training call under `if __name__ == "
+            "'__main__':` and set `dataloader_num_workers` to have some"
+        )
     most = _max_workers(dataset, most)
     if most == 0:
-        return 0, "a data set of another class may not work in forked processes"
+        return (
+            0,
+            "a data set of your own class may not work in forked processes; set `dataloader_num_workers` if it does",
+        )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
     spare = usable_cores(processes) - 1
     room = _workers_in_shared_memory(args, processes, batch_bytes)
     if isinstance(dataset, PreferenceIterableDataset):
-        return min(most, spare, room), "with more workers a stream's order would depend on their number"
+        return min(most, spare, room), "the order of a stream depends on the number of workers"
     return min(most, spare, room), f"{spare} cores and shared memory for {room} workers are free"
 
 

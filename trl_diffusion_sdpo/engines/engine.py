@@ -125,14 +125,25 @@ class Engine:
                 "Tensor, context and sequence parallelism spread one image over several processes, and the errors of "
                 "this trainer are means over whole images. Use data parallelism: DDP, FSDP2 or ZeRO."
             )
+        if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
+            raise ValueError(
+                "FSDP must shard over all processes, got `parallelism_config` with `dp_replicate_size="
+                f"{parallel.dp_replicate_size}` (HSDP): inner products of gradients would be summed over the copies of "
+                "each shard. Leave `dp_replicate_size` out."
+            )
         if self._is_fsdp and not self.accelerator.is_fsdp2:
             raise ValueError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (`fsdp_config={'version': 2}`).")
 
-    def set_precision(self, *, exact_gradients: bool) -> None:
-        """Complete the plugin's precision settings, before the model is prepared. With `exact_gradients`, gradients are
-        averaged in float32: the difference of two branches loses digits that their sum would not."""
+    def complete_settings(self, *, exact_gradients: bool) -> None:
+        """Complete the settings of accelerate's plugins, before the model is prepared. With `exact_gradients`,
+        gradients are averaged in float32: the difference of two branches loses digits that their sum would not."""
+        compiling = self.accelerator.state.dynamo_plugin
+        if compiling.dynamic is False:
+            # `accelerate launch` says so by default. Each size of a bucket would be compiled, until torch gives up.
+            compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
+            plugin.cpu_ram_efficient_loading = False  # all processes have loaded the weights; it fails on buffers
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
                 # FSDP would round every input, timesteps too; autocast rounds what weights are multiplied with.

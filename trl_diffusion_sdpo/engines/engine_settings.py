@@ -29,6 +29,19 @@ def shards_weights(args: TrainingArguments) -> bool:
     return by_engine(args) and (args.deepspeed_plugin is None or args.deepspeed_plugin.zero_stage == 3)
 
 
+def check_deepspeed_precision(args: TrainingArguments) -> None:
+    """Raise `ValueError` where DeepSpeed's configuration, or the launcher's, has a half precision that the training
+    arguments do not have."""
+    plugin = args.deepspeed_plugin
+    for name in () if plugin is None else ("bf16", "fp16"):
+        if plugin.hf_ds_config.get_value(f"{name}.enabled") is True and not getattr(args, name):
+            raise ValueError(
+                f"DeepSpeed and the training arguments must name one precision; DeepSpeed's configuration has {name} "
+                f"(`mixed_precision: {name}` of the launcher) and the arguments have `{name}=False`. Set "
+                f"`--{name} true`, or take it out of the configuration."
+            )
+
+
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
     """Fill in the learning rate of DeepSpeed's configuration where `"auto"` was resolved before the rate was known."""
     plugin = args.deepspeed_plugin

@@ -37,8 +37,8 @@ def is_on_host(values: torch.Tensor) -> bool:
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Pinned host memory of the same shape and dtype."""
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    """Host memory of the same shape and dtype; pinned, except on Apple's GPUs, which share the host's memory."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
 
 
 def event_on(device: torch.device) -> torch.Event:

@@ -16,18 +16,48 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 INHERITS_SIGNAL_MASK = sys.platform != "win32"
+
+
+def share(batch: Any) -> Any:
+    """Move a batch's tensors into shared memory, in place; `RuntimeError` that names the memory if it is full."""
+    if isinstance(batch, torch.Tensor):
+        try:
+            return batch.share_memory_()
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(
+                "Data loader workers pass batches through shared memory (/dev/shm), which has no room for another one. "
+                "Set a smaller `dataloader_num_workers` (0 needs none) or `dataloader_prefetch_factor`, or enlarge it "
+                f"(`docker run --shm-size=8g`). ({error})"
+            ) from error
+    for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ():
+        share(value)
+    return batch
+
+
+@dataclass
+class CollateIntoSharedMemory:
+    """A collator whose batches are in shared memory if a worker makes them. torch would move them there in a thread of
+    the worker, whose errors nobody sees."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, items: Any) -> Any:
+        batch = self.collate(items)
+        return batch if get_worker_info() is None else share(batch)
 
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
     """A flag in shared memory that is set when this process exits. After an exception, multiprocessing sends workers
     SIGTERM, which they ignore, and joins them."""
-    flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    flag = share(torch.zeros(1, dtype=torch.uint8))
     atexit.register(flag.fill_, 1)
     return flag
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..engines.engine import Engine
 from ..families import Family
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
-from .memory import compile_blocks
+from .kernels import compile_blocks
 from .numerics import read_contiguous
 from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights, second_copy
 

@@ -17,7 +17,7 @@ from ..engines.engine import Engine
 from ..engines.sharding import Float32Shards
 from .adapters import adapter_layers, adapter_on, adapter_parts, adapter_state, copy_adapter, lora_configs
 from .denoiser_wrapper import DenoiserWrapper
-from .memory import compile_blocks
+from .kernels import compile_blocks
 from .numerics import halve_autocast_weights, read_contiguous
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..models.memory import block_groups, cast_layers, weight_owners
-from ..models.numerics import AUTOCAST_LAYERS
+from ..models.adapters import adapter_layers
 from ..models.shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
 from .allocations import rounded
 from .fake_device import fake_device
@@ -37,7 +36,6 @@ USABLE = 0.92
 
 # Bytes a weight of a linear layer: the weight and a float32 scale for each block of 64, or of each row.
 STORED: dict[str, float] = {
-    "float8": 1.0,
     "4bit": 0.5 + 4 / 64,
     "4bit nested": 0.5 + 1 / 64 + 4 / (64 * 256),
     "8bit": 1.0,
@@ -54,9 +52,6 @@ class Prepared:
         max_norm (`float`, *optional*): Gradients are clipped to it.
         frozen (`str`): Where VAE and text encoders are.
         stored (`str`, *optional*): How a quantized base is held, a key of [`STORED`].
-        offloaded (`str`, *optional*): What of a frozen base is on the CPU when it is not used: the weights of `"block"`
-            or of `"leaf"`.
-        blocks (`int`): Neighbouring blocks that are on the device together.
         checkpoints (`int`): Checkpoints on disk at once, the newest and those that are kept.
         variants (`int`): Crops and flips of each image in a cache.
         draws (`int`): Of the noise of each pair, for which a cache has the reference's errors.
@@ -69,8 +64,6 @@ class Prepared:
     layout: Layout
     frozen: FrozenState = "on device"
     stored: str | None = None
-    offloaded: str | None = None
-    blocks: int = 1
     checkpoints: int = 1
     variants: int = 1
     draws: int = 1
@@ -131,7 +124,6 @@ class Planner:
         weights = list(family.denoiser.parameters())
         counts = sum(weight.numel() for weight in weights), sum(weight.numel() for weight in networks.trained)
         disk, (components, states, temporary) = _disk(prepared), self._held(prepared)
-        _cast_as_used(prepared)
         key = _key(prepared)
         disk["checkpoints"] += prepared.checkpoints * states
         buffers = self._buffers(prepared)
@@ -172,8 +164,7 @@ class Planner:
         denoiser, layout = prepared.networks.family.denoiser, prepared.layout
         weights, dequantized = list(denoiser.parameters()), 0
         if prepared.stored:
-            widths = ((weight, weight.element_size() if prepared.stored == "float8" else 2) for weight in weights)
-            dequantized = max((weight.numel() * width for weight, width in widths), default=0)
+            dequantized = max((weight.numel() * 2 for weight in weights), default=0)
         extra = dequantized + layout.gathered(denoiser)
         if isinstance(prepared.networks.reference.second, SecondDenoiser):
             extra += layout.left_gathered(prepared.networks.reference.second.module)
@@ -188,10 +179,7 @@ class Planner:
         others = {id(weight) for weights in adapters.values() for weight in weights}
         policy = sum(layout.held(one, block) for one in _tensors(denoiser) if id(one) not in others)
         if prepared.stored is not None:
-            policy -= _saved_by_quantization(_quantized(denoiser, prepared.stored), prepared.stored, layout)
-        if prepared.offloaded is not None:
-            away, largest = _offloaded(prepared)
-            policy -= away - 2 * largest  # the group that runs, and the one before, whose weights are still in use
+            policy -= _saved_by_quantization(_quantized(denoiser), prepared.stored, layout)
         found = {"policy": policy}
         for name, shadow in shadows.items():
             found[name] = 0 if shadow is None else self._of_shadow(shadow, adapters[name], layout)
@@ -256,64 +244,17 @@ def _bytes(tensor: torch.Tensor, block: int) -> int:
     return rounded(tensor.numel() * tensor.element_size(), block)
 
 
-def _quantized(denoiser: nn.Module, kind: str) -> set[Any]:
-    """Frozen layers whose weights are stored in fewer bits; those of adapters are not."""
-    layers = {owner for _, owner, _ in weight_owners(denoiser) if isinstance(owner, nn.Linear)}
-    found: set[Any] = cast_layers(denoiser) if kind == "float8" else layers
-    return {layer for layer in found if not layer.weight.requires_grad}
+def _quantized(denoiser: nn.Module) -> set[Any]:
+    """Frozen linear layers, whose weights are stored in fewer bits; those of adapters are not."""
+    adapters = {part for layer in adapter_layers(denoiser) for part in layer.modules()}
+    adapters -= {layer.get_base_layer() for layer in adapter_layers(denoiser)}
+    linear = {layer for layer in denoiser.modules() if isinstance(layer, nn.Linear)}
+    return {layer for layer in linear - adapters if not layer.weight.requires_grad}
 
 
 def _saved_by_quantization(layers: set[Any], kind: str, layout: Layout) -> int:
     """Bytes that the weights of these layers take less when quantized. Engines do not shard such weights."""
     return sum(layout.held(layer.weight, 1) - round(layer.weight.numel() * STORED[kind]) for layer in layers)
-
-
-def _offloaded(prepared: Prepared) -> tuple[int, int]:
-    """Bytes of frozen weights that are on the CPU, and of the largest group that is brought together, as it is used."""
-    groups = [[(layer, weight) for layer in group for weight in _frozen(layer)] for group in _groups(prepared)]
-    away = sum(_bytes(weight, 1) for group in groups for _, weight in group)
-    if prepared.stored is not None:
-        layers = _quantized(prepared.networks.family.denoiser, prepared.stored)
-        layers &= {layer for group in groups for layer, _ in group}
-        away -= _saved_by_quantization(layers, prepared.stored, prepared.layout)
-    half = prepared.step.autocast
-    sizes = [
-        sum(
-            weight.numel() * (half.itemsize if half and isinstance(layer, AUTOCAST_LAYERS) else weight.element_size())
-            for layer, weight in group
-        )
-        for group in groups
-    ]
-    return away, max(sizes, default=0)
-
-
-def _groups(prepared: Prepared) -> list[list[nn.Module]]:
-    """Layers whose frozen weights are offloaded, in the groups that are brought together."""
-    denoiser = prepared.networks.family.denoiser
-    if prepared.offloaded is None:
-        return []
-    if prepared.offloaded == "leaf":
-        return [[layer] for _, layer, _ in weight_owners(denoiser)]
-    groups = block_groups(denoiser, prepared.blocks)
-    return [[layer for block in group for _, layer, _ in weight_owners(block)] for group in groups]
-
-
-def _frozen(layer: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in layer.parameters(recurse=False) if not weight.requires_grad]
-
-
-def _cast_as_used(prepared: Prepared) -> None:
-    """Give weights that are offloaded or in 8 bits the dtype of autocast, in which [`StoredBase`] brings them: autocast
-    then makes no copies, which autograd would keep."""
-    half = prepared.step.autocast
-    if half is None:
-        return
-    offloaded = {layer for group in _groups(prepared) for layer in group}
-    in_8_bits = _quantized(prepared.networks.family.denoiser, "float8") if prepared.stored == "float8" else set()
-    for layer in offloaded | in_8_bits:
-        for weight in _frozen(layer) if isinstance(layer, AUTOCAST_LAYERS) else ():
-            if layer in offloaded or weight.dim() > 1:
-                weight.data = weight.data.to(half)
 
 
 def _disk(prepared: Prepared) -> dict[str, int]:

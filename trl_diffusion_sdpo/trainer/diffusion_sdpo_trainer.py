@@ -51,7 +51,7 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import PairEncoding, encoder_facts, error_settings
 from .evaluation_overrides import EvaluationOverrides
 from .file_overrides import FileOverrides, errors_folder
-from .memory_setup import compile_models, store_base
+from .kernel_setup import choose_attention, compile_models
 from .preparing import (
     check_and_complete,
     choose_trained_weights,
@@ -249,7 +249,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self._finite = FiniteCheck(
             step_exchange(self.callback_handler.callbacks), lambda: networks(self.family, self.reference.module)
         )
-        self.engine.set_precision(exact_gradients=self.args.safeguard == "parameter")
+        self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._shadow_weights:
             weights.keep_unrounded()
@@ -308,7 +308,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self._encoder_facts = encoder_facts(loaded, args, Path(errors_folder(args)))
         if self.encoding is not None:
             self._encoder_facts = self.encoding.facts
-        self.stored_base = store_base(loaded.denoiser, self.reference, args, adapter=self.adapter)
+        choose_attention(loaded.denoiser, self.reference, args)
         compile_models(loaded.denoiser, self._shadow_weights, args)
 
     def _move_frozen(self, args: DiffusionSDPOConfig) -> None:
@@ -316,8 +316,6 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         they have sharded or rounded them."""
         for weights in [] if by_engine(args) else self._shadow_weights:
             weights.to(args.device)
-        if self.stored_base is not None:
-            self.stored_base.to_device()
 
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
         """The collaborators of a step."""

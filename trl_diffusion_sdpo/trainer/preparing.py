@@ -17,7 +17,13 @@ from torch import nn
 
 from ..cache.key import EncoderFacts, config_of, hash_of_tensors
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, loading_unsharded, set_deepspeed_learning_rate, shards_weights
+from ..engines.engine_settings import (
+    by_engine,
+    check_deepspeed_precision,
+    loading_unsharded,
+    set_deepspeed_learning_rate,
+    shards_weights,
+)
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
@@ -60,6 +66,7 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     if not isinstance(args, DiffusionSDPOConfig):
         raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}.")
     check_one_device(args)
+    check_deepspeed_precision(args)
     if ref_model is not None and model is ref_model and not isinstance(model, (str, Path)):
         raise ValueError(
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
@@ -79,7 +86,10 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
         )
     if args.should_save:
         check_output_dir(args.output_dir)
-    return copy.copy(args)
+    args = copy.copy(args)
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # no denoiser's buffers change; DDP would send them in every step
+    return args
 
 
 def load_policy(
@@ -229,7 +239,7 @@ def reference_facts(
         "crops": stored_crops(args),
         "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
         "guidance_scale": args.guidance_scale,
-        "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype), args.layerwise_casting],
+        "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
         "attention": args.attention_backend,
         "compiled": args.torch_compile,
     }

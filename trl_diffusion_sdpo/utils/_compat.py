@@ -87,25 +87,6 @@ def repeated_blocks(denoiser: ModelMixin) -> list[str]:
     return list(denoiser._repeated_blocks or ())
 
 
-def layers_in_full(denoiser: Any) -> tuple[str, ...]:
-    """Patterns of the names of layers that `enable_layerwise_casting` leaves in full precision.
-
-    The patterns have no public spelling; can go when there is one.
-    """
-    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
-
-    own = (denoiser._skip_layerwise_casting_patterns, denoiser._keep_in_fp32_modules)
-    return (*DEFAULT_SKIP_MODULES_PATTERN, *(pattern for patterns in own for pattern in patterns or ()))
-
-
-def reads_weights_in_their_layers(denoiser: Any) -> bool:
-    """Whether a diffusers model reads the weights of a layer in the layer's own forward pass only.
-
-    `_supports_group_offloading` has no public spelling; can go when there is one.
-    """
-    return denoiser._supports_group_offloading
-
-
 def attention_backends() -> tuple[str, ...]:
     """diffusers' names of attention back ends; exported by their module only. Can go when diffusers exports them."""
     from diffusers.models.attention_dispatch import AttentionBackendName

@@ -381,19 +381,11 @@ def _check_winner_rise(args: AllArguments) -> None:
 
 
 def _check_memory(args: AllArguments) -> None:
-    stored = [name for name in ("layerwise_casting", "group_offload") if getattr(args, name) is not None]
-    if stored and args.torch_compile:
-        raise ValueError(
-            f"`{stored[0]}` exchanges weights between the layers of a forward pass, which compiled code cannot follow; "
-            "got `torch_compile` too. Leave one out."
-        )
     on_host = args.device.type == "cpu"
     idle = {
-        "group_offload_blocks": args.group_offload_blocks != 1 and args.group_offload != "block",
         "torch_compile_regional": args.torch_compile_regional and not args.torch_compile,
         "offload_frozen_components": args.offload_frozen_components and on_host,
-        "group_offload": args.group_offload is not None and on_host,
     }
-    needed = {"group_offload_blocks": "`group_offload='block'`", "torch_compile_regional": "`torch_compile`"}
+    needed = {"torch_compile_regional": "`torch_compile`"}
     for name in (name for name, is_idle in idle.items() if is_idle):
         _warn(f"`{name}` has no effect without {needed.get(name, 'an accelerator')}.")

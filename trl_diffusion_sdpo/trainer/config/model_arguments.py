@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from .declaring import EVALUATION, RESUME, Range, documented
 
-Float8 = Literal["float8_e4m3fn", "float8_e5m2"]
-OffloadUnit = Literal["block", "leaf"]
 VaeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -101,15 +99,6 @@ class MemoryArguments:
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
             Whether VAE and text encoders are in pinned memory of the CPU and on the device only while a micro-batch is
             encoded. The results are the same.
-        layerwise_casting (`str`, *optional*):
-            Storage in 8 bits of the frozen base under a LoRA: `"float8_e4m3fn"` or `"float8_e5m2"`. Linear and
-            convolution weights are rounded once, and computed with in the precision of autocast; norms, embeddings,
-            biases and the LoRA are not rounded.
-        group_offload (`str`, *optional*):
-            Whether the frozen base under a LoRA is in pinned memory of the CPU, and on the device only while it is
-            used: `"block"` block by block, `"leaf"` layer by layer. The results are the same.
-        group_offload_blocks (`int`, *optional*, defaults to `1`):
-            Neighbouring blocks that `group_offload="block"` has on the device together.
         torch_compile_regional (`bool`, *optional*, defaults to `False`):
             Whether `torch_compile` compiles the denoiser's repeated blocks, each kind once, in place of the whole.
         attention_backend (`str`, *optional*):
@@ -118,9 +107,6 @@ class MemoryArguments:
     """
 
     offload_frozen_components: bool = False
-    layerwise_casting: Annotated[Float8 | None, RESUME, EVALUATION] = None
-    group_offload: OffloadUnit | None = None
-    group_offload_blocks: Annotated[int, Range("[1, inf)")] = 1
     torch_compile_regional: bool = False
     attention_backend: str | None = None
 

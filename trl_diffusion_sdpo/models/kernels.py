@@ -1,0 +1,53 @@
+"""Which kernels a denoiser runs: compiled blocks, and diffusers' attention back ends."""
+
+from __future__ import annotations
+
+from diffusers import ModelMixin
+
+from ..utils._compat import attention_backends, has_attention_backends, repeated_blocks
+from ..utils.hints import did_you_mean
+
+NO_BACKWARD = "sage"  # quantized attention, in the names of back ends
+
+
+def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) -> None:
+    """Compile the blocks that a denoiser repeats, in place; each kind of block is compiled once.
+
+    Raises:
+        `ValueError`: If diffusers names no repeated blocks of it.
+    """
+    if not repeated_blocks(denoiser):
+        raise ValueError(
+            f"`torch_compile_regional` compiles repeated blocks, and diffusers names none of {type(denoiser).__name__}."
+            " Leave it off: `torch_compile` then compiles the whole model."
+        )
+    denoiser.compile_repeated_blocks(backend=backend, mode=mode)
+
+
+def set_attention(denoiser: ModelMixin, backend: str) -> None:
+    """Choose the attention back end of a denoiser, by diffusers' name for it; for other models of the process, too.
+
+    Raises:
+        `ValueError`: If diffusers has no such back end, its package is missing, it has no backward pass, or it would
+            not be used.
+    """
+    known, name = type(denoiser).__name__, backend.lower()
+    if name not in attention_backends():
+        raise ValueError(
+            f"`attention_backend` must be one of {', '.join(attention_backends())}; got {backend!r}."
+            f"{did_you_mean(name, attention_backends())}"
+        )
+    if NO_BACKWARD in name:
+        raise ValueError(
+            f"`attention_backend={backend!r}` quantizes queries and keys and has no backward pass. Use another one."
+        )
+    if not has_attention_backends(denoiser):
+        raise ValueError(
+            f"`attention_backend` cannot act: diffusers' {known} calls PyTorch's own attention, which chooses a kernel "
+            "by itself (FlashAttention on most GPUs). Leave it unset."
+        )
+    try:
+        denoiser.set_attention_backend(name)
+    except (RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`attention_backend={backend!r}` cannot be used here: {reason}") from error

@@ -1,0 +1,38 @@
+"""Set-up of the model for speed: attention back ends and compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..engines.engine_settings import by_engine
+from ..models.kernels import compile_blocks, set_attention
+from ..models.reference import Reference
+from ..models.shadow_weights import ShadowWeights
+from ..utils._compat import compile_with_eager_rounding
+from .diffusion_sdpo_config import DiffusionSDPOConfig
+
+
+def choose_attention(denoiser: Any, reference: Reference, args: DiffusionSDPOConfig) -> None:
+    """Choose the attention back end of policy and reference."""
+    if args.attention_backend is not None:
+        for module in (denoiser, *([] if reference.module is None else [reference.module])):
+            set_attention(module, args.attention_backend)
+
+
+def compile_models(denoiser: Any, shadow_weights: Sequence[ShadowWeights], args: DiffusionSDPOConfig) -> None:
+    """What `torch_compile` compiles before transformers' Trainer compiles the model: second denoisers, or the blocks of
+    all denoisers, and then `args` say that nothing else is to be compiled."""
+    if not args.torch_compile:
+        return
+    compile_with_eager_rounding()
+    for weights in shadow_weights:
+        weights.compile(args.torch_compile_backend, args.torch_compile_mode, regional=args.torch_compile_regional)
+    if args.torch_compile_regional:
+        if by_engine(args):
+            raise ValueError(
+                "`torch_compile_regional` is for one process and for DDP: DeepSpeed and FSDP wrap the blocks that it "
+                "compiles. Leave it off: `torch_compile` then compiles the whole model."
+            )
+        compile_blocks(denoiser, args.torch_compile_backend, args.torch_compile_mode)
+        args.torch_compile_backend = args.torch_compile_mode = None  # what accelerate would compile with
