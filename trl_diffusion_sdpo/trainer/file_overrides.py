@@ -27,7 +27,7 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
 from ..models.reference import Reference
-from ..models.shadow_weights import ShadowWeights
+from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.training_curves import CURVES_FILE
@@ -91,7 +91,7 @@ class FileOverrides(Trainer):
     model_name_or_path: str | None
     base: dict[str, Any] | None  # what the run started from
     fingerprint: str
-    _shadow_weights: list[ShadowWeights]
+    _weight_copies: list[WeightCopy]
     hub_model_id: Any
     _engine_ready: bool
     _finite: FiniteCheck
@@ -140,7 +140,7 @@ class FileOverrides(Trainer):
             self.args,
             self.engine,
             self.weight_files,
-            shadow_weights=self._shadow_weights,
+            weight_copies=self._weight_copies,
             average=self.average,
             controllers=self._controllers,
             full_pipeline=self.args.save_full_pipeline,
