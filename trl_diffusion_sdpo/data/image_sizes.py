@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -176,23 +176,19 @@ def _size(reader: ImageReader, image: Any) -> tuple[int, int]:
 
 
 def _size_table(table: pa.Table, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list]:
-    values = [[value for chunk in table.column(name).chunks for value in _views(chunk)] for name in columns]
-    rows = (images_of_row(dict(zip(columns, row, strict=True)), columns, in_list) for row in zip(*values, strict=True))
-    return {"found": [[side for image in images for side in _size(reader, image)] for images in rows]}
+    rows = zip(*(map(_value, table.column(name)) for name in columns), strict=True)
+    images_of_rows = (images_of_row(dict(zip(columns, row, strict=True)), columns, in_list) for row in rows)
+    return {"found": [[side for image in images for side in _size(reader, image)] for images in images_of_rows]}
 
 
-def _views(array: pa.Array) -> list[Any]:
-    """Values of an Arrow array as Python's, with bytes as views of its memory: `to_pylist` would copy them."""
-    if pa.types.is_struct(array.type):
-        names, fields = [field.name for field in array.type], map(_views, array.flatten())
-        return [dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True)]
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        values = iter(_views(array.flatten()))
-        return [list(islice(values, length or 0)) for length in array.value_lengths().to_pylist()]
-    if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
-        _, offsets, data = array.buffers()
-        ends = np.frombuffer(offsets, np.int32 if pa.types.is_binary(array.type) else np.int64)
-        view, spans = memoryview(data or b""), pairwise(ends[array.offset : array.offset + len(array) + 1].tolist())
-        known = array.is_valid().to_pylist()
-        return [view[start:end] if valid else None for (start, end), valid in zip(spans, known, strict=True)]
-    return array.to_pylist()
+def _value(scalar: pa.Scalar) -> Any:
+    """Return an Arrow value as Python's. Bytes are a view of its memory: `as_py` would read all of a mapped file."""
+    if not scalar.is_valid:
+        return None
+    if pa.types.is_struct(scalar.type):
+        return {name: _value(field) for name, field in scalar.items()}
+    if pa.types.is_list(scalar.type) or pa.types.is_large_list(scalar.type):
+        return [_value(entry) for entry in scalar.values]
+    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
+        return memoryview(scalar.as_buffer())
+    return scalar.as_py()
