@@ -132,11 +132,10 @@ def make_args(tmp_path, monkeypatch, request):
     """`make_args(**overrides)`: quiet arguments for a few steps on the CPU, writing below the test's own folder. Curves
     and verdict are not drawn, which takes half a second at every save and end, unless the test uses `plotted`."""
     from trl_diffusion_sdpo import DiffusionSDPOConfig
-    from trl_diffusion_sdpo.reporting import verdict_report
-    from trl_diffusion_sdpo.trainer import callbacks
+    from trl_diffusion_sdpo.reporting import run_callbacks, verdict_report
 
     if "plotted" not in request.fixturenames:
-        monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: None)
+        monkeypatch.setattr(run_callbacks, "plot_curves", lambda history, file: None)
         monkeypatch.setattr(verdict_report, "draw_verdict", lambda folder, facts: None)
 
     def build(**overrides):

@@ -16,8 +16,8 @@ from torch import nn
 from trl_diffusion_sdpo.cache import reference_errors as stored
 from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrorStore
 from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.step.pair_forward import PairForward
-from trl_diffusion_sdpo.trainer import callbacks
 
 DRAWS = 2
 # 16 pairs in micro-batches of 4: two steps an epoch, so that six steps take each of the two draws more than once.
@@ -80,7 +80,7 @@ def counted(monkeypatch):
 def both(make_trainer, make_pairs, tmp_path, sd_folder, monkeypatch):
     """`both(tuning, **settings)`: a trained run with its errors computed beforehand, and one with a live reference, on
     the same draws."""
-    monkeypatch.setattr(callbacks, "is_plots_available", lambda: False)  # plots would take half of the time
+    monkeypatch.setattr(run_callbacks, "is_plots_available", lambda: False)  # plots would take half of the time
 
     def train(tuning, **settings):
         given = {"peft_config": LoraConfig(r=4)} if tuning == "lora" else {}

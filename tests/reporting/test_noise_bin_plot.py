@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
+from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.reporting.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
-from trl_diffusion_sdpo.trainer import callbacks
 
 HISTORY = [
     {"step": 0, "eval_loss": 0.69, "eval_errors/winner_change_relative@0": 0.0},
@@ -108,7 +108,7 @@ def test_a_run_leaves_a_picture_of_the_weights_and_one_of_their_average(evaluate
 
 
 def test_without_matplotlib_the_numbers_are_in_the_log_alone(evaluated, monkeypatch, tmp_path):
-    monkeypatch.setattr(callbacks, "is_plots_available", lambda: False)
+    monkeypatch.setattr(run_callbacks, "is_plots_available", lambda: False)
     trainer = evaluated()
     assert not list((tmp_path / "run").glob("*.png"))
     assert len(changes_by_noise_bin(trainer.state.log_history)["eval"]) == 2

@@ -5,24 +5,17 @@ import math
 import pytest
 
 from trl_diffusion_sdpo.losses import standard_error
-from trl_diffusion_sdpo.reporting.recommended_scale import best_scale, recommend
-from trl_diffusion_sdpo.reporting.scale_sweep import sweep_row, word_of
+from trl_diffusion_sdpo.reporting.recommended_scale import best_scale, recommend, sweep_row, sweep_table
+from trl_diffusion_sdpo.reporting.verdict import RunFacts
 
 
-def row(scale, change, *, stderr=0.001, margin=None, pairs=100, worst=0.0):
-    """The row of a scale at which the winners' error changes by a share."""
-    return {
-        "scale": scale,
-        "margin": scale if margin is None else margin,
-        "winner_change_relative": change,
-        "winner_change_relative_stderr": stderr,
-        "winner_change_relative_at": {"0": change, "1": worst},
-        "winner_change_relative_stderr_at": {"0": stderr, "1": stderr},
-        "pairs": pairs,
-    }
+def row(scale, winners="unchanged", *, margin=None, preference="learned"):
+    """The row of a scale with the verdict's word on the winners."""
+    margin = scale if margin is None else margin
+    return {"scale": scale, "winners": winners, "preference": preference, "margin": margin}
 
 
-KEPT_TO_2 = [row(0.0, 0.0), row(0.5, -0.02), row(1.0, 0.0), row(2.0, 0.005), row(3.0, 0.05)]
+KEPT_TO_2 = [row(0.0), row(0.5, "better"), row(1.0), row(2.0), row(3.0, "worse")]
 
 
 def scored(**means):
@@ -39,40 +32,43 @@ def test_a_standard_error_by_hand():
     assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2)
 
 
-def test_the_word_of_a_row_is_the_verdicts():
-    assert [word_of(found) for found in KEPT_TO_2] == ["unchanged", "better", "unchanged", "unchanged", "worse"]
-    assert word_of(row(1.0, 0.03, stderr=0.02)) == "unchanged"  # within two standard errors
-    assert word_of(row(1.0, 0.0, worst=1.5)) == "worse"  # a noise bin has more than doubled
-    assert word_of(row(1.0, 0.0, pairs=29)) == "unknown"
-    assert word_of(row(1.0, math.nan)) == "ruined"
-
-
-def test_a_row_has_the_errors_of_an_evaluation():
-    metrics = {"errors/winner": 1.1, "errors/winner_change": 0.1, "errors/loser_change": 0.2, "errors/pairs": 40.0}
-    metrics |= {"rewards/margins": 3.0, "rewards/accuracies": 0.6, "errors/winner_change_relative_stderr": 0.02}
-    metrics |= {"errors/winner_change_relative@2": 0.3, "errors/winner_change_relative_stderr@2": 0.04}
-    found = sweep_row(1.0, {f"eval_{name}": value for name, value in metrics.items()})
-    assert found["winner_change_relative"] == pytest.approx(0.1)
-    assert (found["winner_change_relative_stderr"], found["pairs"]) == (0.02, 40.0)
-    assert (found["winner_change_relative_at"], found["winner_change_relative_stderr_at"]) == ({"2": 0.3}, {"2": 0.04})
+def test_a_row_has_the_errors_of_an_evaluation_and_the_verdict_on_them():
+    metrics = {"errors/winner": 1.1, "errors/winner_change": 0.1, "errors/pairs": 40.0, "rewards/margins": 3.0}
+    metrics |= {"errors/winner_change_relative_stderr": 0.02, "errors/winner_change_relative@2": 0.3}
+    metrics |= {"errors/accuracy": 0.7, "errors/accuracy_stderr": 0.05}
+    run = RunFacts(True, False, False, True, "output", True, 4, "_ema")
+    found = sweep_row(1.0, {f"eval_{name}": value for name, value in metrics.items()}, run)
+    expected = {
+        "winner_change": pytest.approx(0.1),
+        "winner_change_stderr": 0.02,
+        "worst_bin_change": 0.3,
+        "pairs": 40.0,
+    }
+    expected |= {
+        "word": "worse",
+        "winners": "worse",
+        "preference": "learned",
+        "accuracy": 0.7,
+        "margin_relative": None,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert "70.0% ± 5.0%" in sweep_table([found]) and "+10.0% ± 2.0%" in sweep_table([found])
 
 
 def test_without_a_scorer_the_weights_have_the_largest_margin_up_to_1_and_guidance_has_1():
     found = recommend(KEPT_TO_2)
-    assert (found.weights, found.prediction) == (1.0, 1.0)
-    assert "1, that of the largest margin" in found.sentence and "nothing scored" in found.sentence
-    ruined_at_1 = [row(0.0, 0.0), row(0.5, 0.0), row(1.0, 3.0), row(2.0, 0.0)]
-    assert recommend(ruined_at_1).weights == 0.5
-    turning = [row(0.0, 0.0), row(0.5, 0.0, margin=9.0), row(1.0, 0.0, margin=8.0)]
-    assert recommend(turning).weights == 0.5
+    assert (found["weights"], found["prediction"]) == (1.0, 1.0)
+    assert recommend([row(0.0), row(0.5), row(1.0, "ruined"), row(2.0)])["weights"] == 0.5
+    assert recommend([row(0.0), row(0.5, margin=9.0), row(1.0, margin=8.0)])["weights"] == 0.5
+    assert recommend([row(0.0), row(0.5), row(1.0, preference="reversed")])["weights"] == 0.5
+    assert recommend([row(0.0), row(1.0, "unknown")])["weights"] is None
 
 
-def test_with_a_scorer_each_form_has_the_best_score_and_the_weights_only_where_winners_are_kept():
+def test_with_a_scorer_each_form_has_the_best_score_and_the_weights_only_if_winners_are_kept():
     rising = scored(at_0=0.4, at_0_5=0.45, at_1=0.5, at_2=0.6, at_3=0.7)
     found = recommend(KEPT_TO_2, {"weights": rising, "prediction": rising}, scorer="mine:score", guidance_scale=5.0)
-    assert (found.weights, found.prediction, found.scorer) == (2.0, 3.0, "mine:score")
-    assert "error +0.50% ± 0.10%" in found.sentence and "mean score 0.7, against 0.5 at scale 1" in found.sentence
-    assert "`mine:score` on images of guidance_scale 5" in found.sentence
+    assert (found["weights"], found["prediction"], found["scorer"]) == (2.0, 3.0, "mine:score")
+    assert found["guidance_scale"] == 5.0 and "mean score 0.7, against 0.5 at scale 1" in found["sentence"]
 
 
 def test_of_scales_within_a_standard_error_of_the_best_the_smallest_is_recommended():
@@ -87,35 +83,29 @@ def test_of_scales_within_a_standard_error_of_the_best_the_smallest_is_recommend
 def test_a_scale_of_0_says_that_the_base_is_as_good():
     falling = scored(at_0=0.5, at_1=0.5, at_2=0.4)
     found = recommend(KEPT_TO_2, {"weights": falling, "prediction": falling}, scorer="mine:score")
-    assert (found.weights, found.prediction) == (0.0, 0.0)
-    assert found.sentence.count("the base, which no scale") == 2
+    assert (found["weights"], found["prediction"]) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("change", "word"), [(0.05, "worse"), (3.0, "ruined")])
-def test_no_guidance_goes_beyond_a_model_whose_winners_are_worse(change, word):
+@pytest.mark.parametrize("word", ["worse", "ruined"])
+def test_no_guidance_goes_beyond_a_model_whose_winners_are_worse(word):
     rising = scored(at_0=0.4, at_1=0.5, at_2=0.6)
-    lost = [row(0.0, 0.0), row(0.5, 0.0), row(1.0, change), row(2.0, 2 * change)]
+    lost = [row(0.0), row(0.5), row(1.0, word), row(2.0, word)]
     found = recommend(lost, {"weights": rising, "prediction": rising}, scorer="mine:score")
-    assert found.prediction == 1.0 and f"None above 1 is, as the tuned model's held-out winners are {word}." in (
-        found.sentence
-    )
-    beyond = {"weights": scored(at_2=0.6), "prediction": scored(at_2=0.6)}
-    assert recommend(lost, beyond, scorer="mine:score").prediction is None
+    assert found["prediction"] == 1.0 and f"winners are {word}" in found["sentence"]
+    beyond = {"weights": scored(at_0=0.4, at_2=0.6), "prediction": scored(at_2=0.6)}
+    assert recommend(lost, beyond, scorer="mine:score")["prediction"] is None
 
 
-def test_few_images_and_few_pairs_recommend_nothing_by_them():
+def test_scores_of_few_images_do_not_count():
     scores = {
         form: {scale: values[:7] for scale, values in scored(at_0=0.1, at_1=0.2, at_2=0.9).items()}
         for form in ("weights", "prediction")
     }
     found = recommend(KEPT_TO_2, scores, scorer="mine:score")
-    assert (found.weights, found.prediction, found.scorer) == (1.0, 1.0, None)
-    assert "fewer than 8 images do not count" in found.sentence
-    found = recommend([row(0.0, 0.0, pairs=6), row(1.0, 0.0, pairs=6), row(0.5, 0.4)])
-    assert found.weights is None and "unknown at 1, worse at 0.5" in found.sentence
+    assert (found["weights"], found["prediction"], found["scorer"]) == (1.0, 1.0, None)
 
 
 def test_of_a_negative_model_no_scale_of_guidance_is_recommended():
     rising = scored(at_0=0.4, at_1=0.5, at_2=0.6)
     found = recommend(KEPT_TO_2, {"weights": rising, "prediction": rising}, scorer="mine:score", is_negative=True)
-    assert (found.weights, found.prediction) == (2.0, None) and "negative model" in found.sentence
+    assert (found["weights"], found["prediction"]) == (2.0, None)

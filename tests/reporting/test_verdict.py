@@ -14,6 +14,8 @@ from PIL import Image, PngImagePlugin
 from transformers import TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.losses import loss_spec
+from trl_diffusion_sdpo.reporting.run_callbacks import VerdictCallback, warning_of_unwritten_files
+from trl_diffusion_sdpo.reporting.sample_images import SampleImagesCallback, final_step
 from trl_diffusion_sdpo.reporting.verdict import (
     Estimate,
     RunFacts,
@@ -24,8 +26,6 @@ from trl_diffusion_sdpo.reporting.verdict import (
 )
 from trl_diffusion_sdpo.reporting.verdict_report import SamplePair, verdict_facts, write_verdict
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
-from trl_diffusion_sdpo.trainer.evaluation_overrides import VerdictCallback, warning_of_unwritten_files
-from trl_diffusion_sdpo.trainer.sample_images import SampleImagesCallback, final_step
 
 DEMO = json.loads((Path(__file__).parent / "demo_runs.json").read_text(encoding="utf-8"))
 DEMO_WORDS = {"sft": "unchanged", "dpo": "ruined", "sdpo": "worse", "sdpo_recipe": "unchanged"}
@@ -385,8 +385,8 @@ def test_a_report_that_fails_in_any_way_is_a_warning_with_its_traceback(caplog):
 
 @pytest.mark.parametrize("save_only_model, end", [(False, "Pass `resume_from_checkpoint=True`"), (True, "cannot be")])
 def test_a_stop_promises_a_resume_only_where_there_is_one(save_only_model, end, make_args, caplog):
-    stops = {"on_winner_rise": "stop", "eval_strategy": "steps", "eval_steps": 1, "save_only_model": save_only_model}
-    callback, args = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None), make_args(**stops)
+    args = make_args(eval_strategy="steps", eval_steps=1, save_only_model=save_only_model)
+    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None, "stop")
     state = TrainerState(global_step=1, max_steps=9, log_history=[evaluated(1, 0.3, 0.2)])
     callback.on_train_begin(args, state, TrainerControl())
     callback.on_evaluate(args, state, TrainerControl())

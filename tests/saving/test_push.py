@@ -16,12 +16,12 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
+from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.saving.hub import PublishingError, Uploads
 from trl_diffusion_sdpo.saving.model_card import mean_loss
 from trl_diffusion_sdpo.saving.publishing import Publisher
 from trl_diffusion_sdpo.saving.run_card import GENERATED
 from trl_diffusion_sdpo.saving.setup import fingerprint, record_recommended_scale
-from trl_diffusion_sdpo.trainer import callbacks
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -321,7 +321,7 @@ def test_all_processes_wait_for_an_upload_longer_than_a_collective_may_last(tmp_
 
 def test_card_curves_and_state_are_of_the_whole_run_after_a_resume(make_trainer, tmp_path, monkeypatch):
     plotted = []
-    monkeypatch.setattr(callbacks, "plot_curves", lambda history, file: plotted.append((list(history), file)))
+    monkeypatch.setattr(run_callbacks, "plot_curves", lambda history, file: plotted.append((list(history), file)))
 
     def card_of(**args):
         trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=3, peft_config=LoraConfig(r=4), **args)

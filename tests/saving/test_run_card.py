@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.data.checking import DataReport
+from trl_diffusion_sdpo.reporting.run_callbacks import RunReportCallback
 from trl_diffusion_sdpo.saving.run_card import (
     GENERATED,
     before_and_after,
@@ -21,7 +22,6 @@ from trl_diffusion_sdpo.saving.run_card import (
     read_verdict,
     split_by_default,
 )
-from trl_diffusion_sdpo.trainer.callbacks import RunReportCallback
 from trl_diffusion_sdpo.trainer.file_overrides import NOT_PUBLISHED
 
 LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])

@@ -1,31 +1,39 @@
-"""`trl-diffusion-sdpo sweep-scale`: evaluates weights of a run between reference (scale 0) and policy (scale 1), writes
-the results as JSON, table and plot, and can save the weights at one scale."""
+"""`trl-diffusion-sdpo sweep-scale`: evaluates a run between its base (scale 0) and its tuned weights (scale 1) and
+beyond, generates images at each scale, prints a table, and can save the weights at one scale."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..utils.files import SWEEP_FOLDER
-from ..utils.import_utils import require
-from . import EXIT_OK, sweep_images
+from ..utils.files import SWEEP_FOLDER, write_atomically
+from . import EXIT_OK
 from .errors import reading_data
 from .options import OneLineParser
 
 if TYPE_CHECKING:
-    import datasets
-    from transformers import TrainerCallback
+    from diffusers import DiffusionPipeline
+    from torch import nn
 
     from ..saving.interpolation import SavedRun, ScaledWeights
-    from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+    from ..trainer import DiffusionSDPOTrainer
 
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 PRECISIONS = ("no", "bf16", "fp16")
-DEFAULT_FOLDERS = {False: SWEEP_FOLDER, True: f"{SWEEP_FOLDER}_ema"}  # in the run's folder, by --average
+PROMPTS = 8  # if none are named
+FORMS = ("weights", "prediction")  # scaled in the weights; by guidance in the prediction
+SWEEP_FILE, IMAGES_FOLDER = "sweep.json", "images"
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -34,8 +42,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         description=(
             "Evaluate a run at several scales from the base it started from (0) over its tuned weights (1) to beyond, "
             "and generate images at each: by the weights, and by preference guidance in the prediction. Writes the "
-            "numbers, plots and images, and a recommended scale, also into the run's model card. A second call makes "
-            "only what is missing."
+            "numbers, images and a recommended scale."
         ),
     )
     add = parser.add_argument
@@ -51,46 +58,72 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--average", action="store_true", help="Sweep the averaged weights of `ema_decay`.")
     add("--bake", type=float, metavar="SCALE", help="Write the weights at this scale to --baked_dir.")
     add("--baked_dir", metavar="FOLDER", help="Folder for the weights of --bake.")
-    add("--output_dir", metavar="FOLDER", help="Folder of numbers and plot; `scale_sweep` in the run's if unset.")
+    add("--output_dir", metavar="FOLDER", help="Folder of numbers and images; `scale_sweep` in the run's if unset.")
     add("--per_device_eval_batch_size", type=int, default=8, metavar="N", help="Pairs in a batch (default: 8).")
     add("--mixed_precision", choices=PRECISIONS, help="Autocast of the predictions; the run's if unset.")
     add("--model_revision", metavar="NAME", help="Branch, tag or commit of the base.")
     add("--dtype", metavar="NAME", help="Dtype in which the base is loaded, as in the run (default: float32).")
     add("--use_cpu", action="store_true", help="Run on the CPU.")
-    sweep_images.add_options(add)
+    add("--no_images", action="store_true", help="Evaluate the pairs only.")
+    add("--prompts", nargs="+", metavar="TEXT", help="Prompts of the images; if unset, `sample_prompts` of the run.")
+    add("--seed", type=int, metavar="N", help="Seed of the images' noise; the run's if unset.")
+    add("--sample_guidance_scale", type=float, metavar="G", help="Classifier-free guidance; the run's if unset.")
+    add("--sample_inference_steps", type=int, metavar="N", help="Denoising steps; the run's if unset.")
+    add(
+        "--scorer",
+        metavar="MODULE:FUNCTION",
+        help="Your function that scores images: it takes a list of PIL images and a list of prompts, and returns a "
+        "number for each, larger for better.",
+    )
     return parser
 
 
 def run(arguments: list[str], prog: str) -> int:
     options = make_parser(prog).parse_args(arguments)
     _check(options)
-    require("plots", "Plotting a sweep over scales")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     sweep(options)
     return EXIT_OK
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluate the missing scales, plot all of them, generate the missing images, recommend a scale, and save the
-    weights of `--bake`. Returns all rows.
+    """Evaluate all scales, generate and score images, recommend a scale, and save the weights of `--bake`.
+
+    Returns:
+        `list[dict[str, Any]]`: A row for each scale.
 
     Raises:
-        ValueError: On a folder, base, data, scorer or settings that do not fit together.
+        `ValueError`: If folder, base, data, scorer or settings do not fit together.
     """
-    from ..saving.interpolation import ScaledWeights, check_free_folder, read_run  # seconds
+    from ..reporting.recommended_scale import recommend, sweep_row, sweep_table  # seconds
+    from ..saving.interpolation import ScaledWeights, check_free_folder, read_run
 
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
         check_free_folder(Path(options.baked_dir), run)
-    scorer = None if options.scorer is None else sweep_images.load_scorer(options.scorer)
-    sweep_images.named_prompts(options, run)  # which may be too few
+    scorer = None if options.scorer is None else load_scorer(options.scorer)
     trainer = _make_trainer(options, run)
-    prompts = [] if options.no_images else sweep_images.find_prompts(options, run, trainer.eval_dataset)
-    weights = ScaledWeights(trainer.weight_files, run)
-    settings = _settings(options, run, trainer, weights)
-    rows = _evaluate(trainer, weights, options.scales, settings)
-    images = {} if options.no_images else sweep_images.make(options, run, trainer, weights, prompts, rows, scorer)
-    _recommend(trainer, run, weights, rows, settings, images)
+    sampler = None if options.no_images else Sampler(options, run, trainer)
+    folder, weights = Path(trainer.args.output_dir), ScaledWeights(trainer.weight_files, run)
+    rows: list[dict[str, Any]] = []
+    scores: dict[str, dict[float, list[float]]] = {}
+    for scale in sorted({*options.scales}):
+        with weights.active(scale):
+            rows.append(sweep_row(scale, trainer.evaluate(), trainer.run_facts))
+        for form in () if sampler is None else FORMS:
+            images = sampler.generate(weights, form, scale, folder / IMAGES_FOLDER)
+            if scorer is not None:
+                scored = checked_scores(options.scorer, scorer(images, sampler.prompts), len(images))
+                scores.setdefault(form, {})[scale] = scored
+    recommended = recommend(
+        rows,
+        scores,
+        scorer=options.scorer,
+        guidance_scale=None if sampler is None else sampler.guidance_scale,
+        is_negative=run.setup.get("swap_labels") is True,
+    )
+    _write(run, folder, rows, scores, recommended | {"of": weights.fingerprint})
+    print(f"{sweep_table(rows)}\n\n{recommended['sentence']}\nThe numbers and images are in {folder}.")
     if options.bake is not None:
         weights.save(Path(options.baked_dir), options.bake)
         print(f"The weights at scale {options.bake:g} are in {options.baked_dir}.")
@@ -105,43 +138,41 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"Scales must be finite numbers of at least 0, got {wrong[0]}. 0 is the base, 1 the tuned.")
     if (options.bake is None) != (options.baked_dir is None):
         raise ValueError("`--bake SCALE` and `--baked_dir FOLDER` belong together; got one of them.")
-    for name in ("max_pairs", "per_device_eval_batch_size"):
+    if options.no_images and options.scorer is not None:
+        raise ValueError("`--scorer` scores images, and `--no_images` generates none. Leave one of them out.")
+    if options.sample_guidance_scale is not None and not math.isfinite(options.sample_guidance_scale):
+        raise ValueError(f"`--sample_guidance_scale` must be a finite number, got {options.sample_guidance_scale}.")
+    if options.prompts is not None and not all(prompt.strip() for prompt in options.prompts):
+        raise ValueError("`--prompts` must not be empty; got an empty prompt.")
+    for name in ("max_pairs", "per_device_eval_batch_size", "sample_inference_steps"):
         value = vars(options)[name]
         if value is not None and value < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {value}.")
-    sweep_images.check(options)
 
 
 def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTrainer:
     """A trainer of the base, which is also the reference, with the run's evaluation settings."""
     from transformers import PrinterCallback
+    from trl import ScriptArguments
 
     from ..models.loading import load_model
     from ..saving.starting_point import base_of_run, starting_point
-    from ..trainer import DiffusionSDPOTrainer
+    from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
+    from ..trainer.config.declaring import EVALUATION
+    from ..trainer.diffusion_sdpo_config import settings_with
+    from .pair_arguments import load_split
 
     origin = {"revision": options.model_revision, "dtype": options.dtype}
     named = options.model_name_or_path
     start = base_of_run(run.folder) if named is None else starting_point(named)  # without its LoRA
-    settings = start.with_recorded(origin)
-    loaded = load_model(start.pipeline, model_init_kwargs=settings, denoiser_folder=start.denoiser)
+    loaded = load_model(start.pipeline, model_init_kwargs=start.with_recorded(origin), denoiser_folder=start.denoiser)
     run.check_base(loaded.denoiser)
-    args, pairs = _make_args(options, run), _load_pairs(options)
-    trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
-    trainer.remove_callback(PrinterCallback)
-    if options.max_pairs is not None:
-        trainer.eval_dataset = cast(Any, trainer.eval_dataset).first(options.max_pairs)
-    return trainer
-
-
-def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfig:
-    from ..trainer import DiffusionSDPOConfig
-
     precision = options.mixed_precision or run.setup.get("mixed_precision", "no")
+    default_folder = SWEEP_FOLDER + ("_ema" if run.is_average else "")
     # With `max_pairs`, only the evaluated pairs are decoded.
     data: dict[str, Any] = {} if options.max_pairs is None else {"verify_images": "none"}
-    return DiffusionSDPOConfig(
-        output_dir=options.output_dir or str(run.folder / DEFAULT_FOLDERS[run.is_average]),
+    args = DiffusionSDPOConfig(
+        output_dir=options.output_dir or str(run.folder / default_folder),
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -149,138 +180,136 @@ def _make_args(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOConfi
         learning_rate=0.0,  # nothing trains here
         dataset_format=options.dataset_format,
         report_to="none",
-        disable_tqdm=True,  # `_evaluate` shows one bar for all scales
+        disable_tqdm=True,
         **data,
-        **_evaluation_settings(run),
+        **run.evaluation_settings(settings_with(EVALUATION)),
     )
-
-
-def _evaluation_settings(run: SavedRun) -> dict[str, Any]:
-    from ..trainer.config.declaring import EVALUATION
-    from ..trainer.diffusion_sdpo_config import settings_with
-
-    return run.evaluation_settings(settings_with(EVALUATION))
-
-
-def _load_pairs(options: argparse.Namespace) -> datasets.Dataset:
-    from trl import ScriptArguments
-
-    from .pair_arguments import load_split
-
     script_args = ScriptArguments(dataset_name=options.dataset_name, dataset_config=options.dataset_config)
     with reading_data(options.dataset_name):
-        return load_split(script_args, options.dataset_test_split)
+        pairs = load_split(script_args, options.dataset_test_split)
+    trainer = DiffusionSDPOTrainer(loaded.pipeline, None, args, None, pairs, peft_config=run.lora)
+    trainer.remove_callback(PrinterCallback)
+    if options.max_pairs is not None:
+        trainer.eval_dataset = cast(Any, trainer.eval_dataset).first(options.max_pairs)
+    return trainer
 
 
-def _settings(
-    options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer, weights: ScaledWeights
-) -> dict[str, Any]:
-    """The settings that all rows of one file share."""
-    used = {name: trainer.args.to_dict()[name] for name in (*_evaluation_settings(run), "beta", "resolution")}
-    names = ("dataset_name", "dataset_config", "dataset_test_split", "dataset_format")
-    return {
-        "weights": weights.fingerprint,
-        "base": run.setup["weights_before_training"],
-        "average": run.is_average,
-        **{name: vars(options)[name] for name in names},
-        "pairs": len(cast(Any, trainer.eval_dataset)),
-        "mixed_precision": trainer.args.mixed_precision,
-        **used,
-    }
-
-
-def _evaluate(
-    trainer: DiffusionSDPOTrainer, weights: ScaledWeights, scales: Sequence[float], settings: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Evaluate the scales that the output folder lacks, writing each at once; then plot all."""
-    from tqdm.auto import tqdm
-
-    from ..reporting import scale_sweep
-
-    folder = Path(trainer.args.output_dir)
-    file = folder / scale_sweep.SWEEP_FILE
-    rows = scale_sweep.read_sweep(file, settings)
-    missing = sorted(set(scales) - {row["scale"] for row in rows})
-    steps = len(missing) * len(trainer.get_eval_dataloader())
-    with tqdm(total=steps, desc="Scales", unit="batch", disable=not missing) as bar:
-        trainer.add_callback(_batch_callback(bar.update))
-        for scale in missing:
-            bar.set_postfix_str(f"scale {scale:g}")
-            with weights.active(scale):
-                rows.append(scale_sweep.sweep_row(scale, trainer.evaluate()))
-            rows.sort(key=lambda row: row["scale"])
-            scale_sweep.write_sweep(file, settings, rows)
-    scale_sweep.plot_scale_sweep(rows, trainer.args.num_noise_bins, folder / scale_sweep.PLOT_FILE)
-    print(f"{scale_sweep.sweep_table(rows)}\n\nThe numbers and the plot are in {folder}.")
-    return rows
-
-
-def _recommend(
-    trainer: DiffusionSDPOTrainer,
-    run: SavedRun,
-    weights: ScaledWeights,
-    rows: Sequence[dict[str, Any]],
-    settings: dict[str, Any],
-    images: dict[str, Any],
+def _write(
+    run: SavedRun, folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, Any], recommended: dict[str, Any]
 ) -> None:
-    """Recommend a scale: on the terminal, in the sweep's file, in the run's set-up file and on its model card."""
-    from ..reporting import scale_sweep
-    from ..reporting.recommended_scale import recommend
-    from ..saving.run_card import CARD_FILE, update_recommended_scales
-    from ..saving.setup import RECOMMENDED, SETUP_FILE, recommended_scales, record_recommended_scale
+    """Write the sweep's file, and the recommendation into the run's set-up file and onto its model card."""
+    from ..saving.run_card import update_recommended_scales
+    from ..saving.setup import record_recommended_scale
 
-    is_negative = run.setup.get("swap_labels") is True
-    recommended = recommend(rows, is_negative=is_negative, **images).facts() | {"of": weights.fingerprint}
-    folder = Path(trainer.args.output_dir).absolute()
-    earlier = recommended_scales(run.setup).get(RECOMMENDED[run.is_average], {})
-    if earlier.get("of") == weights.fingerprint and earlier.get("scorer") and not recommended["scorer"]:
-        recommended = earlier
-        print("The recommendation of an earlier sweep is kept, as it has scores of these weights, and this one none:")
-    else:
-        recommended |= _for_the_card(trainer, run, recommended, folder if images else None)
-    scale_sweep.write_sweep(folder / scale_sweep.SWEEP_FILE, settings, rows, recommended)
-    print(recommended["sentence"])
+    content = {"rows": list(rows), "scores": scores, "recommended": recommended}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SWEEP_FILE, json.dumps(content, indent=2).encode() + b"\n")
     record_recommended_scale(run.folder, recommended, average=run.is_average)
-    has_card = update_recommended_scales(run.folder)
-    print(f"It is in {run.folder / SETUP_FILE}" + (f" and {run.folder / CARD_FILE}." if has_card else "."))
+    update_recommended_scales(run.folder)
 
 
-def _for_the_card(
-    trainer: DiffusionSDPOTrainer, run: SavedRun, recommended: dict[str, Any], folder: Path | None
-) -> dict[str, Any]:
-    """What the model card's code and paragraph need besides the scales; `folder` has grids of images, if any."""
-    from ..guidance.preference_guidance import is_distilled
-
-    family = trainer.family
-    found: dict[str, Any] = {}
-    if recommended["scorer"]:  # the arguments by which the scored images differ from those of the card's call
-        plain = family.generation_kwargs(None)
-        guided = family.generation_kwargs(recommended["guidance_scale"])
-        found["distilled"] = is_distilled(family)  # its guidance has to be asked for
-        found["call"] = {name: value for name, value in guided.items() if plain.get(name) != value}
-    if run.lora is None:  # guidance needs the base's denoiser
-        found["reference"] = {"repository": _public_base(run), "subfolder": family.denoiser_name}
-    if folder is not None and folder.is_relative_to(run.folder.absolute()):  # the card can show them
-        grids = [folder / name for name in sweep_images.GRID_FILES.values()]
-        found["grids"] = [grid.relative_to(run.folder.absolute()).as_posix() for grid in grids]
-    return found
+# ---- Images --------------------------------------------------------------------------------------------------------
 
 
-def _public_base(run: SavedRun) -> str:
-    """Repository or folder with the denoiser that the run started from, as its model card names it."""
-    from ..saving.model_card import base_for_loading
-    from ..saving.starting_point import recorded_base_of
+class Sampler:
+    """Generates the images of a sweep, by the run's sampling settings or those of the options.
 
-    base = recorded_base_of(run.folder)
-    return base_for_loading(None if base is None else base["denoiser"] or base["pipeline"])
+    Args:
+        trainer ([`~trl_diffusion_sdpo.DiffusionSDPOTrainer`]): Its denoiser is the base.
+
+    Raises:
+        `ValueError`: If there are no prompts, or too few for a scorer.
+    """
+
+    def __init__(self, options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer):
+        from ..reporting.recommended_scale import FEWEST_IMAGES
+        from ..reporting.sample_images import SampleImagesCallback
+        from ..saving.resuming import stored_settings
+
+        stored = stored_settings(run.folder)  # empty for a run from the Hub
+        given = options.sample_guidance_scale
+        self.guidance_scale: float | None = stored.get("sample_guidance_scale") if given is None else given
+        self.prompts: list[str] = options.prompts or stored.get("sample_prompts") or _first_prompts(trainer)
+        if options.scorer is not None and len(self.prompts) < FEWEST_IMAGES:
+            raise ValueError(
+                f"Scores of fewer than {FEWEST_IMAGES} prompts do not count, and there are {len(self.prompts)}. Name "
+                f"{FEWEST_IMAGES} or more with `--prompts`, or leave `--scorer` out."
+            )
+        steps = options.sample_inference_steps or stored.get("sample_inference_steps")
+        self._trainer, self._is_full = trainer, run.lora is None
+        self._callback = SampleImagesCallback(
+            trainer.family.pipeline,
+            self.prompts,
+            every_n_steps=None,
+            num_inference_steps=steps or trainer.args.sample_inference_steps,
+            call_options=trainer.family.generation_kwargs(self.guidance_scale),
+            seed=trainer.args.seed if options.seed is None else options.seed,
+            resolution=cast(Any, trainer.args.resolution),
+            denoiser_name=trainer.family.denoiser_name,
+            frozen=trainer.frozen_components,
+        )
+
+    def generate(self, weights: ScaledWeights, form: str, scale: float, folder: Path) -> list[Any]:
+        """Generate an image of each prompt at a scale, and write a labelled grid of them into a folder."""
+        from ..engines.engine_settings import training_autocast
+        from ..reporting.sample_images import labelled_grid
+
+        autocast, within, reference = training_autocast(self._trainer.args), None, None
+        if form == "prediction":
+            # The base has to be beside the tuned weights; of a LoRA, it is the LoRA switched off.
+            reference = copy.deepcopy(self._trainer.denoiser).eval() if self._is_full else None
+            within = functools.partial(_guided, scale, reference, autocast)
+        with weights.active(1.0 if form == "prediction" else scale):
+            images = self._callback.generate(autocast, within=within)
+        folder.mkdir(parents=True, exist_ok=True)
+        labelled_grid(images, self.prompts).save(folder / f"{form}-{scale:g}.png")
+        return images
 
 
-def _batch_callback(on_batch: Callable[[], Any]) -> TrainerCallback:
-    """A callback that calls `on_batch` after each evaluated batch."""
-    from transformers import TrainerCallback
+@contextlib.contextmanager
+def _guided(
+    scale: float, reference: nn.Module | None, autocast: contextlib.AbstractContextManager, pipeline: DiffusionPipeline
+) -> Iterator[None]:
+    """Preference guidance of a pipeline; a reference of its own computes in the precision of the tuned model."""
+    from ..guidance import preference_guidance
+    from ..reporting.sample_images import in_training_precision
 
-    class BatchCallback(TrainerCallback):
-        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any):
-            on_batch()
+    same = contextlib.nullcontext() if reference is None else in_training_precision(reference, autocast)
+    # Distilled models are allowed, because the sweep is how a user finds out whether guidance helps them.
+    with same, preference_guidance(pipeline, scale, reference=reference, allow_distilled=True):
+        yield
 
-    return BatchCallback()
+
+def _first_prompts(trainer: DiffusionSDPOTrainer) -> list[str]:
+    """The first prompts of the evaluated pairs that are not empty."""
+    pairs = cast(Any, trainer.eval_dataset)
+    prompts = [prompt for prompt in sorted(pairs.first(10 * PROMPTS).prompts(of_losers=False)) if prompt.strip()]
+    if not prompts:
+        raise ValueError("Images need prompts, and those of the first pairs are empty. Name some with `--prompts`.")
+    return prompts[:PROMPTS]
+
+
+def load_scorer(name: str) -> Any:
+    """Return a function by its name, `module:function`; modules of the working directory are found. `ValueError` if
+    there is none of this name."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        scorer = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"The scorer {name} cannot be imported as module:function: {error}.") from error
+    if not callable(scorer):
+        raise ValueError(f"The scorer {name} must be a function, got a {type(scorer).__name__}.")
+    return scorer
+
+
+def checked_scores(name: str, values: Any, count: int) -> list[float]:
+    """Return a scorer's values as floats; `ValueError` if they are not one finite number for each image."""
+    try:
+        scores = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The scorer {name} must return a number for each image: {error}.") from error
+    if len(scores) != count or not all(map(math.isfinite, scores)):
+        raise ValueError(f"The scorer {name} must return one finite number for each of {count} images, got {scores}.")
+    return scores

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
@@ -20,23 +18,17 @@ from ..models.ema import EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from ..reporting.console import ShortLogCallback
-from ..reporting.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
+from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
+from ..reporting.sample_images import SampleImagesCallback
 from ..reporting.tracked_images import TrackedImages
-from ..reporting.training_curves import CURVES_FILE, has_curves, plot_curves
 from ..reporting.verdict import RunFacts
-from ..saving.run_card import CARD_FILE
 from ..step.meters import AutoBeta
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
-from ..utils.import_utils import is_plots_available
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .evaluation_overrides import VerdictCallback, warning_of_unwritten_files
-from .sample_images import SAMPLES_FOLDER, SampleImagesCallback
 
 logger = logging.getLogger(__name__)
-
-SHOWN_EVALUATIONS = 12  # in the plot of noise bins
 
 
 def default_callbacks(
@@ -76,8 +68,8 @@ def default_callbacks(
     if samples is not None:
         callbacks.append(samples)
     if args.eval_strategy != "no":
-        callbacks.append(NoiseBinPlotCallback(images))
-    verdict = VerdictCallback(run_facts, evaluate, callbacks_of_run, samples, images)
+        callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
+    verdict = VerdictCallback(run_facts, evaluate, callbacks_of_run, samples, images, args.on_winner_rise)
     return [*callbacks, verdict, RunReportCallback(end)]
 
 
@@ -192,25 +184,6 @@ class WinnerBudgetCallback(TrainerCallback):
             self._budget.update()
 
 
-class NoiseBinPlotCallback(TrainerCallback):
-    """Plots the change of the errors at each noise bin, after every evaluation, into the output folder:
-    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an extra,
-    the numbers are in the log only."""
-
-    def __init__(self, images: TrackedImages):
-        self._images = images
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if not state.is_world_process_zero or not is_plots_available():
-            return
-        for prefix, records in changes_by_noise_bin(state.log_history).items():
-            file = Path(args.output_dir) / noise_bin_file(prefix)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            plot_noise_bins(records[-SHOWN_EVALUATIONS:], cast(DiffusionSDPOConfig, args).num_noise_bins, file)
-            if f"{prefix}_errors/winner" in kwargs["metrics"]:
-                self._images.add(f"{prefix}/noise_bins", file, state.global_step)
-
-
 class DataReportCallback(TrainerCallback):
     """Logs the report of the data at the end of training if more bad pairs were found during training."""
 
@@ -231,59 +204,6 @@ class DataReportCallback(TrainerCallback):
             logger.warning("Bad pairs were found in training. %s", self._dataset.report)
 
 
-class RunReportCallback(TrainerCallback):
-    """Writes the trainer's state and the curves into the output folder at every save and at the end, and then calls
-    `end`. What cannot be written is a warning: the weights matter more."""
-
-    def __init__(self, end: Callable[[], None]):
-        self._end = end
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.is_world_process_zero:
-            with warning_of_unwritten_files():
-                self._write(Path(args.output_dir), state)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.is_world_process_zero:
-            with warning_of_unwritten_files():
-                self._write(Path(args.output_dir), state)
-                self._end()
-
-    def _write(self, folder: Path, state: TrainerState) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        if has_curves(state.log_history) and is_plots_available():
-            plot_curves(state.log_history, folder / CURVES_FILE)
-
-
-def plots_of(state: TrainerState) -> list[tuple[str, str]]:
-    """The plots that a run may have written, as files in its folder, each with its title."""
-    prefixes = changes_by_noise_bin(state.log_history)
-    by_noise = [(noise_bin_file(prefix), "Change of the errors by noise level") for prefix in prefixes]
-    curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
-    return [*curves, *by_noise]
-
-
-def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
-    """Return a line for each thing that a training has left in its folder, and how to load the weights. Without
-    `loading_code`, they were not saved there."""
-    steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png")) if samples else []
-    curves: str | Path | None = folder / CURVES_FILE
-    if not has_curves(state.log_history):
-        curves = None
-    elif not is_plots_available():
-        curves = "not plotted: `pip install 'trl-diffusion-sdpo[plots]'`"
-    found = {
-        "Samples": f"{steps[-1]} (first: {steps[0].name})" if steps else None,
-        "Curves": curves,
-        "State": folder / TRAINER_STATE_NAME,
-        "Card": folder / CARD_FILE if card else None,
-        "To load": None if loading_code is None else f"{loading_code}  # once saved",
-    }
-    title = f"Training ended at step {state.global_step} of {state.max_steps}."
-    return [title, *(f"  {name + ':':<9}{what}" for name, what in found.items() if what is not None)]
-
-
 class NothingToTrainCallback(TrainerCallback):
     """Warns if a run resumes from a checkpoint at or after its last step."""
 
@@ -291,6 +211,6 @@ class NothingToTrainCallback(TrainerCallback):
         if 0 < state.max_steps <= state.global_step and state.is_world_process_zero:
             logger.warning(
                 "Nothing is left to train: the checkpoint is of step %s, and the run ends at %s. The weights are those "
-                "of the checkpoint. More `max_steps` or `num_train_epochs` train on.",
+                "of the checkpoint. Increase `max_steps` or `num_train_epochs` to continue training.",
                 *(state.global_step, state.max_steps),
             )

@@ -29,6 +29,8 @@ from ..models.loading import LoadedModel
 from ..models.reference import Reference
 from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
+from ..reporting.run_callbacks import plots_of, run_lines
+from ..reporting.sample_images import SAMPLES_FOLDER, final_step, newest_gallery
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
@@ -44,13 +46,12 @@ from ..saving.weights import WeightFiles
 from ..step.finite_check import FiniteCheck
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
-from .callbacks import arrange, plots_of, run_lines
+from .callbacks import arrange
 from .config.all_arguments import temporarily
 from .config.declaring import RESUME
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 from .encoding import stored_crops
-from .sample_images import SAMPLES_FOLDER, final_step, newest_gallery
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import unicodedata
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
 from ..models.frozen_components import FrozenComponents
-from ..reporting.tracked_images import TrackedImages
 from ..saving.run_card import is_note
 from ..step.pair_forward import eval_mode
+from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
 
@@ -35,23 +35,20 @@ class SampleImagesCallback(TrainerCallback):
     states are restored, the pipeline's scheduler is copied. Runs on the first process only.
 
     Args:
-        pipeline (`DiffusionPipeline`): The one that owns the denoiser being trained; every component on one device.
+        pipeline (`DiffusionPipeline`): Owner of the denoiser that is trained; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
             the model's own if unset.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
-        denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs
-            under the autocast of training, while frozen components run in their stored precision.
-        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, as each holds a
-            shard of the denoiser; it then is called through the `model` that the Trainer passes to callbacks.
+        denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs under
+            the autocast of training. Frozen components run in the precision that they are stored in.
+        every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, because each holds
+            a shard of the denoiser. The denoiser is then called through the Trainer's `model`.
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
             and text encoders on the device while images are generated.
         images ([`~trl_diffusion_sdpo.reporting.tracked_images.TrackedImages`], *optional*): Sends each prompt's image
             to trackers, as `samples/0` and so on.
-
-    Raises:
-        `ValueError`: If there are no prompts, or `every_n_steps` is less than 1.
     """
 
     def __init__(
@@ -69,10 +66,6 @@ class SampleImagesCallback(TrainerCallback):
         frozen: FrozenComponents | None = None,
         images: TrackedImages | None = None,
     ):
-        if not prompts:
-            raise ValueError("`prompts` must name at least one prompt, got none. Leave the callback out instead.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}. Use None for first and last.")
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
         self._frozen, self._images = frozen, images or TrackedImages()
         self._untracked: int | None = None  # step of images that trackers do not have yet
@@ -146,35 +139,22 @@ class SampleImagesCallback(TrainerCallback):
         self,
         autocast: contextlib.AbstractContextManager | None = None,
         through: nn.Module | None = None,
-        *,
-        only: Sequence[int] | None = None,
         within: Callable[[DiffusionPipeline], contextlib.AbstractContextManager] | None = None,
-        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> list[Image.Image]:
-        """One image for each prompt, with the current weights.
+        """Generate one image for each prompt, in their order, with the current weights.
 
         Args:
             autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
             through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
-            only (`Sequence[int]`, *optional*): Numbers of the prompts, if not all.
             within (`Callable`, *optional*): Gives a context in which the pipeline that it receives is called.
-            on_image (`Callable`, *optional*): Receives each prompt's number and image as soon as it is there.
-
-        Returns:
-            `list[Image.Image]`: In the order of the prompts.
         """
-        images: dict[int, Any] = dict.fromkeys(range(len(self.prompts)) if only is None else only)
         none = contextlib.nullcontext()
         with (
             none if self._frozen is None else self._frozen.in_use(),
             self._prepared(autocast or none, through) as pipeline,
             none if within is None else within(pipeline),
         ):
-            for i in images:
-                images[i] = self._generate_one(pipeline, i)
-                if on_image is not None:
-                    on_image(i, images[i])
-        return list(images.values())
+            return [self._generate_one(pipeline, i) for i in range(len(self.prompts))]
 
     @contextlib.contextmanager
     def _prepared(
@@ -186,7 +166,6 @@ class SampleImagesCallback(TrainerCallback):
         pipeline.set_progress_bar_config(disable=True)
         if "safety_checker" in pipeline.components:
             pipeline.safety_checker = None  # is not on the device, and would replace images by black ones
-        _round_frozen_components(pipeline, self.denoiser_name)
         networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
         if through is not None:
@@ -224,47 +203,23 @@ def grid_path(output_dir: str | Path, step: int) -> Path:
 
 
 def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
-    """An RGB image of all images below one another, each with its label to the right, which is wrapped and cut at the
-    end of the row; with `gap` pixels between and around."""
-    font, line_height, text_width = ImageFont.load_default(), 14, 256
+    """Return an RGB image of all images below one another, each with its label to the right. Labels are wrapped, and
+    cut at the end of the row."""
+    font, line_height, text_width = ImageFont.load_default(12), 15, 256
     rows = [max(image.height, 3 * line_height) for image in images]
     left = max(image.width for image in images) + 2 * gap
     grid = Image.new("RGB", (left + text_width + gap, sum(rows) + gap * (len(rows) + 1)), "white")
     pen, top = ImageDraw.Draw(grid), gap
     for image, label, height in zip(images, labels, rows, strict=True):
         grid.paste(image.convert("RGB"), (gap, top))
-        for i, line in enumerate(_lines(label, font, text_width)[: height // line_height]):
-            pen.text((left, top + i * line_height), line, fill="black", font=font)
+        lines = textwrap.wrap(label, text_width // 8)[: height // line_height]
+        pen.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=line_height - 12)
         top += height + gap
     return grid
 
 
-def _lines(text: str, font: Any, width: int) -> list[str]:
-    """Words broken into lines. Pillow's built-in font has ASCII only: accents are dropped, others replaced by `?`."""
-    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    lines: list[str] = []
-    for word in "".join(letters).encode("ascii", "replace").decode("ascii").split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 def _stem(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _round_frozen_components(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
-    """Replace frozen components of a copied pipeline that training holds in a higher precision than others, such as a
-    VAE, by rounded copies: a pipeline passes tensors between components without casts."""
-    parts: dict[str, Any] = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    frozen = {name: part for name, part in parts.items() if name != denoiser_name}
-    coarsest = min((part.dtype for part in frozen.values()), key=lambda dtype: dtype.itemsize)
-    for name, part in frozen.items():
-        if part.dtype != coarsest:
-            setattr(pipeline, name, copy.deepcopy(part).to(coarsest))
 
 
 @contextlib.contextmanager

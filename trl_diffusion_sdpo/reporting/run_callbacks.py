@@ -1,0 +1,214 @@
+"""Callbacks of what a run says of itself: plots, the verdict, and the files at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..engines.processes import in_any_process
+from ..saving.interrupts import resume_hint, was_interrupted
+from ..saving.run_card import CARD_FILE, is_note
+from ..saving.setup import forget_recommended_scales
+from ..utils.files import VERDICT_FILE, VERDICT_PLOT
+from ..utils.import_utils import is_plots_available
+from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
+from .sample_images import SAMPLES_FOLDER, SampleImagesCallback, final_step
+from .tracked_images import TrackedImages
+from .training_curves import CURVES_FILE, has_curves, plot_curves
+from .verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
+from .verdict_report import SamplePair, write_verdict
+
+logger = logging.getLogger(__name__)
+
+SHOWN_EVALUATIONS = 12  # in the plot of noise bins
+
+
+class NoiseBinPlotCallback(TrainerCallback):
+    """Plots the change of the errors at each noise bin, after every evaluation, into the output folder:
+    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an extra,
+    the numbers are in the log only."""
+
+    def __init__(self, images: TrackedImages, num_noise_bins: int):
+        self._images, self._num_noise_bins = images, num_noise_bins
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if not state.is_world_process_zero or not is_plots_available():
+            return
+        for prefix, records in changes_by_noise_bin(state.log_history).items():
+            file = Path(args.output_dir) / noise_bin_file(prefix)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            plot_noise_bins(records[-SHOWN_EVALUATIONS:], self._num_noise_bins, file)
+            if f"{prefix}_errors/winner" in kwargs["metrics"]:
+                self._images.add(f"{prefix}/noise_bins", file, state.global_step)
+
+
+class VerdictCallback(TrainerCallback):
+    """Warns, or stops, when the preferred images get worse while training; at the end it logs the verdict and writes it
+    into the output folder.
+
+    Args:
+        run ([`RunFacts`]): Facts of the run.
+        evaluate (`Callable`): Evaluates the current weights; called by all processes.
+        callbacks (`Callable`): Returns the trainer's callbacks, which tell whether a signal has ended the training.
+        samples ([`SampleImagesCallback`], *optional*): Generates the images of before and after.
+        images ([`TrackedImages`]): Receives the picture.
+        on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
+    """
+
+    def __init__(
+        self,
+        run: RunFacts,
+        evaluate: Callable[[], Any],
+        callbacks: Callable[[], Sequence[TrainerCallback]],
+        samples: SampleImagesCallback | None,
+        images: TrackedImages,
+        on_rise: str = "warn",
+    ):
+        self._run, self._evaluate, self._samples, self._tracked = run, evaluate, samples, images
+        self._callbacks, self._on_rise = callbacks, on_rise
+        self._training = self._stops = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._training, self._stops = True, False
+        if state.is_world_process_zero:  # remove an earlier end's: later weights would be published with it
+            for name in (VERDICT_FILE, VERDICT_PLOT):
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
+            forget_recommended_scales(Path(args.output_dir))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if args.eval_strategy != "no" or self._on_rise == "ignore" or not state.is_world_process_zero:
+            return
+        measured = rise_in_training(state.log_history, self._run)
+        if measured is not None:
+            logger.warning("%s", words_of_rise(measured, self._run))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
+            return  # at the end, the verdict says it
+        rise = rise_of(state.log_history, self._run)
+        stops = self._on_rise == "stop" and in_any_process(rise is not None, args.device)
+        if stops:  # every process
+            self._stops = control.should_save = control.should_training_stop = True
+        if rise is not None and (rise[1] or stops) and state.is_world_process_zero:
+            hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to go on.")
+            end = f" Training stops; {hint}" if stops else ""
+            logger.warning("%s%s", words_of_rise(rise[0], self._run), end)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._stops = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._stops:  # `save_strategy="best"` has taken the save back
+            control.should_save = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._training = False
+        step = final_step(args, state)
+        if args.eval_strategy != "no":
+            unmeasured = step is None and self._is_unmeasured(args, state)
+            if in_any_process(unmeasured, args.device):
+                self._evaluate()
+        if not state.is_world_process_zero:
+            return
+        verdict = verdict_of(state.log_history, self._run, step)
+        with warning_of_unwritten_files():
+            images = self._images(args, step or state.global_step)
+            picture = write_verdict(Path(args.output_dir), verdict, self._run, images)
+            if picture is not None:
+                self._tracked.add("verdict", picture, state.global_step)
+        if verdict is not None:
+            logger.log(logging.INFO if verdict.label in ("better", "unchanged") else logging.WARNING, "%s", verdict)
+
+    def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the weights have changed since the last evaluation, and no signal asks for an early end."""
+        asked = was_interrupted(self._callbacks()) or args.enable_jit_checkpoint
+        if asked and state.global_step < state.max_steps:
+            return False
+        evaluated = (entry["step"] for entry in reversed(state.log_history) if is_evaluation(entry))
+        return next(evaluated, None) != state.global_step
+
+    def _images(self, args: TrainingArguments, step: int) -> list[SamplePair]:
+        """The images of before training and of a step, where both are there."""
+        if self._samples is None or step == 0:
+            return []
+        galleries = zip(self._samples.gallery(0), self._samples.gallery(step), strict=True)
+        pairs = [
+            SamplePair(prompt, self._samples.seed + i, before, after)
+            for i, ((before, prompt), (after, _)) in enumerate(galleries)
+        ]
+        folder = Path(args.output_dir)
+        return [
+            pair
+            for pair in pairs
+            if all(is_note(folder / path, pair.prompt, pair.seed) for path in (pair.before, pair.after))
+        ]
+
+
+@contextlib.contextmanager
+def warning_of_unwritten_files() -> Iterator[None]:
+    """Turn an error of writing a report within the context into a warning, since the weights matter more. No process
+    may wait for another one within."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError)
+        logger.warning("The report of the run could not be written: %s", error, exc_info=not known)
+
+
+class RunReportCallback(TrainerCallback):
+    """Writes the trainer's state and the curves into the output folder at every save and at the end, and then calls
+    `end`. What cannot be written is a warning: the weights matter more."""
+
+    def __init__(self, end: Callable[[], None]):
+        self._end = end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            with warning_of_unwritten_files():
+                self._write(Path(args.output_dir), state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            with warning_of_unwritten_files():
+                self._write(Path(args.output_dir), state)
+                self._end()
+
+    def _write(self, folder: Path, state: TrainerState) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if has_curves(state.log_history) and is_plots_available():
+            plot_curves(state.log_history, folder / CURVES_FILE)
+
+
+def plots_of(state: TrainerState) -> list[tuple[str, str]]:
+    """The plots that a run may have written, as files in its folder, each with its title."""
+    prefixes = changes_by_noise_bin(state.log_history)
+    by_noise = [(noise_bin_file(prefix), "Change of the errors by noise level") for prefix in prefixes]
+    curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
+    return [*curves, *by_noise]
+
+
+def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
+    """Return a line for each thing that a training has left in its folder, and how to load the weights. Without
+    `loading_code`, they were not saved there."""
+    steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png")) if samples else []
+    curves: str | Path | None = folder / CURVES_FILE
+    if not has_curves(state.log_history):
+        curves = None
+    elif not is_plots_available():
+        curves = "not plotted: `pip install 'trl-diffusion-sdpo[plots]'`"
+    found = {
+        "Samples": f"{steps[-1]} (first: {steps[0].name})" if steps else None,
+        "Curves": curves,
+        "State": folder / TRAINER_STATE_NAME,
+        "Card": folder / CARD_FILE if card else None,
+        "To load": None if loading_code is None else f"{loading_code}  # once saved",
+    }
+    title = f"Training ended at step {state.global_step} of {state.max_steps}."
+    return [title, *(f"  {name + ':':<9}{what}" for name, what in found.items() if what is not None)]
