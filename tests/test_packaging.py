@@ -39,7 +39,7 @@ INVERTED = {
 }
 STARTING_POINTS = {f"{base}_lora" for base in ("sd15", "sdxl", "sd35", "flux")} | {
     *("sd15_keep_winners", "sd15_stabilised", "sd15_capo", "sd15_sudo"),
-    *("sd15_score_weights", "sd15_curriculum"),
+    "sd15_score_weights",
 }
 BASES = {
     "sd35": ("stabilityai/stable-diffusion-3.5-medium", 1024),

@@ -1,6 +1,5 @@
 """Which images are checked before training: a sample, all or none, by one process or several."""
 
-import errno
 import io
 import logging
 import threading
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data import checking as checking_module
 from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
-from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
+from trl_diffusion_sdpo.data.images import ImageReader
 
 JUNK = b"this is no image"
 
@@ -122,54 +121,6 @@ def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
     assert [torn[index]["prompt"] for index in (0, 1, 299)] == ["p1", "p1", "p299"]
     assert torn.report.examples["undecodable"][0][0] == 0
     assert torn.first(2)[0]["prompt"] == "p1" and torn.first(2).report.pairs == 1
-
-
-class Torn(torch.utils.data.Dataset):
-    """A data set that decodes in `__getitem__`: once `torn`, row 3 raises."""
-
-    def __init__(self, error):
-        self.error, self.torn = error, False
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, index):
-        if self.torn and index == 3:
-            raise self.error
-        return rows(12)[index]
-
-
-@pytest.mark.parametrize("error", [OSError("truncated"), KeyError("label")])
-def test_a_row_that_a_users_data_set_fails_to_read_is_one_bad_row(error):
-    data = Torn(error)
-    prepared = prepare(data, verify_images="none")
-    data.torn = True
-    assert prepared[3]["prompt"] == "p4"
-    assert prepared.report.undecodable == 1
-
-
-@pytest.mark.parametrize("verify", ["sample", "all"])
-def test_a_row_that_one_process_cannot_read_is_dropped_by_all(verify):
-    def check(peers):
-        data = Torn(OSError("truncated"))
-        prepared = prepare(data, verify_images="none")
-        data.torn = True
-        if verify == "all":
-            prepared.check_all(peers=peers)
-        prepared.check_sample(peers)
-        return prepared.report
-
-    reports = ThreadGroup(2).run(check)
-    assert reports[0] == reports[1] and (reports[0].pairs, reports[0].undecodable) == (11, 1)
-    assert "OSError: truncated" in str(reports[0])
-
-
-def test_a_row_of_a_users_data_set_that_may_be_good_is_not_left_out():
-    data = Torn(OSError(errno.EIO, "bad sector"))
-    prepared = prepare(data, verify_images="none")
-    data.torn = True
-    with pytest.raises(UnreadableImageError, match="row 3 cannot be read .*bad sector"):
-        prepared.check_all()
 
 
 @pytest.mark.parametrize("verify", ["sample", "all"])

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trl_diffusion_sdpo.data.derangement import derangement, most_common
+from trl_diffusion_sdpo.data.permuted_losers import derangement, most_common
 
 AWKWARD = {
     "two": [0, 1],

@@ -1,16 +1,13 @@
 """The fingerprint of a data set: it changes with the data, and not with the machine or the way they are stored."""
 
+import os
 import shutil
-import time
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.data.formats import FORMATS
 from trl_diffusion_sdpo.data.pairs import prepare_dataset
-from trl_diffusion_sdpo.data.tables import pairs_fingerprint
 from trl_diffusion_sdpo.data.transforms import PairTransform
 
 
@@ -55,17 +52,6 @@ def test_size_order_labels_scores_prompts_and_images_change_the_fingerprint(labe
     assert changed(fingerprint(scored), fingerprint(images)) == {"images"}
 
 
-def test_rows_that_differ_from_read_to_read_are_not_compared(make_pairs):
-    class Random(list):
-        def __getitem__(self, number):
-            row = super().__getitem__(number)
-            return {**row, "prompt": f"{row['prompt']} {np.random.default_rng().integers(2**40)}"}
-
-    rows = [{"prompt": "a", "chosen": picture(1), "rejected": picture(2)} for _ in range(8)]
-    assert fingerprint(Random(rows), verify_images=False)["prompts"] is None
-    assert fingerprint(rows, verify_images=False)["prompts"] is not None
-
-
 def picture(value):
     return Image.new("RGB", (16, 16), (value, value, value))
 
@@ -84,21 +70,28 @@ def test_of_image_files_the_name_counts_and_not_the_folder(tmp_path):
     assert changed(fingerprint(rows("here")), fingerprint(rows("here", "other"))) == {"images"}
 
 
-def test_a_million_pairs_take_less_than_a_second():
-    class Source:
-        format = FORMATS["canonical"]
+def test_a_cache_is_found_again_by_a_new_start_and_not_after_a_file_was_replaced(tmp_path):
+    """Also by one of the same size and time: the change time of a file cannot be set back."""
+    for level, name in enumerate(("w", "l")):
+        picture(level).save(tmp_path / f"{name}.bmp")
+    path = tmp_path / "w.bmp"
+    row = {"prompt": "a", "chosen": str(path), "rejected": str(tmp_path / "l.bmp")}
+    datasets.Dataset.from_list([row] * 3).save_to_disk(tmp_path / "set")
 
-        def prompt(self, row, image):
-            return "a"
+    def key():
+        made = prepare_dataset(datasets.load_from_disk(tmp_path / "set"), transform=PairTransform(16))
+        return made.fingerprint(thorough=True)
 
-        def images(self, row):
-            return [b"0", b"1"]
+    before, times = key(), path.stat()
+    assert key() == before
+    picture(7).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed(before, key()) == {"images"}
 
-    index = np.tile(np.arange(1_000_000)[:, None], (1, 4))
-    started = time.process_time()
-    found = pairs_fingerprint(Source(), index, index[:, :2] / 2)
-    assert time.process_time() - started < 1
-    assert found["pairs"] == 1_000_000
+
+def test_equal_rows_in_memory_are_one_data_set_for_caches(make_pairs):
+    one, again = (prepare_dataset(make_pairs(), transform=PairTransform(16)) for _ in range(2))
+    assert one.fingerprint(thorough=True) == again.fingerprint(thorough=True)
 
 
 def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):

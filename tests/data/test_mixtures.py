@@ -67,7 +67,7 @@ def test_a_list_of_data_sets_is_one_set_with_every_pair_once():
     assert [item["row"] for item in mixed] == list(range(len(mixed))) and len(mixed) == 5 + 6 + 2
     assert mixed.report.rows == 6 + 6 + 2 and mixed.report.ties == 1
     assert mixed.report.format == "pickapic+imagerewarddb+canonical"
-    assert mixed.report.examples["ties"] == [(1, "images judged equal (set 0, row 1)")]
+    assert mixed.report.examples["ties"] == [(1, "images judged equal (train (set 0), row 1)")]
     assert mixed.prompts() == {item["prompt"] for item in mixed}
 
 
@@ -126,12 +126,11 @@ def test_bad_images_of_every_set_are_found_and_counted():
         assert not {"pick 3", "own 1"} & {item["prompt"] for item in found}
 
 
-def test_every_set_has_a_report_of_its_own(caplog):
+def test_the_drops_and_the_share_of_every_set_are_told(caplog):
     caplog.set_level("INFO")
     prepare(PairMixture({"a": picks(), "b": canonical()}, (1, 1)))
-    assert "a data (pickapic): 6 rows, 5 pairs, 1 ties" in caplog.text
-    assert "b data (canonical): 2 rows, 2 pairs, 0 ties" in caplog.text
-    assert "Mixture: b: 2 pairs, 2.5 times in an epoch: 0.5 of its pairs." in caplog.text
+    assert "train (a), row 1" in caplog.text
+    assert "train (b): 2 pairs, 2.5 times in an epoch: 0.5 of its pairs." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_every_set_has_a_report_of_its_own(caplog):
         (([picks(2), canonical()], None, [None, "hpdv3"]), "`dataset_format='hpdv3'` needs hpdv3"),
         (
             ([canonical(), canonical(chosen_score=1.0, rejected_score=0.0)],),
-            r"\['set 1'\] have them, \['set 0'\] do not",
+            r"\['train \(set 0\)'\]",
         ),
     ],
 )

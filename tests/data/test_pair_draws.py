@@ -12,20 +12,7 @@ from torch.utils.data import DataLoader
 from trl_diffusion_sdpo.data import PairTransform, PreferenceIterableDataset, prepare_dataset
 
 JUNK = b"this is no image"
-STYLES = ["arrow", "stream", "list", "torch"]
-
-
-class Rows(torch.utils.data.Dataset):
-    """A plain map-style torch data set."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+STYLES = ["arrow", "stream", "list"]
 
 
 def picture(level, size=(16, 16)):
@@ -45,8 +32,6 @@ def scene(seed, size=(40, 24)):
 def in_style(rows, style, features=None):
     if style == "list":
         return rows
-    if style == "torch":
-        return Rows(rows)
     dataset = datasets.Dataset.from_list(rows, features=features)
     return dataset.to_iterable_dataset() if style == "stream" else dataset
 

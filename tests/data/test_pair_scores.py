@@ -114,10 +114,17 @@ def test_a_column_is_of_pairs_and_not_of_single_images():
 
 
 @pytest.mark.parametrize("gap", [0, 2])
-@pytest.mark.parametrize("settings", [ScoreSettings("gap"), ScoreSettings(curriculum=True)], ids=["weights", "order"])
-def test_scores_with_equal_gaps_are_refused(gap, settings):
+def test_scores_with_equal_gaps_are_refused(gap):
     with pytest.raises(ValueError, match=f"all 3 pairs of the train data have the gap {gap}"):
-        prepared(rows([gap] * 3), settings)
+        prepared(rows([gap] * 3), ScoreSettings("gap"))
+
+
+def test_one_pair_with_most_of_all_weight_is_told(caplog):
+    prepared(rows([1, 2, 3], quality=[1.0, 1.0, 1e6]), ScoreSettings("quality"))
+    assert "100 % of all weight" in caplog.text
+    caplog.clear()
+    made = prepared(rows([1, 2, 3], quality=[1.0, 1.0, 1e300]), ScoreSettings("quality"))
+    assert made.report.bad_labels == 1 and weights_of(made) == [1, 1]
 
 
 def test_equal_weights_of_a_column_have_no_effect_and_say_so(caplog):
@@ -192,9 +199,7 @@ def test_rows_with_another_number_of_scores_are_bad_rows():
     assert weights_of(made) == pytest.approx([36 / 28, 20 / 28]) and made.report.bad_labels == 1
 
 
-@pytest.mark.parametrize(
-    "settings", [ScoreSettings("gap"), ScoreSettings("quality"), ScoreSettings(curriculum=True)], ids=str
-)
+@pytest.mark.parametrize("settings", [ScoreSettings("gap"), ScoreSettings("quality")], ids=str)
 def test_streams_are_refused_with_the_reason(settings):
     stream = datasets.Dataset.from_list(rows([1, 2], quality=[1.0, 2.0])).to_iterable_dataset()
     with pytest.raises(ValueError, match="are a stream.*Load them without `streaming=True`"):
@@ -223,7 +228,8 @@ def test_an_evaluation_and_a_part_of_the_pairs_have_their_own(caplog):
 
 
 def test_other_weights_are_other_data_for_a_run_that_resumes_and_the_same_for_a_cache():
-    one, other = (prepared(rows([1, 2, 3], quality=v), ScoreSettings("quality")) for v in ([1.0, 2, 3], [3.0, 2, 1]))
+    data = rows([1, 2, 3], quality=[1.0, 2, 3])
+    one, other = (prepared(data, ScoreSettings(name)) for name in ("gap", "inverse_gap"))
     assert one.fingerprint() != other.fingerprint()
     assert one.fingerprint(thorough=True) == other.fingerprint(thorough=True)
 

@@ -13,20 +13,7 @@ from torch.utils.data import DataLoader
 from trl_diffusion_sdpo.data import PairTransform, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 
 JUNK = b"this is no image"
-STYLES = ["arrow", "stream", "list", "torch"]
-
-
-class Rows(torch.utils.data.Dataset):
-    """A plain map-style torch data set."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+STYLES = ["arrow", "stream", "list"]
 
 
 def picture(level, size=(16, 16)):
@@ -42,8 +29,6 @@ def png(level, size=(16, 16)):
 def in_style(rows, style, features=None):
     if style == "list":
         return rows
-    if style == "torch":
-        return Rows(rows)
     dataset = datasets.Dataset.from_list(rows, features=features)
     return dataset.to_iterable_dataset() if style == "stream" else dataset
 
@@ -233,15 +218,41 @@ def test_images_of_a_map_style_set_are_never_decoded_by_datasets(monkeypatch):
     assert levels(prepare(dataset)) == expected
 
 
-def test_the_transform_of_a_data_set_is_applied():
-    dataset = datasets.Dataset.from_dict({"n": [0, 1]}).with_transform(
-        lambda batch: {
-            "prompt": ["p"] * len(batch["n"]),
-            "chosen": [png(9)] * len(batch["n"]),
-            "rejected": [png(n) for n in batch["n"]],
-        }
-    )
-    assert levels(prepare(dataset)) == [("p", 9, 0), ("p", 9, 1)]
+def test_what_is_no_table_is_refused_with_what_to_do():
+    table = datasets.Dataset.from_list(canonical(2))
+    with pytest.raises(ValueError, match="with_transform"):
+        prepare(table.with_transform(lambda batch: batch))
+    with pytest.raises(ValueError, match="from_generator"):
+        prepare(torch.utils.data.TensorDataset(torch.zeros(2)))
+    with pytest.raises(ValueError, match="one split.*train"):
+        prepare({"train": table})
+    with pytest.raises(ValueError, match="at row 1"):
+        prepare([canonical(1)[0], 3])
+
+
+def test_a_list_of_dicts_may_hold_every_kind_of_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(9))
+    kinds = [str(tmp_path / "a.png"), tmp_path / "a.png", png(9), picture(9), {"bytes": png(9), "path": None}]
+    rows = [{"prompt": str(i), "path1": kind, "path2": picture(3)} for i, kind in enumerate(kinds)]
+    assert levels(prepare(rows)) == [(str(i), 9, 3) for i in range(5)]
+
+
+@pytest.mark.parametrize("style", ["list", "stream"])
+def test_a_prompt_with_half_a_character_is_a_bad_prompt(style):
+    rows = [{"prompt": prompt, "path1": png(1), "path2": png(2)} for prompt in ("a", "b \ud83d")]
+    data = rows if style == "list" else datasets.IterableDataset.from_generator(lambda: iter(rows))
+    prepared = prepare(data)
+    assert levels(prepared) == [("a", 1, 2)]
+    assert prepared.report.bad_prompts == 1
+
+
+@pytest.mark.parametrize("score", [1e300, float("inf"), float("nan"), "much"])
+def test_a_score_that_would_outweigh_all_others_is_a_bad_label(score):
+    rows = canonical(3, chosen_score=1.0, rejected_score=0.5)
+    rows = [{**row, "chosen_score": str(row["chosen_score"])} for row in rows]
+    rows[1]["chosen_score"] = str(score)
+    report = prepare(rows).report
+    assert (report.pairs, report.bad_labels) == (2, 1) and "chosen_score" in str(report)
 
 
 def bad_rows():
@@ -355,9 +366,7 @@ def test_the_report_is_logged_once(caplog):
     ) == 1
 
 
-@pytest.mark.parametrize(
-    "dataset", [[], Rows([]), datasets.Dataset.from_dict({"prompt": [], "path1": [], "path2": []})]
-)
+@pytest.mark.parametrize("dataset", [[], datasets.Dataset.from_dict({"prompt": [], "path1": [], "path2": []})])
 def test_an_empty_set_is_an_error(dataset):
     with pytest.raises(ValueError, match="empty.*0 rows"):
         prepare(dataset)

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, training_args
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
+from trl_diffusion_sdpo.models.shadow_weights import SecondDenoiser
 
 STEPS = 2
 
@@ -55,7 +55,7 @@ class Watched(DiffusionSDPOTrainer):
         return prepared
 
     def _copies(self):
-        for weights in self._weight_copies:
+        for weights in self._shadow_weights:
             yield from weights.second.module.parameters() if isinstance(weights.second, SecondDenoiser) else ()
 
     def _prepare_inputs(self, inputs):

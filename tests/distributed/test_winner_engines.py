@@ -67,7 +67,7 @@ def with_resumed(engine: str, tuning: str, kind: str = "", **more) -> list[dict]
     return [whole, build_run(engine, tuning, f"resumed{kind}", resumes=whole["name"], **args, **more)]
 
 
-SCORED = {"pair_weights": "inverse_gap", "curriculum_epochs": 0.5}  # of one epoch
+SCORED = {"pair_weights": "inverse_gap"}
 
 
 def scored_and_resumed(engine: str) -> list[dict]:

@@ -126,7 +126,7 @@ def test_the_example_writes_a_lora_of_a_transformer(run_example, family_folder, 
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("config", ["sd15_score_weights", "sd15_curriculum"])
+@pytest.mark.parametrize("config", ["sd15_score_weights"])
 def test_the_example_weighs_and_orders_pairs_by_their_scores(run_example, sd_folder, pairs, tmp_path, config):
     scored = tmp_path / "scored"
     scored.mkdir()

@@ -216,7 +216,6 @@ def test_the_card_the_set_up_and_the_report_say_that_losers_are_permuted(make_tr
             for name in ("gap", "gain")
         ],
         *[({"pair_weights": name}, "a column of weights can be named") for name in ("inverse_gap", "agreement")],
-        ({"curriculum_epochs": 1}, "`curriculum_epochs` goes by scores of each pair's own loser"),
         ({"calibrated_scores": True, "loss_type": "sigmoid"}, "`calibrated_scores` are scores of each pair's own"),
         ({"aspect_ratio_buckets": True}, "`aspect_ratio_buckets` train a pair at the winner's size"),
         ({"precompute_latents": True, "random_crop": True}, "stores each image as its own pair crops it"),

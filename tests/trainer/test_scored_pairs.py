@@ -1,11 +1,7 @@
-"""The settings of scores in the trainer: batches, the order of a curriculum over resumes, and what is refused."""
-
-import logging
+"""The settings of scores in the trainer: batches, and what is refused."""
 
 import pytest
 import torch
-
-from trl_diffusion_sdpo.data.buckets import TakenAgain
 
 SMALL = {"per_device_train_batch_size": 2, "dataloader_num_workers": 0}
 
@@ -58,68 +54,6 @@ def test_settings_that_are_off_change_no_bit_of_a_batch(make_trainer, scored):
         assert one["seeds"] == other["seeds"] and torch.equal(one["pixel_values"], other["pixel_values"])
 
 
-def test_a_curriculum_trains_the_largest_gaps_first_with_draws_of_their_own(make_trainer, scored):
-    """Eight stages over two epochs, of two indices each: stage s is of the s + 1 largest gaps."""
-    trainer = make_trainer(train=scored, curriculum_epochs=2, max_steps=12, **SMALL)
-    seen = watch(trainer)
-    trainer.train()
-    by_gap = [1, 7, 3, 6, 4, 5, 0, 2]
-    for step, batch in enumerate(seen):
-        assert {row for row, _ in batch} <= set(by_gap[: step + 1])
-    assert [row for row, _ in seen[0]] == [1, 1]
-    draws = [draw for batch in seen for draw in batch]
-    assert len(set(draws)) == len(draws) == 24
-    assert sorted(row for batch in seen[8:] for row, _ in batch) == list(range(8))
-
-
-@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.matrix) for stop in (1, 5))])
-def test_a_curriculum_that_is_resumed_walks_the_same_order_and_trajectory_to_the_bit(
-    make_trainer, scored, tmp_path, stop
-):
-    """Over accumulation, two steps to an epoch, with workers: from within an epoch and from its end."""
-    settings = {"train": scored, "curriculum_epochs": 1.5, "pair_weights": "gap", "gradient_accumulation_steps": 2}
-    settings |= {"random_crop": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 1, **SMALL}
-    runs = []
-    for name, workers in (("whole", 1), ("half", 0)):
-        settings["dataloader_num_workers"] = workers
-        trainer = make_trainer(**settings, output_dir=str(tmp_path / name))
-        seen = watch(trainer)
-        if name == "half":
-            trainer.args.max_steps = stop
-            trainer.train()
-            settings["dataloader_num_workers"] = 1
-            trainer = make_trainer(**settings, output_dir=str(tmp_path / name))
-            later = watch(trainer)
-            trainer.train(resume_from_checkpoint=True)
-            seen += later
-        else:
-            trainer.train()
-        runs.append((seen, trainer.denoiser.state_dict()))
-    assert runs[0][0] == runs[1][0] and len(runs[0][0]) == 12
-    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
-
-
-def test_batches_of_another_size_walk_the_same_order(make_trainer, scored):
-    orders = []
-    for size in (1, 4):
-        trainer = make_trainer(train=scored, curriculum_epochs=1, per_device_train_batch_size=size)
-        orders.append([seed for batch in trainer.get_train_dataloader() for seed in batch["seeds"]])
-    assert orders[0] == orders[1] and len(set(orders[0])) == 8
-
-
-def test_processes_deal_the_order_of_one(make_trainer, scored):
-    """accelerate gives batches in turn; an index that was taken again stays one."""
-    from accelerate.data_loader import BatchSamplerShard
-    from torch.utils.data import BatchSampler
-
-    trainer = make_trainer(train=scored, curriculum_epochs=2, **SMALL)
-    sampler = trainer._get_train_sampler()
-    shards = [list(BatchSamplerShard(BatchSampler(sampler, 2, False), 2, index)) for index in (0, 1)]
-    dealt = [pair for one, two in zip(*shards, strict=True) for pair in (*one, *two)]
-    assert dealt == list(sampler)
-    assert [isinstance(a, TakenAgain) for a in dealt] == [isinstance(b, TakenAgain) for b in sampler]
-
-
 def test_calibrated_scores_reach_the_batches_of_training_and_evaluation(make_trainer, scored):
     """One pair a prompt: sigma of the gap and its complement."""
     trainer = make_trainer(
@@ -144,8 +78,6 @@ def test_resuming_with_other_weights_is_refused(make_trainer, scored, tmp_path):
     ("settings", "message"),
     [
         ({"pair_weights": "gap"}, "`pair_weights` needs score columns .*train data has none"),
-        ({"curriculum_epochs": 1}, "`curriculum_epochs` needs score columns .*train data has none"),
-        ({"curriculum_epochs": 1, "pair_weights": "quality"}, "`curriculum_epochs` needs score columns"),
         ({"pair_weights": "agreement"}, r"reads the columns \['chosen_scores', 'rejected_scores'\]"),
     ],
 )
@@ -156,7 +88,7 @@ def test_missing_columns_are_named(make_trainer, scored, settings, message):
 
 
 def test_streams_are_refused_by_the_trainer(make_trainer, scored):
-    for settings in ({"pair_weights": "quality"}, {"pair_weights": "gain"}, {"curriculum_epochs": 1}):
+    for settings in ({"pair_weights": "quality"}, {"pair_weights": "gain"}):
         with pytest.raises(ValueError, match="are a stream"):
             make_trainer(train=scored.to_iterable_dataset(), **settings)
 
@@ -189,40 +121,10 @@ def test_prepared_data_must_use_scores_as_the_settings_say(make_trainer, scored)
     plain = make_trainer(train=scored).train_dataset
     with pytest.raises(ValueError, match="no weights of pairs, and .*`pair_weights` 'gap'"):
         make_trainer(train=plain, pair_weights="gap")
-    with pytest.raises(ValueError, match="`curriculum_epochs` goes by scores, and the prepared"):
-        make_trainer(train=plain, curriculum_epochs=1)
     with pytest.raises(ValueError, match="The loss reads scores, and the prepared train data have none"):
         make_trainer(train=plain, loss_type="smpo")
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"aspect_ratio_buckets": True}, "a batch has one size"),
-        ({"precompute_ref_errors": True}, "`precompute_ref_errors` has no errors"),
-        ({"train_sampling_strategy": "sequential"}, "shuffles the pairs"),
-    ],
-)
-def test_a_curriculum_that_cannot_act_is_refused_with_the_reason(make_args, settings, reason):
-    with pytest.raises(ValueError, match=f"`curriculum_epochs=1` cannot act: .*{reason}"):
-        make_args(curriculum_epochs=1, **settings)
 
 
 def test_calibrated_scores_that_nothing_reads_warn(make_args):
     with pytest.warns(UserWarning, match="`calibrated_scores` has no effect"):
         make_args(calibrated_scores=True, pair_weights="agreement")
-
-
-def test_a_training_that_ends_before_all_pairs_have_entered_says_so(make_trainer, scored, caplog):
-    with caplog.at_level(logging.WARNING):
-        make_trainer(train=scored, curriculum_epochs=2, max_steps=3, **SMALL)
-    assert "`curriculum_epochs=2`, and training takes 0.75 epochs" in caplog.text
-
-
-def test_with_encoded_pairs_a_pair_that_is_taken_again_has_other_noise_and_flips(make_trainer, scored, tmp_path):
-    trainer = make_trainer(
-        train=scored, curriculum_epochs=4, precompute_latents=True, latent_cache_dir=str(tmp_path / "cache")
-    )
-    again = [trainer.train_dataset[TakenAgain(1, times)] for times in range(1, 9)]
-    assert len({item["seed"] for item in again}) == 8
-    assert len({tuple(item["moments"].flatten().tolist()) for item in again}) == 2  # as it is, and mirrored

@@ -178,21 +178,6 @@ class Repeated(int):
     """The index of a pair that fills up a batch: an evaluation does not count it."""
 
 
-class TakenAgain(int):
-    """The index of a pair that an epoch has taken so many `times` before: its random numbers are others."""
-
-    times: int
-
-    def __new__(cls, pair: int, times: int) -> TakenAgain:
-        made = super().__new__(cls, pair)
-        made.times = times
-        return made
-
-    def __reduce__(self) -> tuple[type[TakenAgain], tuple[int, int]]:
-        """For DataLoader workers, which receive indices pickled."""
-        return TakenAgain, (int(self), self.times)
-
-
 class BucketSampler(Sampler[int]):
     """An order of pairs in which every `group` consecutive ones have one size, so that all processes' batches of a step
     have. Pairs are shuffled, dealt to their buckets in that order, and a group comes where its first pair came. The

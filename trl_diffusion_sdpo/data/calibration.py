@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..losses import calibrated_scores
-from .contents import checksum_of_values
-from .images import UndecodableImageError
+from .images import UndecodableImageError, decode_image
 from .pairs import PreferenceDataset
+from .sources import PairSource
 
 COMPARED_AT_ONCE = 1 << 22  # images of groups with one another
 
@@ -36,19 +36,16 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     return found[images].reshape(-1, 2)
 
 
-def _prompt_numbers(source: Any, rows: np.ndarray) -> np.ndarray:
-    """A number for the prompt of each of some rows, equal for equal ones."""
-    wanted, numbers = np.zeros(len(source), dtype=bool), np.zeros(len(source), dtype=np.int64)
-    wanted[rows] = True
-    known: dict[str, int] = {}
-    for row, values in source.text_rows():
-        if wanted[row]:
-            numbers[row] = known.setdefault(source.format.prompt(values), len(known))
-    return numbers[rows]
+def _prompt_numbers(source: PairSource, rows: np.ndarray) -> np.ndarray:
+    """Return a number for the prompt of each of some rows, equal for equal ones."""
+    different, places = np.unique(rows, return_inverse=True)
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(prompt, len(numbers)) for prompt in source.prompts_of_rows(different)]
+    return np.array(codes, dtype=np.int64)[places.reshape(-1)]
 
 
 def _different_images(
-    source: Any, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
+    source: PairSource, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The number of each image among the different ones, and of those the prompts and the scores.
 
@@ -68,8 +65,9 @@ def _different_images(
     return found, np.array([key[0] for key in numbers]), np.array([key[1] for key in numbers], dtype=np.float64)
 
 
-def _content(source: Any, row: int, image: int) -> str:
+def _content(source: PairSource, row: int, image: int) -> str:
     try:
-        return checksum_of_values([[source.images(row)[image]]])
+        decoded = decode_image(source.images(row)[image])
     except (UndecodableImageError, IndexError):
         return f"unreadable image {image} of row {row}"
+    return f"{decoded.size} {hashlib.sha256(decoded.tobytes()).hexdigest()}"

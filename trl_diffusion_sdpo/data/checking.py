@@ -173,7 +173,7 @@ def problems_of_images(
     for row, image in ((0, 1), (2, 3)):
         np.maximum.at(needed, index[:, row], index[:, image] + 1)
     rows = np.flatnonzero(needed)
-    if num_proc is None and source.fork_safe and forks_by_default() and len(rows) >= FEW_ROWS:
+    if num_proc is None and forks_by_default() and len(rows) >= FEW_ROWS:
         num_proc = usable_cores(peers.count)
 
     def problems(chunk: np.ndarray) -> dict[SourceImage, str]:

@@ -25,7 +25,7 @@ from .columns import (
 logger = logging.getLogger(__name__)
 
 # (kind of drop, row, reason, amount): counts the drop, or raises
-Reject = Callable[[str, int, str, int], None]
+Reject = Callable[[str, int, str, int], object]
 
 ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "images judged equal"
 
@@ -135,6 +135,10 @@ class PreferenceFormat:
         if not isinstance(value, str):
             name = f"`{columns[0]}`" if self.prompt_of_each_image else "the prompt"
             raise ValueError(f"{name} must be a string, got {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt has half a character (a lone surrogate) at {error.start}") from error
         return value
 
     def prompts(self, row: Mapping[str, Any]) -> list[str]:

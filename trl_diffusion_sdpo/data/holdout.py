@@ -1,23 +1,18 @@
-"""What prompts decide: which rows are held out for evaluation, and which pairs' winners can be another's loser."""
+"""Splits of data sets by prompt, so that no prompt of the training rows is evaluated."""
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from textwrap import shorten
-from typing import Any
 
 import datasets
 import numpy as np
-import torch
 
-from .derangement import derangement, most_common
 from .formats import resolve_format
 
 logger = logging.getLogger(__name__)
 
 Split = tuple[datasets.Dataset, datasets.Dataset]
-LOSERS = 3  # ends the key of the permutations' random numbers; those of pairs have no fourth part
 
 
 def hold_out(dataset: datasets.Dataset, size: float, *, seed: int, dataset_format: str | None = None) -> Split:
@@ -95,57 +90,3 @@ def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str 
             except ValueError:
                 prompts.append(None)
     return prompts
-
-
-class PermutedLosers:
-    """Which pair's winner is the loser of each pair in each epoch: a permutation of all pairs of a data set, by which
-    none gets an image of its own prompt. It depends on the seed and the epoch alone.
-
-    Args:
-        prompts (`np.ndarray` of shape `(P,)`): Equal for pairs of one prompt, none of which has more than half of them.
-        images (`np.ndarray` of shape `(P, 2)`): Row and image of each pair's winner in the source.
-        seed (`int`): Of the permutations.
-    """
-
-    def __init__(self, prompts: np.ndarray, images: np.ndarray, seed: int) -> None:
-        self.images, self._prompts, self._seed, self._kept = images, prompts, seed, (-1, prompts)
-        self.bad = torch.zeros(len(prompts), dtype=torch.uint8).share_memory_()  # winners that cannot be read
-
-    @classmethod
-    def of(cls, source: Any, index: np.ndarray, seed: int, name: str) -> "PermutedLosers":
-        """Those of an index `(P, 4)` of a source; `name` is that of the data in messages.
-
-        Raises:
-            ValueError: If a prompt has more than half of the pairs: then some would have a loser of their own prompt.
-        """
-        rows, place = np.unique(index[:, 0], return_inverse=True)
-        prompts = source.prompt_digests(rows)[place.reshape(-1)]
-        pair, count = most_common(prompts) if len(index) else (0, 0)
-        if 2 * count > len(index):
-            prompt = shorten(source.prompt(int(index[pair, 0])), 60, placeholder="…")
-            raise ValueError(
-                "`losers='permute'` gives every image a loser of another prompt, so that no prompt may have more than "
-                f"half of the images. In the {name} data {prompt!r} has {count} of {len(index)}. Add images of other "
-                "prompts, or leave some of these out."
-            )
-        return cls(prompts, index[:, :2], seed)
-
-    def afresh(self) -> "PermutedLosers":
-        """The same, where nothing is known to be unreadable."""
-        return PermutedLosers(self._prompts, self.images, self._seed)
-
-    def candidates(self, pair: int, epoch: int) -> Iterator[int]:
-        """The pair whose winner a pair gets, and those that take its place where that cannot be read: the next ones of
-        another prompt, whichever process reads it first."""
-        kept, given = self._kept
-        if kept != epoch:
-            given = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])
-            self._kept = epoch, given
-        first, pairs = int(given[pair]), len(given)
-        for loser in chain(range(first, pairs), range(first)):
-            if self._prompts[loser] != self._prompts[pair] and not self.bad[loser]:
-                yield loser
-
-    def of_pair(self, pair: int, epoch: int) -> int | None:
-        """The first of the [`candidates`]; `None` where there is none."""
-        return next(self.candidates(pair, epoch), None)

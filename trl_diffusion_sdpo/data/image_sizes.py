@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import datasets
@@ -17,7 +16,6 @@ from .buckets import AspectRatioBuckets, PairSizes
 from .checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
 from .formats import images_of_row
 from .images import ImageReader, UndecodableImageError
-from .tables import ArrowSource, RowSource
 from .transforms import Size
 
 STRONG_CROP = 0.25  # share of an image's area; pairs that lose more are counted
@@ -106,7 +104,7 @@ def read_sizes(source: Any, index: np.ndarray, reader: ImageReader, num_proc: in
     """
     rows = np.unique(index[:, [0, 2]])
     share = np.array_split(rows, peers.count)[peers.index]
-    if num_proc is None and source.fork_safe and forks_by_default() and len(share) >= FEW_HEADERS:
+    if num_proc is None and forks_by_default() and len(share) >= FEW_HEADERS:
         num_proc = usable_cores(peers.count)
     nothing = np.zeros(0, dtype=np.int64), np.zeros((0, 2), dtype=np.int32)
     gathered = peers.gather_results(
@@ -127,14 +125,6 @@ def _sizes_of(
     source: Any, rows: np.ndarray, reader: ImageReader, num_proc: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Number of images of each row `(R,)`, and the `(height, width)` of one after another; zeros if unreadable."""
-    if isinstance(source, RowSource):
-        read = source.map_images(partial(_size, reader), rows, num_proc, SIZES_READ)
-        of_rows = [[] if isinstance(sizes, str) else sizes for sizes in read]
-        counts = np.array([len(sizes) for sizes in of_rows], dtype=np.int64)
-        return counts, np.array(list(chain(*of_rows)), dtype=np.int32).reshape(-1, 2)
-    if not isinstance(source, ArrowSource):  # a mixture
-        parts = [_sizes_of(part, own, reader, num_proc) for part, own in source.split(rows) if len(own)]
-        return np.concatenate([counts for counts, _ in parts]), np.concatenate([sizes for _, sizes in parts])
     found = source.map_images(
         _size_table, rows, reader, datasets.Value("int32"), num_proc=num_proc, batch_size=1000, desc=SIZES_READ
     )
@@ -176,19 +166,23 @@ def _size(reader: ImageReader, image: Any) -> tuple[int, int]:
 
 
 def _size_table(table: pa.Table, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list]:
-    rows = zip(*(map(_value, table.column(name)) for name in columns), strict=True)
-    images_of_rows = (images_of_row(dict(zip(columns, row, strict=True)), columns, in_list) for row in rows)
-    return {"found": [[side for image in images for side in _size(reader, image)] for images in images_of_rows]}
+    values = [[value for chunk in table.column(name).chunks for value in _views(chunk)] for name in columns]
+    rows = (images_of_row(dict(zip(columns, row, strict=True)), columns, in_list) for row in zip(*values, strict=True))
+    return {"found": [[side for image in images for side in _size(reader, image)] for images in rows]}
 
 
-def _value(scalar: pa.Scalar) -> Any:
-    """Return an Arrow value as Python's. Bytes are a view of its memory: `as_py` would read all of a mapped file."""
-    if not scalar.is_valid:
-        return None
-    if pa.types.is_struct(scalar.type):
-        return {name: _value(field) for name, field in scalar.items()}
-    if pa.types.is_list(scalar.type) or pa.types.is_large_list(scalar.type):
-        return [_value(entry) for entry in scalar.values]
-    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-        return memoryview(scalar.as_buffer())
-    return scalar.as_py()
+def _views(array: pa.Array) -> list[Any]:
+    """Values of an Arrow array as Python's, with bytes as views of its memory: `to_pylist` would copy them."""
+    if pa.types.is_struct(array.type):
+        names, fields = [field.name for field in array.type], map(_views, array.flatten())
+        return [dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True)]
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        values = iter(_views(array.flatten()))
+        return [list(islice(values, length or 0)) for length in array.value_lengths().to_pylist()]
+    if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, np.int32 if pa.types.is_binary(array.type) else np.int64)
+        view, spans = memoryview(data or b""), pairwise(ends[array.offset : array.offset + len(array) + 1].tolist())
+        known = array.is_valid().to_pylist()
+        return [view[start:end] if valid else None for (start, end), valid in zip(spans, known, strict=True)]
+    return array.to_pylist()

@@ -18,6 +18,7 @@ from .pairs import PreferenceDataset
 
 logger = logging.getLogger(__name__)
 
+MOST_OF_ALL = 0.5  # share of all weight that no single pair should have
 SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists, a number by each scorer
 NOT_FOR_STREAMS = (
     "`{name}` needs the scores or weights of all pairs before the first batch, and the {data} data are a stream: the "
@@ -33,14 +34,12 @@ class ScoreSettings:
     Args:
         pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or a column.
         calibrated (`bool`): Whether calibrated scores take the place of those of the score columns.
-        curriculum (`bool`): Whether the order of the pairs follows the gaps of their scores.
         sorts_by_scores (`bool`): Whether the loss reads scores, and takes the image with the higher one as the winner.
         in_unit_range (`bool`): Whether the loss takes scores for shares of wins, in `[0, 1]`.
     """
 
     pair_weights: str | None = None
     calibrated: bool = False
-    curriculum: bool = False
     sorts_by_scores: bool = False
     in_unit_range: bool = False
 
@@ -58,7 +57,7 @@ class ScoreSettings:
     def reads_gaps(self) -> bool:
         """Whether the gaps of the score columns are read."""
         known = None if self.pair_weights is None else WEIGHT_FUNCTIONS.get(self.pair_weights)
-        return self.curriculum or (known is not None and not known.several_scorers)
+        return known is not None and not known.several_scorers
 
     @property
     def weighed_by(self) -> str | None:
@@ -82,9 +81,9 @@ class ScoreSettings:
     @property
     def needs_all_pairs(self) -> str:
         """The first setting that needs the scores of all pairs; empty where none does."""
-        names = ("pair_weights", "calibrated_scores", "curriculum_epochs")
-        used = zip(names, (self.pair_weights, self.calibrates, self.curriculum), strict=True)
-        return next((name for name, value in used if value), "")
+        if self.pair_weights:
+            return "pair_weights"
+        return "calibrated_scores" if self.calibrates else ""
 
     def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
         """Compute calibrated scores and weights, and let the data set's items carry them. All processes must call it.
@@ -122,10 +121,10 @@ class ScoreSettings:
             )
         if training:  # evaluation data come by at every evaluation
             self._warn_of_range(dataset)
-        if (self.curriculum or self.sorts_by_scores) and not dataset.has_scores:
-            what = "`curriculum_epochs` goes by scores" if self.curriculum else "The loss reads scores"
+        if self.sorts_by_scores and not dataset.has_scores:
             raise ValueError(
-                f"{what}, and the prepared {name} data have none. Pass the data set that they were prepared from."
+                f"The loss reads scores, and the prepared {name} data have none. Pass the data set that they were "
+                "prepared from."
             )
 
     def _warn_of_range(self, dataset: Any) -> None:
@@ -153,10 +152,9 @@ class ScoreSettings:
         assert dataset.scores is not None
         gaps, pairs = self.gaps(dataset), len(dataset)
         if gaps.min() == gaps.max():
-            name = "curriculum_epochs" if self.curriculum else "pair_weights"
             raise ValueError(
-                f"`{name}` goes by the gaps of the scores, and all {pairs} pairs of the {dataset.report.name} data "
-                f"have the gap {float(gaps.max()):g}. Score the images by what tells them apart, or leave it out."
+                f"`pair_weights` goes by the gaps of the scores, and all {pairs} pairs of the {dataset.report.name} "
+                f"data have the gap {float(gaps.max()):g}. Score the images by what tells them apart, or leave it out."
             )
         contradicted = int((dataset.scores[:, 0] < dataset.scores[:, 1]).sum())
         if contradicted:
@@ -180,6 +178,13 @@ class ScoreSettings:
             raise ValueError(
                 f"`pair_weights={self.pair_weights!r}` is 0 for all {len(weights)} pairs of the {dataset.report.name} "
                 "data: none is left. Choose other weights, or for `gain` scores of a smaller scale."
+            )
+        largest = float(weights.max() / weights.sum())
+        if largest > MOST_OF_ALL and len(weights) > 2:
+            logger.warning(
+                "`pair_weights=%r` gives one of %d pairs of the %s data %.0f %% of all weight: training is about this "
+                "pair alone. Check its scores.",
+                *(self.pair_weights, len(weights), dataset.report.name, 100 * largest),
             )
         if weights.min() == weights.max():
             logger.warning("`pair_weights=%r` has no effect: all pairs have the same weight.", self.pair_weights)

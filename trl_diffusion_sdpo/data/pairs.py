@@ -1,26 +1,33 @@
-"""Makes training pairs out of any preference set: an index over the label columns, built without reading an image, and
-torch data sets that read, check and transform the images."""
+"""Makes training pairs out of any preference set: an index over the label columns, and a torch data set that reads,
+checks and transforms the images."""
+
+from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
 
-from .buckets import AspectRatioBuckets
-from .checking import ALONE, COUNTS, DataReport, Peers, parse_verify_images
+from . import checking
+from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
+from .checking import ALONE, COUNTS, HOW_TO_DROP, BadDataError, DataReport, Peers, SourceImage, evenly_spaced
 from .columns import numbers_of_rows
 from .formats import FORMATS
-from .image_sizes import ENLARGED
-from .images import SCHEMES, ImageReader, parse_schemes
-from .map_style import PreferenceDataset
-from .mixture import MixedSource, PairMixture, Source
+from .image_sizes import ENLARGED, settle_sizes
+from .images import SCHEMES, ImageReader, UndecodableImageError, parse_schemes
+from .index import PairTable
+from .permuted_losers import PermutedLosers
+from .sources import PairMixture, PairSource, make_source, pairs_fingerprint
 from .streaming import PreferenceIterableDataset, Stream
-from .tables import make_source
-from .transforms import ItemMaker, PairTransform
+from .transforms import Encoded, ItemMaker, PairDraws, PairTransform, Size, check_reference_errors
 
-__all__ = ["COUNTS", "DataReport", "PairMixture", "PreferenceDataset", "PreferenceIterableDataset"]
+__all__ = ["COUNTS", "DataReport", "PairMixture", "PairOptions", "PreferenceDataset", "PreferenceIterableDataset"]
 __all__ += ["prepare_dataset"]
 
 logger = logging.getLogger(__name__)
@@ -30,40 +37,16 @@ WITHOUT_MEAN = (
     "mean, and the {name} data are a stream, which has none before it ends. Load them without `streaming=True`, or "
     "leave it out."
 )
-TABLES = (datasets.Dataset, datasets.IterableDataset)
 
 
-def prepare_dataset(
-    dataset: Any,
-    *,
-    transform: PairTransform,
-    prompt_dropout: float = 0.0,
-    seed: int = 42,
-    dataset_format: str | None = None,
-    on_bad_row: str = "drop",
-    verify_images: str | bool = "sample",
-    num_proc: int | None = None,
-    image_schemes: str | Sequence[str] | None = None,
-    buckets: AspectRatioBuckets | None = None,
-    min_side: int | None = None,
-    peers: Peers = ALONE,
-    compare: bool = True,
-    training: bool = True,
-    repeat: bool = False,
-    use_scores: bool = True,
-    swap_labels: bool = False,
-    number_columns: Sequence[str] = (),
-    losers: str = "data",
-    name: str = "train",
-) -> "PreferenceDataset | PreferenceIterableDataset":
-    """A torch data set of pairs from any preference set.
+@dataclass(frozen=True)
+class PairOptions:
+    """How a preference set becomes pairs.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`, map-style torch data set or sequence of dicts):
-            In one of `FORMATS`. Or several as a [`PairMixture`], or as a list, which is one without weights.
         transform (`PairTransform`): How images become pixels.
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
-        seed (`int`, not negative): Seed of every random draw.
+        seed (`int`, not negative): Seed of all random draws.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
         on_bad_row (`str`): `"drop"` leaves bad prompts, bad labels and undecodable images out and counts them;
             `"raise"` stops at the first. Ties are not bad rows: they are left out and counted either way.
@@ -77,18 +60,86 @@ def prepare_dataset(
         buckets ([`AspectRatioBuckets`], *optional*): Sizes that pairs are trained at by their aspect ratios, in place
             of the transform's. The header of every image is read for it, which `datasets` caches.
         min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are left out and counted.
-        peers (`Peers`): The processes that prepare the same data at the same time, and divide the check.
         compare (`bool`): Whether to refuse data whose checked pairs have identical images.
         training (`bool`): `False` center-crops, never flips, keeps prompts and ignores the epoch.
         repeat (`bool`): Whether a stream restarts when it ends, each time with new draws and, if it is shuffled, in a
-            new order; training, and resuming, then continue across its end. No effect on map-style sets.
-        use_scores (`bool`): Whether to read score columns where present; a row without a score is then a bad row.
+            new order. It has no effect on map-style sets.
+        use_scores (`bool`): Whether to read score columns if there are any; a row without a score is then a bad row.
         swap_labels (`bool`): Whether the published loser of a pair is its winner from here on, for all that reads it.
         number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers; a row without is a
             bad row.
         losers (`str`): `"data"`, those of the data; or `"permute"`, in place of each the winner of a pair of another
             prompt, by a permutation that depends on the seed and the epoch alone.
+    """
+
+    transform: PairTransform
+    prompt_dropout: float = 0.0
+    seed: int = 42
+    dataset_format: str | None = None
+    on_bad_row: str = "drop"
+    verify_images: str | bool = "sample"
+    num_proc: int | None = None
+    image_schemes: str | Sequence[str] | None = None
+    buckets: AspectRatioBuckets | None = None
+    min_side: int | None = None
+    compare: bool = True
+    training: bool = True
+    repeat: bool = False
+    use_scores: bool = True
+    swap_labels: bool = False
+    number_columns: Sequence[str] = ()
+    losers: str = "data"
+
+    def __post_init__(self) -> None:
+        if self.on_bad_row not in ("drop", "raise"):
+            raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {self.on_bad_row!r}.')
+        if self.losers not in ("data", "permute"):
+            raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
+        object.__setattr__(self, "verify_images", checking.parse_verify_images(self.verify_images))
+        object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
+        if self.permutes and self.buckets is not None:
+            raise ValueError(
+                "`losers='permute'` cannot act: `aspect_ratio_buckets` train a pair at the winner's size, to which a "
+                "loser of another aspect ratio would be cropped more than winners ever are. Leave the buckets off."
+            )
+        if self.permutes and self.swap_labels:
+            raise ValueError(
+                "`losers='permute'` cannot act: `swap_labels` would make the image of another prompt the winner. Leave "
+                "it off."
+            )
+
+    @property
+    def permutes(self) -> bool:
+        """Whether losers are the winners of other pairs."""
+        return self.losers == "permute"
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the size of every image is read before the first batch."""
+        return self.buckets is not None or self.min_side is not None
+
+    @cached_property
+    def reader(self) -> ImageReader:
+        """What opens and decodes images."""
+        return ImageReader((*SCHEMES, *(self.image_schemes or ())))
+
+    @property
+    def maker(self) -> ItemMaker:
+        """What makes items of decoded images."""
+        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training)
+
+
+def prepare_dataset(
+    dataset: Any, options: PairOptions | None = None, *, name: str = "train", peers: Peers = ALONE, **settings: Any
+) -> PreferenceDataset | PreferenceIterableDataset:
+    """Return a torch data set of pairs from any preference set.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): In one of `FORMATS`. Or several as a
+            [`PairMixture`], or as a list, which is one without weights.
+        options ([`PairOptions`], *optional*): How it becomes pairs; made of `settings` by default.
         name (`str`): Name of the set in messages.
+        peers (`Peers`): The processes that prepare the same data at the same time, and divide the check.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
@@ -96,151 +147,484 @@ def prepare_dataset(
     Raises:
         ValueError: If an argument, the kind of data set or its columns are not accepted, or if no pair remains.
     """
-    verify, reader = parse_verify_images(verify_images), ImageReader((*SCHEMES, *parse_schemes(image_schemes)))
-    strict, maker = on_bad_row == "raise", ItemMaker(transform, prompt_dropout, seed, training)
-    dataset, is_stream = _recognized(dataset)
-    permutes = _check_losers(losers, is_stream=is_stream, buckets=buckets, swap_labels=swap_labels)
-    reads = {"verifies": verify == "all", "reads_sizes": buckets is not None or min_side is not None}
-    _check_reading(on_bad_row, is_stream, num_proc, name, **reads)
-    if is_stream:
-        _refuse_number_columns(number_columns, name)
-        options: dict[str, Any] = {"strict": strict, "repeat": repeat, "compare": compare}
-        streams, weights = _streams(dataset, dataset_format, name, use_scores, swap_labels)
-        return PreferenceIterableDataset(streams, maker, reader, weights=weights, name=name, **options)
-    source = _source(dataset, dataset_format, name, use_scores, swap_labels, number_columns)
-    _refuse_without_losers([source], name, permutes=permutes)
-    prepared = PreferenceDataset(source, maker, reader, strict=strict, name=name, permutes=permutes)
-    _drop_bad_numbers(prepared, number_columns)
-    _check_images(prepared, verify, buckets, min_side, num_proc, peers, compare)
-    return prepared
-
-
-def _recognized(dataset: Any) -> tuple[Any, bool]:
-    """A data set, several in a list as a mixture, and whether it is a stream."""
-    if isinstance(dataset, list | tuple) and dataset and isinstance(dataset[0], TABLES):
-        dataset = PairMixture(dataset)
+    options = PairOptions(**settings) if options is None else options
+    if isinstance(dataset, list | tuple) and dataset:
+        if isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset):
+            dataset = PairMixture(dataset)
     is_mixture = isinstance(dataset, PairMixture)
-    return dataset, dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
-
-
-def _check_reading(
-    on_bad_row: str, is_stream: bool, num_proc: int | None, name: str, *, verifies: bool, reads_sizes: bool
-) -> None:
-    if on_bad_row not in ("drop", "raise"):
-        raise ValueError(f'`on_bad_row` must be "drop" or "raise", got {on_bad_row!r}.')
-    if num_proc is not None and (is_stream or not (verifies or reads_sizes)):
+    is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
+    if options.num_proc is not None and (is_stream or not (options.verify_images == "all" or options.reads_sizes)):
         logger.warning(
             "`num_proc=%s` has no effect: it is for checks of all images of a map-style set, or of their sizes.",
-            num_proc,
+            options.num_proc,
         )
-    if is_stream and reads_sizes:
-        raise ValueError(
-            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
-            f"{name} data are a stream, which has none. Load them without `streaming=True`, or leave both out."
-        )
+    if is_stream:
+        return _prepare_stream(dataset, options, name)
 
-
-def _check_images(
-    prepared: PreferenceDataset,
-    verify: str,
-    buckets: AspectRatioBuckets | None,
-    min_side: int | None,
-    num_proc: int | None,
-    peers: Peers,
-    compare: bool,
-) -> None:
-    """Check all images and their sizes as asked for, draw the losers of pairs none of which is left out any more, and
-    check a sample; then log the report."""
-    if verify == "all":
-        prepared.check_all(num_proc, peers)
-    if buckets is not None or min_side is not None:
-        prepared.settle_sizes(buckets, min_side, num_proc, peers)
-    if prepared.is_permuted:
-        prepared.permute_losers()
-    if verify != "none" and len(prepared):
-        prepared.check_sample(peers, compare=compare)
-    _log_report(prepared.report)
-
-
-def _refuse_number_columns(number_columns: Sequence[str], name: str) -> None:
-    if number_columns:
-        raise ValueError(WITHOUT_MEAN.format(columns=list(number_columns), name=name))
-
-
-def _drop_bad_numbers(prepared: PreferenceDataset, number_columns: Sequence[str]) -> None:
-    source, _ = prepared.origins()
-    for column in number_columns:
+    source = make_source(
+        dataset,
+        options.dataset_format,
+        name,
+        use_scores=options.use_scores,
+        is_swapped=options.swap_labels,
+        number_columns=options.number_columns,
+    )
+    if not options.permutes and not source.has_losers:
+        raise ValueError(_without_losers(name))
+    prepared = PreferenceDataset.of(source, options, name)
+    for column in options.number_columns:
         prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
-
-
-def _check_losers(losers: str, *, is_stream: bool, buckets: AspectRatioBuckets | None, swap_labels: bool) -> bool:
-    """Whether losers are permuted; `ValueError` where they cannot be."""
-    if losers not in ("data", "permute"):
-        raise ValueError(f'`losers` must be "data" or "permute", got {losers!r}.')
-    reasons = {
-        "the data are a stream, of which a row knows only the rows of its buffer, and losers would depend on what was "
-        "read. Load them without `streaming=True`": is_stream,
-        "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "
-        "cropped more than winners ever are. Leave the buckets off": buckets is not None,
-        "`swap_labels` would make the image of another prompt the winner. Leave it off": swap_labels,
-    }
-    for reason, holds in reasons.items():
-        if losers == "permute" and holds:
-            raise ValueError(f"`losers='permute'` cannot act: {reason}.")
-    return losers == "permute"
-
-
-def _refuse_without_losers(parts: Sequence[Any], name: str, *, permutes: bool) -> None:
-    if not permutes and not all(part.format.has_losers for part in parts):
-        others = "\n".join(f"  {known.describe()}" for known in FORMATS.values() if known.has_losers)
-        raise ValueError(
-            f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, where "
-            "the loser of an image is that of another caption, or rename columns so that they match one of:\n" + others
-        )
-
-
-def _log_report(report: DataReport) -> None:
+    if options.verify_images == "all":
+        prepared.check_all(options.num_proc, peers)
+    if options.reads_sizes:
+        prepared.settle_sizes(options.buckets, options.min_side, options.num_proc, peers)
+    if options.permutes:
+        prepared.permute_losers()
+    if options.verify_images != "none" and len(prepared):
+        prepared.check_sample(peers, compare=options.compare)
+    report = prepared.report
     if not report.pairs:
         raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
     noteworthy = report.dropped or any(note.startswith(ENLARGED) for note in report.notes)
     logger.log(logging.WARNING if noteworthy else logging.INFO, "%s", report)
+    return prepared
 
 
-def _streams(
-    dataset: Any, dataset_format: str | None, name: str, use_scores: bool, swap_labels: bool
-) -> tuple[list[Stream], Sequence[float] | None]:
-    parts = [
-        Stream(part, part_format, part_name, use_scores)
-        for _, part, part_format, part_name in _parts(dataset, dataset_format, name)
+def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
+    if options.permutes:
+        raise ValueError(
+            "`losers='permute'` cannot act: the data are a stream, of which a row knows only the rows of its buffer, "
+            "and losers would depend on what was read. Load them without `streaming=True`."
+        )
+    if options.reads_sizes:
+        raise ValueError(
+            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
+            f"{name} data are a stream, which has none. Load them without `streaming=True`, or leave both out."
+        )
+    if options.number_columns:
+        raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
+    listed, weights = [(name, dataset, options.dataset_format)], None
+    if isinstance(dataset, PairMixture):
+        listed, weights = list(dataset.named_parts(options.dataset_format, name)), dataset.weights
+    streams = [
+        Stream(part, part_format, part_name, use_scores=options.use_scores, is_swapped=options.swap_labels)
+        for part_name, part, part_format in listed
     ]
-    _refuse_without_losers(parts, name, permutes=False)  # which streams cannot
-    for stream in parts:
-        stream.format = replace(stream.format, is_swapped=swap_labels)
-    return parts, dataset.weights if isinstance(dataset, PairMixture) else None
+    if not all(stream.format.has_losers for stream in streams):
+        raise ValueError(_without_losers(name))
+    return PreferenceIterableDataset(streams, options, weights=weights, name=name)
 
 
-def _source(
-    dataset: Any,
-    dataset_format: str | None,
-    name: str,
-    use_scores: bool,
-    swap_labels: bool,
-    number_columns: Sequence[str],
-) -> Source:
-    parts = {
-        label: make_source(part, part_format, part_name, use_scores, number_columns)
-        for label, part, part_format, part_name in _parts(dataset, dataset_format, name)
-    }
-    for source in parts.values():
-        source.format = replace(source.format, is_swapped=swap_labels)
-    return MixedSource(parts, dataset.weights) if isinstance(dataset, PairMixture) else parts[name]
+def _without_losers(name: str) -> str:
+    others = "\n".join(f"  {known.describe()}" for known in FORMATS.values() if known.has_losers)
+    return (
+        f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, where "
+        "the loser of an image is that of another caption, or rename columns so that they match one of:\n" + others
+    )
 
 
-def _parts(dataset: Any, dataset_format: str | None, name: str) -> list[tuple[str, Any, str | None, str]]:
-    """A data set, or each of a mixture's: its label, its rows, its format as given, and its name in messages."""
-    if not isinstance(dataset, PairMixture):
-        return [(name, dataset, dataset_format, name)]
-    return [
-        (label, part, dataset.format_of(number, dataset_format), f"{name} ({label})")
-        for number, (label, part) in enumerate(dataset.parts.items())
-    ]
+class PreferenceDataset(Dataset):
+    """Map-style pairs: a view on a source data set, made by [`prepare_dataset`].
+
+    Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
+    dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
+    and timestep) and `row` (the pair's number). If losers have their own prompts there is `loser_prompt`; if the source
+    has score columns, `scores`; if pairs have weights, `pair_weight`; if a reference's errors were computed before,
+    `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). Encoded pairs have `moments` and `target_size` in
+    place of `pixel_values`, and the prompts' `conditioning` and `loser_conditioning`. With aspect ratio buckets H and W
+    are those of `target_size(row)`, and `repeated` says whether the pair fills up a batch.
+
+    An item is a pure function of (seed, epoch, row). If losers are permuted, it also depends on all prompts. A pair
+    that cannot be decoded is replaced by the next one that can (of its bucket, if there is one), whichever process
+    reads it first. Encoded pairs and errors of a reference belong to the size of their own bucket: if a bucket has no
+    good pair, all its pairs are replaced by those of one other.
+
+    Args:
+        source ([`PairSource`]): Prompts and images.
+        pairs ([`PairTable`]): All that is known about the pairs, one row a pair.
+        options ([`PairOptions`]): How the pairs were made.
+        maker ([`ItemMaker`]): Makes items, and holds the epoch.
+        report ([`DataReport`]): Counts of what was dropped so far.
+        losers ([`PermutedLosers`], *optional*): Which pair's winner is the loser of each pair.
+        encoded ([`Encoded`], *optional*): Moments and conditioning, in place of images.
+        undecodable (`torch.Tensor` of shape `(P,)`, *optional*): Pairs that cannot be decoded, shared with workers.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        pairs: PairTable,
+        options: PairOptions,
+        maker: ItemMaker,
+        report: DataReport,
+        losers: PermutedLosers | None = None,
+        encoded: Encoded | None = None,
+        undecodable: torch.Tensor | None = None,
+    ) -> None:
+        self._source, self._pairs, self._options, self._maker = source, pairs, options, maker
+        self._report, self._losers, self._encoded, self._reader = report, losers, encoded, options.reader
+        self._undecodable = torch.zeros(len(pairs), dtype=torch.uint8) if undecodable is None else undecodable
+        self._undecodable.share_memory_()
+        self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
+        self.is_swapped = source.is_swapped  # whether the published losers are the winners
+        self.is_permuted = options.permutes  # whether losers are the winners of other pairs
+        self.has_loser_prompts = source.prompt_of_each_image and not options.permutes
+
+    @classmethod
+    def of(cls, source: PairSource, options: PairOptions, name: str) -> PreferenceDataset:
+        """Return all pairs of a source. Its labels are read, and no image."""
+        report = DataReport(name, source.format_name, rows=len(source), is_swapped=source.is_swapped)
+        report.is_permuted = options.permutes
+        strict = options.on_bad_row == "raise"
+        pairs = source.pairs(lambda *drop: checking.reject(report, strict, *drop))
+        if options.permutes:  # an index of the winners alone
+            pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
+        return cls(source, pairs, options, options.maker, report)
+
+    def _with(self, **changed: Any) -> PreferenceDataset:
+        """Return a data set of the same source with other arguments of the constructor."""
+        arguments = {
+            "pairs": self._pairs,
+            "options": self._options,
+            "maker": self._maker,
+            "report": self._report,
+            "losers": self._losers,
+            "encoded": self._encoded,
+            "undecodable": self._undecodable,
+        }
+        return PreferenceDataset(self._source, **{**arguments, **changed})
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    # ---- Reading --------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        first = range(len(self))[index]
+        is_computed = self.is_encoded or self.has_reference_errors  # at each pair's own size
+        for row in candidates(first, len(self), self.sizes, by_bucket=is_computed):
+            if self._undecodable[row]:
+                continue
+            try:
+                item = self._read(row, self.target_size(row if is_computed else first))
+            except UndecodableImageError as error:
+                self._reject_at_read(row, error)
+                continue
+            return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
+        raise BadDataError(f"No pair of the data set can be decoded.\n{self.report}")
+
+    def _read(self, row: int, target: Size) -> dict[str, Any]:
+        if self._losers is None:
+            return self._item(row, None, target)
+        for loser in self._losers.candidates(row, self._maker.draw):
+            try:
+                return self._item(row, loser, target)
+            except UndecodableImageError as error:
+                self._item(row, None, target)  # raises if it is the pair's own image
+                self._reject_at_read(loser, error, as_loser=True)
+        raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
+
+    def _item(self, row: int, loser: int | None, target: Size) -> dict[str, Any]:
+        """Return a pair, with the winner of the pair `loser` as its loser, or with its own."""
+        places = self._places(row, loser).tolist()
+        (winner_row, winner_image), (loser_row, loser_image) = places
+        prompts = [self._source.prompt(winner_row, winner_image)]
+        if self.has_loser_prompts:
+            prompts.append(self._source.prompt(loser_row, loser_image))
+        encoded = self._encoded
+
+        def read(draws: PairDraws | None, epoch: int) -> dict[str, Any]:
+            if encoded is not None:
+                return encoded.pair(row, draws, epoch, loser=loser)
+            images = {place: self._source.images(place) for place in dict.fromkeys((winner_row, loser_row))}
+            winner, lost = (self._reader.decode_at(images[place], image) for place, image in places)
+            return self._maker.transform(winner, lost, draws, target)._asdict()
+
+        item = self._maker.item_of(row, prompts, read) | self._numbers(row)
+        if encoded is not None:
+            item |= encoded.conditioning(item["prompt"])
+            if self.has_loser_prompts:
+                item["loser_conditioning"] = encoded.conditioning(item["loser_prompt"])
+        return item
+
+    def _numbers(self, row: int) -> dict[str, Any]:
+        """Return the entries of an item that are columns of the table of pairs."""
+        columns, found = self._pairs.columns, dict[str, Any]()
+        if self.scores is not None:
+            found["scores"] = tuple(self.scores[row].tolist())
+        if "weight" in columns:
+            found["pair_weight"] = float(columns["weight"][row])
+        if "ref_errors" in columns:
+            errors = torch.from_numpy(columns["ref_errors"][row, self._maker.draw])  # (T, 2)
+            if errors.isnan().any():
+                raise UndecodableImageError("has no errors of the reference: it could not be read when they were made")
+            found["ref_errors"] = errors
+        return found
+
+    def _places(self, pair: int, loser: int | None) -> np.ndarray:
+        """Rows and images of a pair's winner and of its loser, the winner of the pair `loser` or its own, `(2, 2)`."""
+        places = self._pairs.places[pair].reshape(2, 2)
+        return places if loser is None else np.stack([places[0], self._losers.images[loser]])
+
+    def _reject_at_read(self, row: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
+        rows = sorted(set(self._pairs.places[row, [0, 0 if as_loser else 2]].tolist()))
+        where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
+        if self.strict:
+            raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
+        (self._losers.bad if as_loser else self._undecodable)[row] = 1
+        logger.warning("%s: %s; the next good pair is used instead.", where, error)
+
+    # ---- What is known about the pairs ----------------------------------------------------------------------------
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether items carry scores."""
+        return self.scores is not None
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Scores of winner and loser as items carry them, `(P, 2)`; `None` without score columns."""
+        return self._pairs.columns.get("calibrated", self._pairs.columns.get("scores"))
+
+    @property
+    def score_uses(self) -> tuple[bool, str | None]:
+        """Whether scores are calibrated, and what weights of pairs were computed from; `None` without weights."""
+        return "calibrated" in self._pairs.columns, self._pairs.weighed_by
+
+    def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None, by: str | None = None) -> None:
+        """Let items carry these in place of the source's scores, `(P, 2)`, and weights of the pairs, `(P,)`."""
+        weights = None if weights is None else weights.astype(np.float32)
+        self._pairs = replace(self._pairs.with_columns(calibrated=calibrated, weight=weights), weighed_by=by)
+
+    def origins(self) -> tuple[PairSource, np.ndarray]:
+        """The source, and of each pair the row and the image in it of winner and of loser, `(P, 4)`."""
+        return self._source, self._pairs.places
+
+    @property
+    def sizes(self) -> PairSizes | None:
+        """The sizes of the pairs' buckets; `None` if all pairs have the transform's."""
+        if "size" not in self._pairs.columns or self._options.buckets is None:
+            return None
+        return PairSizes(self._options.buckets.sizes, self._pairs.columns["size"])
+
+    def target_size(self, row: int) -> Size:
+        """`(height, width)` of a pair's pixels."""
+        transform = self._maker.transform
+        return (transform.height, transform.width) if self.sizes is None else self.sizes.of(row)
+
+    def prompts(self, *, of_losers: bool = True) -> set[str]:
+        """The distinct prompts of all pairs; of losers, if they have their own, only if wanted."""
+        columns = [1, 3] if of_losers else [1]
+        images = np.unique(self._pairs.places[:, columns].clip(max=1)).tolist() if self.has_loser_prompts else [0]
+        rows = np.unique(self._pairs.places[:, 0])
+        return {prompt for image in images for prompt in self._source.prompts_of_rows(rows, image)}
+
+    def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
+        """Identify these pairs; see [`pairs_fingerprint`], which runs in the first of the peers. A `thorough` one is
+        for caches, which do not depend on weights."""
+        found = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
+        if not thorough and "weight" in self._pairs.columns:
+            found["pair_weights"] = self._pairs.hash_of("weight")
+        return found if self.sizes is None else found | {"sizes": self.sizes.fingerprint()}
+
+    # ---- Checks, and what they count ------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> DataReport:
+        """The counts so far, including those of all DataLoader workers."""
+        count = int(self._undecodable.sum())
+        return replace(self._report, pairs=len(self) - count, undecodable=self._report.undecodable + count)
+
+    @property
+    def undecodable(self) -> torch.Tensor:
+        """Mask of the pairs that are in the index but could not be decoded: uint8 of shape `(P,)`, a copy."""
+        return self._undecodable.clone()
+
+    def mark_undecodable(self, mask: torch.Tensor) -> None:
+        """Add the pairs that other processes could not decode: a mask as of `undecodable`."""
+        self._undecodable |= mask
+
+    def add_note(self, note: str) -> None:
+        """Add a line to the report."""
+        self._report.notes += (note,)
+
+    def drop_bad_rows(self, reasons: Mapping[int, str]) -> None:
+        """Drop the pairs of rows whose labels cannot be used, each with the reason, and count them."""
+        rows = self._pairs.places[:, 0]
+        bad = np.isin(rows, list(reasons))
+        for row in np.unique(rows[bad]).tolist():
+            self._reject("bad_labels", row, reasons[row], 1)
+        self._keep(~bad)
+
+    def settle_sizes(
+        self, buckets: AspectRatioBuckets | None, min_side: int | None, num_proc: int | None, peers: Peers
+    ) -> None:
+        """Read the size of every image from its header, drop the pairs of those that have none or fewer pixels than
+        `min_side` along a side, and give the others the sizes of their buckets."""
+        places, targets = self._pairs.places, buckets or self.target_size(0)
+        settled = settle_sizes(self._source, places, self._reader, targets, min_side, num_proc, peers)
+        for kind, pair, reason, amount in settled.drops:
+            self._reject(kind, int(places[pair, 0]), reason, amount)
+        self._keep(settled.kept)
+        self._report.notes = settled.notes
+        if settled.sizes is not None:
+            self._pairs = self._pairs.with_columns(size=settled.sizes.numbers)
+
+    def permute_losers(self) -> None:
+        """Draw losers by [`PermutedLosers`] from now on, anew in every epoch; for evaluation those of the first."""
+        self._losers = PermutedLosers.of(self._source, self._pairs.places, self._maker.seed, self._report.name)
+
+    def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
+        """Decode a sample of evenly spaced pairs, divided among the peers. Those that fail stay in the index and are
+        replaced by the next good pair: a run resumes by position in the index, which must not depend on which files
+        could be read at its start. `ValueError` if none can be decoded or, with `compare`, all have identical images.
+        """
+        sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS).tolist()
+        losers = [None if self._losers is None else self._losers.of_pair(pair, self._maker.draw) for pair in sample]
+        places = [self._places(*pair) for pair in zip(sample, losers, strict=True)]
+        checked = checking.check_pairs(self._source, self._reader, places, peers)
+        reasons = {image: reason for found, _ in checked for image, reason in found.items()}
+        for pair, image in checking.pairs_of_images(self._pairs.places, reasons):
+            reason = f"image {image[1]} {reasons[image]}"
+            if self.strict:
+                self._reject("undecodable", image[0], reason, 1)
+            self._undecodable[pair] = 1  # the report counts these
+            self._report.add("undecodable", image[0], reason, amount=0)
+        checking.tell_of_sample(self._report, len(self), len(sample), sum(bool(found) for found, _ in checked))
+        if compare:
+            checking.IdenticalPairs(self._report.name).verify_all([identical for _, identical in checked])
+
+    def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
+        """Decode every image once and drop the pairs of those that fail; arguments as of [`problems_of_images`]."""
+        if not len(self):
+            return
+        problems = checking.problems_of_images(self._source, self._pairs.places, self._reader, num_proc, peers)
+        self._drop(problems)
+
+    def _drop(self, reasons: Mapping[SourceImage, str]) -> None:
+        keep = np.ones(len(self), dtype=bool)
+        for pair, image in checking.pairs_of_images(self._pairs.places, reasons):
+            keep[pair] = False
+            self._reject("undecodable", image[0], f"image {image[1]} {reasons[image]}", 1)
+        self._keep(keep)
+
+    def _keep(self, mask: np.ndarray) -> None:
+        self._pairs = self._pairs.take(mask)
+        self._forget_undecodable()
+
+    def _reject(self, kind: str, row: int, reason: str, amount: int) -> None:
+        checking.reject(self._report, self.strict, kind, row, reason, amount)
+
+    def _forget_undecodable(self) -> None:
+        self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+        self._losers = None if self._losers is None else self._losers.afresh()
+
+    # ---- Epochs, evaluation and other views -----------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set."""
+        return int(self._maker.epoch)
+
+    @property
+    def seed(self) -> int:
+        """Seed of all random draws."""
+        return self._maker.seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that random numbers depend on, also in running DataLoader workers."""
+        self._maker.set_epoch(epoch)
+
+    def for_evaluation(self) -> PreferenceDataset:
+        """The same pairs, center-cropped, with every prompt, without weights and with seeds that do not depend on the
+        epoch, so that numbers of evaluations compare."""
+        pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
+        if self._maker.training:
+            pairs = pairs.with_columns(ref_errors=None)  # they are those of other draws
+        return self._with(maker=self._maker.for_evaluation(), pairs=pairs)
+
+    def with_noise_draws(self, noise_draws: int) -> PreferenceDataset:
+        """The same pairs, whose random numbers repeat after so many epochs."""
+        return self._with(maker=self._maker.repeating(noise_draws), pairs=self._pairs.with_columns(ref_errors=None))
+
+    def in_epoch(self, epoch: int) -> PreferenceDataset:
+        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference."""
+        return self._with(maker=self._maker.in_epoch(epoch), pairs=self._pairs.with_columns(ref_errors=None))
+
+    def for_storing(self) -> PreferenceDataset:
+        """The same pairs, for results that are stored: what is undecodable is found anew."""
+        losers = None if self._losers is None else self._losers.afresh()
+        return self._with(undecodable=None, losers=losers)
+
+    def from_source(self) -> PreferenceDataset:
+        """The same pairs without encoded ones and errors of a reference, which may be of another model."""
+        losers = None if self._losers is None else self._losers.afresh()
+        pairs = self._pairs.with_columns(ref_errors=None)
+        return self._with(encoded=None, undecodable=None, losers=losers, pairs=pairs)
+
+    def first(self, count: int) -> PreferenceDataset:
+        """The first pairs, at most `count`, with the same random numbers as here."""
+        return self._with(pairs=self._pairs.take(slice(count)), undecodable=self._undecodable[:count].clone())
+
+    # ---- What is computed before training -------------------------------------------------------------------------
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether items are read from encoded pairs."""
+        return self._encoded is not None
+
+    def use_encoded(self, encoded: Encoded) -> None:
+        """Read moments and conditioning from now on, and no image; what is undecodable is found anew."""
+        self._encoded = encoded
+        self._forget_undecodable()
+
+    @property
+    def has_reference_errors(self) -> bool:
+        """Whether items carry errors of a reference."""
+        return "ref_errors" in self._pairs.columns
+
+    def set_reference_errors(self, errors: np.ndarray) -> None:
+        """Set the reference errors that items carry, float32 `(K, P, T, 2)`: at each of K repeating draws, of each
+        of the P pairs, at T draws of timestep and noise, of winner and loser. A pair with NaN is left out, as one that
+        cannot be decoded."""
+        check_reference_errors(errors, self._maker.noise_draws if self._maker.training else 1, len(self))
+        self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
+        if self._losers is not None:
+            self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
+
+    def draw_settings(self) -> dict[str, Any]:
+        """What the items depend on besides the source, the epoch and the row: seed, size, crop and so on."""
+        maker = self._maker
+        drawn = {"seed": maker.seed, "prompt_dropout": maker.prompt_dropout, "training": maker.training}
+        return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
+
+    def pixel_settings(self) -> dict[str, Any]:
+        """What the pixels depend on besides the images, as values of JSON."""
+        return {"transform": type(self._maker.transform).__name__, **vars(self._maker.transform)}
+
+    @property
+    def augmentations(self) -> tuple[bool, bool]:
+        """Whether images may be mirrored, and whether they are cropped at random."""
+        transform, training = self._maker.transform, self._maker.training
+        return training and transform.random_flip, training and not transform.center_crop
+
+    def image_numbers(self) -> np.ndarray:
+        """A number for each pair's two images, int64 of shape `(P, 2)`: equal if their pixels are without flips and
+        random crops, and in the order of the source."""
+        images = self._pairs.places.reshape(-1, 2, 2).astype(np.int64)
+        numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
+        return numbers if self.sizes is None else numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]
+
+    def image_variants(
+        self, pair: int, side: int, draws: Sequence[PairDraws]
+    ) -> list[tuple[torch.Tensor, Size, Size]]:
+        """Return the pixels `(3, H, W)` of the winner (`side` 0) or the loser (1) of a pair for each of `draws`, the
+        size of the image, and the corner of the crop.
+
+        Raises:
+            UndecodableImageError: If it cannot be decoded.
+        """
+        row, image = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
+        decoded = self._reader.decode_at(self._source.images(row), image)
+        found = (self._maker.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
+        return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in found]

@@ -1,11 +1,15 @@
 """Streamed pairs, checked and transformed as they are read. Each of several processes reads the labels of the whole
 stream, and decodes the images of its own pairs only."""
 
+from __future__ import annotations
+
 import copy
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -24,9 +28,12 @@ from .formats import (
     pairs_in_group,
     resolve_format,
 )
-from .images import ImageReader, UndecodableImageError
+from .images import UndecodableImageError
 from .stream_progress import Share, StreamProgress
-from .transforms import ItemMaker
+from .transforms import PairDraws
+
+if TYPE_CHECKING:
+    from .pairs import PairOptions
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +52,23 @@ class Stream:
     """
 
     def __init__(
-        self, source: datasets.IterableDataset, dataset_format: str | None, name: str, use_scores: bool
+        self,
+        source: datasets.IterableDataset,
+        dataset_format: str | None,
+        name: str,
+        *,
+        use_scores: bool,
+        is_swapped: bool,
     ) -> None:
         columns = _stream_columns(source, name)
-        self.format = resolve_format(dataset_format, columns, use_scores=use_scores)
+        self.format = replace(resolve_format(dataset_format, columns, use_scores=use_scores), is_swapped=is_swapped)
         self.has_scores = set(self.format.score_columns or ["no"]) <= set(columns)
         self.source = source.with_format(None)
         if source.features is not None:
             read = [*self.format.text_columns(columns), *self.format.image_columns]
             self.source = self.source.decode(False).select_columns(read)
 
-    def with_own_epoch(self) -> "Stream":
+    def with_own_epoch(self) -> Stream:
         """The same stream for one worker: workers are not in the same pass, and `datasets` shares a source's epoch
         among them."""
         view = copy.copy(self)
@@ -80,22 +93,19 @@ class PreferenceIterableDataset(IterableDataset):
     def __init__(
         self,
         streams: Sequence[Stream],
-        maker: ItemMaker,
-        reader: ImageReader,
+        options: PairOptions,
         *,
-        strict: bool,
         weights: Sequence[float] | None = None,
-        repeat: bool = False,
-        compare: bool = True,
         name: str,
     ) -> None:
-        self._repeat, self._compare, self._fixed, self._share = repeat, compare, False, Share()
+        self._repeat, self._compare, self._fixed, self._share = options.repeat, options.compare, False, Share()
         self._yielded = 0  # pairs of this reader since the beginning of the run
         self._streams, self._weights = streams, [1.0] * len(streams) if weights is None else weights
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.has_scores for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
-        self._maker, self._reader, self._strict, self._name = maker, reader, strict, name
+        self._maker, self._reader, self._name = options.maker, options.reader, name
+        self._strict = options.on_bad_row == "raise"
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(_COUNTER_ROWS, len(COUNTS), dtype=torch.long).share_memory_()
         self._progress = StreamProgress()
@@ -118,7 +128,7 @@ class PreferenceIterableDataset(IterableDataset):
             self._maker.set_epoch(epoch)
             self._set_epoch_of_streams(epoch)
 
-    def for_evaluation(self) -> "PreferenceIterableDataset":
+    def for_evaluation(self) -> PreferenceIterableDataset:
         """One pass over this stream, center-cropped, with every prompt and seeds that do not depend on the epoch."""
         view = copy.copy(self)
         view._maker, view._repeat, view._fixed = self._maker.for_evaluation(), False, True
@@ -136,7 +146,7 @@ class PreferenceIterableDataset(IterableDataset):
             raise ValueError("Split all streams of a mixture by node, or none: some are and some are not.")
         return split.pop()
 
-    def for_process(self, share: Share) -> "PreferenceIterableDataset":
+    def for_process(self, share: Share) -> PreferenceIterableDataset:
         """The same stream, limited to the share of one of several processes."""
         view = copy.copy(self)
         view._share = share
@@ -222,16 +232,21 @@ class PreferenceIterableDataset(IterableDataset):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             taken += self._share.takes(start + position)
             if item is not None:
-                winner, loser, prompt, loser_prompt, scores = item
+                images, prompts, scores = item
                 self._record(0 if worker is None else worker.id, epoch, start, position + 1)
                 row = position * readers + number
-                yield self._maker.item(row, prompt, winner, loser, scores, epoch, loser_prompt=loser_prompt)
+                read = partial(self._pixels, images)
+                yield self._maker.item_of(row, prompts, read, epoch) | ({} if scores is None else {"scores": scores})
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if report.pairs:
             return position + 1
         if workers == 1 and (position < 0 or (taken and (self._repeat or self._share.count == 1))):
             raise BadDataError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
         return 0 if taken and self._repeat else position + 1  # 0 ends the repetition: no image could be decoded
+
+    def _pixels(self, images: list[Image.Image], draws: PairDraws | None, _: int) -> dict[str, Any]:
+        winner, loser = images
+        return self._maker.transform(winner, loser, draws)._asdict()
 
     def _record(self, reader: int, epoch: int, start: int, pairs: int) -> None:
         """Counts a pair that is about to be yielded."""
@@ -259,8 +274,8 @@ class PreferenceIterableDataset(IterableDataset):
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)
                 texts = [known.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)]
-                prompts = texts if self.has_loser_prompts else (texts[0], None)
-                yield None if images is None else (*images, *prompts, pair.scores)
+                prompts = texts if self.has_loser_prompts else texts[:1]
+                yield None if images is None else (images, prompts, pair.scores)
         if self._compare:
             self._verify_different(identical, at_end=True)
 

@@ -21,8 +21,6 @@ INTERPOLATIONS = {
 
 Size = tuple[int, int]
 
-TAKEN_AGAIN = 5  # the fourth part of a key, of a pair that an epoch takes again; those of orders and losers are others
-
 
 @dataclass(frozen=True)
 class PairDraws:
@@ -43,10 +41,9 @@ class PairDraws:
     seed: int
 
     @classmethod
-    def from_key(cls, seed: int, epoch: int, row: int, times: int = 0) -> "PairDraws":
-        """The numbers of a pair, equal on every machine and in every process for the same non-negative key; `times` is
-        how often the epoch has taken it before."""
-        generator = np.random.default_rng([seed, epoch, row, *([TAKEN_AGAIN, times] if times else [])])
+    def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
+        """Return the numbers of a pair, equal on every machine and in every process for the same non-negative key."""
+        generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
 
@@ -174,7 +171,7 @@ class ItemMaker:
         if seed < 0:
             raise ValueError(f"`seed` must not be negative, got {seed}.")
         self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
-        self.noise_draws, self.times = noise_draws, 0
+        self.noise_draws = noise_draws
         self.epoch: torch.Tensor | int = torch.zeros(1, dtype=torch.long)
         if training:
             self.epoch.share_memory_()  # for persistent workers; it holds a file open
@@ -189,12 +186,6 @@ class ItemMaker:
     def repeating(self, noise_draws: int) -> "ItemMaker":
         """One whose random numbers repeat after so many epochs."""
         return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
-
-    def taken_again(self, times: int) -> "ItemMaker":
-        """One of the random numbers of pairs that the epoch has taken so many times before."""
-        maker = copy.copy(self)
-        maker.times = times
-        return maker
 
     def in_epoch(self, epoch: int) -> "ItemMaker":
         """One of its own epoch, which is not shared with other processes."""
@@ -211,44 +202,29 @@ class ItemMaker:
             raise ValueError(f"`epoch` must not be negative, got {epoch}.")
         cast(torch.Tensor, self.epoch).fill_(int(epoch))
 
-    def item(
-        self,
-        row: int,
-        prompt: str,
-        winner: Image.Image,
-        loser: Image.Image,
-        scores: tuple[float, float] | None,
-        epoch: int | None = None,
-        target: Size | None = None,
-        loser_prompt: str | None = None,
-    ) -> dict[str, Any]:
-        """An item; `epoch` overrides the one that was set, for repeating streams, and `target` the transform's size."""
-
-        def read(draws: PairDraws | None, _: int) -> dict[str, Any]:
-            return self.transform(winner, loser, draws, target)._asdict()
-
-        return self.item_of(row, prompt, read, scores, epoch, loser_prompt)
-
     def item_of(
         self,
         row: int,
-        prompt: str,
+        prompts: Sequence[str],
         read: Callable[[PairDraws | None, int], dict[str, Any]],
-        scores: tuple[float, float] | None,
         epoch: int | None = None,
-        loser_prompt: str | None = None,
     ) -> dict[str, Any]:
-        """As `item`, with what `read` returns for the draws (`None` in an evaluation) and their epoch in place of the
-        images. Where the loser has a prompt of its own, both are kept or both are emptied."""
+        """Return an item.
+
+        Args:
+            row (`int`): Number of the pair.
+            prompts (`Sequence[str]`): The prompt; or the winner's and the loser's, of which both are kept or both are
+                emptied.
+            read (`Callable`): Returns the images' entries for the draws (`None` in an evaluation) and their epoch.
+            epoch (`int`, *optional*): In place of the one that was set, for repeating streams.
+        """
         epoch = 0 if not self.training else self.draw if epoch is None else epoch
-        draws = PairDraws.from_key(self.seed, epoch, row, self.times)
+        draws = PairDraws.from_key(self.seed, epoch, row)
         item = read(draws if self.training else None, epoch)
         is_emptied = self.training and draws.dropout < self.prompt_dropout
-        item["prompt"] = "" if is_emptied else prompt
-        if loser_prompt is not None:
-            item["loser_prompt"] = "" if is_emptied else loser_prompt
-        item |= {"seed": draws.seed, "row": row}
-        return item if scores is None else item | {"scores": scores}
+        for name, prompt in zip(("prompt", "loser_prompt"), prompts, strict=False):
+            item[name] = "" if is_emptied else prompt
+        return item | {"seed": draws.seed, "row": row}
 
 
 @dataclass

@@ -211,10 +211,8 @@ def _min_workers(args: TrainingArguments) -> int:
 
 
 def _max_workers(dataset: Pairs, most: int = MAX_WORKERS) -> int:
-    """None where the data set may not survive a fork; one for a stream, whose order depends on their number."""
-    if isinstance(dataset, PreferenceIterableDataset):
-        return 1
-    return most if dataset.fork_safe else 0
+    """Return one for a stream, because its order depends on their number."""
+    return 1 if isinstance(dataset, PreferenceIterableDataset) else most
 
 
 def _workers_and_reason(
@@ -229,11 +227,6 @@ def _workers_and_reason(
             "'__main__':` and set `dataloader_num_workers` to have some"
         )
     most = _max_workers(dataset, most)
-    if most == 0:
-        return (
-            0,
-            "a data set of your own class may not work in forked processes; set `dataloader_num_workers` if it does",
-        )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine
     spare = usable_cores(processes) - 1
     room = _workers_in_shared_memory(args, processes, batch_bytes)

@@ -14,13 +14,13 @@ from ..families import Family
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
 from .kernels import compile_blocks
 from .numerics import read_contiguous
-from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
+from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights, second_copy
 
 REFERENCE_FILE = "reference.safetensors"  # in checkpoints
 REFERENCE_ADAPTER = "ref"
 
 
-class Reference(WeightCopy):
+class Reference(ShadowWeights):
     """The policy before training, with arithmetic identical to the policy's."""
 
     kind: str  # written into checkpoints

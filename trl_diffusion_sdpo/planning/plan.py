@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..models.adapters import adapter_layers
-from ..models.weight_copies import SecondAdapter, SecondDenoiser, WeightCopy
+from ..models.shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
 from .allocations import rounded
 from .fake_device import fake_device
 from .fake_step import (
@@ -187,7 +187,7 @@ class Planner:
             found[name] = sum(_bytes(one, block) for one in _tensors(getattr(family.pipeline, name)))
         return {name: size for name, size in found.items() if size}
 
-    def _of_shadow(self, shadow: WeightCopy, adapter: list[torch.Tensor], layout: Layout) -> int:
+    def _of_shadow(self, shadow: ShadowWeights, adapter: list[torch.Tensor], layout: Layout) -> int:
         """Bytes of a reference or an average; `stored` are those that move, which an engine may not round."""
         second = shadow.second.module if isinstance(shadow.second, SecondDenoiser) else nn.Module()
         held = [*adapter, *_tensors(second)]
@@ -229,7 +229,7 @@ def _key(prepared: Prepared) -> object:
     return repr((prepared.step, prepared.networks.reference.kind, of_family, config, tensors, layers))
 
 
-def _adapter(weights: WeightCopy | None) -> list[torch.Tensor]:
+def _adapter(weights: ShadowWeights | None) -> list[torch.Tensor]:
     if weights is None or not isinstance(weights.second, SecondAdapter):
         return []
     return list(weights.second.weights().values())

@@ -15,9 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from ..cache.reference_pass import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
 from ..data.buckets import AspectRatioBuckets, BucketSampler
-from ..data.curriculum import CurriculumSampler, warn_of_short_training
 from ..data.pair_scores import ScoreSettings
-from ..data.pairs import PreferenceDataset, PreferenceIterableDataset, prepare_dataset
+from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.processes import peers
@@ -81,10 +80,6 @@ class DataOverrides(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.curriculum_epochs is not None:
-            gaps = score_settings(self.args, self.loss_spec, training=True).gaps(dataset).numpy()
-            epochs = self.args.curriculum_epochs
-            return CurriculumSampler(gaps, epochs, seed=dataset.seed, epoch=lambda: dataset.epoch)
         if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
             return super()._get_train_sampler(train_dataset)
         return BucketSampler(
@@ -156,8 +151,6 @@ class DataOverrides(Trainer):
             steps_of_epoch = -(-len(train_dataset) // step)
             if args.precompute_ref_errors:
                 warn_of_repeated_draws(args, args.ref_noise_draws, steps_of_epoch)
-            if args.curriculum_epochs is not None:
-                warn_of_short_training(args, args.curriculum_epochs, steps_of_epoch)
         evaluates = eval_dataset is not None
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
@@ -276,8 +269,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         _check_prepared(dataset, args, loss, name, training=training)
         return dataset
     scores = score_settings(args, loss, training=training)
-    prepared = prepare_dataset(
-        dataset,
+    options = PairOptions(
         transform=PairTransform(
             cast(Any, args.resolution),
             center_crop=not (training and args.random_crop),
@@ -293,7 +285,6 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         image_schemes=args.image_schemes,
         buckets=aspect_ratio_buckets(args),
         min_side=args.min_side,
-        peers=peers(args),
         compare=loss.uses_loser,
         training=training,
         repeat=training,
@@ -301,8 +292,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         swap_labels=args.swap_labels,
         number_columns=scores.number_columns,
         losers=args.losers,
-        name=name,
     )
+    prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
     if isinstance(prepared, PreferenceIterableDataset):
         prepared.is_split = prepared.is_split_by_node()
         if not training:
@@ -314,8 +305,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
 
 def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig, name: str) -> None:
     if scores.needs_scores and not dataset.has_scores:
-        setting = "`curriculum_epochs`" if scores.curriculum else "`pair_weights`"
-        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else setting
+        what = f"The loss {args.loss_type!r}" if scores.sorts_by_scores else "`pair_weights`"
         raise ValueError(
             f"{what} needs score columns (`chosen_score`, `rejected_score`), and the {name} data has none. Score the "
             "images first, or choose another loss or setting."
@@ -323,11 +313,10 @@ def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """How scores are used; weights and the order of pairs are of training alone."""
+    """Return how scores are used; weights of pairs are of training alone."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
-        curriculum=training and args.curriculum_epochs is not None,
         sorts_by_scores=loss.needs_scores,
         in_unit_range=loss.reads_shares,
     )

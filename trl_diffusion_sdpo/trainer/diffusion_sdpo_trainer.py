@@ -251,7 +251,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         )
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
-        for weights in self._weight_copies:
+        for weights in self._shadow_weights:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
         # An engine that shards reads a checkpoint below, once second copies of the weights are sharded as well.
@@ -261,7 +261,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             self.engine.check_resumable(self.optimizer)
         self.engine.restore_unrounded(unrounded)
-        for weights in self._weight_copies:
+        for weights in self._shadow_weights:
             weights.prepare(self.model_wrapped)
         self._engine_ready = True
         if read_later:
@@ -299,7 +299,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.average = None
         if args.ema_decay is not None:
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay, shared=shards_weights(args))
-        self._weight_copies = [self.reference, *([] if self.average is None else [self.average])]
+        self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
         self._set_up_files(args, loaded)
         self.frozen_components = place_frozen_components(loaded, args)
@@ -309,12 +309,12 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         if self.encoding is not None:
             self._encoder_facts = self.encoding.facts
         choose_attention(loaded.denoiser, self.reference, args)
-        compile_models(loaded.denoiser, self._weight_copies, args)
+        compile_models(loaded.denoiser, self._shadow_weights, args)
 
     def _move_frozen(self, args: DiffusionSDPOConfig) -> None:
         """Move what is frozen to where the policy will be. Engines move second copies of its weights themselves, once
         they have sharded or rounded them."""
-        for weights in [] if by_engine(args) else self._weight_copies:
+        for weights in [] if by_engine(args) else self._shadow_weights:
             weights.to(args.device)
 
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
@@ -354,7 +354,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         """After transformers' constructor, which makes the accelerator."""
         self.engine = Engine(self.accelerator)
         self.engine.check()
-        for weights in self._weight_copies:
+        for weights in self._shadow_weights:
             weights.attach(self.engine)
             if shards_weights(self.args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
                 weights.stop_sharing()

@@ -27,7 +27,7 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
 from ..models.reference import Reference
-from ..models.weight_copies import WeightCopy
+from ..models.shadow_weights import ShadowWeights
 from ..reporting.console import say
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, newest_gallery
@@ -92,7 +92,7 @@ class FileOverrides(Trainer):
     model_name_or_path: str | None
     base: dict[str, Any] | None  # what the run started from
     fingerprint: str
-    _weight_copies: list[WeightCopy]
+    _shadow_weights: list[ShadowWeights]
     hub_model_id: Any
     _engine_ready: bool
     _finite: FiniteCheck
@@ -141,7 +141,7 @@ class FileOverrides(Trainer):
             self.args,
             self.engine,
             self.weight_files,
-            weight_copies=self._weight_copies,
+            shadow_weights=self._shadow_weights,
             average=self.average,
             controllers=self._controllers,
             full_pipeline=self.args.save_full_pipeline,

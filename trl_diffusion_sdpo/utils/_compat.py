@@ -1,15 +1,12 @@
 """Every private upstream name that the package uses, with the reason and when it can go."""
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from datasets.table import ConcatenationTable, MemoryMappedTable
 from diffusers import DiffusionPipeline, ModelMixin
 
 # The common base of all mixins that give pipelines `load_lora_weights` and `save_lora_weights`, and where they keep a
@@ -183,32 +180,6 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     `_fingerprint` has no public spelling; can go when there is one.
     """
     return dataset._fingerprint
-
-
-def without_selection(dataset: datasets.Dataset) -> tuple[datasets.Dataset, np.ndarray | None]:
-    """The whole table of a data set, and which of its rows the data set has; `None` for all in their order.
-
-    `datasets` reads the rows that `select`, `shuffle` and `train_test_split` leave one by one, a thousand times slower
-    than a table. `_indices` has no public spelling; can go when there is one, or when `iter` is as fast.
-    """
-    whole = datasets.Dataset(
-        _mapped_anew(dataset.data), info=dataset.info, fingerprint=f"whole-{dataset_fingerprint(dataset)}"
-    )
-    return whole, None if dataset._indices is None else dataset._indices.column(0).to_numpy()
-
-
-def _mapped_anew(table: Any) -> Any:
-    """The same table through memory maps of its own, whose pages do not stay in memory after it.
-
-    A copy of a mapped table opens its file again, as an unpickled one does. `datasets.table` is documented, its
-    `blocks` are not; can go when a data set can be opened again.
-    """
-    blocks = table.blocks if isinstance(table, ConcatenationTable) else [[table]]
-    try:
-        copies = [[copy.copy(part) if isinstance(part, MemoryMappedTable) else part for part in row] for row in blocks]
-    except OSError:  # a file that was deleted while it is open
-        return table
-    return ConcatenationTable.from_blocks(copies)
 
 
 def is_split_by_node(stream: datasets.IterableDataset) -> bool:

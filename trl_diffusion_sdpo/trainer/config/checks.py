@@ -223,23 +223,11 @@ def _check_data(args: AllArguments) -> None:
 def _check_scores(args: AllArguments, loss: LossSpec) -> None:
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_gaps = weights is not None and not weights.several_scorers
-    if args.calibrated_scores and not (loss.needs_scores or reads_gaps or args.curriculum_epochs is not None):
+    if args.calibrated_scores and not (loss.needs_scores or reads_gaps):
         _warn(
-            "`calibrated_scores` has no effect: neither the loss, `pair_weights` nor `curriculum_epochs` reads "
-            "`chosen_score` and `rejected_score`."
+            "`calibrated_scores` has no effect: neither the loss nor `pair_weights` reads `chosen_score` and "
+            "`rejected_score`."
         )
-    if args.curriculum_epochs is None:
-        return
-    reasons = {
-        "it shuffles the pairs that have entered": args.train_sampling_strategy != "random",
-        "`aspect_ratio_buckets` orders pairs so that a batch has one size": args.aspect_ratio_buckets,
-        "it takes pairs several times in an epoch, with random numbers for which `precompute_ref_errors` has no "
-        "errors": args.precompute_ref_errors,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            other = "`train_sampling_strategy='random'`" if "shuffles" in reason else "only one of the two"
-            raise ValueError(f"`curriculum_epochs={args.curriculum_epochs:g}` cannot act: {reason}. Use {other}.")
 
 
 def _check_losers(args: AllArguments, loss: LossSpec) -> None:
@@ -249,7 +237,6 @@ def _check_losers(args: AllArguments, loss: LossSpec) -> None:
         f"`pair_weights={args.pair_weights!r}` reads {own} (a column of weights can be named)": (
             args.pair_weights in WEIGHT_FUNCTIONS
         ),
-        f"`curriculum_epochs` goes by {own}": args.curriculum_epochs is not None,
         f"`calibrated_scores` are {own}": args.calibrated_scores,
         "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
         "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "

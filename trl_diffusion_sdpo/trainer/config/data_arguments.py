@@ -43,10 +43,7 @@ class DataArguments:
             small gaps; `"agreement"`, smaller where several scorers disagree. Evaluations have none. Not for streams.
         calibrated_scores (`bool`, *optional*, defaults to `False`):
             Whether each image's expected share of wins among the images of its prompt takes the place of its score,
-            for the loss, the weights and the curriculum. Not for streams.
-        curriculum_epochs (`float`, *optional*):
-            Epochs over which pairs enter training, from the largest gaps of the scores to all. All at once if unset.
-            Not for streams.
+            for the loss and the weights. Not for streams.
         on_bad_row (`str`, *optional*, defaults to `"drop"`):
             `"drop"` leaves out undecodable images, unreadable labels and prompts that are no text, counted and
             reported; `"raise"` stops at the first. Ties are left out and counted either way.
@@ -99,7 +96,6 @@ class DataArguments:
     losers: Annotated[Losers, RESUME, EVALUATION] = "data"
     pair_weights: Annotated[str | None, RESUME] = None
     calibrated_scores: Annotated[bool, RESUME, EVALUATION] = False
-    curriculum_epochs: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
     on_bad_row: OnBadRow = "drop"
     verify_images: str = "sample"
     image_schemes: list[str] | None = None

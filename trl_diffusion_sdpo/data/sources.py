@@ -1,0 +1,436 @@
+"""Where pairs are read from: one or several data sets as rows that follow one another, with their prompts, undecoded
+images and other columns."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import logging
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from ..utils._compat import dataset_fingerprint
+from .checking import DataReport, evenly_spaced
+from .columns import check_number_columns
+from .formats import PreferenceFormat, Reject, images_of_row, resolve_format
+from .image_keys import image_key
+from .images import ImageReader, UndecodableImageError, decode_image
+from .index import PairTable, find_pairs
+
+logger = logging.getLogger(__name__)
+
+CHECKED = "Checking images"
+FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
+FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
+MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
+
+
+@dataclass(frozen=True)
+class PairMixture:
+    """Several data sets of pairs that are trained on together, each in a format of its own.
+
+    Args:
+        datasets (`Sequence` or `Mapping`): The data sets, all of them map-style or all of them streams; a mapping's
+            keys name them in messages.
+        weights (`Sequence` of `float`, positive, *optional*): How often a pair is of each data set, as shares of their
+            sum. Map-style sets are repeated until an epoch has these shares, with all pairs of every set in it;
+            repeated pairs have random numbers of their own. Streams begin again when they end, until all have ended
+            once. By default every pair comes once, and streams have equal weights.
+        formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each; detected by default.
+
+    Raises:
+        ValueError: If there are no data sets, or weights or formats are of another number or not as described.
+    """
+
+    datasets: Sequence[Any] | Mapping[str, Any]
+    weights: Sequence[float] | None = None
+    formats: Sequence[str | None] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.datasets)
+        if not count:
+            raise ValueError("A mixture needs at least one data set, got none.")
+        for name, values in (("weights", self.weights), ("formats", self.formats)):
+            if values is not None and (isinstance(values, str) or len(values) != count):
+                raise ValueError(f"`{name}` must be one for each of the {count} data sets, got {values!r}.")
+        for weight in self.weights or ():
+            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+                raise ValueError(
+                    f"`weights` must be finite numbers above 0, got {weight!r}. Leave out what is not wanted."
+                )
+        kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.parts.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                "A mixture is of streams or of map-style data sets, got both. Load all with the same `streaming`."
+            )
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The data sets by their names."""
+        named = self.datasets
+        return dict(named) if isinstance(named, Mapping) else {f"set {i}": part for i, part in enumerate(named)}
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the data sets are streams."""
+        return isinstance(next(iter(self.parts.values())), datasets.IterableDataset)
+
+    def named_parts(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
+        """Yield the name in messages, the rows and the format of each data set."""
+        formats = self.formats or [None] * len(self.datasets)
+        for (label, part), part_format in zip(self.parts.items(), formats, strict=True):
+            yield f"{name} ({label})", part, part_format or dataset_format
+
+
+class TableSource:
+    """The rows of one `datasets.Dataset`. Images are read as Arrow values, without decoding.
+
+    Attributes:
+        labels (`datasets.Dataset`): The columns of labels and prompts.
+    """
+
+    def __init__(
+        self, dataset: datasets.Dataset, known: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
+    ) -> None:
+        self.format, self.name = known, name
+        texts = dict.fromkeys([*known.text_columns(dataset.column_names), *number_columns])
+        self.labels = dataset.with_format(None).select_columns(list(texts))
+        self._images = dataset.with_format("arrow").select_columns(list(known.image_columns))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield each row's value of a column that the format or `number_columns` has."""
+        for batch in self.labels.select_columns([column]).iter(batch_size=1000):
+            yield from batch[column]
+
+    def prompt(self, row: int, image: int = 0) -> str:
+        return self.format.prompt(self.labels[row], image)
+
+    def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
+        """Return the prompts of some rows, whose numbers are sorted; of two in a row, that of the image."""
+        columns = self.format.read_prompt_columns(self.labels.column_names)
+        column = columns[min(image, len(columns) - 1)]
+        wanted = np.zeros(len(self), dtype=bool)
+        wanted[rows] = True
+        values = (value for value, is_wanted in zip(self.values(column), wanted, strict=True) if is_wanted)
+        return [self.format.prompt({column: value}, image) for value in values]
+
+    def images(self, row: int) -> list[Any]:
+        return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
+
+    def check_images(
+        self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
+    ) -> Iterator[tuple[int, list[str]]]:
+        """For each row, the problem of each of its images, or an empty string. The result is cached by `datasets`."""
+        text = datasets.Value("string")
+        checked = self.map_images(_check_table, rows, reader, text, num_proc=num_proc, batch_size=16, desc=CHECKED)
+        numbers = iter(rows.tolist())
+        for batch in checked.with_format(None).iter(batch_size=1000):
+            for problems in batch["found"]:
+                yield next(numbers), problems
+
+    def map_images(
+        self, function: Callable, rows: np.ndarray, reader: ImageReader, kind: datasets.Value, **options: Any
+    ) -> datasets.Dataset:
+        """A table with a list of `kind` for each row, `found`, that a function makes of an Arrow table of rows, the
+        names of the image columns, whether they have lists of images, and the reader. Cached by `datasets`."""
+        images = self._images if len(rows) == len(self) else self._images.select(rows)
+        columns = self.format.image_columns
+        given = {"columns": columns, "in_list": self.format.images_in_list, "reader": reader}
+        features = datasets.Features({"found": datasets.List(kind)})
+        first = images[0] if len(images) else None
+        if first is not None and any(local_names(first.column(name)) for name in columns):
+            options["load_from_cache_file"] = False  # `datasets` would not see that a file has changed
+        options |= {"features": features, "remove_columns": images.column_names}
+        return images.map(function, batched=True, fn_kwargs=given, **options)
+
+    @functools.cached_property
+    def content_key(self) -> dict[str, str]:
+        """What changes when a prompt or an image does: the fingerprints of `datasets`, and the keys of local files."""
+        digest = hashlib.sha256(dataset_fingerprint(self._images).encode())
+        for batch in self._images.iter(batch_size=1000):
+            for column in batch.columns:
+                for name in local_names(column):
+                    digest.update(image_key(name).encode("utf-8", "surrogatepass") + b"\n")
+        return {"prompts": dataset_fingerprint(self.labels), "images": _short(digest)}
+
+
+class PairSource:
+    """One or several data sets as one, whose rows follow one another.
+
+    Args:
+        parts (`Sequence[TableSource]`): The data sets.
+        weights (`Sequence[float]`, *optional*): How often an epoch has pairs of each part, see [`PairMixture`].
+    """
+
+    def __init__(self, parts: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
+        self.parts, self._weights = list(parts), weights
+        self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
+        formats = [part.format for part in parts]
+        self.format_name = "+".join(known.name for known in formats)
+        self.is_swapped = any(known.is_swapped for known in formats)
+        self.prompt_of_each_image = any(known.prompt_of_each_image for known in formats)
+        self.has_losers = all(known.has_losers for known in formats)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def prompt(self, row: int, image: int = 0) -> str:
+        part, own = self._find(row)
+        return part.prompt(own, image)
+
+    def images(self, row: int) -> list[Any]:
+        """The undecoded images of a row."""
+        part, own = self._find(row)
+        return part.images(own)
+
+    def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
+        """Return the prompts of some rows, whose numbers are sorted; of two in a row, that of the image."""
+        return [prompt for part, own in self.split(rows) for prompt in part.prompts_of_rows(own, image)]
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield each row's value of a column."""
+        for part in self.parts:
+            yield from part.values(column)
+
+    def split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
+        """Yield each part with those of the sorted rows that are its own, by their numbers within it."""
+        shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
+        for part, own, start in zip(self.parts, shares, self._starts[:-1], strict=True):
+            yield part, own - start
+
+    def check_images(
+        self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
+    ) -> Iterator[tuple[int, list[str]]]:
+        for start, (part, own) in zip(self._starts[:-1], self.split(rows), strict=True):
+            if len(own):
+                yield from ((row + start, problems) for row, problems in part.check_images(own, reader, num_proc))
+
+    def pairs(self, reject: Reject) -> PairTable:
+        """Return the pairs of all parts, repeated by weight; what is left out goes to `reject`, which may raise."""
+        several = len(self.parts) > 1
+        tables = []
+        for part, start in zip(self.parts, self._starts[:-1], strict=True):
+            table, drops = find_pairs(part.labels, part.format)
+            for kind, row, reason, amount in drops:
+                reject(kind, row + start, f"{reason} ({part.name}, row {row})" if several else reason, amount)
+            if several and not len(table):
+                raise ValueError(
+                    f"No pair is left of a data set of the mixture, the {part.name} data with {len(part)} rows. Leave "
+                    "it out, or check its labels."
+                )
+            places = table.places + np.array([start, 0, start, 0], dtype=table.places.dtype)
+            tables.append(replace(table, places=places))
+        return tables[0] if not several else self._mixed(tables)
+
+    def _mixed(self, tables: Sequence[PairTable]) -> PairTable:
+        without = [part.name for part, table in zip(self.parts, tables, strict=True) if "scores" not in table.columns]
+        if without and len(without) < len(tables):
+            raise ValueError(f"All data sets of a mixture need score columns, or none; {without} do not have them.")
+        counts = np.array([len(table) for table in tables])
+        wanted = counts
+        if self._weights is not None:
+            weights = np.array(self._weights)
+            with np.errstate(over="ignore"):
+                exact = np.rint(weights * (counts / weights).max())
+            if not exact.sum() <= MAX_GROWTH * counts.sum():  # also if it is no number
+                raise ValueError(
+                    f"With these weights an epoch would have {exact.sum():.3g} pairs of the {counts.sum()} of all "
+                    f"data sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
+                )
+            wanted = exact.astype(np.int64)
+        repeated = []
+        for part, table, taken in zip(self.parts, tables, wanted.tolist(), strict=True):
+            message = "Mixture: %s: %d pairs, %.4g times in an epoch: %.4g of its pairs."
+            logger.info(message, part.name, len(table), taken / len(table), taken / wanted.sum())
+            repeated.append(table.take(np.arange(taken) % len(table)))
+        columns = {} if without else {"scores": np.concatenate([table.columns["scores"] for table in repeated])}
+        return PairTable(np.concatenate([table.places for table in repeated]), columns)
+
+    def _find(self, row: int) -> tuple[TableSource, int]:
+        number = bisect_right(self._starts, row) - 1
+        return self.parts[number], row - self._starts[number]
+
+
+def make_source(
+    dataset: Any,
+    dataset_format: str | None,
+    name: str,
+    *,
+    use_scores: bool = True,
+    is_swapped: bool = False,
+    number_columns: Sequence[str] = (),
+) -> PairSource:
+    """Return a data set, a list of dicts or a mixture of them as a source.
+
+    Raises:
+        ValueError: If the data are of another kind, have no rows, or lack one of `number_columns`.
+    """
+    listed = [(name, dataset, dataset_format)]
+    if isinstance(dataset, PairMixture):
+        listed = list(dataset.named_parts(dataset_format, name))
+    parts = []
+    for part_name, rows, part_format in listed:
+        table = _as_table(rows, part_format, part_name)
+        check_number_columns(number_columns, table.column_names, part_name)
+        known = resolve_format(part_format, table.column_names, use_scores=use_scores)
+        parts.append(TableSource(table, replace(known, is_swapped=is_swapped), part_name, number_columns))
+    return PairSource(parts, dataset.weights if isinstance(dataset, PairMixture) else None)
+
+
+def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
+    if isinstance(rows, dict):
+        raise ValueError(
+            f"The {name} data must be one split, got a {type(rows).__name__} of the splits {list(rows)}. "
+            "Pass one of its values."
+        )
+    if not isinstance(rows, datasets.Dataset | list | tuple):
+        raise ValueError(
+            f"The {name} data must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, got "
+            f"{type(rows).__name__}. Load files with `datasets.load_dataset`, and read a torch data set with "
+            "`datasets.Dataset.from_generator`."
+        )
+    if not len(rows):
+        raise ValueError(f"The {name} data set is empty: {DataReport(name, dataset_format or 'unknown format')}")
+    if not isinstance(rows, datasets.Dataset):
+        return _table_of_rows(rows, dataset_format, name)
+    if rows.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} data have a transform (`set_transform` or `with_transform`), which could change a row at "
+            "every read. Apply it once with `map`, or remove it with `with_format(None)`."
+        )
+    return rows
+
+
+def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -> datasets.Dataset:
+    """Return a list of dicts as a table. Images in memory become lossless PNG files in it."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"Rows must be dicts of columns, got {type(row).__name__} at row {number} of the {name} data."
+            )
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    known = resolve_format(dataset_format, columns)
+    values = {column: [row.get(column) for row in rows] for column in columns}
+    for column in known.image_columns:
+        convert = _stored_images if known.images_in_list else _stored_image
+        values[column] = [convert(value) for value in values[column]]
+    for column in known.read_prompt_columns(columns):
+        values[column] = [_storable_prompt(value) for value in values[column]]
+    for column in columns:
+        try:
+            pa.array(values[column])
+        except (pa.ArrowException, TypeError, ValueError):  # values of several kinds, such as a number and a word
+            values[column] = [value if value is None else str(value) for value in values[column]]
+    try:
+        return datasets.Dataset.from_dict(values)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Each column of the {name} data must have one kind of values in all rows, and a list of dicts does not: "
+            f"{error}"
+        ) from error
+
+
+def _stored_image(value: Any) -> dict[str, Any]:
+    if isinstance(value, Image.Image):
+        try:
+            content = io.BytesIO()
+            decode_image(value).save(content, "PNG", compress_level=1)
+            return {"bytes": content.getvalue(), "path": None}
+        except UndecodableImageError as error:
+            return {"bytes": str(error).encode(), "path": None}  # no image either
+    if isinstance(value, Mapping):
+        return {"bytes": value.get("bytes"), "path": value.get("path")}
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {"bytes": bytes(value), "path": None}
+    return {"bytes": None, "path": os.fspath(value) if isinstance(value, str | os.PathLike) else None}
+
+
+def _stored_images(values: Any) -> list[dict[str, Any]] | None:
+    return [_stored_image(value) for value in values] if isinstance(values, list | tuple) else None
+
+
+def _storable_prompt(value: Any) -> str | bytes | None:
+    """Return a prompt, or `None`, which counts as a bad prompt, if it is no text or has half a character."""
+    try:
+        return value if isinstance(value, bytes) else value.encode() and value
+    except (AttributeError, UnicodeEncodeError):
+        return None
+
+
+def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
+    """Return the local files that an Arrow column of images names, in the order of the rows."""
+    if isinstance(column, pa.ChunkedArray):
+        return [name for chunk in column.chunks for name in local_names(chunk)]
+    if isinstance(column, pa.ExtensionArray):
+        return local_names(column.storage)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return local_names(column.flatten())
+    if pa.types.is_struct(column.type):
+        fields = [field.name for field in column.type]
+        if "path" not in fields:
+            return []
+        paths = pc.struct_field(column, "path")
+        return local_names(paths.filter(pc.is_null(pc.struct_field(column, "bytes"))) if "bytes" in fields else paths)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return []
+    return [name for name in column.to_pylist() if name and "://" not in name]
+
+
+def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = False) -> dict[str, Any]:
+    """Identify pairs.
+
+    Args:
+        thorough (`bool`): For caches: whether any other image or prompt gives another fingerprint. It then belongs to
+            this machine and these files. Otherwise it is for resuming on any machine: prompts and images of a few
+            pairs are compared, and files by their names.
+
+    Returns:
+        `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts`, `images`.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
+    if "scores" in pairs.columns:
+        digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
+    found: dict[str, Any] = {"format": source.format_name, "pairs": len(pairs), "index": _short(digest)}
+    if thorough:
+        keys = [part.content_key for part in source.parts]
+        return {**found, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
+    prompts, images = hashlib.sha256(), hashlib.sha256()
+    for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
+        for image in range(1 + source.prompt_of_each_image):
+            prompts.update(repr(source.prompt(row, image)).encode() + b"\0")
+    for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist():
+        for value in source.images(row):
+            images.update(_content_or_name(value) + b"\0")
+    return {**found, "prompts": _short(prompts), "images": _short(images)}
+
+
+def _content_or_name(image: Any) -> bytes:
+    """Return the bytes of an undecoded image, or the name of its file without folders."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        return image.replace("\\", "/").rpartition("/")[2].encode("utf-8", "surrogatepass")
+    return image or b""
+
+
+def _short(digest: Any) -> str:
+    return digest.hexdigest()[:16]
+
+
+def _check_table(table: Any, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list[list[str]]]:
+    rows = (images_of_row(row, columns, in_list) for row in table.to_pylist())
+    return {"found": [[reader.problem(image) for image in images] for images in rows]}
