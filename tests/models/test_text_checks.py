@@ -1,6 +1,7 @@
 """A tokenizer that lost its vocabulary is refused at the start, for every text encoder of every kind of model."""
 
 import contextlib
+import logging
 import shutil
 from pathlib import Path
 
@@ -126,3 +127,23 @@ def test_the_second_of_two_text_encoders_is_looked_at_as_well(tmp_path):
     pipeline.register_modules(tokenizer_2=without_vocabulary(pipeline.tokenizer_2, tmp_path / "broken"))
     with pytest.raises(ValueError, match="that of `text_encoder_2` knows 2"):
         check_text_encoding(find_family(pipeline))
+
+
+def test_long_prompts_are_counted_once_in_the_report_and_not_warned_of_at_every_step(make_trainer, make_pairs, caplog):
+    """The tiny tokenizer has a token for each letter, and reads a few of them."""
+    diffusers_logger = logging.getLogger("diffusers")
+    diffusers_logger.addHandler(caplog.handler)  # diffusers does not pass its records on
+    pairs = make_pairs(4).map(lambda row, i: {"prompt": f"{i}" + "abc " * (100 if i < 3 else 0)}, with_indices=True)
+    try:
+        trainer = make_trainer(train=pairs, max_steps=2)
+        trainer.train()
+    finally:
+        diffusers_logger.removeHandler(caplog.handler)
+    limit = trainer.pipeline.tokenizer.model_max_length
+    counted = [record.getMessage() for record in caplog.records if "3 of 4 prompts" in record.getMessage()]
+    assert (
+        len(counted) == 1
+        and f"the {limit} tokens" in counted[0]
+        and "3 of 4 prompts" in str(trainer.train_dataset.report)
+    )
+    assert not any("truncated" in record.getMessage() for record in caplog.records)

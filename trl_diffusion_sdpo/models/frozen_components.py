@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..families import Family
 from .loading import is_absent
 from .numerics import CPU_ALIGNMENT, torch_dtype
-from .text_checks import check_text_encoding
+from .text_checks import check_text_encoding, without_truncation_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class FrozenComponents:
         with contextlib.ExitStack() as stack:
             if self._users == 0:
                 stack.enter_context({"absent": self._read, "offloaded": self._copied}.get(self.state, nullcontext)())
+                stack.enter_context(without_truncation_warnings(self.family))
             self._users += 1
             stack.callback(self._leave)
             if not self._was_checked:

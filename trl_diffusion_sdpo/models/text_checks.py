@@ -3,6 +3,9 @@ training would go on without an error."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Collection, Iterator
 from typing import cast
 
 import torch
@@ -14,6 +17,7 @@ from ..families import Family
 # Tokens per embedding. Published models have between 99% and 100%, as embeddings are padded to round numbers; a missing
 # vocabulary leaves a few special tokens, and another model's tokenizer differs by more than this.
 SIZE_RATIOS = (0.75, 1.25)
+LONGEST = 1_000_000  # a tokenizer without a limit names a larger number
 PROMPTS = ("a red circle", "a big square")  # words of equal lengths: otherwise unknown tokens would differ in number
 
 
@@ -78,3 +82,41 @@ def _check_conditioning(family: Family) -> None:
             f"Two prompts must not be the same to the model, and {PROMPTS[0]!r} and {PROMPTS[1]!r} are encoded alike. "
             "The tokenizer's vocabulary or the text encoder's weights are missing: download them again."
         )
+
+
+def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
+    """Count the prompts that are longer than a tokenizer's limit.
+
+    Returns:
+        `str`: A sentence for the report of the data; empty if all prompts are short enough.
+    """
+    notes = []
+    for name in family.frozen_components:
+        tokenizer = _tokenizer_of(family, name)
+        if tokenizer is None or tokenizer.model_max_length > LONGEST:
+            continue
+        limit = tokenizer.model_max_length
+        # A token has a byte at least, so that shorter prompts need not be tokenized.
+        candidates = (prompt for prompt in prompts if len(prompt.encode(errors="replace")) + 2 > limit)
+        long = sum(len(tokenizer(prompt, verbose=False)["input_ids"]) > limit for prompt in candidates)
+        if long:
+            notes.append(f"{long} of {len(prompts)} prompts are longer than the {limit} tokens that `{name}` reads")
+    return f"{'; '.join(notes)}: the rest of them is ignored." if notes else ""
+
+
+@contextlib.contextmanager
+def without_truncation_warnings(family: Family) -> Iterator[None]:
+    """Silence the pipeline's warning of each long prompt within the context: the report of the data counts them."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "input was truncated" not in record.getMessage()
+
+    modules = {parent.__module__ for parent in type(family.pipeline).__mro__}
+    loggers = [logging.getLogger(module) for module in modules if module.startswith("diffusers.")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)

@@ -22,6 +22,7 @@ from ..engines.batch_loaders import BatchLoaders, choose_workers
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
+from ..models.text_checks import note_on_long_prompts
 from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
 from ..utils._compat import keeps_order
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -30,6 +31,7 @@ from .encoding import PairEncoding, check_prompt_padding
 logger = logging.getLogger(__name__)
 
 POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, of each process
+CHECKED_PROMPTS = 10_000  # pairs whose prompts are counted by their lengths
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 BATCH_COLUMNS = [
     *("rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores", "ref_errors"),
@@ -125,6 +127,8 @@ class DataOverrides(Trainer):
         if prepared is None:
             return None
         is_given = prepared is dataset and isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs
+        if isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs:
+            self._count_long_prompts(prepared, name)
         if is_given:
             prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
         if self.encoding is not None:
@@ -135,6 +139,14 @@ class DataOverrides(Trainer):
         if is_given and not training:
             self._own_copies[dataset] = prepared
         return prepared
+
+    def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
+        """Add the number of prompts that a tokenizer truncates to the report of the data, and log it."""
+        few = pairs if len(pairs) <= CHECKED_PROMPTS else pairs.first(CHECKED_PROMPTS)
+        note = note_on_long_prompts(self.family, few.prompts())
+        if note:
+            pairs.add_note(note)
+            logger.warning("%s data: %s", name, note)
 
     def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
         if isinstance(dataset, dict):
