@@ -43,10 +43,6 @@ CASES = {
         "unet",
         "--per_device_train_batch_size 2 --safeguard parameter --safeguard_low_memory true",
     ),
-    "UNet, full, bounded by AdamW": (
-        "unet",
-        "--per_device_train_batch_size 1 --safeguard parameter --safeguard_preconditioner adamw",
-    ),
     "transformer, LoRA": ("transformer", f"{LORA} --per_device_train_batch_size 2"),
     "transformer, LoRA, checkpointing": (
         "transformer",

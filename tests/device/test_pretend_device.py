@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(MISSING, reason="this torch has no Python back e
 
 EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 1}
 SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
-EVERYTHING = {"safeguard_preconditioner": "adamw", "safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
+EVERYTHING = {"safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 2}
 MEMORY = ("offload_frozen_components",)

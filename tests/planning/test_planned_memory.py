@@ -43,7 +43,6 @@ def benchmark():
     "name",
     [
         "UNet, full, one branch at a time",
-        pytest.param("UNet, full, bounded by AdamW", marks=pytest.mark.matrix),
         "transformer, LoRA, checkpointing",
     ],
 )

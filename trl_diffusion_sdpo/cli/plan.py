@@ -256,7 +256,6 @@ def _step_settings(args: DiffusionSDPOConfig, noise: Any, half: Any, layout: Lay
         checkpointing=arguments if checkpoints else None,
         anchor=anchor if by_branch else None,
         low_memory=args.safeguard_low_memory,
-        preconditioned=args.safeguard_preconditioner == "adamw",
         accumulates=accumulates,
         rounds_weights=layout.rounds,
         shards=1 if whole else layout.processes,

@@ -16,8 +16,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from ..losses.adamw import AdamWState
-from ..utils._compat import keeps_zero_gradients, zero3_adam_state, zero_gradients, zero_weights
+from ..utils._compat import keeps_zero_gradients, zero_gradients, zero_weights
 from .gradients import Gradient, add
 from .sharding import local_tensor
 
@@ -62,10 +61,6 @@ class GradientBackend(ABC):
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
         """The float32 weights, or shards, in a gradient's order."""
-
-    @abstractmethod
-    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        """State of the [`unwrapped_adamw`] for each weight, or shard, in a gradient's order."""
 
     @property
     def loss_scale(self) -> float:
@@ -114,10 +109,6 @@ class ReplicatedBackend(GradientBackend):
 
     def weights(self) -> list[torch.Tensor]:
         return [weight.detach() for weight in self._weights]
-
-    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
-        return [_adam_state(optimizer.state[weight], groups[id(weight)]) for weight in self._weights]
 
     @property
     def loss_scale(self) -> float:
@@ -213,13 +204,6 @@ class Zero12Backend(ZeroBackend):
             shards += flat.detach()[: sum(sizes)].split(sizes)
         return shards
 
-    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        states = []
-        for index, flat in enumerate(zero_weights(self._engine.optimizer)):
-            state = _adam_state(optimizer.state[flat], optimizer.param_groups[index])
-            states += split_adam_state(state, self._sizes[index])
-        return states
-
 
 class Zero3Backend(ZeroBackend):
     """ZeRO-3: a shard of each parameter."""
@@ -247,9 +231,6 @@ class Zero3Backend(ZeroBackend):
         from deepspeed.utils import safe_get_local_fp32_param
 
         return [safe_get_local_fp32_param(weight) for weight in self._weights]
-
-    def adam_states(self, optimizer: torch.optim.Optimizer) -> list[AdamWState]:
-        return [_adam_state(*zero3_adam_state(self._engine.optimizer, weight)) for weight in self._weights]
 
 
 def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBackend:
@@ -322,44 +303,8 @@ def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
     return products
 
 
-def unwrapped_adamw(optimizer: Any) -> torch.optim.AdamW:
-    """torch's AdamW within the wrappers of accelerate and DeepSpeed.
-
-    Raises:
-        `ValueError`: If it is another optimizer, or one with amsgrad.
-    """
-    plain: Any = unwrapped(optimizer)
-    is_adamw = isinstance(plain, torch.optim.AdamW)
-    if not is_adamw or any(group["amsgrad"] or group["maximize"] for group in plain.param_groups):
-        raise ValueError(
-            f"`safeguard_preconditioner='adamw'` needs torch's AdamW, got {type(plain).__name__}. Set "
-            "`optim='adamw_torch'` without amsgrad, or `safeguard_preconditioner='plain'`."
-        )
-    return plain
-
-
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer within the wrappers of accelerate and DeepSpeed, which all call it `optimizer`."""
     while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _adam_state(state: dict[str, Any], group: dict[str, Any]) -> AdamWState:
-    """From an entry of a torch optimizer's `state`, which is empty before the first step."""
-    first, second = (state.get(name) for name in ("exp_avg", "exp_avg_sq"))
-    return AdamWState(
-        None if first is None else local_tensor(first),
-        None if second is None else local_tensor(second),
-        state.get("step", 0.0),
-        group,
-    )
-
-
-def split_adam_state(state: AdamWState, sizes: list[int]) -> list[AdamWState]:
-    """The states of the weights, of these sizes, that a flat shard holds."""
-    moments = [
-        [None] * len(sizes) if moment is None else moment[: sum(sizes)].split(sizes)
-        for moment in (state.first, state.second)
-    ]
-    return [AdamWState(first, second, state.step, state.group) for first, second in zip(*moments, strict=True)]

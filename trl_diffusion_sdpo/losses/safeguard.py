@@ -34,7 +34,10 @@ def loser_scale(
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
-    return _bounded((1 - mu) * winner_gain.detach(), dot.detach() + eps)
+    dot = dot.detach() + eps
+    aligned = dot > 0
+    bound = (1 - mu) * winner_gain.detach() / torch.where(aligned, dot, torch.ones_like(dot))
+    return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
 
 
 def parameter_scale(
@@ -70,31 +73,6 @@ def parameter_scale(
         "safeguard/opposed": opposed.to(scale),
     }
     return scale, metrics
-
-
-def adamw_scale(products: torch.Tensor, mu: float) -> torch.Tensor:
-    r"""Largest lambda under which AdamW's own step does not raise the winner's error, to first order.
-
-    The step lowers the error by `H + A - lambda B`: `H` by momentum and weight decay, `A` and `B` by the
-    preconditioned gradients of winner and loser. Asking for at least `mu max(A, 0)` of descent bounds lambda by
-    `(H + A - mu max(A, 0)) / B` where `B` is positive.
-
-    Args:
-        products (`torch.Tensor` of shape `(3,)`): `H`, `A` and `B`, over all trained weights and processes.
-        mu (`float`): Margin in `[0, 1]`.
-
-    Returns:
-        `torch.Tensor` of shape `()`: Scale in `[0, 1]`, detached; 0 where `H` cancels the winner's descent.
-    """
-    history, winner, loser = products.detach()
-    return _bounded(history + winner - mu * winner.clamp(min=0), loser)
-
-
-def _bounded(descent: torch.Tensor, dot: torch.Tensor) -> torch.Tensor:
-    """`descent / dot` clamped to `[0, 1]` where `dot` is positive, else 1."""
-    aligned = dot > 0
-    bound = descent / torch.where(aligned, dot, torch.ones_like(dot))
-    return torch.where(aligned, bound.clamp(0, 1), torch.ones_like(bound))
 
 
 def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,6 @@ class StepSettings:
         checkpointing (`dict`, *optional*): Arguments of activation checkpointing; `None` without.
         anchor (`str`, *optional*): Of the safeguard in parameter space; `None` in output space or without.
         low_memory (`bool`): Whether that holds one branch's activations at a time.
-        preconditioned (`bool`): Whether it bounds lambda by AdamW's step as well.
         accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
         shards (`int`): Processes over which an engine divides gradients while the backward pass runs; 1 where they
             stay whole until the optimizer's step.
@@ -62,7 +61,6 @@ class StepSettings:
     anchor: Anchor | None
     low_memory: bool
     accumulates: bool
-    preconditioned: bool = False
     shards: int = 1
     shard_dtype: torch.dtype | None = torch.float32
     rounds_weights: bool = False
@@ -268,8 +266,7 @@ def _by_branch(
 ) -> None:
     """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
     allocations, mu = forward.allocations, settings.loss.safeguard_mu
-    adamw = _stepped_adamw(model, backend, allocations) if settings.preconditioned else None
-    gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor, adamw=adamw)
+    gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,
@@ -287,17 +284,6 @@ def _by_branch(
         del loss
     with allocations.moment(OPTIMIZER):
         gradients.combine()
-
-
-def _stepped_adamw(model: nn.Module, backend: ReplicatedBackend, allocations: Allocations) -> torch.optim.AdamW:
-    """AdamW with the states that it has after a step; they stay, and are counted elsewhere."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    adamw = torch.optim.AdamW(trained)
-    for weight, held in zip(trained, backend.weights(), strict=True):
-        states = {name: torch.empty(held.shape) for name in ("exp_avg", "exp_avg_sq")}
-        adamw.state[weight] = {"step": torch.ones(()), **states}
-        allocations.ignore(adamw.state[weight].values())
-    return adamw
 
 
 def _existing(networks: Networks) -> list[torch.Tensor]:

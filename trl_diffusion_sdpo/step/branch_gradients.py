@@ -11,9 +11,7 @@ import torch
 
 from ..engines.gradient_backends import GradientBackend
 from ..engines.gradients import Gradient, inner_products, subtract_scaled
-from ..engines.sharding import local_tensor
-from ..losses import Anchor, adamw_scale, parameter_scale
-from ..losses.adamw import adamw_products, clip_scale
+from ..losses import Anchor, parameter_scale
 
 WINNER, LOSER, ANCHOR = "winner", "loser", "anchor"
 
@@ -25,21 +23,12 @@ class BranchGradients:
         mu (`float`): Margin in `[0, 1]`.
         anchor (`str`): `"branch"` or `"error"`, what lambda protects, as
             [`~trl_diffusion_sdpo.losses.parameter_scale`] has it.
-        adamw (`torch.optim.AdamW`, *optional*): Bounds lambda by its step as well; without wrappers.
-        max_norm (`float`, *optional*): The gradient is clipped to it before that step.
     """
 
-    def __init__(
-        self,
-        backend: GradientBackend,
-        *,
-        mu: float,
-        anchor: Anchor,
-        adamw: torch.optim.AdamW | None = None,
-        max_norm: float | None = None,
-    ):
-        self.backend, self.mu, self.anchor = backend, mu, anchor
-        self.adamw, self.max_norm = adamw, max_norm
+    def __init__(self, backend: GradientBackend, *, mu: float, anchor: Anchor):
+        self.backend = backend
+        self.mu = mu
+        self.anchor = anchor
         self.gradients: dict[str, Gradient] = {}
 
     def backward(self, branch: str, objective: torch.Tensor, *, retain_graph: bool = False) -> None:
@@ -68,19 +57,8 @@ class BranchGradients:
         ordered = [gradients[name] for name in (WINNER, LOSER, ANCHOR) if name in gradients]
         products = self.backend.sum_over_shards(inner_products(ordered))
         scale, metrics = parameter_scale(products, self.mu, anchor=self.anchor)
-        if self.adamw is not None:
-            scale = metrics["safeguard/scale"] = self._bounded_by_adamw(ordered, products, scale)
-            metrics["safeguard/active"] = (scale < 1).to(scale)
         finite = products.isfinite().all()
         # Where only the anchor is not finite, the step is skipped, too: NaN in the gradient does that.
         subtract_scaled(ordered[0], ordered[1], torch.where(finite, scale, torch.nan))
         self.backend.set_gradient(ordered[0])
         return {name: torch.where(finite, value, 0) for name, value in metrics.items()}, finite, gradients.get(ANCHOR)
-
-    def _bounded_by_adamw(self, ordered: list[Gradient], products: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        parts = [[None if part is None else local_tensor(part) for part in gradient] for gradient in ordered]
-        states = self.backend.adam_states(self.adamw)
-        clip = clip_scale(products, scale, self.max_norm, self.backend.loss_scale)
-        anchored = -1 if self.anchor == "error" else 0
-        sums = adamw_products(states, self.backend.weights(), parts, anchored, scale, clip)
-        return torch.minimum(scale, adamw_scale(self.backend.sum_over_shards(sums), self.mu).to(scale))

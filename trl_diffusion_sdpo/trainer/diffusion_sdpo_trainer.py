@@ -23,7 +23,6 @@ from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, check_unsharded, shards_weights
-from ..engines.gradient_backends import unwrapped_adamw
 from ..engines.processes import check_agreement
 from ..engines.sharding import full_tensor
 from ..losses import BetaController, BudgetController, PreferenceLossOutput
@@ -399,12 +398,11 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
             refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
-        adamw = unwrapped_adamw(self.optimizer) if args.safeguard_preconditioner == "adamw" else None
         if self._diagnostics is not None:
             self._diagnostics.attach(self.model_wrapped, backend)
         self.parameter_safeguard = self.parameter_safeguard_class(
             self.pair_forward,
-            BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor, adamw=adamw, max_norm=args.max_grad_norm),
+            BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
             self._meter,
             sorts_by_scores=self.loss_spec.needs_scores,
             low_memory=args.safeguard_low_memory,

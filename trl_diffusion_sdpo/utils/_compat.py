@@ -223,17 +223,6 @@ def zero_weights(optimizer: Any) -> list[torch.Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def zero3_adam_state(optimizer: Any, weight: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """This process's shard of the base optimizer's state of a ZeRO-3 weight, and the weight's parameter group.
-
-    Can go when `deepspeed.utils` also returns a weight's step and group.
-    """
-    sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(weight)]
-    state = optimizer.optimizer.state[optimizer.fp32_partitioned_groups_flat[sub_group]]
-    shard = {name: value.narrow(0, offset, length) if value.dim() else value for name, value in state.items()}
-    return shard, optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[sub_group]]
-
-
 def set_last_rates(schedule: Any, rates: list[Any]) -> None:
     """Set the return value of a schedule's `get_last_lr`, after a checkpoint's state has overwritten it.
 

@@ -176,7 +176,7 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
     resume = """
         loss_type loss_weights sft_weight margin_clamp auto_beta
         beta safeguard safeguard_mu safeguard_granularity safeguard_eps safeguard_anchor
-        safeguard_preconditioner per_device_train_batch_size gradient_accumulation_steps mixed_precision random_crop
+        per_device_train_batch_size gradient_accumulation_steps mixed_precision random_crop
         random_flip proportion_empty_prompts loser_noise_range winner_budget winner_budget_pairs winner_budget_steps
         ema_decay sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_errors ref_noise_draws
         n_timesteps_per_pair latent_crops pair_weights

@@ -45,7 +45,6 @@ def check_settings(args: AllArguments) -> None:
     _check_length(args)
     _check_loss(args, loss)
     _check_parameter_safeguard(args, loss)
-    _check_preconditioner(args)
     _check_data(args)
     _check_scores(args, loss)
     _check_losers(args, loss)
@@ -195,14 +194,6 @@ def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
         raise ValueError(
             "`ddp_static_graph=True` cannot act with `safeguard='parameter'`, which runs one backward pass per branch. "
             "Leave it off."
-        )
-
-
-def _check_preconditioner(args: AllArguments) -> None:
-    if args.safeguard_preconditioner != "plain" and args.safeguard != "parameter":
-        raise ValueError(
-            f"`safeguard_preconditioner={args.safeguard_preconditioner!r}` needs `safeguard='parameter'`: output space "
-            f"has no gradients of weights; got {args.safeguard!r}."
         )
 
 

@@ -11,7 +11,6 @@ from ...losses import LOSSES, Anchor, Granularity, LossSpec, LossType, Safeguard
 from .declaring import EVALUATION, RESUME, Choices, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
-Preconditioner = Literal["plain", "adamw"]
 NoiseSource = Literal["shared", "inversion"]
 OnWinnerRise = Literal["ignore", "warn", "stop"]
 
@@ -214,9 +213,6 @@ class WinnerArguments:
             Keeps an average of the trained weights, `average = decay * average + (1 - decay) * weights` after every
             step, in `(0, 1)`; early steps use `(1 + step) / (10 + step)` where that is smaller. It is evaluated, saved
             and pushed beside the weights, in the folder `ema`. None if unset.
-        safeguard_preconditioner (`str`, *optional*, defaults to `"plain"`):
-            With `safeguard="parameter"`: `"adamw"` bounds lambda also by what AdamW makes of the gradient, with its
-            momentum, preconditioner, weight decay and clipping. Experimental.
         on_winner_rise (`str`, *optional*, defaults to `"warn"`):
             When an evaluation shows the winners' error above that before training, by more than the uncertainty:
             `"warn"` logs it, once a rise, with the noise level and what to change; `"stop"` also writes a checkpoint
@@ -230,5 +226,4 @@ class WinnerArguments:
     winner_budget_pairs: Annotated[int, Range("[1, inf)"), RESUME] = 32
     winner_budget_steps: Annotated[int, Range("[1, inf)"), RESUME] = 10
     ema_decay: Annotated[float | None, Range("(0, 1)", "Usual: 0.98 to 0.9999."), RESUME] = None
-    safeguard_preconditioner: Annotated[Preconditioner, RESUME] = "plain"
     on_winner_rise: OnWinnerRise = "warn"
