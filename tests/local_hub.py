@@ -20,8 +20,6 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import api as default_api
 from huggingface_hub.utils import http_backoff
 
-from trl_diffusion_sdpo.saving import hub as hub_requests
-
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt")
 REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called
 PART_SIZE = 2**20  # larger LFS files are uploaded in parts
@@ -374,9 +372,8 @@ ROUTES = (  # methods, path, whether the token is asked for, handler
 
 @pytest.fixture
 def hub_server(monkeypatch, tmp_path):
-    """A running `HubServer` that the installed client talks to, logged in, without the Xet protocol. Neither client nor
-    trainer waits long before another attempt."""
-    monkeypatch.setattr(hub_requests, "FIRST_WAIT", 0.01)
+    """A running `HubServer` that the installed client talks to, logged in, without the Xet protocol. The client does
+    not wait long before another attempt."""
     monkeypatch.setitem(http_backoff.__kwdefaults__, "base_wait_time", 0.01)
     with running_hub() as hub:
         point_client_at(hub, monkeypatch, tmp_path / "hf_home")

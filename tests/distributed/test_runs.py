@@ -779,8 +779,7 @@ USED = build_run("ddp", "full", "used", {"max_steps": 1, "save_strategy": "steps
 
 @needing([USED, refused("ddp", "used-again", output=USED["output"])])
 def test_a_folder_of_another_run_is_refused_by_all_processes(found):
-    assert "holds one (checkpoint-1, tuned weights)" in refusal(found[-1])
-    assert not (found[0] / "saved" / "_run.lock").exists()
+    assert "checkpoint-1, tuned weights" in refusal(found[-1])
 
 
 @needing([refused("zero2", "offloaded", engine_settings={"deepspeed": OFFLOADED})])

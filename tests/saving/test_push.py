@@ -17,10 +17,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.reporting import run_callbacks
-from trl_diffusion_sdpo.saving.hub import PublishingError, Uploads
-from trl_diffusion_sdpo.saving.model_card import mean_loss
-from trl_diffusion_sdpo.saving.publishing import Publisher
-from trl_diffusion_sdpo.saving.run_card import GENERATED
+from trl_diffusion_sdpo.saving.model_card import GENERATED, mean_loss
+from trl_diffusion_sdpo.saving.publishing import Publisher, PublishingError
 from trl_diffusion_sdpo.saving.setup import fingerprint, record_recommended_scale
 
 
@@ -61,7 +59,7 @@ def test_a_recommended_scale_is_published_as_long_as_the_weights_are_those_that_
     trainer = make_trainer(peft_config=LoraConfig(r=4), max_steps=1, ema_decay=0.5, hub_model_id="tester/run")
     trainer.train()
     trainer.save_model()
-    run, guided = tmp_path / "run", "with preference_guidance(pipeline, scale=2.0):"
+    run = tmp_path / "run"
     facts = {"weights": 1.0, "prediction": 2.0, "sentence": "Scale 2.", "grids": ["scale_sweep/images_weights.png"]}
     for average, folder in ((False, run), (True, run / "ema")):
         of = fingerprint(trainer.weight_files.read(folder))
@@ -80,7 +78,8 @@ def test_a_recommended_scale_is_published_as_long_as_the_weights_are_those_that_
     found = {name for name in files if any(part in name for part in ("sweep", "images", "of_b"))}
     assert found == {"scale_sweep/images_weights.png", "images/mine.png"}
     card, setup = files["README.md"].decode(), json.loads(files["diffusion_sdpo_setup.json"])
-    assert guided in card and "Averaged weights: Scale 2." in card and "](scale_sweep/images_weights.png)" in card
+    assert "Averaged weights: Scale 2." in card and "](scale_sweep/images_weights.png)" in card
+    assert ModelCard(card).data.recommended_scale == {"weights": 1.0, "prediction": 2.0}
     assert {"recommended_scale", "recommended_scale_of_average"} <= setup.keys()
     edited = (run / "README.md").read_text().replace(GENERATED, "<!-- Mine.")
     (run / "README.md").write_text(edited)
@@ -89,7 +88,8 @@ def test_a_recommended_scale_is_published_as_long_as_the_weights_are_those_that_
     trainer.train()
     trainer.push_to_hub()
     card, setup = files_of(hub_server)["README.md"].decode(), files_of(hub_server)["diffusion_sdpo_setup.json"]
-    assert "<!-- Mine." in card and "preference_guidance(" not in card and b"recommended_scale" not in setup
+    assert "<!-- Mine." in card and "recommended_scale" not in ModelCard(card).data
+    assert b"recommended_scale" not in setup
 
 
 def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(
@@ -154,9 +154,9 @@ def test_saving_publishes_where_it_was_asked_for(make_trainer, hub_server):
 
 def test_saving_writes_once_and_not_while_an_upload_reads(make_trainer, hub_server, monkeypatch):
     trainer = make_trainer(push_to_hub=True, hub_model_id="tester/run", max_steps=1, peft_config=LoraConfig(r=4))
-    save, uploads, idle = trainer._save, trainer.publisher.uploads, []
-    monkeypatch.setattr(trainer, "_save", lambda folder: (idle.append(uploads.is_done()), save(folder)))
-    uploads._jobs.append(uploads._api.run_as_future(time.sleep, 1))
+    save, publisher, idle = trainer._save, trainer.publisher, []
+    monkeypatch.setattr(trainer, "_save", lambda folder: (idle.append(publisher.is_done()), save(folder)))
+    publisher._jobs.append(publisher._api.run_as_future(time.sleep, 0.3))
     trainer.save_model()
     assert idle == [True]
 
@@ -183,12 +183,11 @@ def unsaved(make_trainer, **args):
     return make_trainer(hub_model_id="tester/run", peft_config=LoraConfig(r=4), **args)
 
 
-def test_endpoints_that_are_busy_for_a_while_are_asked_again(make_trainer, hub_server):
-    hub_server.failing = dict.fromkeys(ENDPOINTS.values(), 2)
+def test_an_upload_that_is_busy_for_a_moment_is_repeated_by_the_client(make_trainer, hub_server):
+    hub_server.failing = {ENDPOINTS["upload"]: 2}
     unsaved(make_trainer).push_to_hub()
-    assert set(hub_server.failing.values()) == {0}  # each was asked, in vain, and again
+    assert hub_server.failing == {ENDPOINTS["upload"]: 0}
     assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
-    assert len(hub_server.repos["tester/run"].commits) == 1
 
 
 @pytest.mark.parametrize("endpoint", ["create", "commit"])
@@ -201,8 +200,6 @@ def test_what_cannot_be_published_is_safe_and_a_second_call_goes_on(make_trainer
     assert f"The weights are safe in {tmp_path / 'run'}" in message and "`push_to_hub()`" in message
     assert "\n" not in message and "tester/run" in message
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
-    asked = [path for path in hub_server.paths("POST") if "create" in path]
-    assert len(asked) == (6 if endpoint == "create" else 1)  # bounded
 
     hub_server.failing = {}
     sent = len(hub_server.paths("PUT"))
@@ -219,31 +216,11 @@ def test_a_refusal_is_not_asked_again(make_trainer, hub_server):
     assert len([path for path in hub_server.paths("POST") if "create" in path]) == 1
 
 
-def test_a_lost_connection_is_made_anew(make_trainer, hub_server, monkeypatch):
-    trainer, answer, lost = unsaved(make_trainer), hub_server.httpd.finish_request, []
-
-    def lose_the_first(request, address):
-        if lost:
-            return answer(request, address)
-        lost.append(address)
-
-    monkeypatch.setattr(hub_server.httpd, "finish_request", lose_the_first)
-    huggingface_hub.close_session()
-    trainer.push_to_hub()
-    assert lost and "README.md" in files_of(hub_server)
-
-
 def test_a_hub_that_is_away_is_told_before_training(make_trainer, hub_server):
     hub_server.failing = {ENDPOINTS["create"]: float("inf")}
     with pytest.raises(PublishingError, match="tester/run failed: .*503.* Nothing was trained") as told:
         make_trainer(push_to_hub=True, hub_model_id="tester/run")
     assert "\n" not in str(told.value)
-
-
-def test_a_hub_that_is_away_for_a_moment_does_not_end_a_run_before_it_begins(make_trainer, hub_server):
-    hub_server.failing = {ENDPOINTS["create"]: 3}
-    make_trainer(push_to_hub=True, hub_model_id="tester/run")
-    assert "tester/run" in hub_server.repos
 
 
 def test_an_upload_that_fails_beside_the_training_is_told_and_ends_nothing(make_trainer, hub_server, caplog, tmp_path):
@@ -290,20 +267,19 @@ def test_a_large_file_that_does_not_arrive_is_sent_again_and_then_told(make_trai
     else:
         assert isinstance(trainer.push_to_hub(blocking=False).exception(), PublishingError)
         assert re.search(told, caplog.text)
-    assert len([path for path in hub_server.paths("POST") if path.endswith("objects/batch")]) == 6  # each attempt's
     hub_server.failing = {}
     trainer.push_to_hub()
     assert "pytorch_lora_weights.safetensors" in files_of(hub_server)
 
 
 def wait_for_the_upload_of_the_first(rank: int, folder: str) -> None:
-    """Two processes whose collectives have three seconds, and an upload of six in the first."""
+    """Two processes whose collectives have two seconds, and an upload of three in the first."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
+    short = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2))
     publisher = Publisher(SimpleNamespace())
-    publisher.uploads = uploads = Uploads()
+    publisher.repository = "tester/run"
     if rank == 0:
-        uploads._jobs.append(uploads._api.run_as_future(time.sleep, 6))
+        publisher._jobs.append(publisher._api.run_as_future(time.sleep, 3))
     publisher.wait()
     dist.all_reduce(torch.ones(1), group=short)
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 from importlib.metadata import version
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.data.checking import DataReport
 from trl_diffusion_sdpo.reporting.run_callbacks import RunReportCallback
-from trl_diffusion_sdpo.saving.run_card import (
+from trl_diffusion_sdpo.saving.model_card import (
     GENERATED,
     before_and_after,
     duration,
@@ -113,6 +114,15 @@ def test_an_interrupted_run_has_its_curves_state_and_card_as_well(make_trainer, 
         trainer.train()
     assert "| Optimizer steps | 2 of 9 |" in (tmp_path / "run" / "README.md").read_text()
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_clock_that_is_set_back_makes_no_negative_time(make_trainer, monkeypatch, tmp_path):
+    now = time.time
+    trainer = make_trainer(max_steps=1, peft_config=LORA)
+    trainer.add_callback(At(1, lambda: monkeypatch.setattr(time, "time", lambda: now() - 3600)))
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_runtime"] >= 0
+    assert re.search(r"\| Time \| \d+ s \|", (tmp_path / "run" / "README.md").read_text())
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(make_args, tmp_path, caplog):

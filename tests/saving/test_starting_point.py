@@ -104,7 +104,7 @@ def test_a_run_of_all_weights_goes_on_with_the_rest_of_its_pipeline(train, full_
     second = train(full_run, bf16=bf16, trains=False)
     tuned = UNet2DConditionModel.from_pretrained(full_run, subfolder="unet").state_dict()
     assert_equal(second.denoiser.state_dict(), tuned)
-    assert second.model_name_or_path == sd_folder
+    assert second.origin.name_or_path == sd_folder
     second.train()
     assert second.reference.kind == "frozen"
     assert_neutral(second)

@@ -198,7 +198,7 @@ def _write(
     run: SavedRun, folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, Any], recommended: dict[str, Any]
 ) -> None:
     """Write the sweep's file, and the recommendation into the run's set-up file and onto its model card."""
-    from ..saving.run_card import update_recommended_scales
+    from ..saving.model_card import update_recommended_scales
     from ..saving.setup import record_recommended_scale
 
     content = {"rows": list(rows), "scores": scores, "recommended": recommended}

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..engines.processes import in_any_process
 from ..saving.interrupts import resume_hint, was_interrupted
-from ..saving.run_card import CARD_FILE, is_note
+from ..saving.model_card import CARD_FILE, is_note
 from ..saving.setup import forget_recommended_scales
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from ..utils.import_utils import is_plots_available

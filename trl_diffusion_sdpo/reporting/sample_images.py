@@ -20,7 +20,7 @@ from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
 from ..models.frozen_components import FrozenComponents
-from ..saving.run_card import is_note
+from ..saving.model_card import is_note
 from ..step.pair_forward import eval_mode
 from .tracked_images import TrackedImages
 

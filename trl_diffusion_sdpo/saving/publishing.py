@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from ..engines.processes import failing_together, gather_objects, in_any_process
+from ..utils._compat import HubConnectionError
 from ..utils.files import SWEEP_FOLDER
-from .hub import PublishingError, Uploads
+from ..utils.secrets import without_secrets
 from .setup import ARGS_FILE
 
 logger = logging.getLogger(__name__)
@@ -30,8 +33,12 @@ NOT_UPLOADED = (
 )
 
 
+class PublishingError(OSError):
+    """A repository could not be created, or a folder not uploaded; the message says why."""
+
+
 class Publisher:
-    """Uploads a run's output folder to its repository on the Hub.
+    """Uploads a run's output folder to its repository on the Hub. `huggingface_hub` repeats requests that fail.
 
     Args:
         args (`TrainingArguments`): With the names of the folder and the repository.
@@ -39,26 +46,32 @@ class Publisher:
     """
 
     def __init__(self, args: TrainingArguments, ignore: Sequence[str] = ()):
-        self._args, self._ignore = args, [*NOT_UPLOADED, *ignore]
-        self.uploads: Uploads | None = None
+        self._args = args
+        self._ignore = [*NOT_UPLOADED, *ignore]
+        self._api = HfApi()
+        self._jobs: list[Future] = []  # uploads in progress
         self.repository: str | None = None  # its id, once it is known to exist
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
-        """As [`Uploads.create_repository`], by the arguments; all processes must call it, and raise together."""
-        self.uploads = self.uploads or Uploads()
+        """Create the repository that the arguments name, unless it exists, and return its id, `owner/name`. All
+        processes must call it, and raise `PublishingError` together."""
+        name = self._args.hub_model_id or Path(self._args.output_dir).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
-                self.repository = self.uploads.create_repository(
-                    self._args.hub_model_id or Path(self._args.output_dir).absolute().name,
-                    token=token or self._args.hub_token,
-                    private=self._args.hub_private_repo if private is None else private,
-                )
+                with _explained(f"Making the repository {name}"):
+                    created = self._api.create_repo(
+                        name,
+                        token=token or self._args.hub_token,
+                        private=self._args.hub_private_repo if private is None else private,
+                        exist_ok=True,
+                    )
+                    self.repository = created.repo_id
         self.repository = gather_objects(self.repository)[0]
         return self.repository
 
     @contextlib.contextmanager
     def failing_after_save(self) -> Iterator[None]:
-        """Raise errors within in all processes; one of the Hub says where the saved weights are."""
+        """Raise errors within in all processes. An error of the Hub says where the saved weights are."""
         with failing_together(PublishingError, during_upload=True):
             try:
                 yield
@@ -84,21 +97,20 @@ class Publisher:
             training (`bool`): Whether training continues meanwhile.
         """
         arguments = {
+            "folder_path": self._args.output_dir,
             "commit_message": message,
             "token": token or self._args.hub_token,
             "revision": revision or self._args.hub_revision,
             "ignore_patterns": self._ignore,
         }
-        if blocking:
-            return self.uploads.upload(self.repository, self._args.output_dir, **arguments)
-        return self._upload_later(self._args.output_dir, training=training, **arguments)
+        return self._upload(**arguments) if blocking else self._upload_later(training=training, **arguments)
 
     def is_ready_for_progress(self) -> bool:
         """Whether to upload now, during training; all processes must call it. Waits for uploads in progress, whose
         files are about to change, unless uploads may be skipped."""
         if self._args.hub_strategy == HubStrategy.END:
             return False
-        skips = not self._args.hub_always_push and in_any_process(not self.uploads.is_done(), self._args.device)
+        skips = not self._args.hub_always_push and in_any_process(not self.is_done(), self._args.device)
         uploads_checkpoints = self._args.hub_strategy in CHECKPOINT_STRATEGIES
         if not skips or (uploads_checkpoints and self._args.save_total_limit is not None):  # old ones will be deleted
             self.wait()
@@ -113,8 +125,8 @@ class Publisher:
         if self._args.hub_strategy in CHECKPOINT_STRATEGIES:
             last = self._args.hub_strategy == HubStrategy.CHECKPOINT
             self._upload_later(
-                str(checkpoint),
                 training=True,
+                folder_path=str(checkpoint),
                 path_in_repo="last-checkpoint" if last else checkpoint.name,
                 commit_message=f"{message}, checkpoint",
                 token=self._args.hub_token,
@@ -122,18 +134,51 @@ class Publisher:
                 ignore_patterns=[ARGS_FILE],
             )
 
+    def is_done(self) -> bool:
+        """Whether no upload is in progress."""
+        return all(job.done() for job in self._jobs)
+
     def wait(self) -> None:
-        """Wait for uploads in progress; all processes must call it."""
-        if self.uploads is None:
+        """Wait for uploads in progress; all processes must call it. Failures were logged already, and are not
+        raised."""
+        if self.repository is None:
             return
-        if not self.uploads.is_done():
+        if not self.is_done():
             logger.info("Waiting for the upload in progress.")
-        self.uploads.wait_until_done()
+        for job in self._jobs:
+            job.exception()
+        self._jobs = []
         gather_objects(None, during_upload=True)  # a barrier
 
-    def _upload_later(self, folder: str, *, training: bool, **arguments: Any) -> Any:
-        advice = f"{'Training goes on. ' if training else ''}{self._advice()}"
-        return self.uploads.upload_later(self.repository, folder, advice=advice, **arguments)
+    def _upload(self, **arguments: Any) -> Any:
+        with _explained(f"Uploading to {self.repository}"):
+            return self._api.upload_folder(repo_id=self.repository, **arguments)
+
+    def _upload_later(self, *, training: bool, **arguments: Any) -> Future:
+        """Upload in a thread. A failure is logged when it happens."""
+
+        def upload() -> Any:
+            try:
+                return self._upload(**arguments)
+            except PublishingError as error:
+                logger.warning("%s %s%s", error, "Training goes on. " if training else "", self._advice())
+                raise
+
+        job = self._api.run_as_future(upload)
+        self._jobs = [other for other in self._jobs if not other.done()] + [job]
+        return job
 
     def _advice(self) -> str:
         return f"The weights are safe in {self._args.output_dir}; another call of `push_to_hub()` goes on from there."
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn errors of the Hub and its client into a `PublishingError` in one line, without secrets: signed URLs contain
+    some."""
+    try:
+        yield
+    except (HubConnectionError, OSError, ValueError, RuntimeError) as error:
+        reasons = [error, error.__cause__] if isinstance(error, RuntimeError) and error.__cause__ else [error]
+        text = ": ".join(" ".join(str(reason).split()) or type(reason).__name__ for reason in reasons)
+        raise PublishingError(f"{what} failed: {without_secrets(text).rstrip('.')}.") from error

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
-from ..engines.processes import gather_objects
+from ..engines.processes import failing_together, gather_objects
 from ..models.ema import EMA_FOLDER
 from ..utils.files import write_atomically
 from .checkpoints import checkpoints_in, restore_replaced, step_of
@@ -164,17 +164,11 @@ class RunFolder:
 
     def _in_first_process(self, action: Callable[[], Any]) -> Any:
         """Call it in the first process; all processes get its result, or its error as a `ValueError`."""
-        self._processes.wait_for_everyone()
-        result, error = None, None
-        if self._processes.is_main_process:
-            try:
+        result = None
+        with failing_together(ValueError):
+            if self._processes.is_main_process:
                 result = action()
-            except (ValueError, OSError) as raised:
-                error = raised
-        result, message = gather_objects((result, None if error is None else str(error)))[0]
-        if message is not None:
-            raise error or ValueError(message)
-        return result
+        return gather_objects(result)[0]
 
 
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:

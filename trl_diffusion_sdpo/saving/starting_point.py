@@ -59,6 +59,27 @@ class StartingPoint:
         return {**(options or {}), **self.options, **given}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run started from, as its files record it.
+
+    Args:
+        name_or_path (`str`, *optional*): Hub id, folder or file of the pipeline; `None` for a pipeline object.
+        folder (`Path`, *optional*): Where the pipeline's files are on this machine.
+        base (`dict[str, Any]`, *optional*): See [`recorded_base`].
+        fingerprint (`str`): Hash of the denoiser's weights before training.
+        reference (`str`): Kind of the reference.
+        gave_reference (`bool`): Whether the user passed the reference.
+    """
+
+    name_or_path: str | None
+    folder: Path | None
+    base: dict[str, Any] | None
+    fingerprint: str
+    reference: str
+    gave_reference: bool
+
+
 def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike | None = None) -> StartingPoint:
     """The parts of a policy by the name of a pipeline, or of a run: its output folder, one of its checkpoints, or its
     folder of averaged weights.

@@ -57,7 +57,7 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
                 yield
         except pickle.UnpicklingError as error:
             raise ValueError(_REFUSED.format(str(error).partition("\n")[0])) from error
-        except (SafetensorError, EOFError) as error:
+        except (SafetensorError, EOFError, FileNotFoundError) as error:
             raise ValueError(_DAMAGED.format(error)) from error
         except RuntimeError as error:
             if "PytorchStreamReader" not in str(error):  # torch has no class for a damaged file

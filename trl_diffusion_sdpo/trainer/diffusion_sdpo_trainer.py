@@ -33,7 +33,7 @@ from ..models.loading import LoadedModel
 from ..models.reference import PrecomputedReference, networks
 from ..saving.interrupts import step_exchange
 from ..saving.setup import fingerprint
-from ..saving.starting_point import recorded_base
+from ..saving.starting_point import Origin, recorded_base
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
 from ..step.meters import AutoBeta, MetricMeter
@@ -170,7 +170,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
         self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_chosen)
         self._set_up_engine()
-        self._set_up_run()
+        self._set_up_run(self._own_callbacks, self._shadow_weights, self.average, self._controllers)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -288,19 +288,24 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.pipeline, self.family = loaded.pipeline, loaded.family
         for name in (*self.family.frozen_components, self.family.denoiser_name):
             check_unsharded(getattr(self.pipeline, name), name)
-        self.model_name_or_path = loaded.name_or_path
-        self.base = recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder)
-        self.fingerprint = fingerprint(base_tensors(loaded.denoiser))  # before training changes them
+        weights_before = fingerprint(base_tensors(loaded.denoiser))  # before an adapter or training changes them
         self.loss_spec = args.loss_spec
         self.adapter, added = choose_trained_weights(loaded, peft_config, args)
         self.reference = make_reference(loaded, ref_model, args, self.loss_spec, adapter=self.adapter, added=added)
-        self.gave_reference = ref_model is not None
+        self.origin = Origin(
+            loaded.name_or_path,
+            loaded.folder(),
+            recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
+            fingerprint=weights_before,
+            reference=self.reference.kind,
+            gave_reference=ref_model is not None,
+        )
         self.average = None
         if args.ema_decay is not None:
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay, shared=shards_weights(args))
         self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
-        self._set_up_files(args, loaded)
+        self._set_up_files(args, loaded, self.adapter, self.loss_spec)
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
         self.encoding = PairEncoding(self.frozen_components, loaded, args) if args.precompute_latents else None

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,10 @@ from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..engines.engine_settings import loading_unsharded
 from ..engines.processes import check_agreement, failing_together
-from ..families import Family
 from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
-from ..models.reference import Reference
 from ..models.shadow_weights import ShadowWeights
 from ..reporting.console import say
 from ..reporting.run_callbacks import plots_of, run_lines
@@ -34,14 +32,12 @@ from ..reporting.sample_images import SAMPLES_FOLDER, final_step, newest_gallery
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
-from ..saving.hub import PublishingError
 from ..saving.interrupts import stopping_on_interrupt, was_interrupted
-from ..saving.model_card import mean_loss
-from ..saving.publishing import Publisher
-from ..saving.run_card import RunCard
+from ..saving.model_card import RunCard, mean_loss
+from ..saving.publishing import Publisher, PublishingError
 from ..saving.run_files import RunFiles
 from ..saving.run_folder import PREVIOUS_RUN, RunFolder
-from ..saving.starting_point import BASE, public_base
+from ..saving.starting_point import BASE, Origin, public_base
 from ..saving.weights import WeightFiles
 from ..step.finite_check import FiniteCheck
 from ..utils.disk import naming_the_disk
@@ -62,7 +58,8 @@ NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STAT
 
 
 class FileOverrides(Trainer):
-    """Overrides of [`~transformers.Trainer`] that concern files. A subclass sets the attributes of the second group."""
+    """Overrides of [`~transformers.Trainer`] that concern files: a run's folder, checkpoints, resuming, the model card
+    and the Hub. The last group of attributes is the step's and the evaluation's."""
 
     weight_files: WeightFiles  # formats of the tuned weights
     run_folder: RunFolder
@@ -71,7 +68,6 @@ class FileOverrides(Trainer):
     run_facts: RunFacts  # for the verdict
     tracked_images: TrackedImages
     model_card: RunCard
-    _own_callbacks: list[TrainerCallback]
     dataset_name: str | None = None  # of the training data on the Hub, for the model card
     _first_step: int = 0  # that `train` began or resumed at
     _saved_step: int = -1  # of the last checkpoint of this training
@@ -79,20 +75,9 @@ class FileOverrides(Trainer):
     _partial_dir: str | None = None  # where a checkpoint is being written
 
     args: DiffusionSDPOConfig
-    pipeline: DiffusionPipeline
-    family: Family
-    adapter: str | None
-    loss_spec: LossSpec
-    reference: Reference
-    gave_reference: bool
-    average: EMAWeights | None
-    _controllers: list[Any]  # the winner budget, the automatic beta
     engine: Engine
+    origin: Origin
     frozen_components: FrozenComponents
-    model_name_or_path: str | None
-    base: dict[str, Any] | None  # what the run started from
-    fingerprint: str
-    _shadow_weights: list[ShadowWeights]
     hub_model_id: Any
     _engine_ready: bool
     _finite: FiniteCheck
@@ -100,21 +85,25 @@ class FileOverrides(Trainer):
     _tag_names: list[str]
     _name: str
 
-    def _set_up_files(self, args: DiffusionSDPOConfig, loaded: LoadedModel) -> None:
-        """Before transformers' constructor, which may create the repository, and before weights are sharded."""
+    def _set_up_files(
+        self, args: DiffusionSDPOConfig, loaded: LoadedModel, adapter: str | None, loss_spec: LossSpec
+    ) -> None:
+        """Make what must be there before transformers' constructor, which may create the repository, and before weights
+        are sharded."""
 
         def whole_pipeline() -> DiffusionPipeline:
-            with loading_unsharded(self.args):  # the first process alone calls it
+            with loading_unsharded(args):  # the first process alone calls it
                 return loaded.whole_pipeline()
 
-        linked = loaded.folder() if args.link_full_pipeline else None
-        self.weight_files = WeightFiles(self.pipeline, self.family.denoiser_name, self.adapter, whole_pipeline, linked)
-        self.publisher, self.tracked_images = Publisher(args, NOT_PUBLISHED), TrackedImages()
+        linked = self.origin.folder if args.link_full_pipeline else None
+        self.weight_files = WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline, linked)
+        self.publisher = Publisher(args, NOT_PUBLISHED)
+        self.tracked_images = TrackedImages()
         self.run_facts = RunFacts(
-            has_reference=self.loss_spec.needs_reference,
+            has_reference=loss_spec.needs_reference,
             reference_moves=args.sync_ref_model,
-            reference_was_given=self.gave_reference,
-            uses_loser=self.loss_spec.uses_loser,
+            reference_was_given=self.origin.gave_reference,
+            uses_loser=loss_spec.uses_loser,
             safeguard=args.safeguard,
             decays=not str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"),
             num_noise_bins=args.num_noise_bins,
@@ -123,30 +112,38 @@ class FileOverrides(Trainer):
             safeguard_mu=args.safeguard_mu,
         )
 
-    def _set_up_run(self) -> None:
-        """After transformers' constructor."""
-        arrange(self.callback_handler, self._own_callbacks)
+    def _set_up_run(
+        self,
+        own_callbacks: Sequence[TrainerCallback],
+        shadow_weights: Sequence[ShadowWeights],
+        average: EMAWeights | None,
+        controllers: Sequence[Any],
+    ) -> None:
+        """Make what needs transformers' constructor to have run."""
+        arrange(self.callback_handler, own_callbacks)
         self.tracked_images.attach(self.callback_handler.callbacks)
+        family = self.frozen_components.family
         self.model_card = RunCard(
             self.args,
-            self.family,
+            family,
             lora=self.weight_files.describe()["lora"],
             full_pipeline=self.args.save_full_pipeline,
-            base_model=self.model_name_or_path,
+            base_model=self.origin.name_or_path,
+            base_folder=self.origin.folder,
             trainer_name=self._name,
             settings=settings_with(RESUME),
         )
-        self.run_folder = RunFolder(self.args, list(self.pipeline.components), REPORTS)
+        self.run_folder = RunFolder(self.args, list(family.pipeline.components), REPORTS)
         self.run_files = RunFiles(
             self.args,
             self.engine,
             self.weight_files,
-            shadow_weights=self._shadow_weights,
-            average=self.average,
-            controllers=self._controllers,
+            shadow_weights=shadow_weights,
+            average=average,
+            controllers=controllers,
             full_pipeline=self.args.save_full_pipeline,
             trust_pickles=self.args.trust_checkpoint,
-            unpublished={BASE: self.base},
+            unpublished={BASE: self.origin.base},
         )
 
     # ---- Training, resuming ---------------------------------------------------------------------------------------
@@ -155,13 +152,13 @@ class FileOverrides(Trainer):
         """Train; see [`~transformers.Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, `True` for the newest
-                undamaged one in `output_dir`, or `"latest"` for the same, and a new start if there is none.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, `True` for the newest one in
+                `output_dir`, or `"latest"` for the same, and a new start if there is none.
 
         Raises:
             `ValueError`: If there is nothing to train on, or the checkpoint is damaged, of another set-up or could run
                 code.
-            `FloatingPointError`: If a loss is not finite; the weights are as they were before that step.
+            `FloatingPointError`: If a loss or, at a save or the end, a weight is not finite.
             `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
             `DiskFullError`: If a checkpoint or an image does not fit on the disk.
         """
@@ -188,7 +185,7 @@ class FileOverrides(Trainer):
 
     def _facts_of_all_processes(self) -> dict[str, Any]:
         """What must be the same in all processes, besides settings. A stream may be another part in each of them."""
-        facts: dict[str, Any] = {"model": self.fingerprint}
+        facts: dict[str, Any] = {"model": self.origin.fingerprint}
         if not isinstance(self.train_dataset, PreferenceIterableDataset):
             facts["train_dataset"] = self._data_fingerprint
         return facts
@@ -310,15 +307,15 @@ class FileOverrides(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _setup(self) -> dict[str, Any]:
-        """The content of the set-up file."""
+        """Return the content of the set-up file."""
         return {
             **self.weight_files.describe(),
-            "reference": self.reference.kind,
-            "given_reference": self.gave_reference,
+            "reference": self.origin.reference,
+            "given_reference": self.origin.gave_reference,
             "engine": self.engine.name,
             "processes": self.accelerator.num_processes,
-            "weights_before_training": self.fingerprint,
-            BASE: public_base(self.base),
+            "weights_before_training": self.origin.fingerprint,
+            BASE: public_base(self.origin.base),
             "train_data": self._data_fingerprint,
             "eval_data": self._eval_fingerprint,
             "run_id": self.run_folder.run_id,
@@ -407,8 +404,8 @@ class FileOverrides(Trainer):
     ) -> Any:
         """Upload the tuned weights and the model card to `args.hub_model_id`, without checkpoints, pickles and logs.
 
-        They are saved in `args.output_dir` first. Requests are repeated for about a minute. If that does not help, the
-        files stay, and a second call continues: large files that arrived are not sent again.
+        They are saved in `args.output_dir` first. If the upload fails, the files stay, and a second call continues:
+        large files that arrived are not sent again.
 
         Args:
             commit_message (`str`, *optional*): Of the commit.
