@@ -46,7 +46,7 @@ HOW_TO_GO_ON = (
     "`resume_from_checkpoint` if it has saved a checkpoint. If it never does, remove the row from the data set."
 )
 # Errors of the path itself or of the permission to read it. Other numbered errors of the system may pass.
-OF_THE_PATH = (
+PERMANENT_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
 )
@@ -234,7 +234,7 @@ def as_undecodable(error: Exception, what: str) -> UndecodableImageError | Unrea
         return UndecodableImageError("is not an image format that Pillow can read")
     may_pass = isinstance(error, MemoryError | TimeoutError | ConnectionError)
     if isinstance(error, OSError) and error.errno is not None:  # decoders raise it without a number for damaged images
-        may_pass = error.errno not in OF_THE_PATH
+        may_pass = error.errno not in PERMANENT_ERRORS
     kind = UnreadableImageError if may_pass else UndecodableImageError
     return kind(f"{what} ({type(error).__name__}: {error})")
 
