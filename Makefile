@@ -26,7 +26,7 @@ FLOORS := .venv-floors
 FLOORS_BIN := $(FLOORS)/bin
 # What calls the libraries: configuration, data, a walk by hand, saving and loading elsewhere, options and commands.
 FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.py tests/invariant/test_artefacts.py \
-	tests/cli/test_given.py tests/cli/test_pair_arguments.py tests/test_cli_surface.py tests/test_versions.py
+	tests/cli/test_options.py tests/cli/test_pair_arguments.py tests/cli/test_commands.py tests/test_versions.py
 
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs clean
 
@@ -96,7 +96,7 @@ clean:
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" -c constraints.txt
-	$(PIP) -e ".[plots]" -c constraints.txt
+	$(PIP) -e . -c constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
@@ -108,5 +108,5 @@ $(FLOORS)/installed: pyproject.toml tests/versions/lowest.py
 	$(PYTHON) -m venv $(FLOORS)
 	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install "$(TORCH)" packaging
 	$(FLOORS_BIN)/python tests/versions/lowest.py > $(FLOORS)/lowest.txt
-	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install -e ".[deepspeed,plots,test]" -c $(FLOORS)/lowest.txt
+	$(FLOORS_BIN)/python -m pip --disable-pip-version-check install -e ".[deepspeed,test]" -c $(FLOORS)/lowest.txt
 	touch $@

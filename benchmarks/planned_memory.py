@@ -12,12 +12,10 @@ import json
 import re
 import tempfile
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
 import diffusers
 import torch
-from planned_processes import ENGINES, compare_processes
 from random_pipeline import UNETS, build_pipeline, build_tokenizer, random_pairs, text_config
 from safeguard_overhead import peak_bytes
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,8 +25,7 @@ from trl import get_peft_config
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.cli import train
-from trl_diffusion_sdpo.cli.plan import PlannedSettings
-from trl_diffusion_sdpo.planning.plan import Planner
+from trl_diffusion_sdpo.cli.plan import planned_settings
 
 RESULTS = Path(__file__).parent / "results" / "planned_memory.json"
 PAGE = Path(__file__).parents[1] / "docs" / "memory_planner.md"
@@ -121,7 +118,7 @@ def compare(name: str, kind: str, words: str, size: str, folder: Path) -> Row:
     """Plan and measure a configuration of `"unet"` or `"transformer"`."""
     arguments, side = written(kind, words, size, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    planned = PlannedSettings(arguments, "plan", device, None).plan(Planner(device), {}).peak
+    planned = planned_settings(arguments, "plan", device).plan().peak
     _, training, model = train.parse(arguments + (["--use_cpu", "true"] if device == "cpu" else []))
     meter = PeakMeter(living_storages())
     pairs = random_pairs(16, side)
@@ -141,13 +138,6 @@ def written(kind: str, words: str, size: str, folder: Path) -> tuple[list[str], 
     if kind == "transformer":
         common += f" {WITHOUT_T5}"
     return f"{common} {words}".split(), side
-
-
-def compare_engine(name: str, engine: str, size: str, folder: Path) -> Row:
-    """Plan and measure a process of two under an engine."""
-    kind, words = CASES[name]
-    planned, measured = compare_processes(engine, written(kind, words, size, folder)[0], folder)
-    return Row(f"{name}, {engine}", words, planned, measured)
 
 
 def small_unet(size: str) -> tuple[diffusers.DiffusionPipeline, int]:
@@ -203,9 +193,9 @@ def kept_rows(file: Path) -> dict[str, Row]:
     return {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.is_file() else {}
 
 
-def rewritten(page: str, rows: list[Row], name: str = "peaks") -> str:
+def rewritten(page: str, rows: list[Row]) -> str:
     """The page with these rows in its table, which is between two comments."""
-    found = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+    found = r"(<!-- table: peaks -->\n).*?(<!-- end -->)"
     return re.sub(found, rf"\1\n{table(rows)}\n\n\2", page, flags=re.DOTALL)
 
 
@@ -214,26 +204,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet; the transformer is of like size")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows of other configurations stay in it")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="two processes on the CPU under each of these")
     parser.add_argument("--docs", action="store_true", help="write the rows of the output into docs/memory_planner.md")
     options = parser.parse_args(arguments)
-    if options.engines and options.output == RESULTS:
-        options.output = RESULTS.with_name("planned_processes.json")
     rows = kept_rows(options.output)
-    for name, engine in tqdm(list(product(options.only, options.engines or [None])), unit="run", disable=None):
+    for name in tqdm(options.only, unit="run", disable=None):
         with tempfile.TemporaryDirectory() as folder:
-            if engine is None:
-                row = compare(name, *CASES[name], options.size, Path(folder))
-            else:
-                row = compare_engine(name, engine, options.size, Path(folder))
+            row = compare(name, *CASES[name], options.size, Path(folder))
         rows[row.name] = row
         tqdm.write(table([row]).splitlines()[-1])
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
     print(table(list(rows.values())))
     if options.docs:
-        name = "processes" if options.engines else "peaks"
-        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), list(rows.values()), name), encoding="utf-8")
+        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
     return 0
 
 

@@ -6,10 +6,8 @@ import inspect
 import pkgutil
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import diffusers
 import peft
 import pytest
 import torch
@@ -29,7 +27,6 @@ from trl_diffusion_sdpo.families.noise import FlowMatchingProcess
 from trl_diffusion_sdpo.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_sdpo.families.stable_diffusion_xl import StableDiffusionXLFamily
 from trl_diffusion_sdpo.losses import GRANULARITIES, LOSSES
-from trl_diffusion_sdpo.planning.published import DENOISERS
 from trl_diffusion_sdpo.trainer.config.all_arguments import AllArguments
 
 ROOT = Path(__file__).parents[1]
@@ -227,24 +224,6 @@ def test_the_family_page_has_the_familys_settings(class_name):
     assert [float(row[1]), float(row[2])] == [family.learning_rate_full, family.learning_rate_lora]
     assert code(row[4]) == [family.weighting_scheme]
     assert row[5] == ("unset" if family.guidance_scale is None else f"{family.guidance_scale}")
-    sides = [int(side) for side in row[3].split(" x ")]
-    assert published_resolution(class_name) == (sides[0] if len(sides) == 1 else tuple(sides))
-
-
-def published_resolution(class_name: str) -> int | tuple[int, int]:
-    """A family's default size, for the first published size of its denoiser."""
-    family_class = family_for_class_name(class_name)
-    published = DENOISERS[class_name][0]
-    parameters = inspect.signature(getattr(diffusers, published.denoiser_class).__init__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    denoiser = SimpleNamespace(config=SimpleNamespace(**{**defaults, **published.settings}))
-    # What the pipelines have: latents of 128 by 128 unless told, 8 pixels a latent, 32 under Sana's autoencoder.
-    factor = 32 if class_name == "SanaPipeline" else 8
-    family = family_class.__new__(family_class)
-    family.pipeline = SimpleNamespace(
-        vae_scale_factor=factor, default_sample_size=128, **{family_class.denoiser_name: denoiser}
-    )
-    return family.default_resolution
 
 
 def module_of(path: str):

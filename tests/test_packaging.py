@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import trl_diffusion_sdpo
-from trl_diffusion_sdpo.cli import launch, train
+from trl_diffusion_sdpo.cli import train, train_parser
 from trl_diffusion_sdpo.saving import model_card
 from trl_diffusion_sdpo.utils import import_utils
 
@@ -85,14 +85,13 @@ def test_the_public_names_are_there_and_no_other():
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(import_utils.EXTRAS, "plots", "no_such_module")
-    assert not import_utils.is_plots_available()
-    with pytest.raises(ImportError, match=r"Drawing needs no_such_module.*pip install 'trl-diffusion-sdpo\[plots\]'"):
-        import_utils.require("plots", "Drawing")
+    monkeypatch.setitem(import_utils.EXTRAS, "quantization", "no_such_module")
+    with pytest.raises(ImportError, match="pip install no_such_module"):
+        import_utils.require("quantization", "Drawing")
 
 
 def test_every_extra_names_requirements(project):
-    extras = {"deepspeed", "quantization", "plots", "test", "quality", "docs", "dev"}
+    extras = {"deepspeed", "quantization", "test", "quality", "docs", "dev"}
     assert extras <= set(project)
     for extra in extras:
         assert [Requirement(line) for line in project[extra]]
@@ -123,7 +122,7 @@ def test_the_tested_versions_satisfy_the_requirements(project):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
     tested = {line.name.lower().replace("-", "_"): str(line.specifier)[2:] for line in pinned}
-    for name in ("dependencies", "deepspeed", "plots", "test", "quality", "docs"):
+    for name in ("dependencies", "deepspeed", "test", "quality", "docs"):
         for line in project[name]:
             requirement = Requirement(line)
             version = tested[requirement.name.lower().replace("-", "_")]
@@ -186,20 +185,20 @@ def test_the_package_says_that_it_is_typed():
 
 def test_the_wheel_holds_the_examples_where_the_command_line_looks_for_them(tmp_path, monkeypatch):
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
-    installed, in_clone = launch.EXAMPLES
+    installed, in_clone = train_parser.EXAMPLES
     assert tables["wheel"]["force-include"] == {str(in_clone.relative_to(ROOT)): str(installed.relative_to(ROOT))}
-    assert set(launch.example_configs()) == {path.stem for path in CONFIGS}
-    monkeypatch.setattr(launch, "EXAMPLES", (CONFIGS[0].parent, tmp_path / "no clone"))
-    assert len(launch.example_configs()) == len(CONFIGS)
+    assert set(train_parser.example_configs()) == {path.stem for path in CONFIGS}
+    monkeypatch.setattr(train_parser, "EXAMPLES", (CONFIGS[0].parent, tmp_path / "no clone"))
+    assert len(train_parser.example_configs()) == len(CONFIGS)
 
 
 def test_an_example_is_found_by_name_and_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert launch.read_file(["--config", "sdxl_lora"])["output_dir"] == "sdxl-sdpo-lora"
+    assert train_parser.read_given(["--config", "sdxl_lora"])[0]["output_dir"] == "sdxl-sdpo-lora"
     with pytest.raises(ValueError, match=r"examples? configurations? .*sdxl_lora.* Did you mean `sdxl_lora`"):
-        launch.read_file(["--config=sdxl_lroa"])
+        train_parser.read_given(["--config=sdxl_lroa"])[0]
     (tmp_path / "sdxl_lora").write_text("output_dir: mine\n", encoding="utf-8")
-    assert launch.read_file(["--config", "sdxl_lora"]) == {"output_dir": "mine"}
+    assert train_parser.read_given(["--config", "sdxl_lora"])[0] == {"output_dir": "mine"}
 
 
 def test_the_package_runs_as_a_module():

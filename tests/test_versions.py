@@ -24,7 +24,7 @@ def test_the_lowest_versions_are_those_of_the_project_file(tmp_path):
     file = tmp_path / "pyproject.toml"
     file.write_text(
         '[project]\ndependencies = ["numpy>=2.0", "torch>=2.6", "trl >=1.0.0,<3"]\n[project.optional-dependencies]\n'
-        'deepspeed = ["deepspeed>=0.1"]\nplots = []\ntest = ["deepspeed>=0.1"]\n'
+        'deepspeed = ["deepspeed>=0.1"]\ntest = ["deepspeed>=0.1"]\n'
     )
     assert LOWEST(file) == {"numpy": "2.0", "trl": "1.0.0", "deepspeed": "0.1"}
 
@@ -34,7 +34,7 @@ def test_a_requirement_without_one_floor_is_refused(tmp_path, requirement):
     file = tmp_path / "pyproject.toml"
     file.write_text(
         f'[project]\ndependencies = ["torch>=2.6", "{requirement}"]\n[project.optional-dependencies]\n'
-        'deepspeed = ["deepspeed>=0.1"]\nplots = []\ntest = []\n'
+        'deepspeed = ["deepspeed>=0.1"]\ntest = []\n'
     )
     with pytest.raises(ValueError, match="must have one lowest version"):
         LOWEST(file)

@@ -47,7 +47,6 @@ def test_the_overhead_of_every_mode_is_measured(tmp_path):
 
 @pytest.mark.matrix
 def test_every_way_to_read_rows_is_measured(tmp_path):
-    pytest.importorskip("matplotlib")
     file, picture = tmp_path / "loading.json", tmp_path / "loading.png"
     shown = run("data_loading.py", *("--quick", "--output", str(file), "--plot", str(picture)))
     found = json.loads(file.read_text())

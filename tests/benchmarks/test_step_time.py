@@ -14,7 +14,6 @@ sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes lo
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    pytest.importorskip("matplotlib")
     import step_time
 
     folder = tmp_path_factory.mktemp("step_time")
@@ -68,7 +67,6 @@ def test_a_quick_call_writes_files_of_its_own():
 
 
 def test_a_quick_call_has_every_part_on_fewer_pixels():
-    pytest.importorskip("matplotlib")
     import step_time
 
     quick, whole = step_time.parse(["--quick"]), step_time.parse([])
@@ -167,7 +165,6 @@ def test_the_true_shares_are_those_of_the_published_sizes(measured):
 def test_caches_leave_every_loss_as_it_is(tmp_path):
     """Encoded pairs and stored errors of the reference: losses equal to the bit, as are those of the bare loop's passes
     within transformers' own Trainer."""
-    pytest.importorskip("matplotlib")
     import step_time
 
     words = [

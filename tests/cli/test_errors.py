@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.cli.errors import reading_data
 from trl_diffusion_sdpo.cli.errors import sentence as shown
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
@@ -149,40 +148,9 @@ def test_data_without_pairs_are_told(sd_folder, tmp_path, capsys, name, content,
     assert said in sentence(capsys, sd_folder, tmp_path / name, tmp_path / "run")
 
 
-def test_empty_files_beside_the_data_are_not_blamed(tmp_path):
-    for name in (".gitkeep", "_SUCCESS", "notes.txt", ".hidden.jsonl"):
-        (tmp_path / name).touch()
-
-    def said():
-        with pytest.raises(ValueError) as caught, reading_data(str(tmp_path)):
-            raise OSError("the disk is gone")
-        return str(caught.value)
-
-    assert said() == f"The data set {tmp_path} could not be read: the disk is gone"
-    (tmp_path / "pairs.jsonl").touch()
-    assert "/pairs.jsonl has 0 bytes." in said() and said().endswith("the disk is gone")
-
-
 def test_data_that_are_not_there_are_told(sd_folder, tmp_path, capsys):
     said = sentence(capsys, sd_folder, tmp_path / "nothing.json", tmp_path / "run")
     assert "nothing.json could not be read: " in said
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("seed: 1\nsteps: [1\nbeta: 2\n", "line 3 is not: expected ',' or ']', but got ':', while parsing a flow seq"),
-        ("a: b: c\n", "line 1 is not: mapping values are not allowed here"),
-        ("seed: 1\nseed: 2\n", "seed is given twice"),
-    ],
-)
-def test_broken_yaml_is_told_with_its_line(tmp_path, capsys, text, said):
-    (tmp_path / "run.yaml").write_text(text)
-    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-    assert main(["train", "--config", str(tmp_path / "no.yaml")]) == 2
-    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_a_tracker_that_is_not_installed_is_told_with_its_package():
@@ -194,7 +162,7 @@ def test_quantization_without_bitsandbytes_is_told(sd_folder, pairs, tmp_path, c
     if find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is installed")
     said = sentence(capsys, sd_folder, pairs, tmp_path / "run", use_peft=True, load_in_4bit=True)
-    assert "needs bitsandbytes" in said and "pip install 'trl-diffusion-sdpo[quantization]'" in said
+    assert "needs bitsandbytes" in said and "pip install bitsandbytes" in said
 
 
 @pytest.mark.parametrize("file", [UNET, "text_encoder/model.safetensors"])

@@ -26,7 +26,6 @@ from trl_diffusion_sdpo.utils import import_utils
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"]
-OWN = set(train.describe_options().options)
 SETTINGS = {name: yaml.safe_load(launch.config_path(name).read_text(encoding="utf-8")) for name in NAMES}
 TWO_CPUS = {
     "compute_environment": "LOCAL_MACHINE",
@@ -83,79 +82,70 @@ def test_accelerate_launch_reads_a_configuration(name):
     assert load_config_from_file(str(launch.config_path(name))).distributed_type.value == expected
 
 
-def test_arguments_of_accelerate_launch_are_separated_from_those_of_the_command():
-    takes_value = launch.launch_options(OWN)
-    arguments = ["--config", "run.yaml", "--num_processes", "4", "--beta", "5", "--main-process-ip=10.0.0.1"]
-    arguments += ["--sample_prompts", "a dog", "a cat", "--enable_cpu_affinity", "--learning_rate", "-1"]
-    options, own = launch.separate(arguments, takes_value)
-    assert options == ["--num_processes", "4", "--main-process-ip=10.0.0.1", "--enable_cpu_affinity"]
-    assert own == [
-        *("--config", "run.yaml", "--beta", "5", "--sample_prompts", "a dog", "a cat", "--learning_rate", "-1")
-    ]
+@pytest.fixture(scope="module")
+def parser():
+    return train.make_parser()
 
 
-def test_an_option_of_both_belongs_to_the_command():
-    options, own = launch.separate(["--gradient_accumulation_steps", "8"], launch.launch_options(OWN))
-    assert (options, own) == ([], ["--gradient_accumulation_steps", "8"])
+@pytest.fixture
+def launched(monkeypatch):
+    """`launched(arguments)`: the words that `accelerate launch` would get; nothing is started."""
+
+    def run(*arguments: str) -> list[str]:
+        caught: list[list[str]] = []
+        monkeypatch.setattr(launch, "start", lambda words, command, given: caught.append(words) or 0)
+        assert main(["train", "--model_name_or_path", "m", "--dataset_name", "d", *arguments]) == 0
+        return caught[0]
+
+    return run
 
 
-def test_options_for_several_machines_belong_to_accelerate():
-    named = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend"}
-    assert named <= {name for name, takes_value in launch.launch_options(OWN).items() if takes_value}
+def test_the_options_of_the_launcher_are_those_that_the_command_does_not_have(parser):
+    """An option of both, such as `gradient_accumulation_steps`, is the command's."""
+    words = ["--num_processes", "4", "--beta", "5", "--main-process-ip=10.0.0.1", "--gradient_accumulation_steps", "8"]
+    words += ["--sample_prompts", "a dog", "a cat", "--enable_cpu_affinity", "--learning_rate", "-1"]
+    values, rest = parser.parse_known_args(words)
+    assert rest == ["--num_processes", "4", "--main-process-ip=10.0.0.1", "--enable_cpu_affinity"]
+    assert (values.gradient_accumulation_steps, values.sample_prompts) == (8, ["a dog", "a cat"])
 
 
-def test_the_plan_has_the_file_the_options_and_the_arguments():
-    given = ["--accelerate_config", "multi_gpu", "--num_processes", "4", "--model_name_or_path", "folder"]
-    planned = launch.plan(given, OWN)
-    assert planned.config_file == launch.config_path("multi_gpu")
-    assert planned.options == ["--num_processes", "4"]
-    assert planned.arguments == ["--model_name_or_path", "folder"]
-
-
-def test_without_a_configuration_nothing_is_launched(tmp_path):
-    file = write_yaml(tmp_path / "run.yaml", {"beta": 5.0})
-    assert launch.plan(["--config", file, "--beta", "5"], OWN) is None
-
-
-def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins(tmp_path):
+def test_the_file_of_config_may_name_the_configuration_and_the_command_line_wins(launched, tmp_path):
     settings = {"accelerate_config": "zero2", "num_processes": 4, "enable_cpu_affinity": True, "beta": 5.0}
     settings["env"] = {"NAME": "value"}  # of the command, as TRL has it, though accelerate has an option of that name
     file = write_yaml(tmp_path / "run.yaml", settings)
-    planned = launch.plan(["--config", file, "--num_processes", "2", "--accelerate_config=multi_gpu"], OWN)
-    assert planned.config_file == launch.config_path("multi_gpu")
-    script = ["-m", "module"]
-    parsed = launch_command_parser().parse_args([*planned.options, *script])
+    words = launched("--config", file, "--num_processes", "2", "--accelerate_config=multi_gpu")
+    parsed = launch_command_parser().parse_args([*words, "-m", "module"])
+    assert parsed.config_file == str(launch.config_path("multi_gpu"))
     assert (parsed.num_processes, parsed.enable_cpu_affinity) == (2, True)
-    assert planned.arguments == ["--config", file]
-    assert set(planned.used_keys) == {"accelerate_config", "num_processes", "enable_cpu_affinity"}
 
 
-def test_a_launched_process_launches_nothing_and_drops_the_launchers_keys(tmp_path, monkeypatch):
+def test_a_launched_process_launches_nothing_and_ignores_the_launchers_options(tmp_path, monkeypatch):
     file = write_yaml(tmp_path / "run.yaml", {"accelerate_config": "zero2", "num_processes": 4, "beta": 7.0})
-    monkeypatch.setenv(launch.LAUNCHED_VARIABLE, "accelerate_config,num_processes")
-    arguments = ["--config", file, "--use_cpu", "--output_dir", str(tmp_path / "run")]
-    assert launch.plan(arguments, OWN) is None
-    assert train.parse(arguments)[1].beta == 7.0
+    monkeypatch.setenv(launch.LAUNCHED_VARIABLE, "1")
+    caught = []
+    arguments = ["--config", file, "--use_cpu", "--output_dir", str(tmp_path / "run"), "--num_machines", "1"]
+    train.run(arguments, "train", act=lambda *parsed: caught.append(parsed) or 0)
+    assert caught[0][1].beta == 7.0
 
 
-def test_by_default_there_is_one_process_per_accelerator_of_each_machine(monkeypatch):
+def test_by_default_there_is_one_process_per_accelerator_of_each_machine(launched, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
-    assert launch.plan(["--accelerate_config", "multi_gpu"], OWN).options == ["--num_processes", "8"]
-    planned = launch.plan(["--accelerate_config", "multi_gpu", "--num_machines", "4"], OWN)
-    assert planned.options == ["--num_processes", "32", "--num_machines", "4"]
-    assert launch.plan(["--accelerate_config", "single_gpu"], OWN).options == []
+    assert launched("--accelerate_config", "multi_gpu")[2:] == ["--num_processes", "8"]
+    several = launched("--accelerate_config", "multi_gpu", "--num_machines", "4")
+    assert several[2:] == ["--num_processes", "32", "--num_machines", "4"]
+    assert launched("--accelerate_config", "single_gpu")[2:] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--accelerate_config", "zero9"], "fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3, or the path"),
-        (["--accelerate_config"], "`--accelerate_config` takes one value"),
-        (["--accelerate_config", "zero2", "--accelerate_config", "zero3"], "`--accelerate_config` takes one value"),
-        (["--accelerate_config", "TWO", "--num_processes"], "`--num_processes` takes a value"),
+        (["--accelerate_config"], "--accelerate_config: expected one argument"),
+        (["--accelerate_config", "TWO", "--num_processes"], "`accelerate launch` cannot take --num_processes"),
+        (["--accelerate_config", "TWO", "--num_processes", "2", "stray"], "stray"),
         (["--accelerate_config", "TWO", "--betta", "5"], "Did you mean `--beta`?"),
         (["--accelerate_config", "TWO", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "`betta` is none. Did you mean `beta`?"),
+        (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "Did you mean `--beta`?"),
         (["--accelerate_config", "TWO", "--num_proceses", "2"], "Did you mean `--num_processes`?"),
         (["--accelerate_config", "UNREADABLE"], "must be YAML"),
         (["--num_processes", "2"], "need `--accelerate_config`"),
@@ -180,8 +170,9 @@ def test_a_process_of_another_launcher_does_not_launch_again(monkeypatch, capsys
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
 def test_without_deepspeed_the_extra_is_named(name, monkeypatch, capsys):
     monkeypatch.setitem(import_utils.EXTRAS, "deepspeed", "no_such_module")
-    assert main(["train", "--accelerate_config", name, "--num_processes", "2"]) == 2
-    assert "pip install 'trl-diffusion-sdpo[deepspeed]'" in capsys.readouterr().err
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--num_processes", "2"]
+    assert main(["train", "--accelerate_config", name, *words]) == 2
+    assert "pip install no_such_module" in capsys.readouterr().err
 
 
 def test_help_is_the_commands_and_names_the_configurations(capsys):

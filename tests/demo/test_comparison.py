@@ -21,7 +21,6 @@ from trl_diffusion_sdpo.demo.methods import METHODS, GuidedScorer, ImageScorer, 
 from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline, load_pipeline, reported_captions, score_prompts
 from trl_diffusion_sdpo.demo.results import MethodResult, Score
 from trl_diffusion_sdpo.demo.world import captions
-from trl_diffusion_sdpo.utils.import_utils import EXTRAS, MissingExtraError
 
 TINY = {"max_steps": 2, "samples_per_prompt": 1, "evaluations": 1, "gentle": False, "guidance_scales": ()}
 
@@ -262,11 +261,4 @@ def test_the_scorer_generates_equal_images_and_keeps_the_training_mode(tmp_path)
 def test_arguments_out_of_range_are_named_before_anything_is_written(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         run_demo(tmp_path / "demo", **wrong)
-    assert not (tmp_path / "demo").exists()
-
-
-def test_without_matplotlib_the_extra_is_named_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setitem(EXTRAS, "plots", "no_such_module")
-    with pytest.raises(MissingExtraError, match=r"trl-diffusion-sdpo\[plots\]"):
-        run_demo(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()

@@ -1,12 +1,13 @@
 """What the tests of plots share."""
 
+import matplotlib.figure
 import pytest
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures as they are written."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
+    figure = matplotlib.figure.Figure
     figures, savefig = [], figure.savefig
 
     def write(self, *given, **named):

@@ -3,7 +3,6 @@
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.reporting import run_callbacks
 from trl_diffusion_sdpo.reporting.noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
 
 HISTORY = [
@@ -105,10 +104,3 @@ def test_a_run_leaves_a_picture_of_the_weights_and_one_of_their_average(evaluate
             assert dict(zip([int(4 * middle) for middle in middles], heights, strict=True)) == pytest.approx(expected)
             assert len(points_of(axes)) == 2
     assert points_of(drawn[-2].axes[0]) != points_of(drawn[-1].axes[0])
-
-
-def test_without_matplotlib_the_numbers_are_in_the_log_alone(evaluated, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_callbacks, "is_plots_available", lambda: False)
-    trainer = evaluated()
-    assert not list((tmp_path / "run").glob("*.png"))
-    assert len(changes_by_noise_bin(trainer.state.log_history)["eval"]) == 2

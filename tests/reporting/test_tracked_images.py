@@ -39,7 +39,6 @@ def tensorboard_values(file):
 
 
 def test_tensorboard_has_the_images_of_every_step(tracked, tmp_path):
-    pytest.importorskip("matplotlib")
     tracked("tensorboard")
     (file,) = (tmp_path / "run" / "runs").rglob("events.*")
     values = list(tensorboard_values(file))

@@ -209,15 +209,15 @@ def test_a_second_stage_is_planned_encoded_and_named_in_the_card_as_the_first(
         return capsys.readouterr().out
 
     count = sum(value.numel() for value in lora_of(lora_run).values())
-    assert f"Trained: {count:,} of" in said("plan", "--model_name_or_path", lora_run, "--no_advice")
+    assert f"Trained: {count:,} of" in said("plan", "--model_name_or_path", lora_run, "--only_this")
     assert f"Trained: {count:,} of" in said(
         *("plan", "--model_name_or_path", sd_folder, "--adapter_name_or_path"),
-        *(lora_run / "pytorch_lora_weights.safetensors", "--ref_model_name_or_path", full_run, "--no_advice"),
+        *(lora_run / "pytorch_lora_weights.safetensors", "--ref_model_name_or_path", full_run, "--only_this"),
     )
     whole = sum(
         value.numel() for value in UNet2DConditionModel.from_pretrained(full_run / "unet").state_dict().values()
     )
-    assert f"Trained: {whole:,} of {whole:,}" in said("plan", "--model_name_or_path", full_run, "--no_advice")
+    assert f"Trained: {whole:,} of {whole:,}" in said("plan", "--model_name_or_path", full_run, "--only_this")
 
     make_pairs(4).save_to_disk(tmp_path / "pairs")
     data = ["--dataset_name", tmp_path / "pairs", "--latent_cache_dir", tmp_path / "cache", "--use_cpu", "true"]

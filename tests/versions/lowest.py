@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-EXTRAS = ("deepspeed", "plots", "test")
+EXTRAS = ("deepspeed", "test")
 
 
 def lowest_versions(pyproject: Path) -> dict[str, str]:

@@ -60,21 +60,9 @@ def _about_data(name: str | None, error: Exception) -> str:
     data = "The data" if name is None else f"The data set {name}"
     cause = error if error.__cause__ is None else error.__cause__
     said = " ".join(str(cause).split()) or type(cause).__name__
-    empty = ", ".join(map(str, _empty_files(name)[:3]))
-    if empty:
-        return f"A data set has at least one pair, and {empty} has 0 bytes. Write it again. Reading ended with: {said}"
+    path = Path(name or "").expanduser()
+    if path.is_file() and path.stat().st_size == 0:
+        return f"A data set has at least one pair, and {name} has 0 bytes. Write it again."
     if _NO_ROWS in str(error):
         return f"A data set has at least one pair, and {name} has no rows. Was only its header written?"
     return f"{data} could not be read: {said}"
-
-
-def _empty_files(name: str | None) -> list[Path]:
-    """Files of data without a byte. Those of other tools, such as `.gitkeep` and `_SUCCESS`, may be empty."""
-    from ..data.loading import FILE_BUILDERS
-
-    path = Path(name or "").expanduser()
-    if name is None or not path.exists():
-        return []
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    data = [file for file in files if file.suffix.lower() in FILE_BUILDERS and file.name[0] not in "._"]
-    return [file for file in data if file.stat().st_size == 0]

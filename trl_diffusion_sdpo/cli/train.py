@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..utils.import_utils import require
 from . import EXIT_INTERRUPTED, EXIT_OK, launch
 from .errors import reading_arguments, reading_data
-from .given import Given, read_given, refuse_missing, refuse_unknown_names
-from .options import OptionTable, describe, read_table
-from .train_help import group_options, help_parser
+from .options import option_name, refuse_unknown, refuse_unknown_keys
+from .train_parser import check_adapter_options, check_together, is_first_process, make_parser, read_given
 
 if TYPE_CHECKING:
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
     from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
     from .pair_arguments import PairArguments
@@ -28,112 +27,66 @@ if TYPE_CHECKING:
 _WITHOUT_EFFECT = {"attn_implementation": None, "ignore_bias_buffers": False, "lora_task_type": "CAUSAL_LM"}
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    """The parser of the command, with the arguments of TRL's scripts and [`DiffusionSDPOConfig`]. Takes seconds."""
-    from trl import ModelConfig, TrlParser
-
-    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
-    from .pair_arguments import PairArguments
-
-    kinds: Any = (PairArguments, DiffusionSDPOConfig, ModelConfig)
-    parser = TrlParser(kinds, allow_abbrev=False, **_texts(prog))
-    parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
-    return parser
-
-
-def describe_options() -> OptionTable:
-    """The options of the installed versions. Takes seconds."""
-    from transformers import TrainingArguments
-    from trl import ModelConfig, ScriptArguments
-
-    parser = make_parser()
-    options = describe(parser, parser.dataclass_types)
-    upstream = {field.name for kind in (ScriptArguments, TrainingArguments, ModelConfig) for field in fields(kind)}
-    ours = [name for name in options if name not in upstream]
-    groups = group_options(options, _holders(), TrainingArguments)
-    return OptionTable(options, launch.launch_options(options), ours, groups)
-
-
-def _holders() -> dict[str, Sequence[type]]:
-    """The dataclasses of the options by the title under which the help lists them."""
-    from trl import ModelConfig, ScriptArguments
-
-    from ..trainer.config.data_arguments import DataArguments, RunArguments
-    from ..trainer.config.model_arguments import MemoryArguments, PipelineArguments, SampleArguments
-    from ..trainer.config.step_arguments import LossArguments, NoiseArguments, WinnerArguments
-    from .pair_arguments import PairArguments
-
-    return {
-        "Model and data": (PairArguments, ScriptArguments),
-        "LoRA and quantization": (ModelConfig,),
-        "Loss and safeguard": (LossArguments,),
-        "Keeping the winners": (WinnerArguments,),
-        "Noise and timesteps": (NoiseArguments,),
-        "Images": (DataArguments,),
-        "Pipeline and reference": (PipelineArguments,),
-        "Memory": (MemoryArguments,),
-        "Generated samples": (SampleArguments,),
-        "Run": (RunArguments,),
-    }
-
-
 def run(arguments: list[str], prog: str, *, command: str = "train", act: Callable[..., int] | None = None) -> int:
     """Run a command with the options of this one.
 
     Args:
         act (`Callable`, *optional*): Takes the parsed arguments and returns the exit code; `train` by default.
     """
-    arguments = _with_one_config(arguments)
-    table = _options_for(arguments, prog)
-    given = read_given(arguments, table)
-    os.environ.update(given.environment)
-    planned = launch.plan(arguments, table.options)
-    refuse_missing(given)
-    return (act or train)(*_parse(given, prog)) if planned is None else launch.start(planned, command)
+    launched = launch.LAUNCHED_VARIABLE in os.environ
+    settings, accelerate_config, typed = read_given(arguments)
+    if not launched and is_first_process() and not {"-h", "--help"} & set(typed):
+        print(f"{prog}: loading the libraries.", file=sys.stderr, flush=True)  # the next line takes seconds
+    parser = make_parser(prog)
+    in_file, others = parser.words_of(settings)
+    words = [*in_file, *typed]
+    values, rest = parser.parse_known_args(words)
+    if not launched:
+        launcher = None
+        if accelerate_config is None:
+            _refuse_others(rest, others, parser.names())
+        else:
+            launcher = launch.launch_words(str(accelerate_config), others, rest, parser.names())
+        check_together(vars(values), parser.names_in(words))
+        if launcher is not None:
+            return launch.start(launcher, command, arguments)
+    return (act or train)(*_dataclasses(parser, words))
 
 
 def parse(arguments: list[str], prog: str | None = None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
-    """Parses the arguments into dataclasses.
+    """Parse the arguments into dataclasses.
 
     Raises:
         ValueError: If an argument or the YAML file is invalid.
     """
-    arguments = _with_one_config(arguments)
-    given = read_given(arguments, _options_for(arguments, prog))
-    os.environ.update(given.environment)
-    return _parse(given, prog)
-
-
-def _options_for(arguments: list[str], prog: str | None) -> OptionTable:
-    """The options; prints them and exits if that is asked for."""
-    table = read_table()
-    if table is None:
-        refuse_unknown_names(arguments)
-        table = describe_options()
-    if {"-h", "--help"} & set(arguments):
-        help_parser(table.options, table.groups, **_texts(prog)).parse_args(["--help"])
-    return table
-
-
-def _parse(given: Given, prog: str | None) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
+    settings, accelerate_config, typed = read_given(arguments)
     parser = make_parser(prog)
-    parser.set_defaults_with_config(**given.settings)
+    in_file, others = parser.words_of(settings)
+    words = [*in_file, *typed]
+    values, rest = parser.parse_known_args(words)
+    if accelerate_config is not None:  # a launcher has started this process, or nothing is to be started
+        others = {name: value for name, value in others.items() if name not in launch.launch_options()}
+    _refuse_others(rest, others, parser.names())
+    check_adapter_options(vars(values), parser.names_in(words))
+    return _dataclasses(parser, words)
+
+
+def _dataclasses(parser: Any, words: list[str]) -> tuple[PairArguments, DiffusionSDPOConfig, ModelConfig]:
     with reading_arguments():
-        return cast(Any, parser.parse_args_into_dataclasses(given.words, look_for_args_file=False))
+        parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
+    return parsed[:3]
 
 
-def _texts(prog: str | None) -> dict[str, Any]:
-    return {
-        "prog": prog,
-        "usage": "%(prog)s [--config FILE.yaml | EXAMPLE] [--accelerate_config NAME] --model_name_or_path ID "
-        "--dataset_name ID [--OPTION VALUE ...]",
-        "description": "Tune a pipeline on preference pairs. The command line overrides the YAML file of --config, "
-        f"which may be the name of an example: {', '.join(launch.example_configs())}.",
-        "epilog": "Dashes may stand for underscores. Options of transformers and TRL that are for language models, or "
-        "do nothing here, are not listed. "
-        f"--accelerate_config starts the training under accelerate: {', '.join(launch.config_names())}, or "
-        "the path of a file; options of `accelerate launch`, such as --num_processes, may follow.",
-    }
+def _refuse_others(words: list[str], keys: dict[str, Any], known: list[str]) -> None:
+    """Refuse what is no option of the command, with the nearest name or the way to the launcher's options."""
+    if not words and not keys:
+        return
+    launchers = {*launch.launch_options()} & {*(option_name(word) for word in words), *keys}
+    if launchers:
+        listed = ", ".join(f"`--{name}`" for name in sorted(launchers))
+        raise ValueError(f"Options of `accelerate launch` need `--accelerate_config`; got {listed} without it.")
+    refuse_unknown(words, known)
+    refuse_unknown_keys(keys, known)
 
 
 def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
@@ -214,14 +167,6 @@ def resume_point(value: str | bool | None) -> str | bool | None:
             f"{point}."
         )
     return point
-
-
-def _with_one_config(arguments: list[str]) -> list[str]:
-    """Splits `--config=FILE` into the two words that TRL's parser expects, and refuses a second one."""
-    split = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if split.count("--config") > 1 or split[-1:] == ["--config"]:
-        raise ValueError("`--config` takes one YAML file, once. Put the settings into one file.")
-    return split
 
 
 def _warn_of_ignored(script_args: PairArguments, model_args: ModelConfig) -> None:

@@ -23,7 +23,6 @@ from transformers import PrinterCallback
 from ..guidance import preference_guidance
 from ..saving.interrupts import CheckpointOnInterrupt
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from ..utils.import_utils import require
 from .methods import (
     GENTLE_METHODS,
     GUIDANCE_SCALES,
@@ -99,10 +98,8 @@ def run_demo(
 
     Raises:
         ValueError: If an argument is out of range, or the folder holds a demo with other settings.
-        MissingExtraError: If matplotlib is not installed.
         KeyboardInterrupt: After Ctrl-C, when the checkpoint is written.
     """
-    require("plots", "Plotting the demo's curves")
     _check(seed, max_steps, pairs, samples_per_prompt, evaluations, guidance_scales)
     chosen = {"seed": seed, "max_steps": max_steps or STEPS, "pairs": pairs, "samples_per_prompt": samples_per_prompt}
     settings = _settings(**chosen, evaluations=evaluations, guidance_scales=list(guidance_scales))

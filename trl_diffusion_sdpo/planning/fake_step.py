@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..data.transforms import pixels_as_floats, white
 from ..engines.gradient_backends import ReplicatedBackend
-from ..engines.gradients import Gradient
 from ..families import Family
 from ..families.noise import constant
 from ..losses import Anchor
@@ -45,9 +44,7 @@ class StepSettings:
         anchor (`str`, *optional*): Of the safeguard in parameter space; `None` in output space or without.
         low_memory (`bool`): Whether that holds one branch's activations at a time.
         accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
-        shards (`int`): Processes over which an engine divides gradients while the backward pass runs; 1 where they
-            stay whole until the optimizer's step.
-        shard_dtype (`torch.dtype`, *optional*): Of these shards; `None` where they are counted elsewhere.
+        divides_gradients (`bool`): Whether the engine divides a gradient over processes once it is computed.
         rounds_weights (`bool`): Whether the engine computes with weights in the dtype of autocast.
         two_prompts (`bool`): Whether each image of a pair has its own prompt.
     """
@@ -61,8 +58,7 @@ class StepSettings:
     anchor: Anchor | None
     low_memory: bool
     accumulates: bool
-    shards: int = 1
-    shard_dtype: torch.dtype | None = torch.float32
+    divides_gradients: bool = False
     rounds_weights: bool = False
     two_prompts: bool = False
 
@@ -134,7 +130,7 @@ class MeasuredForward(PairForward):
     moments_bytes, prompt_bytes = 0, 0  # of the images and prompts that were encoded
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As of images and prompts that were encoded before, which are encoded here."""
+        """Simulate precomputed latents by encoding here, so that their memory is counted apart."""
         with self.allocations.moment(ENCODE), torch.no_grad():
             with self._frozen.in_use() as family:
                 moments = family.image_moments(pixels_as_floats(inputs["pixel_values"]))
@@ -182,25 +178,29 @@ def _measure(model: nn.Module, networks: Networks, settings: StepSettings, devic
     forward.allocations = allocations
     with allocations:
         inputs = _batch(settings, with_errors=networks.reference.is_precomputed)
-        shards = None if settings.shards == 1 else _Shards(networks.trained, settings)
         if settings.anchor is not None:
-            backend = ReplicatedBackend(model, process) if shards is None else _ShardsBackend(model, process, shards)
-            _by_branch(model, forward, inputs, settings, backend)
+            _by_branch(model, forward, inputs, settings, ReplicatedBackend(model, process))
         else:
-            for weight in networks.trained if settings.accumulates else ():
-                if shards is None:
+            hooks = []
+            for weight in networks.trained:
+                if settings.divides_gradients:
+                    hooks.append(weight.register_post_accumulate_grad_hook(_drop_gradient))
+                elif settings.accumulates:
                     weight.grad = torch.empty_like(weight)
-                else:
-                    shards.take(weight)
             with allocations.moment(FORWARD):
                 loss = forward.loss(forward.predict_pairs(model, inputs)).loss
             with allocations.moment(BACKWARD):
                 loss.backward()
             del loss
+            for hook in hooks:
+                hook.remove()
         left = allocations.live
-        if shards is not None:
-            shards.remove()
     return StepMemory(dict(allocations.peaks), left, allocations.flops, forward.moments_bytes, forward.prompt_bytes)
+
+
+def _drop_gradient(weight: torch.Tensor) -> None:
+    """Leave a gradient out of this process's count: its shard is counted with what stays."""
+    weight.grad = None
 
 
 def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode) -> None:
@@ -212,51 +212,6 @@ def _round_weights(networks: Networks, dtype: torch.dtype, mode: FakeTensorMode)
                     setattr(part, name, nn.Parameter(rounded, requires_grad=weight.requires_grad))
 
 
-class _Shards:
-    """Replaces each gradient, once the backward pass has made it, by the shard that this process keeps."""
-
-    def __init__(self, weights: list[nn.Parameter], settings: StepSettings):
-        self.weights, self._settings = weights, settings
-        self.held: dict[nn.Parameter, torch.Tensor] = {}
-        self._hooks = [weight.register_post_accumulate_grad_hook(self.take) for weight in weights]
-
-    def take(self, weight: torch.Tensor) -> None:
-        """Add the gradient of a weight to its shard."""
-        if weight not in self.held and self._settings.shard_dtype is not None:
-            self.held[cast(nn.Parameter, weight)] = torch.empty(self.size_of(weight), dtype=self._settings.shard_dtype)
-        weight.grad = None
-
-    def size_of(self, weight: torch.Tensor) -> int:
-        """Elements of a weight's shard."""
-        return -(-weight.numel() // self._settings.shards)
-
-    def remove(self) -> None:
-        """Leave the weights as they were."""
-        for hook in self._hooks:
-            hook.remove()
-
-
-class _ShardsBackend(ReplicatedBackend):
-    """The gradients of two branches, as shards."""
-
-    def __init__(self, model: nn.Module, process: Any, shards: _Shards):
-        super().__init__(model, process)
-        self._shards = shards
-
-    def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        objective.backward(retain_graph=retain_graph)
-        found: Gradient = [self._shards.held.pop(weight, None) for weight in self._shards.weights]
-        return found if into is None else into
-
-    def weights(self) -> list[torch.Tensor]:
-        size = self._shards.size_of
-        return [weight.detach().flatten()[: size(weight)] for weight in self._shards.weights]
-
-    def set_gradient(self, gradient: Gradient) -> None:
-        pairs = zip(self._shards.weights, gradient, strict=True)
-        self._shards.held = {weight: part for weight, part in pairs if part is not None}
-
-
 def _by_branch(
     model: nn.Module,
     forward: MeasuredForward,
@@ -265,8 +220,8 @@ def _by_branch(
     backend: ReplicatedBackend,
 ) -> None:
     """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
-    allocations, mu = forward.allocations, settings.loss.safeguard_mu
-    gradients = BranchGradients(backend, mu=mu, anchor=settings.anchor)
+    allocations = forward.allocations
+    gradients = BranchGradients(backend, mu=settings.loss.safeguard_mu, anchor=settings.anchor)
     safeguard = ParameterSafeguard(
         forward,
         gradients,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,16 +25,17 @@ from .fake_step import (
     all_modules,
     measure_step,
 )
-from .layouts import Layout
 from .optimizers import optimizer_memory
+from .sharding import ZERO_BUCKET, Engine, largest_block
 from .skeleton import fake_weights
 
 FrozenState = Literal["on device", "while encoding", "absent"]
+SETUP = "set-up"
 CARDS = (8, 16, 24, 40, 80, 141)  # GB as vendors count, 1e9 bytes, of usual GPUs
 # Share of a card that PyTorch can give to tensors: the rest is CUDA's context, kernels' workspaces and fragmentation.
 USABLE = 0.92
 
-# Bytes a weight of a linear layer: the weight and a float32 scale for each block of 64, or of each row.
+# Bytes a weight of a quantized linear layer: the weight, and a float32 scale for each block of 64 or each row.
 STORED: dict[str, float] = {
     "4bit": 0.5 + 4 / 64,
     "4bit nested": 0.5 + 1 / 64 + 4 / (64 * 256),
@@ -54,14 +55,14 @@ class Prepared:
         stored (`str`, *optional*): How a quantized base is held, a key of [`STORED`].
         checkpoints (`int`): Checkpoints on disk at once, the newest and those that are kept.
         variants (`int`): Crops and flips of each image in a cache.
-        draws (`int`): Of the noise of each pair, for which a cache has the reference's errors.
+        draws (`int`): Draws of the noise of each pair, for which a cache has the reference's errors.
     """
 
     networks: Networks
     step: StepSettings
     optimizer: str
     max_norm: float | None
-    layout: Layout
+    engine: Engine
     frozen: FrozenState = "on device"
     stored: str | None = None
     checkpoints: int = 1
@@ -77,8 +78,8 @@ class Plan:
         components (`dict[str, int]`): What stays between steps, by name.
         moments (`dict[str, int]`): The peak of each moment, with what stays.
         parameters, trained (`int`): Weights of the denoiser, and those that train.
-        flops (`int`): Of a micro-batch on one device.
-        pairs (`int`): Of a micro-batch.
+        flops (`int`): Floating point operations of a micro-batch on one device.
+        pairs (`int`): Pairs of a micro-batch.
         disk (`dict[str, int]`): Bytes on disk, by name.
         cached (`dict[str, int]`): Bytes that caches take on disk for a pair with images and a prompt of its own, by
             name; without the zeros at the end of a prompt that they leave out.
@@ -102,108 +103,125 @@ class Plan:
         return max(self.moments, key=lambda name: self.moments[name])
 
     def fits(self, gigabytes: float) -> bool:
-        """Whether it fits on a card, with a margin for what PyTorch does not count."""
+        """Return whether it fits on a card, with a margin for what PyTorch does not count."""
         return self.peak <= USABLE * gigabytes * 1e9
 
 
-class Planner:
-    """Plans set-ups for a device; passes that are alike are run once.
+def make_plan(prepared: Prepared, device: str) -> Plan:
+    """Run one step of a set-up on fake tensors, and add up what stays and what each moment allocates.
 
     Args:
         device (`str`): `"cuda"` or `"cpu"`.
     """
+    fake = fake_device(device)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    networks, engine = prepared.networks, prepared.engine
+    family = networks.family
+    denoiser = family.denoiser
+    trained = sum(weight.numel() for weight in networks.trained)
+    parameters = sum(weight.numel() for weight in denoiser.parameters())
 
-    def __init__(self, device: str):
-        self._device = fake_device(device)
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._passes: dict[object, StepMemory] = {}
+    # What stays between steps.
+    states, temporary = optimizer_memory(prepared.optimizer, networks.trained, prepared.max_norm, fake, mode)
+    components = _weights(prepared, fake.block)
+    setup = _setup(prepared, components)
+    components["optimizer"] = engine.share("optimizer", states)
+    if engine.name == "ddp":
+        components["DDP's buckets"] = 4 * trained
+    if engine.is_zero:
+        components["float32 weights"] = engine.share("optimizer", 4 * trained)
+        components["DeepSpeed's bucket"] = ZERO_BUCKET * (2 if prepared.step.autocast else 4)
+    if engine.divides_gradients:
+        components["gradients"] = engine.share("gradients", 4 * trained)
 
-    def plan(self, prepared: Prepared) -> Plan:
-        """Plan a set-up."""
-        networks, step, family = prepared.networks, prepared.step, prepared.networks.family
-        weights = list(family.denoiser.parameters())
-        counts = sum(weight.numel() for weight in weights), sum(weight.numel() for weight in networks.trained)
-        disk, (components, states, temporary) = _disk(prepared), self._held(prepared)
-        key = _key(prepared)
-        disk["checkpoints"] += prepared.checkpoints * states
-        buffers = self._buffers(prepared)
-        fake_weights(all_modules(networks), self._mode)
-        if key not in self._passes:
-            self._passes[key] = measure_step(networks, step, self._device, self._mode)
-        measured = self._passes[key]
-        moments = {name: measured.peaks.get(name, 0) + size for name, size in buffers.items()}
-        # The two branches combined, or the step.
-        moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), _optimizer_step(prepared, measured, temporary))
-        frozen = sum(components[name] for name in components if name in family.frozen_components)
-        stays = sum(components.values())
-        for name in moments:
-            away = prepared.frozen != "on device" and name != ENCODE
-            moments[name] += stays - (frozen if away else 0)
-        if prepared.frozen == "absent":
-            del moments[ENCODE]
-            components = {name: size for name, size in components.items() if name not in family.frozen_components}
-        if networks.reference.is_precomputed or networks.reference.kind == "none":
-            del moments[REFERENCE]
-        return Plan(components, moments, *counts, measured.flops, step.pairs, disk, _cached(prepared, measured))
+    # One step on fake tensors, as if on one device.
+    passes = _in_passes(prepared)
+    fake_weights(all_modules(networks), mode)
+    measured = measure_step(networks, prepared.step, fake, mode)
+    moments = {name: measured.peaks.get(name, 0) for name in (ENCODE, REFERENCE, FORWARD, BACKWARD)}
+    for name in (REFERENCE, FORWARD, BACKWARD):
+        moments[name] += passes
+    left = engine.share("gradients", measured.gradient_bytes)
+    step = left + engine.share("optimizer", temporary)
+    moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), step)
+    if engine.divides_gradients and prepared.step.anchor is not None:
+        # The gradients of two branches were counted whole. One of them at a time is.
+        spared = (measured.gradient_bytes - left) // 2
+        moments[BACKWARD] -= spared
+        moments[OPTIMIZER] -= spared
 
-    def components(self, prepared: Prepared) -> dict[str, int]:
-        """Bytes of what stays between steps, by name, VAE and text encoders included: [`Plan.components`] without the
-        passes of a step."""
-        return self._held(prepared)[0]
-
-    def _held(self, prepared: Prepared) -> tuple[dict[str, int], int, int]:
-        """What stays; the optimizer's states of all processes together, and what its step allocates."""
-        trained = prepared.networks.trained
-        states, temporary = optimizer_memory(prepared.optimizer, trained, prepared.max_norm, self._device, self._mode)
-        count, by_branch = sum(weight.numel() for weight in trained), prepared.step.anchor is not None
-        found = self._weights(prepared) | prepared.layout.trained_state(count, states, by_branch=by_branch)
-        return found, states, temporary
-
-    def _buffers(self, prepared: Prepared) -> dict[str, int]:
-        """What passes allocate for weights and gradients besides what [`measure_step`] counts, by moment."""
-        denoiser, layout = prepared.networks.family.denoiser, prepared.layout
-        weights, dequantized = list(denoiser.parameters()), 0
-        if prepared.stored:
-            dequantized = max((weight.numel() * 2 for weight in weights), default=0)
-        extra = dequantized + layout.gathered(denoiser)
-        if isinstance(prepared.networks.reference.second, SecondDenoiser):
-            extra += layout.left_gathered(prepared.networks.reference.second.module)
-        return {REFERENCE: extra, FORWARD: extra, BACKWARD: extra + layout.reducing(denoiser), ENCODE: 0}
-
-    def _weights(self, prepared: Prepared) -> dict[str, int]:
-        """Weights that stay, in bytes; VAE and text encoders by their names in the pipeline."""
-        networks, layout, block = prepared.networks, prepared.layout, self._device.block
-        family, denoiser = networks.family, networks.family.denoiser
-        shadows = {"reference": networks.reference, "average": networks.average}
-        adapters = {name: _adapter(held) for name, held in shadows.items()}
-        others = {id(weight) for weights in adapters.values() for weight in weights}
-        policy = sum(layout.held(one, block) for one in _tensors(denoiser) if id(one) not in others)
-        if prepared.stored is not None:
-            policy -= _saved_by_quantization(_quantized(denoiser), prepared.stored, layout)
-        found = {"policy": policy}
-        for name, shadow in shadows.items():
-            found[name] = 0 if shadow is None else self._of_shadow(shadow, adapters[name], layout)
-        for name in family.frozen_components:
-            found[name] = sum(_bytes(one, block) for one in _tensors(getattr(family.pipeline, name)))
-        return {name: size for name, size in found.items() if size}
-
-    def _of_shadow(self, shadow: ShadowWeights, adapter: list[torch.Tensor], layout: Layout) -> int:
-        """Bytes of a reference or an average; `stored` are those that move, which an engine may not round."""
-        second = shadow.second.module if isinstance(shadow.second, SecondDenoiser) else nn.Module()
-        held = [*adapter, *_tensors(second)]
-        exact = layout.rounded_in_place(sum(one.numel() for one in held)) if shadow.stored else 0
-        copy = not shadow.stored
-        return layout.share(exact) + sum(layout.held(one, self._device.block, rounded_copy=copy) for one in held)
+    # Both together.
+    frozen = sum(size for name, size in components.items() if name in family.frozen_components)
+    stays = sum(components.values())
+    for name in moments:
+        moments[name] += stays - (frozen if prepared.frozen != "on device" and name != ENCODE else 0)
+    moments = {SETUP: setup, **moments}
+    if prepared.frozen == "absent":
+        del moments[ENCODE]
+        components = {name: size for name, size in components.items() if name not in family.frozen_components}
+    if networks.reference.is_precomputed or networks.reference.kind == "none":
+        del moments[REFERENCE]
+    components = {name: size for name, size in components.items() if size}
+    saved = 4 * trained * (1 if networks.average is None else 2)
+    disk = {"results": saved, "checkpoints": prepared.checkpoints * (saved + states)}
+    cached = _cached(prepared, measured)
+    return Plan(components, moments, parameters, trained, measured.flops, prepared.step.pairs, disk, cached)
 
 
-def _optimizer_step(prepared: Prepared, measured: StepMemory, temporary: int) -> int:
-    """Gradients, and what clipping and the optimizer's step allocate."""
-    layout, trained = prepared.layout, sum(weight.numel() for weight in prepared.networks.trained)
-    if prepared.step.shards > 1:
-        left = measured.gradient_bytes
-    else:
-        left = layout.share(max(measured.gradient_bytes, 4 * trained if layout.name == "fsdp2" else 0))
-    return left + layout.share(temporary + layout.rounded_in_place(trained))
+def _weights(prepared: Prepared, block: int) -> dict[str, int]:
+    """Bytes of the weights that stay, by name; VAE and text encoders by their names in the pipeline."""
+    networks, engine = prepared.networks, prepared.engine
+    family = networks.family
+    half = prepared.step.autocast is not None and engine.is_zero
+
+    def held(tensors: list[torch.Tensor]) -> int:
+        sizes = 0
+        for tensor in tensors:
+            width = 2 if half and tensor.is_floating_point() else tensor.element_size()
+            size = rounded(tensor.numel() * width, block)
+            sizes += engine.share("weights", size) if isinstance(tensor, nn.Parameter) else size
+        return sizes
+
+    adapters = {name: _adapter(held_by) for name, held_by in _shadows(networks).items()}
+    others = {id(weight) for weights in adapters.values() for weight in weights}
+    policy = held([one for one in _tensors(family.denoiser) if id(one) not in others])
+    if prepared.stored is not None:
+        adapted = adapter_layers(family.denoiser)
+        of_adapters = {part for layer in adapted for part in layer.modules()} - {
+            layer.get_base_layer() for layer in adapted
+        }
+        for layer in family.denoiser.modules():
+            if isinstance(layer, nn.Linear) and layer not in of_adapters and not layer.weight.requires_grad:
+                policy -= round(layer.weight.numel() * (layer.weight.element_size() - STORED[prepared.stored]))
+    found = {"policy": policy}
+    for name, shadow in _shadows(networks).items():
+        second = shadow.second if shadow is not None else None
+        found[name] = held(adapters[name])
+        if isinstance(second, SecondDenoiser):
+            found[name] += held(_tensors(second.module))
+    for name in family.frozen_components:
+        tensors = _tensors(getattr(family.pipeline, name))
+        found[name] = sum(rounded(one.numel() * one.element_size(), block) for one in tensors)
+    return found
+
+
+def _setup(prepared: Prepared, weights: dict[str, int]) -> int:
+    """Bytes at the end of set-up: the weights, and if they are divided, the block that is being divided."""
+    block, _ = largest_block(prepared.networks.family.denoiser, None)
+    return sum(weights.values()) + (block if prepared.engine.divides_weights else 0)
+
+
+def _in_passes(prepared: Prepared) -> int:
+    """Bytes of whole weights that a pass needs besides what stays: a quantized layer in half precision, and the blocks
+    that an engine has gathered, which are the one that runs, the next one, and what is in no block."""
+    denoiser, engine = prepared.networks.family.denoiser, prepared.engine
+    extra = 0
+    if prepared.stored is not None:
+        extra += max((2 * weight.numel() for weight in denoiser.parameters()), default=0)
+    if engine.divides_weights:
+        block, outside = largest_block(denoiser, 2 if prepared.step.autocast else None)
+        extra += 2 * block + outside
+    return extra
 
 
 def _cached(prepared: Prepared, measured: StepMemory) -> dict[str, int]:
@@ -215,18 +233,8 @@ def _cached(prepared: Prepared, measured: StepMemory) -> dict[str, int]:
     }
 
 
-def _key(prepared: Prepared) -> object:
-    """Equal for set-ups whose forward and backward passes are the same."""
-    family = prepared.networks.family
-    tensors = [
-        (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-        for module in all_modules(prepared.networks)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    ]
-    layers = [type(layer) for module in all_modules(prepared.networks) for layer in module.modules()]
-    config = repr(sorted(family.denoiser.config.items(), key=lambda entry: entry[0]))
-    of_family = type(family), family.guidance_scale, family.vae_encode_batch_size
-    return repr((prepared.step, prepared.networks.reference.kind, of_family, config, tensors, layers))
+def _shadows(networks: Networks) -> dict[str, ShadowWeights | None]:
+    return {"reference": networks.reference, "average": networks.average}
 
 
 def _adapter(weights: ShadowWeights | None) -> list[torch.Tensor]:
@@ -236,29 +244,5 @@ def _adapter(weights: ShadowWeights | None) -> list[torch.Tensor]:
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers; what is shared once."""
+    """Return parameters and buffers; shared ones once."""
     return [*module.parameters(), *module.buffers()]
-
-
-def _bytes(tensor: torch.Tensor, block: int) -> int:
-    return rounded(tensor.numel() * tensor.element_size(), block)
-
-
-def _quantized(denoiser: nn.Module) -> set[Any]:
-    """Frozen linear layers, whose weights are stored in fewer bits; those of adapters are not."""
-    adapters = {part for layer in adapter_layers(denoiser) for part in layer.modules()}
-    adapters -= {layer.get_base_layer() for layer in adapter_layers(denoiser)}
-    linear = {layer for layer in denoiser.modules() if isinstance(layer, nn.Linear)}
-    return {layer for layer in linear - adapters if not layer.weight.requires_grad}
-
-
-def _saved_by_quantization(layers: set[Any], kind: str, layout: Layout) -> int:
-    """Bytes that the weights of these layers take less when quantized. Engines do not shard such weights."""
-    return sum(layout.held(layer.weight, 1) - round(layer.weight.numel() * STORED[kind]) for layer in layers)
-
-
-def _disk(prepared: Prepared) -> dict[str, int]:
-    """Trained weights, as they are saved, and checkpoints; the optimizer's states are added to these."""
-    trained = 4 * sum(weight.numel() for weight in prepared.networks.trained)
-    average = trained if prepared.networks.average is not None else 0
-    return {"results": trained + average, "checkpoints": prepared.checkpoints * (trained + average)}

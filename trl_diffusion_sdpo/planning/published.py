@@ -1,10 +1,9 @@
-"""Published sizes: the denoisers of every family, and whole pipelines under the names of `--like`, as differences from
-the defaults of their classes. Nothing is downloaded."""
+"""Pipelines of published sizes under the names of `--like`, as differences from the defaults of their classes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 SD15 = {
@@ -46,87 +45,6 @@ SD35_LARGE = {
 FLUX_DEV = {"guidance_embeds": True}
 PIXART = {"caption_channels": 4096}
 PIXART_SIGMA = {**PIXART, "use_additional_conditions": False}
-SANA_600M = {
-    "num_attention_heads": 36,
-    "num_layers": 28,
-    "num_cross_attention_heads": 16,
-    "cross_attention_head_dim": 72,
-    "cross_attention_dim": 1152,
-}
-COGVIEW4 = {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
-HUNYUAN_12 = {
-    "in_channels": 4,
-    "patch_size": 2,
-    "sample_size": 128,
-    "hidden_size": 1408,
-    "num_layers": 40,
-    "mlp_ratio": 4.3637,
-    "use_style_cond_and_image_meta_size": False,
-}
-KLEIN_4B = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 7680,
-    "guidance_embeds": False,
-}
-KLEIN_9B = {**KLEIN_4B, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
-KLEIN_9B["joint_attention_dim"] = 12288
-WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
-
-
-@dataclass(frozen=True)
-class Size:
-    """A denoiser of a published size.
-
-    Attributes:
-        name (`str`): Name of the size within its family.
-        denoiser_class (`str`): Class of diffusers.
-        settings (`Mapping[str, Any]`): Differences of its configuration from the class's defaults.
-    """
-
-    name: str
-    denoiser_class: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-# First pipeline class of a family -> its published sizes.
-DENOISERS = {
-    "StableDiffusionPipeline": (Size("1.5", "UNet2DConditionModel", SD15), Size("2.1", "UNet2DConditionModel", SD21)),
-    "StableDiffusionXLPipeline": (Size("base", "UNet2DConditionModel", SDXL),),
-    "StableDiffusion3Pipeline": (
-        Size("3 Medium", "SD3Transformer2DModel", SD3),
-        Size("3.5 Medium", "SD3Transformer2DModel", SD35_MEDIUM),
-        Size("3.5 Large", "SD3Transformer2DModel", SD35_LARGE),
-    ),
-    "FluxPipeline": (Size("dev", "FluxTransformer2DModel", FLUX_DEV),),
-    "PixArtAlphaPipeline": (Size("XL", "PixArtTransformer2DModel", PIXART),),
-    "PixArtSigmaPipeline": (Size("XL", "PixArtTransformer2DModel", PIXART_SIGMA),),
-    "SanaPipeline": (
-        Size("0.6B", "SanaTransformer2DModel", SANA_600M),
-        Size("1.6B", "SanaTransformer2DModel"),
-        Size("1.5 4.8B", "SanaTransformer2DModel", {"num_layers": 60}),
-    ),
-    "QwenImagePipeline": (Size("Qwen-Image", "QwenImageTransformer2DModel"),),
-    "ZImagePipeline": (Size("Z-Image", "ZImageTransformer2DModel", {"axes_lens": [1536, 512, 512]}),),
-    "OvisImagePipeline": (Size("7B", "OvisImageTransformer2DModel"),),
-    "Lumina2Pipeline": (Size("2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),),
-    "AuraFlowPipeline": (Size("0.3", "AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}),),
-    "CogView4Pipeline": (Size("6B", "CogView4Transformer2DModel", COGVIEW4),),
-    "HunyuanDiTPipeline": (Size("1.2", "HunyuanDiT2DModel", HUNYUAN_12),),
-    "Flux2Pipeline": (Size("dev", "Flux2Transformer2DModel"),),
-    "Flux2KleinPipeline": (
-        Size("4B", "Flux2Transformer2DModel", KLEIN_4B),
-        Size("9B", "Flux2Transformer2DModel", KLEIN_9B),
-    ),
-    "WanPipeline": (
-        Size("2.1 1.3B", "WanTransformer3DModel", WAN_1B),
-        Size("2.1 14B", "WanTransformer3DModel"),
-        Size("2.2 5B", "WanTransformer3DModel", WAN_5B),
-    ),
-}
-
 # A component: its class and the differences of its configuration from the class's defaults.
 Component = tuple[str, Mapping[str, Any]]
 
@@ -221,4 +139,16 @@ PIPELINES = {
         ("PixArtTransformer2DModel", PIXART_SIGMA),
         {"vae": _kl_vae(4, 0.13025), "text_encoder": ("T5EncoderModel", _T5_XXL), "scheduler": _DDPM},
     ),
+}
+
+# Hub ids whose configurations are those of a published size, so that a plan of them needs no network.
+HUB_IDS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd35-large",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
 }

@@ -1,88 +1,66 @@
-"""A plan in words, as data, and as a picture."""
+"""A plan in words, and as data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ..utils.import_utils import require
-from .advice import Advice
 from .plan import CARDS, USABLE, Plan
 
 GIB = 2**30
+# TFLOP/s that published trainings reach at most: Diffusion-DPO's launchers on an A100 26 (SD 1.5) and 15 (SDXL),
+# SimpleTuner's LoRAs on an H100 9 (SD 1.5) and 22 (SDXL). Cards that could do 312 and 989 wait for memory
+# and for kernels to start.
+PUBLISHED_TFLOPS = 25.0
 
 
-def report(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, processes: int) -> str:
-    """The tables of a plan, in Markdown.
+def report(plan: Plan, *, tflops: float, pairs: int, processes: int) -> str:
+    """Return the tables of a plan, in Markdown.
 
     Args:
-        peak_flops (`float`): Floating point operations a second of the device.
-        utilisation (`float`): Share of them that training reaches.
-        pairs (`int`): Of which the hours are computed.
+        tflops (`float`): TFLOP/s that training reaches on one device.
+        pairs (`int`): Number of pairs for the hours.
     """
-    kind = "All numbers are computed, none is measured."
-    if processes > 1:
-        kind += " Of several processes, what stays was compared with real ones, and peaks were not."
-    lines = [kind, "", "| stays on the device | GiB |", "|---|---:|"]
+    lines = ["All numbers are computed, none is measured.", "", "| stays on the device | GiB |", "|---|---:|"]
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in plan.components.items()]
-    lines += ["", "| moment of a step | peak, GiB |", "|---|---:|"]
-    lines += [
-        f"| {name}{' (the peak)' if name == plan.peak_moment else ''} | {size / GIB:.2f} |"
-        for name, size in plan.moments.items()
-    ]
+    lines += ["", "| moment | peak, GiB |", "|---|---:|"]
+    for name, size in plan.moments.items():
+        mark = " (the peak)" if name == plan.peak_moment else ""
+        lines.append(f"| {name}{mark} | {size / GIB:.2f} |")
     fitting = ", ".join(f"{card} GB: {'yes' if plan.fits(card) else 'no'}" for card in CARDS)
-    hours = hours_of(plan, peak_flops=peak_flops, utilisation=utilisation, pairs=pairs, processes=processes)
+    hours = hours_of(plan, tflops=tflops, pairs=pairs, processes=processes)
+    cached = ", ".join(f"{name} {size:,} bytes" for name, size in plan.cached.items())
     lines += [
         "",
         f"Trained: {plan.trained:,} of {plan.parameters:,} weights of the denoiser.",
         f"Fits ({USABLE:.0%} of a card are for tensors): {fitting}.",
-        f"A pair takes {plan.flops / plan.pairs / 1e12:.2f} TFLOP; {pairs:,} pairs take {hours:.1f} hours at "
-        f"{utilisation:.0%} of {peak_flops / 1e12:.0f} TFLOP/s on {processes} device(s).",
-        _caches(plan, pairs),
+        f"A pair takes {plan.flops / plan.pairs / 1e12:.2f} TFLOP. {pairs:,} pairs take at least {hours:.1f} hours on "
+        f"{processes} device(s) at {tflops:g} TFLOP/s each: published trainings of this kind reach 9 to 26, far below "
+        "a card's peak, because few images a step leave it waiting. Loading and evaluation come on top; `--tflops` "
+        "takes the rate that you measured.",
+        f"Caches take of a pair: {cached}; at most {sum(plan.cached.values()) * pairs / GIB:.1f} GiB for {pairs:,} "
+        "pairs: images and prompts of several pairs are stored once.",
         "On disk: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in plan.disk.items()) + ".",
     ]
     return "\n".join(lines)
 
 
-def _caches(plan: Plan, pairs: int) -> str:
-    parts = [f"{name} {size:,} bytes" for name, size in plan.cached.items()]
-    total = sum(plan.cached.values()) * pairs / GIB
-    return (
-        f"Caches take of a pair: {', '.join(parts)}; at most {total:.1f} GiB for {pairs:,} pairs: images and prompts "
-        "of several pairs are stored once."
-    )
-
-
-def hours_of(plan: Plan, *, peak_flops: float, utilisation: float, pairs: int, processes: int) -> float:
-    """Hours in which the devices take `pairs` pairs."""
-    return plan.flops / plan.pairs * pairs / (peak_flops * utilisation * processes) / 3600
+def hours_of(plan: Plan, *, tflops: float, pairs: int, processes: int) -> float:
+    """Return the hours in which the devices take `pairs` pairs."""
+    return plan.flops / plan.pairs * pairs / (tflops * 1e12 * processes) / 3600
 
 
 def side_by_side(plans: Mapping[str, Plan]) -> str:
-    """Peaks of several plans, and the smallest card that each fits on."""
+    """Return the table of what fits: peaks of several tunings, and the smallest card of each."""
     lines = ["| tuning | peak, GiB | at | smallest card |", "|---|---:|---|---|"]
-    return "\n".join(lines + [f"| {name} | {_peak(plan)} |" for name, plan in plans.items()])
-
-
-def advice_table(plan: Plan, advice: list[Advice]) -> str:
-    """Candidates by what they save."""
-    lines = ["| change first | options | saves, GiB | peak, GiB |", "|---|---|---:|---:|"]
-    for one in advice:
-        saved = (plan.peak - one.plan.peak) / GIB
-        lines.append(f"| {one.words} | `{options(one.changes)}` | {saved:.2f} | {one.plan.peak / GIB:.2f} |")
+    for name, plan in plans.items():
+        card = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none of these")
+        lines.append(f"| {name} | {plan.peak / GIB:.2f} | {plan.peak_moment} | {card} |")
     return "\n".join(lines)
 
 
-def options(changes: Mapping[str, Any]) -> str:
-    """Changes as words of the command line."""
-    return " ".join(
-        f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items()
-    )
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
-    """A plan's numbers, in bytes."""
+    """Return a plan's numbers, in bytes."""
     return {
         "kind": "computed",
         "peak": plan.peak,
@@ -96,28 +74,3 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "cached_per_pair": plan.cached,
         "fits": {str(card): plan.fits(card) for card in CARDS},
     }
-
-
-def chart(plan: Plan, file: Path) -> None:
-    """A bar for each moment: what stays, and what the moment adds."""
-    require("plots", "A chart of a plan")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    stays = sum(plan.components.values()) / GIB
-    names, left = list(plan.moments), 0.0
-    for name, size in plan.components.items():
-        axes.barh(names, size / GIB, left=left, label=name)
-        left += size / GIB
-    axes.barh(
-        names, [max(plan.moments[name] / GIB - stays, 0) for name in names], left=left, label="activations", hatch="//"
-    )
-    axes.set_xlabel("GiB, computed")
-    axes.legend(fontsize="small", ncols=3)
-    figure.savefig(file, dpi=120)
-
-
-def _peak(plan: Plan) -> str:
-    card = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none of these")
-    return f"{plan.peak / GIB:.2f} | {plan.peak_moment} | {card}"

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.import_utils import require
-
 _NAME = re.compile(r"^(?P<prefix>.*)_errors/(?P<half>winner|loser)_change_relative@(?P<noise_bin>\d+)$")
 
 
@@ -46,11 +44,7 @@ def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, f
         records (`Sequence[Mapping]`): Evaluations of one prefix, from [`changes_by_noise_bin`]; at least one.
         num_noise_bins (`int`): Number of noise bins.
         file (`str` or `Path`): Image file to write.
-
-    Raises:
-        `MissingExtraError`: If matplotlib is not installed.
     """
-    require("plots", "Plotting noise bins")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -16,7 +16,6 @@ from ..saving.interrupts import resume_hint, was_interrupted
 from ..saving.model_card import CARD_FILE, is_note
 from ..saving.setup import forget_recommended_scales
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
-from ..utils.import_utils import is_plots_available
 from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
@@ -38,7 +37,7 @@ class NoiseBinPlotCallback(TrainerCallback):
         self._images, self._num_noise_bins = images, num_noise_bins
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if not state.is_world_process_zero or not is_plots_available():
+        if not state.is_world_process_zero:
             return
         for prefix, records in changes_by_noise_bin(state.log_history).items():
             file = Path(args.output_dir) / noise_bin_file(prefix)
@@ -182,7 +181,7 @@ class RunReportCallback(TrainerCallback):
     def _write(self, folder: Path, state: TrainerState) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        if has_curves(state.log_history) and is_plots_available():
+        if has_curves(state.log_history):
             plot_curves(state.log_history, folder / CURVES_FILE)
 
 
@@ -201,8 +200,6 @@ def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, sa
     curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):
         curves = None
-    elif not is_plots_available():
-        curves = "not plotted: `pip install 'trl-diffusion-sdpo[plots]'`"
     found = {
         "Samples": f"{steps[-1]} (first: {steps[0].name})" if steps else None,
         "Curves": curves,

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.import_utils import require
-
 CURVES_FILE = "curves.png"
 _CHANGE = "change of the error, % of the reference's"
 # Panel -> its curves: label and metric, of which the second panel has the change.
@@ -57,11 +55,7 @@ def plot_curves(history: History, file: str | Path) -> None:
     Args:
         history (`Sequence[Mapping]`): As `TrainerState.log_history`.
         file (`str` or `Path`): Image file to write.
-
-    Raises:
-        `MissingExtraError`: If matplotlib is not installed.
     """
-    require("plots", "Plotting curves")
     from matplotlib.figure import Figure
 
     panels = curves_of(history)

@@ -13,7 +13,6 @@ from typing import Any
 from PIL import Image
 
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
-from ..utils.import_utils import is_plots_available
 from .verdict import STANDARD_ERRORS, Estimate, Measurement, RunFacts, Verdict, noise_levels_of
 
 SHOWN_PROMPTS = 6
@@ -37,11 +36,11 @@ class SamplePair:
 
 
 def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: Sequence[SamplePair]) -> Path | None:
-    """Write `verdict.json`, and with matplotlib `verdict.png`, into a run's folder. Return the picture's path."""
+    """Write `verdict.json` and `verdict.png` into a run's folder. Return the picture's path."""
     facts = verdict_facts(verdict or UNKNOWN, run, images)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / VERDICT_FILE, json.dumps(facts, indent=2, allow_nan=False).encode() + b"\n")
-    return draw_verdict(folder, facts) if is_plots_available() else None
+    return draw_verdict(folder, facts)
 
 
 def verdict_facts(verdict: Verdict, run: RunFacts, images: Sequence[SamplePair]) -> dict[str, Any]:

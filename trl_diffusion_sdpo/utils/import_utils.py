@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from logging import LogRecord
 
 # Extra of this package -> the module that it installs.
-EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "plots": "matplotlib", "quantization": "bitsandbytes"}
+EXTRAS: dict[str, str] = {"deepspeed": "deepspeed", "quantization": "bitsandbytes"}
 
 # Tracker of `report_to` -> the modules of which one must be installed, and the package that has it.
 TRACKERS = {
@@ -51,25 +51,19 @@ class MissingExtraError(ImportError):
     """An extra of this package is needed and not installed; the message names it."""
 
 
-def is_plots_available() -> bool:
-    """Whether the extra `plots` is installed."""
-    return _is_installed("plots")
-
-
 def require(extra: str, purpose: str) -> None:
     """Raise an error unless an extra of this package is installed.
 
     Args:
         extra (`str`): A key of `EXTRAS`.
-        purpose (`str`): The subject of the message's sentence, such as "Plotting curves".
+        purpose (`str`): The subject of the message's sentence, such as "A quantized base".
 
     Raises:
         MissingExtraError: If it is not; with the command that installs it.
     """
     if not _is_installed(extra):
         raise MissingExtraError(
-            f"{purpose} needs {EXTRAS[extra]}, which is not installed. Run "
-            f"`pip install 'trl-diffusion-sdpo[{extra}]'`."
+            f"{purpose} needs {EXTRAS[extra]}, which is not installed. Run `pip install {EXTRAS[extra]}`."
         )
 
 

@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.cli.options import Option
 from trl_diffusion_sdpo.data.checking import parse_verify_images
 from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
 from trl_diffusion_sdpo.families.noise import WEIGHTINGS
@@ -19,17 +18,6 @@ from trl_diffusion_sdpo.trainer.config.all_arguments import settings_of
 from trl_diffusion_sdpo.trainer.config.declaring import Choices, Range
 from trl_diffusion_sdpo.trainer.diffusion_sdpo_config import settings_with
 from trl_diffusion_sdpo.utils import import_utils
-
-OPTION = Option(
-    flags=["--switch"],
-    off_flags=[],
-    kinds=["bool"],
-    elements="bool",
-    nargs="?",
-    choices=None,
-    default=False,
-    help=None,
-)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +52,6 @@ def test_a_word_is_the_switch_that_it_means_and_off_the_choice_that_means_it(mak
 )
 def test_a_word_is_the_same_switch_wherever_it_is_written(make_args, word, meant):
     assert make_args(random_flip=word).random_flip is meant
-    assert OPTION.read(word) is meant
     assert parse_verify_images(word) == ("all" if meant else "none")
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from transformers import TrainingArguments
 
 from ...data.images import MIN_SIDE
+from ...utils.hints import CHOICE_ALIASES
 from ...utils.switch_words import SWITCH_WORDS, choice_of_switch
 from .data_arguments import DataArguments, RunArguments
 from .model_arguments import MemoryArguments, PipelineArguments, SampleArguments
@@ -89,8 +90,9 @@ def _number_or_name(value: str) -> float | str:
 
 
 def settled_loss_type(value: Any) -> Any:
-    """`loss_type` in one form: a name, or a list of several. A command line and YAML give one name as a list of one."""
-    names = list(value) if isinstance(value, (list, tuple)) else [value]
+    """Return `loss_type` in one form: a name, or a list of several. A command line and YAML give one name as a list of
+    one. `"dpo"` is `"sigmoid"`, the loss of Diffusion-DPO."""
+    names = [CHOICE_ALIASES.get(name, name) for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
 
 

@@ -1,0 +1,148 @@
+"""The command line and YAML files as values of options."""
+
+import os
+
+import pytest
+
+from trl_diffusion_sdpo.cli import launch, options, train, train_parser
+from trl_diffusion_sdpo.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return train.make_parser()
+
+
+@pytest.fixture(autouse=True)
+def not_launched(monkeypatch):
+    for name in (launch.LAUNCHED_VARIABLE, "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def read_yaml(parser, tmp_path):
+    """`read_yaml(text)`: the values of all options with a file of that text."""
+
+    def read(text: str) -> dict:
+        file = tmp_path / "run.yaml"
+        file.write_text(text, encoding="utf-8")
+        settings, _, typed = train_parser.read_given(["--config", str(file)])
+        words, others = parser.words_of(settings)
+        train._refuse_others([], others, parser.names())
+        return vars(parser.parse_args([*words, *typed]))
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("safeguard: none", "none"),
+        ("safeguard: off", "none"),
+        ("timestep_weighting: off", "none"),
+        ("eval_strategy: no", "no"),
+        ("save_strategy: off", "no"),
+        ("report_to: no", "none"),
+        ("verify_images: on", "all"),
+        ("random_flip: off", False),
+        ("random_flip: 'No'", False),
+        ("random_flip: 0", False),
+        ("bf16: yes", True),
+        ("resume_from_checkpoint: true", "true"),
+        ("learning_rate: 1e-5", 1e-5),  # text to YAML 1.1
+        ("learning_rate: -1", -1.0),
+        ("beta: 2000", 2000.0),
+        ("beta: null", None),
+        ("dataset_config: 2024", "2024"),
+        ("timesteps: [999, 749.5]", [999, 749.5]),
+        ("timesteps: 999", [999]),
+        ("sample_prompts: a dog", ["a dog"]),
+        ("sample_prompts: ['a dog', 'b = c']", ["a dog", "b = c"]),
+        ("loss_type: dpo", ["sigmoid"]),
+        ("loss_type: [sigmoid, sft]", ["sigmoid", "sft"]),
+        ("loss_weights: [1, 0.5]", [1, 0.5]),
+        ("model_init_kwargs: {variant: fp16}", '{"variant": "fp16"}'),
+        ("activation_checkpointing: true", True),
+    ],
+)
+def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, text, value):
+    assert read_yaml(text)[text.partition(":")[0]] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("safeguard: on", "must be one of none, output, parameter, got 'true'"),
+        ("loss_type: sigmoit", "got 'sigmoit'. Did you mean `sigmoid`?"),
+        ("loss_type: [sigmoid, sftt]", "must be one of sigmoid, "),
+        ("run_name: on", "`run_name` must be text, got true"),
+        ("max_steps: off", "must be a whole number, got 'false'"),
+        ("max_steps: 2.5", "must be a whole number, got '2.5'"),
+        ("max_steps:", "must be a whole number, got 'none'"),
+        ("learning_rate: fast", "must be a number, got 'fast'"),
+        ("random_flip: 2", "must be true or false, got '2'"),
+        ("beta: [1, 2]", "`beta` must be a number, got [1, 2]"),
+        ("model_revision: 1.10", "`model_revision` must be text, got 1.1. Write it in quotes."),
+        ("betta: 5", "`--beta`"),
+        ("lr: 5", "`--learning_rate`"),
+        ("lycoris_config: config.json", "LoRA (`use_peft`)"),
+        ("num_processes: 2", "need `--accelerate_config`; got `--num_processes`"),
+        ("env: off", "`env` of the file must map names to values"),
+        ("seed: 1\nsteps: [1\nbeta: 2\n", "line 3"),
+        ("- beta", "must map names to values"),
+    ],
+)
+def test_a_setting_that_its_option_does_not_take_is_refused_with_the_rule(read_yaml, text, message):
+    with pytest.raises(ValueError) as caught:
+        read_yaml(text)
+    assert message in str(caught.value)
+
+
+def test_the_environment_of_a_file_is_set_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRL_DIFFUSION_SDPO_TEST", raising=False)
+    file = tmp_path / "run.yaml"
+    file.write_text("env: {TRL_DIFFUSION_SDPO_TEST: 7}\n")
+    assert main(["train", "--config", str(file)]) == 2  # no model is named
+    assert os.environ.pop("TRL_DIFFUSION_SDPO_TEST") == "7"
+
+
+@pytest.mark.parametrize("words", [["--test_size", "0.1"], ["--eval_steps", "5"], ["--eval_dataset_name", "other"]])
+def test_options_of_an_evaluation_without_one_are_a_warning(parser, caplog, words):
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", *words]
+    for more in (["--eval_strategy", "steps"], []):
+        assert not caplog.records
+        values = vars(parser.parse_args([*words, *more]))
+        train_parser.check_together(values, parser.names_in([*words, *more]))
+    assert "`eval_strategy`" in caplog.text
+
+
+def test_a_file_of_arguments_beside_the_program_is_not_read(tmp_path, monkeypatch):
+    """transformers' parser appends the words of `PROGRAM.args`, if there is such a file."""
+    program = tmp_path / "program"
+    program.with_suffix(".args").write_text("--beta 7")
+    monkeypatch.setattr("sys.argv", [str(program)])
+    _, args, _ = train.parse(["--use_cpu", "--output_dir", str(tmp_path)])
+    assert args.beta is None
+
+
+def test_settings_of_the_file_and_the_command_line_are_in_the_arguments(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"safeguard: off\nrandom_flip: no\neval_strategy: no\nuse_cpu: on\nbeta: 2e3\noutput_dir: {tmp_path}\n"
+        "use_peft: true\nlora_target_modules: [to_q, to_k]\ntest_size: 0.25\nmodel_init_kwargs: {variant: fp16}\n"
+        "max_steps: 3\nloss_type: [sigmoid, sft]\nloss_weights: [1, 0.1]\n"
+    )
+    pairs, args, model = train.parse(["--config", str(file), "--max_steps", "7", "--loss_type", "dmpo", "hinge"])
+    assert (args.safeguard, args.random_flip, args.eval_strategy, args.use_cpu) == ("none", False, "no", True)
+    assert (args.beta, args.max_steps, pairs.test_size) == (2000.0, 7, 0.25)
+    assert args.model_init_kwargs == {"variant": "fp16"}
+    assert (args.loss_type, args.loss_weights) == (["dmpo", "hinge"], [1.0, 0.1])
+    assert (model.use_peft, model.lora_target_modules, model.lora_dropout) == (True, ["to_q", "to_k"], 0.0)
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_a_file_with_a_new_name_is_read_where_transformers_has_the_former_one(name):
+    """transformers before 5.23 has `gradient_checkpointing` only; the example configurations have the new name."""
+    parser = options.OneLineParser()
+    parser.add_argument(f"--{name}", type=bool)
+    assert parser.words_of({"activation_checkpointing": True}) == ([f"--{name}=true"], {})

@@ -1,0 +1,159 @@
+"""TRL's parser with the options of `train`, and the checks of options that act together."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..utils.hints import did_you_mean
+from .options import OneLineParser, read_yaml, set_environment, take_options, with_rule
+
+logger = logging.getLogger(__name__)
+
+# The example configurations: in an installed package, and in a clone.
+EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
+
+# Options of transformers and TRL that are read, or refused with the reason, and that the help does not list.
+HIDDEN = frozenset(
+    # refused
+    "bf16_full_eval fp16_full_eval include_for_metrics include_num_input_tokens_seen label_smoothing_factor "
+    "lora_modules_to_save neftune_noise_alpha use_liger_kernel "
+    # of language models
+    "attn_implementation average_tokens_across_devices ignore_bias_buffers length_column_name liger_kernel_config "
+    "lora_task_type use_cache "
+    # without effect, because the trainer or the format of the data decides
+    "do_eval do_predict do_train label_names local_rank logging_nan_inf_filter remove_unused_columns".split()
+)
+# Prefixes of the options of TRL's `ModelConfig` that need `use_peft`.
+ADAPTER_PREFIXES = ("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb_")
+# Options that need `eval_strategy`.
+_EVALUATION_OPTIONS = ("eval_dataset_name", "test_size", "eval_steps")
+# Titles of the help.
+MODEL = "Model and data"
+OWN = "Diffusion-SDPO"
+INHERITED = "Training, from transformers"
+_REQUIRED = {
+    "model_name_or_path": "the Hub id or folder of a diffusers pipeline",
+    "dataset_name": "the Hub id, folder or file of a preference data set",
+}
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """Return the parser of the command, with the arguments of TRL's scripts and [`DiffusionSDPOConfig`]."""
+    from transformers import TrainingArguments
+    from trl import ModelConfig, TrlParser
+
+    from ..trainer.diffusion_sdpo_config import DiffusionSDPOConfig
+    from .launch import config_names
+    from .pair_arguments import PairArguments
+
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = {field.name for field in fields(DiffusionSDPOConfig)} - inherited
+
+    class TrainParser(OneLineParser, TrlParser):
+        """TRL's parser. Its help has this package's options before those of transformers."""
+
+        def __init__(self, *arguments: Any, **settings: Any):
+            self._titled: dict[str, argparse._ArgumentGroup] = {}
+            super().__init__(*arguments, **settings)
+
+        def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
+            if "-h" in flags:
+                return super().add_argument(*flags, **settings)
+            if not self._titled:
+                self._titled = {title: self.add_argument_group(title) for title in (MODEL, OWN, INHERITED)}
+            name = settings.get("dest", flags[0].removeprefix("--"))
+            title = OWN if name in own else INHERITED if name in inherited else MODEL
+            if name in HIDDEN:
+                settings["help"] = argparse.SUPPRESS
+            return self._titled[title].add_argument(*flags, **with_rule(settings))
+
+    kinds: Any = (PairArguments, DiffusionSDPOConfig, ModelConfig)
+    parser = TrainParser(
+        kinds,
+        prog=prog,
+        usage="%(prog)s [--config FILE.yaml | EXAMPLE] [--accelerate_config NAME] --model_name_or_path ID "
+        "--dataset_name ID [--OPTION VALUE ...]",
+        description="Tune a pipeline on preference pairs. The command line overrides the YAML file of --config, "
+        f"which may be the name of an example: {', '.join(example_configs())}.",
+        epilog="Dashes may stand for underscores. Options of transformers and TRL that are for language models, or do "
+        "nothing here, are not listed. "
+        f"--accelerate_config starts the training under accelerate: {', '.join(config_names())}, or the path of a "
+        "file; options of `accelerate launch`, such as --num_processes, may follow.",
+    )
+    parser.set_defaults(lora_dropout=0.0)  # with dropout, policy and reference would differ before the first step
+    return parser
+
+
+def read_given(arguments: list[str]) -> tuple[dict[str, Any], str | None, list[str]]:
+    """Read the file of `--config` and set its environment variables, before libraries that read them are imported.
+
+    Returns:
+        `tuple[dict[str, Any], str | None, list[str]]`: The settings of the file, `accelerate_config` of the command
+        line or else of the file, and the other words.
+    """
+    taken, words = take_options(arguments, "config", "accelerate_config")
+    settings = {} if taken["config"] is None else read_yaml(config_file(taken["config"]))
+    set_environment(settings.pop("env", {}))
+    in_file = settings.pop("accelerate_config", None)
+    return settings, taken["accelerate_config"] or in_file, words
+
+
+def example_configs() -> dict[str, Path]:
+    """Return the example configurations by name."""
+    return {path.stem: path for folder in reversed(EXAMPLES) for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_file(name: str) -> Path:
+    """Return a file of settings, by its path or by the name of an example configuration.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    path = Path(name).expanduser()
+    examples = example_configs()
+    if path.is_file():
+        return path
+    if name not in examples:
+        near = did_you_mean(path.stem, examples)
+        raise ValueError(
+            f"`--config` must be a YAML file, or one of the example configurations {', '.join(examples)}; got "
+            f"{name}, and there is no such file.{near}"
+        )
+    return examples[name]
+
+
+def check_together(values: dict[str, Any], given: Iterable[str]) -> None:
+    """Check that a model and data are named, and that the options that were given act together.
+
+    Raises:
+        ValueError: If they do not. Options of an evaluation without one are a warning.
+    """
+    for name, what in _REQUIRED.items():
+        if not values[name] and not (name == "dataset_name" and values["datasets"]):
+            raise ValueError(f"`--{name}` must be {what}, got none.")
+    check_adapter_options(values, given)
+    if values["eval_strategy"] == "no" and not values["do_eval"] and is_first_process():
+        for name in sorted(set(_EVALUATION_OPTIONS) & set(given)):
+            logger.warning("`%s=%s` has no effect without `eval_strategy`.", name, values[name])
+
+
+def check_adapter_options(values: dict[str, Any], given: Iterable[str]) -> None:
+    """Refuse options of a LoRA without `use_peft`."""
+    idle = [name for name in sorted(given) if name.startswith(ADAPTER_PREFIXES) and values[name]]
+    if idle and not values["use_peft"]:
+        raise ValueError(
+            "Without `use_peft` all weights are trained, in full precision, and "
+            f"{', '.join(f'`{name}`' for name in idle)} would do nothing. Add `--use_peft` for a LoRA, or leave the "
+            "others out."
+        )
+
+
+def is_first_process() -> bool:
+    """Return whether this process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

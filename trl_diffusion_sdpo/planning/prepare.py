@@ -1,0 +1,169 @@
+"""A set-up on the meta device, made by the trainer's own functions from its settings."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.training_args import OptimizerNames
+
+from ..families import Family
+from ..families.single_file import configuration_of
+from ..models.ema import EMAWeights
+from ..models.frozen_components import working_pipeline
+from ..models.loading import LoadedModel
+from ..models.numerics import autocast_dtype, torch_dtype
+from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
+from ..trainer.preparing import (
+    check_and_complete,
+    choose_trained_weights,
+    image_sizes,
+    loss_settings,
+    make_reference,
+)
+from ..utils._compat import CHECKPOINTING, activation_checkpointing
+from .fake_step import Networks, StepSettings
+from .plan import FrozenState, Plan, Prepared, make_plan
+from .published import HUB_IDS
+from .sharding import Engine
+from .skeleton import pipeline_of_folder, published_pipeline
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from ..trainer import DiffusionSDPOConfig
+
+
+class PlannedSettings:
+    """The settings of a run, of which single ones can be changed.
+
+    Args:
+        training (`DiffusionSDPOConfig`): The trainer's settings.
+        model (`trl.ModelConfig`): Model, LoRA and quantization.
+        engine ([`Engine`]): The engine and its number of processes.
+        device (`str`): `"cuda"` or `"cpu"`.
+        like (`str`, *optional*): A published size in place of a model.
+    """
+
+    def __init__(
+        self, training: DiffusionSDPOConfig, model: ModelConfig, engine: Engine, device: str, like: str | None = None
+    ):
+        self._training, self._model = training, model
+        self.engine, self._device = engine, device
+        path = str(model.model_name_or_path)
+        self._like = like if like is not None or os.path.isdir(path) else HUB_IDS.get(path)
+        if self._like is None and starting_point(path, training.adapter_name_or_path).adapter:
+            model.use_peft = True  # a LoRA that goes on
+
+    def plan(self, **changes: Any) -> Plan:
+        """Plan with some settings changed; `ValueError` if they cannot act together."""
+        return make_plan(self.prepared(**changes), self._device)
+
+    def prepared(self, **changes: Any) -> Prepared:
+        """Return the set-up with some settings changed."""
+        training, model = copy.copy(self._training), copy.copy(self._model)
+        for name, value in changes.items():
+            setattr(model if name in vars(model) else training, name, value)
+        return prepare(training, model, self.engine, self._like)
+
+    def tunings(self) -> dict[str, dict[str, Any]]:
+        """Return the changes for LoRA, QLoRA and full tuning, each without and with activation checkpointing."""
+        half = "bfloat16" if self._training.bf16 or self._training.fp16 else "float32"
+        whole = {"load_in_4bit": False, "load_in_8bit": False}
+        kinds: dict[str, dict[str, Any]] = {
+            "LoRA": {**whole, "use_peft": True, "dtype": half},
+            "QLoRA, 4 bits": {**whole, "use_peft": True, "dtype": half, "load_in_4bit": True},
+            "full": {**whole, "use_peft": False, "dtype": "float32"},
+        }
+        return {
+            f"{name}{', checkpointing' if saves else ''}": {**changes, CHECKPOINTING: saves}
+            for name, changes in kinds.items()
+            for saves in (False, True)
+        }
+
+
+def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine, like: str | None) -> Prepared:
+    """Make the networks of a run and say what its step does."""
+    from trl import get_peft_config
+
+    stored = _stored(model_args)
+    loaded = _loaded(model_args, args, like)
+    spec = args.loss_spec
+    other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
+    lora = get_peft_config(model_args) if loaded.adapter_source is None else None
+    adapter, added = choose_trained_weights(loaded, lora, args)
+    reference = make_reference(loaded, other, args, spec, adapter=adapter, added=added)
+    average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
+    noise = check_and_complete(args, loaded, spec, adapter=adapter)
+
+    half = autocast_dtype(args.mixed_precision)
+    checkpoints, arguments = activation_checkpointing(args)
+    step = StepSettings(
+        noise=noise,
+        loss=loss_settings(args),
+        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # of buckets, the largest
+        pairs=args.per_device_train_batch_size,
+        autocast=half,
+        checkpointing=arguments if checkpoints else None,
+        anchor=(args.safeguard_anchor or spec.anchor) if args.safeguard == "parameter" else None,
+        low_memory=args.safeguard_low_memory,
+        accumulates=args.gradient_accumulation_steps > 1,
+        rounds_weights=engine.rounds_weights,
+        divides_gradients=engine.divides_gradients,
+        two_prompts=args.dataset_format == "branch_prompts" and args.losers == "data",
+    )
+    frozen: FrozenState = "while encoding" if args.offload_frozen_components else "on device"
+    return Prepared(
+        Networks(_working(loaded.family, args, half), reference, average),
+        step,
+        OptimizerNames(args.optim).value,
+        args.max_grad_norm,
+        engine,
+        frozen="absent" if args.precompute_latents else frozen,
+        stored=stored,
+        checkpoints=args.save_total_limit or 1,
+        variants=args.latent_crops if args.random_crop else 1 + args.random_flip,
+        draws=args.ref_noise_draws,
+    )
+
+
+def _stored(model_args: ModelConfig) -> str | None:
+    """Return how a quantized base is held; `ValueError` without a LoRA."""
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    if not model_args.use_peft:
+        raise ValueError("A quantized base needs a LoRA: quantized weights cannot be trained. Add `--use_peft`.")
+    if model_args.load_in_8bit:
+        return "8bit"
+    return "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
+
+
+def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None) -> LoadedModel:
+    """Return the model, with the LoRA that it goes on from unless all weights are planned to train."""
+    start = starting_point(str(model_args.model_name_or_path), args.adapter_name_or_path)
+    family = _family(model_args, args, like, start)
+    if start.adapter is None or not model_args.use_peft:
+        return LoadedModel(family, None)
+    attach_adapter(family.pipeline, family.denoiser_name, start.adapter)
+    return LoadedModel(family, None, adapter_source=start.adapter)
+
+
+def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None, start: StartingPoint) -> Family:
+    init: Any = args.model_init_kwargs or {}
+    options = start.with_recorded({"revision": model_args.model_revision, "dtype": model_args.dtype, **init})
+    dtype = torch_dtype(options.pop("dtype"))
+    if like is not None:
+        return published_pipeline(like, dtype)
+    access = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
+    return pipeline_of_folder(configuration_of(start.pipeline, options.get("config")), dtype, **access)
+
+
+def _working(family: Any, args: DiffusionSDPOConfig, half: torch.dtype | None) -> Family:
+    """Return the family with VAE and text encoders in the precision in which they run."""
+    meta = torch.device("meta")
+    working = type(family)(working_pipeline(family, device=meta, half_dtype=half, vae_dtype=args.vae_dtype))
+    working.guidance_scale, working.vae_encode_batch_size = args.guidance_scale, args.vae_encode_batch_size
+    working.settle_dtype()
+    return working
