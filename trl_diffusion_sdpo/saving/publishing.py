@@ -15,22 +15,14 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from ..engines.processes import failing_together, gather_objects, in_any_process
 from ..utils._compat import HubConnectionError
-from ..utils.files import SWEEP_FOLDER
 from ..utils.secrets import without_secrets
 from .setup import ARGS_FILE
 
 logger = logging.getLogger(__name__)
 
-SWEPT = ("*.json", "images/*")  # in the folders of sweeps; below, what a sweep writes into any other
-SWEPT_ELSEWHERE = ("sweep.json", "images.json", "images/weights-*.png", "images/prediction-*.png")
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Pickles, logs, and the arguments and numbers of sweeps, which name local folders; the model card has the settings. Of
-# a sweep's images, the grids are enough.
-NOT_UPLOADED = (
-    *("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE),
-    *(f"{SWEEP_FOLDER}*/{name}" for name in SWEPT),
-    *(f"{folder}{name}" for name in SWEPT_ELSEWHERE for folder in ("", "*/")),
-)
+# Pickles, logs, the arguments, which name local folders, and the numbers of sweeps; the model card has the settings.
+NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE, "*sweep.json")
 
 
 class PublishingError(OSError):
