@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import warnings
 
 import pytest
 from trl import ModelConfig
@@ -11,6 +12,7 @@ from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.cli import launch, train, train_parser
 from trl_diffusion_sdpo.cli.main import COMMANDS, main
 from trl_diffusion_sdpo.utils.hints import OTHER_TOOLS
+from trl_diffusion_sdpo.utils.import_utils import hide_idle_notes
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,19 @@ def test_the_wait_for_the_libraries_is_announced_and_only_once_for_all_processes
         monkeypatch.setenv("RANK", rank)
         assert main(["train"]) == 2
         assert capsys.readouterr().err.count("loading the libraries") == lines
+
+
+def test_what_libraries_warn_of_on_purpose_is_not_shown():
+    """A second stage adds an adapter to a LoRA, and a CPU pins no memory."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        hide_idle_notes()
+        warnings.warn(
+            "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters"
+        )
+        warnings.warn("'pin_memory' argument is set as true but no accelerator is found, then device pinned memory")
+        warnings.warn("another")
+    assert [str(one.message) for one in shown] == ["another"]
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,21 @@ def test_the_users_arguments_stay_as_they_were(sd_folder, make_args, make_pairs)
     assert trainer.args.learning_rate == 2e-6
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"learning_rate": 10.0}, "`learning_rate=10`"),
+        ({"beta": 20.0}, "`beta=20`"),
+        ({"beta": 1000.0}, None),
+        ({}, None),
+    ],
+)
+def test_a_setting_a_hundred_times_off_its_default_is_a_warning(make_trainer, caplog, settings, named):
+    make_trainer(**settings)
+    far = [record.message for record in caplog.records if "Is it meant" in record.message]
+    assert [named in message for message in far] == ([True] if named else [])
+
+
 def test_the_defaults_that_were_chosen_are_logged(make_trainer, caplog):
     make_trainer(loss_type="dmpo")
     assert "beta=2000.0" in caplog.text and "safeguard_mu=0.9" in caplog.text

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
     hide_idle_notes()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars would be drawn again and again into a file
     try:
         module = import_module(f".{name.replace('-', '_')}", __package__)
         return module.run(arguments, prog)

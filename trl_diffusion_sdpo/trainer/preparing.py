@@ -46,6 +46,7 @@ from .config.model_checks import (
     checked_inversion,
     checked_timesteps,
     loss_defaults,
+    warn_of_far_settings,
 )
 from .data_preparation import aspect_ratio_buckets
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -307,6 +308,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
 def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
     """Set unset settings to the defaults of the family and the loss, and log them."""
     mu, beta = loss_defaults(args, family, full=full)
+    warn_of_far_settings(args, family, full=full)
     defaults_by_name = {
         "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
         "beta": beta,

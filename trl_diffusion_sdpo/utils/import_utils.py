@@ -47,6 +47,14 @@ _IDLE_NOTES = {
 }
 
 
+# Beginning of warnings of libraries that are of no use here: a second stage adds the reference's adapter to the policy
+# on purpose, and on a CPU no memory is pinned.
+_IDLE_WARNINGS = (
+    r"Already found a `peft_config` attribute in the model",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+)
+
+
 class MissingExtraError(ImportError):
     """An extra of this package is needed and not installed; the message names it."""
 
@@ -110,8 +118,12 @@ def lazy_attributes(
 
 
 def hide_idle_notes() -> None:
-    """Let the loggers of libraries leave out the notes that import and loading cause in every run."""
+    """Let libraries leave out the notes and warnings that import, loading and training cause in every run."""
     import logging  # a third of this package's import time
+    import warnings
+
+    for beginning in _IDLE_WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning)
 
     for name in _IDLE_NOTES:
         logging.getLogger(name).addFilter(_says_something)  # once, however often it is called

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 QUANTILES = 10_001  # of the timesteps that are drawn
 NEGLIGIBLE = 0.01  # share of them
+FAR = 100  # factor from which a `beta` is taken for a mistake
+HIGH_RATE = 0.1  # learning rate
 
 
 def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[float, float | None]:
@@ -44,6 +46,22 @@ def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[fl
         listed = ", ".join(f"{beta:g} of {name}" for name, beta in betas.items())
         raise ValueError(f"The parts of a sum share `beta`, and their defaults differ: {listed}. Set `beta`.")
     return mu, next(iter(betas.values()))
+
+
+def warn_of_far_settings(args: AllArguments, family: Family, *, full: bool) -> None:
+    """Warn of a `beta` far from the family's default, and of a learning rate at which nothing trains."""
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
+    if args.beta and betas and all(not 1 / FAR < args.beta / usual < FAR for usual in betas):
+        logger.warning(
+            "`beta=%g` is far from the default of %s, %g, by a factor of %d or more. Is it meant?",
+            *(args.beta, family.name, betas[0], FAR),
+        )
+    if args.learning_rate and args.learning_rate > HIGH_RATE:
+        logger.warning(
+            "`learning_rate=%g` ruins a model in a few steps; the default of %s is %g. Is it meant?",
+            *(args.learning_rate, family.name, family.learning_rate_full if full else family.learning_rate_lora),
+        )
 
 
 def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
