@@ -128,7 +128,7 @@ def build_trainer(case: Case, device: str, smallest: bool, folder: str, meter: M
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **({**CACHED, "latent_cache_dir": f"{folder}/encoded"} if case.cached else {}),
+        **({**CACHED, "precompute_dir": f"{folder}/encoded"} if case.cached else {}),
     )
     lora = None if case.tuning == "full" else LoraConfig(r=RANK, lora_alpha=RANK)
     data = encoded_pairs(pairs * steps, side)

@@ -189,7 +189,7 @@ def arguments_of(
     differing: dict[str, Any], size: Proportions, options: argparse.Namespace, folder: Path, **settings: Any
 ) -> DiffusionSDPOConfig:
     """The settings of all trainers, and those in which they differ."""
-    caches = {"latent_cache_dir": str(folder / "encoded")} if "precompute_latents" in differing else {}
+    caches = {"precompute_dir": str(folder / "encoded")} if "precompute_latents" in differing else {}
     return DiffusionSDPOConfig(
         str(folder),
         train_sampling_strategy="sequential",

@@ -151,6 +151,8 @@ def make_args(tmp_path, monkeypatch, request):
             "use_cpu": True,
             "disable_tqdm": True,
         }
+        if overrides.get("precompute_latents") or overrides.get("precompute_ref_errors"):
+            settings["precompute_dir"] = str(tmp_path / "computed")
         return DiffusionSDPOConfig(**{**settings, **overrides})
 
     return build

@@ -16,9 +16,8 @@ from accelerate.state import AcceleratorState, PartialState
 from tiny_pipelines import CASES, case
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.cache import encoder
+from trl_diffusion_sdpo.cache import encoding
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
-from trl_diffusion_sdpo.trainer import encoding
 from trl_diffusion_sdpo.utils.disk import DiskFullError
 
 pytestmark = pytest.mark.matrix
@@ -27,7 +26,7 @@ KILLS = 10
 LONG = "a very large red circle to the left of a small blue square, seen from far above in the evening light"
 
 
-FAULTS = {"loading": (FrozenComponents, "_read"), "encoding": (encoder, "moments_of")}
+FAULTS = {"loading": (FrozenComponents, "_read"), "encoding": (encoding, "moments_of")}
 
 
 def out_of_memory(*args):
@@ -57,14 +56,14 @@ def start(sd_folder, make_pairs, tmp_path):
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if began is not None:
-            moments_of = encoder.moments_of
+            moments_of = encoding.moments_of
 
             def slow(*args):
                 began.set()
                 time.sleep(0.03)
                 return moments_of(*args)
 
-            encoder.moments_of = slow
+            encoding.moments_of = slow
         if fault is not None:
             setattr(*FAULTS[fault], out_of_memory)
         args = DiffusionSDPOConfig(
@@ -72,7 +71,7 @@ def start(sd_folder, make_pairs, tmp_path):
             use_cpu=True,
             report_to="none",
             precompute_latents=True,
-            latent_cache_dir=str(cache),
+            precompute_dir=str(cache),
             **settings,
         )
         trainer = DiffusionSDPOTrainer(sd_folder, None, args, datasets.load_from_disk(str(tmp_path / "pairs")))
@@ -98,14 +97,13 @@ def files(cache):
 
 
 def finished(cache):
-    """Times of the shards that have a checksum."""
-    checked = [path.with_suffix("").with_suffix(".arrow") for path in cache.rglob("*.sha256.json")]
-    return {path: path.stat().st_mtime_ns for path in checked}
+    """Times of the finished shards."""
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
 
 
 def shards(cache):
-    """Without the hashes of the model's files, which are kept by time."""
-    return {name: data for name, data in files(cache).items() if name != "file_hashes.json"}
+    """The contents of all shards and their keys."""
+    return {name: data for name, data in files(cache).items() if name.endswith((".safetensors", "key.json"))}
 
 
 def test_ten_kills_at_random_points_leave_the_cache_of_an_undisturbed_run(start, tmp_path):
@@ -133,7 +131,7 @@ def test_two_processes_write_the_cache_of_one(start, tmp_path):
     finish(start(tmp_path / "one"))
     finish(*(start(tmp_path / "two", rank) for rank in range(2)))
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
-    damaged = sorted((tmp_path / "two").rglob("000003.arrow"))[0]
+    damaged = sorted((tmp_path / "two").rglob("000003-0.safetensors"))[0]
     damaged.write_bytes(b"of another file")
     finish(*(start(tmp_path / "two", rank) for rank in range(2)))
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
@@ -185,15 +183,15 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_named_and_what_was_finished_stays(make_trainer, make_pairs, small_disk, tmp_path, monkeypatch):
     given = {"train": make_pairs(12), "precompute_latents": True}
-    make_trainer(**given, latent_cache_dir=str(tmp_path / "undisturbed"))
+    make_trainer(**given, precompute_dir=str(tmp_path / "undisturbed"))
     monkeypatch.setattr(encoding, "free_bytes", lambda folder: 10**9)  # as if another program had filled it meanwhile
-    full = rf"The disk of {small_disk} is full: .* free. Free some, or choose another `latent_cache_dir`"
+    full = rf"The disk of {small_disk} is full: .* free. Free some, or choose another `precompute_dir`"
     with pytest.raises(DiskFullError, match=full):
-        make_trainer(**given, latent_cache_dir=str(small_disk))
+        make_trainer(**given, precompute_dir=str(small_disk))
     before = finished(small_disk)
     assert before
     subprocess.run(["mount", "-o", "remount,size=2000k", str(small_disk)], check=True)
-    make_trainer(**given, latent_cache_dir=str(small_disk))
+    make_trainer(**given, precompute_dir=str(small_disk))
     after = finished(small_disk)
     assert all(after[path] == written for path, written in before.items()) and len(after) > len(before)
     assert shards(small_disk) == shards(tmp_path / "undisturbed")
@@ -210,7 +208,7 @@ def test_every_family_has_the_batches_of_a_run_without_a_cache(
     size = 1 if alone else 4
     given = {"model": family_folder(name), "train": pairs, "resolution": case(name).RESOLUTION}
     given |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": size}
-    cached = {**given, "precompute_latents": True, "latent_cache_dir": str(tmp_path)}
+    cached = {**given, "precompute_latents": True, "precompute_dir": str(tmp_path)}
     if alone:
         with pytest.raises(ValueError, match="pads prompts at the start.*got 2"):
             make_trainer(**{**cached, "per_device_eval_batch_size": 2})

@@ -84,9 +84,7 @@ def both(make_trainer, make_pairs, tmp_path, sd_folder, monkeypatch):
 
     def train(tuning, **settings):
         given = {"peft_config": LoraConfig(r=4)} if tuning == "lora" else {}
-        settings = {**SETTINGS, "latent_cache_dir": str(tmp_path / "latents"), **settings}
-        if "precompute_latents" not in settings:
-            del settings["latent_cache_dir"]
+        settings = {**SETTINGS, **settings}
         if tuning == "given":
             reference = StableDiffusionPipeline.from_pretrained(sd_folder)
             with torch.no_grad():
@@ -184,7 +182,7 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
 ):
     def computed(**settings) -> int:
         counted.clear()
-        given = {"precompute_ref_errors": True, "ref_errors_dir": str(tmp_path / "errors"), "train": make_pairs(4)}
+        given = {"precompute_ref_errors": True, "precompute_dir": str(tmp_path / "errors"), "train": make_pairs(4)}
         trainer = make_trainer(**given, **settings)
         trainer.precompute_reference_errors()
         return len(counted)
@@ -212,9 +210,9 @@ def store_of(make_trainer, make_pairs, tmp_path):
 
     def find(**settings):
         data, folder = {"train": make_pairs(4), "eval_dataset": make_pairs(4, seed=1)}, str(tmp_path / "errors")
-        trainer = make_trainer(precompute_ref_errors=True, ref_errors_dir=folder, **data, **settings)
+        trainer = make_trainer(precompute_ref_errors=True, precompute_dir=folder, **data, **settings)
         found = trainer._reference_errors.store_of
-        return found(trainer.train_dataset).path, found(trainer.eval_dataset).path
+        return found(trainer.train_dataset).shards.path, found(trainer.eval_dataset).shards.path
 
     return find
 
@@ -230,6 +228,20 @@ def test_one_number_of_a_reference_gives_other_errors(store_of, make_sd_pipeline
     assert paths[0] == paths[1] != paths[2]
 
 
+def test_the_scale_of_a_given_references_adapter_is_part_of_it(store_of, make_sd_pipeline):
+    def given(alpha):
+        pipeline = make_sd_pipeline(seed=3)
+        pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q"], init_lora_weights=False))
+        with torch.no_grad():
+            for name, parameter in pipeline.unet.named_parameters():
+                if "lora" in name:
+                    parameter.fill_(0.01)
+        return pipeline.unet
+
+    folders = [store_of(ref_model=given(alpha)) for alpha in (4, 4, 8)]
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_the_scale_of_a_started_adapter_is_part_of_the_reference(store_of, make_sd_pipeline):
     def started(alpha):
         pipeline = make_sd_pipeline()
@@ -243,9 +255,9 @@ def test_the_scale_of_a_started_adapter_is_part_of_the_reference(store_of, make_
     assert store_of(model=started(4)) == store_of(model=started(4)) != store_of(model=started(8))
 
 
-def test_what_does_not_act_leaves_the_stores_as_they_are(store_of, tmp_path):
+def test_what_does_not_act_leaves_the_stores_as_they_are(store_of):
     """Noise levels, draws and crops in an evaluation; stored crops without `random_crop`."""
-    cached = {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "latents")}
+    cached = {"precompute_latents": True}
     trained, evaluated = store_of(**cached)
     assert store_of(**cached, latent_crops=2) == (trained, evaluated)
     kinds = ({}, {"latent_crops": 2}, {"ref_noise_draws": 2}, {"n_timesteps_per_pair": 3})
@@ -292,8 +304,7 @@ def test_draws_that_repeat_are_told_with_how_often(make_trainer, caplog):
 
 def test_what_was_finished_before_a_failure_is_not_computed_again(make_trainer, counted, monkeypatch, tmp_path):
     monkeypatch.setattr(stored, "SHARD_PAIRS", 4)
-    made = [make_trainer(precompute_ref_errors=True, output_dir=str(tmp_path / name)) for name in ("a", "b")]
-    made.append(make_trainer(precompute_ref_errors=True, output_dir=str(tmp_path / "a")))
+    made = [make_trainer(precompute_ref_errors=True, precompute_dir=str(tmp_path / name)) for name in ("a", "b", "a")]
     count, compute = [], PairForward.reference_errors
 
     def failing(self, *args, **how):
@@ -397,7 +408,7 @@ def test_prompts_that_depend_on_their_batch_are_refused_and_probed_alone(
     trainer.precompute_reference_errors()
     assert "ref_errors" in trainer.train_dataset[0]
     budget = {"winner_budget": 0.1, "winner_budget_pairs": 3}
-    cached = {"precompute_latents": True, "latent_cache_dir": str(tmp_path)}
+    cached = {"precompute_latents": True, "precompute_dir": str(tmp_path)}
     sizes = [
         [len(part.inputs["rows"]) for part in make_trainer(**given, **alone, **budget, **more)._load_probe()]
         for more in (cached, {})
@@ -411,10 +422,9 @@ def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_
         "model_name_or_path": sd_folder,
         "dataset_name": tmp_path / "pairs",
         "output_dir": tmp_path / "run",
-        "latent_cache_dir": tmp_path / "latents",
         "precompute_latents": True,
         "precompute_ref_errors": True,
-        "ref_errors_dir": tmp_path / "errors",
+        "precompute_dir": tmp_path / "computed",
         "per_device_train_batch_size": 4,
         "max_steps": 1,
         "save_strategy": "no",
@@ -424,7 +434,9 @@ def test_the_command_encode_computes_errors_that_training_reads(sd_folder, make_
     options = [str(part) for name, value in words.items() for part in (f"--{name}", value)]
     assert main(["encode", *options]) == 0
     assert counted == [4, 4]
-    assert f"The errors of the reference are in {tmp_path / 'errors'}." in capsys.readouterr().out
+    assert (
+        f"The errors of the reference are in {tmp_path / 'computed' / 'reference_errors'}." in capsys.readouterr().out
+    )
     assert main(["train", *options]) == 0
     assert counted == [4, 4]
 
@@ -457,7 +469,7 @@ model, data, output = sys.argv[1:]
 reference_errors.SHARD_PAIRS = 2
 args = DiffusionSDPOConfig(
     output, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=5,
-    precompute_ref_errors=True, ref_noise_draws=8, dataloader_num_workers=0,
+    precompute_ref_errors=True, precompute_dir=output, ref_noise_draws=8, dataloader_num_workers=0,
 )
 trainer = DiffusionSDPOTrainer(model, None, args, datasets.load_from_disk(data))
 print("begins", flush=True)
@@ -476,7 +488,7 @@ def test_a_killed_computation_goes_on_and_ends_as_an_undisturbed_one(sd_folder, 
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def shards(name):
-        return sorted((folders[name] / "reference_errors").glob("*/*.sha256.json"))
+        return sorted((folders[name] / "reference_errors").glob("*/*.safetensors"))
 
     for count in (3, 20):
         process = start("killed")
@@ -490,5 +502,5 @@ def test_a_killed_computation_goes_on_and_ends_as_an_undisturbed_one(sd_folder, 
     runs = [start("killed"), start("whole")]
     assert all("done" in run.communicate()[0] for run in runs)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
-    stores = [[path.read_bytes() for path in sorted(folder.glob("**/*.arrow"))] for folder in folders.values()]
+    stores = [[path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))] for folder in folders.values()]
     assert len(stores[0]) == 64 and stores[0] == stores[1]

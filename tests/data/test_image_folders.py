@@ -318,7 +318,7 @@ def test_a_run_trains_on_folders_of_both_kinds_and_refuses_to_resume_with_anothe
     words = ["--model_name_or_path", sd_folder, "--datasets", json.dumps(sets), "--output_dir", str(tmp_path / "run")]
     words += "--resolution 32 --aspect_ratio_buckets true --bucket_step 8 --per_device_train_batch_size 2".split()
     words += "--max_steps 2 --save_steps 1 --use_cpu --report_to none --disable_tqdm true".split()
-    words += ["--precompute_latents", "true", "--latent_cache_dir", str(tmp_path / "encoded")]
+    words += ["--precompute_latents", "true", "--precompute_dir", str(tmp_path / "encoded")]
     assert main(["train", *words]) == 0
     setup = json.loads((tmp_path / "run" / "checkpoint-1" / "diffusion_sdpo_setup.json").read_text())
     assert setup["train_data"]["pairs"] == 9, "six of the first folder and half as many of the other"

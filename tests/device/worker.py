@@ -51,7 +51,7 @@ class Watched(DiffusionSDPOTrainer):
         self.while_encoding = sorted({weight.device.type for weight in self._copies()})
         self.are_pinned: set[bool] = set()
         prepared = super()._prepare_data(*given)
-        self.encoding_waits = sorted(place for place in pretend_device.WAITS if "/trainer/encoding.py" in place)
+        self.encoding_waits = sorted(place for place in pretend_device.WAITS if "/cache/encoding.py" in place)
         return prepared
 
     def _copies(self):
@@ -74,8 +74,8 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
         "disable_tqdm": True,
         "optim": "adamw_torch",
     }
-    if "precompute_latents" in case["args"]:
-        settings["latent_cache_dir"] = str(folder / "cache")
+    if "precompute_latents" in case["args"] or "precompute_ref_errors" in case["args"]:
+        settings["precompute_dir"] = str(folder / "cache")
     data = datasets.load_from_disk(case["data"])
     return Watched(
         pipeline,

@@ -84,7 +84,7 @@ def fill_errors(start: dict[str, str], folder: Path) -> None:
         use_cpu=True,
         disable_tqdm=True,
         precompute_ref_errors=True,
-        ref_errors_dir=start["errors"],
+        precompute_dir=start["errors"],
     )
     pairs = datasets.load_from_disk(start["pairs"])
     DiffusionSDPOTrainer(start["policy"], start["base"], args, pairs).precompute_reference_errors()
@@ -100,7 +100,7 @@ def whole(case: dict, start: dict[str, str]) -> dict:
         "lora": start["lora"] if case["tuning"] == "started" else None,
         "peft": LORA if case["tuning"] == "fresh" else None,
         "data": start["pairs"],
-        "args": {**COMMON_ARGS, **case["args"], **({"ref_errors_dir": start["errors"]} if case.get("stored") else {})},
+        "args": {**COMMON_ARGS, **case["args"], **({"precompute_dir": start["errors"]} if case.get("stored") else {})},
     }
 
 

@@ -122,6 +122,7 @@ def build_trainer(case: dict, folder: Path) -> RecordingTrainer:
     engine = engine_args(case["engine"])
     if case.get("own_linear"):  # as before ZeRO-3 replaces it
         engine["deepspeed"]["zero_optimization"]["memory_efficient_linear"] = False
+    own_folder = {"precompute_dir": str(folder / "computed")} if "precompute_ref_errors" in case["args"] else {}
     args = DiffusionSDPOConfig(
         str(folder / "saved"),
         logging_steps=1,
@@ -130,7 +131,7 @@ def build_trainer(case: dict, folder: Path) -> RecordingTrainer:
         use_cpu=True,
         disable_tqdm=True,
         **engine,
-        **case["args"],
+        **{**own_folder, **case["args"]},
     )
     peft_config = None if case["peft"] is None else LoraConfig(**case["peft"])
     data = datasets.load_from_disk(case["data"])

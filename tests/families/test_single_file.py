@@ -118,7 +118,7 @@ def test_a_run_starts_from_a_file_and_a_second_stage_from_the_run(sd_file, make_
         file,
         max_steps=1,
         precompute_latents=True,
-        latent_cache_dir=str(tmp_path / "cache"),
+        precompute_dir=str(tmp_path / "cache"),
         peft_config=LoraConfig(r=2),
         **kwargs,
     )

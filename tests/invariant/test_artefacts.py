@@ -91,7 +91,7 @@ def test_a_whole_pipeline_can_be_saved_with_links_to_what_did_not_change(make_tr
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in base.rglob("*") if file.is_file()}
     weights = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
     settings = {"max_steps": 1, "save_full_pipeline": True, "overwrite_output_dir": True}
-    for others in ({}, {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "cache")}):
+    for others in ({}, {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")}):
         trainer = make_trainer(base, link_full_pipeline=True, **settings, **others)
         trainer.train()
         trainer.save_model()

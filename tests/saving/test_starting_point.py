@@ -220,7 +220,7 @@ def test_a_second_stage_is_planned_encoded_and_named_in_the_card_as_the_first(
     assert f"Trained: {whole:,} of {whole:,}" in said("plan", "--model_name_or_path", full_run, "--only_this")
 
     make_pairs(4).save_to_disk(tmp_path / "pairs")
-    data = ["--dataset_name", tmp_path / "pairs", "--latent_cache_dir", tmp_path / "cache", "--use_cpu", "true"]
+    data = ["--dataset_name", tmp_path / "pairs", "--precompute_dir", tmp_path / "cache", "--use_cpu", "true"]
     assert "Encoded now: 0 images" not in said("encode", "--model_name_or_path", sd_folder, *data)
     for run in (lora_run, full_run):
         assert "Encoded now: 0 images and 0 prompts." in said("encode", "--model_name_or_path", run, *data)

@@ -226,8 +226,7 @@ def test_an_evaluation_counts_every_pair_once(bucketed):
 def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path, settings):
     """Over two epochs; the cache has an image once for each size that it is trained at."""
     common = {"train": pairs_of(*MIXED[:6]), "per_device_train_batch_size": 2, "max_steps": 8}
-    folders = {"latent_cache_dir": str(tmp_path / "cache")} if "precompute_latents" in settings else {}
-    folders |= {"ref_errors_dir": str(tmp_path / "errors")} if "precompute_ref_errors" in settings else {}
+    folders = {"precompute_dir": str(tmp_path / "cache")}
     runs = [bucketed(**common), bucketed(**common, **settings, **folders, output_dir=str(tmp_path / "stored"))]
     for trainer in runs:
         trainer.train()
@@ -243,9 +242,7 @@ def test_a_size_of_damaged_pairs_alone_is_replaced_by_pairs_of_one_other(buckete
     pairs = pairs.map(
         lambda row: {"chosen": row["chosen"][: 200 if row["prompt"] in ("prompt 1", "prompt 3") else None]}
     )
-    folders = (
-        {"latent_cache_dir": str(tmp_path)} if "precompute_latents" in settings else {"ref_errors_dir": str(tmp_path)}
-    )
+    folders = {"precompute_dir": str(tmp_path)}
     settings |= {"per_device_train_batch_size": 2, "verify_images": "none", "max_steps": 3}
     trainer = bucketed(train=pairs, **settings, **folders)
     trainer.train()
@@ -261,9 +258,7 @@ def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_pat
     """One image wins against a square one and against a high one: it is trained at two sizes."""
     square, high = pairs_of(SQUARE, (60, 24))
     pairs = datasets.Dataset.from_list([square, {**high, "chosen": square["chosen"]}])
-    trainer = bucketed(
-        train=pairs, precompute_latents=True, latent_cache_dir=str(tmp_path / "cache"), random_flip=False
-    )
+    trainer = bucketed(train=pairs, precompute_latents=True, precompute_dir=str(tmp_path / "cache"), random_flip=False)
     shapes = [tuple(trainer.train_dataset[pair]["moments"].shape[2:]) for pair in range(2)]
     assert shapes == [(8, 8), (10, 6)] and trainer.encoding.report.images == 4
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import RandomSampler
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, PairMixture
-from trl_diffusion_sdpo.cache.reference_pass import ReferenceErrors
+from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrors
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.stream_progress import Share
 from trl_diffusion_sdpo.engines import batch_loaders as loaders

@@ -74,7 +74,7 @@ def test_each_image_is_predicted_with_the_pipelines_encoding_of_its_own_prompt(
 ):
     """One image at a time, by the pipeline's own denoiser and its own `encode_prompt`."""
     pairs, folder, own_inputs = two_prompts(make_pairs(4)), family_folder(model), MODELS[model]
-    cache = {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "cache")} if precomputed else {}
+    cache = {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")} if precomputed else {}
     trainer = make_trainer(folder, train=pairs, per_device_train_batch_size=2, resolution=16, **cache)
     collated = trainer.data_collator([trainer.train_dataset[row] for row in (2, 0)])
     expected = [pairs[column][row] for column in ("chosen_prompt", "rejected_prompt") for row in (2, 0)]
@@ -109,7 +109,7 @@ def test_encoded_prompts_of_both_images_are_those_of_training(
     settings |= {"winner_budget": 0.05, "winner_budget_pairs": 2, "winner_budget_steps": 1, "resolution": 16}
     settings |= {"safeguard": "parameter", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     runs = []
-    for cache in ({}, {"precompute_latents": True, "latent_cache_dir": str(tmp_path / "cache")}):
+    for cache in ({}, {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")}):
         data = {"train": two_prompts(make_pairs(6)), "eval_dataset": two_prompts(make_pairs(3, seed=1))}
         runs.append(walk(make_trainer(family_folder(model), **data, **cache, **settings)))
     if model == "stable_diffusion":
@@ -129,7 +129,7 @@ def test_a_batch_with_another_number_of_prompts_is_refused():
 def test_two_prompts_that_depend_on_each_other_are_not_encoded_alone(
     make_trainer, make_pairs, family_folder, tmp_path
 ):
-    cache = {"precompute_latents": True, "latent_cache_dir": str(tmp_path)}
+    cache = {"precompute_latents": True, "precompute_dir": str(tmp_path)}
     sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     with pytest.raises(ValueError, match="the two prompts of each pair of the train data depend on each other"):
         make_trainer(family_folder("cogview4"), train=two_prompts(make_pairs(2)), **cache, **sizes)
@@ -166,7 +166,7 @@ def test_what_is_computed_before_training_does_not_change_a_run_on_captions(
 ):
     settings = {"safeguard": safeguard, "max_steps": 4, "eval_steps": 4}
     live = walk(permuted(make_trainer, make_pairs, **settings))
-    folder = {"latent_cache_dir": str(tmp_path / "cache")} if "precompute_latents" in before else {}
+    folder = {"precompute_dir": str(tmp_path / "cache")} if "precompute_latents" in before else {}
     trainer = permuted(make_trainer, make_pairs, **settings, **before, **folder, overwrite_output_dir=True)
     if folder:
         assert len(trainer.train_dataset._encoded.rows) == 2 * 8  # each image once, and mirrored

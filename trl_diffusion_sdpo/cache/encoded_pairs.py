@@ -17,57 +17,77 @@ from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
+FEW_EPOCHS = 4  # with more, nearly every image is needed with and without its flip
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """The rows of encoded images: `variants` consecutive ones for each image.
+    """Numbers of encoded images in their store: `variant * number of images + image`.
 
-    Without random crops an image has a row, or two if it may be mirrored, in however many pairs it is. With random
-    crops it has `crops` rows in each pair, with the crops and flips of the epochs 0 to `crops - 1`; epoch e takes those
-    of `e % crops`.
+    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, in however many pairs the image
+    is. With random crops, variant e has the crop and flip of epoch e, and an image belongs to one pair. Epoch e then
+    takes variant `e % crops`.
 
     Args:
-        seed (`int`): Of the draws.
+        seed (`int`): Seed of the draws.
         images (`np.ndarray` of shape `(P, 2)`): For winner and loser of each pair, the number of the image.
-        places (`np.ndarray` of shape `(I, 2)`): For each image, a pair that it is in, and 0 as winner or 1 as loser.
+        sources (`np.ndarray` of shape `(I, 2)`): For each image, a pair that it is in, and 0 as winner or 1 as loser.
         flips (`bool`): Whether images may be mirrored.
         crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
+        permuted (`bool`): Whether losers are those of other pairs, which differ between epochs.
     """
 
     seed: int
     images: np.ndarray
-    places: np.ndarray
+    sources: np.ndarray
     flips: bool
     crops: int | None
+    permuted: bool
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
-        """The rows of a data set's images; `crops` for each, if it crops at random."""
+        """Number a data set's images, with `crops` variants of each if it crops at random."""
         flips, random_crops = dataset.augmentations
+        seed, permuted = dataset.seed, dataset.is_permuted
         if random_crops:
-            places = np.stack(np.divmod(np.arange(2 * len(dataset)), 2), axis=1)
-            return cls(dataset.seed, np.arange(2 * len(dataset)).reshape(-1, 2), places, flips, crops)
+            sources = np.stack(np.divmod(np.arange(2 * len(dataset)), 2), axis=1)
+            return cls(seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops, permuted)
         _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
-        return cls(dataset.seed, numbers.reshape(-1, 2), np.stack(np.divmod(first, 2), axis=1), flips, None)
-
-    @property
-    def variants(self) -> int:
-        """Rows of an image."""
-        return 1 + self.flips if self.crops is None else self.crops
+        sources = np.stack(np.divmod(first, 2), axis=1)
+        return cls(seed, numbers.reshape(-1, 2), sources, flips, None, permuted)
 
     def __len__(self) -> int:
-        return len(self.places) * self.variants
+        """Number of all rows, needed or not."""
+        return len(self.sources) * (2 if self.crops is None else self.crops)
 
-    def draws_of(self, image: int) -> list[PairDraws]:
-        """How an image is flipped and cropped in each of its rows."""
+    def needed(self, epochs: int | None) -> np.ndarray:
+        """Return the sorted rows that so many epochs of training read, or an evaluation if 0; `None` for any number."""
+        count = len(self.sources)
+        if self.crops is not None:
+            return np.arange(len(self))
+        if not self.flips or epochs == 0:
+            return np.arange(count)
+        if self.permuted or epochs is None or epochs > FEW_EPOCHS:
+            return np.arange(2 * count)
+        is_needed = np.zeros((2, count), dtype=bool)
+        for epoch in range(epochs):
+            mirrored = [PairDraws.from_key(self.seed, epoch, pair).flip < 0.5 for pair in range(len(self.images))]
+            is_needed[np.array(mirrored, dtype=np.intp)[:, None], self.images] = True
+        return np.flatnonzero(is_needed)
+
+    def draws_of(self, row: int) -> PairDraws:
+        """Return how an image is flipped and cropped in a row."""
+        variant, image = divmod(row, len(self.sources))
         if self.crops is None:
-            return [PLAIN, MIRRORED][: self.variants]
-        return [PairDraws.from_key(self.seed, epoch, int(self.places[image, 0])) for epoch in range(self.crops)]
+            return MIRRORED if variant else PLAIN
+        return PairDraws.from_key(self.seed, variant, int(self.sources[image, 0]))
 
     def of_pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> list[int]:
-        """The rows of winner and loser of a pair, as its draws in an epoch are; `None` for no flip and the center. With
-        `loser`, the loser of another pair, as the draws of this pair are.
+        """Return the rows of winner and loser of a pair in an epoch.
+
+        Args:
+            draws (`PairDraws`, *optional*): Draws of the pair; `None` for no flip and a crop at the center.
+            loser (`int`, *optional*): Another pair, whose loser it has.
 
         Raises:
             ValueError: Without draws, if only random crops are there.
@@ -84,7 +104,7 @@ class ImageRows:
         elif self.flips and draws is not None:
             variant = int(draws.flip < 0.5)
         images = self.images[pair, 0], self.images[pair if loser is None else loser, 1]
-        return [int(image) * self.variants + variant for image in images]
+        return [variant * len(self.sources) + int(image) for image in images]
 
 
 class EncodedPrompts:
@@ -92,7 +112,7 @@ class EncodedPrompts:
 
     Args:
         store ([`ShardStore`]): A row for each prompt, in the order of `digests`.
-        digests (`np.ndarray`): Those of the prompts, by `digests_of`.
+        digests (`np.ndarray`): Sorted digests of the prompts, by `distinct_prompts`.
         on_host (`Sequence[str]`): Tensors that are read on the host.
     """
 
@@ -100,7 +120,7 @@ class EncodedPrompts:
         self.store, self._digests, self._on_host = store, digests, on_host
 
     def read(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """`conditioning` of a prompt, without an axis of the batch, and `host_conditioning` as Python numbers.
+        """Return `conditioning` of a prompt, without an axis of the batch, and `host_conditioning` as Python numbers.
 
         Raises:
             ValueError: If the prompt is not in the cache.
@@ -117,7 +137,7 @@ class EncodedPrompts:
 
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Distinct prompts, the empty one included, and their digests, by which they are sorted: int64."""
+    """Return distinct prompts, the empty one included, and their digests, by which they are sorted: int64."""
     digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
@@ -132,7 +152,7 @@ class EncodedPairs:
         images ([`ShardStore`]): Rows of [`ImageRows`], with the columns `moments`, as the family's `image_moments`
             returns them for one image, and `sizes`, int32 of shape `(3, 2)`: height and width before any resizing, top
             and left of the crop, height and width of the pixels. Moments of images that could not be decoded are empty.
-        rows ([`ImageRows`]): Which row is which.
+        rows ([`ImageRows`]): Numbers of the images in the store.
         prompts ([`EncodedPrompts`]): Their conditioning.
     """
 
@@ -140,22 +160,29 @@ class EncodedPairs:
         self.images, self.rows, self.prompts = images, rows, prompts
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """The entries of an item that depend on the images of a pair; with `loser`, on that of another pair.
+        """Return the entries of an item that depend on a pair's images; arguments as for [`ImageRows.of_pair`].
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
+            ValueError: If the run takes more epochs than it was started for.
         """
-        found = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
-        if not all(image[MOMENTS].numel() for image in found):
+        try:
+            read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
+        except KeyError as error:
+            raise ValueError(
+                f"The images were encoded with the flips of the epochs that `num_train_epochs` or `max_steps` named, "
+                f"and epoch {epoch} takes another flip of pair {pair}. Make a new trainer: it encodes what is missing."
+            ) from error
+        if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
-        original, corner, target = zip(*(image[SIZES].tolist() for image in found), strict=True)
+        original, corner, target = zip(*(image[SIZES].tolist() for image in read), strict=True)
         return {
-            "moments": torch.stack([image[MOMENTS] for image in found]),
+            "moments": torch.stack([image[MOMENTS] for image in read]),
             "original_sizes": tuple(map(tuple, original)),
             "crop_top_lefts": tuple(map(tuple, corner)),
             "target_size": tuple(target[0]),
         }
 
     def conditioning(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """The entries of an item that depend on its prompt."""
+        """Return the entries of an item that depend on its prompt."""
         return self.prompts.read(prompt)

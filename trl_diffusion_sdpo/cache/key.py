@@ -1,205 +1,136 @@
-"""What encoded images and prompts depend on: the key of their cache. Files are hashed once, and again when they
-change."""
+"""Cache keys of what encodes: hashes of weights, and of what a fixed image and a fixed prompt are encoded to."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import diffusers
 import torch
-from diffusers import PipelineQuantizationConfig
+import transformers
+from datasets.fingerprint import Hasher
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from ..data.checking import ALONE, Peers, usable_cores
-from ..data.pairs import PreferenceDataset
+from ..data.transforms import pixels_as_floats
 from ..families import Family
+from ..models.frozen_components import VAE, FrozenComponents
+from ..models.loading import LoadedModel
 from ..utils.files import write_atomically
-from .encoded_pairs import ImageRows
-from .shards import own_ending
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the contents: raise it where the same settings give other moments or embeddings
-HASHES = "file_hashes.json"
+VERSION = 2  # raise it if the same settings give other moments, embeddings or errors
+ENCODERS = "encoders"  # subfolder of hashes
 MAX_THREADS = 8  # that hash tensors, each of them a copy on the host of one on the device
-VAE = "vae"
-# Entries of configurations that say where a model was loaded from, by which versions, how its attention runs, and how a
-# tokenizer was called last; pipelines state lengths and padding at each call.
-UNRELATED = (
-    *("name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "attn_implementation"),
-    *("processor_class", "truncation", "padding"),
-)
+# What templates, cleaning and truncation change. It is longer than any family's limit of tokens.
+PROBE = "A “photo” of 2 cats &amp; <b>one DOG</b>,  see https://example.org/a_b (très joli)! " * 60
 
 
-class EncoderFacts:
-    """Facts about VAE, text encoders and tokenizers of a pipeline.
+class EncoderKey:
+    """Cache key of VAE and text encoders.
 
-    Args:
-        family ([`~trl_diffusion_sdpo.families.Family`]): As loaded. Its VAE and text encoders may be on the meta
-            device.
-        name_or_path (`str`, *optional*): The folder or Hub id that their weights were read from. Without it, the
-            tensors in memory are hashed.
-        options (`Mapping`): With which they were read, of the pipeline's `from_pretrained`. Components in it came from
-            elsewhere.
-        folder (`Path`): Where hashes of files are kept.
-        peers (`Peers`): The processes of this training. All of them must ask for facts together; the first reads the
-            weights, once.
-        setting (`str`): That asks for facts, in messages.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        *,
-        name_or_path: str | None,
-        options: Mapping[str, Any],
-        folder: Path,
-        peers: Peers = ALONE,
-        setting: str = "precompute_latents",
-    ) -> None:
-        self._family, self._origin, self._options, self._folder = family, name_or_path, options, folder
-        self._peers, self._setting = peers, setting
-
-    @functools.cached_property
-    def of_vae(self) -> dict[str, Any]:
-        """Of the VAE."""
-        return self._peers.first(lambda: self._of_component(VAE))
-
-    @functools.cached_property
-    def of_text(self) -> dict[str, Any]:
-        """Of text encoders and tokenizers."""
-        return self._peers.first(self._of_text)
-
-    def _of_text(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            name: self._of_component(name) for name in self._family.frozen_components if name != VAE
-        }
-        for name, part in self._family.pipeline.components.items():
-            if isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
-                facts[name] = _of_saved_files(part)
-        return facts
-
-    def _of_component(self, name: str) -> dict[str, Any]:
-        part = getattr(self._family.pipeline, name)
-        facts = {"class": type(part).__name__, "config": config_of(part), "weights": self._weights(name, part)}
-        # The dtype in which it was loaded rounds the weights, whatever it runs in.
-        quantization = _quantization(self._options.get("quantization_config"), name)
-        loaded = {"dtype": str(part.dtype), "quantization": quantization}
-        return {**facts, "loaded": loaded, "variant": self._options.get("variant")}
-
-    def _weights(self, name: str, part: nn.Module) -> Any:
-        if self._origin is None or name in self._options:
-            return hash_of_tensors(part.state_dict())
-        if Path(self._origin).is_file():
-            return hashes_of([Path(self._origin)], self._folder / HASHES)
-        folder = Path(self._origin) / name
-        if folder.is_dir():
-            files = sorted(folder.glob("*.safetensors"))  # others are never read
-            return dict(zip([file.name for file in files], hashes_of(files, self._folder / HASHES), strict=True))
-        options = {key: self._options[key] for key in ("cache_dir", "revision") if self._options.get(key) is not None}
-        found = try_to_load_from_cache(self._origin, "model_index.json", **options)
-        if not isinstance(found, str):
-            raise ValueError(
-                f"`{self._setting}` needs to know which commit of {self._origin} was loaded, and its files are not "
-                "in the Hub's cache. Pass the folder of the pipeline."
-            )
-        return {"repository": self._origin, "commit": Path(found).parent.name}
-
-
-def image_key(
-    facts: Mapping[str, Any], family: Family, dataset: PreferenceDataset, rows: ImageRows, peers: Peers = ALONE
-) -> dict[str, Any]:
-    """Everything that the moments of a data set's images depend on. All processes must call it together.
+    Each hash depends on all weights, and on what a fixed image or prompt is encoded to: so on precision, tokenizers,
+    templates, and lengths of prompts. The encoders are loaded for it once. The hashes are then stored in `folder`, and
+    read again as long as the model's files and the versions of the libraries stay the same.
 
     Args:
-        facts (`Mapping`): Of the VAE.
-        family ([`~trl_diffusion_sdpo.families.Family`]): With the VAE in the precision in which it encodes.
-
-    Raises:
-        ValueError: If two reads of a row differ.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders.
+        loaded ([`~trl_diffusion_sdpo.models.loading.LoadedModel`]): The model that they belong to.
+        folder (`Path`): Folder of all caches.
+        peers (`Peers`): The processes of this training. All must ask for hashes together; the first computes them.
     """
-    variants = {"flips": rows.flips} if rows.crops is None else {"crops": rows.crops, "seed": rows.seed}
-    data = dataset.fingerprint(thorough=True, peers=peers)
-    if None in (data.pop("prompts"), data["images"]):
-        raise ValueError(
-            "`precompute_latents=True` needs data whose rows are equal at every read, and two reads of a row of the "
-            f"{dataset.report.name} data differ. Use a data set without random rows, or leave it off."
-        )
-    return {
-        "kind": "moments of images",
-        "version": VERSION,
-        "family": family.name,
-        "vae": {**facts, "dtype": str(family.pipeline.vae.dtype)},
-        "pixels": dataset.pixel_settings(),
-        "data": data,
-        "variants": variants,
-    }
 
+    def __init__(self, frozen: FrozenComponents, loaded: LoadedModel, folder: Path, peers: Peers = ALONE) -> None:
+        self._frozen, self._loaded, self._folder, self._peers = frozen, loaded, folder, peers
 
-def prompt_key(facts: Mapping[str, Any], family: Family, digests: np.ndarray) -> dict[str, Any]:
-    """Everything that the conditioning of prompts depends on; arguments as of `image_key`."""
-    text_encoders = [name for name in family.frozen_components if name != VAE]
-    return {
-        "kind": "conditioning of prompts",
-        "version": VERSION,
-        "family": family.name,
-        "text": dict(facts),
-        "dtypes": {name: str(getattr(family.pipeline, name).dtype) for name in text_encoders},
-        "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
-    }
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """The hashes `vae` and `text`."""
+        return self._peers.first(self._hashes)
 
-
-def hashes_of(files: list[Path], memory: Path) -> list[str]:
-    """The sha256 of each file; those of unchanged size and time are taken from `memory`, which is updated."""
-    try:
-        known = dict(json.loads(memory.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        known = {}
-    found, changed = [], False
-    for file in files:
-        path, status = str(file.resolve()), file.stat()
-        stated = [status.st_size, status.st_mtime_ns]
-        if known.get(path, [])[:2] != stated:
-            with open(file, "rb") as content:
-                known[path] = [*stated, hashlib.file_digest(content, "sha256").hexdigest()]
-            changed = True
-        found.append(known[path][2])
-    if changed:
+    def _hashes(self) -> dict[str, str]:
+        files = self._files()
+        if files is None:
+            return self._computed()
+        memory = self._folder / ENCODERS / f"{Hasher.hash([files, self._circumstances()])}.json"
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads(memory.read_bytes()))
+        hashes = self._computed()
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps(known, indent=1).encode(), ending=own_ending())
-        except OSError as error:  # a finished cache may be read-only
-            logger.warning("The hashes of the model's files were not kept in %s: %s.", memory, error)
-    return found
+            write_atomically(memory, json.dumps(hashes).encode(), ending=f".{os.getpid()}.partial")
+        except OSError as error:  # a complete cache may be read-only
+            logger.warning("The hashes of the encoders cannot be stored in %s: %s.", memory.parent, error)
+        return hashes
+
+    def _files(self) -> Any:
+        """The commit on the Hub, or names, sizes and times of local files; `None` if weights came from elsewhere."""
+        origin, options = self._loaded.name_or_path, self._loaded.options
+        if origin is None or not options or any(isinstance(value, nn.Module) for value in options.values()):
+            return None
+        path = Path(origin)
+        if path.is_file():
+            return file_key(path)
+        if path.is_dir():
+            return [file_key(file) for file in sorted([*path.glob("*.json"), *path.glob("*/*")]) if file.is_file()]
+        where = {key: options[key] for key in ("cache_dir", "revision") if options.get(key) is not None}
+        index = try_to_load_from_cache(origin, "model_index.json", **where)
+        return [origin, Path(index).parent.name] if isinstance(index, str) else None
+
+    def _circumstances(self) -> list[Any]:
+        """What the same files may be encoded differently by."""
+        family, options = self._frozen.family, self._loaded.options
+        denoiser: Any = self._loaded.denoiser
+        return [
+            VERSION,
+            family.name,
+            dict(denoiser.config),  # FLUX.1 has its number of tokens from it
+            self._loaded.denoiser_folder,
+            {name: str(getattr(family.pipeline, name).dtype) for name in family.frozen_components},
+            {name: options[name] for name in sorted(options) if name != "token"},
+            (diffusers.__version__, transformers.__version__, torch.__version__),
+            (is_bs4_available(), is_ftfy_available()),
+        ]
+
+    def _computed(self) -> dict[str, str]:
+        with self._frozen.in_use() as family, torch.no_grad(), _without_warnings():
+            prompt = family.encode_prompts([PROBE])
+            tensors = {f"{VAE}.{name}": value for name, value in family.pipeline.vae.state_dict().items()}
+            tensors["image"] = family.image_moments(pixels_as_floats(_fixed_image(family)))
+            hashes = {"vae": hash_of_tensors(tensors)}
+            for part in family.frozen_components:
+                if part != VAE:
+                    prompt |= {f"{part}.{k}": v for k, v in getattr(family.pipeline, part).state_dict().items()}
+            parts = family.pipeline.components.values()
+            words = [part.get_vocab() for part in parts if isinstance(part, PreTrainedTokenizerBase)]
+            hashes["text"] = hash_of_tensors(prompt, json.dumps(words, sort_keys=True))
+        return hashes
 
 
-def _quantization(config: Any, name: str) -> Any:
-    """How a pipeline's configuration quantizes a component as it is read. Its own text names only what it has met."""
-    if not isinstance(config, PipelineQuantizationConfig):
-        return None if config is None else str(config)
-    if config.quant_mapping:
-        found = config.quant_mapping.get(name)
-        return None if found is None else [type(found).__name__, _related(found.to_dict())]
-    is_meant = not config.components_to_quantize or name in config.components_to_quantize
-    return [config.quant_backend, _related(config.quant_kwargs)] if is_meant else None
+def file_key(file: Path) -> list[Any]:
+    """Path, size, modification time and change time of a file. The change time cannot be set back."""
+    status = file.stat()
+    return [str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of names, dtypes, shapes and every byte of tensors that are whole in this process, on any device."""
+def hash_of_tensors(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:
+    """Return the SHA-256 of names, dtypes, shapes and every byte of tensors on any device, and of further text."""
     names = sorted(tensors)
     with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as pool:
-        return hashlib.sha256(b"".join(pool.map(lambda name: _digest(name, tensors[name]), names))).hexdigest()
+        digests = pool.map(lambda name: _digest(name, tensors[name]), names)
+        return hashlib.sha256(b"".join(digests) + more.encode()).hexdigest()
 
 
 def _digest(name: str, tensor: torch.Tensor) -> bytes:
@@ -208,38 +139,19 @@ def _digest(name: str, tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def config_of(part: Any) -> Any:
-    """A model's configuration as values of JSON, without what says where it was loaded from and by what."""
-    config = part.config.to_dict() if callable(getattr(part.config, "to_dict", None)) else dict(part.config)
-    return _related(config)
+def _fixed_image(family: Family) -> torch.Tensor:
+    """An image `(1, 3, H, W)`, uint8, with edges and all values."""
+    side = 8 * family.vae_scale_factor
+    values = torch.arange(3 * side * side, device=family.pipeline.vae.device) * 37 % 256
+    return values.to(torch.uint8).view(1, 3, side, side)
 
 
-def _related(value: Any) -> Any:
-    """Values of JSON without `UNRELATED` and private entries."""
-    if isinstance(value, Mapping):
-        kept = {str(key): _related(entry) for key, entry in value.items()}
-        return {key: kept[key] for key in sorted(kept) if key not in UNRELATED and not key.startswith("_")}
-    if isinstance(value, list | tuple):
-        return [_related(entry) for entry in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _of_saved_files(part: Any) -> str:
-    """A hash of the files that a tokenizer or processor saves."""
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        part.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(os.fsencode(path.relative_to(folder)) + b"\n" + _content(path))
-    return digest.hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix != ".json":
-        return data
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence the warnings about a prompt that is too long."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        return json.dumps(_related(json.loads(data)), sort_keys=True).encode()
-    except ValueError:
-        return data
+        yield
+    finally:
+        logging.disable(before)

@@ -1,36 +1,74 @@
-"""Errors of a reference at every draw of every pair, in shards that are written before training."""
+"""The reference's errors of all pairs at all their draws, computed before training, so that a step has no forward pass
+of a reference. Each process writes its share of the shards; those that are there are read."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
-from .shards import MANIFEST, ShardStore
+from ..data.checking import ALONE, Peers
+from ..data.pairs import PreferenceDataset
+from ..engines.engine import Engine
+from ..engines.processes import failing_together
+from ..models.reference import PrecomputedReference
+from ..step.pair_forward import PairForward, eval_mode
+from .encoding import data_key
+from .key import VERSION
+from .shards import KEY_FILE, ShardStore, writing_into
 
 logger = logging.getLogger(__name__)
 
-KIND = "reference errors"
-FORMAT = 1  # of the contents: raise it where the same settings give other errors
+ERRORS = "reference_errors"  # subfolder
 SHARD_PAIRS = 256  # a killed computation repeats at most so many in each process
 COLUMN = "errors"
 
+Items = list[dict[str, Any]]
 
-@dataclass(frozen=True)
-class ErrorShard:
-    """A part of the errors that is computed and written at once.
+
+@dataclasses.dataclass(frozen=True)
+class ErrorSettings:
+    """How errors are computed.
 
     Args:
-        number (`int`): Of the shard.
-        draw (`int`): Number of the draw, in `[0, K)`.
-        pairs (`range`): Rows of the data set.
+        folder (`Path`): Folder of all caches.
+        facts (`Mapping`): What they depend on besides data and noise: the reference, what encodes, the precision.
+        noise_draws (`int`): K, the draws of each training pair.
+        batch_size, eval_batch_size (`int`): Pairs of a forward pass: those of a batch in training and in evaluation, so
+            that errors are equal to the bit to those of a reference that predicts then.
+        to_inputs (`Callable`): Collates items and moves them to the device.
+        load (`Callable`): From a data set of items, batches of its keys and the pairs that it reads to a loader of
+            lists of items, in this process.
+        show_progress (`bool`): Whether this process shows a progress bar.
+        peers (`Peers`): The processes of this training.
     """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    noise_draws: int
+    batch_size: int
+    eval_batch_size: int
+    to_inputs: Callable[[Items], dict[str, Any]]
+    load: Callable[[Dataset, Sequence[Sequence[Any]], PreferenceDataset], Iterable[list[Any]]]
+    show_progress: bool
+    peers: Peers = ALONE
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorShard:
+    """Errors that are computed and written at once: at draw `draw` in `[0, K)`, of the rows `pairs` of a data set."""
 
     number: int
     draw: int
@@ -38,70 +76,247 @@ class ErrorShard:
 
 
 class ReferenceErrorStore:
-    """Float32 errors of shape `(K, P, T, 2)`: at K draws, of P pairs, at T noise levels, of winner and loser. NaN where
-    a pair could not be read.
+    """Float32 errors of shape `(K, P, T, 2)`: at K draws, of P pairs, at T draws of timestep and noise, of winner and
+    loser. They are NaN for a pair that could not be read.
 
     Args:
-        folder (`str` or `os.PathLike`): Of stores of any key.
-        facts (`Mapping`): What the errors depend on, as values of JSON.
+        folder (`Path`): Folder of the stores of any key.
+        key (`Mapping`): Everything that the errors depend on, as values of JSON.
         draws, pairs, levels (`int`): K, P and T.
     """
 
-    def __init__(self, folder: str | os.PathLike, facts: Mapping[str, Any], *, draws: int, pairs: int, levels: int):
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, draws: int, pairs: int, levels: int):
         self.draws, self.pairs, self.levels = draws, pairs, levels
-        self.facts = {**facts, "kind": KIND, "version": FORMAT, "draws": draws, "pairs": pairs, "levels": levels}
-        self._folder, self._per_draw = folder, -(-pairs // SHARD_PAIRS)
-        self._shards = ShardStore(folder, self.facts, draws * self._per_draw, shard_rows=1)
+        self.key = {**key, "version": VERSION, "draws": draws, "pairs": pairs, "levels": levels}
+        self._per_draw = -(-pairs // SHARD_PAIRS)
+        self.shards = ShardStore(folder, self.key, draws * self._per_draw)
 
-    @property
-    def path(self) -> os.PathLike:
-        """The folder of these errors."""
-        return self._shards.path
-
-    def missing(self, process: int = 0, processes: int = 1) -> list[ErrorShard]:
-        """A process's share of the shards that are not there, are damaged or stale."""
-        numbers = self._shards.missing(range(process, len(self._shards), processes))
-        return [self._shard(number) for number in numbers]
+    def missing(self) -> list[ErrorShard]:
+        """Return the shards that are not there, or are damaged."""
+        self.shards.refresh()
+        return [self._shard(number) for number in self.shards.missing(np.arange(len(self.shards))).tolist()]
 
     def write(self, shard: ErrorShard, errors: torch.Tensor) -> None:
-        """Write the errors `(pairs of the shard, T, 2)`; a kill leaves all of them or none."""
+        """Write the errors `(pairs of the shard, T, 2)`."""
         assert errors.shape == (len(shard.pairs), self.levels, 2), errors.shape
-        self._shards.write(shard.number, {COLUMN: [errors]})
+        self.shards.write(shard.number, {shard.number: {COLUMN: errors}})
 
     def read(self) -> np.ndarray:
-        """All errors, `(K, P, T, 2)`.
-
-        Raises:
-            ValueError: If a shard is not there or damaged.
-        """
+        """Return all errors, `(K, P, T, 2)`. `KeyError` if a shard is not there."""
+        self.shards.refresh()
         errors = np.empty((self.draws, self.pairs, self.levels, 2), dtype=np.float32)
-        for number in range(len(self._shards)):
+        for number in range(len(self.shards)):
             shard = self._shard(number)
-            errors[shard.draw, shard.pairs.start : shard.pairs.stop] = self._shards.read(number)[COLUMN].numpy()
+            errors[shard.draw, shard.pairs.start : shard.pairs.stop] = self.shards.read(number)[COLUMN].numpy()
         return errors
 
     def log_difference(self) -> None:
-        """Where this store is new and others of the same data are beside it: log by which facts the most similar one
+        """If this store is new and others of the same data are beside it, log by which facts the most similar one
         differs."""
-        own = json.loads(json.dumps(self.facts))
-        found = []
-        for manifest in self._shards.path.parent.glob(f"*/{MANIFEST}"):
-            key = _key_of(manifest)
-            if key.get("kind") == KIND and key.get("data") == own.get("data") and key != own:
-                names = sorted(name for name in {**key, **own} if key.get(name) != own.get(name))
-                found.append((len(names), str(manifest.parent), names))
-        if found and not self._shards.path.exists():
-            _, folder, names = min(found)
-            logger.warning("The errors in %s are of another %s, and are not used.", folder, ", ".join(names))
+        differences = []
+        for file in [] if self.shards.path.exists() else self.shards.path.parent.glob(f"*/{KEY_FILE}"):
+            with contextlib.suppress(OSError, ValueError):
+                other = json.loads(file.read_bytes())
+                if other.get("data") == self.key["data"]:
+                    names = sorted(name for name in self.key if other.get(name) != self.key[name])
+                    differences.append((len(names), str(file.parent), ", ".join(names)))
+        if differences:
+            logger.warning("The errors in %s are of another %s, and are not used.", *min(differences)[1:])
 
     def _shard(self, number: int) -> ErrorShard:
         draw, part = divmod(number, self._per_draw)
         return ErrorShard(number, draw, range(self.pairs)[part * SHARD_PAIRS : (part + 1) * SHARD_PAIRS])
 
 
-def _key_of(manifest: os.PathLike) -> dict[str, Any]:
-    try:
-        with open(manifest, encoding="utf-8") as file:
-            return dict(json.load(file)["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+class ReferenceErrors:
+    """Computes the reference's errors of data sets, in all processes together, or reads those that were computed.
+
+    Args:
+        denoiser (`nn.Module`): The policy, not prepared by the engine.
+    """
+
+    def __init__(
+        self,
+        forward: PairForward,
+        reference: PrecomputedReference,
+        denoiser: nn.Module,
+        engine: Engine,
+        settings: ErrorSettings,
+    ):
+        self._forward, self._reference, self._denoiser, self._engine = forward, reference, denoiser, engine
+        self._settings = settings
+
+    def add_to(self, dataset: PreferenceDataset) -> None:
+        """Let the items of a data set carry their errors; all processes must call it.
+
+        Raises:
+            `ValueError`: If errors are missing and the reference is not there any more, or rows are not read alike
+                twice.
+            `FloatingPointError`: If an error is not finite.
+        """
+        store, peers = self.store_of(dataset), self._settings.peers
+        if any(peers.gather_results(store.missing)):
+            with writing_into(self._settings.folder), contextlib.ExitStack() as stack:
+
+                def lock() -> None:
+                    if peers.index == 0:
+                        store.log_difference()
+                        stack.enter_context(store.shards.locked())
+
+                with failing_together(RuntimeError):
+                    self._check_can_predict(dataset, store)
+                peers.gather_results(lock)
+                missing = peers.gather_results(store.missing)[0]  # another run may have written them meanwhile
+                with failing_together(RuntimeError):
+                    if own := missing[peers.index :: peers.count]:
+                        with self._predicting(store):
+                            self._compute(dataset, store, own)
+        dataset.set_reference_errors(store.read())
+
+    def release(self) -> None:
+        """Free the reference, before the policy trains."""
+        self._reference.release()
+
+    def store_of(self, dataset: PreferenceDataset) -> ReferenceErrorStore:
+        """Return the store of the errors of a data set. All processes must call it together."""
+        draws, training = dataset.draw_settings(), _is_for_training(dataset)
+        data = data_key(dataset, self._settings.peers, setting="precompute_ref_errors")
+        noise = dataclasses.asdict(self._forward.noise_settings)
+        levels = noise.pop("timesteps_per_pair")  # of training alone
+        del noise["inversion"]  # whose noise moves with the policy: there is none here
+        facts = {**self._settings.facts, "data": data, "draw_settings": draws, "noise": noise}
+        facts["crops"] = facts.get("crops") if training else None
+        return ReferenceErrorStore(
+            self._settings.folder / ERRORS,
+            json.loads(json.dumps(facts, default=str)),
+            draws=self._settings.noise_draws if training else 1,
+            pairs=len(dataset),
+            levels=levels if training else 1,
+        )
+
+    def _check_can_predict(self, dataset: PreferenceDataset, store: ReferenceErrorStore) -> None:
+        if not self._reference.can_predict:
+            raise ValueError(
+                f"The errors of the reference on the {dataset.report.name} data must be computed before training, and "
+                f"{store.shards.path} does not hold them. Pass these data as `eval_dataset` when the trainer is made."
+            )
+
+    @contextlib.contextmanager
+    def _predicting(self, store: ReferenceErrorStore) -> Iterator[None]:
+        family = self._forward.family
+        try:
+            with self._reference.predicting(self._denoiser, self._engine):
+                family.settle_dtype(self._engine.rounding if self._engine.casts_weights else None)
+                yield
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                "The errors of the reference are computed by the whole denoiser in each process, and it does not fit "
+                f"into the device's memory. Compute them where it does, with the same settings in one process, into "
+                f"{self._settings.folder}: training then reads {store.shards.path} under every engine."
+            ) from error
+        finally:
+            family.settle_dtype()
+
+    def _compute(self, dataset: PreferenceDataset, store: ReferenceErrorStore, missing: list[ErrorShard]) -> None:
+        """Compute and write shards, each in batches of one size and shape."""
+        numbers = [[(shard.draw, pair) for pair in shard.pairs] for shard in missing]
+        training = _is_for_training(dataset)
+        size = self._settings.batch_size if training else self._settings.eval_batch_size
+        batches = [shard[start : start + size] for shard in numbers for start in range(0, len(shard), size)]
+        loader = iter(self._settings.load(_Draws(dataset.for_storing()), batches, dataset))
+        bar = tqdm(
+            total=sum(map(len, numbers)),
+            desc=f"Errors of the reference, {dataset.report.name} data",
+            unit="pair",
+            disable=not self._settings.show_progress,
+        )
+        with bar, torch.no_grad(), eval_mode([self._denoiser]):
+            for shard in missing:
+                waiting = _Waiting(size)
+                errors = torch.full((len(shard.pairs), store.levels, 2), torch.nan)
+                for _ in range(0, len(shard.pairs), size):
+                    for pair, item in next(loader):
+                        bar.update()
+                        if item["row"] == pair:  # otherwise the pair cannot be read, and another takes its place
+                            self._fill(errors, shard, waiting.add(item), training)
+                for items in waiting.left():
+                    # Other sizes may round differently. Those of an evaluation are in order, its last batch is small.
+                    self._fill(errors, shard, items, training, at_least=size if training else 0)
+                store.write(shard, errors)
+
+    def _fill(
+        self, errors: torch.Tensor, shard: ErrorShard, items: Items, training: bool, *, at_least: int = 0
+    ) -> None:
+        """Write the errors of some items into those of their shard, by a forward pass of `at_least` so many pairs."""
+        if not items:
+            return
+        rows = [item["row"] for item in items]
+        padded = items + items[:1] * (at_least - len(items))
+        found = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)
+        found = found.view(2, -1, len(padded)).permute(2, 1, 0)[: len(rows)].cpu()  # (2TB,) -> (B, T, 2)
+        bad = [row for row, error in zip(rows, found, strict=True) if not error.isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"Every error of the reference must be finite; those of the pairs {bad[:8]} are not. Look at these "
+                "pairs, or use bf16 instead of fp16."
+            )
+        errors[[row - shard.pairs.start for row in rows]] = found
+
+
+def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool) -> PreferenceDataset:
+    """Prepared pairs whose draws repeat, so that errors of a reference can be computed for all of them; `ValueError` on
+    a stream."""
+    if not isinstance(dataset, PreferenceDataset):
+        raise ValueError(
+            f"`precompute_ref_errors=True` needs pairs with numbers, and the {name} data are a stream. Use a map-style "
+            "data set, or leave it off."
+        )
+    if not training:
+        return dataset.for_evaluation() if dataset.draw_settings()["training"] else dataset
+    return dataset.with_noise_draws(noise_draws)
+
+
+def warn_of_repeated_draws(args: TrainingArguments, noise_draws: int, steps_of_epoch: int) -> None:
+    """Say where a run takes more epochs than there are draws of each pair."""
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
+    if epochs > noise_draws:
+        logger.warning(
+            "`ref_noise_draws=%d`, and training takes %.3g epochs: each pair meets the same %d draws of timestep, "
+            "noise, flip and crop %.3g times, where a live reference would have new ones in every epoch. "
+            "`ref_noise_draws=%d` repeats none, for as many forward passes of the reference for each pair.",
+            *(noise_draws, epochs, noise_draws, epochs / noise_draws, math.ceil(epochs)),
+        )
+
+
+def _is_for_training(dataset: PreferenceDataset) -> bool:
+    return dataset.draw_settings()["training"]
+
+
+class _Draws(Dataset):
+    """Pairs by the number of their draw and their row, each beside its row."""
+
+    def __init__(self, pairs: PreferenceDataset):
+        self._pairs = pairs
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, dict[str, Any]]:
+        draw, pair = key
+        return pair, self._pairs.in_epoch(draw)[pair]
+
+
+class _Waiting:
+    """Items by the shapes of their tensors, until there are enough of one shape for a batch."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._items: dict[Any, Items] = {}
+
+    def add(self, item: dict[str, Any]) -> Items:
+        """Add an item; a whole batch of its shape, if there is one now."""
+        shape = tuple(tuple(value.shape) for value in item.values() if isinstance(value, torch.Tensor))
+        waiting = self._items.setdefault(shape, [])
+        waiting.append(item)
+        return self._items.pop(shape) if len(waiting) == self._size else []
+
+    def left(self) -> list[Items]:
+        """What is left, in batches of one shape."""
+        return list(self._items.values())

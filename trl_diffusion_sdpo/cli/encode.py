@@ -11,8 +11,8 @@ from . import train as training
 if TYPE_CHECKING:
     from trl import ModelConfig
 
+    from ..cache.encoding import PairEncoding
     from ..trainer import DiffusionSDPOConfig
-    from ..trainer.encoding import PairEncoding
     from .pair_arguments import PairArguments
 
 
@@ -33,10 +33,12 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
     if not training_args.precompute_ref_errors:
         processes.print(_summary(_encode_alone(script_args, training_args, model_args)))
     else:
+        from ..cache.reference_errors import ERRORS  # takes seconds
+
         trainer: Any = training.build_trainer(script_args, training_args, model_args)
         processes.print(_summary(trainer.encoding))
         trainer.precompute_reference_errors()
-        processes.print(f"The errors of the reference are in {trainer.reference_errors_dir}.")
+        processes.print(f"The errors of the reference are in {trainer.encoding.folder / ERRORS}.")
     processes.wait_for_everyone()
     processes.destroy_process_group()
     return EXIT_OK
@@ -48,10 +50,11 @@ def _encode_alone(
     """Encode as a trainer would when it is made, without the weights of a denoiser."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..cache.key import EncoderKey
+    from ..engines.processes import peers
     from ..saving.starting_point import starting_point
     from ..trainer import preparing  # takes seconds
-    from ..trainer.data_preparation import prepare_pairs
-    from ..trainer.encoding import PairEncoding
+    from ..trainer.data_preparation import epochs_of_training, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
     model, lora = model_args.model_name_or_path, get_peft_config(model_args)
@@ -60,24 +63,21 @@ def _encode_alone(
     tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None
     preparing.complete_args(args, loaded.family, loss, full=not tunes_lora)
     preparing.check_resolution(args, loaded.family)
-    encoding = PairEncoding(preparing.place_frozen_components(loaded, args), loaded, args)
+    frozen = preparing.place_frozen_components(loaded, args)
+    key = EncoderKey(frozen, loaded, preparing.precompute_folder(args), peers(args))
+    encoding = preparing.pair_encoding(frozen, key, args)
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:
             pairs = prepare_pairs(dataset, args, loss, name=name, training=dataset is train_dataset)
-            encoding.add_to(pairs, name, compare=loss.uses_loser)
+            epochs = epochs_of_training(args, pairs) if dataset is train_dataset else 0
+            encoding.add_to(pairs, name, epochs=epochs, compare=loss.uses_loser)
     return encoding
 
 
 def _summary(encoding: PairEncoding) -> str:
-    done, new = encoding.report, []
-    for name, count, seconds in (
-        ("images", done.encoded_images, done.image_seconds),
-        ("prompts", done.encoded_prompts, done.prompt_seconds),
-    ):
-        rate = f" in {seconds:.0f} s, {count / seconds:.1f} {name}/s" if count else ""
-        new.append(f"{count} {name}{rate}")
+    done = encoding.report
     return (
         f"{done.images} images, with their variants, and {done.prompts} prompts are encoded in {encoding.folder}: "
-        f"{done.bytes / 2**30:.3g} GiB. Encoded now: {' and '.join(new)}."
+        f"{done.bytes / 2**30:.3g} GiB. Encoded now: {done.encoded_images} images and {done.encoded_prompts} prompts."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -186,7 +187,7 @@ def build_reference(
         if (half_dtype is not None or follows or changed_by_engine) and not may_modify_given:
             given = second_copy(given, shared=shared)
         frozen = FrozenReference(given, denoiser, half_dtype=half_dtype, follows=follows)
-        return PrecomputedReference(frozen, given.state_dict) if precomputed else frozen
+        return PrecomputedReference(frozen, partial(_with_scalings, given)) if precomputed else frozen
     if not needed:
         return NoReference()
     if precomputed:
@@ -198,6 +199,17 @@ def build_reference(
         return AdapterReference(denoiser, adapter)
     copied = second_copy(denoiser, shared=shared)
     return FrozenReference(copied, denoiser, half_dtype=half_dtype, follows=follows)
+
+
+def _with_scalings(given: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of a reference, and by what it multiplies each LoRA that is switched on."""
+    scalings = {
+        f"{number}.{name}.scaling": torch.tensor(layer.scaling[name])
+        for number, layer in enumerate(adapter_layers(given))
+        for name in ([] if layer.disable_adapters else layer.active_adapters)
+        if name in layer.scaling
+    }
+    return {**given.state_dict(), **scalings}
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:

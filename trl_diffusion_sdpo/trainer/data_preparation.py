@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
-from ..cache.reference_pass import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
+from ..cache.encoding import PairEncoding, check_prompt_padding
+from ..cache.reference_errors import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
 from ..data.buckets import AspectRatioBuckets, BucketSampler
 from ..data.pair_scores import ScoreSettings
 from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
@@ -26,7 +28,6 @@ from ..models.text_checks import note_on_long_prompts
 from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
 from ..utils._compat import keeps_order
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import PairEncoding, check_prompt_padding
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class DataOverrides(Trainer):
     family: Family
     train_dataset: Any
     encoding: PairEncoding | None
+    _has_eval_data: bool
     _loaders: BatchLoaders
     _own_pairs: WeakSet  # data sets whose moments and errors of the reference are this trainer's
     _own_copies: WeakKeyDictionary  # such ones that are evaluated, by the prepared pairs that a user gave
@@ -131,10 +133,11 @@ class DataOverrides(Trainer):
             self._count_long_prompts(prepared, name)
         if is_given:
             prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
-        if self.encoding is not None:
-            self.encoding.add_to(prepared, name, compare=self.loss_spec.uses_loser)
         if args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
+        if self.encoding is not None:
+            epochs = self._encoded_epochs(prepared, args) if training else 0
+            self.encoding.add_to(prepared, name, epochs=epochs, compare=self.loss_spec.uses_loser)
         self._own_pairs.add(prepared)
         if is_given and not training:
             self._own_copies[dataset] = prepared
@@ -148,6 +151,11 @@ class DataOverrides(Trainer):
             pairs.add_note(note)
             logger.warning("%s data: %s", name, note)
 
+    def _encoded_epochs(self, dataset: Any, args: DiffusionSDPOConfig) -> int | None:
+        """Epochs whose flips are encoded; `None` for all flips. The winner budget's probe needs plain images."""
+        probes_training = args.winner_budget is not None and not self._has_eval_data
+        return None if probes_training else epochs_of_training(args, dataset)
+
     def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
         if isinstance(dataset, dict):
             return {name: self._prepare_pairs(part, args, name=name, training=False) for name, part in dataset.items()}
@@ -155,6 +163,7 @@ class DataOverrides(Trainer):
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Both data sets as pairs; sets `args.dataloader_num_workers` if it is `None`."""
+        self._has_eval_data = eval_dataset is not None
         train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
         check_batches(train_dataset, args)
@@ -182,7 +191,7 @@ class DataOverrides(Trainer):
     def _with_reference_errors(self, dataset: Any) -> Any:
         """The data set, whose items carry the reference's errors where these are computed before training."""
         if self._reference_errors is not None and not dataset.has_reference_errors:
-            check_prompt_padding("precompute_ref_errors", self.family, self.args)
+            check_prompt_padding("precompute_ref_errors", self.family, largest_batch(self.args))
             self._reference_errors.add_to(dataset)
         return dataset
 
@@ -267,6 +276,25 @@ def pairs_of_a_step(args: TrainingArguments, batch_size: int) -> int:
     """Pairs of the batches that all processes have at the same time."""
     shared = bool(cast(Any, args.accelerator_config).split_batches)
     return batch_size * (1 if shared else args.world_size)
+
+
+def largest_batch(args: TrainingArguments) -> int:
+    """Pairs of the largest batch in training and evaluation."""
+    return max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+
+
+def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:
+    """Return an upper bound of the epochs whose draws training reads; `None` if it is not known."""
+    if args.precompute_ref_errors:
+        return args.ref_noise_draws
+    if not isinstance(dataset, PreferenceDataset):
+        return None
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    if dataset.sizes is not None:  # buckets may leave out pairs of an epoch
+        return None
+    batches = len(dataset) // pairs_of_a_step(args, args.train_batch_size)
+    return math.ceil(args.max_steps / max(1, batches // args.gradient_accumulation_steps))
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:

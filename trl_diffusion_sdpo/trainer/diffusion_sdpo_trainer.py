@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy
 
-from ..cache.reference_pass import ReferenceErrors
+from ..cache.key import EncoderKey
+from ..cache.reference_errors import ReferenceErrors
 from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders
 from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, check_unsharded, shards_weights
-from ..engines.processes import check_agreement
+from ..engines.processes import check_agreement, peers
 from ..engines.sharding import full_tensor
 from ..losses import BetaController, BudgetController, PreferenceLossOutput
 from ..models.adapters import base_tensors
@@ -47,18 +48,20 @@ from .config.declaring import RESUME
 from .config.model_checks import refuse_dropout
 from .data_preparation import DataOverrides
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
-from .encoding import PairEncoding, encoder_facts, error_settings
 from .evaluation_overrides import EvaluationOverrides
-from .file_overrides import FileOverrides, errors_folder
+from .file_overrides import FileOverrides
 from .kernel_setup import choose_attention, compile_models
 from .preparing import (
     check_and_complete,
     choose_trained_weights,
     copy_and_check_args,
+    error_settings,
     load_policy,
     loss_settings,
     make_reference,
+    pair_encoding,
     place_frozen_components,
+    precompute_folder,
     reference_facts,
 )
 
@@ -176,11 +179,6 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def denoiser(self) -> nn.Module:
         """The UNet or transformer that trains, adapters included."""
         return self.family.denoiser
-
-    @property
-    def reference_errors_dir(self) -> str:
-        """The folder of the errors that `precompute_ref_errors` computes."""
-        return errors_folder(self.args)
 
     # ---- A step ---------------------------------------------------------------------------------------------------
 
@@ -308,10 +306,10 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self._set_up_files(args, loaded, self.adapter, self.loss_spec)
         self.frozen_components = place_frozen_components(loaded, args)
         self.family = self.frozen_components.family
-        self.encoding = PairEncoding(self.frozen_components, loaded, args) if args.precompute_latents else None
-        self._encoder_facts = encoder_facts(loaded, args, Path(errors_folder(args)))
-        if self.encoding is not None:
-            self._encoder_facts = self.encoding.facts
+        self._encoder_key = EncoderKey(self.frozen_components, loaded, precompute_folder(args), peers(args))
+        self.encoding = None
+        if args.precompute_latents:
+            self.encoding = pair_encoding(self.frozen_components, self._encoder_key, args)
         choose_attention(loaded.denoiser, self.reference, args)
         compile_models(loaded.denoiser, self._shadow_weights, args)
 
@@ -369,8 +367,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
     def _make_reference_errors(self, reference: PrecomputedReference) -> ReferenceErrors:
         settings = error_settings(
             self.args,
-            self.reference_errors_dir,
-            reference_facts(reference, self.family, self.engine, self.args, self._encoder_facts),
+            reference_facts(reference, self.family, self.engine, self.args, self._encoder_key),
             to_inputs=lambda items: self._prepare_inputs(cast(Any, self.data_collator)(items)),
             load=self._loaders.in_batches,
         )

@@ -47,14 +47,13 @@ from .config.all_arguments import temporarily
 from .config.declaring import RESUME
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
-from .encoding import stored_crops
+from .preparing import stored_crops
 
 logger = logging.getLogger(__name__)
 
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
-ERRORS_FOLDER = "reference_errors"
 # The state names local folders.
-NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME, f"{ERRORS_FOLDER}/*")
+NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
 
 
 class FileOverrides(Trainer):
@@ -450,8 +449,3 @@ class FileOverrides(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
-
-
-def errors_folder(args: DiffusionSDPOConfig) -> str:
-    """The folder of the errors that `precompute_ref_errors` computes."""
-    return args.ref_errors_dir or str(Path(args.output_dir) / ERRORS_FOLDER)

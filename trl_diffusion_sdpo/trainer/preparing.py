@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,10 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 
-from ..cache.key import EncoderFacts, config_of, hash_of_tensors
+from ..cache.encoding import EncodingSettings, PairEncoding, default_folder
+from ..cache.key import EncoderKey, hash_of_tensors
+from ..cache.reference_errors import ErrorSettings
+from ..engines.batch_loaders import load_one_by_one
 from ..engines.engine import Engine
 from ..engines.engine_settings import (
     by_engine,
@@ -48,9 +53,8 @@ from .config.model_checks import (
     loss_defaults,
     warn_of_far_settings,
 )
-from .data_preparation import aspect_ratio_buckets
+from .data_preparation import aspect_ratio_buckets, largest_batch
 from .diffusion_sdpo_config import DiffusionSDPOConfig
-from .encoding import stored_crops
 
 logger = logging.getLogger(__name__)
 
@@ -224,26 +228,70 @@ def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConf
 
 
 def reference_facts(
-    reference: PrecomputedReference, family: Family, engine: Engine, args: DiffusionSDPOConfig, facts: EncoderFacts
+    reference: PrecomputedReference, family: Family, engine: Engine, args: DiffusionSDPOConfig, key: EncoderKey
 ) -> dict:
     """What errors of a reference depend on besides the data and the noise. All processes must call it together, before
     an engine shards the weights."""
     parts = {name: getattr(family.pipeline, name) for name in family.frozen_components}
-    scheduler = family.pipeline.scheduler.config
+    denoiser: Any = family.denoiser if reference.module is None else reference.module
+    configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
     return {
         "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
-        "configuration": config_of(family.denoiser if reference.module is None else reference.module),
         "family": family.name,
         "components": {name: str(part.dtype) for name, part in parts.items()},
-        "weights": {"vae": facts.of_vae, "text": facts.of_text},
+        "encoders": key.hashes,
         "encoded": args.precompute_latents,  # in other batches, which may round differently
         "crops": stored_crops(args),
-        "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
+        **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
         "guidance_scale": args.guidance_scale,
         "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
         "attention": args.attention_backend,
         "compiled": args.torch_compile,
     }
+
+
+def stored_crops(args: DiffusionSDPOConfig) -> int | None:
+    """Random crops of each image that are encoded; `None` where none are, as crops are drawn live or at the center."""
+    return args.latent_crops if args.precompute_latents and args.random_crop else None
+
+
+def precompute_folder(args: DiffusionSDPOConfig) -> Path:
+    """The folder of everything that is computed before training."""
+    return default_folder() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
+
+
+def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPOConfig) -> PairEncoding:
+    """Encodes images and prompts before training, as the settings say."""
+    sides = cast(Any, [args.resolution] if isinstance(args.resolution, int) else args.resolution)
+    settings = EncodingSettings(
+        folder=precompute_folder(args),
+        device=args.device,
+        size=(sides[0], sides[-1]),
+        crops=args.latent_crops,
+        largest_batch=largest_batch(args),
+        pin_memory=args.dataloader_pin_memory,
+        check_sample=args.verify_images == "sample",
+        load=partial(load_one_by_one, args),
+        peers=peers(args),
+    )
+    return PairEncoding(frozen, key, settings)
+
+
+def error_settings(
+    args: DiffusionSDPOConfig, facts: dict[str, Any], *, to_inputs: Callable, load: Callable
+) -> ErrorSettings:
+    """How errors of the reference are computed before training, by settings; the rest is as of [`ErrorSettings`]."""
+    return ErrorSettings(
+        folder=precompute_folder(args),
+        facts=facts,
+        noise_draws=args.ref_noise_draws,
+        batch_size=args.train_batch_size,
+        eval_batch_size=args.eval_batch_size,
+        to_inputs=to_inputs,
+        load=load,
+        show_progress=args.process_index == 0 and not args.disable_tqdm,
+        peers=peers(args),
+    )
 
 
 def check_and_complete(

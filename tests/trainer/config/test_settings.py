@@ -173,8 +173,8 @@ def test_the_settings_that_a_resume_compares_and_that_an_evaluation_depends_on()
     """.split()
     neither = """
         adapter_name_or_path ref_model_name_or_path model_init_kwargs ref_model_init_kwargs disable_dropout
-        ref_model_half_precision ref_errors_dir save_full_pipeline link_full_pipeline
-        precompute_latents latent_cache_dir offload_frozen_components torch_compile_regional attention_backend
+        ref_model_half_precision precompute_dir save_full_pipeline link_full_pipeline
+        precompute_latents offload_frozen_components torch_compile_regional attention_backend
         vae_encode_batch_size dataset_format dataset_num_proc on_bad_row verify_images image_schemes
         safeguard_low_memory safeguard_diagnostics_steps sample_prompts sample_steps sample_inference_steps
         sample_guidance_scale on_winner_rise checkpoint_on_interrupt trust_checkpoint overwrite_output_dir

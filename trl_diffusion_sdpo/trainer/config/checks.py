@@ -200,8 +200,8 @@ def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
 def _check_data(args: AllArguments) -> None:
     if args.latent_crops != 1 and not (args.precompute_latents and args.random_crop):
         _warn("`latent_crops` has no effect without `precompute_latents` and `random_crop`.")
-    if args.latent_cache_dir is not None and not args.precompute_latents:
-        _warn("`latent_cache_dir` has no effect without `precompute_latents`.")
+    if args.precompute_dir is not None and not (args.precompute_latents or args.precompute_ref_errors):
+        _warn("`precompute_dir` has no effect without `precompute_latents` or `precompute_ref_errors`.")
     args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
     for name in ("bucket_step", "bucket_max_aspect_ratio"):
@@ -292,9 +292,8 @@ def _check_reference(args: AllArguments, loss: LossSpec) -> None:
 
 def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
     if not args.precompute_ref_errors:
-        for name in ("ref_noise_draws", "ref_errors_dir"):
-            if getattr(args, name) != getattr(PipelineArguments, name):
-                _warn(f"`{name}` has no effect without `precompute_ref_errors`.")
+        if args.ref_noise_draws != PipelineArguments.ref_noise_draws:
+            _warn("`ref_noise_draws` has no effect without `precompute_ref_errors`.")
         return
     reasons = {
         f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,

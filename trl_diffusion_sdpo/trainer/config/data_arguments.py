@@ -81,9 +81,9 @@ class DataArguments:
             Whether to encode images and prompts before training, once for all epochs, into files that later runs use
             as well. VAE and text encoders are then not on the training device, and of a model given by name or folder
             not even loaded once all is encoded. Map-style data only.
-        latent_cache_dir (`str`, *optional*):
-            Folder of these files, which all processes must share; `trl-diffusion-sdpo/encoded` in the user's folder of
-            caches (`$XDG_CACHE_HOME`, or `~/.cache`) if unset.
+        precompute_dir (`str`, *optional*):
+            Folder of what `precompute_latents` and `precompute_ref_errors` compute, shared by all processes and runs;
+            `trl-diffusion-sdpo` in the user's folder of caches (`$XDG_CACHE_HOME`, or `~/.cache`) if unset.
         latent_crops (`int`, *optional*, defaults to `1`):
             With `precompute_latents` and `random_crop`, how many crops of each pair are encoded: those of the first
             epochs, which then repeat.
@@ -109,7 +109,7 @@ class DataArguments:
     image_interpolation: Annotated[Interpolation, RESUME, EVALUATION] = "bilinear"
     proportion_empty_prompts: Annotated[float, Range("[0, 1]", "Published: 0.2."), RESUME] = 0.0
     precompute_latents: bool = False
-    latent_cache_dir: str | None = None
+    precompute_dir: str | None = None
     latent_crops: Annotated[int, Range("[1, inf)"), RESUME] = 1
 
 

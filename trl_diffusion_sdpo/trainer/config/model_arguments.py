@@ -51,8 +51,6 @@ class PipelineArguments:
         ref_noise_draws (`int`, *optional*, defaults to `1`):
             With `precompute_ref_errors`: number of epochs after which crops, flips, dropped prompts, noise and timestep
             of a pair repeat. Each costs one forward pass of the reference for each pair.
-        ref_errors_dir (`str`, *optional*):
-            Folder of the errors that `precompute_ref_errors` stores; `reference_errors` in `output_dir` if unset.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
             intermediate checkpoints).
@@ -80,7 +78,6 @@ class PipelineArguments:
     ref_model_half_precision: bool = True
     precompute_ref_errors: Annotated[bool, RESUME] = False
     ref_noise_draws: Annotated[int, Range("[1, inf)"), RESUME] = 1
-    ref_errors_dir: str | None = None
     save_full_pipeline: bool = False
     link_full_pipeline: bool = False
     vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"

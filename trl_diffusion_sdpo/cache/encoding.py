@@ -1,0 +1,461 @@
+"""Encodes images and prompts before training: what a cache lacks is encoded by all processes together, and data sets
+then read from it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..data.checking import HOW_TO_DROP, Peers, evenly_spaced
+from ..data.images import UndecodableImageError
+from ..data.pairs import PreferenceDataset
+from ..data.transforms import pixels_as_floats
+from ..engines.processes import failing_together
+from ..families import Family
+from ..families.base import PIXELS_AT_ONCE
+from ..models.frozen_components import FrozenComponents
+from ..utils.disk import DiskFullError, free_bytes, readable_size
+from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
+from .key import VERSION, EncoderKey
+from .shards import ShardStore, warn_of_older_caches, writing_into
+
+logger = logging.getLogger(__name__)
+
+LATENTS, PROMPTS = "latents", "prompts"  # subfolders
+SHARD_PIXELS = 256 * 512 * 512  # of the images of a shard: a killed process repeats at most so many
+SHARD_PROMPTS = 64
+IMAGES_AT_ONCE = range(2, 9)  # of the VAE: as many as `PIXELS_AT_ONCE` are, within this range
+PROMPTS_AT_ONCE = range(4, 17)  # products of matrices round differently in smaller batches on CPUs
+SAMPLED_PROMPTS = 8  # whose size is measured before all are encoded
+SHOWN_EXAMPLES = 5
+
+Item = list[tuple[torch.Tensor, torch.Tensor]] | UndecodableImageError
+
+
+def default_folder() -> Path:
+    """Return `trl-diffusion-sdpo` in the user's folder of caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-diffusion-sdpo"
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How pairs are encoded.
+
+    Args:
+        folder (`Path`): Folder of all caches.
+        device (`torch.device`): Where images are encoded.
+        size (`tuple[int, int]`): Height and width of the images.
+        crops (`int`): Variants of each image, if images are cropped at random.
+        largest_batch (`int`): Pairs of the largest batch in training and evaluation.
+        pin_memory (`bool`): Whether pixels are copied to the device from pinned memory.
+        check_sample (`bool`): Whether to decode a sample of the pairs before anything is encoded.
+        load (`Callable`): Makes a loader of a data set's items in their order. It also gets the pairs that the items
+            are read from and the bytes of an item.
+        peers (`Peers`): The processes of this training.
+    """
+
+    folder: Path
+    device: torch.device
+    size: tuple[int, int]
+    crops: int
+    largest_batch: int
+    pin_memory: bool
+    check_sample: bool
+    load: Callable[[Dataset, PreferenceDataset, int], Iterable[Any]]
+    peers: Peers
+
+
+@dataclass
+class EncodingReport:
+    """Counts of what a run reads from caches, and of what it has encoded, in all processes.
+
+    Attributes:
+        images, prompts (`int`): Images, with each of their variants, and distinct prompts.
+        bytes (`int`): Size of the caches.
+        encoded_images, encoded_prompts (`int`): Those that were encoded in this run.
+    """
+
+    images: int = 0
+    prompts: int = 0
+    bytes: int = 0
+    encoded_images: int = 0
+    encoded_prompts: int = 0
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The stores of a data set."""
+
+    rows: ImageRows
+    texts: list[str]
+    digests: np.ndarray
+    images: ShardStore
+    prompts: ShardStore
+    statistics: ShardStore  # of the VAE's weights
+
+    def missing(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows of each store that are needed and not there, as this process sees the folders."""
+        for store in (self.images, self.prompts, self.statistics):
+            store.refresh()
+        every = np.arange(len(self.texts))
+        return (
+            self.images.missing(needed),
+            self.prompts.missing(every),
+            self.statistics.missing(np.arange(len(self.statistics))),
+        )
+
+
+class PairEncoding:
+    """Makes data sets read encoded pairs, and encodes what is not in the cache.
+
+    Args:
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, loaded only
+            if something is to be encoded.
+        key ([`EncoderKey`]): Their cache key.
+    """
+
+    def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
+        self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
+        self.report = EncodingReport()
+        self._caches: WeakKeyDictionary[PreferenceDataset, _Cache] = WeakKeyDictionary()
+        if self._peers.index == 0:
+            warn_of_older_caches(settings.folder)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all caches."""
+        return self._settings.folder
+
+    def add_to(self, dataset: Any, name: str, *, epochs: int | None, compare: bool = True) -> None:
+        """Make a data set read encoded pairs. All processes must call it together.
+
+        Args:
+            name (`str`): Name of the data set in messages.
+            epochs (`int`, *optional*): Epochs of training on it: only flips that these draw are encoded. 0 for an
+                evaluation, `None` for any number.
+            compare (`bool`): Whether to refuse data whose checked pairs have identical images.
+
+        Raises:
+            ValueError: If the data are a stream, prompts depend on others in their batch, nothing can be written, or
+                other processes do not see the files that one writes.
+            DiskFullError: If there is too little room; what is finished stays.
+        """
+        if not isinstance(dataset, PreferenceDataset):
+            raise ValueError(
+                f"`precompute_latents=True` needs data whose rows can be read again, and the {name} data are a stream. "
+                "Load them without `streaming=True`, or leave it off."
+            )
+        check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
+        is_new = dataset not in self._caches
+        cache = self._cache_of(dataset, name) if is_new else self._caches[dataset]
+        needed = cache.rows.needed(epochs)
+        if not is_new and (cache.rows.crops is not None or not len(cache.images.missing(needed))):
+            return
+        missing = self._peers.gather_results(partial(cache.missing, needed))
+        if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
+            with writing_into(self.folder):
+                self._complete(dataset, name, cache, needed, compare)
+        if is_new:
+            self._use(dataset, cache)
+        self.report.images += len(needed)
+
+    # ---- Which cache ----------------------------------------------------------------------------------------------
+
+    def _cache_of(self, dataset: PreferenceDataset, name: str) -> _Cache:
+        family, rows = self._frozen.family, ImageRows.of(dataset, self._settings.crops)
+        if dataset.has_loser_prompts and family.prompt_padding == "start":
+            raise ValueError(
+                f"`precompute_latents=True` encodes every prompt alone, and {family.name} pads prompts at the start "
+                f"and attends to the padding: the two prompts of each pair of the {name} data depend on each other. "
+                "Leave it off."
+            )
+        with failing_together(RuntimeError):  # it reads rows
+            texts, digests = distinct_prompts(dataset.prompts())
+        common = {"version": VERSION, "family": family.name}
+        data = data_key(dataset, self._peers, setting="precompute_latents")
+        images = {
+            **common,
+            "vae": self._key.hashes["vae"],
+            "pixels": dataset.pixel_settings() | {"random_flip": None},
+            "data": {name: value for name, value in data.items() if name != "prompts"},
+            "seed of crops": None if rows.crops is None else [rows.seed, rows.flips],
+        }
+        prompts = {
+            **common,
+            "text": self._key.hashes["text"],
+            "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
+        }
+        return _Cache(
+            rows,
+            texts,
+            digests,
+            images=ShardStore(self.folder / LATENTS, images, len(rows)),
+            prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts)),
+            statistics=ShardStore(
+                self.folder / LATENTS,
+                {**common, "vae": images["vae"], "kind": "statistics"},
+                int(bool(family.latent_statistics())),
+            ),
+        )
+
+    def _use(self, dataset: PreferenceDataset, cache: _Cache) -> None:
+        family = self._frozen.family
+        if len(cache.statistics):
+            with failing_together(RuntimeError):
+                stored = cache.statistics.read(0)
+                family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
+        prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
+        dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
+        self._caches[dataset] = cache
+        self.report.prompts += len(cache.texts)
+        self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
+
+    # ---- Encoding -------------------------------------------------------------------------------------------------
+
+    def _complete(
+        self, dataset: PreferenceDataset, name: str, cache: _Cache, needed: np.ndarray, compare: bool
+    ) -> None:
+        """Encode what is missing. The first process holds the locks of the stores."""
+        peers = self._peers
+        with contextlib.ExitStack() as stack:
+
+            def lock() -> None:
+                for store in (cache.prompts, cache.images, cache.statistics) if peers.index == 0 else ():
+                    stack.enter_context(store.locked())
+
+            peers.gather_results(lock)
+            missing = peers.gather_results(partial(cache.missing, needed))[0]  # another run may have written it
+            if any(len(rows) for rows in missing):
+                if self._settings.check_sample:
+                    dataset.check_sample(peers, compare=compare)
+                with failing_together(RuntimeError):  # a device may have too little memory
+                    family = stack.enter_context(self._frozen.in_use())
+                peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
+                encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
+                self._count(name, encoded)
+            peers.gather_results(lambda: self._check_complete(cache, needed))
+
+    def _encode(
+        self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
+    ) -> tuple[int, int, list[tuple[int, str]]]:
+        """Write this process's shards. Return the numbers of images and of prompts, and the pairs of images that cannot
+        be decoded."""
+        images, undecodable = self._encode_images(dataset, cache, missing[0], family)
+        prompts = self._encode_prompts(cache, missing[1], family)
+        if len(missing[2]) and self._peers.index == 0:
+            cache.statistics.write(0, {0: family.latent_statistics()})
+        return images, prompts, undecodable
+
+    def _encode_images(
+        self, dataset: PreferenceDataset, cache: _Cache, missing: np.ndarray, family: Family
+    ) -> tuple[int, list[tuple[int, str]]]:
+        """Encode this process's share of the images. An image is decoded once for all its missing rows."""
+        height, width = self._settings.size
+        count = len(cache.rows.sources)
+        by_image = missing[np.argsort(missing % count, kind="stable")]
+        variants = len(cache.rows) // count
+        size = max(1, SHARD_PIXELS // (height * width) // variants)  # images of a shard
+        shards = _own_shards(by_image, by_image % count // size, self._peers)
+        images = [np.split(rows, np.flatnonzero(np.diff(rows % count)) + 1) for _, rows in shards]
+        decoded = _Decoded(dataset, cache.rows, [rows for shard in images for rows in shard])
+        loaded = iter(self._settings.load(decoded, dataset, variants * 3 * height * width) if len(decoded) else ())
+        undecodable: list[tuple[int, str]] = []
+        with _progress("Encoding images", sum(len(rows) for _, rows in shards), self._peers) as bar:
+            for (number, rows), shard in zip(shards, images, strict=True):
+                waiting = _ImageBatches(partial(self._moments, family), bar)
+                for rows_of_image in shard:
+                    item: Item = next(loaded)
+                    if isinstance(item, UndecodableImageError):
+                        pair = int(cache.rows.sources[rows_of_image[0] % count, 0])
+                        _check_may_be_left_out(item, pair, dataset)
+                        undecodable.append((pair, str(item)))
+                        bar.update(len(rows_of_image))
+                        continue
+                    for row, (pixels, sizes) in zip(rows_of_image.tolist(), item, strict=True):
+                        waiting.add(row, pixels, sizes)
+                cache.images.write(number, waiting.finished(rows.tolist()))
+        return sum(len(rows) for _, rows in shards), undecodable
+
+    def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
+        """Encode this process's share of the prompts: each alone, if the lengths of others would change its own."""
+        shards = _own_shards(missing, missing // SHARD_PROMPTS, self._peers)
+        alone = family.prompt_padding != "fixed"
+        count = sum(len(rows) for _, rows in shards)
+        with _progress("Encoding prompts", count, self._peers) as bar:
+            for number, rows in shards:
+                encoded = {}
+                for batch in np.split(rows, range(0, len(rows), 1 if alone else PROMPTS_AT_ONCE[-1])[1:]):
+                    texts = [cache.texts[row] for row in batch]
+                    values = conditioning_of(family, texts, 2 if alone else PROMPTS_AT_ONCE[0])
+                    for index, row in enumerate(batch.tolist()):
+                        encoded[row] = {name: value[index] for name, value in values.items()}
+                    bar.update(len(batch))
+                cache.prompts.write(number, encoded)
+        return count
+
+    def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode pixels `(N, 3, H, W)`, uint8 on the host; as in training, they become floats on the device."""
+        device = self._settings.device
+        if device.type in ("cpu", "mps"):  # to which nothing is copied from pinned memory
+            return family.image_moments(pixels_as_floats(pixels.to(device)))
+        pixels = pixels.pin_memory() if self._settings.pin_memory else pixels
+        return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
+
+    def _check_disk(self, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family) -> None:
+        """Say in the first process how much will be written, and refuse what the disk has no room for."""
+        if self._peers.index != 0:
+            return
+        blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
+        image = moments_of(partial(self._moments, family), [blank]).nbytes
+        sample = [cache.texts[i] for i in evenly_spaced(len(cache.texts), SAMPLED_PROMPTS)]
+        sizes = [sum(value.nbytes for value in conditioning_of(family, [text]).values()) for text in sample]
+        needed = len(missing[0]) * image + len(missing[1]) * sum(sizes) // len(sizes)
+        free = free_bytes(self.folder)
+        room = f"about {readable_size(needed)} in {self.folder}, of {readable_size(free)} that are free"
+        logger.warning("%s data: encoding %d images and %d prompts, %s.", name, len(missing[0]), len(missing[1]), room)
+        if needed > free:
+            raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
+
+    def _check_complete(self, cache: _Cache, needed: np.ndarray) -> None:
+        if any(len(rows) for rows in cache.missing(needed)):
+            raise ValueError(
+                f"All processes must see the cache that they write together, and process {self._peers.index} does not "
+                f"see all of {cache.images.path}. Choose a `precompute_dir` on storage that all of them share."
+            )
+
+    def _count(self, name: str, encoded: list[tuple[int, int, list[tuple[int, str]]]]) -> None:
+        """Add to the report, and warn of images that cannot be decoded."""
+        images, prompts, undecodable = zip(*encoded, strict=True)
+        self.report.encoded_images += sum(images)
+        self.report.encoded_prompts += sum(prompts)
+        bad = sorted(pair for pairs in undecodable for pair in pairs)
+        if bad:
+            listed = "".join(f"\n  pair {pair}: {reason}" for pair, reason in bad[:SHOWN_EXAMPLES])
+            logger.warning(
+                "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
+                *(name, len(bad), listed),
+            )
+
+
+def data_key(dataset: PreferenceDataset, peers: Peers, *, setting: str) -> dict[str, Any]:
+    """Return what identifies the images and prompts of a data set. All processes must call it together.
+
+    Raises:
+        ValueError: If two reads of a row differ.
+    """
+    data = dataset.fingerprint(thorough=True, peers=peers)
+    if None in (data.get("prompts"), data.get("images")):
+        raise ValueError(
+            f"`{setting}=True` needs data whose rows are equal at every read, and two reads of a row of the "
+            f"{dataset.report.name} data differ. Use a data set without random rows, or leave it off."
+        )
+    return data
+
+
+def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> None:
+    """Raise `ValueError` if prompts depend on the others in their batch, and `setting` meets them in others."""
+    if family.prompt_padding == "start" and largest_batch > 1:
+        raise ValueError(
+            f"`{setting}=True` encodes prompts in other batches than training, and {family.name} pads prompts at the "
+            f"start and attends to the padding, so that a prompt depends on the others in its batch. Use batches of "
+            f"one pair (`per_device_train_batch_size=1`, `per_device_eval_batch_size=1`) with "
+            f"`gradient_accumulation_steps`, got {largest_batch}, or leave it off."
+        )
+
+
+def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -> dict[str, torch.Tensor]:
+    """Return conditioning of prompts on the CPU. Prompts fewer than `at_least` are encoded with repetitions of them."""
+    repeated = list(prompts) * -(-at_least // len(prompts))
+    with torch.no_grad():
+        encoded = family.encode_prompts(repeated[: max(at_least, len(prompts))])
+    return {name: value[: len(prompts)].cpu() for name, value in encoded.items()}
+
+
+def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return moments on the CPU of pixels `(3, H, W)`, uint8. A single image is encoded as in a batch of two, because
+    CPUs round its convolutions differently."""
+    batch = torch.stack([*pixels, *pixels] if len(pixels) == 1 else list(pixels))
+    with torch.no_grad():
+        return encode(batch)[: len(pixels)].cpu()
+
+
+class _ImageBatches:
+    """Encodes images of one size together, and collects the rows of a shard."""
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], bar: Any) -> None:
+        self._encode, self._bar = encode, bar
+        self._waiting: dict[torch.Size, list[tuple[int, torch.Tensor]]] = {}
+        self._rows: dict[int, dict[str, torch.Tensor]] = {}
+
+    def add(self, row: int, pixels: torch.Tensor, sizes: torch.Tensor) -> None:
+        """Add a row's pixels `(3, H, W)`, uint8, and its sizes."""
+        self._rows[row] = {SIZES: sizes}
+        waiting = self._waiting.setdefault(pixels.shape, [])
+        waiting.append((row, pixels))
+        if len(waiting) >= min(max(PIXELS_AT_ONCE // pixels[0].numel(), IMAGES_AT_ONCE[0]), IMAGES_AT_ONCE[-1]):
+            self._flush(pixels.shape)
+
+    def finished(self, rows: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
+        """Return the rows of the shard. Those that were not added have empty moments."""
+        for shape in list(self._waiting):
+            self._flush(shape)
+        for row in rows:
+            self._rows.setdefault(row, {MOMENTS: torch.empty(0), SIZES: torch.zeros(3, 2, dtype=torch.int32)})
+        return self._rows
+
+    def _flush(self, shape: torch.Size) -> None:
+        waiting = self._waiting.pop(shape)
+        for (row, _), moments in zip(waiting, moments_of(self._encode, [p for _, p in waiting]), strict=True):
+            self._rows[row][MOMENTS] = moments
+        self._bar.update(len(waiting))
+
+
+class _Decoded(Dataset):
+    """Pixels and sizes of images in each of their rows, or why an image cannot be decoded, for DataLoader workers."""
+
+    def __init__(self, dataset: PreferenceDataset, rows: ImageRows, images: Sequence[np.ndarray]) -> None:
+        self._dataset, self._rows, self._images = dataset, rows, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            return self._variants(self._images[index].tolist())
+        except UndecodableImageError as error:
+            return type(error)(str(error))  # without what it holds of the image
+
+    def _variants(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        pair, side = self._rows.sources[rows[0] % len(self._rows.sources)].tolist()
+        variants = self._dataset.image_variants(pair, side, [self._rows.draws_of(row) for row in rows])
+        return [(pixels, torch.tensor([*sizes, pixels.shape[1:]], dtype=torch.int32)) for pixels, *sizes in variants]
+
+
+def _own_shards(rows: np.ndarray, numbers: np.ndarray, peers: Peers) -> list[tuple[int, np.ndarray]]:
+    """Group rows by the ascending numbers of their shards, and return this process's share of the shards."""
+    first = np.flatnonzero(np.diff(numbers, prepend=-1))
+    shards = zip(numbers[first].tolist(), np.split(rows, first[1:]), strict=True) if len(rows) else ()
+    return list(shards)[peers.index :: peers.count]
+
+
+def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
+    """Raise if the image of an error must not be stored as one that cannot be decoded."""
+    if dataset.strict:
+        raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
+
+
+def _progress(name: str, total: int, peers: Peers) -> Any:
+    return tqdm(total=total, desc=name, disable=peers.index != 0 or total == 0)
