@@ -235,8 +235,9 @@ def as_undecodable(error: Exception, what: str) -> UndecodableImageError | Unrea
     may_pass = isinstance(error, MemoryError | TimeoutError | ConnectionError)
     if isinstance(error, OSError) and error.errno is not None:  # decoders raise it without a number for damaged images
         may_pass = error.errno not in PERMANENT_ERRORS
-    kind = UnreadableImageError if may_pass else UndecodableImageError
-    return kind(f"{what} ({type(error).__name__}: {error})")
+    if may_pass:
+        return UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})")
+    return UndecodableImageError(f"{what} ({type(error).__name__}: {error})")
 
 
 def _read_patiently(read: Callable[[Any], Result], value: Any) -> Result:
