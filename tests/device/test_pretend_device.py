@@ -175,7 +175,6 @@ def test_what_is_offloaded_comes_to_the_device_without_waiting_and_leaves_it(fou
 
 @each(
     sd("full", "output", "cached", {"precompute_latents": True, "ema_decay": 0.9}),
-    sd("lora", "output", "cached", {"precompute_latents": True}, given_on_device=True),
 )
 def test_a_cached_step_does_not_wait_and_encoding_has_the_device_for_itself(found):
     """Batches come from pinned memory; what else is frozen comes to the device once all is encoded."""

@@ -19,8 +19,8 @@ from tiny_pipelines import quiet
 from transformers import TrainerCallback, training_args
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.models.shadow_weights import SecondDenoiser
+from trl_diffusion_sdpo.families import load_pipeline
+from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
 
 STEPS = 2
 
@@ -89,9 +89,7 @@ def build(case: dict, pipeline, folder: Path, watch: BetweenSteps) -> Watched:
 
 
 def run(case: dict, pipeline, folder: Path) -> dict:
-    watch, names = BetweenSteps(), find_family(pipeline).frozen_components
-    for name in names if case.get("given_on_device") else ():
-        getattr(pipeline, name).to(pretend_device.DEVICE)
+    watch = BetweenSteps()
     trainer = build(case, pipeline, folder, watch)
     with FAULTS[case["fault"]](trainer):
         trainer.train(resume_from_checkpoint=case["resumes"])

@@ -39,26 +39,26 @@ def spy_on_moves(moves: list[int]) -> None:
 
 def measure(case: dict, folder: Path) -> None:
     torch.manual_seed(0)
-    gc.collect()
-    before = resident()
-    forget_peak()
-    trainer = build_trainer(case, folder)
-    denoiser_bytes = sum(weight.nbytes for weight in trainer.denoiser.parameters())
-    constructed = resident("VmHWM") - before
     moves: list[int] = []
     original = torch.nn.Module.to
     spy_on_moves(moves)
-    forget_peak()
+    gc.collect()
+    before = resident()
     try:
+        forget_peak()
+        trainer = build_trainer(case, folder)
+        constructed = resident("VmHWM") - before
+        weights = sum(weight.nbytes for weight in trainer.denoiser.parameters())
+        forget_peak()
         trainer.train()
     finally:
         torch.nn.Module.to = original
     check_engine(trainer, case["engine"])
     facts = {
-        "weights": denoiser_bytes,
+        "weights": weights,
         "constructed": constructed,
         "trained": resident("VmHWM") - before,
-        "moved": max(moves, default=0),
+        "moved": max(moves),
     }
     (folder / f"setup{dist.get_rank()}.json").write_text(json.dumps(facts))
 

@@ -301,7 +301,7 @@ def test_a_run_that_lost_a_process_resumes_as_if_undisturbed(found):
     killed_runs("fsdp2", "full"),
     killed_runs("fsdp2", "lora"),
     killed_runs("zero2", "lora"),
-    killed_runs("zero3", "full", "kept-", **KEPT, learning_rate=WORSE["full"]),
+    *[killed_runs(engine, "full", "kept-", **KEPT, learning_rate=WORSE["full"]) for engine in SHARDING],
     killed_runs("zero1", "full"),
     killed_runs("zero1", "lora"),
     killed_runs("zero2", "full"),

@@ -17,14 +17,14 @@ ARGS = {
     "bf16": True,
     "safeguard": "output",
 }
-CASES = [{"name": engine, "engine": engine, "args": ARGS} for engine in ("fsdp2", "zero3", "zero2")]
+CASES = [{"name": engine, "engine": engine, "args": ARGS} for engine in ("fsdp2", "zero3")]
 
 
 @pytest.fixture(scope="module")
 def measured(start, make_sd_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("setup")
     pipeline = make_sd_pipeline(
-        block_out_channels=(512,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+        block_out_channels=(256,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
     )
     pipeline.save_pretrained(folder / "large")
     same = {"model": str(folder / "large"), "ref_model": None, "lora": None, "data": start["pairs"], "peft": None}
@@ -39,10 +39,10 @@ def measured(start, make_sd_pipeline, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_set_up(case, measured):
-    for facts in measured(case):
-        print(
-            case["name"],
-            {name: f"{value / 2**20:.0f}" for name, value in facts.items()},
-            f"{facts['trained'] / facts['weights']:.2f}",
-        )
+def test_no_second_model_is_held_and_none_is_moved_whole(case, measured, record_property):
+    """Policy, reference and average: three models of float32. Loading takes some more than one."""
+    for rank, facts in enumerate(measured(case)):
+        shares = {name: facts[name] / facts["weights"] for name in ("constructed", "trained", "moved")}
+        record_property(f"shares of the weights, {rank}", shares)
+        assert shares["moved"] < 0.1  # VAE and text encoder
+        assert shares["constructed"] < 2.2

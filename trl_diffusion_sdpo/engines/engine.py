@@ -196,12 +196,12 @@ class Engine:
         Returns:
             `dict[str, torch.Tensor]`: Copies; trained weights in float32, as the optimizer holds them.
         """
-        found = {}
+        gathered = {}
         for name, tensor in tensors.items():
             value = sharding.gather_float32(tensor, self._zero_stage)
             if keep:
-                found[name] = value.detach().to("cpu", copy=True).contiguous()
-        return found
+                gathered[name] = value.detach().to("cpu", copy=True).contiguous()
+        return gathered
 
     @torch.no_grad()
     def scatter(self, values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:

@@ -31,7 +31,7 @@ def set_attention(denoiser: ModelMixin, backend: str) -> None:
         `ValueError`: If diffusers has no such back end, its package is missing, it has no backward pass, or it would
             not be used.
     """
-    known, name = type(denoiser).__name__, backend.lower()
+    name = backend.lower()
     if name not in attention_backends():
         raise ValueError(
             f"`attention_backend` must be one of {', '.join(attention_backends())}; got {backend!r}."
@@ -43,8 +43,8 @@ def set_attention(denoiser: ModelMixin, backend: str) -> None:
         )
     if not has_attention_backends(denoiser):
         raise ValueError(
-            f"`attention_backend` cannot act: diffusers' {known} calls PyTorch's own attention, which chooses a kernel "
-            "by itself (FlashAttention on most GPUs). Leave it unset."
+            f"`attention_backend` cannot act: diffusers' {type(denoiser).__name__} calls PyTorch's own attention, "
+            "which chooses a kernel by itself (FlashAttention on most GPUs). Leave it unset."
         )
     try:
         denoiser.set_attention_backend(name)

@@ -55,9 +55,9 @@ class LoadedModel:
             return None
         if os.path.exists(self.name_or_path):
             return Path(self.name_or_path) if os.path.isdir(self.name_or_path) else None
-        kept = {key: self.options[key] for key in ("cache_dir", "revision") if self.options.get(key) is not None}
-        found = try_to_load_from_cache(self.name_or_path, "model_index.json", **kept)
-        return Path(found).parent if isinstance(found, str) else None
+        options = {key: self.options[key] for key in ("cache_dir", "revision") if self.options.get(key) is not None}
+        index = try_to_load_from_cache(self.name_or_path, "model_index.json", **options)
+        return Path(index).parent if isinstance(index, str) else None
 
     def load_encoders(self) -> DiffusionPipeline:
         """The pipeline with VAE and text encoders from disk; only for a Hub id or folder."""

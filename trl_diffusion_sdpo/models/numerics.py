@@ -16,12 +16,12 @@ CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
     """A dtype from its name; float32 if unset. `ValueError` where it is not float32, bfloat16 or float16."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
         return torch.float32
-    dtype = known.get(name) if isinstance(name, str) else name
-    if dtype not in known.values():
-        raise ValueError(f"`dtype` must be one of {', '.join(known)}; got {name!r}.")
+    dtype = dtypes.get(name) if isinstance(name, str) else name
+    if dtype not in dtypes.values():
+        raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}; got {name!r}.")
     return dtype
 
 

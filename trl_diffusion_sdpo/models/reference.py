@@ -261,5 +261,5 @@ def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | No
 def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:
     """What a loss is computed with, by name: the denoiser, what is frozen, and a reference of its own."""
     names = (family.denoiser_name, *family.frozen_components)
-    found = {name: getattr(family.pipeline, name) for name in names}
-    return found if reference is None else {**found, "reference": reference}
+    modules = {name: getattr(family.pipeline, name) for name in names}
+    return modules if reference is None else {**modules, "reference": reference}

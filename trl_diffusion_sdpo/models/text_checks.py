@@ -36,19 +36,20 @@ def check_text_encoding(family: Family) -> None:
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
     """`tokenizer_2` of `text_encoder_2`, also within a processor."""
-    held = family.pipeline.components.get(text_encoder.replace("text_encoder", "tokenizer"))
-    held = held.tokenizer if isinstance(held, ProcessorMixin) else held
-    return held if isinstance(held, PreTrainedTokenizerBase) else None
+    tokenizer = family.pipeline.components.get(text_encoder.replace("text_encoder", "tokenizer"))
+    tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 def _check_vocabulary(name: str, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    known, embedded = len(tokenizer), cast(nn.Embedding, text_encoder.get_input_embeddings()).num_embeddings
+    tokens = len(tokenizer)
+    embedded = cast(nn.Embedding, text_encoder.get_input_embeddings()).num_embeddings
     low, high = SIZE_RATIOS
-    if not low * embedded <= known <= high * embedded:
+    if not low * embedded <= tokens <= high * embedded:
         raise ValueError(
             f"A tokenizer must know about as many tokens as its text encoder has embeddings; that of `{name}` knows "
-            f"{known}, and there are {embedded} embeddings. Its vocabulary is missing or another model's: download the "
-            "tokenizer's folder again."
+            f"{tokens}, and there are {embedded} embeddings. Its vocabulary is missing or another model's: download "
+            "the tokenizer's folder again."
         )
 
 
