@@ -55,7 +55,7 @@ class Watched(DiffusionSDPOTrainer):
         return prepared
 
     def _copies(self):
-        for weights in self._shadow_weights:
+        for weights in self._weight_copies:
             yield from weights.second.module.parameters() if isinstance(weights.second, SecondDenoiser) else ()
 
     def _prepare_inputs(self, inputs):

@@ -1,5 +1,6 @@
 """The VAE's precision, and how many images it encodes at once."""
 
+import copy
 import functools
 
 import pytest
@@ -9,7 +10,8 @@ from tiny_pipelines.parts import kl_vae
 
 from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
 from trl_diffusion_sdpo.families import base, find_family, load_pipeline
-from trl_diffusion_sdpo.models.frozen_components import working_pipeline
+from trl_diffusion_sdpo.models import frozen_components
+from trl_diffusion_sdpo.models.frozen_components import cast_copy, pin, working_pipeline
 
 HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -146,6 +148,10 @@ def peak_of_encoding(family, pixels) -> int:
     """Bytes that are held at most beyond those at the beginning, by PyTorch's profiler."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         encode(family, pixels, range(len(pixels) // 2))
+    return peak_of(profiler)
+
+
+def peak_of(profiler) -> int:
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -160,3 +166,35 @@ def test_fewer_images_at_once_need_less_memory():
     whole = peak_of_encoding(family, pixels)
     family.vae_encode_batch_size = 2
     assert peak_of_encoding(family, pixels) < whole / 4
+
+
+def test_pinned_memory_is_little_more_than_what_is_pinned(monkeypatch):
+    """Each piece is rounded up to a power of two, which would take 40 GB for the 24 GB of these sizes."""
+    pieces = []
+
+    def allocate(size):
+        pieces.append(1 << (size - 1).bit_length())
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(frozen_components, "pinned_bytes", allocate)
+    monkeypatch.setattr(frozen_components, "PINNED_BUFFER", 1 << 16)
+    tensors = [torch.randn(3, 5, 7).to(BF16), torch.arange(5), torch.zeros(0), torch.randn(())]
+    tensors += [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
+    tensors += [torch.full((3000,), float(number)) for number in range(60)]
+    pinned = pin(tensors)
+    for tensor, there in zip(tensors, pinned, strict=True):
+        assert torch.equal(tensor, there) and tensor.dtype == there.dtype and tensor.stride() == there.stride()
+    assert sum(pieces) < 1.15 * sum(tensor.nbytes for tensor in tensors)
+
+
+def test_a_copy_in_another_precision_needs_no_copy_in_that_of_the_original(sd_pipeline):
+    text_encoder = sd_pipeline.text_encoder.requires_grad_(False)
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        cast_copy(text_encoder, BF16)
+    size = sum(weight.nbytes for weight in text_encoder.parameters())
+    assert peak_of(profiler) < 0.7 * size
+    copied = cast_copy(text_encoder, BF16)
+    plain = copy.deepcopy(text_encoder).to(BF16)
+    assert copied.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in copied.state_dict().items())
+    assert {value.dtype for value in text_encoder.parameters()} == {FULL}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from ..losses import ema_decay
-from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights, second_copy
+from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
 EMA_FOLDER = "ema"  # within the output folder
 EMA_FILE = "ema.safetensors"  # in checkpoints
 EMA_ADAPTER = "ema"
 
 
-class EMAWeights(ShadowWeights):
+class EMAWeights(WeightCopy):
     """The average of the policy's trained weights, in a second adapter where an `adapter` trains, else in a second
     denoiser; `decay` in `(0, 1)` is the share of the average that a step retains. For `shared` see [`second_copy`]."""
 

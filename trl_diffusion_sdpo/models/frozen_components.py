@@ -190,12 +190,17 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         free[fitting] -= sizes[index]
     pinned: list[Any] = [None] * len(tensors)
     for members in buffers:
-        buffer = torch.empty(sum(sizes[index] for index in members), dtype=torch.uint8, pin_memory=True)
+        buffer = pinned_bytes(sum(sizes[index] for index in members))
         for index, piece in zip(members, buffer.split([sizes[index] for index in members]), strict=True):
             tensor = tensors[index]
             values = piece[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
             pinned[index] = values.copy_(tensor.detach())
     return pinned
+
+
+def pinned_bytes(size: int) -> torch.Tensor:
+    """A piece of pinned memory. A function, so that a test can replace it."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def working_pipeline(

@@ -15,13 +15,13 @@ from ..families import Family
 from .adapters import adapter_layers, adapter_parts, adapter_scalings, adapter_state, adapters_off, base_tensors
 from .kernels import compile_blocks
 from .numerics import read_contiguous
-from .shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights, second_copy
+from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
 REFERENCE_FILE = "reference.safetensors"  # in checkpoints
 REFERENCE_ADAPTER = "ref"
 
 
-class Reference(ShadowWeights):
+class Reference(WeightCopy):
     """The policy before training, with arithmetic identical to the policy's."""
 
     kind: str  # written into checkpoints

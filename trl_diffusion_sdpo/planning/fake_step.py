@@ -20,7 +20,7 @@ from ..losses import Anchor
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMAWeights
 from ..models.reference import Reference
-from ..models.shadow_weights import SecondDenoiser
+from ..models.weight_copies import SecondDenoiser
 from ..step.branch_gradients import BranchGradients
 from ..step.meters import MetricMeter
 from ..step.noisy_batch import NoiseSettings, NoisyBatch

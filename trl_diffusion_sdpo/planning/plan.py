@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..models.adapters import adapter_layers
-from ..models.shadow_weights import SecondAdapter, SecondDenoiser, ShadowWeights
+from ..models.weight_copies import SecondAdapter, SecondDenoiser, WeightCopy
 from .allocations import rounded
 from .fake_device import fake_device
 from .fake_step import (
@@ -233,11 +233,11 @@ def _cached(prepared: Prepared, measured: StepMemory) -> dict[str, int]:
     }
 
 
-def _shadows(networks: Networks) -> dict[str, ShadowWeights | None]:
+def _shadows(networks: Networks) -> dict[str, WeightCopy | None]:
     return {"reference": networks.reference, "average": networks.average}
 
 
-def _adapter(weights: ShadowWeights | None) -> list[torch.Tensor]:
+def _adapter(weights: WeightCopy | None) -> list[torch.Tensor]:
     if weights is None or not isinstance(weights.second, SecondAdapter):
         return []
     return list(weights.second.weights().values())

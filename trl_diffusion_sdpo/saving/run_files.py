@@ -17,7 +17,7 @@ from transformers.trainer import SCHEDULER_NAME
 from ..engines.engine import Engine
 from ..engines.processes import gather_objects
 from ..models.ema import EMA_FOLDER, EMAWeights
-from ..models.shadow_weights import ShadowWeights
+from ..models.weight_copies import WeightCopy
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import OptimizerSettings, check_resumable, stored_settings
 from .setup import ARGS_FILE, still_recommended, write_setup
@@ -33,7 +33,7 @@ class RunFiles:
 
     Args:
         weights ([`WeightFiles`]): Of the policy.
-        shadow_weights (`Sequence[ShadowWeights]`): The reference, and the average if there is one.
+        weight_copies (`Sequence[WeightCopy]`): The reference, and the average if there is one.
         average ([`EMAWeights`], *optional*): The average, which is part of the results.
         controllers (`Sequence`): The winner budget and the automatic beta, where the run has them: saved and loaded.
         full_pipeline (`bool`): Whether the results include the pipeline's other components.
@@ -47,7 +47,7 @@ class RunFiles:
         engine: Engine,
         weights: WeightFiles,
         *,
-        shadow_weights: Sequence[ShadowWeights],
+        weight_copies: Sequence[WeightCopy],
         average: EMAWeights | None,
         controllers: Sequence[Any],
         full_pipeline: bool,
@@ -55,7 +55,7 @@ class RunFiles:
         unpublished: dict[str, Any],
     ):
         self._args, self._engine, self._weights = args, engine, weights
-        self._shadow_weights, self._average, self._controllers = shadow_weights, average, controllers
+        self._weight_copies, self._average, self._controllers = weight_copies, average, controllers
         self._full_pipeline, self._trust_pickles, self._unpublished = full_pipeline, trust_pickles, unpublished
         self._resumed_args: dict[str, Any] = {}
         self.checkpoints = Checkpoints(args)
@@ -83,8 +83,8 @@ class RunFiles:
         self._check_finite({False: weights, True: average or {}}, together=is_checkpoint or self._engine.holds_shards)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-        for shadow in self._shadow_weights if is_checkpoint else ():
-            shadow.save(folder, write=writes)
+        for weight_copy in self._weight_copies if is_checkpoint else ():
+            weight_copy.save(folder, write=writes)
         if not writes:
             return
         for controller in self._controllers if is_checkpoint else ():
@@ -188,8 +188,8 @@ class RunFiles:
         """Read everything that [`RunFiles.save`] wrote into a checkpoint."""
         with self.reading():
             self._load_weights(folder, model)
-            for shadow in self._shadow_weights:
-                shadow.load(folder)
+            for weight_copy in self._weight_copies:
+                weight_copy.load(folder)
             for controller in self._controllers:
                 controller.load(folder)
 

@@ -173,7 +173,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
         self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_chosen)
         self._set_up_engine()
-        self._set_up_run(self._own_callbacks, self._shadow_weights, self.average, self._controllers)
+        self._set_up_run(self._own_callbacks, self._weight_copies, self.average, self._controllers)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -248,7 +248,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         )
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
-        for weights in self._shadow_weights:
+        for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
         # An engine that shards reads a checkpoint below, once second copies of the weights are sharded as well.
@@ -258,7 +258,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             self.engine.check_resumable(self.optimizer)
         self.engine.restore_unrounded(unrounded)
-        for weights in self._shadow_weights:
+        for weights in self._weight_copies:
             weights.prepare(self.model_wrapped)
         self._engine_ready = True
         if read_later:
@@ -301,7 +301,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         self.average = None
         if args.ema_decay is not None:
             self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay, shared=shards_weights(args))
-        self._shadow_weights = [self.reference, *([] if self.average is None else [self.average])]
+        self._weight_copies = [self.reference, *([] if self.average is None else [self.average])]
         self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
         self._set_up_files(args, loaded, self.adapter, self.loss_spec)
         self.frozen_components = place_frozen_components(loaded, args)
@@ -311,12 +311,12 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         if args.precompute_latents:
             self.encoding = pair_encoding(self.frozen_components, self._encoder_key, args)
         choose_attention(loaded.denoiser, self.reference, args)
-        compile_models(loaded.denoiser, self._shadow_weights, args)
+        compile_models(loaded.denoiser, self._weight_copies, args)
 
     def _move_frozen(self, args: DiffusionSDPOConfig) -> None:
         """Move what is frozen to where the policy will be. Engines move second copies of its weights themselves, once
         they have sharded or rounded them."""
-        for weights in [] if by_engine(args) else self._shadow_weights:
+        for weights in [] if by_engine(args) else self._weight_copies:
             weights.to(args.device)
 
     def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
@@ -356,7 +356,7 @@ class DiffusionSDPOTrainer(DataOverrides, EvaluationOverrides, FileOverrides):
         """After transformers' constructor, which makes the accelerator."""
         self.engine = Engine(self.accelerator)
         self.engine.check()
-        for weights in self._shadow_weights:
+        for weights in self._weight_copies:
             weights.attach(self.engine)
             if shards_weights(self.args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
                 weights.stop_sharing()

@@ -25,7 +25,7 @@ from ..losses import LossSpec
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.frozen_components import FrozenComponents
 from ..models.loading import LoadedModel
-from ..models.shadow_weights import ShadowWeights
+from ..models.weight_copies import WeightCopy
 from ..reporting.console import say
 from ..reporting.run_callbacks import plots_of, run_lines
 from ..reporting.sample_images import SAMPLES_FOLDER, final_step, newest_gallery
@@ -114,7 +114,7 @@ class FileOverrides(Trainer):
     def _set_up_run(
         self,
         own_callbacks: Sequence[TrainerCallback],
-        shadow_weights: Sequence[ShadowWeights],
+        weight_copies: Sequence[WeightCopy],
         average: EMAWeights | None,
         controllers: Sequence[Any],
     ) -> None:
@@ -137,7 +137,7 @@ class FileOverrides(Trainer):
             self.args,
             self.engine,
             self.weight_files,
-            shadow_weights=shadow_weights,
+            weight_copies=weight_copies,
             average=average,
             controllers=controllers,
             full_pipeline=self.args.save_full_pipeline,

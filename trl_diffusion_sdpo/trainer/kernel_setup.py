@@ -8,7 +8,7 @@ from typing import Any
 from ..engines.engine_settings import by_engine
 from ..models.kernels import compile_blocks, set_attention
 from ..models.reference import Reference
-from ..models.shadow_weights import ShadowWeights
+from ..models.weight_copies import WeightCopy
 from ..utils._compat import compile_with_eager_rounding
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
@@ -20,13 +20,13 @@ def choose_attention(denoiser: Any, reference: Reference, args: DiffusionSDPOCon
             set_attention(module, args.attention_backend)
 
 
-def compile_models(denoiser: Any, shadow_weights: Sequence[ShadowWeights], args: DiffusionSDPOConfig) -> None:
+def compile_models(denoiser: Any, weight_copies: Sequence[WeightCopy], args: DiffusionSDPOConfig) -> None:
     """What `torch_compile` compiles before transformers' Trainer compiles the model: second denoisers, or the blocks of
     all denoisers, and then `args` say that nothing else is to be compiled."""
     if not args.torch_compile:
         return
     compile_with_eager_rounding()
-    for weights in shadow_weights:
+    for weights in weight_copies:
         weights.compile(args.torch_compile_backend, args.torch_compile_mode, regional=args.torch_compile_regional)
     if args.torch_compile_regional:
         if by_engine(args):

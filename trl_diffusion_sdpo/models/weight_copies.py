@@ -100,7 +100,7 @@ class SecondDenoiser:
         return self._engine_model
 
 
-class ShadowWeights:
+class WeightCopy:
     """A second copy of the policy's weights: prepared, updated, gathered, written and read under every engine.
 
     Args:
@@ -185,7 +185,7 @@ class ShadowWeights:
             save_file(weights, folder / self.file)
 
     def load(self, folder: Path) -> None:
-        """Read what [`ShadowWeights.save`] wrote; `ValueError` where the file is missing or holds other weights."""
+        """Read what [`WeightCopy.save`] wrote; `ValueError` where the file is missing or holds other weights."""
         self._reshard()
         weights = self._weights()
         if not weights:
