@@ -71,10 +71,13 @@ def test_the_public_names_are_there_and_no_other():
         "DiffusionSDPOConfig",
         "DiffusionSDPOTrainer",
         "PairMixture",
+        "PairTerms",
+        "PreferenceCollator",
         "diffusion_preference_loss",
         "load_pairs",
         "preference_guidance",
         "register_family",
+        "register_loss",
     ]
     assert trl_diffusion_sdpo.__all__ == public
     assert all(name in dir(trl_diffusion_sdpo) for name in public)

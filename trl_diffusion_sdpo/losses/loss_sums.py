@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -120,6 +120,8 @@ def check_loss_kwargs(
         if name not in spec.loss_kwargs:
             accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"
             raise ValueError(f"`{name}` is no setting of the loss {loss_type!r}: {accepted}. Leave it unset.")
+        if name not in LOSS_KWARG_RANGES:
+            continue  # a setting of a registered loss
         rule, holds = LOSS_KWARG_RANGES[name]
         if not (math.isfinite(value) and holds(value)):
             raise ValueError(f"`{name}` must be {rule}, got {value}.")
@@ -201,3 +203,43 @@ def _sum_spec(weights: dict[LossType, float]) -> LossSpec:
         reads_logit_only=all(row.reads_logit_only for row in rows),
         beta_scales_logit=all(row.beta_scales_logit for row in with_beta),
     )
+
+
+def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any) -> None:
+    """Add a loss of your own to [`LOSSES`], for `loss_type` and [`diffusion_preference_loss`].
+
+    Args:
+        name (`str`): Its name; no name of a loss of this package.
+        function (`Callable`): From [`PairTerms`], and `beta` as a keyword argument if it has one, to the loss of each
+            pair, `(B,)`. Other keyword arguments keep their defaults in training.
+        facts (`Any`): Fields of [`LossSpec`] that differ from the safe ones: the loss reads the loser and the
+            reference's errors, and every lambda follows from the gradients of the loss.
+
+    Raises:
+        `ValueError`: If the name is taken by this package or is no word, or the function has an argument that is
+            neither `terms` nor a keyword.
+
+    Example:
+
+    ```python
+    def squared_hinge(terms, *, beta):
+        return torch.relu(1 - terms.logit(beta)).square()
+
+
+    register_loss("squared_hinge", squared_hinge)
+    args = DiffusionSDPOConfig("run", loss_type="squared_hinge", beta=1000.0)
+    ```
+    """
+    if name in get_args(LossType) or not name.isidentifier():
+        raise ValueError(
+            f"`register_loss` needs a word that is no loss of this package ({', '.join(get_args(LossType))}); got "
+            f"{name!r}. Choose another name."
+        )
+    terms, *settings = inspect.signature(function).parameters.values()
+    if terms.kind is terms.KEYWORD_ONLY or any(each.kind is not each.KEYWORD_ONLY for each in settings):
+        raise ValueError(
+            f"The loss {name!r} must take the terms of the pairs, and its settings as keywords: `def "
+            f"{name}(terms, *, beta)`; got the arguments {inspect.signature(function)}."
+        )
+    safe = {"equal_weights": False, "positive_weights": False, "anchor": "error"}
+    LOSSES[cast(LossType, name)] = LossSpec(function, **{**safe, **facts})

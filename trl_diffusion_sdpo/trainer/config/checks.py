@@ -12,6 +12,7 @@ from ...data.checking import parse_verify_images
 from ...data.images import parse_schemes
 from ...families.timestep_sampling import TimestepSampling
 from ...losses import (
+    LOSSES,
     WEIGHT_FUNCTIONS,
     LossSpec,
     check_auto_beta,
@@ -72,7 +73,8 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         if isinstance(allowed, Range) and value not in allowed:
             raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
         if isinstance(allowed, Choices):
-            _check_words(name, allowed.words, value if isinstance(value, list) else [value])
+            known = tuple(LOSSES) if name == "loss_type" else allowed.words  # with those that were registered
+            _check_words(name, known, value if isinstance(value, list) else [value])
 
 
 def _check_words(name: str, known: tuple[str, ...], words: list[Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from ...families.inversion import InversionEnd, InversionKind
 from ...families.timestep_sampling import WeightingScheme
-from ...losses import LOSSES, Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec, score_scale
+from ...losses import LOSS_KWARG_RANGES, Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec, score_scale
 from .declaring import EVALUATION, RESUME, Choices, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
@@ -178,7 +178,7 @@ class LossArguments:
     @property
     def loss_kwargs(self) -> dict[str, float]:
         """The settings of the loss besides `beta` that were given, by name."""
-        values = {name: getattr(self, name) for spec in LOSSES.values() for name in spec.loss_kwargs}
+        values = {name: getattr(self, name) for name in LOSS_KWARG_RANGES}
         given = {name: value for name, value in values.items() if value is not None}
         return {name: score_scale(value) if isinstance(value, str) else value for name, value in given.items()}
 
