@@ -278,7 +278,7 @@ def test_an_error_of_reading_that_may_pass_leaves_no_pair_without_errors_of_the_
         trainer.precompute_reference_errors()
     no_answer(2)
     trainer.precompute_reference_errors()
-    assert np.isfinite(trainer.train_dataset._reference_errors).all()
+    assert all(np.isfinite(item["ref_errors"]).all() for item in trainer.train_dataset)
 
 
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(

@@ -333,7 +333,8 @@ def test_a_pair_that_could_not_be_read_is_left_out(make_trainer, make_pairs, cou
     assert [item["row"] for item in map(trainer.train_dataset.__getitem__, range(9))] == [0, 1, 2, 3, 5, 5, 6, 7, 8]
     rows[4]["chosen"] = rows[5]["chosen"]  # it can be read now
     again = make_trainer(train=rows, precompute_ref_errors=True, verify_images="none")
-    again.train_dataset.set_reference_errors(trainer.train_dataset._reference_errors)
+    errors = trainer.train_dataset._pairs.columns["ref_errors"].swapaxes(0, 1)
+    again.train_dataset.set_reference_errors(errors)
     assert again.train_dataset[4]["row"] == 5 and again.train_dataset.report.undecodable == 1
 
 

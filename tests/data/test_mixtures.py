@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.pairs import PairMixture
-from trl_diffusion_sdpo.data.stream_progress import Share
+from trl_diffusion_sdpo.data.streaming import Share
 
 
 def png(level):
@@ -213,7 +213,7 @@ def test_a_resumed_mixture_of_streams_repeats_no_pair_and_skips_none(workers):
     for _ in range(7):
         next(reading)
     resumed = stream(shards=2)
-    resumed.resume_at(first.position(5, workers))
+    resumed.resume_at(first.position(5, workers, 2))
     after = list(islice(batches(resumed), 12))
     assert all(item is None for batch in after[:5] for item in batch)
     assert [[told(item) for item in batch] for batch in after[5:]] == undisturbed[5:]

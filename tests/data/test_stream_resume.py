@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.stream_progress import Share, StreamProgress
-from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset
+from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset, Share
 from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
 
 BATCHES = 10
@@ -78,7 +77,7 @@ def test_a_resumed_stream_has_the_batches_of_an_undisturbed_one(case):
         for _ in range(min(2, BATCHES - trained)):
             next(batches)  # prefetched, and not trained on
         resumed = stream(**settings)
-        resumed.resume_at(first.position(trained, workers))
+        resumed.resume_at(first.position(trained, workers, share.count))
         after = [told(batch) for batch in islice(loader(resumed, workers, share), BATCHES)]
         assert after == [{}] * trained + undisturbed[trained:]
 
@@ -113,15 +112,14 @@ def test_what_was_trained_on_is_not_decoded(monkeypatch):
 
 def test_an_evaluation_begins_at_the_beginning():
     data = stream()
-    data.resume_at([[3, 0, 0, 9]])
+    data.resume_at([[3, 0, 9]])
     assert next(iter(data.for_evaluation()))["row"] == 0
 
 
 def test_a_position_that_is_no_longer_known_is_none():
-    progress = StreamProgress()
-    for number in range(200):
-        progress.record(0, number, 1, 30, number)
-    assert progress.after(200, 1) == [[200, 1, 30, 199]]
-    assert progress.after(100, 1) is None  # the readers are too far ahead
-    assert progress.after(201, 1) is None  # this batch was never read
-    assert progress.after(0, 2) == [[0] * 4] * 2
+    data = stream()
+    list(islice(data.for_process(Share(0, 1, 1)), 200))
+    assert data.position(200, 1)[0][0] == 200
+    assert data.position(100, 1) is None  # the reader is too far ahead
+    assert data.position(201, 1) is None  # this batch was never read
+    assert data.position(0, 2) == [[0] * 3]

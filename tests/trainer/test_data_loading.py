@@ -20,7 +20,7 @@ from torch.utils.data import RandomSampler
 from trl_diffusion_sdpo import DiffusionSDPOConfig, PairMixture
 from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrors
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
-from trl_diffusion_sdpo.data.stream_progress import Share
+from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines import batch_loaders as loaders
 from trl_diffusion_sdpo.engines.batch_loaders import choose_workers
 from trl_diffusion_sdpo.trainer.data_preparation import check_batches, prepare_pairs
@@ -218,7 +218,7 @@ def test_several_processes_do_not_evaluate_on_parts_of_a_stream_which_may_differ
     with pytest.raises(ValueError, match="Pass the stream as it was before"):
         prepare_pairs(prepared, args, trainer.loss_spec, name="eval", training=False)
     whole = prepare_pairs(stream, args, trainer.loss_spec, name="eval", training=False)
-    assert sum(1 for _ in whole.for_process(Share(rank, 2, 2))) == 18
+    assert sum(1 for _ in whole.for_process(Share(rank, 2, 2))) == 17
 
 
 def test_the_trainer_says_how_many_workers_it_takes(make_trainer, many, caplog):

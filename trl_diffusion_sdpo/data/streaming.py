@@ -1,35 +1,26 @@
-"""Streamed pairs, checked and transformed as they are read. Each of several processes reads the labels of the whole
-stream, and decodes the images of its own pairs only."""
+"""Streamed pairs, checked and transformed as they are read. Each training process reads its own part of the stream."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils._compat import is_split_by_node
 from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
-from .formats import (
-    PairReference,
-    PreferenceFormat,
-    Reject,
-    groups,
-    images_of_row,
-    pairs_in_group,
-    resolve_format,
-)
+from .formats import PairReference, PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
 from .images import UndecodableImageError
-from .stream_progress import Share, StreamProgress
 from .transforms import PairDraws
 
 if TYPE_CHECKING:
@@ -38,7 +29,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIXING = 2  # ends the key of random numbers that choose among streams; those of pairs have no fourth part
-_COUNTER_ROWS = 256  # rows of the shared table in which workers count; more workers than this share rows
+RECENT = 64  # batches of each reader whose ends are known, more than are prefetched
+READERS = 256  # DataLoader workers that count and whose batches are known; more than this share counters
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a stream that one of several processes takes.
+
+    Args:
+        index (`int`): Rank of the process, from 0.
+        count (`int`): Number of processes.
+        batch (`int`): Pairs in a process's batch.
+    """
+
+    index: int = 0
+    count: int = 1
+    batch: int = 1
 
 
 class Stream:
@@ -48,7 +55,8 @@ class Stream:
         source (`datasets.IterableDataset`): Its rows.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
         name (`str`): In messages.
-        use_scores (`bool`): Whether to read score columns where present.
+        use_scores (`bool`): Whether to read score columns if there are any.
+        is_swapped (`bool`): Whether the published loser of a pair is its winner.
     """
 
     def __init__(
@@ -68,52 +76,68 @@ class Stream:
             read = [*self.format.text_columns(columns), *self.format.image_columns]
             self.source = self.source.decode(False).select_columns(read)
 
-    def with_own_epoch(self) -> Stream:
-        """The same stream for one worker: workers are not in the same pass, and `datasets` shares a source's epoch
-        among them."""
-        view = copy.copy(self)
-        view.source = self.source.with_format(None)
-        return view
+    def groups(self, epoch: int, report: DataReport) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
+        """Yield the rows of one pass that are compared with one another, and count them."""
+        # A copy, because `datasets` shares a stream's epoch among workers, and these are not in the same pass.
+        rows = self.source.with_format(None)
+        rows.set_epoch(epoch)
+        yield from groups(self.format, _count_rows(rows, report))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Identify the stream by its metadata. No row is read: a shuffled stream would fill its buffer for the first.
+
+        Returns:
+            `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
+        """
+        return {
+            "format": self.format.name,
+            "columns": None if self.source.column_names is None else sorted(self.source.column_names),
+            "split": None if self.source.split is None else str(self.source.split),
+            "shards": self.source.num_shards,
+        }
 
 
 class PreferenceIterableDataset(IterableDataset):
     """Streamed pairs, made by [`prepare_dataset`]; items as in [`PreferenceDataset`].
 
-    DataLoader workers divide the source's shards as in `datasets`. `row` is a running number, different for every
-    worker, so that no two pairs of an epoch have the same random numbers. Bad pairs are skipped and counted. Formats
-    that group rows expect the rows of a group to be consecutive.
+    Training processes divide the shards of a stream by `datasets`' `split_dataset_by_node`, and DataLoader workers
+    divide those of a process. In an evaluation, and if the number of shards is no multiple of the processes, each
+    process reads all labels and decodes its own pairs: an evaluation needs equally many in all processes, and rows
+    that are compared with one another must stay together. `row` is a running number, different for every worker, so
+    that no two pairs of an epoch have the same random numbers. Bad pairs are skipped and counted. Formats that compare
+    rows expect the rows of a group to be consecutive.
 
-    Attributes:
-        is_split (`bool`): Whether the processes read different streams already; set by the trainer.
+    Args:
+        streams (`Sequence[Stream]`): One or several, which are mixed.
+        options ([`PairOptions`]): How rows become pairs.
+        weights (`Sequence[float]`, *optional*): How often a group of rows is of each stream; equal by default.
+        name (`str`): Name of the data in messages.
     """
 
-    is_split = False
     is_permuted = False  # losers are those of the data
 
     def __init__(
-        self,
-        streams: Sequence[Stream],
-        options: PairOptions,
-        *,
-        weights: Sequence[float] | None = None,
-        name: str,
+        self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
     ) -> None:
-        self._repeat, self._compare, self._fixed, self._share = options.repeat, options.compare, False, Share()
-        self._yielded = 0  # pairs of this reader since the beginning of the run
-        self._streams, self._weights = streams, [1.0] * len(streams) if weights is None else weights
+        self._streams, self._options, self._name, self._maker = streams, options, name, options.maker
+        if len({is_split_by_node(stream.source) for stream in streams}) > 1:
+            raise ValueError("Split all streams of a mixture by node, or none: some are and some are not.")
+        self._weights = [1.0] * len(streams) if weights is None else [float(weight) for weight in weights]
         self._format_name = "+".join(stream.format.name for stream in streams)
         self.has_scores = all(stream.has_scores for stream in streams)
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
-        self._maker, self._reader, self._name = options.maker, options.reader, name
-        self._strict = options.on_bad_row == "raise"
+        self.is_swapped = options.swap_labels  # whether the published losers are the winners
+        self._repeat, self._compare, self._share = options.repeat, options.compare, Share()
         self._examples: dict[str, list[tuple[int, str]]] = {}
-        self._counts = torch.zeros(_COUNTER_ROWS, len(COUNTS), dtype=torch.long).share_memory_()
-        self._progress = StreamProgress()
+        self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
+        # Of each reader's recent batches: their number, the epoch, and the pairs of that pass up to their end.
+        self._ends = torch.full((READERS, RECENT, 3), -1).share_memory_()
+        self._starts = torch.zeros(READERS, 3, dtype=torch.long).share_memory_()  # the same, of the last batch before
 
     @property
-    def is_swapped(self) -> bool:
-        """Whether the published losers are the winners."""
-        return any(stream.format.is_swapped for stream in self._streams)
+    def is_split(self) -> bool:
+        """Whether `split_dataset_by_node` has given this process parts of the streams."""
+        return is_split_by_node(self._streams[0].source)
 
     @property
     def report(self) -> DataReport:
@@ -122,29 +146,22 @@ class PreferenceIterableDataset(IterableDataset):
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Identify this stream; see [`Stream.fingerprint`]."""
+        found = [stream.fingerprint() for stream in self._streams]
+        if len(found) == 1:
+            return found[0]
+        return {"format": self._format_name, "streams": found, "weights": self._weights}
+
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
-        if not self._fixed:
-            self._maker.set_epoch(epoch)
-            self._set_epoch_of_streams(epoch)
+        """Set the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
+        self._maker.set_epoch(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
         """One pass over this stream, center-cropped, with every prompt and seeds that do not depend on the epoch."""
         view = copy.copy(self)
-        view._maker, view._repeat, view._fixed = self._maker.for_evaluation(), False, True
-        view._progress = StreamProgress()
+        view._maker, view._repeat = self._maker.for_evaluation(), False
         return view
-
-    def is_split_by_node(self) -> bool:
-        """Whether `split_dataset_by_node` has given this process parts of the streams.
-
-        Raises:
-            ValueError: If it has of some streams of several, but not of all.
-        """
-        split = {is_split_by_node(stream.source) for stream in self._streams}
-        if len(split) > 1:
-            raise ValueError("Split all streams of a mixture by node, or none: some are and some are not.")
-        return split.pop()
 
     def for_process(self, share: Share) -> PreferenceIterableDataset:
         """The same stream, limited to the share of one of several processes."""
@@ -152,139 +169,164 @@ class PreferenceIterableDataset(IterableDataset):
         view._share = share
         return view
 
-    def position(self, batches: int, workers: int) -> list[list[int]] | None:
-        """Where a run that has trained on so many batches continues, for `resume_at`; `None` if it is not known."""
-        return self._progress.after(
-            batches, max(1, min(workers, max(stream.source.num_shards for stream in self._streams)))
-        )
+    @property
+    def _divides_shards(self) -> bool:
+        """Whether this process reads its own shards alone, by a split that this class makes."""
+        count = self._share.count
+        if count == 1 or not self._repeat or self.is_split:
+            return False
+        return all(stream.source.num_shards % count == 0 for stream in self._streams)
+
+    @property
+    def _deals_pairs(self) -> bool:
+        """Whether processes read the same rows and take pairs in turn."""
+        return self._share.count > 1 and not self.is_split and not self._divides_shards
+
+    # ---- Resuming -------------------------------------------------------------------------------------------------
+
+    def position(self, batches: int, workers: int, processes: int = 1) -> list[list[int]] | None:
+        """Return where each reader of a process continues that has trained on so many batches, for `resume_at`; `None`
+        if it is not known. Readers are the DataLoader workers, or the training process."""
+        starts = []
+        shards = max(stream.source.num_shards for stream in self._streams)
+        if self.for_process(Share(0, processes))._divides_shards:
+            shards //= processes
+        readers = max(1, min(workers, shards))
+        for reader in range(readers):
+            count = batches // readers + (reader < batches % readers)  # readers make batches in turn
+            end = self._ends[reader % READERS, (count - 1) % RECENT].tolist()
+            if count and end[0] != count - 1:
+                return None
+            starts.append([count, *end[1:]] if count else [0] * 3)
+        return starts
 
     def resume_at(self, position: list[list[int]] | None) -> None:
-        """The next iteration of a repeating stream continues at a `position` without decoding what comes before it:
-        batches that were trained on are `None` for each pair. `None` begins at the beginning."""
-        self._progress.begin_at(position)
+        """Let the next iteration of a repeating stream continue at a `position`. Rows that were trained on are read
+        again and not decoded, so that the buffer of a shuffled stream is the same. The batches that they were in are
+        `None` for each pair. Without a position it begins at the beginning."""
+        self._starts.zero_()
+        for reader, start in enumerate(position or ()):
+            self._starts[reader] = torch.tensor(start)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Identifies this stream; see [`stream_fingerprint`]."""
-        found = [stream_fingerprint(stream.format.name, stream.source) for stream in self._streams]
-        if len(found) == 1:
-            return found[0]
-        return {"format": self._format_name, "streams": found, "weights": [float(weight) for weight in self._weights]}
+    # ---- Reading --------------------------------------------------------------------------------------------------
 
-    def _set_epoch_of_streams(self, epoch: int) -> None:
-        for stream in self._streams:
-            stream.source.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        first_epoch = int(self._maker.epoch) if self._maker.training else 0
         if not self._repeat:
-            yield from self._once()
+            yield from self._equal_share(first_epoch) if self._deals_pairs else self._one_pass(first_epoch)
             return
-        self._streams = [stream.with_own_epoch() for stream in self._streams]
         worker = get_worker_info()
-        batches, epoch, seen, first = self._progress.begin(0 if worker is None else worker.id)
+        batches, epoch, passed = self._starts[0 if worker is None else worker.id % READERS].tolist()
         yield from repeat(None, batches * self._share.batch)
-        epoch, self._yielded, found = epoch if batches else int(self._maker.epoch), batches * self._share.batch, 1
+        epoch, yielded, found = epoch if batches else first_epoch, batches * self._share.batch, 1
         while found:
-            self._set_epoch_of_streams(epoch)
-            found = yield from self._one_pass(epoch, seen, first)
-            seen, epoch, first = seen + found, epoch + 1, 0
+            found, yielded = yield from self._one_pass(epoch, passed=passed, yielded=yielded)
+            epoch, passed = epoch + 1, 0
 
-    def _once(self) -> Iterator[dict[str, Any]]:
-        """One pass in which all processes yield equally many pairs; of several, items tell which are `repeated`."""
-        share, epoch = self._share, int(self._maker.epoch)
-        if share.count == 1 or share.is_split:
-            yield from self._one_pass(epoch, 0)
-            return
-        first: list[dict[str, Any]] = []
-        pending: list[dict[str, Any]] = []
-        yielded, items = 0, self._one_pass(epoch, 0)
+    def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """Yield this process's pairs of one pass, and repeat one of them until all processes have equally many."""
+        items, filling, yielded = self._one_pass(epoch), None, 0
         while True:
             try:
-                pending.append({**next(items), "repeated": False})
+                item = next(items)
             except StopIteration as end:
-                wanted = share.pairs_of(end.value)
+                wanted = -(-end.value[0] // self._share.count)
                 break
-            # A batch is yielded once the next one has begun: `drop_last` may drop the last one.
-            if len(pending) > share.batch:
-                first = first or pending[: share.batch]
-                yield from pending[: share.batch]
-                yielded, pending = yielded + share.batch, pending[share.batch :]
-        filling = [*pending, *(first or pending)]
-        if not filling and wanted:  # there are fewer pairs than processes
-            filling = list(islice(self.for_process(Share())._one_pass(epoch, 0), share.batch))
-        for index in range(wanted - yielded):
-            yield {**filling[index % len(filling)], "repeated": index >= len(pending)}
+            filling = filling or item
+            yielded += 1
+            yield {**item, "repeated": False}
+        for _ in range(wanted - yielded):
+            filling = filling or next(self.for_process(Share())._one_pass(epoch))  # of another process
+            yield {**filling, "repeated": True}
 
-    def _one_pass(self, epoch: int, start: int, first: int = 0) -> Generator[dict[str, Any], None, int]:
-        """This process's items of one pass over the stream; returns the number of labelled pairs of all processes.
-        `start` is the number of those in earlier passes. Pairs before the one with the number `first` are left out."""
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    def _one_pass(
+        self, epoch: int, *, passed: int = 0, yielded: int = 0
+    ) -> Generator[dict[str, Any], None, tuple[int, int]]:
+        """Yield this process's items of one pass over the stream.
+
+        Args:
+            passed (`int`): Labelled pairs of this pass that a run has trained on, which are not decoded.
+            yielded (`int`): Items since the beginning of the run, with those of earlier passes.
+
+        Returns:
+            `tuple[int, int]`: The number of labelled pairs, 0 if none of them could be decoded, and of items so far.
+        """
+        worker, share = get_worker_info(), self._share
+        reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Number of this stream among all that are read at a time: their pairs must not have the same random numbers.
+        number, numbers = reader, workers
+        if not self._deals_pairs:
+            number, numbers = reader + workers * share.index, workers * share.count
         report = DataReport(self._name, self._format_name, examples={}, is_swapped=self.is_swapped)
-        self._examples, counts = report.examples, self._counts[number % _COUNTER_ROWS]
+        self._examples, counts = report.examples, self._counts[reader % READERS]
         if worker is None:
             self._counts.zero_()  # of an earlier loader's workers
-        counts.zero_()
-        readers = workers  # number of different streams, whose pairs must not have the same random numbers
-        if self._share.is_split:
-            number, readers = number + workers * self._share.index, workers * self._share.count
-        position, taken = -1, 0
-        for position, item in enumerate(self._items(report, epoch, start, first)):
+        position = -1
+        for position, item in enumerate(self._items(report, epoch, passed)):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
-            taken += self._share.takes(start + position)
-            if item is not None:
-                images, prompts, scores = item
-                self._record(0 if worker is None else worker.id, epoch, start, position + 1)
-                row = position * readers + number
-                read = partial(self._pixels, images)
-                yield self._maker.item_of(row, prompts, read, epoch) | ({} if scores is None else {"scores": scores})
+            if item is None:
+                continue
+            yielded += 1
+            if self._repeat and yielded % share.batch == 0:
+                batch = yielded // share.batch - 1
+                self._ends[reader % READERS, batch % RECENT] = torch.tensor([batch, epoch, position + 1])
+            images, prompts, scores = item
+            made = self._maker.item_of(position * numbers + number, prompts, partial(self._pixels, images), epoch)
+            yield made if scores is None else made | {"scores": scores}
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
-        if report.pairs:
-            return position + 1
-        if workers == 1 and (position < 0 or (taken and (self._repeat or self._share.count == 1))):
+        if not report.pairs and workers == 1 and (self._repeat or position < 0 or share.count == 1):
             raise BadDataError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
-        return 0 if taken and self._repeat else position + 1  # 0 ends the repetition: no image could be decoded
+        return position + 1 if report.pairs or not self._repeat else 0, yielded
 
-    def _pixels(self, images: list[Image.Image], draws: PairDraws | None, _: int) -> dict[str, Any]:
+    def _pixels(self, images: Sequence[Image.Image], draws: PairDraws | None, _: int) -> dict[str, Any]:
         winner, loser = images
         return self._maker.transform(winner, loser, draws)._asdict()
 
-    def _record(self, reader: int, epoch: int, start: int, pairs: int) -> None:
-        """Counts a pair that is about to be yielded."""
-        self._yielded += 1
-        if self._repeat and self._yielded % self._share.batch == 0:
-            self._progress.record(reader, self._yielded // self._share.batch - 1, epoch, start, pairs)
-
-    def _items(self, report: DataReport, epoch: int, start: int, first: int) -> Iterator[tuple | None]:
-        """Images, prompts and scores of each labelled pair; `None` if it is undecodable, of another process or before
-        the one with the number `first`."""
+    def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
+        """Yield images, prompts and scores of each labelled pair; `None` if it is undecodable, of another process or
+        among the first `passed`."""
+        share, deals_pairs = self._share, self._deals_pairs
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
-            if reject(report, self._strict, kind, row, reason, amount):
+            if reject(report, self._options.on_bad_row == "raise", kind, row, reason, amount):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
-        identical, position = IdenticalPairs(self._name), start
+        identical, position = IdenticalPairs(self._name), -1
         for known, group in self._groups(report, epoch):
             rows = dict(group)
             for pair in pairs_in_group(known, group, count):
-                taken, before = self._share.takes(position), position < start + first
-                images = self._images(known, rows, pair, count) if taken and not before else None
                 position += 1
-                report.pairs += images is not None or (taken and before)
-                if images is not None and self._compare:
+                if deals_pairs and position % share.count != share.index:
+                    yield None
+                    continue
+                if position < passed:
+                    report.pairs += 1
+                    yield None
+                    continue
+                images = self._images(known, rows, pair, count)
+                if images is None:
+                    yield None
+                    continue
+                report.pairs += 1
+                if self._compare:
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)
                 texts = [known.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)]
-                prompts = texts if self.has_loser_prompts else texts[:1]
-                yield None if images is None else (images, prompts, pair.scores)
+                yield images, texts if self.has_loser_prompts else texts[:1], pair.scores
         if self._compare:
             self._verify_different(identical, at_end=True)
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, list[tuple[int, Mapping]]]]:
-        """Rows that are compared with one another, of one stream or, drawn by weight, of several. In training a stream
-        that ends begins again until all have ended once."""
-        streams = self._streams
-        open_ones = [groups(stream.format, _count_rows(stream.source, report)) for stream in streams]
-        weights, ended = np.array(self._weights, dtype=np.float64), np.zeros(len(streams), dtype=bool)
+        """Yield rows that are compared with one another, of one stream or, drawn by weight, of several. In training a
+        stream that ends begins again until all have ended once."""
+        # Not `interleave_datasets`, which deals single rows: it would cut the groups of formats that compare rows.
+        streams, share = list(self._streams), self._share
+        if self._divides_shards:
+            streams = [copy.copy(stream) for stream in streams]
+            for stream in streams:
+                stream.source = split_dataset_by_node(stream.source, share.index, share.count)
+        open_ones = [stream.groups(epoch, report) for stream in streams]
+        weights, ended = np.array(self._weights), np.zeros(len(streams), dtype=bool)
         generator = np.random.default_rng([self._maker.seed, epoch, len(streams), MIXING])
         while weights.any():
             number = 0
@@ -296,34 +338,34 @@ class PreferenceIterableDataset(IterableDataset):
                 if ended.all():
                     return
                 if self._repeat:
-                    open_ones[number] = groups(streams[number].format, _count_rows(streams[number].source, report))
+                    open_ones[number] = streams[number].groups(epoch, report)
                     group = next(open_ones[number], None)
             if group is None:
                 weights[number] = 0.0  # of an evaluation, or empty: a worker has no shard of it
                 continue
             yield streams[number].format, group
 
+    def _images(
+        self, known: PreferenceFormat, rows: Mapping[int, Mapping], pair: PairReference, count: Reject
+    ) -> list[Image.Image] | None:
+        images = []
+        for row, image in (pair[:2], pair[2:4]):
+            try:
+                stored = images_of_row(rows[row], known.image_columns, known.images_in_list)
+                images.append(self._options.reader.decode_at(stored, image))
+            except UndecodableImageError as error:
+                count("undecodable", row, str(error), 1)
+                return None
+        return images
+
     def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
-        """Verifies once that pairs are not identical, after enough of them; the few of one worker among several at the
+        """Verify once that pairs are not identical, after enough of them; the few of one worker among several at the
         end of a short stream are not enough."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if identical.checked >= SAMPLED_PAIRS or (at_end and alone):
             self._compare = False
             identical.verify()
-
-    def _images(
-        self, known: PreferenceFormat, rows: dict[int, Mapping], pair: PairReference, count: Reject
-    ) -> list[Image.Image] | None:
-        images = []
-        for row, image in (pair[:2], pair[2:4]):
-            try:
-                stored = images_of_row(rows[row], known.image_columns, known.images_in_list)
-                images.append(self._reader.decode_at(stored, image))
-            except UndecodableImageError as error:
-                count("undecodable", row, str(error), 1)
-                return None
-        return images
 
 
 def _stream_columns(source: datasets.IterableDataset, name: str) -> list[str]:
@@ -339,17 +381,3 @@ def _count_rows(source: Iterable[Mapping], report: DataReport) -> Iterator[tuple
     for number, row in enumerate(source):
         report.rows += 1
         yield number, row
-
-
-def stream_fingerprint(format_name: str, source: datasets.IterableDataset) -> dict[str, Any]:
-    """Identifies a stream by its metadata. No row is read: a shuffled stream would fill its buffer for the first one.
-
-    Returns:
-        `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
-    """
-    return {
-        "format": format_name,
-        "columns": None if source.column_names is None else sorted(source.column_names),
-        "split": None if source.split is None else str(source.split),
-        "shards": source.num_shards,
-    }

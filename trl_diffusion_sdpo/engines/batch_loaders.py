@@ -19,7 +19,7 @@ from transformers.trainer_utils import seed_worker
 
 from ..data.checking import forks_by_default, usable_cores
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
-from ..data.stream_progress import Share
+from ..data.streaming import Share
 from ..utils._compat import keeps_order, start_method
 from .worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
@@ -97,8 +97,7 @@ class BatchLoaders:
         options: dict[str, Any] = {"sampler": sampler}
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # takes this process's share of the pairs itself
-            rank = (args.process_index, args.world_size)
-            share = Share(*rank, batch_size, args.dataloader_drop_last, is_split=dataset.is_split)
+            share = Share(args.process_index, args.world_size, batch_size)
             dataset, options = dataset.for_process(share), {}
             processes = {"num_processes": 1, "process_index": 0}
         loader = _plain_loader(

@@ -225,7 +225,9 @@ def _reading(args: TrainingArguments) -> list[int]:
 
 def save_position(stream: PreferenceIterableDataset, args: TrainingArguments, batches: int, folder: Path) -> None:
     """Write where this process has read to in a stream, after so many batches, into a checkpoint."""
-    position = stream.position(batches, args.dataloader_num_workers) if keeps_order(args) else None
+    position = None
+    if keeps_order(args):
+        position = stream.position(batches, args.dataloader_num_workers, args.world_size)
     if position is not None:
         content = {"batches": batches, "reading": _reading(args), "position": position}
         (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
@@ -334,10 +336,8 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
         losers=args.losers,
     )
     prepared = prepare_dataset(dataset, options, name=name, peers=peers(args))
-    if isinstance(prepared, PreferenceIterableDataset):
-        prepared.is_split = prepared.is_split_by_node()
-        if not training:
-            _refuse_parts(prepared, args, name)
+    if not training:
+        _refuse_parts(prepared, args, name)
     _check_scores(prepared, scores, args, name)
     scores.apply_to(prepared, peers(args))
     return prepared
