@@ -36,7 +36,7 @@ COMING_FROM = sorted(DOCS.glob("coming_from_*.md"))
 RUNS = "<!-- runs -->\n"
 
 # What transformers' Trainer logs by itself.
-TRAINER_METRICS = {"errors/pairs", "loss", "grad_norm", "learning_rate"}
+TRAINER_METRICS = {"errors/pairs", "errors/accuracy", "errors/margin_relative", "loss", "grad_norm", "learning_rate"}
 
 
 class Block(NamedTuple):

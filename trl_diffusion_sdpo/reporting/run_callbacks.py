@@ -16,6 +16,7 @@ from ..saving.interrupts import resume_hint, was_interrupted
 from ..saving.model_card import CARD_FILE, is_note
 from ..saving.setup import forget_recommended_scales
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
+from .console import say
 from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
 from .sample_images import SAMPLES_FOLDER, SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
@@ -48,7 +49,7 @@ class NoiseBinPlotCallback(TrainerCallback):
 
 
 class VerdictCallback(TrainerCallback):
-    """Warns, or stops, when the preferred images get worse while training; at the end it logs the verdict and writes it
+    """Warns, or stops, when the preferred images get worse while training; at the end it says the verdict and writes it
     into the output folder.
 
     Args:
@@ -121,7 +122,9 @@ class VerdictCallback(TrainerCallback):
             picture = write_verdict(Path(args.output_dir), verdict, self._run, images)
             if picture is not None:
                 self._tracked.add("verdict", picture, state.global_step)
-        if verdict is not None:
+        if verdict is not None and not args.disable_tqdm:
+            say(str(verdict))
+        elif verdict is not None:
             logger.log(logging.INFO if verdict.label in ("better", "unchanged") else logging.WARNING, "%s", verdict)
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
