@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.step.noisy_batch import seeds_of_levels
+from trl_diffusion_sdpo.step.noisy_batch import seeds_of_draws
 
 INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 3}
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
@@ -184,7 +184,7 @@ def test_every_draw_of_a_pair_is_inverted_to_its_own_timestep(make_trainer):
     batch = batch_of(trainer)
     several = trainer.pair_forward.noisy_batch(batch, 2, trainer.model)
     for level in range(2):
-        seeds = seeds_of_levels(batch["seeds"], 2)[4 * level : 4 * level + 4]
+        seeds = seeds_of_draws(batch["seeds"], 2)[4 * level : 4 * level + 4]
         latents, conditioning = trainer.pair_forward.encode(batch)  # one encoding for both
         timesteps, noise, _ = trainer.pair_forward.invert(trainer.model, conditioning, seeds, latents)
         rows = [4 * level + row for row in range(4)] + [8 + 4 * level + row for row in range(4)]

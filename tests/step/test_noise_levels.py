@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from trl_diffusion_sdpo.step.noisy_batch import repeat_pairs, seeds_of_levels
+from trl_diffusion_sdpo.step.noisy_batch import repeat_pairs, seeds_of_draws
 
 LEVELS, BETA = 3, 50.0
 
@@ -28,12 +28,12 @@ def gradient(trainer) -> torch.Tensor:
 
 def test_the_first_draw_has_the_pairs_own_seeds_and_no_two_have_one():
     seeds = [3, 2**63 - 1, 0]
-    assert seeds_of_levels(seeds, 1) == seeds
-    all_seeds = seeds_of_levels(seeds, 50)
+    assert seeds_of_draws(seeds, 1) == seeds
+    all_seeds = seeds_of_draws(seeds, 50)
     assert all_seeds[:3] == seeds and len(set(all_seeds)) == 150
     assert all(0 <= seed < 2**63 for seed in all_seeds)  # what a generator takes
-    assert all_seeds[:9] == seeds_of_levels(seeds, 3)
-    assert seeds_of_levels([2**63 - 1], 3)[1:] == seeds_of_levels(seeds, 3)[4::3]  # of a pair alone
+    assert all_seeds[:9] == seeds_of_draws(seeds, 3)
+    assert seeds_of_draws([2**63 - 1], 3)[1:] == seeds_of_draws(seeds, 3)[4::3]  # of a pair alone
 
 
 def test_pairs_are_repeated_in_their_order_with_the_winners_first():
@@ -53,7 +53,7 @@ def test_the_gradient_is_the_mean_of_those_of_as_many_micro_batches(make_trainer
     policy.zero_grad()
     reference = copy.deepcopy(trainer.reference.module).double()
     latents, conditioning = forward.encode(batch)
-    seeds, losses = seeds_of_levels(batch["seeds"], LEVELS), []
+    seeds, losses = seeds_of_draws(batch["seeds"], LEVELS), []
     for level in range(LEVELS):
         timesteps, noise, _ = forward.draw_noise(seeds[4 * level : 4 * level + 4], latents)
         noisy, target = process.add_noise(latents, noise, timesteps).double(), noise.double()

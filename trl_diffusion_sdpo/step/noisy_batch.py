@@ -121,11 +121,11 @@ def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
     return torch.cat([*[winners] * times, *[losers] * times])
 
 
-def seeds_of_levels(seeds: Sequence[int], levels: int) -> list[int]:
+def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
     """Seeds of the first draw of each pair, which are the pairs' own, then of the second draws, and so on."""
     later = [
-        int(np.random.SeedSequence([seed, level]).generate_state(1, np.uint64)[0] >> 1)
-        for level in range(1, levels)
+        int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
+        for draw in range(1, draws)
         for seed in seeds
     ]
     return [*seeds, *later]

@@ -40,7 +40,7 @@ from .noisy_batch import (
     PairPredictions,
     of_both_halves,
     repeat_pairs,
-    seeds_of_levels,
+    seeds_of_draws,
 )
 
 VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
@@ -120,14 +120,17 @@ class PairForward:
             weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Predict with these instead of the
                 policy's.
         """
-        levels = self.noise_levels_of_a_pair(model)
-        batch, scores = self.noisy_batch(inputs, levels, model), self.scores(inputs, levels)
-        pair_weights, beta = self.pair_weights(inputs, levels), self.beta_of(model)
+        draws = self.draws_of_a_pair(model)
+        batch = self.noisy_batch(inputs, draws, model)
+        scores = self.scores(inputs, draws)
+        pair_weights = self.pair_weights(inputs, draws)
+        beta = self.beta_of(model)
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
         (reference,) = self.predict_reference(model, [batch])
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
-            prediction, errors = self.predict(policy, batch), self.stored_errors(inputs)
-            return PairPredictions(batch, prediction, reference, scores, errors, pair_weights, beta)
+            prediction = self.predict(policy, batch)
+        errors = self.stored_errors(inputs)
+        return PairPredictions(batch, prediction, reference, scores, errors, pair_weights, beta)
 
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
@@ -169,23 +172,23 @@ class PairForward:
     # ---- Its parts ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def noisy_batch(self, inputs: dict[str, Any], levels: int = 1, policy: nn.Module | None = None) -> NoisyBatch:
+    def noisy_batch(self, inputs: dict[str, Any], draws: int = 1, policy: nn.Module | None = None) -> NoisyBatch:
         """Encoded images and prompts of a collated batch, with the noise of their pair at its timestep.
 
         Args:
-            levels (`int`, *optional*, defaults to 1): Draws of timestep and noise of each pair, which is encoded once.
-                The first draw of all pairs comes first, then the second, and so on: `(2 * levels * B)` rows.
+            draws (`int`, *optional*, defaults to 1): Draws of timestep and noise of each pair, which is encoded once.
+                The first draw of all pairs comes first, then the second, and so on: `(2 * draws * B)` rows.
             policy (`nn.Module`, *optional*): Inverts the images, where the settings have an inversion and it is in
                 training. Evaluation draws its noise: errors at noise that the policy finds itself fall as it comes to
                 agree with itself, whatever becomes of the images that it generates.
         """
         latents, conditioning = self.encode(inputs)
-        if levels > 1:
-            latents = repeat_pairs(latents, levels)
-            conditioning = {name: repeat_pairs(value, levels) for name, value in conditioning.items()}
+        if draws > 1:
+            latents = repeat_pairs(latents, draws)
+            conditioning = {name: repeat_pairs(value, draws) for name, value in conditioning.items()}
         inverts = self._inversion is not None and policy is not None and policy.training
         draw = partial(self.invert, policy, conditioning) if inverts else self.draw_noise
-        timesteps, noise, perturbation = draw(seeds_of_levels(inputs["seeds"], levels), latents)
+        timesteps, noise, perturbation = draw(seeds_of_draws(inputs["seeds"], draws), latents)
         return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -298,7 +301,7 @@ class PairForward:
 
     @torch.no_grad()
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
-        """Mean squared errors of the reference on a collated batch, `(2 * levels * B,)` in float32, by the forward
+        """Mean squared errors of the reference on a collated batch, `(2 * draws * B,)` in float32, by the forward
         passes of training or of evaluation: training under the parameter-space safeguard has one for winners and one
         for losers."""
         batch = self.noisy_batch(inputs, self.noise_settings.timesteps_per_pair if training else 1)
@@ -318,17 +321,17 @@ class PairForward:
             )
         return inputs["ref_errors"]
 
-    def noise_levels_of_a_pair(self, model: nn.Module) -> int:
+    def draws_of_a_pair(self, model: nn.Module) -> int:
         """Draws of timestep and noise of each pair: those of the settings in training, one in evaluation."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
-    def scores(self, inputs: dict[str, Any], levels: int) -> torch.Tensor | None:
+    def scores(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
         """The scores of a collated batch, for each of its draws; `None` without scores."""
-        return repeat_pairs(inputs["scores"], levels) if "scores" in inputs else None
+        return repeat_pairs(inputs["scores"], draws) if "scores" in inputs else None
 
-    def pair_weights(self, inputs: dict[str, Any], levels: int) -> torch.Tensor | None:
-        """Factors of the pairs' losses in a collated batch, `(levels * B,)`; `None` without such a column."""
-        return inputs["pair_weights"].repeat(levels) if "pair_weights" in inputs else None
+    def pair_weights(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
+        """Factors of the pairs' losses in a collated batch, `(draws * B,)`; `None` without such a column."""
+        return inputs["pair_weights"].repeat(draws) if "pair_weights" in inputs else None
 
     def beta_of(self, model: nn.Module) -> torch.Tensor | None:
         """The beta of training; `None` for that of the settings, which evaluation has."""

@@ -64,8 +64,9 @@ class ParameterSafeguard:
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
         """As [`PairForward.predict_pairs`]; `policy` is a leaf, so that the graph of the loss ends there."""
-        levels = self._forward.noise_levels_of_a_pair(model)
-        batch, scores = self._forward.noisy_batch(inputs, levels, model), self._forward.scores(inputs, levels)
+        draws = self._forward.draws_of_a_pair(model)
+        batch = self._forward.noisy_batch(inputs, draws, model)
+        scores = self._forward.scores(inputs, draws)
         errors = self._forward.stored_errors(inputs)
         if self._sorts_by_scores:
             order = order_by_scores(scores)
@@ -77,7 +78,7 @@ class ParameterSafeguard:
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
         reference = None if references[0] is None else torch.cat(references)
-        weights, beta = self._forward.pair_weights(inputs, levels), self._forward.beta_of(model)
+        weights, beta = self._forward.pair_weights(inputs, draws), self._forward.beta_of(model)
         predictions = PairPredictions(batch, leaf, reference, scores, errors, weights, beta)
         self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
         return predictions

@@ -15,7 +15,7 @@ from ..data.pairs import PreferenceIterableDataset
 from ..engines.engine import Engine
 from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.reference import Reference
-from ..step.noisy_batch import seeds_of_levels
+from ..step.noisy_batch import seeds_of_draws
 from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward
 
@@ -45,7 +45,7 @@ class EvaluationOverrides(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             pairs = len(inputs["seeds"])
-            seeds = seeds_of_levels(inputs["seeds"], self._evaluation.draws)
+            seeds = seeds_of_draws(inputs["seeds"], self._evaluation.draws)
             draws = [
                 self.pair_forward.predict_pairs(
                     model, {**inputs, "seeds": seeds[start : start + pairs]}, self._evaluated_weights
