@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
             with unwrapping_refused_pickles():
                 yield
         except pickle.UnpicklingError as error:
-            raise ValueError(_REFUSED.format(str(error).partition("\n")[0])) from error
+            asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to read the file without a check
+            raise ValueError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
         except (SafetensorError, EOFError, FileNotFoundError) as error:
             raise ValueError(_DAMAGED.format(error)) from error
         except RuntimeError as error:
