@@ -139,7 +139,7 @@ def test_a_configuration_has_the_published_values(name, tmp_path):
     model, resolution = BASES[name.split("_")[0]]
     _, args, model_args = parse_config(ROOT / "examples" / "configs" / f"{name}.yaml", tmp_path)
     assert (args.loss_type, args.learning_rate, args.beta) == (loss, learning_rate, beta)
-    assert (args.dmpo_alpha, args.safeguard_mu) == (alpha, mu)
+    assert (args.loss_kwargs.get("dmpo_alpha"), args.safeguard_mu) == (alpha, mu)
     assert (args.safeguard, args.safeguard_granularity, args.optim) == ("output", "batch", optim)
     assert (args.max_steps, args.warmup_steps, args.lr_scheduler_type) == (2000, 500, "constant_with_warmup")
     assert (args.bf16, args.proportion_empty_prompts, args.resolution) == (True, 0.2, resolution)

@@ -159,7 +159,7 @@ def test_a_configuration_of_the_paper_runs_through_the_command_line(sd_folder, p
     assert main(["train", *arguments]) == 0
     assert "The tuned weights are in" in capsys.readouterr().out
     settings = json.loads((output / "training_args.json").read_text())
-    assert (settings["loss_type"], settings["beta"], settings["dmpo_alpha"]) == ("dmpo", 2000, 0.01)
+    assert (settings["loss_type"], settings["beta"], settings["loss_kwargs"]) == ("dmpo", 2000, {"dmpo_alpha": 0.01})
     assert (output / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 

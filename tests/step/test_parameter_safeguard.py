@@ -159,7 +159,7 @@ def test_past_its_target_dmpo_opposes_its_winner_and_lambda_is_zero(make_trainer
         train=make_pairs(8, seed=1),
         **PARAMETER,
         loss_type="dmpo",
-        dmpo_alpha=0.3,
+        loss_kwargs={"dmpo_alpha": 0.3},
         max_steps=1,
     )
     scale, gradient, flat = by_hand(trainer, batches_of(trainer), dmpo, 0.3, "error")

@@ -122,7 +122,7 @@ SUMS = {
     "sft_weight": ({"sft_weight": 5.0}, lambda *e: logistic(*e) + 5 * e[0], 0),
     "clamp": ({"margin_clamp": 0.2}, capped, 0),
     "targets": (
-        {"loss_type": ["dmpo", "sigmoid"], "dmpo_alpha": 0.1, "loss_weights": [2.0, 1.0]},
+        {"loss_type": ["dmpo", "sigmoid"], "loss_kwargs": {"dmpo_alpha": 0.1}, "loss_weights": [2.0, 1.0]},
         lambda *e: 2 * dmpo(*e) + logistic(*e),
         2,
     ),

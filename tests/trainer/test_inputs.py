@@ -28,10 +28,24 @@ def image(value=0, size=(16, 16)):
         ({"safeguard": "weights"}, "`safeguard` must be one of none, output, parameter; got 'weights'"),
         ({"safeguard_granularity": "row"}, "must be one of batch, pair, weighted, noise_bin; got 'row'"),
         ({"safeguard_eps": -1.0}, "`safeguard_eps` must be at least 0, got -1.0"),
-        ({"loss_type": "dpo"}, "`loss_type` must be one of sigmoid, .*; got 'dpo'"),
-        ({"loss_type": "sigmoid", "dmpo_alpha": 0.1}, "`dmpo_alpha` is no setting of the loss 'sigmoid'"),
-        ({"loss_type": "dmpo", "dmpo_alpha": 0.0}, r"`dmpo_alpha` must be in \(0, 0.5\), got 0.0"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, r"`label_smoothing` must be in \[0, 0.5\), got 0.5"),
+        (
+            {"loss_type": "exo_pair"},
+            "`loss_type` must be one of sigmoid, .*; got 'exo_pair'.*`dmpo`",
+        ),
+        ({"loss_type": "sigmoid", "loss_kwargs": [0.1]}, "`loss_kwargs` must map names to numbers"),
+        (
+            {"loss_type": "dmpo", "loss_kwargs": {"dmpo_alpha": "low"}},
+            "`dmpo_alpha` of `loss_kwargs` must be a number",
+        ),
+        (
+            {"loss_type": "sigmoid", "loss_kwargs": {"dmpo_alpha": 0.1}},
+            "`dmpo_alpha` is no setting",
+        ),
+        ({"loss_type": "dmpo", "loss_kwargs": {"dmpo_alpha": 0.0}}, r"`dmpo_alpha` must be in \(0, 0.5\), got 0.0"),
+        (
+            {"loss_type": "robust", "loss_kwargs": {"label_smoothing": 0.5}},
+            "`label_smoothing` must be in",
+        ),
         ({"loss_type": "sft", "sync_ref_model": True}, "`sync_ref_model=True` cannot act"),
         ({"ref_model_mixup_alpha": 0.0}, r"`ref_model_mixup_alpha` must be in \(0, 1\], got 0.0"),
         ({"ref_model_sync_steps": 0}, "`ref_model_sync_steps` must be at least 1, got 0"),

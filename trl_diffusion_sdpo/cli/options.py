@@ -103,12 +103,9 @@ def _word(action: argparse.Action, value: Any) -> str:
                 "quotes if it is meant as text."
             )
         return word
-    if isinstance(value, float) and action.type is str and name not in _NUMBERS_OR_NAMES:
+    if isinstance(value, float) and action.type is str:
         raise ValueError(f"`{name}` must be text, got {value}. Write it in quotes.")
     return "none" if value is None else str(value)
-
-
-_NUMBERS_OR_NAMES = ("smpo_score_scale",)
 
 
 def _rule(action: argparse.Action) -> str:

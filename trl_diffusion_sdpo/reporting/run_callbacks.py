@@ -31,8 +31,7 @@ SHOWN_EVALUATIONS = 12  # in the plot of noise bins
 
 class NoiseBinPlotCallback(TrainerCallback):
     """Plots the change of the errors at each noise bin, after every evaluation, into the output folder:
-    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`. Without matplotlib, which is an extra,
-    the numbers are in the log only."""
+    `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
 
     def __init__(self, images: TrackedImages, num_noise_bins: int):
         self._images, self._num_noise_bins = images, num_noise_bins

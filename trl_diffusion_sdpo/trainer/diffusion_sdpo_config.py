@@ -9,7 +9,14 @@ import torch
 from transformers import TrainingArguments
 
 from ..utils.secrets import masked
-from .config.all_arguments import AllArguments, read_words, settings_of, settled_loss_type, settled_resolution
+from .config.all_arguments import (
+    AllArguments,
+    read_words,
+    settings_of,
+    settled_loss_kwargs,
+    settled_loss_type,
+    settled_resolution,
+)
 from .config.checks import check_settings
 from .config.declaring import EVALUATION, RESUME
 
@@ -42,7 +49,11 @@ class DiffusionSDPOConfig(AllArguments):
     > - `logging_nan_inf_filter`: `False`; a loss that is not finite stops the run before the weights change.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "ref_model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "ref_model_init_kwargs",
+        "loss_kwargs",
+    ]
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float | None = field(
@@ -91,6 +102,7 @@ class DiffusionSDPOConfig(AllArguments):
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
         self.loss_type = settled_loss_type(self.loss_type)
+        self.loss_kwargs: dict[str, float] = settled_loss_kwargs(self.loss_kwargs)
         self.resolution = cast(Any, settled_resolution(self.resolution))  # parsers know no type for one number or two
         check_settings(self)
 

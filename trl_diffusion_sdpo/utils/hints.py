@@ -64,6 +64,10 @@ _MORE = {
 }
 # Patterns of other trainers' options for what is not here, with the reason.
 _ABSENT = (
+    (
+        "^(label_smoothing|dspo_threshold|dmpo_alpha|mapo_temperature|mapo_scale|simpo_gamma|dpop_lambda|linear_eta|smpo_.*)$",
+        "Constants of single losses are keys of `loss_kwargs`.",
+    ),
     ("text_encoder|(^|_)te[123]?_lr|textual_inversion", "Text encoders are not trained."),
     (
         "lycoris|loha|lokr|lora_type|lora_algo|peft_type|network_(module|args)",

@@ -109,15 +109,15 @@ def test_a_noise_process_without_inversion_is_refused(make_trainer, monkeypatch)
 
 @pytest.mark.parametrize(("given", "scale"), [("pickscore", 0.166581), ("0.5", 0.5), (2, 2)])
 def test_the_scale_of_scores_is_a_number_or_the_name_of_one(make_args, given, scale):
-    args = make_args(loss_type="smpo", smpo_score_scale=given)
+    args = make_args(loss_type="smpo", loss_kwargs={"smpo_score_scale": given})
     assert args.loss_kwargs["smpo_score_scale"] == pytest.approx(scale, abs=1e-12)
 
 
 def test_another_name_of_a_scale_is_refused(make_args):
     with pytest.raises(ValueError, match="`smpo_score_scale` must be a number or one of pickscore; got 'hps'"):
-        make_args(loss_type="smpo", smpo_score_scale="hps")
+        make_args(loss_type="smpo", loss_kwargs={"smpo_score_scale": "hps"})
 
 
 def test_the_named_scale_reaches_the_loss(make_trainer):
-    trainer = make_trainer(loss_type="smpo", smpo_score_scale="pickscore")
+    trainer = make_trainer(loss_type="smpo", loss_kwargs={"smpo_score_scale": "pickscore"})
     assert trainer.pair_forward.loss_settings.loss_kwargs == {"smpo_score_scale": pytest.approx(0.166581)}

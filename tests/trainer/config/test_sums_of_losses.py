@@ -25,7 +25,9 @@ def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
     args = make_args(loss_type=["sigmoid", "dmpo"], loss_weights=[1.0, 0.5], sft_weight=0.1, margin_clamp=2.0)
     assert not args.loss_spec.equal_weights and args.loss_spec.margin_clamp == 2.0
     assert args.loss_spec.loss_kwargs == {"dmpo_alpha": 0.01}
-    assert make_args(loss_type=["robust", "dmpo"], dmpo_alpha=0.1, label_smoothing=0.2).loss_kwargs == {
+    assert make_args(
+        loss_type=["robust", "dmpo"], loss_kwargs={"dmpo_alpha": 0.1, "label_smoothing": "0.2"}
+    ).loss_kwargs == {
         "label_smoothing": 0.2,
         "dmpo_alpha": 0.1,
     }
@@ -47,7 +49,10 @@ def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
         ({"loss_type": "sft", "auto_beta": True}, "`auto_beta` chooses the factor of a logit.*; got sft"),
         ({"loss_type": ["sigmoid", "ipo"], "auto_beta": True}, "; got ipo. Leave it unset"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0, 1], "auto_beta": True}, "; got sft. Leave it unset"),
-        ({"loss_type": ["sigmoid", "sft"], "mapo_scale": 1.0}, "`mapo_scale` is no setting of the loss"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "loss_kwargs": {"mapo_scale": 1.0}},
+            "`mapo_scale` is no setting of the loss",
+        ),
         ({"loss_type": ["sft", "mapo"], "loss_weights": [1, 0], "winner_budget": 0.1}, "has no loser"),
         ({"loss_type": ["dspo", "sigmoid"], "precompute_ref_errors": True}, "reads the reference's prediction"),
     ],

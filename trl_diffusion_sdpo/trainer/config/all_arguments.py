@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from transformers import TrainingArguments
 
 from ...data.images import MIN_SIDE
+from ...losses.score_statistics import score_scale
 from ...utils.hints import CHOICE_ALIASES
 from ...utils.switch_words import SWITCH_WORDS, choice_of_switch
 from .data_arguments import DataArguments, RunArguments
@@ -78,8 +79,6 @@ def read_words(args: AllArguments) -> None:
             setattr(args, name, SWITCH_WORDS[value.lower()])
         elif isinstance(value, str) and setting.types == {float}:
             setattr(args, name, float(value))
-        elif isinstance(value, str) and setting.types == {float, str}:
-            setattr(args, name, _number_or_name(value))
 
 
 def _number_or_name(value: str) -> float | str:
@@ -94,6 +93,27 @@ def settled_loss_type(value: Any) -> Any:
     one. `"dpo"` is `"sigmoid"`, the loss of Diffusion-DPO."""
     names = [CHOICE_ALIASES.get(name, name) for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
+
+
+def settled_loss_kwargs(value: Any) -> dict[str, float]:
+    """Return the constants of losses as numbers.
+
+    Raises:
+        `ValueError`: If they are no mapping, or a value is no number.
+    """
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f'`loss_kwargs` must map names to numbers, got {value!r}. Write `{{"dmpo_alpha": 0.01}}` on a command line.'
+        )
+    numbers: dict[str, float] = {}
+    for name, given in (value or {}).items():
+        number = _number_or_name(given) if isinstance(given, str) else given
+        if isinstance(number, str) and name == "smpo_score_scale":
+            number = score_scale(number)
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ValueError(f"`{name}` of `loss_kwargs` must be a number, got {given!r}.")
+        numbers[name] = number
+    return numbers
 
 
 def settled_resolution(value: Any) -> int | list[int] | None:

@@ -146,7 +146,7 @@ def _check_schedule(args: AllArguments) -> None:
 
 
 def _check_loss(args: AllArguments, loss: LossSpec) -> None:
-    check_loss_kwargs(cast(Any, args.loss_type), args.beta, args.loss_kwargs)
+    check_loss_kwargs(cast(Any, args.loss_type), args.beta, cast(Any, args.loss_kwargs))  # numbers by now
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
     check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
     if not loss.uses_beta and args.beta is not None:

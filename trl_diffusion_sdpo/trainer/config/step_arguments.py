@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from ...families.inversion import InversionEnd, InversionKind
 from ...families.timestep_sampling import WeightingScheme
-from ...losses import LOSS_KWARG_RANGES, Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec, score_scale
+from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
 from .declaring import EVALUATION, RESUME, Choices, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
@@ -132,18 +132,13 @@ class LossArguments:
             Optimizer steps between two measurements of the parameter-space safeguard: lambda of output space beside
             its own, and the change of the winners' error on the same batch, noise and timesteps, predicted from its
             gradient and realised by the optimizer. None if unset.
-        label_smoothing (`float`, *optional*): Share of flipped labels that `robust` assumes, 0.1 if unset.
-        dspo_threshold (`float`, *optional*): Mean squared shift from which `dspo_sdxl` weighs it, 0.1 if unset.
-        dmpo_alpha (`float`, *optional*): Distance of `dmpo`'s target preference from 1, 0.01 if unset.
-        mapo_temperature (`float`, *optional*): T of `mapo`, 1000 if unset.
-        mapo_scale (`float`, *optional*): s of `mapo`, 0.5 if unset.
-        simpo_gamma (`float`, *optional*): Target margin of `simpo`, 0.5 if unset.
-        dpop_lambda (`float`, *optional*): Charge of `dpop` on a rise of the winner's error, 5 if unset.
-        linear_eta (`float`, *optional*): Lowest weight of `linear`, 1e-3 if unset.
-        smpo_coefficient (`float`, *optional*): Coefficient of `smpo`, 10 if unset.
-        smpo_score_scale (`float` or `str`, *optional*):
-            What `smpo` divides score differences by, 1 if unset; `"pickscore"` is the published 0.166581, for cosines
-            of PickScore.
+        loss_kwargs (`dict` or `str`, *optional*):
+            Constants of single losses by name, in YAML or as JSON: `label_smoothing` (share of flipped labels that
+            `robust` assumes, 0.1 if unset), `dspo_threshold` (squared shift from which `dspo_sdxl` weighs it, 0.1),
+            `dmpo_alpha` (distance of `dmpo`'s target preference from 1, 0.01), `mapo_temperature` (1000), `mapo_scale`
+            (0.5), `simpo_gamma` (target margin, 0.5), `dpop_lambda` (charge on a rise of the winner's error, 5),
+            `linear_eta` (lowest weight, 1e-3), `smpo_coefficient` (10) and `smpo_score_scale` (divisor of score
+            differences, 1; `"pickscore"` is the published 0.166581, for cosines of PickScore).
     """
 
     loss_type: Annotated[list[str], Choices(get_args(LossType)), RESUME] = cast(Any, "sigmoid")
@@ -159,28 +154,12 @@ class LossArguments:
     safeguard_anchor: Annotated[Anchor | None, RESUME] = None
     safeguard_low_memory: bool = False
     safeguard_diagnostics_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
-    label_smoothing: Annotated[float | None, RESUME] = None
-    dspo_threshold: Annotated[float | None, RESUME] = None
-    dmpo_alpha: Annotated[float | None, RESUME] = None
-    mapo_temperature: Annotated[float | None, RESUME] = None
-    mapo_scale: Annotated[float | None, RESUME] = None
-    simpo_gamma: Annotated[float | None, RESUME] = None
-    dpop_lambda: Annotated[float | None, RESUME] = None
-    linear_eta: Annotated[float | None, RESUME] = None
-    smpo_coefficient: Annotated[float | None, RESUME] = None
-    smpo_score_scale: Annotated[float | str | None, RESUME] = None
+    loss_kwargs: Annotated[dict[str, Any] | str | None, RESUME] = None
 
     @property
     def loss_spec(self) -> LossSpec:
         """What is known of the loss; `ValueError` where `loss_type` and its settings name none."""
         return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.sft_weight, self.margin_clamp)
-
-    @property
-    def loss_kwargs(self) -> dict[str, float]:
-        """The settings of the loss besides `beta` that were given, by name."""
-        values = {name: getattr(self, name) for name in LOSS_KWARG_RANGES}
-        given = {name: value for name, value in values.items() if value is not None}
-        return {name: score_scale(value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 @documented
