@@ -7,6 +7,7 @@ import logging
 import os
 import tracemalloc
 import weakref
+from functools import partial
 
 import datasets
 import datasets.distributed
@@ -16,6 +17,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
 from torch.utils.data import RandomSampler
+from transformers import Trainer
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, PairMixture
 from trl_diffusion_sdpo.cache.reference_errors import ReferenceErrors
@@ -47,14 +49,94 @@ class FloatCollator(PreferenceCollator):
         return {**batch, "pixel_values": (batch["pixel_values"].float() / 255 - 0.5) / 0.5}
 
 
-def test_a_steps_micro_batches_wait_on_the_host_as_bytes(make_trainer):
-    trainer = make_trainer(gradient_accumulation_steps=3, per_device_train_batch_size=2, max_steps=1)
-    loader = trainer.get_train_dataloader()
+def test_a_loaded_batch_is_bytes_on_the_host(make_trainer):
+    loader = make_trainer(per_device_train_batch_size=2).get_train_dataloader()
     assert loader.device is None  # accelerate's loaders would move a batch as soon as it is asked for
-    waiting, _ = trainer.get_batch_samples(iter(loader), 3, torch.device("meta"))
-    assert [batch["pixel_values"].dtype for batch in waiting] == [torch.uint8] * 3
-    assert [batch["pixel_values"].device.type for batch in waiting] == ["cpu"] * 3
-    assert waiting[0]["pixel_values"].shape == (4, 3, 16, 16)
+    batch = next(iter(loader))
+    assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].device.type == "cpu"
+    assert batch["pixel_values"].shape == (4, 3, 16, 16)
+
+
+class CountingCollator(PreferenceCollator):
+    """Counts the batches that are loaded."""
+
+    loaded = 0
+
+    def __call__(self, items):
+        self.loaded += 1
+        return super().__call__(items)
+
+
+def watch_micro_batches(trainer, monkeypatch):
+    """A list that training fills: before each micro-batch the batches loaded, its share and the random state."""
+    step, seen = trainer.training_step, []
+
+    def watched(*inputs):
+        share = trainer.current_gradient_accumulation_steps
+        seen.append((trainer.data_collator.loaded, share, torch.get_rng_state().sum().item()))
+        return step(*inputs)
+
+    monkeypatch.setattr(trainer, "training_step", watched)
+    return seen
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
+def test_micro_batches_are_loaded_in_their_turn_and_train_as_if_loaded_at_once(
+    make_trainer, make_pairs, monkeypatch, safeguard
+):
+    def train(**settings):
+        settings = {"safeguard": safeguard, "gradient_accumulation_steps": 4, "logging_steps": 1, **settings}
+        trainer = make_trainer(
+            train=make_pairs(5),
+            data_collator=CountingCollator(),
+            per_device_train_batch_size=1,
+            max_steps=-1,
+            num_train_epochs=2,
+            **settings,
+        )
+        return trainer, watch_micro_batches(trainer, monkeypatch)
+
+    lazy, seen = train()
+    logged = losses(lazy)
+    # accelerate loads one batch ahead; an epoch ends with a step of one micro-batch
+    assert [loaded for loaded, *_ in seen] == [2, 3, 4, 5, 5, 7, 8, 9, 10, 10]
+    assert [share for _, share, _ in seen] == [4, 4, 4, 4, 1] * 2
+    assert len(logged) == 4
+    eager, at_once = train()
+    monkeypatch.setattr(eager, "get_batch_samples", partial(Trainer.get_batch_samples, eager))
+    assert losses(eager) == logged
+    assert [loaded for loaded, *_ in at_once] == [5] * 5 + [10] * 5
+    assert all(map(torch.equal, lazy.denoiser.parameters(), eager.denoiser.parameters()))
+
+
+def test_a_resumed_epoch_has_the_random_state_of_the_run_that_was_not_interrupted(
+    make_trainer, make_pairs, monkeypatch, tmp_path
+):
+    def trainer():
+        made = make_trainer(
+            output_dir=str(tmp_path / "run"),
+            train=make_pairs(4),
+            data_collator=CountingCollator(),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        return made, watch_micro_batches(made, monkeypatch)
+
+    whole, states = trainer()
+    whole.train()
+    resumed, resumed_states = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert [state for *_, state in resumed_states] == [state for *_, state in states[2:]]
+
+
+def test_the_last_step_of_a_stream_has_the_micro_batches_that_are_left(make_trainer, make_pairs):
+    trainer = make_trainer(train=make_pairs(3).to_iterable_dataset(), gradient_accumulation_steps=2, max_steps=2)
+    batches = iter(["first", "second", "third"])
+    steps = [trainer.get_batch_samples(batches, 2, trainer.args.device) for _ in range(2)]
+    assert steps == [(["first", "second"], None), (["third"], None)]
 
 
 def test_a_batch_goes_to_the_device_in_its_turn_and_grows_to_floats_there(make_trainer):

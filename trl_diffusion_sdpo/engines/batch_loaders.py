@@ -56,6 +56,27 @@ class SmallSampler(SeedableRandomSampler, _InParts):
     """The order of accelerate's `SeedableRandomSampler`, which takes 40 MB for a million pairs as a list."""
 
 
+class LazyBatches:
+    """The micro-batches of an optimizer step, to be iterated over once. The first one is loaded at once, because a
+    loader draws the seeds of its epoch then; each other one in its turn.
+
+    Args:
+        batches (`Iterator`): The batches of an epoch.
+        count (`int`): Micro-batches of the step. So many must be left.
+    """
+
+    def __init__(self, batches: Iterator[Any], count: int):
+        self._batches, self._count, self._first = batches, count, [next(batches)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._first.pop()
+        for _ in range(self._count - 1):
+            yield next(self._batches)
+
+
 class BatchLoaders:
     """Makes a trainer's data loaders. Where [`choose_workers`] set the number of workers, for the training data
     (`workers_are_chosen`), loaders of other data have no more workers than those allow."""
@@ -114,7 +135,7 @@ class BatchLoaders:
             **options,
         )
         # Not `Accelerator.prepare`: it keeps a reference to every loader, and its loaders move a batch to the device
-        # when it is fetched, which transformers does for all micro-batches of a step before the first one trains.
+        # when it is fetched, while the batch before it still trains.
         prepared = prepare_data_loader(
             loader,
             put_on_device=False,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -20,7 +21,7 @@ from ..data.buckets import AspectRatioBuckets, BucketSampler
 from ..data.pair_scores import ScoreSettings
 from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.transforms import PairTransform
-from ..engines.batch_loaders import BatchLoaders, choose_workers
+from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
@@ -62,6 +63,14 @@ class DataOverrides(Trainer):
             raise ValueError("Training needs a `train_dataset`, got none.")
         sampler = self._get_train_sampler(self.train_dataset)
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
+        """Return the micro-batches of an optimizer step, each of which is loaded in its turn. transformers would load
+        all of them first. Those of a stream are loaded first, because a stream does not say when it ends. The number of
+        items is `None`, because losses are means over pairs."""
+        if isinstance(self.train_dataset, PreferenceDataset):
+            return LazyBatches(epoch_iterator, num_batches), None
+        return list(islice(epoch_iterator, num_batches)), None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The loader of an evaluation's data; the same one at every call for a data set of the trainer's, given by name
