@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
@@ -118,130 +118,69 @@ def diffusion_preference_loss(
     spec = loss_spec(loss_type, loss_weights, sft_weight, margin_clamp)
     check_loss_kwargs(loss_type, beta, loss_kwargs)
     _check_output_space(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps, noise_bins)
-    of_pairs = (pair_weights, timestep_weights, scores)
-    objective = _Objective(repr(loss_type), spec, beta, loss_kwargs, target, ref_pred, ref_errors, *of_pairs)
-    objective.check(model_pred)
+    _check_predictions(model_pred, target, ref_pred, ref_errors)
+    _check_needs(repr(loss_type), spec, beta, ref_pred, ref_errors, scores, rows=len(model_pred))
     _check_weights(len(model_pred) // 2, pair_weights, timestep_weights, loser_weights, noise_bins)
+
+    # The image with the higher score is the winner.
     if spec.needs_scores:
-        model_pred, objective = objective.ordered(model_pred)
+        assert scores is not None
+        order = order_by_scores(scores).to(model_pred.device)
+        scores = scores.to(model_pred.device)[order]
+        model_pred, target = model_pred[order], target[order]
+        ref_pred = None if ref_pred is None else ref_pred[order]
+        ref_errors = None if ref_errors is None else ref_errors[order]
 
-    residuals = (model_pred.detach().float() - objective.target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
-    rule: dict[str, Any] = {"mu": safeguard_mu, "granularity": safeguard_granularity, "eps": safeguard_eps}
-    rule |= {"loser_weights": loser_weights, "noise_bins": noise_bins, "num_noise_bins": num_noise_bins}
-    guarded = safeguard == "output" and spec.uses_loser
-    scale = objective.scale(model_pred, residuals, **rule) if guarded else torch.ones((), device=model_pred.device)
+    def terms_of(pred: torch.Tensor) -> PairTerms:
+        return pair_terms(
+            pred, target, ref_pred, ref_errors=ref_errors, timestep_weights=timestep_weights, scores=scores
+        )
 
+    def losses_of(terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each pair, `(B,)`, and their weighted mean."""
+        losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
+        return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
+
+    # Measure lambda at the predictions: from the residuals where they are proportional to the branches' gradients, else
+    # from the gradients of the loss, in a graph that starts at the predictions.
+    residuals = (model_pred.detach().float() - target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
+    scale = torch.ones((), device=model_pred.device)
+    if safeguard == "output" and spec.uses_loser:
+        gradients = None
+        if not spec.uses_residuals(safeguard_granularity):
+            with torch.enable_grad():
+                leaf = model_pred.detach().float().requires_grad_()
+                weighted = leaf if loser_weights is None else _scale_loser(leaf, loser_weights)
+                winner, loser = torch.autograd.grad(losses_of(terms_of(weighted))[1], leaf)[0].chunk(2)
+                gradients = (winner, loser)
+        scale = output_scale(
+            residuals[0],
+            residuals[1],
+            mu=safeguard_mu,
+            granularity=safeguard_granularity,
+            eps=safeguard_eps,
+            branch_gradients=gradients,
+            pair_weights=pair_weights,
+            loser_weights=loser_weights,
+            noise_bins=noise_bins,
+            num_noise_bins=num_noise_bins,
+        )
+
+    # Scale the losers' gradients. The values of the predictions, and so of the loss, do not change.
     if spec.uses_loser and (safeguard == "output" or loser_weights is not None):
         model_pred = _scale_loser(model_pred, scale if loser_weights is None else scale * loser_weights.to(scale))
-    return objective.output(objective.terms(model_pred), scale, residuals, loser_weights)
+    terms = terms_of(model_pred)
+    losses, loss = losses_of(terms)
 
-
-@dataclass(frozen=True)
-class _Objective:
-    """The loss as a function of the predictions, with all other arguments of [`diffusion_preference_loss`] fixed."""
-
-    name: str  # of the loss, for messages
-    spec: LossSpec
-    beta: float | torch.Tensor | None
-    loss_kwargs: dict[str, float]
-    target: torch.Tensor
-    ref_pred: torch.Tensor | None
-    ref_errors: torch.Tensor | None
-    pair_weights: torch.Tensor | None
-    timestep_weights: torch.Tensor | None
-    scores: torch.Tensor | None
-
-    def check(self, model_pred: torch.Tensor) -> None:
-        """Raise `ValueError` on missing tensors and wrong shapes."""
-        spec, target, ref_pred, scores = self.spec, self.target, self.ref_pred, self.scores
-        if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
-            raise ValueError(
-                "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
-                f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
-            )
-        if ref_pred is not None and ref_pred.shape != model_pred.shape:
-            raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
-        self._check_errors(len(model_pred))
-        loss = f"The loss {self.name}"
-        if spec.needs_reference and ref_pred is None and self.ref_errors is None:
-            raise ValueError(f"{loss} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
-        if spec.uses_beta and self.beta is None:
-            raise ValueError(f"{loss} needs `beta`, got None. Its default is {spec.default_beta}.")
-        if spec.needs_scores and (scores is None or scores.shape != model_pred.shape[:1]):
-            got = "None" if scores is None else f"shape {tuple(scores.shape)}"
-            raise ValueError(f"{loss} needs `scores` of shape ({len(model_pred)},), got {got}.")
-
-    def _check_errors(self, rows: int) -> None:
-        if self.ref_errors is None:
-            return
-        if self.ref_pred is not None:
-            raise ValueError("The reference is `ref_pred` or `ref_errors`, got both. Leave one out.")
-        if self.spec.reads_reference_prediction:
-            raise ValueError(
-                f"The loss {self.name} reads the reference's prediction, which `ref_errors` does not have. Pass "
-                "`ref_pred`."
-            )
-        if self.ref_errors.shape != (rows,):
-            raise ValueError(
-                f"`ref_errors` must have shape ({rows},), the winners first; got {tuple(self.ref_errors.shape)}."
-            )
-
-    def ordered(self, model_pred: torch.Tensor) -> tuple[torch.Tensor, _Objective]:
-        """Predictions and objective with the rows of each pair in the order of their scores."""
-        assert self.scores is not None
-        order = order_by_scores(self.scores).to(model_pred.device)
-        scores = self.scores.to(model_pred.device)[order]
-        pred, errors = (None if each is None else each[order] for each in (self.ref_pred, self.ref_errors))
-        ordered = replace(self, target=self.target[order], scores=scores, ref_pred=pred, ref_errors=errors)
-        return model_pred[order], ordered
-
-    def terms(self, model_pred: torch.Tensor) -> PairTerms:
-        optional = {"timestep_weights": self.timestep_weights, "scores": self.scores}
-        return pair_terms(model_pred, self.target, self.ref_pred, ref_errors=self.ref_errors, **optional)
-
-    def reduce(self, terms: PairTerms) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each pair, `(B,)`, and their weighted mean."""
-        losses = self.spec.pair_losses(terms, beta=self.beta, **self.loss_kwargs)
-        return losses, (losses if self.pair_weights is None else losses * self.pair_weights.to(losses)).mean()
-
-    def scale(
-        self,
-        model_pred: torch.Tensor,
-        residuals: Sequence[torch.Tensor],
-        *,
-        granularity: Granularity,
-        loser_weights: torch.Tensor | None,
-        **rule: Any,
-    ) -> torch.Tensor:
-        """Lambda of output space, from residuals where those are enough; `rule` is as of [`output_scale`]."""
-        plain = self.spec.uses_residuals(granularity)
-        gradients = None if plain else self.branch_gradients(model_pred, loser_weights)
-        rule |= {"granularity": granularity, "loser_weights": loser_weights, "pair_weights": self.pair_weights}
-        return output_scale(residuals[0], residuals[1], branch_gradients=gradients, **rule)
-
-    def branch_gradients(
-        self, model_pred: torch.Tensor, loser_weights: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`dL/d prediction` of winner and loser, from a graph that starts at the predictions."""
-        with torch.enable_grad():
-            leaf = model_pred.detach().float().requires_grad_()
-            weighted = leaf if loser_weights is None else _scale_loser(leaf, loser_weights)
-            winner, loser = torch.autograd.grad(self.reduce(self.terms(weighted))[1], leaf)[0].chunk(2)
-            return winner, loser
-
-    def output(
-        self, terms: PairTerms, scale: torch.Tensor, residuals: Any, loser_weights: torch.Tensor | None
-    ) -> PreferenceLossOutput:
-        """The loss of `terms`, with metrics; those of the safeguard only if the loss reads the loser."""
-        spec, beta = self.spec, self.beta if self.spec.uses_beta else None
-        losses, loss = self.reduce(terms)
-        metrics = pair_metrics(terms, beta=beta)
-        if spec.uses_loser:
-            past = spec.past_target(terms, beta=self.beta, **self.loss_kwargs)
-            metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
-        rewards = torch.stack(pair_rewards(terms, beta=1.0 if beta is None else beta), 1)
-        errors = torch.stack(plain_errors(terms), 1)
-        return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
+    # What is logged; the safeguard's metrics only if the loss reads the loser.
+    used_beta = beta if spec.uses_beta else None
+    metrics = pair_metrics(terms, beta=used_beta)
+    if spec.uses_loser:
+        past = spec.past_target(terms, beta=beta, **loss_kwargs)
+        metrics |= safeguard_metrics(scale, output_cosine(*residuals), past, loser_weights)
+    rewards = torch.stack(pair_rewards(terms, beta=1.0 if used_beta is None else used_beta), 1)
+    errors = torch.stack(plain_errors(terms), 1)
+    return PreferenceLossOutput(loss, scale, metrics, losses.detach(), rewards, errors)
 
 
 def check_safeguard(safeguard: str, mu: float, granularity: str, eps: float) -> None:
@@ -269,6 +208,47 @@ def _check_output_space(
         raise ValueError(
             "`safeguard_granularity='noise_bin'` needs `noise_bins`, one per pair, and `num_noise_bins`; got None."
         )
+
+
+def _check_predictions(
+    model_pred: torch.Tensor, target: torch.Tensor, ref_pred: torch.Tensor | None, ref_errors: torch.Tensor | None
+) -> None:
+    if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
+        raise ValueError(
+            "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
+            f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
+        )
+    if ref_pred is not None and ref_errors is not None:
+        raise ValueError("The reference is `ref_pred` or `ref_errors`, got both. Leave one out.")
+    if ref_pred is not None and ref_pred.shape != model_pred.shape:
+        raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
+    if ref_errors is not None and ref_errors.shape != model_pred.shape[:1]:
+        raise ValueError(
+            f"`ref_errors` must have shape ({len(model_pred)},), the winners first; got {tuple(ref_errors.shape)}."
+        )
+
+
+def _check_needs(
+    name: str,
+    spec: LossSpec,
+    beta: float | torch.Tensor | None,
+    ref_pred: torch.Tensor | None,
+    ref_errors: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    *,
+    rows: int,
+) -> None:
+    if spec.needs_reference and ref_pred is None and ref_errors is None:
+        raise ValueError(f"The loss {name} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
+    if spec.reads_reference_prediction and ref_errors is not None:
+        raise ValueError(
+            f"The loss {name} reads the reference's prediction, which `ref_errors` does not have. Pass `ref_pred`."
+        )
+    if spec.uses_beta and beta is None:
+        raise ValueError(f"The loss {name} needs `beta`, got None. Its default is {spec.default_beta}.")
+    if spec.needs_scores and (scores is None or scores.shape != (rows,)):
+        got = "None" if scores is None else f"shape {tuple(scores.shape)}"
+        raise ValueError(f"The loss {name} needs `scores` of shape ({rows},), got {got}.")
 
 
 def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
