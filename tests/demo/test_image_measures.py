@@ -7,8 +7,6 @@ from trl_diffusion_sdpo.demo.image_measures import (
     ImageMeter,
     diversity,
     frechet_distance,
-    pixel_features,
-    principal_components,
     saturation,
 )
 from trl_diffusion_sdpo.demo.world import captions, render
@@ -37,21 +35,6 @@ def test_diversity_refuses_a_single_image_of_a_prompt():
 def test_saturation_is_the_spread_of_the_channels():
     assert saturation(plain(0, 128, 255)) == 0
     assert saturation(plain((255, 0, 0), (102, 51, 51))) == pytest.approx((1 + 0.2) / 2)
-
-
-def test_features_are_means_of_blocks_in_order():
-    image = np.zeros((1, 32, 32, 3), np.uint8)
-    image[0, 4:8, 28:32, 1] = 255  # the second row of blocks, the last column, green
-    image[0, 0, 0, 0] = 255  # one pixel of sixteen in the first block, red
-    features = pixel_features(image).reshape(8, 8, 3)
-    assert features[1, 7, 1] == 1 and features[0, 0, 0] == 1 / 16
-    assert features.sum() == pytest.approx(1 + 1 / 16)
-
-
-def test_components_are_the_directions_of_largest_variance():
-    features = np.array([[0.0, 3, 5], [0, -3, 5], [1, 0, 5], [-1, 0, 5]])
-    directions = principal_components(features, 2)
-    np.testing.assert_allclose(np.abs(directions), [[0, 1], [1, 0], [0, 0]], atol=1e-12)
 
 
 def test_the_frechet_distance_of_normals_by_hand():

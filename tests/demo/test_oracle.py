@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from trl_diffusion_sdpo.demo.oracle import PERIMETERS, oracle_parts, oracle_score
-from trl_diffusion_sdpo.demo.world import SHAPES, Caption, captions, imperfect_render, inside, render
+from trl_diffusion_sdpo.demo.world import SHAPES, Caption, captions, inside, render
 
 PROMPTS = [caption.text for caption in captions()]
 
@@ -37,12 +36,6 @@ def test_a_wrong_colour_lowers_the_colour_part_and_nothing_else():
         assert getattr(wrong, name)[0] == pytest.approx(getattr(right, name)[0], abs=0.02)
 
 
-def test_a_wrong_background_lowers_the_colour_part():
-    wrong = oracle_parts(render(Caption("red", "circle", "black"))[None], ["a red circle on white"])
-    assert wrong.colour[0] == 0.0
-    assert wrong.shape[0] >= 0.95
-
-
 def test_a_wrong_shape_loses_the_whole_shape_part_and_nothing_else(ideal):
     for shown in SHAPES:
         for asked in set(SHAPES) - {shown}:
@@ -68,15 +61,6 @@ def test_more_blur_means_less_sharp():
     assert sharp[3] < 0.25
 
 
-def test_flawed_images_stay_within_zero_and_one():
-    generator = np.random.default_rng(3)
-    drawings = np.stack([imperfect_render(caption, generator) for caption in captions()])
-    parts = oracle_parts(drawings, PROMPTS)
-    for part in (parts.colour, parts.shape, parts.centred, parts.sharp, parts.score):
-        assert part.min() >= 0 and part.max() <= 1
-    assert parts.score.std() > 0.1
-
-
 @pytest.mark.parametrize("kind", ["noise", "one colour", "one bright pixel", "half and half"])
 def test_an_image_without_an_object_scores_zero(kind):
     images = {
@@ -86,12 +70,6 @@ def test_an_image_without_an_object_scores_zero(kind):
         "half and half": np.concatenate([np.ones((1, 17, 32, 3)), np.zeros((1, 15, 32, 3))], axis=1),
     }
     assert oracle_score(images[kind], ["a red circle on gray"])[0] == 0.0
-
-
-def test_pil_uint8_and_float_images_have_equal_scores(ideal):
-    scores = oracle_score(ideal[:5], PROMPTS[:5])
-    np.testing.assert_array_equal(scores, oracle_score([Image.fromarray(i) for i in ideal[:5]], PROMPTS[:5]))
-    np.testing.assert_allclose(scores, oracle_score(ideal[:5] / 255.0, PROMPTS[:5]), atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

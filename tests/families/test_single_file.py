@@ -147,12 +147,12 @@ def test_a_reference_in_one_file_is_read_with_the_configuration_of_the_policy(sd
 
 def test_files_that_are_not_read_are_told(sd_file, tmp_path):
     file, config = sd_file
-    with pytest.raises(ValueError, match="other checkpoints are pickles"):
+    with pytest.raises(ValueError, match="pickles"):
         (tmp_path / "model.ckpt").write_bytes(b"pickle")
         load_pipeline(tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match="`config` is for a model in one file"):
         load_pipeline(config, config=config)
-    with pytest.raises(ValueError, match="that of stable-diffusion-v1-5/.* could not be read. Name .* `model_init"):
+    with pytest.raises(ValueError, match="stable-diffusion-v1-5/.*`model_init"):
         load_pipeline(file)  # taken for Stable Diffusion 1.5, whose configuration is not in the cache
     (tmp_path / "cut.safetensors").write_bytes(Path(file).read_bytes()[:-10])
     for options in ({}, {"config": config}):

@@ -254,16 +254,7 @@ def test_one_noise_bin_is_the_batch_exactly(weights):
     assert torch.equal(batch, binned)
 
 
-def test_one_noise_bin_of_many_pairs_is_the_batch_but_for_the_order_of_a_sum(seeded_pairs):
-    tensors = seeded_pairs(pairs=37, shape=(4, 8, 8))
-    one = {"noise_bins": torch.zeros(37, dtype=torch.long), "num_noise_bins": 1}
-    _, whole = gradient(tensors, safeguard_mu=0.6)
-    _, each = gradient(tensors, safeguard_mu=0.6, safeguard_granularity="noise_bin", **one)
-    assert whole.scale < 1
-    assert each.scale.tolist() == pytest.approx([float(whole.scale)] * 37, rel=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(3, 1), (6,), (1,), ()])
+@pytest.mark.parametrize("shape", [(3, 1), ()])
 @pytest.mark.parametrize("name", ["loser_weights", "noise_bins"])
 def test_weights_and_noise_bins_of_another_shape_are_refused(name, shape, seeded_pairs):
     given = torch.ones(shape) if name == "loser_weights" else torch.zeros(shape, dtype=torch.long)

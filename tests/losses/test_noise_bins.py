@@ -96,11 +96,6 @@ def test_it_is_unknown_where_one_pair_alone_has_an_error():
     assert "errors/winner_change_relative_stderr" not in changes_of([(1.0, 1.0, 0.5, 0.5), (0.2, 1.0, 0.0, 1.0)])
 
 
-def test_an_equal_error_has_no_uncertainty():
-    found = changes_of([(0.3, 0.5, 0.3, 0.5), (0.1, 0.2, 0.1, 0.2)])
-    assert found["errors/winner_change_relative_stderr"] == 0.0
-
-
 def test_an_error_that_is_no_number_has_no_uncertainty_of_nought():
     found = changes_of([(math.nan, 0.5, 0.3, 0.5), (0.1, 0.2, 0.1, 0.2)])
     assert all(math.isnan(found[f"errors/winner_change_relative{end}"]) for end in ("", "_stderr", "_stderr@0"))

@@ -55,17 +55,8 @@ def test_a_picture_has_a_point_at_the_middle_of_each_level_in_per_cent(drawn, tm
         assert image.width > 500
 
 
-def test_an_evaluation_of_winners_alone_is_drawn_as_well(drawn, tmp_path):
-    plot_noise_bins(changes_by_noise_bin(HISTORY)["eval_ema"], 12, tmp_path / "levels.png")
-    assert points_of(drawn[0].axes[0]) == [([2.5 / 12], [-12.5])]
-
-
 def test_names_of_plots_are_names_on_windows_too():
     assert noise_bin_file("eval_C:\\own/it?") == "noise_bins_C__own_it_.png"
-
-
-def test_names_of_plots_are_links_on_the_card():
-    assert noise_bin_file("eval_my set (1)") == "noise_bins_my_set__1_.png"
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def test_tensorboard_has_the_images_of_every_step(tracked, tmp_path):
     assert captions == [PROMPT] * 3
 
 
+@pytest.mark.matrix
 def test_wandb_has_the_images_of_every_step(tracked, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -67,6 +68,7 @@ def test_wandb_has_the_images_of_every_step(tracked, tmp_path, monkeypatch):
     assert sent == kept and len(list((media / "eval").iterdir())) == 1
 
 
+@pytest.mark.matrix
 def test_trackio_has_the_images_of_every_step(tracked, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")

@@ -31,11 +31,6 @@ def test_points_are_those_of_the_log_and_changes_are_in_per_cent_of_the_referenc
     assert has_curves(HISTORY) and not has_curves(HISTORY[:2])
 
 
-def test_without_a_reference_the_errors_themselves_are_shown():
-    history = [{"step": step, "loss": 1.0, "errors/winner": 0.5} for step in (1, 2)]
-    assert curves_of(history)["error"] == {"winners": [(1, 0.5), (2, 0.5)]}
-
-
 @pytest.mark.parametrize("history", [HISTORY, [{"step": step, "loss": 1.0, "eval_$_$_loss": 1.0} for step in (1, 2)]])
 def test_a_picture_has_a_panel_for_each_of_them(history, tmp_path, drawn):
     plot_curves(history, tmp_path / "curves.png")
