@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.autoencoders.vae import Encoder
 from peft import LoraConfig
 from tiny_pipelines import case
 from torch._dynamo.utils import counters
@@ -53,6 +54,42 @@ def test_compiled_blocks_walk_like_plain_ones_and_are_compiled_once_for_each_kin
         assert trainer.state.log_history[0]["rewards/margins"] == 0
     assert 0 < graphs <= 4  # of two kinds at most, for policy and reference
     assert operations < more
+
+
+@pytest.mark.parametrize(
+    ("settings", "modes"),
+    [
+        ({"torch_compile": True, "torch_compile_mode": "default"}, ["default"]),
+        ({"torch_compile": True, "torch_compile_mode": "reduce-overhead"}, [None]),  # no CUDA graphs
+        ({"torch_compile": True, "precompute_latents": True}, []),
+        ({}, []),
+    ],
+)
+def test_the_encoder_of_live_images_is_compiled_by_the_settings_of_the_policy(
+    make_trainer, monkeypatch, tmp_path, settings, modes
+):
+    compiled = []
+    monkeypatch.setattr(Encoder, "compile", lambda _, backend, mode: compiled.append((backend, mode)))
+    if "torch_compile" in settings:
+        settings = {**settings, "torch_compile_backend": "eager"}
+    if "precompute_latents" in settings:
+        settings = {**settings, "precompute_dir": str(tmp_path / "cache")}
+    make_trainer(**settings)
+    assert compiled == [("eager", mode) for mode in modes]
+
+
+def test_a_compiled_encoder_encodes_what_a_plain_one_does(make_trainer):
+    torch._dynamo.reset()
+    counters.clear()
+    pixels = torch.rand(5, 3, 16, 16) * 2 - 1
+    moments = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        family = make_trainer(vae_encode_batch_size=2, **settings).frozen_components.family
+        with torch.no_grad():
+            moments.append(family.image_moments(pixels))
+    assert torch.equal(*moments)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2  # the last part is smaller
+    assert not counters["graph_break"]
 
 
 @pytest.mark.matrix

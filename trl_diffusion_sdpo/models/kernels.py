@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from ..utils._compat import attention_backends, has_attention_backends, repeated_blocks
 from ..utils.hints import did_you_mean
 
+WITHOUT_CUDA_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}  # modes of torch.compile
 NO_BACKWARD = "sage"  # quantized attention, in the names of back ends
 
 
@@ -22,6 +23,15 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
             " Leave it off: `torch_compile` then compiles the whole model."
         )
     denoiser.compile_repeated_blocks(backend=backend, mode=mode)
+
+
+def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | None) -> None:
+    """Compile the encoder of a VAE in place, if the pipeline has a VAE.
+
+    CUDA graphs are left out, because they overwrite the latents of one part of a micro-batch with those of the next.
+    """
+    if vae is not None:
+        vae.encoder.compile(backend=backend, mode=WITHOUT_CUDA_GRAPHS.get(mode, mode))
 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:

@@ -384,7 +384,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         if args.precompute_latents:
             self.encoding = pair_encoding(self.frozen_components, self._encoder_key, args)
         choose_attention(loaded.denoiser, self.reference, args)
-        compile_models(loaded.denoiser, self._weight_copies, args)
+        compile_models(loaded.denoiser, self._weight_copies, self.frozen_components, args)
 
     def _move_frozen(self, args: DiffusionSDPOConfig) -> None:
         """Move what is frozen to where the policy will be. Engines move second copies of its weights themselves, once
