@@ -1,5 +1,6 @@
 """What callers are told of an engine, from an accelerator's settings alone."""
 
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ from accelerate.utils import DistributedType, HfDeepSpeedConfig
 
 from trl_diffusion_sdpo.engines.engine import Engine
 from trl_diffusion_sdpo.engines.engine_settings import check_deepspeed_precision
+from trl_diffusion_sdpo.step.finite_check import spoiled_weights
+from trl_diffusion_sdpo.trainer.preparing import copy_and_check_args
 
 
 def engine(kind: str, **deepspeed_config) -> Engine:
@@ -104,3 +107,15 @@ def test_a_precision_of_deepspeed_that_the_arguments_lack_is_refused_with_the_op
     args = SimpleNamespace(deepspeed_plugin=plugin, bf16=bf16, fp16=False)
     with pytest.raises(ValueError, match="--bf16 true") if config and not bf16 else nullcontext():
         check_deepspeed_precision(args)
+
+
+def test_weights_that_are_not_finite_are_found_in_the_shards_of_zero_3():
+    module = torch.nn.Linear(2, 1)
+    module.weight.ds_tensor = torch.tensor([1.0, math.nan])
+    module.weight.data = torch.empty(0)
+    assert spoiled_weights({"policy": module}) == ["`policy` weight"]
+
+
+def test_ddp_sends_no_buffers_unless_told_to(make_args):
+    assert copy_and_check_args("model", None, make_args()).ddp_broadcast_buffers is False
+    assert copy_and_check_args("model", None, make_args(ddp_broadcast_buffers=True)).ddp_broadcast_buffers is True

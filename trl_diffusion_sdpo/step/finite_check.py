@@ -98,6 +98,12 @@ def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
     return [
         f"`{name}` {weight}"
         for name, network in networks.items()
-        for weight, values in network.state_dict().items()
-        if values.is_floating_point() and not values.is_meta and not torch.isfinite(local_tensor(values).float()).all()
+        for weight, values in network.state_dict(keep_vars=True).items()
+        if values.is_floating_point() and not values.is_meta and not _is_finite(values)
     ]
+
+
+@torch.no_grad()
+def _is_finite(values: torch.Tensor) -> bool:
+    shard = getattr(values, "ds_tensor", values)  # under ZeRO-3 the weight itself is empty
+    return bool(torch.isfinite(local_tensor(shard).float()).all())

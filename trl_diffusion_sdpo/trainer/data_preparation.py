@@ -20,9 +20,10 @@ from ..cache.reference_errors import ReferenceErrors, repeating_pairs, warn_of_r
 from ..data.buckets import AspectRatioBuckets, BucketSampler
 from ..data.pair_scores import ScoreSettings
 from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
+from ..data.sources import PairMixture
 from ..data.transforms import PairTransform
 from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
-from ..engines.processes import peers
+from ..engines.processes import check_agreement, peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
@@ -172,6 +173,8 @@ class DataOverrides(Trainer):
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Both data sets as pairs; sets `args.dataloader_num_workers` if it is `None`."""
+        # Processes prepare data together, and one that prepared other data would wait for what nobody sends.
+        check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         self._has_eval_data = eval_dataset is not None
         train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
         eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
@@ -225,6 +228,16 @@ class DataOverrides(Trainer):
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
+
+
+def outline(dataset: Any) -> Any:
+    """What can be told of data before they are read: kind, number of rows and columns, of each of several sets."""
+    if isinstance(dataset, PairMixture):
+        dataset = dataset.parts
+    if isinstance(dataset, Mapping):
+        return {name: outline(part) for name, part in dataset.items()}
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
 
 
 def _reading(args: TrainingArguments) -> list[int]:

@@ -184,7 +184,7 @@ class FileOverrides(Trainer):
 
     def _facts_of_all_processes(self) -> dict[str, Any]:
         """What must be the same in all processes, besides settings. A stream may be another part in each of them."""
-        facts: dict[str, Any] = {"model": self.origin.fingerprint}
+        facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
         if not isinstance(self.train_dataset, PreferenceIterableDataset):
             facts["train_dataset"] = self._data_fingerprint
         return facts

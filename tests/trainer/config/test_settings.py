@@ -77,6 +77,12 @@ def test_a_number_that_yaml_reads_as_text_is_a_number_for_every_setting_of_numbe
     assert (args.snr_gamma, args.noise_offset, args.max_grad_norm) == (5.0, 0.1, 2.0)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_a_learning_rate_that_spoils_every_weight_is_refused(make_args, value):
+    with pytest.raises(ValueError, match="`learning_rate` must be a finite number"):
+        make_args(learning_rate=value)
+
+
 @pytest.mark.parametrize(
     ("interval", "inside", "outside", "rule"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ def check_settings(args: AllArguments) -> None:
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
     require_trackers(args.report_to)
+    _check_numbers(args)
     _check_schedule(args)
     _check_inherited(args)
     _check_length(args)
@@ -129,6 +131,14 @@ def _check_length(args: AllArguments) -> None:
         raise ValueError(
             f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
         )
+
+
+def _check_numbers(args: AllArguments) -> None:
+    """Refuse settings of the optimizer that would spoil every weight in the first step."""
+    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
 
 
 def _check_schedule(args: AllArguments) -> None:
