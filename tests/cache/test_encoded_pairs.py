@@ -30,9 +30,8 @@ from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
 from trl_diffusion_sdpo.saving.resuming import check_resumable
 from trl_diffusion_sdpo.saving.setup import write_setup
-from trl_diffusion_sdpo.trainer import preparing
+from trl_diffusion_sdpo.trainer.components import pair_encoding, place_frozen_components
 from trl_diffusion_sdpo.trainer.data_preparation import prepare_pairs
-from trl_diffusion_sdpo.trainer.preparing import place_frozen_components
 from trl_diffusion_sdpo.utils.disk import DiskFullError
 
 TIMES = ("runtime", "per_second", "flos")
@@ -318,7 +317,7 @@ def caches_of(sd_folder, make_args, make_pairs, tmp_path):
         pairs = make_pairs(8) if pairs is None else pairs
         dataset = prepare_pairs(pairs, args, loss_spec("sigmoid"), name="train", training=training)
         frozen = place_frozen_components(loaded, args)
-        made = preparing.pair_encoding(frozen, EncoderKey(frozen, loaded, tmp_path / "cache"), args)
+        made = pair_encoding(frozen, EncoderKey(frozen, loaded, tmp_path / "cache"), args)
         cache = made._cache_of(dataset, "train")
         return cache.images.path, cache.prompts.path
 

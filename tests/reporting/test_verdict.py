@@ -277,7 +277,7 @@ def ending(make_args, tmp_path):
     def run(history, *, step=9, callbacks=(), samples=None, **settings):
         asked = []
         args = make_args(eval_strategy="steps", eval_steps=3, **settings)
-        callback = VerdictCallback(run_facts(), lambda: asked.append(1), lambda: callbacks, samples, None)
+        callback = VerdictCallback(run_facts(), lambda: asked.append(1), callbacks, samples, None)
         callback.on_train_end(args, TrainerState(global_step=step, max_steps=9, log_history=history), TrainerControl())
         return len(asked)
 
@@ -304,7 +304,7 @@ def test_a_run_begins_without_the_verdict_of_an_earlier_end(make_args, tmp_path)
     written = [tmp_path / "run" / name for name in ("verdict.json", "verdict.png")]
     for file in written:
         file.write_text("old")
-    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), None, None)
+    callback = VerdictCallback(run_facts(), lambda: None, (), None, None)
     callback.on_train_begin(make_args(), TrainerState(is_world_process_zero=False), TrainerControl())
     assert all(file.is_file() for file in written)
     for _ in range(2):
@@ -327,7 +327,7 @@ def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
         draw(step, 3, "another", 10)
     options = {"every_n_steps": None, "num_inference_steps": 1, "seed": 7, "resolution": None}
     samples = SampleImagesCallback(None, ["a", "b", "c", "d", "e"], **options)
-    callback = VerdictCallback(run_facts(), lambda: None, lambda: (), samples, None)
+    callback = VerdictCallback(run_facts(), lambda: None, (), samples, None)
     callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
     assert [(image["prompt"], image["seed"]) for image in written["images"]] == [("a", 7)]

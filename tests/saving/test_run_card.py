@@ -23,7 +23,7 @@ from trl_diffusion_sdpo.saving.model_card import (
     read_verdict,
     split_by_default,
 )
-from trl_diffusion_sdpo.trainer.file_overrides import NOT_PUBLISHED
+from trl_diffusion_sdpo.trainer.diffusion_sdpo_trainer import NOT_PUBLISHED
 
 LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
 

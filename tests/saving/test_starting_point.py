@@ -18,7 +18,7 @@ from trl_diffusion_sdpo.models.adapters import adapter_state
 from trl_diffusion_sdpo.saving.interpolation import read_run
 from trl_diffusion_sdpo.saving.lora_export import export_kohya
 from trl_diffusion_sdpo.saving.starting_point import attach_adapter, base_of_run, starting_point
-from trl_diffusion_sdpo.trainer.preparing import copy_and_check_args
+from trl_diffusion_sdpo.trainer.config.complete import copy_and_check_args
 from trl_diffusion_sdpo.utils.own_errors import is_own
 
 SETTINGS = {

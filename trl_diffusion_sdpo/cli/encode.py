@@ -53,19 +53,20 @@ def _encode_alone(
     from ..cache.key import EncoderKey
     from ..engines.processes import peers
     from ..saving.starting_point import starting_point
-    from ..trainer import preparing  # takes seconds
+    from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # takes seconds
+    from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args, precompute_folder
     from ..trainer.data_preparation import epochs_of_training, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
     model, lora = model_args.model_name_or_path, get_peft_config(model_args)
-    args, loss = preparing.copy_and_check_args(model, None, training_args), training_args.loss_spec
-    loaded = preparing.load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
+    args, loss = copy_and_check_args(model, None, training_args), training_args.loss_spec
+    loaded = load_policy(model, args, None, lora, get_quantization_config(model_args), denoiser=False)
     tunes_lora = lora is not None or starting_point(str(model), args.adapter_name_or_path).adapter is not None
-    preparing.complete_args(args, loaded.family, loss, full=not tunes_lora)
-    preparing.check_resolution(args, loaded.family)
-    frozen = preparing.place_frozen_components(loaded, args)
-    key = EncoderKey(frozen, loaded, preparing.precompute_folder(args), peers(args))
-    encoding = preparing.pair_encoding(frozen, key, args)
+    complete_args(args, loaded.family, loss, full=not tunes_lora)
+    check_resolution(args, loaded.family)
+    frozen = place_frozen_components(loaded, args)
+    key = EncoderKey(frozen, loaded, precompute_folder(args), peers(args))
+    encoding = pair_encoding(frozen, key, args)
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:

@@ -16,13 +16,8 @@ from ..models.frozen_components import working_pipeline
 from ..models.loading import LoadedModel
 from ..models.numerics import autocast_dtype, torch_dtype
 from ..saving.starting_point import StartingPoint, attach_adapter, starting_point
-from ..trainer.preparing import (
-    check_and_complete,
-    choose_trained_weights,
-    image_sizes,
-    loss_settings,
-    make_reference,
-)
+from ..trainer.components import choose_trained_weights, make_reference
+from ..trainer.config.complete import check_and_complete, image_sizes, loss_settings
 from ..utils._compat import CHECKPOINTING, activation_checkpointing
 from .fake_step import Networks, StepSettings
 from .plan import FrozenState, Plan, Prepared, make_plan

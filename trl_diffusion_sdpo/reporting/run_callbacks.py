@@ -54,7 +54,8 @@ class VerdictCallback(TrainerCallback):
     Args:
         run ([`RunFacts`]): Facts of the run.
         evaluate (`Callable`): Evaluates the current weights; called by all processes.
-        callbacks (`Callable`): Returns the trainer's callbacks, which tell whether a signal has ended the training.
+        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, which may still change. They tell
+            whether a signal has ended the training.
         samples ([`SampleImagesCallback`], *optional*): Generates the images of before and after.
         images ([`TrackedImages`]): Receives the picture.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
@@ -64,7 +65,7 @@ class VerdictCallback(TrainerCallback):
         self,
         run: RunFacts,
         evaluate: Callable[[], Any],
-        callbacks: Callable[[], Sequence[TrainerCallback]],
+        callbacks: Sequence[TrainerCallback],
         samples: SampleImagesCallback | None,
         images: TrackedImages,
         on_rise: str = "warn",
@@ -128,7 +129,7 @@ class VerdictCallback(TrainerCallback):
 
     def _is_unmeasured(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether the weights have changed since the last evaluation, and no signal asks for an early end."""
-        asked = was_interrupted(self._callbacks()) or args.enable_jit_checkpoint
+        asked = was_interrupted(self._callbacks) or args.enable_jit_checkpoint
         if asked and state.global_step < state.max_steps:
             return False
         evaluated = (entry["step"] for entry in reversed(state.log_history) if is_evaluation(entry))

@@ -67,7 +67,7 @@ class SampleImagesCallback(TrainerCallback):
         images: TrackedImages | None = None,
     ):
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
-        self._frozen, self._images = frozen, images or TrackedImages()
+        self._frozen, self._images = frozen, images or TrackedImages(())
         self._untracked: int | None = None  # step of images that trackers do not have yet
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **(call_options or {})}

@@ -16,13 +16,9 @@ from ..utils._compat import TensorBoardCallback, TrackioCallback, WandbCallback
 class TrackedImages:
     """Sends images to those of TensorBoard, Weights & Biases and Trackio that are among a trainer's callbacks, which is
     where `report_to` puts them; to be called in the process that tracks, after `on_train_begin` of these callbacks and
-    before their `on_train_end`."""
+    before their `on_train_end`. The list of callbacks may still change."""
 
-    def __init__(self):
-        self._callbacks: Sequence[TrainerCallback] = ()
-
-    def attach(self, callbacks: Sequence[TrainerCallback]) -> None:
-        """Take the trainer's list of callbacks, which may still change."""
+    def __init__(self, callbacks: Sequence[TrainerCallback]):
         self._callbacks = callbacks
 
     def add(self, name: str, file: Path, step: int, caption: str | None = None) -> None:

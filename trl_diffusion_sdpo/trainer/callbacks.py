@@ -25,52 +25,58 @@ from ..reporting.verdict import RunFacts
 from ..step.meters import AutoBeta
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, WinnerBudget
+from .components import Components
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
 
-def default_callbacks(
+def add_callbacks(
+    handler: CallbackHandler,
     args: DiffusionSDPOConfig,
+    components: Components,
     train_dataset: Dataset | IterableDataset | None,
     *,
-    frozen: FrozenComponents,
-    reference: Reference,
-    average: EMAWeights | None,
-    budget: WinnerBudget | None,
-    auto_beta: AutoBeta | None,
-    load_probe: Callable[[], Sequence[ProbeInputs]],
-    diagnostics: StepDiagnostics | None,
     run_facts: RunFacts,
+    load_probe: Callable[[], Sequence[ProbeInputs]],
     evaluate: Callable[[], Any],
-    callbacks_of_run: Callable[[], Sequence[TrainerCallback]],
-    images: TrackedImages,
     end: Callable[[], None],
-) -> list[TrainerCallback]:
-    """The callbacks that the settings need, in the order of their calls."""
-    callbacks: list[TrainerCallback] = [NothingToTrainCallback()]
+) -> None:
+    """Add the callbacks that the settings need, in the order of their calls. They come before those of trackers, which
+    end at `on_train_end` and take no image afterwards. The progress bar shows fewer metrics.
+
+    Args:
+        load_probe (`Callable`): Returns this process's pairs of the winner budget's probe.
+        evaluate (`Callable`): Evaluates the current weights.
+        end (`Callable`): Reports what a run has left, in the first process.
+    """
+    images = TrackedImages(handler.callbacks)
+    own: list[TrainerCallback] = [NothingToTrainCallback()]
     if isinstance(train_dataset, PreferenceDataset):
-        callbacks.append(EpochCallback(train_dataset))
+        own.append(EpochCallback(train_dataset))
     if isinstance(train_dataset, PREPARED):
-        callbacks.append(DataReportCallback(train_dataset))
-    if diagnostics is not None:
-        callbacks.append(StepDiagnosticsCallback(diagnostics))
-    if average is not None:
-        callbacks.append(EMACallback(average))
-    if budget is not None:
-        callbacks.append(WinnerBudgetCallback(budget, load_probe))
-    if auto_beta is not None:
-        callbacks.append(AutoBetaCallback(auto_beta))
+        own.append(DataReportCallback(train_dataset))
+    if components.diagnostics is not None:
+        own.append(StepDiagnosticsCallback(components.diagnostics))
+    if components.average is not None:
+        own.append(EMACallback(components.average))
+    if components.winner_budget is not None:
+        own.append(WinnerBudgetCallback(components.winner_budget, load_probe))
+    if components.auto_beta is not None:
+        own.append(AutoBetaCallback(components.auto_beta))
     if args.sync_ref_model:
-        callbacks.append(SyncReferenceCallback(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
-    samples = _sample_images(args, frozen, images) if args.sample_prompts else None
+        own.append(SyncReferenceCallback(components.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+    samples = _sample_images(args, components.frozen, images) if args.sample_prompts else None
     if samples is not None:
-        callbacks.append(samples)
+        own.append(samples)
     if args.eval_strategy != "no":
-        callbacks.append(NoiseBinPlotCallback(images, args.num_noise_bins))
-    verdict = VerdictCallback(run_facts, evaluate, callbacks_of_run, samples, images, args.on_winner_rise)
-    return [*callbacks, verdict, RunReportCallback(end)]
+        own.append(NoiseBinPlotCallback(images, args.num_noise_bins))
+    own.append(VerdictCallback(run_facts, evaluate, handler.callbacks, samples, images, args.on_winner_rise))
+    own.append(RunReportCallback(end))
+    handler.callbacks[1:1] = own  # the first decides when to log, evaluate and save
+    if type(handler.callbacks[-1]) is ProgressCallback:
+        handler.callbacks[-1] = ShortLogCallback()
 
 
 def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: TrackedImages) -> SampleImagesCallback:
@@ -88,15 +94,6 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: 
         frozen=frozen,
         images=images,
     )
-
-
-def arrange(handler: CallbackHandler, own: Sequence[TrainerCallback]) -> None:
-    """Put the trainer's own callbacks before the trackers', which end at `on_train_end` and take no image afterwards,
-    and let the progress bar show fewer metrics."""
-    others = [callback for callback in handler.callbacks if callback not in own]
-    handler.callbacks[:] = [others[0], *own, *others[1:]]  # the first decides when to log, evaluate and save
-    if type(handler.callbacks[-1]) is ProgressCallback:
-        handler.callbacks[-1] = ShortLogCallback()
 
 
 class EpochCallback(TrainerCallback):

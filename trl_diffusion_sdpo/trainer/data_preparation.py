@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from ..cache.encoding import PairEncoding, check_prompt_padding
-from ..cache.reference_errors import ReferenceErrors, repeating_pairs, warn_of_repeated_draws
-from ..data.buckets import AspectRatioBuckets, BucketSampler
+from ..cache.encoding import PairEncoding
+from ..cache.reference_errors import repeating_pairs
+from ..data.buckets import BucketSampler
 from ..data.pair_scores import ScoreSettings
 from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.sources import PairMixture
 from ..data.transforms import PairTransform
-from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
-from ..engines.processes import check_agreement, peers
+from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_long_prompts
-from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
 from ..utils._compat import keeps_order
+from .config.complete import aspect_ratio_buckets, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -36,202 +33,71 @@ logger = logging.getLogger(__name__)
 POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, of each process
 CHECKED_PROMPTS = 10_000  # pairs whose prompts are counted by their lengths
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
-BATCH_COLUMNS = [
-    *("rows", "pixel_values", "prompts", "original_sizes", "crop_top_lefts", "seeds", "scores", "ref_errors"),
-    "pair_weights",
-    *("moments", "target_size", "conditioning", "host_conditioning"),  # of pairs that were encoded before
-    "counted",
-]
 
 
-class DataOverrides(Trainer):
-    """Overrides of [`~transformers.Trainer`] that concern data."""
+class PairPreparation:
+    """Prepares the data of one trainer: a user's rows become pairs, with what is computed before training.
 
-    args: DiffusionSDPOConfig
-    loss_spec: LossSpec
-    family: Family
-    train_dataset: Any
-    encoding: PairEncoding | None
-    _has_eval_data: bool
-    _loaders: BatchLoaders
-    _own_pairs: WeakSet  # data sets whose moments and errors of the reference are this trainer's
-    _own_copies: WeakKeyDictionary  # such ones that are evaluated, by the prepared pairs that a user gave
-    _reference_errors: ReferenceErrors | None  # where they are computed before training
-    _signature_columns: Any
+    Args:
+        args ([`DiffusionSDPOConfig`]): The trainer's own settings, completed.
+        loss ([`LossSpec`]): Facts of the loss.
+        family ([`~trl_diffusion_sdpo.families.Family`]): Its tokenizers count the prompts that are too long.
+        encoding ([`PairEncoding`], *optional*): Encodes images and prompts before training.
+    """
 
-    def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise ValueError("Training needs a `train_dataset`, got none.")
-        sampler = self._get_train_sampler(self.train_dataset)
-        return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
+    def __init__(self, args: DiffusionSDPOConfig, loss: LossSpec, family: Family, encoding: PairEncoding | None):
+        self._args = args
+        self._loss = loss
+        self._family = family
+        self._encoding = encoding
+        self._own: WeakSet[Any] = WeakSet()  # pairs whose moments and errors of the reference are this trainer's
+        # This trainer's copies of pairs that a user had prepared, for evaluation.
+        self._copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, each of which is loaded in its turn. transformers would load
-        all of them first. Those of a stream are loaded first, because a stream does not say when it ends. The number of
-        items is `None`, because losses are means over pairs."""
-        if isinstance(self.train_dataset, PreferenceDataset):
-            return LazyBatches(epoch_iterator, num_batches), None
-        return list(islice(epoch_iterator, num_batches)), None
+    def prepare(self, dataset: Any, *, name: str, training: bool, is_probed: bool = False) -> Any:
+        """Return a user's data as pairs, encoded if the settings say so; `None` unchanged. All processes must call it
+        together.
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of an evaluation's data; the same one at every call for a data set of the trainer's, given by name
-        or object."""
-        own = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if eval_dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`, got none.")
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        prepared = self._prepare_pairs(eval_dataset, self.args, name="eval", training=False)
-        prepared = self._with_reference_errors(prepared)
-        keep = any(prepared is dataset for dataset in own)
-        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        prepared = self._prepare_pairs(test_dataset, self.args, name="test", training=False)
-        prepared = self._with_reference_errors(prepared)
-        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
-            return super()._get_train_sampler(train_dataset)
-        return BucketSampler(
-            dataset.sizes,
-            pairs_of_a_step(self.args, self._train_batch_size),
-            seed=dataset.seed,
-            epoch=(lambda: dataset.epoch) if self.args.train_sampling_strategy == "random" else None,
-            drop_last=self.args.dataloader_drop_last,
-        )
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        if not isinstance(eval_dataset, PreferenceDataset) or eval_dataset.sizes is None:
-            return super()._get_eval_sampler(eval_dataset)
-        group = pairs_of_a_step(self.args, self.args.eval_batch_size)
-        return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on the device. The loaders leave it on the host, so that only the current micro-batch of a step takes
-        memory on the device. Under DeepSpeed, transformers would also round scores, errors and moments to the dtype of
-        the weights."""
-        return on_device(inputs, self.args.device)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if isinstance(self.train_dataset, PreferenceIterableDataset):
-            batches = self.state.global_step * self.args.gradient_accumulation_steps
-            save_position(self.train_dataset, self.args, batches, Path(output_dir))
-
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args)
-        if isinstance(self.train_dataset, PreferenceIterableDataset):
-            checkpoint = args[3]
-            load_position(self.train_dataset, self.args, batches, None if checkpoint is None else Path(checkpoint))
-        return epochs, batches
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = BATCH_COLUMNS
-
-    def _prepare_pairs(self, dataset: Any, args: DiffusionSDPOConfig, *, name: str, training: bool) -> Any:
-        if not training and isinstance(dataset, PreferenceDataset) and dataset in self._own_copies:
-            return self._own_copies[dataset]
-        prepared = prepare_pairs(dataset, args, self.loss_spec, name=name, training=training)
+        Args:
+            name (`str`): Name of the data in messages.
+            is_probed (`bool`): Whether the winner budget is measured on these training pairs. Its probe needs plain
+                images, so that all flips are encoded.
+        """
+        if not training and isinstance(dataset, PreferenceDataset) and dataset in self._copies:
+            return self._copies[dataset]
+        prepared = prepare_pairs(dataset, self._args, self._loss, name=name, training=training)
         if prepared is None:
             return None
-        is_given = prepared is dataset and isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs
-        if isinstance(prepared, PreferenceDataset) and prepared not in self._own_pairs:
+        is_new = prepared not in self._own
+        was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
+        if isinstance(prepared, PreferenceDataset) and is_new:
             self._count_long_prompts(prepared, name)
-        if is_given:
+        if was_prepared:
             prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
-        if args.precompute_ref_errors:
-            prepared = repeating_pairs(prepared, args.ref_noise_draws, name=name, training=training)
-        if self.encoding is not None:
-            epochs = self._encoded_epochs(prepared, args) if training else 0
-            self.encoding.add_to(prepared, name, epochs=epochs, compare=self.loss_spec.uses_loser)
-        self._own_pairs.add(prepared)
-        if is_given and not training:
-            self._own_copies[dataset] = prepared
+        if self._args.precompute_ref_errors:
+            prepared = repeating_pairs(prepared, self._args.ref_noise_draws, name=name, training=training)
+        if self._encoding is not None:
+            epochs: int | None = 0
+            if training:
+                epochs = None if is_probed else epochs_of_training(self._args, prepared)
+            self._encoding.add_to(prepared, name, epochs=epochs, compare=self._loss.uses_loser)
+        self._own.add(prepared)
+        if was_prepared and not training:
+            self._copies[dataset] = prepared
         return prepared
 
     def _count_long_prompts(self, pairs: PreferenceDataset, name: str) -> None:
         """Add the number of prompts that a tokenizer truncates to the report of the data, and log it."""
         few = pairs if len(pairs) <= CHECKED_PROMPTS else pairs.first(CHECKED_PROMPTS)
-        note = note_on_long_prompts(self.family, few.prompts())
+        note = note_on_long_prompts(self._family, few.prompts())
         if note:
             pairs.add_note(note)
             logger.warning("%s data: %s", name, note)
 
-    def _encoded_epochs(self, dataset: Any, args: DiffusionSDPOConfig) -> int | None:
-        """Epochs whose flips are encoded; `None` for all flips. The winner budget's probe needs plain images."""
-        probes_training = args.winner_budget is not None and not self._has_eval_data
-        return None if probes_training else epochs_of_training(args, dataset)
-
-    def _prepare_eval_pairs(self, dataset: Any, args: DiffusionSDPOConfig) -> Any:
-        if isinstance(dataset, dict):
-            return {name: self._prepare_pairs(part, args, name=name, training=False) for name, part in dataset.items()}
-        return self._prepare_pairs(dataset, args, name="eval", training=False)
-
-    def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-        """Both data sets as pairs; sets `args.dataloader_num_workers` if it is `None`."""
-        # Processes prepare data together, and one that prepared other data would wait for what nobody sends.
-        check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
-        self._has_eval_data = eval_dataset is not None
-        train_dataset = self._prepare_pairs(train_dataset, args, name="train", training=True)
-        eval_dataset = self._prepare_eval_pairs(eval_dataset, args)
-        check_batches(train_dataset, args)
-        if isinstance(train_dataset, PreferenceDataset):
-            step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
-            steps_of_epoch = -(-len(train_dataset) // step)
-            if args.precompute_ref_errors:
-                warn_of_repeated_draws(args, args.ref_noise_draws, steps_of_epoch)
-        evaluates = eval_dataset is not None
-        if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
-            logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
-        return train_dataset, eval_dataset
-
-    def precompute_reference_errors(self) -> None:
-        """Compute the reference's errors on the training and evaluation data, those that are not stored yet, and free
-        the reference, with `precompute_ref_errors=True`. `train` calls it; all processes must call it together."""
-        if self._reference_errors is None:
-            return
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for dataset in (self.train_dataset, *evaluated.values()):
-            if dataset is not None:
-                self._with_reference_errors(dataset)
-        self._reference_errors.release()
-
-    def _with_reference_errors(self, dataset: Any) -> Any:
-        """The data set, whose items carry the reference's errors where these are computed before training."""
-        if self._reference_errors is not None and not dataset.has_reference_errors:
-            check_prompt_padding("precompute_ref_errors", self.family, largest_batch(self.args))
-            self._reference_errors.add_to(dataset)
-        return dataset
-
-    def _load_probe(self) -> list[ProbeInputs]:
-        """This process's pairs of the winner budget's probe."""
-        if self.eval_dataset is None:
-            logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
-        if self.loss_spec.anchor == "error":
-            logger.warning(
-                "Under the loss %r a winner's own branch can raise its error: noise bins over the budget may stay over "
-                "it although their losers' gradients are scaled to 0.",
-                self.args.loss_type,
-            )
-        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
-        if self.encoding is not None and self.family.prompt_padding == "start":
-            batch_size = 1  # prompts were encoded alone, and padding would change them
-        return probe_inputs(
-            probe_items(data, self.args.winner_budget_pairs),
-            batch_size,
-            lambda items: self._prepare_inputs(self.data_collator(items)),
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
-
 
 def outline(dataset: Any) -> Any:
-    """What can be told of data before they are read: kind, number of rows and columns, of each of several sets."""
+    """Return what data say of themselves before they are read: kind, number of rows and columns, of each of several
+    sets."""
     if isinstance(dataset, PairMixture):
         dataset = dataset.parts
     if isinstance(dataset, Mapping):
@@ -271,7 +137,8 @@ def load_position(
     logger.warning(
         "The checkpoint has no position in the stream for %d batches of %d pairs, %d processes and %d workers: the "
         "batches that were trained on are read and decoded again.",
-        *(batches, *_reading(args)),
+        batches,
+        *_reading(args),
     )
 
 
@@ -286,25 +153,6 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
         else value
         for name, value in inputs.items()
     }
-
-
-def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
-    """The sizes that pairs are trained at; `None` if at `args.resolution`, which is set."""
-    if not args.aspect_ratio_buckets:
-        return None
-    sides = cast(Any, [args.resolution] if isinstance(args.resolution, int) else args.resolution)
-    return AspectRatioBuckets((sides[0], sides[-1]), args.bucket_step, args.bucket_max_aspect_ratio)
-
-
-def pairs_of_a_step(args: TrainingArguments, batch_size: int) -> int:
-    """Pairs of the batches that all processes have at the same time."""
-    shared = bool(cast(Any, args.accelerator_config).split_batches)
-    return batch_size * (1 if shared else args.world_size)
-
-
-def largest_batch(args: TrainingArguments) -> int:
-    """Pairs of the largest batch in training and evaluation."""
-    return max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
 
 
 def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:

@@ -1,82 +1,92 @@
-"""The trainer: its collaborators, and the overrides of transformers' Trainer that concern a step and an evaluation. The
-overrides for data are in `data_preparation`, those for files in `file_overrides`."""
+"""The trainer: transformers' Trainer with its overrides, in the order of a run."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, SaveStrategy
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, SaveStrategy
 
-from ..cache.key import EncoderKey
-from ..cache.reference_errors import ReferenceErrors
-from ..data.pairs import PreferenceIterableDataset
+from ..cache.encoding import check_prompt_padding
+from ..cache.reference_errors import warn_of_repeated_draws
+from ..data.buckets import BucketSampler
+from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..data.transforms import PreferenceCollator
-from ..engines.batch_loaders import BatchLoaders
+from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
 from ..engines.engine import Engine
-from ..engines.engine_settings import by_engine, check_unsharded, shards_weights
-from ..engines.processes import check_agreement, peers
+from ..engines.engine_settings import by_engine, shards_weights
+from ..engines.processes import check_agreement, failing_together
 from ..engines.sharding import full_tensor
-from ..losses import BetaController, BudgetController, PreferenceLossOutput
-from ..models.adapters import base_tensors
+from ..losses import PreferenceLossOutput
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
-from ..models.loading import LoadedModel
-from ..models.reference import PrecomputedReference, networks
-from ..saving.interrupts import step_exchange
-from ..saving.setup import fingerprint
-from ..saving.starting_point import Origin, recorded_base
+from ..models.reference import networks
+from ..reporting.console import say
+from ..reporting.run_callbacks import plots_of, run_lines
+from ..reporting.sample_images import SAMPLES_FOLDER, final_step, newest_gallery
+from ..reporting.training_curves import CURVES_FILE
+from ..reporting.verdict import RunFacts, Verdict, verdict_of
+from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
+from ..saving.model_card import RunCard, mean_loss
+from ..saving.publishing import Publisher, PublishingError
+from ..saving.run_files import RunFiles
+from ..saving.run_folder import PREVIOUS_RUN, RunFolder
+from ..saving.starting_point import BASE, public_base
 from ..step.branch_gradients import BranchGradients
 from ..step.finite_check import FiniteCheck
-from ..step.meters import AutoBeta, MetricMeter
 from ..step.noisy_batch import seeds_of_draws
-from ..step.pair_evaluation import PairEvaluation, draws_of_noise, real_pairs
+from ..step.pair_evaluation import draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.step_diagnostics import StepDiagnostics
-from ..step.winner_budget import WinnerBudget
-from .callbacks import default_callbacks
+from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
+from ..utils.disk import naming_the_disk
+from ..utils.files import VERDICT_FILE, VERDICT_PLOT
+from .callbacks import add_callbacks
+from .components import build_components, load_policy, make_reference_errors
+from .config.all_arguments import temporarily
+from .config.complete import copy_and_check_args, largest_batch, pairs_of_a_step, stored_crops
 from .config.declaring import RESUME
 from .config.model_checks import refuse_dropout
-from .data_preparation import DataOverrides
-from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
-from .file_overrides import FileOverrides
-from .kernel_setup import choose_attention, compile_models
-from .preparing import (
-    check_and_complete,
-    choose_trained_weights,
-    copy_and_check_args,
-    error_settings,
-    load_policy,
-    loss_settings,
-    make_reference,
-    pair_encoding,
-    place_frozen_components,
-    precompute_folder,
-    reference_facts,
+from .data_preparation import (
+    PREPARED,
+    PairPreparation,
+    check_batches,
+    load_position,
+    on_device,
+    outline,
+    save_position,
 )
+from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 
 logger = logging.getLogger(__name__)
 
-# Beside those that change the trajectory: when processes train, evaluate and save, which they do together.
+# Settings beside those that change the trajectory: processes train, evaluate and save together.
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
     *("precompute_latents", "push_to_hub", "sample_prompts"),
 )
+REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
+# The state names local folders.
+NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
 
 
-class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
+class DiffusionSDPOTrainer(Trainer):
     r"""
     Trainer for preference tuning of text-to-image diffusion models with Diffusion-SDPO and its relatives.
 
@@ -121,8 +131,12 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         `ValueError`: On models, data and settings that cannot act together; each message says what can.
     """
 
-    parameter_safeguard: ParameterSafeguard | None
-    _evaluated_weights: EMAWeights | None
+    args: DiffusionSDPOConfig
+    train_dataset: Any
+    hub_model_id: Any
+    gather_function: Any
+    dataset_name: str | None = None  # of the training data on the Hub, for the model card
+    _counted: torch.Tensor  # which pairs of an evaluation's batch count
     _tag_names = ["trl-diffusion-sdpo", "diffusion-sdpo"]
     _name = "Diffusion-SDPO"
     _paper = {
@@ -150,16 +164,61 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
     ):
+        # The settings: a copy of the user's, the same in all processes.
         args = copy_and_check_args(model, ref_model, args)
         check_agreement({name: getattr(args, name) for name in (*settings_with(RESUME), *SAME_IN_ALL_PROCESSES)})
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-        loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
-        self._set_up_model(loaded, ref_model, args, peft_config)
-        self._set_up_step(args)
         workers_are_chosen = args.dataloader_num_workers is None
+
+        # The model, and all components that need no accelerator.
+        loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
+        components = build_components(
+            loaded,
+            ref_model,
+            args,
+            peft_config,
+            pair_forward_class=self.pair_forward_class,
+            autocast=lambda: self.accelerator.autocast(),  # transformers' constructor makes the accelerator
+        )
+        self.pipeline = loaded.pipeline
+        self.loss_spec = args.loss_spec
+        self.adapter = components.adapter
+        self.reference = components.reference
+        self.average = components.average
+        self.origin = components.origin
+        self.weight_files = components.weight_files
+        self.frozen_components = components.frozen
+        self.family = components.frozen.family
+        self.encoding = components.encoding
+        self.pair_forward = components.pair_forward
+        self.winner_budget = components.winner_budget
+        self.auto_beta = components.auto_beta
+        self._meter = components.meter
+        self._evaluation = components.evaluation
+        self._diagnostics = components.diagnostics
+        self._weight_copies = components.weight_copies
+        self._controllers = components.controllers
+
+        # State that training and evaluation change.
+        self.parameter_safeguard: ParameterSafeguard | None = None  # made once the engine has wrapped the policy
+        self._finite = FiniteCheck()
+        self._engine_ready = False
+        self._evaluated_weights: EMAWeights | None = None  # predict in place of the policy
+        self._first_step = 0  # at which `train` began or resumed
+        self._saved_step = -1  # of the last checkpoint of this training
+        self._began = 0.0  # when training began, on a clock that is never set
+        self._partial_dir: str | None = None  # in which a checkpoint is being written
+
+        # The data as pairs, encoded if the settings say so. Encoding needs the device's memory, so that the second
+        # copies of the weights move there afterwards. Engines move them once they are sharded or rounded.
+        self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
-        self._move_frozen(args)  # after encoding, which needs memory there
-        self._own_callbacks = self._default_callbacks(args, train_dataset)
+        if not by_engine(args):
+            for weights in self._weight_copies:
+                weights.to(args.device)
+
+        # transformers' constructor: the accelerator, the device, the callbacks, the repository.
+        self.publisher = Publisher(args, NOT_PUBLISHED)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
             args=args,
@@ -168,20 +227,335 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
             eval_dataset=eval_dataset,
             processing_class=self.pipeline,
             compute_metrics=compute_metrics,
-            callbacks=[*self._own_callbacks, *(callbacks or [])],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
-        self._loaders = BatchLoaders(self.args, self.accelerator, workers_are_chosen=workers_are_chosen)
-        self._set_up_engine()
-        self._set_up_run(self._own_callbacks, self._weight_copies, self.average, self._controllers)
+
+        # What needs the accelerator.
+        self.engine = Engine(self.accelerator)
+        self.engine.check()
+        for weights in self._weight_copies:
+            weights.attach(self.engine)
+            if shards_weights(args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
+                weights.stop_sharing()
+        self._loaders = BatchLoaders(args, self.accelerator, workers_are_chosen=workers_are_chosen)
+        self._reference_errors = make_reference_errors(
+            components,
+            self.engine,
+            args,
+            self._loaders,
+            to_inputs=lambda items: self._prepare_inputs(self.data_collator(items)),
+        )
+
+        # The run's files, and the callbacks, which write some of them.
+        self.run_folder = RunFolder(args, list(self.family.pipeline.components), REPORTS)
+        self.run_files = RunFiles(
+            args,
+            self.engine,
+            self.weight_files,
+            weight_copies=self._weight_copies,
+            average=self.average,
+            controllers=self._controllers,
+            full_pipeline=args.save_full_pipeline,
+            trust_pickles=args.trust_checkpoint,
+            unpublished={BASE: self.origin.base},
+        )
+        self.model_card = RunCard(
+            args,
+            self.family,
+            lora=self.weight_files.describe()["lora"],
+            full_pipeline=args.save_full_pipeline,
+            base_model=self.origin.name_or_path,
+            base_folder=self.origin.folder,
+            trainer_name=self._name,
+            settings=settings_with(RESUME),
+        )
+        self.run_facts = RunFacts(
+            has_reference=self.loss_spec.needs_reference,
+            reference_moves=args.sync_ref_model,
+            reference_was_given=self.origin.gave_reference,
+            uses_loser=self.loss_spec.uses_loser,
+            safeguard=args.safeguard,
+            decays=not str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"),
+            num_noise_bins=args.num_noise_bins,
+            average_suffix=f"_{EMA_FOLDER}",
+            swapped_labels=args.swap_labels,
+            safeguard_mu=args.safeguard_mu,
+        )
+        add_callbacks(
+            self.callback_handler,
+            args,
+            components,
+            train_dataset,
+            run_facts=self.run_facts,
+            load_probe=self._load_probe,
+            evaluate=lambda: self.evaluate(),  # a user may replace it
+            end=self._end_report,
+        )
 
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer that trains, adapters included."""
         return self.family.denoiser
 
-    # ---- A step ---------------------------------------------------------------------------------------------------
+    # ---- Data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`, got none.")
+        sampler = self._get_train_sampler(self.train_dataset)
+        return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
+        """Return the micro-batches of an optimizer step, each of which is loaded in its turn. transformers would load
+        all of them first. Those of a stream are loaded first, because a stream does not say when it ends. The number of
+        items is `None`, because losses are means over pairs."""
+        if isinstance(self.train_dataset, PreferenceDataset):
+            return LazyBatches(epoch_iterator, num_batches), None
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of an evaluation's data. For a data set of the trainer, passed by name or as an object, it
+        is the same one at every call."""
+        own = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if eval_dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`, got none.")
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
+        prepared = self._with_reference_errors(prepared)
+        keep = any(prepared is dataset for dataset in own)
+        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        prepared = self._preparation.prepare(test_dataset, name="test", training=False)
+        prepared = self._with_reference_errors(prepared)
+        return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, PreferenceDataset) or dataset.sizes is None:
+            return super()._get_train_sampler(train_dataset)
+        return BucketSampler(
+            dataset.sizes,
+            pairs_of_a_step(self.args, self._train_batch_size),
+            seed=dataset.seed,
+            epoch=(lambda: dataset.epoch) if self.args.train_sampling_strategy == "random" else None,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        if not isinstance(eval_dataset, PreferenceDataset) or eval_dataset.sizes is None:
+            return super()._get_eval_sampler(eval_dataset)
+        group = pairs_of_a_step(self.args, self.args.eval_batch_size)
+        return BucketSampler(eval_dataset.sizes, group, seed=eval_dataset.seed)
+
+    def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
+        """Return both data sets as pairs. Sets `args.dataloader_num_workers` if it is `None`."""
+        # Processes prepare data together, and one that prepared other data would wait for what nobody sends.
+        check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
+        prepare = self._preparation.prepare
+        is_probed = args.winner_budget is not None and eval_dataset is None  # see `_load_probe`
+        train_dataset = prepare(train_dataset, name="train", training=True, is_probed=is_probed)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: prepare(part, name=name, training=False) for name, part in eval_dataset.items()}
+        else:
+            eval_dataset = prepare(eval_dataset, name="eval", training=False)
+        check_batches(train_dataset, args)
+        if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
+            step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
+            warn_of_repeated_draws(args, args.ref_noise_draws, -(-len(train_dataset) // step))
+        evaluates = eval_dataset is not None
+        if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
+            logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
+        return train_dataset, eval_dataset
+
+    def precompute_reference_errors(self) -> None:
+        """Compute the reference's errors on the training and evaluation data, those that are not stored yet, and free
+        the reference, with `precompute_ref_errors=True`. `train` calls it; all processes must call it together."""
+        if self._reference_errors is None:
+            return
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for dataset in (self.train_dataset, *evaluated.values()):
+            if dataset is not None:
+                self._with_reference_errors(dataset)
+        self._reference_errors.release()
+
+    def _with_reference_errors(self, dataset: Any) -> Any:
+        """Let the items of a data set carry the reference's errors if these are computed before training."""
+        if self._reference_errors is not None and not dataset.has_reference_errors:
+            check_prompt_padding("precompute_ref_errors", self.family, largest_batch(self.args))
+            self._reference_errors.add_to(dataset)
+        return dataset
+
+    def _load_probe(self) -> list[ProbeInputs]:
+        """Collate this process's pairs of the winner budget's probe."""
+        if self.eval_dataset is None:
+            logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
+        if self.loss_spec.anchor == "error":
+            logger.warning(
+                "Under the loss %r a winner's own branch can raise its error: noise bins over the budget may stay over "
+                "it although their losers' gradients are scaled to 0.",
+                self.args.loss_type,
+            )
+        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
+        if self.encoding is not None and self.family.prompt_padding == "start":
+            batch_size = 1  # prompts were encoded alone, and padding would change them
+        return probe_inputs(
+            probe_items(data, self.args.winner_budget_pairs),
+            batch_size,
+            lambda items: self._prepare_inputs(self.data_collator(items)),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, `True` for the newest one in
+                `output_dir`, or `"latest"` for the same, and a new start if there is none.
+
+        Raises:
+            `ValueError`: If there is nothing to train on, or the checkpoint is damaged, of another set-up or could run
+                code.
+            `FloatingPointError`: If a loss or, at a save or the end, a weight is not finite.
+            `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
+            `DiskFullError`: If a checkpoint or an image does not fit on the disk.
+        """
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
+        if self._engine_ready and self.engine.holds_shards:
+            raise ValueError(
+                "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
+                "new trainer and pass `resume_from_checkpoint` to go on."
+            )
+        check_agreement(self._facts_of_all_processes())
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers leaves it to scripts
+        disk = naming_the_disk(self.args.output_dir, self.weight_files.bytes_needed)
+        with disk, self.run_folder.locked(all_processes=True):
+            point = self.run_files.resume_point(resume_from_checkpoint, self._setup)
+            self.run_folder.begin(point, overwrite=self.args.overwrite_output_dir)
+            interruptible: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if self.args.checkpoint_on_interrupt:
+                interruptible = stopping_on_interrupt(self.args, self.callback_handler, lambda: self.state.global_step)
+            with interruptible:
+                self.precompute_reference_errors()
+                return super().train(point, *args, **kwargs)
+
+    def _facts_of_all_processes(self) -> dict[str, Any]:
+        """Return what must be the same in all processes besides settings. A stream may be another part in each."""
+        facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
+        if not isinstance(self.train_dataset, PreferenceIterableDataset):
+            facts["train_dataset"] = self._data_fingerprint
+        return facts
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        """Prepare as transformers does, then set up what needs the model as the engine wrapped it."""
+        self.parameter_safeguard = None  # of an earlier training
+        self._finite = FiniteCheck(
+            step_exchange(self.callback_handler.callbacks), lambda: networks(self.family, self.reference.module)
+        )
+        self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
+        unrounded = self.engine.unrounded(self.denoiser)
+        for weights in self._weight_copies:
+            weights.keep_unrounded()
+        self.engine.shard_before_preparing(self.denoiser, unrounded)
+        # An engine that shards reads a checkpoint below, once second copies of the weights are sharded as well.
+        read_later = self.engine.holds_shards and resume_from_checkpoint is not None
+        checkpoint = None if read_later else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
+            self.engine.check_resumable(self.optimizer)
+        self.engine.restore_unrounded(unrounded)
+        for weights in self._weight_copies:
+            weights.prepare(self.model_wrapped)
+        self._engine_ready = True
+        if read_later:
+            self._load_engine_checkpoint(resume_from_checkpoint)
+        if self.engine.casts_weights:
+            self.family.settle_dtype()
+        for controller in self._controllers:
+            controller.attach(self.model_wrapped, self.accelerator)
+        self.set_up_safeguard()
+        return prepared
+
+    def set_up_safeguard(self) -> None:
+        """Make what `args.safeguard` needs, once the engine has wrapped policy and optimizer."""
+        args = self.args
+        self.parameter_safeguard = None
+        if args.safeguard != "parameter":
+            return
+        backend = self.engine.gradient_backend(self.model_wrapped)
+        anchor = args.safeguard_anchor or self.loss_spec.anchor
+        if anchor == "error" and not backend.retains_graph:
+            refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
+        if self._diagnostics is not None:
+            self._diagnostics.attach(self.model_wrapped, backend)
+        self.parameter_safeguard = self.parameter_safeguard_class(
+            self.pair_forward,
+            BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
+            self._meter,
+            sorts_by_scores=self.loss_spec.needs_scores,
+            low_memory=args.safeguard_low_memory,
+            diagnostics=self._diagnostics,
+        )
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Take logging, saving and evaluation steps from this run, not from the checkpoint, and go on in a stream."""
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.state.compute_steps(self.args, max_steps)
+        self._first_step = self.state.global_step
+        self._saved_step = -1
+        self._began = time.monotonic()
+        if isinstance(self.train_dataset, PreferenceIterableDataset):
+            checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+            load_position(self.train_dataset, self.args, batches, checkpoint)
+        return epochs, batches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless the run has ended: transformers checks for that only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        self._finite.verify_gradient()
+        if self.state.global_step not in (self._first_step, self._saved_step):
+            self.run_files.verify_weights(self.model_wrapped)
+        began = time.time() - (time.monotonic() - self._began)  # the clock may have been set since
+        settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete all but the best
+        if was_interrupted(self.callback_handler.callbacks):
+            settings["load_best_model_at_end"] = False
+        with temporarily(self.args, **settings):
+            output = super()._finalize_training(trial, num_train_samples, began)
+        if self.state.global_step == self._first_step:
+            return output._replace(training_loss=mean_loss(self.state.log_history) or math.nan)
+        return output
+
+    # ---- A step -----------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device. The loaders leave it on the host, so that only the current micro-batch of a step
+        takes memory on the device. Under DeepSpeed, transformers would also round scores, errors and moments to the
+        dtype of the weights."""
+        return on_device(inputs, self.args.device)
 
     def compute_loss(
         self,
@@ -190,7 +564,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Loss of a batch of B pairs, a scalar; with `return_outputs` also its [`PreferenceLossOutput`].
+        """Return the loss of a batch of B pairs, a scalar; with `return_outputs` also its [`PreferenceLossOutput`].
 
         A subclass may change the loss under every safeguard. With `safeguard="parameter"` the graph ends at the
         predictions: what it adds must depend on the model through them.
@@ -222,7 +596,8 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         model.train()
         cast(Any, self.optimizer).train()
         inputs = self._prepare_inputs(inputs)
-        step, share = self.state.global_step + 1, 1 / self.current_gradient_accumulation_steps
+        step = self.state.global_step + 1
+        share = 1 / self.current_gradient_accumulation_steps
         with self.compute_loss_context_manager(), self.parameter_safeguard.accumulating():
             loss = cast(torch.Tensor, self.compute_loss(model, inputs))
             self.parameter_safeguard.backward_branches(loss, step=step, share=share)
@@ -241,44 +616,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
             self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
         return norm
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """As transformers does it; then the set-up that needs the model as the engine wrapped it."""
-        self.parameter_safeguard = None  # of an earlier training
-        self._finite = FiniteCheck(
-            step_exchange(self.callback_handler.callbacks), lambda: networks(self.family, self.reference.module)
-        )
-        self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
-        unrounded = self.engine.unrounded(self.denoiser)
-        for weights in self._weight_copies:
-            weights.keep_unrounded()
-        self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # An engine that shards reads a checkpoint below, once second copies of the weights are sharded as well.
-        read_later = self.engine.holds_shards and resume_from_checkpoint is not None
-        checkpoint = None if read_later else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
-        if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
-            self.engine.check_resumable(self.optimizer)
-        self.engine.restore_unrounded(unrounded)
-        for weights in self._weight_copies:
-            weights.prepare(self.model_wrapped)
-        self._engine_ready = True
-        if read_later:
-            self._load_engine_checkpoint(resume_from_checkpoint)
-        if self.engine.casts_weights:
-            self.family.settle_dtype()
-        for controller in self._controllers:
-            controller.attach(self.model_wrapped, self.accelerator)
-        self.set_up_safeguard()
-        return prepared
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs = {**logs, **self._meter.drain(self.accelerator)}
-            if self.winner_budget is not None:
-                self.winner_budget.warn_if_unmet(logs.get("budget/unmet", 0.0))
-        super().log(logs, start_time)
-
-    # ---- Evaluation -----------------------------------------------------------------------------------------------
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
 
     def prediction_step(
         self,
@@ -331,7 +669,7 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         return output
 
     def _measured_loop(self, dataloader: DataLoader, *settings: Any) -> EvalLoopOutput:
-        """One pass over the data, with the metrics of its pairs."""
+        """Pass over the data once, and add the metrics of its pairs."""
         self._evaluation.drain(self.accelerator)
         draws = 1 if self.reference.is_precomputed else draws_of_noise(dataloader.dataset)
         self._evaluation.begin(
@@ -345,146 +683,257 @@ class DiffusionSDPOTrainer(DataOverrides, FileOverrides):
         return output
 
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the pairs of all processes' batches, without those that fill up the last batch of a size or of a
-        stream, which accelerate takes for further pairs of the data."""
+        """Gather values of the pairs of all processes' batches, without those that fill up the last batch of a size or
+        of a stream, which accelerate takes for further pairs of the data."""
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
-    # ---- Set-up ---------------------------------------------------------------------------------------------------
+    def verdict(self) -> Verdict | None:
+        """Return how the error on preferred images has changed, by the last evaluation, or by the last logs of training
+        without one; `None` if nothing was measured."""
+        return verdict_of(self.state.log_history, self.run_facts, final_step(self.args, self.state))
 
-    def _set_up_model(
-        self, loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, peft_config: PeftConfig | None
+    # ---- Logging ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._meter.drain(self.accelerator)}
+            if self.winner_budget is not None:
+                self.winner_budget.warn_if_unmet(logs.get("budget/unmet", 0.0))
+        if "train_loss" in logs and self.state.global_step == self._first_step:
+            del logs["train_loss"]  # transformers' mean over no steps, 0
+        super().log(logs, start_time)
+
+    # ---- Resuming ---------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.run_files.load(Path(resume_from_checkpoint), self.model_wrapped)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.engine.check_resumable(self.optimizer)
+        with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_engine_checkpoint(self, checkpoint: str) -> None:
+        """Load a checkpoint into weights and optimizer that an engine has sharded."""
+        self.engine.check_resumable(self.optimizer)
+        with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
+            self.run_files.load(Path(checkpoint), self.model_wrapped)
+            super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self.run_files.reading():
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with self.run_files.reading():
+            super()._load_scaler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.run_files.load_best(Path(self.state.best_model_checkpoint), self.model_wrapped)
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the tuned weights in the formats of diffusers and PEFT; under every engine, all processes must call it.
+
+        Args:
+            output_dir (`str`, *optional*): `args.output_dir` if unset.
+        """
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        is_output_dir = folder.resolve() == self.run_folder.path.resolve()
+        pushes = self.args.push_to_hub and not _internal_call
+        if not (is_output_dir and pushes):  # `push_to_hub` saves there itself, after uploads in progress
+            lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if is_output_dir:
+                lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
+            with naming_the_disk(folder, self.weight_files.bytes_needed), lock:
+                self._save(output_dir)
+        if pushes:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        self.run_files.save(folder, self.model_wrapped, self._setup())
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._finite.verify_gradient()
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.run_files.writing_checkpoint(run_dir / name) as partial:
+            self._partial_dir = str(partial.parent)
+            try:
+                with temporarily(self.args, push_to_hub=False):
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self._partial_dir = None
+            if self.state.best_model_checkpoint == str(partial):  # transformers takes the folder that it has written
+                self.state.best_model_checkpoint = str(run_dir / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder of checkpoints; while one is being written, a temporary folder on the same disk."""
+        return self._partial_dir or super()._get_output_dir(trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.engine.holds_shards:
+            self.run_files.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, PreferenceIterableDataset):
+            batches = self.state.global_step * self.args.gradient_accumulation_steps
+            save_position(self.train_dataset, self.args, batches, Path(output_dir))
+
+    def _setup(self) -> dict[str, Any]:
+        """Return the content of the set-up file."""
+        return {
+            **self.weight_files.describe(),
+            "reference": self.origin.reference,
+            "given_reference": self.origin.gave_reference,
+            "engine": self.engine.name,
+            "processes": self.accelerator.num_processes,
+            "weights_before_training": self.origin.fingerprint,
+            BASE: public_base(self.origin.base),
+            "train_data": self._data_fingerprint,
+            "eval_data": self._eval_fingerprint,
+            "run_id": self.run_folder.run_id,
+            **{name: getattr(self.args, name) for name in settings_with(RESUME)},
+            "latent_crops": stored_crops(self.args),
+        }
+
+    @functools.cached_property
+    def _data_fingerprint(self) -> dict[str, Any] | None:
+        return self.train_dataset.fingerprint() if isinstance(self.train_dataset, PREPARED) else None
+
+    @functools.cached_property
+    def _eval_fingerprint(self) -> dict[str, Any] | None:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        return {name: data.fingerprint() for name, data in sets.items() if isinstance(data, PREPARED)} or None
+
+    # ---- Publishing -------------------------------------------------------------------------------------------------
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
     ) -> None:
-        """Model, adapter, reference and settings, before transformers' Trainer begins."""
-        self.pipeline, self.family = loaded.pipeline, loaded.family
-        for name in (*self.family.frozen_components, self.family.denoiser_name):
-            check_unsharded(getattr(self.pipeline, name), name)
-        weights_before = fingerprint(base_tensors(loaded.denoiser))  # before an adapter or training changes them
-        self.loss_spec = args.loss_spec
-        self.adapter, added = choose_trained_weights(loaded, peft_config, args)
-        self.reference = make_reference(loaded, ref_model, args, self.loss_spec, adapter=self.adapter, added=added)
-        self.origin = Origin(
-            loaded.name_or_path,
-            loaded.folder(),
-            recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
-            fingerprint=weights_before,
-            reference=self.reference.kind,
-            gave_reference=ref_model is not None,
-        )
-        self.average = None
-        if args.ema_decay is not None:
-            self.average = EMAWeights(loaded.denoiser, self.adapter, args.ema_decay, shared=shards_weights(args))
-        self._weight_copies = [self.reference, *([] if self.average is None else [self.average])]
-        self._noise_settings = check_and_complete(args, loaded, self.loss_spec, adapter=self.adapter)
-        self._set_up_files(args, loaded, self.adapter, self.loss_spec)
-        self.frozen_components = place_frozen_components(loaded, args)
-        self.family = self.frozen_components.family
-        self._encoder_key = EncoderKey(self.frozen_components, loaded, precompute_folder(args), peers(args))
-        self.encoding = None
-        if args.precompute_latents:
-            self.encoding = pair_encoding(self.frozen_components, self._encoder_key, args)
-        choose_attention(loaded.denoiser, self.reference, args)
-        compile_models(loaded.denoiser, self._weight_copies, self.frozen_components, args)
+        """Write a model card, `README.md` in the output folder.
 
-    def _move_frozen(self, args: DiffusionSDPOConfig) -> None:
-        """Move what is frozen to where the policy will be. Engines move second copies of its weights themselves, once
-        they have sharded or rounded them."""
-        for weights in [] if by_engine(args) else self._weight_copies:
-            weights.to(args.device)
+        Args:
+            model_name (`str`, *optional*): Name of the model; the output folder's if unset.
+            dataset_name (`str`, *optional*): Hub id of the training data; the attribute `dataset_name` if unset.
+            tags (`str` or `list[str]`, *optional*): Beside the trainer's own.
+            license (`str`, *optional*): Identifier of the licence; that of the base model applies if unset.
+        """
+        if self.is_world_process_zero():
+            with naming_the_disk(self.args.output_dir):
+                self._write_card(model_name=model_name, dataset_name=dataset_name, tags=tags, license=license)
 
-    def _set_up_step(self, args: DiffusionSDPOConfig) -> None:
-        """The collaborators of a step."""
-        self._meter, self._finite = MetricMeter(), FiniteCheck()
-        self._own_pairs, self._own_copies = WeakSet(), WeakKeyDictionary()
-        self.parameter_safeguard = None  # made in `set_up_safeguard`
-        self._engine_ready = False
-        self._evaluated_weights = None  # in place of the policy's
-        controller = None
-        if args.winner_budget is not None:
-            controller = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
-        betas = BetaController(args.beta, args.device) if args.auto_beta else None
-        self.pair_forward = self.pair_forward_class(
-            self.frozen_components,
-            self.reference,
-            noise=self._noise_settings,
-            loss=loss_settings(args),
-            autocast=lambda: self.accelerator.autocast(),  # made later, by transformers' constructor
-            budget=controller,
-            auto_beta=betas,
-        )
-        self._evaluation = PairEvaluation(self.pair_forward, args.num_noise_bins)
-        self.winner_budget = None
-        if controller is not None:
-            scored = self.loss_spec.needs_scores
-            self.winner_budget = WinnerBudget(
-                controller, self.pair_forward, self._meter, sorts_by_scores=scored, average=self.average
-            )
-        self.auto_beta = None if betas is None else AutoBeta(betas, self._meter)
-        self._controllers = [each for each in (self.winner_budget, self.auto_beta) if each is not None]
-        self._diagnostics = None
-        if args.safeguard_diagnostics_steps is not None:
-            self._diagnostics = StepDiagnostics(self.pair_forward, self._meter, args.safeguard_diagnostics_steps)
+    def _end_report(self) -> None:
+        """Write the card, and tell what the run has left and how to load it; the first process only."""
+        written = self._write_card(keep_edited=True)
+        tell, folder = logger.info if self.args.disable_tqdm else say, Path(self.args.output_dir)
+        found = {"samples": bool(newest_gallery(self.callback_handler.callbacks)), "card": written}
+        interrupted = was_interrupted(self.callback_handler.callbacks)
+        loading_code = None if interrupted else self.model_card.loading_code()
+        for line in run_lines(folder, self.state, loading_code, **found):
+            tell(line)
 
-    def _set_up_engine(self) -> None:
-        """After transformers' constructor, which makes the accelerator."""
-        self.engine = Engine(self.accelerator)
-        self.engine.check()
-        for weights in self._weight_copies:
-            weights.attach(self.engine)
-            if shards_weights(self.args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
-                weights.stop_sharing()
-        self._reference_errors = None
-        if isinstance(self.reference, PrecomputedReference):
-            self._reference_errors = self._make_reference_errors(self.reference)
-
-    def _make_reference_errors(self, reference: PrecomputedReference) -> ReferenceErrors:
-        settings = error_settings(
-            self.args,
-            reference_facts(reference, self.family, self.engine, self.args, self._encoder_key),
-            to_inputs=lambda items: self._prepare_inputs(cast(Any, self.data_collator)(items)),
-            load=self._loaders.in_batches,
-        )
-        return ReferenceErrors(self.pair_forward, reference, self.denoiser, self.engine, settings)
-
-    def _default_callbacks(self, args: DiffusionSDPOConfig, train_dataset: Any) -> list[TrainerCallback]:
-        return default_callbacks(
-            args,
-            train_dataset,
-            frozen=self.frozen_components,
-            reference=self.reference,
-            average=self.average,
-            budget=self.winner_budget,
-            auto_beta=self.auto_beta,
-            load_probe=self._load_probe,
-            diagnostics=self._diagnostics,
-            run_facts=self.run_facts,
-            evaluate=lambda: self.evaluate(),
-            callbacks_of_run=lambda: self.callback_handler.callbacks,
-            images=self.tracked_images,
-            end=self._end_report,
+    def _write_card(self, *, ended: bool = True, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
+        verdict = self.verdict()
+        facts["model_name"] = facts.get("model_name") or Path(self.args.output_dir).absolute().name
+        facts["dataset_name"] = facts.get("dataset_name") or self.dataset_name
+        return self.model_card.write(
+            self.state,
+            first_step=self._first_step,
+            data=self.train_dataset.report if isinstance(self.train_dataset, PREPARED) else None,
+            is_stream=isinstance(self.train_dataset, PreferenceIterableDataset),
+            plots=plots_of(self.state),
+            keep_edited=keep_edited,
+            ended=ended,
+            hub_model_id=self.hub_model_id,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            verdict=None if verdict is None else verdict.finding,
+            gallery=newest_gallery(self.callback_handler.callbacks),
+            **facts,
         )
 
-    def set_up_safeguard(self) -> None:
-        """Make what `args.safeguard` needs, once the engine has wrapped policy and optimizer."""
-        args, self.parameter_safeguard = self.args, None
-        if args.safeguard != "parameter":
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository `args.hub_model_id` unless it exists; all processes must call it. `token` and `private`
+        are `args.hub_token` and `args.hub_private_repo` if unset. `PublishingError` in all processes, if the Hub
+        refuses, or does not answer."""
+        try:
+            self.hub_model_id = self.publisher.create_repository(token, private)
+        except PublishingError as error:
+            raise PublishingError(
+                f"{error} Nothing was trained. Without `push_to_hub=True` a run needs no Hub, and can be published "
+                "afterwards by `push_to_hub()`."
+            ) from error
+
+    def push_to_hub(  # type: ignore[override]
+        self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any
+    ) -> Any:
+        """Upload the tuned weights and the model card to `args.hub_model_id`, without checkpoints, pickles and logs.
+
+        They are saved in `args.output_dir` first. If the upload fails, the files stay, and a second call continues:
+        large files that arrived are not sent again.
+
+        Args:
+            commit_message (`str`, *optional*): Of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. A failure is logged
+                otherwise.
+            kwargs: `token`, `revision`, `private`, and arguments of [`~DiffusionSDPOTrainer.create_model_card`].
+
+        Returns:
+            What [`~huggingface_hub.HfApi.upload_folder`] returns, or its `Future`; `None` in all processes but the
+            first.
+
+        Raises:
+            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token, revision, private = (kwargs.pop(name, None) for name in ("token", "revision", "private"))
+        model_name = kwargs.pop("model_name", None)
+        self._finish_current_push()  # it reads the files that are written next
+        uploaded = None
+        with self.run_folder.locked(all_processes=True):
+            with failing_together(PublishingError, during_upload=True):
+                self.save_model(_internal_call=True)
+            with self.publisher.failing_after_save():
+                if self.hub_model_id is None:
+                    self.hub_model_id = self.publisher.create_repository(token, private)
+                if self.is_world_process_zero():
+                    model_name = model_name or self.hub_model_id.split("/")[-1]
+                    self._write_card(model_name=model_name, keep_edited=True, **kwargs)
+                    options = {"blocking": blocking, "training": self.is_in_train}
+                    uploaded = self.publisher.upload(commit_message, token=token, revision=revision, **options)
+        return uploaded
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish during training. transformers would look for its own files, and upload pickles."""
+        if not self.publisher.is_ready_for_progress():
             return
-        backend = self.engine.gradient_backend(self.model_wrapped)
-        anchor = args.safeguard_anchor or self.loss_spec.anchor
-        if anchor == "error" and not backend.retains_graph:
-            refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
-        if self._diagnostics is not None:
-            self._diagnostics.attach(self.model_wrapped, backend)
-        self.parameter_safeguard = self.parameter_safeguard_class(
-            self.pair_forward,
-            BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
-            self._meter,
-            sorts_by_scores=self.loss_spec.needs_scores,
-            low_memory=args.safeguard_low_memory,
-            diagnostics=self._diagnostics,
-        )
+        with failing_together(PublishingError, during_upload=True):
+            self._save(self.args.output_dir)
+            if self.is_world_process_zero():
+                self._write_card(model_name=self.hub_model_id.split("/")[-1], ended=False, keep_edited=True)
+                self.publisher.upload_progress(Path(checkpoint_folder), self.state)
+
+    def _finish_current_push(self) -> None:
+        self.publisher.wait()
 
 
 def _tells_what_counts(dataset: Any) -> bool:
-    """Whether batches tell which of their pairs fill them up, so that accelerate cannot know it."""
+    """Whether batches themselves say which of their pairs fill them up, because accelerate cannot know it."""
     return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None

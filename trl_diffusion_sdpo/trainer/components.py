@@ -1,0 +1,510 @@
+"""The components of a run, built in one place: the model, what trains of it, what it is compared with, what is frozen,
+and what a step is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import nn
+
+from ..cache.encoding import EncodingSettings, PairEncoding
+from ..cache.key import EncoderKey, hash_of_tensors
+from ..cache.reference_errors import ErrorSettings, ReferenceErrors
+from ..engines.batch_loaders import BatchLoaders, load_one_by_one
+from ..engines.engine import Engine
+from ..engines.engine_settings import by_engine, check_unsharded, loading_unsharded, shards_weights
+from ..engines.processes import peers
+from ..losses import BetaController, BudgetController, LossSpec
+from ..models.adapters import (
+    active_adapter,
+    add_lora,
+    base_tensors,
+    check_adapter_weight,
+    freeze,
+    train_only_adapter,
+)
+from ..models.ema import EMAWeights
+from ..models.frozen_components import VAE, FrozenComponents
+from ..models.kernels import compile_blocks, compile_encoder, set_attention
+from ..models.loading import LoadedModel, load_model, load_reference
+from ..models.numerics import autocast_dtype
+from ..models.reference import PrecomputedReference, Reference, build_reference
+from ..models.weight_copies import WeightCopy
+from ..saving.setup import fingerprint
+from ..saving.starting_point import (
+    Origin,
+    StartingPoint,
+    attach_adapter,
+    check_continued,
+    recorded_base,
+    starting_point,
+)
+from ..saving.weights import WeightFiles
+from ..step.meters import AutoBeta, MetricMeter
+from ..step.pair_evaluation import PairEvaluation
+from ..step.pair_forward import PairForward
+from ..step.step_diagnostics import StepDiagnostics
+from ..step.winner_budget import WinnerBudget
+from ..utils._compat import compile_with_eager_rounding
+from .config.complete import (
+    check_and_complete,
+    image_size,
+    largest_batch,
+    loss_settings,
+    precompute_folder,
+    stored_crops,
+)
+from .diffusion_sdpo_config import DiffusionSDPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Everything that a trainer is made of before there is an accelerator.
+
+    Attributes:
+        loaded ([`LoadedModel`]): The pipeline as the user passed it, with the denoiser that trains.
+        adapter (`str`, *optional*): Name of the LoRA that trains; `None` in full tuning.
+        reference ([`Reference`]): The policy before training.
+        average ([`EMAWeights`], *optional*): The average of the trained weights.
+        origin ([`Origin`]): What the run started from.
+        weight_files ([`WeightFiles`]): Formats of the tuned weights.
+        frozen ([`FrozenComponents`]): VAE and text encoders, and the family around them, as training uses it.
+        encoder_key ([`EncoderKey`]): Their cache key.
+        encoding ([`PairEncoding`], *optional*): Encodes pairs before training.
+        meter ([`MetricMeter`]): The metrics of training.
+        pair_forward ([`PairForward`]): The forward passes of a batch of pairs.
+        evaluation ([`PairEvaluation`]): The metrics of an evaluation.
+        winner_budget ([`WinnerBudget`], *optional*): Holds the winners' error within a budget.
+        auto_beta ([`AutoBeta`], *optional*): Moves beta.
+        diagnostics ([`StepDiagnostics`], *optional*): Measures single optimizer steps.
+    """
+
+    loaded: LoadedModel
+    adapter: str | None
+    reference: Reference
+    average: EMAWeights | None
+    origin: Origin
+    weight_files: WeightFiles
+    frozen: FrozenComponents
+    encoder_key: EncoderKey
+    encoding: PairEncoding | None
+    meter: MetricMeter
+    pair_forward: PairForward
+    evaluation: PairEvaluation
+    winner_budget: WinnerBudget | None
+    auto_beta: AutoBeta | None
+    diagnostics: StepDiagnostics | None
+
+    @property
+    def weight_copies(self) -> list[WeightCopy]:
+        """The second copies of the policy's weights."""
+        return [self.reference] if self.average is None else [self.reference, self.average]
+
+    @property
+    def controllers(self) -> list[WinnerBudget | AutoBeta]:
+        """What steers the loss while training, and has a state in checkpoints."""
+        return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
+
+
+def build_components(
+    loaded: LoadedModel,
+    ref_model: Any,
+    args: DiffusionSDPOConfig,
+    peft_config: PeftConfig | None,
+    *,
+    pair_forward_class: type[PairForward],
+    autocast: Callable[[], contextlib.AbstractContextManager],
+) -> Components:
+    """Build everything that needs no accelerator, and complete `args` by the defaults of family and loss.
+
+    Args:
+        loaded ([`LoadedModel`]): The policy, from [`load_policy`].
+        ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference.
+        args ([`DiffusionSDPOConfig`]): The trainer's own copy of the settings.
+        autocast (`Callable`): Returns the context under which denoisers predict.
+
+    Raises:
+        `ValueError`: If model, reference and settings cannot act together.
+    """
+    loss = args.loss_spec
+    denoiser = loaded.denoiser
+
+    # The weights that train. The fingerprint comes before an adapter or training changes them.
+    for name in (*loaded.family.frozen_components, loaded.family.denoiser_name):
+        check_unsharded(getattr(loaded.pipeline, name), name)
+    weights_before = fingerprint(base_tensors(denoiser))
+    adapter, added = choose_trained_weights(loaded, peft_config, args)
+
+    # Second copies of these weights, while they are as before training.
+    reference = make_reference(loaded, ref_model, args, loss, adapter=adapter, added=added)
+    average = None
+    if args.ema_decay is not None:
+        average = EMAWeights(denoiser, adapter, args.ema_decay, shared=shards_weights(args))
+
+    # What the run's files say of its start, and the formats in which it saves.
+    origin = Origin(
+        loaded.name_or_path,
+        loaded.folder(),
+        recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
+        fingerprint=weights_before,
+        reference=reference.kind,
+        gave_reference=ref_model is not None,
+    )
+    noise = check_and_complete(args, loaded, loss, adapter=adapter)
+    weight_files = make_weight_files(loaded, origin, adapter, args)
+
+    # VAE and text encoders: they run on the device, or encode all pairs before training.
+    frozen = place_frozen_components(loaded, args)
+    encoder_key = EncoderKey(frozen, loaded, precompute_folder(args), peers(args))
+    encoding = pair_encoding(frozen, encoder_key, args) if args.precompute_latents else None
+
+    # Kernels.
+    weight_copies = [reference] if average is None else [reference, average]
+    choose_attention(denoiser, reference, args)
+    compile_models(denoiser, weight_copies, frozen, args)
+
+    # A step, its controllers and its measurements.
+    meter = MetricMeter()
+    budget = None
+    if args.winner_budget is not None:
+        budget = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
+    betas = BetaController(args.beta, args.device) if args.auto_beta else None
+    pair_forward = pair_forward_class(
+        frozen,
+        reference,
+        noise=noise,
+        loss=loss_settings(args),
+        autocast=autocast,
+        budget=budget,
+        auto_beta=betas,
+    )
+    winner_budget = None
+    if budget is not None:
+        winner_budget = WinnerBudget(budget, pair_forward, meter, sorts_by_scores=loss.needs_scores, average=average)
+    diagnostics = None
+    if args.safeguard_diagnostics_steps is not None:
+        diagnostics = StepDiagnostics(pair_forward, meter, args.safeguard_diagnostics_steps)
+
+    return Components(
+        loaded=loaded,
+        adapter=adapter,
+        reference=reference,
+        average=average,
+        origin=origin,
+        weight_files=weight_files,
+        frozen=frozen,
+        encoder_key=encoder_key,
+        encoding=encoding,
+        meter=meter,
+        pair_forward=pair_forward,
+        evaluation=PairEvaluation(pair_forward, args.num_noise_bins),
+        winner_budget=winner_budget,
+        auto_beta=None if betas is None else AutoBeta(betas, meter),
+        diagnostics=diagnostics,
+    )
+
+
+# ---- The policy -----------------------------------------------------------------------------------------------------
+
+
+def load_policy(
+    model: Any,
+    args: DiffusionSDPOConfig,
+    processing_class: DiffusionPipeline | None,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    *,
+    denoiser: bool = True,
+) -> LoadedModel:
+    """Load the pipeline whose denoiser trains, unsharded under every engine. For `denoiser` see [`load_model`]."""
+    start = StartingPoint("", adapter=args.adapter_name_or_path)
+    options = cast(Any, args.model_init_kwargs)  # a dict by now
+    if isinstance(model, (str, Path)):
+        start = starting_point(model, args.adapter_name_or_path)
+        model, options = start.pipeline, start.with_recorded(options)
+    if quantization_config is not None and peft_config is None and start.adapter is None:
+        raise ValueError(
+            "`quantization_config` needs `peft_config`: quantized weights cannot be trained. Pass a `LoraConfig`, or "
+            "leave the quantization out."
+        )
+    with loading_unsharded(args):
+        loaded = load_model(
+            model,
+            processing_class=processing_class,
+            model_init_kwargs=options,
+            quantization_config=quantization_config,
+            device=args.device,
+            encoders=not args.precompute_latents,
+            denoiser=denoiser,
+            denoiser_folder=start.denoiser,
+        )
+    if start.adapter is None or not denoiser:
+        return loaded
+    attach_adapter(loaded.pipeline, loaded.family.denoiser_name, start.adapter, seed=args.seed)
+    return dataclasses.replace(loaded, adapter_source=start.adapter)
+
+
+def choose_trained_weights(
+    loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
+) -> tuple[str | None, bool]:
+    """Add a LoRA if one is asked for, and freeze what does not train.
+
+    Returns:
+        The trained adapter's name (`None` in full tuning), and whether it was added here.
+    """
+    denoiser = loaded.denoiser
+    if args.disable_dropout:
+        disable_dropout(denoiser)
+    for name in loaded.family.frozen_components:
+        freeze(name, getattr(loaded.pipeline, name))
+    added = peft_config is not None and loaded.adapter_source is None
+    if peft_config is not None and added:
+        adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
+        if args.disable_dropout:
+            disable_dropout(denoiser)
+    else:
+        adapter = active_adapter(denoiser)
+        if adapter is not None:
+            check_adapter_weight(denoiser, adapter)
+            if peft_config is not None:
+                check_continued(denoiser, adapter, peft_config, str(loaded.adapter_source))
+    check_precision(denoiser, adapter, args)
+    if args.save_full_pipeline and adapter is not None:
+        raise ValueError(
+            "`save_full_pipeline=True` would save the base without its LoRA. Leave it off and load the LoRA with "
+            "`load_lora_weights`, or tune in full."
+        )
+    if adapter is None:
+        denoiser.requires_grad_(True)
+        for name in loaded.family.idle_modules:
+            denoiser.get_submodule(name).requires_grad_(False)
+    else:
+        train_only_adapter(denoiser, adapter)
+    return adapter, added
+
+
+def check_precision(denoiser: nn.Module, adapter: str | None, args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` if the weights' dtype and the training precision cannot work together."""
+    halves = sorted({str(p.dtype) for p in denoiser.parameters() if p.is_floating_point() and p.itemsize < 4})
+    if halves and adapter is None:
+        raise ValueError(
+            f"Full tuning needs float32 weights, got {', '.join(halves)}: small updates would be rounded away. Load "
+            "with `dtype='float32'` and set `bf16=True` for autocast."
+        )
+    if halves and autocast_dtype(args.mixed_precision) is None:
+        raise ValueError(
+            f"A base held in {', '.join(halves)} needs `bf16=True` or `fp16=True`, as its LoRA is held in float32."
+        )
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Set every dropout within a module to 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+
+
+# ---- Second copies and files ----------------------------------------------------------------------------------------
+
+
+def make_reference(
+    loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, adapter: str | None, added: bool
+) -> Reference:
+    """Choose how the old policy is recovered. `adapter` is the trained one, and `added` whether it starts at zero."""
+    given = None
+    if ref_model is not None:
+        given = given_reference(ref_model, loaded, args)
+        if args.disable_dropout:
+            disable_dropout(given)
+        if not loss.needs_reference:
+            logger.warning(
+                "The loss %r reads no reference; `ref_model` serves the metrics `errors/*_change` only.",
+                args.loss_type,
+            )
+    changed_by_engine = by_engine(args)
+    halves = args.ref_model_half_precision and not changed_by_engine
+    return build_reference(
+        loaded.denoiser,
+        needed=loss.needs_reference,
+        given=given,
+        may_modify_given=isinstance(ref_model, (str, Path)),
+        changed_by_engine=changed_by_engine,
+        shared=shards_weights(args),
+        fresh_adapter=adapter if added else None,
+        started_adapter=None if added else adapter,
+        follows=args.sync_ref_model,
+        half_dtype=autocast_dtype(args.mixed_precision) if halves else None,
+        precomputed=args.precompute_ref_errors,
+    )
+
+
+def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
+    """Load the reference's denoiser; if `ref_model` names a run, with that run's LoRA."""
+    start = StartingPoint("")
+    options = cast(Any, args.ref_model_init_kwargs)  # a dict by now
+    if isinstance(ref_model, (str, Path)):
+        start = starting_point(ref_model)
+        ref_model, options = start.pipeline, start.with_recorded(options)
+    with loading_unsharded(args):
+        given = load_reference(
+            ref_model,
+            loaded,
+            model_init_kwargs=cast(Any, args.model_init_kwargs),
+            ref_model_init_kwargs=options,
+            denoiser_folder=start.denoiser,
+            device=args.device,
+        )
+    if start.adapter is not None:
+        owner = copy.copy(loaded.pipeline)
+        owner.register_modules(**{loaded.family.denoiser_name: given})
+        attach_adapter(owner, loaded.family.denoiser_name, start.adapter)
+    return given
+
+
+def make_weight_files(
+    loaded: LoadedModel, origin: Origin, adapter: str | None, args: DiffusionSDPOConfig
+) -> WeightFiles:
+    """Make the reader and writer of the tuned weights, before an engine shards them."""
+
+    def whole_pipeline() -> DiffusionPipeline:
+        with loading_unsharded(args):  # the first process alone calls it
+            return loaded.whole_pipeline()
+
+    linked = origin.folder if args.link_full_pipeline else None
+    return WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline, linked)
+
+
+# ---- Before training ------------------------------------------------------------------------------------------------
+
+
+def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> FrozenComponents:
+    """Place VAE and text encoders where they run; `args.vae_dtype` becomes the precision of the VAE."""
+
+    def load() -> DiffusionPipeline:
+        with loading_unsharded(args):
+            return loaded.load_encoders()
+
+    frozen = FrozenComponents(
+        loaded.family,
+        device=args.device,
+        half_dtype=autocast_dtype(args.mixed_precision),
+        vae_dtype=args.vae_dtype,
+        vae_encode_batch_size=args.vae_encode_batch_size,
+        guidance_scale=args.guidance_scale,
+        offload=args.offload_frozen_components or args.precompute_latents,
+        load=load,
+    )
+    args.vae_dtype = cast(Any, str(frozen.family.pipeline.vae.dtype).removeprefix("torch."))
+    return frozen
+
+
+def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPOConfig) -> PairEncoding:
+    """Make what encodes images and prompts before training."""
+    settings = EncodingSettings(
+        folder=precompute_folder(args),
+        device=args.device,
+        size=image_size(args),
+        crops=args.latent_crops,
+        largest_batch=largest_batch(args),
+        pin_memory=args.dataloader_pin_memory,
+        check_sample=args.verify_images == "sample",
+        load=partial(load_one_by_one, args),
+        peers=peers(args),
+    )
+    return PairEncoding(frozen, key, settings)
+
+
+def make_reference_errors(
+    components: Components, engine: Engine, args: DiffusionSDPOConfig, loaders: BatchLoaders, to_inputs: Callable
+) -> ReferenceErrors | None:
+    """Make what computes the reference's errors before training, if the settings ask for that. All processes must call
+    it together, before an engine shards the weights.
+
+    Args:
+        loaders ([`BatchLoaders`]): Loaders of this process.
+        to_inputs (`Callable`): Collates items and moves them to the device.
+    """
+    reference = components.reference
+    if not isinstance(reference, PrecomputedReference):
+        return None
+    settings = ErrorSettings(
+        folder=precompute_folder(args),
+        facts=reference_facts(reference, components, engine, args),
+        noise_draws=args.ref_noise_draws,
+        batch_size=args.train_batch_size,
+        eval_batch_size=args.eval_batch_size,
+        to_inputs=to_inputs,
+        load=loaders.in_batches,
+        show_progress=args.process_index == 0 and not args.disable_tqdm,
+        peers=peers(args),
+    )
+    return ReferenceErrors(components.pair_forward, reference, components.frozen.family.denoiser, engine, settings)
+
+
+def reference_facts(
+    reference: PrecomputedReference, components: Components, engine: Engine, args: DiffusionSDPOConfig
+) -> dict[str, Any]:
+    """Return the facts on which errors of a reference depend besides the data and the noise."""
+    family = components.frozen.family
+    parts = {name: getattr(family.pipeline, name) for name in family.frozen_components}
+    denoiser: Any = family.denoiser if reference.module is None else reference.module
+    configs = {"configuration": denoiser.config, "scheduler": family.pipeline.scheduler.config}
+    return {
+        "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
+        "family": family.name,
+        "components": {name: str(part.dtype) for name, part in parts.items()},
+        "encoders": components.encoder_key.hashes,
+        "encoded": args.precompute_latents,  # in other batches, which may round differently
+        "crops": stored_crops(args),
+        **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},
+        "guidance_scale": args.guidance_scale,
+        "precision": [args.mixed_precision, str(engine.rounding), str(family.dtype)],
+        "attention": args.attention_backend,
+        "compiled": args.torch_compile,
+    }
+
+
+# ---- Kernels --------------------------------------------------------------------------------------------------------
+
+
+def choose_attention(denoiser: Any, reference: Reference, args: DiffusionSDPOConfig) -> None:
+    """Choose the attention back end of policy and reference."""
+    if args.attention_backend is not None:
+        for module in (denoiser, *([] if reference.module is None else [reference.module])):
+            set_attention(module, args.attention_backend)
+
+
+def compile_models(
+    denoiser: Any, weight_copies: Sequence[WeightCopy], frozen: FrozenComponents, args: DiffusionSDPOConfig
+) -> None:
+    """Compile what `torch_compile` is for and transformers' Trainer does not compile: the VAE's encoder, and second
+    denoisers or the blocks of all denoisers. After the blocks, `args` no longer ask transformers to compile the
+    model."""
+    if not args.torch_compile:
+        return
+    compile_with_eager_rounding()
+    if frozen.state == "on device":  # others encode once, before training, or move at each use
+        compile_encoder(
+            frozen.family.pipeline.components.get(VAE), args.torch_compile_backend, args.torch_compile_mode
+        )
+    for weights in weight_copies:
+        weights.compile(args.torch_compile_backend, args.torch_compile_mode, regional=args.torch_compile_regional)
+    if args.torch_compile_regional:
+        if by_engine(args):
+            raise ValueError(
+                "`torch_compile_regional` is for one process and for DDP: DeepSpeed and FSDP wrap the blocks that it "
+                "compiles. Leave it off: `torch_compile` then compiles the whole model."
+            )
+        compile_blocks(denoiser, args.torch_compile_backend, args.torch_compile_mode)
+        args.torch_compile_backend = args.torch_compile_mode = None  # what accelerate would compile with

@@ -1,0 +1,224 @@
+"""Settings completed by family and loss, and checked against the model; and what several settings say together."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ...cache.encoding import default_folder
+from ...data.buckets import AspectRatioBuckets
+from ...engines.engine_settings import check_deepspeed_precision, set_deepspeed_learning_rate
+from ...families import Family
+from ...losses import LossSpec
+from ...models.loading import LoadedModel
+from ...saving.run_folder import refuse_own_start
+from ...step.noisy_batch import NoiseSettings
+from ...step.pair_forward import LossSettings
+from ..diffusion_sdpo_config import DiffusionSDPOConfig
+from .all_arguments import settled_resolution
+from .model_checks import (
+    check_activation_checkpointing,
+    check_guidance,
+    check_one_device,
+    check_output_dir,
+    check_without_dropout,
+    checked_inversion,
+    checked_timesteps,
+    loss_defaults,
+    warn_of_far_settings,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
+    """Check the settings as far as that needs no model, and return the trainer's own copy of them.
+
+    Raises:
+        `ValueError`: If `args` are of another kind, the process sees several GPUs, model and reference are one object,
+            or nothing could be written.
+    """
+    if args is None:
+        args = DiffusionSDPOConfig(default_output_dir(model))
+    if not isinstance(args, DiffusionSDPOConfig):
+        raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}.")
+    check_one_device(args)
+    check_deepspeed_precision(args)
+    if ref_model is not None and model is ref_model and not isinstance(model, (str, Path)):
+        raise ValueError(
+            "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
+            "Leave `ref_model` out, or pass a copy."
+        )
+    if ref_model is not None and args.ref_model_name_or_path is not None:
+        raise ValueError(
+            f"`ref_model` and `ref_model_name_or_path` both name the reference; got a {type(ref_model).__name__} and "
+            f"{args.ref_model_name_or_path!r}. Leave one out."
+        )
+    ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+    refuse_own_start(args.output_dir, (model, args.adapter_name_or_path, ref_model))
+    if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
+        raise ValueError(
+            "`ref_model_init_kwargs` are for a `ref_model` given as Hub id or folder, got "
+            f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave them out."
+        )
+    if args.should_save:
+        check_output_dir(args.output_dir)
+    args = copy.copy(args)
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # no denoiser's buffers change; DDP would send them in every step
+    return args
+
+
+def default_output_dir(model: Any) -> str:
+    """Name the output folder of a run without `args`."""
+    name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
+    return f"{name}-DiffusionSDPO"
+
+
+def check_and_complete(
+    args: DiffusionSDPOConfig, loaded: LoadedModel, loss: LossSpec, *, adapter: str | None
+) -> NoiseSettings:
+    """Check the settings against the model, fill in the defaults of family and loss, and return how noise and timesteps
+    are drawn."""
+    family = loaded.family
+    check_guidance(args, family)
+    complete_args(args, family, loss, full=adapter is None)
+    check_resolution(args, family)
+    timesteps = checked_timesteps(args, family)
+    check_noise_range(args, family, timesteps)
+    check_without_dropout(args, loaded.denoiser)
+    check_activation_checkpointing(args, loaded.denoiser)
+    inversion = checked_inversion(args, family, timesteps, image_sizes(args))
+    return NoiseSettings(timesteps, args.noise_offset, args.input_perturbation, args.n_timesteps_per_pair, inversion)
+
+
+def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, full: bool) -> None:
+    """Set unset settings to the defaults of the family and the loss, and log them."""
+    mu, beta = loss_defaults(args, family, full=full)
+    warn_of_far_settings(args, family, full=full)
+    defaults_by_name = {
+        "learning_rate": family.learning_rate_full if full else family.learning_rate_lora,
+        "beta": beta,
+        "safeguard_mu": mu,
+        "resolution": settled_resolution(family.default_resolution),
+        "weighting_scheme": family.weighting_scheme if args.timesteps is None else None,
+        "guidance_scale": family.guidance_scale,
+    }
+    chosen = {name: value for name, value in defaults_by_name.items() if getattr(args, name) is None}
+    for name, value in chosen.items():
+        setattr(args, name, value)
+    set_deepspeed_learning_rate(args)
+    safeguarded = args.safeguard != "none" and loss.uses_loser
+    logged = {name: value for name, value in chosen.items() if value is not None}
+    if not safeguarded:
+        logged.pop("safeguard_mu", None)
+    if logged:
+        listed = ", ".join(f"{name}={value}" for name, value in logged.items())
+        logger.warning("Chosen for %s and the loss %r: %s.", family.name, args.loss_type, listed)
+
+
+def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
+    """Raise `ValueError` where the VAE would crop the images, the denoiser has no positions for them, or the pipeline
+    would not generate them."""
+    size = image_size(args)
+    unit = family.vae_scale_factor * family.patch_size
+    if args.aspect_ratio_buckets and args.bucket_step % unit:
+        raise ValueError(f"`bucket_step` must be a multiple of {unit} pixels for this model, got {args.bucket_step}.")
+    if args.sample_prompts:
+        unit = math.lcm(unit, 8)
+    if any(side % unit for side in size):
+        raise ValueError(f"`resolution` must be a multiple of {unit} pixels for this model, got {args.resolution}.")
+    family.check_image_size(*size)
+    refused = {}
+    for height, width in image_sizes(args):
+        try:
+            family.check_image_size(height, width)
+        except ValueError as error:
+            refused[f"{height}x{width}"] = error
+    if refused:
+        raise ValueError(
+            f"Every size of `aspect_ratio_buckets` must fit the model, and these do not: {', '.join(refused)}. Lower "
+            f"`bucket_max_aspect_ratio` or `resolution`. {next(iter(refused.values()))}"
+        )
+
+
+def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
+    """Log the timesteps within `loser_noise_range`; `ValueError` where none of those that are drawn is."""
+    if args.loser_noise_range is None:
+        return
+    low, high = args.loser_noise_range
+    process = family.noise_process
+    for tokens in sorted({family.tokens_of_image(*size) for size in image_sizes(args)}):
+        within = process.timestep_bounds(low, high, tokens, **timesteps)
+        if within is None:
+            break
+    if within is None:
+        every = process.timestep_bounds(0.0, 1.0, tokens, **timesteps)
+        ends = torch.tensor(every).to(process.timestep_dtype)
+        first, last = process.noise_level(ends, tokens).tolist()
+        raise ValueError(
+            f"`loser_noise_range` must meet the noise levels that are drawn, {first:.3f} to {last:.3f}; got "
+            f"{list(args.loser_noise_range)}. To train winners only, use `loss_type='sft'`."
+        )
+    logger.warning(
+        "Losers train at the noise levels %g to %g: timesteps %g to %g of %d.",
+        low,
+        high,
+        *within,
+        process.num_train_timesteps,
+    )
+
+
+def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
+    """Return the settings of the loss. Every field of [`LossSettings`] is a setting of the same name."""
+    settings = {setting.name: getattr(args, setting.name) for setting in fields(LossSettings)}
+    if settings["loser_noise_range"] is not None:
+        settings["loser_noise_range"] = tuple(settings["loser_noise_range"])
+    return LossSettings(**settings)
+
+
+def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
+    """Return the sizes `(height, width)` of training images; `args.resolution` is set."""
+    buckets = aspect_ratio_buckets(args)
+    return (image_size(args),) if buckets is None else buckets.sizes
+
+
+def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
+    """Return `resolution`, which is set, as height and width."""
+    sides = cast(Any, [args.resolution] if isinstance(args.resolution, int) else args.resolution)
+    return sides[0], sides[-1]
+
+
+def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
+    """Return the sizes at which pairs train; `None` if all train at `args.resolution`, which is set."""
+    if not args.aspect_ratio_buckets:
+        return None
+    return AspectRatioBuckets(image_size(args), args.bucket_step, args.bucket_max_aspect_ratio)
+
+
+def largest_batch(args: DiffusionSDPOConfig) -> int:
+    """Return the number of pairs of the largest batch in training and evaluation."""
+    return max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+
+
+def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
+    """Return the number of pairs in the batches that all processes have at the same time."""
+    shared = bool(cast(Any, args.accelerator_config).split_batches)
+    return batch_size * (1 if shared else args.world_size)
+
+
+def precompute_folder(args: DiffusionSDPOConfig) -> Path:
+    """Return the folder of everything that is computed before training."""
+    return default_folder() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
+
+
+def stored_crops(args: DiffusionSDPOConfig) -> int | None:
+    """Return the number of random crops of each image that are encoded; `None` if crops are drawn live, or are those
+    at the center."""
+    return args.latent_crops if args.precompute_latents and args.random_crop else None
