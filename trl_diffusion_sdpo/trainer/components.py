@@ -161,8 +161,10 @@ def build_components(
         reference=reference.kind,
         gave_reference=ref_model is not None,
     )
-    noise = check_and_complete(args, loaded, loss, adapter=adapter)
     weight_files = make_weight_files(loaded, origin, adapter, args)
+
+    # The settings that were left to family and loss, and how noise and timesteps are drawn.
+    noise = check_and_complete(args, loaded, loss, adapter=adapter)
 
     # VAE and text encoders: they run on the device, or encode all pairs before training.
     frozen = place_frozen_components(loaded, args)
