@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, HfDeepSpeedConfig
 from trl_diffusion_sdpo.engines.engine import Engine
 from trl_diffusion_sdpo.engines.engine_settings import check_deepspeed_precision
 from trl_diffusion_sdpo.step.finite_check import spoiled_weights
-from trl_diffusion_sdpo.trainer.preparing import copy_and_check_args
+from trl_diffusion_sdpo.trainer.config.complete import copy_and_check_args
 
 
 def engine(kind: str, **deepspeed_config) -> Engine:
