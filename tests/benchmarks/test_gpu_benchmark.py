@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes longer than measuring
 
-from gpu_device import Memory, peak_flops  # noqa: E402
+from gpu_device import Memory  # noqa: E402
 
 
 def benchmark():
@@ -68,16 +67,6 @@ def test_a_second_call_goes_on_where_the_first_ended(measured, capsys):
     measured.write_text(before)
 
 
-def test_no_case_begins_when_the_time_is_over(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        gpu, "measured", lambda case, options, seconds: {**gpu.facts(case, "cpu", smallest=True), **DID_NOT_FIT}
-    )
-    file = tmp_path / "gpu.jsonl"
-    assert call(file, "--seconds", "1") == 0
-    assert len(lines(file)) == 1 and "are left: call again" in capsys.readouterr().out
-    assert "out of memory" in gpu.table(list(lines(file).values()))
-
-
 DID_NOT_FIT = {"outcome": "out of memory in training", "memory_gib": {"models": 23.0}}
 
 
@@ -126,30 +115,10 @@ def test_a_case_that_hangs_is_ended_with_its_workers_and_not_begun_again(tmp_pat
     assert gpu.main(words) == 0
 
 
-def test_the_time_of_a_step_contains_the_loading_of_its_batch():
-    clock = iter([0.0, 3.0, 4.0, 9.0, 10.0])  # begin of training; begin and end of two steps
-    memory = Memory("cpu")
-    memory.now = lambda: next(clock)
-    meter, state = gpu.Meter(memory), SimpleNamespace(global_step=0)
-    args = SimpleNamespace(max_steps=9)
-    meter.on_train_begin(args, state, None)
-    for _ in range(2):
-        meter.on_step_begin(args, state, None)
-        meter.on_step_end(args, state, None)
-    assert meter.seconds == [4, 6] and meter.working == [1, 1]
-
-
 def test_flux_in_full_does_not_fit_by_its_weights():
     """By hand: 11.9 B weights, 16 bytes each in float32 with gradient and AdamW, and 2 for the reference."""
     full = next(case for case in gpu.CASES if case.name == "flux-dev-full")
     assert gpu.least_bytes(full) == pytest.approx(11.90e9 * 18, rel=0.01)
-
-
-def test_peaks_are_of_the_named_device():
-    known = {"NVIDIA H200": 989.4, "NVIDIA H100 PCIe": 756, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA A10": 125}
-    known |= {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA L4": 121, "NVIDIA L40S": 362}
-    assert {name: peak_flops(name) / 1e12 for name in known} == pytest.approx(known)
-    assert peak_flops("NVIDIA L40") is None and peak_flops("NVIDIA A1000") is None
 
 
 def test_the_peak_of_a_step_is_the_largest_of_its_parts():

@@ -57,36 +57,6 @@ def test_a_call_that_resumes_measures_only_what_is_missing(measured, monkeypatch
     file.write_text(shown)
 
 
-def test_a_quick_call_writes_files_of_its_own():
-    import step_time as module
-
-    whole, quick = module.parse([]), module.parse(["--quick"])
-    assert (whole.output, whole.plot) == tuple(Path(f"bench_output/step_time.{kind}") for kind in ("json", "png"))
-    assert not {whole.output, whole.plot} & {quick.output, quick.plot} and quick.rounds < whole.rounds
-    assert module.parse(["--quick", "--output", "a.json"]).output == Path("a.json")
-
-
-def test_a_quick_call_has_every_part_on_fewer_pixels():
-    import step_time
-
-    quick, whole = step_time.parse(["--quick"]), step_time.parse([])
-    kinds = {(one.published, one.tuning) for one in step_time.wanted_comparisons(quick)}
-    assert kinds == {
-        ("sd15", "full"),
-        ("sd15", "lora"),
-        ("thin sd15", "full"),
-        ("thin sd15", "lora"),
-        ("sdxl", "full"),
-    }
-    assert {one.part for one in step_time.wanted_comparisons(quick)} == set(step_time.PARTS)
-    sizes = {kind: [step_time.size_of(*kind, options) for options in (quick, whole)] for kind in kinds}
-    assert [size.pixels for size in sizes["sd15", "full"]] == [128, 192]
-    assert [size.pixels for size in sizes["sd15", "lora"]] == [64, 128]
-    assert [size.pairs for size in sizes["sdxl", "full"]] == [2, 4]
-    steps = {published: step_time.rounds_of(published, quick) for published, _ in kinds}
-    assert steps == {"sd15": 2, "thin sd15": 4, "sdxl": 1}
-
-
 def rows(measured) -> dict[tuple[str, str], dict]:
     return {
         (group["tuning"], row["comparison"]["against"]): row

@@ -2,7 +2,6 @@
 errors before anything starts, and one launch of two processes."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -55,23 +54,6 @@ def two_cpus(tmp_path) -> str:
 def write_yaml(path: Path, settings: dict) -> str:
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return str(path)
-
-
-def test_the_packaged_configurations_are_known_by_name():
-    assert launch.config_names() == NAMES
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_configuration_is_bf16_explains_itself_and_is_in_the_readme_of_the_examples(name):
-    assert SETTINGS[name]["mixed_precision"] == "bf16"
-    assert launch.config_path(name).read_text(encoding="utf-8").startswith("# ")
-    assert f"| `{name}` |" in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_file_that_the_documentation_names_by_python_is_the_packaged_one(capsys):
-    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    exec(re.search(r'\$\(python -c "(.*)"\)', page)[1])
-    assert Path(capsys.readouterr().out.strip()).name == "zero2.yaml"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,11 +122,8 @@ def test_by_default_there_is_one_process_per_accelerator_of_each_machine(launche
     ("arguments", "said"),
     [
         (["--accelerate_config", "zero9"], "fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3, or the path"),
-        (["--accelerate_config"], "--accelerate_config: expected one argument"),
         (["--accelerate_config", "TWO", "--num_processes"], "`accelerate launch` cannot take --num_processes"),
         (["--accelerate_config", "TWO", "--num_processes", "2", "stray"], "stray"),
-        (["--accelerate_config", "TWO", "--betta", "5"], "Did you mean `--beta`?"),
-        (["--accelerate_config", "TWO", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--accelerate_config", "TWO", "--config", "UNKNOWN"], "Did you mean `--beta`?"),
         (["--accelerate_config", "TWO", "--num_proceses", "2"], "Did you mean `--num_processes`?"),
         (["--accelerate_config", "UNREADABLE"], "must be YAML"),
@@ -167,7 +146,7 @@ def test_a_process_of_another_launcher_does_not_launch_again(monkeypatch, capsys
     assert "started by torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2"])
 def test_without_deepspeed_the_extra_is_named(name, monkeypatch, capsys):
     monkeypatch.setitem(import_utils.EXTRAS, "deepspeed", "no_such_module")
     words = ["--model_name_or_path", "m", "--dataset_name", "d", "--num_processes", "2"]
@@ -175,15 +154,7 @@ def test_without_deepspeed_the_extra_is_named(name, monkeypatch, capsys):
     assert "pip install no_such_module" in capsys.readouterr().err
 
 
-def test_help_is_the_commands_and_names_the_configurations(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "--accelerate_config", "zero2", "--help"])
-    assert exit_.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--accelerate_config starts the training under accelerate: fsdp2, multi_gpu" in text
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_accepts_a_configuration_as_transformers_completes_it(stage, make_args, sd_pipeline):
     """Through the environment that `accelerate launch` sets, into the dictionary that DeepSpeed's engine gets."""
     given = SETTINGS[f"zero{stage}"]["deepspeed_config"]
@@ -214,14 +185,6 @@ def test_deepspeed_accepts_a_configuration_as_transformers_completes_it(stage, m
     assert config.config["zero_optimization"]["stage"] == stage
     assert config.config["zero_optimization"]["offload_optimizer"]["device"] == "none"
     assert plugin.zero3_init_flag is False
-
-
-def test_auto_bucket_sizes_need_a_hidden_size_which_diffusers_models_lack(make_args, sd_pipeline):
-    """The error that the configurations above avoid."""
-    config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
-    with pytest.raises(ValueError, match="neither `hidden_size` nor `hidden_sizes`"):
-        config.trainer_config_finalize(make_args(), DenoiserWrapper(sd_pipeline.unet), num_training_steps=2)
-    unset_hf_deepspeed_config()
 
 
 def test_the_fsdp_plugin_is_of_version_2_and_does_not_shard_text_encoders():
@@ -267,9 +230,8 @@ def test_two_processes_train_and_write_one_artifact(sd_folder, make_pairs, two_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [pytest.param(TWO_CPUS, marks=pytest.mark.matrix), ONE_CPU], ids=["two processes", "one process"]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
 def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
     """An error within the launched processes: a missing data set."""
     config = write_yaml(tmp_path / "cpus.yaml", {**settings, "main_process_port": 0})
@@ -280,9 +242,8 @@ def test_the_exit_code_is_that_of_the_processes(settings, sd_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [TWO_CPUS, pytest.param(ONE_CPU, marks=pytest.mark.matrix)], ids=["two processes", "one process"]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("settings", [TWO_CPUS, ONE_CPU], ids=["two processes", "one process"])
 def test_ctrl_c_ends_all_processes_with_a_checkpoint(settings, sd_folder, make_pairs, tmp_path):
     """Sent to the process group after the first logged step, as by a terminal."""
     make_pairs(8).save_to_disk(tmp_path / "pairs")
@@ -308,8 +269,3 @@ def test_ctrl_c_ends_all_processes_with_a_checkpoint(settings, sd_folder, make_p
     assert text.count("--resume_from_checkpoint true") == 1 and "Traceback" not in text
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert (checkpoint / "trainer_state.json").is_file()
-
-
-def test_the_configurations_are_in_the_wheel():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert text.count('"trl_diffusion_sdpo/cli/accelerate_configs/**"') == 2  # wheel and source distribution

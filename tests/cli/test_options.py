@@ -37,30 +37,19 @@ def read_yaml(parser, tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("safeguard: none", "none"),
         ("safeguard: off", "none"),
-        ("timestep_weighting: off", "none"),
         ("eval_strategy: no", "no"),
-        ("save_strategy: off", "no"),
-        ("report_to: no", "none"),
         ("verify_images: on", "all"),
         ("random_flip: off", False),
-        ("random_flip: 'No'", False),
         ("random_flip: 0", False),
-        ("bf16: yes", True),
         ("resume_from_checkpoint: true", "true"),
         ("learning_rate: 1e-5", 1e-5),  # text to YAML 1.1
-        ("learning_rate: -1", -1.0),
-        ("beta: 2000", 2000.0),
         ("beta: null", None),
         ("dataset_config: 2024", "2024"),
         ("timesteps: [999, 749.5]", [999, 749.5]),
         ("timesteps: 999", [999]),
-        ("sample_prompts: a dog", ["a dog"]),
         ("sample_prompts: ['a dog', 'b = c']", ["a dog", "b = c"]),
         ("loss_type: dpo", ["sigmoid"]),
-        ("loss_type: [sigmoid, sft]", ["sigmoid", "sft"]),
-        ("loss_weights: [1, 0.5]", [1, 0.5]),
         ("model_init_kwargs: {variant: fp16}", '{"variant": "fp16"}'),
         ("activation_checkpointing: true", True),
     ],
@@ -74,18 +63,12 @@ def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, t
     [
         ("safeguard: on", "must be one of none, output, parameter, got 'true'"),
         ("loss_type: sigmoit", "got 'sigmoit'. Did you mean `sigmoid`?"),
-        ("loss_type: [sigmoid, sftt]", "must be one of sigmoid, "),
         ("run_name: on", "`run_name` must be text, got true"),
-        ("max_steps: off", "must be a whole number, got 'false'"),
         ("max_steps: 2.5", "must be a whole number, got '2.5'"),
-        ("max_steps:", "must be a whole number, got 'none'"),
-        ("learning_rate: fast", "must be a number, got 'fast'"),
         ("random_flip: 2", "must be true or false, got '2'"),
         ("beta: [1, 2]", "`beta` must be a number, got [1, 2]"),
         ("model_revision: 1.10", "`model_revision` must be text, got 1.1. Write it in quotes."),
         ("betta: 5", "`--beta`"),
-        ("lr: 5", "`--learning_rate`"),
-        ("lycoris_config: config.json", "LoRA (`use_peft`)"),
         ("num_processes: 2", "need `--accelerate_config`; got `--num_processes`"),
         ("env: off", "`env` of the file must map names to values"),
         ("seed: 1\nsteps: [1\nbeta: 2\n", "line 3"),
@@ -106,7 +89,7 @@ def test_the_environment_of_a_file_is_set_before_anything_is_loaded(tmp_path, mo
     assert os.environ.pop("TRL_DIFFUSION_SDPO_TEST") == "7"
 
 
-@pytest.mark.parametrize("words", [["--test_size", "0.1"], ["--eval_steps", "5"], ["--eval_dataset_name", "other"]])
+@pytest.mark.parametrize("words", [["--test_size", "0.1"]])
 def test_options_of_an_evaluation_without_one_are_a_warning(parser, caplog, words):
     words = ["--model_name_or_path", "m", "--dataset_name", "d", *words]
     for more in (["--eval_strategy", "steps"], []):

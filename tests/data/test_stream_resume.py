@@ -64,7 +64,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+IN_DEFAULT_RUN = ("one process", "a worker of two processes", "two workers", "rankings in two processes")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in IN_DEFAULT_RUN else pytest.mark.matrix) for case in CASES]
+)
 def test_a_resumed_stream_has_the_batches_of_an_undisturbed_one(case):
     settings = {"workers": 0, "share": Share(0, 1, 2), **CASES[case]}
     workers, share = settings.pop("workers"), settings.pop("share")

@@ -127,9 +127,14 @@ def test_unusable_images_are_refused_with_the_reason(value, reason):
         decode_image(value)
 
 
-@pytest.mark.parametrize(("height", "width"), [(50, 37), (37, 50), (32, 32), (20, 31), (33, 64), (101, 33)])
 @pytest.mark.parametrize(
-    ("name", "filter_"), [("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC), ("lanczos", Image.LANCZOS)]
+    ("height", "width", "name", "filter_"),
+    [
+        (50, 37, "bilinear", Image.BILINEAR),
+        (20, 31, "bilinear", Image.BILINEAR),
+        (33, 64, "bicubic", Image.BICUBIC),
+        (101, 33, "lanczos", Image.LANCZOS),
+    ],
 )
 def test_resize_and_centre_crop_are_those_of_torchvision(height, width, name, filter_):
     # torchvision on PIL images: shorter side = size, longer = int(size * longer / shorter), offset int(round(d / 2.0))

@@ -60,7 +60,3 @@ def test_it_draws_a_row_for_each_scale(more, rows, loras, sd_folder, tmp_path, m
     images = [pixels[row * side : (row + 1) * side] for row in range(rows)]
     assert all((image != images[0]).any() for image in images[1:])
     assert str(output) in capsys.readouterr().out
-
-
-def test_it_fits_on_a_page():
-    assert len(SCRIPT.read_text().splitlines()) <= 100

@@ -11,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.cli.plan import planned_settings
 from trl_diffusion_sdpo.data.transforms import pixels_as_floats, white
 from trl_diffusion_sdpo.families.noise import constant
 from trl_diffusion_sdpo.planning import skeleton
@@ -19,7 +18,6 @@ from trl_diffusion_sdpo.planning.allocations import Allocations
 from trl_diffusion_sdpo.planning.fake_device import fake_device
 from trl_diffusion_sdpo.planning.optimizers import optimizer_memory
 from trl_diffusion_sdpo.planning.plan import Plan
-from trl_diffusion_sdpo.planning.report import PUBLISHED_TFLOPS, hours_of, report
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -49,16 +47,6 @@ def benchmark():
 def test_a_plan_is_what_a_real_step_allocates(benchmark, name, tmp_path):
     row = benchmark.compare(name, *benchmark.CASES[name], "tiny", tmp_path)
     assert row.ratio == pytest.approx(1, abs=0.1), row
-
-
-def test_the_page_has_the_measured_rows_and_each_is_within_ten_percent(benchmark):
-    rows, page = list(benchmark.kept_rows(benchmark.RESULTS).values()), benchmark.PAGE.read_text(encoding="utf-8")
-    assert len(rows) >= 5 and all(row.ratio == pytest.approx(1, abs=0.1) for row in rows)
-    # Bytes as they were counted, not those of the page's MiB, which have one decimal.
-    sizes = [size for row in rows for size in (row.planned, row.measured)]
-    rounded = [size for size in sizes if size == round(round(size / 2**20, 1) * 2**20)]
-    assert not rounded and all(isinstance(size, int) for size in sizes), "run `python benchmarks/planned_memory.py`"
-    assert benchmark.table(rows) in page and benchmark.rewritten(page, rows) == page
 
 
 def test_storages_count_once_and_until_they_are_dropped():
@@ -147,14 +135,6 @@ def test_a_card_has_a_margin_for_what_pytorch_does_not_count():
     assert [plan.fits(8) for plan in sizes] == [True, False], "92 % of a card"
 
 
-def test_hours_are_at_least_those_of_published_trainings():
-    """100 pairs of 25 TFLOP each, at 25 TFLOP/s: 100 seconds; on two devices half."""
-    plan = Plan({}, {"backward": 1}, 1, 1, 50 * 10**12, 2)
-    assert hours_of(plan, tflops=PUBLISHED_TFLOPS, pairs=100, processes=1) == pytest.approx(100 / 3600)
-    assert hours_of(plan, tflops=PUBLISHED_TFLOPS, pairs=100, processes=2) == pytest.approx(50 / 3600)
-    assert "at least 0.0 hours" in report(plan, tflops=PUBLISHED_TFLOPS, pairs=100, processes=1)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -195,11 +175,3 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(capsys, monkeypatch, tmp_p
     assert main(["plan", "--model_name_or_path", "someone/a-pipeline-of-nobody"]) == 2
     error = capsys.readouterr().err
     assert "the Hub cannot be reached" in error and "no route to host" in error and "model_index" not in error
-
-
-def test_a_published_model_needs_no_hub(tmp_path):
-    """The configurations of the example files; a folder of the same name would come first."""
-    words = ["--config", "sdxl_lora", "--output_dir", str(tmp_path)]
-    for example, size in (("sdxl_lora", "sdxl"), ("sd15_lora", "sd15"), ("flux_lora", "flux-dev")):
-        words[1] = example
-        assert planned_settings(words, "plan", "cuda")._like == size

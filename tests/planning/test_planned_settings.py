@@ -1,6 +1,5 @@
 """What a plan reads of the command line and of configurations of engines, and what follows from it."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.cli.plan import planned_settings
 from trl_diffusion_sdpo.planning.plan import Plan
 from trl_diffusion_sdpo.planning.sharding import Engine, engine_of
-from trl_diffusion_sdpo.planning.skeleton import TokensOnly
 
 TINY = {"sd15": stable_diffusion, "sdxl": stable_diffusion_xl, "sd35": stable_diffusion_3, "flux": flux}
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
@@ -119,27 +117,6 @@ def test_the_caches_of_a_pair_by_hand(plan_of, folder):
 def test_a_prompt_of_each_image_is_encoded_and_stored_for_each(plan_of):
     one, two = (plan_of(f"{ALL_WEIGHTS}{named}") for named in ("", " --dataset_format branch_prompts"))
     assert two.cached["prompts"] == 2 * one.cached["prompts"] and two.cached["latents"] == one.cached["latents"]
-
-
-def test_a_prompt_that_is_cut_is_as_long_as_it_may_be():
-    tokens = TokensOnly(77)
-    assert tokens("a", padding=True, max_length=546, truncation=True).input_ids.shape == (1, 546)
-    assert tokens(["a", "b"], padding="max_length", max_length=256, truncation=True).input_ids.shape == (2, 256)
-    assert tokens("a", padding="longest").input_ids.shape == (1, 2), "which only asks whether the prompt was cut"
-
-
-def test_the_command_leaves_logging_as_it_was(folder, tmp_path, capsys):
-    """Whether it plans or refuses to: a library's user may go on in the same process."""
-    before = logging.root.manager.disable
-    logging.disable(logging.DEBUG)
-    try:
-        words = ["plan", "--model_name_or_path", folder, "--only_this", "--output_dir", str(tmp_path)]
-        for more, code in ((["--use_peft"], 0), (["--resolution", "15"], 2)):
-            assert main([*words, "--per_device_train_batch_size", "1", *more]) == code
-            assert logging.root.manager.disable == logging.DEBUG
-    finally:
-        logging.disable(before)
-    capsys.readouterr()
 
 
 @pytest.mark.matrix
