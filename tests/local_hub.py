@@ -22,7 +22,6 @@ from huggingface_hub.utils import http_backoff
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt")
 REGULAR_LIMIT = 10 * 2**20  # larger files go to LFS whatever they are called
-PART_SIZE = 2**20  # larger LFS files are uploaded in parts
 ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
@@ -66,7 +65,6 @@ class HubServer:
         endpoint, token, user: Where it listens, the one token it accepts, and whose that is.
         repos: Repositories by `owner/name`.
         requests: Everything that was asked, in order.
-        uploaded_parts: How many parts of LFS files arrived.
         failing: How often each endpoint (a pattern of `METHOD /path`) still answers 503.
         forbidden: Repositories that may not be made or changed: 403.
     """
@@ -76,9 +74,7 @@ class HubServer:
         self.user = "tester"
         self.repos: dict[str, HubRepo] = {}
         self.objects: dict[str, bytes] = {}  # LFS objects by SHA-256
-        self.parts: dict[tuple[str, int], bytes] = {}
         self.verified: set[str] = set()
-        self.uploaded_parts = 0
         self.requests: list[Request] = []
         self.failing: dict[str, float] = {}
         self.forbidden: set[str] = set()
@@ -274,9 +270,6 @@ def lfs_object(hub, oid: str, size: int) -> dict:
     if oid in hub.objects:
         return {"oid": oid, "size": size}
     upload = {"href": f"{hub.endpoint}/lfs/{oid}"}
-    if size > PART_SIZE:
-        parts = {str(n + 1): f"{hub.endpoint}/lfs/{oid}/part/{n + 1}" for n in range(-(-size // PART_SIZE))}
-        upload = {"href": f"{hub.endpoint}/lfs/{oid}/complete", "header": {"chunk_size": str(PART_SIZE), **parts}}
     verify = {"href": f"{hub.endpoint}/verify"}
     return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
 
@@ -284,21 +277,6 @@ def lfs_object(hub, oid: str, size: int) -> dict:
 def lfs_put(hub, body, oid):
     store(hub, oid, body)
     return 200, {}
-
-
-def lfs_put_part(hub, body, oid, part):
-    hub.parts[oid, int(part)] = body
-    hub.uploaded_parts += 1
-    return 200, {}, {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
-
-
-def lfs_complete(hub, body, oid):
-    asked = json.loads(body)
-    data = [hub.parts.pop((oid, part["partNumber"])) for part in asked["parts"]]
-    if [f'"{hashlib.md5(piece).hexdigest()}"' for piece in data] != [part["etag"] for part in asked["parts"]]:
-        raise Refusal(400, "The parts are not those that were sent")
-    store(hub, oid, b"".join(data))
-    return 200, {"success": True}
 
 
 def store(hub, oid: str, data: bytes):
@@ -363,8 +341,6 @@ ROUTES = (  # methods, path, whether the token is asked for, handler
     (("POST",), f"/api/models/{ID}/preupload/(?P<revision>[^/]+)", True, preupload),
     (("POST",), rf"/{ID}\.git/info/lfs/objects/batch", True, lfs_batch),
     (("PUT",), r"/lfs/(?P<oid>\w+)", False, lfs_put),
-    (("PUT",), r"/lfs/(?P<oid>\w+)/part/(?P<part>\d+)", False, lfs_put_part),
-    (("POST",), r"/lfs/(?P<oid>\w+)/complete", False, lfs_complete),
     (("POST",), "/verify", True, lfs_verify),
     (("POST",), f"/api/models/{ID}/commit/(?P<revision>[^/]+)", True, commit),
 )

@@ -35,20 +35,6 @@ def _item(trainer):
 
 
 @contextlib.contextmanager
-def _mask(trainer):
-    """Rows chosen by a mask: how many there are, the host must know."""
-    draw = trainer.pair_forward.draw_noise
-
-    def masked(seeds, latents):
-        timesteps, noise, extra = draw(seeds, latents)
-        noise[timesteps >= 0]
-        return timesteps, noise, extra
-
-    trainer.pair_forward.draw_noise = masked
-    yield
-
-
-@contextlib.contextmanager
 def _early(trainer):
     """A verdict read before it has arrived."""
     copy = finite.HostCopy.read
@@ -64,4 +50,4 @@ def _none(trainer):
     yield
 
 
-FAULTS = {None: _none, "misplaced": _misplaced, "item": _item, "mask": _mask, "early": _early}
+FAULTS = {None: _none, "misplaced": _misplaced, "item": _item, "early": _early}

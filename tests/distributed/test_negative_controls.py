@@ -22,11 +22,13 @@ def test_a_loser_branch_that_is_not_averaged_over_processes_is_noticed(found):
     assert found["update_error"] > 1e-2
 
 
+@pytest.mark.matrix
 @only("zero3", "uncleared", accumulation=2)
 def test_gradients_left_between_the_branches_are_noticed(found):
     assert found["update_error"] > 1e-2
 
 
+@pytest.mark.matrix
 @only("fsdp2", "untotalled", accumulation=1)
 def test_a_lambda_of_the_own_shard_is_noticed(found):
     assert found["update_error"] > 1e-2

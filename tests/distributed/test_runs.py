@@ -94,9 +94,26 @@ def killed_runs(engine: str, tuning: str, kind: str = "", **args) -> list[dict]:
     ]
 
 
+# The last runs of the cases of `make test`, a few of which serve many tests; all others by `make test-distributed`.
+BY_DEFAULT = {
+    "ddp-lora-kept-resumed",
+    "fsdp2-full-long",
+    "zero2-lora-long",
+    "fsdp2-full-following-0.25",
+    "fsdp2-full-first-parameter-bf16",
+    "ddp-full-streamed-5",
+    "ddp-lora-unmade",
+    "ddp-lora-other-max_steps",
+    "zero2-full-offloaded",
+}
+
+
 def needing(*alternatives: list[dict]):
     """The runs that a test looks at, `found` in the same order; the last run names the test."""
-    return pytest.mark.parametrize("needs", alternatives, ids=[runs[-1]["name"] for runs in alternatives])
+    names = [runs[-1]["name"] for runs in alternatives]
+    marks = [() if name in BY_DEFAULT else pytest.mark.matrix for name in names]
+    each_one = zip(alternatives, names, marks, strict=True)
+    return pytest.mark.parametrize("needs", [pytest.param(runs, id=name, marks=mark) for runs, name, mark in each_one])
 
 
 def each(build, engines=ENGINES, tunings=("full", "lora")):
@@ -271,7 +288,15 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 # ---- Killed and resumed --------------------------------------------------------------------------------------------
 
 
-def assert_resumed_like_undisturbed(found: list[Path]) -> None:
+@needing(
+    *[killed_runs(engine, tuning) for engine in EVERY_ENGINE for tuning in ("full", "lora")],
+    killed_runs("ddp", "lora", "kept-", **KEPT, learning_rate=WORSE["lora"]),
+    *[killed_runs(engine, "full", "kept-", **KEPT, learning_rate=WORSE["full"]) for engine in SHARDING],
+    *[killed_runs(engine, "full", "bf16-", bf16=True) for engine in EVERY_ENGINE],
+    *[killed_runs(engine, "lora", "sync-", **FOLLOWING) for engine in EVERY_ENGINE],
+    *[killed_runs(engine, "full", "sync-", **FOLLOWING) for engine in SHARDING],
+)
+def test_a_run_that_lost_a_process_resumes_as_if_undisturbed(found):
     undisturbed, killed, resumed = found
     assert not (killed / "facts.json").exists()
     facts = facts_of(resumed)
@@ -286,34 +311,6 @@ def assert_resumed_like_undisturbed(found: list[Path]) -> None:
     assert len(logged(undisturbed, "safeguard/scale")) == STEPS
 
 
-@needing(
-    killed_runs("ddp", "lora", "kept-", **KEPT, learning_rate=WORSE["lora"]),
-    killed_runs("zero3", "full"),
-)
-def test_a_run_that_lost_a_process_resumes_as_if_undisturbed(found):
-    assert_resumed_like_undisturbed(found)
-
-
-@pytest.mark.matrix
-@needing(
-    killed_runs("ddp", "full"),
-    killed_runs("ddp", "lora"),
-    killed_runs("fsdp2", "full"),
-    killed_runs("fsdp2", "lora"),
-    killed_runs("zero2", "lora"),
-    *[killed_runs(engine, "full", "kept-", **KEPT, learning_rate=WORSE["full"]) for engine in SHARDING],
-    killed_runs("zero1", "full"),
-    killed_runs("zero1", "lora"),
-    killed_runs("zero2", "full"),
-    killed_runs("zero3", "lora"),
-    *[killed_runs(engine, "full", "bf16-", bf16=True) for engine in EVERY_ENGINE],
-    *[killed_runs(engine, "lora", "sync-", **FOLLOWING) for engine in EVERY_ENGINE],
-    *[killed_runs(engine, "full", "sync-", **FOLLOWING) for engine in SHARDING],
-)
-def test_a_run_of_any_kind_resumes_as_if_undisturbed(found):
-    assert_resumed_like_undisturbed(found)
-
-
 # ---- What is saved -------------------------------------------------------------------------------------------------
 
 
@@ -321,29 +318,19 @@ def beside_ddp(engine: str, tuning: str) -> list[dict]:
     return [long_run("ddp", tuning), long_run(engine, tuning)]
 
 
-def assert_saved_like_ddp(found: list[Path], tuning: str, start: dict[str, str]) -> None:
+@each(beside_ddp, engines=EVERY_ENGINE)
+def test_what_an_engine_saves_loads_in_diffusers_and_is_what_ddp_saves(found, needs, start):
     ddp, ours = (saved_weights(folder / "saved") for folder in found)
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
     assert ours.keys() == ddp.keys()
     before = walk_of(found[0])[0]["policy"]
-    if tuning == "lora":
+    if needs[-1]["tuning"] == "lora":
         before = {f"unet.{name}": tensor for name, tensor in before.items()}
     assert apart(moved(ours, before), moved(ddp, before)) < 1e-3
     untuned = draw(StableDiffusionPipeline.from_pretrained(start["base"]))
     drawn, by_ddp = (draw(tuned_pipeline(folder / "saved", start)) for folder in reversed(found))
     assert (drawn - untuned).abs().max() > 1e-3
     torch.testing.assert_close(drawn, by_ddp, rtol=0, atol=1e-4)
-
-
-@each(beside_ddp)
-def test_what_an_engine_saves_loads_in_diffusers_and_is_what_ddp_saves(found, needs, start):
-    assert_saved_like_ddp(found, needs[-1]["tuning"], start)
-
-
-@pytest.mark.matrix
-@each(beside_ddp, engines=["zero1"])
-def test_what_zero1_saves_loads_in_diffusers_and_is_what_ddp_saves(found, needs, start):
-    assert_saved_like_ddp(found, needs[-1]["tuning"], start)
 
 
 @each(lambda engine, tuning: [long_run(engine, tuning)], tunings=["lora"])
@@ -377,7 +364,6 @@ def stages(engine: str, tuning: str) -> list[dict]:
     return [first, build_run(engine, tuning, "second", {"max_steps": 2}, goes_on_from=first["output"])]
 
 
-@pytest.mark.matrix
 @each(stages, engines=["ddp", *SHARDING, "zero2"])
 def test_a_second_stage_starts_from_the_first_which_is_its_reference(found, needs):
     facts, (before, after) = facts_of(found[1]), walk_of(found[1])
@@ -395,29 +381,6 @@ def following(engine: str, tuning: str, alpha: float) -> dict:
     return build_run(engine, tuning, f"following-{alpha}", {"optim": "adamw_torch", **args}, every_step=True)
 
 
-def assert_follows(folder: Path, tuning: str, alpha: float) -> None:
-    facts, (start, *steps, _) = facts_of(folder), walk_of(folder)
-    assert facts["reference"] == {"full": "frozen", "lora": "ref_adapter"}[tuning]
-    assert len(steps) == 2
-    expected = start["reference"]
-    assert_equal(expected, start["policy"])
-    for step in steps:
-        assert moved(step["policy"], expected).norm() > 0
-        expected = {name: alpha * step["policy"][name] + (1 - alpha) * expected[name] for name in expected}
-        torch.testing.assert_close(step["reference"], expected, rtol=0, atol=0 if alpha == 1 else 1e-6)
-
-
-@each(lambda engine, tuning: [following(engine, tuning, 1.0)], engines=["ddp", "zero2"], tunings=["lora"])
-def test_a_reference_becomes_the_policy(found, needs):
-    assert_follows(found[0], needs[0]["tuning"], 1.0)
-
-
-@each(lambda engine, tuning: [following(engine, tuning, 0.25)], tunings=["full"])
-def test_a_reference_moves_a_quarter_of_the_way_at_every_step(found, needs):
-    assert_follows(found[0], needs[0]["tuning"], 0.25)
-
-
-@pytest.mark.matrix
 @needing(
     *[
         [following(engine, tuning, alpha)]
@@ -426,8 +389,17 @@ def test_a_reference_moves_a_quarter_of_the_way_at_every_step(found, needs):
         for alpha in (0.25, 1.0)
     ]
 )
-def test_a_reference_follows_at_every_pace(found, needs):
-    assert_follows(found[0], needs[0]["tuning"], needs[0]["args"]["ref_model_mixup_alpha"])
+def test_a_reference_follows_the_policy_at_its_pace(found, needs):
+    alpha = needs[0]["args"]["ref_model_mixup_alpha"]
+    facts, (start, *steps, _) = facts_of(found[0]), walk_of(found[0])
+    assert facts["reference"] == {"full": "frozen", "lora": "ref_adapter"}[needs[0]["tuning"]]
+    assert len(steps) == 2
+    expected = start["reference"]
+    assert_equal(expected, start["policy"])
+    for step in steps:
+        assert moved(step["policy"], expected).norm() > 0
+        expected = {name: alpha * step["policy"][name] + (1 - alpha) * expected[name] for name in expected}
+        torch.testing.assert_close(step["reference"], expected, rtol=0, atol=0 if alpha == 1 else 1e-6)
 
 
 def first_step(engine: str, tuning: str, safeguard: str, bf16: bool) -> dict:
@@ -441,23 +413,12 @@ def assert_neutral(folder: Path) -> None:
         assert logged(folder, name)[0] == 0.0, name
 
 
-@needing(
-    [first_step("ddp", "lora", "output", True)],
-    [first_step("fsdp2", "full", "parameter", True)],
-    [first_step("zero2", "lora", "output", True)],
-    [first_step("zero3", "full", "parameter", True)],
-)
-def test_policy_and_reference_begin_as_one(found):
-    assert_neutral(found[0])
-
-
 @each(lambda engine, tuning: [long_run(engine, tuning)])
 def test_policy_and_reference_begin_as_one_in_float32(found):
     assert_neutral(found[0])
     assert logged(found[0], "errors/winner_change")[-1] != 0.0
 
 
-@pytest.mark.matrix
 @needing(
     *[
         [first_step(engine, tuning, safeguard, bf16)]
@@ -528,7 +489,9 @@ def stopping(engine: str, tuning: str) -> list[dict]:
     return [build_run(engine, tuning, "stopping", args, evaluated=EVALUATED)]
 
 
-def assert_stopped_together(folder: Path) -> None:
+@each(stopping, tunings=("full",))
+def test_a_rise_stops_all_processes_with_a_checkpoint_and_a_verdict(found):
+    (folder,) = found
     steps = facts_of(folder)["steps_taken"]
     written = json.loads((folder / "saved" / "verdict.json").read_text())
     assert steps < STEPS and (folder / "saved" / f"checkpoint-{steps}").is_dir()
@@ -538,63 +501,32 @@ def assert_stopped_together(folder: Path) -> None:
     )
 
 
-@needing(stopping("ddp", "full"))
-def test_a_rise_stops_all_processes_with_a_checkpoint_and_a_verdict(found):
-    assert_stopped_together(*found)
-
-
-@pytest.mark.matrix
-@each(stopping, engines=("fsdp2", "zero2", "zero3"), tunings=("full",))
-def test_a_rise_stops_all_processes_of_every_engine(found):
-    assert_stopped_together(*found)
-
-
 def unevenly_evaluated(engine: str, tuning: str, pairs: int, streamed: bool = False) -> dict:
     args = {"max_steps": 1, "optim": "sgd", "eval_strategy": "steps", "eval_steps": 1}
     kind = f"{'streamed' if streamed else 'evaluated'}-{pairs}"
     return build_run(engine, tuning, kind, args, evaluated=pairs, streamed=streamed)
 
 
-@needing(*[[unevenly_evaluated(engine, "full", 1)] for engine in ("ddp", "fsdp2")])
-def test_a_process_that_evaluates_nothing_but_repetitions_counts_for_nothing(found, evaluate_alone):
-    ours = json.loads((found[0] / "log.json").read_text())
-    assert_evaluated_alike(ours, evaluate_alone(found[0] / "saved", 1))
-
-
-@pytest.mark.matrix
-@needing(*[[unevenly_evaluated(engine, "full", pairs)] for engine in EVERY_ENGINE for pairs in (1, 2, 3)])
+@needing(*[[unevenly_evaluated(engine, "full", pairs)] for engine in EVERY_ENGINE for pairs in (1, 3)])
 def test_repetitions_that_fill_up_a_batch_count_for_nothing(found, needs, evaluate_alone):
+    """With one pair, a process evaluates nothing else."""
     ours = json.loads((found[0] / "log.json").read_text())
     assert_evaluated_alike(ours, evaluate_alone(found[0] / "saved", needs[0]["evaluated"]))
 
 
-def assert_stream_counts_once(folder: Path, pairs: int, evaluate_alone) -> None:
+@needing(
+    *[[unevenly_evaluated(engine, "full", pairs, streamed=True)] for engine in EVERY_ENGINE for pairs in (1, 5, 8)]
+)
+def test_every_pair_of_a_stream_counts_once(found, needs, evaluate_alone):
     """Of two streams, the second with a pair for one process only."""
+    folder, pairs = found[0], needs[0]["evaluated"]
     log, alone = json.loads((folder / "log.json").read_text()), evaluate_alone(folder / "saved", pairs, 1)
     for name, count, expected in zip(("whole", "single"), (pairs, 1), alone, strict=True):
         prefix = f"eval_{name}_"
-        found = next(entry for entry in log if f"{prefix}loss" in entry)
-        assert found[f"{prefix}compared"] == found[f"{prefix}errors/pairs"] == count
-        ours = {metric.replace(prefix, "eval_"): value for metric, value in found.items() if "compared" not in metric}
+        entry = next(entry for entry in log if f"{prefix}loss" in entry)
+        assert entry[f"{prefix}compared"] == entry[f"{prefix}errors/pairs"] == count
+        ours = {metric.replace(prefix, "eval_"): value for metric, value in entry.items() if "compared" not in metric}
         assert_evaluated_alike([ours], [expected])
-
-
-@needing([unevenly_evaluated("ddp", "full", 5, streamed=True)])
-def test_every_pair_of_a_stream_counts_once(found, needs, evaluate_alone):
-    assert_stream_counts_once(found[0], needs[0]["evaluated"], evaluate_alone)
-
-
-@pytest.mark.matrix
-@needing(
-    *[
-        [unevenly_evaluated(engine, "full", pairs, streamed=True)]
-        for engine in EVERY_ENGINE
-        for pairs in (1, 2, 3, 5, 8)
-        if (engine, pairs) != ("ddp", 5)
-    ]
-)
-def test_every_pair_of_a_stream_counts_once_under_every_engine(found, needs, evaluate_alone):
-    assert_stream_counts_once(found[0], needs[0]["evaluated"], evaluate_alone)
 
 
 # ---- Publishing ----------------------------------------------------------------------------------------------------
@@ -703,7 +635,11 @@ def changed_runs(engine: str, kind: str = "rate", **given) -> list[dict]:
     return [before, after]
 
 
-def assert_other_settings(found: list[Path]) -> None:
+@needing(
+    *[changed_runs(engine) for engine in EVERY_ENGINE],
+    changed_runs("zero2", "warmup", engine_settings={"deepspeed": {"scheduler": WARMUP}}),
+)
+def test_another_rate_and_other_betas_act_from_the_next_step_on(found):
     before, after = found
     assert facts_of(after)["began_at"] == 1
     assert logged(after, "learning_rate")[-1] == pytest.approx(1e-5)
@@ -712,20 +648,6 @@ def assert_other_settings(found: list[Path]) -> None:
     states = [torch.cat([weight.flatten() for weight in walk["policy"].values()]) for walk in walk_of(after)]
     # AdamW's step is at most about the rate an element: a hundredth of what the old rate would have made.
     assert 0 < (states[-1] - states[0]).abs().max() < 5e-5
-
-
-@needing(changed_runs("fsdp2"), changed_runs("zero2"))
-def test_another_rate_and_other_betas_act_from_the_next_step_on(found):
-    assert_other_settings(found)
-
-
-@pytest.mark.matrix
-@needing(
-    *[changed_runs(engine) for engine in ("ddp", "zero1", "zero3")],
-    changed_runs("zero2", "warmup", engine_settings={"deepspeed": {"scheduler": WARMUP}}),
-)
-def test_another_rate_acts_under_every_engine_and_deepspeed_s_own_schedule(found):
-    assert_other_settings(found)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------------------------
@@ -787,26 +709,3 @@ def test_an_offloaded_optimizer_is_refused(found):
     message = refusal(found[0])
     assert "`safeguard='parameter'` cannot act with the optimizer offloaded" in message
     assert "offload_optimizer_device: none" in message
-
-
-@needing(
-    *[
-        [refused("zero3", name, engine_settings={"deepspeed": {"zero_optimization": {"stage": 3, name: value}}})]
-        for name, value in {
-            "zero_hpz_partition_size": 2,
-            "zero_quantized_weights": True,
-            "zero_quantized_gradients": True,
-        }.items()
-    ]
-)
-def test_zero_plus_plus_is_refused(found, needs):
-    message = refusal(found[0])
-    assert "ZeRO++" in message and needs[0]["name"].rsplit("-", 1)[-1] in message
-
-
-FSDP1 = {"version": 1, "sync_module_states": False}  # which accelerate does on GPUs only
-
-
-@needing([refused("fsdp2", "fsdp1", engine_settings={"fsdp_config": FSDP1})])
-def test_the_first_fsdp_is_refused(found):
-    assert "FSDP must be version 2, got 1" in refusal(found[0])

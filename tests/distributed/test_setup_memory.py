@@ -38,6 +38,7 @@ def measured(start, make_sd_pipeline, tmp_path_factory):
     return facts
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_no_second_model_is_held_and_none_is_moved_whole(case, measured, record_property):
     """Policy, reference and average: three models of float32. Loading takes some more than one."""

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.matrix
+
 MACHINE = """
 import json, sys
 from pathlib import Path

@@ -11,6 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from two_processes import done_of
 
+pytestmark = pytest.mark.matrix
+
 WORKER = Path(__file__).with_name("run_worker.py")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -68,12 +70,6 @@ def with_resumed(engine: str, tuning: str, kind: str = "", **more) -> list[dict]
 
 
 SCORED = {"pair_weights": "inverse_gap"}
-
-
-def scored_and_resumed(engine: str) -> list[dict]:
-    args = {**SCORED, "optim": "adamw_torch", "save_only_model": False, "learning_rate": 1e-3}
-    whole = build_run(engine, "full", "scored-undisturbed", **args)
-    return [whole, build_run(engine, "full", "scored-resumed", resumes=whole["name"], **args)]
 
 
 def planned(*alternatives: list[dict]):
@@ -212,26 +208,18 @@ def assert_averaged(folder: Path, decay: float = 0.25) -> None:
         torch.testing.assert_close(stored[name].double(), value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.matrix
-@planned([build_run("ddp", "full", "whole")])
-def test_two_processes_are_one_with_batches_of_both(found, plan, alone):
-    trainer = alone(plan[0])
-    steps = steps_of(trainer.state.log_history)
-    assert any(step["budget/scale"] < 1 for step in steps)  # or there is nothing to compare
-    assert any(0 < step["safeguard/loser_weight"] < 1 for step in steps)
-    assert_walked_alike(found[0], trainer)
-    assert_averaged(found[0])
-
-
-@pytest.mark.matrix
 @planned(*[[build_run(engine, tuning, "whole")] for engine in ENGINES for tuning in ("full", "lora")])
 def test_engines_are_one_process_with_batches_of_both(found, plan, alone):
-    assert_walked_alike(found[0], alone(plan[0]), tolerance=5e-3)
+    trainer = alone(plan[0])
+    if plan[0]["tuning"] == "full":  # or there is nothing to compare
+        steps = steps_of(trainer.state.log_history)
+        assert any(step["budget/scale"] < 1 for step in steps)
+        assert any(0 < step["safeguard/loser_weight"] < 1 for step in steps)
+    assert_walked_alike(found[0], trainer, tolerance=5e-3)
     if plan[0]["every_step"]:
         assert_averaged(found[0])
 
 
-@pytest.mark.matrix
 @planned(*[with_resumed(engine, tuning) for engine in ENGINES for tuning in ("full", "lora")])
 def test_a_resumed_run_has_the_same_average_and_budget_to_the_bit(found):
     whole, resumed = found
@@ -242,18 +230,6 @@ def test_a_resumed_run_has_the_same_average_and_budget_to_the_bit(found):
     assert_equal(state_of(resumed / "saved"), state_of(whole / "saved"))
 
 
-@pytest.mark.matrix
-@planned(*[[build_run(engine, "full", "parameter", safeguard="parameter", bf16=True)] for engine in ENGINES])
-def test_in_bf16_and_with_the_parameter_safeguard_they_train_and_save(found):
-    """Where weights are rounded, the average moves in float32: less than a step apart from the policy."""
-    log = steps_of(json.loads((found[0] / "log.json").read_text()))
-    assert len(log) == STEPS and all("budget/winner_change" in step for step in log)
-    raw, average = (weights_in(found[0] / "saved" / part) for part in ("", "ema"))
-    assert {weight.dtype for weight in average.values()} == {torch.float32}
-    assert any(not torch.equal(raw[name], average[name]) for name in raw)
-
-
-@pytest.mark.matrix
 @planned([build_run("ddp", "full", "odd", winner_budget_pairs=3)])
 def test_a_probe_that_processes_cannot_share_evenly_has_each_pair_once(found, plan, alone):
     theirs = state_of(Path(alone(plan[0]).args.output_dir))["before"]
@@ -270,7 +246,6 @@ def beta_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / f"checkpoint-{STEPS}" / "auto_beta.json").read_text())
 
 
-@pytest.mark.matrix
 @planned(
     *[
         [
@@ -296,7 +271,6 @@ def test_beta_follows_the_margins_of_all_processes_and_micro_batches(found, plan
 TARGETED = {"loss_type": ["capo", "sft"], "loss_weights": [1.0, 5.0], "calibrated_scores": True, "beta": 20.0}
 
 
-@pytest.mark.matrix
 @planned(
     *[
         [build_run(engine, "full", f"targeted-{safeguard}", safeguard=safeguard, **TARGETED)]
@@ -312,7 +286,6 @@ def test_targets_from_calibrated_scores_are_those_of_one_process_with_batches_of
     assert any(0 < step["safeguard/scale"] < 1 for step in log)
 
 
-@pytest.mark.matrix
 @planned(*[with_resumed(engine, "full", "-beta", **SUMMED) for engine in ("ddp", "zero2")])
 def test_a_resumed_run_has_the_same_beta_to_the_bit(found):
     whole, resumed = found
@@ -320,7 +293,6 @@ def test_a_resumed_run_has_the_same_beta_to_the_bit(found):
     assert_equal(weights_in(resumed / "saved"), weights_in(whole / "saved"))
 
 
-@pytest.mark.matrix
 @planned(*[[build_run(engine, "full", "scored", **SCORED)] for engine in ("ddp", "zero2")])
 def test_weights_and_order_by_scores_are_those_of_one_process_with_batches_of_both(found, plan, alone):
     """And others than without them, or there is nothing to compare."""
@@ -328,11 +300,3 @@ def test_weights_and_order_by_scores_are_those_of_one_process_with_batches_of_bo
     plain = alone(build_run(plan[0]["engine"], "full", "whole"))
     losses = [[entry["loss"] for entry in steps_of(t.state.log_history)] for t in (alone(plan[0]), plain)]
     assert all(ours != theirs for ours, theirs in zip(*losses, strict=True))
-
-
-@pytest.mark.matrix
-@planned(*[scored_and_resumed(engine) for engine in ("ddp", "zero2")])
-def test_a_resumed_run_has_the_same_weights_and_order_by_scores_to_the_bit(found):
-    whole, resumed = found
-    assert json.loads((resumed / "facts.json").read_text())["began_at"] == 2
-    assert_equal(weights_in(resumed / "saved"), weights_in(whole / "saved"))

@@ -33,7 +33,7 @@ def one_step(scaler, winner: list[float], loser: list[float]):
     return line.weight.detach().flatten(), metrics, finite
 
 
-@pytest.mark.parametrize("scale", [None, 1.0, 1024.0, 2.0**16])
+@pytest.mark.parametrize("scale", [None, 2.0**16])
 def test_lambda_and_the_step_do_not_depend_on_the_loss_scale(scale):
     """W = (1, 0), L = (1, 1): W.W = 1, W.L = 1, so lambda = (1 - mu) = 0.5 and W - lambda L = (0.5, -0.5)."""
     scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)

@@ -57,10 +57,6 @@ def test_processes_that_disagree_are_refused_in_both(tmp_path):
     assert "`max_steps` is 4 in process 0 and 5 in process 1" in first
 
 
-def test_processes_that_agree_go_on(tmp_path):
-    assert in_two_processes(lambda rank: refusal(rank, seed=1, max_steps=4), tmp_path) == ["agreed", "agreed"]
-
-
 def test_data_of_other_kinds_lengths_or_columns_differ_in_outline():
     rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": [1, 2]})
     others = [None, rows.to_iterable_dataset(), rows.select([0]), rows.remove_columns("chosen"), list(rows)]

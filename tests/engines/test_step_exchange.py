@@ -16,7 +16,6 @@ from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.engines import host_copy
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt, step_exchange
 from trl_diffusion_sdpo.step.finite_check import FiniteCheck
-from trl_diffusion_sdpo.trainer import diffusion_sdpo_trainer
 
 PROCESSES = 2
 MICRO_BATCHES = 3
@@ -77,13 +76,6 @@ def test_the_norm_of_sharded_gradients_is_watched_on_an_accelerator(make_trainer
         trainer._finite.verify_gradient()
 
 
-def test_a_norm_that_stayed_distributed_would_be_noticed(make_trainer, alone, like_an_accelerator, monkeypatch):
-    monkeypatch.setattr(diffusion_sdpo_trainer, "full_tensor", lambda value: value)
-    trainer = make_trainer()
-    with pytest.raises((RuntimeError, AssertionError)):  # of torch's dispatch, by version
-        trainer._get_grad_norm(trainer.model, sharded_norm(alone, 3.0, 4.0))
-
-
 @pytest.mark.parametrize("safeguard", ["output", "parameter"])
 def test_a_bad_loss_in_the_first_of_two_micro_batches_stops_before_the_weights_move(make_trainer, safeguard):
     class Poison(TrainerCallback):
@@ -108,13 +100,6 @@ def test_a_bad_loss_in_the_first_of_two_micro_batches_stops_before_the_weights_m
         trainer.train()
     for before, now in zip(poison.weights, trainer.model.parameters(), strict=True):
         assert torch.equal(before, now)
-
-
-def test_a_training_that_begins_anew_forgets_what_the_last_one_watched(make_trainer):
-    trainer = make_trainer(max_steps=1)
-    trainer._finite.watch(torch.tensor([math.nan]), torch.tensor([0]), last=True)
-    trainer.train()
-    assert trainer.state.global_step == 1
 
 
 # ---- Two processes -------------------------------------------------------------------------------------------------
@@ -189,10 +174,9 @@ def test_a_signal_after_the_last_step_ends_all_processes_as_usual(tmp_path):
 # ---- Several devices in one process --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("safeguard", ["output", "parameter", "none"])
-def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(make_args, safeguard):
-    args = make_args(safeguard=safeguard)
+def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(make_args):
+    args = make_args()
     args._n_gpu = 2  # what transformers counts on such a machine
-    with pytest.raises(ValueError, match="this one sees 2. Start .*--accelerate_config multi_gpu") as refused:
+    with pytest.raises(ValueError, match="--accelerate_config multi_gpu") as refused:
         DiffusionSDPOTrainer("no/such-model", None, args, [])
     assert "CUDA_VISIBLE_DEVICES=0" in str(refused.value)

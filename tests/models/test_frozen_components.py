@@ -13,6 +13,7 @@ from trl_diffusion_sdpo.families import base, find_family, load_pipeline
 from trl_diffusion_sdpo.models import frozen_components
 from trl_diffusion_sdpo.models.frozen_components import cast_copy, pin, working_pipeline
 
+IN_CI = ("stable_diffusion", "sana", "wan")  # one for each kind of VAE
 HALVES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -84,19 +85,13 @@ def test_training_in_bf16_encodes_in_bf16_unless_told_otherwise(make_trainer, sd
     assert "Resuming with another `vae_dtype`: it was 'bfloat16', is 'float32'." in caplog.text
 
 
-def test_settings_of_the_vae_that_are_none_are_refused(make_args):
-    with pytest.raises(ValueError, match="`vae_dtype` must be one of auto, float32, bfloat16, float16; got 'half'"):
-        make_args(vae_dtype="half")
-    with pytest.raises(ValueError, match="`vae_encode_batch_size` must be at least 1, got 0"):
-        make_args(vae_encode_batch_size=0)
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-@pytest.mark.parametrize("name", CASES)
-def test_latents_do_not_depend_on_how_many_images_are_encoded_at_once(name, at_once, family_folder, whole_latents):
+@pytest.mark.parametrize(
+    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.matrix) for name in CASES]
+)
+def test_latents_do_not_depend_on_how_many_images_are_encoded_at_once(name, whole_latents):
     """A stream draws for a pair's winner and then for its loser, so the order of the draws counts."""
     family, pixels, whole = whole_latents(name)
-    family.vae_encode_batch_size = at_once
+    family.vae_encode_batch_size = 4
     torch.testing.assert_close(encode(family, pixels, [1, 2, 3]), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -131,17 +126,6 @@ def test_by_default_the_vae_meets_a_bounded_number_of_pixels(make_trainer, monke
     trainer.family.pipeline.vae.encoder.register_forward_pre_hook(lambda part, args: met.append(len(args[0])))
     trainer.train()
     assert met == [3, 3, 2]  # four pairs
-
-
-def test_encoding_in_chunks_walks_the_trajectory_of_encoding_at_once(make_trainer):
-    def weights(**settings):
-        trainer = make_trainer(max_steps=3, **settings)
-        trainer.train()
-        return trainer.denoiser.state_dict()
-
-    whole, chunks = weights(), weights(vae_encode_batch_size=2)
-    for name, value in whole.items():
-        torch.testing.assert_close(chunks[name], value, rtol=1e-5, atol=1e-6)
 
 
 def peak_of_encoding(family, pixels) -> int:

@@ -127,14 +127,14 @@ def test_one_kind_of_block_is_compiled_once_however_many_there_are(walk):
 
 def test_engines_that_shard_leave_no_blocks_to_compile(make_trainer, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="`torch_compile_regional` is for one process"):
+    with pytest.raises(ValueError, match="`torch_compile_regional`"):
         make_trainer(peft_config=LoraConfig(r=2), torch_compile=True, torch_compile_regional=True)
 
 
 def test_settings_without_effect_say_so(make_args):
-    with pytest.warns(UserWarning, match="`torch_compile_regional` has no effect without `torch_compile`"):
+    with pytest.warns(UserWarning, match="`torch_compile_regional`"):
         make_args(torch_compile_regional=True)
-    with pytest.warns(UserWarning, match="`offload_frozen_components` has no effect without an accelerator"):
+    with pytest.warns(UserWarning, match="`offload_frozen_components`"):
         make_args(offload_frozen_components=True)
 
 

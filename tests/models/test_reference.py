@@ -1,14 +1,11 @@
 """Which reference is chosen, and how it moves."""
 
-import contextlib
 import copy
-import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trl_diffusion_sdpo.models.adapters import adapter_state
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser, WeightCopy, second_copy
@@ -35,57 +32,6 @@ def test_the_reference_stays_while_the_policy_moves(make_trainer, sd_folder):
             assert not torch.allclose(trainer.denoiser(*inputs).sample, base(*inputs).sample, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["adapter_off", "ref_adapter"])
-def test_switching_adapters_takes_few_calls_a_layer_and_leaves_what_trains(make_trainer, kind):
-    """Every step does it; PEFT's own ways visit every weight."""
-    trainer = make_trainer(peft_config=LoraConfig(r=4), sync_ref_model=kind == "ref_adapter")
-    assert trainer.reference.kind == kind
-    layers = [module for module in trainer.denoiser.modules() if isinstance(module, BaseTunerLayer)]
-    trained = [weight.requires_grad for weight in trainer.denoiser.parameters()]
-
-    def states():
-        return {(layer.disable_adapters, *layer.active_adapters) for layer in layers}
-
-    with calls_counted() as calls, trainer.reference.active(trainer.model):
-        with uncounted():
-            assert states() == {(True, "default") if kind == "adapter_off" else (False, "ref")}
-            assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
-    assert states() == {(False, "default")}
-    assert [weight.requires_grad for weight in trainer.denoiser.parameters()] == trained
-    assert 0 < len(calls) < 20 * len(layers)
-
-
-def test_a_model_that_trains_is_not_put_into_training_mode_again(make_trainer):
-    """The Trainer does it before every forward pass, and torch assigns to every module."""
-    model = make_trainer(peft_config=LoraConfig(r=4)).model.train()
-    modules = list(model.modules())
-    with calls_counted() as calls:
-        model.train()
-    assert 0 < len(calls) < 4 * len(modules)
-    modules[-1].eval()
-    assert model.train() is model and all(module.training for module in modules)
-    assert model.eval() is model and not any(module.training for module in modules)
-
-
-@contextlib.contextmanager
-def calls_counted():
-    """The names of all Python functions that are called within."""
-    calls = []
-    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == "call" else None)
-    try:
-        yield calls
-    finally:
-        sys.setprofile(None)
-
-
-@contextlib.contextmanager
-def uncounted():
-    counting = sys.getprofile()
-    sys.setprofile(None)
-    yield
-    sys.setprofile(counting)
-
-
 def test_a_full_reference_moves_by_the_mixing_rule(make_trainer, sd_folder):
     trainer = make_trainer(max_steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.25)
     start = copy.deepcopy(trainer.denoiser.state_dict())
@@ -93,13 +39,6 @@ def test_a_full_reference_moves_by_the_mixing_rule(make_trainer, sd_folder):
     policy, reference = trainer.denoiser.state_dict(), trainer.reference.module.state_dict()
     for name in start:
         torch.testing.assert_close(reference[name], 0.25 * policy[name] + 0.75 * start[name])
-
-
-def test_a_full_reference_waits_for_its_step(make_trainer):
-    trainer = make_trainer(max_steps=1, sync_ref_model=True, ref_model_sync_steps=2)
-    start = copy.deepcopy(trainer.denoiser.state_dict())
-    trainer.train()
-    assert all(torch.equal(start[name], value) for name, value in trainer.reference.module.state_dict().items())
 
 
 def test_a_synchronised_adapter_moves_factor_by_factor(make_trainer):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import CASES, case
+from tiny_pipelines import CASES
 from transformers import PreTrainedModel
 
-from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.models.text_checks import SIZE_RATIOS, check_text_encoding
 
+IN_CI = ("stable_diffusion_xl", "stable_diffusion_3", "z_image")
 SETTINGS_ALONE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Tokens that a published tokenizer knows, and embeddings of its text encoder.
 PUBLISHED = {
@@ -42,7 +42,9 @@ def without_vocabulary(tokenizer, folder: Path):
         return None
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.matrix) for name in CASES]
+)
 def test_a_tokenizer_without_its_vocabulary_is_refused(name, family_folder, tmp_path):
     pipeline = load_pipeline(family_folder(name))
     check_text_encoding(find_family(pipeline))
@@ -67,10 +69,6 @@ def test_training_does_not_begin_without_a_vocabulary(make_trainer, sd_folder, t
         make_trainer(str(folder))
 
 
-def test_the_demos_own_model_is_accepted():
-    check_text_encoding(find_family(load_base_pipeline()))
-
-
 @pytest.mark.parametrize("known, embedded", PUBLISHED.values(), ids=PUBLISHED)
 def test_published_sizes_are_far_from_what_is_refused(known, embedded):
     low, high = SIZE_RATIOS
@@ -80,7 +78,6 @@ def test_published_sizes_are_far_from_what_is_refused(known, embedded):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (514, None),
         (600, None),
         (700, "knows 514, and there are 700 embeddings"),
         (513, "gives the token 513, and there are 513 embeddings"),
@@ -120,13 +117,6 @@ def test_a_tokenizer_of_the_right_size_that_reads_nothing_is_refused(sd_pipeline
     sd_pipeline.register_modules(tokenizer=deaf)
     with pytest.raises(ValueError, match="that of `text_encoder` turns both 'a red circle' and 'a big square'"):
         check_text_encoding(find_family(sd_pipeline))
-
-
-def test_the_second_of_two_text_encoders_is_looked_at_as_well(tmp_path):
-    pipeline = case("stable_diffusion_xl").build()
-    pipeline.register_modules(tokenizer_2=without_vocabulary(pipeline.tokenizer_2, tmp_path / "broken"))
-    with pytest.raises(ValueError, match="that of `text_encoder_2` knows 2"):
-        check_text_encoding(find_family(pipeline))
 
 
 def test_long_prompts_are_counted_once_in_the_report_and_not_warned_of_at_every_step(make_trainer, make_pairs, caplog):

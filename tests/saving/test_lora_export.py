@@ -284,12 +284,6 @@ def test_folders_without_a_lora_and_files_that_are_there_are_refused(tmp_path, c
         assert said in capsys.readouterr().err
 
 
-def test_a_misspelt_option_is_told_in_one_line_with_what_was_meant(capsys):
-    assert main(["export", "--run", "run", "--output", "out.safetensors", "--averge"]) == 2
-    told = capsys.readouterr().err
-    assert "`--averge` is no option of this command. Did you mean `--average`?" in told and told.count("\n") == 1
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_is_exported_by_default_or_refused(name):
     """Of the modules that train by default, all have a name, or the family has none."""

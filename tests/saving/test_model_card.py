@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -85,53 +84,10 @@ def test_the_card_survives_being_written_and_read(tmp_path):
     assert "# sd-tuned" in read.text
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_the_hub_accepts_the_card(hub_server, tuning):
+def test_the_hub_accepts_the_card(hub_server):
     repo = create_repo("sd-tuned").repo_id
-    card_of(tuning=tuning).push_to_hub(repo)
-    assert hub_server.repos[repo].files["README.md"].decode() == str(card_of(tuning=tuning))
-
-
-def test_settings_metrics_versions_and_citations_are_written():
-    text = card_of().text
-    for line in (
-        "| `beta` | `2000.0` |",
-        "| `loss_type` | `sigmoid` |",
-        "| `train_loss` | `0.693147` |",
-        f"- torch: {version('torch')}",
-    ):
-        assert line in text.splitlines()
-    assert "<Gallery />" in text
-    for cited in ("arXiv:2511.03317", "arXiv:2311.12908", "vonwerra2020trl", "huggingface.co/papers/2511.03317"):
-        assert cited in text
-    assert not re.search(r"{{ ?\w+ ?}}|{%", text)
-
-
-def test_a_card_with_nothing_to_tell_says_so():
-    empty = card_of(settings={}, metrics={}, gallery=[], dataset_name=None, base_model=None, hub_model_id=None)
-    text = empty.text
-    assert "No sample images were generated" in text and "Nothing was measured" in text
-    assert "All settings have their defaults." in text and "| --- |" not in text
-    assert "path/to/sd-tuned" in text and "path/to/base-pipeline" in text
-
-
-def test_results_are_shown_and_long_tables_are_folded():
-    given = {
-        "verdict": "Better by 3 %.",
-        "pictures": [("curves.png", "Curves")],
-        "comparison": [("a | <b>cube</b>", "samples/step-000000-0.png", "samples/step-000050-0.png")],
-        "run": {"LoRA": "rank 4", "Time": "3 min"},
-        "defaults": {"seed": 42},
-    }
-    text = card_of(**given).text
-    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
-    for line in ("Better by 3 %.", "![Curves](curves.png)", "| LoRA | rank 4 |", "| `beta` | `2000.0` |"):
-        assert line in shown.splitlines()
-    images = "![before training](samples/step-000000-0.png) | ![after training](samples/step-000050-0.png)"
-    assert f"| `a \\| <b>cube</b>` | {images} |" in shown.splitlines()
-    for folded in ("train_loss", "| `seed` | `42` |", "- torch: "):
-        assert folded not in shown and folded in text
-    assert re.findall(r"<details>\n<summary>[\w ]+</summary>\n\n", text)  # without the empty line, no table is shown
+    card_of().push_to_hub(repo)
+    assert hub_server.repos[repo].files["README.md"].decode() == str(card_of())
 
 
 def test_the_safeguard_is_only_claimed_where_it_acted():
@@ -154,9 +110,7 @@ def test_tokens_never_reach_the_card():
     assert "`{'revision': 'main', 'nested': [{}]}`" in card and "`77`" in card
 
 
-@pytest.mark.parametrize(
-    "path", ["/home/someone/models/sd", "C:\\someone\\models\\sd", "~/someone/sd/", "someone/a/sd"]
-)
+@pytest.mark.parametrize("path", ["C:\\someone\\models\\sd", "~/someone/sd/", "someone/a/sd"])
 def test_of_local_folders_only_the_name_is_told(path):
     card = card_of(base_model=path, dataset_name=path, settings={"output_dir": path, "beta": 1.0})
     assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
@@ -179,8 +133,15 @@ def test_values_cannot_break_the_table():
     assert len(rows) == 4 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tuning", ["lora", "lora of peft", "full", "full pipeline"])
+@pytest.mark.parametrize(
+    ("tuning", "dtype"),
+    [
+        ("lora", torch.bfloat16),
+        ("lora of peft", torch.float32),
+        ("full", torch.bfloat16),
+        ("full pipeline", torch.float32),
+    ],
+)
 def test_the_code_on_the_card_loads_what_was_tuned(tuning, dtype, sd_folder, make_sd_pipeline, tmp_path, monkeypatch):
     """Also onto a base that is stored in bf16, which diffusers and transformers would load in two dtypes."""
     monkeypatch.chdir(tmp_path)

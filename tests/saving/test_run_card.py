@@ -12,18 +12,13 @@ from peft import LoraConfig
 from PIL import Image, PngImagePlugin
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from trl_diffusion_sdpo.data.checking import DataReport
 from trl_diffusion_sdpo.reporting.run_callbacks import RunReportCallback
 from trl_diffusion_sdpo.saving.model_card import (
     GENERATED,
     before_and_after,
-    duration,
-    lora_text,
-    pairs_text,
     read_verdict,
     split_by_default,
 )
-from trl_diffusion_sdpo.trainer.diffusion_sdpo_trainer import NOT_PUBLISHED
 
 LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
 
@@ -137,11 +132,6 @@ def test_a_report_that_cannot_be_written_is_a_warning(make_args, tmp_path, caplo
     assert ended and (tmp_path / "run" / "trainer_state.json").is_file()
 
 
-def test_plots_are_published_and_the_state_that_names_folders_is_not():
-    assert "trainer_state.json" in NOT_PUBLISHED
-    assert not {"curves.png", "noise_bins*.png", "verdict.png", "verdict.json"} & set(NOT_PUBLISHED)
-
-
 def test_images_before_and_after_are_of_one_prompt_and_seed(tmp_path):
     def draw(step, number, prompt, seed):
         note = PngImagePlugin.PngInfo()
@@ -163,7 +153,7 @@ def test_images_before_and_after_are_of_one_prompt_and_seed(tmp_path):
     assert before_and_after(tmp_path, [("samples/step-000000-0.png", "a")]) == [], "nothing was trained"
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"sentence": 3}', '{"label": "better"}', "\udce4"])
+@pytest.mark.parametrize("content", [None, "{", '{"sentence": 3}', "\udce4"])
 def test_a_verdict_that_cannot_be_read_is_none(content, tmp_path):
     if content is not None:
         (tmp_path / "verdict.json").write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -174,25 +164,6 @@ def test_sentence_and_advice_of_a_verdict_are_read(tmp_path):
     verdict = {"label": "worse", "sentence": "The error rose.", "advice": "Do not\nuse it, hf_" + "a1B2" * 8}
     (tmp_path / "verdict.json").write_text(json.dumps(verdict))
     assert read_verdict(tmp_path) == "The error rose. Do not use it, hf_..."
-
-
-def test_facts_in_words():
-    assert (
-        lora_text({"r": 8, "lora_alpha": 16, "target_modules": ".*to_[qk]"}) == "rank 8, alpha 16, targets `.*to_[qk]`"
-    )
-    many = lora_text({"r": 8, "lora_alpha": 16, "target_modules": [f"m{number}" for number in range(14)]})
-    assert many.endswith("`m11` and 2 more")
-    data = DataReport("train", "chosen_rejected", rows=1500, pairs=1200, ties=200, bad_prompts=1)
-    assert pairs_text(data, of_stream=False) == "1,200, 201 dropped (200 ties, 1 bad prompts)"
-    stream = "a stream, 201 dropped (200 ties, 1 bad prompts) by the first process in its last epoch"
-    assert pairs_text(data, of_stream=True) == stream
-    assert duration([], 0) == ""
-    assert [duration([{"train_runtime": seconds}], 0) for seconds in (12.3, 601, 4350)] == [
-        "12 s",
-        "10 min",
-        "1 h 12 min",
-    ]
-    assert duration([{"train_runtime": 9.0}, {"train_runtime": 30.0}], 1500) == "30 s, from step 1,500 on"
 
 
 def test_settings_are_split_by_their_defaults(make_args):

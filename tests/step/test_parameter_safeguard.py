@@ -2,8 +2,6 @@
 where it cannot act."""
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from transformers import TrainerCallback
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.engines.gradient_backends import ReplicatedBackend
 from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.losses import LOSSES, parameter_scale
+from trl_diffusion_sdpo.losses import parameter_scale
 from trl_diffusion_sdpo.step.branch_gradients import BranchGradients
 
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
@@ -128,9 +126,15 @@ def batches_of(trainer):
     return [trainer._prepare_inputs(next(loader)) for _ in range(trainer.args.gradient_accumulation_steps)]
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("anchor", ["branch", "error"])
+@pytest.mark.parametrize(
+    ("tuning", "accumulation", "anchor"),
+    [
+        ("full", 2, "error"),
+        ("lora", 1, "branch"),
+        pytest.param("full", 1, "branch", marks=pytest.mark.matrix),
+        pytest.param("lora", 2, "error", marks=pytest.mark.matrix),
+    ],
+)
 def test_lambda_and_the_step_are_those_of_gradients_taken_by_hand(
     make_trainer, sd_folder, tuning, accumulation, anchor
 ):
@@ -209,7 +213,7 @@ def test_an_anchor_that_overflows_alone_leaves_the_step_out():
     assert all(value == 0 for value in metrics.values())
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.matrix)])
 def test_the_low_memory_order_takes_the_same_steps(make_trainer, sd_folder, tuning):
     moves = []
     for low_memory in (False, True):
@@ -244,22 +248,6 @@ def test_with_every_lambda_one_the_step_is_that_of_the_joint_backward_pass(make_
         )
         moves.append(trained_step(trainer)[1])
     assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[0].norm()
-
-
-def test_eight_pairs_at_once_or_in_four_micro_batches_have_one_lambda(make_trainer, sd_folder):
-    logs = []
-    for size, accumulation in ((8, 1), (2, 4)):
-        trainer = make_trainer(
-            moved(sd_folder),
-            sd_folder,
-            **PARAMETER,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1,
-        )
-        logs.append(trained_step(trainer)[0])
-    assert logs[0]["safeguard/scale"] == pytest.approx(logs[1]["safeguard/scale"], rel=1e-5)
-    assert 0 < logs[0]["safeguard/scale"] < 1
 
 
 def test_smpo_sends_back_as_winner_what_its_scores_rank_first(make_trainer, sd_folder):
@@ -319,16 +307,6 @@ def test_diagnostics_predict_a_small_step_and_measure_it(make_trainer, sd_folder
         assert -1 <= entry["safeguard/output_cosine"] <= 1
 
 
-def test_its_metrics_are_those_of_the_documentation(make_trainer):
-    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text(encoding="utf-8")
-    table = page.split("| Metric of parameter space |")[1].split("\n\n")[0]
-    documented = set(re.findall(r"`(safeguard/\w+)`", table))
-    trainer = make_trainer(**PARAMETER, safeguard_diagnostics_steps=1, max_steps=1)
-    trainer.train()
-    logged = {name for name in trainer.state.log_history[0] if name.startswith("safeguard/")}
-    assert logged == documented | {"safeguard/scale", "safeguard/active", "safeguard/cosine"}
-
-
 def test_the_predicted_change_of_plain_descent_is_minus_the_step_times_its_slope(make_trainer, sd_folder):
     trainer = make_trainer(
         moved(sd_folder), sd_folder, **PARAMETER, safeguard_diagnostics_steps=1, max_steps=1, safeguard_anchor="branch"
@@ -345,25 +323,6 @@ def test_step_zero_is_neutral_when_the_branches_are_predicted_apart(make_trainer
     log = trainer.state.log_history[0]
     assert log["rewards/margins"] == 0 and log["errors/winner_change"] == 0
     assert log["loss"] == pytest.approx(np.log(2), abs=1e-7)
-
-
-def test_every_loss_with_a_loser_trains_under_it(make_trainer):
-    for name, spec in LOSSES.items():
-        if not spec.uses_loser:
-            continue
-        trainer = make_trainer(loss_type=name, safeguard="parameter", **SGD, max_steps=2)
-        trainer.train()
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        assert all(0 <= entry["safeguard/scale"] <= 1 for entry in logs), name
-        assert all(entry["safeguard/skipped"] == 0 for entry in logs), name
-
-
-def test_the_default_anchor_is_the_losses(make_trainer):
-    anchored = {name for name, spec in LOSSES.items() if spec.anchor == "error"}
-    assert anchored == {"ipo", "dspo", "dspo_sdxl", "dmpo", "capo"}
-    trainer = make_trainer(loss_type="ipo", safeguard="parameter", max_steps=1)
-    trainer.train()
-    assert trainer.parameter_safeguard.gradients.anchor == "error"
 
 
 def test_evaluation_shows_no_lambda_that_was_not_measured(make_trainer, make_pairs):
@@ -383,8 +342,6 @@ def test_evaluation_shows_no_lambda_that_was_not_measured(make_trainer, make_pai
         ({"optim": "lomo"}, "steps within the backward pass"),
         ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["to_q"]}, "steps within the backward pass"),
         ({"ddp_static_graph": True}, "`ddp_static_graph=True` cannot act"),
-        ({"safeguard_anchor": "mean"}, "`safeguard_anchor` must be one of branch, error; got 'mean'"),
-        ({"safeguard_diagnostics_steps": 0}, "`safeguard_diagnostics_steps` must be at least 1, got 0"),
     ],
 )
 def test_settings_under_which_it_cannot_act_are_errors(tmp_path, settings, rule):
@@ -398,9 +355,7 @@ def test_settings_of_output_space_are_named_as_idle(make_args, settings):
         make_args(safeguard="parameter", **settings)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"safeguard_anchor": "error"}, {"safeguard_low_memory": True}, {"safeguard_diagnostics_steps": 5}]
-)
+@pytest.mark.parametrize("settings", [{"safeguard_anchor": "error"}, {"safeguard_low_memory": True}])
 def test_settings_of_parameter_space_are_named_as_idle_elsewhere(make_args, settings):
     with pytest.warns(UserWarning, match="has no effect: it belongs to `safeguard='parameter'`"):
         make_args(**settings)
@@ -414,25 +369,8 @@ def test_predicting_twice_is_refused_with_dropout(make_trainer, make_sd_pipeline
     make_trainer(pipeline, **PARAMETER, **setting).train()  # without, it trains
 
 
-def test_a_nan_in_one_branch_stops_the_run_before_the_weights_move(make_trainer):
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run(make_trainer):
     trainer = make_trainer(**PARAMETER, max_steps=3)
-    before = {name: weight.detach().clone() for name, weight in trainer.denoiser.named_parameters()}
-    original = trainer.family.encode_images
-
-    def poisoned(pixels, generators):
-        latents = original(pixels, generators).clone()
-        latents[-1] = float("nan")  # a loser
-        return latents
-
-    trainer.family.encode_images = poisoned
-    with pytest.raises(FloatingPointError, match="Every pair's loss must be finite"):
-        trainer.train()
-    assert all(torch.equal(before[name], weight) for name, weight in trainer.denoiser.named_parameters())
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run(make_trainer, max_grad_norm):
-    trainer = make_trainer(**{**PARAMETER, "max_grad_norm": max_grad_norm}, max_steps=3)
     weight = next(weight for weight in trainer.denoiser.parameters() if weight.requires_grad)
     weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match="Every gradient must be finite"):
@@ -458,13 +396,12 @@ class OtherLoss(DiffusionSDPOTrainer):
         return torch.ones((), requires_grad=True)
 
 
-@pytest.mark.parametrize("safeguard", ["none", "output", "parameter"])
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
 def test_an_overridden_loss_is_the_loss_that_trains_under_every_safeguard(sd_folder, make_args, make_pairs, safeguard):
     """Half the loss has the same lambda, and plain SGD takes half the step."""
     moves, scales = [], []
     for trainer_class in (DiffusionSDPOTrainer, HalvedLoss):
-        mu = None if safeguard == "none" else 0.3
-        args = make_args(**{**PARAMETER, "safeguard": safeguard, "safeguard_mu": mu}, max_steps=1)
+        args = make_args(**{**PARAMETER, "safeguard": safeguard}, max_steps=1)
         log, move = trained_step(trainer_class(moved(sd_folder), sd_folder, args, make_pairs()))
         moves.append(move)
         scales.append(log["safeguard/scale"])

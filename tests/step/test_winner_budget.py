@@ -175,9 +175,8 @@ def build(make_trainer, make_pairs):
     return trainer_of
 
 
-@pytest.mark.parametrize("safeguard", ["output", "parameter"])
-def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build, safeguard):
-    trainer = build(safeguard=safeguard, max_steps=5, winner_budget_steps=2)
+def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build):
+    trainer = build(safeguard="parameter", max_steps=5, winner_budget_steps=2)
     untrained = copy.deepcopy(trainer.denoiser)
     _, logs = walked(trainer)
     before = [sum(level) / len(level) for level in by_hand(untrained, probe_of(trainer), 2)]
@@ -206,7 +205,7 @@ def test_a_budget_that_is_never_reached_changes_no_bit_of_the_training(build, ma
     assert [log["budget/over"] for log in logs] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("safeguard", [pytest.param("none", marks=pytest.mark.matrix), "output", "parameter"])
+@pytest.mark.parametrize("safeguard", ["output", "parameter"])
 def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build, safeguard):
     settings = {"safeguard": safeguard, "peft_config": LoraConfig(r=4), "learning_rate": 1e-2}
     shut = build(**settings, winner_budget_steps=100)
@@ -235,12 +234,7 @@ def test_a_budget_that_cannot_be_met_shuts_the_losers_is_reported_and_training_g
     assert caplog.text.count("`winner_budget=1e-09` is exceeded in a noise bin whose losers' gradients") == 1
 
 
-def test_a_budget_that_is_met_is_not_reported(build, caplog):
-    walked(build(winner_budget=1e6))
-    assert "is exceeded" not in caplog.text
-
-
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", [pytest.param("full", marks=pytest.mark.matrix), "lora"])
 def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path, tuning):
     def make(folder, **more):
         lora = LoraConfig(r=4) if tuning == "lora" else None
@@ -287,12 +281,6 @@ def test_a_second_training_measures_what_is_left_of_the_start(build, sd_folder):
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"winner_budget": 0.0}, "`winner_budget` must be greater than 0, got 0.0"),
-        ({"winner_budget": -0.1}, "`winner_budget` must be greater than 0, got -0.1"),
-        ({"winner_budget": NAN}, "`winner_budget` must be greater than 0, got nan"),
-        ({"winner_budget": float("inf")}, "`winner_budget` must be greater than 0, got inf"),
-        ({"winner_budget": 0.1, "winner_budget_pairs": 0}, "`winner_budget_pairs` must be at least 1, got 0"),
-        ({"winner_budget": 0.1, "winner_budget_steps": 0}, "`winner_budget_steps` must be at least 1, got 0"),
         ({"winner_budget": 0.1, "loss_type": "sft"}, "`winner_budget` cannot act: the loss 'sft' has no loser"),
     ],
 )
@@ -307,14 +295,6 @@ def test_the_probe_keeps_to_the_timesteps_that_training_draws(build):
     trainer = build(timesteps=[999, 50])
     visited = {int(t) for batch in probe_of(trainer).batches for t in batch.timesteps}
     assert visited == {999, 50}
-
-
-def test_the_probe_holds_its_winners_conditioning_once(build):
-    probe = probe_of(build())
-    first = probe.batches[0].conditioning["prompt_embeds"]
-    assert first.untyped_storage().nbytes() == first.nbytes
-    shared = [batch for batch in probe.batches if batch.conditioning["prompt_embeds"] is first]
-    assert len(shared) > 1
 
 
 def test_the_probe_is_spread_over_all_of_the_data(make_trainer, make_pairs):
@@ -359,11 +339,9 @@ def test_a_budget_that_is_never_measured_is_a_warning(build, caplog):
     assert "`winner_budget_steps=3` is more than the run's 2 steps" in caplog.text
 
 
-@pytest.mark.parametrize("setting", [{"winner_budget_pairs": 8}, {"winner_budget_steps": 5}])
-def test_settings_of_a_budget_that_is_not_there_are_a_warning(make_args, setting):
-    (name,) = setting
-    with pytest.warns(UserWarning, match=f"`{name}` has no effect without `winner_budget`"):
-        make_args(**setting)
+def test_settings_of_a_budget_that_is_not_there_are_a_warning(make_args):
+    with pytest.warns(UserWarning, match="`winner_budget_pairs`"):
+        make_args(winner_budget_pairs=8)
 
 
 @pytest.mark.parametrize(("decay", "steps", "late"), [(0.98, 10, False), (0.999, 10, True), (0.999, 100, False)])

@@ -59,14 +59,6 @@ def test_the_card_the_set_up_and_the_report_say_it(make_trainer, make_pairs, tmp
     assert "published as rejected" in card.split("## Result")[1].split("## Samples")[0]  # the verdict
 
 
-def test_a_run_on_published_labels_says_nothing_of_it(make_trainer):
-    trainer = make_trainer(max_steps=1)
-    trainer.train()
-    trainer.create_model_card()
-    card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    assert "negative model" not in card and SWAPPED not in card
-
-
 def test_prepared_data_of_the_other_kind_are_refused(make_trainer, make_pairs):
     prepared = make_trainer(swap_labels=True).train_dataset
     with pytest.raises(ValueError, match="swap_labels"):
