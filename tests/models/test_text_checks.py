@@ -137,3 +137,10 @@ def test_long_prompts_are_counted_once_in_the_report_and_not_warned_of_at_every_
         and "3 of 4 prompts" in str(trainer.train_dataset.report)
     )
     assert not any("truncated" in record.getMessage() for record in caplog.records)
+
+
+def test_a_stream_is_told_how_much_of_a_prompt_is_read(make_trainer, make_pairs, caplog):
+    caplog.set_level("INFO")
+    trainer = make_trainer(train=make_pairs(4).to_iterable_dataset(), max_steps=1)
+    limit = trainer.pipeline.tokenizer.model_max_length
+    assert sum(f"`text_encoder` reads {limit} tokens" in record.getMessage() for record in caplog.records) == 1

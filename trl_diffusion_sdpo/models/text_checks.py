@@ -92,10 +92,7 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
         `str`: A sentence for the report of the data; empty if all prompts are short enough.
     """
     notes = []
-    for name in family.frozen_components:
-        tokenizer = _tokenizer_of(family, name)
-        if tokenizer is None or tokenizer.model_max_length > LONGEST:
-            continue
+    for name, tokenizer in _limited(family).items():
         limit = tokenizer.model_max_length
         # A token has a byte at least, so that shorter prompts need not be tokenized.
         candidates = (prompt for prompt in prompts if len(prompt.encode(errors="replace")) + 2 > limit)
@@ -103,6 +100,18 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
         if long:
             notes.append(f"{long} of {len(prompts)} prompts are longer than the {limit} tokens that `{name}` reads")
     return f"{'; '.join(notes)}: the rest of them is ignored." if notes else ""
+
+
+def note_on_limits(family: Family) -> str:
+    """Say how many tokens of a prompt are read, where prompts cannot be counted; empty if there is no limit."""
+    limits = [f"`{name}` reads {tokenizer.model_max_length} tokens" for name, tokenizer in _limited(family).items()]
+    return f"{', '.join(limits)} of a prompt, and the rest of it is ignored." if limits else ""
+
+
+def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers with a limit, by the names of their text encoders."""
+    found = {name: _tokenizer_of(family, name) for name in family.frozen_components}
+    return {name: each for name, each in found.items() if each is not None and each.model_max_length <= LONGEST}
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
-from ..models.text_checks import note_on_long_prompts
+from ..models.text_checks import note_on_limits, note_on_long_prompts
 from ..utils._compat import keeps_order
 from .config.complete import aspect_ratio_buckets, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -72,6 +72,8 @@ class PairPreparation:
         was_prepared = prepared is dataset and isinstance(prepared, PreferenceDataset) and is_new
         if isinstance(prepared, PreferenceDataset) and is_new:
             self._count_long_prompts(prepared, name)
+        elif prepared is not dataset and (limits := note_on_limits(self._family)):
+            logger.info("%s data: a stream's long prompts are not counted. %s", name, limits)
         if was_prepared:
             prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
         if self._args.precompute_ref_errors:
