@@ -1,26 +1,17 @@
 """Which images are checked before training: a sample, all or none, by one process or several."""
 
-import io
 import threading
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import Peers, evenly_spaced, parse_verify_images, usable_cores
 from trl_diffusion_sdpo.data.images import ImageReader
-
-JUNK = b"this is no image"
-
-
-def png(level):
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (level % 256,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def rows(count, bad=(), identical=()):

@@ -17,16 +17,11 @@ import fsspec
 import pytest
 import requests
 from PIL import Image
+from tiny_pairs import png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, images, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
-
-
-def png(level=7, size=(16, 16)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (level, level, level)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(autouse=True)

@@ -8,18 +8,13 @@ from itertools import islice
 import datasets
 import pytest
 from PIL import Image
+from tiny_pairs import png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.pairs import PairMixture
 from trl_diffusion_sdpo.data.streaming import Share
-
-
-def png(level):
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (level,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def picks(count=6, **changed):

@@ -1,20 +1,12 @@
 """Weights and calibrated scores of data sets: what they are computed from, what is refused, counted and reported."""
 
-import io
-
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from tiny_pairs import png
 
 from trl_diffusion_sdpo.data import PairMixture, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.pair_scores import ScoreSettings
-
-
-def png(level):
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (level, level, level)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def row(number, chosen=1.0, rejected=0.0, prompt=None, **columns):

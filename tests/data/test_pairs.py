@@ -8,42 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pairs import JUNK, STYLES, bad_rows, canonical, in_style, items_of, picture, png, prepare, same
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, PreferenceIterableDataset, prepare_dataset
-
-JUNK = b"this is no image"
-STYLES = ["arrow", "stream", "list"]
-
-
-def picture(level, size=(16, 16)):
-    return Image.new("RGB", size, (level, level, level))
-
-
-def png(level, size=(16, 16)):
-    buffer = io.BytesIO()
-    picture(level, size).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def in_style(rows, style, features=None):
-    if style == "list":
-        return rows
-    dataset = datasets.Dataset.from_list(rows, features=features)
-    return dataset.to_iterable_dataset() if style == "stream" else dataset
-
-
-def prepare(dataset, resolution=16, center_crop=True, random_flip=False, **options):
-    transform = PairTransform(resolution, center_crop=center_crop, random_flip=random_flip)
-    return prepare_dataset(dataset, transform=transform, **options)
-
-
-def items_of(prepared):
-    return (
-        list(prepared)
-        if isinstance(prepared, PreferenceIterableDataset)
-        else [prepared[i] for i in range(len(prepared))]
-    )
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 
 
 def levels(prepared):
@@ -53,16 +21,6 @@ def levels(prepared):
         grey = item["pixel_values"][:, 0, 0, 0].tolist()
         found.append((item["prompt"], *grey))
     return found
-
-
-def canonical(count=4, **extra):
-    return [{"prompt": f"p{i}", "chosen": png(100 + i), "rejected": png(i), **extra} for i in range(count)]
-
-
-def same(first, second):
-    return torch.equal(first["pixel_values"], second["pixel_values"]) and all(
-        first[key] == second[key] for key in first if key != "pixel_values"
-    )
 
 
 FORMAT_CASES = {
@@ -233,19 +191,6 @@ def test_a_score_that_would_outweigh_all_others_is_a_bad_label(score):
     assert (report.pairs, report.bad_labels) == (2, 1) and "chosen_score" in str(report)
 
 
-def bad_rows():
-    rows = [
-        {"prompt": "good", "path1": png(1), "path2": png(2)},
-        {"prompt": None, "path1": png(1), "path2": png(2)},
-        {"prompt": "junk", "path1": png(1), "path2": JUNK},
-        {"prompt": "cut", "path1": png(1, (64, 64))[:80], "path2": png(2)},
-        {"prompt": "dot", "path1": png(1, (1, 1)), "path2": png(2)},
-        {"prompt": "none", "path1": None, "path2": png(2)},
-        {"prompt": "fine", "path1": png(3), "path2": png(4)},
-    ]
-    return rows
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_bad_rows_are_dropped_counted_and_named(style):
     prepared = prepare(in_style(bad_rows(), style), verify_images="all")
@@ -396,7 +341,6 @@ def test_a_repeating_stream_continues_with_the_same_pairs_and_new_draws():
     import itertools
 
     import datasets
-    from PIL import Image
 
     images = [Image.fromarray(np.full((16, 16, 3), value, dtype=np.uint8)) for value in range(6)]
     rows = [{"prompt": f"p{i}", "chosen": images[2 * i], "rejected": images[2 * i + 1]} for i in range(3)]

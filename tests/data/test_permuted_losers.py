@@ -1,6 +1,5 @@
 """Losers that are other rows' images: of another prompt, each once in an epoch, equal in every process."""
 
-import io
 import json
 import pickle
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
@@ -16,14 +16,7 @@ from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.checking import PERMUTED
 from trl_diffusion_sdpo.data.loading import load_pairs
 
-JUNK = b"this is no image"
 PROMPTS = ["a", "b", "a", "c", "a", "b", "a", "d"]  # half of them are "a"
-
-
-def png(level, size=(16, 16)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (level, level, level)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def captions(prompts=PROMPTS, bad=(), **columns):

@@ -1,25 +1,16 @@
 """Several processes read one stream: each decodes its own pairs only, and together they have all."""
 
-import io
 from itertools import islice
 
 import datasets
 import pytest
 import torch
-from PIL import Image
+from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.streaming import Share
-
-JUNK = b"this is no image"
-
-
-def png(level):
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (level,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def stream(count, *, bad=(), shards=1, training=True):

@@ -1,11 +1,10 @@
 """A stream that resumes in the middle repeats no pair, skips none, and decodes nothing that was trained on."""
 
-import io
 from itertools import islice
 
 import datasets
 import pytest
-from PIL import Image
+from tiny_pairs import png
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
@@ -14,12 +13,6 @@ from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset, Share
 from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
 
 BATCHES = 10
-
-
-def png(level):
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (level,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def stream(count=17, *, bad=(3, 4, 11), shards=1, shuffled=False, groups=False):

@@ -59,6 +59,7 @@ def test_lambda_is_1_for_plain_dpo_and_sft_has_none(result):
         assert all(0 < scale <= 1 for scale in method.curves.scale)
 
 
+@pytest.mark.matrix
 def test_a_second_call_trains_nothing_again(result):
     files = [result.folder / "runs" / method.key / "result.json" for method in result.methods]
     written = [file.stat().st_mtime_ns for file in files]

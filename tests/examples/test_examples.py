@@ -106,13 +106,16 @@ def test_the_example_tunes_all_weights_and_evaluates(run_example, sd_folder):
     assert UNet2DConditionModel.from_pretrained(output / "unet").config.sample_size == 8
 
 
+@pytest.mark.matrix
 def test_the_example_writes_a_lora_of_sdxl(run_example, sdxl_folder):
     output = run_example("sdxl_lora", sdxl_folder)
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     assert all(name.startswith("unet.") for name in load_file(output / LORA))
 
 
-@pytest.mark.parametrize(("config", "family"), [("sd35", "stable_diffusion_3"), ("flux", "flux")])
+@pytest.mark.parametrize(
+    ("config", "family"), [pytest.param("sd35", "stable_diffusion_3", marks=pytest.mark.matrix), ("flux", "flux")]
+)
 def test_the_example_writes_a_lora_of_a_transformer(run_example, family_folder, config, family):
     output = run_example(f"{config}_lora", family_folder(family), "--load_in_4bit", "false")
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
@@ -153,7 +156,7 @@ def test_a_configuration_of_the_paper_runs_through_the_command_line(sd_folder, p
     assert (output / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.matrix), True])
 def test_a_data_set_saved_to_disk_is_read(sd_folder, pairs, tmp_path, streaming):
     saved = tmp_path / "saved"
     datasets.load_dataset(pairs).save_to_disk(saved)

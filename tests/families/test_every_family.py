@@ -98,11 +98,15 @@ def test_predict_reproduces_what_the_pipeline_hands_to_its_scheduler(model):
 
 def test_the_noise_process_is_the_schedulers_own(model):
     process, own = model.family.noise_process, model.pipeline.scheduler
-    if not isinstance(process, FlowMatchingProcess):
+    if isinstance(process, FlowMatchingProcess):
+        check_flow(model, process)
+    else:
         # What is added and predicted follows from these two; test_noise.py has the formulas.
         torch.testing.assert_close(process.scheduler.alphas_cumprod, own.alphas_cumprod, rtol=1e-6, atol=0)
         assert process.prediction_type == own.config.prediction_type
-        return
+
+
+def check_flow(model, process):
     _, steps, scheduler = run(model, PROMPTS, output_type="latent")
     sigmas = [float(sigma) for sigma in scheduler.sigmas[:STEPS]]
     tokens = model.family.image_seq_len(model.from_pipeline(steps[0].noisy))

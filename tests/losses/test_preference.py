@@ -428,13 +428,6 @@ def test_infinite_settings_that_would_give_nan_are_refused(loss_type: str, setti
         check_loss_kwargs(loss_type, 1.0, {setting: math.inf})
 
 
-def test_settings_of_another_loss_are_refused():
-    with pytest.raises(ValueError, match="`dmpo_alpha`.*'sigmoid'"):
-        check_loss_kwargs("sigmoid", 1.0, {"dmpo_alpha": 0.01})
-    with pytest.raises(ValueError, match="`simpo_gamma`.*'mapo'"):
-        check_loss_kwargs("mapo", 1.0, {"simpo_gamma": 0.01})
-
-
 def test_errors_of_samples_and_of_the_batch_are_means_in_float32():
     residual = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]]], dtype=torch.bfloat16)
     assert mean_error(residual).tolist() == [7.5, 1.0] and mean_error(residual).dtype == torch.float32

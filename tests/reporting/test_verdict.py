@@ -238,11 +238,6 @@ def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncert
     assert together[0].name == "sure" and together[1]
 
 
-def test_the_best_checkpoint_is_judged_where_it_was_loaded():
-    history = [evaluated(10, 0.09, -0.01), evaluated(20, 0.9, 0.8)]
-    assert verdict_on(history, best=10).word == "better"
-
-
 def test_without_evaluation_the_last_ten_logs_of_training_count():
     def log(step, winner, change):
         return {"step": step, "loss": 0.5, "errors/winner": winner, "errors/winner_change": change}
