@@ -1,4 +1,4 @@
-"""A user's data as pairs: prepared, checked against the batch size, and loaded one micro-batch at a time."""
+"""A user's data as pairs: prepared, checked against the batch size, and resumed in a stream."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def outline(dataset: Any) -> Any:
 
 
 def _reading(args: TrainingArguments) -> list[int]:
-    """What a position in a stream depends on beside the stream."""
+    """Return what a position in a stream depends on besides the stream."""
     return [args.train_batch_size, args.world_size, args.dataloader_num_workers]
 
 
@@ -145,7 +145,7 @@ def load_position(
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on the device; from pinned memory, by asynchronous copies."""
+    """Move the tensors of a batch to the device; from pinned memory, by asynchronous copies."""
     waits = device.type == "mps"  # which has no pinned memory
     return {
         name: value.to(device, non_blocking=not waits)
@@ -172,8 +172,8 @@ def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:
-    """A user's data as a torch data set of pairs; one that is prepared already, or `None`, unchanged. All processes
-    prepare all of it, but share the check of the images.
+    """Return a user's data as a torch data set of pairs. Pairs that are prepared already, and `None`, are returned as
+    they are. All processes prepare all of the data, but share the check of the images.
 
     Raises:
         `ValueError`: If the data are in no known format, none are left, the loss needs scores that are not there, or
@@ -261,10 +261,12 @@ def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
 
 
 def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None, args: DiffusionSDPOConfig) -> None:
-    """Warn where a batch or a step is larger than the training data; `ValueError` where an epoch has no batch."""
+    """Warn if a batch or a step is larger than the training data; raise `ValueError` if an epoch has no batch."""
     if not isinstance(dataset, PreferenceDataset):
         return
-    pairs, batch, processes = len(dataset), args.train_batch_size, args.world_size
+    pairs = len(dataset)
+    batch = args.train_batch_size
+    processes = args.world_size
     parts = f"{args.per_device_train_batch_size} pairs a device"
     parts += f" on {processes} processes" if processes > 1 else ""
     if args.dataloader_drop_last and pairs < batch * processes:
@@ -275,18 +277,21 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
     if dataset.sizes is not None:
         group = pairs_of_a_step(args, batch)
         BucketSampler(dataset.sizes, group, seed=0, drop_last=args.dataloader_drop_last)  # raises what loaders would
-        told, warns = dataset.sizes.describe_epoch(
+        description, warns = dataset.sizes.describe_epoch(
             group,
             drop_last=args.dataloader_drop_last,
             shuffled=args.train_sampling_strategy == "random",
         )
-        logger.log(logging.WARNING if warns else logging.INFO, told)
+        logger.log(logging.WARNING if warns else logging.INFO, description)
         return
     if pairs < batch * processes:
         logger.warning(
             "A batch is larger than the training data: %s are %d, and there are %d pairs. Every batch is the whole "
             "data%s.",
-            *(parts, batch * processes, pairs, ", some pairs twice" if processes > 1 else ""),
+            parts,
+            batch * processes,
+            pairs,
+            ", some pairs twice" if processes > 1 else "",
         )
     step = batch * processes * args.gradient_accumulation_steps
     if args.gradient_accumulation_steps > 1 and pairs < step:
@@ -294,5 +299,9 @@ def check_batches(dataset: PreferenceDataset | PreferenceIterableDataset | None,
         logger.warning(
             "An optimizer step is larger than the training data: %s over %d accumulation steps are %d, and there are "
             "%d pairs. Every step is one epoch of %d micro-batches.",
-            *(parts, args.gradient_accumulation_steps, step, pairs, batches),
+            parts,
+            args.gradient_accumulation_steps,
+            step,
+            pairs,
+            batches,
         )

@@ -592,7 +592,7 @@ class DiffusionSDPOTrainer(Trainer):
         return loss
 
     def _training_step_by_branch(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """One micro-batch; after the last of an optimizer step, the branches are combined."""
+        """Train on one micro-batch. After the last one of an optimizer step, the branches are combined."""
         model.train()
         cast(Any, self.optimizer).train()
         inputs = self._prepare_inputs(inputs)
