@@ -128,3 +128,13 @@ def test_an_image_that_is_nowhere_is_a_bad_row_that_names_its_file(place, caplog
     if not streaming:
         assert "row 0: image 0 cannot be decoded (FileNotFoundError" in caplog.text
         assert str(place / "images" / "lost.png") in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("column", "value"), [("prompt", {"text": "x"}), ("chosen", 5), ("rejected", ["a.png"])])
+def test_a_json_file_whose_column_is_not_text_in_every_row_is_refused(place, column, value, streaming):
+    """The good row's text would be read with quotation marks: as another prompt, or as a missing file."""
+    path = place / "own.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, column: value}))
+    with pytest.raises(ValueError, match=f"'{column}'.*several types"):
+        load_pairs(path, streaming=streaming)

@@ -35,6 +35,7 @@ _SPLIT_NAMES = (ONLY_SPLIT, "validation", "test")
 _IMAGE_COLUMNS = tuple(
     dict.fromkeys(name for known in FORMATS.values() for name in (*known.image_columns, *known.other_image_columns))
 )
+_PROMPT_COLUMNS = {name for known in FORMATS.values() for name in known.prompt_columns}
 
 
 def load_pairs(
@@ -72,7 +73,7 @@ def load_pairs(
     if path.is_file():
         return _load_file(path, split, streaming)
     if not path.is_dir():
-        return datasets.load_dataset(str(name), name=config, split=split, streaming=streaming)
+        return refuse_mixed_types(datasets.load_dataset(str(name), name=config, split=split, streaming=streaming))
     layout = read_image_folder(path)
     if layout is None:
         return _load_folder(path, split, streaming)
@@ -198,7 +199,7 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
     """Return a data set whose relative names of image files are looked up in folders, in that order, and then in the
     working directory. A name that is in none is taken to be in the first."""
-    features = dataset.features or {}
+    features = refuse_mixed_types(dataset).features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
     columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
     if not folders or not columns:
@@ -214,6 +215,19 @@ def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any
     find = partial(_in_batch, columns, places)
     # `datasets` would not see that a file is in another place than before.
     return dataset.map(find, batched=True, load_from_cache_file=False, desc="Finding images", **options)
+
+
+def refuse_mixed_types(dataset: Any) -> Any:
+    """Return the data set, unless a prompt or an image is text in one row of a JSON file and something else in another.
+    `datasets` stores such a column as JSON, so that text would be read with its quotation marks."""
+    json_feature = getattr(datasets, "Json", ())  # not in older versions
+    mixed = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, json_feature)]
+    if wrong := [name for name in mixed if name in _IMAGE_COLUMNS or name in _PROMPT_COLUMNS]:
+        raise ValueError(
+            f"Prompts and images must be text in all rows; the columns {wrong} have values of several types. Write "
+            "them as text, or remove these rows."
+        )
+    return dataset
 
 
 def _in_row(columns: Sequence[str], places: Sequence[str], *values: Any) -> dict[str, Any]:
