@@ -268,24 +268,6 @@ def test_beta_follows_the_margins_of_all_processes_and_micro_batches(found, plan
     assert_walked_alike(found[0], trainer, tolerance=5e-3)
 
 
-TARGETED = {"loss_type": ["capo", "sft"], "loss_weights": [1.0, 5.0], "calibrated_scores": True, "beta": 20.0}
-
-
-@planned(
-    *[
-        [build_run(engine, "full", f"targeted-{safeguard}", safeguard=safeguard, **TARGETED)]
-        for engine in ("ddp", "zero2")
-        for safeguard in ("output", "parameter")
-    ]
-)
-def test_targets_from_calibrated_scores_are_those_of_one_process_with_batches_of_both(found, plan, alone):
-    """Lambda of output space with `"batch"` is of a process's pairs, and is not compared."""
-    if plan[0]["args"]["safeguard"] == "parameter":
-        assert_walked_alike(found[0], alone(plan[0]), tolerance=5e-3)
-    log = steps_of(json.loads((found[0] / "log.json").read_text()))
-    assert any(0 < step["safeguard/scale"] < 1 for step in log)
-
-
 @planned(*[with_resumed(engine, "full", "-beta", **SUMMED) for engine in ("ddp", "zero2")])
 def test_a_resumed_run_has_the_same_beta_to_the_bit(found):
     whole, resumed = found

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
@@ -143,6 +144,37 @@ def test_every_setting_that_differs_is_named_once_and_places_are_not(build, seco
     told = [record.getMessage() for record in caplog.records if "Resuming with another" in record.getMessage()]
     named = sorted(message.split("`")[1] for message in told)
     assert named == sorted([*changed, "max_steps"])
+
+
+# ---- Another run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "differs"),
+    [
+        ({"peft_config": None}, "tuning was 'lora', is 'full'"),
+        ({"loss_type": "sft"}, "reference was 'adapter_off', is 'none'"),
+        ({"peft_config": LoraConfig(r=8)}, "lora was .*'r': 2.*is .*'r': 8"),
+    ],
+    ids=["tuning", "reference", "rank"],
+)
+def test_a_checkpoint_of_another_set_up_is_refused(build, second, settings, differs):
+    with pytest.raises(ValueError, match=f"(?s){differs}"):
+        build(4, **settings).train(resume_from_checkpoint=second)
+
+
+def test_a_checkpoint_over_other_weights_is_refused(build, second, make_sd_pipeline):
+    """With the tuned model as `model`, the frozen reference would be the tuned policy."""
+    with pytest.raises(ValueError, match="weights_before_training was"):
+        build(4, model=make_sd_pipeline(seed=1)).train(resume_from_checkpoint=second)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(build, tmp_path):
+    with pytest.raises(ValueError, match="`output_dir`"):
+        build(4, output_dir=str(tmp_path / "none")).train(resume_from_checkpoint=True)
+    for folder, said in ((tmp_path, "trainer_state.json"), (tmp_path / "chekpoint-4", "chekpoint-4")):
+        with pytest.raises(ValueError, match=said):
+            build(4).train(resume_from_checkpoint=str(folder))
 
 
 # ---- The same data ---------------------------------------------------------------------------------------------------

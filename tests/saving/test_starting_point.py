@@ -200,35 +200,6 @@ def test_a_second_stage_is_scaled_and_exported_over_the_base(train, lora_run, sd
     plain.load_lora_weights(str(second))
 
 
-@pytest.mark.matrix
-def test_a_second_stage_is_planned_encoded_and_named_in_the_card_as_the_first(
-    train, lora_run, full_run, sd_folder, make_pairs, tmp_path, capsys
-):
-    def said(command: str, *arguments) -> str:
-        assert main([command, *map(str, arguments), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]) == 0
-        return capsys.readouterr().out
-
-    count = sum(value.numel() for value in lora_of(lora_run).values())
-    assert f"Trained: {count:,} of" in said("plan", "--model_name_or_path", lora_run, "--only_this")
-    assert f"Trained: {count:,} of" in said(
-        *("plan", "--model_name_or_path", sd_folder, "--adapter_name_or_path"),
-        *(lora_run / "pytorch_lora_weights.safetensors", "--ref_model_name_or_path", full_run, "--only_this"),
-    )
-    whole = sum(
-        value.numel() for value in UNet2DConditionModel.from_pretrained(full_run / "unet").state_dict().values()
-    )
-    assert f"Trained: {whole:,} of {whole:,}" in said("plan", "--model_name_or_path", full_run, "--only_this")
-
-    make_pairs(4).save_to_disk(tmp_path / "pairs")
-    data = ["--dataset_name", tmp_path / "pairs", "--precompute_dir", tmp_path / "cache", "--use_cpu", "true"]
-    assert "Encoded now: 0 images" not in said("encode", "--model_name_or_path", sd_folder, *data)
-    for run in (lora_run, full_run):
-        assert "Encoded now: 0 images and 0 prompts." in said("encode", "--model_name_or_path", run, *data)
-    second = train(lora_run, trains=False)
-    second.create_model_card()
-    assert f"`{Path(sd_folder).name}`" in Path(second.args.output_dir, "README.md").read_text()
-
-
 def test_another_base_is_told_on_every_way_to_a_lora(lora_run, sd_pipeline, make_sd_pipeline, caplog):
     other = make_sd_pipeline()
     with torch.no_grad():

@@ -258,12 +258,6 @@ def test_a_resumed_run_steers_on_as_if_undisturbed_to_the_bit(build, tmp_path, t
         assert [entry[name] for entry in later] == [entry[name] for entry in logs[2:]], name
 
 
-def test_a_checkpoint_without_a_budget_cannot_be_resumed_with_one(build, tmp_path):
-    build(winner_budget=None, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match=f"must hold {BUDGET_FILE}"):
-        build(max_steps=2).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-
-
 def test_a_second_training_measures_what_is_left_of_the_start(build, sd_folder):
     """Errors before training are those of the start, also where a trainer goes on."""
     trainer = build(max_steps=1)

@@ -200,25 +200,6 @@ def test_a_loss_that_reads_scores_needs_the_columns(make_trainer, make_pairs):
     make_trainer(loss_type="smpo").train()
 
 
-def test_a_checkpoint_of_another_set_up_is_refused(make_trainer, tmp_path):
-    make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
-    checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(ValueError, match="(?s)tuning was 'full', is 'lora'"):
-        make_trainer(max_steps=4, peft_config=LoraConfig(r=4)).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="reference was 'frozen', is 'none'"):
-        make_trainer(max_steps=4, loss_type="sft").train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="`output_dir`"):
-        make_trainer(max_steps=4, output_dir=str(tmp_path / "none")).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="trainer_state.json"):
-        make_trainer(max_steps=4).train(resume_from_checkpoint=str(tmp_path))
-
-
-def test_a_checkpoint_with_another_lora_is_refused(make_trainer, tmp_path):
-    make_trainer(max_steps=2, save_strategy="steps", save_steps=2, peft_config=LoraConfig(r=4)).train()
-    with pytest.raises(ValueError, match="lora was .*'r': 4.*is .*'r': 8"):
-        make_trainer(max_steps=4, peft_config=LoraConfig(r=8)).train(resume_from_checkpoint=True)
-
-
 def test_an_output_folder_that_cannot_be_written_stops_the_run_at_once(make_trainer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="`output_dir`"):
@@ -322,16 +303,3 @@ def test_rows_without_a_score_are_bad_only_where_scores_are_read(make_trainer):
     ]
     assert len(make_trainer(train=rows).train_dataset) == 3
     assert len(make_trainer(train=rows, loss_type="smpo").train_dataset) == 2
-
-
-def test_a_checkpoint_over_other_weights_is_refused(make_trainer, make_sd_pipeline):
-    """With the tuned model as `model`, the frozen reference would be the tuned policy."""
-    make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
-    with pytest.raises(ValueError, match="weights_before_training was"):
-        make_trainer(make_sd_pipeline(seed=1), max_steps=4).train(resume_from_checkpoint=True)
-
-
-def test_a_checkpoint_without_the_optimizer_cannot_be_resumed(make_trainer):
-    make_trainer(max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True).train()
-    with pytest.raises(ValueError, match="must hold the optimizer's state"):
-        make_trainer(max_steps=4).train(resume_from_checkpoint=True)

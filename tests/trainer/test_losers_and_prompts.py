@@ -171,18 +171,6 @@ def test_a_resumed_run_has_the_losers_of_an_undisturbed_one(make_trainer, make_p
     assert torch.equal(weights, again)
 
 
-@pytest.mark.matrix
-def test_pairs_in_smaller_batches_have_the_same_losers(make_trainer, make_pairs):
-    """A batch of four, and two of two that are accumulated: rounding apart, one step."""
-    runs = [
-        walk(
-            permuted(make_trainer, make_pairs, optim="sgd", max_steps=3, eval_strategy="no", safeguard="none", **split)
-        )[1]
-        for split in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
-    ]
-    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
