@@ -584,8 +584,8 @@ def told(folder: Path) -> list[str]:
 @needing([publishing("ddp", "unmade", refused=True, args={"hub_model_id": "tester/forbidden-at-start"})])
 def test_a_repository_that_cannot_be_made_ends_all_processes_before_training(found):
     first, second = told(found[0])
-    assert first.startswith("Making the repository tester/forbidden-at-start failed: the Hub answered 403")
-    assert "Nothing was trained" in first and "Process 0 has failed" in second and "403" in second
+    assert "tester/forbidden-at-start" in first and "403" in first
+    assert "Process 0 has failed" in second and "403" in second
     assert not list((found[0] / "saved").glob("checkpoint-*"))
 
 
