@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..families import Family
 from .loading import is_absent
-from .numerics import CPU_ALIGNMENT, torch_dtype
+from .numerics import CPU_ALIGNMENT, store_channels_last, torch_dtype
 from .text_checks import check_text_encoding, without_truncation_warnings
 
 logger = logging.getLogger(__name__)
@@ -208,12 +208,13 @@ def working_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of [`FrozenComponents`]. The denoiser and components that keep their precision are shared with the
     given pipeline; others are copied, so that what is saved, or generated after training, is not rounded. Components on
-    the meta device stay there."""
+    the meta device stay there. The VAE's convolutions have channels last, also those of a shared one."""
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
         part = getattr(family.pipeline, name)
         if name == VAE:
             part = _working_vae(part, half_dtype, vae_dtype)
+            store_channels_last(part)
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
             part = part if _text_overflows(part, half_dtype) else cast_copy(part, half_dtype)
         there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,14 @@ def align_weights(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
             tensor.data = tensor.data.clone()
+
+
+def store_channels_last(module: nn.Module) -> None:
+    """Store the kernels of a module's 2D convolutions with channels last, in place. Convolutions then compute in this
+    layout, which is the faster one of most processors. Values and shapes stay the same."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            cast(Any, layer).to(memory_format=torch.channels_last)  # which its type leaves out
 
 
 def read_contiguous(modules: Iterable[nn.Module]) -> None:
