@@ -21,8 +21,10 @@ from transformers import TrainerCallback, training_args
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
+from trl_diffusion_sdpo.step import pair_evaluation
 
 STEPS = 2
+pair_evaluation.MOST_DRAWS = 1  # as in tests/conftest.py
 
 
 class BetweenSteps(TrainerCallback):

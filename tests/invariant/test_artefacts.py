@@ -110,7 +110,7 @@ def test_no_pickle_is_saved_beside_the_weights(make_trainer, tmp_path):
     trainer.train()
     trainer.save_model()
     suffixes = {file.suffix for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    assert suffixes - {".md", ".png"} == {".json", ".safetensors"}
+    assert suffixes - {".md", ".png", ".lock"} == {".json", ".safetensors"}
 
 
 def test_a_policy_from_a_trained_adapter_goes_on_training_it(make_trainer, sd_folder, tmp_path):

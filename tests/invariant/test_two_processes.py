@@ -26,8 +26,8 @@ SCRIPT = textwrap.dedent(
             disable_tqdm=True, max_grad_norm=0.0, random_crop=True, verify_images="all",
         )
         pairs = datasets.load_from_disk(data)
-        if tuning == "lora":  # as a stream, of which each process decodes its part
-            pairs = pairs.to_iterable_dataset(num_shards=4)
+        if tuning == "lora":  # as a stream of one shard, of which each process decodes its part
+            pairs = pairs.to_iterable_dataset(num_shards=1)
         peft_config = LoraConfig(r=4) if tuning == "lora" else None
         trainer = DiffusionSDPOTrainer(model, None, args, pairs, peft_config=peft_config)
         trainer.train()
