@@ -51,7 +51,7 @@ def read_yaml(parser, tmp_path):
         ("sample_prompts: ['a dog', 'b = c']", ["a dog", "b = c"]),
         ("loss_type: dpo", ["sigmoid"]),
         ("model_init_kwargs: {variant: fp16}", '{"variant": "fp16"}'),
-        ("activation_checkpointing: true", True),
+        ("random_crop: true", True),
     ],
 )
 def test_a_setting_of_a_file_is_converted_to_the_type_of_its_option(read_yaml, text, value):

@@ -22,7 +22,7 @@ from trl_diffusion_sdpo import DiffusionSDPOTrainer
 from trl_diffusion_sdpo.families import find_family, load_denoiser, load_pipeline
 from trl_diffusion_sdpo.models.frozen_components import FrozenComponents
 from trl_diffusion_sdpo.models.loading import load_model
-from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT
+from trl_diffusion_sdpo.models.numerics import CPU_ALIGNMENT, store_channels_last
 from trl_diffusion_sdpo.saving.weights import WeightFiles
 
 GRID = 1 / 64
@@ -271,6 +271,7 @@ def test_a_pipeline_loads_without_the_weights_of_its_encoders_and_gets_them_when
         with frozen.in_use():  # within a use
             pass
         assert not any(weight.is_meta for weight in working.pipeline.vae.parameters())
+    store_channels_last(whole.pipeline.vae)  # as in training
     torch.testing.assert_close(encoded, encode(whole, case(name).RESOLUTION), rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert frozen.state == "absent" and frozen.family.pipeline.vae is family.pipeline.vae
