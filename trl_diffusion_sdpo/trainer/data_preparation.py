@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -104,7 +104,7 @@ def outline(dataset: Any) -> Any:
         dataset = dataset.parts
     if isinstance(dataset, Mapping):
         return {name: outline(part) for name, part in dataset.items()}
-    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    rows = len(dataset) if isinstance(dataset, Sized) else None
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
 
 
