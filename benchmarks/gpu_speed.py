@@ -37,10 +37,10 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.data.checking import usable_cores
 from trl_diffusion_sdpo.planning.published import PIPELINES
 from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
 from trl_diffusion_sdpo.utils._compat import repeated_blocks
+from trl_diffusion_sdpo.utils.processes import usable_cores
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")

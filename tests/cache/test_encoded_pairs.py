@@ -9,7 +9,6 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline
 from diffusers.utils import is_ftfy_available
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
@@ -299,7 +298,7 @@ def caches_of(sd_folder, make_args, make_pairs, tmp_path):
         pairs = make_pairs(8) if pairs is None else pairs
         dataset = prepare_pairs(pairs, args, loss_spec("sigmoid"), name="train", training=training)
         frozen = place_frozen_components(loaded, args)
-        made = pair_encoding(frozen, EncoderKey(frozen, loaded, tmp_path / "cache"), args)
+        made = pair_encoding(frozen, EncoderKey(frozen, loaded), args)
         cache = made._cache_of(dataset, "train")
         return cache.images.path, cache.prompts.path
 
@@ -321,7 +320,7 @@ def test_whatever_changes_the_moments_is_another_key(caches_of, make_pairs, othe
     assert again[1] != prompts
     found = {name: caches_of(**given) for name, given in changes.items()}
     assert len({images, *(changed for changed, _ in found.values())}) == 1 + len(changes)
-    assert {other for _, other in found.values()} == {prompts}  # which are encoded once for all of these
+    assert {other for name, (_, other) in found.items() if name != "weights"} == {prompts}
     assert caches_of(per_device_train_batch_size=2, random_flip=False, seed=7) == (images, prompts)
 
 
@@ -340,40 +339,36 @@ def test_whatever_changes_the_conditioning_is_another_key(caches_of, make_pairs,
 
 
 @pytest.fixture
-def hashes_of(make_args, tmp_path):
-    """`hashes_of(model)`: the hashes of its VAE and text encoders."""
+def facts_of(make_args):
+    """`facts_of(model)`: the cache key of its VAE and text encoders."""
 
     def find(model):
         args = make_args(precompute_latents=True)
         loaded = load_model(model, encoders=False)
-        return EncoderKey(place_frozen_components(loaded, args), loaded, tmp_path / "cache").hashes
+        return EncoderKey(place_frozen_components(loaded, args), loaded).facts
 
     return find
 
 
-def test_folders_that_differ_in_the_length_of_prompts_share_no_prompts(hashes_of, tmp_path):
+def test_models_that_differ_in_the_length_of_prompts_share_no_prompts(facts_of, tmp_path):
     """FLUX.1 dev and schnell: the same encoders, and 512 or 256 tokens by the configuration of the transformer."""
-    folders = [tmp_path / "dev", tmp_path / "schnell"]
-    for folder, guidance in zip(folders, (True, False), strict=True):
-        pipeline = case("flux").build()
-        pipeline.save_pretrained(folder)
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-        (folder / "transformer" / "config.json").write_text(json.dumps({**config, "guidance_embeds": guidance}))
-    dev, schnell = map(hashes_of, map(str, folders))
-    assert dev["text"] != schnell["text"] and dev["vae"] == schnell["vae"]
+    pipeline = case("flux").build()
+    pipeline.save_pretrained(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    facts = []
+    for guidance in (True, False):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "guidance_embeds": guidance}))
+        facts.append(facts_of(str(tmp_path)))
+    assert facts[0]["text"] != facts[1]["text"] and facts[0]["vae"] == facts[1]["vae"]
 
 
-def test_captions_that_are_cleaned_in_another_way_are_another_key(hashes_of, family_folder, monkeypatch):
-    """As where the packages for it are installed later, or diffusers cleans by other rules."""
-    before = hashes_of(family_folder("pixart_alpha"))
+def test_other_libraries_are_another_key(facts_of, sd_folder, monkeypatch):
+    before = facts_of(sd_folder)
+    assert facts_of(sd_folder) == before
     monkeypatch.setattr(key, "is_ftfy_available", lambda: not is_ftfy_available())
-    assert hashes_of(family_folder("pixart_alpha")) == before  # asked again, and the same text was encoded
-    clean = PixArtAlphaPipeline._text_preprocessing
-    monkeypatch.setattr(
-        PixArtAlphaPipeline, "_text_preprocessing", lambda self, text, **how: clean(self, [t[:20] for t in text])
-    )
+    assert facts_of(sd_folder)["text"] != before["text"] and facts_of(sd_folder)["vae"] == before["vae"]
     monkeypatch.setattr(key.diffusers, "__version__", "another")
-    assert hashes_of(family_folder("pixart_alpha"))["text"] != before["text"]
+    assert facts_of(sd_folder)["vae"] != before["vae"]
 
 
 def test_a_damaged_shard_is_named_and_encoded_again_alone(make_cached, caplog):
@@ -501,7 +496,7 @@ def files_in(folder):
 def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     encode, make_trainer, sd_folder, tmp_path, recwarn
 ):
-    """Of a copy of the pipeline without its denoiser's weights, which would be read otherwise."""
+    """Encode with a copy of the pipeline that has no weights of a denoiser."""
     said = encode("cache")
     assert not [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
     assert f"22 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said  # of 3 epochs
@@ -512,7 +507,8 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     shutil.copytree(sd_folder, tmp_path / "model")
     for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
         path.unlink()
-    assert "Encoded now: 0 images and 0 prompts." in encode("cache", "--model_name_or_path", str(tmp_path / "model"))
+    assert "Encoded now: 22 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
+    assert "Encoded now: 0 images and 0 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
 
 
 def test_the_command_publishes_nothing(encode, hub_server, tmp_path):

@@ -11,9 +11,9 @@ from PIL import Image
 
 from trl_diffusion_sdpo.data import AspectRatioBuckets, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import Repeated
-from trl_diffusion_sdpo.data.checking import Peers
 from trl_diffusion_sdpo.data.images import ImageReader, UndecodableImageError
 from trl_diffusion_sdpo.data.transforms import PairDraws
+from trl_diffusion_sdpo.utils.processes import Peers
 
 BUCKETS = AspectRatioBuckets((16, 16), step=4)  # 12 x 20, 16 x 16, 20 x 12
 

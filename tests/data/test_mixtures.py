@@ -9,12 +9,10 @@ import datasets
 import pytest
 from PIL import Image
 from tiny_pairs import png
-from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.pairs import PairMixture
-from trl_diffusion_sdpo.data.streaming import Share
 
 
 def picks(count=6, **changed):
@@ -181,26 +179,6 @@ def test_the_mixture_depends_on_seed_and_epoch_and_on_nothing_else():
         PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True, seed=7
     )
     assert [item["prompt"] for item in islice(iter(other), 30)] != [item["prompt"] for item in islice(iter(again), 30)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_mixture_of_streams_repeats_no_pair_and_skips_none(workers):
-    share = Share(1, 2, 2)
-
-    def batches(data):
-        options = {"batch_size": 2, "num_workers": workers, "collate_fn": list}
-        return iter(DataLoader(data.for_process(share), **options))
-
-    undisturbed = [[told(item) for item in batch] for batch in islice(batches(stream(shards=2)), 12)]
-    first = stream(shards=2)
-    reading = batches(first)
-    for _ in range(7):
-        next(reading)
-    resumed = stream(shards=2)
-    resumed.resume_at(first.position(5, workers, 2))
-    after = list(islice(batches(resumed), 12))
-    assert all(item is None for batch in after[:5] for item in batch)
-    assert [[told(item) for item in batch] for batch in after[5:]] == undisturbed[5:]
 
 
 def test_pairs_of_a_mixture_have_sizes_of_their_own():

@@ -266,18 +266,7 @@ def consumed(build, make_pairs, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.matrix)])
-def test_a_resumed_stream_repeats_no_pair_and_skips_none(consumed, tmp_path, caplog, workers):
+def test_a_resumed_stream_repeats_no_pair_and_skips_none(consumed, tmp_path, workers):
     undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))
     assert consumed(2, dataloader_num_workers=workers) == undisturbed[:4]
     assert consumed(5, "latest", dataloader_num_workers=workers) == undisturbed[4:]
-    assert "decoded again" not in caplog.text
-
-
-@pytest.mark.matrix
-def test_without_its_position_a_stream_is_read_again_to_the_same_place(consumed, tmp_path, caplog, monkeypatch):
-    undisturbed = consumed(4, dataloader_num_workers=0, output_dir=str(tmp_path / "undisturbed"))
-    with monkeypatch.context() as earlier:
-        earlier.setattr("trl_diffusion_sdpo.trainer.diffusion_sdpo_trainer.save_position", lambda *_: None)
-        consumed(2, dataloader_num_workers=0)
-    assert consumed(4, "latest", dataloader_num_workers=0) == undisturbed[4:]
-    assert "the batches that were trained on are read and decoded again" in caplog.text

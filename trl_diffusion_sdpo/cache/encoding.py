@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data.checking import HOW_TO_DROP, Peers, evenly_spaced
+from ..data.checking import HOW_TO_DROP, evenly_spaced
 from ..data.images import UndecodableImageError
 from ..data.pairs import PreferenceDataset
 from ..data.transforms import pixels_as_floats
@@ -28,8 +28,9 @@ from ..families import Family
 from ..families.base import PIXELS_AT_ONCE
 from ..models.frozen_components import FrozenComponents
 from ..utils.disk import DiskFullError, free_bytes, readable_size
+from ..utils.processes import Peers
 from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
-from .key import VERSION, EncoderKey
+from .key import EncoderKey
 from .shards import ShardStore, warn_of_older_caches, writing_into
 
 logger = logging.getLogger(__name__)
@@ -184,18 +185,15 @@ class PairEncoding:
             )
         with failing_together(RuntimeError):  # it reads rows
             texts, digests = distinct_prompts(dataset.prompts())
-        common = {"version": VERSION, "family": family.name}
-        data = data_key(dataset, self._peers, setting="precompute_latents")
+        data = dataset.fingerprint(thorough=True, peers=self._peers)
         images = {
-            **common,
-            "vae": self._key.hashes["vae"],
+            "vae": self._key.facts["vae"],
             "pixels": dataset.pixel_settings() | {"random_flip": None},
             "data": {name: value for name, value in data.items() if name != "prompts"},
             "seed of crops": None if rows.crops is None else [rows.seed, rows.flips],
         }
         prompts = {
-            **common,
-            "text": self._key.hashes["text"],
+            "text": self._key.facts["text"],
             "prompts": hashlib.sha256(np.ascontiguousarray(digests, dtype="<i8").data).hexdigest(),
         }
         return _Cache(
@@ -206,7 +204,7 @@ class PairEncoding:
             prompts=ShardStore(self.folder / PROMPTS, prompts, len(texts)),
             statistics=ShardStore(
                 self.folder / LATENTS,
-                {**common, "vae": images["vae"], "kind": "statistics"},
+                {"vae": images["vae"], "kind": "statistics"},
                 int(bool(family.latent_statistics())),
             ),
         )
@@ -348,21 +346,6 @@ class PairEncoding:
                 "%s data: %d images cannot be decoded; their pairs are replaced by the next good ones:%s",
                 *(name, len(bad), listed),
             )
-
-
-def data_key(dataset: PreferenceDataset, peers: Peers, *, setting: str) -> dict[str, Any]:
-    """Return what identifies the images and prompts of a data set. All processes must call it together.
-
-    Raises:
-        ValueError: If two reads of a row differ.
-    """
-    data = dataset.fingerprint(thorough=True, peers=peers)
-    if None in (data.get("prompts"), data.get("images")):
-        raise ValueError(
-            f"`{setting}=True` needs data whose rows are equal at every read, and two reads of a row of the "
-            f"{dataset.report.name} data differ. Use a data set without random rows, or leave it off."
-        )
-    return data
 
 
 def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> None:

@@ -19,13 +19,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from ..data.checking import ALONE, Peers
 from ..data.pairs import PreferenceDataset
 from ..engines.engine import Engine
 from ..engines.processes import failing_together
 from ..models.reference import PrecomputedReference
 from ..step.pair_forward import PairForward, eval_mode
-from .encoding import data_key
+from ..utils.processes import ALONE, Peers
 from .key import VERSION
 from .shards import KEY_FILE, ShardStore, writing_into
 
@@ -180,7 +179,7 @@ class ReferenceErrors:
     def store_of(self, dataset: PreferenceDataset) -> ReferenceErrorStore:
         """Return the store of the errors of a data set. All processes must call it together."""
         draws, training = dataset.draw_settings(), _is_for_training(dataset)
-        data = data_key(dataset, self._settings.peers, setting="precompute_ref_errors")
+        data = dataset.fingerprint(thorough=True, peers=self._settings.peers)
         noise = dataclasses.asdict(self._forward.noise_settings)
         levels = noise.pop("timesteps_per_pair")  # of training alone
         del noise["inversion"]  # whose noise moves with the policy: there is none here

@@ -54,7 +54,7 @@ def _encode_alone(
     from ..engines.processes import peers
     from ..saving.starting_point import starting_point
     from ..trainer.components import load_policy, pair_encoding, place_frozen_components  # takes seconds
-    from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args, precompute_folder
+    from ..trainer.config.complete import check_resolution, complete_args, copy_and_check_args
     from ..trainer.data_preparation import epochs_of_training, prepare_pairs
 
     train_dataset, eval_dataset = training.load_data(script_args, training_args, model_args)
@@ -65,7 +65,7 @@ def _encode_alone(
     complete_args(args, loaded.family, loss, full=not tunes_lora)
     check_resolution(args, loaded.family)
     frozen = place_frozen_components(loaded, args)
-    key = EncoderKey(frozen, loaded, precompute_folder(args), peers(args))
+    key = EncoderKey(frozen, loaded, peers(args))
     encoding = pair_encoding(frozen, key, args)
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evaluated}.items():

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 
+from ..utils.processes import Peers, forks_by_default, usable_cores
 from .buckets import AspectRatioBuckets, PairSizes
-from .checking import MAX_EXAMPLES, Peers, forks_by_default, usable_cores
+from .checking import MAX_EXAMPLES
 from .formats import images_of_row
 from .images import ImageReader, UndecodableImageError
 from .transforms import Size

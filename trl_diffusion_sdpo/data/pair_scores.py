@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..losses import WEIGHT_FUNCTIONS, score_gaps, with_mean_one
+from ..utils.processes import ALONE, Peers
 from .calibration import calibrate
-from .checking import ALONE, Peers
 from .columns import numbers_of_rows
 from .pairs import PreferenceDataset
 

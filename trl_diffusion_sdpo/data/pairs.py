@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..utils.processes import ALONE, Peers
 from . import checking
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
-from .checking import ALONE, COUNTS, HOW_TO_DROP, BadDataError, DataReport, Peers, SourceImage, evenly_spaced
+from .checking import COUNTS, HOW_TO_DROP, BadDataError, DataReport, SourceImage, evenly_spaced
 from .columns import numbers_of_rows
 from .formats import FORMATS
 from .image_sizes import ENLARGED, settle_sizes
@@ -490,9 +491,21 @@ class PreferenceDataset(Dataset):
                 self._reject("undecodable", image[0], reason, 1)
             self._undecodable[pair] = 1  # the report counts these
             self._report.add("undecodable", image[0], reason, amount=0)
-        checking.tell_of_sample(self._report, len(self), len(sample), sum(bool(found) for found, _ in checked))
+        bad = sum(bool(problems) for problems, _ in checked)
+        if bad and len(sample) < len(self):
+            logger.warning(
+                "%s data: of %d pairs that were checked among %d, %d cannot be decoded. verify_images='all' checks "
+                "all pairs before training; otherwise bad ones are found when they are read.",
+                *(self._report.name, len(sample), len(self), bad),
+            )
+            if bad == len(sample):
+                raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{self._report}")
         if compare:
-            checking.IdenticalPairs(self._report.name).verify_all([identical for _, identical in checked])
+            identical_pairs = checking.IdenticalPairs(self._report.name)
+            for _, is_identical in checked:
+                if is_identical is not None:
+                    identical_pairs.add(is_identical)
+            identical_pairs.verify()
 
     def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
         """Decode every image once and drop the pairs of those that fail; arguments as of [`problems_of_images`]."""

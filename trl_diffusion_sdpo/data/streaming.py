@@ -7,7 +7,6 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIXING = 2  # ends the key of random numbers that choose among streams; those of pairs have no fourth part
-RECENT = 64  # batches of each reader whose ends are known, more than are prefetched
-READERS = 256  # DataLoader workers that count and whose batches are known; more than this share counters
+READERS = 256  # DataLoader workers with counters of their own; more than this share them
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,10 @@ class Share:
     Args:
         index (`int`): Rank of the process, from 0.
         count (`int`): Number of processes.
-        batch (`int`): Pairs in a process's batch.
     """
 
     index: int = 0
     count: int = 1
-    batch: int = 1
 
 
 class Stream:
@@ -130,9 +126,6 @@ class PreferenceIterableDataset(IterableDataset):
         self._repeat, self._compare, self._share = options.repeat, options.compare, Share()
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
-        # Of each reader's recent batches: their number, the epoch, and the pairs of that pass up to their end.
-        self._ends = torch.full((READERS, RECENT, 3), -1).share_memory_()
-        self._starts = torch.zeros(READERS, 3, dtype=torch.long).share_memory_()  # the same, of the last batch before
 
     @property
     def is_split(self) -> bool:
@@ -182,46 +175,15 @@ class PreferenceIterableDataset(IterableDataset):
         """Whether processes read the same rows and take pairs in turn."""
         return self._share.count > 1 and not self.is_split and not self._divides_shards
 
-    # ---- Resuming -------------------------------------------------------------------------------------------------
-
-    def position(self, batches: int, workers: int, processes: int = 1) -> list[list[int]] | None:
-        """Return where each reader of a process continues that has trained on so many batches, for `resume_at`; `None`
-        if it is not known. Readers are the DataLoader workers, or the training process."""
-        starts = []
-        shards = max(stream.source.num_shards for stream in self._streams)
-        if self.for_process(Share(0, processes))._divides_shards:
-            shards //= processes
-        readers = max(1, min(workers, shards))
-        for reader in range(readers):
-            count = batches // readers + (reader < batches % readers)  # readers make batches in turn
-            end = self._ends[reader % READERS, (count - 1) % RECENT].tolist()
-            if count and end[0] != count - 1:
-                return None
-            starts.append([count, *end[1:]] if count else [0] * 3)
-        return starts
-
-    def resume_at(self, position: list[list[int]] | None) -> None:
-        """Let the next iteration of a repeating stream continue at a `position`. Rows that were trained on are read
-        again and not decoded, so that the buffer of a shuffled stream is the same. The batches that they were in are
-        `None` for each pair. Without a position it begins at the beginning."""
-        self._starts.zero_()
-        for reader, start in enumerate(position or ()):
-            self._starts[reader] = torch.tensor(start)
-
     # ---- Reading --------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[dict[str, Any] | None]:
-        first_epoch = int(self._maker.epoch) if self._maker.training else 0
-        if not self._repeat:
-            yield from self._equal_share(first_epoch) if self._deals_pairs else self._one_pass(first_epoch)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = int(self._maker.epoch) if self._maker.training else 0
+        if self._deals_pairs and not self._repeat:
+            yield from self._equal_share(epoch)
             return
-        worker = get_worker_info()
-        batches, epoch, passed = self._starts[0 if worker is None else worker.id % READERS].tolist()
-        yield from repeat(None, batches * self._share.batch)
-        epoch, yielded, found = epoch if batches else first_epoch, batches * self._share.batch, 1
-        while found:
-            found, yielded = yield from self._one_pass(epoch, passed=passed, yielded=yielded)
-            epoch, passed = epoch + 1, 0
+        while (yield from self._one_pass(epoch)) and self._repeat:
+            epoch += 1
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Yield this process's pairs of one pass, and repeat one of them until all processes have equally many."""
@@ -230,7 +192,7 @@ class PreferenceIterableDataset(IterableDataset):
             try:
                 item = next(items)
             except StopIteration as end:
-                wanted = -(-end.value[0] // self._share.count)
+                wanted = -(-end.value // self._share.count)
                 break
             filling = filling or item
             yielded += 1
@@ -239,18 +201,8 @@ class PreferenceIterableDataset(IterableDataset):
             filling = filling or next(self.for_process(Share())._one_pass(epoch))  # of another process
             yield {**filling, "repeated": True}
 
-    def _one_pass(
-        self, epoch: int, *, passed: int = 0, yielded: int = 0
-    ) -> Generator[dict[str, Any], None, tuple[int, int]]:
-        """Yield this process's items of one pass over the stream.
-
-        Args:
-            passed (`int`): Labelled pairs of this pass that a run has trained on, which are not decoded.
-            yielded (`int`): Items since the beginning of the run, with those of earlier passes.
-
-        Returns:
-            `tuple[int, int]`: The number of labelled pairs, 0 if none of them could be decoded, and of items so far.
-        """
+    def _one_pass(self, epoch: int) -> Generator[dict[str, Any], None, int]:
+        """Yield this process's items of one pass. Return the number of labelled pairs, 0 if none could be decoded."""
         worker, share = get_worker_info(), self._share
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Number of this stream among all that are read at a time: their pairs must not have the same random numbers.
@@ -262,29 +214,25 @@ class PreferenceIterableDataset(IterableDataset):
         if worker is None:
             self._counts.zero_()  # of an earlier loader's workers
         position = -1
-        for position, item in enumerate(self._items(report, epoch, passed)):
+        for position, item in enumerate(self._items(report, epoch)):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             if item is None:
                 continue
-            yielded += 1
-            if self._repeat and yielded % share.batch == 0:
-                batch = yielded // share.batch - 1
-                self._ends[reader % READERS, batch % RECENT] = torch.tensor([batch, epoch, position + 1])
             images, prompts, scores = item
             made = self._maker.item_of(position * numbers + number, prompts, partial(self._pixels, images), epoch)
             yield made if scores is None else made | {"scores": scores}
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if not report.pairs and workers == 1 and (self._repeat or position < 0 or share.count == 1):
             raise BadDataError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
-        return position + 1 if report.pairs or not self._repeat else 0, yielded
+        return position + 1 if report.pairs or not self._repeat else 0
 
     def _pixels(self, images: Sequence[Image.Image], draws: PairDraws | None, _: int) -> dict[str, Any]:
         winner, loser = images
         return self._maker.transform(winner, loser, draws)._asdict()
 
-    def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
-        """Yield images, prompts and scores of each labelled pair; `None` if it is undecodable, of another process or
-        among the first `passed`."""
+    def _items(self, report: DataReport, epoch: int) -> Iterator[tuple | None]:
+        """Yield images, prompts and scores of each labelled pair; `None` if the pair is undecodable or belongs to
+        another process."""
         share, deals_pairs = self._share, self._deals_pairs
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
@@ -297,10 +245,6 @@ class PreferenceIterableDataset(IterableDataset):
             for pair in pairs_in_group(known, group, count):
                 position += 1
                 if deals_pairs and position % share.count != share.index:
-                    yield None
-                    continue
-                if position < passed:
-                    report.pairs += 1
                     yield None
                     continue
                 images = self._images(known, rows, pair, count)

@@ -5,55 +5,29 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, default_convert
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from ..data.checking import forks_by_default, usable_cores
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
 from ..data.streaming import Share
 from ..utils._compat import keeps_order, start_method
+from ..utils.processes import forks_by_default, usable_cores
 from .worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
 MAX_WORKERS = 4  # decode some hundred pairs a second, more than a denoiser trains on
 MAX_READERS = 8  # before training, where nothing but a VAE waits for them
 FEW_PAIRS = 512  # decoded in seconds
 PREFETCH_FACTOR = 2  # torch's default
-PART = 1024  # pairs
 SHARED_MEMORY = Path("/dev/shm")
 
 Pairs = PreferenceDataset | PreferenceIterableDataset
-
-
-@dataclass
-class CollateAfterResuming:
-    """A collator for a stream that `resume_at` has placed: accelerate discards the batches that a resumed run has
-    trained on, which are empty."""
-
-    collate: Callable[[list[Any]], Any]
-
-    def __call__(self, items: list[Any]) -> Any:
-        return {} if items[0] is None else self.collate(items)
-
-
-class _InParts(RandomSampler):
-    """The order of `RandomSampler`, of which a part at a time is a list of Python's numbers."""
-
-    def __iter__(self) -> Iterator[int]:
-        for part in torch.randperm(len(self.data_source), generator=self.generator).split(PART):
-            yield from part.tolist()
-
-
-class SmallSampler(SeedableRandomSampler, _InParts):
-    """The order of accelerate's `SeedableRandomSampler`, which takes 40 MB for a million pairs as a list."""
 
 
 class LazyBatches:
@@ -89,8 +63,6 @@ class BatchLoaders:
         """A loader of this process's batches, in the order of `sampler`."""
         workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
-        if isinstance(dataset, PreferenceIterableDataset):
-            collate = CollateAfterResuming(collate)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
     def evaluation(
@@ -118,8 +90,7 @@ class BatchLoaders:
         options: dict[str, Any] = {"sampler": sampler}
         processes: dict[str, Any] = {"torch_device_mesh": accelerator.torch_device_mesh}
         if isinstance(dataset, PreferenceIterableDataset):  # takes this process's share of the pairs itself
-            share = Share(args.process_index, args.world_size, batch_size)
-            dataset, options = dataset.for_process(share), {}
+            dataset, options = dataset.for_process(Share(args.process_index, args.world_size)), {}
             processes = {"num_processes": 1, "process_index": 0}
         loader = _plain_loader(
             args,
@@ -136,7 +107,7 @@ class BatchLoaders:
         )
         # Not `Accelerator.prepare`: it keeps a reference to every loader, and its loaders move a batch to the device
         # when it is fetched, while the batch before it still trains.
-        prepared = prepare_data_loader(
+        return prepare_data_loader(
             loader,
             put_on_device=False,
             split_batches=accelerator.split_batches,
@@ -148,7 +119,6 @@ class BatchLoaders:
             use_stateful_dataloader=accelerator.use_stateful_dataloader,
             **processes,
         )
-        return _with_small_sampler(prepared)
 
     def _workers(self, dataset: Pairs) -> int:
         workers = self._args.dataloader_num_workers
@@ -184,19 +154,6 @@ def _plain_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
         **options,
     )
-
-
-def _with_small_sampler(loader: Any) -> Any:
-    sampler = loader.get_sampler()
-    if isinstance(sampler, SeedableRandomSampler) and _is_usual(sampler):
-        loader.set_sampler(cast(Any, SmallSampler)(sampler.data_source, data_seed=sampler.initial_seed))
-    return loader
-
-
-def _is_usual(sampler: RandomSampler) -> bool:
-    """Whether it draws each pair once, from the seed alone, as those do that transformers makes."""
-    whole = sampler.num_samples == len(sampler.data_source)
-    return whole and not sampler.replacement and sampler.generator is None
 
 
 def choose_workers(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from ..data.checking import ALONE, Peers
+from ..utils.processes import ALONE, Peers
 from ..utils.secrets import without_secrets
 
 UPLOAD_TIMEOUT = timedelta(days=1)  # one process may upload for hours while the others wait

@@ -168,7 +168,7 @@ def build_components(
 
     # VAE and text encoders: they run on the device, or encode all pairs before training.
     frozen = place_frozen_components(loaded, args)
-    encoder_key = EncoderKey(frozen, loaded, precompute_folder(args), peers(args))
+    encoder_key = EncoderKey(frozen, loaded, peers(args))
     encoding = pair_encoding(frozen, encoder_key, args) if args.precompute_latents else None
 
     # Kernels.
@@ -466,7 +466,7 @@ def reference_facts(
         "reference": peers(args).first(lambda: hash_of_tensors(reference.tensors())),
         "family": family.name,
         "components": {name: str(part.dtype) for name, part in parts.items()},
-        "encoders": components.encoder_key.hashes,
+        "encoders": components.encoder_key.facts,
         "encoded": args.precompute_latents,  # in other batches, which may round differently
         "crops": stored_crops(args),
         **{kind: {k: v for k, v in config.items() if not k.startswith("_")} for kind, config in configs.items()},

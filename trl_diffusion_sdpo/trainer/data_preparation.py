@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sized
-from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from transformers import TrainingArguments
 
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
@@ -24,13 +21,11 @@ from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_limits, note_on_long_prompts
-from ..utils._compat import keeps_order
 from .config.complete import aspect_ratio_buckets, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
-POSITION_FILE = "stream_position_{}.json"  # in a checkpoint, of each process
 CHECKED_PROMPTS = 10_000  # pairs whose prompts are counted by their lengths
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
@@ -106,42 +101,6 @@ def outline(dataset: Any) -> Any:
         return {name: outline(part) for name, part in dataset.items()}
     rows = len(dataset) if isinstance(dataset, Sized) else None
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
-
-
-def _reading(args: TrainingArguments) -> list[int]:
-    """Return what a position in a stream depends on besides the stream."""
-    return [args.train_batch_size, args.world_size, args.dataloader_num_workers]
-
-
-def save_position(stream: PreferenceIterableDataset, args: TrainingArguments, batches: int, folder: Path) -> None:
-    """Write where this process has read to in a stream, after so many batches, into a checkpoint."""
-    position = None
-    if keeps_order(args):
-        position = stream.position(batches, args.dataloader_num_workers, args.world_size)
-    if position is not None:
-        content = {"batches": batches, "reading": _reading(args), "position": position}
-        (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
-
-
-def load_position(
-    stream: PreferenceIterableDataset, args: TrainingArguments, batches: int, checkpoint: Path | None
-) -> None:
-    """Let a stream continue where the checkpoint's run has read to. Without a position, or under another number of
-    processes, workers or pairs in a batch, the batches that were trained on are read again and discarded."""
-    stream.resume_at(None)
-    file = None if checkpoint is None else checkpoint / POSITION_FILE.format(args.process_index)
-    if file is None or batches == 0:
-        return
-    content = json.loads(file.read_text()) if file.is_file() else {}
-    if content.get("batches") == batches and content.get("reading") == _reading(args):
-        stream.resume_at(content["position"])
-        return
-    logger.warning(
-        "The checkpoint has no position in the stream for %d batches of %d pairs, %d processes and %d workers: the "
-        "batches that were trained on are read and decoded again.",
-        batches,
-        *_reading(args),
-    )
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -66,10 +66,8 @@ from .data_preparation import (
     PREPARED,
     PairPreparation,
     check_batches,
-    load_position,
     on_device,
     outline,
-    save_position,
 )
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 
@@ -515,7 +513,7 @@ class DiffusionSDPOTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """Take logging, saving and evaluation steps from this run, not from the checkpoint, and go on in a stream."""
+        """Take logging, saving and evaluation steps from this run, not from the checkpoint."""
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -523,9 +521,6 @@ class DiffusionSDPOTrainer(Trainer):
         self._first_step = self.state.global_step
         self._saved_step = -1
         self._began = time.monotonic()
-        if isinstance(self.train_dataset, PreferenceIterableDataset):
-            checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-            load_position(self.train_dataset, self.args, batches, checkpoint)
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -786,12 +781,6 @@ class DiffusionSDPOTrainer(Trainer):
             self.run_files.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if isinstance(self.train_dataset, PreferenceIterableDataset):
-            batches = self.state.global_step * self.args.gradient_accumulation_steps
-            save_position(self.train_dataset, self.args, batches, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
         """Return the content of the set-up file."""

@@ -1,0 +1,67 @@
+"""Processes that work together, and how many of them a machine has room for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes that prepare the same data at the same time; one by default.
+
+    Args:
+        index (`int`): Rank of this process, from 0.
+        count (`int`): Number of processes.
+        gather (`Callable`): Collective function. It gets a value of each process and returns all values by rank.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def gather_results(self, work: Callable[[], Any]) -> list[Any]:
+        """Run this process's share of the work and return the results of all processes by rank. Collective.
+
+        Raises:
+            Exception: In all processes if `work` raises in one: its error there, `RuntimeError` in the others.
+        """
+        failure: Exception | None = None
+        result = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        gathered = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        failed = [index for index, (_, message) in enumerate(gathered) if message is not None]
+        if failed:
+            raise RuntimeError(f"Process {failed[0]} failed in its part of the work: {gathered[failed[0]][1]}")
+        return [value for value, _ in gathered]
+
+    def first(self, compute: Callable[[], Result]) -> Result:
+        """Return the result of `compute`, which only the first process runs. Collective; raises as `gather_results`."""
+        return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
+
+
+ALONE = Peers()
+
+
+def usable_cores(processes: int = 1) -> int:
+    """Return the CPU cores for each of `processes` processes. A launcher's `LOCAL_WORLD_SIZE` says how many of them
+    are on this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
+
+
+def forks_by_default() -> bool:
+    """Return whether new processes are forked. Spawned ones need an importable main module."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return method == "fork" and not multiprocessing.current_process().daemon
