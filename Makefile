@@ -31,7 +31,7 @@ FLOORS_TESTS := tests/data tests/trainer/test_walk.py tests/trainer/test_inputs.
 .PHONY: demo test test-distributed test-families test-trainer test-commands test-kills test-gpu test-floors test-pythons bench bench-gpu lint docs clean
 
 demo: $(VENV)/installed
-	@echo "The demo takes about five minutes on two CPU cores, longer with fewer; Ctrl-C stops it, and a second call goes on."
+	@echo "The demo takes about five minutes on two CPU cores, longer with fewer. A second call starts anew."
 	$(BIN)/trl-diffusion-sdpo demo --output_dir demo_output
 
 test: $(VENV)/installed-dev

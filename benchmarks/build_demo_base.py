@@ -7,23 +7,29 @@ latents. A finished autoencoder is saved in `--work_dir` and not trained again b
 import argparse
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trl_diffusion_sdpo.demo.pipeline import build_pipeline
-from trl_diffusion_sdpo.demo.world import captions, imperfect_render
+from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE
+from trl_diffusion_sdpo.demo.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, captions, imperfect_render
 
 logger = logging.getLogger(__name__)
 
 IMAGES_PER_PROMPT = 96
 VAE_BATCH, VAE_LR, KL_WEIGHT = 32, 2e-3, 1e-7
 UNET_BATCH, UNET_LR, EMA_DECAY, PROMPT_DROPOUT = 64, 2e-3, 0.998, 0.1
+
+TEXT_LENGTH = 8  # start, five words, end, one unused
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_WORD_END = "</w>"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,6 +55,112 @@ def main(arguments: list[str] | None = None) -> None:
     train_unet(pipeline, images, prompts, steps=args.unet_steps, seed=args.seed)
     pipeline.to(torch.bfloat16).to(torch.float32).save_pretrained(args.output)
     logger.info("The base model is in %s.", args.output)
+
+
+def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """Return the untrained pipeline in float32 on the CPU: 1.8 million parameters, 32 x 32 images, 4 x 8 x 8 latents.
+    The global random state does not change."""
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae, unet, text_encoder = _build_vae(), _build_unet(), _build_text_encoder(tokenizer)
+    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Build a CLIP tokenizer with one token for every word of the world, and bytes for any other text.
+
+    The merges follow from the word list: each word in turn is split with the merges so far, then its first two pieces
+    are merged until one is left. A later merge has a lower rank, so it cannot split an earlier word.
+    """
+    words = ["a", "on", *COLOURS, *SHAPES, *BACKGROUNDS]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = _split(word, merges)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    characters = _byte_characters()
+    tokens = [*characters, *(one + _WORD_END for one in characters), *(a + b for a, b in merges), _START, _END]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    return CLIPTokenizer(vocab=vocab, merges=cast(Any, merges), **special, model_max_length=TEXT_LENGTH)
+
+
+def _build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_SHAPE[0],
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def _build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SHAPE[1],
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of one word: merges in order of rank, each from left to right."""
+    pieces = [*word[:-1], word[-1] + _WORD_END]
+    for pair in merges:
+        merged: list[str] = []
+        for piece in pieces:
+            if merged and (merged[-1], piece) == pair:
+                merged[-1] += piece
+            else:
+                merged.append(piece)
+        pieces = merged
+    return pieces
+
+
+def _byte_characters() -> list[str]:
+    """The character of each of the 256 bytes in byte-level BPE; printable bytes are their own characters."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = range(256, 256 + 256 - len(printable))
+    return [chr(code) for code in [*printable, *others]]
 
 
 def render_training_data(seed: int) -> tuple[torch.Tensor, list[str]]:

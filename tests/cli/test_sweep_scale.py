@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
@@ -281,8 +282,7 @@ def test_baked_weights_have_the_scale_in_their_setup_file(sweep, tmp_path, lora_
     assert sweep(folder, *asked, 0.25) == 0
     assert sweep(folder, *asked, 0.75) == 0  # earlier scaled weights may be written over
     setup, own = (json.loads((f / "diffusion_sdpo_setup.json").read_text()) for f in (tmp_path / "baked", folder))
-    kept = {key: value for key, value in own.items() if not key.startswith("recommended_scale")}  # of other weights
-    assert setup == {**kept, "scale": 0.75, "scaled_average": False} and kept != own
+    assert setup == {**own, "scale": 0.75, "scaled_average": False}
 
 
 # ---- Images --------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def by_call(images, prompts):
 """
 
 
-def test_scores_recommend_a_scale_for_the_set_up_file(generate, tmp_path, lora_run, capsys):
+def test_scores_recommend_a_scale_in_the_metadata_of_the_card(generate, tmp_path, lora_run, capsys):
     """With the run's own sample prompts. The scorer's values rise with its calls."""
     folder = shutil.copytree(lora_run[0], tmp_path / "run")
     prompts, args = [f"prompt {i}" for i in range(8)], json.loads((folder / "training_args.json").read_text())
@@ -342,9 +342,12 @@ def test_scores_recommend_a_scale_for_the_set_up_file(generate, tmp_path, lora_r
     from scores_of_a_test import calls
 
     assert calls == [(8, prompts)] * 4
-    recommended = json.loads((folder / "diffusion_sdpo_setup.json").read_text())["recommended_scale"]
+    recommended = ModelCard.load(folder / "README.md").data.recommended_scale
     assert recommended["prediction"] == 2.0 and recommended["guidance_scale"] == 3.0
-    assert recommended["sentence"] in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "sweep" / "sweep.json").read_text())["recommended"]["sentence"]
+        in capsys.readouterr().out
+    )
 
 
 def test_a_run_on_swapped_labels_is_measured_with_them_and_is_a_reference(sweep, tmp_path, train_run, capsys):

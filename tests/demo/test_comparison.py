@@ -1,7 +1,6 @@
-"""The demo in its smallest form, with the real trainer: what it trains, resumes and refuses."""
+"""The demo in its smallest form, with the real trainer."""
 
 import json
-import signal
 from functools import partial
 
 import numpy as np
@@ -9,16 +8,10 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from trl_diffusion_sdpo import preference_guidance
-from trl_diffusion_sdpo.demo.comparison import (
-    VERSION,
-    Comparison,
-    claim_folder,
-    read_curves,
-    run_demo,
-)
-from trl_diffusion_sdpo.demo.methods import METHODS, GuidedScorer, ImageScorer
+from trl_diffusion_sdpo.demo.comparison import claim_folder, run_demo
 from trl_diffusion_sdpo.demo.pipeline import load_base_pipeline, load_pipeline, reported_captions, score_prompts
-from trl_diffusion_sdpo.demo.results import MethodResult, Score
+from trl_diffusion_sdpo.demo.results import Curves, Score
+from trl_diffusion_sdpo.demo.scoring import GuidedScorer, ImageScorer
 
 TINY = {"max_steps": 2, "samples_per_prompt": 1, "evaluations": 1, "gentle": False, "guidance_scales": ()}
 
@@ -29,7 +22,7 @@ def result(tmp_path_factory):
 
 
 def test_the_demo_trains_sft_dpo_sdpo_and_the_recipe_and_writes_its_report(result):
-    assert [method.key for method in result.methods] == ["sft", "dpo", "sdpo", "sdpo_recipe"]
+    assert [trained.method.key for trained in result.methods] == ["sft", "dpo", "sdpo", "sdpo_recipe"]
     assert {path.name for path in result.files} == {
         "curves.png",
         "guidance.png",
@@ -59,34 +52,12 @@ def test_lambda_is_1_for_plain_dpo_and_sft_has_none(result):
         assert all(0 < scale <= 1 for scale in method.curves.scale)
 
 
-@pytest.mark.matrix
-def test_a_second_call_trains_nothing_again(result):
-    files = [result.folder / "runs" / method.key / "result.json" for method in result.methods]
-    written = [file.stat().st_mtime_ns for file in files]
-    generated = {path.parent.name: path for path in result.folder.glob("runs/*/generated.json")}
-    assert set(generated) == {"base", "sft", "dpo", "sdpo", "sdpo_recipe", "sdpo_recipe_guided"}
-    missing, kept = generated.pop("dpo"), {path: path.stat().st_mtime_ns for path in generated.values()}
-    missing.unlink()  # as after a kill
-    again = run_demo(result.folder, **TINY)
-    assert missing.is_file() and {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert np.array_equal(again.guided["dpo"].plain.images, result.guided["dpo"].plain.images)
-    assert [file.stat().st_mtime_ns for file in files] == written
-    assert [method.to_dict() for method in again.methods] == [method.to_dict() for method in result.methods]
-    assert np.array_equal(again.methods[2].samples, result.methods[2].samples)
-
-
 def test_the_tuned_pipeline_loads_in_plain_diffusers_and_generates_the_reported_images(result):
     folder = result.folder / "runs" / "sdpo"
     tuned = StableDiffusionPipeline.from_pretrained(folder)
     images, _ = ImageScorer(1, seed=20_000)(tuned)
     assert np.abs(images.astype(int) - result.methods[2].samples).max() <= 1
-    assert not np.array_equal(result.methods[2].samples, result.base_samples)
-    assert not list(folder.glob("checkpoint-*"))
-
-
-def test_a_folder_with_other_settings_is_refused(result):
-    with pytest.raises(ValueError, match="seed was 0, is 1"):
-        run_demo(result.folder, **{**TINY, "seed": 1})
+    assert not np.array_equal(result.methods[2].samples, result.methods[1].samples)
 
 
 def test_guided_images_are_those_of_the_recipe_with_preference_guidance_from_the_base(result):
@@ -120,79 +91,27 @@ def test_the_scale_is_chosen_on_the_prompts_that_do_not_report():
     assert guided.best.measures.diversity == 0.0 and guided.best.measures.frechet > 0
 
 
-def test_results_of_an_earlier_version_are_made_anew_and_those_of_other_settings_refused(tmp_path):
-    settings = {"seed": 0, "max_steps": 2, "pairs": "off_policy", "samples_per_prompt": 1, "version": VERSION}
-    old = {**settings, "evaluations": 6}
-    del old["version"]
-    (tmp_path / "settings.json").write_text(json.dumps(old))
-    result_file = tmp_path / "runs" / "sft" / "result.json"
-    result_file.parent.mkdir(parents=True)
-    result_file.write_text("{}")
-    with pytest.raises(ValueError, match="seed was 0, is 1"):
-        claim_folder(tmp_path, {**settings, "seed": 1, "evaluations": 4})
-    assert result_file.is_file()
-    claim_folder(tmp_path, {**settings, "evaluations": 4})
-    assert not result_file.exists()
-    result_file.parent.mkdir(parents=True)
-    result_file.write_text("{}")
-    claim_folder(tmp_path, {**settings, "evaluations": 4})
-    assert result_file.is_file()
-
-
 @pytest.mark.matrix
 def test_the_verdicts_on_the_whole_runs_are_those_that_the_docs_state(tmp_path):
-    found = run_demo(tmp_path, samples_per_prompt=1, gentle=False)
+    run_demo(tmp_path, samples_per_prompt=1)
     verdicts = {
-        method.key: json.loads((tmp_path / "runs" / method.key / "verdict.json").read_text(encoding="utf-8"))["word"]
-        for method in found.methods
+        key: json.loads((tmp_path / "runs" / key / "verdict.json").read_text(encoding="utf-8"))["word"]
+        for key in ("sft", "dpo", "sdpo", "sdpo_recipe")
     }
     assert verdicts["dpo"] == "ruined" and verdicts["sdpo"] == "worse"
     assert {verdicts["sft"], verdicts["sdpo_recipe"]} <= {"unchanged", "better"}
 
 
-@pytest.mark.matrix
-def test_an_interrupted_method_resumes_from_its_checkpoint_to_the_same_result(tmp_path):
-    settings = {"seed": 0, "max_steps": 4, "pairs": "off_policy", "samples_per_prompt": 1, "evaluations": 2}
-    comparison = Comparison(tmp_path / "whole", settings)
-    whole = comparison.train(METHODS[2], "whole")
-
-    comparison.folder = tmp_path / "broken"
-    scorer = comparison.scorer
-
-    class Interrupting(ImageScorer):
-        def __call__(self, *args, **options):
-            signal.raise_signal(signal.SIGINT)
-            return super().__call__(*args, **options)
-
-    comparison.scorer = Interrupting(1, seed=20_000)
-    with pytest.raises(KeyboardInterrupt):
-        comparison.train(METHODS[2], "broken")
-    folder = tmp_path / "broken" / "runs" / "sdpo"
-    assert not (folder / "result.json").exists()
-    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text(encoding="utf-8"))
-    known = next(entry for entry in state["log_history"] if "eval_errors/winner" in entry and entry["step"] == 2)
-    assert known["eval_errors/winner_change"] == pytest.approx(whole.curves.winner_change[1], rel=1e-4, abs=1e-7)
-
-    comparison.scorer = scorer
-    resumed = comparison.train(METHODS[2], "resumed")
-    assert [step for step in resumed.curves.steps if step != 3] == [0, 2, 4]
-    assert resumed.curves.winner_change[-1] == pytest.approx(whole.curves.winner_change[-1], rel=1e-4, abs=1e-7)
-    assert resumed.oracle.mean == pytest.approx(whole.oracle.mean, abs=1e-4)
-    assert MethodResult.read(folder).to_dict() == resumed.to_dict()
-
-
-def test_curves_are_changes_since_the_first_evaluation_and_a_step_counts_once():
+def test_curves_are_changes_since_the_first_evaluation():
     history = [
         {"step": 0, "eval_errors/winner": 0.5, "eval_errors/loser": 0.25},
         {"step": 0, "oracle": 0.4, "oracle_stderr": 0.1, "seconds": 1.0},
         {"step": 5, "loss": 0.7, "safeguard/scale": 0.75},
-        {"step": 10, "eval_errors/winner": 0.625, "eval_errors/loser": 1.0},
-        {"step": 10, "oracle": 0.3, "oracle_stderr": 0.1, "seconds": 2.0},
         {"step": 10, "eval_errors/winner": 0.75, "eval_errors/loser": 1.25},
         {"step": 10, "oracle": 0.2, "oracle_stderr": 0.1, "seconds": 3.0},
         {"step": 10, "train_loss": 0.6},
     ]
-    curves = read_curves(history)
+    curves = Curves.of(history)
     assert curves.steps == [0, 10]
     assert curves.winner_change == [0.0, 0.25]
     assert curves.loser_change == [0.0, 1.0]
@@ -200,18 +119,19 @@ def test_curves_are_changes_since_the_first_evaluation_and_a_step_counts_once():
     assert (curves.scale_steps, curves.scale) == ([5], [0.75])
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"pairs": "none"},
-        {"seed": -1},
-        {"max_steps": 0},
-        {"samples_per_prompt": 0},
-        {"evaluations": 0},
-        {"guidance_scales": (1.0, 2.0)},
-        {"guidance_scales": (2.0, 2.0)},
-    ],
-)
+def test_a_second_call_replaces_the_runs_of_a_demo_and_nothing_else(tmp_path):
+    old = tmp_path / "demo" / "runs" / "sft"
+    claim_folder(tmp_path / "demo", {"seed": 0})
+    old.mkdir(parents=True)
+    claim_folder(tmp_path / "demo", {"seed": 1})
+    assert not old.exists()
+    (tmp_path / "mine" / "runs").mkdir(parents=True)
+    with pytest.raises(ValueError, match="mine"):
+        run_demo(tmp_path / "mine")
+    assert (tmp_path / "mine" / "runs").is_dir()
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"max_steps": 0}])
 def test_arguments_out_of_range_are_named_before_anything_is_written(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         run_demo(tmp_path / "demo", **wrong)

@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from trl_diffusion_sdpo.demo.oracle import oracle_parts
 from trl_diffusion_sdpo.demo.pipeline import (
     base_pipeline_folder,
-    build_tokenizer,
     generate_images,
     load_base_pipeline,
     score_latents,
@@ -24,8 +23,8 @@ def base():
     return load_base_pipeline()
 
 
-def test_every_word_of_the_world_is_one_token():
-    tokenizer = build_tokenizer()
+def test_every_word_of_the_world_is_one_token(base):
+    tokenizer = base.tokenizer
     words = ["a", "on", *COLOURS, *SHAPES, *BACKGROUNDS]
     ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
     assert all(len(one) == 1 for one in ids)

@@ -14,7 +14,7 @@ from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.families import find_family, load_pipeline
 from trl_diffusion_sdpo.families.lora_keys import ORIGINAL_MODULES
 from trl_diffusion_sdpo.saving.lora_export import export_kohya, to_kohya
-from trl_diffusion_sdpo.saving.setup import record_recommended_scale
+from trl_diffusion_sdpo.saving.model_card import recommend_scale
 from trl_diffusion_sdpo.saving.weights import ranks, split_key
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
@@ -126,9 +126,10 @@ FLUX_BLOCK = {
 def test_the_recommended_weight_is_in_the_metadata(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
     trainer.save_model()
+    trainer.create_model_card()
 
     def metadata_with(weights, name):
-        record_recommended_scale(tmp_path / "run", {"weights": weights}, average=False)
+        recommend_scale(tmp_path / "run", {"weights": weights}, average=False)
         export_kohya(tmp_path / "run", tmp_path / name)
         with safe_open(tmp_path / name, "pt") as file:
             return file.metadata()

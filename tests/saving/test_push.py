@@ -17,9 +17,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.reporting import run_callbacks
-from trl_diffusion_sdpo.saving.model_card import GENERATED, mean_loss
+from trl_diffusion_sdpo.saving.model_card import GENERATED, mean_loss, recommend_scale
 from trl_diffusion_sdpo.saving.publishing import Publisher, PublishingError
-from trl_diffusion_sdpo.saving.setup import fingerprint, record_recommended_scale
 
 
 def files_of(hub_server, repo="tester/run"):
@@ -53,36 +52,27 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     DiffusionPipeline.from_pretrained(sd_folder).load_lora_weights(str(tmp_path / "got"))
 
 
-def test_a_recommended_scale_is_published_as_long_as_the_weights_are_those_that_were_swept(
-    make_trainer, hub_server, tmp_path
-):
-    trainer = make_trainer(peft_config=LoraConfig(r=4), max_steps=1, ema_decay=0.5, hub_model_id="tester/run")
+def test_a_recommended_scale_is_published_until_the_weights_change(make_trainer, hub_server, tmp_path):
+    trainer = make_trainer(peft_config=LoraConfig(r=4), max_steps=1, hub_model_id="tester/run")
     trainer.train()
-    trainer.save_model()
     run = tmp_path / "run"
-    facts = {"weights": 1.0, "prediction": 2.0, "sentence": "Scale 2."}
-    for average, folder in ((False, run), (True, run / "ema")):
-        of = fingerprint(trainer.weight_files.read(folder))
-        record_recommended_scale(run, {**facts, "of": of}, average=average)
+    recommend_scale(run, {"weights": 1.0, "prediction": 2.0}, average=False)
     (run / "scale_sweep" / "images").mkdir(parents=True)
     for name in ("sweep.json", "scale_sweep/sweep.json", "scale_sweep/images/weights-1.png"):
         (run / name).touch()
     trainer.push_to_hub()
     files = files_of(hub_server)
     assert {name for name in files if "sweep" in name} == {"scale_sweep/images/weights-1.png"}
-    card, setup = files["README.md"].decode(), json.loads(files["diffusion_sdpo_setup.json"])
-    assert "Averaged weights: Scale 2." in card
-    assert ModelCard(card).data.recommended_scale == {"weights": 1.0, "prediction": 2.0}
-    assert {"recommended_scale", "recommended_scale_of_average"} <= setup.keys()
-    edited = (run / "README.md").read_text().replace(GENERATED, "<!-- Mine.")
+    card = files["README.md"].decode()
+    assert "guidance: 2.0" in card and ModelCard(card).data.recommended_scale == {"weights": 1.0, "prediction": 2.0}
+    edited = card.replace(GENERATED, "<!-- Mine.")
     (run / "README.md").write_text(edited)
     trainer.push_to_hub()
     assert files_of(hub_server)["README.md"].decode() == edited
     trainer.train()
     trainer.push_to_hub()
-    card, setup = files_of(hub_server)["README.md"].decode(), files_of(hub_server)["diffusion_sdpo_setup.json"]
+    card = files_of(hub_server)["README.md"].decode()
     assert "<!-- Mine." in card and "recommended_scale" not in ModelCard(card).data
-    assert b"recommended_scale" not in setup
 
 
 def test_neither_token_nor_pickle_nor_checkpoint_nor_local_folder_is_published(

@@ -9,16 +9,11 @@ from importlib.metadata import version
 
 import pytest
 from peft import LoraConfig
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo.reporting.run_callbacks import RunReportCallback
-from trl_diffusion_sdpo.saving.model_card import (
-    GENERATED,
-    before_and_after,
-    read_verdict,
-    split_by_default,
-)
+from trl_diffusion_sdpo.saving.model_card import GENERATED, changed_settings
 
 LORA = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
 
@@ -54,9 +49,9 @@ def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
         "| Pairs | 16, 0 dropped |",
         "| Optimizer steps | 2 of 2 |",
         "| `beta` | `100.0` |",
-        f"- trl-diffusion-sdpo: {version('trl-diffusion-sdpo')}",
     ):
         assert line in card.splitlines()
+    assert f"trl-diffusion-sdpo {version('trl-diffusion-sdpo')}" in card
     assert re.search(r"\| Hardware \| cpu \(\w+\) \|\n\| Time \| \d+ s \|", card)
     shown = images_of(card)
     assert shown[-3:] == ["curves.png", "samples/step-000000-0.png", "samples/step-000002-0.png"]
@@ -132,42 +127,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(make_args, tmp_path, caplo
     assert ended and (tmp_path / "run" / "trainer_state.json").is_file()
 
 
-def test_images_before_and_after_are_of_one_prompt_and_seed(tmp_path):
-    def draw(step, number, prompt, seed):
-        note = PngImagePlugin.PngInfo()
-        note.add_itxt("prompt", prompt)
-        note.add_itxt("seed", str(seed))
-        Image.new("RGB", (4, 4)).save(tmp_path / f"samples/step-{step:06d}-{number}.png", pnginfo=note)
-
-    (tmp_path / "samples").mkdir()
-    for step in (0, 20, 100):
-        draw(step, 0, "a", 1)
-        draw(step, 1, "b" if step else "another", 2)
-        draw(step, 10, "c", 3 if step else 4)
-        draw(step, 11, "another", 5)
-    draw(20, 12, "e", 6)
-    draw(100, 12, "e", 6)
-    asked = ((0, "a"), (1, "b"), (10, "c"), (11, "d"), (12, "e"), (13, "f"))
-    gallery = [(f"samples/step-000100-{number}.png", prompt) for number, prompt in asked]
-    assert before_and_after(tmp_path, gallery) == [("a", "samples/step-000000-0.png", "samples/step-000100-0.png")]
-    assert before_and_after(tmp_path, [("samples/step-000000-0.png", "a")]) == [], "nothing was trained"
-
-
-@pytest.mark.parametrize("content", [None, "{", '{"sentence": 3}', "\udce4"])
-def test_a_verdict_that_cannot_be_read_is_none(content, tmp_path):
-    if content is not None:
-        (tmp_path / "verdict.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert read_verdict(tmp_path) is None
-
-
-def test_sentence_and_advice_of_a_verdict_are_read(tmp_path):
-    verdict = {"label": "worse", "sentence": "The error rose.", "advice": "Do not\nuse it, hf_" + "a1B2" * 8}
-    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
-    assert read_verdict(tmp_path) == "The error rose. Do not use it, hf_..."
-
-
-def test_settings_are_split_by_their_defaults(make_args):
+def test_only_settings_that_differ_from_their_defaults_are_on_the_card(make_args):
     args = make_args(beta=7.0, seed=42, weight_decay=0.5)
-    changed, defaults = split_by_default(args, ("beta", "seed", "weight_decay", "loss_type", "mixed_precision"))
-    assert changed == {"beta": 7.0, "weight_decay": 0.5}
-    assert defaults == {"seed": 42, "loss_type": "sigmoid", "mixed_precision": "no"}
+    names = ("beta", "seed", "weight_decay", "loss_type", "mixed_precision")
+    assert changed_settings(args, names) == {"beta": 7.0, "weight_decay": 0.5}

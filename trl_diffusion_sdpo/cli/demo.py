@@ -46,10 +46,14 @@ def run(arguments: list[str], prog: str) -> int:
     folder = vars(options).pop("write_pairs")
     if folder is not None:
         return _write_pairs(folder, options.pairs, options.seed)
-    from ..demo.comparison import run_demo  # takes seconds: after the arguments are checked
+    import diffusers.utils.logging as diffusers_logging  # takes seconds: after the arguments are checked
+    import transformers.utils.logging as transformers_logging
+
+    from ..demo.comparison import run_demo
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger(f"{__package__.partition('.')[0]}.demo").setLevel(logging.INFO)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # bars of loading would interrupt those of training
     print(run_demo(**vars(options)).summary)
     return EXIT_OK
 

@@ -197,15 +197,13 @@ def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTr
 def _write(
     run: SavedRun, folder: Path, rows: Sequence[dict[str, Any]], scores: dict[str, Any], recommended: dict[str, Any]
 ) -> None:
-    """Write the sweep's file, and the recommendation into the run's set-up file and onto its model card."""
-    from ..saving.model_card import update_recommended_scales
-    from ..saving.setup import record_recommended_scale
+    """Write the sweep's file, and the recommendation into the metadata of the run's model card."""
+    from ..saving.model_card import recommend_scale
 
     content = {"rows": list(rows), "scores": scores, "recommended": recommended}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SWEEP_FILE, json.dumps(content, indent=2).encode() + b"\n")
-    record_recommended_scale(run.folder, recommended, average=run.is_average)
-    update_recommended_scales(run.folder)
+    recommend_scale(run.folder, recommended, average=run.is_average)
 
 
 # ---- Images --------------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""The demo: trains SFT, Diffusion-DPO, Diffusion-SDPO and the recipe for keeping winners from one small model on the
-same pairs, evaluates them on held-out pairs and by the oracle, and writes a report."""
+"""The demo: trains SFT, Diffusion-DPO, Diffusion-SDPO and a recipe for keeping winners from one small model on the same
+pairs, scores their images, and writes a report."""
 
 import contextlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -12,45 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers.utils.logging as diffusers_logging
-import numpy as np
 import torch
-import transformers.utils.logging as transformers_logging
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..guidance import preference_guidance
-from ..saving.interrupts import CheckpointOnInterrupt
 from ..trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from .methods import (
-    GENTLE_METHODS,
-    GUIDANCE_SCALES,
-    GUIDED_METHOD,
-    METHODS,
-    GuidedScorer,
-    ImageScorer,
-    Method,
-    OracleCallback,
-    ProgressCallback,
-)
+from .methods import GENTLE_METHODS, GUIDED_FROM, GUIDED_METHOD, METHODS, Method
 from .pairs import eval_pairs, off_policy_pairs, on_policy_pairs
 from .pipeline import load_base_pipeline, load_pipeline
-from .report import write_report
-from .results import GENERATED_FILE, RESULT_FILE, Curves, DemoResult, Guided, MethodResult, Score
+from .report import BASE, write_report
+from .results import Curves, DemoResult, Guided, MethodResult, Score
+from .scoring import GUIDANCE_SCALES, GuidedScorer, ImageScorer, OracleCallback
 from .world import IMAGE_SIZE
 
-logger = logging.getLogger(__name__)
-
-PAIRS = ("off_policy", "on_policy")
 STEPS = 240
-GENTLE_DIVISOR = 2  # the gentle methods train for half of the steps
 LOGS = 30  # points of the curve of lambda
 THREADS = 4  # at most; networks this small do not get faster with more
-SETTINGS_FILE = "settings.json"
-CHOSEN = ("seed", "max_steps", "pairs", "samples_per_prompt")  # by the caller
-RUNS_FOLDER, BASE_KEY = "runs", "base"
-VERSION = 2  # of what the results mean: 2 has images with classifier-free guidance, and fewer of them while training
+SETTINGS_FILE, RUNS_FOLDER = "settings.json", "runs"
 # Offsets of the seed, so that held-out pairs and scored latents differ from those of training.
 _HELD_OUT_SEED, _SCORE_SEED = 10_000, 20_000
 
@@ -79,11 +58,9 @@ def run_demo(
 ) -> DemoResult:
     """Train every method from the packaged base model on the same pairs, on the CPU, and write a report.
 
-    A second call with the same folder trains unfinished methods only; an interrupted one resumes from its last
-    checkpoint.
-
     Args:
-        output_dir (`str` or `Path`): Folder of the report, and of each tuned pipeline in `runs/<method>`.
+        output_dir (`str` or `Path`): Folder of the report, and of each tuned pipeline in `runs/<method>`. The results
+            of an earlier demo in it are replaced.
         seed (`int`): Seed of the pairs, the noise and the generated images.
         max_steps (`int`, *optional*): Optimizer steps of each method; 240 if unset.
         pairs (`str`): `"off_policy"`, two rendered images, or `"on_policy"`, two images of the base model.
@@ -91,37 +68,41 @@ def run_demo(
         samples_per_prompt (`int`): Images for each of the 72 prompts that the oracle scores.
         evaluations (`int`): Number of evaluations of each method.
         guidance_scales (`Sequence[float]`): Scales of classifier-free guidance from which each model's best is chosen,
-            beside 1, which is none.
+            beside 1, which is no guidance.
 
     Returns:
         `DemoResult`: The numbers, the images, the files written and a summary.
 
     Raises:
-        ValueError: If an argument is out of range, or the folder holds a demo with other settings.
-        KeyboardInterrupt: After Ctrl-C, when the checkpoint is written.
+        ValueError: If an argument is out of range, or the folder holds something other than a demo.
     """
-    _check(seed, max_steps, pairs, samples_per_prompt, evaluations, guidance_scales)
-    chosen = {"seed": seed, "max_steps": max_steps or STEPS, "pairs": pairs, "samples_per_prompt": samples_per_prompt}
-    settings = _settings(**chosen, evaluations=evaluations, guidance_scales=list(guidance_scales))
+    steps = STEPS if max_steps is None else max_steps
+    if seed < 0 or steps < 1:
+        raise ValueError(f"`seed` must be at least 0 and `max_steps` at least 1, got {seed} and {steps}.")
+    settings = {
+        "seed": seed,
+        "max_steps": steps,
+        "pairs": pairs,
+        "samples_per_prompt": samples_per_prompt,
+        "evaluations": evaluations,
+        "guidance_scales": list(guidance_scales),
+        **SHARED,
+        "methods": {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS, GUIDED_METHOD)},
+    }
     folder = claim_folder(Path(output_dir), settings)
     started = time.monotonic()
-    with _few_threads(), _no_loading_bars():
+    with _few_threads():
         comparison = Comparison(folder, settings)
-        methods = [comparison.train(method, f"{i}/{len(METHODS)}") for i, method in enumerate(METHODS, 1)]
-        if gentle:
-            titles = [f"gentle {i}/{len(GENTLE_METHODS)}" for i in range(1, len(GENTLE_METHODS) + 1)]
-            methods += map(comparison.train, GENTLE_METHODS, titles)
-        guided = comparison.generate(methods)
+        chosen = [*METHODS, *GENTLE_METHODS] if gentle else [*METHODS]
+        methods = [comparison.train(method, f"{i}/{len(chosen)}") for i, method in enumerate(chosen, 1)]
         result = DemoResult(
             folder=folder,
             settings=settings,
             train_pairs=len(comparison.train_pairs),
             eval_pairs=len(comparison.eval_pairs),
             base=Score.of(comparison.base_scores),
-            base_samples=comparison.base_samples,
-            base_scores=comparison.base_scores,
             methods=methods,
-            guided=guided,
+            guided=comparison.generate(methods),
             seconds=time.monotonic() - started,
         )
     summary, files = write_report(result)
@@ -142,59 +123,40 @@ class Comparison:
             bar.update()
 
     def train(self, method: Method, number: str) -> MethodResult:
-        """Train a method, or read its results if it is finished."""
-        folder = self.folder / RUNS_FOLDER / method.key
-        if (folder / RESULT_FILE).is_file():
-            logger.info("%s is trained already, in %s.", method.label, folder)
-            return MethodResult.read(folder)
+        """Train a method and save its pipeline."""
         pipeline = load_base_pipeline()
         oracle = OracleCallback(pipeline, self.scorer, Score.of(self.base_scores))
-        interrupt, progress = CheckpointOnInterrupt(), ProgressCallback(f"{number} {method.label}")
-        args = self._arguments(method, folder)
         trainer = DiffusionSDPOTrainer(
-            pipeline, None, args, self.train_pairs, self.eval_pairs, callbacks=[oracle, progress, interrupt]
+            pipeline, None, self._arguments(method), self.train_pairs, self.eval_pairs, callbacks=[oracle]
         )
         trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint="latest")
-        finally:
-            progress.close()
-            interrupt.restore_handlers()
-        if trainer.state.global_step < trainer.state.max_steps:
-            raise KeyboardInterrupt(f"{method.label} resumes from its checkpoint in {folder} when called again.")
+        with tqdm(total=trainer.args.max_steps, desc=f"{number} {method.label}", unit="step", mininterval=1.0) as bar:
+            trainer.add_callback(BarCallback(bar))
+            trainer.train()
         trainer.save_model()
-        result = _result(method, trainer.state.log_history, *oracle.latest)
-        result.write(folder)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        return result
+        history = trainer.state.log_history
+        seconds = [entry["seconds"] for entry in history if "oracle" in entry][-1]
+        return MethodResult(method, seconds, Curves.of(history), *oracle.latest)
 
     def generate(self, methods: list[MethodResult]) -> dict[str, Guided]:
-        """Images of every model with classifier-free guidance, and of the recipe with preference guidance; read where
-        they are finished."""
+        """Generate images of every model with classifier-free guidance, and of the recipe with preference guidance."""
         scorer = GuidedScorer(self.scorer, self.settings["guidance_scales"])
         base = load_base_pipeline()
-        from_base = partial(preference_guidance, reference=base.unet, **GUIDED_METHOD.settings)
-        jobs: list[tuple[str, str, dict[str, Any]]]
-        jobs = [(BASE_KEY, BASE_KEY, {"plain": (self.base_samples, self.base_scores)})]
-        jobs += [(method.key, method.key, {"plain": (method.samples, method.scores)}) for method in methods]
-        jobs += [(GUIDED_METHOD.key, GUIDED_METHOD.of, {"context": from_base})]
-        found = {}
-        for key, model, options in tqdm(jobs, desc="Images with guidance"):
-            folder = self.folder / RUNS_FOLDER / key
-            if not (folder / GENERATED_FILE).is_file():
-                tuned = base if model == BASE_KEY else load_pipeline(self.folder / RUNS_FOLDER / model)
-                scorer(tuned, **options).write(folder)
-            found[key] = Guided.read(folder)
-        return found
+        guided = {BASE: scorer(base, (self.base_samples, self.base_scores))}
+        for result in tqdm(methods, desc="Images with guidance"):
+            tuned = load_pipeline(self.folder / RUNS_FOLDER / result.method.key)
+            guided[result.method.key] = scorer(tuned, (result.samples, result.scores))
+            if result.method.key == GUIDED_FROM:
+                from_base = partial(preference_guidance, reference=base.unet, **GUIDED_METHOD.settings)
+                guided[GUIDED_METHOD.key] = scorer(tuned, context=from_base)
+        return guided
 
-    def _arguments(self, method: Method, folder: Path) -> DiffusionSDPOConfig:
+    def _arguments(self, method: Method) -> DiffusionSDPOConfig:
         steps = self.settings["max_steps"]
         if method.gentle:
-            steps = -(-steps // GENTLE_DIVISOR)
-        interval = -(-steps // self.settings["evaluations"])
+            steps = -(-steps // 2)
         return DiffusionSDPOConfig(
-            output_dir=str(folder),
+            output_dir=str(self.folder / RUNS_FOLDER / method.key),
             max_steps=steps,
             seed=self.settings["seed"],
             use_cpu=True,
@@ -203,108 +165,51 @@ class Comparison:
             dataloader_num_workers=0,  # the images are tiny
             per_device_eval_batch_size=64,
             eval_strategy="steps",
-            eval_steps=interval,
+            eval_steps=-(-steps // self.settings["evaluations"]),
             eval_on_start=True,
-            save_steps=interval,
-            save_total_limit=1,
+            save_strategy="no",
             save_full_pipeline=True,
+            checkpoint_on_interrupt=False,
             logging_steps=max(1, steps // LOGS),
             report_to="none",
-            disable_tqdm=True,  # `ProgressCallback` has one bar per method
+            disable_tqdm=True,  # `BarCallback` has one bar for each method
             **{**SHARED, **method.settings},
         )
 
 
-def _result(method: Method, history: list[dict[str, Any]], samples: np.ndarray, scores: np.ndarray) -> MethodResult:
-    return MethodResult(
-        key=method.key,
-        label=method.label,
-        gentle=method.gentle,
-        settings=method.settings,
-        seconds=[entry["seconds"] for entry in history if "oracle" in entry][-1],
-        curves=read_curves(history),
-        samples=samples,
-        scores=scores,
-    )
+class BarCallback(TrainerCallback):
+    """Moves the progress bar of a method, with the newest score. Evaluations have no bars."""
 
+    def __init__(self, bar: tqdm):
+        self._bar = bar
 
-def read_curves(history: list[dict[str, Any]]) -> Curves:
-    """Curves of one training, from the trainer's log history.
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._bar.update(state.global_step - self._bar.n)
 
-    The changes are differences of `eval_errors/*` to the first evaluation, as losses without a reference log no
-    `eval_errors/*_change`. Where they do, the two are equal: all methods start from the base model, and all evaluations
-    have the same noise.
-
-    Of a step evaluated twice, as by a resumed run, the last entry counts.
-    """
-    evaluated = {entry["step"]: entry for entry in history if "eval_errors/winner" in entry}
-    scored = {entry["step"]: entry for entry in history if "oracle" in entry}
-    logged = {entry["step"]: entry["safeguard/scale"] for entry in history if "safeguard/scale" in entry}
-    steps = sorted(evaluated)
-    first = evaluated[steps[0]]
-    return Curves(
-        steps=steps,
-        winner_change=[evaluated[step]["eval_errors/winner"] - first["eval_errors/winner"] for step in steps],
-        loser_change=[evaluated[step]["eval_errors/loser"] - first["eval_errors/loser"] for step in steps],
-        oracle=[Score(scored[step]["oracle"], scored[step]["oracle_stderr"]) for step in steps],
-        scale_steps=sorted(logged),
-        scale=[logged[step] for step in sorted(logged)],
-    )
-
-
-def _check(
-    seed: int,
-    max_steps: int | None,
-    pairs: str,
-    samples_per_prompt: int,
-    evaluations: int,
-    guidance_scales: Sequence[float],
-) -> None:
-    if pairs not in PAIRS:
-        raise ValueError(f"`pairs` must be one of {', '.join(PAIRS)}, got {pairs!r}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must be at least 0, got {seed}.")
-    counts = {"max_steps": max_steps, "samples_per_prompt": samples_per_prompt, "evaluations": evaluations}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
-    if len(set(guidance_scales)) < len(guidance_scales) or not all(scale > 1 for scale in guidance_scales):
-        raise ValueError(
-            f"`guidance_scales` must be different numbers above 1, got {list(guidance_scales)}. 1 is always among them."
-        )
-
-
-def _settings(**given: Any) -> dict[str, Any]:
-    """What results depend on."""
-    methods = {method.key: method.settings for method in (*METHODS, *GENTLE_METHODS, GUIDED_METHOD)}
-    return {**given, "version": VERSION, **SHARED, "methods": methods}
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._bar.set_postfix_str(f"oracle {state.log_history[-1]['oracle']:.3f}")
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """Write the settings to the folder and return it; refuse one with other settings, whose results are not comparable.
+    """Write the settings into the folder and return it. Remove the runs of an earlier demo in it.
 
-    The results of an earlier version are removed, to be made anew.
+    Raises:
+        ValueError: If the folder holds something other than a demo.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS_FILE
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored.get("version") != VERSION and all(stored.get(name) == settings[name] for name in CHOSEN):
-            logger.warning("The results in %s are of an earlier version of the demo, and are made anew.", folder)
-            with contextlib.suppress(FileNotFoundError):  # what stays would be read as new
-                shutil.rmtree(folder / RUNS_FOLDER)
-            stored = settings
-        differing = [name for name in settings if stored.get(name) != settings[name]]
-        if differing:
-            listed = "; ".join(f"{name} was {stored.get(name)}, is {settings[name]}" for name in differing)
-            rule = "`output_dir` must be new or hold a demo of the same settings"
-            raise ValueError(f"{rule}; in {folder} {listed}. Choose another folder, or delete this one.")
+    if folder.is_dir() and any(folder.iterdir()) and not file.is_file():
+        raise ValueError(
+            f"`output_dir` must be a new or empty folder, or hold an earlier demo; {folder} holds other files."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / RUNS_FOLDER, ignore_errors=True)
     return folder
 
 
 def demo_pairs(kind: str, seed: int, base: Any) -> tuple[Dataset, Dataset]:
-    """Training and held-out pairs of the same kind, `"off_policy"` or `"on_policy"`; the latter of images of `base`."""
+    """Return training and held-out pairs of the same kind, `"off_policy"` or `"on_policy"`. The latter are images of
+    `base`."""
     if kind == "off_policy":
         return off_policy_pairs(seed), eval_pairs(seed)
     return on_policy_pairs(base, seed), on_policy_pairs(base, seed + _HELD_OUT_SEED, per_prompt=2)
@@ -318,16 +223,3 @@ def _few_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Disables the progress bars of model loading, which would interrupt those of training."""
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""The demo's report: curves, a grid of images from equal latents, a table, the numbers, and a summary."""
+"""The demo's report: plots, grids of images, a table, the numbers and a summary."""
 
 import json
 import math
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .methods import GUIDED_METHOD, GuidedMethod
+from .methods import GUIDED_FROM, GUIDED_METHOD, Method
 from .pipeline import reported_captions
-from .results import DemoResult, Generated, Guided, MethodResult, Score
+from .results import DemoResult, Generated, Guided, Score
 from .world import IMAGE_SIZE, captions
 
 CURVES_FILE, GRID_FILE = "curves.png", "grid.png"
@@ -31,72 +31,50 @@ STYLES = {
     "dpo_gentle": ("#E69F00", "^"),
     "sdpo_gentle": ("#56B4E9", "D"),
 }
+PANELS = (
+    ("Error on held-out winners, change", "up = preferred images become less likely"),
+    ("Error on held-out losers, change", "up = rejected images become less likely"),
+    ("Oracle score of generated images", "up = images fit their prompts better; band: ± 1 standard error"),
+    ("Scale of the loser's gradient, λ", "1 = unchanged"),
+)
 GRID_PROMPT_EVERY = 5  # the grid shows every fifth reported prompt
 GRID_ZOOM = 4
 
 
 def write_report(result: DemoResult) -> tuple[str, tuple[Path, ...]]:
-    """Write the report to the result's folder; returns the summary and the files."""
-    folder = result.folder
+    """Write the report into the result's folder. Return the summary and the files."""
+    folder, text = result.folder, summary(result)
     plot_curves(result, folder / CURVES_FILE)
     plot_guidance(rows_of(result), folder / GUIDANCE_FILE)
     draw_grid(result).save(folder / GRID_FILE)
     draw_grid(result, with_guidance=True).save(folder / GUIDED_GRID_FILE)
     (folder / TABLE_FILE).write_text(table(result), encoding="utf-8")
-    (folder / NUMBERS_FILE).write_text(json.dumps(numbers(result), indent=2) + "\n", encoding="utf-8")
-    text = summary(result)
+    (folder / NUMBERS_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
     names = (CURVES_FILE, GUIDANCE_FILE, GRID_FILE, GUIDED_GRID_FILE, TABLE_FILE, NUMBERS_FILE, SUMMARY_FILE)
     return text, tuple(folder / name for name in names)
 
 
 def plot_curves(result: DemoResult, path: Path) -> None:
-    """Plot winner and loser error change, lambda and the oracle's score over the steps, a line per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes seconds, and is an extra
-    from matplotlib.figure import Figure
+    """Plot winner and loser error change, lambda and the oracle's score over the steps, a line for each method."""
+    from matplotlib.figure import Figure  # takes seconds
 
     figure = Figure(figsize=(12, 8.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2)
-    for method in result.methods:
-        curves, style = method.curves, _style(method)
+    for trained in result.methods:
+        curves, (colour, marker) = trained.curves, STYLES[trained.method.key]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": trained.method.label, "lw": 2.2, "ms": 7}
+        style["linestyle"] = "--" if trained.method.gentle else "-"
         panels[0, 0].plot(curves.steps, curves.winner_change, **style)
         panels[0, 1].plot(curves.steps, curves.loser_change, **style)
-        _plot_oracle(panels[1, 0], method, style)
+        mean = np.array([score.mean for score in curves.oracle])
+        stderr = np.array([score.stderr for score in curves.oracle])
+        panels[1, 0].plot(curves.steps, mean, **style)
+        panels[1, 0].fill_between(curves.steps, mean - stderr, mean + stderr, color=colour, alpha=0.15, lw=0)
         if curves.scale:
             panels[1, 1].plot(curves.scale_steps, curves.scale, **{**style, "marker": ""})
     panels[1, 0].axhline(result.base.mean, color="black", linestyle=":", label="base model")
-    _name_panels(panels)
-    handles, labels = panels[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
-    kind = result.settings["pairs"].replace("_", "-")
-    figure.suptitle(
-        f"Pushing hard on {result.train_pairs} {kind} pairs: one seed of a toy world", fontsize=15, fontweight="bold"
-    )
-    figure.savefig(path)
-
-
-def _plot_oracle(panel: Any, method: MethodResult, style: dict[str, Any]) -> None:
-    mean = np.array([score.mean for score in method.curves.oracle])
-    stderr = np.array([score.stderr for score in method.curves.oracle])
-    panel.plot(method.curves.steps, mean, **style)
-    panel.fill_between(method.curves.steps, mean - stderr, mean + stderr, color=style["color"], alpha=0.15, lw=0)
-
-
-def _style(method: MethodResult) -> dict[str, Any]:
-    colour, marker = STYLES[method.key]
-    style = "--" if method.gentle else "-"
-    return {"color": colour, "marker": marker, "linestyle": style, "label": method.label, "lw": 2.2, "ms": 7}
-
-
-def _name_panels(panels: Any) -> None:
-    titles = (
-        ("Error on held-out winners, change", "up = preferred images become less likely"),
-        ("Error on held-out losers, change", "up = rejected images become less likely"),
-        ("Oracle score of generated images", "up = images fit their prompts better; band: ± 1 standard error"),
-        ("Scale of the loser's gradient, λ", "1 = unchanged"),
-    )
-    for panel, (title, note) in zip(panels.flat, titles, strict=True):
+    for panel, (title, note) in zip(panels.flat, PANELS, strict=True):
         panel.set_title(title, fontsize=13, loc="left", pad=22)
         panel.text(0, 1.02, note, transform=panel.transAxes, fontsize=10.5, color="#444444")
         panel.set_xlabel("training step", fontsize=11)
@@ -105,15 +83,20 @@ def _name_panels(panels: Any) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[0]:
         panel.axhline(0, color="black", linestyle=":")
-    bottom, top = min(p.get_ylim()[0] for p in panels[0]), max(p.get_ylim()[1] for p in panels[0])
+    limits = [panel.get_ylim() for panel in panels[0]]
     for panel in panels[0]:
-        panel.set_ylim(bottom, top)  # one scale for both
+        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))  # one scale for both
     panels[1, 1].set_ylim(0, 1.05)
+    handles, labels = panels[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=12, frameon=False)
+    title = f"Pushing hard on {result.train_pairs} {_kind(result)} pairs: one seed of a toy world"
+    figure.suptitle(title, fontsize=15, fontweight="bold")
+    figure.savefig(path)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the pictures and tables; its errors are those of its saved weights."""
+    """A model in the pictures and tables. Its errors are those of its saved weights."""
 
     key: str
     label: str
@@ -124,25 +107,22 @@ class Row:
 
 
 def rows_of(result: DemoResult) -> list[Row]:
-    """The base model, the methods, and after the recipe its images with preference guidance."""
+    """Return the base model, the methods, and after the recipe its images with preference guidance."""
     rows = [Row(BASE, "base model", result.guided[BASE], "0", "0", 0.0)]
-    for method in result.methods:
-        changes = _change(method.curves.winner_change), _change(method.curves.loser_change)
-        rows.append(Row(method.key, method.label, result.guided[method.key], *changes, method.seconds))
-        if method.key == GUIDED_METHOD.of:
-            key = GUIDED_METHOD.key
-            rows.append(Row(key, GUIDED_METHOD.label, result.guided[key], *changes, method.seconds))
+    for trained in result.methods:
+        changes = _change(trained.curves.winner_change), _change(trained.curves.loser_change)
+        shown = [trained.method, GUIDED_METHOD] if trained.method.key == GUIDED_FROM else [trained.method]
+        for method in shown:
+            rows.append(Row(method.key, method.label, result.guided[method.key], *changes, trained.seconds))
     return rows
 
 
 def plot_guidance(rows: list[Row], path: Path) -> None:
     """Plot score against Frechet distance, for each model from its images without classifier-free guidance to those at
     its best scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
     for row in rows:
         colour, marker = STYLES[row.key]
@@ -165,7 +145,7 @@ def plot_guidance(rows: list[Row], path: Path) -> None:
 
 
 def draw_grid(result: DemoResult, *, with_guidance: bool = False) -> Image.Image:
-    """A grid of images from equal latents: a row for every fifth reported prompt, a column for each of [`rows_of`].
+    """Return a grid of images from equal latents: a row for every fifth reported prompt, a column for each model.
 
     Args:
         result (`DemoResult`): The numbers and images.
@@ -207,7 +187,7 @@ def draw_grid(result: DemoResult, *, with_guidance: bool = False) -> Image.Image
 
 
 def table(result: DemoResult) -> str:
-    """The final numbers as a Markdown table."""
+    """Return the final numbers as a Markdown table."""
     rows = rows_of(result)
     lines = [
         "| method | score | with guidance (scale) | diversity | Frechet distance | winner error | loser error | s |",
@@ -230,106 +210,62 @@ def table(result: DemoResult) -> str:
         "distance of two images of one prompt, and the Frechet distance to the world's preferred drawings: without / "
         f"with guidance. Errors: changes on {result.eval_pairs} held-out pairs under fixed noise, against the base; "
         f"preference guidance ({_settings_text(GUIDED_METHOD)}, from the base) changes no weights. "
-        f"{result.train_pairs} {s['pairs'].replace('_', '-')} training pairs, steps of "
+        f"{result.train_pairs} {_kind(result)} training pairs, steps of "
         f"{s['per_device_train_batch_size']} pairs, seed {s['seed']}: one seed of a toy world.",
         "",
     ]
-    lines += [
-        f"- {method.label}: {method.curves.steps[-1]} steps, {_settings_text(method)}" for method in result.methods
-    ]
+    for trained in result.methods:
+        lines.append(f"- {trained.method.label}: {trained.curves.steps[-1]} steps, {_settings_text(trained.method)}")
     return "\n".join(lines) + "\n"
 
 
-def numbers(result: DemoResult) -> dict[str, Any]:
-    """All measurements, for JSON."""
-    return {
-        "settings": result.settings,
-        "train_pairs": result.train_pairs,
-        "eval_pairs": result.eval_pairs,
-        "seconds": result.seconds,
-        "base": {"oracle": result.base.mean, "oracle_stderr": result.base.stderr},
-        "methods": [method.to_dict() for method in result.methods],
-        "guided": {key: guided.to_dict() for key, guided in result.guided.items()},
-    }
-
-
 def summary(result: DemoResult) -> str:
-    """The numbers, for a terminal, and what they do and do not show."""
-    steps, seed = result.settings["max_steps"], result.settings["seed"]
-    kind = result.settings["pairs"].replace("_", "-")
+    """Return the numbers for a terminal, and what they do and do not show."""
     rows = rows_of(result)
+    by_key = {row.key: row for row in rows}
+    scores = {trained.method.key: trained.scores for trained in result.methods}
     width = max(len(row.label) for row in rows)
     lines = [
-        f"What happens when one pushes hard: {steps} steps on {result.train_pairs} {kind} pairs (seed {seed})",
+        f"What happens when one pushes hard: {result.settings['max_steps']} steps on {result.train_pairs} "
+        f"{_kind(result)} pairs (seed {result.settings['seed']})",
         "",
         f"  {'':{width}}  score            with guidance (scale)  Frechet with  winner error",
     ]
     for row in rows:
         best = row.guided.best
-        scores = f"{row.guided.plain.score}    {best.score} ({best.guidance_scale:g})"
-        lines.append(f"  {row.label:{width}}  {scores:35}  {_measure(best, 'frechet'):12.3f}  {row.winner_change:>12}")
-    lines += ["", *_interpretation(result), ""]
-    names = ", ".join((CURVES_FILE, GUIDANCE_FILE, GRID_FILE, GUIDED_GRID_FILE, TABLE_FILE, NUMBERS_FILE))
-    lines += [f"Written to {result.folder}: {names}."]
+        shown = f"{row.guided.plain.score}    {best.score} ({best.guidance_scale:g})"
+        lines.append(f"  {row.label:{width}}  {shown:35}  {_measure(best, 'frechet'):12.3f}  {row.winner_change:>12}")
+    lines += [
+        "",
+        "Score: mean ± standard error of the oracle's scores, the ideal is 1. Winner error: change on held-out pairs",
+        "against the base model. Compared without classifier-free guidance:",
+    ]
+    pairs = [("sdpo", "dpo"), ("sdpo_recipe", "sdpo"), ("sdpo_gentle", "dpo_gentle")]
+    for first, second in pairs:
+        if first in scores:
+            lines.append("  " + _comparison(by_key[first].label, by_key[second].label, scores[first] - scores[second]))
+    lines.append("Compared with classifier-free guidance, each model at the best of its scales:")
+    for first in (GUIDED_FROM, GUIDED_METHOD.key):
+        for second in (BASE, "sdpo"):
+            difference = by_key[first].guided.best.scores - by_key[second].guided.best.scores
+            lines.append("  " + _comparison(by_key[first].label, by_key[second].label, difference))
+    lines += [
+        "This is one seed of a toy world. The safeguard acts to first order, so the winner's error can still rise.",
+        "With other pairs or settings, such as those of `--gentle`, plain Diffusion-DPO can be level or ahead.",
+        "",
+        f"Written to {result.folder}: {CURVES_FILE}, {GUIDANCE_FILE}, {GRID_FILE}, {GUIDED_GRID_FILE}, {TABLE_FILE}, "
+        f"{NUMBERS_FILE}.",
+    ]
     return "\n".join(lines)
 
 
-def _interpretation(result: DemoResult) -> list[str]:
-    """The interpretation of the numbers, whatever they are."""
-    by_key = {method.key: method for method in result.methods}
-    dpo, sdpo, recipe = (by_key[key] for key in ("dpo", "sdpo", "sdpo_recipe"))
-    lines = [
-        "Oracle: mean ± standard error, the ideal is 1. Errors: change on held-out pairs against the base model.",
-        f"Error on the preferred images: {_change(dpo.curves.winner_change)} under plain Diffusion-DPO, "
-        f"{_change(sdpo.curves.winner_change)} under Diffusion-SDPO, {_change(recipe.curves.winner_change)} with the "
-        "recipe for keeping winners.",
-        f"Oracle score without classifier-free guidance: {_compared(sdpo, dpo)};",
-        f"{_compared(recipe, sdpo)}.",
-        *_with_guidance(rows_of(result)),
-    ]
-    if "sdpo_gentle" in by_key:
-        gentle = _compared(by_key["sdpo_gentle"], by_key["dpo_gentle"])
-        steps = by_key["sdpo_gentle"].curves.steps[-1]
-        lines.append(f"With the gentle settings (beta 500, learning rate 1e-4), after {steps} steps:\n{gentle}.")
-    else:
-        lines.append("Gentle settings (beta 500, learning rate 1e-4) were not run; DPO and SDPO may lie closer there.")
-    lines.append(
-        "This is one seed of a toy world. The safeguard acts to first order, so the winner's error can still rise,"
-    )
-    lines.append("and with other pairs or settings plain Diffusion-DPO can be level or ahead.")
-    return lines
-
-
-def _with_guidance(rows: list[Row]) -> list[str]:
-    """What is left of the scores' differences in images as users generate them."""
-    by_key = {row.key: row for row in rows}
-    base, sdpo, recipe, guided = (by_key[key] for key in (BASE, "sdpo", GUIDED_METHOD.of, GUIDED_METHOD.key))
-    without, best = base.guided.plain.score.mean, base.guided.best
-    pairs = [(recipe, base), (recipe, sdpo), (guided, base), (guided, sdpo)]
-    compared = [
-        _comparison(a.label, b.label, a.guided.best.scores - b.guided.best.scores).replace("base model", "the base")
-        for a, b in pairs
-    ]
-    return [
-        "With classifier-free guidance, as images are usually generated, the untrained base goes from "
-        f"{without:.3f} to {best.score.mean:.3f} (scale {best.guidance_scale:g}).",
-        "Each model at the best of its scales:",
-        *(f"{text};" for text in compared[:-1]),
-        f"{compared[-1]}.",
-    ]
-
-
 def _measure(part: Generated, name: str) -> float:
-    """A measure of images; not a number where there is one image of a prompt only."""
+    """Return a measure of images; not a number if there is only one image of a prompt."""
     return math.nan if part.measures is None else getattr(part.measures, name)
 
 
-def _compared(first: MethodResult, second: MethodResult) -> str:
-    return _comparison(first.label, second.label, first.scores - second.scores)
-
-
 def _comparison(first: str, second: str, difference: np.ndarray) -> str:
-    """Which scored higher, by the mean and standard error of the paired difference: from equal latents."""
+    """Say which model scored higher, by the mean and standard error of the paired difference from equal latents."""
     score = Score.of(difference)
     apart = abs(score.mean) > 2 * score.stderr
     verdict = ("ahead of" if score.mean > 0 else "behind") if apart else "not clearly different from"
@@ -337,9 +273,13 @@ def _comparison(first: str, second: str, difference: np.ndarray) -> str:
 
 
 def _change(curve: list[float]) -> str:
-    """The last value with its sign; zero as +0.000."""
+    """Return the last value with its sign; zero is +0.000."""
     return f"{round(curve[-1], 3) + 0.0:+.3f}"
 
 
-def _settings_text(method: MethodResult | GuidedMethod) -> str:
+def _kind(result: DemoResult) -> str:
+    return result.settings["pairs"].replace("_", "-")
+
+
+def _settings_text(method: Method) -> str:
     return ", ".join(f"{name} {value}" for name, value in method.settings.items())

@@ -13,8 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..engines.processes import in_any_process
 from ..saving.interrupts import resume_hint, was_interrupted
-from ..saving.model_card import CARD_FILE, is_note
-from ..saving.setup import forget_recommended_scales
+from ..saving.model_card import CARD_FILE, forget_recommended_scales
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .console import say
 from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
@@ -22,7 +21,7 @@ from .sample_images import SAMPLES_FOLDER, SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
 from .training_curves import CURVES_FILE, has_curves, plot_curves
 from .verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
-from .verdict_report import SamplePair, write_verdict
+from .verdict_report import write_verdict
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +117,9 @@ class VerdictCallback(TrainerCallback):
             return
         verdict = verdict_of(state.log_history, self._run, step)
         with warning_of_unwritten_files():
-            images = self._images(args, step or state.global_step)
-            picture = write_verdict(Path(args.output_dir), verdict, self._run, images)
+            folder = Path(args.output_dir)
+            images = [] if self._samples is None else self._samples.comparison(folder, step or state.global_step)
+            picture = write_verdict(folder, verdict, self._run, images)
             if picture is not None:
                 self._tracked.add("verdict", picture, state.global_step)
         if verdict is not None and not args.disable_tqdm:
@@ -134,22 +134,6 @@ class VerdictCallback(TrainerCallback):
             return False
         evaluated = (entry["step"] for entry in reversed(state.log_history) if is_evaluation(entry))
         return next(evaluated, None) != state.global_step
-
-    def _images(self, args: TrainingArguments, step: int) -> list[SamplePair]:
-        """The images of before training and of a step, where both are there."""
-        if self._samples is None or step == 0:
-            return []
-        galleries = zip(self._samples.gallery(0), self._samples.gallery(step), strict=True)
-        pairs = [
-            SamplePair(prompt, self._samples.seed + i, before, after)
-            for i, ((before, prompt), (after, _)) in enumerate(galleries)
-        ]
-        folder = Path(args.output_dir)
-        return [
-            pair
-            for pair in pairs
-            if all(is_note(folder / path, pair.prompt, pair.seed) for path in (pair.before, pair.after))
-        ]
 
 
 @contextlib.contextmanager
@@ -193,7 +177,7 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
     prefixes = changes_by_noise_bin(state.log_history)
     by_noise = [(noise_bin_file(prefix), "Change of the errors by noise level") for prefix in prefixes]
     curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
-    return [*curves, *by_noise]
+    return [(VERDICT_PLOT, "The verdict"), *curves, *by_noise]
 
 
 def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:

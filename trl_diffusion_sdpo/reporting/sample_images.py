@@ -6,6 +6,7 @@ import contextlib
 import copy
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
 from ..models.frozen_components import FrozenComponents
-from ..saving.model_card import is_note
 from ..step.pair_forward import eval_mode
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """Two images of one prompt from equal noise. Paths are relative to the output folder."""
+
+    prompt: str
+    seed: int
+    before: str
+    after: str
 
 
 class SampleImagesCallback(TrainerCallback):
@@ -97,8 +107,29 @@ class SampleImagesCallback(TrainerCallback):
         self._track(args)
 
     def gallery(self, step: int) -> list[tuple[str, str]]:
-        """Image paths relative to the output folder, each with its prompt, as the model card takes them."""
+        """Return the paths of a step's images, relative to the output folder, each with its prompt."""
         return [(f"{SAMPLES_FOLDER}/{_stem(step)}-{i}.png", prompt) for i, prompt in enumerate(self.prompts)]
+
+    def newest_gallery(self) -> list[tuple[str, str]]:
+        """Return the gallery of the newest images; nothing before the first."""
+        return [] if self.last_step is None else self.gallery(self.last_step)
+
+    def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
+        """Return the images of before training beside those of a step, by default the newest ones, if both are in the
+        output folder and state the same prompt and seed."""
+        step = step or self.last_step
+        if not step:
+            return []
+        galleries = zip(self.gallery(0), self.gallery(step), strict=True)
+        pairs = [
+            SamplePair(prompt, self.seed + i, before, after)
+            for i, ((before, prompt), (after, _)) in enumerate(galleries)
+        ]
+        return [
+            pair
+            for pair in pairs
+            if all(_states(folder / path, pair.prompt, pair.seed) for path in (pair.before, pair.after))
+        ]
 
     @property
     def last_step(self) -> int | None:
@@ -108,7 +139,7 @@ class SampleImagesCallback(TrainerCallback):
     def _are_written(self, folder: Path, step: int) -> bool:
         """Whether the images of a step are there, of these prompts and seeds."""
         files = enumerate(self.gallery(step))
-        noted = all(is_note(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
+        noted = all(_states(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
         return noted and grid_path(folder, step).exists()
 
     def _generate_once(self, args: TrainingArguments, state: TrainerState, step: int, model: nn.Module | None) -> None:
@@ -189,12 +220,9 @@ def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
 
 
-def newest_gallery(callbacks: Iterable[TrainerCallback]) -> list[tuple[str, str]]:
-    """The newest sample images, each with its prompt; none before the first."""
-    for callback in callbacks:
-        if isinstance(callback, SampleImagesCallback) and callback.last_step is not None:
-            return callback.gallery(callback.last_step)
-    return []
+def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCallback | None:
+    """Return the callback that generates sample images, if there is one."""
+    return next((callback for callback in callbacks if isinstance(callback, SampleImagesCallback)), None)
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:
@@ -220,6 +248,15 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int
 
 def _stem(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _states(file: Path, prompt: str, seed: int) -> bool:
+    """Return whether an image file states this prompt and seed."""
+    try:
+        with Image.open(file) as image:
+            return (image.info.get("prompt"), image.info.get("seed")) == (prompt, str(seed))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

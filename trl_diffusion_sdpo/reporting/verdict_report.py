@@ -6,13 +6,14 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
+from .sample_images import SamplePair
 from .verdict import STANDARD_ERRORS, Estimate, Measurement, RunFacts, Verdict, noise_levels_of
 
 SHOWN_PROMPTS = 6
@@ -23,16 +24,6 @@ UNKNOWN = Verdict(
 )
 COLOURS = {"better": "#1b7837", "unchanged": "#555555", "worse": "#b2182b", "unknown": "#555555"}
 WINNERS, LOSERS, GREY = "#2166ac", "#e08214", "#666666"
-
-
-@dataclass(frozen=True)
-class SamplePair:
-    """Two images of one prompt from equal noise; paths are relative to the output folder."""
-
-    prompt: str
-    seed: int
-    before: str
-    after: str
 
 
 def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: Sequence[SamplePair]) -> Path | None:

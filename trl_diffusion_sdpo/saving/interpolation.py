@@ -18,7 +18,7 @@ from torch import nn
 from ..losses import LOSS_KWARG_RANGES, interpolate, loss_spec
 from ..models.adapters import base_tensors
 from ..models.ema import EMA_FOLDER
-from .setup import ARGS_FILE, RECOMMENDED, SETUP_FILE, fingerprint, read_setup, write_setup
+from .setup import ARGS_FILE, SETUP_FILE, fingerprint, read_setup, write_setup
 from .weights import LORA_A, LORA_B, PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles, factor_of
 
 logger = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ class ScaledWeights:
         full_pipeline = self._run.lora is None and (self._run.folder / "model_index.json").is_file()
         with self.active(scale):
             self._files.save(folder, full_pipeline=full_pipeline)
-        setup = {key: value for key, value in self._run.setup.items() if key not in RECOMMENDED.values()}
-        write_setup(folder, {**setup, "scale": scale, "scaled_average": self._run.is_average})
+        write_setup(folder, {**self._run.setup, "scale": scale, "scaled_average": self._run.is_average})
         if (self._run.folder / ARGS_FILE).is_file():  # which names the run's base
             shutil.copyfile(self._run.folder / ARGS_FILE, folder / ARGS_FILE)
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from ..families.lora_keys import OriginalModule, original_module
 from ..models.ema import EMA_FOLDER
 from ..utils.disk import naming_the_disk
-from .setup import RECOMMENDED, SETUP_FILE, read_setup, recommended_scales
+from .model_card import RECOMMENDED, recommended_scales
+from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
 PREFIX = "lora_unet_"  # also of transformers
@@ -68,7 +69,7 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
 
 def _usage_hint(run: Path, average: bool) -> dict[str, str]:
     """What a sweep over scales has recommended for these weights, under the key that tools show to users."""
-    scale = recommended_scales(read_setup(run)).get(RECOMMENDED[average], {}).get("weights")
+    scale = recommended_scales(run).get(RECOMMENDED[average], {}).get("weights")
     return {} if scale in (None, 1.0) else {"modelspec.usage_hint": f"Recommended weight: {scale:g}"}
 
 

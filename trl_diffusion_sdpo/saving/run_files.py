@@ -20,7 +20,7 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import OptimizerSettings, check_resumable, stored_settings
-from .setup import ARGS_FILE, still_recommended, write_setup
+from .setup import ARGS_FILE, write_setup
 from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
 
@@ -92,7 +92,7 @@ class RunFiles:
         self._weights.save(folder, gathered, full_pipeline=self._full_pipeline and not is_checkpoint)
         if average is not None:
             self._weights.save(folder / EMA_FOLDER, average)
-        write_setup(folder, {**setup, **still_recommended(folder, {False: weights, True: average})})
+        write_setup(folder, setup)
         if not is_checkpoint:
             self._write_args(folder)
 

@@ -38,7 +38,7 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.reference import networks
 from ..reporting.console import say
 from ..reporting.run_callbacks import plots_of, run_lines
-from ..reporting.sample_images import SAMPLES_FOLDER, final_step, newest_gallery
+from ..reporting.sample_images import SAMPLES_FOLDER, final_step, find_sample_images
 from ..reporting.training_curves import CURVES_FILE
 from ..reporting.verdict import RunFacts, Verdict, verdict_of
 from ..saving.interrupts import step_exchange, stopping_on_interrupt, was_interrupted
@@ -265,7 +265,6 @@ class DiffusionSDPOTrainer(Trainer):
             lora=self.weight_files.describe()["lora"],
             full_pipeline=args.save_full_pipeline,
             base_model=self.origin.name_or_path,
-            base_folder=self.origin.folder,
             trainer_name=self._name,
             settings=settings_with(RESUME),
         )
@@ -833,14 +832,18 @@ class DiffusionSDPOTrainer(Trainer):
         """Write the card, and tell what the run has left and how to load it; the first process only."""
         written = self._write_card(keep_edited=True)
         tell, folder = logger.info if self.args.disable_tqdm else say, Path(self.args.output_dir)
-        found = {"samples": bool(newest_gallery(self.callback_handler.callbacks)), "card": written}
+        samples = find_sample_images(self.callback_handler.callbacks)
+        found = {"samples": samples is not None and samples.last_step is not None, "card": written}
         interrupted = was_interrupted(self.callback_handler.callbacks)
         loading_code = None if interrupted else self.model_card.loading_code()
         for line in run_lines(folder, self.state, loading_code, **found):
             tell(line)
 
-    def _write_card(self, *, ended: bool = True, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
+    def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
         verdict = self.verdict()
+        samples = find_sample_images(self.callback_handler.callbacks)
+        gallery = [] if samples is None else samples.newest_gallery()
+        comparison = [] if samples is None else samples.comparison(self.run_folder.path)
         facts["model_name"] = facts.get("model_name") or Path(self.args.output_dir).absolute().name
         facts["dataset_name"] = facts.get("dataset_name") or self.dataset_name
         return self.model_card.write(
@@ -850,11 +853,11 @@ class DiffusionSDPOTrainer(Trainer):
             is_stream=isinstance(self.train_dataset, PreferenceIterableDataset),
             plots=plots_of(self.state),
             keep_edited=keep_edited,
-            ended=ended,
             hub_model_id=self.hub_model_id,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            verdict=None if verdict is None else verdict.finding,
-            gallery=newest_gallery(self.callback_handler.callbacks),
+            verdict=None if verdict is None else str(verdict),
+            gallery=gallery,
+            comparison=[(pair.prompt, pair.before, pair.after) for pair in comparison],
             **facts,
         )
 
@@ -916,7 +919,7 @@ class DiffusionSDPOTrainer(Trainer):
         with failing_together(PublishingError, during_upload=True):
             self._save(self.args.output_dir)
             if self.is_world_process_zero():
-                self._write_card(model_name=self.hub_model_id.split("/")[-1], ended=False, keep_edited=True)
+                self._write_card(model_name=self.hub_model_id.split("/")[-1], keep_edited=True)
                 self.publisher.upload_progress(Path(checkpoint_folder), self.state)
 
     def _finish_current_push(self) -> None:

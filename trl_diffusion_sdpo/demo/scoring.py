@@ -1,0 +1,107 @@
+"""Scores a model by the oracle on images from fixed prompts and latents."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .image_measures import ImageMeter
+from .oracle import oracle_score
+from .pipeline import generate_images, reported_captions, score_latents, score_prompts
+from .results import Generated, Guided, Score
+
+GUIDANCE_SCALES = (2.0, 3.0, 5.0)  # of classifier-free guidance
+CHOOSING_SAMPLES = 2  # images of a prompt at each scale, from which the scale is chosen
+
+
+class ImageScorer:
+    """Generates `samples_per_prompt` images for each of the 72 prompts, and scores them by the oracle."""
+
+    def __init__(self, samples_per_prompt: int, seed: int):
+        self.one_of_each = slice(None, None, samples_per_prompt)  # one image for each prompt
+        self.prompts = score_prompts(samples_per_prompt)
+        self.latents = score_latents(samples_per_prompt, seed)
+
+    def __call__(
+        self, pipeline: StableDiffusionPipeline, only: np.ndarray | slice = slice(None), **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet keeps its training mode.
+
+        Args:
+            only (`np.ndarray` or `slice`): Indices of the images; all by default.
+            options: Options of [`generate_images`].
+        """
+        training = pipeline.unet.training
+        prompts = np.array(self.prompts)[only].tolist()
+        pipeline.unet.eval()
+        try:
+            with torch.no_grad():
+                images = generate_images(pipeline, prompts, self.latents[only], **options)
+        finally:
+            pipeline.unet.train(training)
+        return images, oracle_score(images, prompts)
+
+
+class GuidedScorer:
+    """Chooses a model's scale of classifier-free guidance on half of the prompts. On the other half, it scores and
+    measures the model's images without guidance and at this scale.
+
+    Args:
+        scorer ([`ImageScorer`]): Generates the images.
+        guidance_scales (`Sequence[float]`): Scales to choose from, beside 1, which is no guidance.
+    """
+
+    def __init__(self, scorer: ImageScorer, guidance_scales: Sequence[float]):
+        self._scorer, self._scales = scorer, guidance_scales
+        samples = len(scorer.prompts) // len(reported_captions())
+        self._reported = np.repeat(reported_captions(), samples)
+        self._choosing = ~self._reported & (np.arange(len(scorer.prompts)) % samples < CHOOSING_SAMPLES)
+        prompts = np.array(scorer.prompts)[self._reported].tolist()
+        self._meter = ImageMeter(prompts) if samples > 1 else None  # diversity needs two images of a prompt
+
+    def __call__(
+        self, pipeline: StableDiffusionPipeline, plain: tuple[np.ndarray, np.ndarray] | None = None, **options: Any
+    ) -> Guided:
+        """Generate with the options of [`generate_images`]. `plain` are all images without guidance and their scores,
+        if they were generated before."""
+        started = time.monotonic()
+        images, scores = self._scorer(pipeline, **options) if plain is None else plain
+        chosen_from = {1.0: float(scores[self._choosing].mean())}
+        for scale in self._scales:
+            _, guided = self._scorer(pipeline, self._choosing, guidance_scale=scale, **options)
+            chosen_from[scale] = float(guided.mean())
+        without = best = self._measured(1.0, images[self._reported], scores[self._reported])
+        scale = max(chosen_from, key=chosen_from.__getitem__)
+        if scale != 1:
+            best = self._measured(scale, *self._scorer(pipeline, self._reported, guidance_scale=scale, **options))
+        return Guided(without, best, chosen_from, time.monotonic() - started)
+
+    def _measured(self, scale: float, images: np.ndarray, scores: np.ndarray) -> Generated:
+        return Generated(scale, images, scores, None if self._meter is None else self._meter(images))
+
+
+class OracleCallback(TrainerCallback):
+    """Adds the oracle's score and the training time so far to the log history at every evaluation, and evaluates after
+    the last step. `base` is the score before training."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, scorer: ImageScorer, base: Score):
+        self.pipeline, self.scorer, self.base = pipeline, scorer, base
+        self.latest = (np.empty(0), np.empty(0))  # newest images and their scores
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        score = self.base
+        if state.global_step > 0:
+            is_last = state.global_step >= state.max_steps
+            self.latest = self.scorer(self.pipeline, slice(None) if is_last else self.scorer.one_of_each)
+            score = Score.of(self.latest[1])
+        entry = {"oracle": score.mean, "oracle_stderr": score.stderr, "seconds": time.monotonic() - self._start}
+        state.log_history.append({**entry, "step": state.global_step})
