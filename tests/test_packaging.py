@@ -1,6 +1,5 @@
 """What is shipped: requirements, entry point, data files, the configurations of the paper, the README's commands."""
 
-import logging
 import re
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 import trl_diffusion_sdpo
 from trl_diffusion_sdpo.cli import train, train_parser
@@ -59,19 +57,6 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_every_public_name_can_be_imported_and_no_other():
-    for name in trl_diffusion_sdpo.__all__:
-        assert getattr(trl_diffusion_sdpo, name).__name__ == name
-    with pytest.raises(AttributeError, match="SDPOTrainer2"):
-        trl_diffusion_sdpo.SDPOTrainer2  # noqa: B018
-
-
-def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(import_utils.EXTRAS, "quantization", "no_such_module")
-    with pytest.raises(ImportError, match="pip install no_such_module"):
-        import_utils.require("quantization", "Drawing")
-
-
 def test_every_imported_library_is_required(project):
     required = {Requirement(line).name.replace("-", "_") for line in project["dependencies"]}
     optional = set(import_utils.EXTRAS.values())
@@ -89,18 +74,6 @@ def is_importable(name: str) -> bool:
     except ImportError:
         return False
     return True
-
-
-def test_the_tested_versions_satisfy_the_requirements(project):
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    tested = {line.name.lower().replace("-", "_"): str(line.specifier)[2:] for line in pinned}
-    for name in ("dependencies", "deepspeed", "test", "quality", "docs"):
-        for line in project[name]:
-            requirement = Requirement(line)
-            version = tested[requirement.name.lower().replace("-", "_")]
-            assert requirement.specifier.contains(version, prereleases=True), line
-    assert all(SpecifierSet(f"=={version}") for version in tested.values())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -142,11 +115,6 @@ def test_every_configuration_is_parsed_and_explains_itself(path, tmp_path):
     assert path.name in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_package_says_that_it_is_typed():
-    """Without the file, type checkers ignore the annotations of an installed package (PEP 561)."""
-    assert (ROOT / "trl_diffusion_sdpo" / "py.typed").read_bytes() == b""
-
-
 def test_the_wheel_holds_the_examples_where_the_command_line_looks_for_them(tmp_path, monkeypatch):
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     installed, in_clone = train_parser.EXAMPLES
@@ -169,36 +137,3 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "trl_diffusion_sdpo", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"trl-diffusion-sdpo {trl_diffusion_sdpo.__version__}\n", "")
-
-
-@pytest.mark.parametrize(
-    ("name", "note", "other"),
-    [
-        (
-            "transformers.utils.import_utils",
-            "`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil` for",
-            "`CLIPModel` requires torch",
-        ),
-        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were", "ZeRO needs CUDA"),
-        (
-            "diffusers.models.modeling_utils",
-            "There are modules in AutoencoderKL that should be kept in float32: []. Casting directly with `to()` can",
-            "There are modules in T5 that should be kept in float32: ['wo']. Casting directly with `to()` can",
-        ),
-    ],
-)
-def test_notes_of_libraries_that_name_nothing_to_do_are_left_out(name, note, other):
-    logger = logging.getLogger(name)
-    import_utils.hide_idle_notes()
-    shown = [logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, text, (), None)) for text in (note, other)]
-    assert [bool(one) for one in shown] == [False, True]
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
-def test_links_of_the_pages_outside_the_documentation_lead_somewhere(page):
-    """PyPI shows the README: with an address of the repository its links must be absolute."""
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
-    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
-    relative = [link for link in links if not re.match(r"https?:", link)]
-    assert [link for link in relative if not ((ROOT / page).parent / link).exists()] == []
-    assert relative == [] or page != "README.md" or "Repository" not in urls

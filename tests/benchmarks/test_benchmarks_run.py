@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,21 +57,6 @@ def test_every_way_to_read_rows_is_measured(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-def test_the_usual_transforms_that_loading_is_compared_with_make_the_same_pixels(tmp_path):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import data_loading
-
-    from trl_diffusion_sdpo.data import PairTransform, decode_image, pixels_as_floats
-
-    first, second = (Path(file).read_bytes() for file in data_loading.write_images(tmp_path, 96)[:2])
-    ours = data_loading.our_pair(PairTransform(48, random_flip=True), decode_image, first, first)
-    usual = data_loading.usual_pair(48, first, first)
-    assert ours.shape == (2, 3, 48, 48) and ours.dtype == usual.dtype and torch.equal(ours, usual)
-    floats = data_loading.as_floats(lambda *_: usual, first, first)
-    assert torch.equal(pixels_as_floats(ours), floats)
-    assert data_loading.usual_pair(48, first, second).shape == (2, 3, 48, 48)
-
-
 SMOKE = """
 about: The smallest plan with a row of each kind.
 pairs: off_policy
@@ -89,6 +73,7 @@ rows:
 """
 
 
+@pytest.mark.matrix
 def test_a_study_trains_samples_and_goes_on_after_a_kill(tmp_path):
     plan, file = tmp_path / "smoke.yaml", tmp_path / "rows.jsonl"
     plan.write_text(SMOKE)

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # in this process: importing takes longer than measuring
-
-from gpu_device import Memory  # noqa: E402
 
 
 def benchmark():
@@ -65,88 +61,3 @@ def test_a_second_call_goes_on_where_the_first_ended(measured, capsys):
     assert call(measured, "--cases", "sd15-full") == 0
     assert "damaged" in capsys.readouterr().err
     measured.write_text(before)
-
-
-DID_NOT_FIT = {"outcome": "out of memory in training", "memory_gib": {"models": 23.0}}
-
-
-def test_running_out_of_memory_is_a_result(monkeypatch):
-    def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(gpu, "build", fail)
-    line = gpu.measure(gpu.CASES[0], "cpu", smallest=True)
-    assert line["outcome"] == "out of memory in making the networks"
-
-
-def test_a_case_that_fails_has_a_line_and_the_others_run(tmp_path, monkeypatch, capsys):
-    def fail(case, options, seconds):
-        if case.name == "sd15-lora":
-            raise RuntimeError("planted")
-        return {**gpu.facts(case, "cpu", smallest=True), **DID_NOT_FIT}
-
-    monkeypatch.setattr(gpu, "measured", fail)
-    assert call(tmp_path / "gpu.jsonl", "--cases", "sd15-lora*") == 1
-    found = lines(tmp_path / "gpu.jsonl")
-    assert found.keys() == {"sd15-lora", "sd15-lora-checkpointing", "sd15-lora-cached", "sd15-lora-compiled"}
-    assert found["sd15-lora"]["outcome"] == "failed: planted" and "planted" in capsys.readouterr().err
-    monkeypatch.setattr(gpu, "measured", None)
-    assert call(tmp_path / "gpu.jsonl", "--cases", "sd15-lora*") == 0  # nothing is left
-
-
-def test_a_case_that_hangs_is_ended_with_its_workers_and_not_begun_again(tmp_path, monkeypatch):
-    """The child starts a process that keeps its output open, as workers of a data loader do."""
-    hangs = tmp_path / "hangs.py"
-    hangs.write_text(
-        "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
-        "time.sleep(600)\n"
-    )
-    monkeypatch.setattr(gpu, "__file__", str(hangs))
-    words = [*SMALLEST, "--file", str(tmp_path / "gpu.jsonl"), "--cases", "sd15-lora", "--case_seconds", "4"]
-    assert gpu.main(words) == 0
-    assert lines(tmp_path / "gpu.jsonl")["sd15-lora"]["outcome"] == "not done in 4 s"
-    with pytest.raises(ProcessLookupError):
-        for _ in range(50):  # until init has collected it
-            os.kill(int((tmp_path / "pid").read_text()), 0)
-            time.sleep(0.1)
-    monkeypatch.setattr(gpu, "measured", None)
-    assert gpu.main(words) == 0
-
-
-def test_flux_in_full_does_not_fit_by_its_weights():
-    """By hand: 11.9 B weights, 16 bytes each in float32 with gradient and AdamW, and 2 for the reference."""
-    full = next(case for case in gpu.CASES if case.name == "flux-dev-full")
-    assert gpu.least_bytes(full) == pytest.approx(11.90e9 * 18, rel=0.01)
-
-
-def test_the_peak_of_a_step_is_the_largest_of_its_parts():
-    memory = Memory("cpu")
-    sizes = iter([5, 7, 3, 20, 4, 9])  # before, encoding, between, reference, between, after
-    memory._peak = lambda: next(sizes) * 2**30
-    memory.note = lambda name: None
-    memory.begin()
-    with memory.part("encoding"):
-        pass
-    with memory.part("reference"):
-        pass
-    memory._peak = lambda: 9 * 2**30
-    memory.end()
-    assert memory.peaks == {"encoding": 7, "reference": 20, "step": 20, "policy and backward pass": 9}
-
-
-@pytest.mark.matrix
-def test_a_case_runs_in_a_process_of_its_own(tmp_path):
-    file = tmp_path / "gpu.jsonl"
-    assert gpu.main([*SMALLEST, "--file", str(file), "--cases", "sdxl-lora"]) == 0
-    assert lines(file)["sdxl-lora"]["neutral"]
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
-def test_every_case_trains(tmp_path, case):
-    if case.tuning == "qlora":
-        pytest.importorskip("bitsandbytes")
-    assert call(tmp_path / "gpu.jsonl", "--cases", case.name) == 0
-    assert lines(tmp_path / "gpu.jsonl")[case.name]["neutral"]

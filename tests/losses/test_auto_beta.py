@@ -13,11 +13,6 @@ def controller(beta=500.0):
     return BetaController(beta, torch.device("cpu"))
 
 
-def test_it_starts_at_the_given_beta_exactly():
-    assert controller(500.0).beta.item() == 500.0
-    assert controller(0.1).beta.item() == torch.tensor(0.1).item()
-
-
 def test_a_margin_of_average_size_has_the_factor_one_fifth():
     """Two hundred times 200 steps at one margin: the average is that margin, and sigma(-beta / 2 m) is 0.2."""
     steered, margin = controller(), torch.tensor(2e-3)

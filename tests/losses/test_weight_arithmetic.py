@@ -18,11 +18,6 @@ def test_an_interpolation_keeps_its_ends_exactly_and_the_dtype():
     assert interpolate(base, tuned, 0.5).dtype == torch.bfloat16
 
 
-def test_of_whole_numbers_the_nearer_is_taken():
-    base, tuned = torch.tensor([3]), torch.tensor([8])
-    assert [interpolate(base, tuned, scale).item() for scale in (0.0, 0.49, 0.5, 1.0)] == [3, 3, 8, 8]
-
-
 def test_a_lora_is_scaled_by_its_rank_or_the_root_of_it():
     assert lora_scaling(32, 16, rank_stabilized=False) == 2.0
     assert lora_scaling(32, 16, rank_stabilized=True) == 8.0

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 
 from trl_diffusion_sdpo.families import load_pipeline
-from trl_diffusion_sdpo.step.noisy_batch import seeds_of_draws
 
 INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 3}
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
@@ -147,19 +146,6 @@ def test_a_step_of_a_flow_model_by_hand(make_trainer, family_folder):
     assert (gradient(trainer) - theirs).norm() < 2e-3 * theirs.norm()
 
 
-def test_timesteps_are_those_of_drawn_noise_and_the_published_end_gives_other_noise(make_trainer):
-    shared, exact, grid = make_trainer(), make_trainer(**INVERSION), make_trainer(**INVERSION, inversion_end="grid")
-    batch = batch_of(shared)
-    noisy = [each.pair_forward.noisy_batch(batch, 1, each.model) for each in (shared, exact, grid)]
-    assert torch.equal(noisy[0].timesteps, noisy[1].timesteps) and torch.equal(noisy[0].timesteps, noisy[2].timesteps)
-    assert len({float(each.target.square().mean()) for each in noisy}) == 3
-    again = exact.pair_forward.noisy_batch(batch, 1, exact.model)
-    assert torch.equal(again.noisy, noisy[1].noisy) and torch.equal(again.target, noisy[1].target)
-    winners, losers = noisy[1].target.chunk(2)
-    assert not torch.allclose(winners, losers, atol=0.1)  # each image has noise of its own
-    assert not any(each.noisy.requires_grad or each.target.requires_grad for each in noisy)
-
-
 def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(make_trainer):
     trainer = make_trainer(**INVERSION, inversion_eta=0.5)
     batch, rows = batch_of(trainer), [2, 3, 6, 7]
@@ -177,19 +163,6 @@ def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(
     torch.testing.assert_close(part.target, whole.target[rows], rtol=1e-4, atol=1e-4)
     other = make_trainer(**INVERSION)  # without the added noise
     assert not torch.allclose(other.pair_forward.noisy_batch(batch, 1, other.model).target, whole.target, atol=0.05)
-
-
-def test_every_draw_of_a_pair_is_inverted_to_its_own_timestep(make_trainer):
-    trainer = make_trainer(**INVERSION)
-    batch = batch_of(trainer)
-    several = trainer.pair_forward.noisy_batch(batch, 2, trainer.model)
-    for level in range(2):
-        seeds = seeds_of_draws(batch["seeds"], 2)[4 * level : 4 * level + 4]
-        latents, conditioning = trainer.pair_forward.encode(batch)  # one encoding for both
-        timesteps, noise, _ = trainer.pair_forward.invert(trainer.model, conditioning, seeds, latents)
-        rows = [4 * level + row for row in range(4)] + [8 + 4 * level + row for row in range(4)]
-        assert torch.equal(several.timesteps[rows], timesteps)
-        torch.testing.assert_close(several.target[rows], noise, rtol=1e-4, atol=1e-4)
 
 
 def test_passes_without_gradients_leave_those_of_the_step_as_they_are(make_trainer, moved, sd_folder):
@@ -237,16 +210,6 @@ def test_an_evaluation_has_the_drawn_noise_of_any_other_run(make_trainer, moved,
         trainer = make_trainer(copy.deepcopy(moved), eval_dataset=make_pairs(4), num_noise_bins=2, **settings)
         found.append({name: value for name, value in trainer.evaluate().items() if "errors/" in name})
     assert found[0] == found[1] and {"eval_errors/winner", "eval_errors/winner_change@0"} <= found[0].keys()
-
-
-def test_a_resumed_run_arrives_where_an_undisturbed_one_does(make_trainer, tmp_path):
-    settings = {**INVERSION, "inversion_eta": 0.2, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(peft_config=LoraConfig(r=2), max_steps=3, output_dir=str(tmp_path / "whole"), **settings)
-    whole.train()
-    resumed = make_trainer(peft_config=LoraConfig(r=2), max_steps=3, output_dir=str(tmp_path / "resumed"), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    ours, theirs = (dict(trainer.denoiser.named_parameters()) for trainer in (resumed, whole))
-    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
 
 def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):

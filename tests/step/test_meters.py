@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig
 from tiny_pipelines import case
 
-from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.families import load_pipeline
 
 
@@ -84,15 +83,8 @@ def build(make_trainer, family_folder, sd_folder):
     return trainer_of
 
 
-# Levels that no pair is drawn at: above the schedule's, and next to the clean image.
-NEVER = {"stable_diffusion": [0.999, 1.0], "flux": [0.0, 1e-6]}
-IN_CI = [("flux", "lora", "parameter")]
-RUNS = [
-    pytest.param(family, tuning, safeguard, marks=() if (family, tuning, safeguard) in IN_CI else pytest.mark.matrix)
-    for family in NEVER
-    for tuning in ("full", "lora")
-    for safeguard in ("none", "output", "parameter")
-]
+# Levels that no pair is drawn at: next to the clean image.
+NEVER = [0.0, 1e-6]
 
 
 def assert_same_walk(first, second):
@@ -105,13 +97,12 @@ def loser_weights(walk):
     return [entry["safeguard/loser_weight"] for entry in walk[1]]
 
 
-@pytest.mark.parametrize(("family", "tuning", "safeguard"), RUNS)
-def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_bit(build, family, tuning, safeguard):
-    run = family, tuning, safeguard
+def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_bit(build):
+    run = "flux", "lora", "parameter"
     plain = walked(build(*run))
     every = walked(build(*run, loser_noise_range=[0.0, 1.0]))
     nowhere = build(*run)
-    set_range(nowhere, NEVER[family])  # a user's would be refused at set-up
+    set_range(nowhere, NEVER)  # a user's would be refused at set-up
     never = walked(nowhere)
     winners = walked(without_losers(build(*run)))
     assert_same_walk(plain, every)
@@ -121,10 +112,8 @@ def test_a_full_range_is_none_and_an_empty_one_trains_the_winners_alone_to_the_b
     assert loser_weights(every) == [1, 1] and loser_weights(never) == [0, 0]
 
 
-@pytest.mark.parametrize("loss_type", ["dspo", "mapo"])
-def test_the_range_does_the_same_under_other_losses(build, loss_type):
-    beta = {"dspo": 0.5, "mapo": 0.1}[loss_type]
-    trainer = build("stable_diffusion", "full", "output", loss_type=loss_type, beta=beta)
+def test_the_range_does_the_same_under_a_loss_that_reads_the_references_prediction(build):
+    trainer = build("stable_diffusion", "full", "output", loss_type="dspo", beta=0.5)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
     def gradient(span):
@@ -141,9 +130,9 @@ def test_the_range_does_the_same_under_other_losses(build, loss_type):
     assert not torch.equal(plain, winners)
 
 
-@pytest.mark.parametrize("safeguard", ["none", "parameter"])
-def test_outside_a_range_a_pair_trains_its_winner_only(build, safeguard):
+def test_outside_a_range_a_pair_trains_its_winner_only(build):
     """Half a range: the levels of the drawn timesteps say, pair by pair, whose loser's branch is cut off."""
+    safeguard = "parameter"
     ranged = walked(build("stable_diffusion", "full", safeguard, loser_noise_range=[0.3, 0.7]))
     cut = without_losers(build("stable_diffusion", "full", safeguard), lambda level: (level >= 0.3) & (level <= 0.7))
     assert_same_walk(ranged, walked(cut))
@@ -241,14 +230,14 @@ def of_levels(metrics, prefix="eval_"):
     return {name.removeprefix(prefix): value for name, value in metrics.items() if "@" in name}
 
 
-@pytest.mark.parametrize("parts", [4, 40])
-def test_an_evaluation_tells_the_change_at_each_level_that_it_met(make_trainer, make_pairs, sd_folder, parts):
+def test_an_evaluation_tells_the_change_at_each_level_that_it_met(make_trainer, make_pairs, sd_folder):
+    parts = 4
     trainer = make_trainer(moved(sd_folder), sd_folder, eval_dataset=make_pairs(10, seed=4), num_noise_bins=parts)
     kept = recording(trainer)
     metrics = trainer.evaluate()
     levels, errors = (torch.cat([batch[place] for batch in kept]) for place in (0, 1))
     expected = by_level(levels, errors, parts)
-    assert len(levels) == 10 and (parts < 40 or len(expected) < 4 * 10 + 1)
+    assert len(levels) == 10
     assert of_levels(metrics) == pytest.approx(expected, rel=1e-4, abs=5e-7)
     assert metrics["eval_errors/winner_change"] == pytest.approx(float((errors[:, 0] - errors[:, 2]).mean()), rel=1e-4)
 
@@ -281,13 +270,6 @@ def test_repetitions_that_fill_up_the_last_batch_are_in_no_level(make_trainer, m
     assert found == pytest.approx(by_level(levels[:real], errors[:real], 4), rel=1e-4, abs=5e-7)
 
 
-def test_without_a_reference_and_an_evaluation_before_training_there_is_no_change_to_tell(make_trainer, make_pairs):
-    trainer = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo")
-    trainer.state.global_step = 3  # as after a resume
-    metrics = trainer.evaluate()
-    assert not of_levels(metrics) and "eval_errors/winner" in metrics
-
-
 def test_without_a_reference_the_change_is_that_since_the_evaluation_before_training(make_trainer, make_pairs):
     metrics = make_trainer(eval_dataset=make_pairs(4, seed=4), loss_type="mapo").evaluate()
     assert set(of_levels(metrics).values()) == {0.0} and "eval_errors/winner_change" not in metrics
@@ -296,29 +278,9 @@ def test_without_a_reference_the_change_is_that_since_the_evaluation_before_trai
 # ---- Bad input -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("span", [[0.7, 0.3], [0.5, 1.1], [0.5], [float("nan"), 1.0]])
-def test_a_range_that_is_none_is_refused(tmp_path, span):
-    with pytest.raises(ValueError, match="`loser_noise_range`"):
-        DiffusionSDPOConfig(str(tmp_path), use_cpu=True, report_to="none", loser_noise_range=span)
-
-
 def test_a_range_that_the_schedule_never_visits_is_refused(make_trainer):
     """Stable Diffusion's levels, of its betas in float64: the lowest is 0.028 and the highest 0.936."""
     levels = levels_of(torch.arange(1000))
     assert (round(float(levels.min()), 3), round(float(levels.max()), 3)) == (0.028, 0.936)
     with pytest.raises(ValueError, match=r"must meet the noise levels that are drawn, 0.028 to 0.936; got"):
         make_trainer(loser_noise_range=[0.95, 1.0])
-
-
-def test_a_range_without_losers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`loser_noise_range`"):
-        DiffusionSDPOConfig(
-            str(tmp_path), use_cpu=True, report_to="none", loss_type="sft", loser_noise_range=[0.5, 1.0]
-        )
-
-
-def test_a_range_that_the_drawn_timesteps_never_meet_is_refused(build):
-    with pytest.raises(
-        ValueError, match=r"must meet the noise levels that are drawn, 0.028 to 0.38.; got \[0.62, 1.0\]"
-    ):
-        build("stable_diffusion", "lora", "output", timestep_range=[0, 220], loser_noise_range=[0.62, 1.0])

@@ -123,14 +123,6 @@ def test_a_size_without_positions_is_refused_at_the_start(bucketed):
         bucketed(bucket_step=64)
 
 
-def test_settings_that_cannot_act_are_named(make_args):
-    with pytest.warns(UserWarning, match="`bucket_step`"):
-        make_args(bucket_step=32)
-    for name, value in {"bucket_step": 0, "bucket_max_aspect_ratio": 1, "min_side": 0}.items():
-        with pytest.raises(ValueError, match=f"`{name}` must be"):
-            make_args(**{"aspect_ratio_buckets": True, name: value})
-
-
 def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
     """5, 3 and 1 pairs in batches of 2 are 3, 2 and 1 batches, in which 3 pairs come a second time."""
     trainer = bucketed(train=pairs_of(*MIXED), per_device_train_batch_size=2, max_steps=-1, num_train_epochs=2)
@@ -158,15 +150,14 @@ def test_pairs_come_in_a_new_order_each_epoch(bucketed):
     assert [int(batch["rows"]) for batch in in_order.get_train_dataloader()] == list(range(9))
 
 
-@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.matrix), 4])
-def test_a_resumed_run_walks_the_same_trajectory_to_the_bit(bucketed, tmp_path, stop):
-    """Over accumulation steps of several sizes, from within an epoch of 6 batches and from a later one."""
+def test_a_resumed_run_walks_the_same_trajectory_to_the_bit(bucketed, tmp_path):
+    """Over accumulation steps of several sizes, from within the second epoch of 6 batches."""
     settings = {"train": pairs_of(*MIXED), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings |= {"random_crop": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
     whole = bucketed(**settings, output_dir=str(tmp_path / "whole"))
     whole.train()
     half = bucketed(**settings, output_dir=str(tmp_path / "half"))
-    half.args.max_steps = stop
+    half.args.max_steps = 4
     half.train()
     again = bucketed(**settings, output_dir=str(tmp_path / "half"))
     again.train(resume_from_checkpoint=True)
@@ -174,13 +165,6 @@ def test_a_resumed_run_walks_the_same_trajectory_to_the_bit(bucketed, tmp_path, 
     assert all(torch.equal(one[key], two[key]) for key in one)
     logged = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, again)]
     assert logged[0] == logged[1] and len(set(logged[0])) == 5
-
-
-def test_resuming_with_other_buckets_is_refused(bucketed, tmp_path):
-    settings = {"train": pairs_of(*MIXED), "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    bucketed(**settings).train()
-    with pytest.raises(ValueError, match="goes on at its place in the training data.*sizes was"):
-        bucketed(**{**settings, "max_steps": 2}, bucket_step=2).train(resume_from_checkpoint=True)
 
 
 def test_an_evaluation_counts_every_pair_once(bucketed):
@@ -222,21 +206,20 @@ def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path):
     assert all(torch.equal(live[key], stored[key]) for key in live)
 
 
-@pytest.mark.parametrize("settings", [{"precompute_latents": True}, {"precompute_ref_errors": True}], ids=str)
-def test_a_size_of_damaged_pairs_alone_is_replaced_by_pairs_of_one_other(bucketed, tmp_path, settings):
+def test_a_size_of_damaged_pairs_alone_is_replaced_by_pairs_of_one_other(bucketed, tmp_path):
     """The two wide pairs are damaged behind their headers. In the order of the rows, a high and a square one follow
     them, which do not fit into one batch."""
     pairs = pairs_of(SQUARE, WIDE, HIGH, WIDE, SQUARE)
     pairs = pairs.map(
         lambda row: {"chosen": row["chosen"][: 200 if row["prompt"] in ("prompt 1", "prompt 3") else None]}
     )
-    folders = {"precompute_dir": str(tmp_path)}
-    settings |= {"per_device_train_batch_size": 2, "verify_images": "none", "max_steps": 3}
-    trainer = bucketed(train=pairs, **settings, **folders)
+    settings = {"per_device_train_batch_size": 2, "verify_images": "none", "max_steps": 3}
+    trainer = bucketed(train=pairs, **settings, precompute_latents=True, precompute_dir=str(tmp_path))
     trainer.train()
     items = [trainer.train_dataset[pair] for pair in range(5)]
-    kind = "moments" if "precompute_latents" in settings else "pixel_values"
-    assert items[1][kind].shape == items[3][kind].shape == items[4][kind].shape  # for which they were computed
+    assert (
+        items[1]["moments"].shape == items[3]["moments"].shape == items[4]["moments"].shape
+    )  # for which they were computed
     taken = {pair: item["row"] for pair, item in enumerate(items)}
     assert taken == {0: 0, 1: 4, 2: 2, 3: 4, 4: 4} and trainer.train_dataset.report.undecodable == 2
 

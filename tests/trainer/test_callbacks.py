@@ -1,7 +1,6 @@
 """Callbacks: sample images that leave training untouched, a checkpoint on interruption, epochs and reference syncs."""
 
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -48,23 +47,12 @@ def run(callback, args, steps, start=0, **state):
     return control
 
 
-def names(args):
-    return sorted(path.name for path in args_folder(args).glob("*"))
-
-
 def args_folder(args):
     return Path(args.output_dir) / "samples"
 
 
 def same_images(first, second):
     return all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
-
-
-def test_images_are_generated_before_during_and_after_training(sampler, args):
-    run(sampler, args, steps=3)
-    expected = [f"step-{step:06d}{end}.png" for step in (0, 2, 3) for end in ("", "-0", "-1")]
-    assert names(args) == sorted(expected)
-    assert sampler.last_step == 3
 
 
 def test_an_image_is_what_the_pipeline_gives_for_the_seed(sampler, sd_pipeline):
@@ -132,49 +120,6 @@ def test_a_resumed_run_keeps_the_image_of_its_step_and_a_fresh_run_does_not(samp
     assert marks[0].read_bytes() != b"mark"
 
 
-def test_a_resumed_run_with_other_prompts_generates_images_of_these(sampler, args):
-    run(sampler, args, steps=2)
-    sampler.prompts = ["a blue cube", PROMPTS[1]]
-    run(sampler, args, steps=0, start=2)
-    with Image.open(args_folder(args) / "step-000002-0.png") as image:
-        assert image.text["prompt"] == "a blue cube"
-
-
-def test_the_best_model_is_drawn_if_it_was_loaded_at_the_end(sampler, args):
-    args.load_best_model_at_end = True
-    run(sampler, args, steps=3, best_global_step=2, best_model_checkpoint="out/checkpoint-1")
-    assert "step-000001-0.png" in names(args)
-
-
-def test_other_processes_generate_nothing(sampler, args):
-    run(sampler, args, steps=2, is_world_process_zero=False)
-    assert names(args) == []
-
-
-def test_drawing_follows_mixed_precision(sd_pipeline, args):
-    """A float32 denoiser under autocast beside frozen components in half precision, as training holds them."""
-    for component in (sd_pipeline.vae, sd_pipeline.text_encoder):
-        component.to(torch.bfloat16)
-    dtypes = []
-    handle = sd_pipeline.unet.conv_in.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    args.bf16 = True
-    run(make_sampler(sd_pipeline), args, steps=2)
-    handle.remove()
-    assert set(dtypes) == {torch.bfloat16}
-
-
-def test_sdxl_is_drawn_as_well(sdxl_pipeline):
-    """Its Euler scheduler has timesteps that are no whole numbers, which must not be rounded."""
-    timesteps = []
-    handle = sdxl_pipeline.unet.time_proj.register_forward_pre_hook(
-        lambda module, args: timesteps.append(args[0].dtype)
-    )
-    sdxl_pipeline.to(torch.bfloat16)
-    assert make_sampler(sdxl_pipeline).generate()[0].size == (16, 16)
-    handle.remove()
-    assert set(timesteps) == {torch.float32}
-
-
 @pytest.fixture
 def own_handlers():
     """Handlers of the test's own, which record; pytest's come back afterwards."""
@@ -210,25 +155,6 @@ def test_the_second_signal_stops_at_once_and_gives_the_handlers_back(own_handler
         signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
     assert own_handlers == [signal.SIGINT]
-
-
-def test_another_thread_leaves_signals_alone(own_handlers, args):
-    before = signal.getsignal(signal.SIGINT)
-    callback, control, problems = CheckpointOnInterrupt(), TrainerControl(), []
-
-    def train():
-        try:
-            callback.on_train_begin(args, TrainerState(), control)
-            callback.on_step_end(args, TrainerState(), control)
-            callback.on_train_end(args, TrainerState(), control)
-        except ValueError as problem:
-            problems.append(problem)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    thread.join()
-    assert problems == [] and not control.should_training_stop
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 class Numbers(Dataset):

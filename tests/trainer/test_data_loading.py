@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from transformers import Trainer
 
-from trl_diffusion_sdpo import PairMixture
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines import batch_loaders as loaders
@@ -125,13 +124,6 @@ def test_a_resumed_epoch_has_the_random_state_of_the_run_that_was_not_interrupte
     assert [state for *_, state in resumed_states] == [state for *_, state in states[2:]]
 
 
-def test_the_last_step_of_a_stream_has_the_micro_batches_that_are_left(make_trainer, make_pairs):
-    trainer = make_trainer(train=make_pairs(3).to_iterable_dataset(), gradient_accumulation_steps=2, max_steps=2)
-    batches = iter(["first", "second", "third"])
-    steps = [trainer.get_batch_samples(batches, 2, trainer.args.device) for _ in range(2)]
-    assert steps == [(["first", "second"], None), (["third"], None)]
-
-
 def test_floats_of_a_collator_of_ones_own_train_as_the_bytes_do(make_trainer):
     assert losses(make_trainer()) == losses(make_trainer(data_collator=FloatCollator()))
 
@@ -188,22 +180,6 @@ def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):
     cores = 1
     reason, workers = chosen(arrow)
     assert workers == 0 and "0 cores" in reason
-
-
-def test_all_processes_batches_of_training_and_evaluation_fit_into_the_shared_memory(many, monkeypatch):
-    """A pair is 2 * 3 * 512 * 512 bytes, 1.5 MiB: a worker's three batches of 4 pairs are 18 MiB, and those of 8 pairs
-    for evaluation 36 MiB more. Half of the memory is theirs."""
-    arrow = prepare_dataset(many, transform=PairTransform(16), verify_images="none")
-    monkeypatch.setattr(loaders, "usable_cores", lambda processes: 64 // processes)
-    usage = type("Usage", (), {"free": 2 * 18 * 4 * 2**20})
-    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert chosen(arrow)[1] == 4
-    assert chosen(arrow, evaluates=True)[1] == 1  # 72 MiB have room for one of 54
-    assert chosen(arrow, world_size=2)[1] == 2
-    assert chosen(arrow, dataloader_prefetch_factor=5)[1] == 2  # six batches each
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert chosen(arrow, world_size=8)[1] == 1
 
 
 def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs):
@@ -292,15 +268,3 @@ def test_alike_images_are_refused_unless_the_loss_reads_winners_only(make_traine
     with pytest.raises(ValueError, match="In 4 of 4 pairs"):
         make_trainer(train=rows)
     make_trainer(train=rows, loss_type="sft")
-
-
-def test_several_data_sets_train_together_map_style_and_as_streams(make_trainer, make_pairs):
-    own = make_pairs(2, seed=1).rename_columns({"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1"})
-    own = own.remove_columns(["chosen_score", "rejected_score"]).add_column("label_0", [1.0, 0.0])
-    trainer = make_trainer(train=PairMixture([make_pairs(6), own], (1, 1)))
-    assert len(trainer.train_dataset) == 12 and len(losses(trainer)) == 2
-    streams = [part.to_iterable_dataset() for part in (make_pairs(6), own)]
-    assert len(losses(make_trainer(train=PairMixture(streams, (1, 1))))) == 2
-    split = datasets.distributed.split_dataset_by_node(make_pairs(4).to_iterable_dataset(num_shards=2), 0, 2)
-    with pytest.raises(ValueError, match="Split all streams of a mixture by node, or none"):
-        make_trainer(train=PairMixture([split, streams[1]]))

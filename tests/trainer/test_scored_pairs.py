@@ -34,14 +34,6 @@ def test_the_mean_is_over_what_is_trained_on_and_held_out_pairs_need_no_numbers(
     assert dict(zip(rows, weights, strict=True)) == pytest.approx({0: 0.5, 1: 1.0, 2: 1.5})
 
 
-def test_settings_that_are_off_change_no_bit_of_a_batch(make_trainer, scored):
-    plain = list(make_trainer(train=scored, **SMALL).get_train_dataloader())
-    bare = scored.remove_columns(["quality", "chosen_score", "rejected_score"])
-    for one, other in zip(plain, make_trainer(train=bare, **SMALL).get_train_dataloader(), strict=True):
-        assert one.keys() == other.keys() and "scores" not in one and "pair_weights" not in one
-        assert one["seeds"] == other["seeds"] and torch.equal(one["pixel_values"], other["pixel_values"])
-
-
 def test_calibrated_scores_reach_the_batches_of_training_and_evaluation(make_trainer, scored):
     """One pair a prompt: sigma of the gap and its complement."""
     trainer = make_trainer(
@@ -81,22 +73,6 @@ def test_streams_are_refused_by_the_trainer(make_trainer, scored):
             make_trainer(train=scored.to_iterable_dataset(), **settings)
 
 
-def test_weights_of_a_loss_that_orders_pairs_are_others(make_trainer, scored):
-    """Of a pair whose scores contradict its label, the gap is 0 or the distance."""
-    weighted = make_trainer(train=scored, pair_weights="gap", loss_type="smpo").train_dataset
-    make_trainer(train=weighted, pair_weights="gap", loss_type="smpo")
-    with pytest.raises(ValueError, match="weights of pairs by 'gap' of pairs ordered by scores, and"):
-        make_trainer(train=weighted, pair_weights="gap")
-
-
-def test_a_loss_that_reads_shares_of_wins_tells_of_raw_scores(make_trainer, scored, caplog):
-    make_trainer(train=scored, loss_type=["sigmoid", "capo"], beta=100.0)
-    assert "share of wins, in [0, 1], and theirs are from 0 to 4" in caplog.text
-    caplog.clear()
-    make_trainer(train=scored, loss_type=["sigmoid", "capo"], beta=100.0, calibrated_scores=True)
-    assert "share of wins, in [0, 1]" not in caplog.text
-
-
 def test_prepared_data_must_use_scores_as_the_settings_say(make_trainer, scored):
     weighted = make_trainer(train=scored, pair_weights="gap").train_dataset
     make_trainer(train=weighted, pair_weights="gap", eval_dataset=weighted)
@@ -110,8 +86,3 @@ def test_prepared_data_must_use_scores_as_the_settings_say(make_trainer, scored)
         make_trainer(train=plain, pair_weights="gap")
     with pytest.raises(ValueError, match="The loss reads scores, and the prepared train data have none"):
         make_trainer(train=plain, loss_type="smpo")
-
-
-def test_calibrated_scores_that_nothing_reads_warn(make_args):
-    with pytest.warns(UserWarning, match="`calibrated_scores`"):
-        make_args(calibrated_scores=True, pair_weights="agreement")

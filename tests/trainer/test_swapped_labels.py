@@ -24,15 +24,8 @@ def exchanged(pairs):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"safeguard": "parameter", "winner_budget": 0.01, "winner_budget_pairs": 4}, id="budget"),
-        pytest.param({"loss_type": "smpo", "safeguard": "output"}, id="scores"),
-    ],
-)
-def test_a_swapped_run_is_the_run_on_exchanged_columns(make_trainer, make_pairs, settings):
-    runs = []
+def test_a_swapped_run_is_the_run_on_exchanged_columns(make_trainer, make_pairs):
+    settings, runs = {"safeguard": "parameter", "winner_budget": 0.01, "winner_budget_pairs": 4}, []
     for pairs, swap in ((make_pairs(4), True), (exchanged(make_pairs(4)), False)):
         given = {"eval_dataset": pairs, "eval_strategy": "epoch", "per_device_train_batch_size": 2}
         trainer = make_trainer(train=pairs, swap_labels=swap, max_steps=2, **given, **settings)
@@ -57,9 +50,3 @@ def test_the_card_the_set_up_and_the_report_say_it(make_trainer, make_pairs, tmp
     assert "This is a negative model" in card and SWAPPED in card and "| `swap_labels` | `True` |" in card
     assert json.loads((folder / "diffusion_sdpo_setup.json").read_text())["swap_labels"] is True
     assert "published as rejected" in card.split("## Result")[1].split("## Samples")[0]  # the verdict
-
-
-def test_prepared_data_of_the_other_kind_are_refused(make_trainer, make_pairs):
-    prepared = make_trainer(swap_labels=True).train_dataset
-    with pytest.raises(ValueError, match="swap_labels"):
-        make_trainer(train=prepared)
