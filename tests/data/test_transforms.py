@@ -239,3 +239,58 @@ def test_an_unknown_interpolation_is_refused():
 def test_formats_that_run_other_programs_are_not_opened():
     with pytest.raises(UndecodableImageError, match="image format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n")
+
+
+# ---- JPEG files decoded at a fraction of their size ------------------------------------------------------------------
+
+
+def jpeg(image, **options):
+    return encoded(image, "JPEG", quality=100, subsampling=0, **options)
+
+
+def fast_and_full(data, resolution, draw, **settings):
+    """The pair of twice the same file, as `"fast"` and as `"bilinear"` make it."""
+    results = []
+    for name in ("fast", "bilinear"):
+        transform = PairTransform(resolution, interpolation=name, **settings)
+        image = decode_image(data, transform.covering())
+        results.append(transform(image, image, draw))
+    return results
+
+
+def test_an_eighth_of_a_jpeg_is_the_mean_of_each_block():
+    """JPEG stores blocks of 8 x 8 pixels by their means and what differs from these."""
+    means = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, axis=2)
+    data = jpeg(Image.fromarray(means.repeat(8, axis=0).repeat(8, axis=1)))
+    transform = PairTransform(8, interpolation="fast")
+    image = decode_image(data, transform.covering())
+    assert image.size == (8, 8)
+    result = transform(image, image)
+    assert result.original_sizes == ((64, 64), (64, 64))
+    expected = torch.from_numpy(means).permute(2, 0, 1).int()
+    assert (result.pixel_values[0].int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("flip", [0.2, 0.9])
+@pytest.mark.parametrize(("side", "decoded"), [(40, (96, 64)), (20, (48, 32)), (96, (192, 128))])
+def test_a_fraction_of_a_jpeg_is_cropped_and_mirrored_as_all_of_it(side, decoded, flip, turned):
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6  # to be turned by 90 degrees
+    data = jpeg(column_image(128, 192), exif=exif)
+    draw = draws(top=0.7, left=0.7, flip=flip)
+    fast, full = fast_and_full(data, side, draw, center_crop=False, random_flip=True)
+    assert fast.original_sizes == full.original_sizes == (((192, 128), (192, 128)) if turned else ((128, 192),) * 2)
+    assert fast.crop_top_lefts == full.crop_top_lefts
+    assert (fast.pixel_values.int() - full.pixel_values.int()).abs().max() <= 5
+    covering = PairTransform(side, interpolation="fast").covering()
+    assert decode_image(data, covering).size == (decoded[::-1] if turned else decoded)
+
+
+def test_an_opened_image_and_a_png_are_decoded_in_full():
+    covering = PairTransform(8, interpolation="fast").covering()
+    image = column_image(64, 64)
+    opened = Image.open(io.BytesIO(jpeg(image)))
+    assert decode_image(opened, covering).size == opened.size == (64, 64)
+    assert decode_image(encoded(image), covering).size == (64, 64)

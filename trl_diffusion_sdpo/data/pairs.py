@@ -21,7 +21,7 @@ from .checking import COUNTS, HOW_TO_DROP, BadDataError, DataReport, SourceImage
 from .columns import numbers_of_rows
 from .formats import FORMATS
 from .image_sizes import ENLARGED, settle_sizes
-from .images import SCHEMES, ImageReader, UndecodableImageError, parse_schemes
+from .images import SCHEMES, ImageReader, UndecodableImageError, full_size, parse_schemes
 from .index import PairTable
 from .permuted_losers import PermutedLosers
 from .sources import PairMixture, PairSource, make_source, pairs_fingerprint
@@ -338,8 +338,10 @@ class PreferenceDataset(Dataset):
             if encoded is not None:
                 return encoded.pair(row, draws, epoch, loser=loser)
             images = {place: self._source.images(place) for place in dict.fromkeys((winner_row, loser_row))}
-            winner, lost = (self._reader.decode_at(images[place], image) for place, image in places)
-            return self._maker.transform(winner, lost, draws, target)._asdict()
+            transform = self._maker.transform
+            covering = transform.covering(target)
+            winner, lost = (self._reader.decode_at(images[place], image, covering) for place, image in places)
+            return transform(winner, lost, draws, target)._asdict()
 
         item = self._maker.item_of(row, prompts, read) | self._numbers(row)
         if encoded is not None:
@@ -638,6 +640,7 @@ class PreferenceDataset(Dataset):
             UndecodableImageError: If it cannot be decoded.
         """
         row, image = self._pairs.places[pair, 2 * side : 2 * side + 2].tolist()
-        decoded = self._reader.decode_at(self._source.images(row), image)
-        found = (self._maker.transform.image(decoded, draw, self.target_size(pair)) for draw in draws)
-        return [(pixels, (decoded.height, decoded.width), corner) for pixels, corner in found]
+        transform, target = self._maker.transform, self.target_size(pair)
+        decoded = self._reader.decode_at(self._source.images(row), image, transform.covering(target))
+        made = (transform.image(decoded, draw, target) for draw in draws)
+        return [(pixels, full_size(decoded), corner) for pixels, corner in made]

@@ -296,7 +296,7 @@ class PreferenceIterableDataset(IterableDataset):
         for row, image in (pair[:2], pair[2:4]):
             try:
                 stored = images_of_row(rows[row], known.image_columns, known.images_in_list)
-                images.append(self._options.reader.decode_at(stored, image))
+                images.append(self._options.reader.decode_at(stored, image, self._maker.transform.covering()))
             except UndecodableImageError as error:
                 count("undecodable", row, str(error), 1)
                 return None

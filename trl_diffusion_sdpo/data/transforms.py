@@ -4,19 +4,21 @@ batch. Every random number comes from `PairDraws`, which depends on seed, epoch 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .images import MIN_SIDE
+from .images import MIN_SIDE, Covering, full_size
 
+FAST = "fast"
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+    FAST: Image.Resampling.BILINEAR,
 }
 
 Size = tuple[int, int]
@@ -87,7 +89,9 @@ class PairTransform:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
         center_crop (`bool`): Crop at the center instead of at random.
         random_flip (`bool`): Mirror half of the pairs.
-        interpolation (`str`): `"bilinear"`, `"bicubic"` or `"lanczos"`.
+        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"`, or `"fast"`: bilinear, but JPEG files are decoded
+            at a fraction of their size if that covers the target (see [`PairTransform.covering`]), and only the part
+            that is not cropped is resized.
     """
 
     def __init__(
@@ -114,8 +118,11 @@ class PairTransform:
         """Two RGB images of any sizes as pixels; without `draws` center-cropped and not flipped. `target` takes the
         place of `resolution`, as `(height, width)`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
-        sizes = ((winner.height, winner.width), (loser.height, loser.width))
-        return PairPixels(torch.stack(pixels), sizes, corners)
+        return PairPixels(torch.stack(pixels), (full_size(winner), full_size(loser)), corners)
+
+    def covering(self, target: Size | None = None) -> Covering | None:
+        """Return the argument `covering` of [`ImageReader.decode`]: `None` if images are decoded in full."""
+        return partial(self.resized_size, target=target) if self.interpolation == FAST else None
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
         """Smallest `(height, width)` of the image's aspect ratio that covers the target."""
@@ -128,13 +135,21 @@ class PairTransform:
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
         """One of the images: its pixels `(3, H, W)`, and the corner of the crop."""
-        height, width = self.resized_size(image.height, image.width, target)
-        image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
-        if draws is not None and self.random_flip and draws.flip < 0.5:
-            image = ImageOps.mirror(image)
+        height, width = self.resized_size(*full_size(image), target)
+        mirrors = draws is not None and self.random_flip and draws.flip < 0.5
         target_height, target_width = (self.height, self.width) if target is None else target
         top, left = self._corner(height - target_height, width - target_width, draws)
-        image = image.crop((left, top, left + target_width, top + target_height))
+        if self.interpolation == FAST:
+            # The crop as a part of the decoded image, before it is mirrored.
+            first = width - target_width - left if mirrors else left
+            down, across = image.height / height, image.width / width
+            box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
+            image = image.resize((target_width, target_height), INTERPOLATIONS[FAST], box)
+            image = ImageOps.mirror(image) if mirrors else image
+        else:
+            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+            image = ImageOps.mirror(image) if mirrors else image
+            image = image.crop((left, top, left + target_width, top + target_height))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
         return pixels.contiguous(), (top, left)
 

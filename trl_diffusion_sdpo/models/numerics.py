@@ -52,7 +52,11 @@ def align_weights(module: nn.Module) -> None:
 
 def store_channels_last(module: nn.Module) -> None:
     """Store the kernels of a module's 2D convolutions with channels last, in place. Convolutions then compute in this
-    layout, which is the faster one of most processors. Values and shapes stay the same."""
+    layout, which is faster for a VAE. Values and shapes stay the same.
+
+    UNets stay contiguous: a training step of a UNet took 0.97 to 1.05 of the time with channels last on a CPU, and the
+    wider UNet gained nothing.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             cast(Any, layer).to(memory_format=torch.channels_last)  # which its type leaves out
