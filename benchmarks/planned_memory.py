@@ -9,7 +9,6 @@ profiler records within it. `--engines` compares a process of two instead, see `
 import argparse
 import gc
 import json
-import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from trl_diffusion_sdpo.cli import train
 from trl_diffusion_sdpo.cli.plan import planned_settings
 
 RESULTS = Path(__file__).parent / "results" / "planned_memory.json"
-PAGE = Path(__file__).parents[1] / "docs" / "memory_planner.md"
 LORA = "--use_peft --lora_r 16"
 CASES = {
     "UNet, LoRA": ("unet", f"{LORA} --per_device_train_batch_size 2"),
@@ -193,18 +191,11 @@ def kept_rows(file: Path) -> dict[str, Row]:
     return {row["name"]: Row(**row) for row in json.loads(file.read_text())} if file.is_file() else {}
 
 
-def rewritten(page: str, rows: list[Row]) -> str:
-    """The page with these rows in its table, which is between two comments."""
-    found = r"(<!-- table: peaks -->\n).*?(<!-- end -->)"
-    return re.sub(found, rf"\1\n{table(rows)}\n\n\2", page, flags=re.DOTALL)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(UNETS), default="28m", help="the UNet; the transformer is of like size")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="rows of other configurations stay in it")
-    parser.add_argument("--docs", action="store_true", help="write the rows of the output into docs/memory_planner.md")
     options = parser.parse_args(arguments)
     rows = kept_rows(options.output)
     for name in tqdm(options.only, unit="run", disable=None):
@@ -215,8 +206,6 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
     print(table(list(rows.values())))
-    if options.docs:
-        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
     return 0
 
 

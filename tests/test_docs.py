@@ -1,8 +1,11 @@
 """Keeps the documentation true: links, settings, losses, and what code on the pages names."""
 
+import ast
 import dataclasses
+import inspect
 import pkgutil
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +18,8 @@ from trl import ModelConfig
 
 import trl_diffusion_sdpo
 from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.cli.launch import launch_options
+from trl_diffusion_sdpo.cli.main import COMMANDS
 from trl_diffusion_sdpo.cli.pair_arguments import PairArguments
 from trl_diffusion_sdpo.trainer.config.all_arguments import AllArguments
 
@@ -59,14 +64,13 @@ def test_python_compiles(block):
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: f"{block.page}:{block.line}")
-def test_python_calls_the_config_and_lora_with_existing_arguments(block):
-    accepted = {
-        "DiffusionSDPOConfig": {field.name for field in dataclasses.fields(DiffusionSDPOConfig)},
-        "LoraConfig": {field.name for field in dataclasses.fields(peft.LoraConfig)},
-    }
-    for call, body in re.findall(r"\b(DiffusionSDPOConfig|LoraConfig)\(((?:[^()]|\([^()]*\))*)\)", block.text):
-        names = re.findall(r"(?:^|[\s,(])(\w+)=", body)
-        assert set(names) <= accepted[call]
+def test_python_calls_public_names_and_lora_as_their_signatures_say(block):
+    public = {name: getattr(trl_diffusion_sdpo, name) for name in trl_diffusion_sdpo.__all__}
+    public |= {"LoraConfig": peft.LoraConfig}
+    for call in (node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.Call)):
+        named = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+        if isinstance(call.func, ast.Name) and call.func.id in public:
+            inspect.signature(public[call.func.id]).bind_partial(*call.args, **named)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,20 @@ def test_python_calls_the_config_and_lora_with_existing_arguments(block):
 def test_python_that_is_marked_runs(block):
     torch.manual_seed(0)
     exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: f"{block.page}:{block.line}")
+def test_commands_and_their_options_exist(block):
+    for line in block.text.replace("\\\n", " ").splitlines():
+        command = re.search(r"(?:trl-diffusion-sdpo|trl_diffusion_sdpo\.cli\.main) ([\w-]+)(.*)", line)
+        if command is None:
+            continue
+        assert command[1] in COMMANDS
+        module = import_module(f"trl_diffusion_sdpo.cli.{command[1].replace('-', '_')}")
+        known = set(module.make_parser().names()) if hasattr(module, "make_parser") else set()
+        if command[1] not in ("export", "demo", "env"):
+            known |= {*options_of_train(), "config", "accelerate_config", *launch_options()}
+        assert set(re.findall(r" --(\w+)", command[2].partition("#")[0])) <= known
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page}:{block.line}")

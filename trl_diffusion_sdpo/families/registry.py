@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from .base import Family
 
 ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
-HOW_TO_ADD = "docs/add_a_model_family.md"
+HOW_TO_ADD = "docs/extending.md"
 
 # Where a family is defined -> the pipeline classes that it serves.
 _SERVED = {
