@@ -156,7 +156,7 @@ def test_no_reference_is_in_memory_or_in_the_step(make_trainer, sd_folder, given
 
 
 def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
-    make_trainer, make_sd_pipeline, make_pairs, counted, tmp_path, caplog
+    make_trainer, make_sd_pipeline, make_pairs, counted, tmp_path
 ):
     def computed(**settings) -> int:
         counted.clear()
@@ -167,7 +167,6 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
 
     assert computed() == 1
     assert computed() == computed(learning_rate=1e-4, beta=7.0, safeguard="none") == 0
-    caplog.clear()
     for fact, settings in {
         "draw_settings": {"seed": 7},
         "reference": {"ref_model": make_sd_pipeline(seed=3)},
@@ -176,7 +175,6 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         "components": {"vae_dtype": "bfloat16"},
     }.items():
         assert computed(**settings) == 1, fact
-        assert f"{fact}" in caplog.text
     assert computed(ref_noise_draws=2) == 2 and computed(n_timesteps_per_pair=2) == 1
     for settings in ({"resolution": 24}, {"random_crop": True}, {"proportion_empty_prompts": 0.2}):
         assert computed(**settings) == 1, settings

@@ -166,9 +166,7 @@ def test_pairs_that_are_never_trained_on_are_counted():
     )
 
 
-def test_pairs_take_the_place_of_one_another_bucket_by_bucket():
+def test_a_pair_is_replaced_by_the_next_ones_of_its_size():
     sizes = PairSizes(((16, 20), (16, 16), (20, 16)), np.array([1, 0, 2, 1, 0, 2], dtype=np.uint16))
-    assert list(candidates(3, 6, sizes, by_bucket=False)) == [3, 0, 4, 5, 1, 2]
-    assert list(candidates(3, 6, sizes, by_bucket=True)) == [3, 0, 5, 2, 4, 1]
-    assert list(candidates(2, 6, sizes, by_bucket=True)) == [2, 5, 4, 1, 3, 0]
-    assert list(candidates(4, 6, None, by_bucket=True)) == [4, 5, 0, 1, 2, 3]
+    assert list(candidates(3, 6, sizes)) == [3, 0]
+    assert list(candidates(4, 6, None)) == [4, 5, 0, 1, 2, 3]

@@ -17,7 +17,6 @@ from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
-FEW_EPOCHS = 4  # with more, nearly every image is needed with and without its flip
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class ImageRows:
         sources (`np.ndarray` of shape `(I, 2)`): For each image, a pair that it is in, and 0 as winner or 1 as loser.
         flips (`bool`): Whether images may be mirrored.
         crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
-        permuted (`bool`): Whether losers are those of other pairs, which differ between epochs.
     """
 
     seed: int
@@ -42,38 +40,27 @@ class ImageRows:
     sources: np.ndarray
     flips: bool
     crops: int | None
-    permuted: bool
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
         """Number a data set's images, with `crops` variants of each if it crops at random."""
         flips, random_crops = dataset.augmentations
-        seed, permuted = dataset.seed, dataset.is_permuted
         if random_crops:
             sources = np.stack(np.divmod(np.arange(2 * len(dataset)), 2), axis=1)
-            return cls(seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops, permuted)
+            return cls(dataset.seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops)
         _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
         sources = np.stack(np.divmod(first, 2), axis=1)
-        return cls(seed, numbers.reshape(-1, 2), sources, flips, None, permuted)
+        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
 
     def __len__(self) -> int:
         """Number of all rows, needed or not."""
         return len(self.sources) * (2 if self.crops is None else self.crops)
 
-    def needed(self, epochs: int | None) -> np.ndarray:
-        """Return the sorted rows that so many epochs of training read, or an evaluation if 0; `None` for any number."""
-        count = len(self.sources)
-        if self.crops is not None:
-            return np.arange(len(self))
-        if not self.flips or epochs == 0:
-            return np.arange(count)
-        if self.permuted or epochs is None or epochs > FEW_EPOCHS:
-            return np.arange(2 * count)
-        is_needed = np.zeros((2, count), dtype=bool)
-        for epoch in range(epochs):
-            mirrored = [PairDraws.from_key(self.seed, epoch, pair).flip < 0.5 for pair in range(len(self.images))]
-            is_needed[np.array(mirrored, dtype=np.intp)[:, None], self.images] = True
-        return np.flatnonzero(is_needed)
+    @property
+    def needed(self) -> np.ndarray:
+        """The rows that the data set can read."""
+        plain_alone = self.crops is None and not self.flips
+        return np.arange(len(self.sources) if plain_alone else len(self))
 
     def draws_of(self, row: int) -> PairDraws:
         """Return how an image is flipped and cropped in a row."""
@@ -164,15 +151,8 @@ class EncodedPairs:
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
-            ValueError: If the run takes more epochs than it was started for.
         """
-        try:
-            read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
-        except KeyError as error:
-            raise ValueError(
-                f"The images were encoded with the flips of the epochs that `num_train_epochs` or `max_steps` named, "
-                f"and epoch {epoch} takes another flip of pair {pair}. Make a new trainer: it encodes what is missing."
-            ) from error
+        read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
         if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
         original, corner, target = zip(*(image[SIZES].tolist() for image in read), strict=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from ..utils.disk import DiskFullError, free_bytes, readable_size
 from ..utils.processes import Peers
 from .encoded_pairs import MOMENTS, SIZES, EncodedPairs, EncodedPrompts, ImageRows, distinct_prompts
 from .key import EncoderKey
-from .shards import ShardStore, warn_of_older_caches, writing_into
+from .shards import ShardStore, writing_into
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +106,13 @@ class _Cache:
     prompts: ShardStore
     statistics: ShardStore  # of the VAE's weights
 
-    def missing(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def missing(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows of each store that are needed and not there, as this process sees the folders."""
         for store in (self.images, self.prompts, self.statistics):
             store.refresh()
         every = np.arange(len(self.texts))
         return (
-            self.images.missing(needed),
+            self.images.missing(self.rows.needed),
             self.prompts.missing(every),
             self.statistics.missing(np.arange(len(self.statistics))),
         )
@@ -131,22 +130,17 @@ class PairEncoding:
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
         self.report = EncodingReport()
-        self._caches: WeakKeyDictionary[PreferenceDataset, _Cache] = WeakKeyDictionary()
-        if self._peers.index == 0:
-            warn_of_older_caches(settings.folder)
 
     @property
     def folder(self) -> Path:
         """The folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str, *, epochs: int | None, compare: bool = True) -> None:
+    def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
         """Make a data set read encoded pairs. All processes must call it together.
 
         Args:
             name (`str`): Name of the data set in messages.
-            epochs (`int`, *optional*): Epochs of training on it: only flips that these draw are encoded. 0 for an
-                evaluation, `None` for any number.
             compare (`bool`): Whether to refuse data whose checked pairs have identical images.
 
         Raises:
@@ -160,18 +154,14 @@ class PairEncoding:
                 "Load them without `streaming=True`, or leave it off."
             )
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
-        is_new = dataset not in self._caches
-        cache = self._cache_of(dataset, name) if is_new else self._caches[dataset]
-        needed = cache.rows.needed(epochs)
-        if not is_new and (cache.rows.crops is not None or not len(cache.images.missing(needed))):
+        if dataset.is_encoded:
             return
-        missing = self._peers.gather_results(partial(cache.missing, needed))
+        cache = self._cache_of(dataset, name)
+        missing = self._peers.gather_results(cache.missing)
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
             with writing_into(self.folder):
-                self._complete(dataset, name, cache, needed, compare)
-        if is_new:
-            self._use(dataset, cache)
-        self.report.images += len(needed)
+                self._complete(dataset, name, cache, compare)
+        self._use(dataset, cache)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
@@ -217,15 +207,13 @@ class PairEncoding:
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
         prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
-        self._caches[dataset] = cache
+        self.report.images += len(cache.rows.needed)
         self.report.prompts += len(cache.texts)
         self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(
-        self, dataset: PreferenceDataset, name: str, cache: _Cache, needed: np.ndarray, compare: bool
-    ) -> None:
+    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
         """Encode what is missing. The first process holds the locks of the stores."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
@@ -235,7 +223,7 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(partial(cache.missing, needed))[0]  # another run may have written it
+            missing = peers.gather_results(cache.missing)[0]  # another run may have written it
             if any(len(rows) for rows in missing):
                 if self._settings.check_sample:
                     dataset.check_sample(peers, compare=compare)
@@ -244,7 +232,7 @@ class PairEncoding:
                 peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
-            peers.gather_results(lambda: self._check_complete(cache, needed))
+            peers.gather_results(lambda: self._check_complete(cache))
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
@@ -327,8 +315,8 @@ class PairEncoding:
         if needed > free:
             raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
 
-    def _check_complete(self, cache: _Cache, needed: np.ndarray) -> None:
-        if any(len(rows) for rows in cache.missing(needed)):
+    def _check_complete(self, cache: _Cache) -> None:
+        if any(len(rows) for rows in cache.missing()):
             raise ValueError(
                 f"All processes must see the cache that they write together, and process {self._peers.index} does not "
                 f"see all of {cache.images.path}. Choose a `precompute_dir` on storage that all of them share."

@@ -26,7 +26,7 @@ from ..models.reference import PrecomputedReference
 from ..step.pair_forward import PairForward, eval_mode
 from ..utils.processes import ALONE, Peers
 from .key import VERSION
-from .shards import KEY_FILE, ShardStore, writing_into
+from .shards import ShardStore, writing_into
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +109,6 @@ class ReferenceErrorStore:
             errors[shard.draw, shard.pairs.start : shard.pairs.stop] = self.shards.read(number)[COLUMN].numpy()
         return errors
 
-    def log_difference(self) -> None:
-        """If this store is new and others of the same data are beside it, log by which facts the most similar one
-        differs."""
-        differences = []
-        for file in [] if self.shards.path.exists() else self.shards.path.parent.glob(f"*/{KEY_FILE}"):
-            with contextlib.suppress(OSError, ValueError):
-                other = json.loads(file.read_bytes())
-                if other.get("data") == self.key["data"]:
-                    names = sorted(name for name in self.key if other.get(name) != self.key[name])
-                    differences.append((len(names), str(file.parent), ", ".join(names)))
-        if differences:
-            logger.warning("The errors in %s are of another %s, and are not used.", *min(differences)[1:])
-
     def _shard(self, number: int) -> ErrorShard:
         draw, part = divmod(number, self._per_draw)
         return ErrorShard(number, draw, range(self.pairs)[part * SHARD_PAIRS : (part + 1) * SHARD_PAIRS])
@@ -159,7 +146,6 @@ class ReferenceErrors:
 
                 def lock() -> None:
                     if peers.index == 0:
-                        store.log_difference()
                         stack.enter_context(store.shards.locked())
 
                 with failing_together(RuntimeError):

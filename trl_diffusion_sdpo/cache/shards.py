@@ -157,14 +157,3 @@ def writing_into(folder: Path) -> Iterator[None]:
             f"Not everything that this run reads is in {folder}, and the rest cannot be written there: {error}. Make "
             "the folder writable, or choose another `precompute_dir`. A complete one may be read-only."
         ) from error
-
-
-def warn_of_older_caches(folder: Path) -> None:
-    """Say that caches of older versions are not read."""
-    older = [path.parent for pattern in ("*", "encoded/*") for path in folder.glob(f"{pattern}/manifest.json")]
-    if older:
-        logger.warning(
-            "%d caches in %s are of an older version of trl-diffusion-sdpo, such as %s. They are not read, and what "
-            "they hold is computed again. Delete them to free their space.",
-            *(len(older), folder, older[0]),
-        )

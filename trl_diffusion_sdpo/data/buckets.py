@@ -19,7 +19,6 @@ from .transforms import Size
 
 MIN_AREA = 0.9  # of a size, as a share of the target's: SDXL's list at 1024 pixels is what 64 pixels allow within it
 MANY_REPEATS = 0.05  # as a share of the pairs
-BLOCK_PAIRS = 4096  # that are searched at once for one of a bucket
 ORDER = 1  # ends the key of an order's random numbers; those of pairs have no fourth part
 
 
@@ -153,25 +152,13 @@ class PairSizes:
         return np.bincount(self.numbers, minlength=len(self.sizes))
 
 
-def candidates(pair: int, pairs: int, sizes: PairSizes | None, *, by_bucket: bool) -> Iterator[int]:
-    """A pair, and those that take its place if it cannot be decoded: the next ones of its bucket, then those of the
-    others.
-
-    With `by_bucket`, one of the others comes after another: of a bucket without a good pair, all pairs of a batch get
-    their places taken by pairs of one size.
-    """
+def candidates(pair: int, pairs: int, sizes: PairSizes | None) -> Iterator[int]:
+    """Yield a pair, and then the pairs that replace it if it cannot be decoded: the next ones of its size."""
+    following = chain(range(pair, pairs), range(pair))
     if sizes is None:
-        yield from chain(range(pair, pairs), range(pair))
-        return
-    yield pair
-    own = sizes.numbers[pair]
-    for start in range(1, pairs, BLOCK_PAIRS):  # mostly one pair is wanted: without a look at all the others
-        following = (pair + np.arange(start, min(start + BLOCK_PAIRS, pairs))) % pairs
-        yield from following[sizes.numbers[following] == own].tolist()
-    following = (pair + np.arange(1, pairs)) % pairs
-    others = following[sizes.numbers[following] != own]
-    buckets = (sizes.numbers[others].astype(np.int64) - int(own)) % len(sizes.sizes)
-    yield from (others[np.argsort(buckets, kind="stable")] if by_bucket else others).tolist()
+        yield from following
+    else:
+        yield from (other for other in following if sizes.numbers[other] == sizes.numbers[pair])
 
 
 class Repeated(int):

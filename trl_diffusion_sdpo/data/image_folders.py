@@ -1,13 +1,11 @@
-"""Folders of images without a table: equal names in two folders, `chosen` and `rejected`, or ranks at the end of names,
-with prompts in text files beside them."""
+"""Folders of images without a table: equal names in the folders `chosen` and `rejected`, or ranks at the end of names.
+Prompts are in text files beside the images."""
 
 from __future__ import annotations
 
 import logging
 import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from ..utils.files import check_regular_file
 from .checking import MAX_EXAMPLES
 from .images import FILE_FORMATS
 
@@ -30,7 +27,7 @@ LAYOUTS = (
     f"of at most {MAX_RANKED} images (a_0.png is better than a_1.png), with the prompt in a text file of that name "
     "(a.txt); or a table names them (pairs.csv with the columns prompt, chosen, rejected)."
 )
-_NUMBERED = re.compile(r"(.+)_(\d+)")
+_RANKED = re.compile(r"(.+)_(\d\d?)")
 _CLUTTER = ("thumbs.db", "desktop.ini")  # of file managers; those of others begin with a dot
 NOTES = ("captions without images", "files of other kinds")  # these are not bad rows
 
@@ -44,10 +41,10 @@ class Part:
     left_out: dict[str, list[str]]
 
     def report(self, *, strict: bool) -> None:
-        """Log how ranks were read and what was left out.
+        """Log how ranks were read and which files were left out.
 
         Raises:
-            ValueError: If nothing is left, or, if `strict`, an image is in no pair.
+            ValueError: If no pair is left or, if `strict`, an image is in no pair.
         """
         lines = []
         for reason, names in self.left_out.items():
@@ -74,27 +71,24 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
     Raises:
         ValueError: If one of the two folders is missing.
     """
-    with_sides = [folder for folder in (path, *_folders(path)) if _sides(folder)]
-    if path in with_sides:
-        with_sides = [path]
-    for folder in with_sides:
+    splits = [path] if _sides(path) else [folder for folder in _folders(path) if _sides(folder)]
+    has_sides = bool(splits)
+    for folder in splits:
         if len(_sides(folder)) == 1 and not _has_table(folder, path):
             raise ValueError(f"{folder} has the folder {_sides(folder)[0]} and not the other one. {LAYOUTS}")
-    if with_sides:
-        splits = with_sides
-    else:
+    if not has_sides:
         stems = [_stem(file, path) for file in _files(path) if _is_image(file)]
-        numbered = [match[1] for stem in stems if (match := _NUMBERED.fullmatch(stem))]
-        if len(numbered) == len(set(numbered)):
+        ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
+        if len(ranked) == len(set(ranked)):
             return None  # no two images of one name
         splits = _folders(path) if (path / "train").is_dir() else [path]
     if _has_table(path, *splits):
         return None  # it may name the images
     if splits == [path]:
-        return {"train": _read(path, bool(with_sides))}
+        return {"train": _read(path, has_sides)}
     if others := sorted(entry.name for entry in path.iterdir() if entry not in splits and not _is_clutter(entry)):
         logger.warning("%s: not read, because it is in no split: %s", path, ", ".join(others))
-    return {folder.name: _read(folder, bool(with_sides)) for folder in splits}
+    return {folder.name: _read(folder, has_sides) for folder in splits}
 
 
 def make_datasets(parts: dict[str, Part]) -> dict[str, datasets.Dataset]:
@@ -108,7 +102,7 @@ def make_datasets(parts: dict[str, Part]) -> dict[str, datasets.Dataset]:
 
 def _read(folder: Path, has_sides: bool) -> Part:
     """Read one split: sort the files by the name of their group, then make a row of each group."""
-    groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images, the lower the better
+    groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     left_out: dict[str, list[str]] = defaultdict(list)
 
@@ -116,46 +110,42 @@ def _read(folder: Path, has_sides: bool) -> Part:
         left_out[reason] += [file.relative_to(folder).as_posix() for file in files]
 
     for file in sorted(_files(folder)):
-        side = file.relative_to(folder).parts[0]
-        is_inside = has_sides and side.lower() in SIDES
-        stem = _stem(file, folder / side if is_inside else folder)
-        number = _NUMBERED.fullmatch(stem)
+        side = file.relative_to(folder).parts[0].lower()
+        is_inside = has_sides and side in SIDES
+        stem = _stem(file, folder / file.relative_to(folder).parts[0] if is_inside else folder)
+        rank = _RANKED.fullmatch(stem)
         if file.suffix.lower() == ".txt":
             captions[stem].append(file)
         elif not _is_image(file):
             leave_out("files of other kinds", [file])
         elif is_inside:
-            groups[stem].append((SIDES.index(side.lower()), file))
+            groups[stem].append((SIDES.index(side), file))
         elif has_sides:
             leave_out("outside of chosen and rejected", [file])
-        elif number is None:
-            leave_out("without a rank at the end of the name", [file])
-        elif len(number[2]) > 2:
-            leave_out("with a number of more than two digits, which is no rank", [file])
+        elif rank is None:
+            leave_out("without a rank of one or two digits at the end of the name", [file])
         else:
-            groups[number[1]].append((int(number[2]), file))
+            groups[rank[1]].append((int(rank[2]), file))
 
-    rows: dict[str, list[Any]] = {
-        "prompt": [],
-        **{key: [] for key in (SIDES if has_sides else ("image_path", "rank"))},
-    }
+    columns = ("prompt", *SIDES) if has_sides else ("prompt", "image_path", "rank")
+    rows: dict[str, list[Any]] = {column: [] for column in columns}
     for stem in sorted(groups):
-        ranked = sorted(groups[stem], key=lambda entry: entry[0])
-        files = [file for _, file in ranked]
+        ranks, files = zip(*sorted(groups[stem], key=lambda entry: entry[0]), strict=True)
         names = [stem] if has_sides else [stem, *(_stem(file, folder) for file in files)]
         reason, prompt = _prompt([text for name in names for text in captions.pop(name, [])])
-        if len({rank for rank, _ in ranked}) < len(ranked) and has_sides:
+        if has_sides and len(set(ranks)) < len(ranks):
             reason = "of one name in one folder"
         elif len(files) == 1:
             reason = "without a partner"
         elif len(files) > MAX_RANKED:
             reason = f"of more than {MAX_RANKED} images of one name, whose numbers are no ranks"
         if reason:
-            leave_out(reason, files)
+            leave_out(reason, list(files))
             continue
         paths = [str(file.absolute()) for file in files]
-        values = (prompt, *paths) if has_sides else (prompt, paths, [rank for rank, _ in ranked])
-        for column, value in zip(rows, values, strict=True):
+        for column, value in zip(
+            columns, (prompt, *paths) if has_sides else (prompt, paths, list(ranks)), strict=True
+        ):
             rows[column].append(value)
     if unused := [file for files in captions.values() for file in files]:
         leave_out("captions without images", unused)
@@ -163,27 +153,23 @@ def _read(folder: Path, has_sides: bool) -> Part:
 
 
 def _prompt(captions: list[Path]) -> tuple[str, str]:
-    """Return why the captions of a group cannot be used, if so, and their one text."""
-    texts = set()
-    for file in captions:
-        try:
-            check_regular_file(file, MAX_CAPTION_BYTES)
-            texts.add(" ".join(file.read_text(encoding="utf-8-sig").split()))
-        except UnicodeDecodeError:
-            return "with a caption not in UTF-8", ""
-        except (FileNotFoundError, ValueError):
-            return "with a caption that is a broken link, no regular file or larger than 1 MiB", ""
+    """Return the reason why the captions of a group cannot be used, if there is one, and their one text."""
+    if not all(file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES for file in captions):
+        return "with a caption that is a broken link, no regular file or larger than 1 MiB", ""
+    try:
+        texts = {" ".join(file.read_text(encoding="utf-8-sig").split()) for file in captions}
+    except UnicodeDecodeError:
+        return "with a caption not in UTF-8", ""
     if len(texts) != 1:
         return "with captions that differ" if texts else "without a caption", ""
     return "", texts.pop()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield what is below a folder and is no folder. Of links to folders, only those directly in it are followed."""
-    for entry in folder.iterdir():
-        for file in entry.rglob("*") if entry.is_dir() else [entry]:
-            if not file.is_dir() and not any(map(_is_clutter, [file, *file.relative_to(folder).parents])):
-                yield file
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder. Links to folders are followed if they are directly in it."""
+    entries = [entry for entry in folder.iterdir() if not _is_clutter(entry)]
+    files = [file for entry in entries for file in (entry.rglob("*") if entry.is_dir() else [entry])]
+    return [file for file in files if not file.is_dir() and not _is_clutter(file)]
 
 
 def _folders(path: Path) -> list[Path]:
@@ -201,8 +187,8 @@ def _has_table(*folders: Path) -> bool:
 
 
 def _stem(file: Path, folder: Path) -> str:
-    """Return a name in a folder without its suffix. macOS decomposes letters that other systems do not."""
-    return unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
+    """Return the name of a file in a folder without its suffix."""
+    return file.relative_to(folder).with_suffix("").as_posix()
 
 
 def _is_image(file: Path) -> bool:

@@ -3,6 +3,7 @@ checks and transforms the images."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from ..utils.processes import ALONE, Peers
 from . import checking
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
-from .checking import COUNTS, HOW_TO_DROP, BadDataError, DataReport, SourceImage, evenly_spaced
+from .checking import COUNTS, HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
 from .columns import numbers_of_rows
 from .formats import FORMATS
 from .image_sizes import ENLARGED, settle_sizes
@@ -236,36 +237,21 @@ class PreferenceDataset(Dataset):
     are those of `target_size(row)`, and `repeated` says whether the pair fills up a batch.
 
     An item is a pure function of (seed, epoch, row). If losers are permuted, it also depends on all prompts. A pair
-    that cannot be decoded is replaced by the next one that can (of its bucket, if there is one), whichever process
-    reads it first. Encoded pairs and errors of a reference belong to the size of their own bucket: if a bucket has no
-    good pair, all its pairs are replaced by those of one other.
+    that cannot be decoded is replaced by the next one of its size that can, whichever process reads it first.
 
     Args:
         source ([`PairSource`]): Prompts and images.
         pairs ([`PairTable`]): All that is known about the pairs, one row a pair.
         options ([`PairOptions`]): How the pairs were made.
-        maker ([`ItemMaker`]): Makes items, and holds the epoch.
         report ([`DataReport`]): Counts of what was dropped so far.
-        losers ([`PermutedLosers`], *optional*): Which pair's winner is the loser of each pair.
-        encoded ([`Encoded`], *optional*): Moments and conditioning, in place of images.
-        undecodable (`torch.Tensor` of shape `(P,)`, *optional*): Pairs that cannot be decoded, shared with workers.
     """
 
-    def __init__(
-        self,
-        source: PairSource,
-        pairs: PairTable,
-        options: PairOptions,
-        maker: ItemMaker,
-        report: DataReport,
-        losers: PermutedLosers | None = None,
-        encoded: Encoded | None = None,
-        undecodable: torch.Tensor | None = None,
-    ) -> None:
-        self._source, self._pairs, self._options, self._maker = source, pairs, options, maker
-        self._report, self._losers, self._encoded, self._reader = report, losers, encoded, options.reader
-        self._undecodable = torch.zeros(len(pairs), dtype=torch.uint8) if undecodable is None else undecodable
-        self._undecodable.share_memory_()
+    def __init__(self, source: PairSource, pairs: PairTable, options: PairOptions, report: DataReport) -> None:
+        self._source, self._pairs, self._options, self._report = source, pairs, options, report
+        self._maker, self._reader = options.maker, options.reader
+        self._losers: PermutedLosers | None = None  # which pair's winner is the loser of each pair
+        self._encoded: Encoded | None = None  # moments and conditioning, in place of images
+        self._forget_undecodable()
         self.strict = options.on_bad_row == "raise"  # whether bad rows stop the run
         self.is_swapped = source.is_swapped  # whether the published losers are the winners
         self.is_permuted = options.permutes  # whether losers are the winners of other pairs
@@ -280,20 +266,14 @@ class PreferenceDataset(Dataset):
         pairs = source.pairs(lambda *drop: checking.reject(report, strict, *drop))
         if options.permutes:  # an index of the winners alone
             pairs = PairTable(pairs.places[:, [0, 1, 0, 1]], {})
-        return cls(source, pairs, options, options.maker, report)
+        return cls(source, pairs, options, report)
 
-    def _with(self, **changed: Any) -> PreferenceDataset:
-        """Return a data set of the same source with other arguments of the constructor."""
-        arguments = {
-            "pairs": self._pairs,
-            "options": self._options,
-            "maker": self._maker,
-            "report": self._report,
-            "losers": self._losers,
-            "encoded": self._encoded,
-            "undecodable": self._undecodable,
-        }
-        return PreferenceDataset(self._source, **{**arguments, **changed})
+    def _view(self, *, pairs: PairTable | None = None, maker: ItemMaker | None = None) -> PreferenceDataset:
+        """Return a data set of the same source with other pairs, or another maker of items."""
+        view = copy.copy(self)
+        view._pairs = self._pairs if pairs is None else pairs
+        view._maker = self._maker if maker is None else maker
+        return view
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -302,30 +282,31 @@ class PreferenceDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         first = range(len(self))[index]
-        is_computed = self.is_encoded or self.has_reference_errors  # at each pair's own size
-        for row in candidates(first, len(self), self.sizes, by_bucket=is_computed):
+        for row in candidates(first, len(self), self.sizes):
             if self._undecodable[row]:
                 continue
             try:
-                item = self._read(row, self.target_size(row if is_computed else first))
+                item = self._read(row)
             except UndecodableImageError as error:
                 self._reject_at_read(row, error)
                 continue
             return item if self.sizes is None else item | {"repeated": isinstance(index, Repeated)}
-        raise BadDataError(f"No pair of the data set can be decoded.\n{self.report}")
+        size = "" if self.sizes is None else " of {} x {} pixels".format(*self.target_size(first))
+        advice = "`verify_images='all'` leaves such pairs out before training."
+        raise BadDataError(f"No pair{size} of the data set can be decoded. {advice}\n{self.report}")
 
-    def _read(self, row: int, target: Size) -> dict[str, Any]:
+    def _read(self, row: int) -> dict[str, Any]:
         if self._losers is None:
-            return self._item(row, None, target)
+            return self._item(row, None)
         for loser in self._losers.candidates(row, self._maker.draw):
             try:
-                return self._item(row, loser, target)
+                return self._item(row, loser)
             except UndecodableImageError as error:
-                self._item(row, None, target)  # raises if it is the pair's own image
+                self._item(row, None)  # raises if it is the pair's own image
                 self._reject_at_read(loser, error, as_loser=True)
         raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
 
-    def _item(self, row: int, loser: int | None, target: Size) -> dict[str, Any]:
+    def _item(self, row: int, loser: int | None) -> dict[str, Any]:
         """Return a pair, with the winner of the pair `loser` as its loser, or with its own."""
         places = self._places(row, loser).tolist()
         (winner_row, winner_image), (loser_row, loser_image) = places
@@ -338,7 +319,7 @@ class PreferenceDataset(Dataset):
             if encoded is not None:
                 return encoded.pair(row, draws, epoch, loser=loser)
             images = {place: self._source.images(place) for place in dict.fromkeys((winner_row, loser_row))}
-            transform = self._maker.transform
+            transform, target = self._maker.transform, self.target_size(row)
             covering = transform.covering(target)
             winner, lost = (self._reader.decode_at(images[place], image, covering) for place, image in places)
             return transform(winner, lost, draws, target)._asdict()
@@ -513,10 +494,7 @@ class PreferenceDataset(Dataset):
         """Decode every image once and drop the pairs of those that fail; arguments as of [`problems_of_images`]."""
         if not len(self):
             return
-        problems = checking.problems_of_images(self._source, self._pairs.places, self._reader, num_proc, peers)
-        self._drop(problems)
-
-    def _drop(self, reasons: Mapping[SourceImage, str]) -> None:
+        reasons = checking.problems_of_images(self._source, self._pairs.places, self._reader, num_proc, peers)
         keep = np.ones(len(self), dtype=bool)
         for pair, image in checking.pairs_of_images(self._pairs.places, reasons):
             keep[pair] = False
@@ -531,6 +509,7 @@ class PreferenceDataset(Dataset):
         checking.reject(self._report, self.strict, kind, row, reason, amount)
 
     def _forget_undecodable(self) -> None:
+        """Let all pairs be tried again. The mask is shared with DataLoader workers."""
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         self._losers = None if self._losers is None else self._losers.afresh()
 
@@ -556,30 +535,34 @@ class PreferenceDataset(Dataset):
         pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
         if self._maker.training:
             pairs = pairs.with_columns(ref_errors=None)  # they are those of other draws
-        return self._with(maker=self._maker.for_evaluation(), pairs=pairs)
+        return self._view(pairs=pairs, maker=self._maker.for_evaluation())
 
     def with_noise_draws(self, noise_draws: int) -> PreferenceDataset:
         """The same pairs, whose random numbers repeat after so many epochs."""
-        return self._with(maker=self._maker.repeating(noise_draws), pairs=self._pairs.with_columns(ref_errors=None))
+        return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.repeating(noise_draws))
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
         """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference."""
-        return self._with(maker=self._maker.in_epoch(epoch), pairs=self._pairs.with_columns(ref_errors=None))
+        return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.in_epoch(epoch))
 
     def for_storing(self) -> PreferenceDataset:
         """The same pairs, for results that are stored: what is undecodable is found anew."""
-        losers = None if self._losers is None else self._losers.afresh()
-        return self._with(undecodable=None, losers=losers)
+        view = self._view()
+        view._forget_undecodable()
+        return view
 
     def from_source(self) -> PreferenceDataset:
         """The same pairs without encoded ones and errors of a reference, which may be of another model."""
-        losers = None if self._losers is None else self._losers.afresh()
-        pairs = self._pairs.with_columns(ref_errors=None)
-        return self._with(encoded=None, undecodable=None, losers=losers, pairs=pairs)
+        view = self._view(pairs=self._pairs.with_columns(ref_errors=None))
+        view._encoded = None
+        view._forget_undecodable()
+        return view
 
     def first(self, count: int) -> PreferenceDataset:
         """The first pairs, at most `count`, with the same random numbers as here."""
-        return self._with(pairs=self._pairs.take(slice(count)), undecodable=self._undecodable[:count].clone())
+        view = self._view(pairs=self._pairs.take(slice(count)))
+        view._undecodable = self._undecodable[:count].clone().share_memory_()
+        return view
 
     # ---- What is computed before training -------------------------------------------------------------------------
 

@@ -330,11 +330,6 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
         values[column] = [convert(value) for value in values[column]]
     for column in known.read_prompt_columns(columns):
         values[column] = [_storable_prompt(value) for value in values[column]]
-    for column in columns:
-        try:
-            pa.array(values[column])
-        except (pa.ArrowException, TypeError, ValueError):  # values of several kinds, such as a number and a word
-            values[column] = [value if value is None else str(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)
     except (pa.ArrowException, TypeError, ValueError) as error:

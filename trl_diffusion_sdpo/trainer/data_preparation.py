@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sized
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -49,14 +48,12 @@ class PairPreparation:
         # This trainer's copies of pairs that a user had prepared, for evaluation.
         self._copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
-    def prepare(self, dataset: Any, *, name: str, training: bool, is_probed: bool = False) -> Any:
+    def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
         """Return a user's data as pairs, encoded if the settings say so; `None` unchanged. All processes must call it
         together.
 
         Args:
             name (`str`): Name of the data in messages.
-            is_probed (`bool`): Whether the winner budget is measured on these training pairs. Its probe needs plain
-                images, so that all flips are encoded.
         """
         if not training and isinstance(dataset, PreferenceDataset) and dataset in self._copies:
             return self._copies[dataset]
@@ -74,10 +71,7 @@ class PairPreparation:
         if self._args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, self._args.ref_noise_draws, name=name, training=training)
         if self._encoding is not None:
-            epochs: int | None = 0
-            if training:
-                epochs = None if is_probed else epochs_of_training(self._args, prepared)
-            self._encoding.add_to(prepared, name, epochs=epochs, compare=self._loss.uses_loser)
+            self._encoding.add_to(prepared, name, compare=self._loss.uses_loser)
         self._own.add(prepared)
         if was_prepared and not training:
             self._copies[dataset] = prepared
@@ -114,20 +108,6 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
         else value
         for name, value in inputs.items()
     }
-
-
-def epochs_of_training(args: DiffusionSDPOConfig, dataset: Any) -> int | None:
-    """Return an upper bound of the epochs whose draws training reads; `None` if it is not known."""
-    if args.precompute_ref_errors:
-        return args.ref_noise_draws
-    if not isinstance(dataset, PreferenceDataset):
-        return None
-    if args.max_steps <= 0:
-        return math.ceil(args.num_train_epochs)
-    if dataset.sizes is not None:  # buckets may leave out pairs of an epoch
-        return None
-    batches = len(dataset) // pairs_of_a_step(args, args.train_batch_size)
-    return math.ceil(args.max_steps / max(1, batches // args.gradient_accumulation_steps))
 
 
 def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, name: str, training: bool) -> Any:

@@ -354,8 +354,7 @@ class DiffusionSDPOTrainer(Trainer):
         # Processes prepare data together, and one that prepared other data would wait for what nobody sends.
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
-        is_probed = args.winner_budget is not None and eval_dataset is None  # see `_load_probe`
-        train_dataset = prepare(train_dataset, name="train", training=True, is_probed=is_probed)
+        train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(part, name=name, training=False) for name, part in eval_dataset.items()}
         else:
