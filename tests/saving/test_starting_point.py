@@ -224,7 +224,7 @@ def test_a_third_stage_of_all_weights_needs_no_folder_of_the_second(full_run, tm
     args["base_model"]["denoiser"] = "/gone/second-run"
     (tmp_path / "run" / "training_args.json").write_text(json.dumps(args))
     assert starting_point(tmp_path / "run").denoiser == str(tmp_path / "run")
-    with pytest.raises(ValueError, match="/gone/second-run, and that is no longer there"):
+    with pytest.raises(ValueError, match="/gone/second-run"):
         base_of_run(tmp_path / "run")
 
 
@@ -261,7 +261,7 @@ def test_a_base_that_moved_is_named_with_the_way_out(train, lora_run, sd_folder,
     args = json.loads((moved / "training_args.json").read_text())
     args["base_model"]["pipeline"] = "/no/such/pipeline"
     (moved / "training_args.json").write_text(json.dumps(args))
-    with pytest.raises(ValueError, match="no longer there. Name where the pipeline is now .* `adapter_name_or_path`"):
+    with pytest.raises(ValueError, match="/no/such/pipeline.* `adapter_name_or_path`"):
         starting_point(moved)
     (moved / "training_args.json").unlink()  # as on the Hub, where the base was a folder
     with pytest.raises(ValueError, match="does not say which pipeline"):
@@ -269,11 +269,10 @@ def test_a_base_that_moved_is_named_with_the_way_out(train, lora_run, sd_folder,
     assert_neutral(train(sd_folder, adapter_name_or_path=str(moved), max_steps=1))
 
 
-def test_another_shape_than_that_of_the_lora_is_refused(train, lora_run):
-    train(lora_run, peft_config=LoraConfig(**LORA), trains=False)
-    with pytest.raises(ValueError, match=r"keeps its shape, and that of .* has r 4, not 8, lora_alpha 12, not 8"):
-        train(lora_run, peft_config=LoraConfig(r=8), trains=False)
-    with pytest.raises(ValueError, match="is the run of a LoRA already"):
+def test_a_second_lora_or_reference_is_refused(train, lora_run):
+    with pytest.raises(ValueError, match="`peft_config`"):
+        train(lora_run, peft_config=LoraConfig(**LORA), trains=False)
+    with pytest.raises(ValueError, match="`adapter_name_or_path`"):
         train(lora_run, adapter_name_or_path=str(lora_run), trains=False)
     with pytest.raises(ValueError, match="both name the reference"):
         train(lora_run, "twice", "a/b", ref_model_name_or_path="a/b", trains=False)
@@ -304,5 +303,5 @@ def test_a_lora_that_cannot_go_on_is_refused_with_the_reason(train, lora_run, ma
     (tmp_path / "lora.ckpt").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="Pickled files .* are never read"):
         train(adapter_name_or_path=str(tmp_path / "lora.ckpt"), trains=False)
-    with pytest.raises(ValueError, match="there is no /no/such"):
+    with pytest.raises(ValueError, match="/no/such"):
         train(adapter_name_or_path="/no/such", trains=False)

@@ -1,6 +1,6 @@
 """The embedded world: captioned shapes, an oracle that scores them, ranked pairs, and a tiny pipeline to tune.
 
-The world and the oracle need numpy only and are imported here; the pairs are in `pairs`, the pipeline in `pipeline`.
+The world and the oracle need numpy only and are imported here. The modules `pairs` and `pipeline` need more.
 """
 
 from ..utils.import_utils import hide_idle_notes

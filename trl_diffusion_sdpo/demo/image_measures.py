@@ -1,4 +1,4 @@
-"""What a score does not see in generated images: diversity, distance from the world's drawings, saturation."""
+"""Measures of generated images besides a score: diversity, distance from the world's drawings, saturation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class ImageMeasures:
 class ImageMeter:
     """Measures images of fixed prompts against the drawings that pairs of these prompts prefer.
 
-    The drawings are the preferred ones of pairs that no training sees, the same for every model.
+    The drawings are the preferred images of pairs that no training sees. They are equal for every model.
 
-    The features are of `(8, 8)` pixels, means of blocks of `(4, 4)` in each channel, in `[0, 1]`: their first 24
-    principal components, fitted on the drawings and not scaled.
+    The features are the first 24 principal components of an image that is averaged to `(8, 8)` pixels in `[0, 1]`. The
+    components are fitted on the drawings and not scaled.
 
     Args:
         prompts (`Sequence[str]` of length N): Prompts of the world, one for each image that will be measured, at least
@@ -58,7 +58,7 @@ class ImageMeter:
 
 
 def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
-    """Mean distance of two images of one prompt: the root of the mean squared difference of pixels in `[0, 1]`.
+    """Return the mean distance of two images of one prompt: the root mean squared difference of pixels in `[0, 1]`.
 
     Args:
         images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): The images.
@@ -84,32 +84,32 @@ def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
 
 
 def saturation(images: np.ndarray) -> float:
-    """Mean over pixels of the largest minus the smallest channel, in `[0, 1]`; 0 for grey images.
+    """Return the mean over pixels of the largest minus the smallest channel, in `[0, 1]`; 0 for grey images.
 
-    HSV calls it chroma. Its saturation, which is this divided by the largest channel, is rounding where pixels are
-    black, as a third of the world's backgrounds are.
+    HSV calls this chroma. HSV's saturation divides it by the largest channel, and is only rounding for black pixels,
+    such as a third of the world's backgrounds.
     """
     return float(np.ptp(images / 255, axis=-1).mean())
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
-    """Means of blocks: images `(N, 32, 32, 3)`, uint8, to `(N, 8 * 8 * 3)` in `[0, 1]`."""
+    """Return means of blocks of images `(N, 32, 32, 3)`, uint8, as `(N, 8 * 8 * 3)` in `[0, 1]`."""
     block = IMAGE_SIZE // FEATURE_SIZE
     blocks = images.reshape(len(images), FEATURE_SIZE, block, FEATURE_SIZE, block, 3)
     return blocks.mean(axis=(2, 4)).reshape(len(images), -1) / 255
 
 
 def principal_components(features: np.ndarray, count: int) -> np.ndarray:
-    """The directions in which features `(N, D)` vary most, `(D, count)`, orthonormal columns."""
+    """Return the directions in which features `(N, D)` vary most, `(D, count)`, with orthonormal columns."""
     _, _, directions = np.linalg.svd(features - features.mean(0), full_matrices=False)
     return directions[:count].T
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance of two normal distributions that are fitted to features `(N, D)` and `(M, D)`.
+    """Return the Frechet distance of two normal distributions that are fitted to features `(N, D)` and `(M, D)`.
 
-    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, with the eigenvalues of `S1^(1/2) S2 S1^(1/2)`, which are those of
-    `S1 S2`. It falls with the number of samples: compare sets of equal size.
+    It is `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`. `S1^(1/2) S2 S1^(1/2)` has the eigenvalues of `S1 S2`. The
+    distance falls with the number of samples, so compare sets of equal size.
 
     Source: https://huggingface.co/papers/1706.08500, equation 6.
     """

@@ -54,12 +54,12 @@ def oracle_score(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[s
 
 
 def oracle_parts(images: np.ndarray | Sequence[Image.Image], prompts: Sequence[str]) -> OracleParts:
-    """The four parts of `oracle_score`, with the same arguments and errors.
+    """Return the four parts of [`oracle_score`], with the same arguments and errors.
 
     Returns:
         `OracleParts`: `colour`, the worse of object and background; `shape`, the overlap with the captioned shape of
-        equal area and centre, or 0 where another shape overlaps more; `centred`; `sharp`, the width of the edge. All
-        are 0 where there is no object.
+        equal area and centre, or 0 if another shape overlaps more; `centred`; `sharp`, the width of the edge. All are 0
+        if there is no object.
     """
     pixels = _as_float(images)
     wanted = [parse_caption(prompt) for prompt in prompts]
@@ -103,7 +103,7 @@ def _as_float(images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
 
 
 def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Background and object colour, `(N, 3)` each, and the object's share of each pixel, `(N, 32, 32)` in `[0, 1]`."""
+    """Return background and object colour, `(N, 3)` each, and the object's share of each pixel, `(N, 32, 32)`."""
     rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
     background = np.median(rim, axis=1)
     distance = np.linalg.norm(pixels - background[:, None, None], axis=-1)  # (N, 32, 32)
@@ -115,7 +115,7 @@ def _separate(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _centroid(mask: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """Mean position of the mask's pixels relative to the image's centre, right and down, `(N, 2)`."""
+    """Return the mean position of the mask's pixels relative to the image's centre, right and down, `(N, 2)`."""
     position = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
     right = (mask * position[None, None, :]).sum(axis=(1, 2)) / area
     down = (mask * position[None, :, None]).sum(axis=(1, 2)) / area
@@ -123,7 +123,7 @@ def _centroid(mask: np.ndarray, area: np.ndarray) -> np.ndarray:
 
 
 def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Intersection over union of each mask with every shape of its area and centre, `(N, number of shapes)`."""
+    """Return intersection over union of each mask with every shape of its area and centre, `(N, shapes)`."""
     position = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
     scale = np.sqrt(area)[:, None, None]
     x = (position[None, None, :] - centre[:, 0, None, None]) / scale
@@ -135,5 +135,5 @@ def _overlaps(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> np.ndar
 
 
 def _fade(value: np.ndarray, full: float, zero: float) -> np.ndarray:
-    """1 up to `full`, 0 from `zero` on, linear between."""
+    """Return 1 up to `full`, 0 from `zero` on, and a linear value between."""
     return np.clip((zero - value) / (zero - full), 0, 1)

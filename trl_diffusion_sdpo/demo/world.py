@@ -1,6 +1,6 @@
 """The embedded world: 72 captions of coloured shapes, their ideal images, and the flawed images of the base model.
 
-Everything is numpy, so the same generator state gives the same image on every machine.
+Everything is numpy, so that a generator's state gives the same image on every machine.
 """
 
 import itertools
@@ -49,7 +49,7 @@ class Caption:
 
 
 def captions() -> list[Caption]:
-    """All 72 captions, always in the same order (colour slowest, background fastest)."""
+    """Return all 72 captions in a fixed order (colour slowest, background fastest)."""
     return [Caption(*words) for words in itertools.product(COLOURS, SHAPES, BACKGROUNDS)]
 
 
@@ -111,8 +111,8 @@ def imperfect_render(caption: Caption, generator: np.random.Generator) -> np.nda
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points are inside the shape of area 1 whose centroid is the origin: bool, of the shape of the coordinates
-    `x` to the right and `y` downwards."""
+    """Return which points are inside a shape of area 1 whose centroid is the origin. `x` goes to the right and `y`
+    downwards; the result is bool and has the shape of both."""
     return SHAPES[shape](x, y)
 
 
@@ -140,7 +140,7 @@ SHAPES = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": 
 
 
 def _coverage(shape: str, offset: tuple[float, float], area: float) -> np.ndarray:
-    """Share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`: 8 x 8 points to a pixel."""
+    """Return the share of each pixel that the shape covers, `(32, 32)` in `[0, 1]`, from 8 x 8 points in a pixel."""
     fine = IMAGE_SIZE * _SUPERSAMPLE
     points = (np.arange(fine) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
     x, y = points[None, :] - offset[0], points[:, None] - offset[1]
@@ -162,6 +162,6 @@ def _gaussian_blur(plane: np.ndarray, sd: float) -> np.ndarray:
 
 
 def _other(name: str, names: dict, uniform: float) -> str:
-    """One of the names that is not `name`, chosen by a number in `[0, 1)`."""
+    """Return one of the other names, chosen by a number in `[0, 1)`."""
     others = [candidate for candidate in names if candidate != name]
     return others[int(uniform * len(others))]

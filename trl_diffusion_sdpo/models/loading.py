@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
 
@@ -47,17 +46,6 @@ class LoadedModel:
     @property
     def denoiser(self) -> nn.Module:
         return self.family.denoiser
-
-    def folder(self) -> Path | None:
-        """Where the files of the components are on this machine, as they would be loaded by default; `None` for a
-        pipeline object, one file, or a variant."""
-        if self.name_or_path is None or not self.options or self.options.get("variant") is not None:
-            return None
-        if os.path.exists(self.name_or_path):
-            return Path(self.name_or_path) if os.path.isdir(self.name_or_path) else None
-        options = {key: self.options[key] for key in ("cache_dir", "revision") if self.options.get(key) is not None}
-        index = try_to_load_from_cache(self.name_or_path, "model_index.json", **options)
-        return Path(index).parent if isinstance(index, str) else None
 
     def load_encoders(self) -> DiffusionPipeline:
         """The pipeline with VAE and text encoders from disk; only for a Hub id or folder."""

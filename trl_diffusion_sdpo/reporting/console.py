@@ -1,4 +1,4 @@
-"""What training tells on the console: a short line for each log, and the same on the progress bar."""
+"""Console output of training: a short line for each log, and the same metrics on the progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-# Metric -> its word on the console.
+# Metric -> its word on the console
 WORDS = {
     "loss": "loss",
     "errors/winner": "winner",
@@ -19,7 +19,7 @@ WORDS = {
     "safeguard/scale": "lambda",
     "learning_rate": "lr",
 }
-# Not shown: the trainer's other metrics, the speed of an evaluation, and what the bar shows.
+# The trainer's other metrics, the speed of an evaluation, and values on the bar are not shown.
 _HIDDEN = re.compile(
     r"(.*_)?(errors|rewards|safeguard|budget)/.*|eval_.*(runtime|per_second)"
     r"|grad_norm|epoch|total_flos|num_input_tokens_seen"
@@ -28,8 +28,8 @@ _EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")
 
 
 class ShortLogCallback(ProgressCallback):
-    """The progress bar, with a line of the most telling metrics for each log, and those of training on the bar itself.
-    In place of transformers' own callback, which prints every metric; all are in the state and in trackers."""
+    """Progress bar with the main metrics: a line for each log, and those of training on the bar itself. It replaces
+    transformers' own callback, which prints every metric. State and trackers have all metrics."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -49,10 +49,10 @@ def say(line: str) -> None:
 
 
 def shown_metrics(logs: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """The metrics to show, by their words, of a log of training, or of each evaluation in it with its title.
+    """Yield a title and the metrics to show, by their words, for a log of training or for each evaluation in a log.
 
-    The change of an error is shown as a share of the reference's, behind the error. Metrics that are not the trainer's
-    own, such as those of `compute_metrics`, are shown with their names.
+    Behind an error is its change as a share of the reference's error. Metrics that are not the trainer's own, such as
+    those of `compute_metrics`, are shown with their names.
     """
     prefixes = [match["prefix"] for match in map(_EVALUATED.match, logs) if match] or [""]
     known = {f"{prefix}{name}" for prefix in prefixes for name in WORDS}

@@ -1,4 +1,4 @@
-"""The change of winner and loser errors in each noise bin, as evaluations log it, and a plot of it."""
+"""Change of winner and loser errors in each noise bin: reads it from logs of evaluations and plots it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ _NAME = re.compile(r"^(?P<prefix>.*)_errors/(?P<half>winner|loser)_change_relati
 
 
 def changes_by_noise_bin(history: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The changes in a trainer's log history.
+    """Return the changes in a trainer's log history.
 
     Args:
-        history (`Sequence[Mapping]`): As `TrainerState.log_history`.
+        history (`Sequence[Mapping]`): `TrainerState.log_history`.
 
     Returns:
         `dict[str, list[dict]]`: For each evaluation's prefix (such as `eval` or `eval_ema`) its evaluations in order,
@@ -31,14 +31,14 @@ def changes_by_noise_bin(history: Sequence[Mapping[str, Any]]) -> dict[str, list
 
 
 def noise_bin_file(prefix: str) -> str:
-    """Name of the plot of an evaluation's prefix: `noise_bins.png` for `eval`, `noise_bins_ema.png` for `eval_ema`."""
-    # What Windows or others refuse in names, and what ends a link of the card or has another meaning there.
+    """Return the plot's file name: `noise_bins.png` for the prefix `eval`, `noise_bins_ema.png` for `eval_ema`."""
+    # Characters that file systems refuse in names, or that end a link on the model card.
     name = re.sub(r'[<>:"/\\|?*\s()#%]', "_", prefix.removeprefix("eval"))
     return f"noise_bins{name}.png"
 
 
 def plot_noise_bins(records: Sequence[Mapping[str, Any]], num_noise_bins: int, file: str | Path) -> None:
-    """Plot the change of the errors over the noise level: the last evaluation opaque, earlier ones transparent.
+    """Plot the change of the errors over the noise level. Earlier evaluations are more transparent.
 
     Args:
         records (`Sequence[Mapping]`): Evaluations of one prefix, from [`changes_by_noise_bin`]; at least one.

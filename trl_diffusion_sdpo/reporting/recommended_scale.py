@@ -9,12 +9,11 @@ from typing import Any
 from ..losses import standard_error
 from .verdict import RunFacts, verdict_of
 
-# The rule and its reasons: docs/cli.md#the-recommended-scale.
-FEWEST_IMAGES = 8  # of a scale; with fewer, the standard error of their scores is too small too often
+FEWEST_IMAGES = 8  # for each scale; with fewer, the standard error of their scores is too small too often
 KEPT = ("better", "unchanged")
 LOST = ("worse", "ruined")
 
-Scores = Mapping[float, Sequence[float]]  # by scale, of the images of all prompts in one order
+Scores = Mapping[float, Sequence[float]]  # scale -> scores of the images of all prompts, in one order
 
 
 def sweep_row(scale: float, metrics: Mapping[str, float], run: RunFacts) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def best_scale(scores: Scores) -> float:
 
 
 def _mean(scores: Scores, scale: float) -> str:
-    """The mean score at a scale, beside that of the tuned model and the base."""
+    """Return the mean score at a scale, beside the scores of the tuned model and the base."""
     others = [(at, name) for at, name in ((1.0, "scale 1"), (0.0, "the base")) if at in scores and at != scale]
     beside = ", ".join(f"{statistics.fmean(scores[at]):.4g} at {name}" for at, name in others)
     return f"mean score {statistics.fmean(scores[scale]):.4g}" + (f", against {beside}" if beside else "")

@@ -1,4 +1,4 @@
-"""Callbacks of what a run says of itself: plots, the verdict, and the files at the end."""
+"""Callbacks that report on a run: plots, the verdict, and the files at the end."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class NoiseBinPlotCallback(TrainerCallback):
 
 
 class VerdictCallback(TrainerCallback):
-    """Warns, or stops, when the preferred images get worse while training; at the end it says the verdict and writes it
+    """Warns or stops when the preferred images get worse during training. At the end it logs the verdict and writes it
     into the output folder.
 
     Args:
         run ([`RunFacts`]): Facts of the run.
         evaluate (`Callable`): Evaluates the current weights; called by all processes.
-        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, which may still change. They tell
-            whether a signal has ended the training.
-        samples ([`SampleImagesCallback`], *optional*): Generates the images of before and after.
-        images ([`TrackedImages`]): Receives the picture.
+        callbacks (`Sequence[TrainerCallback]`): The trainer's list of callbacks, which may still change. A callback in
+            it says whether a signal has ended the training.
+        samples ([`SampleImagesCallback`], *optional*): Generates the images before and after training.
+        images ([`TrackedImages`]): Sends the picture to trackers.
         on_rise (`str`): The setting `on_winner_rise`: `"ignore"`, `"warn"` or `"stop"`.
     """
 
@@ -75,7 +75,7 @@ class VerdictCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._training, self._stops = True, False
-        if state.is_world_process_zero:  # remove an earlier end's: later weights would be published with it
+        if state.is_world_process_zero:  # later weights must not be published with an earlier verdict
             for name in (VERDICT_FILE, VERDICT_PLOT):
                 (Path(args.output_dir) / name).unlink(missing_ok=True)
             forget_recommended_scales(Path(args.output_dir))
@@ -89,13 +89,13 @@ class VerdictCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
-            return  # at the end, the verdict says it
+            return  # the verdict at the end says it
         rise = rise_of(state.log_history, self._run)
         stops = self._on_rise == "stop" and in_any_process(rise is not None, args.device)
         if stops:  # every process
             self._stops = control.should_save = control.should_training_stop = True
         if rise is not None and (rise[1] or stops) and state.is_world_process_zero:
-            hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to go on.")
+            hint = resume_hint(args, state.global_step, "Pass `resume_from_checkpoint=True` to continue.")
             end = f" Training stops; {hint}" if stops else ""
             logger.warning("%s%s", words_of_rise(rise[0], self._run), end)
 
@@ -103,7 +103,7 @@ class VerdictCallback(TrainerCallback):
         self._stops = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._stops:  # `save_strategy="best"` has taken the save back
+        if self._stops:  # `save_strategy="best"` has cancelled the save
             control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -138,18 +138,19 @@ class VerdictCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def warning_of_unwritten_files() -> Iterator[None]:
-    """Turn an error of writing a report within the context into a warning, since the weights matter more. No process
-    may wait for another one within."""
+    """Turn an error within the context into a warning: a report that cannot be written must not end a run. No process
+    may wait for another one within the context."""
     try:
         yield
     except Exception as error:
-        known = isinstance(error, OSError)
-        logger.warning("The report of the run could not be written: %s", error, exc_info=not known)
+        logger.warning(
+            "The report of the run could not be written: %s", error, exc_info=not isinstance(error, OSError)
+        )
 
 
 class RunReportCallback(TrainerCallback):
-    """Writes the trainer's state and the curves into the output folder at every save and at the end, and then calls
-    `end`. What cannot be written is a warning: the weights matter more."""
+    """Writes the trainer's state and the curves into the output folder at every save and at the end, and calls `end` at
+    the end. If a file cannot be written, it logs a warning."""
 
     def __init__(self, end: Callable[[], None]):
         self._end = end
@@ -173,7 +174,7 @@ class RunReportCallback(TrainerCallback):
 
 
 def plots_of(state: TrainerState) -> list[tuple[str, str]]:
-    """The plots that a run may have written, as files in its folder, each with its title."""
+    """Return the plots that a run may have written, as files in its folder, each with its title."""
     prefixes = changes_by_noise_bin(state.log_history)
     by_noise = [(noise_bin_file(prefix), "Change of the errors by noise level") for prefix in prefixes]
     curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
@@ -181,8 +182,8 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
 
 
 def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
-    """Return a line for each thing that a training has left in its folder, and how to load the weights. Without
-    `loading_code`, they were not saved there."""
+    """Return a line for each file of a training in its folder, and how to load the weights. Without `loading_code`,
+    weights were not saved there."""
     steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png")) if samples else []
     curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):

@@ -1,4 +1,4 @@
-"""Sample images with fixed seeds, before, during and after training."""
+"""Generates sample images with fixed seeds before, during and after training."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class SamplePair:
 class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt with fixed seeds before, during and after training.
 
-    Writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and `samples/step-000050-0.png` and
-    so on, one file for each prompt, with its prompt and seed as PNG text. Training is not affected: modes and random
-    states are restored, the pipeline's scheduler is copied. Runs on the first process only.
+    It writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and for each prompt a file such as
+    `samples/step-000050-0.png` with its prompt and seed as PNG text. Training is not affected: modes and random states
+    are restored, and the pipeline's scheduler is copied. Only the first process generates.
 
     Args:
-        pipeline (`DiffusionPipeline`): Owner of the denoiser that is trained; every component is on one device.
+        pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
         prompts (`Sequence[str]`): Prompt `i` always starts from the noise of `seed + i`.
         every_n_steps (`int`, *optional*): Optimizer steps between two generations; only first and last if unset.
         resolution (`int` or `tuple[int, int]`, *optional*): Side of the square images, or height and width, in pixels;
             the model's own if unset.
         call_options (`dict`, *optional*): Further arguments of the pipeline's call, such as its guidance scale.
         denoiser_name (`str`, *optional*, defaults to `"unet"`): The pipeline's attribute that is trained. It runs under
-            the autocast of training. Frozen components run in the precision that they are stored in.
+            the autocast of training. Frozen components run in their stored precision.
         every_process (`bool`, *optional*, defaults to `False`): Whether all processes must generate, because each holds
             a shard of the denoiser. The denoiser is then called through the Trainer's `model`.
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], *optional*): Puts the pipeline's VAE
@@ -78,7 +78,7 @@ class SampleImagesCallback(TrainerCallback):
     ):
         self.pipeline, self.denoiser_name, self.every_process = pipeline, denoiser_name, every_process
         self._frozen, self._images = frozen, images or TrackedImages(())
-        self._untracked: int | None = None  # step of images that trackers do not have yet
+        self._untracked: int | None = None  # step of images that were not sent to trackers yet
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
         self.call_kwargs = {"num_inference_steps": num_inference_steps, **(call_options or {})}
         if resolution is not None:
@@ -91,11 +91,11 @@ class SampleImagesCallback(TrainerCallback):
         self._last_step = self._untracked = None
         exists = resumed and self._are_written(Path(args.output_dir), state.global_step)
         if in_any_process(exists, args.device):
-            self._last_step = state.global_step  # generated from the same weights by the run that wrote the checkpoint
+            self._last_step = state.global_step  # the run that wrote the checkpoint generated them
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._track(args)  # the first ones, when trackers have begun
+        self._track(args)  # the first images: trackers have begun by now
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
@@ -137,7 +137,7 @@ class SampleImagesCallback(TrainerCallback):
         return self._last_step
 
     def _are_written(self, folder: Path, step: int) -> bool:
-        """Whether the images of a step are there, of these prompts and seeds."""
+        """Return whether the images of a step exist, with these prompts and seeds."""
         files = enumerate(self.gallery(step))
         noted = all(_states(folder / path, prompt, self.seed + i) for i, (path, prompt) in files)
         return noted and grid_path(folder, step).exists()
@@ -160,7 +160,7 @@ class SampleImagesCallback(TrainerCallback):
         self._untracked = step
 
     def _track(self, args: TrainingArguments) -> None:
-        """Send the newest images to the trackers, unless they have them."""
+        """Send the newest images to the trackers, unless they were sent before."""
         if self._untracked is not None:
             for i, (path, prompt) in enumerate(self.gallery(self._untracked)):
                 self._images.add(f"{SAMPLES_FOLDER}/{i}", Path(args.output_dir) / path, self._untracked, prompt)
@@ -177,7 +177,7 @@ class SampleImagesCallback(TrainerCallback):
         Args:
             autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
             through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
-            within (`Callable`, *optional*): Gives a context in which the pipeline that it receives is called.
+            within (`Callable`, *optional*): Returns a context for calling the pipeline that it receives.
         """
         none = contextlib.nullcontext()
         with (
@@ -191,12 +191,12 @@ class SampleImagesCallback(TrainerCallback):
     def _prepared(
         self, autocast: contextlib.AbstractContextManager, through: nn.Module | None
     ) -> Iterator[DiffusionPipeline]:
-        """A copy of the pipeline whose calls do not affect training."""
-        pipeline = copy.copy(self.pipeline)  # the same networks; scheduler, progress bar and guidance of its own
+        """Yield a copy of the pipeline whose calls do not affect training."""
+        pipeline = copy.copy(self.pipeline)  # shares the networks, but not scheduler, progress bar and guidance
         pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         if "safety_checker" in pipeline.components:
-            pipeline.safety_checker = None  # is not on the device, and would replace images by black ones
+            pipeline.safety_checker = None  # it is not on the device, and would replace images by black ones
         networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         denoiser = pipeline.components[self.denoiser_name]
         if through is not None:
@@ -209,11 +209,11 @@ class SampleImagesCallback(TrainerCallback):
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
         generator = torch.Generator().manual_seed(self.seed + index)  # on the CPU: equal noise on every device
         image = pipeline(prompt=self.prompts[index], generator=generator, return_dict=False, **self.call_kwargs)[0][0]
-        return image[0] if isinstance(image, list) else image  # of a clip, its first frame
+        return image[0] if isinstance(image, list) else image  # a clip is shown by its first frame
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """The step of the checkpoint that was loaded when training ended; `None` if none was. It may be an earlier one than
+    """Return the step of the checkpoint that was loaded when training ended, or `None`. It may be earlier than
     `best_global_step`, which need not have been saved."""
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
@@ -226,13 +226,13 @@ def find_sample_images(callbacks: Iterable[TrainerCallback]) -> SampleImagesCall
 
 
 def grid_path(output_dir: str | Path, step: int) -> Path:
-    """Where the grid of a step is written."""
+    """Return the path of a step's grid."""
     return Path(output_dir) / SAMPLES_FOLDER / f"{_stem(step)}.png"
 
 
 def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int = 4) -> Image.Image:
-    """Return an RGB image of all images below one another, each with its label to the right. Labels are wrapped, and
-    cut at the end of the row."""
+    """Return an RGB image of all images below one another, each with its label to the right. Labels are wrapped and cut
+    at the end of the row."""
     font, line_height, text_width = ImageFont.load_default(12), 15, 256
     rows = [max(image.height, 3 * line_height) for image in images]
     left = max(image.width for image in images) + 2 * gap
@@ -277,8 +277,8 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
-    """The denoiser under autocast, its inputs cast to its dtype and its outputs to the dtype of its inputs, so that
-    frozen components may have another precision."""
+    """Run the denoiser under autocast within the context. Inputs are cast to its dtype and outputs are cast back, so
+    that frozen components may have another precision."""
     calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []
 
     def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -305,8 +305,8 @@ def in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractCont
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Cast floating tensors within tuples and dictionaries. Timesteps, which have at most one dimension, are not cast:
-    they would be rounded."""
+    """Cast floating tensors within tuples and dictionaries. Timesteps have at most one dimension and are not cast,
+    because they would be rounded."""
     if isinstance(values, torch.Tensor):
         return values.to(dtype) if values.is_floating_point() and values.ndim > 1 else values
     if type(values) is tuple:
@@ -317,7 +317,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 def _restored_random_state(device: torch.device) -> contextlib.AbstractContextManager:
-    """Restores the random states of the CPU and of the device."""
+    """Return a context that restores the random states of the CPU and of the device."""
     if device.type in ("cpu", "mps"):  # `fork_rng` does not support Apple's
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

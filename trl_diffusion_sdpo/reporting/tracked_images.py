@@ -1,4 +1,4 @@
-"""Sends images of a run to its trackers, each by the tracker's own means."""
+"""Sends images of a run to its trackers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from ..utils._compat import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
 class TrackedImages:
-    """Sends images to those of TensorBoard, Weights & Biases and Trackio that are among a trainer's callbacks, which is
-    where `report_to` puts them; to be called in the process that tracks, after `on_train_begin` of these callbacks and
-    before their `on_train_end`. The list of callbacks may still change."""
+    """Sends images to TensorBoard, Weights & Biases and Trackio, if they are among a trainer's callbacks (`report_to`).
+
+    Call it in the process that tracks, between `on_train_begin` and `on_train_end` of these callbacks. The list of
+    callbacks may still change.
+    """
 
     def __init__(self, callbacks: Sequence[TrainerCallback]):
         self._callbacks = callbacks
 
     def add(self, name: str, file: Path, step: int, caption: str | None = None) -> None:
-        """Send an image file, whose name in trackers is that of a series over the steps."""
+        """Send an image file. In trackers, images of one name are a series over the steps."""
         for callback in self._callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 _to_tensorboard(callback.tb_writer, name, file, step, caption)

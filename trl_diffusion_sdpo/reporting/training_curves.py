@@ -1,4 +1,4 @@
-"""The curves of a run, as its log history has them: loss, change of the errors, accuracy and lambda."""
+"""Curves from the log history of a run: loss, change of the errors, accuracy and lambda."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 CURVES_FILE = "curves.png"
 _CHANGE = "change of the error, % of the reference's"
-# Panel -> its curves: label and metric, of which the second panel has the change.
+# Panel -> its curves, each a label and a metric. The second panel shows the metrics' changes.
 _PANELS = {
     "loss": [("loss", "loss")],
     _CHANGE: [("winners", "errors/winner"), ("losers", "errors/loser")],
@@ -21,20 +21,20 @@ Points = list[tuple[int, float]]
 
 
 def has_curves(history: History) -> bool:
-    """Whether training was logged at two steps at least."""
+    """Return whether training was logged at two steps or more."""
     return sum("loss" in entry for entry in history) > 1
 
 
 def curves_of(history: History) -> dict[str, dict[str, Points]]:
-    """The curves in a trainer's log history.
+    """Return the curves in a trainer's log history.
 
     Args:
-        history (`Sequence[Mapping]`): As `TrainerState.log_history`.
+        history (`Sequence[Mapping]`): `TrainerState.log_history`.
 
     Returns:
-        `dict[str, dict[str, list]]`: For each panel its curves by label, such as "winners" in training and "winners,
-        eval" in evaluations of that prefix, as points of step and value. Changes are in per cent of the reference's
-        error; without a reference, the panel has the errors themselves.
+        `dict[str, dict[str, list]]`: Curves of each panel by label, as points of step and value. The label is "winners"
+        in training and "winners, eval" in evaluations of that prefix. Changes are in per cent of the reference's error.
+        Without a reference, the panel has the errors themselves.
     """
     prefixes = [match[1] for entry in history for match in map(_EVALUATION.fullmatch, entry) if match]
     relative = any(f"{prefix}errors/winner_change" in entry for entry in history for prefix in ("", *prefixes))
@@ -50,10 +50,10 @@ def curves_of(history: History) -> dict[str, dict[str, Points]]:
 
 
 def plot_curves(history: History, file: str | Path) -> None:
-    """Plot the curves of a run: those of training thin, those of evaluations with a mark for each.
+    """Plot the curves of a run. Those of evaluations have markers.
 
     Args:
-        history (`Sequence[Mapping]`): As `TrainerState.log_history`.
+        history (`Sequence[Mapping]`): `TrainerState.log_history`.
         file (`str` or `Path`): Image file to write.
     """
     from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def _plot_panel(axes: Any, title: str, curves: Mapping[str, Points]) -> None:
 
 
 def _points(history: History, metric: str, *, change: bool) -> Points:
-    """Step and value of each log of a metric, or of its change in per cent of the reference's."""
+    """Return step and value of each log of a metric, or of its change in per cent of the reference's."""
     if not change:
         return [(entry["step"], entry[metric]) for entry in history if metric in entry]
     found = [entry for entry in history if f"{metric}_change" in entry]

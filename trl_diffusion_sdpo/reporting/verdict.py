@@ -1,31 +1,30 @@
-"""The verdict on a training: whether the preferred images were kept and the preference was learned, and what to do."""
+"""Judges a training: were the preferred images kept, was the preference learned, and what to do."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..step.pair_evaluation import FEWEST_PAIRS
 
-# The rule and its reasons: docs/evaluation.md#the-verdict.
-STANDARD_ERRORS = 2.0  # another set of pairs may differ by this many
+STANDARD_ERRORS = 2.0  # by which another set of pairs may differ
 SMALLEST = 0.01  # smaller changes of the winners' error do not count, however many pairs show them
 UNMEASURED = 0.05  # uncertainty of a change, or of an accuracy, whose standard error is unknown
-COARSE = 0.2  # a change within a larger uncertainty than this is unknown
+COARSE = 0.2  # if the uncertainty is larger than this, a change within it is unknown
 RUINED = 1.0  # above this change, the error has more than doubled
-FEWEST_AT_ALL = 4  # pairs; of fewer, nothing is said
+FEWEST_AT_ALL = 4  # pairs; with fewer there is no verdict, except "ruined"
 BIN_WORSE = 1.0  # a noise bin whose error has more than doubled is worse, whatever the mean says
-BIN_STANDARD_ERRORS = 3.0  # of a bin's change, because the largest of several bins is looked at
+BIN_STANDARD_ERRORS = 3.0  # more than for the mean, because the largest of several bins is judged
 CHANCE = 0.5  # accuracy of a model that has learned nothing
 SMALL_LAMBDA = 0.5  # below this mean lambda, the safeguard takes most of the losers' gradient
 AVERAGED_LOGS = 10  # of training, if there is no evaluation
 LOGS_TO_WARN = 3  # at least, during training
 
 BEFORE_TRAINING = "before training"
-# Each word of a verdict with its label. The order is by how bad the word is: of several sets, the last one counts.
+# Words of a verdict with their labels, from good to bad. The worst word of several evaluation sets counts.
 LABELS = {
     "unknown": "unknown",
     "better": "better",
@@ -35,7 +34,7 @@ LABELS = {
     "worse": "worse",
     "ruined": "worse",
 }
-_RISES = {"worse": 1, "ruined": 2}  # words of winners, by how bad they are
+_RISES = {"worse": 1, "ruined": 2}  # words of winners whose error rose, by how bad they are
 _WINNER = re.compile(r"^(?P<prefix>eval.*)_errors/winner$")
 _CHANGE = "errors/winner_change_relative"
 
@@ -44,22 +43,22 @@ History = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a verdict needs to know of a run beside its log history."""
+    """Facts of a run that a verdict needs besides the log history."""
 
     has_reference: bool  # whether the loss has a reference
-    reference_moves: bool  # errors relative to a reference that follows the policy do not count
-    reference_was_given: bool  # if not, the reference is the policy before training
+    reference_moves: bool  # whether it follows the policy, so that errors relative to it do not count
+    reference_was_given: bool  # by the user; otherwise it is the policy before training
     uses_loser: bool  # whether the loss has a loser's branch
-    safeguard: str  # the setting
+    safeguard: str  # the setting `safeguard`
     decays: bool  # whether the learning rate decays
     num_noise_bins: int
-    average_suffix: str  # of the metrics' prefixes of averaged weights, such as "_ema"
-    swapped_labels: bool = False  # whether the preferred images are those that were published as rejected
-    safeguard_mu: float | None = None  # the setting
+    average_suffix: str  # ends the metrics' prefixes of averaged weights, such as "_ema"
+    swapped_labels: bool = False  # whether the preferred images were published as rejected
+    safeguard_mu: float | None = None  # the setting `safeguard_mu`
 
     @property
     def reference(self) -> str:
-        """What `errors/winner_change` is relative to; empty if the reference moves."""
+        """Name of the error that `errors/winner_change` is relative to; empty if the reference moves."""
         if self.reference_moves:
             return ""
         return "of the reference" if self.reference_was_given else BEFORE_TRAINING
@@ -74,7 +73,7 @@ class Estimate:
 
     @property
     def noise(self) -> float:
-        """Largest difference from no change that another set of pairs may show; infinite if it cannot be told."""
+        """Largest difference from no change that another set of pairs may show; infinite if unknown."""
         if self.stderr is None:
             return UNMEASURED
         return STANDARD_ERRORS * self.stderr if math.isfinite(self.stderr) else math.inf
@@ -86,13 +85,13 @@ class Measurement:
 
     step: int  # optimizer steps done
     error: float  # mean squared error of the denoiser on the winners
-    before: float  # the error it is compared with; irrelevant if `error` is not finite
-    since: str  # description of that error, such as "before training"
+    before: float  # the earlier error to compare with; irrelevant if `error` is not finite
+    since: str  # description of the earlier error, such as "before training"
     stderr: float | None = None  # of the relative change
     bins: Mapping[int, Estimate] = field(default_factory=dict)  # relative changes of the winners' error, by noise bin
     loser_bins: Mapping[int, float] = field(default_factory=dict)
     accuracy: Estimate | None = None  # share of the pairs whose loser's error rose more than the winner's
-    margin: Estimate | None = None  # by how much more, as a share of the winners' earlier error
+    margin: Estimate | None = None  # how much more it rose, as a share of the winners' earlier error
     scale: float | None = None  # mean lambda of the last logs of training
     pairs: float | None = None  # number of pairs
     name: str = ""  # of the evaluation set, if it has one
@@ -109,7 +108,7 @@ class Measurement:
 
     @property
     def winners(self) -> str:
-        """The word on the winners. If standard errors are known, bins of one pair have none, and do not count."""
+        """The word on the winners. If standard errors are known, bins of one pair have none and are ignored."""
         counted = [change for change in self.bins.values() if self.stderr is None or change.stderr is not None]
         worst = max(counted, key=lambda change: change.value, default=None)
         return judge_winners(self.change, self.stderr, worst, self.pairs)
@@ -122,14 +121,14 @@ class Measurement:
 
     @property
     def word(self) -> str:
-        """The word on both: `"better"` says that the winners were kept and the preference was learned."""
+        """The word on both. `"better"` means that the winners were kept and the preference was learned."""
         if self.winners not in ("better", "unchanged") or self.preference == "unknown":
             return self.winners
         return "better" if self.preference == "learned" else self.preference
 
     @property
     def is_sure(self) -> bool:
-        """Whether there are enough pairs to leave "probably" out."""
+        """Whether there are enough pairs for a verdict without "probably"."""
         return self.pairs is None or self.pairs >= FEWEST_PAIRS or self.word in ("ruined", "unknown")
 
     def __str__(self) -> str:
@@ -227,7 +226,7 @@ def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verd
     Args:
         history (`Sequence[Mapping]`): The trainer's log history.
         run ([`RunFacts`]): Facts of the run.
-        step (`int`, *optional*): Whose weights are judged, if not the last ones.
+        step (`int`, *optional*): Step of the weights to judge, if not the last ones.
 
     Returns:
         `Verdict` or `None`: `None` if no error was logged that can be compared.
@@ -248,8 +247,8 @@ def is_evaluation(entry: Mapping[str, Any]) -> bool:
 
 
 def rise_of(history: History, run: RunFacts) -> tuple[Measurement, bool] | None:
-    """Return the newest evaluation of a log history if its winners are worse, and whether they are worse by another
-    word than in the evaluation before. Of fewer than 30 pairs only `"ruined"` counts."""
+    """Return the newest evaluation of a log history if its winners are worse, and whether their word is worse than in
+    the evaluation before. With fewer than 30 pairs only `"ruined"` counts."""
     newest = next(filter(is_evaluation, reversed(history)), {})
     rises = [
         steps
@@ -277,13 +276,13 @@ def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
 
 
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
-    """A warning that the winners get worse, with the noise level of the largest rise and what to do."""
+    """Return a warning that the winners get worse, with the noise level of the largest rise and what to do."""
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
     return f"{what}: at step {measured.step} {_of_winners(measured, run)} {_advice(measured, run)}"
 
 
 def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
-    """The lowest and the highest noise level of a bin."""
+    """Return the lowest and the highest noise level of a bin."""
     return noise_bin / run.num_noise_bins, (noise_bin + 1) / run.num_noise_bins
 
 
@@ -291,10 +290,10 @@ def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
 
 
 def _evaluations(history: History, run: RunFacts) -> dict[str, list[Measurement]]:
-    """Measurements in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
+    """Return measurements in order, by the prefix of their metrics, such as `eval` or `eval_ema`.
 
-    An error is compared with the evaluation before the first step, else with the reference unless it moves, else with
-    the first evaluation.
+    An error is compared with the evaluation before the first step. If there is none, it is compared with the reference,
+    or with the first evaluation if the reference moves.
     """
     found: dict[str, list[Measurement]] = {}
     first: dict[str, Mapping[str, Any]] = {}
@@ -318,7 +317,7 @@ def _measured(
     from_start = first["step"] == 0
     name = prefix.removesuffix(run.average_suffix).removeprefix("eval").removeprefix("_")
     facts: dict[str, Any] = {"name": name, "pairs": entry.get(f"{prefix}_errors/pairs"), "scale": scale}
-    # Changes of single pairs are logged relative to the reference, which must be what the mean is compared with.
+    # Changes of single pairs are logged relative to the reference. They count if the mean is compared with it too.
     same = not run.has_reference or run.reference == BEFORE_TRAINING
     if math.isfinite(error) and (same or (not from_start and run.reference)):
         start = f"{prefix}_{_CHANGE}@"
@@ -342,7 +341,7 @@ def _measured(
 
 
 def _last_training(history: History, run: RunFacts, at_least: int = 1) -> Measurement | None:
-    """Mean over the last logs of training; `None` with fewer than `at_least`, or if the reference moves."""
+    """Return the mean over the last logs of training; `None` with fewer than `at_least`, or if the reference moves."""
     logs = [entry for entry in history if "errors/winner_change" in entry][-AVERAGED_LOGS:]
     if not run.reference or len(logs) < at_least:
         return None
@@ -360,12 +359,12 @@ def _mean_scale(history: History) -> float | None:
 
 
 def _is_comparable(measured: Measurement) -> bool:
-    """Whether there is an earlier error, or need be none."""
+    """Return whether there is an earlier error, if one is needed."""
     return not math.isfinite(measured.error) or 0 < measured.before < math.inf
 
 
 def _badness(measured: Measurement) -> tuple[int, bool, float]:
-    """Order the measurements of several sets by the word, then by its certainty and by the change."""
+    """Return a key that orders the measurements of several sets by the word, its certainty and the change."""
     return list(LABELS).index(measured.word), measured.is_sure, measured.change
 
 
@@ -375,7 +374,7 @@ def _rise(measured: Measurement) -> int:
 
 
 def _at(measurements: Sequence[Measurement], step: int | None) -> Measurement:
-    """The measurement at a step, or the last."""
+    """Return the measurement at a step, or the last one."""
     return next((measured for measured in reversed(measurements) if measured.step == step), measurements[-1])
 
 
@@ -399,8 +398,8 @@ def _worded(
     sentences += [f"Averaged weights{_of_set(average)}: {average}." for average in averages]
     if pairs == "training":
         sentences.append("Without an evaluation on held-out pairs, nothing is known of other pairs.")
-    verdict = Verdict(measured.word, " ".join(sentences), advice, measured, pairs)
-    return Verdict(verdict.word, f"Verdict: {verdict.headline}. {verdict.finding}", advice, measured, pairs)
+    verdict = Verdict(measured.word, "", advice, measured, pairs)
+    return replace(verdict, finding=f"Verdict: {verdict.headline}. {' '.join(sentences)}")
 
 
 def _of_winners(measured: Measurement, run: RunFacts) -> str:
@@ -436,7 +435,7 @@ def _of_set(measured: Measurement) -> str:
 
 
 def _advice(measured: Measurement, run: RunFacts) -> str:
-    """What to do, in the order of docs/safeguard.md#when-it-got-worse."""
+    """Return what to do, in the order of docs/safeguard.md#when-it-got-worse."""
     word, enough = measured.word, measured.pairs is None or measured.pairs >= FEWEST_PAIRS
     more = "Evaluate on more pairs" if enough else f"Evaluate on {FEWEST_PAIRS} pairs or more"
     if word == "unknown":
@@ -456,9 +455,8 @@ def _advice(measured: Measurement, run: RunFacts) -> str:
 
 
 def _advice_to_learn(measured: Measurement, run: RunFacts) -> str:
-    """What to change if the winners were kept and the preference was not learned."""
-    is_held = measured.scale is not None and measured.scale < SMALL_LAMBDA and run.safeguard != "none"
-    if is_held:
+    """Return what to change if the winners were kept and the preference was not learned."""
+    if measured.scale is not None and measured.scale < SMALL_LAMBDA and run.safeguard != "none":
         now = "" if run.safeguard_mu is None else f" than {run.safeguard_mu:g}"
         return (
             f"Losers hardly trained, because lambda was {measured.scale:.2f} on average: try a smaller "

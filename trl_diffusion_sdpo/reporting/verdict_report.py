@@ -1,4 +1,4 @@
-"""A verdict as files: `verdict.json`, and the picture `verdict.png`."""
+"""Writes a verdict as `verdict.json` and as the picture `verdict.png`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT, write_atomically
@@ -26,7 +27,7 @@ COLOURS = {"better": "#1b7837", "unchanged": "#555555", "worse": "#b2182b", "unk
 WINNERS, LOSERS, GREY = "#2166ac", "#e08214", "#666666"
 
 
-def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: Sequence[SamplePair]) -> Path | None:
+def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: Sequence[SamplePair]) -> Path:
     """Write `verdict.json` and `verdict.png` into a run's folder. Return the picture's path."""
     facts = verdict_facts(verdict or UNKNOWN, run, images)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def write_verdict(folder: Path, verdict: Verdict | None, run: RunFacts, images: 
 
 
 def verdict_facts(verdict: Verdict, run: RunFacts, images: Sequence[SamplePair]) -> dict[str, Any]:
-    """The content of `verdict.json`: numbers that are not finite are `None`, changes are in per cent."""
+    """Return the content of `verdict.json`. Numbers that are not finite are `None`, and changes are in per cent."""
     measured = verdict.measured
     facts: dict[str, Any] = {
         "label": verdict.label,
@@ -76,20 +77,21 @@ def _numbers(measured: Measurement, run: RunFacts) -> dict[str, Any]:
 
 
 def draw_verdict(folder: Path, facts: dict[str, Any]) -> Path:
-    """Draw the content of `verdict.json`: the word, the errors' change by noise level, accuracy, images."""
+    """Draw the content of `verdict.json`: the word, the errors' change by noise level, accuracy and images."""
     from matplotlib.figure import Figure
 
     images = facts["images"][:SHOWN_PROMPTS]
-    text = _caption(facts)
+    sentence = facts["sentence"].removeprefix(f"Verdict: {facts['headline']}. ")
+    text = [line for part in (sentence, facts["advice"] or "") for line in textwrap.wrap(part, 120)]
     side = min(1.9, 9.3 / max(1, len(images)))  # of an image, in inches
     heights = [0.6 + 0.2 * len(text), 3.1, *([2 * side + 0.6] if images else [])]
     figure = Figure(figsize=(10, sum(heights)), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.05)
     rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     look: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
-    colour, below = COLOURS[facts["label"]], 1 - 0.6 / heights[0]
+    colour = COLOURS[facts["label"]]
     rows[0].text(0.015, 0.93, facts["headline"].capitalize(), size=20, weight="bold", color=colour, **look)
-    rows[0].text(0.015, below, "\n".join(text), size=9.5, color="#333333", linespacing=1.35, **look)
+    rows[0].text(0.015, 1 - 0.6 / heights[0], "\n".join(text), size=9.5, color="#333333", linespacing=1.35, **look)
     changes, accuracy = rows[1].subplots(1, 2, width_ratios=[4, 1])
     _draw_changes(changes, facts)
     _draw_accuracy(accuracy, facts)
@@ -99,64 +101,39 @@ def draw_verdict(folder: Path, facts: dict[str, Any]) -> Path:
     return folder / VERDICT_PLOT
 
 
-def _caption(facts: dict[str, Any]) -> list[str]:
-    """Lines below the word: what was found, with numbers, and what to do."""
-    if facts.get("winner_change_percent") is None:
-        sentences = [facts["sentence"].removeprefix(f"Verdict: {facts['headline']}. ")]
-    else:
-        stderr = facts["winner_change_stderr_percent"]
-        known = "" if stderr is None else f" ± {_short(stderr)}"
-        change = f"{_short(facts['winner_change_percent'], '+')}{known} %"
-        pairs = f"{facts['evaluated_pairs']} held-out" if facts["evaluated_pairs"] else facts["pairs"]
-        kept = {"better": "kept", "unchanged": "kept"}.get(facts["winners"], facts["winners"])
-        sentences = [f"Step {facts['step']}, {pairs} pairs. Preferred images {kept}: error {change}."]
-        if facts["preference"] != "unknown":
-            sentences.append(f"Preference {facts['preference']}.")
-    return [line for part in (" ".join(sentences), facts["advice"]) if part for line in textwrap.wrap(part, 120)]
-
-
 def _draw_changes(axes: Any, facts: dict[str, Any]) -> None:
-    """Draw the change of winners and losers over the noise level; their mean is a dashed line."""
+    """Draw the change of winners and losers over the noise level. The winners' mean is a dashed line."""
     whose = "training pairs" if facts["pairs"] == "training" else "held-out pairs"
     axes.set_title(f"Change of the error on {whose}, in %", fontsize=10, loc="left")
     axes.axhline(0, color="black", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.2)
-    bins = [found for found in facts["noise_bins"] if found["winner_change_percent"] is not None]
-    mean = facts.get("winner_change_percent")
-    if mean is not None:
-        axes.axhline(mean, color=WINNERS, lw=1, ls="--", label=f"preferred, mean: {_short(mean, '+')} %")
-    elif not bins:
-        axes.set_yticks([0])
-        said = "not a number" if "winner_change_percent" in facts else "nothing was measured"
-        axes.text(0.5, 0.6, said, transform=axes.transAxes, ha="center", color=GREY)
-    levels = [sum(found["noise_levels"]) / 2 for found in bins]
-    winners = [found["winner_change_percent"] for found in bins]
-    noise = [STANDARD_ERRORS * (found["winner_change_stderr_percent"] or 0.0) for found in bins]
-    losers = [(at, found["loser_change_percent"]) for at, found in zip(levels, bins, strict=True)]
-    losers = [(at, change) for at, change in losers if change is not None]
-    if bins:
-        low, high = ([w + sign * n for w, n in zip(winners, noise, strict=True)] for sign in (-1, 1))
-        axes.plot(levels, winners, "o-", color=WINNERS, lw=2, ms=5, label="preferred, ± 2 standard errors")
-        axes.fill_between(levels, low, high, color=WINNERS, alpha=0.15, lw=0)
-    if losers:
-        axes.plot(*zip(*losers, strict=True), "o-", color=LOSERS, lw=2, ms=5, label="rejected")
     axes.set(xlabel="noise level, from clean to noise", xlim=(0, 1))
-    axes.set_ylim(*_limits([0.0, *winners, *(change for _, change in losers)], [mean or 0.0], noise))
-    if bins or mean is not None:
-        axes.legend(frameon=False, fontsize=8, loc="best")
-
-
-def _limits(values: Sequence[float], means: Sequence[float], noise: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis by the values. Uncertainties get at most as much room again: one large one must not make a line
-    of all others."""
-    low, high = min(*values, *means), max(*values, *means)
-    room = max(0.12 * (high - low), min(max(noise, default=0.0), 0.5 * (high - low)), 0.1)
-    return low - room, high + room
+    bins = [noise_bin for noise_bin in facts["noise_bins"] if noise_bin["winner_change_percent"] is not None]
+    mean = facts.get("winner_change_percent")
+    if not bins and mean is None:
+        message = "not a number" if "winner_change_percent" in facts else "nothing was measured"
+        axes.text(0.5, 0.6, message, transform=axes.transAxes, ha="center", color=GREY)
+        return
+    if mean is not None:
+        axes.axhline(mean, color=WINNERS, lw=1, ls="--", label=f"preferred, mean: {mean:+.2g} %")
+    if bins:
+        levels = [sum(noise_bin["noise_levels"]) / 2 for noise_bin in bins]
+        winners = np.array([noise_bin["winner_change_percent"] for noise_bin in bins])
+        losers = np.array([noise_bin["loser_change_percent"] for noise_bin in bins], dtype=float)  # None is nan
+        stderrs = [noise_bin["winner_change_stderr_percent"] or 0.0 for noise_bin in bins]
+        noise = STANDARD_ERRORS * np.array(stderrs)
+        axes.plot(levels, winners, "o-", color=WINNERS, lw=2, ms=5, label="preferred, ± 2 standard errors")
+        if not np.isnan(losers).all():
+            axes.plot(levels, losers, "o-", color=LOSERS, lw=2, ms=5, label="rejected")
+        limits = axes.get_ylim()  # by the values: one large uncertainty must not flatten the lines
+        axes.fill_between(levels, winners - noise, winners + noise, color=WINNERS, alpha=0.15, lw=0)
+        axes.set_ylim(limits)
+    axes.legend(frameon=False, fontsize=8, loc="best")
 
 
 def _draw_accuracy(axes: Any, facts: dict[str, Any]) -> None:
-    """Draw the share of pairs in the right order, with chance as a dotted line."""
+    """Draw the share of pairs in the right order. Chance is a dotted line."""
     axes.set_title("Pairs in the right order", fontsize=10)
     axes.set(xlim=(-1, 1), ylim=(0, 100), xticks=[], yticks=[0, 50, 100], yticklabels=["0 %", "50 %", "100 %"])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -171,7 +148,7 @@ def _draw_accuracy(axes: Any, facts: dict[str, Any]) -> None:
     axes.errorbar([0], [100 * accuracy], error, fmt="o", color=colour, ms=7, capsize=4, lw=1.5)
     axes.text(0, 6, f"{accuracy:.0%}", ha="center", fontsize=15, weight="bold", color=colour)
     if facts.get("margin_percent") is not None:
-        axes.set_xlabel(f"margin {_short(facts['margin_percent'], '+')} %", fontsize=9)
+        axes.set_xlabel(f"margin {facts['margin_percent']:+.2g} %", fontsize=9)
 
 
 def _draw_images(figure: Any, folder: Path, images: Sequence[dict[str, Any]]) -> None:
@@ -187,12 +164,6 @@ def _draw_images(figure: Any, folder: Path, images: Sequence[dict[str, Any]]) ->
         grid[0, column].set_title("\n".join(textwrap.wrap(prompt, 24)), fontsize=8, parse_math=False)
     for axes, when in zip(grid[:, 0], ("before", "after"), strict=True):
         axes.text(-0.06, 0.5, when, transform=axes.transAxes, rotation=90, va="center", ha="right", fontsize=9)
-
-
-def _short(value: float, sign: str = "") -> str:
-    """A number with two digits or more, without an exponent."""
-    digits = 2 if abs(value) < 1 else 1 if abs(value) < 10 else 0
-    return f"{value:{sign}.{digits}f}"
 
 
 def _both(name: str, estimate: Estimate) -> dict[str, float | None]:

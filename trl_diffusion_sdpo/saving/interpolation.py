@@ -1,4 +1,4 @@
-"""Saved weights interpolated between their base (scale 0) and the result of the run (scale 1)."""
+"""Weights of a run at any scale between its base (0) and its result (1)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .weights import LORA_A, LORA_B, PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles, f
 
 logger = logging.getLogger(__name__)
 
-SUM_SETTINGS = ("loss_weights", "sft_weight", "margin_clamp")  # not written by earlier versions
+SUM_SETTINGS = ("loss_weights", "sft_weight", "margin_clamp")
 LOSS_SETTINGS = ("loss_type", "beta", *SUM_SETTINGS, *LOSS_KWARG_RANGES)
-LOSS_WITH_A_MARGIN = "sigmoid"  # for runs whose loss reads no reference
+LOSS_WITH_A_MARGIN = "sigmoid"  # measures runs whose loss has no reference
 _REQUIRED = ("tuning", "loss_type", "denoiser_class", "weights_before_training")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What `save_model` wrote, or a checkpoint."""
+    """A run that `save_model` wrote, or a checkpoint."""
 
     folder: Path
-    weights: Path  # `folder`, or that of the averaged weights within it
-    setup: dict[str, Any]  # the content of the set-up file
-    lora: LoraConfig | None  # to be added to the base; `None` if all weights were tuned
+    weights: Path  # `folder`, or the folder of the averaged weights in it
+    setup: dict[str, Any]  # content of the set-up file
+    lora: LoraConfig | None  # configuration of the LoRA; `None` if all weights were tuned
 
     @property
     def is_average(self) -> bool:
@@ -44,17 +44,17 @@ class SavedRun:
         return self.weights != self.folder
 
     def evaluation_settings(self, names: Iterable[str]) -> dict[str, Any]:
-        """Arguments with which the trainer measures margins against the base as the run did; `names` are the settings
-        that an evaluation depends on, besides those of the loss."""
+        """Return settings with which the trainer measures margins against the base as the run did. `names` are the
+        settings besides those of the loss."""
         names = [name for name in names if name not in LOSS_SETTINGS]
-        sum_of = {name: self.setup[name] for name in SUM_SETTINGS if self.setup.get(name) is not None}
-        if loss_spec(self.setup["loss_type"], **sum_of).needs_reference:
+        terms = {name: self.setup[name] for name in SUM_SETTINGS if self.setup.get(name) is not None}
+        if loss_spec(self.setup["loss_type"], **terms).needs_reference:
             names += LOSS_SETTINGS
         stored = {name: self.setup[name] for name in names if self.setup.get(name) is not None}
         return {"loss_type": LOSS_WITH_A_MARGIN, **stored, "safeguard": "none"}
 
     def check_base(self, denoiser: nn.Module) -> None:
-        """Raise `ValueError` where a denoiser without adapters does not hold the weights that the run began with."""
+        """Raise `ValueError` if a denoiser without adapters does not hold the weights that the run started from."""
         began, here = self.setup["weights_before_training"], fingerprint(base_tensors(denoiser))
         if began != here:
             raise ValueError(
@@ -68,32 +68,29 @@ def read_run(folder: str | Path, *, average: bool = False) -> SavedRun:
     """Read a run's set-up and its LoRA configuration.
 
     Args:
-        folder (`str` or `Path`): What `save_model` wrote, or a checkpoint.
+        folder (`str` or `Path`): Output folder of a run, or a checkpoint.
         average (`bool`): Whether to take the averaged weights of `ema_decay`.
 
     Raises:
-        `ValueError`: If there is no such folder, it holds no run, or a LoRA that cannot be scaled.
+        `ValueError`: If the folder does not exist, holds no run, or holds a LoRA that cannot be scaled.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"The run must be a folder that the trainer saved, and there is no folder {folder}.")
     setup = read_setup(folder)
     missing = [name for name in _REQUIRED if name not in setup]
     if missing:
         raise ValueError(
-            f"The run must be a folder that the trainer saved, with {SETUP_FILE} in it; that of {folder} is not there "
-            f"or lacks {', '.join(missing)}."
+            f"The run must be a folder that the trainer saved. {folder} has no {SETUP_FILE} with {', '.join(missing)}."
         )
     if "scale" in setup:
         raise ValueError(
-            f"A run is scaled from the weights that it trained, and {folder} holds weights of scale "
-            f"{setup['scale']:g} already, written by `--bake`. Pass the run's own folder."
+            f"A run is scaled from the weights that it trained. {folder} holds weights of scale {setup['scale']:g} "
+            "already, written by `--bake`. Pass the run's own folder."
         )
     weights = folder / EMA_FOLDER if average else folder
     if not weights.is_dir():
         raise ValueError(
-            f"An average of the weights needs the output folder of a run with `ema_decay`; {folder} has no "
-            f"{weights.name}. A checkpoint keeps its average in another form."
+            f"Averaged weights are in the output folder of a run with `ema_decay`, not in its checkpoints; {folder} "
+            f"has no {weights.name}."
         )
     _warn_of_other_reference(setup)
     return SavedRun(folder, weights, setup, _read_lora_config(weights) if setup["tuning"] == "lora" else None)
@@ -107,8 +104,8 @@ def _warn_of_other_reference(setup: dict[str, Any]) -> None:
         other = "followed the policy (`sync_ref_model`)"
     if other is not None:
         logger.warning(
-            "The run's own reference %s. What follows is measured against, and scaled from, the base as it was before "
-            "training, without adapters: where that is another model, numbers differ from those that the run logged.",
+            "The run's reference %s. Here the reference is the base before training, without adapters, so numbers can "
+            "differ from those that the run logged.",
             other,
         )
 
@@ -116,15 +113,15 @@ def _warn_of_other_reference(setup: dict[str, Any]) -> None:
 class ScaledWeights:
     """A denoiser's trained weights at any scale between its base and a run's result.
 
-    The contribution of a LoRA is linear in its factor B, so only B is scaled. Fully tuned weights become
+    A LoRA's contribution is linear in its factor B, so only B is scaled. Fully tuned weights become
     `base + scale (tuned - base)`, in float32. Scales above 1 extrapolate.
 
     Args:
-        files ([`WeightFiles`]): Of the base denoiser, with a fresh LoRA of the run's shape if the run tuned one.
-        run ([`SavedRun`]): Its weights are read.
+        files ([`WeightFiles`]): Files of the base denoiser, which has a new LoRA of the run's shape if it tuned one.
+        run ([`SavedRun`]): The run.
 
     Raises:
-        `ValueError`: If the run holds other weights, or some that cannot be scaled.
+        `ValueError`: If the run holds other weights, or weights that cannot be scaled.
     """
 
     def __init__(self, files: WeightFiles, run: SavedRun):
@@ -143,7 +140,7 @@ class ScaledWeights:
 
     @contextlib.contextmanager
     def active(self, scale: float) -> Iterator[None]:
-        """Load the weights at a scale into the denoiser, then exactly those that it held before."""
+        """Load the weights at a scale into the denoiser. At the end, load exactly the weights that it held before."""
         self._load(functools.partial(self._at, scale))
         try:
             yield
@@ -151,13 +148,13 @@ class ScaledWeights:
             self._load(self._base.__getitem__)
 
     def save(self, folder: Path, scale: float) -> None:
-        """Write the weights at a scale in the formats of the run, with its set-up and the scale; the base pipeline as
-        well if the run wrote its pipeline."""
+        """Write the weights at a scale in the formats of the run, with its set-up and the scale. If the run wrote a
+        whole pipeline, write the base's other components as well."""
         full_pipeline = self._run.lora is None and (self._run.folder / "model_index.json").is_file()
         with self.active(scale):
             self._files.save(folder, full_pipeline=full_pipeline)
         write_setup(folder, {**self._run.setup, "scale": scale, "scaled_average": self._run.is_average})
-        if (self._run.folder / ARGS_FILE).is_file():  # which names the run's base
+        if (self._run.folder / ARGS_FILE).is_file():  # names the run's base
             shutil.copyfile(self._run.folder / ARGS_FILE, folder / ARGS_FILE)
 
     def _at(self, scale: float, name: str) -> torch.Tensor:
@@ -172,12 +169,12 @@ class ScaledWeights:
 
 
 def scaled_factor(name: str, tuned: torch.Tensor, scale: float) -> torch.Tensor:
-    """A tensor of a LoRA, by its PEFT name, such that the LoRA's contribution is multiplied by `scale`."""
+    """Scale a tensor of a LoRA, by its PEFT name, so that the LoRA's contribution is multiplied by `scale`."""
     return tuned * scale if factor_of(name) in LORA_B else tuned
 
 
 def check_free_folder(folder: Path, run: SavedRun) -> None:
-    """Raise `ValueError` where the folder of scaled weights holds other files."""
+    """Raise `ValueError` if the folder of scaled weights holds other files."""
     if folder.resolve() in {run.folder.resolve(), run.weights.resolve()}:
         raise ValueError(f"`baked_dir` must be another folder than the run's, got {folder} for both.")
     if folder.is_dir() and any(folder.iterdir()) and "scale" not in read_setup(folder):
@@ -190,7 +187,7 @@ def _read_lora_config(folder: Path) -> LoraConfig:
     config = LoraConfig.from_pretrained(str(folder))
     if config.use_dora:
         raise ValueError(
-            "A DoRA cannot be scaled: its magnitudes make it no linear function of the trained weights. Train with "
+            "A DoRA cannot be scaled, because its magnitudes make it non-linear in the trained weights. Train with "
             "`use_dora=False` to choose a scale afterwards."
         )
     config.init_lora_weights = True  # overwritten by the stored weights
@@ -202,6 +199,6 @@ def _check_linear(weights: dict[str, torch.Tensor]) -> None:
     others = [name for name in weights if factor_of(name) not in (*LORA_A, *LORA_B)]
     if others:
         raise ValueError(
-            f"Only factors A and B of a LoRA can be scaled; this one also holds {len(others)} tensors such as "
+            f"Only factors A and B of a LoRA can be scaled. This LoRA also holds {len(others)} tensors such as "
             f"{others[0]}."
         )

@@ -1,4 +1,4 @@
-"""How an interrupted run ends: with a checkpoint, and a `KeyboardInterrupt` that says how to resume."""
+"""Ends an interrupted run with a checkpoint and a `KeyboardInterrupt` that says how to resume."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C (SIGINT) or SIGTERM into a checkpoint after the current step and a regular end; a second
-    one raises `KeyboardInterrupt` at once.
+    """Saves a checkpoint and ends training after the current step at the first Ctrl-C (SIGINT) or SIGTERM. A second
+    signal raises `KeyboardInterrupt` at once.
 
-    Acts between begin and end of training and only in the main thread, where Python allows signal handlers. If
-    training ends by an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. With several processes, all stop
-    together after the step in which any of them was interrupted, or the next.
+    It acts between begin and end of training, and only in the main thread, because Python allows no signal handlers
+    elsewhere. If training ends by an exception, call [`~CheckpointOnInterrupt.restore_handlers`]. Several processes
+    stop together, at most one step after the step in which any of them was interrupted.
 
     Attributes:
         interrupted (`signal.Signals` or `None`): The signal that ended the latest training, if one did.
@@ -38,7 +38,7 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def __init__(self):
         self.interrupted: signal.Signals | None = None
-        self.exchange: StepExchange | None = None  # set by `step_exchange`; without one, each step waits for all
+        self.exchange: StepExchange | None = None  # from `step_exchange`; without it, each step waits
         self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
@@ -53,21 +53,22 @@ class CheckpointOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         asked = self.interrupted is not None
         if in_any_process(asked, args.device) if self.exchange is None else self.exchange.stops(asked):
-            self._agreed, self.interrupted = True, self.interrupted or signal.SIGINT  # all processes end alike
+            self._agreed = True
+            self.interrupted = self.interrupted or signal.SIGINT  # all processes end alike
             control.should_save = True
             control.should_training_stop = True
-            control.should_evaluate = False  # a machine that is about to go leaves seconds
+            control.should_evaluate = False  # a machine that is shut down leaves only seconds
         return control
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._agreed:  # the epoch is cut short, and its checkpoint is written
+        if self._agreed:  # the checkpoint of this cut epoch is written already
             control.should_evaluate = False
             control.should_save = False
         return control
 
     @property
     def stops(self) -> bool:
-        """Whether a signal ends this training, as all processes have agreed."""
+        """Whether all processes have agreed that a signal ends this training."""
         return self._agreed
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -76,7 +77,7 @@ class CheckpointOnInterrupt(TrainerCallback):
             self.interrupted = None
 
     def restore_handlers(self) -> None:
-        """Restore the signal handlers of before; may be called again."""
+        """Restore the previous signal handlers; may be called again."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
@@ -89,26 +90,26 @@ class CheckpointOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt(f"interrupted again by {signal.Signals(number).name}")
         self.interrupted = signal.Signals(number)
         logger.warning(
-            "%s: training stops with a checkpoint after this step. Once more stops at once, without a checkpoint.",
+            "%s: training stops with a checkpoint after this step. A second signal stops it at once, without one.",
             self.interrupted.name,
         )
 
     def _on_signal_in_worker(self, number: int) -> None:
-        """In a forked data loader worker, which inherits the handler: ignore the terminal's Ctrl-C, since the step
-        needs its batch; end on SIGTERM, by which the loader stops it."""
+        """Handle a signal in a forked data loader worker, which inherits the handler. Ctrl-C is ignored because the
+        step needs the worker's batch. SIGTERM ends the worker, because the loader stops workers by it."""
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
 
 def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Whether a [`CheckpointOnInterrupt`] among the callbacks ends the training; the same in all processes."""
+    """Return whether a [`CheckpointOnInterrupt`] among the callbacks ends the training; equal in all processes."""
     return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """An exchange that sends to all processes whether a [`CheckpointOnInterrupt`] among the callbacks of one of them
-    has received a signal."""
+    """Return an exchange by which all processes learn whether a [`CheckpointOnInterrupt`] in any of them has received a
+    signal."""
     interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
     exchange = StepExchange(lambda: any(callback.interrupted is not None for callback in interrupts))
     for callback in interrupts:
@@ -120,11 +121,11 @@ def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
 def stopping_on_interrupt(
     args: TrainingArguments, callbacks: CallbackHandler, global_step: Callable[[], int]
 ) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM within end the training with a checkpoint, and then raise `KeyboardInterrupt` in
-    all processes, since what follows `train()` in a script is meant for a finished run.
+    """End the training with a checkpoint at the first Ctrl-C or SIGTERM within the context. Then raise
+    `KeyboardInterrupt` in all processes, because the code after `train()` in a script expects a finished run.
 
-    Does nothing if signals are handled already: by a [`CheckpointOnInterrupt`] among the callbacks, after which
-    `train()` returns, or by transformers' `enable_jit_checkpoint`.
+    Nothing happens if a [`CheckpointOnInterrupt`] among the callbacks or transformers' `enable_jit_checkpoint` handles
+    signals already.
     """
     handled = any(isinstance(callback, CheckpointOnInterrupt) for callback in callbacks.callbacks)
     if handled or args.enable_jit_checkpoint:
@@ -139,16 +140,16 @@ def stopping_on_interrupt(
         callbacks.remove_callback(interrupt)
     if interrupt.interrupted is not None:
         PartialState().wait_for_everyone()  # a launcher kills the other processes when the first one exits
-        hint = resume_hint(args, global_step(), "Pass `resume_from_checkpoint=True` to go on.")
+        hint = resume_hint(args, global_step(), "Pass `resume_from_checkpoint=True` to continue.")
         raise KeyboardInterrupt(f"{interrupt.interrupted.name}: training stopped after step {global_step()}; {hint}")
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
-    """Where an interrupted run's checkpoint is, and, if it holds more than weights, how to resume."""
+    """Say where an interrupted run's checkpoint is and, if it holds more than weights, how to resume."""
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.save_only_model:
         return (
-            f"its weights are in {folder}. It cannot be resumed, as `save_only_model=True` keeps no state of the "
+            f"its weights are in {folder}. It cannot be resumed, because `save_only_model=True` saves no state of the "
             "optimizer."
         )
-    return f"all that it needs to go on is in {folder}. {how}"
+    return f"its checkpoint is {folder}. {how}"

@@ -1,4 +1,4 @@
-"""A run's LoRA in the file format of kohya's scripts, which ComfyUI, AUTOMATIC1111's web UI, Forge and others read."""
+"""Writes a run's LoRA in the file format of kohya's scripts. ComfyUI, AUTOMATIC1111's web UI and Forge read it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .model_card import RECOMMENDED, recommended_scales
 from .setup import SETUP_FILE, read_setup
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE, PEFT_PREFIX, folded, ranks
 
-PREFIX = "lora_unet_"  # also of transformers
+PREFIX = "lora_unet_"  # for transformers too
 _A, _B = "lora_A.weight", "lora_B.weight"
 Factors = tuple[torch.Tensor, torch.Tensor]  # (r, in, ...) and (out, r, ...)
 
@@ -25,8 +25,8 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
     """Write a run's LoRA in kohya's format.
 
     Args:
-        run (`str` or `Path`): What `save_model` wrote, or a checkpoint.
-        output (`str` or `Path`): The file, whose name ends in `.safetensors`.
+        run (`str` or `Path`): Output folder of a run, or a checkpoint.
+        output (`str` or `Path`): New file whose name ends in `.safetensors`.
         average (`bool`): Whether to export the averaged weights of `ema_decay`.
 
     Returns:
@@ -47,11 +47,11 @@ def export_kohya(run: str | Path, output: str | Path, *, average: bool = False) 
 
 
 def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_class: str) -> dict[str, torch.Tensor]:
-    """A LoRA's tensors under kohya's keys: `lora_unet_...` with `.lora_down.weight`, `.lora_up.weight`, `.alpha`, from
-    those under PEFT's names; `ValueError` where the format cannot hold the LoRA of this class of diffusers."""
+    """Convert a LoRA's tensors from PEFT's names to kohya's keys: `lora_unet_...` with `.lora_down.weight`,
+    `.lora_up.weight` and `.alpha`. Raise `ValueError` if the format cannot hold the LoRA of this class of diffusers."""
     if config.use_dora:
         raise ValueError(
-            "A DoRA cannot be exported: tools disagree on the norm that its magnitudes multiply. Merge it into "
+            "A DoRA cannot be exported, because tools disagree on the norm that its magnitudes multiply. Merge it into "
             "the model."
         )
     others = [key for key in weights if not key.endswith((_A, _B))]
@@ -68,7 +68,7 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
 
 
 def _usage_hint(run: Path, average: bool) -> dict[str, str]:
-    """What a sweep over scales has recommended for these weights, under the key that tools show to users."""
+    """Return the scale that a sweep recommends for these weights, under the key that tools show to users."""
     scale = recommended_scales(run).get(RECOMMENDED[average], {}).get("weights")
     return {} if scale in (None, 1.0) else {"modelspec.usage_hint": f"Recommended weight: {scale:g}"}
 
@@ -79,16 +79,16 @@ def _read(run: Path, average: bool) -> tuple[str, LoraConfig, dict[str, torch.Te
     missing = [file for file in needed if not file.is_file()]
     if missing:
         raise ValueError(
-            f"The run must be a folder in which the trainer saved a LoRA; there is no {missing[0]}. Weights that were "
-            "tuned in full are a model of their own, which other tools load in place of the base."
+            f"The run must be a folder in which the trainer saved a LoRA; there is no {missing[0]}. Other tools load "
+            "fully tuned weights in place of the base."
         )
     weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(folder / PEFT_FILE).items()}
     return read_setup(run)["denoiser_class"], LoraConfig.from_pretrained(str(folder)), weights
 
 
 def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
-    """One pair of factors, `(sum r, in)` and `(sum out, sum r)`, for matrices that the original model stores stacked.
-    The second factor is block-diagonal; rows of matrices without a LoRA are zero."""
+    """Return one pair of factors, `(sum r, in)` and `(sum out, sum r)`, for matrices that the original model stores
+    stacked. The second factor is block-diagonal. Rows of matrices without a LoRA are zero."""
     if len(original.rows) == 1:
         return factors[0]
     rows = _row_counts(original, factors)
@@ -104,7 +104,7 @@ def _stacked(original: OriginalModule, factors: dict[int, Factors]) -> Factors:
 
 
 def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[int]:
-    """Rows of each matrix, from those of the matrices with a LoRA."""
+    """Return the number of rows of each matrix, from the matrices with a LoRA."""
     known = {position: pair[1].shape[0] for position, pair in factors.items()}
     first, rows = next(iter(known.items()))
     unit = original.rows[first]
@@ -123,10 +123,10 @@ def _row_counts(original: OriginalModule, factors: dict[int, Factors]) -> list[i
 
 
 def _named(modules: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """Factors under their keys, with the alpha for scale 1.
+    """Return factors under their keys, with the alpha for scale 1.
 
-    Where ranks differ, all modules get the same alpha, and the second factors are multiplied by the remaining scale:
-    diffusers ignores alphas that differ between modules of a UNet's LoRA.
+    If ranks differ, all modules get the same alpha, and the second factors are multiplied by the remaining scale,
+    because diffusers ignores alphas that differ between modules of a UNet's LoRA.
     """
     rank_of = {name: down.shape[0] for name, (down, _) in modules.items()}
     common = min(rank_of.values()) if len(set(rank_of.values())) > 1 else None

@@ -1,4 +1,4 @@
-"""Publishing a run on the Hub: its repository, uploads during and after training, and files that stay local."""
+"""Uploads a run to the Hub, during and after training."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .setup import ARGS_FILE
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Pickles, logs, the arguments, which name local folders, and the numbers of sweeps; the model card has the settings.
+# Pickles, logs, the arguments (they name local folders) and the numbers of sweeps. The model card has the settings.
 NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE, "*sweep.json")
 
 
 class PublishingError(OSError):
-    """A repository could not be created, or a folder not uploaded; the message says why."""
+    """A repository was not created, or a folder was not uploaded. The message says why."""
 
 
 class Publisher:
     """Uploads a run's output folder to its repository on the Hub. `huggingface_hub` repeats requests that fail.
 
     Args:
-        args (`TrainingArguments`): With the names of the folder and the repository.
+        args (`TrainingArguments`): Settings with the names of folder and repository.
         ignore (`Sequence[str]`): Patterns of files that are not uploaded, besides [`NOT_UPLOADED`].
     """
 
@@ -42,11 +42,11 @@ class Publisher:
         self._ignore = [*NOT_UPLOADED, *ignore]
         self._api = HfApi()
         self._jobs: list[Future] = []  # uploads in progress
-        self.repository: str | None = None  # its id, once it is known to exist
+        self.repository: str | None = None  # id of the repository, once it exists
 
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
         """Create the repository that the arguments name, unless it exists, and return its id, `owner/name`. All
-        processes must call it, and raise `PublishingError` together."""
+        processes must call it, and all raise `PublishingError` if one does."""
         name = self._args.hub_model_id or Path(self._args.output_dir).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
@@ -63,7 +63,7 @@ class Publisher:
 
     @contextlib.contextmanager
     def failing_after_save(self) -> Iterator[None]:
-        """Raise errors within in all processes. An error of the Hub says where the saved weights are."""
+        """Raise an error within the context in all processes. An error of the Hub says where the saved weights are."""
         with failing_together(PublishingError, during_upload=True):
             try:
                 yield
@@ -79,14 +79,14 @@ class Publisher:
         blocking: bool = True,
         training: bool = False,
     ) -> Any:
-        """Upload the output folder; the first process only.
+        """Upload the output folder; in the first process only.
 
         Args:
-            message (`str`, *optional*): Of the commit.
-            token, revision (`str`, *optional*): The arguments' if unset.
-            blocking (`bool`): Whether to wait, for what [`~huggingface_hub.HfApi.upload_folder`] returns; otherwise its
-                `Future` is returned, and a failure is logged.
-            training (`bool`): Whether training continues meanwhile.
+            message (`str`, *optional*): Message of the commit.
+            token, revision (`str`, *optional*): Those of the arguments if unset.
+            blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
+                Otherwise its `Future` is returned, and a failure is logged.
+            training (`bool`): Whether training continues during the upload.
         """
         arguments = {
             "folder_path": self._args.output_dir,
@@ -98,8 +98,8 @@ class Publisher:
         return self._upload(**arguments) if blocking else self._upload_later(training=training, **arguments)
 
     def is_ready_for_progress(self) -> bool:
-        """Whether to upload now, during training; all processes must call it. Waits for uploads in progress, whose
-        files are about to change, unless uploads may be skipped."""
+        """Return whether to upload now, during training; all processes must call it. Uploads in progress are waited for
+        because their files are about to change, unless this upload may be skipped."""
         if self._args.hub_strategy == HubStrategy.END:
             return False
         skips = not self._args.hub_always_push and in_any_process(not self.is_done(), self._args.device)
@@ -109,7 +109,7 @@ class Publisher:
         return not skips
 
     def upload_progress(self, checkpoint: Path, state: TrainerState) -> None:
-        """Upload the output folder, and the checkpoint if `hub_strategy` says so, while training continues; the first
+        """Upload the output folder while training continues, and the checkpoint if `hub_strategy` says so; in the first
         process only."""
         by_step = self._args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {f'step {state.global_step}' if by_step else f'epoch {int(state.epoch)}'}"
@@ -127,12 +127,11 @@ class Publisher:
             )
 
     def is_done(self) -> bool:
-        """Whether no upload is in progress."""
+        """Return whether no upload is in progress."""
         return all(job.done() for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait for uploads in progress; all processes must call it. Failures were logged already, and are not
-        raised."""
+        """Wait for uploads in progress; all processes must call it. Failures were logged already and are not raised."""
         if self.repository is None:
             return
         if not self.is_done():
@@ -147,13 +146,13 @@ class Publisher:
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 
     def _upload_later(self, *, training: bool, **arguments: Any) -> Future:
-        """Upload in a thread. A failure is logged when it happens."""
+        """Upload in a thread. A failure is logged at once."""
 
         def upload() -> Any:
             try:
                 return self._upload(**arguments)
             except PublishingError as error:
-                logger.warning("%s %s%s", error, "Training goes on. " if training else "", self._advice())
+                logger.warning("%s %s%s", error, "Training continues. " if training else "", self._advice())
                 raise
 
         job = self._api.run_as_future(upload)
@@ -161,13 +160,13 @@ class Publisher:
         return job
 
     def _advice(self) -> str:
-        return f"The weights are safe in {self._args.output_dir}; another call of `push_to_hub()` goes on from there."
+        return f"The weights are safe in {self._args.output_dir}. Call `push_to_hub()` again to continue the upload."
 
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn errors of the Hub and its client into a `PublishingError` in one line, without secrets: signed URLs contain
-    some."""
+    """Turn errors of the Hub and its client into a `PublishingError` in one line, without secrets such as signatures of
+    URLs."""
     try:
         yield
     except (HubConnectionError, OSError, ValueError, RuntimeError) as error:

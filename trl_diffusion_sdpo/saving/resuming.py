@@ -1,4 +1,4 @@
-"""Comparing a run with the checkpoint that it resumes from, and applying its own optimizer settings."""
+"""Compares a run with the checkpoint that it resumes from, and applies the run's own optimizer settings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .setup import ARGS_FILE, SETUP_FILE, read_setup
 
 logger = logging.getLogger(__name__)
 
-# Of the set-up: without these, a checkpoint's weights cannot be loaded or mean something else.
+# If these differ, a checkpoint's weights cannot be loaded or mean something else.
 STRUCTURE = ("pipeline_class", "denoiser_class", "tuning", "reference", "lora", "weights_before_training", "engine")
-# Paths, logging, the Hub, loader processes: none changes the training. The data are compared elsewhere.
+# Paths, logging, the Hub and loader processes do not change the training. The data are compared below.
 NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
@@ -29,10 +29,10 @@ NOT_COMPARED = (
     *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
-    *("dataloader_multiprocessing_context", "train_data", "eval_data", "run_id", "base_model"),
+    *("dataloader_multiprocessing_context", "train_data", "eval_data", "base_model"),
     "adapter_name_or_path",
 )
-REFERENCE = "ref_model_name_or_path"  # two spellings of one folder are the same
+REFERENCE = "ref_model_name_or_path"  # compared by its absolute path
 # Optimizers that can load each other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 # Schedules that are no function of the step alone.
@@ -42,28 +42,28 @@ GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nest
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any]:
-    """All arguments of the run that wrote a checkpoint; empty for a published one, which has no such file. `ValueError`
-    where it cannot be read."""
+    """Return all arguments of the run that wrote a checkpoint. Published checkpoints have none. Raise `ValueError` if
+    the file cannot be read."""
     file = checkpoint / ARGS_FILE
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file} has a run's arguments in JSON, and cannot be read: {error}. Copy it again, or take another "
-            "checkpoint of the run, which has the same."
+            f"{file} must hold a run's arguments in JSON, and cannot be read: {error}. Copy it again, or take it from "
+            "another checkpoint of the run."
         ) from error
 
 
 def check_resumable(
     checkpoint: Path, setup: dict[str, Any], stored_args: dict[str, Any], args: TrainingArguments
 ) -> None:
-    """Compare a checkpoint with the run that resumes from it, before anything is loaded; settings that differ are
+    """Compare a checkpoint with the run that resumes from it, before anything is loaded. Settings that differ are
     logged.
 
     Args:
-        setup (`dict[str, Any]`): Of this run.
-        stored_args (`dict[str, Any]`): Of the run that wrote the checkpoint, see [`stored_settings`].
-        args (`TrainingArguments`): Of this run.
+        setup (`dict[str, Any]`): Set-up of this run.
+        stored_args (`dict[str, Any]`): Arguments of the run that wrote the checkpoint, see [`stored_settings`].
+        args (`TrainingArguments`): Arguments of this run.
 
     Raises:
         `ValueError`: If the checkpoint is of another model, optimizer or data.
@@ -79,8 +79,7 @@ def check_resumable(
     before, now = stored.get("eval_data"), json.loads(json.dumps(setup["eval_data"]))
     if before is not None and now is not None and before != now:
         logger.warning(
-            "Resuming with other evaluation pairs: metrics of before and after cannot be compared. They were %s, are "
-            "%s.",
+            "Resuming with other evaluation pairs: metrics before and after cannot be compared. They were %s, are %s.",
             *(before, now),
         )
 
@@ -103,7 +102,7 @@ def _compare(stored: dict[str, Any], args: TrainingArguments, setup: dict[str, A
         reason = _why_not(name, before, now)
         if reason:
             raise ValueError(
-                f"A run cannot resume with another `{name}`, as {reason}: it was {before!r}, is {now!r}. "
+                f"A run cannot resume with another `{name}`, because {reason}: it was {before!r}, is {now!r}. "
                 "Restore it, or pass the checkpoint's weights as `model` to start anew from them."
             )
     for name, (before, now) in differing.items():
@@ -119,8 +118,8 @@ def _why_not(name: str, before: Any, now: Any) -> str:
 
 
 def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, starts_anew: bool) -> None:
-    """Compare fingerprints of the training data, `None` if unknown; `ValueError` where they differ, unless the run
-    starts at their beginning."""
+    """Compare fingerprints of the training data, `None` if unknown. Raise `ValueError` if they differ, unless the run
+    starts at the beginning of its data."""
     if before is None or now is None:
         return
     both = [name for name in now if before.get(name) is not None and now[name] is not None]
@@ -134,19 +133,19 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
         logger.warning("Resuming with other training data, from their start: %s.", listed)
     else:
         raise ValueError(
-            f"A run goes on at its place in the training data, and these are others than the checkpoint's: {listed}. "
-            "Pass the same data in the same order, or set `ignore_data_skip=True` to begin these from their start."
+            f"A run resumes at its position in the training data, so the data must be the checkpoint's: {listed}. Pass "
+            "the same data in the same order, or set `ignore_data_skip=True` to start at the beginning of these data."
         )
 
 
 class OptimizerSettings:
-    """Learning rate, weight decay, betas and so on as the arguments have set them. Loading a checkpoint's optimizer and
-    schedule overwrites them.
+    """Learning rate, weight decay, betas and so on from the arguments. Loading a checkpoint's optimizer and schedule
+    overwrites them.
 
     Args:
-        optimizer, scheduler: As the engine has wrapped them, before anything is loaded.
+        optimizer, scheduler: Both as the engine has wrapped them, before anything is loaded.
         rate (`float`): The run's learning rate.
-        rate_before (`float`, *optional*): The checkpoint's; this run's if unknown.
+        rate_before (`float`, *optional*): The checkpoint's learning rate; this run's if unknown.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None):
@@ -156,7 +155,7 @@ class OptimizerSettings:
         self._rate, self._rate_before = rate, rate if rate_before is None else rate_before
 
     def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Set them again; the schedule stays at the checkpoint's step."""
+        """Set the settings again. The schedule stays at the checkpoint's step."""
         groups, schedule = optimizer.param_groups, _unwrapped(scheduler)
         factors = []
         for group, settings in zip(groups, self._groups, strict=True):
@@ -177,12 +176,12 @@ class OptimizerSettings:
         if isinstance(schedule, LambdaLR):
             step = schedule.last_epoch
             return [base * of(step) for base, of in zip(self._base_rates, schedule.lr_lambdas, strict=True)]
-        if not isinstance(schedule, LRScheduler):  # DeepSpeed's, which take their rates from its configuration
+        if not isinstance(schedule, LRScheduler):  # DeepSpeed's schedules take their rates from its configuration
             return list(schedule.get_lr())
         return [group["lr"] * factor for group, factor in zip(groups, factors, strict=True)]
 
     def _factor(self, now: float | None, before: float | None) -> float:
-        """Ratio of the rates, for schedules that compute a rate from the last one."""
+        """Return the ratio of the rates, for schedules that compute a rate from the last one."""
         if now is None or before is None:
             now, before = self._rate, self._rate_before
         return 1.0 if math.isclose(now, before, rel_tol=1e-12) else now / before

@@ -1,4 +1,4 @@
-"""What a run writes and resumes from: weights, reference, averaged weights, controllers, set-up, optimizer state."""
+"""Writes and reads the files of a run: weights, reference, averaged weights, controllers, set-up, optimizer state."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from .weights import WeightFiles
 class RunFiles:
     """Writes a run's results and checkpoints, and reads checkpoints. All processes must call its methods.
 
-    Results are the weights, their average, the set-up and the arguments. A checkpoint holds the weights and everything
-    that changes during training; [`~transformers.Trainer`] adds its own files.
+    The results are the weights, their average, the set-up and the arguments. A checkpoint holds the weights and
+    everything that changes during training; [`~transformers.Trainer`] adds its own files.
 
     Args:
-        weights ([`WeightFiles`]): Of the policy.
+        weights ([`WeightFiles`]): Files of the policy's weights.
         weight_copies (`Sequence[WeightCopy]`): The reference, and the average if there is one.
-        average ([`EMAWeights`], *optional*): The average, which is part of the results.
-        controllers (`Sequence`): The winner budget and the automatic beta, where the run has them: saved and loaded.
+        average ([`EMAWeights`], *optional*): The average, which is one of the results.
+        controllers (`Sequence`): The winner budget and the automatic beta, if the run has them.
         full_pipeline (`bool`): Whether the results include the pipeline's other components.
         trust_pickles (`bool`): Whether to load pickled files that could run code.
-        unpublished (`dict[str, Any]`): Facts that are written beside the arguments.
+        unpublished (`dict[str, Any]`): Facts to write beside the arguments.
     """
 
     def __init__(
@@ -63,15 +63,14 @@ class RunFiles:
     # ---- Writing --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, model: nn.Module, setup: dict[str, Any]) -> None:
-        """Write into a folder, which is made if it is missing: what changes during training, if it is the checkpoint
-        that is being written, else results.
+        """Write a checkpoint if the folder is the one of [`RunFiles.writing_checkpoint`], otherwise results.
 
         Args:
             model (`nn.Module`): The policy as the engine wrapped it.
-            setup (`dict[str, Any]`): The content of the set-up file.
+            setup (`dict[str, Any]`): Content of the set-up file.
 
         Raises:
-            `FloatingPointError`: In all processes, if weights are not finite; nothing was written then.
+            `FloatingPointError`: In all processes, if weights are not finite. Nothing is written.
         """
         writes = self._args.should_save
         is_checkpoint = self.checkpoints.is_being_written(folder)
@@ -80,7 +79,7 @@ class RunFiles:
         if self._average is not None and not is_checkpoint:
             average = self._average.gather(keep=writes)
         weights = self._weights.tensors() if gathered is None else gathered
-        self._check_finite({False: weights, True: average or {}}, together=is_checkpoint or self._engine.holds_shards)
+        self._check_finite(weights, average, together=is_checkpoint or self._engine.holds_shards)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
         for weight_copy in self._weight_copies if is_checkpoint else ():
@@ -99,22 +98,23 @@ class RunFiles:
     def verify_weights(self, model: nn.Module) -> None:
         """Raise `FloatingPointError` in all processes if the policy's weights are not finite."""
         gathered = self._gather(model, keep=self._args.should_save)
-        self._check_finite({False: self._weights.tensors() if gathered is None else gathered}, together=True)
+        self._check_finite(self._weights.tensors() if gathered is None else gathered, None, together=True)
 
-    def _check_finite(self, weights: Mapping[bool, Mapping[str, torch.Tensor]], *, together: bool) -> None:
-        """Look at the weights, by whether they are an average, in the processes that write them. With `together`, all
-        processes call it, and all raise if one of them does."""
+    def _check_finite(
+        self, weights: Mapping[str, torch.Tensor], average: Mapping[str, torch.Tensor] | None, *, together: bool
+    ) -> None:
+        """Check the weights in the processes that write them. With `together`, all processes must call it, and all
+        raise if one of them does."""
         spoiled: list[str] = []
         if self._args.should_save:
-            for is_average, tensors in weights.items():
-                names = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
-                spoiled += [f"the average of {name}" if is_average else name for name in names]
+            spoiled = [name for name, tensor in weights.items() if not _is_finite(tensor)]
+            spoiled += [f"the average of {name}" for name, value in (average or {}).items() if not _is_finite(value)]
         if together:
             spoiled = next((names for names in gather_objects(spoiled) if names), [])
         if spoiled:
             raise FloatingPointError(
                 f"Weights must be finite, and {len(spoiled)} tensors are not: {', '.join(spoiled[:3])}. Nothing was "
-                "written, and files of earlier saves are as they were. Resume from the last checkpoint with a lower "
+                "written, and files of earlier saves are unchanged. Resume from the last checkpoint with a lower "
                 "`learning_rate`, or use bf16 instead of fp16."
             )
 
@@ -125,14 +125,14 @@ class RunFiles:
         return self._engine.gather(self._weights.tensors(), keep=keep)
 
     def _write_args(self, folder: Path) -> None:
-        """As JSON without tokens; the `training_args.bin` of transformers is a pickle with them."""
+        """Write the arguments as JSON without tokens. transformers' `training_args.bin` is a pickle with tokens."""
         content = {**json.loads(self._args.to_json_string()), **self._unpublished}
         (folder / ARGS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def writing_checkpoint(self, folder: Path) -> Iterator[Path]:
-        """Yield a temporary folder, which is renamed to `folder` when all of its files were written within the context;
-        see [`Checkpoints.writing`]."""
+        """Yield a temporary folder for a checkpoint's files. It is renamed to `folder` at the end of the context; see
+        [`Checkpoints.writing`]."""
         with self.checkpoints.writing(folder, self._weights.bytes_needed) as partial:
             yield partial
             if self._args.should_save:
@@ -141,7 +141,7 @@ class RunFiles:
     def save_sharded_optimizer(
         self, folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
     ) -> None:
-        """Write the optimizer's state as the engine shards it, without frozen weights, and the schedule's."""
+        """Write the optimizer's state as the engine shards it, without frozen weights, and the schedule's state."""
         self._engine.save_state(model, optimizer, folder)
         if self._args.should_save:
             torch.save(scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
@@ -149,8 +149,11 @@ class RunFiles:
     # ---- Reading --------------------------------------------------------------------------------------------------
 
     def resume_point(self, value: str | bool | None, setup: Callable[[], dict[str, Any]]) -> str | None:
-        """The checkpoint to resume from, after all checks; `None` for a new start. `value` is as of
-        [`~transformers.Trainer.train`], or `"latest"`; `setup` returns this run's set-up.
+        """Return the checkpoint to resume from, after all checks; `None` for a new start.
+
+        Args:
+            value: `resume_from_checkpoint` of [`~transformers.Trainer.train`], or `"latest"`.
+            setup (`Callable`): Returns this run's set-up.
 
         Raises:
             `ValueError`: If there is no such checkpoint, or it is incomplete, damaged, of another set-up, without an
@@ -163,21 +166,21 @@ class RunFiles:
         return point
 
     def check_resumable(self, folder: Path, setup: dict[str, Any]) -> None:
-        """Run the checks of [`RunFiles.resume_point`] on one checkpoint, but for missing files."""
+        """Run the checks of [`RunFiles.resume_point`] on one checkpoint, except the search for missing files."""
         self._resumed_args = stored_settings(folder)
         check_resumable(folder, setup, self._resumed_args, self._args)
         if not holds_optimizer(folder):
             raise ValueError(
-                f"A checkpoint to resume from must hold the optimizer's state; {folder} does not, as "
-                "`save_only_model=True` leaves it. Pass its weights as `model` to start anew from them."
+                f"A checkpoint to resume from must hold the optimizer's state. {folder} was saved without it "
+                "(`save_only_model=True`). Pass its weights as `model` to start anew from them."
             )
         if not self._trust_pickles:
             refuse_code_in_metadata(folder)
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
-        """Load a checkpoint's optimizer and schedule within, from tensors only; this run's settings of both apply
-        afterwards. Not to be nested: a schedule's last rate would be scaled twice."""
+        """Load a checkpoint's optimizer and schedule within the context, from tensors only. At its end, this run's
+        settings apply again. Contexts must not be nested: a schedule's last rate would be scaled twice."""
         rate, rate_before = self._args.learning_rate, self._resumed_args.get("learning_rate")
         settings = OptimizerSettings(optimizer, scheduler, rate, rate_before)
         with self.reading():
@@ -185,7 +188,7 @@ class RunFiles:
         settings.restore(optimizer, scheduler)
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        """Read everything that [`RunFiles.save`] wrote into a checkpoint."""
+        """Load everything that [`RunFiles.save`] wrote into a checkpoint."""
         with self.reading():
             self._load_weights(folder, model)
             for weight_copy in self._weight_copies:
@@ -194,7 +197,7 @@ class RunFiles:
                 controller.load(folder)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
-        """Read the weights of the best checkpoint, and their average, which the metric may have been measured on."""
+        """Load the weights of the best checkpoint, and their average, on which the metric may have been measured."""
         with self.reading():
             self._load_weights(folder, model)
             if self._average is not None:
@@ -209,7 +212,7 @@ class RunFiles:
         self._engine.scatter(weights, self._weights.tensors())
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which a checkpoint's files are read; see [`~.unpickling.tensors_only`]."""
+        """Return a context for reading a checkpoint's files; see [`~.unpickling.tensors_only`]."""
         return tensors_only(self._engine.pickled_types, trust=self._trust_pickles)
 
 

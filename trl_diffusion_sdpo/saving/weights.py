@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +24,6 @@ COMPONENT_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.j
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
-_PICKLES = (".bin", ".pt", ".ckpt")
-
-logger = logging.getLogger(__name__)
 
 
 class WeightFiles:
@@ -40,9 +35,7 @@ class WeightFiles:
         pipeline (`DiffusionPipeline`): Its denoiser is tuned.
         denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
         adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
-        whole_pipeline (`Callable`, *optional*): Gives a pipeline that was loaded without its encoders with them.
-        linked_folder (`Path`, *optional*): Where the other components' files are; a whole pipeline is saved with links
-            to them.
+        whole_pipeline (`Callable`, *optional*): Returns a pipeline that was loaded without its encoders with them.
     """
 
     def __init__(
@@ -51,10 +44,9 @@ class WeightFiles:
         denoiser_name: str,
         adapter: str | None,
         whole_pipeline: Callable[[], DiffusionPipeline] | None = None,
-        linked_folder: Path | None = None,
     ):
         self._pipeline, self._denoiser_name, self._adapter = pipeline, denoiser_name, adapter
-        self._whole_pipeline, self._linked_folder = whole_pipeline, linked_folder
+        self._whole_pipeline = whole_pipeline
         tensors = self.tensors()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
@@ -65,13 +57,13 @@ class WeightFiles:
         return self._pipeline.components[self._denoiser_name]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapter's parameters, or all parameters and buffers of the denoiser; not copied."""
+        """Return the adapter's parameters, or all parameters and buffers of the denoiser, without copying them."""
         if self._adapter is None:
             return self._denoiser.state_dict(keep_vars=True)
         return adapter_state(self._denoiser, self._adapter)
 
     def describe(self) -> dict[str, Any]:
-        """What is tuned, for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
+        """Describe the tuned model for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
         lora = None
         if self._adapter is not None:
             config = cast(Any, self._denoiser).peft_config[self._adapter]
@@ -92,9 +84,9 @@ class WeightFiles:
         """Write the LoRA as `pytorch_lora_weights.safetensors` and for PEFT, or the denoiser as a folder of its name.
 
         Args:
-            folder (`Path`): Made if it is missing.
-            weights (`dict[str, torch.Tensor]`, *optional*): To be written in place of [`WeightFiles.tensors`], under
-                the same names; unsharded.
+            folder (`Path`): Folder to write into; created if it is missing.
+            weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write in place of
+                [`WeightFiles.tensors`], under the same names.
             full_pipeline (`bool`): Whether to write the pipeline's other components as well; not with a LoRA.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,39 +95,22 @@ class WeightFiles:
             tensors = self.tensors() if weights is None else weights
             save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
             return
-        links = self._components_to_link() if full_pipeline else {}
-        all_saved = full_pipeline and not links
-        pipeline = self._whole_pipeline() if all_saved and self._whole_pipeline is not None else self._pipeline
+        pipeline = self._pipeline
+        if full_pipeline and self._whole_pipeline is not None:
+            pipeline = self._whole_pipeline()
         if weights is not None:
             pipeline = copy.copy(pipeline)
             pipeline.register_modules(**{self._denoiser_name: _with_weights(self._denoiser, weights)})
-        if all_saved:
+        if full_pipeline:
             pipeline.save_pretrained(folder, safe_serialization=True)
         else:
             denoiser = pipeline.components[self._denoiser_name]
             denoiser.save_pretrained(folder / self._denoiser_name, safe_serialization=True)
-        for name, source in links.items():
-            _link_or_copy(source, folder / name)
-        if links:
-            pipeline.save_config(folder)
         configs = (folder / name / file for name in self._pipeline.components for file in COMPONENT_CONFIGS)
         _remove_local_paths([folder / "model_index.json", *configs])
 
-    def _components_to_link(self) -> dict[str, Path]:
-        """Folders of the components that did not train, by name; none where one cannot be taken as it is."""
-        if self._linked_folder is None:
-            return {}
-        parts = {name: part for name, part in self._pipeline.components.items() if part is not None}
-        folders = {name: self._linked_folder / name for name in parts if name != self._denoiser_name}
-        for name, source in folders.items():
-            is_network = isinstance(parts[name], nn.Module)
-            if not source.is_dir() or (is_network and not any(source.glob("*.safetensors"))):
-                logger.warning("`link_full_pipeline` copies: %s does not have the pipeline's `%s`.", source, name)
-                return {}
-        return folders
-
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Read what [`WeightFiles.save`] wrote; `ValueError` where the folder holds no such weights, or others."""
+        """Read the weights that [`WeightFiles.save`] wrote; `ValueError` if the folder holds none, or others."""
         if self._adapter is not None:
             return read_adapter(self.shapes, folder)
         source = folder / self._denoiser_name
@@ -147,24 +122,8 @@ class WeightFiles:
         return cast(Any, type(self._denoiser)).from_pretrained(source, use_safetensors=True).state_dict()
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A component's folder: weights linked where the file system allows it, other files copied, pickles left out. A
-    later save does not write into the shared file: safetensors replaces files."""
-    for file in (file for file in source.rglob("*") if file.is_file() and file.suffix not in _PICKLES):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix != ".safetensors":
-            shutil.copyfile(file, place)
-            continue
-        place.unlink(missing_ok=True)
-        try:
-            os.link(file.resolve(), place)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(file, place)
-
-
 def _with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """A denoiser of the same architecture that holds these tensors, which are not copied."""
+    """Return a denoiser of the same architecture that holds these tensors, without copying them."""
     with init_empty_weights():
         twin = cast(Any, type(denoiser)).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
@@ -178,12 +137,13 @@ def save_adapter(
     denoiser_name: str,
     folder: Path,
 ) -> None:
-    """Write an adapter's weights for [`~peft.PeftModel.from_pretrained`] and, where the pipeline has it, for
-    `pipeline.load_lora_weights`.
+    """Write an adapter's weights for [`~peft.PeftModel.from_pretrained`] and for `pipeline.load_lora_weights`, if the
+    pipeline has it.
 
-    PEFT's file has the weights as they train; their scale is in its configuration. In the other file the scale is
-    multiplied into the weights: tools that read neither diffusers' metadata nor PEFT's configuration assume 1. Both
-    have PEFT's names: diffusers' conversion to older formats handles attention layers only and would drop the rest.
+    PEFT's file has the weights as they were trained; their scale is in its configuration. In the other file the scale
+    is multiplied into the weights, because tools that read neither diffusers' metadata nor PEFT's configuration assume
+    scale 1. Both files have PEFT's names, because diffusers' conversion to older formats drops all layers but
+    attention.
     """
     weights = {key: value.detach().contiguous().cpu() for key, value in weights.items()}
     if loads_lora(pipeline_class):
@@ -202,23 +162,25 @@ def save_adapter(
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
-    """Read what [`save_adapter`] wrote for an adapter with tensors of these shapes; `ValueError` where it did not."""
+    """Read the weights that [`save_adapter`] wrote; `ValueError` if they do not have these shapes."""
     file = folder / PEFT_FILE
     if not file.is_file():
-        raise ValueError(f"A LoRA checkpoint must hold {PEFT_FILE}; {folder} does not. Was it tuned in full?")
+        raise ValueError(
+            f"A checkpoint of a LoRA must hold {PEFT_FILE}; {folder} does not. Check whether it was tuned in full."
+        )
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
     stored = {key: tuple(value.shape) for key, value in state.items()}
     if shapes != stored:
         differing = sorted(set(shapes.items()) ^ set(stored.items()))[:4]
         raise ValueError(
-            f"{file} holds a LoRA of another set-up: {len(stored)} tensors for {len(shapes)}, such as {differing}. "
-            "Resume with the `peft_config` of the run that wrote it."
+            f"{file} holds a LoRA of another architecture or configuration: {len(stored)} tensors for {len(shapes)}, "
+            f"such as {differing}. Use the base and the `peft_config` of the run that wrote it."
         )
     return state
 
 
 def _remove_local_paths(configs: Iterable[Path]) -> None:
-    """Remove local folders, from which components were loaded, from configurations just saved."""
+    """Remove the local folders that components were loaded from from saved configurations."""
     for file in configs:
         if not file.is_file():
             continue
@@ -228,35 +190,35 @@ def _remove_local_paths(configs: Iterable[Path]) -> None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# ---- A LoRA's scale, `lora_alpha / r`: readers assume 1 if a file names none -----------------------------------------
+# ---- The scale of a LoRA, `lora_alpha / r` ---------------------------------------------------------------------------
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """`("blocks.0.to_q", "lora_B.weight")` of `"blocks.0.to_q.lora_B.weight"`."""
+    """Split `"blocks.0.to_q.lora_B.weight"` into `("blocks.0.to_q", "lora_B.weight")`."""
     module, _, part = key.rpartition(".lora_")
     return module, f"lora_{part}"
 
 
 def ranks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Rank of the LoRA of each module, from tensors under their PEFT names."""
+    """Return the LoRA's rank in each module, from tensors under their PEFT names."""
     first = {split_key(key)[0]: value for key, value in weights.items() if factor_of(key) in LORA_A}
     return {module: value.shape[0] for module, value in first.items()}
 
 
 def scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """The factor that PEFT applies to the LoRA of a module, with the module's alpha if it has one."""
+    """Return the factor that PEFT applies to the LoRA of a module, with the module's own alpha if it has one."""
     alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, module), config.lora_alpha)
     return lora_scaling(alpha, rank, rank_stabilized=config.use_rslora)
 
 
 def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """The same LoRA with its scales multiplied into the factors B.
+    """Multiply the scales of a LoRA into its factors B.
 
-    Exact where a scale is a power of two, as with `r=16, lora_alpha=32`; otherwise each value is rounded once.
+    This is exact if a scale is a power of two, as with `r=16, lora_alpha=32`. Otherwise each value is rounded once.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): Under their PEFT names.
-        config ([`~peft.LoraConfig`]): Has the alphas, their patterns and `use_rslora`.
+        weights (`Mapping[str, torch.Tensor]`): Tensors under their PEFT names.
+        config ([`~peft.LoraConfig`]): Configuration with the alphas, their patterns and `use_rslora`.
 
     Returns:
         `tuple`: New weights, and a configuration in which every alpha is the rank, so that PEFT applies scale 1.
@@ -271,7 +233,7 @@ def folded(weights: Mapping[str, torch.Tensor], config: LoraConfig) -> tuple[dic
 
 
 def public_settings(config: LoraConfig) -> dict[str, Any]:
-    """A LoRA's settings for a published file: in a fixed order, without local folders."""
+    """Return a LoRA's settings for a published file, in a fixed order and without local folders."""
     settings: dict[str, Any] = {
         name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
     }
@@ -282,5 +244,5 @@ def public_settings(config: LoraConfig) -> dict[str, Any]:
 
 
 def factor_of(key: str) -> str:
-    """`"lora_B"` of `"blocks.0.to_q.lora_B.weight"`."""
+    """Return `"lora_B"` for `"blocks.0.to_q.lora_B.weight"`."""
     return split_key(key)[1].partition(".")[0]

@@ -44,7 +44,6 @@ from ..saving.starting_point import (
     Origin,
     StartingPoint,
     attach_adapter,
-    check_continued,
     recorded_base,
     starting_point,
 )
@@ -155,13 +154,12 @@ def build_components(
     # What the run's files say of its start, and the formats in which it saves.
     origin = Origin(
         loaded.name_or_path,
-        loaded.folder(),
         recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
         fingerprint=weights_before,
         reference=reference.kind,
         gave_reference=ref_model is not None,
     )
-    weight_files = make_weight_files(loaded, origin, adapter, args)
+    weight_files = make_weight_files(loaded, adapter, args)
 
     # The settings that were left to family and loss, and how noise and timesteps are drawn.
     noise = check_and_complete(args, loaded, loss, adapter=adapter)
@@ -280,7 +278,10 @@ def choose_trained_weights(
         if adapter is not None:
             check_adapter_weight(denoiser, adapter)
             if peft_config is not None:
-                check_continued(denoiser, adapter, peft_config, str(loaded.adapter_source))
+                raise ValueError(
+                    f"The LoRA from {loaded.adapter_source} continues training with its own configuration, and "
+                    "`peft_config` was passed too. Leave out `peft_config` (`--use_peft`)."
+                )
     check_precision(denoiser, adapter, args)
     if args.save_full_pipeline and adapter is not None:
         raise ValueError(
@@ -374,17 +375,14 @@ def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConf
     return given
 
 
-def make_weight_files(
-    loaded: LoadedModel, origin: Origin, adapter: str | None, args: DiffusionSDPOConfig
-) -> WeightFiles:
+def make_weight_files(loaded: LoadedModel, adapter: str | None, args: DiffusionSDPOConfig) -> WeightFiles:
     """Make the reader and writer of the tuned weights, before an engine shards them."""
 
     def whole_pipeline() -> DiffusionPipeline:
         with loading_unsharded(args):  # the first process alone calls it
             return loaded.whole_pipeline()
 
-    linked = origin.folder if args.link_full_pipeline else None
-    return WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline, linked)
+    return WeightFiles(loaded.pipeline, loaded.family.denoiser_name, adapter, whole_pipeline)
 
 
 # ---- Before training ------------------------------------------------------------------------------------------------

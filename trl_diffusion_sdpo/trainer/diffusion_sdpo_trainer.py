@@ -792,7 +792,6 @@ class DiffusionSDPOTrainer(Trainer):
             BASE: public_base(self.origin.base),
             "train_data": self._data_fingerprint,
             "eval_data": self._eval_fingerprint,
-            "run_id": self.run_folder.run_id,
             **{name: getattr(self.args, name) for name in settings_with(RESUME)},
             "latent_crops": stored_crops(self.args),
         }

@@ -59,8 +59,6 @@ def check_settings(args: AllArguments) -> None:
     _check_winner_budget(args, loss)
     _check_average(args)
     _check_winner_rise(args)
-    if args.link_full_pipeline and not args.save_full_pipeline:
-        _warn("`link_full_pipeline` has no effect without `save_full_pipeline`.")
     _check_memory(args)
     require_optimizer(str(getattr(args.optim, "value", args.optim)))
 

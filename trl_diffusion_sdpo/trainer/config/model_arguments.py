@@ -54,10 +54,6 @@ class PipelineArguments:
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
             intermediate checkpoints).
-        link_full_pipeline (`bool`, *optional*, defaults to `False`):
-            Whether `save_full_pipeline` makes hard links to the weights of the components that did not train, in the
-            folder or the Hub's cache that they were read from; they take no room then. Where that is not possible they
-            are copied.
         vae_dtype (`str`, *optional*, defaults to `"auto"`):
             Precision in which the VAE encodes images: `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` is that of
             autocast, but float32 under fp16 where the VAE's configuration says that it overflows there
@@ -79,7 +75,6 @@ class PipelineArguments:
     precompute_ref_errors: Annotated[bool, RESUME] = False
     ref_noise_draws: Annotated[int, Range("[1, inf)"), RESUME] = 1
     save_full_pipeline: bool = False
-    link_full_pipeline: bool = False
     vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"
     vae_encode_batch_size: Annotated[
         int | None, Range("[1, inf)", "Leave it unset for about two million pixels at once.")
