@@ -34,7 +34,7 @@ from turns import InTurns, RecordingTrainer, loop
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 
 LATENTS = {"precompute_latents": True}
-ERRORS = {"precompute_ref_errors": True, "ref_noise_draws": 1}
+ERRORS = {"precompute_ref_errors": True, "precompute_epochs": 1}
 # Trainers of this package by name: the settings in which they differ.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},

@@ -18,7 +18,7 @@ SIZES = {
     "save_steps: 20": "save_steps: 1\nlogging_steps: 1",
     "eval_steps: 20": "eval_steps: 1",
     "per_device_train_batch_size: 8": "per_device_train_batch_size: 2\nper_device_eval_batch_size: 64",
-    "sample_inference_steps: 10": "sample_inference_steps: 1",
+    "num_inference_steps: 10": "num_inference_steps: 1",
     "num_inference_steps=10": "num_inference_steps=1",
     "[a red circle on white, a blue square on black, a green cross on gray]": "[a red circle on white]",
     "--max_steps 20": "--max_steps 2",

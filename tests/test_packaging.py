@@ -94,10 +94,10 @@ def test_a_configuration_has_the_published_values(name, tmp_path):
 def test_a_configuration_with_inversion_has_the_published_values(name, tmp_path):
     model, resolution = BASES[name.split("_")[0]]
     _, args, model_args = parse_config(ROOT / "examples" / "configs" / f"{name}.yaml", tmp_path)
-    inversion = (args.inversion, args.inversion_steps)
-    assert (args.loss_type, args.beta, *inversion, args.max_steps, args.warmup_steps) == INVERTED[name]
-    eta = 0.1 if "inpo" in name else 0.0
-    assert (args.noise_source, args.inversion_end, args.inversion_eta) == ("inversion", "exact", eta)
+    loss, beta, kind, steps, *length = INVERTED[name]
+    assert [args.loss_type, args.beta, args.max_steps, args.warmup_steps] == [loss, beta, *length]
+    inversion = {"kind": kind, "steps": steps, "end": "exact"} | ({"eta": 0.1} if "inpo" in name else {})
+    assert (args.noise_source, args.inversion_kwargs) == ("inversion", inversion)
     smpo = {"smpo_coefficient": 10, "smpo_score_scale": pytest.approx(0.166581)}
     assert args.loss_kwargs == (smpo if args.loss_type == "smpo" else {})
     assert (args.safeguard, args.bf16, args.resolution, args.learning_rate) == ("none", True, resolution, 1.024e-5)

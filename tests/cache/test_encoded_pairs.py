@@ -141,7 +141,7 @@ def test_random_crops_are_those_of_the_first_epochs_and_then_repeat(
 ):
     """Of SDXL, whose conditioning has the corner of each crop."""
     given = {"model": sdxl_folder, "train": make_pairs(8, size=(24, 40)), "random_crop": True}
-    live, cached = make_trainer(**given), make_cached(latent_crops=2, **given)
+    live, cached = make_trainer(**given), make_cached(precompute_epochs=2, **given)
     assert_equal_batches(live, cached, [0, 1])
     (first, draws), (third, other_draws) = (next(batches(cached, [epoch])) for epoch in (0, 2))
     assert torch.equal(first["time_ids"], third["time_ids"]) and draws[0] != other_draws[0]
@@ -156,25 +156,31 @@ def test_a_resume_compares_stored_crops_where_there_are_any(make_trainer, make_c
     """Crops that repeat are another trajectory than those drawn in every epoch; crops at the center are not."""
     pairs = {"train": make_pairs(4)}
     crops = [
-        make_cached(latent_crops=2, random_crop=True, **pairs),
+        make_cached(precompute_epochs=2, random_crop=True, **pairs),
         make_trainer(random_crop=True, **pairs),
         make_cached(random_crop=False, **pairs),
     ]
     setups = [trainer._setup() for trainer in crops]
-    assert [setup["latent_crops"] for setup in setups] == [2, None, None]
+    assert [setup["stored_crops"] for setup in setups] == [2, None, None]
     write_setup(tmp_path, setups[0])
     check_resumable(tmp_path, setups[1], {}, crops[1].args)
-    assert "Resuming with another `latent_crops`: it was 2, is None" in caplog.text
+    assert "Resuming with another `stored_crops`: it was 2, is None" in caplog.text
     caplog.clear()
     write_setup(tmp_path, {**setups[2], "random_crop": True})
     check_resumable(tmp_path, setups[1], {}, crops[1].args)
-    assert "latent_crops" not in caplog.text
+    assert "stored_crops" not in caplog.text
 
 
 def test_pairs_in_buckets_have_the_sizes_of_a_run_without_a_cache(make_trainer, make_cached, make_pairs, sdxl_folder):
     wide, tall = list(make_pairs(6, size=(24, 48))), list(make_pairs(6, seed=1, size=(48, 24)))
     rows = datasets.Dataset.from_list(wide + tall)
-    given = {"model": sdxl_folder, "train": rows, "resolution": 32, "aspect_ratio_buckets": True, "bucket_step": 8}
+    given = {
+        "model": sdxl_folder,
+        "train": rows,
+        "resolution": 32,
+        "aspect_ratio_buckets": True,
+        "bucket_kwargs": {"step": 8},
+    }
     given |= {"per_device_train_batch_size": 4}
     live, cached = make_trainer(**given), make_cached(**given)
     shapes = set()
@@ -416,7 +422,7 @@ def test_a_pipeline_object_lends_its_encoders_and_gets_its_own_key(make_trainer,
 
 @pytest.mark.matrix
 def test_sample_images_are_those_without_a_cache(make_trainer, make_cached, tmp_path):
-    given = {"sample_prompts": ["a cat"], "sample_inference_steps": 2, "max_steps": 1}
+    given = {"sample_prompts": ["a cat"], "sample_kwargs": {"num_inference_steps": 2}, "max_steps": 1}
     folders = [tmp_path / name for name in ("live", "cached")]
     for make, folder in zip((make_trainer, make_cached), folders, strict=True):
         make(output_dir=str(folder), **given).train()

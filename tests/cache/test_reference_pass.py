@@ -30,7 +30,7 @@ SETTINGS = {
     "eval_steps": 2,
     "ema_decay": 0.9,
 }
-PRECOMPUTED = {"precompute_ref_errors": True, "ref_noise_draws": DRAWS}
+PRECOMPUTED = {"precompute_ref_errors": True, "precompute_epochs": DRAWS}
 CASES = [
     ("full", "output", {"n_timesteps_per_pair": 2}),
     ("lora", "parameter", {}),
@@ -38,14 +38,18 @@ CASES = [
         pytest.param(tuning, safeguard, more, marks=pytest.mark.matrix)
         for tuning in ("full", "lora", "given")
         for safeguard in ("none", "output", "parameter")
-        for more in ({}, {"n_timesteps_per_pair": 3}, {"bf16": True, "winner_budget": 0.05, "winner_budget_steps": 2})
+        for more in (
+            {},
+            {"n_timesteps_per_pair": 3},
+            {"bf16": True, "winner_budget": 0.05, "winner_budget_kwargs": {"steps": 2}},
+        )
     ],
     pytest.param("full", "output", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"loss_type": "smpo", "beta": 50.0}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"safeguard_diagnostics_steps": 2}, marks=pytest.mark.matrix),
     pytest.param("full", "parameter", {"safeguard_low_memory": True}, marks=pytest.mark.matrix),
     pytest.param("full", "output", {"precompute_latents": True, "random_crop": False}, marks=pytest.mark.matrix),
-    pytest.param("lora", "output", {"precompute_latents": True, "latent_crops": 2}, marks=pytest.mark.matrix),
+    pytest.param("lora", "output", {"precompute_latents": True, "precompute_epochs": 2}, marks=pytest.mark.matrix),
 ]
 
 
@@ -175,7 +179,7 @@ def test_a_second_run_computes_nothing_and_one_with_other_facts_computes_anew(
         "components": {"vae_dtype": "bfloat16"},
     }.items():
         assert computed(**settings) == 1, fact
-    assert computed(ref_noise_draws=2) == 2 and computed(n_timesteps_per_pair=2) == 1
+    assert computed(precompute_epochs=2) == 2 and computed(n_timesteps_per_pair=2) == 1
     for settings in ({"resolution": 24}, {"random_crop": True}, {"proportion_empty_prompts": 0.2}):
         assert computed(**settings) == 1, settings
 
@@ -219,13 +223,12 @@ def test_the_scale_of_a_given_references_adapter_is_part_of_it(store_of, make_sd
 
 
 def test_what_does_not_act_leaves_the_stores_as_they_are(store_of):
-    """Noise levels, draws and crops in an evaluation; stored crops without `random_crop`."""
+    """Noise levels, draws and crops in an evaluation."""
     cached = {"precompute_latents": True}
     trained, evaluated = store_of(**cached)
-    assert store_of(**cached, latent_crops=2) == (trained, evaluated)
-    kinds = ({}, {"latent_crops": 2}, {"ref_noise_draws": 2}, {"n_timesteps_per_pair": 3})
+    kinds = ({}, {"precompute_epochs": 2}, {"n_timesteps_per_pair": 3})
     found = [store_of(**cached, random_crop=True, **kind) for kind in kinds]
-    assert len({trained, *(train for train, _ in found)}) == 5
+    assert len({trained, *(train for train, _ in found)}) == 4
     assert {other for _, other in found} == {evaluated}
 
 
@@ -315,8 +318,8 @@ def test_settings_under_which_errors_are_not_enough_are_refused(make_args, setti
 
 
 def test_a_setting_without_effect_warns(make_args):
-    with pytest.warns(UserWarning, match="`ref_noise_draws`"):
-        make_args(ref_noise_draws=2)
+    with pytest.warns(UserWarning, match="`precompute_epochs`"):
+        make_args(precompute_epochs=2)
 
 
 def test_dropout_streams_and_other_data_are_refused(make_trainer, make_pairs, sd_pipeline):
@@ -347,7 +350,7 @@ def test_prompts_that_depend_on_their_batch_are_refused_and_probed_alone(
     trainer = make_trainer(**given, **errors, **alone)
     trainer.precompute_reference_errors()
     assert "ref_errors" in trainer.train_dataset[0]
-    budget = {"winner_budget": 0.1, "winner_budget_pairs": 3}
+    budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 3}}
     cached = {"precompute_latents": True, "precompute_dir": str(tmp_path)}
     sizes = [
         [len(part.inputs["rows"]) for part in make_trainer(**given, **alone, **budget, **more)._load_probe()]
@@ -409,7 +412,7 @@ model, data, output = sys.argv[1:]
 reference_errors.SHARD_PAIRS = 2
 args = DiffusionSDPOConfig(
     output, per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=5,
-    precompute_ref_errors=True, precompute_dir=output, ref_noise_draws=8, dataloader_num_workers=0,
+    precompute_ref_errors=True, precompute_dir=output, precompute_epochs=8, dataloader_num_workers=0,
 )
 trainer = DiffusionSDPOTrainer(model, None, args, datasets.load_from_disk(data))
 print("begins", flush=True)

@@ -51,10 +51,13 @@ def test_every_size_keeps_area_step_and_ratio(resolution, step, ratio):
 
 
 def test_what_leaves_one_size_or_cuts_the_resolution_is_refused():
-    with pytest.raises(ValueError, match="bucket_step=512.*leaves"):
+    with pytest.raises(ValueError, match="step=512.*leaves"):
         AspectRatioBuckets((512, 512), step=512)
     with pytest.raises(ValueError, match=r"aspect ratio of `resolution`, 2\.67"):
         AspectRatioBuckets((384, 1024), max_aspect_ratio=2.0)
+    for given in ({"step": 0}, {"max_aspect_ratio": 1.0}):
+        with pytest.raises(ValueError, match="`bucket_kwargs` must have"):
+            AspectRatioBuckets((512, 512), **given)
 
 
 @pytest.mark.parametrize(

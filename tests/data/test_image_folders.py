@@ -245,8 +245,8 @@ def test_a_run_trains_on_folders_of_both_kinds_and_refuses_to_resume_with_anothe
     ranked = write(*(f"r_{rank}.png" for rank in range(3)), "r.txt: r", folder="ranked")
     sets = [{"path": str(two), "weight": 2}, {"path": str(ranked), "weight": 1}]
     words = ["--model_name_or_path", sd_folder, "--datasets", json.dumps(sets), "--output_dir", str(tmp_path / "run")]
-    words += "--resolution 32 --aspect_ratio_buckets true --bucket_step 8 --per_device_train_batch_size 2".split()
-    words += "--max_steps 2 --save_steps 1 --use_cpu --report_to none --disable_tqdm true".split()
+    words += '--resolution 32 --aspect_ratio_buckets true --bucket_kwargs {"step":8}'.split()
+    words += "--per_device_train_batch_size 2 --max_steps 2 --save_steps 1 --use_cpu --report_to none".split()
     words += ["--precompute_latents", "true", "--precompute_dir", str(tmp_path / "encoded")]
     assert main(["train", *words]) == 0
     setup = json.loads((tmp_path / "run" / "checkpoint-1" / "diffusion_sdpo_setup.json").read_text())

@@ -15,11 +15,12 @@ from tiny_pipelines import CASES, case
 MISSING = "_setup_privateuseone_for_python_backend" not in vars(torch.utils.backend_registration)
 pytestmark = pytest.mark.skipif(MISSING, reason="this torch has no Python back end for new devices")
 
-EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 1}
-SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_inference_steps": 2}
+EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_kwargs": {"pairs": 2, "steps": 1}}
+SAMPLING = {"sample_prompts": ["a cat"], "sample_steps": 1, "sample_kwargs": {"num_inference_steps": 2}}
 EVERYTHING = {"safeguard_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 2}
+INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2}}
+ADDED = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 2, "eta": 0.1}}
 MEMORY = ("offload_frozen_components",)
 PREDICTIONS = {"output": 2, "parameter": 4}  # of a micro-batch: policy and reference, jointly or by branch
 
@@ -118,7 +119,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 
 @each(
     sd("full", "output", "drawn", COMPARED | DRAWN | EMA_AND_BUDGET | EVALUATED, evaluates=True),
-    sd("full", "output", "added", COMPARED | INVERSION | {"inversion_eta": 0.1}),
+    sd("full", "output", "added", COMPARED | ADDED),
 )
 def test_a_seed_means_the_same_noise_as_on_the_cpu(found, cases, make_trainer, family_folder, start_data):
     """Noise, its offset and perturbation, timesteps, posterior samples, the noise that inversion adds, the budget's
@@ -135,7 +136,7 @@ def test_a_seed_means_the_same_noise_as_on_the_cpu(found, cases, make_trainer, f
         assert {name: there[name] for name in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5)
 
 
-@each(sd("full", "parameter", "inverted", INVERSION | {"inversion_eta": 0.1}))
+@each(sd("full", "parameter", "inverted", ADDED))
 def test_noise_by_inversion_does_not_synchronize(found, cases):
     check_waits(found[0], listed(cases[0]))
 

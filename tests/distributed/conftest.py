@@ -251,7 +251,7 @@ class WalkByHand:
         image, on its latents, from the clean ones (alpha 1) over 1, 334 and 667 to its own timestep."""
         if self.args.get("noise_source") != "inversion":
             return batch
-        assert (self.args["inversion"], self.args["inversion_steps"]) == ("renoise", 3)
+        assert self.args["inversion_kwargs"] == {"kind": "renoise", "steps": 3}
         alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
         rows = [self._inverted(batch, index, alphas) for index in range(len(batch["clean"]))]
         noisy, noise = (torch.cat(parts) for parts in zip(*rows, strict=True))

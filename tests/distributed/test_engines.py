@@ -109,7 +109,7 @@ def test_activation_checkpointing_changes_nothing(found):
     assert found["update_error"] < 1e-3
 
 
-INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 3}
+INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 3}}
 
 
 @each(

@@ -40,14 +40,13 @@ LONG_ARGS = {
     "eval_strategy": "steps",
     "eval_steps": STEPS,
     "sample_prompts": ["a cat"],
-    "sample_inference_steps": 2,
+    "sample_kwargs": {"num_inference_steps": 2},
 }
 FOLLOWING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
 KEPT = {
     "ema_decay": 0.5,
     "winner_budget": 1e-4,
-    "winner_budget_pairs": 4,
-    "winner_budget_steps": 1,
+    "winner_budget_kwargs": {"pairs": 4, "steps": 1},
     "num_noise_bins": 3,
 }
 WORSE = {"full": 0.03, "lora": 0.5}  # rates so large that the winners get worse

@@ -32,8 +32,7 @@ ARGS = {
     "num_noise_bins": 4,
     "loser_noise_range": [0.3, 1.0],
     "winner_budget": 0.01,
-    "winner_budget_pairs": 4,
-    "winner_budget_steps": 1,
+    "winner_budget_kwargs": {"pairs": 4, "steps": 1},
     "ema_decay": 0.25,
     "save_strategy": "steps",
     "save_steps": 2,
@@ -230,7 +229,7 @@ def test_a_resumed_run_has_the_same_average_and_budget_to_the_bit(found):
     assert_equal(state_of(resumed / "saved"), state_of(whole / "saved"))
 
 
-@planned([build_run("ddp", "full", "odd", winner_budget_pairs=3)])
+@planned([build_run("ddp", "full", "odd", winner_budget_kwargs={"pairs": 3, "steps": 1})])
 def test_a_probe_that_processes_cannot_share_evenly_has_each_pair_once(found, plan, alone):
     theirs = state_of(Path(alone(plan[0]).args.output_dir))["before"]
     torch.testing.assert_close(state_of(found[0] / "saved")["before"], theirs, rtol=1e-5, atol=0, equal_nan=True)

@@ -20,7 +20,7 @@ SCRIPT = textwrap.dedent(
     model, pairs, output, safeguard = sys.argv[1:]
     args = DiffusionSDPOConfig(
         output, max_steps=2, save_steps=1, safeguard=safeguard, report_to="none", use_cpu=True, disable_tqdm=True,
-        sample_prompts=["a"], sample_inference_steps=1, sync_ref_model=True, ref_model_sync_steps=1,
+        sample_prompts=["a"], sample_kwargs={"num_inference_steps": 1}, sync_ref_model=True, ref_model_sync_steps=1,
     )
     data = datasets.load_from_disk(pairs)
     trainer = DiffusionSDPOTrainer(model, None, args, data, data, peft_config=LoraConfig(r=2))

@@ -36,7 +36,7 @@ SIZES = {
         "gradient_accumulation_steps: 8": "gradient_accumulation_steps: 1",
         "per_device_train_batch_size=4": "per_device_train_batch_size=1",
         "per_device_train_batch_size: 4": "per_device_train_batch_size: 1",
-        "sample_steps=250": "sample_inference_steps=1",
+        "sample_steps=250": 'sample_kwargs={"num_inference_steps": 1}',
         'in the rain").images': 'in the rain", num_inference_steps=1).images',
     },
 }

@@ -160,7 +160,9 @@ def test_beta_and_rate_of_a_flow_model_depend_on_what_is_tuned(trainer_of, lora,
     ],
 )
 def test_images_are_drawn_before_and_after(trainer_of, tmp_path, name, bf16):
-    trainer = trainer_of(name, max_steps=1, bf16=bf16, sample_prompts=["a red circle"], sample_inference_steps=2)
+    trainer = trainer_of(
+        name, max_steps=1, bf16=bf16, sample_prompts=["a red circle"], sample_kwargs={"num_inference_steps": 2}
+    )
     trainer.train()
     for step in (0, 1):
         with Image.open(tmp_path / "run" / "samples" / f"step-{step:06d}-0.png") as image:

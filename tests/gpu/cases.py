@@ -6,8 +6,8 @@ STEPS = 4
 # What a run does besides training: `resume` from its checkpoint of step 2, generate `samples`, `push`, `compile`, have
 # an average and a `budget`, count the host's `waits` in each step.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
-EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_pairs": 2, "winner_budget_steps": 2}
-SAMPLES = {"sample_prompts": ["a cat"], "sample_steps": 2, "sample_inference_steps": 2}
+EMA_AND_BUDGET = {"ema_decay": 0.9, "winner_budget": 0.01, "winner_budget_kwargs": {"pairs": 2, "steps": 2}}
+SAMPLES = {"sample_prompts": ["a cat"], "sample_steps": 2, "sample_kwargs": {"num_inference_steps": 2}}
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 

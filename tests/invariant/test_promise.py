@@ -125,7 +125,6 @@ def test_no_small_step_raises_the_error_of_its_own_winners(train, count, limited
 
 SUMS = {
     "sum": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-    "sft_weight": {"sft_weight": 0.1},
     "clamp": {"margin_clamp": 0.02},  # some steps win their pair by that
 }
 

@@ -111,7 +111,7 @@ def _with_payload_in_every_pickle(content: bytes, mark: Path) -> bytes:
 
 def planted(folder: Path, engine: str, *only: str) -> dict:
     """For each file of a checkpoint that can hold a pickle: the log of a run that resumes from it, and whether the
-    payload ran; the same for an untouched checkpoint, and for a run with `trust_checkpoint`. With `only`, just the
+    payload ran; the same for an untouched checkpoint. With `only`, just the
     files that end so."""
     complete = folder / run_of(engine, "lora", "planted-complete")["name"]
     writer = {**run_of(engine, "lora", "planted-complete"), "args": {"max_steps": 2}}
@@ -123,8 +123,6 @@ def planted(folder: Path, engine: str, *only: str) -> dict:
         return {name: _resume(folder, engine, checkpoint, name) for name in names}
     found = {name: _resume(folder, engine, checkpoint, name) for name in files}
     found["untouched"] = _resume(folder, engine, checkpoint, None)
-    trusted = next((name for name in files if "states" in name or "optimizer" in name), files[0])
-    found["trusted"] = _resume(folder, engine, checkpoint, trusted, trust_checkpoint=True)
     return found
 
 

@@ -43,12 +43,6 @@ def test_a_sum_is_the_weighted_sum_of_its_parts():
     assert one_pair(loss_type="sigmoid", loss_weights=[3.0]).loss.item() == pytest.approx(3 * math.log(4 / 3))
 
 
-def test_an_sft_weight_adds_the_winners_error():
-    assert one_pair(loss_type="sigmoid", sft_weight=0.25).loss.item() == pytest.approx(math.log(4 / 3) + 0.25)
-    out = one_pair(loss_type=["sigmoid", "hinge"], loss_weights=[1.0, 2.0], sft_weight=0.25)
-    assert out.loss.item() == pytest.approx(math.log(4 / 3) + 0.25)
-
-
 def test_a_part_of_weight_zero_is_no_part():
     spec = loss_spec(["sigmoid", "sft"], [0.0, 2.0])
     assert not spec.uses_loser and not spec.needs_reference and not spec.uses_beta and spec.anchor == "branch"
@@ -75,7 +69,7 @@ def test_a_clamped_pair_has_the_loss_of_the_clamp_and_no_gradient():
 
 def test_under_the_clamp_only_the_error_of_a_won_winner_pulls():
     leaf = MODEL.clone().requires_grad_()
-    given = {"margin_clamp": 0.5, "sft_weight": 0.25, "safeguard": "none"}
+    given = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.25], "margin_clamp": 0.5, "safeguard": "none"}
     diffusion_preference_loss(leaf, ZERO, REFERENCE, beta=LOG3 / 3, **given).loss.backward()
     assert leaf.grad.tolist() == [[0.5], [0.0]]  # 0.25 * 2 * 1
 
@@ -167,17 +161,15 @@ CASES = [
     (["dmpo", "sft"], [1.0, 0.2], {}),
     (["dspo", "sigmoid"], [1.0, 1.0], {}),
     (["dpop", "ipo"], [0.5, 2.0], {}),
-    ("sigmoid", None, {"sft_weight": 0.4}),
     ("capo", None, {}),
     ("sigmoid", None, {"margin_clamp": 0.05}),
     (["sigmoid", "sft"], [1.0, 0.3], {"margin_clamp": 0.05}),
 ]
 
 
-def parts_of(loss_type, weights, given):
+def parts_of(loss_type, weights):
     names = [loss_type] if isinstance(loss_type, str) else loss_type
-    parts = dict(zip(names, weights or [1.0] * len(names), strict=True))
-    return parts | ({"sft": given["sft_weight"]} if "sft_weight" in given else {})
+    return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
 def gradient_of(parts, tensors, beta, gradient_by_differences, clamp=None, pair_weights=None):
@@ -220,7 +212,7 @@ def test_the_gradient_is_that_of_a_loop(case, granularity, weighted, seeded_pair
     loss_type, weights, given = case
     tensors, beta, mu = seeded_pairs(seed=1), 0.7, 0.5
     pair_weights = PAIR_WEIGHTS if weighted else None
-    parts = parts_of(loss_type, weights, given)
+    parts = parts_of(loss_type, weights)
     gradient, logit = gradient_of(
         parts, tensors, beta, gradient_by_differences, given.get("margin_clamp"), pair_weights
     )
@@ -269,24 +261,21 @@ def test_rewards_and_errors_are_without_the_weights_of_pairs(seeded_pairs):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "weights", "sft_weight", "message"),
+    ("loss_type", "weights", "message"),
     [
-        (["sigmoid", "dpo"], None, 0.0, "`loss_type`.*'dpo'"),
-        ([], None, 0.0, "must name a loss"),
-        (["sigmoid", "sft", "sigmoid"], None, 0.0, "several different ones"),
-        (["dspo", "dspo_sdxl"], None, 0.0, "`dspo` and `dspo_sdxl` count as one"),
-        (["sigmoid", "sft"], [1.0], 0.0, "`loss_weights` must be a finite number"),
-        (["sigmoid", "sft"], [1.0, -0.1], 0.0, "at least 0"),
-        (["sigmoid", "sft"], [1.0, math.nan], 0.0, "finite number"),
-        (["sigmoid", "sft"], [0.0, 0.0], 0.0, "one of them above 0"),
-        ("sigmoid", None, -0.5, "`sft_weight` another one"),
-        ("sft", None, 0.5, "`sft_weight` adds `sft` to other losses"),
-        (["sigmoid", "sft"], None, 0.5, "weigh the parts by `loss_weights`"),
+        (["sigmoid", "dpo"], None, "`loss_type`.*'dpo'"),
+        ([], None, "must name a loss"),
+        (["sigmoid", "sft", "sigmoid"], None, "several different ones"),
+        (["dspo", "dspo_sdxl"], None, "`dspo` and `dspo_sdxl` count as one"),
+        (["sigmoid", "sft"], [1.0], "`loss_weights` must be a finite number"),
+        (["sigmoid", "sft"], [1.0, -0.1], "at least 0"),
+        (["sigmoid", "sft"], [1.0, math.nan], "finite number"),
+        (["sigmoid", "sft"], [0.0, 0.0], "one of them above 0"),
     ],
 )
-def test_a_wrong_list_is_refused(loss_type, weights, sft_weight, message):
+def test_a_wrong_list_is_refused(loss_type, weights, message):
     with pytest.raises(ValueError, match=message):
-        loss_weights_by_name(loss_type, weights, sft_weight)
+        loss_weights_by_name(loss_type, weights)
 
 
 CLAMPED = {"sigmoid", "hinge", "ipo", "robust", "dmpo", "smpo", "capo"}

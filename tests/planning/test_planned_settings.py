@@ -94,8 +94,8 @@ def test_the_passes_of_an_inversion_are_operations_of_a_step(plan_of, folder):
     timestep); a call of the reference, which full tuning has and `sft` has not, is as much."""
     words = f"{ALL_WEIGHTS} --safeguard none --noise_source inversion"
     three, five, renoise = (
-        plan_of(f"{words} {more}").flops
-        for more in ("--inversion_steps 3", "--inversion_steps 5", "--inversion_steps 3 --inversion renoise")
+        plan_of(f"{words} --inversion_kwargs {more}").flops
+        for more in ('{"steps":3}', '{"steps":5}', '{"steps":3,"kind":"renoise"}')
     )
     shared = plan_of(f"{ALL_WEIGHTS} --safeguard none").flops
     a_call = shared - plan_of(f"{ALL_WEIGHTS} --safeguard none --loss_type sft").flops
@@ -107,7 +107,7 @@ def test_the_caches_of_a_pair_by_hand(plan_of, folder):
     """Two images of 2 x 4 x 8 x 8 moments, mirrored as well; one prompt; two errors at each of two draws."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     embeds, _ = pipeline.encode_prompt("a prompt", "cpu", 1, False)
-    words = f"{ALL_WEIGHTS} --safeguard parameter --ref_noise_draws 2"
+    words = f"{ALL_WEIGHTS} --safeguard parameter --precompute_epochs 2"
     cached = plan_of(words).cached
     assert cached == {"latents": 2 * 2 * 2 * 4 * 8 * 8 * 4, "prompts": embeds.nbytes, "reference errors": 2 * 2 * 4}
     assert plan_of(f"{words} --random_flip false").cached["latents"] == 2 * 2 * 4 * 8 * 8 * 4

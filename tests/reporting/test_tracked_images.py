@@ -17,7 +17,7 @@ def tracked(plotted, make_trainer, make_pairs):
 
     def run(tracker):
         evaluated = {"eval_dataset": make_pairs(4, seed=5), "eval_strategy": "steps", "eval_steps": 3}
-        sampled = {"sample_prompts": [PROMPT], "sample_steps": 2, "sample_inference_steps": 1}
+        sampled = {"sample_prompts": [PROMPT], "sample_steps": 2, "sample_kwargs": {"num_inference_steps": 1}}
         trainer = make_trainer(
             train=make_pairs(4), peft_config=LoraConfig(r=2), max_steps=3, report_to=tracker, **evaluated, **sampled
         )

@@ -320,7 +320,7 @@ def test_images_of_another_prompt_or_seed_are_not_shown(make_args, tmp_path):
         draw(step, 1, "b" if step else "another", 8)
         draw(step, 2, "c", 9 if step else 8)
         draw(step, 3, "another", 10)
-    options = {"every_n_steps": None, "num_inference_steps": 1, "seed": 7, "resolution": None}
+    options = {"every_n_steps": None, "seed": 7, "resolution": None}
     samples = SampleImagesCallback(None, ["a", "b", "c", "d", "e"], **options)
     callback = VerdictCallback(run_facts(), lambda: None, (), samples, None)
     callback.on_train_end(make_args(), TrainerState(global_step=9, max_steps=9), TrainerControl())
@@ -472,7 +472,7 @@ def test_few_pairs_are_evaluated_at_several_draws_of_noise(several_draws, make_t
 def test_the_verdict_is_written_with_its_figures_and_images_of_equal_seeds(
     plotted, make_trainer, make_pairs, tmp_path
 ):
-    samples = {"sample_prompts": ["a red circle", "a blue square"], "sample_inference_steps": 1}
+    samples = {"sample_prompts": ["a red circle", "a blue square"], "sample_kwargs": {"num_inference_steps": 1}}
     evaluates = {"eval_dataset": make_pairs(6, seed=1), "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(**samples, **evaluates, max_steps=3)
     trainer.train()

@@ -199,7 +199,7 @@ class Payload:
 def test_a_planted_pickle_does_not_run(build, run, tmp_path, name, as_zip):
     checkpoint, mark = run / "checkpoint-4", tmp_path / "mark"
     torch.save({"state": Payload(mark)}, checkpoint / name, _use_new_zipfile_serialization=as_zip)
-    with pytest.raises(ValueError, match="posix.mkdir.*trust_checkpoint"):
+    with pytest.raises(ValueError, match="posix.mkdir"):
         build(5).train(resume_from_checkpoint=str(checkpoint))
     assert not mark.exists()
     torch.load(checkpoint / name, weights_only=False)

@@ -57,7 +57,9 @@ def test_a_run_on_a_full_disk_says_so_at_each_of_its_files(make_trainer, small_d
         make(max_steps=1, save_strategy="steps", save_steps=1).train()
     fill(small_disk)
     with pytest.raises(DiskFullError, match="is full"):
-        make(max_steps=1, peft_config=LoraConfig(r=2), sample_prompts=["a"], sample_inference_steps=1).train()
+        make(
+            max_steps=1, peft_config=LoraConfig(r=2), sample_prompts=["a"], sample_kwargs={"num_inference_steps": 1}
+        ).train()
     with pytest.raises(DiskFullError, match="is full"):
         make(peft_config=LoraConfig(r=2)).create_model_card()
 

@@ -29,7 +29,7 @@ def test_a_lora_is_published_with_its_card_and_loads_back(make_trainer, hub_serv
     trainer = make_trainer(
         peft_config=LoraConfig(r=4),
         sample_prompts=["a cat"],
-        sample_inference_steps=2,
+        sample_kwargs={"num_inference_steps": 2},
         max_steps=2,
         hub_model_id="tester/run",
     )

@@ -36,7 +36,7 @@ def images_of(card: str) -> list[str]:
 def test_a_run_ends_with_a_card_of_what_it_did_and_names_nothing_of_the_machine(
     make_trainer, sd_folder, tmp_path, capfd
 ):
-    sampled = {"sample_prompts": ["a red cube"], "sample_inference_steps": 1, "disable_tqdm": False}
+    sampled = {"sample_prompts": ["a red cube"], "sample_kwargs": {"num_inference_steps": 1}, "disable_tqdm": False}
     trainer = make_trainer(peft_config=LORA, beta=100.0, model_init_kwargs={"token": "hf_secretsecret"}, **sampled)
 
     trainer.add_callback(At(2, lambda: Image.new("RGB", (8, 8)).save(tmp_path / "run" / "curves.png")))

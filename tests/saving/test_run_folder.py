@@ -40,7 +40,7 @@ def test_a_trainer_trains_on_from_weights_that_it_has_saved(build):
 
 
 def test_another_run_is_moved_aside_whole_if_told_so(build, tmp_path, caplog):
-    run, first = tmp_path / "run", build(2, sample_prompts=["a fox"], sample_inference_steps=1)
+    run, first = tmp_path / "run", build(2, sample_prompts=["a fox"], sample_kwargs={"num_inference_steps": 1})
     first.train()
     first.save_model()
     first.create_model_card()

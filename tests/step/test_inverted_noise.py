@@ -9,7 +9,14 @@ from peft import LoraConfig
 
 from trl_diffusion_sdpo.families import load_pipeline
 
-INVERSION = {"noise_source": "inversion", "inversion": "renoise", "inversion_steps": 3}
+INVERSION = {"noise_source": "inversion", "inversion_kwargs": {"kind": "renoise", "steps": 3}}
+
+
+def with_inversion(**more):
+    """Return `INVERSION` with further constants."""
+    return {**INVERSION, "inversion_kwargs": {**INVERSION["inversion_kwargs"], **more}}
+
+
 SGD = {"optim": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0, "max_grad_norm": 0.0}
 BETA = 50.0
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -147,7 +154,7 @@ def test_a_step_of_a_flow_model_by_hand(make_trainer, family_folder):
 
 
 def test_a_pair_has_the_same_noise_in_every_batch_and_added_noise_from_its_seed(make_trainer):
-    trainer = make_trainer(**INVERSION, inversion_eta=0.5)
+    trainer = make_trainer(**with_inversion(eta=0.5))
     batch, rows = batch_of(trainer), [2, 3, 6, 7]
     forward = trainer.pair_forward
     whole = forward.noisy_batch(batch, 1, trainer.model)
@@ -216,7 +223,7 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
     """Its errors are compared with those before training: the noise must not move with the policy."""
     probes = []
     for settings in ({}, INVERSION):
-        budget = {"winner_budget": 0.1, "winner_budget_pairs": 2, "num_noise_bins": 2}
+        budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 2}, "num_noise_bins": 2}
         trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2), **budget, **settings)
         begin = trainer.winner_budget.begin
         trainer.winner_budget.begin = lambda pairs, begin=begin, trainer=trainer: (

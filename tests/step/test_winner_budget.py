@@ -32,7 +32,7 @@ def probe_of(trainer):
 
 
 def items_of(trainer):
-    return probe_items(trainer.train_dataset, trainer.args.winner_budget_pairs)
+    return probe_items(trainer.train_dataset, trainer.args.winner_budget_kwargs["pairs"])
 
 
 def begin(trainer):
@@ -60,7 +60,7 @@ def test_the_probe_is_of_winners_at_every_level_and_its_errors_are_the_models(ma
         train=make_pairs(4),
         eval_dataset=make_pairs(9, seed=6),
         winner_budget=0.1,
-        winner_budget_pairs=3,
+        winner_budget_kwargs={"pairs": 3},
         num_noise_bins=4,
         per_device_train_batch_size=1,
     )
@@ -114,8 +114,7 @@ def build(make_trainer, make_pairs):
             "train": make_pairs(8),
             "beta": 50.0,
             "winner_budget": 0.05,
-            "winner_budget_pairs": 2,
-            "winner_budget_steps": 1,
+            "winner_budget_kwargs": {"pairs": 2, "steps": 1},
             "num_noise_bins": 2,
             "lr_scheduler_type": "constant",
         }
@@ -125,7 +124,7 @@ def build(make_trainer, make_pairs):
 
 
 def test_measured_before_the_first_step_and_after_those_that_are_asked_for(build):
-    trainer = build(safeguard="parameter", max_steps=5, winner_budget_steps=2)
+    trainer = build(safeguard="parameter", max_steps=5, winner_budget_kwargs={"pairs": 2, "steps": 2})
     untrained = copy.deepcopy(trainer.denoiser)
     _, logs = walked(trainer)
     before = [sum(level) / len(level) for level in by_hand(untrained, probe_of(trainer), 2)]
@@ -155,7 +154,7 @@ def test_a_budget_that_is_never_reached_changes_no_bit_of_the_training(build):
 @pytest.mark.parametrize("safeguard", ["output", "parameter"])
 def test_levels_that_are_shut_train_their_winners_alone_to_the_bit(build, safeguard):
     settings = {"safeguard": safeguard, "peft_config": LoraConfig(r=4), "learning_rate": 1e-2}
-    shut = build(**settings, winner_budget_steps=100)
+    shut = build(**settings, winner_budget_kwargs={"pairs": 2, "steps": 100})
     shut.winner_budget.controller.log_scale.fill_(SHUT)
     weights, logs = walked(shut)
     expected, _ = walked(without_losers(build(**settings, winner_budget=None)))
@@ -215,10 +214,10 @@ def test_the_probe_keeps_to_the_timesteps_that_training_draws(build):
 
 
 def test_the_probe_is_spread_over_all_of_the_data(make_trainer, make_pairs):
-    trainer = make_trainer(train=make_pairs(7), winner_budget=0.1, winner_budget_pairs=4)
+    trainer = make_trainer(train=make_pairs(7), winner_budget=0.1, winner_budget_kwargs={"pairs": 4})
     everything = [item["prompt"] for item in trainer.train_dataset.for_evaluation()]
     assert [item["prompt"] for item in items_of(trainer)] == [everything[row] for row in (0, 1, 3, 5)]
-    few = make_trainer(train=make_pairs(3), winner_budget=0.1, winner_budget_pairs=4)
+    few = make_trainer(train=make_pairs(3), winner_budget=0.1, winner_budget_kwargs={"pairs": 4})
     assert len(items_of(few)) == 3
 
 
@@ -228,7 +227,7 @@ def test_the_probes_winners_are_whom_the_scores_prefer(make_trainer, make_pairs)
     def scored_probe(chosen, rejected):
         scored = pairs.remove_columns(["chosen_score", "rejected_score"])
         scored = scored.add_column("chosen_score", chosen).add_column("rejected_score", rejected)
-        trainer = make_trainer(train=scored, loss_type="smpo", winner_budget=0.1, winner_budget_pairs=2)
+        trainer = make_trainer(train=scored, loss_type="smpo", winner_budget=0.1, winner_budget_kwargs={"pairs": 2})
         return trainer, probe_of(trainer)
 
     trainer, agreeing = scored_probe([2.0, 2.0], [1.0, 1.0])

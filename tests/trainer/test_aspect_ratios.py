@@ -44,7 +44,12 @@ def bucketed(make_trainer, family_folder):
 
     def build(name="stable_diffusion", **settings):
         resolution, step = SIZES.get(name, (case(name).RESOLUTION, 4))
-        settings = {"resolution": resolution, "bucket_step": step, "aspect_ratio_buckets": True, **settings}
+        settings = {
+            "resolution": resolution,
+            "bucket_kwargs": {"step": step},
+            "aspect_ratio_buckets": True,
+            **settings,
+        }
         return make_trainer(family_folder(name), **settings)
 
     return build
@@ -117,10 +122,10 @@ def test_flux_shifts_its_timesteps_by_the_tokens_of_the_bucket(bucketed, monkeyp
 def test_a_size_without_positions_is_refused_at_the_start(bucketed):
     with pytest.raises(ValueError, match=r"these do not: 24x40, 28x36, 36x28, 40x24\. Lower .* knows 8 positions"):
         bucketed("aura_flow", resolution=32)
-    with pytest.raises(ValueError, match="`bucket_step`"):
-        bucketed("flux", bucket_step=6)
-    with pytest.raises(ValueError, match="`bucket_step=64` with .* leaves"):
-        bucketed(bucket_step=64)
+    with pytest.raises(ValueError, match="`step` of `bucket_kwargs`"):
+        bucketed("flux", bucket_kwargs={"step": 6})
+    with pytest.raises(ValueError, match="`step=64` with .* leaves"):
+        bucketed(bucket_kwargs={"step": 64})
 
 
 def test_batches_have_one_size_and_epochs_their_number(bucketed, caplog):
@@ -197,7 +202,7 @@ def test_an_evaluation_counts_every_pair_once(bucketed):
 def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path):
     """Over two epochs; the cache has an image once for each size that it is trained at."""
     common = {"train": pairs_of(*MIXED[:6]), "per_device_train_batch_size": 2, "max_steps": 8}
-    stored = {"precompute_latents": True, "precompute_ref_errors": True, "ref_noise_draws": 8}
+    stored = {"precompute_latents": True, "precompute_ref_errors": True, "precompute_epochs": 8}
     stored["precompute_dir"] = str(tmp_path / "cache")
     runs = [bucketed(**common), bucketed(**common, **stored, output_dir=str(tmp_path / "stored"))]
     for trainer in runs:
@@ -250,8 +255,8 @@ SCRIPT = textwrap.dedent(
     args = DiffusionSDPOConfig(
         output, max_steps=8, per_device_train_batch_size=4 // world, per_device_eval_batch_size=4 // world,
         use_cpu=True, learning_rate=1e-3, beta=100.0, logging_steps=1, save_strategy="steps", save_steps=3,
-        report_to="none", disable_tqdm=True, aspect_ratio_buckets=True, bucket_step=4, resolution=16, random_crop=True,
-        optim="sgd", safeguard_granularity="pair", max_grad_norm=0.0, min_side=20,
+        report_to="none", disable_tqdm=True, aspect_ratio_buckets=True, bucket_kwargs={"step": 4}, resolution=16,
+        random_crop=True, optim="sgd", safeguard_granularity="pair", max_grad_norm=0.0, min_side=20,
     )
     seen, predictions = [], []
     def note(predicted):

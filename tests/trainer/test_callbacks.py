@@ -32,7 +32,7 @@ def sampler(sd_pipeline):
 
 def make_sampler(pipeline, **changes):
     guidance = {"guidance_scale": 5.0}
-    given = {"every_n_steps": 2, "num_inference_steps": 2, "call_options": guidance, "seed": 7, "resolution": 16}
+    given = {"every_n_steps": 2, "call_options": {"num_inference_steps": 2, **guidance}, "seed": 7, "resolution": 16}
     return SampleImagesCallback(pipeline, PROMPTS, **{**given, **changes})
 
 
@@ -225,7 +225,11 @@ def test_text_encoders_keep_their_precision_beside_components_in_fp16(family_fol
     pipeline.vae.float()
     dtypes = []
     hook = pipeline.text_encoder_2.register_forward_hook(lambda module, args, output: dtypes.append(output[0].dtype))
-    sizes = {"num_inference_steps": 1, "resolution": case("flux").RESOLUTION, "denoiser_name": "transformer"}
+    sizes = {
+        "call_options": {"num_inference_steps": 1},
+        "resolution": case("flux").RESOLUTION,
+        "denoiser_name": "transformer",
+    }
     sampler = SampleImagesCallback(pipeline, ["a dog"], every_n_steps=None, seed=0, **sizes)
     assert len(sampler.generate()) == 1
     hook.remove()

@@ -124,7 +124,9 @@ def test_optimizer_schedule_and_clipping_are_those_that_the_command_line_names(s
 
 def test_sampling_leaves_the_trajectory_alone(make_trainer):
     plain = final_weights(make_trainer())
-    sampled = final_weights(make_trainer(sample_prompts=["a cat"], sample_steps=1, sample_inference_steps=2))
+    sampled = final_weights(
+        make_trainer(sample_prompts=["a cat"], sample_steps=1, sample_kwargs={"num_inference_steps": 2})
+    )
     assert torch.equal(plain, sampled)
 
 

@@ -98,7 +98,7 @@ def test_equal_prompts_of_both_images_are_one_prompt_to_the_bit(make_trainer, ma
 def test_encoded_prompts_of_both_images_are_those_of_training(make_trainer, make_pairs, sd_folder, tmp_path):
     """With dropped prompts, an evaluation and a budget's probe."""
     settings = {"proportion_empty_prompts": 0.3, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
-    settings |= {"winner_budget": 0.05, "winner_budget_pairs": 2, "winner_budget_steps": 1, "resolution": 16}
+    settings |= {"winner_budget": 0.05, "winner_budget_kwargs": {"pairs": 2, "steps": 1}, "resolution": 16}
     settings |= {"safeguard": "parameter", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     runs = []
     for cache in ({}, {"precompute_latents": True, "precompute_dir": str(tmp_path / "cache")}):
@@ -131,7 +131,7 @@ def permuted(make_trainer, make_pairs, **settings):
 def test_what_is_computed_before_training_does_not_change_a_run_on_captions(make_trainer, make_pairs, tmp_path):
     settings = {"safeguard": "output", "max_steps": 4, "eval_steps": 4}
     live = walk(permuted(make_trainer, make_pairs, **settings))
-    before = {"precompute_latents": True, "precompute_ref_errors": True, "ref_noise_draws": 2}
+    before = {"precompute_latents": True, "precompute_ref_errors": True, "precompute_epochs": 2}
     before["precompute_dir"] = str(tmp_path / "cache")
     trainer = permuted(make_trainer, make_pairs, **settings, **before, overwrite_output_dir=True)
     assert len(trainer.train_dataset._encoded.rows) == 2 * 8  # each image once, and mirrored

@@ -25,7 +25,7 @@ def exchanged(pairs):
 
 @pytest.mark.matrix
 def test_a_swapped_run_is_the_run_on_exchanged_columns(make_trainer, make_pairs):
-    settings, runs = {"safeguard": "parameter", "winner_budget": 0.01, "winner_budget_pairs": 4}, []
+    settings, runs = {"safeguard": "parameter", "winner_budget": 0.01, "winner_budget_kwargs": {"pairs": 4}}, []
     for pairs, swap in ((make_pairs(4), True), (exchanged(make_pairs(4)), False)):
         given = {"eval_dataset": pairs, "eval_strategy": "epoch", "per_device_train_batch_size": 2}
         trainer = make_trainer(train=pairs, swap_labels=swap, max_steps=2, **given, **settings)

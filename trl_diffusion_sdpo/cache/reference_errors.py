@@ -266,9 +266,9 @@ def warn_of_repeated_draws(args: TrainingArguments, noise_draws: int, steps_of_e
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
     if epochs > noise_draws:
         logger.warning(
-            "`ref_noise_draws=%d`, and training takes %.3g epochs: each pair meets the same %d draws of timestep, "
+            "`precompute_epochs=%d`, and training takes %.3g epochs: each pair meets the same %d draws of timestep, "
             "noise, flip and crop %.3g times, where a live reference would have new ones in every epoch. "
-            "`ref_noise_draws=%d` repeats none, for as many forward passes of the reference for each pair.",
+            "`precompute_epochs=%d` repeats none, for as many forward passes of the reference for each pair.",
             *(noise_draws, epochs, noise_draws, epochs / noise_draws, math.ceil(epochs)),
         )
 

@@ -221,26 +221,29 @@ class Sampler:
 
     def __init__(self, options: argparse.Namespace, run: SavedRun, trainer: DiffusionSDPOTrainer):
         from ..reporting.recommended_scale import FEWEST_IMAGES
-        from ..reporting.sample_images import SampleImagesCallback
+        from ..reporting.sample_images import SampleImagesCallback, call_options
         from ..saving.resuming import stored_settings
 
         stored = stored_settings(run.folder)  # empty for a run from the Hub
-        given = options.sample_guidance_scale
-        self.guidance_scale: float | None = stored.get("sample_guidance_scale") if given is None else given
+        given = {
+            "guidance_scale": options.sample_guidance_scale,
+            "num_inference_steps": options.sample_inference_steps,
+        }
+        sample_kwargs = {**(stored.get("sample_kwargs") or {})}
+        sample_kwargs |= {name: value for name, value in given.items() if value is not None}
+        self.guidance_scale: float | None = sample_kwargs.get("guidance_scale")
         self.prompts: list[str] = options.prompts or stored.get("sample_prompts") or _first_prompts(trainer)
         if options.scorer is not None and len(self.prompts) < FEWEST_IMAGES:
             raise ValueError(
                 f"Scores of fewer than {FEWEST_IMAGES} prompts do not count, and there are {len(self.prompts)}. Name "
                 f"{FEWEST_IMAGES} or more with `--prompts`, or leave `--scorer` out."
             )
-        steps = options.sample_inference_steps or stored.get("sample_inference_steps")
         self._trainer, self._is_full = trainer, run.lora is None
         self._callback = SampleImagesCallback(
             trainer.family.pipeline,
             self.prompts,
             every_n_steps=None,
-            num_inference_steps=steps or trainer.args.sample_inference_steps,
-            call_options=trainer.family.generation_kwargs(self.guidance_scale),
+            call_options=call_options(trainer.family, sample_kwargs),
             seed=trainer.args.seed if options.seed is None else options.seed,
             resolution=cast(Any, trainer.args.resolution),
             denoiser_name=trainer.family.denoiser_name,

@@ -39,7 +39,7 @@ class AspectRatioBuckets:
         max_aspect_ratio (`float`): Of the longer side to the shorter one.
 
     Raises:
-        ValueError: If `resolution` is longer than `max_aspect_ratio`, or is the only size.
+        ValueError: If a number is out of range, `resolution` is longer than `max_aspect_ratio`, or is the only size.
     """
 
     resolution: Size
@@ -47,17 +47,22 @@ class AspectRatioBuckets:
     max_aspect_ratio: float = 2.0
 
     def __post_init__(self) -> None:
+        if self.step < 1 or not 1 < self.max_aspect_ratio < float("inf"):
+            raise ValueError(
+                "`bucket_kwargs` must have a `step` of at least 1 and a `max_aspect_ratio` above 1, got "
+                f"{self.step} and {self.max_aspect_ratio}. Usual are 64 and 2."
+            )
         short, long = sorted(self.resolution)
         if long > self.max_aspect_ratio * short:
             raise ValueError(
-                f"`bucket_max_aspect_ratio` must allow the aspect ratio of `resolution`, {long / short:.3g}; got "
-                f"{self.max_aspect_ratio}. Raise it, or choose a squarer `resolution`."
+                "`max_aspect_ratio` of `bucket_kwargs` must allow the aspect ratio of `resolution`, "
+                f"{long / short:.3g}; got {self.max_aspect_ratio}. Raise it, or choose a squarer `resolution`."
             )
         if len(self.sizes) == 1:
             raise ValueError(
-                f"`aspect_ratio_buckets` needs several sizes, and `bucket_step={self.step}` with "
-                f"`bucket_max_aspect_ratio={self.max_aspect_ratio}` leaves {self.resolution} alone. Use a smaller step "
-                "or a larger ratio, or leave the buckets off."
+                f"`aspect_ratio_buckets` needs several sizes, and `step={self.step}` with "
+                f"`max_aspect_ratio={self.max_aspect_ratio}` in `bucket_kwargs` leaves {self.resolution} alone. Use a "
+                "smaller step or a larger ratio, or leave the buckets off."
             )
 
     @cached_property
@@ -133,7 +138,7 @@ class PairSizes:
             repeats = self.repeats(group)
             many = repeats > MANY_REPEATS * pairs
             told = f"To fill up the last batch of each size, an epoch takes {repeats} of {pairs} pairs a second time."
-            advice = "smaller batches or a larger `bucket_step` have fewer."
+            advice = "smaller batches or a larger `step` in `bucket_kwargs` have fewer."
             return told + f" `dataloader_drop_last` leaves incomplete batches out; {advice}" * many, many
         counts = self._counts()
         rests = counts % group
@@ -144,7 +149,7 @@ class PairSizes:
         listed = ", ".join(f"{never[i]} at {' x '.join(map(str, self.sizes[i]))}" for i in np.flatnonzero(never))
         return (
             f"{told}, and {never.sum()} pairs are never trained on ({listed}): the batches of a step have {group} "
-            "pairs of one size. Use smaller batches or a larger `bucket_step`, or keep the last batches."
+            "pairs of one size. Use smaller batches or a larger `step` in `bucket_kwargs`, or keep the last batches."
         ), True
 
     def _counts(self) -> np.ndarray:

@@ -36,12 +36,21 @@ class InversionSettings:
             grid has no timestep below, the clean latents.
         eta (`float`): Factor of noise that is added after each step, with the standard deviation of DDIM's variance of
             the next step of the grid, as DDIM-InPO's code has it.
+
+    Raises:
+        ValueError: If there is no step, or `eta` is negative.
     """
 
     kind: InversionKind = "ddim"
     steps: int = 10
     end: InversionEnd = "exact"
     eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"`steps` of an inversion must be at least 1, got {self.steps}. Published: 5 and 10.")
+        if not 0 <= self.eta < float("inf"):
+            raise ValueError(f"`eta` of an inversion must be at least 0, got {self.eta}. Use 0 for none.")
 
 
 class Level(NamedTuple):

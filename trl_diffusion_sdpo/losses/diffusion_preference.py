@@ -48,7 +48,6 @@ def diffusion_preference_loss(
     ref_errors: torch.Tensor | None = None,
     loss_type: LossType | Sequence[LossType] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
-    sft_weight: float = 0.0,
     margin_clamp: float | None = None,
     beta: float | torch.Tensor | None = 5000.0,
     safeguard: Literal["none", "output"] = "output",
@@ -77,7 +76,6 @@ def diffusion_preference_loss(
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): A name of `LOSSES`, or several, whose
             losses are summed.
         loss_weights (`list[float]`, *optional*): Weights of the summed losses, 1 each if unset.
-        sft_weight (`float`, *optional*, defaults to 0): Weight of the winner's error, which is added to the loss.
         margin_clamp (`float`, *optional*): Largest logit, greater than 0: a pair above it has no gradient.
         beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor of the margin in the logit
             `u = -(beta / 2) margin`, greater than 0, which is not checked of a tensor. Ignored by `sft`.
@@ -115,7 +113,7 @@ def diffusion_preference_loss(
     out.loss.backward()
     ```
     """
-    spec = loss_spec(loss_type, loss_weights, sft_weight, margin_clamp)
+    spec = loss_spec(loss_type, loss_weights, margin_clamp)
     check_loss_kwargs(loss_type, beta, loss_kwargs)
     _check_output_space(safeguard, safeguard_mu, safeguard_granularity, safeguard_eps, noise_bins)
     _check_predictions(model_pred, target, ref_pred, ref_errors)

@@ -14,18 +14,15 @@ import torch
 from .pair_terms import PairTerms
 from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType
 
-SUPERVISED: LossType = "sft"  # what `sft_weight` adds
-
 
 def loss_weights_by_name(
-    loss_type: LossType | Sequence[LossType], loss_weights: Sequence[float] | None = None, sft_weight: float = 0.0
+    loss_type: LossType | Sequence[LossType], loss_weights: Sequence[float] | None = None
 ) -> dict[LossType, float]:
     """The weight of each loss of a sum, in its order; of one loss alone, `{loss_type: 1.0}`.
 
     Args:
         loss_type (`str` or `list[str]`): A name of [`LOSSES`], or several.
         loss_weights (`list[float]`, *optional*): A weight for each name; 1 each if unset.
-        sft_weight (`float`, *optional*, defaults to 0): Weight of `sft` beside them.
 
     Raises:
         `ValueError`: If a name is unknown or given twice, there is none, or the weights are not one finite number of at
@@ -41,37 +38,31 @@ def loss_weights_by_name(
             f"got {names}. The size of a part is its weight in `loss_weights`."
         )
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
-    valid = all(weight >= 0 and math.isfinite(weight) for weight in [*weights, sft_weight])
+    valid = all(weight >= 0 and math.isfinite(weight) for weight in weights)
     if len(weights) != len(names) or not valid or not any(weights):
         raise ValueError(
-            "`loss_weights` must be a finite number of at least 0 for each loss of `loss_type`, one of them above 0, "
-            f"and `sft_weight` another one; got {weights} for {', '.join(names)}, and {sft_weight}."
+            "`loss_weights` must be a finite number of at least 0 for each loss of `loss_type`, one of them above 0; "
+            f"got {weights} for {', '.join(names)}."
         )
-    if sft_weight and SUPERVISED in names:
-        raise ValueError(
-            f"`sft_weight` adds `{SUPERVISED}` to other losses; got {sft_weight} with `loss_type={loss_type!r}`. Leave "
-            "it out, and weigh the parts by `loss_weights`."
-        )
-    return dict(zip(names, weights, strict=True)) | ({SUPERVISED: sft_weight} if sft_weight else {})
+    return dict(zip(names, weights, strict=True))
 
 
 def loss_spec(
     loss_type: LossType | Sequence[LossType],
     loss_weights: Sequence[float] | None = None,
-    sft_weight: float = 0.0,
     margin_clamp: float | None = None,
 ) -> LossSpec:
     """The row of a loss: that of [`LOSSES`] with this name, or that of a sum.
 
     Args:
-        loss_type, loss_weights, sft_weight: As of [`loss_weights_by_name`].
+        loss_type, loss_weights: As of [`loss_weights_by_name`].
         margin_clamp (`float`, *optional*): Caps the logit, greater than 0.
 
     Raises:
         `ValueError`: As [`loss_weights_by_name`], and if a part that reads the loser is no function of the logit alone
             and `margin_clamp` is given.
     """
-    weights = loss_weights_by_name(loss_type, loss_weights, sft_weight)
+    weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
     if margin_clamp is None:
         return spec

@@ -119,8 +119,8 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine, 
         frozen="absent" if args.precompute_latents else frozen,
         stored=stored,
         checkpoints=args.save_total_limit or 1,
-        variants=args.latent_crops if args.random_crop else 1 + args.random_flip,
-        draws=args.ref_noise_draws,
+        variants=args.precompute_epochs if args.random_crop else 1 + args.random_flip,
+        draws=args.precompute_epochs,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,35 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..engines.engine_settings import training_autocast
 from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
+from ..families import Family
 from ..models.frozen_components import FrozenComponents
 from ..step.pair_forward import eval_mode
+from ..utils.hints import did_you_mean
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
+INFERENCE_STEPS = 30  # if none are set
+
+
+def call_options(family: Family, sample_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for sample images, besides prompt, size and noise.
+
+    Args:
+        sample_kwargs (`dict`): The setting of this name.
+
+    Raises:
+        `ValueError`: If the pipeline does not take one of them.
+    """
+    guidance = family.generation_kwargs(sample_kwargs.get("guidance_scale"))
+    others = {name: value for name, value in sample_kwargs.items() if name != "guidance_scale"}
+    accepted = inspect.signature(family.pipeline.__call__).parameters
+    unknown = [name for name in others if name not in accepted]
+    if unknown:
+        near = did_you_mean(unknown[0], accepted)
+        raise ValueError(
+            f"`sample_kwargs` are arguments of {type(family.pipeline).__name__}; got {unknown[0]!r}.{near}"
+        )
+    return {"num_inference_steps": INFERENCE_STEPS, **guidance, **others}
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,6 @@ class SampleImagesCallback(TrainerCallback):
         prompts: Sequence[str],
         *,
         every_n_steps: int | None,
-        num_inference_steps: int,
         seed: int,
         resolution: int | tuple[int, int] | None,
         call_options: dict[str, Any] | None = None,
@@ -80,7 +104,7 @@ class SampleImagesCallback(TrainerCallback):
         self._frozen, self._images = frozen, images or TrackedImages(())
         self._untracked: int | None = None  # step of images that were not sent to trackers yet
         self.prompts, self.every_n_steps, self.seed = list(prompts), every_n_steps, seed
-        self.call_kwargs = {"num_inference_steps": num_inference_steps, **(call_options or {})}
+        self.call_kwargs = {**(call_options or {})}
         if resolution is not None:
             height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
             self.call_kwargs |= {"height": height, "width": width}

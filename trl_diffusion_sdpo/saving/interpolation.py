@@ -23,7 +23,7 @@ from .weights import LORA_A, LORA_B, PEFT_CONFIG_FILE, PEFT_FILE, WeightFiles, f
 
 logger = logging.getLogger(__name__)
 
-SUM_SETTINGS = ("loss_weights", "sft_weight", "margin_clamp")
+SUM_SETTINGS = ("loss_weights", "margin_clamp")
 LOSS_SETTINGS = ("loss_type", "beta", *SUM_SETTINGS, *LOSS_KWARG_RANGES)
 LOSS_WITH_A_MARGIN = "sigmoid"  # measures runs whose loss has no reference
 _REQUIRED = ("tuning", "loss_type", "denoiser_class", "weights_before_training")

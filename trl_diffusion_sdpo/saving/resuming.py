@@ -26,7 +26,7 @@ NOT_COMPARED = (
     *("output_dir", "logging_dir", "run_name", "project", "report_to", "disable_tqdm", "_n_gpu", "local_rank"),
     *("log_level", "log_level_replica", "log_on_each_node", "trackio_space_id", "trackio_bucket_id"),
     *("trackio_static_space_id", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
-    *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir", "trust_checkpoint"),
+    *("hub_always_push", "hub_revision", "resume_from_checkpoint", "overwrite_output_dir"),
     *("checkpoint_on_interrupt", "ddp_timeout", "dataset_num_proc", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_num_workers"),
     *("dataloader_multiprocessing_context", "train_data", "eval_data", "base_model"),

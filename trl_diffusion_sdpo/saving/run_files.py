@@ -37,7 +37,6 @@ class RunFiles:
         average ([`EMAWeights`], *optional*): The average, which is one of the results.
         controllers (`Sequence`): The winner budget and the automatic beta, if the run has them.
         full_pipeline (`bool`): Whether the results include the pipeline's other components.
-        trust_pickles (`bool`): Whether to load pickled files that could run code.
         unpublished (`dict[str, Any]`): Facts to write beside the arguments.
     """
 
@@ -51,12 +50,11 @@ class RunFiles:
         average: EMAWeights | None,
         controllers: Sequence[Any],
         full_pipeline: bool,
-        trust_pickles: bool,
         unpublished: dict[str, Any],
     ):
         self._args, self._engine, self._weights = args, engine, weights
         self._weight_copies, self._average, self._controllers = weight_copies, average, controllers
-        self._full_pipeline, self._trust_pickles, self._unpublished = full_pipeline, trust_pickles, unpublished
+        self._full_pipeline, self._unpublished = full_pipeline, unpublished
         self._resumed_args: dict[str, Any] = {}
         self.checkpoints = Checkpoints(args)
 
@@ -174,8 +172,7 @@ class RunFiles:
                 f"A checkpoint to resume from must hold the optimizer's state. {folder} was saved without it "
                 "(`save_only_model=True`). Pass its weights as `model` to start anew from them."
             )
-        if not self._trust_pickles:
-            refuse_code_in_metadata(folder)
+        refuse_code_in_metadata(folder)
 
     @contextlib.contextmanager
     def loading_optimizer(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[None]:
@@ -213,7 +210,7 @@ class RunFiles:
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """Return a context for reading a checkpoint's files; see [`~.unpickling.tensors_only`]."""
-        return tensors_only(self._engine.pickled_types, trust=self._trust_pickles)
+        return tensors_only(self._engine.pickled_types)
 
 
 def _is_finite(value: torch.Tensor) -> bool:

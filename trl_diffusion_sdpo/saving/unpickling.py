@@ -20,7 +20,7 @@ DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # of `torch.distributed.checkpo
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED = (
     "A checkpoint must hold tensors, numbers and settings only. One of its files can run code when it is read, or is "
-    "damaged: {}. If you know who wrote it, set `trust_checkpoint=True`."
+    "damaged: {}. Resume from another checkpoint, or pass this one's weights as `model` to start anew from them."
 )
 _DAMAGED = (
     "A file of the checkpoint cannot be read: {}. Copy it again if it is a copy, or resume from another checkpoint."
@@ -39,20 +39,16 @@ _METADATA_CLASSES = {
 
 
 @contextlib.contextmanager
-def tensors_only(known: Sequence[type], *, trust: bool) -> Iterator[None]:
+def tensors_only(known: Sequence[type]) -> Iterator[None]:
     """Make every `torch.load` within refuse pickles that could run code, also in libraries that allow them.
 
     Args:
         known (`Sequence[type]`): The engine's classes, which are allowed.
-        trust (`bool`): Whether to allow what the libraries allow.
 
     Raises:
         `ValueError`: If a pickle was refused, or a file is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        if not trust:
-            stack.enter_context(_forced_weights_only())
-            stack.enter_context(safe_globals(list(known)))
+    with _forced_weights_only(), safe_globals(list(known)):
         try:
             with unwrapping_refused_pickles():
                 yield

@@ -72,13 +72,12 @@ class LossSettings:
     num_noise_bins: int
     loser_noise_range: tuple[float, float] | None
     loss_weights: Sequence[float] | None = None
-    sft_weight: float = 0.0
     margin_clamp: float | None = None
 
     @property
     def spec(self) -> LossSpec:
         """What is known of the loss."""
-        return loss_spec(self.loss_type, self.loss_weights, self.sft_weight, self.margin_clamp)
+        return loss_spec(self.loss_type, self.loss_weights, self.margin_clamp)
 
 
 class PairForward:
@@ -147,7 +146,6 @@ class PairForward:
             ref_errors=predictions.reference_errors,
             loss_type=settings.loss_type,
             loss_weights=settings.loss_weights,
-            sft_weight=settings.sft_weight,
             margin_clamp=settings.margin_clamp,
             beta=settings.beta if predictions.beta is None else predictions.beta,
             safeguard=safeguard,

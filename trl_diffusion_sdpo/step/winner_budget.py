@@ -30,6 +30,29 @@ BUDGET_FILE = "winner_budget.json"
 
 
 @dataclass(frozen=True)
+class ProbeSettings:
+    """The size of the probe, and how often it is measured.
+
+    Args:
+        pairs (`int`): Number of its pairs.
+        steps (`int`): Optimizer steps between two measurements.
+
+    Raises:
+        ValueError: If one of them is below 1.
+    """
+
+    pairs: int = 32
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        if min(self.pairs, self.steps) < 1:
+            raise ValueError(
+                "`winner_budget_kwargs` must have `pairs` and `steps` of at least 1, got "
+                f"{self.pairs} and {self.steps}."
+            )
+
+
+@dataclass(frozen=True)
 class ProbeInputs:
     """Pairs of the probe, without noise."""
 

@@ -19,12 +19,12 @@ from ..models.frozen_components import FrozenComponents
 from ..models.reference import Reference
 from ..reporting.console import ShortLogCallback
 from ..reporting.run_callbacks import NoiseBinPlotCallback, RunReportCallback, VerdictCallback
-from ..reporting.sample_images import SampleImagesCallback
+from ..reporting.sample_images import SampleImagesCallback, call_options
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts
 from ..step.meters import AutoBeta
 from ..step.step_diagnostics import StepDiagnostics
-from ..step.winner_budget import ProbeInputs, WinnerBudget
+from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget
 from .components import Components
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
@@ -62,7 +62,8 @@ def add_callbacks(
     if components.average is not None:
         own.append(EMACallback(components.average))
     if components.winner_budget is not None:
-        own.append(WinnerBudgetCallback(components.winner_budget, load_probe))
+        probe = ProbeSettings(**args.winner_budget_kwargs)
+        own.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe))
     if components.auto_beta is not None:
         own.append(AutoBetaCallback(components.auto_beta))
     if args.sync_ref_model:
@@ -85,8 +86,7 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: 
         family.pipeline,
         args.sample_prompts,
         every_n_steps=args.sample_steps,
-        num_inference_steps=args.sample_inference_steps,
-        call_options=family.generation_kwargs(args.sample_guidance_scale),
+        call_options=call_options(family, args.sample_kwargs),
         seed=args.seed,
         resolution=cast(Any, args.resolution),
         denoiser_name=family.denoiser_name,
@@ -158,18 +158,25 @@ class StepDiagnosticsCallback(TrainerCallback):
 
 
 class WinnerBudgetCallback(TrainerCallback):
-    """Measures the winner budget's probe, this process's pairs, before the first step and after every
-    `winner_budget_steps`."""
+    """Measures the winner budget's probe before the first step and after every few steps.
 
-    def __init__(self, budget: WinnerBudget, load_pairs: Callable[[], Sequence[ProbeInputs]]):
-        self._budget, self._load_pairs = budget, load_pairs
+    Args:
+        every (`int`): Optimizer steps between two measurements.
+        load_pairs (`Callable`): Returns this process's pairs of the probe.
+    """
+
+    def __init__(self, budget: WinnerBudget, every: int, load_pairs: Callable[[], Sequence[ProbeInputs]]):
+        self._budget = budget
+        self._every = every
+        self._load_pairs = load_pairs
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        every = cast(DiffusionSDPOConfig, args).winner_budget_steps
-        if every > state.max_steps:
+        if self._every > state.max_steps:
             logger.warning(
-                "`winner_budget_steps=%s` is more than the run's %s steps: nothing will be measured. Set fewer.",
-                *(every, state.max_steps),
+                "`winner_budget_kwargs` measures every %s steps, and the run has %s: nothing will be measured. Set "
+                "fewer `steps` in it.",
+                self._every,
+                state.max_steps,
             )
         self._budget.begin(self._load_pairs())
 
@@ -177,7 +184,7 @@ class WinnerBudgetCallback(TrainerCallback):
         self._budget.end()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if state.global_step % cast(DiffusionSDPOConfig, args).winner_budget_steps == 0:
+        if state.global_step % self._every == 0:
             self._budget.update()
 
 

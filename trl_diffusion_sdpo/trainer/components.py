@@ -336,7 +336,6 @@ def make_reference(
                 args.loss_type,
             )
     changed_by_engine = by_engine(args)
-    halves = args.ref_model_half_precision and not changed_by_engine
     return build_reference(
         loaded.denoiser,
         needed=loss.needs_reference,
@@ -347,7 +346,7 @@ def make_reference(
         fresh_adapter=adapter if added else None,
         started_adapter=None if added else adapter,
         follows=args.sync_ref_model,
-        half_dtype=autocast_dtype(args.mixed_precision) if halves else None,
+        half_dtype=autocast_dtype(args.mixed_precision) if not changed_by_engine else None,
         precomputed=args.precompute_ref_errors,
     )
 
@@ -415,7 +414,7 @@ def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPO
         folder=precompute_folder(args),
         device=args.device,
         size=image_size(args),
-        crops=args.latent_crops,
+        crops=args.precompute_epochs,
         largest_batch=largest_batch(args),
         pin_memory=args.dataloader_pin_memory,
         check_sample=args.verify_images == "sample",
@@ -441,7 +440,7 @@ def make_reference_errors(
     settings = ErrorSettings(
         folder=precompute_folder(args),
         facts=reference_facts(reference, components, engine, args),
-        noise_draws=args.ref_noise_draws,
+        noise_draws=args.precompute_epochs,
         batch_size=args.train_batch_size,
         eval_batch_size=args.eval_batch_size,
         to_inputs=to_inputs,

@@ -69,7 +69,7 @@ class PairPreparation:
         if was_prepared:
             prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
         if self._args.precompute_ref_errors:
-            prepared = repeating_pairs(prepared, self._args.ref_noise_draws, name=name, training=training)
+            prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
             self._encoding.add_to(prepared, name, compare=self._loss.uses_loser)
         self._own.add(prepared)

@@ -15,6 +15,7 @@ from .config.all_arguments import (
     settings_of,
     settled_loss_kwargs,
     settled_loss_type,
+    settled_mapping,
     settled_resolution,
 )
 from .config.checks import check_settings
@@ -53,6 +54,11 @@ class DiffusionSDPOConfig(AllArguments):
         "model_init_kwargs",
         "ref_model_init_kwargs",
         "loss_kwargs",
+        "weighting_kwargs",
+        "inversion_kwargs",
+        "winner_budget_kwargs",
+        "bucket_kwargs",
+        "sample_kwargs",
     ]
 
     # Parameters whose default values are overridden from TrainingArguments
@@ -103,6 +109,11 @@ class DiffusionSDPOConfig(AllArguments):
             self.sample_prompts = [self.sample_prompts]
         self.loss_type = settled_loss_type(self.loss_type)
         self.loss_kwargs: dict[str, float] = settled_loss_kwargs(self.loss_kwargs)
+        self.weighting_kwargs: dict[str, Any] = settled_mapping("weighting_kwargs", self.weighting_kwargs)
+        self.inversion_kwargs: dict[str, Any] = settled_mapping("inversion_kwargs", self.inversion_kwargs)
+        self.winner_budget_kwargs: dict[str, Any] = settled_mapping("winner_budget_kwargs", self.winner_budget_kwargs)
+        self.bucket_kwargs: dict[str, Any] = settled_mapping("bucket_kwargs", self.bucket_kwargs)
+        self.sample_kwargs: dict[str, Any] = settled_mapping("sample_kwargs", self.sample_kwargs)
         self.resolution = cast(Any, settled_resolution(self.resolution))  # parsers know no type for one number or two
         check_settings(self)
 

@@ -53,7 +53,7 @@ from ..step.noisy_batch import seeds_of_draws
 from ..step.pair_evaluation import draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
-from ..step.winner_budget import ProbeInputs, probe_inputs, probe_items
+from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .callbacks import add_callbacks
@@ -256,7 +256,6 @@ class DiffusionSDPOTrainer(Trainer):
             average=self.average,
             controllers=self._controllers,
             full_pipeline=args.save_full_pipeline,
-            trust_pickles=args.trust_checkpoint,
             unpublished={BASE: self.origin.base},
         )
         self.model_card = RunCard(
@@ -362,7 +361,7 @@ class DiffusionSDPOTrainer(Trainer):
         check_batches(train_dataset, args)
         if isinstance(train_dataset, PreferenceDataset) and args.precompute_ref_errors:
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
-            warn_of_repeated_draws(args, args.ref_noise_draws, -(-len(train_dataset) // step))
+            warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
@@ -401,7 +400,7 @@ class DiffusionSDPOTrainer(Trainer):
         if self.encoding is not None and self.family.prompt_padding == "start":
             batch_size = 1  # prompts were encoded alone, and padding would change them
         return probe_inputs(
-            probe_items(data, self.args.winner_budget_pairs),
+            probe_items(data, ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
             lambda items: self._prepare_inputs(self.data_collator(items)),
             rank=self.accelerator.process_index,
@@ -793,7 +792,7 @@ class DiffusionSDPOTrainer(Trainer):
             "train_data": self._data_fingerprint,
             "eval_data": self._eval_fingerprint,
             **{name: getattr(self.args, name) for name in settings_with(RESUME)},
-            "latent_crops": stored_crops(self.args),
+            "stored_crops": stored_crops(self.args),
         }
 
     @functools.cached_property

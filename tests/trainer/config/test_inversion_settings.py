@@ -9,16 +9,37 @@ INVERSION = {"noise_source": "inversion"}
 
 
 def test_the_settings_reach_the_step(make_trainer):
-    given = {"inversion": "renoise", "inversion_steps": 7, "inversion_end": "grid", "inversion_eta": 0.1}
-    found = make_trainer(**INVERSION, **given).pair_forward.noise_settings.inversion
+    given = {"kind": "renoise", "steps": 7, "end": "grid", "eta": 0.1}
+    found = make_trainer(**INVERSION, inversion_kwargs=given).pair_forward.noise_settings.inversion
     assert found == InversionSettings("renoise", 7, "grid", 0.1)
     assert make_trainer(**INVERSION).pair_forward.noise_settings.inversion == InversionSettings()
 
 
-@pytest.mark.parametrize("given", [{"inversion": "renoise"}, {"inversion_eta": 0.1}])
-def test_a_setting_of_inversion_without_it_warns(make_args, given):
-    with pytest.warns(UserWarning, match=f"`{next(iter(given))}` has no effect without `noise_source='inversion'`"):
-        make_args(**given)
+def test_a_setting_of_inversion_without_it_warns(make_args):
+    with pytest.warns(UserWarning, match="`inversion_kwargs`"):
+        make_args(inversion_kwargs={"kind": "renoise"})
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"step": 5}, "Did you mean `steps`"),
+        ({"kind": "renoised"}, "inversion_kwargs: kind.*ddim, renoise"),
+        ({"steps": 2.5}, "`steps` of `inversion_kwargs`"),
+        ({"steps": 0}, "`steps`.*at least 1"),
+        ({"eta": -1}, "`eta`.*-1"),
+        ({"eta": True}, "`eta` of `inversion_kwargs`"),
+        ("renoise", "`inversion_kwargs`"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(make_args, given, named):
+    with pytest.raises(ValueError, match=named):
+        make_args(**INVERSION, inversion_kwargs=given)
+
+
+def test_numbers_may_be_text_as_yaml_reads_some(make_args):
+    args = make_args(**INVERSION, inversion_kwargs={"eta": "1e-1", "kind": "ddim"})
+    assert args.inversion_kwargs == {"eta": 0.1, "kind": "ddim"}
 
 
 @pytest.mark.parametrize(
@@ -47,34 +68,32 @@ def test_training_without_a_measurement_at_drawn_noise_warns(make_args, recwarn)
 
 
 def test_more_steps_than_timesteps_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="`inversion_steps`"):
-        make_trainer(**INVERSION, inversion_steps=1001)
+    with pytest.raises(ValueError, match="`steps` of `inversion_kwargs`.*1001"):
+        make_trainer(**INVERSION, inversion_kwargs={"steps": 1001})
 
 
 def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_trainer, caplog):
     """The grid of 5 steps: 1, 201, 401, 601, 801."""
-    low = {"timestep_range": [0, 2], "inversion_steps": 5}
+    low = {"timestep_range": [0, 2]}
+    exact, grid = {"steps": 5}, {"steps": 5, "end": "grid"}
     with pytest.raises(ValueError, match=r"below some that are drawn, 0 to 1; got \[1, 201, 401, 601, 801\]"):
-        make_trainer(**INVERSION, **low, inversion_end="grid")
-    assert make_trainer(**INVERSION, **low).pair_forward.noise_settings.inversion.end == "exact"
-    make_trainer(**INVERSION, inversion_steps=5, inversion_end="grid")
+        make_trainer(**INVERSION, **low, inversion_kwargs=grid)
+    assert (
+        make_trainer(**INVERSION, **low, inversion_kwargs=exact).pair_forward.noise_settings.inversion.end == "exact"
+    )
+    make_trainer(**INVERSION, inversion_kwargs=grid)
     assert "are not above the grid's first" not in caplog.text  # two of a thousand
-    make_trainer(**INVERSION, timestep_range=[0, 4], inversion_end="grid")
-    assert "With `inversion_end='grid'`, 50% of the timesteps that are drawn are not above" in caplog.text
+    make_trainer(**INVERSION, timestep_range=[0, 4], inversion_kwargs={"end": "grid"})
+    assert "50% of the timesteps" in caplog.text
 
 
 def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folder, caplog):
     """Of 5 steps the first level is shifted to 3/7, below which uniform draws are a fifth."""
     folder = family_folder("stable_diffusion_3")
-    make_trainer(folder, **INVERSION, inversion_steps=5, inversion_end="grid", weighting_scheme="none")
-    assert (
-        "With `inversion_end='grid'`, 20% of the timesteps that are drawn are not above the grid's first, 428.571"
-        in (caplog.text)
-    )
-    with pytest.raises(
-        ValueError, match="`inversion_eta` scales DDIM's variance, and the sampling step of Stable Diff"
-    ):
-        make_trainer(folder, **INVERSION, inversion_eta=0.1)
+    make_trainer(folder, **INVERSION, inversion_kwargs={"steps": 5, "end": "grid"}, weighting_scheme="none")
+    assert "20% of the timesteps that are drawn are not above the grid's first, 428.571" in caplog.text
+    with pytest.raises(ValueError, match="`eta` of `inversion_kwargs`"):
+        make_trainer(folder, **INVERSION, inversion_kwargs={"eta": 0.1})
 
 
 def test_a_noise_process_without_inversion_is_refused(make_trainer, monkeypatch):

@@ -22,7 +22,7 @@ def test_one_name_is_a_word_and_several_are_a_list(make_args, given, settled):
 
 def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
     assert make_args().loss_spec is LOSSES["sigmoid"]
-    args = make_args(loss_type=["sigmoid", "dmpo"], loss_weights=[1.0, 0.5], sft_weight=0.1, margin_clamp=2.0)
+    args = make_args(loss_type=["sigmoid", "dmpo", "sft"], loss_weights=[1.0, 0.5, 0.1], margin_clamp=2.0)
     assert not args.loss_spec.equal_weights and args.loss_spec.margin_clamp == 2.0
     assert args.loss_spec.loss_kwargs == {"dmpo_alpha": 0.01}
     assert make_args(
@@ -42,8 +42,6 @@ def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
         ({"loss_type": ["dspo", "dspo_sdxl"]}, "count as one"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "`loss_weights`"),
         ({"loss_weights": [1.0, 2.0]}, "`loss_weights`"),
-        ({"sft_weight": float("nan")}, "`sft_weight`"),
-        ({"loss_type": "sft", "sft_weight": 0.1}, "adds `sft` to other losses"),
         ({"margin_clamp": 0}, "`margin_clamp`"),
         ({"loss_type": "mapo", "margin_clamp": 1.0}, "`margin_clamp` caps the logit .*; got mapo"),
         ({"loss_type": "sft", "auto_beta": True}, "`auto_beta` chooses the factor of a logit.*; got sft"),

@@ -95,24 +95,29 @@ def settled_loss_type(value: Any) -> Any:
     return names[0] if len(names) == 1 else names
 
 
+def settled_mapping(name: str, value: Any) -> dict[str, Any]:
+    """Return a setting that maps names to values, with numbers given as text as numbers (YAML reads `1e-3` as text).
+
+    Raises:
+        `ValueError`: If it is not a mapping.
+    """
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'`{name}` must map names to values, got {value!r}. Write `{{"name": 1}}` on a command line.')
+    return {key: _number_or_name(given) if isinstance(given, str) else given for key, given in (value or {}).items()}
+
+
 def settled_loss_kwargs(value: Any) -> dict[str, float]:
     """Return the constants of losses as numbers.
 
     Raises:
         `ValueError`: If they are no mapping, or a value is no number.
     """
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(
-            f'`loss_kwargs` must map names to numbers, got {value!r}. Write `{{"dmpo_alpha": 0.01}}` on a command line.'
-        )
-    numbers: dict[str, float] = {}
-    for name, given in (value or {}).items():
-        number = _number_or_name(given) if isinstance(given, str) else given
-        if isinstance(number, str) and name == "smpo_score_scale":
-            number = score_scale(number)
+    numbers = settled_mapping("loss_kwargs", value)
+    if isinstance(numbers.get("smpo_score_scale"), str):
+        numbers["smpo_score_scale"] = score_scale(numbers["smpo_score_scale"])
+    for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ValueError(f"`{name}` of `loss_kwargs` must be a number, got {given!r}.")
-        numbers[name] = number
+            raise ValueError(f"`{name}` of `loss_kwargs` must be a number, got {number!r}.")
     return numbers
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from transformers import get_scheduler
 
 from ...data.checking import parse_verify_images
 from ...data.images import parse_schemes
+from ...families.inversion import InversionSettings
 from ...families.timestep_sampling import TimestepSampling
 from ...losses import (
     LOSSES,
@@ -21,14 +22,12 @@ from ...losses import (
     check_safeguard,
     loss_weights_by_name,
 )
+from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
 from ...utils.hints import did_you_mean
 from ...utils.import_utils import require_optimizer, require_trackers
 from .all_arguments import AllArguments, Setting, settings_of
-from .data_arguments import DataArguments
-from .declaring import Choices, Range
-from .model_arguments import PipelineArguments
-from .step_arguments import NoiseArguments, WinnerArguments
+from .declaring import Choices, Keys, Range
 
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
@@ -75,6 +74,22 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         if isinstance(allowed, Choices):
             known = tuple(LOSSES) if name == "loss_type" else allowed.words  # with those that were registered
             _check_words(name, known, value if isinstance(value, list) else [value])
+        if isinstance(allowed, Keys):
+            _check_mapping(name, allowed, value)
+
+
+def _check_mapping(name: str, keys: Keys, values: dict[str, Any]) -> None:
+    hints = get_type_hints(keys.of)
+    for key, value in values.items():
+        if key not in keys.names:
+            near = did_you_mean(key, keys.names)
+            raise ValueError(f"`{name}` takes {', '.join(keys.names)}; got {key!r}.{near}")
+        choices = get_args(hints[key])
+        if choices:
+            _check_words(f"{name}: {key}", choices, [value])
+        elif isinstance(value, bool) or not isinstance(value, int if hints[key] is int else (int, float)):
+            expected = "a whole number" if hints[key] is int else "a number"
+            raise ValueError(f"`{key}` of `{name}` must be {expected}, got {value!r}.")
 
 
 def _check_words(name: str, known: tuple[str, ...], words: list[Any]) -> None:
@@ -161,7 +176,7 @@ def _check_loss(args: AllArguments, loss: LossSpec) -> None:
         _warn(f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has none.")
     if args.auto_beta:
         check_auto_beta(cast(Any, args.loss_type), args.loss_weights)
-    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
     for name in (name for name, weight in weights.items() if not weight):
         _warn(f"The loss {name!r} has no effect: its weight in `loss_weights` is 0.")
     if "dspo" in weights and args.beta is not None and args.beta > 1:
@@ -208,17 +223,21 @@ def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
 
 
 def _check_data(args: AllArguments) -> None:
-    if args.latent_crops != 1 and not (args.precompute_latents and args.random_crop):
-        _warn("`latent_crops` has no effect without `precompute_latents` and `random_crop`.")
+    crops = args.precompute_latents and args.random_crop
+    if args.precompute_epochs != 1 and not (crops or args.precompute_ref_errors):
+        _warn(
+            "`precompute_epochs` has no effect without `precompute_ref_errors`, or `precompute_latents` with "
+            "`random_crop`."
+        )
     if args.precompute_dir is not None and not (args.precompute_latents or args.precompute_ref_errors):
         _warn("`precompute_dir` has no effect without `precompute_latents` or `precompute_ref_errors`.")
     args.verify_images = parse_verify_images(args.verify_images)
     args.image_schemes = list(parse_schemes(args.image_schemes)) or None
-    for name in ("bucket_step", "bucket_max_aspect_ratio"):
-        if not args.aspect_ratio_buckets and getattr(args, name) != getattr(DataArguments, name):
-            _warn(f"`{name}` has no effect without `aspect_ratio_buckets`.")
-    if args.sample_steps is not None and not args.sample_prompts:
-        _warn("`sample_steps` has no effect without `sample_prompts`.")
+    if args.bucket_kwargs and not args.aspect_ratio_buckets:
+        _warn("`bucket_kwargs` has no effect without `aspect_ratio_buckets`.")
+    for name in ("sample_steps", "sample_kwargs"):
+        if getattr(args, name) and not args.sample_prompts:
+            _warn(f"`{name}` has no effect without `sample_prompts`.")
 
 
 def _check_scores(args: AllArguments, loss: LossSpec) -> None:
@@ -264,7 +283,7 @@ def _check_noise(args: AllArguments) -> None:
             f"`timesteps` takes the place of `timestep_range` and `weighting_scheme`; got {list(args.timesteps)} "
             f"beside {args.timestep_range} and {args.weighting_scheme!r}. Set the one or the others."
         )
-    TimestepSampling(args.weighting_scheme or "none", args.logit_mean, args.logit_std, args.mode_scale)
+    TimestepSampling(args.weighting_scheme or "none", **cast(Any, args.weighting_kwargs))
     if args.snr_gamma is not None and args.timestep_weighting != "none":
         raise ValueError(
             "`snr_gamma` and `timestep_weighting` both weigh the timesteps, one for DDPM and one for flow matching; "
@@ -274,10 +293,10 @@ def _check_noise(args: AllArguments) -> None:
 
 def _check_inversion(args: AllArguments) -> None:
     if args.noise_source == "shared":
-        for name in ("inversion", "inversion_steps", "inversion_end", "inversion_eta"):
-            if getattr(args, name) != getattr(NoiseArguments, name):
-                _warn(f"`{name}` has no effect without `noise_source='inversion'`.")
+        if args.inversion_kwargs:
+            _warn("`inversion_kwargs` has no effect without `noise_source='inversion'`.")
         return
+    InversionSettings(**cast(Any, args.inversion_kwargs))
     for name in ("noise_offset", "input_perturbation"):
         if getattr(args, name):
             raise ValueError(
@@ -302,8 +321,6 @@ def _check_reference(args: AllArguments, loss: LossSpec) -> None:
 
 def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
     if not args.precompute_ref_errors:
-        if args.ref_noise_draws != PipelineArguments.ref_noise_draws:
-            _warn("`ref_noise_draws` has no effect without `precompute_ref_errors`.")
         return
     reasons = {
         f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
@@ -331,9 +348,9 @@ def _check_loser_noise_range(args: AllArguments, loss: LossSpec) -> None:
 
 
 def _check_winner_budget(args: AllArguments, loss: LossSpec) -> None:
-    for name in ("winner_budget_pairs", "winner_budget_steps"):
-        if args.winner_budget is None and getattr(args, name) != getattr(WinnerArguments, name):
-            _warn(f"`{name}` has no effect without `winner_budget`.")
+    probe = ProbeSettings(**cast(Any, args.winner_budget_kwargs))
+    if args.winner_budget is None and probe != ProbeSettings():
+        _warn("`winner_budget_kwargs` has no effect without `winner_budget`.")
     if args.winner_budget is not None and not loss.uses_loser:
         raise ValueError(_without_loser("winner_budget", args))
 
@@ -351,11 +368,12 @@ def _check_average(args: AllArguments) -> None:
             "got both. Leave one out."
         )
     lag = 1 / (1 - args.ema_decay)  # steps over which the average reaches back
-    if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * args.winner_budget_steps:
+    probe = ProbeSettings(**cast(Any, args.winner_budget_kwargs))
+    if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * probe.steps:
         _warn(
             f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
-            f"about {lag:.0f} steps, and acts every {args.winner_budget_steps}: it will answer late and too much. Set "
-            f"`winner_budget_steps` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
+            f"about {lag:.0f} steps, and acts every {probe.steps}: it will answer late and too much. Set `steps` of "
+            f"`winner_budget_kwargs` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
         )
 
 

@@ -128,8 +128,11 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     would not generate them."""
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
-    if args.aspect_ratio_buckets and args.bucket_step % unit:
-        raise ValueError(f"`bucket_step` must be a multiple of {unit} pixels for this model, got {args.bucket_step}.")
+    buckets = aspect_ratio_buckets(args)
+    if buckets is not None and buckets.step % unit:
+        raise ValueError(
+            f"`step` of `bucket_kwargs` must be a multiple of {unit} pixels for this model, got {buckets.step}."
+        )
     if args.sample_prompts:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in size):
@@ -144,7 +147,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     if refused:
         raise ValueError(
             f"Every size of `aspect_ratio_buckets` must fit the model, and these do not: {', '.join(refused)}. Lower "
-            f"`bucket_max_aspect_ratio` or `resolution`. {next(iter(refused.values()))}"
+            f"`max_aspect_ratio` of `bucket_kwargs` or `resolution`. {next(iter(refused.values()))}"
         )
 
 
@@ -199,7 +202,7 @@ def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None
     """Return the sizes at which pairs train; `None` if all train at `args.resolution`, which is set."""
     if not args.aspect_ratio_buckets:
         return None
-    return AspectRatioBuckets(image_size(args), args.bucket_step, args.bucket_max_aspect_ratio)
+    return AspectRatioBuckets(image_size(args), **args.bucket_kwargs)
 
 
 def largest_batch(args: DiffusionSDPOConfig) -> int:
@@ -221,4 +224,4 @@ def precompute_folder(args: DiffusionSDPOConfig) -> Path:
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
     """Return the number of random crops of each image that are encoded; `None` if crops are drawn live, or are those
     at the center."""
-    return args.latent_crops if args.precompute_latents and args.random_crop else None
+    return args.precompute_epochs if args.precompute_latents and args.random_crop else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from .declaring import EVALUATION, RESUME, Range, documented
+from ...data.buckets import AspectRatioBuckets
+from .declaring import EVALUATION, RESUME, Keys, Range, documented
 
 OnBadRow = Literal["drop", "raise"]
 Losers = Literal["data", "permute"]
@@ -62,10 +63,9 @@ class DataArguments:
             Whether each pair is trained at the size nearest to its images' aspect ratios, of a list of sizes of about
             the area of `resolution`; every batch has one size. The header of every image is read before the first
             batch, and kept by `datasets`. Not for streams.
-        bucket_step (`int`, *optional*, defaults to `64`):
-            Pixels of which the sides of those sizes are multiples.
-        bucket_max_aspect_ratio (`float`, *optional*, defaults to `2.0`):
-            Of those sizes, the longer side to the shorter one.
+        bucket_kwargs (`dict` or `str`, *optional*):
+            What the list of those sizes is made of, in YAML or as JSON: `step` (64; their sides are multiples of it, in
+            pixels) and `max_aspect_ratio` (2; the longer side to the shorter one).
         min_side (`int`, *optional*):
             Pairs with an image whose shorter side has fewer pixels are left out and counted, so that no image is
             enlarged much. Unset, none is left out. Reads headers as `aspect_ratio_buckets` does.
@@ -86,9 +86,10 @@ class DataArguments:
         precompute_dir (`str`, *optional*):
             Folder of what `precompute_latents` and `precompute_ref_errors` compute, shared by all processes and runs;
             `trl-diffusion-sdpo` in the user's folder of caches (`$XDG_CACHE_HOME`, or `~/.cache`) if unset.
-        latent_crops (`int`, *optional*, defaults to `1`):
-            With `precompute_latents` and `random_crop`, how many crops of each pair are encoded: those of the first
-            epochs, which then repeat.
+        precompute_epochs (`int`, *optional*, defaults to `1`):
+            Number of epochs whose random draws are computed before training; later epochs repeat them. With
+            `precompute_latents` these are the crops of `random_crop`, with `precompute_ref_errors` all draws of a pair
+            (crop, flip, dropped prompt, noise and timestep). Each epoch costs its encoding or forward passes again.
     """
 
     dataset_format: str | None = None
@@ -103,8 +104,9 @@ class DataArguments:
     image_schemes: list[str] | None = None
     resolution: Annotated[list[int] | None, RESUME, EVALUATION] = None
     aspect_ratio_buckets: Annotated[bool, RESUME, EVALUATION] = False
-    bucket_step: Annotated[int, Range("[1, inf)", "Usual is 64."), RESUME, EVALUATION] = 64
-    bucket_max_aspect_ratio: Annotated[float, Range("(1, inf)", "Usual is 2."), RESUME, EVALUATION] = 2.0
+    bucket_kwargs: Annotated[
+        dict[str, Any] | str | None, Keys(AspectRatioBuckets, ("step", "max_aspect_ratio")), RESUME, EVALUATION
+    ] = None
     min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset."), RESUME, EVALUATION] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True
@@ -112,7 +114,7 @@ class DataArguments:
     proportion_empty_prompts: Annotated[float, Range("[0, 1]", "Published: 0.2."), RESUME] = 0.0
     precompute_latents: bool = False
     precompute_dir: str | None = None
-    latent_crops: Annotated[int, Range("[1, inf)"), RESUME] = 1
+    precompute_epochs: Annotated[int, Range("[1, inf)"), RESUME] = 1
 
 
 @documented
@@ -125,9 +127,6 @@ class RunArguments:
         checkpoint_on_interrupt (`bool`, *optional*, defaults to `True`):
             Whether the first Ctrl-C (SIGINT) or SIGTERM lets the current step end and writes a checkpoint before
             [`~DiffusionSDPOTrainer.train`] raises `KeyboardInterrupt`. If not, the signals do what they did before.
-        trust_checkpoint (`bool`, *optional*, defaults to `False`):
-            Whether to resume from a checkpoint with pickled files that could run code: files that hold more than
-            tensors, numbers and settings are refused otherwise. Set it for your own checkpoints only.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a new start may take an `output_dir` that holds another run, whose files are then moved into the
             folder `previous-run-1` within (`-2` and so on where there is one). Refused if not. Resuming from a
@@ -135,5 +134,4 @@ class RunArguments:
     """
 
     checkpoint_on_interrupt: bool = True
-    trust_checkpoint: bool = False
     overwrite_output_dir: bool = False

@@ -54,6 +54,19 @@ class Choices:
     words: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Keys:
+    """The keys that a mapping may have: fields of the dataclass that it becomes the arguments of.
+
+    Args:
+        of (`type`): A dataclass, which has the defaults and checks the values.
+        names (`tuple[str, ...]`): Those of its fields that are keys.
+    """
+
+    of: type
+    names: tuple[str, ...]
+
+
 Group = TypeVar("Group", bound=type)
 
 

@@ -39,18 +39,11 @@ class PipelineArguments:
             Share of the policy in the new reference, `ref = alpha * policy + (1 - alpha) * ref`, in `(0, 1]`.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Optimizer steps between two such moves.
-        ref_model_half_precision (`bool`, *optional*, defaults to `True`):
-            Under bf16 or fp16 autocast, whether a full reference holds its linear and convolution weights in that
-            precision. Autocast rounds exactly those anyway, so the arithmetic is identical and the copy is half as
-            large. Not used with `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
             Whether to compute the reference's errors of all pairs before training, so that a step has no forward pass
             of a reference, and no reference is in memory. They are stored, and read by other runs with the same
             reference, data and noise. Not for losses that read the reference's prediction (`dspo`, `dspo_sdxl`), with
             `sync_ref_model`, with dropout that acts or with streams.
-        ref_noise_draws (`int`, *optional*, defaults to `1`):
-            With `precompute_ref_errors`: number of epochs after which crops, flips, dropped prompts, noise and timestep
-            of a pair repeat. Each costs one forward pass of the reference for each pair.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
             Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
             intermediate checkpoints).
@@ -71,9 +64,7 @@ class PipelineArguments:
     sync_ref_model: Annotated[bool, RESUME] = False
     ref_model_mixup_alpha: Annotated[float, Range("(0, 1]"), RESUME] = 0.6
     ref_model_sync_steps: Annotated[int, Range("[1, inf)"), RESUME] = 512
-    ref_model_half_precision: bool = True
     precompute_ref_errors: Annotated[bool, RESUME] = False
-    ref_noise_draws: Annotated[int, Range("[1, inf)"), RESUME] = 1
     save_full_pipeline: bool = False
     vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"
     vae_encode_batch_size: Annotated[
@@ -115,13 +106,11 @@ class SampleArguments:
             the output folder and the gallery of the model card.
         sample_steps (`int`, *optional*):
             Optimizer steps between two generations of them; before and after training only, if unset.
-        sample_inference_steps (`int`, *optional*, defaults to `30`):
-            Denoising steps of a generated image.
-        sample_guidance_scale (`float`, *optional*):
-            Guidance scale of the generated images; the pipeline's default if unset.
+        sample_kwargs (`dict` or `str`, *optional*):
+            Further arguments of the pipeline's call for these images, in YAML or as JSON, such as
+            `num_inference_steps` (30 if unset) and `guidance_scale` (the pipeline's default if unset).
     """
 
     sample_prompts: list[str] | None = None
     sample_steps: Annotated[int | None, Range("[1, inf)", "Leave it unset for none.")] = None
-    sample_inference_steps: Annotated[int, Range("[1, inf)")] = 30
-    sample_guidance_scale: float | None = None
+    sample_kwargs: dict[str, Any] | str | None = None

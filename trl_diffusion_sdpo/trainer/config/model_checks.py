@@ -35,7 +35,7 @@ def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[fl
     Raises:
         `ValueError`: If `beta` is not given and the parts of a sum have different ones.
     """
-    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
     rows = {name: family.loss_defaults(name) for name, weight in weights.items() if weight}
     guarded = [row.safeguard_mu for name, row in rows.items() if LOSSES[name].uses_loser]
     mu = max(guarded or [row.safeguard_mu for row in rows.values()])
@@ -50,7 +50,7 @@ def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[fl
 
 def warn_of_far_settings(args: AllArguments, family: Family, *, full: bool) -> None:
     """Warn of a `beta` far from the family's default, and of a learning rate at which nothing trains."""
-    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights, args.sft_weight)
+    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
     betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
     if args.beta and betas and all(not 1 / FAR < args.beta / usual < FAR for usual in betas):
         logger.warning(
@@ -121,15 +121,15 @@ def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
     process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
-    unused = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
-    for name, scheme in unused.items():
-        if args.weighting_scheme != scheme and getattr(args, name) != getattr(TimestepSampling(), name):
+    weighting_kwargs: dict[str, float] = cast(Any, args.weighting_kwargs)
+    for name in weighting_kwargs:
+        if args.weighting_scheme != {"mode_scale": "mode"}.get(name, "logit_normal"):
             logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
     if args.timesteps is not None:
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises what batches would raise
         return only
-    sampling = TimestepSampling(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+    sampling = TimestepSampling(args.weighting_scheme, **weighting_kwargs)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
     return {"timestep_range": timestep_range, "sampling": sampling}
 
@@ -146,39 +146,43 @@ def checked_inversion(
     """
     if args.noise_source != "inversion":
         return None
-    process, found = family.noise_process, inversion_of(family.noise_process)
-    if args.inversion_steps > process.num_train_timesteps:
+    process = family.noise_process
+    inversion = inversion_of(process)
+    settings = InversionSettings(**cast(Any, args.inversion_kwargs))
+    if settings.steps > process.num_train_timesteps:
         raise ValueError(
-            f"`inversion_steps` must be at most {process.num_train_timesteps}, the scheduler's number of timesteps; "
-            f"got {args.inversion_steps}. Published: 5 and 10."
+            f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
+            f"timesteps; got {settings.steps}. Published: 5 and 10."
         )
-    if args.inversion_eta and not found.has_variance:
+    if settings.eta and not inversion.has_variance:
         raise ValueError(
-            f"`inversion_eta` scales DDIM's variance, and the sampling step of {family.name} has none; got "
-            f"{args.inversion_eta}. Use 0."
+            f"`eta` of `inversion_kwargs` scales DDIM's variance, and the sampling step of {family.name} has none; got "
+            f"{settings.eta}. Use 0."
         )
-    if args.inversion_end == "grid":
+    if settings.end == "grid":
         for length in sorted({family.tokens_of_image(*size) for size in sizes}):
-            _check_inversion_grid(process, found.grid(args.inversion_steps, CPU, length), length, timesteps)
-    return InversionSettings(args.inversion, args.inversion_steps, args.inversion_end, args.inversion_eta)
+            _check_inversion_grid(process, inversion.grid(settings.steps, CPU, length), length, timesteps)
+    return settings
 
 
 def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int, timesteps: dict[str, Any]) -> None:
     """Warn of timesteps below all of the grid's, whose images keep their clean latents; `ValueError` where all are."""
     drawn = process.timesteps(torch.linspace(0, 1, QUANTILES), image_seq_len=length, **timesteps)
     clean = (drawn <= grid.min()).float().mean() if len(grid) else torch.ones(())
-    advice = "Use `inversion_end='exact'`, which steps to the timestep itself, or more `inversion_steps`."
+    advice = "Use `end: exact`, which steps to the timestep itself, or more `steps`."
     if clean == 1:
         raise ValueError(
-            "`inversion_end='grid'` must have a timestep of the grid below some that are drawn, "
+            "With `end: grid`, `inversion_kwargs` must have a timestep of the grid below some that are drawn, "
             f"{float(drawn.min()):g} to {float(drawn.max()):g}; got {[round(each, 3) for each in grid.tolist()]}. "
             f"{advice}"
         )
     if clean > NEGLIGIBLE:
         logger.warning(
-            "With `inversion_end='grid'`, %.0f%% of the timesteps that are drawn are not above the grid's first, %g: "
-            "the clean latents of their pairs are taken for noisy ones. %s",
-            *(100 * clean, grid.min(), advice),
+            "With `end: grid` of `inversion_kwargs`, %.0f%% of the timesteps that are drawn are not above the grid's "
+            "first, %g: the clean latents of their pairs are taken for noisy ones. %s",
+            100 * clean,
+            grid.min(),
+            advice,
         )
 
 
@@ -187,7 +191,7 @@ def check_guidance(args: AllArguments, family: Family) -> None:
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise ValueError(
             f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
-            f"{args.guidance_scale}. Leave it unset; `sample_guidance_scale` is for sample images."
+            f"{args.guidance_scale}. Leave it unset; that of sample images is in `sample_kwargs`."
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast, get_args
 
-from ...families.inversion import InversionEnd, InversionKind
-from ...families.timestep_sampling import WeightingScheme
+from ...families.inversion import InversionSettings
+from ...families.timestep_sampling import TimestepSampling, WeightingScheme
 from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
-from .declaring import EVALUATION, RESUME, Choices, Range, documented
+from ...step.winner_budget import ProbeSettings
+from .declaring import EVALUATION, RESUME, Choices, Keys, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 NoiseSource = Literal["shared", "inversion"]
@@ -30,9 +31,9 @@ class NoiseArguments:
         weighting_scheme (`str`, *optional*):
             Density of the timesteps: `"none"` (uniform), `"logit_normal"` or `"mode"`, before the shift that the
             pipeline's scheduler states; the family's own if unset.
-        logit_mean (`float`, *optional*, defaults to `0.0`): Mean of `"logit_normal"`; above 0 samples more noise.
-        logit_std (`float`, *optional*, defaults to `1.0`): Standard deviation of `"logit_normal"`.
-        mode_scale (`float`, *optional*, defaults to `1.29`): Scale of `"mode"`; 0 is uniform.
+        weighting_kwargs (`dict` or `str`, *optional*):
+            Constants of `weighting_scheme` by name, in YAML or as JSON: `logit_mean` (0.0; above 0 samples more noise)
+            and `logit_std` (1.0) of `"logit_normal"`, `mode_scale` (1.29; 0 is uniform) of `"mode"`.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             `"one_minus_t_squared"` weighs errors of a flow model by `(1 - t)^2`, `t` the share of noise.
         snr_gamma (`float`, *optional*):
@@ -47,18 +48,12 @@ class NoiseArguments:
             the mean over them. Activations take so many times the memory. Evaluation has one.
         noise_source (`str`, *optional*, defaults to `"shared"`):
             `"shared"` draws one noise for both images of a pair; `"inversion"` gives each image the noise that its own
-            inversion by the current policy finds, at the pair's timestep, for the forward passes of `inversion_steps`.
-            Evaluations draw theirs in any case.
-        inversion (`str`, *optional*, defaults to `"ddim"`):
-            `"ddim"` predicts once a step, as DDIM-InPO; `"renoise"` twice, and takes the mean, as SmPO-Diffusion.
-        inversion_steps (`int`, *optional*, defaults to `10`):
-            Steps of the inversion over the whole schedule.
-        inversion_end (`str`, *optional*, defaults to `"exact"`):
-            `"exact"` takes a last, shorter step to the timestep itself; `"grid"` stops at the last step below it, as
-            the published code does.
-        inversion_eta (`float`, *optional*, defaults to `0.0`):
-            Adds noise after each step of the inversion, of this factor times the standard deviation of DDIM's variance
-            at the next step, as DDIM-InPO does with 0.1. For DDPM.
+            inversion by the current policy finds, at the pair's timestep. Evaluations always draw theirs.
+        inversion_kwargs (`dict` or `str`, *optional*):
+            Constants of the inversion by name, in YAML or as JSON: `kind` (`"ddim"`, one prediction a step, as
+            DDIM-InPO, or `"renoise"`, the mean of two, as SmPO-Diffusion), `steps` (10, over the whole schedule), `end`
+            (`"exact"` takes a last, shorter step to the timestep itself; `"grid"` stops at the last step below it, as
+            published) and `eta` (0; factor of noise that is added after each step, for DDPM; DDIM-InPO has 0.1).
         guidance_scale (`float`, *optional*):
             Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
     """
@@ -66,19 +61,21 @@ class NoiseArguments:
     timestep_range: Annotated[list[int] | None, RESUME, EVALUATION] = None
     timesteps: Annotated[list[float] | None, RESUME, EVALUATION] = None
     weighting_scheme: Annotated[WeightingScheme | None, RESUME, EVALUATION] = None
-    logit_mean: Annotated[float, RESUME, EVALUATION] = 0.0
-    logit_std: Annotated[float, RESUME, EVALUATION] = 1.0
-    mode_scale: Annotated[float, RESUME, EVALUATION] = 1.29
+    weighting_kwargs: Annotated[
+        dict[str, Any] | str | None,
+        Keys(TimestepSampling, ("logit_mean", "logit_std", "mode_scale")),
+        RESUME,
+        EVALUATION,
+    ] = None
     timestep_weighting: Annotated[TimestepWeighting, RESUME, EVALUATION] = "none"
     snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME, EVALUATION] = None
     noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
-    inversion: Annotated[InversionKind, RESUME] = "ddim"
-    inversion_steps: Annotated[int, Range("[1, inf)", "Published: 5 and 10."), RESUME] = 10
-    inversion_end: Annotated[InversionEnd, RESUME] = "exact"
-    inversion_eta: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    inversion_kwargs: Annotated[
+        dict[str, Any] | str | None, Keys(InversionSettings, ("kind", "steps", "end", "eta")), RESUME
+    ] = None
     guidance_scale: Annotated[float | None, RESUME, EVALUATION] = None
 
 
@@ -95,8 +92,6 @@ class LossArguments:
             line `sigmoid sft`, in YAML `[sigmoid, sft]`.
         loss_weights (`list[float]`, *optional*):
             Weights of the losses of `loss_type`, in their order; 1 each if unset.
-        sft_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the winner's error, which is added to the loss: a sum with `sft`.
         margin_clamp (`float`, *optional*):
             Largest logit of a pair: above it the pair is won and has no gradient. For `sigmoid`, `hinge`, `ipo`,
             `robust`, `dmpo`, `smpo` and `capo`. No cap if unset.
@@ -143,7 +138,6 @@ class LossArguments:
 
     loss_type: Annotated[list[str], Choices(get_args(LossType)), RESUME] = cast(Any, "sigmoid")
     loss_weights: Annotated[list[float] | None, RESUME] = None
-    sft_weight: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
     margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
     beta: Annotated[float | None, RESUME] = None
     auto_beta: Annotated[bool, RESUME] = False
@@ -159,7 +153,7 @@ class LossArguments:
     @property
     def loss_spec(self) -> LossSpec:
         """What is known of the loss; `ValueError` where `loss_type` and its settings name none."""
-        return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.sft_weight, self.margin_clamp)
+        return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.margin_clamp)
 
 
 @documented
@@ -183,11 +177,10 @@ class WinnerArguments:
             back up below it, and down in all bins while one is above it although its losers are scaled to 0. With
             `ema_decay`, the averaged weights are measured and held to it; the last weights may lie above. Not measured
             if unset.
-        winner_budget_pairs (`int`, *optional*, defaults to `32`):
-            Pairs of the probe: spread over the evaluation data (of several sets, the first), or the first of a stream;
-            over the training data where there are none.
-        winner_budget_steps (`int`, *optional*, defaults to `10`):
-            Optimizer steps between two measurements of the probe.
+        winner_budget_kwargs (`dict` or `str`, *optional*):
+            Size of the probe and how often it is measured, in YAML or as JSON: `pairs` (32; spread over the evaluation
+            data, or over the training data if there are none) and `steps` (10; optimizer steps between two
+            measurements).
         ema_decay (`float`, *optional*):
             Keeps an average of the trained weights, `average = decay * average + (1 - decay) * weights` after every
             step, in `(0, 1)`; early steps use `(1 + step) / (10 + step)` where that is smaller. It is evaluated, saved
@@ -202,7 +195,8 @@ class WinnerArguments:
     num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME, EVALUATION] = 8
     loser_noise_range: Annotated[list[float] | None, RESUME] = None
     winner_budget: Annotated[float | None, Range("(0, inf)", "0.01 is one per cent."), RESUME] = None
-    winner_budget_pairs: Annotated[int, Range("[1, inf)"), RESUME] = 32
-    winner_budget_steps: Annotated[int, Range("[1, inf)"), RESUME] = 10
+    winner_budget_kwargs: Annotated[dict[str, Any] | str | None, Keys(ProbeSettings, ("pairs", "steps")), RESUME] = (
+        None
+    )
     ema_decay: Annotated[float | None, Range("(0, 1)", "Usual: 0.98 to 0.9999."), RESUME] = None
     on_winner_rise: OnWinnerRise = "warn"
