@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import trl_diffusion_sdpo
 from trl_diffusion_sdpo.cli import train, train_parser
 from trl_diffusion_sdpo.utils import import_utils
 
@@ -131,9 +130,3 @@ def test_an_example_is_found_by_name_and_a_file_of_that_name_comes_first(tmp_pat
         train_parser.read_given(["--config=sdxl_lroa"])[0]
     (tmp_path / "sdxl_lora").write_text("output_dir: mine\n", encoding="utf-8")
     assert train_parser.read_given(["--config", "sdxl_lora"])[0] == {"output_dir": "mine"}
-
-
-def test_the_package_runs_as_a_module():
-    command = [sys.executable, "-m", "trl_diffusion_sdpo", "--version"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == (f"trl-diffusion-sdpo {trl_diffusion_sdpo.__version__}\n", "")

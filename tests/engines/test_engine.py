@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, HfDeepSpeedConfig
 
@@ -60,27 +60,6 @@ def test_version_1_of_fsdp_and_zero_plus_plus_are_refused():
     with pytest.raises(ValueError, match="ZeRO.. cannot act here, got {'zero_quantized_weights': True}"):
         engine("DEEPSPEED", zero_optimization={"zero_quantized_weights": True}).check()
     engine("DEEPSPEED").check()
-
-
-def test_copies_of_shards_are_refused():
-    found = engine("FSDP")
-    found.accelerator.is_fsdp2 = True
-    found.accelerator.parallelism_config = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
-    with pytest.raises(ValueError, match="`dp_replicate_size=2`"):
-        found.check()
-
-
-def test_settings_of_accelerate_that_fail_here_are_completed():
-    """Weights are on every process; sizes of buckets must not be compiled one by one; no whole gradients are kept."""
-    found = engine("FSDP")
-    plugin = SimpleNamespace(mixed_precision_policy=None, cpu_ram_efficient_loading=True)
-    compiling, accumulation = SimpleNamespace(dynamic=False), {}
-    state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=compiling)
-    vars(found.accelerator).update(
-        is_fsdp2=True, state=state, gradient_state=SimpleNamespace(plugin_kwargs=accumulation)
-    )
-    found.complete_settings(exact_gradients=True)
-    assert not plugin.cpu_ram_efficient_loading and compiling.dynamic is None and accumulation["sync_each_batch"]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -5,11 +5,8 @@ import time
 
 import pytest
 import torch.distributed as dist
-from datasets import Dataset
 
-from trl_diffusion_sdpo.data.sources import PairMixture
 from trl_diffusion_sdpo.engines.processes import check_agreement, gather_objects
-from trl_diffusion_sdpo.trainer.data_preparation import outline
 
 
 def in_two_processes(act, folder) -> list[str]:
@@ -55,12 +52,3 @@ def test_processes_that_disagree_are_refused_in_both(tmp_path):
     first, second = in_two_processes(lambda rank: refusal(rank, seed=1, max_steps=4 + rank), tmp_path)
     assert first == second
     assert "`max_steps` is 4 in process 0 and 5 in process 1" in first
-
-
-def test_data_of_other_kinds_lengths_or_columns_differ_in_outline():
-    rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": [1, 2]})
-    others = [None, rows.to_iterable_dataset(), rows.select([0]), rows.remove_columns("chosen"), list(rows)]
-    others += [{"eval": rows}, PairMixture([rows]), PairMixture([rows.select([0])])]
-    assert outline(rows) == outline(rows.select([1, 0]))
-    outlines = [repr(outline(each)) for each in (rows, *others)]
-    assert len(set(outlines)) == len(outlines)

@@ -1,6 +1,7 @@
 """Signals that reach all processes of a job leave the workers of its data loaders alone, and a run ends with a whole
 checkpoint."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.engines.worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
 
@@ -69,12 +71,6 @@ def test_workers_take_no_notice_of_signals_from_their_start_on_and_end_with_thei
     assert all_end(workers)
 
 
-def test_starting_workers_leaves_the_signals_of_their_parent_alone():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    batches_of(Numbers(), "fork", 1)
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-
-
 @pytest.mark.parametrize("end", ["exception", "kill"])
 def test_workers_end_with_the_process_that_trains_even_if_they_are_stuck(end, tmp_path):
     """multiprocessing waits for its workers at the end of a process, after a SIGTERM that these do not notice."""
@@ -112,7 +108,10 @@ def runs(pid):
         return False
 
 
-def test_sigterm_to_the_group_of_a_run_with_workers_leaves_a_whole_checkpoint(sd_folder, make_pairs, tmp_path):
+def test_ctrl_c_in_a_run_with_workers_leaves_a_checkpoint_from_which_the_same_command_resumes(
+    sd_folder, make_pairs, tmp_path
+):
+    """A terminal sends SIGINT to all processes of the group."""
     make_pairs(16).save_to_disk(str(tmp_path / "pairs"))
     command = [sys.executable, "-m", "trl_diffusion_sdpo.cli.main", "train"]
     command += ["--model_name_or_path", sd_folder, "--dataset_name", str(tmp_path / "pairs"), "--use_peft"]
@@ -133,15 +132,20 @@ def test_sigterm_to_the_group_of_a_run_with_workers_leaves_a_whole_checkpoint(sd
             break
     else:
         pytest.fail("".join(said)[-3000:])
-    os.killpg(run.pid, signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGINT)
     try:
         rest = run.communicate(timeout=300)[0]
     finally:
         run.kill()
     checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
     assert len(checkpoints) == 1, rest[-3000:]
-    assert (checkpoints[0] / "trainer_state.json").is_file()
-    assert "exited unexpectedly" not in rest
+    assert run.returncode == 130 and "--resume_from_checkpoint true" in rest
+    assert "exited unexpectedly" not in rest and "Traceback" not in rest
+    step = int(checkpoints[0].name.rpartition("-")[2])
+    more = ["--resume_from_checkpoint", "true", "--max_steps", str(step + 1), "--dataloader_num_workers", "0"]
+    assert main([*command[3:], *more]) == 0
+    state = json.loads((tmp_path / "run" / f"checkpoint-{step + 1}" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, step + 2))
 
 
 def test_full_shared_memory_is_named(monkeypatch):

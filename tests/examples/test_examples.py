@@ -2,13 +2,8 @@
 diffusers' format, and a run that is interrupted and resumed."""
 
 import json
-import os
-import re
 import runpy
-import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import datasets
@@ -106,32 +101,10 @@ def test_the_example_tunes_all_weights_and_evaluates(run_example, sd_folder):
     assert UNet2DConditionModel.from_pretrained(output / "unet").config.sample_size == 8
 
 
-@pytest.mark.matrix
-def test_the_example_writes_a_lora_of_sdxl(run_example, sdxl_folder):
-    output = run_example("sdxl_lora", sdxl_folder)
-    assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
-    assert all(name.startswith("unet.") for name in load_file(output / LORA))
-
-
-@pytest.mark.parametrize(
-    ("config", "family"), [pytest.param("sd35", "stable_diffusion_3", marks=pytest.mark.matrix), ("flux", "flux")]
-)
-def test_the_example_writes_a_lora_of_a_transformer(run_example, family_folder, config, family):
-    output = run_example(f"{config}_lora", family_folder(family), "--load_in_4bit", "false")
+def test_the_example_writes_a_lora_of_a_transformer(run_example, family_folder):
+    output = run_example("flux_lora", family_folder("flux"), "--load_in_4bit", "false")
     assert logged(output, "loss")[0] == pytest.approx(np.log(2), abs=1e-6)
     assert all(weight.startswith("transformer.") for weight in load_file(output / LORA))
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("config", ["sd15_score_weights"])
-def test_the_example_weighs_and_orders_pairs_by_their_scores(run_example, sd_folder, pairs, tmp_path, config):
-    scored = tmp_path / "scored"
-    scored.mkdir()
-    for name, rows in datasets.load_dataset(pairs).items():
-        rows = rows.add_column("chosen_score", [float(i) for i in range(len(rows))])
-        rows.add_column("rejected_score", [0.0] * len(rows)).to_parquet(scored / f"{name}.parquet")
-    output = run_example(config, sd_folder, "--dataset_name", str(scored))
-    assert len(logged(output, "loss")) == 2
 
 
 @pytest.mark.parametrize(("dataset", "published"), [("PAIRS", None), ("owner/preferences", "owner/preferences")])
@@ -156,8 +129,7 @@ def test_a_configuration_of_the_paper_runs_through_the_command_line(sd_folder, p
     assert (output / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.matrix), True])
-def test_a_data_set_saved_to_disk_is_read(sd_folder, pairs, tmp_path, streaming):
+def test_a_data_set_saved_to_disk_is_read_as_a_stream(sd_folder, pairs, tmp_path):
     saved = tmp_path / "saved"
     datasets.load_dataset(pairs).save_to_disk(saved)
     arguments = [
@@ -168,19 +140,14 @@ def test_a_data_set_saved_to_disk_is_read(sd_folder, pairs, tmp_path, streaming)
         "--output_dir",
         str(tmp_path / "run"),
     ]
-    assert main(["train", *arguments, *TINY, "--dataset_streaming", str(streaming)]) == 0
+    assert main(["train", *arguments, *TINY, "--dataset_streaming", "true"]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--dataset_name", "PAIRS", "--model_name_or_path", "EMPTY"], "model_index.json"),
         (["--dataset_name", "EMPTY", "--model_name_or_path", "MODEL"], "data"),
         (["--dataset_name", "PAIRS", "--model_name_or_path", "MODEL", "--dataset_train_split", "trian"], "trian"),
-        (
-            ["--dataset_name", "PAIRS", "--model_name_or_path", "MODEL", "--resume_from_checkpoint", "true"],
-            "checkpoint",
-        ),
     ],
 )
 def test_a_wrong_folder_or_split_is_an_error_of_one_line(arguments, named, sd_folder, pairs, tmp_path, capsys):
@@ -190,34 +157,3 @@ def test_a_wrong_folder_or_split_is_an_error_of_one_line(arguments, named, sd_fo
     assert main(["train", *words, "--output_dir", str(tmp_path / "run"), *TINY]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and named in errors[0]
-
-
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_resumes(sd_folder, pairs, tmp_path):
-    """A subprocess of the installed entry point receives SIGINT after the first logged step."""
-    output = tmp_path / "run"
-    command = [sys.executable, "-m", "trl_diffusion_sdpo.cli.main", "train", "--model_name_or_path", sd_folder]
-    command += ["--dataset_name", pairs, "--output_dir", str(output), *TINY, "--disable_tqdm", "true"]
-    endless = [*command, "--max_steps", "100000", "--save_strategy", "no"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        endless, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-    ) as process:
-        watchdog = threading.Timer(120, process.kill)
-        watchdog.start()
-        lines, sent = [], False
-        for line in process.stdout:
-            lines.append(line)
-            if "rewards/margins" in line and not sent:
-                process.send_signal(signal.SIGINT)
-                sent = True
-        watchdog.cancel()
-    text = "".join(lines)
-    assert process.returncode == 130, text[-2000:]
-    assert "--resume_from_checkpoint true" in text and "Traceback" not in text
-    assert not [word for word in ("torchvision", "Setting accelerator", "Warning", "deprecated") if word in text]
-    step = int(re.search(r"checkpoint-(\d+)\.", text)[1])
-    assert (output / f"checkpoint-{step}" / "trainer_state.json").is_file()
-
-    resumed = [*command[3:], "--resume_from_checkpoint", "true", "--max_steps", str(step + 1)]
-    assert main(resumed) == 0
-    assert [entry["step"] for entry in history(output) if "loss" in entry] == list(range(1, step + 2))

@@ -1,8 +1,6 @@
 """Settings that act by the kind of model, through the real trainer: what reaches the denoiser, where timesteps are
 drawn, how errors are weighed, what is refused before training, and what a run leaves behind."""
 
-import math
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -168,39 +166,3 @@ def test_images_are_drawn_before_and_after(trainer_of, tmp_path, name, bf16):
         with Image.open(tmp_path / "run" / "samples" / f"step-{step:06d}-0.png") as image:
             assert image.size == (case(name).RESOLUTION,) * 2
             assert len(image.convert("L").getcolors()) > 8
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("pixart_sigma", "pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "),
-        ("wan", 'num_frames=1, output_type="pil").frames[0][0]'),
-    ],
-)
-def test_the_card_loads_and_draws_as_the_pipeline_does(trainer_of, tmp_path, name, said):
-    trainer_of(name).create_model_card()
-    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    assert said in card
-    assert ("PeftModel" in card) == (name == "pixart_sigma")
-    compile(card.split("```python\n")[1].split("```")[0], "snippet", "exec")
-
-
-@pytest.mark.matrix
-def test_a_resumed_run_equals_one_that_never_stopped(trainer_of, tmp_path):
-    def run(folder, steps, resume=False, **settings):
-        trainer = trainer_of("flux", output_dir=str(tmp_path / folder), max_steps=steps, beta=50.0, **settings)
-        trainer.train(resume_from_checkpoint=resume)
-        trained = {key: value.detach().clone() for key, value in trainer.denoiser.named_parameters() if "lora" in key}
-        return trained, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-    whole, losses = run("whole", 4)
-    run("cut", 2, save_strategy="steps", save_steps=2)
-    resumed, resumed_losses = run("cut", 4, resume=True)
-    assert len(losses) == 4 and losses[0] == pytest.approx(math.log(2)) and losses[3] != losses[0]
-    assert resumed_losses == losses
-    assert whole and all(torch.equal(value, resumed[key]) for key, value in whole.items())
-
-
-def test_activation_checkpointing_of_a_denoiser_that_has_none_is_refused(trainer_of):
-    with pytest.raises(ValueError, match="HunyuanDiT2DModel"):
-        trainer_of("hunyuan_dit", activation_checkpointing=True)

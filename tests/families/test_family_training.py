@@ -19,19 +19,15 @@ IN_DEFAULT_RUN = ("stable_diffusion", "stable_diffusion_3", "flux")
 TRAINED_IN_DEFAULT_RUN = {
     ("stable_diffusion", "lora", "output"),
     ("stable_diffusion_3", "full", "parameter"),
-    ("flux", "lora", "parameter"),
+    ("flux", "lora", "output"),
 }
 TUNINGS = ("lora", "full")
 STEPS = 20
 # It is harder to be neutral in bf16 than in float32.
-STARTED = [
-    pytest.param(name, bf16, marks=() if bf16 and name in IN_DEFAULT_RUN else pytest.mark.matrix)
-    for name in CASES
-    for bf16 in (True, False)
-]
+STARTED = [name if name in IN_DEFAULT_RUN else pytest.param(name, marks=pytest.mark.matrix) for name in CASES]
 TRAINED = [
     pytest.param(*case, marks=() if case in TRAINED_IN_DEFAULT_RUN else pytest.mark.matrix)
-    for case in itertools.product(CASES, TUNINGS, ("output", "parameter"))
+    for case in [*itertools.product(CASES, ["lora"], ["output"]), *itertools.product(CASES, ["full"], ["parameter"])]
 ]
 
 
@@ -70,10 +66,10 @@ def draw(pipeline, name):
         return quiet(pipeline)(prompt="a red circle", generator=generator, **size, **options, return_dict=False)[0]
 
 
-@pytest.mark.parametrize(("name", "bf16"), STARTED)
+@pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(trainer_of, name, tuning, bf16):
-    trainer = trainer_of(name, tuning, bf16=bf16, max_steps=1)
+def test_policy_and_reference_agree_bit_for_bit_before_the_first_step(trainer_of, name, tuning):
+    trainer = trainer_of(name, tuning, bf16=True, max_steps=1)
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["rewards/margins"] == 0

@@ -51,13 +51,6 @@ def test_targets_are_noise_velocity_and_clean_latents():
     torch.testing.assert_close(ours.double(), velocity, rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_latents_are_processed_in_float32():
-    latents, noise = (t.bfloat16() for t in latents_and_noise())
-    exact = process().add_noise(latents.float(), noise.float(), T)
-    assert torch.equal(process().add_noise(latents, noise, T), exact)
-    assert process().target(latents, noise, T).dtype == torch.float32
-
-
 def test_snr_is_the_ratio_of_variances():
     a = alphas()
     torch.testing.assert_close(process().snr(T).double(), a / (1 - a), rtol=1e-3, atol=0.0)
@@ -82,12 +75,6 @@ def test_min_snr_weight_of_pure_noise_is_finite():
     assert v.min_snr_weights(last, 5.0) == 0
 
 
-@pytest.mark.parametrize("gamma", [0.0, float("nan")])
-def test_min_snr_gamma_must_be_above_zero(gamma):
-    with pytest.raises(ValueError, match="`snr_gamma`"):
-        process().min_snr_weights(T, gamma)
-
-
 def test_uniform_draws_reach_both_ends_and_nothing_beyond():
     draws = torch.tensor([0.0, 0.0009, 0.001001, 0.5, 0.999999, 1 - 2**-24])
     assert process().timesteps(draws).tolist() == [0, 0, 1, 500, 999, 999]
@@ -101,12 +88,6 @@ def test_timestep_range_includes_its_lower_end_and_excludes_its_upper_one():
     assert process().timesteps(draws, timestep_range=(100, 104)).tolist() == [100, 101, 102, 103, 103]
     assert process().timesteps(draws, timestep_range=(7, 8)).tolist() == [7] * 5
     assert process().timesteps(draws, timestep_range=(999, 1000)).tolist() == [999] * 5
-
-
-@pytest.mark.parametrize("timestep_range", [(-1, 10), (10, 10), (0, 1001)])
-def test_timestep_range_outside_the_process_is_refused(timestep_range):
-    with pytest.raises(ValueError, match=r"0 <= low < high <= 1000, got"):
-        process().timesteps(torch.zeros(1), timestep_range=timestep_range)
 
 
 @pytest.mark.parametrize("scheduler_class", [PNDMScheduler, DPMSolverMultistepScheduler])
@@ -132,9 +113,3 @@ def test_any_sampler_of_the_ddpm_kind_gives_the_same_process(scheduler_class):
 def test_schedulers_of_another_process_are_refused(scheduler):
     with pytest.raises(ValueError, match="`beta_schedule`"):
         DDPMProcess(scheduler.config)
-
-
-def test_unknown_prediction_types_are_refused():
-    config = {**DDPMScheduler(**BETAS).config, "prediction_type": "score"}
-    with pytest.raises(ValueError, match="'score'"):
-        DDPMProcess(config)

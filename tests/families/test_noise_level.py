@@ -1,7 +1,5 @@
 """The share of noise at a timestep: from the betas in float64 under DDPM, and sigma itself under flow matching."""
 
-import math
-
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -37,17 +35,6 @@ def test_under_ddpm_it_follows_from_the_betas():
     torch.testing.assert_close(levels.double(), levels_by_hand(), rtol=2e-4, atol=0)
 
 
-@pytest.mark.parametrize("timestep", [0, 500])
-def test_noisy_latents_of_ddpm_are_those_of_the_flow_at_its_level_but_for_their_size(timestep):
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 1, 4, 3, 3, generator=generator).unbind()
-    at = torch.tensor([timestep])
-    noisy, level = ddpm().add_noise(latents, noise, at), ddpm().noise_level(at)
-    a = alphas()[timestep]
-    shrunk = noisy.double() / (a.sqrt() + (1 - a).sqrt())
-    torch.testing.assert_close(shrunk.float(), (1 - level) * latents + level * noise, rtol=1e-4, atol=1e-5)
-
-
 def test_without_any_signal_it_is_one():
     process = DDPMProcess(EulerDiscreteScheduler(**BETAS, rescale_betas_zero_snr=True).config)
     assert process.noise_level(torch.tensor([999])) == 1
@@ -78,13 +65,6 @@ def test_where_timesteps_are_those_before_the_shift_it_is_that_after():
         process.noise_level(torch.tensor([500.0]))
 
 
-@pytest.mark.parametrize("process", [ddpm(), flow(), flow(shift=3.0)], ids=["ddpm", "flow", "shifted"])
-def test_it_rises_with_the_timestep_and_stays_within_zero_and_one(process):
-    levels = process.noise_level(EVERY.to(process.timestep_dtype))
-    assert (levels.diff() > 0).all()
-    assert 0 <= levels.min() and levels.max() <= 1
-
-
 @pytest.mark.parametrize(("low", "high"), [(0.62, 1.0), (0.3, 0.4)])
 def test_timesteps_within_levels_are_found_by_hand(low, high):
     levels = levels_by_hand()
@@ -96,10 +76,3 @@ def test_no_timestep_is_within_levels_that_the_schedule_does_not_visit():
     assert levels_by_hand().max() < 0.94
     assert ddpm().timestep_bounds(0.95, 1.0) is None
     assert ddpm().timestep_bounds(0.0, 0.02) is None
-
-
-def test_of_a_flow_they_are_a_thousand_times_the_levels():
-    assert flow().timestep_bounds(0.25, 0.75) == (250.0, 750.0)
-    assert flow(shift=3.0).timestep_bounds(0.0, 1.0) == (0.0, 999.0)
-    low, high = flow().timestep_bounds(0.6, 1.0)
-    assert math.isclose(low, 600, abs_tol=1) and high == 999

@@ -107,11 +107,10 @@ def test_its_prediction_is_what_its_pipeline_hands_to_the_scheduler(outside_pipe
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("safeguard", ["output", "parameter"])
-def test_it_trains_a_step_from_its_folder_and_is_saved(outside_folder, make_trainer, safeguard, tmp_path):
+def test_it_trains_a_step_from_its_folder_and_is_saved(outside_folder, make_trainer, tmp_path):
     register_family("OutsidePipeline", PATH)
     trainer = make_trainer(
-        str(outside_folder), str(outside_folder), resolution=16, max_steps=1, safeguard=safeguard, learning_rate=1e-2
+        str(outside_folder), str(outside_folder), resolution=16, max_steps=1, safeguard="parameter", learning_rate=1e-2
     )
     before = {name: value.clone() for name, value in trainer.denoiser.state_dict().items()}
     trainer.train()
@@ -135,18 +134,6 @@ def test_nothing_is_imported_before_a_pipeline_needs_it(install):
 # ---- Precedence ----------------------------------------------------------------------------------------------------
 
 
-def test_a_registration_that_replaces_another_family_must_say_so(install):
-    with pytest.raises(ValueError, match=f"FluxPipeline already has the family {FLUX}"):
-        register_family("FluxPipeline", PATH)
-    register_family("OutsidePipeline", PATH)
-    register_family("OutsidePipeline", PATH)  # the same again
-    with pytest.raises(ValueError, match=f"OutsidePipeline already has the family {PATH}"):
-        register_family("OutsidePipeline", "outside_family.family:Another")
-    install("declaring", {"DeclaredPipeline": PATH})
-    with pytest.raises(ValueError, match="DeclaredPipeline already has the family"):
-        register_family("DeclaredPipeline", "outside_family.family:Another")
-
-
 def test_a_registration_with_replace_wins_over_the_package_and_over_entry_points(install):
     register_family("StableDiffusionPipeline", "families_of_a_test:Replacing", replace=True)
     module = type(sys)("families_of_a_test")
@@ -168,42 +155,7 @@ def family_of(name):
     return getattr(sys.modules.get(module) or __import__(module, fromlist=[attribute]), attribute)
 
 
-def test_an_entry_point_for_a_class_of_the_package_is_refused_when_the_class_is_used_and_only_then(install):
-    install("taking-over", {"FluxPipeline": PATH})
-    assert family_for_class_name("SanaPipeline").name == "Sana"
-    with pytest.raises(ValueError) as raised:
-        family_for_class_name("FluxPipeline")
-    assert f"FluxPipeline has several families: {FLUX} (built in), {PATH} (entry point of taking-over)" in str(
-        raised.value
-    )
-    assert "register_family('FluxPipeline', ..., replace=True)" in str(raised.value)
-    register_family("FluxPipeline", FLUX, replace=True)
-    assert family_for_class_name("FluxPipeline").name == "FLUX.1"
-
-
-def test_two_packages_for_one_class_are_refused_unless_they_name_the_same_family(install):
-    install("first", {"OutsidePipeline": PATH})
-    install("second", {"OutsidePipeline": PATH})
-    assert family_for_class_name("OutsidePipeline").name == "Outside"
-    install("third", {"OutsidePipeline": "elsewhere:Family"})
-    with pytest.raises(ValueError, match=r"several families: .*elsewhere:Family \(entry point of third\)"):
-        family_for_class_name("OutsidePipeline")
-
-
 # ---- Refused -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("OutsidePipeline", "outside_family.family"),
-        ("OutsidePipeline", "outside_family/family.py:OutsideFamily"),
-        ("outside.OutsidePipeline", PATH),
-    ],
-)
-def test_a_malformed_registration_is_refused_at_once(name, path):
-    with pytest.raises(ValueError, match="package.module:Class"):
-        register_family(name, path)
 
 
 @pytest.mark.parametrize(
@@ -215,31 +167,11 @@ def test_a_malformed_registration_is_refused_at_once(name, path):
         ("outside_family.family:torch", "subclass of `Family`"),
     ],
 )
-@pytest.mark.parametrize("declared", ["registered", "entry point"])
-def test_a_family_that_cannot_be_used_is_refused_with_its_source(path, reason, declared, install):
-    if declared == "registered":
-        register_family("OutsidePipeline", path)
-    else:
-        install("faulty", {"OutsidePipeline": path})
-    source = {"registered": "register_family", "entry point": "entry point of faulty"}[declared]
+def test_a_family_that_cannot_be_used_is_refused_with_its_source(path, reason, install):
+    install("faulty", {"OutsidePipeline": path})
     with pytest.raises(ValueError, match=reason) as raised:
         family_for_class_name("OutsidePipeline")
-    assert f"({source})" in str(raised.value)
-
-
-def test_a_family_must_list_the_class():
-    register_family("OtherPipeline", PATH)
-    with pytest.raises(ValueError, match="`pipeline_classes`"):
-        family_for_class_name("OtherPipeline")
-
-
-def test_a_family_without_the_pipelines_class_cannot_load_a_folder(outside_folder, monkeypatch):
-    from outside_family.family import OutsideFamily
-
-    register_family("OutsidePipeline", PATH)
-    monkeypatch.setattr(OutsideFamily, "pipeline_class", None)
-    with pytest.raises(ValueError, match="`pipeline_class`"):
-        load_pipeline(outside_folder)
+    assert "entry point of faulty" in str(raised.value)
 
 
 @pytest.mark.parametrize("library", ["outside_family_too", "outside_family.absent"])
@@ -251,9 +183,3 @@ def test_a_denoiser_of_another_package_is_not_imported(outside_folder, library):
     with pytest.raises(ValueError, match="a model in the package of its family|could not be imported"):
         load_denoiser(outside_folder)
     assert library not in sys.modules
-
-
-def test_the_families_from_outside_are_named_where_a_class_is_unknown():
-    register_family("OutsidePipeline", PATH)
-    with pytest.raises(ValueError, match="must be one of .*WanPipeline, OutsidePipeline; got NoPipeline"):
-        family_for_class_name("NoPipeline")

@@ -174,15 +174,6 @@ def test_one_batch_gives_what_two_passes_give(model):
     assert_near(met[1], met[0])
 
 
-@pytest.mark.matrix
-def test_one_batch_is_refused_by_a_model_with_several_rows_for_an_image(model):
-    if model.name != "pixart_alpha":
-        pytest.skip("has one row for each image")
-    refused = pytest.raises(ValueError, match="a row for each image")
-    with refused, preference_guidance(model.pipeline, SCALE, batched=True):
-        run(model, guided=True)
-
-
 def test_the_noise_level_is_that_of_the_pipelines_own_scheduler(model):
     levels = []
     own = type(model.family).noise_level_of

@@ -107,7 +107,7 @@ GUARDED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "limited"), [(80, 2), pytest.param(STEPS, 20, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(("count", "limited"), [(40, 1), pytest.param(STEPS, 20, marks=pytest.mark.matrix)])
 def test_no_small_step_raises_the_error_of_its_own_winners(train, count, limited):
     steps, watch = train(steps=count, learning_rate=SMALL, every=20, safeguard_diagnostics_steps=1, **GUARDED)
     realised = [step["safeguard/realised_winner_change"] for step in steps]

@@ -26,44 +26,9 @@ UNET = {
 }
 JOINT = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
 WIDE = {
-    "aura_flow": (
-        {"num_attention_heads": 12, "attention_head_dim": 256, "caption_projection_dim": 3072},
-        {"prompt_embeds": 32},
-    ),
-    "cogview4": ({"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 32}, {}),
     "flux": (
         {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
         {"prompt_embeds": 4096, "pooled_prompt_embeds": 768},
-    ),
-    "flux2_klein": (
-        {**JOINT, "axes_dims_rope": (32, 32, 32, 32), "joint_attention_dim": 7680},
-        {"prompt_embeds": 7680},
-    ),
-    "hunyuan_dit": ({"num_attention_heads": 16, "attention_head_dim": 88, "hidden_size": 1408, "num_layers": 2}, {}),
-    "lumina2": (
-        {
-            "hidden_size": 2304,
-            "num_layers": 1,
-            "num_attention_heads": 24,
-            "num_kv_heads": 8,
-            "axes_dim_rope": (32, 32, 32),
-            "cap_feat_dim": 2304,
-        },
-        {"prompt_embeds": 2304},
-    ),
-    "ovis_image": (
-        {**JOINT, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 2048},
-        {"prompt_embeds": 2048},
-    ),
-    "pixart_alpha": (
-        {"num_layers": 1, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152}
-        | {"caption_channels": 4096},
-        {"prompt_embeds": 4096},
-    ),
-    "pixart_sigma": (
-        {"num_layers": 1, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152}
-        | {"caption_channels": 4096},
-        {"prompt_embeds": 4096},
     ),
     "qwen_image": (
         {"num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
@@ -81,15 +46,6 @@ WIDE = {
         },
         {},
     ),
-    "stable_diffusion": (
-        {**UNET, "attention_head_dim": (1, 20), "cross_attention_dim": 1024},
-        {"prompt_embeds": 1024},
-    ),
-    "stable_diffusion_3": (
-        {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 24, "caption_projection_dim": 1536}
-        | {"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
-        {"prompt_embeds": 4096, "pooled_prompt_embeds": 2048},
-    ),
     "stable_diffusion_xl": (
         {**UNET, "attention_head_dim": (1, 20), "transformer_layers_per_block": 1, "cross_attention_dim": 2048},
         {"prompt_embeds": 2048},
@@ -97,10 +53,6 @@ WIDE = {
     "wan": (
         {"num_layers": 1, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096},
         {"prompt_embeds": 4096},
-    ),
-    "z_image": (
-        {"dim": 3840, "n_layers": 1, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "cap_feat_dim": 2560},
-        {"prompt_embeds": 2560},
     ),
 }
 IN_CI = ("sana",)  # where the difference was found; a width of 2240 takes seconds
@@ -244,27 +196,3 @@ def test_what_is_mended_is_the_product_of_a_transposed_input(bias):
     read_contiguous([*trained.modules(), *frozen.modules()])
     policy, reference = outputs()
     assert torch.equal(policy, reference)
-
-
-def test_contiguous_inputs_are_not_copied_and_layers_are_seen_to_once():
-    linear, met = torch.nn.Linear(8, 8), []
-    read_contiguous([linear])
-    read_contiguous(copy.deepcopy(torch.nn.Sequential(linear)).modules())
-    read_contiguous([linear])
-    assert len(linear._forward_pre_hooks) == 1
-    linear.register_forward_pre_hook(lambda layer, args: met.append(args[0]))
-    tokens = torch.randn(4, 8)
-    linear(tokens)
-    linear(tokens.t().contiguous().t())
-    assert met[0] is tokens and met[1].is_contiguous()
-
-
-def test_under_a_lora_that_starts_at_zero_nothing_is_watched(make_trainer):
-    """The base is frozen in policy and reference alike."""
-    trainer = make_trainer(peft_config=LoraConfig(r=4))
-    assert not any(layer._forward_pre_hooks for layer in trainer.denoiser.modules())
-    assert all(
-        len(layer._forward_pre_hooks) == 1
-        for layer in make_trainer().denoiser.modules()
-        if isinstance(layer, torch.nn.Linear)
-    )

@@ -77,11 +77,10 @@ def test_an_epoch_brings_new_draws(make_trainer, make_pairs):
     assert len(set(errors)) == 3
 
 
-@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.matrix), "synced"])
+@pytest.mark.parametrize("tuning", ["full", "synced"])
 def test_a_resumed_run_equals_one_that_never_stopped(make_trainer, tmp_path, tuning):
     settings = {
         "full": {},
-        "lora": {"peft_config": LoraConfig(r=4, lora_alpha=16)},
         "synced": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     }[tuning]
 

@@ -1,11 +1,9 @@
 """The one call from predictions to a loss: reductions, precision, and what it refuses."""
 
-import math
-
 import pytest
 import torch
 
-from trl_diffusion_sdpo.losses import check_safeguard, diffusion_preference_loss
+from trl_diffusion_sdpo.losses import diffusion_preference_loss
 
 SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])
 
@@ -99,23 +97,3 @@ def test_unknown_names_are_refused_with_those_there_are(seeded_pairs):
         diffusion_preference_loss(*tensors, dmpo_alpha=0.01)
     with pytest.raises(ValueError, match="`beta`"):
         diffusion_preference_loss(*tensors, beta=0.0)
-
-
-@pytest.mark.parametrize(
-    ("changed", "rule"),
-    [
-        ({"safeguard": "weights"}, "`safeguard`.*'weights'"),
-        ({"mu": 1.1}, r"`safeguard_mu` must be in \[0, 1\], got 1.1"),
-        ({"mu": math.nan}, r"`safeguard_mu` must be in \[0, 1\], got nan"),
-        ({"granularity": "token"}, "`safeguard_granularity`.*'token'"),
-        ({"eps": -1e-9}, "`safeguard_eps` must be at least 0, got -1e-09"),
-        ({"eps": math.inf}, "`safeguard_eps` must be at least 0, got inf"),
-    ],
-)
-def test_safeguard_settings_out_of_range_are_refused(changed: dict, rule: str, seeded_pairs):
-    settings = {"safeguard": "output", "mu": 0.9, "granularity": "batch", "eps": 0.0} | changed
-    with pytest.raises(ValueError, match=rule):
-        check_safeguard(**settings)
-    names = {"mu": "safeguard_mu", "granularity": "safeguard_granularity", "eps": "safeguard_eps"}
-    with pytest.raises(ValueError, match=rule):
-        diffusion_preference_loss(*seeded_pairs(), **{names.get(name, name): it for name, it in changed.items()})

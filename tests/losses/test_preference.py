@@ -174,12 +174,6 @@ def test_far_logits_reach_their_asymptotes(logit: float):
     assert loss("dmpo", dmpo_alpha=0.01) == pytest.approx(-math.log(target))
 
 
-def test_robust_without_smoothing_is_sigmoid(seeded_pairs):
-    model, target, reference = seeded_pairs()
-    robust = plain(model, target, reference, "robust", 0.8, {"label_smoothing": 0.0})
-    assert torch.equal(robust.pair_losses, plain(model, target, reference, "sigmoid", 0.8).pair_losses)
-
-
 def test_robust_is_unbiased_under_flipped_labels():
     # its claim: the mean over a share e of flipped pairs is the loss of the clean label
     logit, e = 0.7, 0.2
@@ -207,16 +201,6 @@ def test_dspo_sdxl_chooses_its_form_on_the_whole_batch():
         assert out.pair_losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_dspo_at_the_published_beta_is_nearly_supervised_fine_tuning(seeded_pairs):
-    model, target, reference = seeded_pairs()
-    leaf = model.clone().requires_grad_()
-    plain(leaf, target, reference, "dspo", 0.001).loss.backward()
-    winner, loser = leaf.grad.chunk(2)
-    supervised = 2 * (model - target).chunk(2)[0] / winner.numel()
-    assert (winner - supervised).norm() < 1e-3 * supervised.norm()
-    assert 0 < loser.norm() < 1e-5 * winner.norm()  # of order beta^2
-
-
 def test_mapo_of_perfect_predictions_is_exact_and_has_a_finite_gradient():
     winner, loser = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     loss = pair_losses(terms_of_errors(winner, loser), "mapo", beta=0.1, mapo_temperature=1000.0, mapo_scale=0.5)
@@ -234,16 +218,6 @@ def test_mapo_of_a_perfect_winner_compares_with_exactly_one(error: float):
     loss = pair_losses(terms, "mapo", beta=1.0, mapo_temperature=1.0, mapo_scale=0.5).item()
     half = 0.5 * error
     assert loss == pytest.approx(math.log1p(math.exp(half / math.expm1(half) - 1)), rel=1e-13)
-
-
-@pytest.mark.parametrize("size", [10.0, 1000.0])
-def test_mapo_stays_finite_on_diverged_predictions(size: float):
-    model = torch.full((2, 4), size, requires_grad=True)
-    out = plain(model, torch.zeros(2, 4), None, "mapo", 0.1)
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(size**2 + 0.1 * math.log(2))
-    assert torch.allclose(model.grad.chunk(2)[0], torch.tensor(2 * size / 4))  # the winner's own error; f is flat
-    assert model.grad.chunk(2)[1].abs().max() < 1e-6
 
 
 def test_dpop_charges_a_rise_of_the_winners_error():
@@ -279,17 +253,6 @@ def test_smpo_relabels_pairs_that_the_scores_rank_the_other_way(seeded_pairs):
     swapped.loss.backward()
     assert torch.equal(ordered.pair_losses, swapped.pair_losses)
     assert torch.equal(leaf.grad[swap_first], swapped_leaf.grad)
-
-
-def test_smpo_learns_nothing_from_equal_scores(seeded_pairs):
-    model, target, reference = seeded_pairs()
-    leaf = model.clone().requires_grad_()
-    out = plain(leaf, target, reference, "smpo", 5000.0, scores=torch.full((6,), 21.5))
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(math.log(2))
-    assert not leaf.grad.any()
-    winner_error = (model - target).square().mean((1, 2))[:3].mean()
-    assert out.metrics["errors/winner"].item() == pytest.approx(winner_error.item())  # a tie keeps its labels
 
 
 def test_the_reference_and_the_target_are_constants(seeded_pairs):
@@ -360,14 +323,8 @@ def test_default_betas_are_the_published_ones_and_half_of_diffusion_dpos_for_cap
     [
         ("robust", "label_smoothing", 0.5, r"in \[0, 0.5\)"),
         ("dspo_sdxl", "dspo_threshold", -1.0, "at least 0"),
-        ("dmpo", "dmpo_alpha", 0.5, r"in \(0, 0.5\)"),
-        ("mapo", "mapo_temperature", 0.0, "greater than 0"),
         ("mapo", "mapo_scale", math.nan, "greater than 0"),
-        ("simpo", "simpo_gamma", -0.1, "at least 0"),
-        ("dpop", "dpop_lambda", -1.0, "at least 0"),
-        ("linear", "linear_eta", 0.5, r"in \[0, 0.5\)"),
-        ("smpo", "smpo_coefficient", 0.0, "greater than 0"),
-        ("smpo", "smpo_score_scale", 0.0, "greater than 0"),
+        ("mapo", "mapo_temperature", math.inf, "greater than 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(loss_type: str, setting: str, value: float, rule: str):

@@ -11,19 +11,10 @@ from tiny_pipelines import CASES
 from transformers import PreTrainedModel
 
 from trl_diffusion_sdpo.families import find_family, load_pipeline
-from trl_diffusion_sdpo.models.text_checks import SIZE_RATIOS, check_text_encoding
+from trl_diffusion_sdpo.models.text_checks import check_text_encoding
 
 IN_CI = ("stable_diffusion_xl", "stable_diffusion_3", "z_image")
 SETTINGS_ALONE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-# Tokens that a published tokenizer knows, and embeddings of its text encoder.
-PUBLISHED = {
-    "CLIP": (49408, 49408),
-    "T5 1.1": (32100, 32128),
-    "mT5": (250100, 250112),
-    "Gemma 2": (256000, 256000),
-    "Qwen 2.5": (151665, 152064),
-    "Qwen 3": (151669, 151936),
-}
 
 
 def text_encoders(pipeline) -> list[str]:
@@ -69,12 +60,6 @@ def test_training_does_not_begin_without_a_vocabulary(make_trainer, sd_folder, t
         make_trainer(str(folder))
 
 
-@pytest.mark.parametrize("known, embedded", PUBLISHED.values(), ids=PUBLISHED)
-def test_published_sizes_are_far_from_what_is_refused(known, embedded):
-    low, high = SIZE_RATIOS
-    assert low + 0.2 < known / embedded < high - 0.2
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -90,20 +75,6 @@ def test_embeddings_may_be_padded_but_not_another_models(sd_pipeline, rows, mess
     rows_of_it = torch.cat([weight, weight])[:rows]
     sd_pipeline.text_encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows_of_it))
     with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
-        check_text_encoding(find_family(sd_pipeline))
-
-
-def test_text_encoders_without_their_weights_are_refused(sd_pipeline):
-    with torch.no_grad():
-        sd_pipeline.text_encoder.get_input_embeddings().weight.zero_()
-    with pytest.raises(ValueError, match="'a red circle' and 'a big square' are encoded alike"):
-        check_text_encoding(find_family(sd_pipeline))
-
-
-def test_a_text_encoder_that_overflows_is_refused(sd_pipeline):
-    with torch.no_grad():
-        sd_pipeline.text_encoder.get_input_embeddings().weight.mul_(float("inf"))
-    with pytest.raises(ValueError, match="`prompt_embeds` of 'a red circle' is not"):
         check_text_encoding(find_family(sd_pipeline))
 
 
@@ -137,10 +108,3 @@ def test_long_prompts_are_counted_once_in_the_report_and_not_warned_of_at_every_
         and "3 of 4 prompts" in str(trainer.train_dataset.report)
     )
     assert not any("truncated" in record.getMessage() for record in caplog.records)
-
-
-def test_a_stream_is_told_how_much_of_a_prompt_is_read(make_trainer, make_pairs, caplog):
-    caplog.set_level("INFO")
-    trainer = make_trainer(train=make_pairs(4).to_iterable_dataset(), max_steps=1)
-    limit = trainer.pipeline.tokenizer.model_max_length
-    assert sum(f"`text_encoder` reads {limit} tokens" in record.getMessage() for record in caplog.records) == 1

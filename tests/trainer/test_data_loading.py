@@ -1,8 +1,6 @@
 """The way of the data into the trainer: bytes on the host until their turn comes, workers where they pay, evaluations
 that leave nothing open, and batches that the data can fill."""
 
-import copy
-import logging
 from functools import partial
 
 import datasets
@@ -14,18 +12,9 @@ from PIL import Image
 from transformers import Trainer
 
 from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
-from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines import batch_loaders as loaders
 from trl_diffusion_sdpo.engines.batch_loaders import choose_workers
-from trl_diffusion_sdpo.trainer.data_preparation import check_batches, prepare_pairs
-
-
-def two_processes(args, rank):
-    """The settings of one of two processes that train together."""
-    kind = type("TwoProcesses", (type(args),), {"world_size": 2, "process_index": rank})
-    args = copy.copy(args)
-    args.__class__ = kind
-    return args
+from trl_diffusion_sdpo.trainer.data_preparation import check_batches
 
 
 def losses(trainer):
@@ -39,14 +28,6 @@ class FloatCollator(PreferenceCollator):
     def __call__(self, items):
         batch = super().__call__(items)
         return {**batch, "pixel_values": (batch["pixel_values"].float() / 255 - 0.5) / 0.5}
-
-
-def test_a_loaded_batch_is_bytes_on_the_host(make_trainer):
-    loader = make_trainer(per_device_train_batch_size=2).get_train_dataloader()
-    assert loader.device is None  # accelerate's loaders would move a batch as soon as it is asked for
-    batch = next(iter(loader))
-    assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].device.type == "cpu"
-    assert batch["pixel_values"].shape == (4, 3, 16, 16)
 
 
 class CountingCollator(PreferenceCollator):
@@ -191,23 +172,6 @@ def test_a_stream_that_is_split_already_is_taken_whole(make_trainer, make_pairs)
     assert batch["prompts"] == ["prompt 2", "prompt 3", "prompt 6", "prompt 7"]  # the second and the fourth shard
 
 
-def test_several_processes_do_not_evaluate_on_parts_of_a_stream_which_may_differ_in_length(make_trainer, many):
-    """Of 33 pairs one process would have 17 and the other 16: nine batches of two, and eight."""
-    stream = many.select(range(33)).to_iterable_dataset(num_shards=2)
-    split = datasets.distributed.split_dataset_by_node(stream, rank=0, world_size=2)
-    assert sum(1 for _ in split) == 17
-    trainer = make_trainer(eval_dataset=stream)
-    args = two_processes(trainer.args, 0)
-    prepare_pairs(split, args, trainer.loss_spec, name="train", training=True)
-    with pytest.raises(ValueError, match="eval data are a stream that `split_dataset_by_node` has given 2 processes"):
-        prepare_pairs(split, args, trainer.loss_spec, name="eval", training=False)
-    prepared = prepare_pairs(split, trainer.args, trainer.loss_spec, name="eval", training=False)
-    with pytest.raises(ValueError, match="Pass the stream as it was before"):
-        prepare_pairs(prepared, args, trainer.loss_spec, name="eval", training=False)
-    whole = prepare_pairs(stream, args, trainer.loss_spec, name="eval", training=False)
-    assert sum(1 for _ in whole.for_process(Share(0, 2))) == 17
-
-
 def batch_args(**changes):
     return Args(
         **{
@@ -249,17 +213,6 @@ def test_the_order_depends_on_seed_and_epoch_alone(make_trainer, make_pairs):
         seed = loader.get_sampler().initial_seed + epoch
         found = [int(row) for batch in loader for row in batch["rows"]]
         assert found == torch.randperm(9, generator=torch_random.manual_seed(seed)).tolist()
-
-
-def test_bad_pairs_found_in_training_are_reported_at_its_end(make_trainer, make_pairs, caplog):
-    rows = [dict(row) for row in make_pairs(6)]
-    rows[2]["chosen"] = b"this is no image"
-    trainer = make_trainer(train=rows, verify_images="none", max_steps=2)
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    assert "Bad pairs were found in training. train data (canonical): 6 rows, 5 pairs, 0 ties, 1 undecodable" in (
-        caplog.text
-    )
 
 
 def test_alike_images_are_refused_unless_the_loss_reads_winners_only(make_trainer):
