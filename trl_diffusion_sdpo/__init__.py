@@ -16,9 +16,11 @@ _HOMES = {
     "PreferenceCollator": ".data",
     "diffusion_preference_loss": ".losses",
     "load_pairs": ".data",
+    "load_scorer": ".rewards",
     "preference_guidance": ".guidance",
     "register_family": ".families",
     "register_loss": ".losses",
+    "register_scorer": ".rewards",
 }
 __all__ = [
     "PreferenceLossOutput",
@@ -29,9 +31,11 @@ __all__ = [
     "PreferenceCollator",
     "diffusion_preference_loss",
     "load_pairs",
+    "load_scorer",
     "preference_guidance",
     "register_family",
     "register_loss",
+    "register_scorer",
 ]
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from .families import register_family
     from .guidance import preference_guidance
     from .losses import PairTerms, PreferenceLossOutput, diffusion_preference_loss, register_loss
+    from .rewards import load_scorer, register_scorer
     from .trainer import DiffusionSDPOConfig, DiffusionSDPOTrainer
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES, ["__version__"])

@@ -1,0 +1,5 @@
+"""Scorers: images and prompts in, numbers out."""
+
+from .scorer import BatchedScorer, FunctionScorer, Scorer, load_scorer, register_scorer, scorer_names
+
+__all__ = ["BatchedScorer", "FunctionScorer", "Scorer", "load_scorer", "register_scorer", "scorer_names"]

@@ -1,0 +1,62 @@
+"""The LAION aesthetic predictor, version 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import CLIPModel
+
+from .clip import CLIPScorer, load_processors
+from .heads import linear_head
+from .scorer import BatchedScorer, hub_file
+
+
+class AestheticScorer(BatchedScorer):
+    """Score images without looking at their prompts: linear layers on the normalised CLIP embedding, usually 4 to 7.
+
+    Args:
+        clip (`CLIPScorer`): Embeds the images. Its device is used.
+        head (`torch.nn.ModuleDict`): The linear layers, from [`~trl_diffusion_sdpo.rewards.heads.linear_head`].
+        batch_size (`int`, *optional*, defaults to `16`): Images that are scored at once.
+    """
+
+    def __init__(self, clip: CLIPScorer, head: nn.ModuleDict, *, batch_size: int = 16):
+        super().__init__("aesthetic", device=clip.device, batch_size=batch_size)
+        self.clip = clip
+        self.head = head.eval().requires_grad_(False).to(self.device)
+
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        embedding = self.clip.embed_images(images)  # (N, 768)
+        return self.head["layers"](embedding)[:, 0]
+
+
+def aesthetic(
+    model: str = "openai/clip-vit-large-patch14",
+    head: str = "trl-lib/ddpo-aesthetic-predictor",
+    file: str = "aesthetic-model.pth",
+    *,
+    revision: str | None = None,
+    head_revision: str | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 16,
+) -> AestheticScorer:
+    """Load the LAION aesthetic predictor.
+
+    Args:
+        model (`str`): Hub id or folder of the CLIP model with its image processor.
+        head (`str`): Hub id or folder of the head, a copy of `sac+logos+ava1-l14-linearMSE.pth`.
+        file (`str`): Its file, which is read with `weights_only=True`.
+        revision, head_revision (`str`, *optional*): Revisions on the Hub.
+        device, batch_size: See [`BatchedScorer`].
+
+    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor.
+    """
+    path = hub_file(head, file, head_revision)
+    network = CLIPModel.from_pretrained(model, revision=revision)
+    layers = linear_head(network.config.projection_dim)
+    layers.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    settings: dict[str, Any] = load_processors(model, revision)
+    return AestheticScorer(CLIPScorer("clip", network, **settings, device=device), layers, batch_size=batch_size)

@@ -1,0 +1,231 @@
+"""Scorers that compare a CLIP model's embeddings of image and prompt: PickScore, CLIP score, HPSv2 and HPSv2.1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from .open_clip_keys import clip_state_dict
+from .scorer import BatchedScorer, hub_file
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+Preprocess = Literal["crop", "pad"]
+
+
+class CLIPScorer(BatchedScorer):
+    """Score images by the cosine of their embedding and their prompt's.
+
+    The score is `scale * cos`, with negative values raised to 0 if `clamp` is set.
+
+    Args:
+        name (`str`): Name of the scores.
+        model (`transformers.CLIPModel`): The model; it is put in evaluation mode.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): The model's tokenizer. Prompts are padded and cut to the
+            model's length, 77 tokens in published models.
+        image_processor (`transformers.CLIPImageProcessorPil`): Its size, crop, mean and standard deviation are used.
+        scale (`float`, *optional*): Factor of the cosine. If unset, the model's own `exp(logit_scale)`.
+        clamp (`bool`, *optional*, defaults to `False`): Whether negative scores become 0.
+        prefix (`str`, *optional*, defaults to `""`): Put before each prompt.
+        preprocess (`"crop"` or `"pad"`, *optional*, defaults to `"crop"`): `crop` resizes the shorter side and crops
+            the centre. `pad` resizes the longer side of the image's tensor and pads it with black, as the package
+            `hpsv2` does. Both agree nearly for square images.
+        device, batch_size: See [`BatchedScorer`].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: CLIPModel,
+        tokenizer: Any,
+        image_processor: CLIPImageProcessorPil,
+        *,
+        scale: float | None = 1.0,
+        clamp: bool = False,
+        prefix: str = "",
+        preprocess: Preprocess = "crop",
+        device: str | torch.device = "cpu",
+        batch_size: int = 16,
+    ):
+        super().__init__(name, device=device, batch_size=batch_size)
+        if preprocess not in ("crop", "pad"):
+            raise ValueError(f"`preprocess` must be `crop` or `pad`, got {preprocess!r}.")
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.scale = scale
+        self.clamp = clamp
+        self.prefix = prefix
+        self.preprocess = preprocess
+
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        image = self.embed_images(images)
+        text = self.embed_prompts(prompts)
+        scale = self.model.logit_scale.exp() if self.scale is None else self.scale
+        scores = scale * (image * text).sum(dim=-1)  # (N, D) * (N, D) -> (N,)
+        return scores.clamp(min=0) if self.clamp else scores
+
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return the normalised projected embeddings, `(N, D)`."""
+        if self.preprocess == "pad":
+            pixels = torch.stack([padded_pixels(image, self.image_processor) for image in images])
+        else:
+            pixels = self.image_processor(images, return_tensors="pt").pixel_values
+        embedding = self.model.get_image_features(pixels.to(self.device, self.model.dtype)).pooler_output
+        return torch.nn.functional.normalize(embedding.float(), dim=-1)
+
+    def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
+        """Return the normalised projected embeddings, `(N, D)`."""
+        tokens = self.tokenizer(
+            [self.prefix + prompt for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        embedding = self.model.get_text_features(tokens.input_ids.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(embedding.float(), dim=-1)
+
+
+def padded_pixels(image: Image.Image, image_processor: CLIPImageProcessorPil) -> torch.Tensor:
+    """Return the normalised pixels of an image whose longer side fills the square, `(3, size, size)`."""
+    size = image_processor.crop_size["height"]
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
+    ratio = size / max(image.size)
+    height = round(image.height * ratio)
+    width = round(image.width * ratio)
+    if ratio != 1:
+        pixels = torch.nn.functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    left = (size - width) // 2
+    top = (size - height) // 2
+    pixels = torch.nn.functional.pad(pixels, (left, size - width - left, top, size - height - top))[0]
+    mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
+    std = torch.tensor(image_processor.image_std).view(3, 1, 1)
+    return (pixels - mean) / std
+
+
+def pickscore(
+    model: str = "yuvalkirstain/PickScore_v1",
+    processor: str = CLIP_H,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> CLIPScorer:
+    """Load PickScore: `exp(logit_scale) * cos`, usually 19 to 23.
+
+    PickScore was trained on Pick-a-Pic, the votes that most preference models are trained on too. Use it beside another
+    scorer.
+
+    Args:
+        model (`str`): Hub id or folder of the CLIP model.
+        processor (`str`): Hub id or folder of its tokenizer and image processor.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        settings: `device`, `batch_size`, `preprocess`.
+
+    Source: https://huggingface.co/papers/2305.01569.
+    """
+    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+    return CLIPScorer("pickscore", network, **load_processors(processor), **{"scale": None, **settings})
+
+
+def clip_score(
+    model: str = CLIP_H, *, revision: str | None = None, dtype: torch.dtype = torch.float32, **settings: Any
+) -> CLIPScorer:
+    """Load the plain cosine of a CLIP model. The Diffusion-SDPO authors use it with ViT-H/14.
+
+    Args:
+        model (`str`): Hub id or folder of the CLIP model with its tokenizer and image processor.
+        revision (`str`, *optional*): Revision on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        settings: `device`, `batch_size`, `preprocess`.
+    """
+    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+    return CLIPScorer("clip_score", network, **load_processors(model, revision), **settings)
+
+
+def clip_score_hessel(
+    model: str = "openai/clip-vit-base-patch32",
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> CLIPScorer:
+    """Load CLIPScore as published: `2.5 * max(cos, 0)` of "A photo depicts PROMPT".
+
+    Args:
+        model (`str`): Hub id or folder of the CLIP model with its tokenizer and image processor.
+        revision (`str`, *optional*): Revision on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        settings: `device`, `batch_size`, `preprocess`.
+
+    Source: https://huggingface.co/papers/2104.08718.
+    """
+    network = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype)
+    fixed = {"scale": 2.5, "clamp": True, "prefix": "A photo depicts "}
+    return CLIPScorer("clip_score_hessel", network, **load_processors(model, revision), **{**fixed, **settings})
+
+
+def hpsv2(**settings: Any) -> CLIPScorer:
+    """Load HPSv2: the cosine of a CLIP ViT-H/14 that was tuned on human votes, about .25 to .33.
+
+    It takes the arguments of [`hpsv21`].
+
+    Source: https://huggingface.co/papers/2306.09341.
+    """
+    return hpsv21(**{"file": "HPS_v2_compressed.pt", "name": "hpsv2", **settings})
+
+
+def hpsv21(
+    model: str = "xswu/HPSv2",
+    file: str = "HPS_v2.1_compressed.pt",
+    processor: str = CLIP_H,
+    *,
+    name: str = "hpsv2.1",
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> CLIPScorer:
+    """Load HPSv2.1, which papers since 2025 mean by "HPS" or "HPSv2". Papers often print its values times 100.
+
+    Args:
+        model (`str`): Hub id or folder of the weights.
+        file (`str`): The file of the weights, which are in open_clip's names. It is read with `weights_only=True`.
+        processor (`str`): Hub id or folder of the tokenizer, the image processor and the network's configuration.
+        name (`str`): Name of the scores.
+        revision (`str`, *optional*): Revision of the weights on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights. The package `hpsv2` uses
+            autocast.
+        settings: `device`, `batch_size`, `preprocess`. The package `hpsv2` pads, the Diffusion-SDPO authors crop.
+
+    Source: https://github.com/tgxs002/HPSv2.
+    """
+    path = hub_file(model, file, revision)
+    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    network = hps_network(weights, CLIPConfig.from_pretrained(processor))
+    network.to(dtype=dtype)
+    return CLIPScorer(name, network, **load_processors(processor), **settings)
+
+
+def hps_network(weights: Mapping[str, torch.Tensor], config: CLIPConfig) -> CLIPModel:
+    """Return the CLIP model of weights in open_clip's names.
+
+    Raises:
+        `RuntimeError`: If weights are missing, unknown or of another shape.
+    """
+    network = CLIPModel(config)
+    network.load_state_dict(clip_state_dict(weights))
+    return network
+
+
+def load_processors(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the arguments `tokenizer` and `image_processor` of a [`CLIPScorer`]."""
+    return {
+        "tokenizer": AutoTokenizer.from_pretrained(model, revision=revision),
+        "image_processor": CLIPImageProcessorPil.from_pretrained(model, revision=revision),
+    }

@@ -1,0 +1,142 @@
+"""HPSv3: Qwen2-VL-7B with a head that predicts mean and spread of human votes. It needs a GPU with 24 GB."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
+
+from .scorer import BatchedScorer, hub_file
+
+REWARD_TOKEN = "<|Reward|>"
+IMAGE_TOKEN = "<|image_pad|>"
+PIXELS = 256 * 28 * 28  # each image is resized to about this many
+
+
+class HPSv3Scorer(BatchedScorer):
+    """Score images by the predicted mean of human votes; the predicted spread is dropped.
+
+    Each image is a call of its own, so that a score does not depend on the padding of other prompts.
+
+    Args:
+        model (`transformers.Qwen2VLModel`): The network without its language head.
+        head (`torch.nn.Sequential`): From [`reward_head`], in float32.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): With Qwen2-VL's chat template and the token `<|Reward|>`.
+        image_processor (`transformers.Qwen2VLImageProcessorPil`): Resizes and cuts images into patches.
+        instruction (`str`): The text after the image, with `{text_prompt}` in the prompt's place and `<|Reward|>` where
+            the head reads.
+        device: See [`BatchedScorer`].
+    """
+
+    def __init__(
+        self,
+        model: Qwen2VLModel,
+        head: nn.Sequential,
+        tokenizer: Any,
+        image_processor: Qwen2VLImageProcessorPil,
+        instruction: str,
+        *,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__("hpsv3", device=device, batch_size=1)
+        for part in ("{text_prompt}", REWARD_TOKEN):
+            if part not in instruction:
+                raise ValueError(f"`instruction` of HPSv3 must contain `{part}`, got {instruction[:200]!r}.")
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.head = head.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.instruction = instruction
+        self.reward_token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        pixels = self.image_processor(images, return_tensors="pt").to(self.device)
+        question = {"type": "text", "text": self.instruction.replace("{text_prompt}", prompts[0])}
+        chat = [{"role": "user", "content": [{"type": "image"}, question]}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        # The network replaces one token for each merged patch of the image.
+        patches = int(pixels.image_grid_thw.prod()) // self.image_processor.merge_size**2
+        tokens = self.tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * patches), return_tensors="pt").to(self.device)
+        image_tokens = tokens.input_ids == self.model.config.image_token_id
+        hidden = self.model(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=pixels.pixel_values.to(self.model.dtype),
+            image_grid_thw=pixels.image_grid_thw,
+            mm_token_type_ids=image_tokens.int(),
+            use_cache=False,
+        ).last_hidden_state  # (1, tokens, D)
+        outputs = self.head(hidden[tokens.input_ids == self.reward_token].float())  # (1, 2): mean and spread
+        return outputs[:, 0]
+
+
+def hpsv3(
+    instruction: str,
+    model: str = "MizzenAI/HPSv3",
+    file: str = "HPSv3.safetensors",
+    base: str = "Qwen/Qwen2-VL-7B-Instruct",
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+) -> HPSv3Scorer:
+    """Load HPSv3.
+
+    Args:
+        instruction (`str`): The authors' instruction to the model. Read `INSTRUCTION` and `prompt_with_special_token`
+            from `hpsv3/dataset/data_collator_qwen.py` of their repository and join them. Another text gives other
+            scores.
+        model (`str`): Hub id or folder of the weights, 16 GB.
+        file (`str`): Their file.
+        base (`str`): Hub id or folder of the configuration, tokenizer and image processor.
+        revision (`str`, *optional*): Revision of the weights on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Type of the network; the head is in float32.
+        device: See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2508.03789.
+    """
+    network, head = split_weights(load_file(hub_file(model, file, revision)))
+    config = AutoConfig.from_pretrained(base)
+    config.text_config.vocab_size = network["language_model.embed_tokens.weight"].shape[0]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+    layers = reward_head(config.text_config.hidden_size)
+    layers.load_state_dict(head)
+    return HPSv3Scorer(
+        Qwen2VLModel.from_pretrained(None, config=config, state_dict=network, dtype=dtype),
+        layers,
+        tokenizer,
+        Qwen2VLImageProcessorPil.from_pretrained(base, size={"shortest_edge": PIXELS, "longest_edge": PIXELS}),
+        instruction,
+        device=device,
+    )
+
+
+def reward_head(width: int) -> nn.Sequential:
+    """Return the layers on the hidden state of `<|Reward|>`. The dropout layer keeps its number and does nothing."""
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+
+
+def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the network's weights under the names of `Qwen2VLModel`, and the head's weights in float32.
+
+    The names before transformers 4.52 (`visual.`, `model.layers.`) and since then (`model.visual.`,
+    `model.language_model.`) are understood.
+    """
+    network = {}
+    head = {}
+    for name, weight in weights.items():
+        if name.startswith("rm_head."):
+            head[name.removeprefix("rm_head.")] = weight.float()
+        elif not name.startswith("lm_head."):
+            name = re.sub(r"^model\.(visual|language_model)\.", r"\1.", name)
+            network[re.sub(r"^model\.", "language_model.", name)] = weight
+    return network, head

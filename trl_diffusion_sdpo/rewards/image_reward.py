@@ -1,0 +1,170 @@
+"""ImageReward 1.0: BLIP with a head that was trained on ranked images."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPImageProcessorPil,
+)
+
+from .heads import linear_head
+from .scorer import BatchedScorer, hub_file
+
+# Mean and standard deviation of the raw scores on the authors' data.
+MEAN = 0.16717362830052426
+STD = 1.0333394966054072
+MAX_TOKENS = 35
+
+_VISION_BLOCK = {
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.projection.",
+}
+
+
+class ImageRewardScorer(BatchedScorer):
+    """Score images under their prompts; about 0 on average, with a standard deviation of about 1.
+
+    Args:
+        vision (`transformers.BlipVisionModel`): Encodes images.
+        text (`transformers.BlipTextModel`): Encodes prompts, with cross-attention to the image.
+        head (`torch.nn.ModuleDict`): The linear layers on the first token.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): BERT's, without the tokens that BLIP adds to it.
+        image_processor (`transformers.CLIPImageProcessorPil`): Resizes and crops like CLIP.
+        device, batch_size: See [`BatchedScorer`].
+    """
+
+    def __init__(
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        head: nn.ModuleDict,
+        tokenizer: Any,
+        image_processor: CLIPImageProcessorPil,
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 16,
+    ):
+        super().__init__("image_reward", device=device, batch_size=batch_size)
+        self.vision = vision.eval().requires_grad_(False).to(self.device)
+        self.text = text.eval().requires_grad_(False).to(self.device)
+        self.head = head.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        pixels = self.image_processor(images, return_tensors="pt").pixel_values
+        image = self.vision(pixels.to(self.device)).last_hidden_state  # (N, patches + 1, D)
+        text = self.text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=self.device),
+            # The configuration says `True`, because only decoders have cross-attention. The call says `False`, so
+            # that each token still sees the whole prompt.
+            is_decoder=False,
+        ).last_hidden_state
+        raw = self.head["layers"](text[:, 0])[:, 0]
+        return (raw - MEAN) / STD
+
+
+def image_reward(
+    model: str = "zai-org/ImageReward",
+    tokenizer: str = "google-bert/bert-base-uncased",
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 16,
+) -> ImageRewardScorer:
+    """Load ImageReward 1.0.
+
+    Args:
+        model (`str`): Hub id or folder of `ImageReward.pt`, which is read with `weights_only=True`, and of
+            `med_config.json`.
+        tokenizer (`str`): Hub id or folder of BERT's tokenizer.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        device, batch_size: See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2304.05977.
+    """
+    weights = hub_file(model, "ImageReward.pt", revision)
+    med_config = json.loads(hub_file(model, "med_config.json", revision).read_text(encoding="utf-8"))
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=224,
+            patch_size=16,
+            layer_norm_eps=1e-6,
+        )
+    )
+    text = BlipTextModel(text_config(med_config), add_pooling_layer=False)
+    head = linear_head(text.config.hidden_size)
+    load_weights(torch.load(weights, map_location="cpu", weights_only=True), vision, text, head)
+    return ImageRewardScorer(
+        vision,
+        text,
+        head,
+        AutoTokenizer.from_pretrained(tokenizer),
+        CLIPImageProcessorPil(),
+        device=device,
+        batch_size=batch_size,
+    )
+
+
+def text_config(med_config: Mapping[str, Any]) -> BlipTextConfig:
+    """Return the text encoder's configuration from the published `med_config.json`."""
+    return BlipTextConfig(
+        **{name: value for name, value in med_config.items() if name not in ("architectures", "model_type")},
+        encoder_hidden_size=med_config["encoder_width"],
+        is_decoder=True,
+    )
+
+
+def load_weights(
+    weights: Mapping[str, torch.Tensor], vision: BlipVisionModel, text: BlipTextModel, head: nn.ModuleDict
+) -> None:
+    """Load the published state dict into the three networks.
+
+    Raises:
+        `RuntimeError`: If weights are missing, unknown or of another shape.
+    """
+    towers: dict[str, dict[str, torch.Tensor]] = {"blip.visual_encoder": {}, "blip.text_encoder": {}, "mlp": {}}
+    for name, weight in weights.items():
+        tower = next((prefix for prefix in towers if name.startswith(f"{prefix}.")), None)
+        if tower is not None and not name.endswith("position_ids"):  # a buffer
+            towers[tower][name.removeprefix(f"{tower}.")] = weight
+    vision.load_state_dict({vision_name(name): weight for name, weight in towers["blip.visual_encoder"].items()})
+    text.load_state_dict(towers["blip.text_encoder"])
+    head.load_state_dict(towers["mlp"])
+
+
+def vision_name(name: str) -> str:
+    """Return the name in `BlipVisionModel` of a weight of BLIP's image encoder."""
+    fixed = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding"}
+    if name in fixed:
+        return fixed[name]
+    name = name.replace("patch_embed.proj.", "embeddings.patch_embedding.")
+    name = re.sub(r"^blocks\.", "encoder.layers.", name)
+    name = re.sub(r"^norm\.", "post_layernorm.", name)
+    for part, target in _VISION_BLOCK.items():
+        name = name.replace(part, target)
+    return name

@@ -1,0 +1,65 @@
+"""Names of open_clip's weights in transformers' `CLIPModel`."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+# Patterns of open_clip's names -> the names in `CLIPModel`, for a tower's own weights.
+_VISION = {
+    r"visual\.class_embedding": "vision_model.embeddings.class_embedding",
+    r"visual\.conv1\.weight": "vision_model.embeddings.patch_embedding.weight",
+    r"visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    r"visual\.ln_pre\.(.*)": r"vision_model.pre_layrnorm.\1",  # the misspelling is transformers'
+    r"visual\.ln_post\.(.*)": r"vision_model.post_layernorm.\1",
+    r"visual\.proj": "visual_projection.weight",
+    r"visual\.transformer\.resblocks\.(.*)": r"vision_model.encoder.layers.\1",
+}
+_TEXT = {
+    r"token_embedding\.weight": "text_model.embeddings.token_embedding.weight",
+    r"positional_embedding": "text_model.embeddings.position_embedding.weight",
+    r"ln_final\.(.*)": r"text_model.final_layer_norm.\1",
+    r"text_projection": "text_projection.weight",
+    r"transformer\.resblocks\.(.*)": r"text_model.encoder.layers.\1",
+    r"logit_scale": "logit_scale",
+}
+_BLOCK = {
+    ".attn.out_proj.": ".self_attn.out_proj.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+_TRANSPOSED = ("visual.proj", "text_projection")
+_BUFFERS = ("attn_mask",)
+
+
+def clip_state_dict(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return open_clip's weights under the names of `CLIPModel`.
+
+    Names that neither has keep their name, so that `load_state_dict` reports them.
+    """
+    renamed = {}
+    for name, weight in weights.items():
+        if name in _BUFFERS:
+            continue
+        target = _renamed(name)
+        weight = weight.T if name in _TRANSPOSED else weight
+        if ".attn.in_proj_" not in target:
+            renamed[target] = weight.contiguous()
+            continue
+        # One matrix for queries, keys and values: (3D, D) -> three of (D, D).
+        before, _, kind = target.partition(".attn.in_proj_")
+        for letter, third in zip("qkv", weight.chunk(3), strict=True):
+            renamed[f"{before}.self_attn.{letter}_proj.{kind}"] = third.contiguous()
+    return renamed
+
+
+def _renamed(name: str) -> str:
+    for pattern, target in {**_VISION, **_TEXT}.items():
+        if re.fullmatch(pattern, name):
+            name = re.sub(f"^{pattern}$", target, name)
+            break
+    for part, target in _BLOCK.items():
+        name = name.replace(part, target)
+    return name

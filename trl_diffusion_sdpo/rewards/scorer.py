@@ -1,0 +1,201 @@
+"""The interface of scorers, and what all of them share: batches, and checks of what comes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
+
+
+class Scorer(Protocol):
+    """A callable that scores images under their prompts; higher is better.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): N images.
+        prompts (`Sequence[str]`): Their N prompts.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: float32 scores on the CPU.
+    """
+
+    name: str
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor: ...
+
+
+class BatchedScorer(ABC):
+    """Base of the scorers in this package. A subclass scores one batch in `score_batch`.
+
+    Args:
+        name (`str`): Name of the scores in tables and files. It tells apart scores that do not compare, such as two
+            variants of one formula.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the scorer computes.
+        batch_size (`int`, *optional*, defaults to `16`): Images that are scored at once.
+
+    Raises:
+        `ValueError`: By a call, if images and prompts differ in number, or if a score is not finite.
+    """
+
+    def __init__(self, name: str, *, device: str | torch.device = "cpu", batch_size: int = 16):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` of a scorer must be at least 1, got {batch_size}.")
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """Return the `(N,)` scores of at most `batch_size` RGB images."""
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"`{self.name}` scores images under their prompts, got {len(images)} images and {len(prompts)} "
+                "prompts. Pass one prompt for each image."
+            )
+        scores = [torch.empty(0)]
+        for start in range(0, len(images), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            with torch.inference_mode():
+                scored = self.score_batch([image.convert("RGB") for image in images[batch]], list(prompts[batch]))
+            scores.append(checked_scores(scored, prompts[batch], self.name))
+        return torch.cat(scores)
+
+
+class FunctionScorer:
+    """A scorer from any callable that takes a list of images and a list of prompts and returns N numbers.
+
+    Raises:
+        `ValueError`: By a call, if the function returns another number of scores, or one that is not finite.
+    """
+
+    def __init__(self, name: str, function: Callable[[list[Image.Image], list[str]], Any]):
+        self.name = name
+        self.function = function
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        return checked_scores(self.function(list(images), list(prompts)), prompts, self.name)
+
+
+def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
+    """Return a scorer's output as `(N,)` float32 on the CPU.
+
+    Raises:
+        `ValueError`: If the number of scores is not N, or a score is not finite.
+    """
+    scores = torch.as_tensor(scores).detach().to("cpu", torch.float32)
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"`{name}` must return one score for each image, got shape {tuple(scores.shape)} for {len(prompts)} images."
+        )
+    finite = torch.isfinite(scores)
+    if not finite.all():
+        first = int(finite.int().argmin())
+        raise ValueError(
+            f"`{name}` must return finite scores, got {scores[first].item()} for the prompt {prompts[first]!r}. Look "
+            "at that image, or score in float32."
+        )
+    return scores
+
+
+# Name of a scorer -> the function or class that builds it, imported at its first use.
+_BUILDERS: dict[str, str | Callable[..., Scorer]] = {
+    "pickscore": "clip:pickscore",
+    "clip_score": "clip:clip_score",
+    "clip_score_hessel": "clip:clip_score_hessel",
+    "hpsv2": "clip:hpsv2",
+    "hpsv2.1": "clip:hpsv21",
+    "aesthetic": "aesthetic:aesthetic",
+    "image_reward": "image_reward:image_reward",
+    "vqa_score": "vqa_score:vqa_score",
+    "hpsv3": "hpsv3:hpsv3",
+    "vlm_server": "vlm_server:VLMServerScorer",
+}
+
+
+def register_scorer(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
+    """Register a function or class that builds a [`Scorer`] under a name for [`load_scorer`].
+
+    Raises:
+        `ValueError`: If the name is taken or contains a colon.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo.rewards import FunctionScorer, load_scorer, register_scorer
+
+
+    @register_scorer("corner")
+    def corner(**settings):
+        return FunctionScorer("corner", lambda images, prompts: [sum(image.getpixel((0, 0))) for image in images])
+
+
+    scorer = load_scorer("corner")
+    ```
+    """
+    if ":" in name or name in _BUILDERS:
+        raise ValueError(f"A scorer needs a name of its own without a colon, got {name!r}. Choose another name.")
+
+    def register(builder: Callable[..., Scorer]) -> Callable[..., Scorer]:
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def scorer_names() -> list[str]:
+    """Return the names that [`load_scorer`] knows."""
+    return sorted(_BUILDERS)
+
+
+def load_scorer(name: str, **settings: Any) -> Scorer:
+    """Load a scorer by its name, or wrap the function `module:function`.
+
+    Args:
+        name (`str`): A name of [`scorer_names`], or `package.module:function` for a function that takes images and
+            prompts and returns numbers.
+        settings: Passed to the builder of the scorer, such as `device`, `batch_size`, `model` and `revision`.
+
+    Raises:
+        `ValueError`: If there is no such scorer or function, or settings are given for a function.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo.rewards import load_scorer
+
+    scorer = load_scorer("pickscore", device="cuda")
+    scores = scorer([image], ["a red circle"])  # (1,)
+    ```
+    """
+    builder = _BUILDERS.get(name)
+    if isinstance(builder, str):
+        module, _, attribute = builder.partition(":")
+        builder = getattr(import_module(f".{module}", __package__), attribute)
+    if builder is not None:
+        return builder(**settings)
+    if ":" not in name:
+        raise ValueError(
+            f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or "
+            "`module:function`."
+        )
+    if settings:
+        raise ValueError(f"A function takes no settings as a scorer, got {sorted(settings)} for {name!r}.")
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from error
+    return FunctionScorer(name, function)
+
+
+def hub_file(model: str, name: str, revision: str | None = None) -> Path:
+    """Return the path of a file in a local folder, or download it from the Hub."""
+    local = Path(model) / name
+    return local if local.is_file() else Path(hf_hub_download(model, name, revision=revision))

@@ -1,0 +1,212 @@
+"""Scores from an image-text model behind a URL that speaks OpenAI's chat format, such as vLLM's server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from PIL import Image
+
+QUESTION = """Judge the image as a picture for this prompt: "{prompt}"
+Give three scores from 1 (bad) to 5 (good), each on a line of its own, and nothing else:
+Alignment Score (1-5): how well the image shows what the prompt says
+Coherence Score (1-5): how free it is of errors in shapes, anatomy and text
+Style Score (1-5): how good it looks"""
+COMPARISON = """Two images were made for this prompt: "{prompt}"
+Which one would a careful person prefer, for what it shows and how it looks? Answer with one line and nothing else:
+Image 1 is better
+or
+Image 2 is better
+or
+Equal"""
+_SCORE = re.compile(r"(Alignment|Coherence|Style) Score\s*\(1-5\)\s*:\s*\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
+_CHOICE = re.compile(r"\b(image 1|image 2|equal)\b", re.IGNORECASE)
+_MAX_ANSWER = 1_000_000  # bytes
+_ENOUGH_ANSWERS = 20  # fewer say nothing about the share of unreadable ones
+
+
+class VLMServerError(RuntimeError):
+    """The server cannot be reached, refuses the request, or answers too often in another form."""
+
+
+class VLMServerScorer:
+    """Score images by the answers of a served image-text model: the mean of three scores, mapped from 1-5 to 0-1.
+
+    An answer in another form gives the score NaN, which evaluations count and leave out. More of them than
+    `max_unreadable` are an error.
+
+    Args:
+        url (`str`): Address of the API, such as `http://127.0.0.1:8000/v1`.
+        model (`str`): The model's name at the server.
+        question (`str`, *optional*): The question, with `{prompt}` in the prompt's place. The answer must contain
+            `Alignment Score (1-5): 4` and the like.
+        batch_size (`int`, *optional*, defaults to `8`): Requests at once.
+        timeout (`float`, *optional*, defaults to `120.0`): Seconds for one request.
+        max_unreadable (`float`, *optional*, defaults to `0.05`): Largest share of unreadable answers, from the 20th
+            answer on.
+        max_tokens (`int`, *optional*, defaults to `256`): Length of an answer.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable of the key that is
+            sent, if it is set.
+
+    Raises:
+        `VLMServerError`: By a call, if the server cannot be reached, refuses, or too many answers are unreadable.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo.rewards import load_scorer
+
+    scorer = load_scorer("vlm_server", url="http://127.0.0.1:8000/v1", model="CodeGoat24/UnifiedReward-2.0-qwen3vl-8b")
+    ```
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        question: str = QUESTION,
+        batch_size: int = 8,
+        timeout: float = 120.0,
+        max_unreadable: float = 0.05,
+        max_tokens: int = 256,
+        api_key_variable: str = "OPENAI_API_KEY",
+    ):
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise ValueError(f"`url` must begin with `http://` or `https://`, got {url!r}.")
+        if "{prompt}" not in question:
+            raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")
+        self.name = f"vlm_server({model.split('/')[-1]})"
+        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.model = model
+        self.question = question
+        self.batch_size = batch_size
+        self.timeout = timeout
+        self.max_unreadable = max_unreadable
+        self.max_tokens = max_tokens
+        self.api_key_variable = api_key_variable
+        self.answered = 0
+        self.unreadable = 0
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        requests = [([image], self.question.replace("{prompt}", prompt)) for image, prompt in _pairs(images, prompts)]
+        scores = [read_score(answer) for answer in self._ask(requests)]
+        self._count(sum(score is None for score in scores), len(scores))
+        return torch.tensor([math.nan if score is None else score for score in scores])
+
+    def compare(
+        self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> torch.Tensor:
+        """Return which of two images the model prefers, `(N,)`: 1 for the first, -1 for the second, 0 for a tie.
+
+        Each pair is shown in both orders. If the answers contradict each other, the pair is a tie. If one of them is
+        unreadable, the result is NaN.
+        """
+        questions = [COMPARISON.replace("{prompt}", prompt) for _, prompt in _pairs(first, prompts)]
+        orders = [list(pair) for pair in zip(first, second, strict=True)]
+        reversed_orders = [pair[::-1] for pair in orders]
+        answers = self._ask([*zip(orders, questions, strict=True), *zip(reversed_orders, questions, strict=True)])
+        choices = [read_choice(answer) for answer in answers]
+        self._count(sum(choice is None for choice in choices), len(choices))
+        results = []
+        for choice, swapped in zip(choices[: len(orders)], choices[len(orders) :], strict=True):
+            if choice is None or swapped is None:
+                results.append(math.nan)
+            else:
+                results.append(float(choice) if choice == -swapped else 0.0)
+        return torch.tensor(results)
+
+    def _ask(self, requests: list[tuple[list[Image.Image], str]]) -> list[str]:
+        with ThreadPoolExecutor(self.batch_size) as pool:
+            return list(pool.map(lambda request: self._answer(*request), requests))
+
+    def _answer(self, images: list[Image.Image], question: str) -> str:
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
+        ]
+        content.append({"type": "text", "text": question})
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.api_key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                answer = response.read(_MAX_ANSWER)
+        except urllib.error.HTTPError as error:
+            detail = error.read(300).decode(errors="replace")
+            raise VLMServerError(f"{self.url} answered with status {error.code}: {detail}") from error
+        except OSError as error:  # no connection, timeout
+            raise VLMServerError(
+                f"{self.url} does not answer: {error}. Start the server, or raise `timeout`."
+            ) from error
+        try:
+            return str(json.loads(answer)["choices"][0]["message"]["content"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise VLMServerError(
+                f"{self.url} must answer in OpenAI's chat format, got {answer[:200]!r}. Check the address."
+            ) from error
+
+    def _count(self, unreadable: int, answered: int) -> None:
+        self.answered += answered
+        self.unreadable += unreadable
+        if self.answered >= _ENOUGH_ANSWERS and self.unreadable > self.max_unreadable * self.answered:
+            raise VLMServerError(
+                f"{self.unreadable} of {self.answered} answers of {self.model} are unreadable, more than "
+                f"`max_unreadable={self.max_unreadable}`. Ask another model, or change `question`."
+            )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects, which would send the key to another host."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def read_score(answer: str) -> float | None:
+    """Return the mean of an answer's scores mapped from 1-5 to 0-1, or `None` if it is unreadable."""
+    scores = {axis.lower(): min(max(float(score), 1.0), 5.0) for axis, score in _SCORE.findall(answer)}
+    if not scores:
+        return None
+    return (sum(scores.values()) / len(scores) - 1) / 4
+
+
+def read_choice(answer: str) -> int | None:
+    """Return 1, -1 or 0 if the answer names the first image, the second or neither, `None` if it is unreadable."""
+    named = {choice.lower() for choice in _CHOICE.findall(answer)}
+    if len(named) != 1:
+        return None
+    return {"image 1": 1, "image 2": -1, "equal": 0}[named.pop()]
+
+
+def data_url(image: Image.Image) -> str:
+    """Return an image as a PNG inside a URL."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _pairs(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[tuple[Image.Image, str]]:
+    if len(images) != len(prompts):
+        raise ValueError(f"Pass one prompt for each image, got {len(images)} images and {len(prompts)} prompts.")
+    return list(zip(images, prompts, strict=True))

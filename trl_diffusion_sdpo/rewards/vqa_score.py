@@ -1,0 +1,79 @@
+"""VQAScore: how likely an image-text model answers "Yes" when it is asked whether the image shows the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .scorer import BatchedScorer
+
+QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
+
+
+class VQAScorer(BatchedScorer):
+    """Score images by the probability in `[0, 1]` that the model's first answer token is "Yes".
+
+    Each image is a call of its own, so that a score does not depend on the padding of other prompts. Values of two
+    models do not compare: the name of the scores contains the model's.
+
+    Args:
+        name (`str`): Name of the scores.
+        model (`transformers.PreTrainedModel`): An image-text model with a `logits` output.
+        processor (`transformers.ProcessorMixin`): Its processor, with a chat template.
+        question (`str`, *optional*): The question, with `{prompt}` in the prompt's place.
+        answer (`str`, *optional*, defaults to `"Yes"`): The answer whose first token is scored.
+        device: See [`BatchedScorer`].
+
+    Source: https://huggingface.co/papers/2404.01291.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        *,
+        question: str = QUESTION,
+        answer: str = "Yes",
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__(name, device=device, batch_size=1)
+        if "{prompt}" not in question:
+            raise ValueError(f"`question` must contain `{{prompt}}`, got {question!r}.")
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.processor = processor
+        self.question = question
+        self.answer_token = processor.tokenizer.encode(answer, add_special_tokens=False)[0]
+
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        question = {"type": "text", "text": self.question.replace("{prompt}", prompts[0])}
+        chat = [{"role": "user", "content": [{"type": "image"}, question]}]
+        text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        inputs = self.processor(text=[text], images=[images[0]], return_tensors="pt").to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        logits = self.model(**inputs).logits[:, -1].float()  # (1, vocabulary)
+        return logits.softmax(dim=-1)[:, self.answer_token]
+
+
+def vqa_score(
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **settings: Any,
+) -> VQAScorer:
+    """Load VQAScore with any image-text model of transformers.
+
+    Args:
+        model (`str`): Hub id or folder of the model and its processor.
+        revision (`str`, *optional*): Revision on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Type of the weights.
+        settings: `question`, `answer`, `device`.
+    """
+    network = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(model, revision=revision)
+    return VQAScorer(f"vqa_score({model.rstrip('/').split('/')[-1]})", network, processor, **settings)
