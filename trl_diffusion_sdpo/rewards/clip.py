@@ -208,7 +208,7 @@ def hpsv21(
     path = hub_file(model, file, revision)
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     network = hps_network(weights, CLIPConfig.from_pretrained(processor))
-    network.to(dtype=dtype)
+    torch.nn.Module.to(network, dtype)  # the types of `CLIPModel.to` leave out its own argument
     return CLIPScorer(name, network, **load_processors(processor), **settings)
 
 
