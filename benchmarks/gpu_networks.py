@@ -11,11 +11,10 @@ import diffusers
 import torch
 import transformers
 from diffusers import BitsAndBytesConfig, DiffusionPipeline
+from published_sizes import PIPELINES
 from random_pipeline import build_tokenizer
 from torch import nn
 from transformers import PreTrainedModel, T5Tokenizer
-
-from trl_diffusion_sdpo.planning.published import PIPELINES
 
 T5_TOKENS = 512
 SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_attention_heads": 4}

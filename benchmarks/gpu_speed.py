@@ -31,13 +31,13 @@ from gpu_device import GIB, Memory, peak_flops
 from gpu_meter import TIMED, WARMUP, MeasuredTrainer, Meter
 from gpu_networks import SMALLEST_SIDE, build
 from peft import LoraConfig
+from published_sizes import PIPELINES
 from random_pipeline import encoded_pairs
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.planning.published import PIPELINES
 from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
 from trl_diffusion_sdpo.utils._compat import repeated_blocks
 from trl_diffusion_sdpo.utils.processes import usable_cores

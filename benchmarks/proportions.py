@@ -17,10 +17,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from published_flops import PASSES, published_flops
+from published_sizes import SD15, SDXL
 from random_pipeline import START, build_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-from trl_diffusion_sdpo.planning.published import SD15, SDXL
 
 TIME_EMBEDDING = 32  # of each of SDXL's six size numbers, at small sizes
 SD_VAE: dict[str, Any] = {

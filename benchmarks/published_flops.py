@@ -11,12 +11,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from published_sizes import PIPELINES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-
-from trl_diffusion_sdpo.planning.published import PIPELINES
 
 FILE = Path(__file__).parent / "results" / "flops.json"
 MODELS = ("sd15", "sdxl", "sd35-medium", "flux-dev")

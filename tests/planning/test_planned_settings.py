@@ -60,16 +60,15 @@ def test_the_moment_of_set_up_holds_a_shard_and_one_block(plan_of):
     assert 0 < block < 4 * plan.parameters and list(plan.moments)[0] == "set-up"
 
 
-def test_the_engine_is_read_from_accelerates_settings():
-    deepspeed = {"distributed_type": "DEEPSPEED", "num_processes": 4, "deepspeed_config": {"zero_stage": 3}}
-    assert engine_of(deepspeed, None) == Engine("zero3", 4)
-    assert engine_of(deepspeed, "8").processes == 8, "the command line comes first"
-    assert engine_of({"distributed_type": "FSDP", "num_processes": 2}, None) == Engine("fsdp2", 2)
-    assert engine_of({"distributed_type": "MULTI_GPU"}, 2) == Engine("ddp", 2)
-    assert engine_of({}, None) == Engine()
-    for settings, processes in ((deepspeed | {"num_processes": None}, None), (deepspeed, 0), (deepspeed, "auto")):
+def test_an_engine_has_the_name_of_a_packaged_configuration_and_a_number_of_processes():
+    assert engine_of("zero3", "4") == Engine("zero3", 4)
+    assert engine_of(None, 2) == engine_of("multi_gpu", 2) == Engine("ddp", 2)
+    assert engine_of(None, None) == engine_of("single_gpu", None) == Engine()
+    for processes in (None, 0, "auto"):
         with pytest.raises(ValueError, match="`--num_processes`"):
-            engine_of(settings, processes)
+            engine_of("zero3", processes)
+    with pytest.raises(ValueError, match="Did you mean `zero3`"):
+        engine_of("zero_3.yaml", 4)
 
 
 def test_the_table_of_what_fits_has_every_tuning_with_and_without_checkpointing(folder, capsys, tmp_path):

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.hints import did_you_mean
 from . import EXIT_OK
-from .launch import config_path
-from .options import OneLineParser, option_name, read_yaml, take_options
+from .options import OneLineParser, option_name, take_options
 from .train_parser import read_given
 
 if TYPE_CHECKING:
@@ -23,11 +21,10 @@ def make_parser(prog: str | None = None) -> OneLineParser:
     """Return the parser of the command's own options; all others are those of `train`."""
     parser = OneLineParser(
         prog=prog,
-        usage="%(prog)s (--model_name_or_path ID | --like NAME) [--config FILE.yaml] [--OPTION VALUE ...]",
+        usage="%(prog)s --model_name_or_path ID [--config FILE.yaml] [--OPTION VALUE ...]",
         description="Compute the memory, the disk and the FLOPs of a run without loading its weights: the options are "
         "those of `train`, and these. Nothing is measured, and no device is needed.",
     )
-    parser.add_argument("--like", help="a published size: sd15, sdxl, sd35-medium, flux-dev and others")
     parser.add_argument("--plan_device", choices=["cuda", "cpu"], default="cuda", help="device to plan for")
     parser.add_argument("--only_this", action="store_true", help="plan these settings only, no table of what fits")
     parser.add_argument("--plan_pairs", type=int, default=100_000, help="number of pairs for the hours")
@@ -41,7 +38,7 @@ def make_parser(prog: str | None = None) -> OneLineParser:
 def run(arguments: list[str], prog: str) -> int:
     own, words = make_parser(prog).parse_known_args(arguments)
     with _without_warnings():  # what `train` says of its choices, once for every set-up that is planned
-        planned = planned_settings(words, prog, own.plan_device, own.like)
+        planned = planned_settings(words, prog, own.plan_device)
         plan = planned.plan()
         from ..planning import report
 
@@ -55,43 +52,35 @@ def run(arguments: list[str], prog: str) -> int:
     return EXIT_OK
 
 
-def planned_settings(words: list[str], prog: str | None, device: str, like: str | None = None) -> PlannedSettings:
+def planned_settings(words: list[str], prog: str | None, device: str) -> PlannedSettings:
     """Read the words of `train` into settings to plan.
 
     Args:
         device (`str`): Device to plan for; it decides on bf16 if neither `bf16` nor `fp16` is given.
-        like (`str`, *optional*): A published size in place of a model.
 
     Raises:
         ValueError: If a word is unknown, or the engine cannot be planned.
     """
     from ..planning.prepare import PlannedSettings  # takes seconds
-    from ..planning.published import PIPELINES
     from ..planning.sharding import engine_of
     from .train import parse
 
-    if like is not None and like not in PIPELINES:
-        near = did_you_mean(like, PIPELINES)
-        raise ValueError(f"`--like` must be one of {', '.join(PIPELINES)}; got {like!r}.{near}")
     file, accelerate_config, _ = read_given(words)
     taken, words = take_options(words, "accelerate_config", "num_processes")
     names = {option_name(word) for word in words} | set(file)
     words = [*words, "--use_cpu", "true"]  # nothing is put onto a device
     if device != "cpu" and not names & {"bf16", "fp16", "no_bf16"}:
         words += ["--bf16", "true"]
-    if like is not None:
-        words += ["--model_name_or_path", f"published/{like}"]
     _, training, model = parse(words, prog)
     if not model.model_name_or_path:
         raise ValueError("`--model_name_or_path` must be the Hub id or folder of a diffusers pipeline, got none.")
     if training.deepspeed or training.fsdp:
         raise ValueError(
-            "A plan takes the engine from `--accelerate_config`, by name or from a file of accelerate, got "
-            "`--deepspeed` or `--fsdp`. Pass the former with `--num_processes`."
+            "A plan takes the engine from `--accelerate_config` and `--num_processes`, got `--deepspeed` or `--fsdp`. "
+            "Name the packaged configuration that shards the same."
         )
-    settings = {} if accelerate_config is None else read_yaml(config_path(accelerate_config))
     count = taken["num_processes"] or file.get("num_processes")
-    return PlannedSettings(training, model, engine_of(settings, count), device, like)
+    return PlannedSettings(training, model, engine_of(accelerate_config, count), device)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +20,8 @@ from ..trainer.config.complete import check_and_complete, image_sizes, loss_sett
 from ..utils._compat import CHECKPOINTING, activation_checkpointing
 from .fake_step import Networks, StepSettings
 from .plan import FrozenState, Plan, Prepared, make_plan
-from .published import HUB_IDS
 from .sharding import Engine
-from .skeleton import pipeline_of_folder, published_pipeline
+from .skeleton import pipeline_of_folder
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -39,29 +37,23 @@ class PlannedSettings:
         model (`trl.ModelConfig`): Model, LoRA and quantization.
         engine ([`Engine`]): The engine and its number of processes.
         device (`str`): `"cuda"` or `"cpu"`.
-        like (`str`, *optional*): A published size in place of a model.
     """
 
-    def __init__(
-        self, training: DiffusionSDPOConfig, model: ModelConfig, engine: Engine, device: str, like: str | None = None
-    ):
-        self._training, self._model = training, model
-        self.engine, self._device = engine, device
-        path = str(model.model_name_or_path)
-        self._like = like if like is not None or os.path.isdir(path) else HUB_IDS.get(path)
-        if self._like is None and starting_point(path, training.adapter_name_or_path).adapter:
-            model.use_peft = True  # a LoRA that goes on
+    def __init__(self, training: DiffusionSDPOConfig, model: ModelConfig, engine: Engine, device: str):
+        self._training = training
+        self._model = model
+        self.engine = engine
+        self._device = device
+        if starting_point(str(model.model_name_or_path), training.adapter_name_or_path).adapter:
+            model.use_peft = True  # the LoRA continues training
 
     def plan(self, **changes: Any) -> Plan:
         """Plan with some settings changed; `ValueError` if they cannot act together."""
-        return make_plan(self.prepared(**changes), self._device)
-
-    def prepared(self, **changes: Any) -> Prepared:
-        """Return the set-up with some settings changed."""
-        training, model = copy.copy(self._training), copy.copy(self._model)
+        training = copy.copy(self._training)
+        model = copy.copy(self._model)
         for name, value in changes.items():
             setattr(model if name in vars(model) else training, name, value)
-        return prepare(training, model, self.engine, self._like)
+        return make_plan(prepare(training, model, self.engine), self._device)
 
     def tunings(self) -> dict[str, dict[str, Any]]:
         """Return the changes for LoRA, QLoRA and full tuning, each without and with activation checkpointing."""
@@ -79,12 +71,12 @@ class PlannedSettings:
         }
 
 
-def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine, like: str | None) -> Prepared:
+def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> Prepared:
     """Make the networks of a run and say what its step does."""
     from trl import get_peft_config
 
     stored = _stored(model_args)
-    loaded = _loaded(model_args, args, like)
+    loaded = _loaded(model_args, args)
     spec = args.loss_spec
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None
@@ -135,22 +127,20 @@ def _stored(model_args: ModelConfig) -> str | None:
     return "4bit nested" if model_args.use_bnb_nested_quant else "4bit"
 
 
-def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None) -> LoadedModel:
+def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig) -> LoadedModel:
     """Return the model, with the LoRA that it goes on from unless all weights are planned to train."""
     start = starting_point(str(model_args.model_name_or_path), args.adapter_name_or_path)
-    family = _family(model_args, args, like, start)
+    family = _family(model_args, args, start)
     if start.adapter is None or not model_args.use_peft:
         return LoadedModel(family, None)
     attach_adapter(family.pipeline, family.denoiser_name, start.adapter)
     return LoadedModel(family, None, adapter_source=start.adapter)
 
 
-def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, like: str | None, start: StartingPoint) -> Family:
+def _family(model_args: ModelConfig, args: DiffusionSDPOConfig, start: StartingPoint) -> Family:
     init: Any = args.model_init_kwargs or {}
     options = start.with_recorded({"revision": model_args.model_revision, "dtype": model_args.dtype, **init})
     dtype = torch_dtype(options.pop("dtype"))
-    if like is not None:
-        return published_pipeline(like, dtype)
     access = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
     return pipeline_of_folder(configuration_of(start.pipeline, options.get("config")), dtype, **access)
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..utils._compat import block_names
+from ..utils.hints import did_you_mean
 
 # What each engine divides: weights, gradients, and the optimizer's states.
 DIVIDED: dict[str, tuple[str, ...]] = {
@@ -18,7 +19,9 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "zero3": ("optimizer", "gradients", "weights"),
     "fsdp2": ("optimizer", "gradients", "weights"),
 }
-ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once, if its configuration does not say otherwise
+# The packaged configurations of accelerate.
+CONFIGS = {"single_gpu": "single", "multi_gpu": "ddp", **{name: name for name in ("zero1", "zero2", "zero3", "fsdp2")}}
+ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once by default
 
 
 @dataclass(frozen=True)
@@ -50,30 +53,33 @@ class Engine:
         return self.name.startswith("zero")
 
 
-def engine_of(settings: dict[str, Any], processes: int | str | None) -> Engine:
-    """Return the engine of a configuration of accelerate.
+def engine_of(config: str | None, processes: int | str | None) -> Engine:
+    """Return the engine of a packaged configuration of accelerate.
 
     Args:
-        settings (`dict[str, Any]`): Accelerate's file, with `distributed_type` and ZeRO's stage; empty for one device.
-        processes (`int` or `str`, *optional*): Their number, instead of the file's.
+        config (`str`, *optional*): Its name.
+        processes (`int` or `str`, *optional*): Number of processes; one without a configuration.
 
     Raises:
-        ValueError: If the number of processes is unknown.
+        ValueError: If the name is unknown, or the number of processes is missing.
     """
-    kind = str(settings.get("distributed_type", "NO"))
-    deepspeed = settings.get("deepspeed_config") or {}
-    names = {"NO": "single", "FSDP": "fsdp2", "DEEPSPEED": f"zero{deepspeed.get('zero_stage', 2)}"}
-    name = names.get(kind, "ddp")
-    given = settings.get("num_processes") if processes is None else processes
-    count = int(given) if str(given).isdigit() else 1 if given is None and name == "single" else 0
-    if name not in DIVIDED or count < 1:
+    if config is None and processes is None:
+        return Engine()
+    name = CONFIGS.get(config or "multi_gpu")
+    if name is None:
+        near = did_you_mean(str(config), CONFIGS)
         raise ValueError(
-            f"A plan of several processes needs an engine ({', '.join(DIVIDED)}) and the number of processes, got "
-            f"{name} and {given}. Pass `--num_processes`."
+            f"A plan needs a packaged `--accelerate_config`: {', '.join(CONFIGS)}; got {config!r}. Use the one that "
+            f"shards the same.{near}"
         )
-    if name == "single" and count > 1:
-        name = "ddp"
-    return Engine(name, count)
+    if name == "single":
+        return Engine()
+    if not str(processes).isdigit() or int(str(processes)) < 1:
+        raise ValueError(
+            f"A plan with `--accelerate_config {config}` needs the number of processes, got {processes}. Pass "
+            "`--num_processes`."
+        )
+    return Engine(name, int(str(processes)))
 
 
 def largest_block(denoiser: nn.Module, element: int | None) -> tuple[int, int]:

@@ -12,31 +12,19 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding
 
 from ..families import Family, find_family
 from ..families.pipelines import CLASS, networks_without_weights, read_index
 from ..families.registry import family_for_class_name
-from .published import PIPELINES
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROMPT_TOKENS = 77  # of CLIP, where a tokenizer's configuration does not say
-
-
-def published_pipeline(name: str, dtype: torch.dtype) -> Family:
-    """The family of a pipeline of published size, one of [`PIPELINES`]."""
-    published = PIPELINES[name]
-    parts: dict[str, Any] = {}
-    for part, (class_name, settings) in published.components.items():
-        part_class = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
-        parts[part] = _build(part_class, settings, dtype)
-    return _family(published.pipeline_class, parts, {})
 
 
 def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> Family:
@@ -78,8 +66,7 @@ def _check_reachable(name_or_path: str, access: dict[str, Any]) -> None:
     except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
         raise ValueError(
             f"A plan reads the configuration of {name_or_path} from the Hub, and the Hub cannot be reached: "
-            f"{' '.join(str(error).split())} Name a folder, a model that is in the cache, or a published size by "
-            f"`--like`: {', '.join(PIPELINES)}."
+            f"{' '.join(str(error).split())} Name a folder, or a model that is in the cache."
         ) from error
 
 
@@ -130,17 +117,6 @@ class TokensOnly:
         if tokenize:
             return self(["" for _ in rows], **settings)
         return "" if len(rows) == 1 else ["" for _ in rows]
-
-
-def _build(part_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    if not issubclass(part_class, (ModelMixin, PreTrainedModel)):
-        return part_class(**config)  # a scheduler
-    with torch.device("meta"):
-        if issubclass(part_class, ModelMixin):
-            module = part_class(**config)
-        else:
-            module = part_class(part_class.config_class(**config))
-    return nn.Module.to(module, dtype).eval()  # diffusers' own would warn about rounding weights
 
 
 def _scheduler(entry: Any, name_or_path: str, access: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Pipelines of published sizes under the names of `--like`, as differences from the defaults of their classes."""
+"""Configurations of published pipelines, as differences from the defaults of their classes."""
 
 from __future__ import annotations
 
@@ -139,16 +139,4 @@ PIPELINES = {
         ("PixArtTransformer2DModel", PIXART_SIGMA),
         {"vae": _kl_vae(4, 0.13025), "text_encoder": ("T5EncoderModel", _T5_XXL), "scheduler": _DDPM},
     ),
-}
-
-# Hub ids whose configurations are those of a published size, so that a plan of them needs no network.
-HUB_IDS = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "stabilityai/stable-diffusion-2-1": "sd21",
-    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
-    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
-    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
-    "stabilityai/stable-diffusion-3.5-large": "sd35-large",
-    "black-forest-labs/FLUX.1-dev": "flux-dev",
-    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
 }
