@@ -5,19 +5,17 @@ import json
 import shutil
 
 import datasets
-import fsspec
 import pytest
 import torch
 from diffusers.utils import is_ftfy_available
 from fsspec.implementations.memory import MemoryFileSystem
-from PIL import Image
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import images
-from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
+from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
@@ -240,28 +238,6 @@ def no_answer(monkeypatch):
     return lambda times: left.__setitem__(0, times)
 
 
-def on_a_storage(pairs):
-    rows = []
-    for number, row in enumerate(pairs):
-        with fsspec.open(f"memory://{number}.png", "wb") as file:
-            row["chosen"].save(file, "PNG")
-        rows.append({**row, "chosen": f"memory://{number}.png"})
-    features = datasets.Features({**pairs.features, "chosen": datasets.Value("string")})
-    return datasets.Dataset.from_list(rows, features=features)
-
-
-def test_an_error_of_reading_that_may_pass_is_not_stored(make_trainer, make_cached, make_pairs, no_answer):
-    """Two errors are outlived; a third ends the run, and what was encoded stays."""
-    given = {"train": on_a_storage(make_pairs(8)), "verify_images": "none", "image_schemes": ["memory"]}
-    no_answer(3)
-    with pytest.raises(UnreadableImageError, match="no answer.*2.png, 3 times"):
-        make_cached(**given)
-    no_answer(2)
-    cached = make_cached(**given)
-    assert_equal_batches(make_trainer(**given), cached, [0])
-    assert cached.train_dataset.report.undecodable == 0
-
-
 def test_an_image_of_several_pairs_and_a_prompt_of_several_rows_are_encoded_once(
     make_trainer, make_cached, make_pairs
 ):
@@ -420,18 +396,6 @@ def test_a_pipeline_object_lends_its_encoders_and_gets_its_own_key(make_trainer,
         cached.train_dataset._encoded.conditioning("unheard of")
 
 
-@pytest.mark.matrix
-def test_sample_images_are_those_without_a_cache(make_trainer, make_cached, tmp_path):
-    given = {"sample_prompts": ["a cat"], "sample_kwargs": {"num_inference_steps": 2}, "max_steps": 1}
-    folders = [tmp_path / name for name in ("live", "cached")]
-    for make, folder in zip((make_trainer, make_cached), folders, strict=True):
-        make(output_dir=str(folder), **given).train()
-    images = [sorted(folder.glob("samples/*-0.png")) for folder in folders]
-    assert len(images[0]) == len(images[1]) == 2
-    for ours, theirs in zip(*images, strict=True):
-        assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
-
-
 def test_streams_are_refused(make_cached, make_pairs):
     with pytest.raises(ValueError, match="`streaming=True`"):
         make_cached(train=make_pairs(8).to_iterable_dataset())
@@ -481,11 +445,6 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
         path.unlink()
     assert "Encoded now: 24 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
     assert "Encoded now: 0 images and 0 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
-
-
-def test_the_command_publishes_nothing(encode, hub_server, tmp_path):
-    encode("cache", "--push_to_hub", "true", "--hub_model_id", "someone/something")
-    assert hub_server.repos == {} and not list((tmp_path / "run").rglob("*.md"))
 
 
 def test_quantized_components_are_not_moved_one_tensor_at_a_time(make_cached, sd_pipeline):

@@ -208,53 +208,6 @@ def test_one_number_of_a_reference_gives_other_errors(store_of, make_sd_pipeline
     assert paths[0] == paths[1] != paths[2]
 
 
-def test_the_scale_of_a_given_references_adapter_is_part_of_it(store_of, make_sd_pipeline):
-    def given(alpha):
-        pipeline = make_sd_pipeline(seed=3)
-        pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q"], init_lora_weights=False))
-        with torch.no_grad():
-            for name, parameter in pipeline.unet.named_parameters():
-                if "lora" in name:
-                    parameter.fill_(0.01)
-        return pipeline.unet
-
-    folders = [store_of(ref_model=given(alpha)) for alpha in (4, 4, 8)]
-    assert folders[0] == folders[1] != folders[2]
-
-
-def test_what_does_not_act_leaves_the_stores_as_they_are(store_of):
-    """Noise levels, draws and crops in an evaluation."""
-    cached = {"precompute_latents": True}
-    trained, evaluated = store_of(**cached)
-    kinds = ({}, {"precompute_epochs": 2}, {"n_timesteps_per_pair": 3})
-    found = [store_of(**cached, random_crop=True, **kind) for kind in kinds]
-    assert len({trained, *(train for train, _ in found)}) == 4
-    assert {other for _, other in found} == {evaluated}
-
-
-@pytest.mark.matrix
-def test_prepared_pairs_get_the_errors_of_each_trainers_reference(make_trainer, make_sd_pipeline, make_pairs):
-    """The first trainer keeps its own, and one without stored errors reads none."""
-
-    def errors(trainer):
-        return [trainer.eval_dataset[row]["ref_errors"] for row in range(4)]
-
-    held, pairs = make_pairs(4, seed=1), make_pairs(4)
-    first = make_trainer(train=pairs, eval_dataset=held, precompute_ref_errors=True)
-    first.precompute_reference_errors()
-    before = errors(first)
-    other = make_sd_pipeline(seed=3)
-    given = {"ref_model": other, "precompute_ref_errors": True}
-    second = make_trainer(eval_dataset=first.eval_dataset, train=first.train_dataset, **given)
-    alone = make_trainer(train=pairs, eval_dataset=held, **given)
-    for trainer in (second, alone):
-        trainer.precompute_reference_errors()
-    assert all(map(torch.equal, errors(second), errors(alone))) and not torch.equal(errors(second)[0], before[0])
-    assert all(map(torch.equal, errors(first), before))
-    assert torch.equal(second.train_dataset[3]["ref_errors"], alone.train_dataset[3]["ref_errors"])
-    assert "ref_errors" not in make_trainer(train=pairs, eval_dataset=first.eval_dataset).eval_dataset[0]
-
-
 def test_what_was_finished_before_a_failure_is_not_computed_again(make_trainer, counted, monkeypatch, tmp_path):
     monkeypatch.setattr(stored, "SHARD_PAIRS", 4)
     made = [make_trainer(precompute_ref_errors=True, precompute_dir=str(tmp_path / name)) for name in ("a", "b", "a")]
@@ -315,11 +268,6 @@ def test_an_error_that_is_not_finite_is_told_with_its_pair(make_trainer, make_sd
 def test_settings_under_which_errors_are_not_enough_are_refused(make_args, settings, reason):
     with pytest.raises(ValueError, match=f"`precompute_ref_errors=True`.*{reason}"):
         make_args(precompute_ref_errors=True, **settings)
-
-
-def test_a_setting_without_effect_warns(make_args):
-    with pytest.warns(UserWarning, match="`precompute_epochs`"):
-        make_args(precompute_epochs=2)
 
 
 def test_dropout_streams_and_other_data_are_refused(make_trainer, make_pairs, sd_pipeline):

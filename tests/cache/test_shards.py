@@ -93,16 +93,3 @@ def test_a_shard_that_is_cut_off_is_named_and_replaced(store, caplog):
     write(store, 1, range(4, 8))
     assert file.read_bytes() == whole
     assert_whole(store)
-
-
-def test_a_full_disk_leaves_what_was_finished(store, monkeypatch):
-    before = {path.name: path.read_bytes() for path in store.path.glob("*.safetensors")}
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write(store, 3, [0])
-    monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in store.path.glob("*.safetensors*")} == before

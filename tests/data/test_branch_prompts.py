@@ -1,12 +1,10 @@
 """A prompt of each image: read from every style of data, dropped together, and held out by the winner's."""
 
-import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.holdout import hold_out
 from trl_diffusion_sdpo.data.transforms import PreferenceCollator
 
 
@@ -71,18 +69,6 @@ def test_both_prompts_of_a_pair_are_dropped_or_none(pairs, make_pairs, style):
     assert all(item["prompt"] and item["loser_prompt"] for item in iter(prepared.for_evaluation()))
 
 
-@pytest.mark.parametrize("style", ["table", "list", "stream"])
-def test_a_row_without_one_of_its_prompts_is_counted(pairs, style):
-    rows = [*pairs.to_list(), {**pairs.to_list()[0], "rejected_prompt": None}]
-    data = datasets.Dataset.from_list(rows, features=pairs.features)
-    prepared = prepare(in_style(data, style))
-    assert sum(1 for _ in iter(prepared)) == 6 if style == "stream" else len(prepared) == 6
-    assert prepared.report.bad_prompts == 1 and "`rejected_prompt` must be a string" in str(prepared.report)
-    with pytest.raises(ValueError, match="row 6: `rejected_prompt`"):
-        found = prepare(in_style(data, style), on_bad_row="raise")
-        list(found)
-
-
 @pytest.mark.parametrize("style", ["table", "stream"])
 def test_in_a_mixture_all_losers_have_a_prompt(pairs, make_pairs, style):
     parts = [in_style(pairs, style), in_style(make_pairs(2), style)]
@@ -95,13 +81,6 @@ def test_in_a_mixture_all_losers_have_a_prompt(pairs, make_pairs, style):
         assert prepared.prompts(of_losers=False) == {winner for winner, _ in found}
 
 
-def test_the_prompts_of_all_pairs_are_those_of_both_images(pairs):
-    prepared = prepare(pairs)
-    assert prepared.prompts() == {f"{side} {index}" for side in "wl" for index in range(6)}
-    assert prepared.first(2).prompts(of_losers=False) == {"w 0", "w 1"}
-    assert prepare(pairs, swap_labels=True).first(2).prompts(of_losers=False) == {"l 0", "l 1"}
-
-
 @pytest.mark.parametrize("column", ["chosen_prompt", "rejected_prompt"])
 def test_a_changed_prompt_of_either_image_is_another_data_set(pairs, column):
     changed = pairs.map(lambda row: {column: row[column].replace("3", "three")})
@@ -109,14 +88,3 @@ def test_a_changed_prompt_of_either_image_is_another_data_set(pairs, column):
     assert {name for name in found if found[name] != differing[name]} == {"prompts"}
     found, differing = (prepare(data, verify_images="none").fingerprint(thorough=True) for data in (pairs, changed))
     assert found["prompts"] != differing["prompts"]
-
-
-def test_rows_are_held_out_by_the_prompt_of_the_chosen_image():
-    """Every rejected prompt is another row's chosen one: by both, all rows would be one group."""
-    names = [f"{number}.png" for number in range(12)]
-    chosen = [f"prompt {number // 2}" for number in range(12)]
-    data = datasets.Dataset.from_dict(
-        {"chosen_prompt": chosen, "rejected_prompt": chosen[2:] + chosen[:2], "chosen": names, "rejected": names}
-    )
-    train, test = hold_out(data, 4, seed=0)
-    assert len(test) == 4 and not set(train["chosen_prompt"]) & set(test["chosen_prompt"])

@@ -56,20 +56,6 @@ def picture(value):
     return Image.new("RGB", (16, 16), (value, value, value))
 
 
-def test_of_image_files_the_name_counts_and_not_the_folder(tmp_path):
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-        for level, name in enumerate(("w", "l", "other")):
-            picture(level).save(tmp_path / folder / f"{name}.png")
-
-    def rows(folder, loser="l"):
-        paths = {"chosen": str(tmp_path / folder / "w.png"), "rejected": str(tmp_path / folder / f"{loser}.png")}
-        return [{"prompt": "a", **paths}]
-
-    assert fingerprint(rows("here")) == fingerprint(rows("there"))
-    assert changed(fingerprint(rows("here")), fingerprint(rows("here", "other"))) == {"images"}
-
-
 def test_a_cache_is_found_again_by_a_new_start_and_not_after_a_file_was_replaced(tmp_path):
     """Also by one of the same size and time: the change time of a file cannot be set back."""
     for level, name in enumerate(("w", "l")):
@@ -87,11 +73,6 @@ def test_a_cache_is_found_again_by_a_new_start_and_not_after_a_file_was_replaced
     picture(7).save(path)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert changed(before, key()) == {"images"}
-
-
-def test_equal_rows_in_memory_are_one_data_set_for_caches(make_pairs):
-    one, again = (prepare_dataset(make_pairs(), transform=PairTransform(16)) for _ in range(2))
-    assert one.fingerprint(thorough=True) == again.fingerprint(thorough=True)
 
 
 def test_a_stream_is_identified_by_its_metadata_without_reading_it(make_pairs):

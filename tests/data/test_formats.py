@@ -55,20 +55,6 @@ def test_unknown_columns_are_named_together_with_every_accepted_set():
         assert f"{name}:" in str(error.value)
 
 
-def test_a_missing_prompt_column_is_an_error():
-    with pytest.raises(ValueError, match="No known preference format"):
-        detect_format(["chosen", "rejected"])
-
-
-@pytest.mark.parametrize("image", ["image", "jpg", "png"])
-def test_captions_are_read_from_any_of_the_usual_columns(image):
-    known = resolve_format(None, ["caption", image, "url"])
-    assert (known.name, known.image_columns, known.has_losers) == ("captioned", (image,), False)
-    assert resolve_format("captioned", ["png", "jpg", "image", "text"]).image_columns == ("image",)
-    with pytest.raises(ValueError, match="lacks .*image"):
-        resolve_format("captioned", ["caption", "picture"])
-
-
 def test_a_prompt_of_each_image_is_read_where_both_columns_are_there(caplog):
     both = ["chosen_prompt", "rejected_prompt", "chosen", "rejected"]
     known = detect_format(both)
@@ -85,13 +71,6 @@ def test_the_prompt_of_one_image_alone_is_an_error(alone, others):
     with pytest.raises(ValueError, match=f"come in pairs: found `{alone}`, expected both"):
         detect_format([alone, "chosen", "rejected", *others])
     assert resolve_format("canonical", [alone, "chosen", "rejected", "prompt"]).name == "canonical"
-
-
-def test_a_missing_prompt_of_one_image_is_a_bad_prompt():
-    rows = [{"chosen_prompt": "a", "rejected_prompt": None}, {"chosen_prompt": 3, "rejected_prompt": "b"}]
-    assert read("branch_prompts", rows) == ([], [("bad_prompts", 0, 1), ("bad_prompts", 1, 1)])
-    with pytest.raises(ValueError, match="`rejected_prompt` must be a string, got NoneType"):
-        FORMATS["branch_prompts"].prompts(rows[0])
 
 
 def test_one_score_column_alone_is_an_error():
@@ -111,15 +90,6 @@ def test_equal_scores_are_a_tie_and_the_larger_wins():
     assert compare([0.0, 1.0]) == ([(1, 0)], 0)
     assert compare([0.5, 0.5]) == ([], 1)
     assert compare([3.0, 1.0, 3.0]) == ([(0, 1), (2, 1)], 1)
-
-
-def test_images_that_were_not_picked_are_not_tied_with_each_other():
-    assert compare([0.0, 1.0, 0.0], ranked=False) == ([(1, 0), (1, 2)], 0)
-    assert compare([0.0, 0.0, 0.0], ranked=False) == ([], 3)
-
-
-def test_canonical_prefers_the_chosen_column():
-    assert read("canonical", [{"prompt": "a"}]) == ([(0, 0, 0, 1)], [])
 
 
 def test_canonical_scores_are_read():
@@ -148,12 +118,6 @@ def test_pickapic_rows_without_a_label_are_no_pairs():
     assert read("pickapic", rows) == ([], [("bad_labels", 0, 1), ("bad_labels", 1, 1), ("bad_labels", 2, 1)])
 
 
-@pytest.mark.parametrize("said, counts", [("False", False), (b"no", False), ("true", True)])
-def test_pickapic_takes_has_label_as_text_for_what_it_says(said, counts):
-    row = {"caption": "a", "label_0": 1.0, "label_1": 0.0, "has_label": said}
-    assert read("pickapic", [row]) == (([(0, 0, 0, 1)], []) if counts else ([], [("bad_labels", 0, 1)]))
-
-
 def test_pickapic_with_the_first_label_only():
     rows = [{"caption": "a", "label_0": value} for value in (0.0, 0.5, 1.0)]
     assert read("pickapic", rows) == ([(0, 1, 0, 0), (2, 0, 2, 1)], [("ties", 1, 1)])
@@ -177,10 +141,6 @@ def test_hpdv2_rank_expands_to_all_pairs_with_the_lower_rank_winning():
     pairs, rejected = read("hpdv2", [{"prompt": "a", "rank": [2, 1, 3]}])
     assert sorted(pairs) == [(0, 0, 0, 2), (0, 1, 0, 0), (0, 1, 0, 2)]
     assert rejected == []
-
-
-def test_hpdv2_reads_rank_where_the_row_has_no_human_preference():
-    assert read("hpdv2", [{"prompt": "a", "human_preference": None, "rank": [1, 2]}])[0] == [(0, 0, 0, 1)]
 
 
 @pytest.mark.parametrize("label", [[], [1, "best"]])
@@ -208,8 +168,3 @@ def test_rapidata_is_read_by_votes_and_by_weighted_results():
     assert read("rapidata", [{"prompt": "a", "votes_image1": 3, "votes_image2": 7}])[0] == [(0, 1, 0, 0)]
     assert read("rapidata", [{"prompt": "a", "votes_image1": 5, "votes_image2": 5}])[1] == [("ties", 0, 1)]
     assert read("rapidata", [{"prompt": "a", first: 0.8, second: 0.2}])[0] == [(0, 0, 0, 1)]
-
-
-@pytest.mark.parametrize("prompt", [None, ["a cat"]])
-def test_a_prompt_that_is_no_string_is_a_bad_prompt(prompt):
-    assert read("canonical", [{"prompt": prompt}]) == ([], [("bad_prompts", 0, 1)])

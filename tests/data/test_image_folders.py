@@ -110,14 +110,6 @@ def test_a_caption_that_is_no_small_file_leaves_its_images_out(kind, write, capl
     assert (2, "chosen/b.png, rejected/b.png") in left_out(caplog)
 
 
-def test_the_two_folders_may_be_in_capitals_and_what_is_in_no_split_is_named(write, caplog):
-    folder = write(
-        "train/Chosen/a.png", "train/REJECTED/a.png", "train/a.txt: x", "other/b.png", "c.png", ".hidden.png"
-    )
-    assert load_pairs(folder)["prompt"][:] == ["x"]
-    assert "c.png, other" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -145,15 +137,6 @@ def test_splits_are_folders_and_slices_and_streams_are_read(write, tmp_path):
     assert load_pairs(folder, "all")["prompt"][:] == ["a", "b", "c", "a", "b"]
     with pytest.raises(ValueError, match="must have the split 'validation'; it has test, train"):
         load_pairs(folder, "validation")
-
-
-def test_links_are_followed_and_loops_of_links_end(write, tmp_path):
-    folder = write(*both("a"), "chosen/a.txt: x")
-    (folder / "chosen" / "again").symlink_to(folder, target_is_directory=True)
-    (tmp_path / "linked").mkdir()
-    for side in ("chosen", "rejected"):
-        (tmp_path / "linked" / side).symlink_to(folder / side, target_is_directory=True)
-    assert load_pairs(folder)["prompt"][:] == ["x"] == load_pairs(tmp_path / "linked")["prompt"][:]
 
 
 # ---- Ranks at the end of names ---------------------------------------------------------------------------------------
@@ -184,14 +167,6 @@ def test_numbers_that_count_photos_are_not_read_as_ranks(write, caplog):
     folder = write(*names, f"{stem}.txt: my dog", "a_0.png", "a_1.png", "a.txt: a")
     assert load_pairs(folder)["prompt"][:] == ["a"]
     assert f"{len(names)} " in caplog.text and names[0] in caplog.text
-
-
-def test_what_has_no_rank_no_partner_or_no_caption_is_counted(write, caplog):
-    folder = write(
-        "a_0.png", "a_1.png", "a.txt: a", "b_0.png", "b.txt: b", "c_0.png", "c_1.png", "plain.png", "d.txt: d"
-    )
-    assert load_pairs(folder)["prompt"][:] == ["a"]
-    assert left_out(caplog) == {(1, "plain.png"), (1, "b_0.png"), (2, "c_0.png, c_1.png"), (1, "d.txt")}
 
 
 # ---- Data files, which other images belong to ------------------------------------------------------------------------

@@ -22,10 +22,3 @@ def test_bytes_and_pixels_are_told_apart_by_their_content():
     assert image_key(b"one") == image_key({"bytes": b"one", "path": "x.png"}) != image_key(b"two")
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     assert image_key(red) == image_key(red.copy()) != image_key(blue)
-
-
-def test_what_is_not_there_has_a_key_of_its_own(tmp_path):
-    assert image_key(None) == "missing"
-    assert image_key("hf://a/b.png") == "url hf://a/b.png"
-    assert image_key(str(tmp_path / "none.png")).startswith("missing ")
-    assert image_key("a\0b").startswith("missing ")

@@ -1,7 +1,6 @@
 """The size of an image from its header is that of the decoded image, and what pairs get by it."""
 
 import io
-import threading
 
 import datasets
 import numpy as np
@@ -11,9 +10,7 @@ from PIL import Image
 
 from trl_diffusion_sdpo.data import AspectRatioBuckets, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import Repeated
-from trl_diffusion_sdpo.data.images import ImageReader, UndecodableImageError
-from trl_diffusion_sdpo.data.transforms import PairDraws
-from trl_diffusion_sdpo.utils.processes import Peers
+from trl_diffusion_sdpo.data.images import ImageReader
 
 BUCKETS = AspectRatioBuckets((16, 16), step=4)  # 12 x 20, 16 x 16, 20 x 12
 
@@ -50,25 +47,6 @@ def test_no_pixel_is_decoded(monkeypatch):
     assert {ImageReader().size(value) for value in data} == {(12, 24)}
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (b"this is no image", "image format"),
-        (encoded(12, 24)[:20], "cannot be decoded|image format"),
-        (encoded(4, 24), "too small"),
-        (encoded(8, 600), "too long"),
-        (None, "is missing"),
-        ("/dev/zero", "not a regular file"),
-        ("s3://bucket/image.png", "which rows may not have opened"),
-        (7, "unknown kind"),
-    ],
-)
-def test_what_has_no_size_is_refused_like_by_decoding(value, reason):
-    for read in (ImageReader().decode, ImageReader().size):
-        with pytest.raises(UndecodableImageError, match=reason):
-            read(value)
-
-
 def row(winner, loser, **columns):
     return {"prompt": f"{winner} {loser}", "chosen": encoded(*winner), "rejected": encoded(*loser), **columns}
 
@@ -103,17 +81,6 @@ def test_pairs_get_the_sizes_of_their_buckets_from_every_source(kind, tmp_path):
     assert [prepared.target_size(pair) for pair in range(4)] == TARGETS
     assert [tuple(prepared[pair]["pixel_values"].shape[2:]) for pair in range(4)] == TARGETS
     assert prepared.first(2).target_size(1) == (12, 20) and prepared.for_evaluation().target_size(2) == (20, 12)
-
-
-def test_sizes_and_crops_are_those_of_the_bucket():
-    """At 12 x 20, a 40 x 80 image becomes 12 x 24, of which 4 columns are cropped; 20 x 60 becomes 12 x 36."""
-    item = prepare(ROWS, buckets=BUCKETS, training=False)[1]
-    assert item["original_sizes"] == ((20, 60), (40, 80))
-    assert item["crop_top_lefts"] == ((0, 8), (0, 2))
-    transform = PairTransform(16, center_crop=False)
-    images = [ImageReader().decode(encoded(*size)) for size in ((20, 60), (40, 80))]
-    drawn = transform(*images, PairDraws(0.0, 0.999, 0.9, 0.9, seed=0), (12, 20))
-    assert drawn.crop_top_lefts == ((0, 16), (0, 4)) and drawn.pixel_values.shape == (2, 3, 12, 20)
 
 
 def test_small_images_are_left_out_and_counted_also_where_bad_rows_are_raised(caplog):
@@ -153,34 +120,6 @@ def test_a_pair_that_fails_when_read_is_replaced_by_one_of_its_bucket():
     alone = prepare([ROWS[0], broken, ROWS[2]], buckets=BUCKETS, verify_images="none")
     with pytest.raises(ValueError, match="12 x 20"):
         alone[1]
-
-
-def test_peers_share_the_reading_and_get_all_sizes():
-    data, barrier, given = datasets.Dataset.from_list(ROWS * 3), threading.Barrier(3, timeout=20), [None] * 3
-    read, results = [], [None] * 3
-
-    def run(index):
-        def gather(value):
-            given[index] = value
-            barrier.wait()
-            found = list(given)
-            barrier.wait()
-            return found
-
-        prepared = prepare(data, buckets=BUCKETS, peers=Peers(index, 3, gather), verify_images="none")
-        results[index] = [prepared.target_size(pair) for pair in range(12)]
-        read.append(prepared.fingerprint()["sizes"])
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert results == [TARGETS * 3] * 3 and len(set(read)) == 1
-
-
-def test_the_fingerprint_knows_the_sizes():
-    plain, bucketed = prepare(ROWS).fingerprint(), prepare(ROWS, buckets=BUCKETS).fingerprint()
-    finer = prepare(ROWS, buckets=AspectRatioBuckets((16, 16), step=2)).fingerprint()
-    assert "sizes" not in plain and {**bucketed, "sizes": None} == {**plain, "sizes": None}
-    assert bucketed["sizes"] != finer["sizes"]
 
 
 def test_the_sizes_of_a_saved_set_are_read_once(tmp_path, monkeypatch):

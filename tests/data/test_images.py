@@ -7,7 +7,6 @@ import signal
 import tarfile
 import threading
 import traceback
-import warnings
 import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,28 +96,10 @@ def test_allowed_schemes_are_opened():
         prepare_dataset(rows, transform=PairTransform(16))
 
 
-@pytest.mark.parametrize("given", ["memory://", ["MEMORY"]])
-def test_schemes_may_be_written_as_in_a_url_and_without_a_list(given):
-    assert images.parse_schemes(given) == ("memory",)
-    with fsspec.open("memory://b.png", "wb") as file:
-        file.write(png(7))
-    rows = [{"prompt": "a", "chosen": "memory://b.png", "rejected": png(9)}]
-    assert prepare_dataset(rows, transform=PairTransform(16), image_schemes=given).report.pairs == 1
-
-
 def test_an_unknown_scheme_is_refused():
     assert images.parse_schemes(None) == images.parse_schemes([]) == ()
     with pytest.raises(ValueError, match="`image_schemes`.*'memroy'"):
         prepare_dataset([], transform=PairTransform(16), image_schemes=["memroy"])
-
-
-def test_a_scheme_whose_package_is_not_installed_is_refused_before_any_row_is_read(monkeypatch):
-    def missing(scheme):
-        raise ImportError("HTTPFileSystem requires aiohttp")
-
-    monkeypatch.setattr(images.fsspec, "get_filesystem_class", missing)
-    with pytest.raises(ValueError, match="image_schemes='http'.*aiohttp"):
-        images.parse_schemes(["http"])
 
 
 PASSWORD = "hunter2secret"
@@ -153,21 +134,6 @@ def test_compressed_archives_are_refused(suffix, tmp_path):
             decode_image(address)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "jupyter://a.png", "dbfs://a.png", "reference://a.png", "s3://bucket/a.png", "gs://bucket/a.png", "ftp://h/a",
-        "memory://a.png", "libarchive://a.png::/b", "HTTP://127.0.0.1/a", "://a", "zip://a.png::cached",
-        "zip://a::zip://b::zip://c::/d.zip", "file:///nowhere/a.png",
-        "zip://a.png::/nowhere.zip", "nul\0byte.png", "nul\0byte://a",
-    ],
-)  # fmt: skip
-def test_a_row_that_names_what_cannot_be_opened_is_one_bad_row(address, soon):
-    rows = [{"prompt": name, "chosen": image, "rejected": png(9)} for name, image in (("a", png()), ("b", address))]
-    prepared = prepare_dataset(rows, transform=PairTransform(16))
-    assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
-
-
 def test_pipes_devices_and_folders_are_not_opened(tmp_path, soon):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("/dev/zero")
@@ -175,23 +141,6 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path, soon):
         for spelling in (str(path), f"file://{path}", f"zip://a.png::{path}", f"zip://a.png::file://{path}"):
             with pytest.raises(UndecodableImageError, match="not a regular file"):
                 decode_image(spelling)
-
-
-def test_members_of_archives_and_links_to_files_are_read(tmp_path):
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr("in/a.png", png(3))
-    (tmp_path / "b.png").write_bytes(png(4))
-    (tmp_path / "link.png").symlink_to(tmp_path / "b.png")
-    found = [
-        decode_image(path).getpixel((0, 0))[0]
-        for path in (
-            f"zip://in/a.png::{tmp_path}/images.zip",
-            f"zip://in/a.png::file://{tmp_path}/images.zip",
-            f"{tmp_path}/link.png",
-            f"file://{tmp_path}/b.png",
-        )
-    ]
-    assert found == [3, 3, 4, 4]
 
 
 def test_large_files_are_refused_before_they_are_read(tmp_path):
@@ -221,24 +170,6 @@ def test_pixels_are_counted_before_they_are_decoded_whatever_pillow_allows(monke
         decode_image(cut_off)
 
 
-def test_an_error_of_any_kind_is_one_bad_image():
-    class Strange(Image.Image):
-        def load(self):
-            raise AttributeError("of a decoder")
-
-    strange = Strange()
-    strange._size = (16, 16)
-    with pytest.raises(UndecodableImageError, match="AttributeError: of a decoder"):
-        decode_image(strange)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ImageReader().problem(strange) and ImageReader().problem(png()) == ""
-
-
-class Refused(Exception):
-    """An error of a library of a storage."""
-
-
 class Flaky(fsspec.AbstractFileSystem):
     """A storage on which nothing can be opened at the moment."""
 
@@ -253,21 +184,6 @@ def kind_of(path, schemes=("file", "zip")):
     with pytest.raises(ValueError) as caught:
         ImageReader(schemes).decode(str(path))
     return caught.type
-
-
-@pytest.mark.parametrize("error", [Refused("try again"), OSError(5, "i/o")])
-def test_whatever_a_storage_raises_may_pass(error, monkeypatch):
-    fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(Flaky, "error", error, raising=False)
-    assert kind_of("flaky://a.png", ("flaky",)) is UnreadableImageError
-
-
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), OSError(errno.EPERM, "")])
-def test_a_missing_permission_does_not_pass(error, monkeypatch):
-    fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(Flaky, "error", error, raising=False)
-    assert kind_of("flaky://a.png", ("flaky",)) is UndecodableImageError
-    assert type(images.as_undecodable(error, "")) is UndecodableImageError
 
 
 class ByRequests(fsspec.AbstractFileSystem):
@@ -288,22 +204,6 @@ def scheme(request):
     if request.param == "http":
         pytest.importorskip("aiohttp")  # fsspec needs it for HTTP, and this package does not
     return request.param
-
-
-@pytest.mark.parametrize("status", [403, 404])
-def test_an_answer_that_does_not_pass_by_waiting_is_a_bad_pair_that_names_its_status(status, scheme, web):
-    rows = [
-        {"prompt": name, "chosen": address(web, scheme, name), "rejected": png(9)} for name in ("200", str(status))
-    ]
-    for options in ({"verify_images": "all"}, {"verify_images": "none", "min_side": 8}):
-        prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=(scheme,), **options)
-        assert (prepared.report.pairs, prepared.report.undecodable) == (1, 1)
-        assert f"HTTP status {status}" in str(prepared.report)
-
-
-@pytest.mark.parametrize("status", [429, 503])
-def test_an_answer_that_may_pass_is_no_bad_pair(status, scheme, web):
-    assert kind_of(address(web, scheme, str(status)), (scheme,)) is UnreadableImageError
 
 
 def address(web, scheme, status) -> str:

@@ -67,36 +67,6 @@ def test_a_data_file_among_its_images_is_read_with_its_folder_whatever_most_file
     assert [*map(levels, load_datasets(PairArguments(dataset_name=str(place)), args))] == [[(0, 1)], [(0, 3)]]
 
 
-def test_splits_in_folders_and_lists_of_data_sets_look_in_the_same_places(place, make_args):
-    (place / "images" / "l.png").rename(place / "l.png")
-    for split, chosen in (("train", "images/w.png"), ("test", "w.png")):
-        (place / split).mkdir()
-        for part in ("pairs", "more"):
-            path = place / split / f"{part}.jsonl"
-            path.write_text(json.dumps({"prompt": split, "chosen": chosen, "rejected": "l.png"}))
-    (place / "images" / "w.png").rename(place / "test" / "w.png")
-    expected = {"prompt": "test", "chosen": str(place / "test" / "w.png"), "rejected": str(place / "l.png")}
-    assert load_pairs(place, "test")[0] == expected
-    entry = {"path": "json", "data_files": {"train": str(path)}, "split": "train"}
-    mixture, _ = load_datasets(PairArguments(datasets=[entry]), make_args())
-    assert next(iter(mixture.parts.values()))[0]["chosen"] == expected["chosen"]
-
-
-def test_files_in_several_folders_leave_the_folder_that_was_named(place):
-    for part in ("one", "two"):
-        (place / "train" / part).mkdir(parents=True)
-        for name in ("pairs", "more"):
-            (place / "train" / part / f"{name}.jsonl").write_text(
-                json.dumps({"prompt": "x", "chosen": "w.png", "rejected": ROW["chosen"]})
-            )
-        Image.new("RGB", (16, 16)).save(place / "train" / part / "w.png")
-    assert load_pairs(place)[0] == {
-        "prompt": "x",
-        "chosen": str(place / "w.png"),
-        "rejected": str(place / "images/w.png"),
-    }
-
-
 def test_what_is_absolute_or_a_url_is_left_alone(place):
     addresses = [
         "hf://datasets/a/b/c.png",
@@ -107,18 +77,6 @@ def test_what_is_absolute_or_a_url_is_left_alone(place):
     ]
     path = write(place, "jsonl", *({"prompt": "x", "chosen": name, "rejected": name} for name in addresses))
     assert load_pairs(path)["chosen"][:] == addresses
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_stream_is_looked_up_whatever_its_first_row_has(place, kind):
-    path = write(place, kind, {**ROW, "chosen": str(place / "images/l.png"), "rejected": "https://a/b.png"}, ROW)
-    assert [row["chosen"] for row in load_pairs(path, streaming=True)] == load_pairs(path)["chosen"][:]
-    assert [row["rejected"] for row in load_pairs(path, streaming=True)] == load_pairs(path)["rejected"][:]
-
-
-def test_lists_of_names_are_looked_up(place):
-    path = write(place, "parquet", {"prompt": "x", "image_path": ["images/l.png", "only_here.png"], "rank": [2, 1]})
-    assert levels(load_pairs(path)) == [(3, 1)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,17 +1,14 @@
 """Several data sets at once: each in its own format, in the shares of their weights, map-style and as streams."""
 
-import io
 import math
 from collections import Counter
 from itertools import islice
 
 import datasets
 import pytest
-from PIL import Image
 from tiny_pairs import png
 
 from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.pairs import PairMixture
 
 
@@ -105,19 +102,6 @@ def test_a_mixture_is_recognised_when_a_run_resumes():
     assert fingerprint(picks(7), canonical()) != start
 
 
-def test_bad_images_of_every_set_are_found_and_counted():
-    bad = picks().to_list()
-    bad[3]["jpg_0"] = b"junk"
-    rows = canonical().to_list()
-    rows[1]["rejected"] = b"junk"
-    parts = [datasets.Dataset.from_list(bad), rankings(), rows]
-    for verify, pairs in (("all", 11), ("sample", 11), ("none", 11)):
-        mixed = prepare(PairMixture(parts), verify_images=verify)
-        found = list(mixed)
-        assert mixed.report.pairs == pairs and mixed.report.undecodable == 2
-        assert not {"pick 3", "own 1"} & {item["prompt"] for item in found}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,13 +124,6 @@ def test_bad_images_of_every_set_are_found_and_counted():
 def test_bad_mixtures_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare(PairMixture(*arguments))
-
-
-def test_each_set_may_name_its_format():
-    both = canonical().add_column("path1", [png(1)] * 2).add_column("path2", [png(2)] * 2)
-    mixed = prepare(PairMixture([both, both], None, ["hpdv3", None]))
-    levels = [item["pixel_values"][0, 0, 0, 0].item() for item in mixed]
-    assert levels == [1, 1, 0, 1] and mixed.report.format == "hpdv3+canonical"
 
 
 # ---- Streams --------------------------------------------------------------------------------------------------------
@@ -179,20 +156,3 @@ def test_the_mixture_depends_on_seed_and_epoch_and_on_nothing_else():
         PairMixture([picks(9).to_iterable_dataset(), canonical(5).to_iterable_dataset()]), repeat=True, seed=7
     )
     assert [item["prompt"] for item in islice(iter(other), 30)] != [item["prompt"] for item in islice(iter(again), 30)]
-
-
-def test_pairs_of_a_mixture_have_sizes_of_their_own():
-    wide = canonical().to_list()
-    for row in wide:
-        for side in ("chosen", "rejected"):
-            buffer = io.BytesIO()
-            Image.new("RGB", (64, 32), (len(row["prompt"]),) * 3).save(buffer, "PNG")
-            row[side] = buffer.getvalue()
-
-    parts = [picks(3), wide, rankings(1)]
-    buckets = AspectRatioBuckets((64, 64), step=8)
-    shapes = []
-    for data in (PairMixture(parts), *parts):
-        prepared = prepare(data, buckets=buckets, compare=False, verify_images="none")
-        shapes.append([tuple(prepared[pair]["pixel_values"].shape) for pair in range(len(prepared))])
-    assert shapes[0] == shapes[1] + shapes[2] + shapes[3] and len(set(shapes[0])) == 2

@@ -41,21 +41,6 @@ def test_random_settings_do_not_disturb_each_other():
     assert [item["seed"] for item in plain] == [item["seed"] for item in flipped]
 
 
-def test_winner_and_loser_have_the_same_crop_and_flip_at_equal_and_different_sizes():
-    image = scene(0)
-    twice = image.resize((image.width * 2, image.height * 2), Image.NEAREST)
-    rows = [{"prompt": str(i), "chosen": image, "rejected": image} for i in range(20)]
-    unlike = [{"prompt": str(i), "chosen": image, "rejected": twice} for i in range(20)]
-    prepared = prepare(rows, center_crop=False, random_flip=True, compare=False)
-    items = items_of(prepared)
-    assert all(torch.equal(*item["pixel_values"]) for item in items)
-    assert len({item["crop_top_lefts"] for item in items}) > 3
-    for item in items_of(prepare(unlike, center_crop=False, random_flip=True)):
-        winner, loser = item["pixel_values"].float()
-        assert item["crop_top_lefts"][0] == item["crop_top_lefts"][1]
-        assert (winner - loser).abs().mean() < 0.25 * (winner - loser.flip(-1)).abs().mean()
-
-
 def test_prompt_dropout_empties_about_its_share_of_prompts():
     rows = canonical(1) * 400
     share = np.mean(
@@ -95,18 +80,6 @@ def test_the_epoch_reaches_persistent_workers(context):
         assert [item["seed"] for item in loader] == expected[epoch]
 
 
-def test_the_epoch_reaches_persistent_workers_of_a_stream():
-    stream = datasets.Dataset.from_list(canonical(8)).to_iterable_dataset(num_shards=2)
-    prepared = prepare(stream)
-    loader = DataLoader(prepared, batch_size=None, num_workers=2, persistent_workers=True)
-    seeds = []
-    for epoch in (0, 1, 0):
-        prepared.set_epoch(epoch)
-        seeds.append({item["seed"] for item in loader})
-    assert len(seeds[0]) == len(seeds[1]) == 8
-    assert seeds[0] == seeds[2] and not seeds[0] & seeds[1]
-
-
 def test_workers_of_a_stream_divide_its_shards_and_have_different_row_numbers():
     stream = datasets.Dataset.from_list(bad_rows() * 2).to_iterable_dataset(num_shards=2)
     prepared = prepare(stream)
@@ -116,14 +89,3 @@ def test_workers_of_a_stream_divide_its_shards_and_have_different_row_numbers():
         assert len({item["row"] for item in items}) == 4
         report = prepared.report
         assert (report.rows, report.pairs, report.undecodable, report.bad_prompts) == (14, 4, 8, 2)
-
-
-def test_a_shuffled_stream_changes_its_order_with_the_epoch():
-    stream = datasets.Dataset.from_list(canonical(12)).to_iterable_dataset().shuffle(seed=1, buffer_size=12)
-    prepared = prepare(stream)
-    orders = []
-    for epoch in (0, 1, 0):
-        prepared.set_epoch(epoch)
-        orders.append([item["prompt"] for item in prepared])
-    assert orders[0] == orders[2] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(f"p{i}" for i in range(12))

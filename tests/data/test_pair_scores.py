@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_pairs import png
 
-from trl_diffusion_sdpo.data import PairMixture, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.pair_scores import ScoreSettings
 
 
@@ -85,27 +85,10 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(style):
         prepared(rows([1, 2]), ScoreSettings("qualty"), style)
 
 
-def test_a_column_is_of_pairs_and_not_of_single_images():
-    data = [{"prompt_id": "a", "prompt": "a", "image": png(i), "rank": i, "quality": 1.0} for i in range(3)]
-    with pytest.raises(ValueError, match="pairs of the train data are of two rows each"):
-        prepared(data, ScoreSettings("quality"))
-
-
 @pytest.mark.parametrize("gap", [2])
 def test_scores_with_equal_gaps_are_refused(gap):
     with pytest.raises(ValueError, match=f"all 3 pairs of the train data have the gap {gap}"):
         prepared(rows([gap] * 3), ScoreSettings("gap"))
-
-
-def test_equal_weights_of_a_column_have_no_effect_and_say_so(caplog):
-    made = prepared(rows([1, 2], quality=[7.0, 7.0]), ScoreSettings("quality"))
-    assert weights_of(made) == [1, 1] and "`pair_weights='quality'` has no effect" in caplog.text
-
-
-def test_gains_that_are_all_zero_are_refused():
-    """2^0 beside 2^5000 is 0 in float64, and the largest score is against its label."""
-    with pytest.raises(ValueError, match="`pair_weights='gain'`"):
-        prepared([row(0, 0.0, 5000.0), row(1, 1.0, 0.0)], ScoreSettings("gain"))
 
 
 SHARES = ScoreSettings(sorts_by_scores=True, in_unit_range=True)
@@ -156,29 +139,11 @@ def test_scorers_that_cannot_be_compared_are_refused(chosen, rejected, message):
         prepared(rows([1, 1], chosen_scores=chosen, rejected_scores=rejected), ScoreSettings("agreement"))
 
 
-def test_rows_with_another_number_of_scores_are_bad_rows():
-    scorers = {"chosen_scores": [[2.0, 5.0], [3.0], [3.0, 0.0]], "rejected_scores": [[1.0, 4.0], [0.0], [0.0, 1.0]]}
-    made = prepared(rows([1, 1, 1], **scorers), ScoreSettings("agreement"))
-    assert weights_of(made) == pytest.approx([36 / 28, 20 / 28]) and made.report.bad_labels == 1
-
-
 @pytest.mark.parametrize("settings", [ScoreSettings("gap"), ScoreSettings("quality")], ids=str)
 def test_streams_are_refused_with_the_reason(settings):
     stream = datasets.Dataset.from_list(rows([1, 2], quality=[1.0, 2.0])).to_iterable_dataset()
     with pytest.raises(ValueError, match="`streaming=True`"):
         prepared(stream, settings)
-
-
-def test_the_mean_of_a_mixture_is_over_its_pairs_as_an_epoch_has_them():
-    """One pair of weight 1 that comes three times, and three of weights 2, 3 and 7: the mean is 15 / 6."""
-    parts = {"one": rows([1], quality=[1.0]), "three": rows([1, 2, 3], quality=[2.0, 3.0, 7.0])}
-    made = prepared(PairMixture(parts, weights=[0.5, 0.5]), ScoreSettings("quality"))
-    assert weights_of(made) == pytest.approx([0.4, 0.4, 0.4, 0.8, 1.2, 2.8])
-
-
-def test_swapped_labels_keep_their_gaps():
-    made = prepared(rows([1, 3, -2]), ScoreSettings("gap"), swap_labels=True)
-    assert weights_of(made) == [0.75, 2.25, 0]  # published and score turn together
 
 
 def test_other_weights_are_other_data_for_a_run_that_resumes_and_the_same_for_a_cache():
@@ -197,11 +162,6 @@ def calibrated(data, **options):
     settings = ScoreSettings(calibrated=True, sorts_by_scores=True)
     made = prepared(data, settings, **options)
     return np.array([made[i]["scores"] for i in range(len(made))])
-
-
-@pytest.mark.parametrize("style", ["list", "arrow"])
-def test_a_prompt_with_one_pair_has_the_chance_of_its_winner_and_the_complement(style):
-    np.testing.assert_allclose(calibrated(rows([LOG3, 0]), style=style), [[0.75, 0.25], [0.5, 0.5]])
 
 
 def test_images_of_a_prompt_are_compared_with_all_others_of_it():
@@ -232,17 +192,6 @@ def test_an_image_is_known_by_its_content_in_whatever_file_it_is(tmp_path):
             {**data[1], "chosen": str(tmp_path / f"{number}.png")},
         ]
         np.testing.assert_allclose(calibrated(named)[:, 1], third)
-
-
-def test_weights_and_gaps_are_of_calibrated_scores():
-    """Gaps of 3/4 - 1/4 and 9/10 - 1/10."""
-    made = prepared(rows([LOG3, np.log(9.0)]), ScoreSettings("gap", calibrated=True))
-    assert weights_of(made) == pytest.approx([0.5 / 0.65, 0.8 / 0.65])
-
-
-def test_calibrated_scores_of_swapped_labels_are_those_of_the_images_turned_around():
-    """Scores of (log 3, 0) are (0, -log 3) when their labels are swapped."""
-    np.testing.assert_allclose(calibrated(rows([LOG3]), swap_labels=True), [[0.75, 0.25]])
 
 
 def test_large_and_small_groups_are_an_independent_loop():

@@ -1,20 +1,16 @@
 """Losers that are other rows' images: of another prompt, each once in an epoch, equal in every process."""
 
-import json
 import pickle
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.checking import PERMUTED
-from trl_diffusion_sdpo.data.loading import load_pairs
 
 PROMPTS = ["a", "b", "a", "c", "a", "b", "a", "d"]  # half of them are "a"
 
@@ -83,37 +79,6 @@ def test_an_evaluation_has_the_losers_of_the_first_epoch():
     assert levels(prepared.for_evaluation()) == expected == levels(prepare(captions(), training=False))
 
 
-def test_repeating_draws_repeat_their_losers():
-    prepared = prepare(captions()).with_noise_draws(2)
-    drawn = []
-    for epoch in range(4):
-        prepared.set_epoch(epoch)
-        drawn.append(levels(prepared))
-    assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
-    assert [levels(prepared.in_epoch(draw)) for draw in (0, 1)] == drawn[:2]
-
-
-def test_winner_and_loser_have_one_crop_and_one_flip():
-    """Images of one size whose pixels say where they are: equal up to the first channel, which says whose they are."""
-    generator = np.random.default_rng(0)
-    places = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    rows = []
-    for number in range(8):
-        pixels = places.copy()
-        pixels[..., 0] = number
-        rows.append({"text": str(number), "image": Image.fromarray(pixels)})
-    prepared, flips, crops = prepare(rows, random_flip=True, center_crop=False), set(), set()
-    for epoch in range(3):
-        prepared.set_epoch(epoch)
-        for index in range(8):
-            item = prepared[index]
-            winner, loser = item["pixel_values"]
-            assert torch.equal(winner[1:], loser[1:]) and not torch.equal(winner[0], loser[0])
-            crops.add(item["crop_top_lefts"])
-            flips.add(tuple(winner[1].flatten()[:4].tolist()))
-    assert len(crops) > 1 and len(flips) > 3
-
-
 def test_of_pairs_the_winners_alone_are_read():
     """The labels choose the winner; the published losers cannot even be decoded."""
     rows = [
@@ -126,40 +91,6 @@ def test_of_pairs_the_winners_alone_are_read():
         check(levels(prepared), ["a", "b", "c"])
         assert prepared.report.undecodable == 0
     assert not prepared.has_scores
-
-
-def test_of_two_prompts_the_winners_is_read():
-    both = {"chosen_prompt": "a", "rejected_prompt": "x", "chosen": png(1), "rejected": png(9)}
-    prepared = prepare([both, {**both, "chosen_prompt": "b", "chosen": png(2)}])
-    check(levels(prepared), ["a", "b"])
-    assert not prepared.has_loser_prompts and "loser_prompt" not in prepared[0]
-
-
-def test_an_image_that_wins_several_pairs_comes_as_often_and_never_against_its_own_prompt():
-    ranked = {"prompt": "a", "image_path": [png(1), png(2), png(3)], "rank": [1, 2, 3]}  # pairs 1-2, 1-3, 2-3
-    others = [{"prompt": "b", "image_path": [png(10 + i), png(99)], "rank": [1, 2]} for i in range(3)]
-    found = levels(prepare([ranked, *others]))
-    assert [pair[:2] for pair in found[:3]] == [("a", 1), ("a", 1), ("a", 2)]
-    assert sorted(pair[2] for pair in found[:3]) == [10, 11, 12]
-    assert sorted(pair[2] for pair in found[3:]) == [1, 1, 2]
-
-
-def test_a_mixture_is_permuted_as_one_and_prompts_of_several_sets_are_one():
-    """Of the prompts a, a, b and a, b, c, with the second set's pairs twice."""
-    parts = [captions(["a", "a", "b"]), captions(["a", "b", "c"])]
-    mixture = PairMixture([datasets.Dataset.from_list(part) for part in parts], weights=[1, 2])
-    prepared = prepare(mixture)
-    assert len(prepared) == 9
-    for epoch in range(5):
-        prepared.set_epoch(epoch)
-        items = [prepared[index] for index in range(9)]
-        places = [
-            prepared._places(index, prepared._losers.of_pair(index, prepared._maker.draw)).tolist()
-            for index in range(9)
-        ]
-        prompt_of = dict(enumerate("aababc"))
-        assert [item["prompt"] for item in items] == [prompt_of[row] for (row, _), _ in places]
-        assert all(prompt_of[winner] != prompt_of[loser] for (winner, _), (loser, _) in places)
 
 
 @pytest.mark.parametrize("verify", ["none", "sample"])
@@ -182,15 +113,6 @@ def test_an_image_that_cannot_be_decoded_is_replaced_alike_whoever_reads_first(v
     assert prepared.report.undecodable == 1 and prepared.undecodable.tolist() == [0, 1, 0, 0, 0, 0]
 
 
-def test_what_was_unreadable_is_read_again_by_a_new_view(tmp_path):
-    rows = tuple(captions(["a", "b", "c"]))
-    rows[1]["image"] = tmp_path / "b.png"
-    prepared = prepare(rows, verify_images="none")
-    assert 2 not in {level for pair in levels(prepared) for level in pair[1:]}
-    rows[1]["image"].write_bytes(png(2))
-    check(levels(prepared.from_source()), ["a", "b", "c"])
-
-
 def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
     """It could not be read when they were computed, and another image took its place."""
     prepared = prepare(captions([str(number) for number in range(5)])).with_noise_draws(1)
@@ -200,23 +122,6 @@ def test_a_pair_without_errors_of_the_reference_is_no_loser_either():
     prepared.set_reference_errors(errors)
     found = [prepared[index]["pixel_values"][:, 0, 0, 0].tolist() for index in range(5)]
     assert 4 not in {level for pair in found for level in pair} and [pair[0] for pair in found] == [1, 2, 3, 5, 5]
-
-
-@pytest.mark.parametrize("column", ["image", "jpg"])
-def test_names_of_images_with_captions_are_looked_up_beside_their_file(tmp_path, column):
-    for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(png(number + 1))
-    lines = [json.dumps({"caption": str(number), column: f"{number}.png"}) for number in range(2)]
-    (tmp_path / "own.jsonl").write_text("\n".join(lines))
-    assert levels(prepare(load_pairs(tmp_path / "own.jsonl"))) == [("0", 1, 2), ("1", 2, 1)]
-
-
-def test_bad_images_are_left_out_of_the_permutation_where_all_are_checked():
-    prepared = prepare(captions(["a", "b", "c", "d"], bad={1}), verify_images="all")
-    assert len(prepared) == 3
-    assert sorted(loser for *_, loser in levels(prepared)) == [1, 3, 4]
-    with pytest.raises(ValueError, match="pair 1|row 1"):
-        prepare(captions(["a", "b", "c", "d"], bad={1}), verify_images="all", on_bad_row="raise")
 
 
 @pytest.mark.parametrize(("prompts", "said"), [("aaab", "'a' has 3 of 4"), ("b", "'b' has 1 of 1")])
@@ -240,8 +145,3 @@ def test_what_cannot_be_permuted_is_refused_with_the_reason():
         prepare(captions(), swap_labels=True)
     with pytest.raises(ValueError, match="`losers`"):
         prepare(captions(), losers="shuffle")
-
-
-def test_data_of_one_image_are_refused_as_pairs_of_it_would_be():
-    with pytest.raises(ValueError, match="are the same image"):
-        prepare([{"text": str(number), "image": png(1)} for number in range(4)])

@@ -1,1 +1,1 @@
-"""What is computed once and read in every epoch, in files that survive a kill: encoded pairs, errors of a reference."""
+"""Results that are computed once and read in every epoch: encoded pairs and reference errors. They survive a kill."""

@@ -1,4 +1,4 @@
-"""Pairs whose images and prompts were encoded before training: which row of a cache is which, and how it is read."""
+"""Pairs whose images and prompts were encoded before training, and the rows of a cache that hold them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0
 class ImageRows:
     """Numbers of encoded images in their store: `variant * number of images + image`.
 
-    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, in however many pairs the image
-    is. With random crops, variant e has the crop and flip of epoch e, and an image belongs to one pair. Epoch e then
+    With crops at the center, variant 0 of an image is plain and variant 1 is mirrored, and an image may be in several
+    pairs. With random crops, variant e has the crop and flip of epoch e, an image belongs to one pair, and epoch e
     takes variant `e % crops`.
 
     Args:
         seed (`int`): Seed of the draws.
-        images (`np.ndarray` of shape `(P, 2)`): For winner and loser of each pair, the number of the image.
-        sources (`np.ndarray` of shape `(I, 2)`): For each image, a pair that it is in, and 0 as winner or 1 as loser.
+        images (`np.ndarray` of shape `(P, 2)`): Numbers of the images of each pair's winner and loser.
+        sources (`np.ndarray` of shape `(I, 2)`): A pair with each image, and whether the image is its winner (0) or
+            loser (1).
         flips (`bool`): Whether images may be mirrored.
         crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
     """
@@ -53,7 +54,7 @@ class ImageRows:
         return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
 
     def __len__(self) -> int:
-        """Number of all rows, needed or not."""
+        """Return the number of all rows, needed or not."""
         return len(self.sources) * (2 if self.crops is None else self.crops)
 
     @property
@@ -63,7 +64,7 @@ class ImageRows:
         return np.arange(len(self.sources) if plain_alone else len(self))
 
     def draws_of(self, row: int) -> PairDraws:
-        """Return how an image is flipped and cropped in a row."""
+        """Return the draws by which an image is flipped and cropped in a row."""
         variant, image = divmod(row, len(self.sources))
         if self.crops is None:
             return MIRRORED if variant else PLAIN
@@ -74,15 +75,15 @@ class ImageRows:
 
         Args:
             draws (`PairDraws`, *optional*): Draws of the pair; `None` for no flip and a crop at the center.
-            loser (`int`, *optional*): Another pair, whose loser it has.
+            loser (`int`, *optional*): Another pair, whose loser this pair has.
 
         Raises:
-            ValueError: Without draws, if only random crops are there.
+            ValueError: If there are no draws and the cache has random crops only.
         """
         if self.crops is not None and draws is None:
             raise ValueError(
-                "The cache has random crops of these pairs, and their centers are asked for. Pass an `eval_dataset`, "
-                "or set `random_crop=False` or `precompute_latents=False`."
+                "The cache has random crops of these pairs, and an evaluation needs their centers. Pass an "
+                "`eval_dataset`, or set `random_crop=False` or `precompute_latents=False`."
             )
         assert loser is None or self.crops is None, "crops are those of an image's own pair"
         variant = 0
@@ -95,10 +96,10 @@ class ImageRows:
 
 
 class EncodedPrompts:
-    """The conditioning of distinct prompts, the empty one included.
+    """Conditioning of distinct prompts, including the empty one.
 
     Args:
-        store ([`ShardStore`]): A row for each prompt, in the order of `digests`.
+        store ([`ShardStore`]): Rows of the prompts, in the order of `digests`.
         digests (`np.ndarray`): Sorted digests of the prompts, by `distinct_prompts`.
         on_host (`Sequence[str]`): Tensors that are read on the host.
     """
@@ -107,7 +108,7 @@ class EncodedPrompts:
         self.store, self._digests, self._on_host = store, digests, on_host
 
     def read(self, prompt: str) -> dict[str, dict[str, Any]]:
-        """Return `conditioning` of a prompt, without an axis of the batch, and `host_conditioning` as Python numbers.
+        """Return `conditioning` of a prompt without a batch axis, and `host_conditioning` as Python numbers.
 
         Raises:
             ValueError: If the prompt is not in the cache.
@@ -124,7 +125,7 @@ class EncodedPrompts:
 
 
 def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Return distinct prompts, the empty one included, and their digests, by which they are sorted: int64."""
+    """Return distinct prompts, including the empty one, and their digests (int64). Both are sorted by the digests."""
     digests = {prompt: digest_of(prompt) for prompt in {*prompts, ""}}
     ordered = sorted(digests, key=digests.__getitem__)
     array = np.array([digests[prompt] for prompt in ordered], dtype=np.int64)
@@ -133,21 +134,22 @@ def distinct_prompts(prompts: Iterable[str]) -> tuple[list[str], np.ndarray]:
 
 
 class EncodedPairs:
-    """What [`~trl_diffusion_sdpo.data.PreferenceDataset`] reads in place of images and prompts.
+    """Encoded images and prompts, which a [`~trl_diffusion_sdpo.data.PreferenceDataset`] reads.
 
     Args:
-        images ([`ShardStore`]): Rows of [`ImageRows`], with the columns `moments`, as the family's `image_moments`
-            returns them for one image, and `sizes`, int32 of shape `(3, 2)`: height and width before any resizing, top
-            and left of the crop, height and width of the pixels. Moments of images that could not be decoded are empty.
+        images ([`ShardStore`]): Rows of [`ImageRows`]. Column `moments` has the result of the family's `image_moments`,
+            empty if an image could not be decoded. Column `sizes`, int32 of shape `(3, 2)`, has height and width before
+            resizing, top and left of the crop, and height and width of the pixels.
         rows ([`ImageRows`]): Numbers of the images in the store.
-        prompts ([`EncodedPrompts`]): Their conditioning.
+        prompts ([`EncodedPrompts`]): Conditioning of the prompts.
     """
 
     def __init__(self, images: ShardStore, rows: ImageRows, prompts: EncodedPrompts) -> None:
         self.images, self.rows, self.prompts = images, rows, prompts
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Return the entries of an item that depend on a pair's images; arguments as for [`ImageRows.of_pair`].
+        """Return the entries of an item that depend on a pair's images. The arguments are those of
+        [`ImageRows.of_pair`].
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.

@@ -1,5 +1,5 @@
-"""Encodes images and prompts before training: what a cache lacks is encoded by all processes together, and data sets
-then read from it."""
+"""Encoding of images and prompts before training. All processes encode together what a cache lacks, and data sets then
+read the cache."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from .shards import ShardStore, writing_into
 logger = logging.getLogger(__name__)
 
 LATENTS, PROMPTS = "latents", "prompts"  # subfolders
-SHARD_PIXELS = 256 * 512 * 512  # of the images of a shard: a killed process repeats at most so many
+SHARD_PIXELS = 256 * 512 * 512  # pixels of a shard; a killed process repeats at most these
 SHARD_PROMPTS = 64
-IMAGES_AT_ONCE = range(2, 9)  # of the VAE: as many as `PIXELS_AT_ONCE` are, within this range
-PROMPTS_AT_ONCE = range(4, 17)  # products of matrices round differently in smaller batches on CPUs
+IMAGES_AT_ONCE = range(2, 9)  # limits of the VAE's batches, whose size follows from `PIXELS_AT_ONCE`
+PROMPTS_AT_ONCE = range(4, 17)  # limits of batches; CPUs round matrix products of smaller ones differently
 SAMPLED_PROMPTS = 8  # whose size is measured before all are encoded
 SHOWN_EXAMPLES = 5
 
@@ -52,18 +52,18 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How pairs are encoded.
+    """Settings by which pairs are encoded.
 
     Args:
         folder (`Path`): Folder of all caches.
-        device (`torch.device`): Where images are encoded.
+        device (`torch.device`): Device that encodes images.
         size (`tuple[int, int]`): Height and width of the images.
         crops (`int`): Variants of each image, if images are cropped at random.
         largest_batch (`int`): Pairs of the largest batch in training and evaluation.
         pin_memory (`bool`): Whether pixels are copied to the device from pinned memory.
         check_sample (`bool`): Whether to decode a sample of the pairs before anything is encoded.
-        load (`Callable`): Makes a loader of a data set's items in their order. It also gets the pairs that the items
-            are read from and the bytes of an item.
+        load (`Callable`): Makes a loader of a data set's items in their order, from the data set, the pairs that it
+            reads and the bytes of an item.
         peers (`Peers`): The processes of this training.
     """
 
@@ -80,12 +80,12 @@ class EncodingSettings:
 
 @dataclass
 class EncodingReport:
-    """Counts of what a run reads from caches, and of what it has encoded, in all processes.
+    """Counts of rows that a run reads from caches and of rows that it has encoded, in all processes.
 
     Attributes:
-        images, prompts (`int`): Images, with each of their variants, and distinct prompts.
+        images, prompts (`int`): Images with all their variants, and distinct prompts.
         bytes (`int`): Size of the caches.
-        encoded_images, encoded_prompts (`int`): Those that were encoded in this run.
+        encoded_images, encoded_prompts (`int`): Images and prompts that were encoded in this run.
     """
 
     images: int = 0
@@ -97,7 +97,7 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class _Cache:
-    """The stores of a data set."""
+    """Stores of a data set."""
 
     rows: ImageRows
     texts: list[str]
@@ -107,7 +107,7 @@ class _Cache:
     statistics: ShardStore  # of the VAE's weights
 
     def missing(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows of each store that are needed and not there, as this process sees the folders."""
+        """Return the missing rows of each store, as this process sees the folders."""
         for store in (self.images, self.prompts, self.statistics):
             store.refresh()
         every = np.arange(len(self.texts))
@@ -119,7 +119,7 @@ class _Cache:
 
 
 class PairEncoding:
-    """Makes data sets read encoded pairs, and encodes what is not in the cache.
+    """Lets data sets read encoded pairs, after encoding what is not in the cache.
 
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, loaded only
@@ -145,8 +145,8 @@ class PairEncoding:
 
         Raises:
             ValueError: If the data are a stream, prompts depend on others in their batch, nothing can be written, or
-                other processes do not see the files that one writes.
-            DiskFullError: If there is too little room; what is finished stays.
+                processes do not see one another's files.
+            DiskFullError: If there is too little room. Finished shards stay.
         """
         if not isinstance(dataset, PreferenceDataset):
             raise ValueError(
@@ -214,7 +214,7 @@ class PairEncoding:
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
     def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
-        """Encode what is missing. The first process holds the locks of the stores."""
+        """Encode the missing rows. The first process holds the locks of the stores."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
 
@@ -237,8 +237,8 @@ class PairEncoding:
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
     ) -> tuple[int, int, list[tuple[int, str]]]:
-        """Write this process's shards. Return the numbers of images and of prompts, and the pairs of images that cannot
-        be decoded."""
+        """Write this process's shards. Return the numbers of images and prompts, and the pairs whose images cannot be
+        decoded."""
         images, undecodable = self._encode_images(dataset, cache, missing[0], family)
         prompts = self._encode_prompts(cache, missing[1], family)
         if len(missing[2]) and self._peers.index == 0:
@@ -276,7 +276,8 @@ class PairEncoding:
         return sum(len(rows) for _, rows in shards), undecodable
 
     def _encode_prompts(self, cache: _Cache, missing: np.ndarray, family: Family) -> int:
-        """Encode this process's share of the prompts: each alone, if the lengths of others would change its own."""
+        """Encode this process's share of the prompts. Each is encoded alone if other prompts would change its
+        padding."""
         shards = _own_shards(missing, missing // SHARD_PROMPTS, self._peers)
         alone = family.prompt_padding != "fixed"
         count = sum(len(rows) for _, rows in shards)
@@ -293,7 +294,7 @@ class PairEncoding:
         return count
 
     def _moments(self, family: Family, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode pixels `(N, 3, H, W)`, uint8 on the host; as in training, they become floats on the device."""
+        """Encode pixels `(N, 3, H, W)`, uint8 on the host. As in training, the device turns them into floats."""
         device = self._settings.device
         if device.type in ("cpu", "mps"):  # to which nothing is copied from pinned memory
             return family.image_moments(pixels_as_floats(pixels.to(device)))
@@ -301,7 +302,7 @@ class PairEncoding:
         return family.image_moments(pixels_as_floats(pixels.to(device, non_blocking=True)))
 
     def _check_disk(self, name: str, cache: _Cache, missing: Sequence[np.ndarray], family: Family) -> None:
-        """Say in the first process how much will be written, and refuse what the disk has no room for."""
+        """Log how much the processes will write, and raise if the disk has too little room."""
         if self._peers.index != 0:
             return
         blank = torch.zeros(3, *self._settings.size, dtype=torch.uint8)
@@ -348,7 +349,7 @@ def check_prompt_padding(setting: str, family: Family, largest_batch: int) -> No
 
 
 def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -> dict[str, torch.Tensor]:
-    """Return conditioning of prompts on the CPU. Prompts fewer than `at_least` are encoded with repetitions of them."""
+    """Return conditioning of prompts on the CPU. Fewer than `at_least` prompts are repeated."""
     repeated = list(prompts) * -(-at_least // len(prompts))
     with torch.no_grad():
         encoded = family.encode_prompts(repeated[: max(at_least, len(prompts))])
@@ -356,8 +357,8 @@ def conditioning_of(family: Family, prompts: Sequence[str], at_least: int = 1) -
 
 
 def moments_of(encode: Callable[[torch.Tensor], torch.Tensor], pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return moments on the CPU of pixels `(3, H, W)`, uint8. A single image is encoded as in a batch of two, because
-    CPUs round its convolutions differently."""
+    """Return moments on the CPU of pixels `(3, H, W)`, uint8. A single image is encoded twice in one batch, because
+    CPUs round convolutions of one image differently."""
     batch = torch.stack([*pixels, *pixels] if len(pixels) == 1 else list(pixels))
     with torch.no_grad():
         return encode(batch)[: len(pixels)].cpu()
@@ -380,7 +381,7 @@ class _ImageBatches:
             self._flush(pixels.shape)
 
     def finished(self, rows: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
-        """Return the rows of the shard. Those that were not added have empty moments."""
+        """Return the rows of the shard. Rows that were not added have empty moments."""
         for shape in list(self._waiting):
             self._flush(shape)
         for row in rows:
@@ -395,7 +396,7 @@ class _ImageBatches:
 
 
 class _Decoded(Dataset):
-    """Pixels and sizes of images in each of their rows, or why an image cannot be decoded, for DataLoader workers."""
+    """Pixels and sizes of images in all their rows, or the error of an image, for DataLoader workers."""
 
     def __init__(self, dataset: PreferenceDataset, rows: ImageRows, images: Sequence[np.ndarray]) -> None:
         self._dataset, self._rows, self._images = dataset, rows, images
@@ -423,7 +424,7 @@ def _own_shards(rows: np.ndarray, numbers: np.ndarray, peers: Peers) -> list[tup
 
 
 def _check_may_be_left_out(error: UndecodableImageError, pair: int, dataset: PreferenceDataset) -> None:
-    """Raise if the image of an error must not be stored as one that cannot be decoded."""
+    """Raise `ValueError` if bad rows stop the run."""
     if dataset.strict:
         raise ValueError(f"Pair {pair}: {error}. {HOW_TO_DROP}")
 

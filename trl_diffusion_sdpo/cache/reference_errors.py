@@ -1,5 +1,5 @@
-"""The reference's errors of all pairs at all their draws, computed before training, so that a step has no forward pass
-of a reference. Each process writes its share of the shards; those that are there are read."""
+"""Errors of the reference for all pairs at all their draws, computed before training, so that a step has no forward
+pass of a reference. Each process writes its share of the missing shards."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ Items = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class ErrorSettings:
-    """How errors are computed.
+    """Settings by which errors are computed.
 
     Args:
         folder (`Path`): Folder of all caches.
-        facts (`Mapping`): What they depend on besides data and noise: the reference, what encodes, the precision.
-        noise_draws (`int`): K, the draws of each training pair.
-        batch_size, eval_batch_size (`int`): Pairs of a forward pass: those of a batch in training and in evaluation, so
-            that errors are equal to the bit to those of a reference that predicts then.
+        facts (`Mapping`): Facts besides data and noise that errors depend on: reference, encoders, precision.
+        noise_draws (`int`): Number K of draws of each training pair.
+        batch_size, eval_batch_size (`int`): Pairs of a forward pass. They equal the batches in training and in
+            evaluation, so that errors are those of a live reference to the bit.
         to_inputs (`Callable`): Collates items and moves them to the device.
-        load (`Callable`): From a data set of items, batches of its keys and the pairs that it reads to a loader of
-            lists of items, in this process.
+        load (`Callable`): Makes a loader of lists of items from a data set, batches of its keys and the pairs that it
+            reads.
         show_progress (`bool`): Whether this process shows a progress bar.
         peers (`Peers`): The processes of this training.
     """
@@ -67,7 +67,7 @@ class ErrorSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ErrorShard:
-    """Errors that are computed and written at once: at draw `draw` in `[0, K)`, of the rows `pairs` of a data set."""
+    """Shard of errors: at draw `draw` in `[0, K)`, of the rows `pairs` of a data set."""
 
     number: int
     draw: int
@@ -76,11 +76,11 @@ class ErrorShard:
 
 class ReferenceErrorStore:
     """Float32 errors of shape `(K, P, T, 2)`: at K draws, of P pairs, at T draws of timestep and noise, of winner and
-    loser. They are NaN for a pair that could not be read.
+    loser. Errors of a pair that could not be read are NaN.
 
     Args:
         folder (`Path`): Folder of the stores of any key.
-        key (`Mapping`): Everything that the errors depend on, as values of JSON.
+        key (`Mapping`): Everything that errors depend on, as values of JSON.
         draws, pairs, levels (`int`): K, P and T.
     """
 
@@ -91,7 +91,7 @@ class ReferenceErrorStore:
         self.shards = ShardStore(folder, self.key, draws * self._per_draw)
 
     def missing(self) -> list[ErrorShard]:
-        """Return the shards that are not there, or are damaged."""
+        """Return the shards that are missing or damaged."""
         self.shards.refresh()
         return [self._shard(number) for number in self.shards.missing(np.arange(len(self.shards))).tolist()]
 
@@ -101,7 +101,7 @@ class ReferenceErrorStore:
         self.shards.write(shard.number, {shard.number: {COLUMN: errors}})
 
     def read(self) -> np.ndarray:
-        """Return all errors, `(K, P, T, 2)`. `KeyError` if a shard is not there."""
+        """Return all errors, `(K, P, T, 2)`. Raise `KeyError` if a shard is missing."""
         self.shards.refresh()
         errors = np.empty((self.draws, self.pairs, self.levels, 2), dtype=np.float32)
         for number in range(len(self.shards)):
@@ -115,7 +115,7 @@ class ReferenceErrorStore:
 
 
 class ReferenceErrors:
-    """Computes the reference's errors of data sets, in all processes together, or reads those that were computed.
+    """Errors of the reference on data sets: read from a store, after all processes have computed the missing ones.
 
     Args:
         denoiser (`nn.Module`): The policy, not prepared by the engine.
@@ -133,12 +133,11 @@ class ReferenceErrors:
         self._settings = settings
 
     def add_to(self, dataset: PreferenceDataset) -> None:
-        """Let the items of a data set carry their errors; all processes must call it.
+        """Set the errors of a data set's pairs. All processes must call it.
 
         Raises:
-            `ValueError`: If errors are missing and the reference is not there any more, or rows are not read alike
-                twice.
-            `FloatingPointError`: If an error is not finite.
+            ValueError: If errors are missing and the reference has been released.
+            FloatingPointError: If an error is not finite.
         """
         store, peers = self.store_of(dataset), self._settings.peers
         if any(peers.gather_results(store.missing)):
@@ -232,25 +231,28 @@ class ReferenceErrors:
     def _fill(
         self, errors: torch.Tensor, shard: ErrorShard, items: Items, training: bool, *, at_least: int = 0
     ) -> None:
-        """Write the errors of some items into those of their shard, by a forward pass of `at_least` so many pairs."""
+        """Compute errors of items by a forward pass of at least `at_least` pairs, and write them into `errors`."""
         if not items:
             return
         rows = [item["row"] for item in items]
         padded = items + items[:1] * (at_least - len(items))
-        found = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)
-        found = found.view(2, -1, len(padded)).permute(2, 1, 0)[: len(rows)].cpu()  # (2TB,) -> (B, T, 2)
-        bad = [row for row, error in zip(rows, found, strict=True) if not error.isfinite().all()]
+        computed = self._forward.reference_errors(self._denoiser, self._settings.to_inputs(padded), training=training)
+        computed = computed.view(2, -1, len(padded)).permute(2, 1, 0)[: len(rows)].cpu()  # (2TB,) -> (B, T, 2)
+        bad = [row for row, error in zip(rows, computed, strict=True) if not error.isfinite().all()]
         if bad:
             raise FloatingPointError(
-                f"Every error of the reference must be finite; those of the pairs {bad[:8]} are not. Look at these "
-                "pairs, or use bf16 instead of fp16."
+                f"Errors of the reference must be finite. Those of the pairs {bad[:8]} are not. Look at these pairs, "
+                "or use bf16 instead of fp16."
             )
-        errors[[row - shard.pairs.start for row in rows]] = found
+        errors[[row - shard.pairs.start for row in rows]] = computed
 
 
 def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool) -> PreferenceDataset:
-    """Prepared pairs whose draws repeat, so that errors of a reference can be computed for all of them; `ValueError` on
-    a stream."""
+    """Return prepared pairs whose draws repeat, so that all errors of a reference can be computed.
+
+    Raises:
+        ValueError: If the data are a stream.
+    """
     if not isinstance(dataset, PreferenceDataset):
         raise ValueError(
             f"`precompute_ref_errors=True` needs pairs with numbers, and the {name} data are a stream. Use a map-style "
@@ -262,7 +264,7 @@ def repeating_pairs(dataset: Any, noise_draws: int, *, name: str, training: bool
 
 
 def warn_of_repeated_draws(args: TrainingArguments, noise_draws: int, steps_of_epoch: int) -> None:
-    """Say where a run takes more epochs than there are draws of each pair."""
+    """Warn if a run takes more epochs than there are draws of each pair."""
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / steps_of_epoch
     if epochs > noise_draws:
         logger.warning(
@@ -278,7 +280,7 @@ def _is_for_training(dataset: PreferenceDataset) -> bool:
 
 
 class _Draws(Dataset):
-    """Pairs by the number of their draw and their row, each beside its row."""
+    """Rows and pairs, by the number of the draw and the row."""
 
     def __init__(self, pairs: PreferenceDataset):
         self._pairs = pairs
@@ -289,19 +291,19 @@ class _Draws(Dataset):
 
 
 class _Waiting:
-    """Items by the shapes of their tensors, until there are enough of one shape for a batch."""
+    """Items that wait, by the shapes of their tensors, until there are enough of one shape for a batch."""
 
     def __init__(self, size: int):
         self._size = size
         self._items: dict[Any, Items] = {}
 
     def add(self, item: dict[str, Any]) -> Items:
-        """Add an item; a whole batch of its shape, if there is one now."""
+        """Add an item. Return a whole batch of its shape if there is one now."""
         shape = tuple(tuple(value.shape) for value in item.values() if isinstance(value, torch.Tensor))
         waiting = self._items.setdefault(shape, [])
         waiting.append(item)
         return self._items.pop(shape) if len(waiting) == self._size else []
 
     def left(self) -> list[Items]:
-        """What is left, in batches of one shape."""
+        """Return the waiting items, in batches of one shape."""
         return list(self._items.values())

@@ -1,4 +1,4 @@
-"""Rows of tensors in safetensors files, under a key of everything that they depend on."""
+"""Rows of tensors in safetensors files, in a folder named by a hash of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files
+FORMAT = 2  # of the files; another number is another key
 OPEN_FILES = 512  # memory maps of a process
 KEY_FILE, LOCK_FILE, PARTIAL = "key.json", ".lock", ".partial"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -57,7 +57,7 @@ class ShardStore:
         return {**self.__dict__, "_open": OrderedDict()}  # memory maps cannot be pickled
 
     def refresh(self) -> None:
-        """Look at the folder for shards. A warning names a shard that is damaged, and its rows count as missing."""
+        """Index the shards of the folder. Damaged shards are named in a warning, and their rows are missing."""
         self._files = sorted(self.path.glob("*.safetensors"))
         self._file_of.fill(NONE)
         self._open.clear()
@@ -71,7 +71,7 @@ class ShardStore:
             self._file_of[[row for row in rows if row < len(self._file_of)]] = number
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Return those of the rows that no shard had at the last `refresh`."""
+        """Return the rows that no shard had at the last `refresh`."""
         return rows[self._file_of[rows] == NONE]
 
     @property
@@ -88,7 +88,8 @@ class ShardStore:
         write_atomically(file, save(tensors), ending=PARTIAL)
 
     def read(self, row: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a row. `KeyError` if no shard has it, `SafetensorError` if its shard is damaged."""
+        """Return the tensors of a row. Raise `KeyError` if no shard has it, `SafetensorError` if its shard is
+        damaged."""
         number = int(self._file_of[row])
         if number == NONE:
             raise KeyError(row)
@@ -121,7 +122,7 @@ class ShardStore:
 
 
 class _Shard:
-    """An open file, and the names of the tensors of each of its rows."""
+    """Open file with the names of the tensors of each row."""
 
     def __init__(self, path: Path) -> None:
         self.file = safe_open(path, "pt")

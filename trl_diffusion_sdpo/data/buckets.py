@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets: image sizes of about one area, the bucket of each pair, and an order of the pairs in which
-every batch has one size."""
+"""Aspect-ratio buckets: image sizes of about one area, the bucket of each pair, and an order of pairs in which every
+batch has one size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.utils.data import Sampler
 
 from .transforms import Size
 
-MIN_AREA = 0.9  # of a size, as a share of the target's: SDXL's list at 1024 pixels is what 64 pixels allow within it
-MANY_REPEATS = 0.05  # as a share of the pairs
+MIN_AREA = 0.9  # share of the target's area; gives SDXL's list at 1024 pixels in steps of 64
+MANY_REPEATS = 0.05  # share of the pairs; more are a warning
 ORDER = 1  # ends the key of an order's random numbers; those of pairs have no fourth part
 
 
@@ -27,19 +27,19 @@ class AspectRatioBuckets:
     """Sizes of about the area of `resolution`, never above it, at aspect ratios up to `max_aspect_ratio`.
 
     For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` that keeps
-    the area and the aspect ratio within their bounds; sizes of less than nine tenths of the area are left out. All are
-    there upright and lying. `resolution` itself is always one of them.
+    the area and the aspect ratio within their bounds. Sizes of less than nine tenths of the area are left out. Every
+    size exists upright and lying. `resolution` is always one of the sizes.
 
-    At 1024 pixels in steps of 64, every size is in the list of SDXL (https://huggingface.co/papers/2307.01952,
-    appendix I), which has further ones of smaller area.
+    At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
+    appendix I).
 
     Args:
         resolution (`tuple[int, int]`): Height and width, in pixels.
-        step (`int`): In pixels.
-        max_aspect_ratio (`float`): Of the longer side to the shorter one.
+        step (`int`): Divisor of all sides, in pixels.
+        max_aspect_ratio (`float`): Largest ratio of the longer side to the shorter one.
 
     Raises:
-        ValueError: If a number is out of range, `resolution` is longer than `max_aspect_ratio`, or is the only size.
+        ValueError: If a number is out of range, or `resolution` exceeds `max_aspect_ratio` or is the only size.
     """
 
     resolution: Size
@@ -79,10 +79,10 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """The bucket of each pair: that whose aspect ratio is nearest, as a logarithm, to the mean of the two images'.
+        """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images'.
 
-        It minimises the sum of the two distances, by which images are cropped, and among equal sums the larger
-        distance. Halfway between two buckets, the squarer one is taken. Computed in integers: every machine agrees.
+        It minimises the sum of the two distances, and so the cropping. Halfway between two buckets, the squarer one is
+        taken. The computation is in integers, so that every machine agrees.
 
         Args:
             sizes (`np.ndarray` of shape `(P, 4)`, int64): Height and width of the winner and of the loser, in pixels.
@@ -105,55 +105,54 @@ class PairSizes:
     """The size at which each pair is trained.
 
     Args:
-        sizes (`tuple[Size, ...]`): Of the buckets, `(height, width)`.
-        numbers (`np.ndarray` of shape `(P,)`): Of each pair's bucket.
+        sizes (`tuple[Size, ...]`): `(height, width)` of each bucket.
+        numbers (`np.ndarray` of shape `(P,)`): Bucket of each pair.
     """
 
     sizes: tuple[Size, ...]
     numbers: np.ndarray
 
     def take(self, pairs: Any) -> PairSizes:
-        """Those of some pairs, chosen by a slice, a mask or indices."""
+        """Return the sizes of some pairs, chosen by a slice, a mask or indices."""
         return PairSizes(self.sizes, self.numbers[pairs])
 
     def of(self, pair: int) -> Size:
-        """`(height, width)` of a pair."""
+        """Return `(height, width)` of a pair."""
         return self.sizes[self.numbers[pair]]
 
     def fingerprint(self) -> str:
-        """A hash of all pairs' sizes, equal on every machine."""
+        """Return a hash of all sizes, equal on every machine."""
         digest = hashlib.sha256(repr(self.sizes).encode())
         digest.update(np.ascontiguousarray(self.numbers, dtype="<u2").data)
         return digest.hexdigest()[:16]
 
     def repeats(self, group: int) -> int:
-        """How many pairs an epoch takes a second time, to fill up the last `group` of each bucket."""
+        """Return the number of pairs that an epoch takes a second time, to fill the last `group` of each bucket."""
         return int((-self._counts() % group).sum())
 
     def describe_epoch(self, group: int, *, drop_last: bool, shuffled: bool) -> tuple[str, bool]:
-        """How many pairs come twice in an epoch, or not at all, in words, and whether to warn of it; the arguments are
-        as of [`BucketSampler`]."""
+        """Return a sentence about pairs that an epoch takes twice or leaves out, and whether it is a warning."""
         pairs = len(self.numbers)
         if not drop_last:
             repeats = self.repeats(group)
             many = repeats > MANY_REPEATS * pairs
-            told = f"To fill up the last batch of each size, an epoch takes {repeats} of {pairs} pairs a second time."
+            sentence = f"To fill up the last batch of each size, an epoch takes {repeats} of {pairs} pairs twice."
             advice = "smaller batches or a larger `step` in `bucket_kwargs` have fewer."
-            return told + f" `dataloader_drop_last` leaves incomplete batches out; {advice}" * many, many
+            return sentence + f" `dataloader_drop_last` leaves incomplete batches out; {advice}" * many, many
         counts = self._counts()
         rests = counts % group
         never = np.where(counts < group, counts, 0) if shuffled else rests
-        told = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch"
+        sentence = f"`dataloader_drop_last=True` leaves {rests.sum()} of {pairs} pairs out of an epoch"
         if not never.any():
-            return f"{told}, others of them in each.", False
+            return f"{sentence}, others of them in each.", False
         listed = ", ".join(f"{never[i]} at {' x '.join(map(str, self.sizes[i]))}" for i in np.flatnonzero(never))
         return (
-            f"{told}, and {never.sum()} pairs are never trained on ({listed}): the batches of a step have {group} "
+            f"{sentence}, and {never.sum()} pairs are never trained on ({listed}): the batches of a step have {group} "
             "pairs of one size. Use smaller batches or a larger `step` in `bucket_kwargs`, or keep the last batches."
         ), True
 
     def _counts(self) -> np.ndarray:
-        """Pairs of each bucket."""
+        """Return the number of pairs of each bucket."""
         return np.bincount(self.numbers, minlength=len(self.sizes))
 
 
@@ -167,23 +166,24 @@ def candidates(pair: int, pairs: int, sizes: PairSizes | None) -> Iterator[int]:
 
 
 class Repeated(int):
-    """The index of a pair that fills up a batch: an evaluation does not count it."""
+    """Index of a pair that fills up a batch. An evaluation does not count it."""
 
 
 class BucketSampler(Sampler[int]):
-    """An order of pairs in which every `group` consecutive ones have one size, so that all processes' batches of a step
-    have. Pairs are shuffled, dealt to their buckets in that order, and a group comes where its first pair came. The
-    last group of a bucket is filled with the bucket's first pairs.
+    """Order of pairs in which every `group` consecutive pairs have one size.
+
+    Pairs are shuffled and dealt to their buckets in that order. A group comes where its first pair came. The last group
+    of a bucket is filled with the bucket's first pairs.
 
     Args:
-        pairs ([`PairSizes`]): The pairs' sizes.
+        pairs ([`PairSizes`]): Sizes of the pairs.
         group (`int`): Pairs in the batches of all processes of a step.
-        seed (`int`): Of the order.
-        epoch (`Callable[[], int]`, *optional*): The epoch whose order is wanted; without it, pairs are not shuffled.
-        drop_last (`bool`): Leave an incomplete last group of a bucket out instead of filling it.
+        seed (`int`): Seed of the order.
+        epoch (`Callable[[], int]`, *optional*): Returns the epoch. Without it, pairs are not shuffled.
+        drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
 
     Raises:
-        ValueError: If nothing is left.
+        ValueError: If no group is left.
     """
 
     def __init__(
@@ -214,18 +214,18 @@ class BucketSampler(Sampler[int]):
             yield from map(Repeated, rows[real:].tolist())
 
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs of each group `(groups, group)`, and whether they fill it up."""
+        """Return the pairs of each group `(groups, group)`, and whether they fill it up."""
         order = np.arange(len(self._pairs.numbers))
         if self._epoch is not None:
             order = np.random.default_rng([self._seed, self._epoch(), 0, ORDER]).permutation(order)
         numbers = self._pairs.numbers[order]
-        by_bucket = np.argsort(numbers, kind="stable")  # places in the order, bucket by bucket
-        places, repeated = [], []
+        by_bucket = np.argsort(numbers, kind="stable")
+        positions, repeated = [], []
         for members in np.split(by_bucket, np.cumsum(np.bincount(numbers))[:-1]):
             count = len(members) // self._group if self._drop_last else -(-len(members) // self._group)
             filled = np.resize(members, count * self._group)  # from its beginning again
-            places.append(filled)
+            positions.append(filled)
             repeated.append(np.arange(len(filled)) >= len(members))
-        groups = np.concatenate(places).reshape(-1, self._group)
+        groups = np.concatenate(positions).reshape(-1, self._group)
         as_met = np.argsort(groups[:, 0])
         return order[groups[as_met]], np.concatenate(repeated).reshape(-1, self._group)[as_met]

@@ -1,4 +1,4 @@
-"""How the values of label columns are read."""
+"""Readers of label columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LARGEST = 1e9  # a score or weight beyond it would outweigh all other pairs together
+LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
 
 
 class LabelError(ValueError):
@@ -17,10 +17,10 @@ class LabelError(ValueError):
 
 
 class ImageScores(NamedTuple):
-    """How a row's label ranks the row's images."""
+    """Scores that a row's label gives the row's images."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether equal numbers are a tie: the images that nobody picked were never compared
+    ranked: bool = True  # whether equal numbers are a tie; images that nobody picked were never compared
 
 
 def member_text(value: Any) -> Any:
@@ -29,7 +29,7 @@ def member_text(value: Any) -> Any:
 
 
 def is_valid(value: Any, what: str) -> bool:
-    """A boolean, true where it is missing. CSV and JSON files may hold it as text."""
+    """Return a boolean, true if the value is missing. CSV and JSON files may hold it as text."""
     if value is None or value != value:  # NaN: pandas' value of an empty cell
         return True
     word = str(member_text(value)).lower()
@@ -41,11 +41,10 @@ def is_valid(value: Any, what: str) -> bool:
 
 
 def finite_number(value: Any, what: str = "label") -> float:
-    """Return a float of at most `LARGEST` in size from a number, a numeric string or numeric bytes (archive members are
-    text: "0.5\\n").
+    """Return a float from a number, or from its text or bytes, such as a member of an archive has them.
 
     Raises:
-        LabelError: If the value is something else.
+        LabelError: If the value is no number, not finite or larger than `LARGEST`.
     """
     try:
         number = float(value)
@@ -102,18 +101,17 @@ def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: st
 
 
 def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
-    """The finite numbers of a column that no format names, one or a list of them for each row.
+    """Return the finite numbers of a column, one or a list of them for each row.
 
     Args:
-        values (`Iterable`): Of the column, in the order of the rows. All lists have as many numbers as the first good
-            one; numbers may be written as text, as CSV files have them.
-        column (`str`): Its name, in reasons.
+        values (`Iterable`): Values of the column, in the order of the rows. All lists must have as many numbers as the
+            first good one. Numbers may be text, as in CSV files.
+        column (`str`): Name of the column in reasons.
 
     Returns:
-        `tuple`: Numbers as float64 of shape `(rows, K)`, with NaN where a row is bad, and why a row is bad, by its
-        number.
+        `tuple`: Numbers as float64 of shape `(rows, K)`, NaN in bad rows, and the reason of each bad row by its number.
     """
-    found: list[list[float]] = []
+    rows: list[list[float]] = []
     reasons: dict[int, str] = {}
     width = 0
     for row, value in enumerate(values):
@@ -123,13 +121,13 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
             width = width or len(numbers)
             if not numbers or len(numbers) != width:
                 raise LabelError(f"`{column}` must have {width or 'some'} numbers, as other rows have; got {value!r}")
-            found.append(numbers)
+            rows.append(numbers)
         except LabelError as error:
             reasons[row] = str(error)
-            found.append([])
-    return np.array([numbers or [np.nan] * width for numbers in found], dtype=np.float64), reasons
+            rows.append([])
+    return np.array([numbers or [np.nan] * width for numbers in rows], dtype=np.float64), reasons
 
 
 def digest_of(text: str) -> int:
-    """64 bits that tell texts apart, equal on every machine."""
+    """Return 64 bits of a text's hash, equal on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

@@ -1,6 +1,8 @@
-"""The formats of published preference sets, each one entry of the table `FORMATS`, and the pairs that their label
-columns describe. A format reads from a row one score per image, larger for a better one; one function turns the scores
-into winners, losers and ties. Nothing here reads an image."""
+"""Formats of published preference sets, each an entry of the table `FORMATS`, and the pairs that their labels describe.
+
+A format reads one score per image from a row; larger is better. One function turns scores into winners, losers and
+ties. No image is read.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +33,7 @@ ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "i
 
 
 class PairReference(NamedTuple):
-    """The images of a pair, each by its row in the source and its index within the row."""
+    """Images of a pair, each by its row in the source and its index within the row."""
 
     winner_row: int
     winner_image: int
@@ -40,14 +42,14 @@ class PairReference(NamedTuple):
     scores: tuple[float, float] | None
 
     def swapped(self) -> "PairReference":
-        """The pair whose winner is this one's loser. Its scores have the other sign, so that larger stays better."""
+        """Return the pair with winner and loser exchanged. Scores change their sign, so that larger stays better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
 
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """The columns in which one kind of preference set keeps prompts, images and labels.
+    """Columns of prompts, images and labels in one kind of preference set.
 
     Attributes:
         name (`str`): Key in `FORMATS`.
@@ -55,14 +57,14 @@ class PreferenceFormat:
         image_columns (`tuple[str, ...]`): The two image columns, or the single one.
         other_image_columns (`tuple[str, ...]`): Other accepted names of the single one; the first one present is read.
         label_readers (`Mapping`): Label columns to the function that turns their values into `ImageScores`, in order
-            of preference; a row uses the first whose columns are all present and filled.
+            of preference. A row uses the first one whose columns are all present and filled.
         images_in_list (`bool`): The single image column holds a list of images.
         group_column (`str`, *optional*): Rows of one image each are compared within equal values of this column.
-        validity_column (`str`, *optional*): Where present and false, the row has no label.
-        score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read where present.
+        validity_column (`str`, *optional*): If present and false, the row has no label.
+        score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read if present.
         text_members (`bool`): Prompts are members of an archive: possibly bytes, possibly with a trailing newline.
         prompt_of_each_image (`bool`): `prompt_columns` are the prompts of the two images, in place of one prompt.
-        has_losers (`bool`): Whether rows have a loser. Without one, a pair's loser is the winner of another.
+        has_losers (`bool`): Whether rows have a loser. Otherwise a pair's loser is the winner of another.
         is_swapped (`bool`): Whether the published loser is the winner of a pair.
     """
 
@@ -87,35 +89,35 @@ class PreferenceFormat:
         object.__setattr__(self, "_text_columns", tuple(dict.fromkeys(n for n in names if n is not None)))
 
     def missing(self, column_names: Iterable[str]) -> list[str]:
-        """The columns that a set with these columns lacks for this format; empty if it can be read."""
-        found = set(column_names)
-        lacking = [column for column in (*self.image_columns, self.group_column) if column and column not in found]
-        if found.intersection(self.other_image_columns):
+        """Return the columns that this format needs and `column_names` lacks."""
+        present = set(column_names)
+        lacking = [column for column in (*self.image_columns, self.group_column) if column and column not in present]
+        if present.intersection(self.other_image_columns):
             lacking = [column for column in lacking if column not in self.image_columns]
         if self.prompt_of_each_image:
-            lacking += [column for column in self.prompt_columns if column not in found]
-        elif not found.intersection(self.prompt_columns):
+            lacking += [column for column in self.prompt_columns if column not in present]
+        elif not present.intersection(self.prompt_columns):
             lacking.append(" or ".join(self.prompt_columns))
-        if not any(found.issuperset(columns) for columns in self.label_readers):
+        if not any(present.issuperset(columns) for columns in self.label_readers):
             lacking.append(" or ".join("+".join(columns) for columns in self.label_readers))
         return lacking
 
     def text_columns(self, column_names: Iterable[str]) -> list[str]:
-        """The columns that this format reads from a set with these columns, without the images."""
-        found = set(column_names)
-        return [column for column in self._text_columns if column in found]
+        """Return the columns that this format reads besides images."""
+        present = set(column_names)
+        return [column for column in self._text_columns if column in present]
 
     def prompt_column(self, column_names: Iterable[str]) -> str:
-        """The column of the prompts in a set with these columns; of two, that of the published winners."""
-        found = set(column_names)
-        return next(column for column in self.prompt_columns if column in found)
+        """Return the column of prompts. If each image has its own prompt, it is that of the published winners."""
+        present = set(column_names)
+        return next(column for column in self.prompt_columns if column in present)
 
     def read_prompt_columns(self, column_names: Iterable[str]) -> list[str]:
-        """All columns of prompts that are read from a set with these columns: one, or that of each image."""
+        """Return all columns of prompts that are read: one, or one for each image."""
         return list(self.prompt_columns) if self.prompt_of_each_image else [self.prompt_column(column_names)]
 
     def describe(self) -> str:
-        """The accepted columns in one line, for error messages."""
+        """Return the accepted columns in one line, for error messages."""
         labels = " or ".join("+".join(columns) for columns in self.label_readers)
         prompts = self.prompt_columns if self.prompt_of_each_image else [" or ".join(self.prompt_columns)]
         images = [" or ".join((*self.image_columns, *self.other_image_columns))]
@@ -123,10 +125,10 @@ class PreferenceFormat:
         return f"{self.name}: " + ", ".join(part for part in parts if part)
 
     def prompt(self, row: Mapping[str, Any], image: int = 0) -> str:
-        """The row's prompt, or the one of its images' own prompts.
+        """Return the row's prompt, or the prompt of one of its images.
 
         Raises:
-            ValueError: If it is anything but a string.
+            ValueError: If the prompt is no valid string.
         """
         columns = self.prompt_columns[image : image + 1] if self.prompt_of_each_image else self.prompt_columns
         value = next((row[column] for column in columns if column in row), None)
@@ -142,11 +144,11 @@ class PreferenceFormat:
         return value
 
     def prompts(self, row: Mapping[str, Any]) -> list[str]:
-        """The row's prompt, or those of its images; raises as `prompt`."""
+        """Return the row's prompt, or the prompts of its images. Raises like `prompt`."""
         return [self.prompt(row, image) for image in range(2 if self.prompt_of_each_image else 1)]
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
-        """The label of a row as one score per image.
+        """Return the label of a row as one score per image.
 
         Raises:
             LabelError: If the label is missing or unreadable.
@@ -162,10 +164,10 @@ class PreferenceFormat:
         raise LabelError("no label: " + " or ".join("+".join(columns) for columns in self.label_readers) + " is empty")
 
     def reward_scores(self, row: Mapping[str, Any]) -> tuple[float, float] | None:
-        """Reward scores of winner and loser, or `None` where the set has no score columns.
+        """Return reward scores of winner and loser, or `None` if there are no score columns.
 
         Raises:
-            LabelError: If the columns are there and the row's values are not numbers.
+            LabelError: If the row's scores are not numbers.
         """
         if self.score_columns is None or self.score_columns[0] not in row:
             return None
@@ -174,10 +176,7 @@ class PreferenceFormat:
 
 
 def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
-    """The format that a set with these columns is in; the first of `FORMATS` where several fit.
-
-    Args:
-        column_names (`Iterable[str]`): The set's columns.
+    """Return the first of `FORMATS` that fits the columns of a set.
 
     Raises:
         ValueError: If no format fits, or one of two score columns is missing.
@@ -191,44 +190,44 @@ def detect_format(column_names: Iterable[str]) -> PreferenceFormat:
     _check_prompts(FORMATS["canonical"], columns)
     raise ValueError(
         f"No known preference format has the columns {columns}. Rename columns (`dataset.rename_columns`) so that "
-        "they match one of:\n" + "\n".join(f"  {known.describe()}" for known in FORMATS.values())
+        "they match one of:\n" + "\n".join(f"  {row_format.describe()}" for row_format in FORMATS.values())
     )
 
 
 def resolve_format(
     dataset_format: str | None, column_names: Iterable[str], *, use_scores: bool = True
 ) -> PreferenceFormat:
-    """The named format, after checking that the columns fit it; the detected one for `None`.
+    """Return the named format, after checking that the columns fit it, or the detected one for `None`.
 
-    With `use_scores=False` score columns are not read, and a row without a score is valid.
+    With `use_scores=False`, score columns are not read, and a row without a score is valid.
     """
     columns = list(column_names)
     if dataset_format is None:
-        known = detect_format(columns)
+        row_format = detect_format(columns)
     elif dataset_format not in FORMATS:
         raise ValueError(f"`dataset_format` must be one of {sorted(FORMATS)}, got {dataset_format!r}.")
     else:
-        known = FORMATS[dataset_format]
-        if lacking := known.missing(columns):
+        row_format = FORMATS[dataset_format]
+        if lacking := row_format.missing(columns):
             raise ValueError(
-                f"`dataset_format={dataset_format!r}` needs {known.describe()}; the data set has {columns} and lacks "
-                f"{lacking}. Rename its columns or leave `dataset_format` out."
+                f"`dataset_format={dataset_format!r}` needs {row_format.describe()}; the data set has {columns} and "
+                f"lacks {lacking}. Rename its columns or leave `dataset_format` out."
             )
-        _check_scores(known, columns)
-    images = [column for column in (*known.image_columns, *known.other_image_columns) if column in columns]
-    known = replace(known, image_columns=tuple(images[:1])) if known.other_image_columns else known
-    return known if use_scores else replace(known, score_columns=None)
+        _check_scores(row_format, columns)
+    images = [column for column in (*row_format.image_columns, *row_format.other_image_columns) if column in columns]
+    row_format = replace(row_format, image_columns=tuple(images[:1])) if row_format.other_image_columns else row_format
+    return row_format if use_scores else replace(row_format, score_columns=None)
 
 
 def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """All pairs that a list of image scores implies.
+    """Return all pairs that a list of image scores implies.
 
     Args:
         scores (`Sequence[float]`): One number per image; larger is better.
-        ranked (`bool`): Count equal images as ties even if other images of the list differ.
+        ranked (`bool`): Whether equal images are ties even if other images of the list differ.
 
     Returns:
-        `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties, which are left out.
+        `tuple`: Pairs `(winner, loser)` of indices into `scores`, and the number of ties.
     """
     pairs, ties = [], 0
     for first, second in combinations(range(len(scores)), 2):
@@ -239,26 +238,26 @@ def compare(scores: Sequence[float], *, ranked: bool = True) -> tuple[list[tuple
     return pairs, ties if ranked or not pairs else 0
 
 
-def groups(known: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
-    """Rows whose images are compared with one another: each row by itself, or consecutive rows of one group value."""
-    if known.group_column is None:
+def groups(row_format: PreferenceFormat, rows: Iterable[tuple[int, Mapping]]) -> Iterator[list[tuple[int, Mapping]]]:
+    """Yield rows whose images are compared with one another: single rows, or consecutive rows of one group."""
+    if row_format.group_column is None:
         yield from ([numbered] for numbered in rows)
         return
-    for _, group in groupby(rows, key=lambda numbered: numbered[1].get(known.group_column)):
+    for _, group in groupby(rows, key=lambda numbered: numbered[1].get(row_format.group_column)):
         yield list(group)
 
 
 def pairs_in_group(
-    known: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
+    row_format: PreferenceFormat, group: list[tuple[int, Mapping]], reject: Reject
 ) -> Iterator[PairReference]:
-    """The pairs within a group, swapped if the format says so; bad prompts, bad labels and ties go to `reject`."""
+    """Yield the pairs of a group. Bad prompts, bad labels and ties go to `reject`."""
     images: list[tuple[int, int]] = []
     scores: list[Any] = []
     ranked, reward_scores = True, None
     for number, row in group:
         try:
-            labels, reward_scores = known.image_scores(row), known.reward_scores(row)
-            known.prompts(row)
+            labels, reward_scores = row_format.image_scores(row), row_format.reward_scores(row)
+            row_format.prompts(row)
         except ValueError as error:
             reject("bad_labels" if isinstance(error, LabelError) else "bad_prompts", number, str(error), 1)
             continue
@@ -272,11 +271,11 @@ def pairs_in_group(
         reject("ties", images[0][0], JUDGED_EQUAL, ties)
     for winner, loser in pairs:
         pair = PairReference(*images[winner], *images[loser], reward_scores)
-        yield pair.swapped() if known.is_swapped else pair
+        yield pair.swapped() if row_format.is_swapped else pair
 
 
 def images_of_row(row: Mapping[str, Any], image_columns: Sequence[str], in_list: bool) -> list[Any]:
-    """The row's images, undecoded, in the order of `ImageScores.values`."""
+    """Return the row's undecoded images, in the order of `ImageScores.values`."""
     if not in_list:
         return [row.get(column) for column in image_columns]
     images = row.get(image_columns[0])
@@ -295,7 +294,7 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
 
 
 def _check_prompts(detected: PreferenceFormat, columns: list[str]) -> None:
-    """Refuse one branch's prompts alone, and say which are read where a set has both kinds."""
+    """Refuse the prompts of one image alone. Warn if a set also has a prompt of both images."""
     present = [column for column in BRANCH_PROMPTS if column in columns]
     if detected.prompt_of_each_image:
         plain = [column for column in _PROMPTS if column in columns]
@@ -316,10 +315,10 @@ _ALONE = (
     "Add the other one, or name `dataset_format='canonical'` to read one prompt for both images."
 )
 
-# Order matters only where a set fits two formats: the earlier one is taken.
+# If a set fits two formats, the earlier one is taken.
 FORMATS: dict[str, PreferenceFormat] = {
-    known.name: known
-    for known in (
+    row_format.name: row_format
+    for row_format in (
         PreferenceFormat(
             name="branch_prompts",
             prompt_columns=BRANCH_PROMPTS,
@@ -383,7 +382,7 @@ FORMATS: dict[str, PreferenceFormat] = {
             prompt_columns=_PROMPTS,
             image_columns=("image",),
             other_image_columns=("jpg", "png"),
-            label_readers={(): first_is_preferred},  # the loser is another row's image
+            label_readers={(): first_is_preferred},  # losers are images of other rows
             has_losers=False,
         ),
     )

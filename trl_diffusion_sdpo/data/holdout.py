@@ -80,13 +80,13 @@ def hold_out_of_several(
 
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
     """Return each row's prompt, `None` if it is bad."""
-    known = resolve_format(dataset_format, dataset.column_names)
-    column = known.prompt_column(dataset.column_names)
+    row_format = resolve_format(dataset_format, dataset.column_names)
+    column = row_format.prompt_column(dataset.column_names)
     prompts: list[str | None] = []
     for batch in dataset.with_format(None).select_columns([column]).iter(batch_size=1000):
         for value in batch[column]:
             try:
-                prompts.append(known.prompt({column: value}))
+                prompts.append(row_format.prompt({column: value}))
             except ValueError:
                 prompts.append(None)
     return prompts

@@ -1,4 +1,4 @@
-"""The sizes of all images, read from their headers before training, and which pairs they leave out."""
+"""Sizes of all images, read from their headers before training, and the pairs that they exclude."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SIZES_READ = "Reading image sizes"
 
 @dataclass(frozen=True)
 class Settled:
-    """Which pairs the sizes of their images leave, and the sizes that these are trained at.
+    """Pairs that remain after the sizes of their images were read, and the sizes that they are trained at.
 
     Args:
-        kept (`np.ndarray` of shape `(P,)`, bool): Pairs that are not left out.
-        sizes ([`PairSizes`], *optional*): Buckets of the pairs that are kept.
-        drops (`list[tuple]`): Kind, pair, reason and number of pairs of what is left out.
+        kept (`np.ndarray` of shape `(P,)`, bool): Whether each pair remains.
+        sizes ([`PairSizes`], *optional*): Buckets of the pairs that remain.
+        drops (`list[tuple]`): Kind, pair, reason and number of pairs that are left out.
         notes (`tuple[str, ...]`): Lines for the report.
     """
 
@@ -51,12 +51,12 @@ def settle_sizes(
     num_proc: int | None,
     peers: Peers,
 ) -> Settled:
-    """Read the sizes of all images, and leave out the pairs of images that have none or are small.
+    """Read the sizes of all images, and leave out pairs whose images are unreadable or small.
 
     Args:
         source: The data set with the images.
         index (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-        targets ([`AspectRatioBuckets`] or `Size`): What pairs are trained at.
+        targets ([`AspectRatioBuckets`] or `Size`): Sizes that pairs are trained at.
         min_side (`int`, *optional*): Least pixels along the shorter side of an image.
         num_proc (`int`, *optional*): Processes of each peer; by default one for each core if there are many images.
         peers (`Peers`): The processes that divide the images.
@@ -79,11 +79,11 @@ def settle_sizes(
 
 
 def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
-    """Return what resizing and cropping do to the images, in words.
+    """Return sentences about how images are resized and cropped.
 
     Args:
         sizes (`np.ndarray` of shape `(P, 2, 2)`): Height and width of winners and losers.
-        targets (`np.ndarray` of shape `(P, 2)` or `(1, 2)`): Height and width that they are trained at.
+        targets (`np.ndarray` of shape `(P, 2)` or `(1, 2)`): Height and width at which they are trained.
     """
     if not len(sizes):
         return ()
@@ -103,7 +103,7 @@ def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
 
 
 def _drops(kind: str, mask: np.ndarray, reason_of: Callable[[int], str]) -> list[tuple[str, int, str, int]]:
-    """Return the first pairs of a mask with their reasons. The last of them is counted for all others."""
+    """Return the first pairs of a mask with their reasons. The last one counts for all others."""
     pairs = np.flatnonzero(mask).tolist()
     drops = [(kind, pair, reason_of(pair), 1) for pair in pairs[:MAX_EXAMPLES]]
     if drops:
@@ -135,7 +135,7 @@ def _read_sizes(source: Any, index: np.ndarray, reader: ImageReader, num_proc: i
             for part, own in source.split(share)
             if len(own)
         ]
-        return [chunk for table in tables for chunk in table.with_format("arrow")[:]["found"].chunks]
+        return [chunk for table in tables for chunk in table.with_format("arrow")[:]["results"].chunks]
 
     sides = pa.chunked_array(list(chain(*peers.gather_results(read_share))), pa.list_(pa.int32()))
     counts = compute.list_value_length(sides).to_numpy() // 2  # images of each row
@@ -153,7 +153,7 @@ def _read_sizes(source: Any, index: np.ndarray, reader: ImageReader, num_proc: i
 def _size_table(table: pa.Table, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list]:
     rows = zip(*(map(_value, table.column(name)) for name in columns), strict=True)
     images_of_rows = (images_of_row(dict(zip(columns, row, strict=True)), columns, in_list) for row in rows)
-    return {"found": [[side for image in images for side in _size(reader, image)] for images in images_of_rows]}
+    return {"results": [[side for image in images for side in _size(reader, image)] for images in images_of_rows]}
 
 
 def _size(reader: ImageReader, image: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The index of pairs: one row a pair, found in the label columns of a data set. No image is read for it."""
+"""Index of pairs: one row for each pair that the label columns of a data set describe. No image is read."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ COLUMNS = datasets.Features(
     {
         **{name: datasets.Value("int64") for name in PLACES},
         **{name: datasets.Value("float64") for name in SCORES},
-        # A row of the index can also be a drop: then these are filled, and `winner_row` is the row of the source.
+        # These are filled if a row of the index is a drop. Then `winner_row` is the row of the source.
         "dropped": datasets.Value("string"),
         "reason": datasets.Value("string"),
         "amount": datasets.Value("int64"),
     }
 )
 ROWS_AT_ONCE = 1000
-CODE = (__file__, formats.__file__)  # what an index depends on beside the data
+CODE = (__file__, formats.__file__)  # a change of this code makes indexes anew
 
 
 @dataclass(frozen=True)
 class PairTable:
-    """All that is known about P pairs before an image is read.
+    """Index and columns of P pairs.
 
     Attributes:
         places (`np.ndarray` of shape `(P, 4)`): Winner row, winner image, loser row, loser image.
-        columns (`dict[str, np.ndarray]`): What else is known, by name; each array has P entries. `scores` are the
-            reward scores of winner and loser, `calibrated` those that take their place, `weight` is the factor of a
-            pair's loss, `size` the number of its bucket, `ref_errors` the errors of a reference.
-        weighed_by (`str`, *optional*): What the weights were computed from, in words.
+        columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
+            and loser, `calibrated` replaces them, `weight` is the factor of a pair's loss, `size` the number of its
+            bucket, `ref_errors` the errors of a reference.
+        weighed_by (`str`, *optional*): Setting that the weights were computed by.
     """
 
     places: np.ndarray
@@ -66,54 +66,51 @@ class PairTable:
         return hashlib.sha256(self.columns[name].tobytes()).hexdigest()[:16]
 
     def with_columns(self, **columns: np.ndarray | None) -> PairTable:
-        """Return the same pairs with other columns beside or in place of theirs; `None` removes one."""
+        """Return the pairs with columns added or replaced. `None` removes a column."""
         joined = {**self.columns, **columns}
         return replace(self, columns={name: values for name, values in joined.items() if values is not None})
 
 
-def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], known: PreferenceFormat) -> dict[str, list]:
-    """Return the pairs that the labels of numbered rows describe, and what is left out, as `COLUMNS`.
-
-    Rows of a format that compares rows must have the rows of a group together.
-    """
+def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], row_format: PreferenceFormat) -> dict[str, list]:
+    """Return the pairs and the drops of numbered rows, as `COLUMNS`. Rows of one group must be consecutive."""
     entries: list[tuple] = []
 
     def reject(kind: str, row: int, reason: str, amount: int) -> None:
         entries.append((row, None, None, None, None, None, kind, reason, amount))
 
-    for group in groups(known, rows):
-        for *places, scores in pairs_in_group(known, group, reject):
+    for group in groups(row_format, rows):
+        for *places, scores in pairs_in_group(row_format, group, reject):
             entries.append((*places, *(scores or (None, None)), None, None, None))
     columns = zip(*entries, strict=True) if entries else [()] * len(COLUMNS)
     return {name: list(values) for name, values in zip(COLUMNS, columns, strict=True)}
 
 
-def find_pairs(labels: datasets.Dataset, known: PreferenceFormat) -> tuple[PairTable, list[Drop]]:
-    """Return the pairs of a data set and what was left out. `datasets` caches the result beside data on a disk.
+def find_pairs(labels: datasets.Dataset, row_format: PreferenceFormat) -> tuple[PairTable, list[Drop]]:
+    """Return the pairs and the drops of a data set. `datasets` caches the result beside data on a disk.
 
     Args:
         labels (`datasets.Dataset`): The columns of labels and prompts, without the images.
-        known (`PreferenceFormat`): Their format.
+        row_format (`PreferenceFormat`): Their format.
     """
     code = [Path(file).read_bytes() for file in CODE]
-    facts = [dataset_fingerprint(labels), known.name, known.score_columns, known.is_swapped, code]
+    facts = [dataset_fingerprint(labels), row_format.name, row_format.score_columns, row_format.is_swapped, code]
     options: dict[str, Any] = {
         "with_indices": True,
         "batched": True,
         # Rows of a group may be anywhere, so they are brought together in one batch.
-        "batch_size": ROWS_AT_ONCE if known.group_column is None else None,
+        "batch_size": ROWS_AT_ONCE if row_format.group_column is None else None,
         "remove_columns": labels.column_names,
         "features": COLUMNS,
-        "fn_kwargs": {"known": known},
+        "fn_kwargs": {"row_format": row_format},
         "new_fingerprint": Hasher.hash(facts),
         "desc": "Finding pairs",
     }
     try:
-        found = labels.map(_index_batch, keep_in_memory=not labels.cache_files, **options)
+        index = labels.map(_index_batch, keep_in_memory=not labels.cache_files, **options)
     except OSError as error:
         logger.warning("The index of the pairs cannot be cached: %s. It is built at every start.", error)
-        found = labels.map(_index_batch, keep_in_memory=True, load_from_cache_file=False, **options)
-    table = found.with_format("arrow")[:]
+        index = labels.map(_index_batch, keep_in_memory=True, load_from_cache_file=False, **options)
+    table = index.with_format("arrow")[:]
     is_pair = table.column("dropped").is_null().to_numpy(zero_copy_only=False)
     pairs, drops = table.filter(is_pair), table.filter(~is_pair)
     kind = np.int32 if len(labels) <= np.iinfo(np.int32).max else np.int64
@@ -124,14 +121,14 @@ def find_pairs(labels: datasets.Dataset, known: PreferenceFormat) -> tuple[PairT
     return PairTable(places, {"scores": scores} if has_scores else {}), list(zip(*listed, strict=True))
 
 
-def _index_batch(batch: Mapping[str, list], numbers: list[int], known: PreferenceFormat) -> dict[str, list]:
+def _index_batch(batch: Mapping[str, list], numbers: list[int], row_format: PreferenceFormat) -> dict[str, list]:
     names = list(batch)
     rows = [
         (number, dict(zip(names, values, strict=True)))
         for number, values in zip(numbers, zip(*(batch[name] for name in names), strict=True), strict=True)
     ]
-    if known.group_column is not None:
+    if row_format.group_column is not None:
         first: dict[Any, int] = {}  # of each group, its place among the groups
-        order = [first.setdefault(row[known.group_column], len(first)) for _, row in rows]
+        order = [first.setdefault(row[row_format.group_column], len(first)) for _, row in rows]
         rows = [rows[place] for place in np.argsort(order, kind="stable").tolist()]
-    return index_pairs(rows, known)
+    return index_pairs(rows, row_format)

@@ -1,5 +1,5 @@
-"""Loads the pairs of a data set by its name: of the Hub, a file or a folder; and split expressions of the Datasets
-library, such as `train[:90%]` or `train+test`."""
+"""Loading pairs by the name of a data set on the Hub, a file or a folder, and split expressions of `datasets`, such as
+`train[:90%]` or `train+test`."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def load_pairs(
     streaming: bool = False,
     on_bad_row: str = "drop",
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Pairs by the name of a data set, as the command `train` loads them.
+    """Load pairs by the name of a data set, as the command `train` does.
 
     Args:
         name (`str` or `os.PathLike`): An id of the Hub; a file (parquet, arrow, JSON, CSV, TSV); a folder of such
             files, of images with `metadata.jsonl` or `metadata.csv`, of images in the folders `chosen` and `rejected`,
             or of images with ranks at the end of their names; or a folder that `save_to_disk` wrote. Relative names of
             images in a local file are looked up in its folder, then in the working directory.
-        split (`str`): Such as `"train"` or `"train[:90%]"`. A file is one split under any name.
-        config (`str`, *optional*): The configuration of a data set of the Hub.
+        split (`str`): Split expression, such as `"train"` or `"train[:90%]"`. A file is one split under any name.
+        config (`str`, *optional*): Configuration of a data set of the Hub.
         streaming (`bool`): Whether to load a stream.
-        on_bad_row (`str`): Whether images of a folder that are in no pair are counted and left out (`"drop"`), or an
-            error (`"raise"`).
+        on_bad_row (`str`): `"drop"` leaves out and counts images of a folder that are in no pair. `"raise"` raises an
+            error.
 
     Raises:
         ValueError: If there is no such data set or split, or a folder has images and no pairs.
@@ -68,8 +68,8 @@ def load_pairs(
         logger.warning(message, config, name)
     parts = saved_parts(path) if is_saved(path) else None
     if parts is not None:
-        found = with_found_images(_rows_of_parts(path, parts, split), [path])
-        return found.to_iterable_dataset() if streaming else found
+        loaded = with_found_images(_rows_of_parts(path, parts, split), [path])
+        return loaded.to_iterable_dataset() if streaming else loaded
     if path.is_file():
         return _load_file(path, split, streaming)
     if not path.is_dir():
@@ -84,29 +84,29 @@ def load_pairs(
 
 
 def load_pairs_from_files(path: str, split: str, streaming: bool, config: str | None, **files: Any) -> Any:
-    """As [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
+    """Load pairs like [`load_pairs`], from `data_files` or a `data_dir` of a data set."""
     builder = datasets.load_dataset_builder(path, name=config, **files)
     return with_found_images(_loaded(builder, split, streaming), _folders_of_files(builder, split))
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
+    """Return whether a folder was written by `save_to_disk`."""
     return (path / _SAVED_DATASET).is_file() or (path / _SAVED_DATASET_DICT).is_file()
 
 
 def is_one_split(path: Path) -> bool:
-    """Whether data have one split only, which goes by any name."""
+    """Return whether data have one split only, which has any name."""
     return path.is_file() or ((path / _SAVED_DATASET).is_file() and not (path / _SAVED_DATASET_DICT).is_file())
 
 
 def saved_parts(path: Path) -> dict[str, datasets.Dataset]:
-    """Data written by `save_to_disk`, by split; a single `Dataset` is the split `train`."""
+    """Return data written by `save_to_disk`, by split. A single `Dataset` is the split `train`."""
     saved = datasets.load_from_disk(str(path))
     return saved if isinstance(saved, datasets.DatasetDict) else {ONLY_SPLIT: saved}
 
 
 def _rows_of_parts(path: Path, parts: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
-    """A split, or slices of it."""
+    """Return a split, or slices of splits."""
     if split in parts:
         return parts[split]
     try:
@@ -144,7 +144,7 @@ def _load_folder(path: Path, split: str, streaming: bool) -> Any:
 
 
 def _loaded(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> Any:
-    """As `datasets.load_dataset`."""
+    """Load a split like `datasets.load_dataset`."""
     if streaming:
         return builder.as_streaming_dataset(split)
     builder.download_and_prepare()
@@ -152,8 +152,7 @@ def _loaded(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> An
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
-    """Reads a folder: what `datasets` takes, which goes by the kind of most files, or the data files beside images.
-    Making one looks at all files of the folder many times."""
+    """Return the builder that `datasets` chooses by the kind of most files, or one of the data files beside images."""
     try:
         builder = datasets.load_dataset_builder(str(path))
     except ValueError:  # splits of several kinds
@@ -167,11 +166,11 @@ def _builder_of(path: Path) -> datasets.DatasetBuilder:
 
 def _is_metadata(name: str) -> bool:
     stem, suffix = os.path.splitext(os.path.basename(name))
-    return stem == "metadata" or suffix.lower() in (".tar", ".zip")  # which may hold one
+    return stem == "metadata" or suffix.lower() in (".tar", ".zip")  # archives may hold one
 
 
 def _data_files(path: Path) -> dict[str, list[str]]:
-    """The data files beside images in a folder, by split.
+    """Return the data files beside images in a folder, by split.
 
     Raises:
         ValueError: If there is none, or there are several kinds.
@@ -185,7 +184,7 @@ def _data_files(path: Path) -> dict[str, list[str]]:
 
 
 def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
-    """The local folder of the data files of a split, if they are in one."""
+    """Return the local folder of the data files of a split, if they are in a single one."""
     of_splits = builder.config.data_files or {}
     wanted = {part.partition("[")[0] for part in _split_parts(split)}
     names = [name for part in of_splits if wanted & {part, ALL_SPLITS} for name in of_splits[part]]
@@ -197,23 +196,23 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 
 
 def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
-    """Return a data set whose relative names of image files are looked up in folders, in that order, and then in the
-    working directory. A name that is in none is taken to be in the first."""
+    """Return a data set whose relative names of images are resolved: the folders are searched in their order, then the
+    working directory. A file that is nowhere counts as one in the first folder."""
     features = refuse_mixed_types(dataset).features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
     columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
     if not folders or not columns:
         return dataset
-    places = [os.path.abspath(folder) for folder in (*folders, os.curdir)]
+    roots = [os.path.abspath(folder) for folder in (*folders, os.curdir)]
     options: dict[str, Any] = {"input_columns": columns, "features": dataset.features}
     if isinstance(dataset, datasets.IterableDataset):
         rows = dataset.decode(False) if features else dataset
-        return rows.map(partial(_in_row, columns, places), **options)
+        return rows.map(partial(_in_row, columns, roots), **options)
     batches = dataset.select_columns(columns).iter(1000)
-    if not any(_find(value, places) != value for batch in batches for values in batch.values() for value in values):
+    if not any(_find(value, roots) != value for batch in batches for values in batch.values() for value in values):
         return dataset
-    find = partial(_in_batch, columns, places)
-    # `datasets` would not see that a file is in another place than before.
+    find = partial(_in_batch, columns, roots)
+    # The cache of `datasets` would not notice that a file has moved.
     return dataset.map(find, batched=True, load_from_cache_file=False, desc="Finding images", **options)
 
 
@@ -230,26 +229,26 @@ def refuse_mixed_types(dataset: Any) -> Any:
     return dataset
 
 
-def _in_row(columns: Sequence[str], places: Sequence[str], *values: Any) -> dict[str, Any]:
-    return {name: _find(value, places) for name, value in zip(columns, values, strict=True)}
+def _in_row(columns: Sequence[str], roots: Sequence[str], *values: Any) -> dict[str, Any]:
+    return {name: _find(value, roots) for name, value in zip(columns, values, strict=True)}
 
 
-def _in_batch(columns: Sequence[str], places: Sequence[str], *values: list[Any]) -> dict[str, list[Any]]:
-    return {name: [_find(value, places) for value in column] for name, column in zip(columns, values, strict=True)}
+def _in_batch(columns: Sequence[str], roots: Sequence[str], *values: list[Any]) -> dict[str, list[Any]]:
+    return {name: [_find(value, roots) for value in column] for name, column in zip(columns, values, strict=True)}
 
 
-def _find(value: Any, places: Sequence[str]) -> Any:
+def _find(value: Any, roots: Sequence[str]) -> Any:
     if isinstance(value, list):
-        return [_find(part, places) for part in value]
+        return [_find(part, roots) for part in value]
     if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or ntpath.isabs(value):
         return value
-    names = [value, value.replace("\\", "/")]  # the second of Windows, read elsewhere
-    tried = [os.path.join(folder, name) for folder in places for name in names]
+    names = [value, value.replace("\\", "/")]  # Windows separators, read elsewhere
+    tried = [os.path.join(folder, name) for folder in roots for name in names]
     return next(filter(os.path.exists, tried), tried[0])
 
 
 def _is_image_feature(feature: Any) -> bool:
-    """Whether `datasets` decodes a column, or a list in it."""
+    """Return whether `datasets` decodes a column, or the entries of its lists."""
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
@@ -257,13 +256,13 @@ def _is_image_feature(feature: Any) -> bool:
 
 
 def rename_split(split: str, name: str) -> str:
-    """Replaces the name of a split and keeps its slices: `test[:90%]` becomes `train[:90%]`."""
+    """Replace the name of a split and keep its slices: `test[:90%]` becomes `train[:90%]`."""
     return "+".join(name + part[len(_split_name(part)) :] for part in _split_parts(split))
 
 
 def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """The rows of a split expression such as `train[:90%]` or `train[:100]+test`: a split's name and a range of its
-    rows, for each summand. `lengths` are the splits' numbers of rows.
+    """Return name and rows of each summand of a split expression, such as `train[:100]+test`. `lengths` are the splits'
+    numbers of rows.
 
     Raises:
         ValueError: If there is no such split, or the expression is invalid.
@@ -275,7 +274,7 @@ def rows_of(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
 
 
 def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
-    """Whether two splits of one data set have a row in common, given the lengths of its splits."""
+    """Return whether two splits of one data set share a row, given the lengths of its splits."""
     return any(
         name == other and max(rows.start, others.start) < min(rows.stop, others.stop)
         for name, rows in rows_of(first, lengths)
@@ -284,8 +283,7 @@ def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
 
 
 def surely_share_rows(first: str, second: str) -> bool:
-    """Whether two splits of one data set have a row in common whatever the splits' lengths, which are unknown before
-    the data are loaded: they have an equal part, or a part of one is all of a split that the other slices."""
+    """Return whether two splits share a row whatever their lengths, which are unknown before the data are loaded."""
     if ALL_SPLITS in (first, second):
         return True
     return any(
@@ -300,5 +298,5 @@ def _split_parts(split: str) -> list[str]:
 
 
 def _split_name(part: str) -> str:
-    """`train` of `train[:90%]`."""
+    """Return the name without slices: `train` for `train[:90%]`."""
     return part.partition("[")[0]

@@ -1,4 +1,4 @@
-"""Weights of pairs, computed once from score columns or read from a column, with the mean 1 over the training data."""
+"""Weights of pairs, from score columns or another column. Their mean over the training data is 1."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MOST_OF_ALL = 0.5  # share of all weight that no single pair should have
 SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists, a number by each scorer
 NOT_FOR_STREAMS = (
     "`{name}` needs the scores or weights of all pairs before the first batch, and the {data} data are a stream: the "
-    "mean of the weights, the largest gaps and the images of a prompt are not known before it ends. Load them without "
+    "mean of the weights, the largest gaps and the images of a prompt are unknown before it ends. Load them without "
     "`streaming=True`, or leave it out."
 )
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How the scores of a data set are used.
+    """Uses of the scores of a data set.
 
     Args:
         pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or a column.
@@ -48,24 +48,24 @@ class ScoreSettings:
         """Columns that are read beside those of the format."""
         if self.pair_weights is None:
             return ()
-        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
-        if known is None:
+        weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        if weighting is None:
             return (self.pair_weights,)
-        return SCORER_COLUMNS if known.several_scorers else ()
+        return SCORER_COLUMNS if weighting.several_scorers else ()
 
     @property
     def reads_gaps(self) -> bool:
         """Whether the gaps of the score columns are read."""
-        known = None if self.pair_weights is None else WEIGHT_FUNCTIONS.get(self.pair_weights)
-        return known is not None and not known.several_scorers
+        weighting = None if self.pair_weights is None else WEIGHT_FUNCTIONS.get(self.pair_weights)
+        return weighting is not None and not weighting.several_scorers
 
     @property
     def weighed_by(self) -> str | None:
-        """What weights are computed from, in words; `None` without weights."""
+        """Description of the weights' origin; `None` without weights."""
         if self.pair_weights is None:
             return None
-        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
-        by_gap = known is not None and not known.several_scorers
+        weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        by_gap = weighting is not None and not weighting.several_scorers
         return repr(self.pair_weights) + (" of pairs ordered by scores" if by_gap and self.sorts_by_scores else "")
 
     @property
@@ -86,10 +86,10 @@ class ScoreSettings:
         return "calibrated_scores" if self.calibrates else ""
 
     def apply_to(self, dataset: Any, peers: Peers = ALONE) -> None:
-        """Compute calibrated scores and weights, and let the data set's items carry them. All processes must call it.
+        """Compute calibrated scores and weights of pairs, and set them in the data set. All processes must call it.
 
         Raises:
-            ValueError: On a stream; on scores whose gaps are all equal; on weights that are negative or all 0.
+            ValueError: If the data are a stream, all gaps are equal, or weights are negative or all 0.
         """
         self._warn_of_range(dataset)
         name = self.needs_all_pairs
@@ -105,17 +105,17 @@ class ScoreSettings:
             dataset.use_scores(calibrated=calibrated, weights=self._weights(dataset), by=self.weighed_by)
 
     def check_prepared(self, dataset: Any, name: str, *, training: bool) -> None:
-        """Raise `ValueError` where data that were prepared elsewhere do not use scores as these settings say."""
+        """Raise `ValueError` if prepared data use scores in another way than these settings."""
         if not isinstance(dataset, PreferenceDataset):
             if self.needs_all_pairs:
                 raise ValueError(NOT_FOR_STREAMS.format(name=self.needs_all_pairs, data=name))
             return
         calibrated, weighed_by = dataset.score_uses
-        found = (calibrated, weighed_by if training else None)
-        if found != (self.calibrates, self.weighed_by):
+        weighed_by = weighed_by if training else None
+        if (calibrated, weighed_by) != (self.calibrates, self.weighed_by):
             raise ValueError(
-                f"The prepared {name} data have{'' if found[0] else ' no'} calibrated scores and"
-                f"{f' weights of pairs by {found[1]}' if found[1] else ' no weights of pairs'}, and "
+                f"The prepared {name} data have{'' if calibrated else ' no'} calibrated scores and"
+                f"{f' weights of pairs by {weighed_by}' if weighed_by else ' no weights of pairs'}, and "
                 f"`calibrated_scores` is {self.calibrated}, `pair_weights` {self.weighed_by}. Pass the data set that "
                 "they were prepared from."
             )
@@ -128,7 +128,7 @@ class ScoreSettings:
             )
 
     def _warn_of_range(self, dataset: Any) -> None:
-        """Warn of scores that are no shares of wins where the loss takes them for those; of streams, none is known."""
+        """Warn of scores outside of [0, 1] if the loss takes scores for shares of wins. Streams are not checked."""
         if not self.in_unit_range or self.calibrated or not isinstance(dataset, PreferenceDataset):
             return
         if dataset.scores is None or not len(dataset):
@@ -144,7 +144,7 @@ class ScoreSettings:
             )
 
     def gaps(self, dataset: PreferenceDataset) -> torch.Tensor:
-        """The gap of each pair's scores, `(P,)`, never below 0."""
+        """Return the gap of each pair's scores, `(P,)`, never below 0."""
         assert dataset.scores is not None
         return score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
 
@@ -166,14 +166,14 @@ class ScoreSettings:
             logger.warning("%s data: %s.", dataset.report.name, note)
 
     def _weights(self, dataset: PreferenceDataset) -> np.ndarray:
-        """The weights of all pairs, `(P,)`."""
+        """Return the weights of all pairs, `(P,)`."""
         assert self.pair_weights is not None
-        known = WEIGHT_FUNCTIONS.get(self.pair_weights)
-        if known is None:
+        weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
+        if weighting is None:
             weights = _weights_of_column(dataset, self.pair_weights)
         else:
-            scores = _scores_of_several(dataset) if known.several_scorers else _scores_of_one(dataset)
-            weights = known.function(scores, sorts_by_scores=self.sorts_by_scores)
+            scores = _scores_of_several(dataset) if weighting.several_scorers else _scores_of_one(dataset)
+            weights = weighting.function(scores, sorts_by_scores=self.sorts_by_scores)
         if not weights.any():
             raise ValueError(
                 f"`pair_weights={self.pair_weights!r}` is 0 for all {len(weights)} pairs of the {dataset.report.name} "
@@ -198,7 +198,7 @@ class ScoreSettings:
 
 
 def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
-    """The numbers of a column for each pair, `(P, K)` in float64; pairs of bad rows were dropped."""
+    """Return the numbers of a column for each pair, `(P, K)` in float64. Pairs of bad rows were dropped before."""
     source, index = dataset.origins()
     if (index[:, 0] != index[:, 2]).any():
         raise ValueError(
@@ -221,13 +221,13 @@ def _weights_of_column(dataset: PreferenceDataset, column: str) -> torch.Tensor:
 
 
 def _scores_of_one(dataset: PreferenceDataset) -> torch.Tensor:
-    """`(P, 2, 1)`."""
+    """Return scores of shape `(P, 2, 1)`."""
     assert dataset.scores is not None
     return torch.tensor(dataset.scores)[:, :, None]
 
 
 def _scores_of_several(dataset: PreferenceDataset) -> torch.Tensor:
-    """`(P, 2, K)`."""
+    """Return scores of shape `(P, 2, K)`."""
     chosen, rejected = (_numbers(dataset, column) for column in SCORER_COLUMNS)
     if chosen.shape != rejected.shape or chosen.shape[1] < 2:
         raise ValueError(

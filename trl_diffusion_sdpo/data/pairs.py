@@ -1,5 +1,5 @@
-"""Makes training pairs out of any preference set: an index over the label columns, and a torch data set that reads,
-checks and transforms the images."""
+"""Training pairs of any preference set: an index over the label columns, and a torch data set that reads, checks and
+transforms the images."""
 
 from __future__ import annotations
 
@@ -35,43 +35,41 @@ __all__ += ["prepare_dataset"]
 logger = logging.getLogger(__name__)
 
 WITHOUT_MEAN = (
-    "`pair_weights` reads the columns {columns} of all pairs before the first batch, as weights are divided by their "
-    "mean, and the {name} data are a stream, which has none before it ends. Load them without `streaming=True`, or "
-    "leave it out."
+    "`pair_weights` reads the columns {columns} of all pairs before the first batch, because weights are divided by "
+    "their mean, and the {name} data are a stream. Load them without `streaming=True`, or leave it out."
 )
 
 
 @dataclass(frozen=True)
 class PairOptions:
-    """How a preference set becomes pairs.
+    """Settings by which a preference set becomes pairs.
 
     Args:
-        transform (`PairTransform`): How images become pixels.
+        transform (`PairTransform`): Turns images into pixels.
         prompt_dropout (`float` in `[0, 1]`): Probability of an empty prompt.
         seed (`int`, not negative): Seed of all random draws.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
-        on_bad_row (`str`): `"drop"` leaves bad prompts, bad labels and undecodable images out and counts them;
-            `"raise"` stops at the first. Ties are not bad rows: they are left out and counted either way.
-        verify_images (`str`): Which images of a map-style set to decode beforehand: `"sample"`, those of
-            `SAMPLED_PAIRS` evenly spaced pairs; `"all"`, with a progress bar, cached by `datasets`; `"none"`. `True`
-            is all, `False` none. `"all"` drops the pairs of bad images. Otherwise a bad image is found when it is
-            read, and its pair is replaced by the next good one.
-        num_proc (`int`, *optional*): Processes that check all images; as many as there are cores if unset.
+        on_bad_row (`str`): `"drop"` leaves out and counts bad prompts, bad labels and undecodable images. `"raise"`
+            stops at the first one. Ties are not bad rows: they are always left out and counted.
+        verify_images (`str`): Images of a map-style set to decode beforehand. `"sample"` decodes those of
+            `SAMPLED_PAIRS` evenly spaced pairs. `"all"` decodes all, drops the pairs of bad ones, and is cached by
+            `datasets`. With `"sample"` and `"none"`, a bad image is found when it is read, and its pair is replaced by
+            the next good one. `True` means all, `False` none.
+        num_proc (`int`, *optional*): Processes that check all images. By default one for each core.
         image_schemes (`str` or `Sequence[str]`, *optional*): URL schemes that rows may use besides `SCHEMES`, such as
             `"s3"`.
-        buckets ([`AspectRatioBuckets`], *optional*): Sizes that pairs are trained at by their aspect ratios, in place
-            of the transform's. The header of every image is read for it, which `datasets` caches.
+        buckets ([`AspectRatioBuckets`], *optional*): Sizes of the pairs by their aspect ratios. They replace the size
+            of the transform. The header of every image is read for them.
         min_side (`int`, *optional*): Pairs with an image whose shorter side has fewer pixels are left out and counted.
         compare (`bool`): Whether to refuse data whose checked pairs have identical images.
         training (`bool`): `False` center-crops, never flips, keeps prompts and ignores the epoch.
-        repeat (`bool`): Whether a stream restarts when it ends, each time with new draws and, if it is shuffled, in a
-            new order. It has no effect on map-style sets.
-        use_scores (`bool`): Whether to read score columns if there are any; a row without a score is then a bad row.
-        swap_labels (`bool`): Whether the published loser of a pair is its winner from here on, for all that reads it.
-        number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers; a row without is a
-            bad row.
-        losers (`str`): `"data"`, those of the data; or `"permute"`, in place of each the winner of a pair of another
-            prompt, by a permutation that depends on the seed and the epoch alone.
+        repeat (`bool`): Whether a stream restarts when it ends, with new draws and, if it is shuffled, in a new order.
+            It has no effect on map-style sets.
+        use_scores (`bool`): Whether to read score columns if there are any. A row without a score is then a bad row.
+        swap_labels (`bool`): Whether to exchange winner and loser of every pair.
+        number_columns (`Sequence[str]`): Columns of a map-style set that must have finite numbers in every row.
+        losers (`str`): `"data"` takes the losers of the data. `"permute"` takes the winners of pairs of other prompts,
+            by a permutation that depends on the seed and the epoch alone.
     """
 
     transform: PairTransform
@@ -122,12 +120,12 @@ class PairOptions:
 
     @cached_property
     def reader(self) -> ImageReader:
-        """What opens and decodes images."""
+        """Opens and decodes images."""
         return ImageReader((*SCHEMES, *(self.image_schemes or ())))
 
     @property
     def maker(self) -> ItemMaker:
-        """What makes items of decoded images."""
+        """Makes items of decoded images."""
         return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training)
 
 
@@ -137,11 +135,11 @@ def prepare_dataset(
     """Return a torch data set of pairs from any preference set.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): In one of `FORMATS`. Or several as a
-            [`PairMixture`], or as a list, which is one without weights.
-        options ([`PairOptions`], *optional*): How it becomes pairs; made of `settings` by default.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`; or several
+            data sets as a list or a [`PairMixture`].
+        options ([`PairOptions`], *optional*): Settings. By default they are made from the keywords `settings`.
         name (`str`): Name of the set in messages.
-        peers (`Peers`): The processes that prepare the same data at the same time, and divide the check.
+        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
 
     Returns:
         [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
@@ -157,7 +155,7 @@ def prepare_dataset(
     is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
     if options.num_proc is not None and (is_stream or not (options.verify_images == "all" or options.reads_sizes)):
         logger.warning(
-            "`num_proc=%s` has no effect: it is for checks of all images of a map-style set, or of their sizes.",
+            "`num_proc=%s` has no effect: only checks of all images of a map-style set, or of their sizes, use it.",
             options.num_proc,
         )
     if is_stream:
@@ -195,13 +193,12 @@ def prepare_dataset(
 def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
     if options.permutes:
         raise ValueError(
-            "`losers='permute'` cannot act: the data are a stream, of which a row knows only the rows of its buffer, "
-            "and losers would depend on what was read. Load them without `streaming=True`."
+            "`losers='permute'` needs all rows at once, and the data are a stream. Load them without `streaming=True`."
         )
     if options.reads_sizes:
         raise ValueError(
             "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
-            f"{name} data are a stream, which has none. Load them without `streaming=True`, or leave both out."
+            f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
         )
     if options.number_columns:
         raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
@@ -218,31 +215,34 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
 
 
 def _without_losers(name: str) -> str:
-    others = "\n".join(f"  {known.describe()}" for known in FORMATS.values() if known.has_losers)
+    others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
     return (
-        f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, where "
-        "the loser of an image is that of another caption, or rename columns so that they match one of:\n" + others
+        f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, which takes "
+        "images of other captions as losers, or rename columns so that they match one of:\n" + others
     )
 
 
 class PreferenceDataset(Dataset):
     """Map-style pairs: a view on a source data set, made by [`prepare_dataset`].
 
-    Items are dicts: `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8, winner first), `prompt` (`""` if
-    dropped), `original_sizes` and `crop_top_lefts` (two of `(height, width)` and of `(top, left)`), `seed` (for noise
-    and timestep) and `row` (the pair's number). If losers have their own prompts there is `loser_prompt`; if the source
-    has score columns, `scores`; if pairs have weights, `pair_weight`; if a reference's errors were computed before,
-    `ref_errors` (`(T, 2)`, of winner and loser at T noise levels). Encoded pairs have `moments` and `target_size` in
-    place of `pixel_values`, and the prompts' `conditioning` and `loser_conditioning`. With aspect ratio buckets H and W
-    are those of `target_size(row)`, and `repeated` says whether the pair fills up a batch.
+    Items are dicts with these entries:
+
+    - `pixel_values` (`torch.Tensor` of shape `(2, 3, H, W)`, uint8): winner and loser;
+    - `prompt` (`str`, `""` if dropped), and `loser_prompt` if losers have their own;
+    - `original_sizes` and `crop_top_lefts`: `(height, width)` and `(top, left)` of both images;
+    - `seed` (of noise and timestep) and `row` (number of the pair);
+    - `scores`, `pair_weight` and `ref_errors` (`(T, 2)`, at T draws, of winner and loser), if the pairs have them;
+    - `repeated`, with aspect-ratio buckets: whether the pair fills up a batch.
+
+    Encoded pairs have `moments`, `target_size`, `conditioning` and `loser_conditioning` in place of `pixel_values`.
 
     An item is a pure function of (seed, epoch, row). If losers are permuted, it also depends on all prompts. A pair
     that cannot be decoded is replaced by the next one of its size that can, whichever process reads it first.
 
     Args:
         source ([`PairSource`]): Prompts and images.
-        pairs ([`PairTable`]): All that is known about the pairs, one row a pair.
-        options ([`PairOptions`]): How the pairs were made.
+        pairs ([`PairTable`]): Index and columns of the pairs.
+        options ([`PairOptions`]): Settings by which the pairs were made.
         report ([`DataReport`]): Counts of what was dropped so far.
     """
 
@@ -307,9 +307,8 @@ class PreferenceDataset(Dataset):
         raise UndecodableImageError("has no loser: no image of another prompt can be decoded")
 
     def _item(self, row: int, loser: int | None) -> dict[str, Any]:
-        """Return a pair, with the winner of the pair `loser` as its loser, or with its own."""
-        places = self._places(row, loser).tolist()
-        (winner_row, winner_image), (loser_row, loser_image) = places
+        """Return a pair with its own loser, or with the winner of the pair `loser` as its loser."""
+        (winner_row, winner_image), (loser_row, loser_image) = self._places(row, loser).tolist()
         prompts = [self._source.prompt(winner_row, winner_image)]
         if self.has_loser_prompts:
             prompts.append(self._source.prompt(loser_row, loser_image))
@@ -318,11 +317,14 @@ class PreferenceDataset(Dataset):
         def read(draws: PairDraws | None, epoch: int) -> dict[str, Any]:
             if encoded is not None:
                 return encoded.pair(row, draws, epoch, loser=loser)
-            images = {place: self._source.images(place) for place in dict.fromkeys((winner_row, loser_row))}
-            transform, target = self._maker.transform, self.target_size(row)
+            transform = self._maker.transform
+            target = self.target_size(row)
             covering = transform.covering(target)
-            winner, lost = (self._reader.decode_at(images[place], image, covering) for place, image in places)
-            return transform(winner, lost, draws, target)._asdict()
+            images = self._source.images(winner_row)
+            winner_pixels = self._reader.decode_at(images, winner_image, covering)
+            images = images if loser_row == winner_row else self._source.images(loser_row)
+            loser_pixels = self._reader.decode_at(images, loser_image, covering)
+            return transform(winner_pixels, loser_pixels, draws, target)._asdict()
 
         item = self._maker.item_of(row, prompts, read) | self._numbers(row)
         if encoded is not None:
@@ -333,20 +335,22 @@ class PreferenceDataset(Dataset):
 
     def _numbers(self, row: int) -> dict[str, Any]:
         """Return the entries of an item that are columns of the table of pairs."""
-        columns, found = self._pairs.columns, dict[str, Any]()
+        columns = self._pairs.columns
+        numbers: dict[str, Any] = {}
         if self.scores is not None:
-            found["scores"] = tuple(self.scores[row].tolist())
+            numbers["scores"] = tuple(self.scores[row].tolist())
         if "weight" in columns:
-            found["pair_weight"] = float(columns["weight"][row])
+            numbers["pair_weight"] = float(columns["weight"][row])
         if "ref_errors" in columns:
             errors = torch.from_numpy(columns["ref_errors"][row, self._maker.draw])  # (T, 2)
             if errors.isnan().any():
                 raise UndecodableImageError("has no errors of the reference: it could not be read when they were made")
-            found["ref_errors"] = errors
-        return found
+            numbers["ref_errors"] = errors
+        return numbers
 
     def _places(self, pair: int, loser: int | None) -> np.ndarray:
-        """Rows and images of a pair's winner and of its loser, the winner of the pair `loser` or its own, `(2, 2)`."""
+        """Return row and image of a pair's winner and loser, `(2, 2)`. The loser is the winner of the pair `loser`, if
+        one is named."""
         places = self._pairs.places[pair].reshape(2, 2)
         return places if loser is None else np.stack([places[0], self._losers.images[loser]])
 
@@ -358,7 +362,7 @@ class PreferenceDataset(Dataset):
         (self._losers.bad if as_loser else self._undecodable)[row] = 1
         logger.warning("%s: %s; the next good pair is used instead.", where, error)
 
-    # ---- What is known about the pairs ----------------------------------------------------------------------------
+    # ---- Columns of the pairs -------------------------------------------------------------------------------------
 
     @property
     def has_scores(self) -> bool:
@@ -372,16 +376,16 @@ class PreferenceDataset(Dataset):
 
     @property
     def score_uses(self) -> tuple[bool, str | None]:
-        """Whether scores are calibrated, and what weights of pairs were computed from; `None` without weights."""
+        """Whether scores are calibrated, and the origin of the pairs' weights; `None` without weights."""
         return "calibrated" in self._pairs.columns, self._pairs.weighed_by
 
     def use_scores(self, *, calibrated: np.ndarray | None, weights: np.ndarray | None, by: str | None = None) -> None:
-        """Let items carry these in place of the source's scores, `(P, 2)`, and weights of the pairs, `(P,)`."""
+        """Set scores `(P, 2)` that replace those of the source, and weights `(P,)` of the pairs."""
         weights = None if weights is None else weights.astype(np.float32)
         self._pairs = replace(self._pairs.with_columns(calibrated=calibrated, weight=weights), weighed_by=by)
 
     def origins(self) -> tuple[PairSource, np.ndarray]:
-        """The source, and of each pair the row and the image in it of winner and of loser, `(P, 4)`."""
+        """Return the source, and row and image of each pair's winner and loser, `(P, 4)`."""
         return self._source, self._pairs.places
 
     @property
@@ -392,26 +396,25 @@ class PreferenceDataset(Dataset):
         return PairSizes(self._options.buckets.sizes, self._pairs.columns["size"])
 
     def target_size(self, row: int) -> Size:
-        """`(height, width)` of a pair's pixels."""
+        """Return `(height, width)` of a pair's pixels."""
         transform = self._maker.transform
         return (transform.height, transform.width) if self.sizes is None else self.sizes.of(row)
 
     def prompts(self, *, of_losers: bool = True) -> set[str]:
-        """The distinct prompts of all pairs; of losers, if they have their own, only if wanted."""
+        """Return the distinct prompts of all pairs. `of_losers` adds the losers' own prompts, if they have some."""
         columns = [1, 3] if of_losers else [1]
         images = np.unique(self._pairs.places[:, columns].clip(max=1)).tolist() if self.has_loser_prompts else [0]
         rows = np.unique(self._pairs.places[:, 0])
         return {prompt for image in images for prompt in self._source.prompts_of_rows(rows, image)}
 
     def fingerprint(self, *, thorough: bool = False, peers: Peers = ALONE) -> dict[str, Any]:
-        """Identify these pairs; see [`pairs_fingerprint`], which runs in the first of the peers. A `thorough` one is
-        for caches, which do not depend on weights."""
-        found = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
+        """Identify these pairs by [`pairs_fingerprint`]. `thorough` is for caches, which do not depend on weights."""
+        facts = peers.first(lambda: pairs_fingerprint(self._source, self._pairs, thorough=thorough))
         if not thorough and "weight" in self._pairs.columns:
-            found["pair_weights"] = self._pairs.hash_of("weight")
-        return found if self.sizes is None else found | {"sizes": self.sizes.fingerprint()}
+            facts["pair_weights"] = self._pairs.hash_of("weight")
+        return facts if self.sizes is None else facts | {"sizes": self.sizes.fingerprint()}
 
-    # ---- Checks, and what they count ------------------------------------------------------------------------------
+    # ---- Checks and counts ----------------------------------------------------------------------------------------
 
     @property
     def report(self) -> DataReport:
@@ -425,7 +428,7 @@ class PreferenceDataset(Dataset):
         return self._undecodable.clone()
 
     def mark_undecodable(self, mask: torch.Tensor) -> None:
-        """Add the pairs that other processes could not decode: a mask as of `undecodable`."""
+        """Add the pairs that other processes could not decode, as a mask like `undecodable`."""
         self._undecodable |= mask
 
     def add_note(self, note: str) -> None:
@@ -433,7 +436,7 @@ class PreferenceDataset(Dataset):
         self._report.notes += (note,)
 
     def drop_bad_rows(self, reasons: Mapping[int, str]) -> None:
-        """Drop the pairs of rows whose labels cannot be used, each with the reason, and count them."""
+        """Drop and count the pairs of rows whose labels cannot be used. `reasons` has a reason by row."""
         rows = self._pairs.places[:, 0]
         bad = np.isin(rows, list(reasons))
         for row in np.unique(rows[bad]).tolist():
@@ -443,8 +446,8 @@ class PreferenceDataset(Dataset):
     def settle_sizes(
         self, buckets: AspectRatioBuckets | None, min_side: int | None, num_proc: int | None, peers: Peers
     ) -> None:
-        """Read the size of every image from its header, drop the pairs of those that have none or fewer pixels than
-        `min_side` along a side, and give the others the sizes of their buckets."""
+        """Read the size of every image from its header, and give pairs the sizes of their buckets. Pairs of images that
+        are unreadable or smaller than `min_side` are dropped."""
         places, targets = self._pairs.places, buckets or self.target_size(0)
         settled = settle_sizes(self._source, places, self._reader, targets, min_side, num_proc, peers)
         for kind, pair, reason, amount in settled.drops:
@@ -455,19 +458,23 @@ class PreferenceDataset(Dataset):
             self._pairs = self._pairs.with_columns(size=settled.sizes.numbers)
 
     def permute_losers(self) -> None:
-        """Draw losers by [`PermutedLosers`] from now on, anew in every epoch; for evaluation those of the first."""
+        """Draw losers by [`PermutedLosers`] from now on, anew in every epoch. Evaluations have those of epoch 0."""
         self._losers = PermutedLosers.of(self._source, self._pairs.places, self._maker.seed, self._report.name)
 
     def check_sample(self, peers: Peers = ALONE, *, compare: bool = True) -> None:
-        """Decode a sample of evenly spaced pairs, divided among the peers. Those that fail stay in the index and are
-        replaced by the next good pair: a run resumes by position in the index, which must not depend on which files
-        could be read at its start. `ValueError` if none can be decoded or, with `compare`, all have identical images.
+        """Decode a sample of evenly spaced pairs, divided among the peers.
+
+        Bad pairs stay in the index and are replaced by the next good pair. A run resumes by position in the index, so
+        the index must not depend on files that cannot be read for a moment.
+
+        Raises:
+            ValueError: If no pair can be decoded or, with `compare`, all pairs have identical images.
         """
         sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS).tolist()
         losers = [None if self._losers is None else self._losers.of_pair(pair, self._maker.draw) for pair in sample]
         places = [self._places(*pair) for pair in zip(sample, losers, strict=True)]
         checked = checking.check_pairs(self._source, self._reader, places, peers)
-        reasons = {image: reason for found, _ in checked for image, reason in found.items()}
+        reasons = {image: reason for problems, _ in checked for image, reason in problems.items()}
         for pair, image in checking.pairs_of_images(self._pairs.places, reasons):
             reason = f"image {image[1]} {reasons[image]}"
             if self.strict:
@@ -491,7 +498,7 @@ class PreferenceDataset(Dataset):
             identical_pairs.verify()
 
     def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
-        """Decode every image once and drop the pairs of those that fail; arguments as of [`problems_of_images`]."""
+        """Decode every image and drop the pairs of bad ones. The arguments are those of [`problems_of_images`]."""
         if not len(self):
             return
         reasons = checking.problems_of_images(self._source, self._pairs.places, self._reader, num_proc, peers)
@@ -513,7 +520,7 @@ class PreferenceDataset(Dataset):
         self._undecodable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
         self._losers = None if self._losers is None else self._losers.afresh()
 
-    # ---- Epochs, evaluation and other views -----------------------------------------------------------------------
+    # ---- Epochs and views -----------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
@@ -530,41 +537,41 @@ class PreferenceDataset(Dataset):
         self._maker.set_epoch(epoch)
 
     def for_evaluation(self) -> PreferenceDataset:
-        """The same pairs, center-cropped, with every prompt, without weights and with seeds that do not depend on the
-        epoch, so that numbers of evaluations compare."""
+        """Return these pairs center-cropped, with all prompts, without weights, and with seeds that do not depend on
+        the epoch. So numbers of evaluations compare."""
         pairs = replace(self._pairs.with_columns(weight=None), weighed_by=None)
         if self._maker.training:
             pairs = pairs.with_columns(ref_errors=None)  # they are those of other draws
         return self._view(pairs=pairs, maker=self._maker.for_evaluation())
 
     def with_noise_draws(self, noise_draws: int) -> PreferenceDataset:
-        """The same pairs, whose random numbers repeat after so many epochs."""
+        """Return these pairs with random numbers that repeat after so many epochs."""
         return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.repeating(noise_draws))
 
     def in_epoch(self, epoch: int) -> PreferenceDataset:
-        """The same pairs in an epoch of their own, also in DataLoader workers, without errors of a reference."""
+        """Return these pairs in a fixed epoch, without errors of a reference."""
         return self._view(pairs=self._pairs.with_columns(ref_errors=None), maker=self._maker.in_epoch(epoch))
 
     def for_storing(self) -> PreferenceDataset:
-        """The same pairs, for results that are stored: what is undecodable is found anew."""
+        """Return these pairs, all of which are tried again, for results that are stored."""
         view = self._view()
         view._forget_undecodable()
         return view
 
     def from_source(self) -> PreferenceDataset:
-        """The same pairs without encoded ones and errors of a reference, which may be of another model."""
+        """Return these pairs without encodings and errors of a reference, which may belong to another model."""
         view = self._view(pairs=self._pairs.with_columns(ref_errors=None))
         view._encoded = None
         view._forget_undecodable()
         return view
 
     def first(self, count: int) -> PreferenceDataset:
-        """The first pairs, at most `count`, with the same random numbers as here."""
+        """Return the first pairs, at most `count`, with their random numbers."""
         view = self._view(pairs=self._pairs.take(slice(count)))
         view._undecodable = self._undecodable[:count].clone().share_memory_()
         return view
 
-    # ---- What is computed before training -------------------------------------------------------------------------
+    # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
     @property
     def is_encoded(self) -> bool:
@@ -572,7 +579,7 @@ class PreferenceDataset(Dataset):
         return self._encoded is not None
 
     def use_encoded(self, encoded: Encoded) -> None:
-        """Read moments and conditioning from now on, and no image; what is undecodable is found anew."""
+        """Read moments and conditioning in place of images from now on. All pairs are tried again."""
         self._encoded = encoded
         self._forget_undecodable()
 
@@ -582,22 +589,21 @@ class PreferenceDataset(Dataset):
         return "ref_errors" in self._pairs.columns
 
     def set_reference_errors(self, errors: np.ndarray) -> None:
-        """Set the reference errors that items carry, float32 `(K, P, T, 2)`: at each of K repeating draws, of each
-        of the P pairs, at T draws of timestep and noise, of winner and loser. A pair with NaN is left out, as one that
-        cannot be decoded."""
+        """Set the errors of a reference: float32 `(K, P, T, 2)`, at K repeating draws, of P pairs, at T draws of
+        timestep and noise, of winner and loser. A pair with NaN is treated like one that cannot be decoded."""
         check_reference_errors(errors, self._maker.noise_draws if self._maker.training else 1, len(self))
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
         if self._losers is not None:
             self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
 
     def draw_settings(self) -> dict[str, Any]:
-        """What the items depend on besides the source, the epoch and the row: seed, size, crop and so on."""
+        """Return the settings that items depend on: seed, size, crop and so on."""
         maker = self._maker
         drawn = {"seed": maker.seed, "prompt_dropout": maker.prompt_dropout, "training": maker.training}
         return {**drawn, **self.pixel_settings(), **({"losers": "permute"} if self.is_permuted else {})}
 
     def pixel_settings(self) -> dict[str, Any]:
-        """What the pixels depend on besides the images, as values of JSON."""
+        """Return the settings that pixels depend on, as values of JSON."""
         return {"transform": type(self._maker.transform).__name__, **vars(self._maker.transform)}
 
     @property
@@ -607,8 +613,8 @@ class PreferenceDataset(Dataset):
         return training and transform.random_flip, training and not transform.center_crop
 
     def image_numbers(self) -> np.ndarray:
-        """A number for each pair's two images, int64 of shape `(P, 2)`: equal if their pixels are without flips and
-        random crops, and in the order of the source."""
+        """Return a number for each pair's two images, int64 of shape `(P, 2)`. Images with equal numbers have equal
+        pixels, apart from flips and random crops."""
         images = self._pairs.places.reshape(-1, 2, 2).astype(np.int64)
         numbers = images[..., 0] * (images[..., 1].max(initial=0) + 1) + images[..., 1]
         return numbers if self.sizes is None else numbers * len(self.sizes.sizes) + self.sizes.numbers[:, None]

@@ -1,5 +1,5 @@
-"""Where pairs are read from: one or several data sets as rows that follow one another, with their prompts, undecoded
-images and other columns."""
+"""Sources of pairs: one or several data sets whose rows follow one another, with prompts, undecoded images and other
+columns."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the
 
 @dataclass(frozen=True)
 class PairMixture:
-    """Several data sets of pairs that are trained on together, each in a format of its own.
+    """Several data sets of pairs that are trained on together. Each has its own format.
 
     Args:
-        datasets (`Sequence` or `Mapping`): The data sets, all of them map-style or all of them streams; a mapping's
-            keys name them in messages.
-        weights (`Sequence` of `float`, positive, *optional*): How often a pair is of each data set, as shares of their
-            sum. Map-style sets are repeated until an epoch has these shares, with all pairs of every set in it;
-            repeated pairs have random numbers of their own. Streams begin again when they end, until all have ended
-            once. By default every pair comes once, and streams have equal weights.
+        datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are their
+            names in messages.
+        weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Map-style sets are
+            repeated until an epoch has these shares and all pairs of every set. Repeated pairs have random numbers of
+            their own. A stream restarts when it ends, until all have ended once. By default every pair comes once, and
+            streams have equal weights.
         formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each; detected by default.
 
     Raises:
-        ValueError: If there are no data sets, or weights or formats are of another number or not as described.
+        ValueError: If there are no data sets, or weights or formats are wrong.
     """
 
     datasets: Sequence[Any] | Mapping[str, Any]
@@ -101,12 +101,12 @@ class TableSource:
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, known: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
+        self, dataset: datasets.Dataset, row_format: PreferenceFormat, name: str, number_columns: Sequence[str] = ()
     ) -> None:
-        self.format, self.name = known, name
-        texts = dict.fromkeys([*known.text_columns(dataset.column_names), *number_columns])
+        self.format, self.name = row_format, name
+        texts = dict.fromkeys([*row_format.text_columns(dataset.column_names), *number_columns])
         self.labels = dataset.with_format(None).select_columns(list(texts))
-        self._images = dataset.with_format("arrow").select_columns(list(known.image_columns))
+        self._images = dataset.with_format("arrow").select_columns(list(row_format.image_columns))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -120,7 +120,7 @@ class TableSource:
         return self.format.prompt(self.labels[row], image)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of some rows, whose numbers are sorted; of two in a row, that of the image."""
+        """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
         columns = self.format.read_prompt_columns(self.labels.column_names)
         column = columns[min(image, len(columns) - 1)]
         wanted = np.zeros(len(self), dtype=bool)
@@ -134,32 +134,37 @@ class TableSource:
     def check_images(
         self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
     ) -> Iterator[tuple[int, list[str]]]:
-        """For each row, the problem of each of its images, or an empty string. The result is cached by `datasets`."""
+        """Yield each row with the problems of its images; an empty string if there is none. Cached by `datasets`."""
         text = datasets.Value("string")
         checked = self.map_images(_check_table, rows, reader, text, num_proc=num_proc, batch_size=16, desc=CHECKED)
         numbers = iter(rows.tolist())
         for batch in checked.with_format(None).iter(batch_size=1000):
-            for problems in batch["found"]:
+            for problems in batch["results"]:
                 yield next(numbers), problems
 
     def map_images(
         self, function: Callable, rows: np.ndarray, reader: ImageReader, kind: datasets.Value, **options: Any
     ) -> datasets.Dataset:
-        """A table with a list of `kind` for each row, `found`, that a function makes of an Arrow table of rows, the
-        names of the image columns, whether they have lists of images, and the reader. Cached by `datasets`."""
+        """Apply a function to the images of rows, and return its column `results` of lists. Cached by `datasets`.
+
+        Args:
+            function (`Callable`): Gets an Arrow table of rows, the names of the image columns, whether they have lists
+                of images, and the reader.
+            kind (`datasets.Value`): Type of the lists' entries.
+        """
         images = self._images if len(rows) == len(self) else self._images.select(rows)
         columns = self.format.image_columns
-        given = {"columns": columns, "in_list": self.format.images_in_list, "reader": reader}
-        features = datasets.Features({"found": datasets.List(kind)})
+        arguments = {"columns": columns, "in_list": self.format.images_in_list, "reader": reader}
+        features = datasets.Features({"results": datasets.List(kind)})
         first = images[0] if len(images) else None
         if first is not None and any(local_names(first.column(name)) for name in columns):
             options["load_from_cache_file"] = False  # `datasets` would not see that a file has changed
         options |= {"features": features, "remove_columns": images.column_names}
-        return images.map(function, batched=True, fn_kwargs=given, **options)
+        return images.map(function, batched=True, fn_kwargs=arguments, **options)
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
-        """What changes when a prompt or an image does: the fingerprints of `datasets`, and the keys of local files."""
+        """Hashes that change when a prompt or an image does: fingerprints of `datasets`, and keys of local files."""
         digest = hashlib.sha256(dataset_fingerprint(self._images).encode())
         for batch in self._images.iter(batch_size=1000):
             for column in batch.columns:
@@ -169,36 +174,36 @@ class TableSource:
 
 
 class PairSource:
-    """One or several data sets as one, whose rows follow one another.
+    """One or several data sets whose rows follow one another.
 
     Args:
         parts (`Sequence[TableSource]`): The data sets.
-        weights (`Sequence[float]`, *optional*): How often an epoch has pairs of each part, see [`PairMixture`].
+        weights (`Sequence[float]`, *optional*): Shares of the parts in an epoch, see [`PairMixture`].
     """
 
     def __init__(self, parts: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
         self.parts, self._weights = list(parts), weights
         self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
         formats = [part.format for part in parts]
-        self.format_name = "+".join(known.name for known in formats)
-        self.is_swapped = any(known.is_swapped for known in formats)
-        self.prompt_of_each_image = any(known.prompt_of_each_image for known in formats)
-        self.has_losers = all(known.has_losers for known in formats)
+        self.format_name = "+".join(row_format.name for row_format in formats)
+        self.is_swapped = any(row_format.is_swapped for row_format in formats)
+        self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
+        self.has_losers = all(row_format.has_losers for row_format in formats)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def prompt(self, row: int, image: int = 0) -> str:
-        part, own = self._find(row)
-        return part.prompt(own, image)
+        part, number = self._find(row)
+        return part.prompt(number, image)
 
     def images(self, row: int) -> list[Any]:
         """The undecoded images of a row."""
-        part, own = self._find(row)
-        return part.images(own)
+        part, number = self._find(row)
+        return part.images(number)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
-        """Return the prompts of some rows, whose numbers are sorted; of two in a row, that of the image."""
+        """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
         return [prompt for part, own in self.split(rows) for prompt in part.prompts_of_rows(own, image)]
 
     def values(self, column: str) -> Iterator[Any]:
@@ -207,7 +212,7 @@ class PairSource:
             yield from part.values(column)
 
     def split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Yield each part with those of the sorted rows that are its own, by their numbers within it."""
+        """Yield each part with its share of the sorted rows, as numbers within the part."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
         for part, own, start in zip(self.parts, shares, self._starts[:-1], strict=True):
             yield part, own - start
@@ -220,7 +225,7 @@ class PairSource:
                 yield from ((row + start, problems) for row, problems in part.check_images(own, reader, num_proc))
 
     def pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all parts, repeated by weight; what is left out goes to `reject`, which may raise."""
+        """Return the pairs of all parts, repeated by weight. Drops go to `reject`, which may raise."""
         several = len(self.parts) > 1
         tables = []
         for part, start in zip(self.parts, self._starts[:-1], strict=True):
@@ -246,7 +251,7 @@ class PairSource:
             weights = np.array(self._weights)
             with np.errstate(over="ignore"):
                 exact = np.rint(weights * (counts / weights).max())
-            if not exact.sum() <= MAX_GROWTH * counts.sum():  # also if it is no number
+            if not exact.sum() <= MAX_GROWTH * counts.sum():  # also if it is NaN
                 raise ValueError(
                     f"With these weights an epoch would have {exact.sum():.3g} pairs of the {counts.sum()} of all "
                     f"data sets, more than {MAX_GROWTH} times as many. Give larger sets more weight."
@@ -274,7 +279,7 @@ def make_source(
     is_swapped: bool = False,
     number_columns: Sequence[str] = (),
 ) -> PairSource:
-    """Return a data set, a list of dicts or a mixture of them as a source.
+    """Return a data set, a list of dicts or a mixture as a source.
 
     Raises:
         ValueError: If the data are of another kind, have no rows, or lack one of `number_columns`.
@@ -286,8 +291,8 @@ def make_source(
     for part_name, rows, part_format in listed:
         table = _as_table(rows, part_format, part_name)
         check_number_columns(number_columns, table.column_names, part_name)
-        known = resolve_format(part_format, table.column_names, use_scores=use_scores)
-        parts.append(TableSource(table, replace(known, is_swapped=is_swapped), part_name, number_columns))
+        row_format = resolve_format(part_format, table.column_names, use_scores=use_scores)
+        parts.append(TableSource(table, replace(row_format, is_swapped=is_swapped), part_name, number_columns))
     return PairSource(parts, dataset.weights if isinstance(dataset, PairMixture) else None)
 
 
@@ -323,12 +328,12 @@ def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -
                 f"Rows must be dicts of columns, got {type(row).__name__} at row {number} of the {name} data."
             )
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    known = resolve_format(dataset_format, columns)
+    row_format = resolve_format(dataset_format, columns)
     values = {column: [row.get(column) for row in rows] for column in columns}
-    for column in known.image_columns:
-        convert = _stored_images if known.images_in_list else _stored_image
+    for column in row_format.image_columns:
+        convert = _stored_images if row_format.images_in_list else _stored_image
         values[column] = [convert(value) for value in values[column]]
-    for column in known.read_prompt_columns(columns):
+    for column in row_format.read_prompt_columns(columns):
         values[column] = [_storable_prompt(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)
@@ -346,7 +351,7 @@ def _stored_image(value: Any) -> dict[str, Any]:
             decode_image(value).save(content, "PNG", compress_level=1)
             return {"bytes": content.getvalue(), "path": None}
         except UndecodableImageError as error:
-            return {"bytes": str(error).encode(), "path": None}  # no image either
+            return {"bytes": str(error).encode(), "path": None}  # decoding it fails as well
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
     if isinstance(value, bytes | bytearray | memoryview):
@@ -359,7 +364,7 @@ def _stored_images(values: Any) -> list[dict[str, Any]] | None:
 
 
 def _storable_prompt(value: Any) -> str | bytes | None:
-    """Return a prompt, or `None`, which counts as a bad prompt, if it is no text or has half a character."""
+    """Return a prompt that Arrow can store; `None`, which is a bad prompt, for anything else."""
     try:
         return value if isinstance(value, bytes) else value.encode() and value
     except (AttributeError, UnicodeEncodeError):
@@ -389,9 +394,9 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     """Identify pairs.
 
     Args:
-        thorough (`bool`): For caches: whether any other image or prompt gives another fingerprint. It then belongs to
-            this machine and these files. Otherwise it is for resuming on any machine: prompts and images of a few
-            pairs are compared, and files by their names.
+        thorough (`bool`): Whether every prompt and image counts. This is for caches, and belongs to this machine and
+            these files. Otherwise the fingerprint is for resuming on any machine: prompts and images of a few pairs
+            count, and files by their names.
 
     Returns:
         `dict[str, Any]`: `format`, `pairs` (their number), `index` (a hash of index and scores), `prompts`, `images`.
@@ -399,10 +404,10 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     digest = hashlib.sha256(np.ascontiguousarray(pairs.places, dtype="<i8").data)
     if "scores" in pairs.columns:
         digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
-    found: dict[str, Any] = {"format": source.format_name, "pairs": len(pairs), "index": _short(digest)}
+    facts: dict[str, Any] = {"format": source.format_name, "pairs": len(pairs), "index": _short(digest)}
     if thorough:
         keys = [part.content_key for part in source.parts]
-        return {**found, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
+        return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
     prompts, images = hashlib.sha256(), hashlib.sha256()
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
         for image in range(1 + source.prompt_of_each_image):
@@ -410,7 +415,7 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_IMAGES)][:, [0, 2]].flatten().tolist():
         for value in source.images(row):
             images.update(_content_or_name(value) + b"\0")
-    return {**found, "prompts": _short(prompts), "images": _short(images)}
+    return {**facts, "prompts": _short(prompts), "images": _short(images)}
 
 
 def _content_or_name(image: Any) -> bytes:
@@ -428,4 +433,4 @@ def _short(digest: Any) -> str:
 
 def _check_table(table: Any, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list[list[str]]]:
     rows = (images_of_row(row, columns, in_list) for row in table.to_pylist())
-    return {"found": [[reader.problem(image) for image in images] for images in rows]}
+    return {"results": [[reader.problem(image) for image in images] for images in rows]}

@@ -33,7 +33,7 @@ READERS = 256  # DataLoader workers with counters of their own; more than this s
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a stream that one of several processes takes.
+    """Share of one of several processes in a stream.
 
     Args:
         index (`int`): Rank of the process, from 0.
@@ -45,12 +45,12 @@ class Share:
 
 
 class Stream:
-    """A stream in its format.
+    """Stream of rows in one format.
 
     Args:
-        source (`datasets.IterableDataset`): Its rows.
+        source (`datasets.IterableDataset`): Rows of the stream.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
-        name (`str`): In messages.
+        name (`str`): Name of the stream in messages.
         use_scores (`bool`): Whether to read score columns if there are any.
         is_swapped (`bool`): Whether the published loser of a pair is its winner.
     """
@@ -73,7 +73,7 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
-        """Yield the rows of one pass that are compared with one another, and count them."""
+        """Yield groups of rows that are compared with one another, in one pass, and count the rows."""
         # A copy, because `datasets` shares a stream's epoch among workers, and these are not in the same pass.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
@@ -98,15 +98,15 @@ class PreferenceIterableDataset(IterableDataset):
 
     Training processes divide the shards of a stream by `datasets`' `split_dataset_by_node`, and DataLoader workers
     divide those of a process. In an evaluation, and if the number of shards is no multiple of the processes, each
-    process reads all labels and decodes its own pairs: an evaluation needs equally many in all processes, and rows
-    that are compared with one another must stay together. `row` is a running number, different for every worker, so
-    that no two pairs of an epoch have the same random numbers. Bad pairs are skipped and counted. Formats that compare
-    rows expect the rows of a group to be consecutive.
+    process reads all labels and decodes its own pairs. An evaluation needs equally many pairs in all processes, and
+    rows that are compared with one another must stay together. `row` is a running number that differs among workers,
+    so that no two pairs of an epoch have the same random numbers. Bad pairs are skipped and counted. Formats that
+    compare rows expect the rows of a group to be consecutive.
 
     Args:
         streams (`Sequence[Stream]`): One or several, which are mixed.
-        options ([`PairOptions`]): How rows become pairs.
-        weights (`Sequence[float]`, *optional*): How often a group of rows is of each stream; equal by default.
+        options ([`PairOptions`]): Settings by which rows become pairs.
+        weights (`Sequence[float]`, *optional*): Shares of the streams in the groups of rows; equal by default.
         name (`str`): Name of the data in messages.
     """
 
@@ -134,30 +134,30 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def report(self) -> DataReport:
-        """The counts of the current epoch so far, of all workers; examples are of this process alone. Pairs and
-        undecodable pairs are counted in this process's share only."""
+        """Counts of the current epoch so far in all workers. Examples come from this process alone. Pairs are counted
+        in its share only."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
 
     def fingerprint(self) -> dict[str, Any]:
         """Identify this stream; see [`Stream.fingerprint`]."""
-        found = [stream.fingerprint() for stream in self._streams]
-        if len(found) == 1:
-            return found[0]
-        return {"format": self._format_name, "streams": found, "weights": self._weights}
+        facts = [stream.fingerprint() for stream in self._streams]
+        if len(facts) == 1:
+            return facts[0]
+        return {"format": self._format_name, "streams": facts, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
         self._maker.set_epoch(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
-        """One pass over this stream, center-cropped, with every prompt and seeds that do not depend on the epoch."""
+        """Return one pass over this stream, center-cropped, with all prompts and seeds that ignore the epoch."""
         view = copy.copy(self)
         view._maker, view._repeat = self._maker.for_evaluation(), False
         return view
 
     def for_process(self, share: Share) -> PreferenceIterableDataset:
-        """The same stream, limited to the share of one of several processes."""
+        """Return this stream, limited to the share of one of several processes."""
         view = copy.copy(self)
         view._share = share
         return view
@@ -240,14 +240,14 @@ class PreferenceIterableDataset(IterableDataset):
                 logger.warning("%s data: row %d dropped: %s", self._name, row, reason)
 
         identical, position = IdenticalPairs(self._name), -1
-        for known, group in self._groups(report, epoch):
+        for row_format, group in self._groups(report, epoch):
             rows = dict(group)
-            for pair in pairs_in_group(known, group, count):
+            for pair in pairs_in_group(row_format, group, count):
                 position += 1
                 if deals_pairs and position % share.count != share.index:
                     yield None
                     continue
-                images = self._images(known, rows, pair, count)
+                images = self._images(row_format, rows, pair, count)
                 if images is None:
                     yield None
                     continue
@@ -255,14 +255,16 @@ class PreferenceIterableDataset(IterableDataset):
                 if self._compare:
                     identical.add(same_image(*images))
                     self._verify_different(identical, at_end=False)
-                texts = [known.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)]
+                texts = [
+                    row_format.prompt(rows[pair.winner_row], image) for image in (pair.winner_image, pair.loser_image)
+                ]
                 yield images, texts if self.has_loser_prompts else texts[:1], pair.scores
         if self._compare:
             self._verify_different(identical, at_end=True)
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, list[tuple[int, Mapping]]]]:
-        """Yield rows that are compared with one another, of one stream or, drawn by weight, of several. In training a
-        stream that ends begins again until all have ended once."""
+        """Yield groups of rows that are compared with one another. Several streams are drawn by weight. In training, a
+        stream that ends restarts until all have ended once."""
         # Not `interleave_datasets`, which deals single rows: it would cut the groups of formats that compare rows.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
@@ -290,12 +292,12 @@ class PreferenceIterableDataset(IterableDataset):
             yield streams[number].format, group
 
     def _images(
-        self, known: PreferenceFormat, rows: Mapping[int, Mapping], pair: PairReference, count: Reject
+        self, row_format: PreferenceFormat, rows: Mapping[int, Mapping], pair: PairReference, count: Reject
     ) -> list[Image.Image] | None:
         images = []
         for row, image in (pair[:2], pair[2:4]):
             try:
-                stored = images_of_row(rows[row], known.image_columns, known.images_in_list)
+                stored = images_of_row(rows[row], row_format.image_columns, row_format.images_in_list)
                 images.append(self._options.reader.decode_at(stored, image, self._maker.transform.covering()))
             except UndecodableImageError as error:
                 count("undecodable", row, str(error), 1)
@@ -303,8 +305,8 @@ class PreferenceIterableDataset(IterableDataset):
         return images
 
     def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
-        """Verify once that pairs are not identical, after enough of them; the few of one worker among several at the
-        end of a short stream are not enough."""
+        """Verify once that pairs are not identical, after enough pairs. At the end of a short stream, one worker among
+        several has seen too few."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if identical.checked >= SAMPLED_PAIRS or (at_end and alone):

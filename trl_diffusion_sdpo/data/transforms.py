@@ -59,7 +59,7 @@ class PairPixels(NamedTuple):
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels as the VAE takes them, `(x / 255 - 0.5) / 0.5` in float32, equal to the bit on every device.
+    """Return pixels as the VAE takes them, `(x / 255 - 0.5) / 0.5` in float32, equal to the bit on every device.
 
     Args:
         pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
@@ -75,7 +75,7 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def white(device: torch.device) -> torch.Tensor:
-    """255 as a tensor on the device: CUDA divides by a Python scalar by multiplying with its rounded reciprocal."""
+    """Return 255 as a tensor. CUDA would divide by a Python scalar with a rounded reciprocal."""
     return torch.full((), 255.0, device=device)
 
 
@@ -125,7 +125,7 @@ class PairTransform:
         return partial(self.resized_size, target=target) if self.interpolation == FAST else None
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
-        """Smallest `(height, width)` of the image's aspect ratio that covers the target."""
+        """Return the smallest `(height, width)` of the image's aspect ratio that covers the target."""
         target_height, target_width = (self.height, self.width) if target is None else target
         if width * target_height <= height * target_width:  # the width determines the scale
             return target_width * height // width, target_width
@@ -134,7 +134,7 @@ class PairTransform:
     def image(
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
-        """One of the images: its pixels `(3, H, W)`, and the corner of the crop."""
+        """Return the pixels `(3, H, W)` of an image, and the corner of the crop."""
         height, width = self.resized_size(*full_size(image), target)
         mirrors = draws is not None and self.random_flip and draws.flip < 0.5
         target_height, target_width = (self.height, self.width) if target is None else target
@@ -163,15 +163,15 @@ class Encoded(Protocol):
     """Pairs and prompts that were encoded before."""
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
-        """Entries of an item in place of its pixels; `loser` is another pair, whose loser it has."""
+        """Return the entries that replace pixels in an item. `loser` is another pair whose loser the item has."""
 
     def conditioning(self, prompt: str) -> dict[str, Any]:
-        """Entries of an item that depend on its prompt."""
+        """Return the entries of an item that depend on its prompt."""
 
 
 class ItemMaker:
-    """Makes items from decoded images, and holds the epoch that their random numbers depend on; with `noise_draws`,
-    these repeat after so many epochs."""
+    """Maker of items. It holds the epoch that random numbers depend on. With `noise_draws`, random numbers repeat after
+    so many epochs."""
 
     def __init__(
         self,
@@ -193,23 +193,23 @@ class ItemMaker:
 
     @property
     def draw(self) -> int:
-        """Number of the draw that items have now: the epoch, or what is left of it where draws repeat."""
+        """Number of the current draw: the epoch, or the epoch modulo `noise_draws`."""
         if not self.training:
             return 0
         return int(self.epoch) if self.noise_draws is None else int(self.epoch) % self.noise_draws
 
     def repeating(self, noise_draws: int) -> "ItemMaker":
-        """One whose random numbers repeat after so many epochs."""
+        """Return a maker whose random numbers repeat after so many epochs."""
         return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
 
     def in_epoch(self, epoch: int) -> "ItemMaker":
-        """One of its own epoch, which is not shared with other processes."""
+        """Return a maker with a fixed epoch, which no other process changes."""
         maker = copy.copy(self)
         maker.epoch = epoch
         return maker
 
     def for_evaluation(self) -> "ItemMaker":
-        """One with the same transform and seed, without augmentation, whose seeds do not depend on the epoch."""
+        """Return a maker without augmentation, whose seeds do not depend on the epoch."""
         return ItemMaker(self.transform, 0.0, self.seed, training=False)
 
     def set_epoch(self, epoch: int) -> None:
@@ -228,10 +228,9 @@ class ItemMaker:
 
         Args:
             row (`int`): Number of the pair.
-            prompts (`Sequence[str]`): The prompt; or the winner's and the loser's, of which both are kept or both are
-                emptied.
-            read (`Callable`): Returns the images' entries for the draws (`None` in an evaluation) and their epoch.
-            epoch (`int`, *optional*): In place of the one that was set, for repeating streams.
+            prompts (`Sequence[str]`): The prompt, or the winner's and the loser's. Either both are emptied or none.
+            read (`Callable`): Returns the entries of the images for draws (`None` in an evaluation) and an epoch.
+            epoch (`int`, *optional*): Replaces the epoch that was set, for repeating streams.
         """
         epoch = 0 if not self.training else self.draw if epoch is None else epoch
         draws = PairDraws.from_key(self.seed, epoch, row)
@@ -244,7 +243,7 @@ class ItemMaker:
 
 @dataclass
 class PreferenceCollator:
-    """Collates items of `PreferenceDataset` and `PreferenceIterableDataset`.
+    """Collator of items of `PreferenceDataset` and `PreferenceIterableDataset`.
 
     Returns a `dict` with
 
@@ -252,20 +251,18 @@ class PreferenceCollator:
       size, here the number of pairs;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
       to floats in `[-1, 1]` on the device, one micro-batch at a time; another collator may return such floats;
-    - `prompts` (`list[str]` of length B; where losers have prompts of their own of length 2B, winners first);
+    - `prompts` (`list[str]` of length B; of length 2B, winners first, if losers have their own prompts);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
-    - `counted` (`int`), where aspect-ratio buckets fill up batches, or several processes evaluate a stream: the first
-      pairs, which are not there for that;
-    - `scores` (`torch.FloatTensor` of shape `(2B,)`), where the data set has score columns;
-    - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), where the pairs of training have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), where errors of a reference were computed beforehand: those
-      of the winners at the first of T draws of timestep and noise, at the second and so on, then those of the losers.
+    - `counted` (`int`), if pairs may fill up the batch: the number of pairs before them;
+    - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
+    - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if the pairs of training have weights;
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if errors of a reference were computed before: winners at
+      the first of T draws of timestep and noise, at the second and so on, then losers.
 
-    Of pairs that were encoded before, it has `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size`
-    (`(height, width)` of the pixels) in place of `pixel_values`, and of their prompts `conditioning` (tensors of shape
-    `(B, ...)`, padded at the end by zeros where they differ in length) and `host_conditioning` (lists of length B); of
-    2B prompts, both of length 2B.
+    Encoded pairs have `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size` (`(height, width)` of the
+    pixels) in place of `pixel_values`, `conditioning` (tensors of shape `(B, ...)`, padded at the end by zeros) and
+    `host_conditioning` (lists of length B). For 2B prompts, the last two have length 2B.
 
     Raises:
         ValueError: If there are no items, or only some of them have scores.
@@ -299,28 +296,30 @@ class PreferenceCollator:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pixels, or moments and conditioning, of a batch; all its images have one size."""
+    """Return pixels, or moments and conditioning, of a batch. All its images have one size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
-    found: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
+    batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
-        found["target_size"] = items[0]["target_size"]
+        batch["target_size"] = items[0]["target_size"]
         prompts = [*items, *(item["loser_conditioning"] for item in _with_two_prompts(items))]
         for kind, join in (("conditioning", padded), ("host_conditioning", list)):
             if kind in items[0]:
-                found[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
-    return found
+                batch[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
+    return batch
 
 
 def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All items, if their losers have prompts of their own; none, if they have the winners'."""
-    found = [item for item in items if "loser_prompt" in item]
-    if len(found) not in (0, len(items)):
-        raise ValueError(f"All losers of a batch have their own prompt or none has, got {len(found)} of {len(items)}.")
-    return found
+    """Return all items if losers have their own prompts, and none if they have the winners'."""
+    with_two = [item for item in items if "loser_prompt" in item]
+    if len(with_two) not in (0, len(items)):
+        raise ValueError(
+            f"All losers of a batch have their own prompt or none has, got {len(with_two)} of {len(items)}."
+        )
+    return with_two
 
 
 def check_reference_errors(errors: np.ndarray, draws: int, pairs: int) -> None:
-    """Raise `ValueError` if errors are not those of all draws and pairs, `(draws, pairs, T, 2)`."""
+    """Raise `ValueError` if errors do not have the shape `(draws, pairs, T, 2)`."""
     if errors.shape[:2] != (draws, pairs) or errors.shape[3:] != (2,):
         raise ValueError(
             f"Errors of a reference must have the shape ({draws}, {pairs}, T, 2) of {draws} draws and {pairs} pairs; "
@@ -329,12 +328,12 @@ def check_reference_errors(errors: np.ndarray, draws: int, pairs: int) -> None:
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors `(T, ...)` of any lengths as one `(B, longest T, ...)`, with zeros after the end of each."""
+    """Return tensors `(T, ...)` of any lengths as one `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
-    for place, row in zip(joined, rows, strict=True):
-        place[: len(row)] = row
+    for padded_row, row in zip(joined, rows, strict=True):
+        padded_row[: len(row)] = row
     return joined
 
 

@@ -31,12 +31,12 @@ Pairs = PreferenceDataset | PreferenceIterableDataset
 
 
 class LazyBatches:
-    """The micro-batches of an optimizer step, to be iterated over once. The first one is loaded at once, because a
-    loader draws the seeds of its epoch then; each other one in its turn.
+    """Micro-batches of an optimizer step, which can be iterated once. The first one is loaded by the constructor,
+    because a loader draws the seeds of its epoch then. The others are loaded when they are needed.
 
     Args:
-        batches (`Iterator`): The batches of an epoch.
-        count (`int`): Micro-batches of the step. So many must be left.
+        batches (`Iterator`): Batches of an epoch.
+        count (`int`): Micro-batches of the step. At least so many must be left.
     """
 
     def __init__(self, batches: Iterator[Any], count: int):
@@ -52,15 +52,15 @@ class LazyBatches:
 
 
 class BatchLoaders:
-    """Makes a trainer's data loaders. Where [`choose_workers`] set the number of workers, for the training data
-    (`workers_are_chosen`), loaders of other data have no more workers than those allow."""
+    """Maker of a trainer's data loaders. If [`choose_workers`] set the number of workers (`workers_are_chosen`),
+    loaders of other data may have fewer workers."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
         self._args, self._accelerator, self._workers_are_chosen = args, accelerator, workers_are_chosen
         self._evaluation: dict[tuple[int, int], tuple[Pairs, DataLoader]] = {}
 
     def training(self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable) -> DataLoader:
-        """A loader of this process's batches, in the order of `sampler`."""
+        """Return a loader of this process's batches, in the order of `sampler`."""
         workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
@@ -68,17 +68,17 @@ class BatchLoaders:
     def evaluation(
         self, dataset: Pairs, sampler: Sampler | None, collate: Callable, *, keep: bool = False
     ) -> DataLoader:
-        """A loader for evaluation; with `keep`, later calls with this data set return the same one."""
+        """Return a loader for evaluation. With `keep`, later calls with this data set return it again."""
         key = (id(dataset), self._args.eval_batch_size)
         if key in self._evaluation:
             return self._evaluation[key][1]
         loader = self._make(dataset.for_evaluation(), self._args.eval_batch_size, sampler, collate, WorkerStart())
         if keep:
-            self._evaluation[key] = dataset, loader  # the data set as well: its id must not be reused
+            self._evaluation[key] = dataset, loader  # the data set as well, because its id must not be reused
         return loader
 
     def in_batches(self, items: Dataset, batches: Sequence[Sequence[Any]], pairs: Pairs) -> DataLoader:
-        """A loader of lists of items in this process alone, in the given batches of keys; `items` reads `pairs`."""
+        """Return a loader of lists of items in this process alone, by batches of keys. `items` reads `pairs`."""
         options: dict[str, Any] = {"batch_sampler": batches, "collate_fn": list}
         return _plain_loader(self._args, items, self._workers(pairs), **options)
 
@@ -128,11 +128,11 @@ class BatchLoaders:
 
 
 def load_one_by_one(args: TrainingArguments, items: Dataset, pairs: PreferenceDataset, item_bytes: int) -> DataLoader:
-    """A loader of single items in their order, in this process alone, before training.
+    """Return a loader of single items in their order, in this process alone.
 
     Args:
         items (`Dataset`): Reads `pairs`.
-        item_bytes (`int`): Size of an item's tensors, of which workers hold some in shared memory.
+        item_bytes (`int`): Size of an item's tensors. Workers hold some items in shared memory.
     """
     workers = args.dataloader_num_workers
     if workers is None:
@@ -163,7 +163,7 @@ def choose_workers(
     resolution: int | tuple[int, int] | list[int],
     evaluates: bool = False,
 ) -> str:
-    """Set `args.dataloader_num_workers` where it is `None`, by the training data.
+    """Set `args.dataloader_num_workers` by the training data if it is `None`.
 
     Args:
         resolution (`int` or `tuple[int, int]`): Side, or height and width, of the images in a batch.
@@ -183,7 +183,7 @@ def choose_workers(
 
 
 def _min_workers(args: TrainingArguments) -> int:
-    """1 where there are settings that torch refuses without workers."""
+    """Return 1 if there are settings that torch refuses without workers."""
     return int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
 
 
@@ -195,7 +195,7 @@ def _max_workers(dataset: Pairs, most: int = MAX_WORKERS) -> int:
 def _workers_and_reason(
     args: TrainingArguments, dataset: Pairs | None, batch_bytes: int, most: int = MAX_WORKERS
 ) -> tuple[int, str]:
-    """A number of workers that the data need and the machine has room for, and the reason."""
+    """Return a number of workers that the data need and the machine has room for, and the reason."""
     if dataset is None or (isinstance(dataset, PreferenceDataset) and len(dataset) < FEW_PAIRS):
         return 0, ""
     if start_method(args) is None and not forks_by_default():
@@ -213,8 +213,8 @@ def _workers_and_reason(
 
 
 def _workers_in_shared_memory(args: TrainingArguments, processes: int, batch_bytes: int) -> int:
-    """How many workers' prefetched batches fit into half of the free shared memory, divided by the processes of this
-    machine; containers often have little. During an evaluation the training's batches stay there as well."""
+    """Return the number of workers whose prefetched batches fit into half of the free shared memory, for each process
+    of this machine. Containers often have little of it."""
     if not SHARED_MEMORY.is_dir():
         return MAX_READERS
     prefetched = args.dataloader_prefetch_factor

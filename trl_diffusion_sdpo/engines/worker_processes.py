@@ -1,5 +1,5 @@
-"""DataLoader workers that ignore SIGINT and SIGTERM. Both are sent to all processes of a job; the training process
-answers with a checkpoint after the current step, for which it may need another batch."""
+"""DataLoader workers that ignore SIGINT and SIGTERM. All processes of a job get these signals. The training process
+answers with a checkpoint after the current step, and may need another batch for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INHERITS_SIGNAL_MASK = sys.platform != "win32"
 
 
 def share(batch: Any) -> Any:
-    """Move a batch's tensors into shared memory, in place; `RuntimeError` that names the memory if it is full."""
+    """Move a batch's tensors into shared memory, in place. Raise `RuntimeError` if it is full."""
     if isinstance(batch, torch.Tensor):
         try:
             return batch.share_memory_()
@@ -43,8 +43,8 @@ def share(batch: Any) -> Any:
 
 @dataclass
 class CollateIntoSharedMemory:
-    """A collator whose batches are in shared memory if a worker makes them. torch would move them there in a thread of
-    the worker, whose errors nobody sees."""
+    """Collator whose batches are in shared memory if a worker makes them. torch would move them in a thread of the
+    worker, and nobody would see its errors."""
 
     collate: Callable[[Any], Any]
 
@@ -55,8 +55,8 @@ class CollateIntoSharedMemory:
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
-    """A flag in shared memory that is set when this process exits. After an exception, multiprocessing sends workers
-    SIGTERM, which they ignore, and joins them."""
+    """Return a flag in shared memory that is set when this process exits. After an exception, multiprocessing sends
+    workers SIGTERM, which they ignore, and waits for them."""
     flag = share(torch.zeros(1, dtype=torch.uint8))
     atexit.register(flag.fill_, 1)
     return flag
@@ -64,8 +64,7 @@ def _exit_flag() -> torch.Tensor:
 
 @dataclass
 class WorkerStart:
-    """`worker_init_fn` of a worker that ignores signals, and exits when its parent process exits or dies, even in the
-    middle of a batch."""
+    """`worker_init_fn` of a worker that ignores signals. The worker exits when its parent process exits or dies."""
 
     seed: Callable[[int], None] | None = None  # called with the worker's number
     parent_exits: torch.Tensor = field(default_factory=_exit_flag)
@@ -91,8 +90,8 @@ def _exit_with_parent(parent_exits: torch.Tensor) -> None:
 
 
 def worker_context(method: str | None) -> BaseContext | str | None:
-    """The `multiprocessing_context` of a DataLoader whose workers start with the signals blocked, for `"fork"` and
-    `"spawn"`; `"forkserver"` is returned unchanged. Of the process's default method if unset."""
+    """Return the `multiprocessing_context` of a DataLoader whose workers start with blocked signals, for `"fork"` and
+    `"spawn"`. `"forkserver"` is returned unchanged. The default is the method of this process."""
     if not INHERITS_SIGNAL_MASK:
         return method
     method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -103,7 +102,7 @@ if INHERITS_SIGNAL_MASK:
     from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
 
     class _StartsBlocked(BaseProcess):
-        """A process that starts with the signals blocked; [`WorkerStart`] unblocks them."""
+        """Process that starts with blocked signals. [`WorkerStart`] unblocks them."""
 
         def start(self) -> None:
             resource_tracker.ensure_running()  # starting it below would unblock them

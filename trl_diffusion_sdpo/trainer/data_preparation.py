@@ -1,4 +1,4 @@
-"""A user's data as pairs: prepared, checked against the batch size, and resumed in a stream."""
+"""Preparation of a user's data as pairs, and checks against the batch size."""
 
 from __future__ import annotations
 
