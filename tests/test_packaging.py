@@ -130,3 +130,23 @@ def test_an_example_is_found_by_name_and_a_file_of_that_name_comes_first(tmp_pat
         train_parser.read_given(["--config=sdxl_lroa"])[0]
     (tmp_path / "sdxl_lora").write_text("output_dir: mine\n", encoding="utf-8")
     assert train_parser.read_given(["--config", "sdxl_lora"])[0] == {"output_dir": "mine"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
+def test_links_of_the_pages_outside_the_documentation_lead_somewhere(page):
+    relative = relative_links((ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in relative if not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_the_long_description_has_no_relative_links_or_pictures():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(relative_links(text)) > 20
+    for substitution in tool["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    assert relative_links(text) == []
+
+
+def relative_links(text: str) -> list[str]:
+    links = re.findall(r'\]\(([^)#\s]+)|src="([^"]+)"', text)
+    return [link or source for link, source in links if not re.match(r"https?:", link or source)]

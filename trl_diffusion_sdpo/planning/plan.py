@@ -124,7 +124,8 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
     # What stays between steps.
     states, temporary = optimizer_memory(prepared.optimizer, networks.trained, prepared.max_norm, fake, mode)
     components = _weights(prepared, fake.block)
-    setup = _setup(prepared, components)
+    frozen = sum(size for name, size in components.items() if name in family.frozen_components)
+    setup = _setup(prepared, components) - (0 if prepared.frozen == "on device" else frozen)
     components["optimizer"] = engine.share("optimizer", states)
     if engine.name == "ddp":
         components["DDP's buckets"] = 4 * trained
@@ -151,7 +152,6 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
         moments[OPTIMIZER] -= spared
 
     # Both together.
-    frozen = sum(size for name, size in components.items() if name in family.frozen_components)
     stays = sum(components.values())
     for name in moments:
         moments[name] += stays - (frozen if prepared.frozen != "on device" and name != ENCODE else 0)
