@@ -1,6 +1,6 @@
 """Draw the picture of preference guidance: images of equal noise by the base model and the tuned ones.
 
-The rows are those of the plan `guided_front`, trained with one seed. The embedded world's base model often draws another
+The rows are those of the plan `guided_front`, trained with one seed. The embedded world's base often draws another
 shape than the prompt names. The picture has prompts whose shape it mostly draws, each at a noise from which it draws
 it. Weights that the study has trained are read, others are trained first.
 
