@@ -3,7 +3,7 @@
 # make bench   the step against hand-written ones, what the safeguard costs, and others on the CPU: under 10 minutes
 # make bench-gpu PYTHON=python3  speed and memory of published sizes on a GPU, as `make test-gpu`: a second call goes on
 # make test-distributed    the engines under all settings, two processes on the CPU
-# make test-families    every model family trains, in LoRA and in full, under both safeguards
+# make test-families    every model family trains, in LoRA and in full
 # make test-trainer     the trainer's settings, every combination of them
 # make test-gpu PYTHON=python3  the smallest models under every engine on a GPU, with a Python that has a torch for it and
 #                 this package's `test` extra; under ten minutes, and a second call goes on where the first one ended

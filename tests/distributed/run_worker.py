@@ -154,8 +154,6 @@ def build_trainer(run: dict, folder: Path) -> RecordingTrainer:
 
 
 def train(run: dict, folder: Path) -> None:
-    if run["blocked"] is not None:  # by a folder where a file is to be written
-        (folder.parent / run["output"] / run["blocked"]).mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(run, folder)
     trainer.train(resume_from_checkpoint=run["resumes"])
     check_engine(trainer, run["engine"])

@@ -40,9 +40,7 @@ def facts_of(folder) -> list[dict]:
         for engine in ENGINES
         for tuning, safeguard in (
             ("full", "parameter"),
-            ("full", "output"),
             ("started", "output"),
-            ("fresh", "parameter"),
         )
     ]
 )

@@ -72,7 +72,6 @@ def build_run(engine: str, tuning: str, kind: str, args: dict | None = None, **g
         "resumes": None,
         "pushes": False,
         "refused": False,
-        "blocked": None,
     }
     return {**run, **given, "args": {**COMMON_ARGS, "learning_rate": RATES[tuning], **(args or {})}}
 
@@ -99,11 +98,10 @@ BY_DEFAULT = {
     "fsdp2-full-long",
     "zero2-lora-long",
     "fsdp2-full-following-0.25",
-    "fsdp2-full-first-parameter-bf16",
+    "fsdp2-full-first-bf16",
     "ddp-full-streamed-5",
     "ddp-lora-unmade",
     "ddp-lora-other-max_steps",
-    "zero2-full-offloaded",
 }
 
 
@@ -380,14 +378,7 @@ def following(engine: str, tuning: str, alpha: float) -> dict:
     return build_run(engine, tuning, f"following-{alpha}", {"optim": "adamw_torch", **args}, every_step=True)
 
 
-@needing(
-    *[
-        [following(engine, tuning, alpha)]
-        for engine in EVERY_ENGINE
-        for tuning in ("full", "lora")
-        for alpha in (0.25, 1.0)
-    ]
-)
+@needing(*[[following(engine, tuning, 0.25)] for engine in EVERY_ENGINE for tuning in ("full", "lora")])
 def test_a_reference_follows_the_policy_at_its_pace(found, needs):
     alpha = needs[0]["args"]["ref_model_mixup_alpha"]
     facts, (start, *steps, _) = facts_of(found[0]), walk_of(found[0])
@@ -398,12 +389,11 @@ def test_a_reference_follows_the_policy_at_its_pace(found, needs):
     for step in steps:
         assert moved(step["policy"], expected).norm() > 0
         expected = {name: alpha * step["policy"][name] + (1 - alpha) * expected[name] for name in expected}
-        torch.testing.assert_close(step["reference"], expected, rtol=0, atol=0 if alpha == 1 else 1e-6)
+        torch.testing.assert_close(step["reference"], expected, rtol=0, atol=1e-6)
 
 
-def first_step(engine: str, tuning: str, safeguard: str, bf16: bool) -> dict:
-    args = {"safeguard": safeguard, "bf16": bf16, "max_steps": 1}
-    return build_run(engine, tuning, f"first-{safeguard}-{'bf16' if bf16 else 'fp32'}", args)
+def first_step(engine: str, tuning: str, bf16: bool) -> dict:
+    return build_run(engine, tuning, f"first-{'bf16' if bf16 else 'fp32'}", {"bf16": bf16, "max_steps": 1})
 
 
 def assert_neutral(folder: Path) -> None:
@@ -412,18 +402,11 @@ def assert_neutral(folder: Path) -> None:
         assert logged(folder, name)[0] == 0.0, name
 
 
-@each(lambda engine, tuning: [long_run(engine, tuning)])
-def test_policy_and_reference_begin_as_one_in_float32(found):
-    assert_neutral(found[0])
-    assert logged(found[0], "errors/winner_change")[-1] != 0.0
-
-
 @needing(
     *[
-        [first_step(engine, tuning, safeguard, bf16)]
+        [first_step(engine, tuning, bf16)]
         for engine in EVERY_ENGINE
         for tuning in ("full", "lora")
-        for safeguard in ("output", "parameter")
         for bf16 in (False, True)
     ]
 )
@@ -432,20 +415,6 @@ def test_policy_and_reference_begin_as_one_in_every_precision(found):
 
 
 # ---- Diagnostics, drawings, evaluation -----------------------------------------------------------------------------
-
-
-def diagnosed(engine: str, tuning: str) -> list[dict]:
-    args = {"optim": "sgd", "learning_rate": 1e-4, "max_steps": 2, "safeguard_diagnostics_steps": 1}
-    runs = [build_run(name, tuning, "diagnosed", args, moved=True) for name in dict.fromkeys(["ddp", engine])]
-    return [runs[0], runs[-1]]
-
-
-@each(diagnosed, engines=ENGINES[1:], tunings=["full"])
-def test_engines_agree_on_what_a_step_does_to_the_winners(found):
-    for name in ("safeguard/predicted_winner_change", "safeguard/realised_winner_change"):
-        ddp, ours = (logged(folder, name) for folder in found)
-        assert len(ours) == 2 and all(ours)
-        assert ours == pytest.approx(ddp, rel=1e-3, abs=1e-5), name
 
 
 @each(lambda engine, tuning: [long_run(engine, tuning)])
@@ -481,36 +450,10 @@ def test_evaluation_is_that_of_ddp_and_of_one_process(found, needs, single):
     assert_evaluated_alike(ours, alone, tolerance=1e-3)
 
 
-def stopping(engine: str, tuning: str) -> list[dict]:
-    """A run that makes the winners worse, and must stop for it."""
-    args = {"eval_strategy": "steps", "eval_steps": 1, "safeguard": "none", "on_winner_rise": "stop"}
-    args |= {"learning_rate": WORSE[tuning], "save_strategy": "steps", "save_steps": STEPS, "beta": 1.0}
-    return [build_run(engine, tuning, "stopping", args, evaluated=EVALUATED)]
-
-
-@each(stopping, tunings=("full",))
-def test_a_rise_stops_all_processes_with_a_checkpoint_and_a_verdict(found):
-    (folder,) = found
-    steps = facts_of(folder)["steps_taken"]
-    written = json.loads((folder / "saved" / "verdict.json").read_text())
-    assert steps < STEPS and (folder / "saved" / f"checkpoint-{steps}").is_dir()
-    assert written["label"] == "worse" and written["step"] == steps and written["winner_change_stderr_percent"] > 0
-    assert written["winner_change_percent"] == pytest.approx(
-        100 * logged(folder, "eval_errors/winner_change_relative")[-1], rel=1e-4
-    )
-
-
 def unevenly_evaluated(engine: str, tuning: str, pairs: int, streamed: bool = False) -> dict:
     args = {"max_steps": 1, "optim": "sgd", "eval_strategy": "steps", "eval_steps": 1}
     kind = f"{'streamed' if streamed else 'evaluated'}-{pairs}"
     return build_run(engine, tuning, kind, args, evaluated=pairs, streamed=streamed)
-
-
-@needing(*[[unevenly_evaluated(engine, "full", pairs)] for engine in EVERY_ENGINE for pairs in (1, 3)])
-def test_repetitions_that_fill_up_a_batch_count_for_nothing(found, needs, evaluate_alone):
-    """With one pair, a process evaluates nothing else."""
-    ours = json.loads((found[0] / "log.json").read_text())
-    assert_evaluated_alike(ours, evaluate_alone(found[0] / "saved", needs[0]["evaluated"]))
 
 
 @needing(
@@ -588,30 +531,6 @@ def test_a_repository_that_cannot_be_made_ends_all_processes_before_training(fou
     assert not list((found[0] / "saved").glob("checkpoint-*"))
 
 
-@needing(
-    [
-        build_run(
-            "ddp",
-            "lora",
-            "unpublished",
-            {"max_steps": 1, "hub_model_id": "tester/forbidden-at-end"},
-            pushes=True,
-            refused=True,
-        )
-    ]
-)
-def test_what_cannot_be_published_at_the_end_is_safe_and_ends_all_processes(found):
-    first, second = told(found[0])
-    assert "The weights are safe in" in first and "Process 0 has failed" in second
-    assert (found[0] / "saved" / "pytorch_lora_weights.safetensors").is_file()
-
-
-@needing([publishing("ddp", "blocked", refused=True, blocked="README.md")])
-def test_a_card_that_cannot_be_written_ends_all_processes(found):
-    first, second = told(found[0])
-    assert "README.md" in first and "Process 0 has failed" in second and "README.md" in second
-
-
 # ---- Resumed with other settings ------------------------------------------------------------------------------------
 
 ADAMW = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
@@ -674,15 +593,6 @@ def test_processes_with_other_settings_or_data_are_refused(found, needs):
     assert f"`{'train_dataset' if differing == 'pairs' else differing}` is" in refusal(found[0])
 
 
-SGD = {"max_steps": 1, "optim": "sgd", "save_strategy": "steps"}
-
-
-@needing([build_run("fsdp2", "full", "sgd-refused", SGD, refused=True)])
-def test_plain_sgd_under_fsdp2_is_refused_before_it_writes_what_no_run_could_read(found):
-    assert "SGD without momentum cannot be resumed" in refusal(found[0])
-    assert not list((found[0] / "saved").glob("checkpoint-*"))
-
-
 WRITER = long_run("zero2", "full")
 OFFLOADED = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
@@ -693,14 +603,6 @@ OFFLOADED = {
 @needing([WRITER, refused("ddp", "of-zero2", output=WRITER["output"], resumes=True)])
 def test_a_checkpoint_is_resumed_by_the_engine_that_wrote_it(found):
     assert "engine was 'zero2, 2 processes', is 'plain'" in refusal(found[-1])
-
-
-USED = build_run("ddp", "full", "used", {"max_steps": 1, "save_strategy": "steps", "save_steps": 1})
-
-
-@needing([USED, refused("ddp", "used-again", output=USED["output"])])
-def test_a_folder_of_another_run_is_refused_by_all_processes(found):
-    assert "checkpoint-1, tuned weights" in refusal(found[-1])
 
 
 @needing([refused("zero2", "offloaded", engine_settings={"deepspeed": OFFLOADED})])

@@ -57,15 +57,8 @@ def build_run(engine: str, tuning: str, kind: str, resumes: str | None = None, *
         "resumes": resumes,
         "pushes": False,
         "refused": False,
-        "blocked": None,
         "args": {**ARGS, "learning_rate": RATES[tuning], **args},
     }
-
-
-def with_resumed(engine: str, tuning: str, kind: str = "", **more) -> list[dict]:
-    args = {"optim": "adamw_torch", "save_only_model": False, "learning_rate": {"full": 1e-3, "lora": 1e-2}[tuning]}
-    whole = build_run(engine, tuning, f"undisturbed{kind}", **args, **more)
-    return [whole, build_run(engine, tuning, f"resumed{kind}", resumes=whole["name"], **args, **more)]
 
 
 SCORED = {"pair_weights": "inverse_gap"}
@@ -159,12 +152,6 @@ def apart(ours: dict, theirs: dict, before: dict) -> float:
     return float((off / sum((theirs[name] - before[name]).double().square().sum() for name in before)).sqrt())
 
 
-def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Bit for bit, where a level that no timestep visits is like itself."""
-    assert ours.keys() == theirs.keys()
-    assert not [name for name in theirs if not torch.equal(ours[name].nan_to_num(), theirs[name].nan_to_num())]
-
-
 def assert_walked_alike(folder: Path, trainer, tolerance: float = 1e-3) -> None:
     """Weights, average, scales and all that was logged."""
     single = Path(trainer.args.output_dir)
@@ -219,22 +206,6 @@ def test_engines_are_one_process_with_batches_of_both(found, plan, alone):
         assert_averaged(found[0])
 
 
-@planned(*[with_resumed(engine, tuning) for engine in ENGINES for tuning in ("full", "lora")])
-def test_a_resumed_run_has_the_same_average_and_budget_to_the_bit(found):
-    whole, resumed = found
-    facts = json.loads((resumed / "facts.json").read_text())
-    assert facts["began_at"] == facts["steps_taken"] == 2
-    for part in ("", "ema"):
-        assert_equal(weights_in(resumed / "saved" / part), weights_in(whole / "saved" / part))
-    assert_equal(state_of(resumed / "saved"), state_of(whole / "saved"))
-
-
-@planned([build_run("ddp", "full", "odd", winner_budget_kwargs={"pairs": 3, "steps": 1})])
-def test_a_probe_that_processes_cannot_share_evenly_has_each_pair_once(found, plan, alone):
-    theirs = state_of(Path(alone(plan[0]).args.output_dir))["before"]
-    torch.testing.assert_close(state_of(found[0] / "saved")["before"], theirs, rtol=1e-5, atol=0, equal_nan=True)
-
-
 # ---- Sums of losses, and the automatic beta ------------------------------------------------------------------------
 
 SUMMED = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 5.0], "auto_beta": True, "safeguard_mu": 0.3}
@@ -265,13 +236,6 @@ def test_beta_follows_the_margins_of_all_processes_and_micro_batches(found, plan
     assert betas == pytest.approx([step["rewards/beta"] for step in theirs], rel=1e-4)
     assert beta_of(found[0] / "saved") == pytest.approx(beta_of(Path(trainer.args.output_dir)), rel=1e-3)
     assert_walked_alike(found[0], trainer, tolerance=5e-3)
-
-
-@planned(*[with_resumed(engine, "full", "-beta", **SUMMED) for engine in ("ddp", "zero2")])
-def test_a_resumed_run_has_the_same_beta_to_the_bit(found):
-    whole, resumed = found
-    assert beta_of(resumed / "saved") == beta_of(whole / "saved")
-    assert_equal(weights_in(resumed / "saved"), weights_in(whole / "saved"))
 
 
 @planned(*[[build_run(engine, "full", "scored", **SCORED)] for engine in ("ddp", "zero2")])

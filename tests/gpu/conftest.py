@@ -90,16 +90,14 @@ def answer_of(request, hub, family_folder, make_pairs, tmp_path_factory):
 
 
 def launch(runs: list[dict], device: str, answers: Path, scratch: Path, hub) -> None:
-    """One process or, for an engine, `torchrun`: world size 1 on a GPU, and two processes on the CPU, as accelerate
-    does not start an engine there for one."""
+    """One process, by `torchrun` if there is an engine."""
     for run in runs:
         for error in answers.glob(f"{run['name']}.*.error"):
             error.unlink()
     (scratch / "runs.json").write_text(json.dumps(runs))
     started = [sys.executable]
     if runs[0]["engine"] != "plain":
-        processes = "1" if device == "cuda" else "2"
-        started += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        started += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),

@@ -1,4 +1,4 @@
-"""The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. Some of these runs also run on the
+"""The smallest models on a GPU, under every engine at world size 1: `make test-gpu`. One of these runs also runs on the
 CPU in `make test`, which tests this code itself."""
 
 import math
@@ -10,16 +10,11 @@ from gpu.cases import CASES, STEPS, skipped
 
 IN_CI = "plain-lora-output-fp32-resume-samples-push"
 ENGINES = {"ddp": "MULTI_", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-NOT_ON_THE_CPU = ("fp16", "qlora", "compile")
 
 
 def on_devices() -> list:
-    everywhere = [pytest.param("cuda", run, id=f"cuda-{run['name']}", marks=pytest.mark.gpu) for run in CASES]
-    possible = [run for run in CASES if not set(run["name"].split("-")) & set(NOT_ON_THE_CPU)]
-    return everywhere + [
-        pytest.param("cpu", run, id=f"cpu-{run['name']}", marks=() if run["name"] == IN_CI else pytest.mark.matrix)
-        for run in possible
-    ]
+    on_gpus = [pytest.param("cuda", run, id=f"cuda-{run['name']}", marks=pytest.mark.gpu) for run in CASES]
+    return on_gpus + [pytest.param("cpu", run, id=f"cpu-{run['name']}") for run in CASES if run["name"] == IN_CI]
 
 
 @pytest.mark.parametrize(("device", "run"), on_devices())

@@ -87,14 +87,6 @@ def use_device_to_host_copies() -> None:
     host_copy.event_on = HostEvent
 
 
-def trainer_class(device: str, engine: str):
-    if device == "cuda" or engine == "plain":
-        return DiffusionSDPOTrainer
-    from distributed.worker import RecordingTrainer  # supports FSDP2 on CPUs
-
-    return RecordingTrainer
-
-
 def build(run: dict, device: str, folder: Path, watch: CountWaits) -> DiffusionSDPOTrainer:
     args = DiffusionSDPOConfig(str(folder), use_cpu=device == "cpu", **engine_args(run["engine"]), **run["args"])
     quantization = None
@@ -102,7 +94,7 @@ def build(run: dict, device: str, folder: Path, watch: CountWaits) -> DiffusionS
         from diffusers import BitsAndBytesConfig
 
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    return trainer_class(device, run["engine"])(
+    return DiffusionSDPOTrainer(
         run["model"],
         None,
         args,

@@ -57,7 +57,7 @@ WIDE = {
 }
 IN_CI = ("sana",)  # where the difference was found; a width of 2240 takes seconds
 FAMILIES = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.matrix) for name in WIDE]
-PRECISIONS = [pytest.param(True, id="bf16"), pytest.param(False, id="float32")]
+PRECISIONS = [pytest.param(True, id="bf16"), pytest.param(False, id="float32", marks=pytest.mark.matrix)]
 
 
 @contextlib.contextmanager
