@@ -1,6 +1,7 @@
 """Weights and calibrated scores of data sets: what they are computed from, what is refused, counted and reported."""
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 from tiny_pairs import png
@@ -192,6 +193,16 @@ def test_an_image_is_known_by_its_content_in_whatever_file_it_is(tmp_path):
             {**data[1], "chosen": str(tmp_path / f"{number}.png")},
         ]
         np.testing.assert_allclose(calibrated(named)[:, 1], third)
+
+
+def test_images_at_schemes_that_rows_may_use_are_read():
+    """Two files with one content and one score are one image."""
+    data = [row(0, LOG3, 0, "a"), row(1, LOG3, 0, "a")]
+    for pair, name in zip(data, ("0", "1"), strict=True):
+        with fsspec.open(f"memory://calibrated-{name}.png", "wb") as file:
+            file.write(png(0))
+        pair["chosen"] = f"memory://calibrated-{name}.png"
+    np.testing.assert_allclose(calibrated(data, image_schemes=("memory",))[:, 1], 0.375)
 
 
 def test_large_and_small_groups_are_an_independent_loop():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..losses import calibrated_scores
-from .images import UndecodableImageError, decode_image
+from .images import ImageReader, UndecodableImageError
 from .pairs import PreferenceDataset
 from .sources import PairSource
 
@@ -25,7 +25,8 @@ def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     assert dataset.scores is not None
     source, index = dataset.origins()
     prompts = np.repeat(_prompt_numbers(source, index[:, 0]), 2)
-    images, prompts, scores = _different_images(source, index.reshape(-1, 2), prompts, dataset.scores.reshape(-1))
+    places, flat_scores = index.reshape(-1, 2), dataset.scores.reshape(-1)
+    images, prompts, scores = _different_images(source, dataset.reader, places, prompts, flat_scores)
     order = np.argsort(prompts, kind="stable")
     calibrated = np.empty(len(order))
     sizes = np.unique(prompts, return_counts=True)[1]
@@ -46,7 +47,7 @@ def _prompt_numbers(source: PairSource, rows: np.ndarray) -> np.ndarray:
 
 
 def _different_images(
-    source: PairSource, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
+    source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the number of each image among the distinct ones, and prompts and scores of the distinct ones.
 
@@ -61,7 +62,7 @@ def _different_images(
     for number, (prompt, score, place) in enumerate(rows):
         content = ""
         if alike[prompt, score] > 1:
-            content = contents.get(place) or contents.setdefault(place, _content(source, *place))
+            content = contents.get(place) or contents.setdefault(place, _content(source, reader, *place))
         image_numbers[number] = numbers.setdefault((prompt, score, content), len(numbers))
     return (
         image_numbers,
@@ -70,9 +71,9 @@ def _different_images(
     )
 
 
-def _content(source: PairSource, row: int, image: int) -> str:
+def _content(source: PairSource, reader: ImageReader, row: int, image: int) -> str:
     try:
-        decoded = decode_image(source.images(row)[image])
-    except (UndecodableImageError, IndexError):
+        decoded = reader.decode_at(source.images(row), image)
+    except UndecodableImageError:
         return f"unreadable image {image} of row {row}"
     return f"{decoded.size} {hashlib.sha256(decoded.tobytes()).hexdigest()}"

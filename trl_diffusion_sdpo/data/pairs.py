@@ -389,6 +389,11 @@ class PreferenceDataset(Dataset):
         return self._source, self._pairs.places
 
     @property
+    def reader(self) -> ImageReader:
+        """The reader of the images, with the schemes that rows may use."""
+        return self._reader
+
+    @property
     def sizes(self) -> PairSizes | None:
         """The sizes of the pairs' buckets; `None` if all pairs have the transform's."""
         if "size" not in self._pairs.columns or self._options.buckets is None:
