@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from trl_diffusion_sdpo.step import finite_check as finite
+from trl_diffusion_sdpo.engines import step_checks as finite
 
 
 @contextlib.contextmanager

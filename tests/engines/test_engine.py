@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, HfDeepSpeedConfig
 
 from trl_diffusion_sdpo.engines.engine import Engine
 from trl_diffusion_sdpo.engines.engine_settings import check_deepspeed_precision
-from trl_diffusion_sdpo.step.finite_check import spoiled_weights
+from trl_diffusion_sdpo.engines.step_checks import spoiled_weights
 from trl_diffusion_sdpo.trainer.config.complete import copy_and_check_args
 
 
@@ -26,7 +26,7 @@ def engine(kind: str, **deepspeed_config) -> Engine:
         parallelism_config=None,
         state=SimpleNamespace(deepspeed_plugin=plugin),
     )
-    return Engine(accelerator)
+    return Engine(lambda: accelerator)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_frozen_copy_predicts_what_the_policy_does_bit_for_bit(name, bf16):
     family = wide_family(name)
     inputs = inputs_of(family, name)
     reference = FrozenReference(
-        copy.deepcopy(family.denoiser), family.denoiser, half_dtype=torch.bfloat16 if bf16 else None
+        copy.deepcopy(family.denoiser), family.denoiser, engine=None, half_dtype=torch.bfloat16 if bf16 else None
     )
     policy, frozen = predictions(family, contextlib.nullcontext(reference.module), inputs, bf16=bf16)
     assert policy.isfinite().all() and policy.abs().mean() > 1e-3
@@ -137,7 +137,7 @@ def test_a_frozen_adapter_predicts_what_the_trained_one_does_bit_for_bit(name, b
     targets = [*family.lora_target_modules, "to_out.0"]  # reads what attention left, in Sana transposed
     adapter = add_lora(family.denoiser, LoraConfig(r=4, target_modules=targets), (), seed=0)
     fill_adapter(family.denoiser)
-    AdapterReference(family.denoiser, adapter)
+    AdapterReference(family.denoiser, adapter, engine=None)
     switched = as_frozen(family.denoiser, adapter)
     policy, frozen = predictions(family, switched, inputs, bf16=bf16)
     assert torch.equal(policy, frozen)

@@ -226,8 +226,8 @@ def test_the_probe_of_a_budget_keeps_drawn_noise(make_trainer):
         budget = {"winner_budget": 0.1, "winner_budget_kwargs": {"pairs": 2}, "num_noise_bins": 2}
         trainer = make_trainer(max_steps=1, peft_config=LoraConfig(r=2), **budget, **settings)
         begin = trainer.winner_budget.begin
-        trainer.winner_budget.begin = lambda pairs, begin=begin, trainer=trainer: (
-            begin(pairs),
+        trainer.winner_budget.begin = lambda *given, begin=begin, trainer=trainer: (
+            begin(*given),
             probes.append(trainer.winner_budget.probe.batches),
         )
         trainer.train()

@@ -28,7 +28,7 @@ def levels_of(timesteps):
 
 
 def probe_of(trainer):
-    return trainer.winner_budget.make_probe(trainer._load_probe())
+    return trainer.winner_budget.make_probe(trainer.model_wrapped, trainer._load_probe())
 
 
 def items_of(trainer):
@@ -37,8 +37,7 @@ def items_of(trainer):
 
 def begin(trainer):
     """As when training begins."""
-    trainer.winner_budget.attach(trainer.model_wrapped, trainer.accelerator)
-    trainer.winner_budget.begin(trainer._load_probe())
+    trainer.winner_budget.begin(trainer.model_wrapped, trainer._load_probe())
 
 
 def by_hand(unet, probe, parts):

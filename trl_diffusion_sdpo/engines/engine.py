@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,20 @@ from .sharding import Float32Shards
 
 
 class Engine:
-    """How the process group trains: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO."""
+    """How the process group trains: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO.
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator  # read at each call: transformers completes its plugins until training begins
+    Args:
+        accelerator (`Callable`): Returns the accelerator. It is called at each use, because transformers makes the
+            accelerator after the model, and completes its plugins until training begins.
+    """
+
+    def __init__(self, accelerator: Callable[[], Accelerator]):
+        self._accelerator = accelerator
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The accelerator of the trainer."""
+        return self._accelerator()
 
     # ---- What runs ------------------------------------------------------------------------------------------------
 

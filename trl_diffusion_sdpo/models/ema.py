@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..engines.engine import Engine
 from ..losses import ema_decay
 from .weight_copies import SecondAdapter, SecondDenoiser, WeightCopy, second_copy
 
@@ -14,14 +15,17 @@ EMA_ADAPTER = "ema"
 
 class EMAWeights(WeightCopy):
     """The average of the policy's trained weights, in a second adapter where an `adapter` trains, else in a second
-    denoiser; `decay` in `(0, 1)` is the share of the average that a step retains. For `shared` see [`second_copy`]."""
+    denoiser; `decay` in `(0, 1)` is the share of the average that a step retains. `engine` trains the policy. For
+    `shared` see [`second_copy`]."""
 
-    def __init__(self, denoiser: nn.Module, adapter: str | None, decay: float, *, shared: bool = False):
+    def __init__(
+        self, denoiser: nn.Module, adapter: str | None, decay: float, engine: Engine, *, shared: bool = False
+    ):
         self.decay = decay
         if adapter is not None:
-            second: SecondAdapter | SecondDenoiser = SecondAdapter(denoiser, adapter, EMA_ADAPTER)
+            second: SecondAdapter | SecondDenoiser = SecondAdapter(denoiser, adapter, EMA_ADAPTER, engine)
         else:
-            second = SecondDenoiser(second_copy(denoiser, shared=shared), denoiser)
+            second = SecondDenoiser(second_copy(denoiser, shared=shared), denoiser, engine)
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:

@@ -61,8 +61,8 @@ class AdapterReference(Reference):
 
     kind = "ref_adapter"
 
-    def __init__(self, denoiser: nn.Module, policy_adapter: str):
-        super().__init__(SecondAdapter(denoiser, policy_adapter, REFERENCE_ADAPTER), stored=True)
+    def __init__(self, denoiser: nn.Module, policy_adapter: str, engine: Engine):
+        super().__init__(SecondAdapter(denoiser, policy_adapter, REFERENCE_ADAPTER, engine), stored=True)
 
 
 class FrozenReference(Reference):
@@ -72,10 +72,17 @@ class FrozenReference(Reference):
     kind = "frozen"
 
     def __init__(
-        self, module: nn.Module, policy: nn.Module, *, half_dtype: torch.dtype | None = None, follows: bool = False
+        self,
+        module: nn.Module,
+        policy: nn.Module,
+        engine: Engine,
+        *,
+        half_dtype: torch.dtype | None = None,
+        follows: bool = False,
     ):
         check_same_architecture(policy, module)
-        super().__init__(SecondDenoiser(module, policy, half_dtype=None if follows else half_dtype), stored=follows)
+        half_dtype = None if follows else half_dtype
+        super().__init__(SecondDenoiser(module, policy, engine, half_dtype=half_dtype), stored=follows)
         self.module = module
 
 
@@ -149,6 +156,7 @@ class PrecomputedReference(Reference):
 
 def build_reference(
     denoiser: nn.Module,
+    engine: Engine,
     *,
     needed: bool,
     given: nn.Module | None,
@@ -164,6 +172,7 @@ def build_reference(
     """Choose the kind of reference.
 
     Args:
+        engine ([`Engine`]): Trains the policy.
         needed (`bool`): Whether the loss reads a reference. One that is given anyway serves the metrics.
         given (`nn.Module`, *optional*): The user's reference.
         may_modify_given (`bool`): Whether it was loaded by the trainer, so that it need not be copied to be changed.
@@ -186,7 +195,7 @@ def build_reference(
             )
         if (half_dtype is not None or follows or changed_by_engine) and not may_modify_given:
             given = second_copy(given, shared=shared)
-        frozen = FrozenReference(given, denoiser, half_dtype=half_dtype, follows=follows)
+        frozen = FrozenReference(given, denoiser, engine, half_dtype=half_dtype, follows=follows)
         return PrecomputedReference(frozen, partial(_with_scalings, given)) if precomputed else frozen
     if not needed:
         return NoReference()
@@ -196,9 +205,9 @@ def build_reference(
         return AdapterOffReference(denoiser)
     adapter = fresh_adapter or started_adapter
     if adapter is not None:
-        return AdapterReference(denoiser, adapter)
+        return AdapterReference(denoiser, adapter, engine)
     copied = second_copy(denoiser, shared=shared)
-    return FrozenReference(copied, denoiser, half_dtype=half_dtype, follows=follows)
+    return FrozenReference(copied, denoiser, engine, half_dtype=half_dtype, follows=follows)
 
 
 def _with_scalings(given: nn.Module) -> dict[str, torch.Tensor]:

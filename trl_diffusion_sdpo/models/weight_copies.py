@@ -33,14 +33,15 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
 
 class SecondAdapter:
     """A second, frozen LoRA on the policy's denoiser, with the weights that the trained one has now; `ValueError` where
-    the denoiser has an adapter of its name."""
+    the denoiser has an adapter of its name. `engine` trains the policy."""
 
-    def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str):
+    def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise ValueError(
                 f"The adapter name {name!r} is reserved for weights beside the policy's, but the model has one. Rename "
                 "or delete it."
             )
+        self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
         copy_adapter(denoiser, policy_adapter, name)
         self._layers = adapter_layers(denoiser)  # found once, as in `AdapterOffReference`
@@ -67,14 +68,16 @@ class SecondDenoiser:
 
     Args:
         module (`nn.Module`): Frozen and put into evaluation mode here.
+        engine ([`Engine`]): Trains the policy.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast, to which the weights that autocast would cast at
             every use are then cast once: less memory, equal results.
     """
 
-    def __init__(self, module: nn.Module, policy: nn.Module, *, half_dtype: torch.dtype | None = None):
+    def __init__(self, module: nn.Module, policy: nn.Module, engine: Engine, *, half_dtype: torch.dtype | None = None):
         if not adapter_layers(policy):  # under a LoRA the base is as frozen as the second denoiser
             read_contiguous((*policy.modules(), *module.modules()))
         self.module = module.requires_grad_(False).eval()
+        self.engine = engine
         self._engine_model = self.module
         self._policy = policy
         if half_dtype is not None:
@@ -93,10 +96,10 @@ class SecondDenoiser:
         """The policy's parameters and buffers under the same names."""
         return self._policy.state_dict(keep_vars=True)
 
-    def shard(self, engine: Engine, *, moves: bool) -> nn.Module:
+    def shard(self, *, moves: bool) -> nn.Module:
         """Shard it as the engine has sharded the policy; the module that the engine wrapped."""
         if self._engine_model is self.module:
-            self._engine_model = engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
+            self._engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
         return self._engine_model
 
 
@@ -108,8 +111,6 @@ class WeightCopy:
         file (`str`): Name of their file in checkpoints.
         stored (`bool`): Whether checkpoints hold them, since they are updated or cannot be made again.
     """
-
-    _engine: Engine  # set by `attach`
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
@@ -130,10 +131,6 @@ class WeightCopy:
             else:
                 self.second.module.compile(backend=backend, mode=mode)
 
-    def attach(self, engine: Engine) -> None:
-        """Set the engine, before any of the methods below is called."""
-        self._engine = engine
-
     def stop_sharing(self) -> None:
         """Give the weights of a [`second_copy`] memory of their own, if the engine will not do so."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
@@ -142,14 +139,14 @@ class WeightCopy:
     def keep_unrounded(self) -> None:
         """Before the engine prepares the policy: copy what it will round."""
         weights = self._weights()
-        if weights and self.float32_shards is None and self._engine.rounds_weights:
-            self.float32_shards = self._engine.float32_shards(_parameters(weights))
+        if self.second is not None and weights and self.float32_shards is None and self.second.engine.rounds_weights:
+            self.float32_shards = self.second.engine.float32_shards(_parameters(weights))
 
     def prepare(self, engine_model: nn.Module) -> None:
         """Shard a second denoiser as the engine has sharded `engine_model`, the policy."""
         self.engine_models, self._mixed = (engine_model,), None
         if isinstance(self.second, SecondDenoiser):
-            self.engine_models += (self.second.shard(self._engine, moves=self.stored),)
+            self.engine_models += (self.second.shard(moves=self.stored),)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
         """The module that predicts with these weights, given the policy as the engine wrapped it."""
@@ -165,18 +162,20 @@ class WeightCopy:
             self._mixed = weights, {name: policy[name] for name in weights}
         weights, policy = self._mixed
         if self.float32_shards is None:
-            self._engine.mix(weights.values(), policy.values(), alpha)
+            self.second.engine.mix(weights.values(), policy.values(), alpha)
         else:
             self.float32_shards.mix(weights, policy, alpha)
 
     def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """Gather the weights that a checkpoint holds, under the policy's names; see [`Engine.gather`]."""
+        if self.second is None:
+            return {}
         self._reshard()
         if self.float32_shards is None:
-            return self._engine.gather(self._weights(), keep=keep)
+            return self.second.engine.gather(self._weights(), keep=keep)
         exact = {name: self.float32_shards.full(name).cpu() for name in self.float32_shards.names}
         buffers = {name: weight for name, weight in self._weights().items() if name not in exact}
-        return {**self._engine.gather(buffers, keep=keep), **exact}
+        return {**self.second.engine.gather(buffers, keep=keep), **exact}
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Write what a resumed run needs. All processes must call it; those with `write` write."""
@@ -186,22 +185,23 @@ class WeightCopy:
 
     def load(self, folder: Path) -> None:
         """Read what [`WeightCopy.save`] wrote; `ValueError` where the file is missing or holds other weights."""
-        self._reshard()
         weights = self._weights()
-        if not weights:
+        if self.second is None or not weights:
             return
+        self._reshard()
         stored = _read(weights, folder / self.file)
-        self._engine.scatter(stored, weights)
-        for name in self.float32_shards.names if self.float32_shards is not None else ():
-            self.float32_shards.set(name, stored[name])
+        self.second.engine.scatter(stored, weights)
+        if self.float32_shards is not None:
+            for name in self.float32_shards.names:
+                self.float32_shards.set(name, stored[name])
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, not copied."""
         return self.second.weights() if self.second is not None and self.stored else {}
 
     def _reshard(self) -> None:
-        for model in self.engine_models:
-            self._engine.reshard(model)
+        for model in self.engine_models if self.second is not None else ():
+            self.second.engine.reshard(model)
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

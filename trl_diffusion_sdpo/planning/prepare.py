@@ -6,8 +6,10 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from transformers.training_args import OptimizerNames
 
+from ..engines.engine import Engine as TrainingEngine
 from ..families import Family
 from ..families.single_file import configuration_of
 from ..models.ema import EMAWeights
@@ -81,8 +83,9 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None
     adapter, added = choose_trained_weights(loaded, lora, args)
-    reference = make_reference(loaded, other, args, spec, adapter=adapter, added=added)
-    average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay)
+    trains = TrainingEngine(_no_accelerator)
+    reference = make_reference(loaded, other, args, spec, trains, adapter=adapter, added=added)
+    average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay, trains)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)
 
     half = autocast_dtype(args.mixed_precision)
@@ -114,6 +117,10 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
         variants=args.precompute_epochs if args.random_crop else 1 + args.random_flip,
         draws=args.precompute_epochs,
     )
+
+
+def _no_accelerator() -> Accelerator:
+    raise AssertionError("A plan trains nothing.")
 
 
 def _stored(model_args: ModelConfig) -> str | None:

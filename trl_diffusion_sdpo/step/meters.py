@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import reduce
 
 from ..engines.gradients import exact_dtype
 from ..losses import BetaController, PreferenceLossOutput, noise_bin_changes, noise_bin_of
@@ -80,10 +80,9 @@ class AutoBeta:
         self.controller, self._meter = controller, meter
         self._sums: torch.Tensor | None = None  # of the sizes and of the pairs, (2,)
 
-    def attach(self, model: nn.Module, accelerator: Accelerator) -> None:
-        """Average over the processes of `accelerator` from now on, without what a training that was stopped within an
-        optimizer step has added; the model is not read."""
-        self._accelerator, self._sums = accelerator, None
+    def begin(self) -> None:
+        """Forget what a training that was stopped within an optimizer step has added."""
+        self._sums = None
 
     def add(self, outputs: PreferenceLossOutput) -> None:
         """Add a micro-batch, whose loss had the controller's beta."""
@@ -95,7 +94,7 @@ class AutoBeta:
         """Log the beta of the optimizer step, and move it; all processes must call it together."""
         assert self._sums is not None
         self._meter.add({"rewards/beta": self.controller.beta}, 1)
-        sums, self._sums = self._accelerator.reduce(self._sums, reduction="sum"), None
+        sums, self._sums = reduce(self._sums, "sum"), None
         self.controller.steer(sums[0] / sums[1])
 
     def save(self, folder: Path) -> None:

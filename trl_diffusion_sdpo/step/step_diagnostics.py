@@ -30,15 +30,15 @@ class _Measured:
 
 
 class StepDiagnostics:
-    """Measures one of `every` optimizer steps, into the meter of training."""
+    """Measures one of `every` optimizer steps of `model`, the policy as the engine wrapped it, into the meter of
+    training."""
 
-    def __init__(self, forward: PairForward, meter: MetricMeter, every: int):
-        self._forward, self._meter, self._every = forward, meter, every
-        self._measured: _Measured | None = None
-
-    def attach(self, model: nn.Module, backend: GradientBackend) -> None:
-        """Measure `model`, the policy as the engine wrapped it, and the gradients of `backend` from now on."""
-        self._model, self._backend, self._measured = model, backend, None
+    def __init__(
+        self, model: nn.Module, backend: GradientBackend, forward: PairForward, meter: MetricMeter, every: int
+    ):
+        self._model, self._backend, self._forward = model, backend, forward
+        self._meter, self._every = meter, every
+        self._measured: _Measured | None = None  # of the step that is being measured
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 1, is measured."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import nn
 
 from ..data.pairs import PreferenceDataset
@@ -62,22 +63,23 @@ class ProbeInputs:
 
 @dataclass
 class BudgetProbe:
-    """This process's winners at fixed noise, a few at every noise bin."""
+    """This process's winners at fixed noise, a few at every noise bin, and the policy that predicts them."""
 
+    model: nn.Module  # as the engine wrapped it
     num_noise_bins: int
     batches: list[NoisyBatch] = field(default_factory=list)
     noise_bins: list[torch.Tensor] = field(default_factory=list)  # for each batch, of each row, int64 `(N,)`
     counts: list[torch.Tensor] = field(default_factory=list)  # for each batch, 1 or, for a repeated row, 0, `(N,)`
 
     @torch.no_grad()
-    def errors(self, predict: Callable[[NoisyBatch], torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
+    def errors(self, predict: Callable[[NoisyBatch], torch.Tensor]) -> torch.Tensor:
         """Mean error at each noise bin over all processes, `(num_noise_bins,)`; NaN at bins that the schedule does not
         visit."""
-        sums = torch.zeros(2, self.num_noise_bins, device=accelerator.device)
+        sums = torch.zeros(2, self.num_noise_bins, device=PartialState().device)
         for batch, noise_bins, count in zip(self.batches, self.noise_bins, self.counts, strict=True):
             error = mean_error(predict(batch) - batch.target.float())  # (N,)
             sums.index_add_(1, noise_bins, torch.stack([error * count, count]))
-        sums = accelerator.reduce(sums, reduction="sum")
+        sums = reduce(sums, "sum")
         return sums[0] / sums[1]
 
 
@@ -102,20 +104,17 @@ class WinnerBudget:
         average: EMAWeights | None,
     ):
         self.controller = controller
-        self.probe: BudgetProbe | None = None
+        self.probe: BudgetProbe | None = None  # while training
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
         self._unmet: torch.Tensor | None = None
         self._has_warned = False
 
-    def attach(self, model: nn.Module, accelerator: Accelerator) -> None:
-        """Measure `model`, the policy as the engine wrapped it, from now on."""
-        self._model, self._accelerator = model, accelerator
-
-    def begin(self, pairs: Sequence[ProbeInputs]) -> None:
-        """Make the probe, and measure it before the first step; a resumed run reads that from its checkpoint."""
+    def begin(self, model: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
+        """Make the probe of `model`, the policy as the engine wrapped it, and measure it before the first step. A
+        resumed run reads that measurement from its checkpoint."""
         self._has_warned, self._unmet = False, None
-        self.probe = self.make_probe(pairs)
+        self.probe = self.make_probe(model, pairs)
         if self.controller.initial_errors is None:
             self.controller.initial_errors = self.measure()
 
@@ -133,9 +132,11 @@ class WinnerBudget:
 
     def measure(self) -> torch.Tensor:
         """The probe's mean error at each noise bin, over all processes."""
-        weights = contextlib.nullcontext(self._model) if self._average is None else self._average.active(self._model)
-        with eval_mode([self._model]), weights as model:
-            return self.probe.errors(lambda batch: self._forward.predict(model, batch), self._accelerator)
+        assert self.probe is not None, "The probe exists while training only."
+        policy = self.probe.model
+        weights = contextlib.nullcontext(policy) if self._average is None else self._average.active(policy)
+        with eval_mode([policy]), weights as model:
+            return self.probe.errors(lambda batch: self._forward.predict(model, batch))
 
     def warn_if_unmet(self, unmet: float) -> None:
         """Warn once of noise bins that exceed the budget though their losers' scale is 0; `unmet` is their share."""
@@ -149,9 +150,9 @@ class WinnerBudget:
             )
 
     @torch.no_grad()
-    def make_probe(self, pairs: Sequence[ProbeInputs]) -> BudgetProbe:
-        """The winners of some pairs, each at a timestep within every noise bin."""
-        probe = BudgetProbe(self._forward.loss_settings.num_noise_bins)
+    def make_probe(self, model: nn.Module, pairs: Sequence[ProbeInputs]) -> BudgetProbe:
+        """Return the winners of some pairs, each at a timestep within every noise bin."""
+        probe = BudgetProbe(model, self._forward.loss_settings.num_noise_bins)
         for batch_of_pairs in pairs:
             latents, conditioning = self._forward.encode(batch_of_pairs.inputs)
             if self._sorts_by_scores:

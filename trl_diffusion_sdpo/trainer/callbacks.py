@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
@@ -23,7 +24,6 @@ from ..reporting.sample_images import SampleImagesCallback, call_options
 from ..reporting.tracked_images import TrackedImages
 from ..reporting.verdict import RunFacts
 from ..step.meters import AutoBeta
-from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget
 from .components import Components
 from .data_preparation import PREPARED
@@ -40,6 +40,8 @@ def add_callbacks(
     *,
     run_facts: RunFacts,
     load_probe: Callable[[], Sequence[ProbeInputs]],
+    policy: Callable[[], nn.Module],
+    measure_step: Callable[[], None],
     evaluate: Callable[[], Any],
     end: Callable[[], None],
 ) -> None:
@@ -48,6 +50,8 @@ def add_callbacks(
 
     Args:
         load_probe (`Callable`): Returns this process's pairs of the winner budget's probe.
+        policy (`Callable`): Returns the policy as the engine wrapped it.
+        measure_step (`Callable`): Completes the measurement of an optimizer step.
         evaluate (`Callable`): Evaluates the current weights.
         end (`Callable`): Reports what a run has left, in the first process.
     """
@@ -57,13 +61,13 @@ def add_callbacks(
         own.append(EpochCallback(train_dataset))
     if isinstance(train_dataset, PREPARED):
         own.append(DataReportCallback(train_dataset))
-    if components.diagnostics is not None:
-        own.append(StepDiagnosticsCallback(components.diagnostics))
+    if args.safeguard_diagnostics_steps is not None:
+        own.append(AfterStepCallback(measure_step))
     if components.average is not None:
         own.append(EMACallback(components.average))
     if components.winner_budget is not None:
         probe = ProbeSettings(**args.winner_budget_kwargs)
-        own.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe))
+        own.append(WinnerBudgetCallback(components.winner_budget, probe.steps, load_probe, policy))
     if components.auto_beta is not None:
         own.append(AutoBetaCallback(components.auto_beta))
     if args.sync_ref_model:
@@ -143,18 +147,21 @@ class AutoBetaCallback(TrainerCallback):
     def __init__(self, auto_beta: AutoBeta):
         self._auto_beta = auto_beta
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._auto_beta.begin()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._auto_beta.after_step()
 
 
-class StepDiagnosticsCallback(TrainerCallback):
-    """Completes the measurement of a step after the optimizer's step, which an engine may have taken."""
+class AfterStepCallback(TrainerCallback):
+    """Calls a function after the optimizer's step, which an engine may have taken."""
 
-    def __init__(self, diagnostics: StepDiagnostics):
-        self._diagnostics = diagnostics
+    def __init__(self, function: Callable[[], None]):
+        self._function = function
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._diagnostics.after_step()
+        self._function()
 
 
 class WinnerBudgetCallback(TrainerCallback):
@@ -163,12 +170,20 @@ class WinnerBudgetCallback(TrainerCallback):
     Args:
         every (`int`): Optimizer steps between two measurements.
         load_pairs (`Callable`): Returns this process's pairs of the probe.
+        policy (`Callable`): Returns the policy as the engine wrapped it.
     """
 
-    def __init__(self, budget: WinnerBudget, every: int, load_pairs: Callable[[], Sequence[ProbeInputs]]):
+    def __init__(
+        self,
+        budget: WinnerBudget,
+        every: int,
+        load_pairs: Callable[[], Sequence[ProbeInputs]],
+        policy: Callable[[], nn.Module],
+    ):
         self._budget = budget
         self._every = every
         self._load_pairs = load_pairs
+        self._policy = policy
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._every > state.max_steps:
@@ -178,7 +193,7 @@ class WinnerBudgetCallback(TrainerCallback):
                 self._every,
                 state.max_steps,
             )
-        self._budget.begin(self._load_pairs())
+        self._budget.begin(self._policy(), self._load_pairs())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._budget.end()

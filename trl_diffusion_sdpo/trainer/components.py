@@ -51,7 +51,6 @@ from ..saving.weights import WeightFiles
 from ..step.meters import AutoBeta, MetricMeter
 from ..step.pair_evaluation import PairEvaluation
 from ..step.pair_forward import PairForward
-from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import WinnerBudget
 from ..utils._compat import compile_with_eager_rounding
 from .config.complete import (
@@ -86,7 +85,6 @@ class Components:
         evaluation ([`PairEvaluation`]): The metrics of an evaluation.
         winner_budget ([`WinnerBudget`], *optional*): Holds the winners' error within a budget.
         auto_beta ([`AutoBeta`], *optional*): Moves beta.
-        diagnostics ([`StepDiagnostics`], *optional*): Measures single optimizer steps.
     """
 
     loaded: LoadedModel
@@ -103,7 +101,6 @@ class Components:
     evaluation: PairEvaluation
     winner_budget: WinnerBudget | None
     auto_beta: AutoBeta | None
-    diagnostics: StepDiagnostics | None
 
     @property
     def weight_copies(self) -> list[WeightCopy]:
@@ -121,6 +118,7 @@ def build_components(
     ref_model: Any,
     args: DiffusionSDPOConfig,
     peft_config: PeftConfig | None,
+    engine: Engine,
     *,
     pair_forward_class: type[PairForward],
     autocast: Callable[[], contextlib.AbstractContextManager],
@@ -131,6 +129,7 @@ def build_components(
         loaded ([`LoadedModel`]): The policy, from [`load_policy`].
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference.
         args ([`DiffusionSDPOConfig`]): The trainer's own copy of the settings.
+        engine ([`Engine`]): Trains the policy; without an accelerator yet.
         autocast (`Callable`): Returns the context under which denoisers predict.
 
     Raises:
@@ -146,10 +145,10 @@ def build_components(
     adapter, added = choose_trained_weights(loaded, peft_config, args)
 
     # Second copies of these weights, while they are as before training.
-    reference = make_reference(loaded, ref_model, args, loss, adapter=adapter, added=added)
+    reference = make_reference(loaded, ref_model, args, loss, engine, adapter=adapter, added=added)
     average = None
     if args.ema_decay is not None:
-        average = EMAWeights(denoiser, adapter, args.ema_decay, shared=shards_weights(args))
+        average = EMAWeights(denoiser, adapter, args.ema_decay, engine, shared=shards_weights(args))
 
     # What the run's files say of its start, and the formats in which it saves.
     origin = Origin(
@@ -192,9 +191,6 @@ def build_components(
     winner_budget = None
     if budget is not None:
         winner_budget = WinnerBudget(budget, pair_forward, meter, sorts_by_scores=loss.needs_scores, average=average)
-    diagnostics = None
-    if args.safeguard_diagnostics_steps is not None:
-        diagnostics = StepDiagnostics(pair_forward, meter, args.safeguard_diagnostics_steps)
 
     return Components(
         loaded=loaded,
@@ -211,7 +207,6 @@ def build_components(
         evaluation=PairEvaluation(pair_forward, args.num_noise_bins),
         winner_budget=winner_budget,
         auto_beta=None if betas is None else AutoBeta(betas, meter),
-        diagnostics=diagnostics,
     )
 
 
@@ -322,7 +317,14 @@ def disable_dropout(module: nn.Module) -> None:
 
 
 def make_reference(
-    loaded: LoadedModel, ref_model: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, adapter: str | None, added: bool
+    loaded: LoadedModel,
+    ref_model: Any,
+    args: DiffusionSDPOConfig,
+    loss: LossSpec,
+    engine: Engine,
+    *,
+    adapter: str | None,
+    added: bool,
 ) -> Reference:
     """Choose how the old policy is recovered. `adapter` is the trained one, and `added` whether it starts at zero."""
     given = None
@@ -338,6 +340,7 @@ def make_reference(
     changed_by_engine = by_engine(args)
     return build_reference(
         loaded.denoiser,
+        engine,
         needed=loss.needs_reference,
         given=given,
         may_modify_given=isinstance(ref_model, (str, Path)),

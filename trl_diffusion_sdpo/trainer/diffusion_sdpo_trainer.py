@@ -32,6 +32,7 @@ from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, shards_weights
 from ..engines.processes import check_agreement, failing_together
 from ..engines.sharding import full_tensor
+from ..engines.step_checks import FiniteCheck
 from ..losses import PreferenceLossOutput
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
@@ -48,11 +49,11 @@ from ..saving.run_files import RunFiles
 from ..saving.run_folder import PREVIOUS_RUN, RunFolder
 from ..saving.starting_point import BASE, public_base
 from ..step.branch_gradients import BranchGradients
-from ..step.finite_check import FiniteCheck
 from ..step.noisy_batch import seeds_of_draws
 from ..step.pair_evaluation import draws_of_noise, real_pairs
 from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
+from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
@@ -170,13 +171,16 @@ class DiffusionSDPOTrainer(Trainer):
 
         # The model, and all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
+        # transformers' constructor makes the accelerator.
+        self.engine = Engine(lambda: self.accelerator)
         components = build_components(
             loaded,
             ref_model,
             args,
             peft_config,
+            self.engine,
             pair_forward_class=self.pair_forward_class,
-            autocast=lambda: self.accelerator.autocast(),  # transformers' constructor makes the accelerator
+            autocast=lambda: self.accelerator.autocast(),
         )
         self.pipeline = loaded.pipeline
         self.loss_spec = args.loss_spec
@@ -193,7 +197,6 @@ class DiffusionSDPOTrainer(Trainer):
         self.auto_beta = components.auto_beta
         self._meter = components.meter
         self._evaluation = components.evaluation
-        self._diagnostics = components.diagnostics
         self._weight_copies = components.weight_copies
         self._controllers = components.controllers
 
@@ -231,10 +234,8 @@ class DiffusionSDPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
 
         # What needs the accelerator.
-        self.engine = Engine(self.accelerator)
         self.engine.check()
         for weights in self._weight_copies:
-            weights.attach(self.engine)
             if shards_weights(args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
                 weights.stop_sharing()
         self._loaders = BatchLoaders(args, self.accelerator, workers_are_chosen=workers_are_chosen)
@@ -286,6 +287,8 @@ class DiffusionSDPOTrainer(Trainer):
             train_dataset,
             run_facts=self.run_facts,
             load_probe=self._load_probe,
+            policy=lambda: self.model_wrapped,
+            measure_step=self._measure_step,
             evaluate=lambda: self.evaluate(),  # a user may replace it
             end=self._end_report,
         )
@@ -476,8 +479,6 @@ class DiffusionSDPOTrainer(Trainer):
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        for controller in self._controllers:
-            controller.attach(self.model_wrapped, self.accelerator)
         self.set_up_safeguard()
         return prepared
 
@@ -491,16 +492,23 @@ class DiffusionSDPOTrainer(Trainer):
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
             refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
-        if self._diagnostics is not None:
-            self._diagnostics.attach(self.model_wrapped, backend)
+        diagnostics = None
+        if args.safeguard_diagnostics_steps is not None:
+            every = args.safeguard_diagnostics_steps
+            diagnostics = StepDiagnostics(self.model_wrapped, backend, self.pair_forward, self._meter, every)
         self.parameter_safeguard = self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
             self._meter,
             sorts_by_scores=self.loss_spec.needs_scores,
             low_memory=args.safeguard_low_memory,
-            diagnostics=self._diagnostics,
+            diagnostics=diagnostics,
         )
+
+    def _measure_step(self) -> None:
+        """Complete the measurement of an optimizer step."""
+        if self.parameter_safeguard is not None and self.parameter_safeguard.diagnostics is not None:
+            self.parameter_safeguard.diagnostics.after_step()
 
     def _init_training_state(
         self,

@@ -1,15 +1,17 @@
-"""Checks that every loss and gradient is finite, without making the accelerator wait."""
+"""Checks that every loss and gradient is finite, and agreement to stop, without making the accelerator wait: one small
+all-reduce in every optimizer step, queued before the last backward pass and read before the weights change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from ..engines.host_copy import HostCopy
-from ..engines.sharding import local_tensor
-from ..engines.step_exchange import StepExchange
+from .processes import several_processes
+from .sharding import local_tensor
 
 
 class FiniteCheck:
@@ -107,3 +109,77 @@ def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
 def _is_finite(values: torch.Tensor) -> bool:
     shard = getattr(values, "ds_tensor", values)  # under ZeRO-3 the weight itself is empty
     return bool(torch.isfinite(local_tensor(shard).float()).all())
+
+
+class StepExchange:
+    """Whether any process has a loss that is not finite, and whether any was asked to stop: all processes know the same
+    at the same step, and the host waits for the step's forward passes only.
+
+    `stop_requested` tells whether this process was asked to stop. A request after [`StepExchange.send`] is sent in the
+    next step.
+    """
+
+    def __init__(self, stop_requested: Callable[[], bool] | None = None):
+        self._stop_requested = stop_requested
+        self._message: HostCopy | None = None
+        self._stops = False
+
+    def send(self, bad_loss: torch.Tensor) -> None:
+        """Queue this step's all-reduce; all processes must call it. `bad_loss`, a boolean scalar on the device, says
+        whether a loss of this process was not finite."""
+        stop = self._stop_requested is not None and self._stop_requested()
+        message = torch.stack([bad_loss, torch.full_like(bad_loss, stop)]).to(torch.int32)
+        if several_processes():
+            dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        self._message = HostCopy(message)
+
+    def receive(self) -> bool:
+        """Whether a loss of any process was not finite; `False` where nothing was sent since the last call."""
+        if self._message is None:
+            return False
+        (bad_loss, stops), self._message = self._message.read(), None
+        self._stops = bool(stops)
+        return bool(bad_loss)
+
+    def stops(self, requested: bool) -> bool:
+        """Whether training stops after this step: with one process as `requested` says, else as all have agreed."""
+        return self._stops if several_processes() else requested
+
+
+class HostCopy:
+    """An asynchronous device-to-host copy of a small tensor (no DTensor) into pinned memory; on the CPU, none.
+
+    `read` waits for the work that makes the values, not for what was queued after it.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self._values, self._arrived = values.detach(), None
+        if not is_on_host(values):
+            self._values = pinned_like(values)
+            self._values.copy_(values.detach(), non_blocking=True)
+            self._arrived = event_on(values.device)
+            self._arrived.record()
+
+    def read(self) -> Any:
+        """The values as a number or nested lists, once they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+# Functions, so that a test can replace them and take the branch of accelerators on a CPU.
+
+
+def is_on_host(values: torch.Tensor) -> bool:
+    """Whether the values can be read without waiting."""
+    return values.device.type == "cpu"
+
+
+def pinned_like(values: torch.Tensor) -> torch.Tensor:
+    """Host memory of the same shape and dtype; pinned, except on Apple's GPUs, which share the host's memory."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
+
+
+def event_on(device: torch.device) -> torch.Event:
+    """An event to be recorded on the device's current stream."""
+    return torch.Event(device=device)
