@@ -1,6 +1,6 @@
 """FLOPs of published sizes: the denoiser's forward pass, the VAE's encoder and the text encoders, on the meta device.
 
-python benchmarks/published_flops.py writes `benchmarks/results/flops.json`, from which `docs/memory_and_speed.md` is made.
+python benchmarks/published_flops.py writes `benchmarks/results/flops.json`, the FLOPs in `docs/memory_and_speed.md`.
 """
 
 import json
