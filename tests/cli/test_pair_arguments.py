@@ -110,7 +110,7 @@ def test_a_split_that_was_not_saved_to_disk_is_an_error(load):
 @pytest.mark.parametrize("named", [False, True])
 def test_slices_that_share_rows_are_refused(load, name, train, test, named):
     other = {"eval_dataset_name": name} if named else {}
-    with pytest.raises(ValueError, match="all of it trained on|on training pairs|other pairs than those that are"):
+    with pytest.raises(ValueError, match="`dataset_test_split`|`eval_dataset_name`"):
         load(name, dataset_train_split=train, dataset_test_split=test, **other)
 
 
@@ -142,7 +142,7 @@ def test_pairs_for_evaluation_are_named(load, name):
     ],
 )
 def test_naming_the_training_pairs_for_evaluation_is_refused(load, name, other, more):
-    with pytest.raises(ValueError, match="`eval_dataset_name` must name other pairs than those that are trained on"):
+    with pytest.raises(ValueError, match="`eval_dataset_name`"):
         load(name, eval_dataset_name=other, **more)
 
 

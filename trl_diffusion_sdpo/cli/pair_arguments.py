@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from trl import ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 _HOW_TO_EVALUATE = (
     "Name other pairs with `eval_dataset_name`, hold some out of these with `test_size`, or leave `eval_strategy` out."
 )
-# What `datasets` and `load_pairs` say of a split that is not there.
+# Messages of `datasets` and `load_pairs` for a missing split.
 _NO_SPLIT = re.compile("Unknown split|Bad split|must have the split")
 
 
 @dataclass
 class PairSet(DatasetConfig):
-    """One of the data sets of `datasets`: TRL's arguments of a data set, with the weight and the format of its pairs.
+    """An entry of `datasets`: TRL's arguments of a data set, with the weight and the format of its pairs.
 
     Parameters:
         path (`str`): Given like `dataset_name`.
@@ -53,7 +54,7 @@ class PairSet(DatasetConfig):
 
     @classmethod
     def read(cls, given: Any) -> PairSet:
-        """An entry of `datasets`.
+        """Read an entry of `datasets`.
 
         Raises:
             ValueError: If it is no mapping, has unknown keys or no path.
@@ -144,12 +145,10 @@ def _read_sets(given: Any) -> list[PairSet]:
 
 
 def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[Any, Any]:
-    """The pairs for training, and those for evaluation unless `eval_strategy` is `"no"`.
-
-    `dataset_name` is what [`~trl_diffusion_sdpo.load_pairs`] takes.
+    """Load the pairs for training, and those for evaluation unless `eval_strategy` is `"no"`.
 
     Args:
-        script_args (`PairArguments` or `trl.ScriptArguments`): The data.
+        script_args (`PairArguments`): The data. [`~trl_diffusion_sdpo.load_pairs`] says what `dataset_name` may be.
         training_args (`DiffusionSDPOConfig`): `eval_strategy`, seed and format.
 
     Raises:
@@ -157,40 +156,45 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     """
     if script_args.sets:
         return _load_mixture(script_args, training_args)
-    train_split, bad = script_args.dataset_train_split, training_args.on_bad_row
+    name = script_args.dataset_name
+    split = script_args.dataset_train_split
+    on_bad_row = training_args.on_bad_row
     if training_args.eval_strategy == "no":
-        return load_split(script_args, train_split, bad), None
-    if script_args.eval_dataset_name is not None and not _names_one_data_set(script_args):
-        evaluation = _load_other(script_args, bad)
-        return load_split(script_args, train_split, bad), evaluation
+        return load_split(script_args, split, on_bad_row), None
     if script_args.test_size is not None:
         _refuse_streaming(script_args)
-        known: dict[str, Any] = {"dataset_format": training_args.dataset_format, "seed": training_args.seed}
-        return hold_out(load_split(script_args, train_split, bad), script_args.test_size, **known)
-    _refuse_shared_rows(script_args)
-    train, evaluation = load_split(script_args, train_split, bad), _load_test_split(script_args, bad)
-    _refuse_shared_rows(script_args, train)
+        pairs = load_split(script_args, split, on_bad_row)
+        return hold_out(
+            pairs, script_args.test_size, dataset_format=training_args.dataset_format, seed=training_args.seed
+        )
+    _refuse_training_pairs(script_args, name, split)
+    train = load_split(script_args, _split_of(name, split), on_bad_row)
+    evaluation = _load_evaluation(script_args, on_bad_row)
+    _refuse_training_pairs(script_args, name, split, train)
     return train, evaluation
 
 
 def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig) -> tuple[PairMixture, Any]:
-    """All of `datasets`, and the pairs for evaluation: others, or some held out."""
-    sets, evaluates = script_args.sets, training_args.eval_strategy != "no"
-    if evaluates and script_args.eval_dataset_name is None and script_args.test_size is None:
-        raise ValueError(f"`eval_strategy` needs pairs that are not among `datasets`. {_HOW_TO_EVALUATE}")
+    """Load all of `datasets`, and the pairs for evaluation: another data set, or rows that are held out."""
+    sets = script_args.sets
+    evaluates = training_args.eval_strategy != "no"
     names_others = evaluates and script_args.eval_dataset_name is not None
-    beside = _sets_of_evaluation(script_args) if names_others else {}
-    for named in beside.values():
-        _refuse_shared_rows(named)
+    if evaluates and not names_others and script_args.test_size is None:
+        raise ValueError(f"`eval_strategy` needs pairs that are not among `datasets`. {_HOW_TO_EVALUATE}")
+    if names_others:
+        for entry in sets:
+            is_whole = entry.data_dir or entry.data_files
+            _refuse_training_pairs(script_args, entry.path, ALL_SPLITS if is_whole else entry.split)
     parts = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
     weights = None if sets[0].weight is None else [entry.weight for entry in sets]
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
     evaluation: Any = None
-    for number, named in beside.items():
-        _refuse_shared_rows(named, parts[number])
     if names_others:
-        evaluation = _load_other(script_args, training_args.on_bad_row)
+        evaluation = _load_evaluation(script_args, training_args.on_bad_row)
+        for entry, part in zip(sets, parts, strict=True):
+            if not entry.data_dir and not entry.data_files:
+                _refuse_training_pairs(script_args, entry.path, entry.split, part)
     elif evaluates:
         _refuse_streaming(script_args)
         split = hold_out_of_several(parts, script_args.test_size, seed=training_args.seed, formats=formats)
@@ -198,22 +202,6 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
         held = [i for i, (_, test) in enumerate(split) if len(test)]
         evaluation = PairMixture({names[i]: split[i][1] for i in held}, None, [formats[i] for i in held])
     return PairMixture(dict(zip(names, parts, strict=True)), weights, formats), evaluation
-
-
-def _sets_of_evaluation(script_args: PairArguments) -> dict[int, PairArguments]:
-    """Those of `datasets` that `eval_dataset_name` names as well, by their numbers, with the splits of both."""
-    name, found = script_args.eval_dataset_name, {}
-    for number, entry in enumerate(script_args.sets):
-        if not _is_same_place(name, entry.path):
-            continue
-        found[number] = PairArguments(
-            dataset_name=entry.path,
-            dataset_train_split=ALL_SPLITS if entry.data_dir or entry.data_files else entry.split,
-            dataset_test_split=script_args.dataset_test_split,
-            dataset_streaming=script_args.dataset_streaming,
-            eval_dataset_name=name,
-        )
-    return found
 
 
 def _load_set(entry: PairSet, script_args: PairArguments, on_bad_row: str) -> Any:
@@ -228,7 +216,7 @@ def _load_set(entry: PairSet, script_args: PairArguments, on_bad_row: str) -> An
 
 
 def load_split(script_args: ScriptArguments, split: str, on_bad_row: str = "drop") -> Any:
-    """One split of `dataset_name`; a file is one split under any name.
+    """Load one split of `dataset_name`. A file is one split under any name.
 
     Raises:
         ValueError: If there is no such data set or split, or a folder has images and no pairs.
@@ -238,91 +226,69 @@ def load_split(script_args: ScriptArguments, split: str, on_bad_row: str = "drop
 
 
 def public_name(script_args: ScriptArguments) -> str | None:
-    """`dataset_name` if it is a Hub id; `None` for a local path, which is not published, and for several data sets."""
+    """Return `dataset_name` if it is a Hub id; `None` for a local path and for several data sets."""
     name = script_args.dataset_name
-    if name is None:
-        return None
-    return None if Path(name).expanduser().exists() else name
+    return None if name is None or Path(name).expanduser().exists() else name
 
 
-def _names_one_data_set(script_args: PairArguments) -> bool:
-    """Whether `eval_dataset_name` is the training data set."""
-    return _is_same_place(script_args.dataset_name, script_args.eval_dataset_name)
-
-
-def _is_same_place(first: str, second: str) -> bool:
-    here, there = (Path(name).expanduser() for name in (first, second))
-    return here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
-
-
-def _load_other(script_args: PairArguments, on_bad_row: str) -> Any:
-    """Pairs of `eval_dataset_name`, where it is not the training data set."""
-    there, split = Path(script_args.eval_dataset_name).expanduser(), script_args.dataset_test_split
-    other = ScriptArguments(
-        dataset_name=script_args.eval_dataset_name,
-        dataset_config=None if there.exists() else script_args.dataset_config,
+def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
+    """Load the split for evaluation, of `eval_dataset_name` or else of the training data set."""
+    name = script_args.eval_dataset_name or script_args.dataset_name
+    is_local_other = script_args.eval_dataset_name is not None and Path(name).expanduser().exists()
+    named = ScriptArguments(
+        dataset_name=name,
+        dataset_config=None if is_local_other else script_args.dataset_config,
         dataset_streaming=script_args.dataset_streaming,
     )
-    return load_split(other, rename_split(split, ONLY_SPLIT) if is_one_split(there) else split, on_bad_row)
-
-
-def _splits(script_args: PairArguments) -> tuple[str, str]:
-    """The splits of `dataset_name` for training and evaluation, by the only name there is if it has one split."""
-    splits = script_args.dataset_train_split, script_args.dataset_test_split
-    if is_one_split(Path(script_args.dataset_name).expanduser()):
-        return rename_split(splits[0], ONLY_SPLIT), rename_split(splits[1], ONLY_SPLIT)
-    return splits
-
-
-def _lengths(script_args: PairArguments, train: Any) -> dict[str, int] | None:
-    """Number of rows of each split of `dataset_name`, by its loaded training split; `None` for a stream, whose splits
-    cannot be sliced."""
-    path = Path(script_args.dataset_name).expanduser()
-    if is_saved(path):
-        return {name: len(part) for name, part in saved_parts(path).items()}
-    if script_args.dataset_streaming:
-        return None
-    return {name: part.num_examples for name, part in train.info.splits.items()}
-
-
-def _refuse_shared_rows(script_args: PairArguments, train: Any = None) -> None:
-    """Raise `ValueError` where the splits for training and evaluation share rows: as far as their names tell or, given
-    the loaded training split, by the splits' lengths."""
-    if train is None:
-        shared = surely_share_rows(*_splits(script_args))
-    else:
-        lengths = _lengths(script_args, train)
-        shared = lengths is not None and share_rows(*_splits(script_args), lengths)
-    if shared:
-        raise _on_training_pairs(script_args)
-
-
-def _on_training_pairs(script_args: PairArguments) -> ValueError:
-    """The error for evaluation pairs that are also training pairs."""
-    name, test_split = script_args.dataset_name, script_args.dataset_test_split
-    if script_args.eval_dataset_name is not None:
-        return ValueError(
-            f"`eval_dataset_name` must name other pairs than those that are trained on, got {name} for both, "
-            f"{test_split} beside {script_args.dataset_train_split}. Hold pairs out of them with `test_size`."
-        )
-    if is_one_split(Path(name).expanduser()) and "[" not in test_split:
-        return ValueError(
-            f"`eval_strategy` needs pairs that are not trained on, and {name} is one split, all of it trained on. "
-            + _HOW_TO_EVALUATE
-        )
-    return ValueError(
-        f"`dataset_test_split` must be another split than `dataset_train_split`, got {test_split} beside "
-        f"{script_args.dataset_train_split}: the evaluation would be on training pairs. {_HOW_TO_EVALUATE}"
-    )
-
-
-def _load_test_split(script_args: PairArguments, on_bad_row: str) -> Any:
     try:
-        return load_split(script_args, _splits(script_args)[1], on_bad_row)
+        return load_split(named, _split_of(name, script_args.dataset_test_split), on_bad_row)
     except ValueError as error:
         if _NO_SPLIT.search(str(error)) is None:
             raise
         raise ValueError(f"{error} {_HOW_TO_EVALUATE}") from error
+
+
+def _split_of(name: str, split: str) -> str:
+    """Return a split of a data set. If the data set has one split only, the split goes by any name."""
+    return rename_split(split, ONLY_SPLIT) if is_one_split(Path(name).expanduser()) else split
+
+
+def _refuse_training_pairs(script_args: PairArguments, name: str, split: str, loaded: Any = None) -> None:
+    """Raise `ValueError` if evaluation pairs are also training pairs.
+
+    Args:
+        name (`str`): Data set that is trained on.
+        split (`str`): Its split that is trained on.
+        loaded (*optional*): The loaded split. Without it, only the names of the splits are compared.
+    """
+    evaluated = script_args.eval_dataset_name or name
+    test_split = script_args.dataset_test_split
+    here, there = Path(name).expanduser(), Path(evaluated).expanduser()
+    is_same = here.resolve() == there.resolve() if here.exists() else str(here) == str(there)
+    if not is_same:
+        return
+    splits = _split_of(name, split), _split_of(evaluated, test_split)
+    lengths = None if loaded is None else _lengths(here, loaded)
+    if not (surely_share_rows(*splits) if lengths is None else share_rows(*splits, lengths)):
+        return
+    if script_args.eval_dataset_name is not None:
+        raise ValueError(
+            f"`eval_dataset_name` must name other pairs than those that are trained on, got {name} for both, "
+            f"{test_split} beside {split}. Hold pairs out of them with `test_size`."
+        )
+    raise ValueError(
+        f"`dataset_test_split` must have other rows than `dataset_train_split`, got {test_split} beside {split} of "
+        f"{name}: the evaluation would be on training pairs. {_HOW_TO_EVALUATE}"
+    )
+
+
+def _lengths(path: Path, loaded: Any) -> dict[str, int] | None:
+    """Return the number of rows of each split of a data set; `None` for a stream, whose splits cannot be sliced."""
+    if is_saved(path):
+        return {name: len(part) for name, part in saved_parts(path).items()}
+    if not isinstance(loaded, Dataset) or loaded.info.splits is None:
+        return None
+    return {name: part.num_examples for name, part in loaded.info.splits.items()}
 
 
 def _refuse_streaming(script_args: PairArguments) -> None:

@@ -38,6 +38,7 @@ OTHER_TOOLS = {
     "dpo_beta": "beta",
     "beta_dpo": "beta",
     "min_snr_gamma": "snr_gamma",
+    **dict.fromkeys(("logit_mean", "logit_std", "mode_scale"), "weighting_kwargs"),
     "use_ema": "ema_decay",
     "flip_aug": "random_flip",
     "enable_bucket": "aspect_ratio_buckets",
@@ -54,15 +55,15 @@ OTHER_TOOLS = {
     "max_data_loader_n_workers": "dataloader_num_workers",
     "log_with": "report_to",
 }
-# Choices by another name that mean the same.
+# Other names of choices.
 CHOICE_ALIASES = {"dpo": "sigmoid"}
-# Choices that are here under another name and with another constant.
+# Choices of other trainers that have another name and another constant here.
 _CHOICES_ELSEWHERE = {"exo_pair": ("dmpo", "TRL's `exo_pair` is `dmpo`, and its `label_smoothing` is `dmpo_alpha`.")}
 _MORE = {
     "warmup_steps": " A value below 1 is a share of all steps.",
     "optim": " `adamw_8bit` is the optimizer in 8 bits.",
 }
-# Patterns of other trainers' options for what is not here, with the reason.
+# Patterns of options that do not exist here, with the reason.
 _ABSENT = (
     (
         "^(label_smoothing|dspo_threshold|dmpo_alpha|mapo_temperature|mapo_scale|simpo_gamma|dpop_lambda|linear_eta|smpo_.*)$",
@@ -71,7 +72,7 @@ _ABSENT = (
     ("text_encoder|(^|_)te[123]?_lr|textual_inversion", "Text encoders are not trained."),
     (
         "lycoris|loha|lokr|lora_type|lora_algo|peft_type|network_(module|args)",
-        "Of adapters there is LoRA (`use_peft`), also as DoRA and rsLoRA: `load_lora_weights` reads no other.",
+        "The only adapters are LoRAs (`use_peft`), also as DoRA and rsLoRA: `load_lora_weights` reads no others.",
     ),
 )
 
@@ -91,7 +92,7 @@ def other_tools_option(name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A sentence for the end of an error message, with the nearest known names.
+    """Return a sentence with the nearest known names, for the end of an error message.
 
     Args:
         word (`str`): The unknown name; dashes count as underscores.

@@ -1,4 +1,4 @@
-"""Which errors this package raised itself: their messages are for users."""
+"""Telling this package's own errors, whose messages are for users, from those of libraries."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _PACKAGE = __package__.partition(".")[0]
 
 
 def is_own(error: Exception) -> bool:
-    """Whether an error is of one of this package's classes, or a `raise` of this package was where it began. A call of
-    this package that fails within a library, or within Python itself, is neither."""
+    """Return whether this package raised an error: the error has a class of this package, or a `raise` statement of
+    this package was its origin. An error that a library or Python raised within a call of this package is not own."""
     if type(error).__module__.partition(".")[0] == _PACKAGE:
         return True
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None or place.tb_frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None or frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
         return False
-    return place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
+    return frame.tb_frame.f_code.co_code[frame.tb_lasti] == opmap["RAISE_VARARGS"]

@@ -9,7 +9,8 @@ SWITCH_WORDS = {
 
 
 def choice_of_switch(value: bool, choices: Iterable[str]) -> str | None:
-    """The choice that means the same as a boolean, such as `"none"` or `"no"` for false; `None` if there is none."""
+    """Return the choice that means the same as a boolean, such as `"none"` or `"no"` for false; `None` if no choice
+    does."""
     words = [word for word, meant in SWITCH_WORDS.items() if meant is value]
     known = set(choices)
     return next((word for word in (words if value else ["none", *words]) if word in known), None)

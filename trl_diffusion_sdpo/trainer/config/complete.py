@@ -128,11 +128,9 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
     would not generate them."""
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
-    buckets = aspect_ratio_buckets(args)
-    if buckets is not None and buckets.step % unit:
-        raise ValueError(
-            f"`step` of `bucket_kwargs` must be a multiple of {unit} pixels for this model, got {buckets.step}."
-        )
+    step = args.bucket_kwargs.get("step", AspectRatioBuckets.step)
+    if args.aspect_ratio_buckets and step % unit:
+        raise ValueError(f"`step` of `bucket_kwargs` must be a multiple of {unit} pixels for this model, got {step}.")
     if args.sample_prompts:
         unit = math.lcm(unit, 8)
     if any(side % unit for side in size):
