@@ -110,12 +110,6 @@ def test_a_checkpoint_that_was_about_to_be_replaced_is_found(build, run):
     assert build().run_files.checkpoints.newest(run) == str(run / "checkpoint-4")
 
 
-def test_one_that_an_earlier_version_has_not_finished_is_passed_over(build, run, caplog):
-    (run / "checkpoint-4" / "trainer_state.json").unlink()
-    assert build().run_files.checkpoints.newest(run) == str(run / "checkpoint-2")
-    assert f"Skipping {run / 'checkpoint-4'}" in caplog.text
-
-
 @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth", "optimizer.pt"])
 def test_a_missing_file_is_named(build, run, name):
     """transformers trains on without the first two, on another trajectory."""

@@ -176,7 +176,7 @@ class RunReportCallback(TrainerCallback):
 def plots_of(state: TrainerState) -> list[tuple[str, str]]:
     """Return the plots that a run may have written, as files in its folder, each with its title."""
     prefixes = changes_by_noise_bin(state.log_history)
-    by_noise = [(noise_bin_file(prefix), "Change of the errors by noise level") for prefix in prefixes]
+    by_noise = [(noise_bin_file(prefix), f"Change of the errors by noise level, {prefix}") for prefix in prefixes]
     curves = [(CURVES_FILE, "Curves of the training")] if has_curves(state.log_history) else []
     return [(VERDICT_PLOT, "The verdict"), *curves, *by_noise]
 

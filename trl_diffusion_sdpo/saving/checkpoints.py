@@ -1,4 +1,4 @@
-"""The checkpoints in a run's output folder: written to their end or not there at all, found again, and rotated."""
+"""Writes, finds and rotates the checkpoints in a run's output folder. A kill never leaves an incomplete one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..engines.processes import failing_together, gather_objects
 from ..utils.disk import DiskFullError, check_room
@@ -23,8 +23,8 @@ from .setup import read_setup
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"  # as in diffusers' scripts
-PARTIAL = "_partial"  # folder of a checkpoint that is being written; names with an underscore are not published
+LATEST = "latest"  # the word of diffusers' scripts
+PARTIAL = "_partial"  # folder of a checkpoint that is being written; names with an underscore are not uploaded
 # Optimizer states of one process or DDP, FSDP2 (full or sharded), DeepSpeed.
 OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -92,10 +92,10 @@ class Checkpoints:
             self._last_bytes = _finish(partial, folder)
         self._processes.wait_for_everyone()
         if self._processes.is_local_main_process and not self._args.should_save and partial.is_dir():
-            _finish(partial, folder)  # its own files, on a disk of this machine alone
+            _finish(partial, folder)  # this machine's files, on a disk of its own
             logger.warning(
-                "%s lies in another folder on each machine, with the files of that machine's processes. To resume on "
-                "all of them, name an `output_dir` that all share, or set `save_on_each_node=True`.",
+                "%s is not shared: each machine holds only the files of its own processes. To resume on all machines, "
+                "use an `output_dir` that they share, or set `save_on_each_node=True`.",
                 folder,
             )
 
@@ -131,7 +131,7 @@ class Checkpoints:
             )
         if folder is None:
             if self._processes.is_main_process:
-                logger.info("%s holds no checkpoint: the run starts anew.", output_dir)
+                logger.info("%s holds no checkpoint, so the run starts anew.", output_dir)
             return None
         found = next((words for words in gather_objects(self._missing(Path(folder))) if words), None)
         if found is not None:
@@ -142,20 +142,16 @@ class Checkpoints:
         return folder
 
     def newest(self, output_dir: str | os.PathLike) -> str | None:
-        """Return the checkpoint of the highest step, `None` if there is none. One that an earlier version did not
-        write to its end is skipped."""
-        found = None
-        if self._processes.is_main_process:
+        """Return the checkpoint of the highest step, or `None`."""
+        newest = None
+        if self._processes.is_main_process and os.path.isdir(output_dir):
             restore_replaced(Path(output_dir))
-            for folder in checkpoints_in(Path(output_dir)):
-                if (folder / TRAINER_STATE_NAME).is_file():
-                    found = str(folder)
-                else:
-                    logger.warning("Skipping %s: it was not written to its end.", folder)
-        return gather_objects(found)[0]
+            newest = get_last_checkpoint(str(output_dir))
+        return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Say which file of a checkpoint this process misses. transformers would resume without the last two."""
+        """Say which file of a checkpoint is missing for this process. transformers would resume without schedule and
+        random state."""
         if not folder.is_dir():
             return "nothing was found: there is no such folder"
         try:
@@ -188,7 +184,7 @@ def _finish(partial: Path, folder: Path) -> int:
     """Store a checkpoint's files durably, give it its name, and return its size in bytes."""
     files = [path for path in partial.rglob("*") if path.is_file()]
     for path in files:
-        with open(path, "r+b") as stream:  # some systems sync only files opened for writing
+        with open(path, "r+b") as stream:  # some systems sync only files that are open for writing
             os.fsync(stream.fileno())
     for parent in {path.parent for path in files}:
         sync_folder(parent)

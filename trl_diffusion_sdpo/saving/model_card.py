@@ -331,12 +331,15 @@ def _read_card(folder: Path) -> ModelCard | None:
 
 
 def final_metrics(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Return the last logged value of every metric of the loss, the errors and the safeguard. `train_loss` is the mean
-    over the whole run; transformers' own value starts at the checkpoint that the run resumed from."""
+    """Return the last logged value of every metric of the loss, the errors and the safeguard, except those of single
+    noise bins. `train_loss` is the mean over the whole run; transformers' own value starts at the checkpoint that the
+    run resumed from."""
     history = list(history)
     metrics: dict[str, float] = {}
     for entry in history:
-        metrics |= {name: value for name, value in entry.items() if "/" in name or name.endswith("loss")}
+        for name, value in entry.items():
+            if ("/" in name or name.endswith("loss")) and "@" not in name:
+                metrics[name] = value
     mean = mean_loss(history)
     return metrics if mean is None else {**metrics, "train_loss": mean}
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files such that none of them can run code."""
+"""Reads a checkpoint's files so that none of them can run code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.serialization import safe_globals
 
 from ..engines.sharding import unwrapping_refused_pickles
 
-DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # of `torch.distributed.checkpoint`, for FSDP2's shards
+DISTRIBUTED_METADATA = "optimizer_*/*.metadata"  # `torch.distributed.checkpoint` writes it for FSDP2's shards
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _REFUSED = (
     "A checkpoint must hold tensors, numbers and settings only. One of its files can run code when it is read, or is "
