@@ -224,7 +224,7 @@ def test_of_several_sets_the_worst_counts_and_averages_are_told_beside():
     ]
     verdict = verdict_on(history)
     assert verdict.word == "worse" and "of `b` is 100.0% above" in verdict.finding
-    assert "of `b`: 2.0% above that before training" in verdict.finding
+    assert "of `b` is 2.0% above that before training" in verdict.finding
 
 
 def test_a_set_that_got_worse_is_not_hidden_by_a_larger_change_within_its_uncertainty():
@@ -358,9 +358,9 @@ def test_a_model_being_ruined_is_told_once_and_again_at_the_end_and_in_the_card(
     trainer = ruined(eval_dataset=make_pairs(4, seed=1), eval_strategy="steps", eval_steps=2)
     trainer.train()
     (warning,) = warnings_of(caplog)
-    assert "at step 2 " in warning
+    assert "at step 2," in warning
     said = [record for record in caplog.records if record.getMessage().startswith("Verdict: ruined.")]
-    assert len(said) == 1 and said[0].levelno == logging.WARNING and "t step 6 " in said[0].getMessage()
+    assert len(said) == 1 and said[0].levelno == logging.WARNING and "t step 6," in said[0].getMessage()
     trainer.create_model_card()
     assert "Verdict: ruined." in (tmp_path / "run" / "README.md").read_text()
 
@@ -369,7 +369,7 @@ def test_a_model_being_ruined_is_told_once_and_again_at_the_end_and_in_the_card(
 def test_without_evaluation_the_warning_comes_from_three_logs_of_training(ruined, caplog, tmp_path):
     ruined().train()
     (warning,) = warnings_of(caplog)
-    assert "at step 3 " in warning
+    assert "at step 3," in warning
     written = json.loads((tmp_path / "run" / "verdict.json").read_text())
     assert written["pairs"] == "training" and "nothing is known of other pairs" in written["sentence"]
 

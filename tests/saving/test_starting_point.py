@@ -269,9 +269,9 @@ def test_a_base_that_moved_is_named_with_the_way_out(train, lora_run, sd_folder,
     assert_neutral(train(sd_folder, adapter_name_or_path=str(moved), max_steps=1))
 
 
-def test_a_second_lora_or_reference_is_refused(train, lora_run):
-    with pytest.raises(ValueError, match="`peft_config`"):
-        train(lora_run, peft_config=LoraConfig(**LORA), trains=False)
+def test_a_second_lora_or_reference_is_refused_and_its_configuration_is_not_used(train, lora_run, caplog):
+    trainer = train(lora_run, peft_config=LoraConfig(r=8), trains=False)
+    assert trainer.denoiser.peft_config["default"].r == 4 and "`peft_config` has no effect" in caplog.text
     with pytest.raises(ValueError, match="`adapter_name_or_path`"):
         train(lora_run, adapter_name_or_path=str(lora_run), trains=False)
     with pytest.raises(ValueError, match="both name the reference"):

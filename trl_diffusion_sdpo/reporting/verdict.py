@@ -278,7 +278,7 @@ def rise_in_training(history: History, run: RunFacts) -> Measurement | None:
 def words_of_rise(measured: Measurement, run: RunFacts) -> str:
     """Return a warning that the winners get worse, with the noise level of the largest rise and what to do."""
     what = "The model is being ruined" if measured.winners == "ruined" else "The preferred images are getting worse"
-    return f"{what}: at step {measured.step} {_of_winners(measured, run)} {_advice(measured, run)}"
+    return f"{what}: at step {measured.step}, {_of_winners(measured, run)} {_advice(measured, run)}"
 
 
 def noise_levels_of(noise_bin: int, run: RunFacts) -> tuple[float, float]:
@@ -392,10 +392,10 @@ def _worded(
     lowest = min(history, key=lambda earlier: earlier.change, default=None)
     if measured.winners in _RISES and lowest is not None and lowest.step not in (0, measured.step):
         advice += f" It was lowest at step {lowest.step} ({lowest.change:+.1%})."
-    sentences = [f"At step {measured.step} {_of_winners(measured, run)}"]
+    sentences = [f"At step {measured.step}, {_of_winners(measured, run)}"]
     if measured.preference != "unknown":
         sentences.append(_of_preference(measured, pairs))
-    sentences += [f"Averaged weights{_of_set(average)}: {average}." for average in averages]
+    sentences += [f"With averaged weights, the error{_of_set(average)} is {average}." for average in averages]
     if pairs == "training":
         sentences.append("Without an evaluation on held-out pairs, nothing is known of other pairs.")
     verdict = Verdict(measured.word, "", advice, measured, pairs)
@@ -405,11 +405,13 @@ def _worded(
 def _of_winners(measured: Measurement, run: RunFacts) -> str:
     words = f"the error on the preferred images{_of_set(measured)} is {measured}"
     if math.isfinite(measured.error):
-        words += f", {measured.error:.4g} against {measured.before:.4g}"
+        words += f": {measured.error:.4g}, before {measured.before:.4g}"
     if measured.worst is not None:
         noise_bin, change = measured.worst
         low, high = noise_levels_of(noise_bin, run)
-        words += f"; worst at noise levels {low:.3g} to {high:.3g} (bin {noise_bin}): {change.value:+.1%}"
+        words += (
+            f". The worst change is {change.value:+.1%}, at noise levels {low:.3g} to {high:.3g} (bin {noise_bin})"
+        )
     swapped = " With `swap_labels`, the preferred images are those that were published as rejected."
     return f"{words}.{swapped if run.swapped_labels else ''}"
 

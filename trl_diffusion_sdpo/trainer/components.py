@@ -273,9 +273,10 @@ def choose_trained_weights(
         if adapter is not None:
             check_adapter_weight(denoiser, adapter)
             if peft_config is not None:
-                raise ValueError(
-                    f"The LoRA from {loaded.adapter_source} continues training with its own configuration, and "
-                    "`peft_config` was passed too. Leave out `peft_config` (`--use_peft`)."
+                logger.warning(
+                    "`peft_config` has no effect: the LoRA from %s continues training with its own rank, alpha and "
+                    "target modules.",
+                    loaded.adapter_source,
                 )
     check_precision(denoiser, adapter, args)
     if args.save_full_pipeline and adapter is not None:
