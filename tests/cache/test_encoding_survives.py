@@ -42,25 +42,27 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def start(sd_folder, make_pairs, tmp_path):
-    """`start(cache, rank=None, began=None, fault=None, **settings)`: a process that encodes 12 pairs, in a world of two
-    if it has a rank, and whose device has no memory at a place of `FAULTS`."""
+    """`start(cache, rank=None, began=None, calls=1, fault=None, **settings)`: a process that encodes 12 pairs. It sets
+    the event `began` at a call of the VAE. It is one of two if it has a rank, and `fault` is a key of `FAULTS`."""
     make_pairs(12).save_to_disk(str(tmp_path / "pairs"))
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
 
-    def run(cache, rank, began, fault, settings):
+    def run(cache, rank, began, calls, fault, settings):
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
         if rank is not None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if began is not None:
-            moments_of = encoding.moments_of
+            moments_of, left = encoding.moments_of, [calls]
 
             def slow(*args):
-                began.set()
-                time.sleep(0.03)
+                left[0] -= 1
+                if left[0] <= 0:
+                    began.set()
+                    time.sleep(0.03)
                 return moments_of(*args)
 
             encoding.moments_of = slow
@@ -78,8 +80,8 @@ def start(sd_folder, make_pairs, tmp_path):
         whole = trainer.weight_files._whole_pipeline()
         assert all(weight.numel() for part in (whole.vae, whole.text_encoder) for weight in part.parameters())
 
-    def started(cache, rank=None, began=None, fault=None, **settings):
-        process = FORK.Process(target=run, args=(cache, rank, began, fault, settings))
+    def started(cache, rank=None, began=None, calls=1, fault=None, **settings):
+        process = FORK.Process(target=run, args=(cache, rank, began, calls, fault, settings))
         process.start()
         return process
 
@@ -112,10 +114,10 @@ def test_ten_kills_at_random_points_leave_the_cache_of_an_undisturbed_run(start,
     cache.mkdir()
     for kill in range(KILLS):
         began = FORK.Event()
-        process = start(cache, began=began)
+        process = start(cache, began=began, calls=draws.randint(1, 5))
         if kill % 4:
             began.wait(60)
-        time.sleep(draws.uniform(0, 0.25))
+        time.sleep(draws.uniform(0, 0.1))
         process.kill()
         process.join()
         assert process.exitcode == -9, "had ended before it was killed: there is too little to encode"
