@@ -249,7 +249,7 @@ def test_an_error_that_is_not_finite_is_told_with_its_pair(make_trainer, make_sd
     with torch.no_grad():
         broken.unet.conv_out.bias.fill_(float("inf"))
     trainer = make_trainer(ref_model=broken, precompute_ref_errors=True)
-    with pytest.raises(FloatingPointError, match=r"must be finite; those of the pairs \[0, 1, 2, 3\] are not"):
+    with pytest.raises(FloatingPointError, match=r"\[0, 1, 2, 3\] are not"):
         trainer.precompute_reference_errors()
 
 
