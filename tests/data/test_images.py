@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import datasets
 import fsspec
 import pytest
-import requests
 from PIL import Image
 from tiny_pairs import png
 from torch.utils.data import DataLoader
@@ -184,30 +183,6 @@ def kind_of(path, schemes=("file", "zip")):
     with pytest.raises(ValueError) as caught:
         ImageReader(schemes).decode(str(path))
     return caught.type
-
-
-class ByRequests(fsspec.AbstractFileSystem):
-    """A storage whose library's errors have the server's response."""
-
-    protocol = "smb"  # a name that fsspec knows
-
-    def _open(self, path, mode="rb", **options):
-        response = requests.get("http://" + self._strip_protocol(path), timeout=10)
-        response.raise_for_status()
-        return io.BytesIO(response.content)
-
-
-@pytest.fixture(params=["smb", "http"])
-def scheme(request):
-    """Of a file system that is read through HTTP."""
-    fsspec.register_implementation("smb", ByRequests, clobber=True)
-    if request.param == "http":
-        pytest.importorskip("aiohttp")  # fsspec needs it for HTTP, and this package does not
-    return request.param
-
-
-def address(web, scheme, status) -> str:
-    return f"{scheme}://127.0.0.1:{web.server_address[1]}/{status}/a.png"
 
 
 @pytest.fixture
