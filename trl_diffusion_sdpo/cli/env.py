@@ -51,4 +51,5 @@ def _accelerators() -> list[str]:
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if not torch.accelerator.is_available():  # without one, `current_accelerator` raises in torch 2.6
         return []
-    return [torch.accelerator.current_accelerator().type]
+    accelerator = torch.accelerator.current_accelerator()
+    return [] if accelerator is None else [accelerator.type]

@@ -84,7 +84,7 @@ class PreferenceFormat:
     _text_columns: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = [*self.prompt_columns, *(c for columns in self.label_readers for c in columns)]
+        names: list[str | None] = [*self.prompt_columns, *(c for columns in self.label_readers for c in columns)]
         names += [self.group_column, self.validity_column, *(self.score_columns or ())]
         object.__setattr__(self, "_text_columns", tuple(dict.fromkeys(n for n in names if n is not None)))
 

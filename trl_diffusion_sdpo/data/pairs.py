@@ -352,14 +352,21 @@ class PreferenceDataset(Dataset):
         """Return row and image of a pair's winner and loser, `(2, 2)`. The loser is the winner of the pair `loser`, if
         one is named."""
         places = self._pairs.places[pair].reshape(2, 2)
-        return places if loser is None else np.stack([places[0], self._losers.images[loser]])
+        if loser is None:
+            return places
+        assert self._losers is not None
+        return np.stack([places[0], self._losers.images[loser]])
 
     def _reject_at_read(self, row: int, error: UndecodableImageError, *, as_loser: bool = False) -> None:
         rows = sorted(set(self._pairs.places[row, [0, 0 if as_loser else 2]].tolist()))
         where = f"{self._report.name} data, pair {row} (rows {rows} of the source)"
         if self.strict:
             raise BadDataError(f"{where}: {error}. {HOW_TO_DROP}") from error
-        (self._losers.bad if as_loser else self._undecodable)[row] = 1
+        if as_loser:
+            assert self._losers is not None
+            self._losers.bad[row] = 1
+        else:
+            self._undecodable[row] = 1
         logger.warning("%s: %s; the next good pair is used instead.", where, error)
 
     # ---- Columns of the pairs -------------------------------------------------------------------------------------
@@ -596,7 +603,9 @@ class PreferenceDataset(Dataset):
     def set_reference_errors(self, errors: np.ndarray) -> None:
         """Set the errors of a reference: float32 `(K, P, T, 2)`, at K repeating draws, of P pairs, at T draws of
         timestep and noise, of winner and loser. A pair with NaN is treated like one that cannot be decoded."""
-        check_reference_errors(errors, self._maker.noise_draws if self._maker.training else 1, len(self))
+        draws = self._maker.noise_draws if self._maker.training else 1
+        assert draws is not None, "Draws repeat if errors of a reference are stored."
+        check_reference_errors(errors, draws, len(self))
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
         if self._losers is not None:
             self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))

@@ -33,7 +33,9 @@ def check_deepspeed_precision(args: TrainingArguments) -> None:
     """Raise `ValueError` where DeepSpeed's configuration, or the launcher's, has a half precision that the training
     arguments do not have."""
     plugin = args.deepspeed_plugin
-    for name in () if plugin is None else ("bf16", "fp16"):
+    if plugin is None:
+        return
+    for name in ("bf16", "fp16"):
         if plugin.hf_ds_config.get_value(f"{name}.enabled") is True and not getattr(args, name):
             raise ValueError(
                 f"DeepSpeed and the training arguments must name one precision; DeepSpeed's configuration has {name} "

@@ -37,7 +37,7 @@ class FluxFamily(Family):
     shared_inputs = ("txt_ids", "img_ids")
     # As in the README of diffusers' scripts: at 1 the distilled model predicts as without guidance, and the targets are
     # made without guidance.
-    guidance_scale = 1.0
+    guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
@@ -78,6 +78,7 @@ class FluxFamily(Family):
         device = latents.device
         guidance = None
         if self.denoiser.config.guidance_embeds:
+            assert self.guidance_scale is not None
             guidance = torch.full(timesteps.shape, self.guidance_scale, device=device, dtype=torch.float32)
         prompt_embeds = conditioning["prompt_embeds"].to(latents.dtype)
         return {

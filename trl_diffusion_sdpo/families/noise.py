@@ -82,7 +82,7 @@ class NoiseProcess(ABC):
         if not 0 <= low < high <= self.num_train_timesteps:
             raise ValueError(
                 f"`timestep_range` must be (low, high) with 0 <= low < high <= {self.num_train_timesteps}, got "
-                f"{tuple(timestep_range)}. Use (0, {self.num_train_timesteps}) for every timestep of this model."
+                f"{(low, high)}. Use (0, {self.num_train_timesteps}) for every timestep of this model."
             )
         return self._timesteps_between(uniform, low, high, sampling, image_seq_len)
 

@@ -104,9 +104,9 @@ def check_loss_kwargs(
     """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss. A tensor `beta` is not
     looked at, which would wait for its device."""
     spec = loss_spec(loss_type)
-    given = spec.uses_beta and beta is not None and not isinstance(beta, torch.Tensor)
-    if given and not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"`beta` must be a finite number greater than 0, got {beta}. Diffusion-DPO uses 5000.")
+    if spec.uses_beta and beta is not None and not isinstance(beta, torch.Tensor):
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"`beta` must be a finite number greater than 0, got {beta}. Diffusion-DPO uses 5000.")
     for name, value in loss_kwargs.items():
         if name not in spec.loss_kwargs:
             accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"

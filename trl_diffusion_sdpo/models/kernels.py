@@ -31,7 +31,7 @@ def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | Non
     CUDA graphs are left out, because they overwrite the latents of one part of a micro-batch with those of the next.
     """
     if vae is not None:
-        vae.encoder.compile(backend=backend, mode=WITHOUT_CUDA_GRAPHS.get(mode, mode))
+        vae.encoder.compile(backend=backend, mode=None if mode is None else WITHOUT_CUDA_GRAPHS.get(mode, mode))
 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:

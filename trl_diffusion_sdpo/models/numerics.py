@@ -20,7 +20,7 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
     if name is None:
         return torch.float32
     dtype = dtypes.get(name) if isinstance(name, str) else name
-    if dtype not in dtypes.values():
+    if dtype is None or dtype not in dtypes.values():
         raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}; got {name!r}.")
     return dtype
 

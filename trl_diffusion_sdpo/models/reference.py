@@ -143,6 +143,7 @@ class PrecomputedReference(Reference):
         """On the device, rounded as `engine` will round the policy `denoiser`, which it has not prepared yet."""
         assert self._source is not None, "A released reference cannot predict."
         with self._source.active(denoiser) as module:
+            assert module is not None, "A source predicts."
             try:
                 with engine.computing(module, is_policy=module is denoiser) as self._module:
                     yield

@@ -200,8 +200,9 @@ class WeightCopy:
         return self.second.weights() if self.second is not None and self.stored else {}
 
     def _reshard(self) -> None:
-        for model in self.engine_models if self.second is not None else ():
-            self.second.engine.reshard(model)
+        if self.second is not None:
+            for model in self.engine_models:
+                self.second.engine.reshard(model)
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

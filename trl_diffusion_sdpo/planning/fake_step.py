@@ -142,7 +142,7 @@ class MeasuredForward(PairForward):
             size = tuple(inputs["pixel_values"].shape[-2:])
             return super().encode({**inputs, "moments": moments, "conditioning": conditioning, "target_size": size})
 
-    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
+    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor] | None:
         with self.allocations.moment(REFERENCE):
             return super().predict_reference(model, batches)
 
@@ -220,6 +220,7 @@ def _by_branch(
     backend: ReplicatedBackend,
 ) -> None:
     """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
+    assert settings.anchor is not None
     allocations = forward.allocations
     gradients = BranchGradients(backend, mu=settings.loss.safeguard_mu, anchor=settings.anchor)
     safeguard = ParameterSafeguard(

@@ -216,8 +216,9 @@ def judge_preference(accuracy: Estimate | None, margin: Estimate | None = None) 
     if above and not below:
         return "learned"
     # Training logs have no standard error, and the first one an accuracy of 0, because no pair differs yet.
-    measured = accuracy is not None and accuracy.stderr is not None
-    return "reversed" if measured and accuracy.value < CHANCE - accuracy.noise else "not learned"
+    if accuracy is not None and accuracy.stderr is not None and accuracy.value < CHANCE - accuracy.noise:
+        return "reversed"
+    return "not learned"
 
 
 def verdict_of(history: History, run: RunFacts, step: int | None = None) -> Verdict | None:

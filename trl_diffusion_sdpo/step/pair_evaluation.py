@@ -84,6 +84,7 @@ class PairEvaluation:
 
     def _earlier(self, errors: torch.Tensor) -> torch.Tensor | None:
         """The errors `(B, 2)` of a batch's pairs before the first step; `None` if its pairs are not those of then."""
+        assert self._here is not None
         if self._batch is None:
             self._here.append(errors)
             return errors

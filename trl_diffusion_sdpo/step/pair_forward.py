@@ -125,8 +125,10 @@ class PairForward:
         pair_weights = self.pair_weights(inputs, draws)
         beta = self.beta_of(model)
         # The reference first: its activations are freed before the policy's are stored for the backward pass.
-        (reference,) = self.predict_reference(model, [batch])
+        references = self.predict_reference(model, [batch])
+        reference = None if references is None else references[0]
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
+            assert policy is not None
             prediction = self.predict(policy, batch)
         errors = self.stored_errors(inputs)
         return PairPredictions(batch, prediction, reference, scores, errors, pair_weights, beta)
@@ -292,10 +294,10 @@ class PairForward:
         with self._autocast():
             return self.family.predict(denoiser, noisy, timesteps, conditioning).float()
 
-    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor | None]:
-        """The reference's prediction of each batch, without a graph; `None` without a reference."""
+    def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor] | None:
+        """Return the reference's prediction of each batch, without a graph; `None` without a reference."""
         with torch.no_grad(), self.reference.active(model) as reference:
-            return [None if reference is None else self.predict(reference, batch) for batch in batches]
+            return None if reference is None else [self.predict(reference, batch) for batch in batches]
 
     @torch.no_grad()
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
@@ -306,6 +308,7 @@ class PairForward:
         by_branch = training and self.loss_settings.safeguard == "parameter"
         batches = batch.halves() if by_branch else (batch,)
         predicted = self.predict_reference(model, batches)
+        assert predicted is not None, "A reference predicts before training."
         return mean_error(torch.cat(predicted) - batch.target.float())
 
     def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:

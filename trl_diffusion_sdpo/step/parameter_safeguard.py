@@ -69,6 +69,7 @@ class ParameterSafeguard:
         scores = self._forward.scores(inputs, draws)
         errors = self._forward.stored_errors(inputs)
         if self._sorts_by_scores:
+            assert scores is not None, "The data were checked for scores."
             order = order_by_scores(scores)
             batch, scores, errors = batch.take(order), scores[order], None if errors is None else errors[order]
         winners, losers = batch.halves()
@@ -77,7 +78,7 @@ class ParameterSafeguard:
             loser_pred = self._forward.predict(model, losers)
         winner_pred = self._forward.predict(model, winners)
         leaf = torch.cat([winner_pred.detach(), loser_pred.detach()]).requires_grad_()
-        reference = None if references[0] is None else torch.cat(references)
+        reference = None if references is None else torch.cat(references)
         weights, beta = self._forward.pair_weights(inputs, draws), self._forward.beta_of(model)
         predictions = PairPredictions(batch, leaf, reference, scores, errors, weights, beta)
         self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
@@ -96,9 +97,11 @@ class ParameterSafeguard:
         """
         branches, self._branches = self._branches, None
         _check_depends_on_predictions_only(loss, None if branches is None else branches.predictions.policy)
+        assert branches is not None  # by the check
         grad_winner, grad_loser = torch.autograd.grad(loss, branches.predictions.policy)[0].chunk(2)
-        measures = self.diagnostics is not None and self.diagnostics.is_due(step)
-        if measures:
+        measures = False
+        if self.diagnostics is not None and self.diagnostics.is_due(step):
+            measures = True
             self.diagnostics.record(branches.winners, branches.predictions)
         # The winners' graph is freed before the losers' is walked or, with `low_memory`, made.
         winners, winner_pred, anchored = branches.winners, branches.winner_pred, self.gradients.anchor == "error"

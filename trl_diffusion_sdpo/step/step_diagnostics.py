@@ -25,7 +25,7 @@ class _Measured:
     errors: list[torch.Tensor] = field(default_factory=list)  # their mean errors, `()` each
     weights: list[torch.Tensor] = field(default_factory=list)  # the trained weights, or this process's shards
     gradient: Gradient = field(default_factory=list)  # of the mean winner error over the batch of the step
-    finite: torch.Tensor | None = None  # `()`: whether the gradients were finite; a skipped step has weight 0
+    finite: torch.Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))  # a skipped step: weight 0
     loss_scale: float = 1.0  # a factor of `gradient`
 
 
@@ -58,6 +58,7 @@ class StepDiagnostics:
         """Copy the weights, and hold the gradient of the mean winner error, if the step is measured."""
         if self._measured is None:
             return
+        assert gradient is not None, "A measured step has the anchor's gradient."
         self._measured.gradient, self._measured.finite = gradient, finite
         self._measured.loss_scale = self._backend.loss_scale  # the scaler's next step may change it
         self._measured.weights = [weight.clone() for weight in self._backend.weights()]
@@ -74,12 +75,12 @@ class StepDiagnostics:
             self._meter.add({"safeguard/realised_winner_change": change}, len(winners.noisy) * measured.finite)
         moves = [now - before for now, before in zip(self._backend.weights(), measured.weights, strict=True)]
         gradient = [None if part is None else local_tensor(part) for part in measured.gradient]
-        products = self._backend.sum_over_shards(inner_products([_shaped_like(gradient, moves), moves]))
+        products = self._backend.sum_over_shards(inner_products([_shaped_like(gradient, moves), [*moves]]))
         predicted = torch.where(measured.finite, products[0, 1] / measured.loss_scale, 0)
         self._meter.add({"safeguard/predicted_winner_change": predicted}, measured.finite)
 
 
-def _shaped_like(gradient: Gradient, moves: list[torch.Tensor]) -> list[torch.Tensor]:
+def _shaped_like(gradient: Gradient, moves: list[torch.Tensor]) -> Gradient:
     """A gradient in float32 and in the shapes of the weights; zeros for weights that took no part."""
     return [
         torch.zeros_like(move) if part is None else part.float().reshape(move.shape)

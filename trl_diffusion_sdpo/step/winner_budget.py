@@ -136,6 +136,7 @@ class WinnerBudget:
         policy = self.probe.model
         weights = contextlib.nullcontext(policy) if self._average is None else self._average.active(policy)
         with eval_mode([policy]), weights as model:
+            assert model is not None
             return self.probe.errors(lambda batch: self._forward.predict(model, batch))
 
     def warn_if_unmet(self, unmet: float) -> None:

@@ -88,7 +88,7 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: 
     family = frozen.family
     return SampleImagesCallback(
         family.pipeline,
-        args.sample_prompts,
+        args.sample_prompts or [],
         every_n_steps=args.sample_steps,
         call_options=call_options(family, args.sample_kwargs),
         seed=args.seed,

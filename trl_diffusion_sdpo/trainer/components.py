@@ -178,7 +178,10 @@ def build_components(
     budget = None
     if args.winner_budget is not None:
         budget = BudgetController(args.winner_budget, args.num_noise_bins, args.device)
-    betas = BetaController(args.beta, args.device) if args.auto_beta else None
+    betas = None
+    if args.auto_beta:
+        assert args.beta is not None, "Completed above."
+        betas = BetaController(args.beta, args.device)
     pair_forward = pair_forward_class(
         frozen,
         reference,
@@ -264,6 +267,7 @@ def choose_trained_weights(
     for name in loaded.family.frozen_components:
         freeze(name, getattr(loaded.pipeline, name))
     added = peft_config is not None and loaded.adapter_source is None
+    adapter: str | None
     if peft_config is not None and added:
         adapter = add_lora(denoiser, peft_config, loaded.family.lora_target_modules, args.seed)
         if args.disable_dropout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -61,8 +61,11 @@ class DiffusionSDPOConfig(AllArguments):
         "sample_kwargs",
     ]
 
+    if TYPE_CHECKING:
+        output_dir: str  # set by transformers
+
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float | None = field(
+    learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "The initial learning rate; the family's own for LoRA or full tuning if unset."},
     )
@@ -77,7 +80,7 @@ class DiffusionSDPOConfig(AllArguments):
             "will be interpreted as ratio of total training steps."
         },
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Whether to use bf16 autocast. On where the accelerator has it, if unset and not fp16."},
     )

@@ -132,6 +132,8 @@ class DiffusionSDPOTrainer(Trainer):
 
     args: DiffusionSDPOConfig
     train_dataset: Any
+    eval_dataset: Any
+    optimizer: torch.optim.Optimizer
     hub_model_id: Any
     gather_function: Any
     dataset_name: str | None = None  # of the training data on the Hub, for the model card
@@ -366,6 +368,7 @@ class DiffusionSDPOTrainer(Trainer):
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
+        assert args.resolution is not None, "Completed by `build_components`."
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
             logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         return train_dataset, eval_dataset
@@ -488,6 +491,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.parameter_safeguard = None
         if args.safeguard != "parameter":
             return
+        assert args.safeguard_mu is not None, "Completed by the constructor."
         backend = self.engine.gradient_backend(self.model_wrapped)
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
@@ -569,8 +573,8 @@ class DiffusionSDPOTrainer(Trainer):
         A subclass may change the loss under every safeguard. With `safeguard="parameter"` the graph ends at the
         predictions: what it adds must depend on the model through them.
         """
-        by_branch = model.training and self.parameter_safeguard is not None
-        predictions = (self.parameter_safeguard if by_branch else self.pair_forward).predict_pairs(model, inputs)
+        safeguard = self.parameter_safeguard if model.training else None
+        predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
         outputs = self.pair_forward.loss(predictions)
         if model.training:
             rows = inputs["rows"].repeat(self.args.n_timesteps_per_pair)
@@ -578,7 +582,7 @@ class DiffusionSDPOTrainer(Trainer):
             self._meter.add(self.pair_forward.logged_metrics(outputs), len(inputs["seeds"]))
             if self.auto_beta is not None:
                 self.auto_beta.add(outputs)
-            if self.engine.steps_in_backward and not by_branch:
+            if self.engine.steps_in_backward and safeguard is None:
                 self._finite.verify(self.state.global_step + 1)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -586,24 +590,26 @@ class DiffusionSDPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if self.parameter_safeguard is not None:
-            return self._training_step_by_branch(model, inputs)
+            return self._training_step_by_branch(self.parameter_safeguard, model, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite.verify(self.state.global_step + 1)
         return loss
 
-    def _training_step_by_branch(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _training_step_by_branch(
+        self, safeguard: ParameterSafeguard, model: nn.Module, inputs: dict[str, Any]
+    ) -> torch.Tensor:
         """Train on one micro-batch. After the last one of an optimizer step, the branches are combined."""
         model.train()
         cast(Any, self.optimizer).train()
         inputs = self._prepare_inputs(inputs)
         step = self.state.global_step + 1
         share = 1 / self.current_gradient_accumulation_steps
-        with self.compute_loss_context_manager(), self.parameter_safeguard.accumulating():
+        with self.compute_loss_context_manager(), safeguard.accumulating():
             loss = cast(torch.Tensor, self.compute_loss(model, inputs))
-            self.parameter_safeguard.backward_branches(loss, step=step, share=share)
+            safeguard.backward_branches(loss, step=step, share=share)
         self._finite.verify(step)
         if self.accelerator.sync_gradients:
-            self.parameter_safeguard.step()
+            safeguard.step()
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -665,6 +671,7 @@ class DiffusionSDPOTrainer(Trainer):
                 averaged = self._measured_loop(dataloader, *settings, f"{metric_key_prefix}_{EMA_FOLDER}")
             finally:
                 self._evaluated_weights = None
+            assert output.metrics is not None and averaged.metrics is not None
             output.metrics.update(averaged.metrics)
         return output
 
@@ -679,6 +686,7 @@ class DiffusionSDPOTrainer(Trainer):
             self.gather_function = self._gather_counted  # transformers resets it after the pass
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
+        assert output.metrics is not None
         output.metrics.update({f"{settings[-1]}_{name}": value for name, value in measured.items()})
         return output
 
@@ -731,6 +739,7 @@ class DiffusionSDPOTrainer(Trainer):
             super()._load_scaler(checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         self.run_files.load_best(Path(self.state.best_model_checkpoint), self.model_wrapped)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
