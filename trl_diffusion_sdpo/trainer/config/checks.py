@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
 import torch
 from transformers import get_scheduler
@@ -26,8 +26,11 @@ from ...step.winner_budget import ProbeSettings
 from ...utils._compat import CHECKPOINTING, activation_checkpointing
 from ...utils.hints import did_you_mean
 from ...utils.import_utils import require_optimizer, require_trackers
-from .all_arguments import AllArguments, Setting, settings_of
+from .all_arguments import Setting, settings_of
 from .declaring import Choices, Keys, Range
+
+if TYPE_CHECKING:
+    from ..diffusion_sdpo_config import DiffusionSDPOConfig
 
 # Optimizers that step within the backward pass, before the other branch's gradient is there.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
@@ -35,7 +38,7 @@ LAYERWISE = "layerwise"
 MEASUREMENTS_OF_LAG = 10  # of a budget, over which an average may reach back
 
 
-def check_settings(args: AllArguments) -> None:
+def check_settings(args: DiffusionSDPOConfig) -> None:
     """Raise `ValueError` on a value out of its range, and on settings that cannot act, alone or together."""
     for name, setting in settings_of(cast(Any, type(args))).items():
         _check_value(name, setting, getattr(args, name))
@@ -104,7 +107,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=6)
 
 
-def _check_inherited(args: AllArguments) -> None:
+def _check_inherited(args: DiffusionSDPOConfig) -> None:
     """Refuse settings of language models and classifiers that cannot act on a diffusion model."""
     if args.remove_unused_columns:
         _warn("`remove_unused_columns=True` has no effect: formats know their columns.")
@@ -136,7 +139,7 @@ def _check_inherited(args: AllArguments) -> None:
             raise ValueError(f"`{name}={getattr(args, name)}` cannot act on a diffusion model: {advice}.")
 
 
-def _check_length(args: AllArguments) -> None:
+def _check_length(args: DiffusionSDPOConfig) -> None:
     """Refuse a run without steps; with `max_steps=0` transformers' Trainer takes one nevertheless."""
     if args.max_steps == 0:
         raise ValueError("A run has at least one step, got `max_steps=0`. Use -1 to go by `num_train_epochs`.")
@@ -146,7 +149,7 @@ def _check_length(args: AllArguments) -> None:
         )
 
 
-def _check_numbers(args: AllArguments) -> None:
+def _check_numbers(args: DiffusionSDPOConfig) -> None:
     """Refuse settings of the optimizer that would spoil every weight in the first step."""
     for name in ("learning_rate", "weight_decay", "adam_epsilon"):
         value = getattr(args, name)
@@ -154,7 +157,7 @@ def _check_numbers(args: AllArguments) -> None:
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
 
 
-def _check_schedule(args: AllArguments) -> None:
+def _check_schedule(args: DiffusionSDPOConfig) -> None:
     """Make the schedule over one weight: transformers would refuse its arguments once data and model are loaded."""
     rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # unset, it follows the loss
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
@@ -168,8 +171,8 @@ def _check_schedule(args: AllArguments) -> None:
         ) from error
 
 
-def _check_loss(args: AllArguments, loss: LossSpec) -> None:
-    check_loss_kwargs(cast(Any, args.loss_type), args.beta, cast(Any, args.loss_kwargs))  # numbers by now
+def _check_loss(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
+    check_loss_kwargs(cast(Any, args.loss_type), args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
     check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
     if not loss.uses_beta and args.beta is not None:
@@ -190,7 +193,7 @@ def _check_loss(args: AllArguments, loss: LossSpec) -> None:
         _warn(f"The `safeguard_*` settings have no effect: {reason}.")
 
 
-def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
+def _check_parameter_safeguard(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     """Refuse settings under which lambda or the gradients could not be right."""
     if args.safeguard != "parameter":
         names = ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps")
@@ -222,7 +225,7 @@ def _check_parameter_safeguard(args: AllArguments, loss: LossSpec) -> None:
         )
 
 
-def _check_data(args: AllArguments) -> None:
+def _check_data(args: DiffusionSDPOConfig) -> None:
     crops = args.precompute_latents and args.random_crop
     if args.precompute_epochs != 1 and not (crops or args.precompute_ref_errors):
         _warn(
@@ -240,7 +243,7 @@ def _check_data(args: AllArguments) -> None:
             _warn(f"`{name}` has no effect without `sample_prompts`.")
 
 
-def _check_scores(args: AllArguments, loss: LossSpec) -> None:
+def _check_scores(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     weights = None if args.pair_weights is None else WEIGHT_FUNCTIONS.get(args.pair_weights)
     reads_gaps = weights is not None and not weights.several_scorers
     if args.calibrated_scores and not (loss.needs_scores or reads_gaps):
@@ -250,7 +253,7 @@ def _check_scores(args: AllArguments, loss: LossSpec) -> None:
         )
 
 
-def _check_losers(args: AllArguments, loss: LossSpec) -> None:
+def _check_losers(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     own = "scores of each pair's own loser"
     reasons = {
         f"the loss {args.loss_type!r} reads {own}": loss.needs_scores,
@@ -270,7 +273,7 @@ def _check_losers(args: AllArguments, loss: LossSpec) -> None:
             raise ValueError(f"`losers='permute'` cannot act: {reason}. Leave one of the two out.")
 
 
-def _check_noise(args: AllArguments) -> None:
+def _check_noise(args: DiffusionSDPOConfig) -> None:
     if args.timestep_range is not None:
         span = list(args.timestep_range)
         if len(span) != 2 or not all(isinstance(end, int) for end in span) or not 0 <= span[0] < span[1]:
@@ -283,7 +286,7 @@ def _check_noise(args: AllArguments) -> None:
             f"`timesteps` takes the place of `timestep_range` and `weighting_scheme`; got {list(args.timesteps)} "
             f"beside {args.timestep_range} and {args.weighting_scheme!r}. Set the one or the others."
         )
-    TimestepSampling(args.weighting_scheme or "none", **cast(Any, args.weighting_kwargs))
+    TimestepSampling(args.weighting_scheme or "none", **args.weighting_kwargs)
     if args.snr_gamma is not None and args.timestep_weighting != "none":
         raise ValueError(
             "`snr_gamma` and `timestep_weighting` both weigh the timesteps, one for DDPM and one for flow matching; "
@@ -291,12 +294,12 @@ def _check_noise(args: AllArguments) -> None:
         )
 
 
-def _check_inversion(args: AllArguments) -> None:
+def _check_inversion(args: DiffusionSDPOConfig) -> None:
     if args.noise_source == "shared":
         if args.inversion_kwargs:
             _warn("`inversion_kwargs` has no effect without `noise_source='inversion'`.")
         return
-    InversionSettings(**cast(Any, args.inversion_kwargs))
+    InversionSettings(**args.inversion_kwargs)
     for name in ("noise_offset", "input_perturbation"):
         if getattr(args, name):
             raise ValueError(
@@ -311,7 +314,7 @@ def _check_inversion(args: AllArguments) -> None:
         )
 
 
-def _check_reference(args: AllArguments, loss: LossSpec) -> None:
+def _check_reference(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     if args.sync_ref_model and not loss.needs_reference:
         raise ValueError(
             f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
@@ -319,7 +322,7 @@ def _check_reference(args: AllArguments, loss: LossSpec) -> None:
         )
 
 
-def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
+def _check_precomputed_reference(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     if not args.precompute_ref_errors:
         return
     reasons = {
@@ -336,7 +339,7 @@ def _check_precomputed_reference(args: AllArguments, loss: LossSpec) -> None:
             raise ValueError(f"`precompute_ref_errors=True` cannot act: {reason}. Leave one of the two out.")
 
 
-def _check_loser_noise_range(args: AllArguments, loss: LossSpec) -> None:
+def _check_loser_noise_range(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     levels = args.loser_noise_range
     if levels is not None and (len(levels) != 2 or not 0 <= levels[0] < levels[1] <= 1):
         raise ValueError(
@@ -347,19 +350,19 @@ def _check_loser_noise_range(args: AllArguments, loss: LossSpec) -> None:
         raise ValueError(_without_loser("loser_noise_range", args))
 
 
-def _check_winner_budget(args: AllArguments, loss: LossSpec) -> None:
-    probe = ProbeSettings(**cast(Any, args.winner_budget_kwargs))
+def _check_winner_budget(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
+    probe = ProbeSettings(**args.winner_budget_kwargs)
     if args.winner_budget is None and probe != ProbeSettings():
         _warn("`winner_budget_kwargs` has no effect without `winner_budget`.")
     if args.winner_budget is not None and not loss.uses_loser:
         raise ValueError(_without_loser("winner_budget", args))
 
 
-def _without_loser(name: str, args: AllArguments) -> str:
+def _without_loser(name: str, args: DiffusionSDPOConfig) -> str:
     return f"`{name}` cannot act: the loss {args.loss_type!r} has no loser. Leave it unset."
 
 
-def _check_average(args: AllArguments) -> None:
+def _check_average(args: DiffusionSDPOConfig) -> None:
     if args.ema_decay is None:
         return
     if args.sync_ref_model:
@@ -368,7 +371,7 @@ def _check_average(args: AllArguments) -> None:
             "got both. Leave one out."
         )
     lag = 1 / (1 - args.ema_decay)  # steps over which the average reaches back
-    probe = ProbeSettings(**cast(Any, args.winner_budget_kwargs))
+    probe = ProbeSettings(**args.winner_budget_kwargs)
     if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * probe.steps:
         _warn(
             f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
@@ -377,7 +380,7 @@ def _check_average(args: AllArguments) -> None:
         )
 
 
-def _check_winner_rise(args: AllArguments) -> None:
+def _check_winner_rise(args: DiffusionSDPOConfig) -> None:
     if args.on_winner_rise == "stop" and args.eval_strategy == "no":
         raise ValueError(
             "`on_winner_rise='stop'` stops by what evaluations of held-out pairs show, got `eval_strategy='no'`. Give "
@@ -385,7 +388,7 @@ def _check_winner_rise(args: AllArguments) -> None:
         )
 
 
-def _check_memory(args: AllArguments) -> None:
+def _check_memory(args: DiffusionSDPOConfig) -> None:
     on_host = args.device.type == "cpu"
     idle = {
         "torch_compile_regional": args.torch_compile_regional and not args.torch_compile,

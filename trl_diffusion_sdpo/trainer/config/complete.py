@@ -124,7 +124,7 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
 
 
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` where the VAE would crop the images, the denoiser has no positions for them, or the pipeline
+    """Raise `ValueError` if the VAE would crop the images, the denoiser has no positions for them, or the pipeline
     would not generate them."""
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
@@ -150,7 +150,7 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
 
 
 def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
-    """Log the timesteps within `loser_noise_range`; `ValueError` where none of those that are drawn is."""
+    """Log the timesteps within `loser_noise_range`; `ValueError` if no drawn timestep is in it."""
     if args.loser_noise_range is None:
         return
     low, high = args.loser_noise_range

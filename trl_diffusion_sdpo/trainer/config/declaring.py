@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
-RESUME = "resume"  # it changes the trajectory: resuming compares it, and the model card shows it
-EVALUATION = "evaluation"  # an evaluation of saved weights depends on it
+RESUME = "resume"  # The setting changes the trajectory: resuming compares it, and the model card shows it.
+EVALUATION = "evaluation"  # An evaluation of saved weights depends on the setting.
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have.
+    """The numbers that a setting may be.
 
     Args:
         interval (`str`): Such as `"(0, 1]"`; `"[1, inf)"` has no upper end.
@@ -45,7 +45,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """The words that the elements of a list may be, which a command line may also give as one word.
+    """The words that a list may hold. A command line may also pass one of them alone.
 
     Args:
         words (`tuple[str, ...]`): All of them.

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from ...families.noise import NoiseProcess
 from ...families.timestep_sampling import TimestepSampling
 from ...losses import LOSSES, loss_weights_by_name
 from ...utils._compat import activation_checkpointing, checkpoints_activations
-from .all_arguments import AllArguments
+
+if TYPE_CHECKING:
+    from ..diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,11 @@ FAR = 100  # factor from which a `beta` is taken for a mistake
 HIGH_RATE = 0.1  # learning rate
 
 
-def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[float, float | None]:
-    """`safeguard_mu` and `beta` of a family for the loss of the settings: of a sum, the strictest mu of its parts that
-    read the loser, and the beta that its parts have in common; `None` without a beta, or where `beta` is given.
+def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> tuple[float, float | None]:
+    """Return a family's defaults of `safeguard_mu` and `beta` for the loss of the settings.
+
+    A sum of losses has the strictest mu of its parts that read the loser, and the beta that its parts have in common.
+    The beta is `None` if the loss has none, or if `beta` is set.
 
     Raises:
         `ValueError`: If `beta` is not given and the parts of a sum have different ones.
@@ -48,7 +52,7 @@ def loss_defaults(args: AllArguments, family: Family, *, full: bool) -> tuple[fl
     return mu, next(iter(betas.values()))
 
 
-def warn_of_far_settings(args: AllArguments, family: Family, *, full: bool) -> None:
+def warn_of_far_settings(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
     """Warn of a `beta` far from the family's default, and of a learning rate at which nothing trains."""
     weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
     betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
@@ -64,8 +68,8 @@ def warn_of_far_settings(args: AllArguments, family: Family, *, full: bool) -> N
         )
 
 
-def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
-    """Raise `ValueError` where a setting predicts the same input twice and dropout would make the two differ."""
+def check_without_dropout(args: DiffusionSDPOConfig, denoiser: nn.Module) -> None:
+    """Raise `ValueError` if a setting predicts the same input twice and dropout would make the two differ."""
     twice = [name for name in ("safeguard_low_memory", "safeguard_diagnostics_steps") if getattr(args, name)]
     if args.safeguard == "parameter" and twice:
         refuse_dropout(denoiser, f"`{twice[0]}`")
@@ -77,7 +81,7 @@ def check_without_dropout(args: AllArguments, denoiser: nn.Module) -> None:
 
 
 def refuse_dropout(denoiser: nn.Module, what: str) -> None:
-    """Raise `ValueError` where a denoiser has dropout that acts; `what` predicts the same images twice."""
+    """Raise `ValueError` if a denoiser has active dropout, because `what` predicts the same images twice."""
     if _has_dropout(denoiser):
         raise ValueError(
             f"{what} predicts the same images twice, and dropout makes the two differ. Set `disable_dropout=True`, or "
@@ -89,8 +93,8 @@ def _has_dropout(denoiser: nn.Module) -> bool:
     return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in denoiser.modules())
 
 
-def check_activation_checkpointing(args: AllArguments, denoiser: nn.Module) -> None:
-    """Raise `ValueError` where activation checkpointing is asked of a denoiser that does not support it."""
+def check_activation_checkpointing(args: DiffusionSDPOConfig, denoiser: nn.Module) -> None:
+    """Raise `ValueError` if the denoiser does not support the activation checkpointing that the settings ask for."""
     is_on, _ = activation_checkpointing(args)
     if is_on and not checkpoints_activations(denoiser):
         raise ValueError(
@@ -99,8 +103,8 @@ def check_activation_checkpointing(args: AllArguments, denoiser: nn.Module) -> N
         )
 
 
-def check_one_device(args: AllArguments) -> None:
-    """Raise `ValueError` where transformers would wrap the model in `nn.DataParallel`, which replicates neither the
+def check_one_device(args: DiffusionSDPOConfig) -> None:
+    """Raise `ValueError` if transformers would wrap the model in `nn.DataParallel`, which replicates neither the
     reference nor the hooks of a family and of the safeguard."""
     if args.n_gpu > 1:
         raise ValueError(
@@ -110,8 +114,8 @@ def check_one_device(args: AllArguments) -> None:
         )
 
 
-def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
-    """How timesteps are drawn, as arguments of the noise process; `ValueError` where it cannot follow the settings."""
+def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, Any]:
+    """Return how timesteps are drawn, as arguments of the noise process; `ValueError` if the process cannot."""
     process = family.noise_process
     last = process.num_train_timesteps
     if args.timestep_range is not None and args.timestep_range[1] > last:
@@ -121,7 +125,7 @@ def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
         )
     weighting: dict[str, Any] = {"snr_gamma": args.snr_gamma, "weighting": args.timestep_weighting}
     process.weights(torch.ones(1, dtype=torch.long), image_seq_len=1, **weighting)  # raises what batches would raise
-    weighting_kwargs: dict[str, float] = cast(Any, args.weighting_kwargs)
+    weighting_kwargs = args.weighting_kwargs
     for name in weighting_kwargs:
         if args.weighting_scheme != {"mode_scale": "mode"}.get(name, "logit_normal"):
             logger.warning("`%s` has no effect with `weighting_scheme=%r`.", name, args.weighting_scheme)
@@ -135,20 +139,20 @@ def checked_timesteps(args: AllArguments, family: Family) -> dict[str, Any]:
 
 
 def checked_inversion(
-    args: AllArguments, family: Family, timesteps: dict[str, Any], sizes: Iterable[tuple[int, int]]
+    args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any], sizes: Iterable[tuple[int, int]]
 ) -> InversionSettings | None:
-    """How images are inverted for their noise, `None` where it is drawn; `ValueError` where the model's noise process
-    cannot do it.
+    """Return how images are inverted for their noise, `None` if noise is drawn; `ValueError` if the model's noise
+    process cannot invert.
 
     Args:
-        timesteps: As of [`checked_timesteps`].
+        timesteps: Result of [`checked_timesteps`].
         sizes (`Iterable[tuple[int, int]]`): (height, width) of the training images.
     """
     if args.noise_source != "inversion":
         return None
     process = family.noise_process
     inversion = inversion_of(process)
-    settings = InversionSettings(**cast(Any, args.inversion_kwargs))
+    settings = InversionSettings(**args.inversion_kwargs)
     if settings.steps > process.num_train_timesteps:
         raise ValueError(
             f"`steps` of `inversion_kwargs` must be at most {process.num_train_timesteps}, the scheduler's number of "
@@ -166,7 +170,7 @@ def checked_inversion(
 
 
 def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int, timesteps: dict[str, Any]) -> None:
-    """Warn of timesteps below all of the grid's, whose images keep their clean latents; `ValueError` where all are."""
+    """Warn if timesteps lie below the grid, because their images keep their clean latents; `ValueError` if all do."""
     drawn = process.timesteps(torch.linspace(0, 1, QUANTILES), image_seq_len=length, **timesteps)
     clean = (drawn <= grid.min()).float().mean() if len(grid) else torch.ones(())
     advice = "Use `end: exact`, which steps to the timestep itself, or more `steps`."
@@ -186,8 +190,8 @@ def _check_inversion_grid(process: NoiseProcess, grid: torch.Tensor, length: int
         )
 
 
-def check_guidance(args: AllArguments, family: Family) -> None:
-    """Raise `ValueError` where guidance is given to a denoiser that takes none."""
+def check_guidance(args: DiffusionSDPOConfig, family: Family) -> None:
+    """Raise `ValueError` if `guidance_scale` is set for a denoiser that takes none."""
     if args.guidance_scale is not None and family.guidance_scale is None:
         raise ValueError(
             f"`guidance_scale` is for denoisers that take it as an input, and that of {family.name} takes none; got "
@@ -196,7 +200,7 @@ def check_guidance(args: AllArguments, family: Family) -> None:
 
 
 def check_output_dir(folder: str) -> None:
-    """Raise `ValueError` where results could not be written."""
+    """Raise `ValueError` if `output_dir` is not writable."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
