@@ -1,8 +1,8 @@
 """Draw the picture of preference guidance: images of equal noise by the base model and the tuned ones.
 
 The rows are those of the plan `guided_front`, trained with one seed. The embedded world's base often draws another
-shape than the prompt names. The picture has prompts whose shape it mostly draws, each at a noise from which it draws
-it. Weights that the study has trained are read, others are trained first.
+shape than the prompt names. The picture has squares and triangles, one for each colour, each at the noise from which
+the base draws it best. Weights that the study has trained are read, others are trained first.
 
     python benchmarks/studies/grid.py docs/images/guidance_grid.png
 """
@@ -23,9 +23,9 @@ from trl_diffusion_sdpo.demo.pipeline import LATENT_SHAPE, generate_images, load
 from trl_diffusion_sdpo.demo.world import captions
 
 SEED = 3
-NOISES = 4  # initial noises of each prompt, from which the shapes of the base are judged
-DRAWN = 3  # of them from which the base must draw the shape
-ROWS_OF_A_SHAPE = 2
+NOISES = 4  # initial noises of each prompt, from which the best image of the base is taken
+ROWS = 4
+SHAPES = ("square", "triangle")  # at 32 pixels, the base's circles and crosses are hard to tell from these
 # Title -> row of the plan, and scale of classifier-free guidance. The scales are those of the page "Measurements".
 COLUMNS = {
     "base": (BASE, 5.0),
@@ -37,21 +37,19 @@ COLUMNS = {
 
 
 def drawn_prompts(study: Study) -> tuple[list[str], torch.Tensor]:
-    """Return prompts whose shape the base model draws, each of another colour, and the noise of each."""
+    """Return prompts that the base model draws well, each of another colour, and the noise of each."""
     prompts = [prompt for prompt in study.prompts["final"] for _ in range(NOISES)]
     latents = torch.randn(len(prompts), *LATENT_SHAPE, generator=torch.Generator().manual_seed(SEED))
     images = generate_images(load_base_pipeline(), prompts, latents, guidance_scale=COLUMNS["base"][1])
-    shapes = oracle_parts(images, prompts).shape.reshape(-1, NOISES)  # 0 if it looks like another shape
+    scores, shapes = oracle_score(images, prompts), oracle_parts(images, prompts).shape  # 0 for another shape
     content = {caption.text: caption for caption in captions()}
-    chosen: list[int] = []
-    for index in np.argsort(-shapes.mean(axis=1)):
-        caption = content[prompts[index * NOISES]]
-        others = [content[prompts[other * NOISES]] for other in chosen]
-        is_full = sum(other.shape == caption.shape for other in others) == ROWS_OF_A_SHAPE
-        if (shapes[index] > 0).sum() >= DRAWN and not is_full and caption.colour not in {o.colour for o in others}:
-            chosen.append(int(index))
-    places = [index * NOISES + int(np.argmax(shapes[index] > 0)) for index in chosen]
-    return [prompts[place] for place in places], latents[places]
+    places: dict[str, int] = {}  # by colour
+    for place in np.argsort(-scores):
+        caption = content[prompts[place]]
+        if shapes[place] > 0 and caption.shape in SHAPES:
+            places.setdefault(caption.colour, int(place))
+    chosen = list(places.values())[:ROWS]
+    return [prompts[place] for place in chosen], latents[chosen]
 
 
 def column(study: Study, row: str, guidance_scale: float, prompts: list[str], latents: torch.Tensor) -> Any:
