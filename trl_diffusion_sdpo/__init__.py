@@ -8,6 +8,8 @@ from .utils.import_utils import lazy_attributes
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "Candidate": ".evaluation",
+    "evaluate_models": ".evaluation",
     "PreferenceLossOutput": ".losses",
     "DiffusionSDPOConfig": ".trainer",
     "DiffusionSDPOTrainer": ".trainer",
@@ -23,6 +25,7 @@ _HOMES = {
     "register_scorer": ".rewards",
 }
 __all__ = [
+    "Candidate",
     "PreferenceLossOutput",
     "DiffusionSDPOConfig",
     "DiffusionSDPOTrainer",
@@ -30,6 +33,7 @@ __all__ = [
     "PairTerms",
     "PreferenceCollator",
     "diffusion_preference_loss",
+    "evaluate_models",
     "load_pairs",
     "load_scorer",
     "preference_guidance",
@@ -40,6 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .data import PairMixture, PreferenceCollator, load_pairs
+    from .evaluation import Candidate, evaluate_models
     from .families import register_family
     from .guidance import preference_guidance
     from .losses import PairTerms, PreferenceLossOutput, diffusion_preference_loss, register_loss

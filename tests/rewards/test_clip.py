@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines.parts import clip_tokenizer, seeded
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from tests.tiny_pipelines.parts import clip_tokenizer, seeded
 from trl_diffusion_sdpo.rewards import load_scorer
 from trl_diffusion_sdpo.rewards.clip import CLIPScorer, hps_network
 from trl_diffusion_sdpo.rewards.open_clip_keys import clip_state_dict

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines.parts import seeded
 from torch import nn
 from transformers import BertTokenizer, BlipVisionConfig, BlipVisionModel, CLIPImageProcessorPil
 from transformers import BlipTextModel as TextModel
 
-from tests.tiny_pipelines.parts import seeded
 from trl_diffusion_sdpo.rewards.heads import linear_head
 from trl_diffusion_sdpo.rewards.image_reward import ImageRewardScorer, load_weights, text_config
 

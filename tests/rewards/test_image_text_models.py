@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_pipelines.parts import nonzero, qwen2_tokenizer, seeded
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -17,7 +18,6 @@ from transformers import (
     Qwen2VLModel,
 )
 
-from tests.tiny_pipelines.parts import nonzero, qwen2_tokenizer, seeded
 from trl_diffusion_sdpo.rewards import load_scorer
 from trl_diffusion_sdpo.rewards.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, HPSv3Scorer, reward_head, split_weights
 

@@ -1,0 +1,229 @@
+"""Whole evaluations of tiny Stable Diffusion pipelines, scored by functions of the pixels."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trl_diffusion_sdpo import Candidate, evaluate_models
+from trl_diffusion_sdpo.cli.evaluate import candidate_of
+from trl_diffusion_sdpo.cli.main import main
+from trl_diffusion_sdpo.evaluation.evaluate import MANIFEST_FILE, RESULTS_FILE
+from trl_diffusion_sdpo.evaluation.images import ImageSettings, diversity, generate_images, image_path, saturation
+from trl_diffusion_sdpo.rewards import FunctionScorer
+
+PROMPTS = ["a red circle", "two squares", "a tree", "a cat <b>&", "a dog", "the sea"]
+CALL = {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+def redness(images, prompts):
+    pixels = [np.asarray(image, dtype=np.float64) for image in images]
+    return [float(image[..., 0].mean() - image[..., 2].mean()) for image in pixels]
+
+
+def brightness(images, prompts):
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+SCORERS = [FunctionScorer("redness", redness), FunctionScorer("brightness", brightness)]
+
+
+@pytest.fixture(scope="module")
+def redder_folder(sd_folder, tmp_path_factory):
+    """The tiny pipeline with a VAE that draws everything redder."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias[0] += 0.5
+    folder = tmp_path_factory.mktemp("redder")
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def settings(**overrides):
+    return ImageSettings(**{"seeds": (0, 1), "call_kwargs": CALL, "batch_size": 3, **overrides})
+
+
+@pytest.fixture(scope="module")
+def evaluated(sd_folder, redder_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    candidates = [Candidate("base", sd_folder), Candidate("redder", redder_folder)]
+    return folder, candidates, evaluate_models(candidates, [*PROMPTS, "", PROMPTS[0]], SCORERS, folder, settings())
+
+
+def test_a_model_that_draws_redder_wins_by_redness(evaluated):
+    folder, _, evaluation = evaluated
+    redder = next(one for one in evaluation.comparisons if one.scorer == "redness")
+    assert redder.result.rate == 1.0 and redder.result.mean_change > 0
+    assert redder.adjusted == pytest.approx(2 * 2 / 2**6)  # six of six prompts, two comparisons
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    assert results["comparisons"][0]["verdict"] == redder.verdict
+    assert evaluation.prompts.empty == evaluation.prompts.duplicates == 1
+    assert "1 empty prompts" in " ".join(evaluation.notes)
+
+
+def test_the_manifest_lists_each_image_once(evaluated):
+    folder, _, _ = evaluated
+    rows = [json.loads(line) for line in (folder / MANIFEST_FILE).read_text().splitlines()]
+    assert len(rows) == len({row["image"] for row in rows}) == 2 * len(PROMPTS) * 2
+    with Image.open(folder / rows[3]["image"]) as image:
+        assert (image.text["prompt"], int(image.text["seed"])) == (rows[3]["prompt"], rows[3]["seed"])
+
+
+def digests(folder):
+    files = [*sorted((folder / "images").rglob("*.png")), folder / MANIFEST_FILE]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_second_call_makes_what_is_missing_and_the_same_bytes(evaluated, monkeypatch):
+    folder, candidates, evaluation = evaluated
+    before = digests(folder)
+    for row in ((0, 0), (0, 1), (3, 1)):
+        image_path(folder, "redder", *row).unlink()
+    again = evaluate_models(candidates, PROMPTS, SCORERS, folder, settings())
+    assert digests(folder) == before
+    assert again.comparisons == evaluation.comparisons
+
+
+def test_an_image_depends_neither_on_the_batch_nor_on_the_other_prompts(evaluated, sd_folder, tmp_path):
+    folder, _, _ = evaluated
+    generate_images(Candidate("base", sd_folder), PROMPTS[2:4], settings(batch_size=1), tmp_path)
+    for index, seed in ((2, 0), (3, 1)):
+        pixels = []
+        for path in (image_path(folder, "base", index, seed), image_path(tmp_path, "base", index - 2, seed)):
+            with Image.open(path) as image:
+                pixels.append(np.asarray(image, dtype=int))
+        assert abs(pixels[0] - pixels[1]).max() <= 1  # a batch may round otherwise
+
+
+def test_the_noise_is_of_prompt_and_seed_or_of_the_seed_alone():
+    def noise(kind, prompt, seed):
+        return torch.randn(4, generator=settings(noise=kind).generator(prompt, seed)).tolist()
+
+    assert noise("prompt", "a", 0) == noise("prompt", "a", 0)
+    assert len({tuple(noise("prompt", prompt, seed)) for prompt in "ab" for seed in (0, 1)}) == 4
+    assert (
+        noise("shared", "a", 0)
+        == noise("shared", "b", 0)
+        == torch.randn(4, generator=torch.Generator().manual_seed(0)).tolist()
+    )
+
+
+def test_other_settings_in_the_same_folder_are_refused(evaluated):
+    folder, candidates, _ = evaluated
+    with pytest.raises(ValueError, match="shared_call_kwargs"):
+        evaluate_models(candidates, PROMPTS, SCORERS, folder, settings(call_kwargs={"num_inference_steps": 3}))
+    with pytest.raises(ValueError, match="prompts"):
+        evaluate_models(candidates, PROMPTS[:2], SCORERS, folder, settings())
+
+
+def test_black_images_have_no_score_and_are_counted(sd_folder, tmp_path):
+    generate_images(Candidate("base", sd_folder), PROMPTS, settings(), tmp_path)
+    with Image.open(image_path(tmp_path, "base", 1, 0)) as image:
+        size = image.size
+    Image.new("RGB", size).save(image_path(tmp_path, "base", 1, 0))
+    evaluation = evaluate_models([Candidate("base", sd_folder)], PROMPTS, SCORERS, tmp_path, settings())
+    assert np.isnan(evaluation.scores["redness"]["base"]).sum() == 1
+    assert evaluation.looks["base"]["black"] == 1 and "1 images of base are black" in " ".join(evaluation.notes)
+
+
+def test_a_constant_scorer_is_noted(sd_folder, tmp_path):
+    constant = FunctionScorer("constant", lambda images, prompts: [1.0] * len(images))
+    candidates = [Candidate("base", sd_folder), Candidate("same", sd_folder)]
+    evaluation = evaluate_models(candidates, PROMPTS[:2], [constant], tmp_path, settings(seeds=(0,)))
+    assert evaluation.comparisons[0].result.rate == 0.5
+    assert any("constant" in note for note in evaluation.notes)
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_models_need_names_of_their_own(names, sd_folder, tmp_path):
+    with pytest.raises(ValueError, match="models"):
+        evaluate_models([Candidate(name, sd_folder) for name in names], PROMPTS, SCORERS, tmp_path)
+
+
+def test_a_name_that_is_no_file_name_is_refused():
+    with pytest.raises(ValueError, match="name"):
+        Candidate("../x", "model")
+
+
+def test_looks_by_hand():
+    black, red = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (255, 0, 0))
+    assert saturation(red) == 1.0 and saturation(black) == 0.0
+    assert diversity([black, red, red]) == pytest.approx(
+        2 / 3 * (1 / 3) ** 0.5
+    )  # one channel of three, two of three pairs
+    assert np.isnan(diversity([red]))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("base=org/model", ("base", "org/model", None, None)),
+        ("a=org/model+folder/lora", ("a", "org/model", "folder/lora", None)),
+        ("a=run@3", ("a", "run", None, 3.0)),
+    ],
+)
+def test_models_are_named_on_the_command_line(text, expected):
+    one = candidate_of(text)
+    assert (one.name, one.model, one.lora, one.preference_scale) == expected
+
+
+@pytest.mark.parametrize("text", ["org/model", "a=", "a=run@x"])
+def test_a_model_without_name_or_with_a_bad_scale_is_refused(text):
+    with pytest.raises(ValueError, match="NAME=MODEL|scale"):
+        candidate_of(text)
+
+
+def command(sd_folder, redder_folder, folder, prompts):
+    return [
+        "evaluate",
+        *("--models", f"base={sd_folder}", f"redder={redder_folder}"),
+        *("--prompts", str(prompts), "--scorers", f"{__name__}:redness", "--device", "cpu"),
+        *("--call_kwargs", json.dumps(CALL), "--batch_size", "2", "--output_dir", str(folder)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def test_the_command_writes_the_report_and_prints_the_verdict(sd_folder, redder_folder, prompt_file, tmp_path, capsys):
+    assert main(command(sd_folder, redder_folder, tmp_path, prompt_file)) == 0
+    printed = capsys.readouterr().out
+    assert "redder is better than base" in printed and "report.html" in printed
+    page = (tmp_path / "report.html").read_text()
+    assert "a cat &lt;b&gt;&amp;" in page and "<b>&" not in page  # a prompt is text
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "redder is better" in (tmp_path / "report.md").read_text()
+
+
+def test_two_processes_write_what_one_does_and_a_killed_call_goes_on(sd_folder, redder_folder, prompt_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(command(sd_folder, redder_folder, one, prompt_file)) == 0
+    arguments = command(sd_folder, redder_folder, two, prompt_file)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launched = [*launch, "-m", "trl_diffusion_sdpo", *arguments]
+    process = subprocess.Popen(launched, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(two.rglob("*.png")) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert digests(two) == digests(one)
+    assert json.loads((two / RESULTS_FILE).read_text()) == json.loads((one / RESULTS_FILE).read_text())

@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from trl_diffusion_sdpo.evaluation.prompts import read_prompts
+
+EXPECTED = ("a red circle", 'two "blue" squares', "ein grüner Baum")
+
+
+def contents():
+    rows = [{"id": index, "caption": prompt} for index, prompt in enumerate(EXPECTED)]
+    return {
+        "txt": "\n".join([EXPECTED[0], "", *EXPECTED[1:], EXPECTED[0], "  "]),
+        "json": json.dumps(list(EXPECTED)),
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "csv": 'id,caption\n0,a red circle\n1,"two ""blue"" squares"\n2,ein grüner Baum\n',
+    }
+
+
+@pytest.mark.parametrize("ending", ["txt", "json", "jsonl", "csv"])
+def test_prompts_are_read_from_a_file(ending, tmp_path):
+    path = tmp_path / f"prompts.{ending}"
+    path.write_text(contents()[ending], encoding="utf-8")
+    listed = read_prompts(path)
+    assert listed.prompts == EXPECTED
+    assert (listed.empty, listed.duplicates) == ((2, 1) if ending == "txt" else (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.txt", "grün".encode("latin-1"), "UTF-8"),
+        ("a.txt", b"\n\n", "none"),
+        ("a.json", b"{", "a.json"),
+        ("a.json", b'{"prompt": "x"}', "list"),
+        ("a.jsonl", b'{"words": "x"}', "words"),
+        ("a.csv", b"words\nx\n", "prompt_column"),
+    ],
+)
+def test_a_bad_file_is_an_error(name, content, match, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        read_prompts(tmp_path / name)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no\.txt"):
+        read_prompts(tmp_path / "no.txt")

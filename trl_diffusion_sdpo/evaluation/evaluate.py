@@ -1,0 +1,315 @@
+"""Compare models by scorers: images, scores, win rates against the first model, and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..engines.processes import gather_objects
+from ..rewards import Scorer
+from ..utils.files import write_atomically
+from ..utils.processes import Peers
+from .images import Candidate, ImageSettings, diversity, generate_images, image_path, is_black, saturation
+from .prompts import PromptList, distinct
+from .report import write_report
+from .statistics import WinRate, agreement, holm, win_rate
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+MANIFEST_FILE = "manifest.jsonl"
+_SCORED_AT_ONCE = 64
+_FEW_PROMPTS = 30  # with fewer, a bootstrap's intervals are too narrow
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the base by one scorer. `adjusted` is the p-value after Holm's method over all comparisons."""
+
+    model: str
+    scorer: str
+    result: WinRate
+    adjusted: float
+
+    @property
+    def verdict(self) -> str:
+        return self.result.verdict(self.adjusted)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Args:
+        prompts (`PromptList`): The prompts.
+        seeds (`tuple[int, ...]`): The seeds.
+        models (`tuple[str, ...]`): Names of the models; the first is the base.
+        scores (`dict[str, dict[str, np.ndarray]]`): Scorer -> model -> `(prompts, seeds)`; NaN where there is none.
+        comparisons (`tuple[Comparison, ...]`): Each other model against the base, by each scorer.
+        agreement (`dict[str, dict[str, float]]`): Model -> "one scorer and other" -> share of prompts on which both
+            prefer the same model.
+        looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and the number of `black` images.
+        notes (`tuple[str, ...]`): Sentences on what was left out.
+    """
+
+    prompts: PromptList
+    seeds: tuple[int, ...]
+    models: tuple[str, ...]
+    scores: dict[str, dict[str, np.ndarray]]
+    comparisons: tuple[Comparison, ...]
+    agreement: dict[str, dict[str, float]]
+    looks: dict[str, dict[str, float]]
+    notes: tuple[str, ...]
+
+
+def evaluate_models(
+    candidates: Sequence[Candidate],
+    prompts: Sequence[str] | PromptList,
+    scorers: Sequence[Scorer],
+    output_dir: str | Path,
+    settings: ImageSettings | None = None,
+) -> Evaluation:
+    """Generate images of all models, score them, and compare each model with the first one.
+
+    Finished images and scores are kept in `output_dir`: a second call goes on where the first ended. Under a launcher
+    all processes share the work.
+
+    Args:
+        candidates (`Sequence[Candidate]`): The models, the base first.
+        prompts (`Sequence[str]` or `PromptList`): The prompts; see [`~evaluation.prompts.read_prompts`].
+        scorers (`Sequence[Scorer]`): See [`load_scorer`].
+        output_dir (`str` or `Path`): Folder of images, scores, `results.json` and `report.html`.
+        settings (`ImageSettings`, *optional*): Seeds, noise and the pipelines' arguments.
+
+    Returns:
+        `Evaluation`: The result, in every process.
+
+    Raises:
+        `ValueError`: If models or scorers are missing or share a name, or the folder has other images.
+
+    Example:
+
+    ```python
+    from trl_diffusion_sdpo import Candidate, evaluate_models, load_scorer
+
+    evaluation = evaluate_models(
+        [Candidate("base", "stable-diffusion-v1-5/stable-diffusion-v1-5"), Candidate("tuned", "path/to/run")],
+        ["a red circle", "two cats on a sofa"],
+        [load_scorer("pickscore"), load_scorer("hpsv2.1")],
+        "evaluation",
+    )
+    print(evaluation.comparisons[0].verdict)
+    ```
+    """
+    settings = settings or ImageSettings()
+    listed = prompts if isinstance(prompts, PromptList) else distinct(prompts)
+    _check_names("models", [candidate.name for candidate in candidates])
+    _check_names("scorers", [scorer.name for scorer in scorers])
+    folder = Path(output_dir)
+    state = PartialState()
+    peers = Peers(state.process_index, state.num_processes, gather_objects)
+    for candidate in candidates:
+        generate_images(candidate, listed.prompts, settings, folder, peers)
+    looks = {name: _looks(folder, name, listed, settings, peers) for name in (one.name for one in candidates)}
+    scores = {
+        scorer.name: {one.name: _scores(scorer, folder, one.name, listed, settings, peers) for one in candidates}
+        for scorer in scorers
+    }
+    evaluation = _compare(listed, settings, [candidate.name for candidate in candidates], scores, looks)
+    peers.first(lambda: _write(folder, evaluation))
+    return evaluation
+
+
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"An evaluation needs {kind} with names of their own, got {list(names)}.")
+
+
+def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers) -> dict[str, float]:
+    """Return saturation, diversity and the number of black images of a model."""
+
+    def measure() -> list[tuple[float, float, int]]:
+        measured = []
+        for index in range(len(prompts.prompts))[peers.index :: peers.count]:
+            images = [_read(image_path(folder, name, index, seed)) for seed in settings.seeds]
+            seen = [image for image in images if not is_black(image)]
+            saturations = [saturation(image) for image in seen]
+            mean = float(np.mean(saturations)) if seen else math.nan
+            measured.append((mean, diversity(seen), len(images) - len(seen)))
+        return measured
+
+    rows = _in_order(peers.gather_results(measure))
+    return {
+        "saturation": _mean([row[0] for row in rows]),
+        "diversity": _mean([row[1] for row in rows]),
+        "black": sum(row[2] for row in rows),
+    }
+
+
+def _in_order(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the items of which process i has the items i, i + count, ..."""
+    items: list[Any] = [None] * sum(map(len, shares))
+    for index, share in enumerate(shares):
+        items[index :: len(shares)] = share
+    return items
+
+
+def _mean(values: Sequence[float]) -> float:
+    present = [value for value in values if math.isfinite(value)]
+    return float(np.mean(present)) if present else math.nan
+
+
+def _scores(
+    scorer: Scorer, folder: Path, name: str, prompts: PromptList, settings: ImageSettings, peers: Peers
+) -> np.ndarray:
+    """Return a model's scores, `(prompts, seeds)`, from the folder or from the scorer. Black images have none."""
+    path = folder / "scores" / _file_name(scorer.name) / f"{name}.json"
+    stored = peers.first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    shape = (len(prompts.prompts), len(settings.seeds))
+    if stored is not None:
+        return np.array([math.nan if value is None else value for value in stored], dtype=np.float64).reshape(shape)
+    rows = [(index, seed) for index in range(shape[0]) for seed in settings.seeds]
+
+    def score() -> list[float]:
+        share = rows[peers.index :: peers.count]
+        values = []
+        for start in tqdm(range(0, len(share), _SCORED_AT_ONCE), desc=f"{scorer.name} of {name}", unit="batch"):
+            batch = share[start : start + _SCORED_AT_ONCE]
+            images = [_read(image_path(folder, name, *row)) for row in batch]
+            visible = [position for position, image in enumerate(images) if not is_black(image)]
+            scored = [math.nan] * len(batch)
+            if visible:
+                texts = [prompts.prompts[batch[position][0]] for position in visible]
+                found = scorer([images[position] for position in visible], texts).tolist()
+                for position, value in zip(visible, found, strict=True):
+                    scored[position] = value
+            values.extend(scored)
+        return values
+
+    values = _in_order(peers.gather_results(score))
+    listed = [value if math.isfinite(value) else None for value in values]
+    peers.first(lambda: _write_json(path, listed))
+    return np.array(values).reshape(shape)
+
+
+def _compare(
+    prompts: PromptList,
+    settings: ImageSettings,
+    models: Sequence[str],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    looks: dict[str, dict[str, float]],
+) -> Evaluation:
+    base, *others = models
+    results = [(model, name, win_rate(scores[name][model], scores[name][base])) for model in others for name in scores]
+    adjusted = holm([result.p_value for _, _, result in results])
+    comparisons = [
+        Comparison(model, name, result, value) for (model, name, result), value in zip(results, adjusted, strict=True)
+    ]
+    names = list(scores)
+    agreements = {
+        model: {
+            f"{first} and {second}": agreement(
+                scores[first][model] - scores[first][base], scores[second][model] - scores[second][base]
+            )
+            for position, first in enumerate(names)
+            for second in names[position + 1 :]
+        }
+        for model in others
+    }
+    return Evaluation(
+        prompts=prompts,
+        seeds=settings.seeds,
+        models=tuple(models),
+        scores={name: dict(values) for name, values in scores.items()},
+        comparisons=tuple(comparisons),
+        agreement=agreements,
+        looks=looks,
+        notes=tuple(_notes(prompts, scores, looks)),
+    )
+
+
+def _notes(
+    prompts: PromptList, scores: Mapping[str, Mapping[str, np.ndarray]], looks: dict[str, dict[str, float]]
+) -> list[str]:
+    notes = []
+    if prompts.empty or prompts.duplicates:
+        notes.append(f"{prompts.empty} empty prompts and {prompts.duplicates} repeated ones were left out.")
+    if len(prompts.prompts) < _FEW_PROMPTS:
+        notes.append(f"There are only {len(prompts.prompts)} prompts: the intervals are too narrow. Use more prompts.")
+    for model, values in looks.items():
+        if values["black"]:
+            notes.append(
+                f"{int(values['black'])} images of {model} are black, which is how a safety checker hides images. They "
+                "have no scores."
+            )
+    for scorer, by_model in scores.items():
+        for model, values in by_model.items():
+            present = values[np.isfinite(values)]
+            if present.size > 1 and np.ptp(present) == 0:
+                notes.append(f"{scorer} gives all images of {model} the same score, so it says nothing about them.")
+    return notes
+
+
+def _write(folder: Path, evaluation: Evaluation) -> None:
+    manifest = [
+        json.dumps({"model": model, "prompt": prompt, "seed": seed, "image": str(path.relative_to(folder))})
+        for model in evaluation.models
+        for index, prompt in enumerate(evaluation.prompts.prompts)
+        for seed in evaluation.seeds
+        for path in (image_path(folder, model, index, seed),)
+    ]
+    write_atomically(folder / MANIFEST_FILE, "".join(f"{line}\n" for line in manifest).encode())
+    _write_json(
+        folder / RESULTS_FILE,
+        {
+            "models": evaluation.models,
+            "prompts": len(evaluation.prompts.prompts),
+            "seeds": evaluation.seeds,
+            "comparisons": [
+                {
+                    "model": one.model,
+                    "scorer": one.scorer,
+                    "verdict": one.verdict,
+                    "adjusted_p_value": one.adjusted,
+                    **asdict(one.result),
+                }
+                for one in evaluation.comparisons
+            ],
+            "means": {
+                scorer: _without_nan({model: float(np.nanmean(values)) for model, values in by_model.items()})
+                for scorer, by_model in evaluation.scores.items()
+            },
+            "agreement": {model: _without_nan(pairs) for model, pairs in evaluation.agreement.items()},
+            "looks": {model: _without_nan(values) for model, values in evaluation.looks.items()},
+            "notes": evaluation.notes,
+        },
+    )
+    write_report(folder, evaluation)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _file_name(scorer: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in scorer)

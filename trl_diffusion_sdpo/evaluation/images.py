@@ -1,0 +1,246 @@
+"""Images of an evaluation: one for each model, prompt and seed, from noise that is equal for all models."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+from ..families import Family
+from ..guidance import preference_guidance
+from ..models.loading import load_model
+from ..saving.starting_point import attach_adapter, starting_point
+from ..utils.files import write_atomically
+from ..utils.processes import ALONE, Peers
+
+Noise = Literal["prompt", "shared"]
+SETTINGS_FILE = "settings.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model of an evaluation.
+
+    Args:
+        name (`str`): Its name in tables and file names: letters, digits, dots, dashes and underscores.
+        model (`str` or `DiffusionPipeline`): A Hub id, a folder of a pipeline, a run's output folder, or a pipeline.
+        lora (`str`, *optional*): A LoRA on it: a folder, a file or a Hub id.
+        preference_scale (`float`, *optional*): Scale of preference guidance; needs a LoRA.
+        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model, over those of all.
+
+    Raises:
+        `ValueError`: If the name is no file name.
+    """
+
+    name: str
+    model: str | DiffusionPipeline
+    lora: str | None = None
+    preference_scale: float | None = None
+    call_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"The name of a model is part of file names, got {self.name!r}. Use letters and digits.")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How the images of all models are generated.
+
+    Args:
+        seeds (`tuple[int, ...]`, *optional*, defaults to `(0,)`): One image of each prompt for each seed.
+        noise (`"prompt"` or `"shared"`, *optional*, defaults to `"prompt"`): `prompt` draws the initial noise of a
+            prompt from prompt and seed, `shared` from the seed alone, as the Diffusion-SDPO authors do.
+        call_kwargs (`dict`, *optional*): Arguments of the pipelines' calls, such as `guidance_scale`,
+            `num_inference_steps`, `height` and `width`.
+        batch_size (`int`, *optional*, defaults to `4`): Images that are generated at once.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type in which pipelines are loaded.
+        device (`str`, *optional*, defaults to `"cpu"`): Where they run.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    noise: Noise = "prompt"
+    call_kwargs: dict[str, Any] | None = None
+    batch_size: int = 4
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.noise not in ("prompt", "shared"):
+            raise ValueError(f"`noise` must be `prompt` or `shared`, got {self.noise!r}.")
+        if self.batch_size < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"`batch_size` must be at least 1 and `seeds` distinct, got {self.batch_size} and {self.seeds}."
+            )
+
+    def generator(self, prompt: str, seed: int) -> torch.Generator:
+        """Return the generator of an image's initial noise, on the CPU so that every device draws the same."""
+        if self.noise == "shared":
+            return torch.Generator("cpu").manual_seed(seed)
+        digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def image_path(folder: Path, candidate: str, prompt_index: int, seed: int) -> Path:
+    """Return where the image of a model, a prompt and a seed is."""
+    return folder / "images" / candidate / f"{prompt_index:05d}-{seed}.png"
+
+
+def settings_path(folder: Path, candidate: str) -> Path:
+    """Return the file of the settings with which a model's images were generated."""
+    return folder / "images" / candidate / SETTINGS_FILE
+
+
+def generate_images(
+    candidate: Candidate, prompts: Sequence[str], settings: ImageSettings, folder: Path, peers: Peers = ALONE
+) -> None:
+    """Generate the images of a model that are not there yet. Collective: all processes call it.
+
+    Images are generated in fixed batches, so that a resumed call writes the same bytes.
+
+    Raises:
+        `ValueError`: If the folder has images of this name with other settings or prompts, or the model cannot be
+            loaded.
+    """
+    target = folder / "images" / candidate.name
+    peers.first(lambda: _check_settings(target, _facts(candidate, prompts, settings)))
+    rows = [(index, seed) for index in range(len(prompts)) for seed in settings.seeds]
+    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+    missing = [
+        batch
+        for batch in batches[peers.index :: peers.count]
+        if not all(image_path(folder, candidate.name, *row).is_file() for row in batch)
+    ]
+    peers.gather_results(lambda: _generate(candidate, prompts, settings, folder, missing) if missing else None)
+
+
+def _generate(
+    candidate: Candidate,
+    prompts: Sequence[str],
+    settings: ImageSettings,
+    folder: Path,
+    batches: list[list[tuple[int, int]]],
+) -> None:
+    family = _load(candidate, settings)
+    pipeline = family.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    options = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
+    options.update(family.generation_kwargs(options.pop("guidance_scale", None)))
+    with _guided(candidate, pipeline), tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image") as bar:
+        for batch in batches:
+            texts = [prompts[index] for index, _ in batch]
+            generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
+            images = pipeline(prompt=texts, generator=generators, **options).images
+            for image, text, row in zip(images, texts, batch, strict=True):
+                write_atomically(image_path(folder, candidate.name, *row), _png(image, text, row[1]))
+            bar.update(len(batch))
+
+
+def _load(candidate: Candidate, settings: ImageSettings) -> Family:
+    if isinstance(candidate.model, DiffusionPipeline):
+        family = load_model(candidate.model).family
+        adapter = candidate.lora
+    else:
+        start = starting_point(candidate.model, candidate.lora)
+        options = start.with_recorded({"dtype": settings.dtype})
+        family = load_model(start.pipeline, model_init_kwargs=options, denoiser_folder=start.denoiser).family
+        adapter = start.adapter
+    if adapter is not None:
+        attach_adapter(family.pipeline, family.denoiser_name, adapter)
+    if candidate.preference_scale is not None and adapter is None:
+        raise ValueError(
+            f"Preference guidance compares a LoRA with its base, and {candidate.name} has no LoRA. Leave its scale out."
+        )
+    family.pipeline.to(settings.device)
+    return family
+
+
+def _guided(candidate: Candidate, pipeline: DiffusionPipeline) -> contextlib.AbstractContextManager[Any]:
+    if candidate.preference_scale is None:
+        return contextlib.nullcontext()
+    return preference_guidance(pipeline, candidate.preference_scale)
+
+
+def _facts(candidate: Candidate, prompts: Sequence[str], settings: ImageSettings) -> dict[str, Any]:
+    model = candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__
+    return {
+        **asdict(_without_pipeline(candidate)),
+        "model": model,
+        "noise": settings.noise,
+        "seeds": list(settings.seeds),
+        "shared_call_kwargs": settings.call_kwargs or {},
+        "batch_size": settings.batch_size,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "diffusers": diffusers.__version__,
+    }
+
+
+def _without_pipeline(candidate: Candidate) -> Candidate:
+    return Candidate(candidate.name, "", candidate.lora, candidate.preference_scale, candidate.call_kwargs)
+
+
+def _check_settings(target: Path, facts: dict[str, Any]) -> None:
+    """Write the settings of a model's images, or compare them with those of the images that are there."""
+    path = target / SETTINGS_FILE
+    written = json.dumps(facts, indent=1, default=str)
+    if path.is_file() and path.read_text(encoding="utf-8") != written:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(written)
+        changed = sorted(name for name in now if before.get(name) != now[name])
+        raise ValueError(
+            f"{target} has images that were generated with other settings ({', '.join(changed)}). Use another output "
+            "folder, or delete that one."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, written.encode())
+
+
+def _png(image: Image.Image, prompt: str, seed: int) -> bytes:
+    text = PngInfo()
+    text.add_itxt("prompt", prompt)
+    text.add_text("seed", str(seed))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+# ---- What the images show without a scorer --------------------------------------------------------------------------
+
+
+def is_black(image: Image.Image) -> bool:
+    """Return whether every pixel is black, which is how a safety checker hides an image."""
+    return image.convert("L").getextrema() == (0, 0)
+
+
+def saturation(image: Image.Image) -> float:
+    """Return the mean saturation of an image's pixels in HSV, in `[0, 1]`."""
+    return float(np.asarray(image.convert("HSV"))[..., 1].mean() / 255)
+
+
+def diversity(images: Sequence[Image.Image]) -> float:
+    """Return the mean distance of two images of one prompt: the root mean square of pixels in `[0, 1]` at 64 x 64."""
+    pixels = np.stack([np.asarray(image.convert("RGB").resize((64, 64)), dtype=np.float64) / 255 for image in images])
+    distances = list(_distances(pixels))
+    return float(np.mean(distances)) if distances else float("nan")
+
+
+def _distances(pixels: np.ndarray) -> Iterator[float]:
+    for first in range(len(pixels)):
+        for second in range(first):
+            yield float(np.sqrt(((pixels[first] - pixels[second]) ** 2).mean()))

@@ -1,0 +1,95 @@
+"""Prompts for an evaluation, from a file or a data set."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROMPT_COLUMNS = ("prompt", "caption", "text", "Prompt", "caption_text")
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Distinct prompts in their order, and how many entries were left out."""
+
+    prompts: tuple[str, ...]
+    empty: int = 0
+    duplicates: int = 0
+
+
+def read_prompts(source: str | Path, *, column: str | None = None, split: str = "test") -> PromptList:
+    """Read prompts from a `.txt`, `.json`, `.jsonl` or `.csv` file, or from a data set of the Hub.
+
+    Empty entries and repetitions are left out and counted.
+
+    Args:
+        source (`str` or `Path`): A file, or the id of a data set.
+        column (`str`, *optional*): Column or key of the prompts; the first of `prompt`, `caption` and `text` if unset.
+        split (`str`, *optional*, defaults to `"test"`): Split of a data set.
+
+    Raises:
+        `ValueError`: If the file is not UTF-8, is malformed, has no such column, or has no prompt.
+    """
+    path = Path(source)
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise ValueError(f"There is no file of prompts {path}.")
+        try:
+            entries = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"A file of prompts must be UTF-8, and {path} is not: {error}. Convert it.") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is no {path.suffix[1:]} file of prompts: {error}") from error
+    else:
+        import datasets
+
+        entries = datasets.load_dataset(str(source), split=split)
+    return distinct([_prompt(entry, column, source) for entry in entries], source)
+
+
+def distinct(prompts: Iterable[str], source: Any = "the list") -> PromptList:
+    """Return the prompts without empty ones and repetitions.
+
+    Raises:
+        `ValueError`: If none is left.
+    """
+    stripped = [prompt.strip() for prompt in prompts]
+    filled = [prompt for prompt in stripped if prompt]
+    kept = tuple(dict.fromkeys(filled))
+    if not kept:
+        raise ValueError(f"An evaluation needs prompts, and there are none in {source}.")
+    return PromptList(kept, empty=len(stripped) - len(filled), duplicates=len(filled) - len(kept))
+
+
+def _prompt(entry: Any, column: str | None, source: Any) -> str:
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict):
+        raise ValueError(f"Each entry of {source} must be a prompt or a mapping with one, got {entry!r}.")
+    columns = PROMPT_COLUMNS if column is None else (column,)
+    name = next((name for name in columns if isinstance(entry.get(name), str)), None)
+    if name is None:
+        raise ValueError(
+            f"The prompts of {source} must be in a column {' or '.join(f'`{name}`' for name in columns)}, got the "
+            f"columns {sorted(entry)}. Name it with `prompt_column`."
+        )
+    return entry[name]
+
+
+def _read_json(text: str) -> list[Any]:
+    content = json.loads(text)
+    if not isinstance(content, list):
+        raise ValueError(f"it must be a list, got a {type(content).__name__}")
+    return content
+
+
+_READERS = {
+    ".txt": str.splitlines,
+    ".json": _read_json,
+    ".jsonl": lambda text: [json.loads(line) for line in text.splitlines() if line.strip()],
+    ".csv": lambda text: list(csv.DictReader(text.splitlines())),
+}

@@ -1,0 +1,252 @@
+"""The page of an evaluation: one HTML file that needs no network, and the same findings in Markdown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ..utils.files import write_atomically
+from .images import image_path, settings_path
+
+if TYPE_CHECKING:
+    from .evaluate import Comparison, Evaluation
+
+REPORT_FILE = "report.html"
+MARKDOWN_FILE = "report.md"
+SHOWN_PROMPTS = 6  # of the best and of the worst, for each model
+SHOWN_SIDE = 512  # pixels of the longer side of images in the page
+LIMITS = (
+    "A scorer is a model of taste, not a person, and a scorer that chose the training pairs favours what was trained "
+    "on them. A win rate says how often one image is preferred, not by how much. The intervals say how far other "
+    "prompts of the same kind could move the rate; they say nothing about other kinds of prompts."
+)
+
+
+def write_report(folder: Path, evaluation: Evaluation) -> None:
+    """Write `report.html` and `report.md` into the folder of an evaluation."""
+    write_atomically(folder / REPORT_FILE, html_report(folder, evaluation).encode())
+    write_atomically(folder / MARKDOWN_FILE, markdown_report(evaluation).encode())
+
+
+def verdict_sentence(one: Comparison, base: str) -> str:
+    """Return a comparison in words."""
+    result = one.result
+    rate = f"{result.rate:.0%} (95 % interval {result.low:.0%} to {result.high:.0%}, {result.prompts} prompts)"
+    if one.verdict == "better":
+        return f"{one.model} is better than {base} by {one.scorer}: it wins {rate}."
+    if one.verdict == "worse":
+        return f"{one.model} is worse than {base} by {one.scorer}: it wins only {rate}."
+    return f"{one.scorer} shows no difference between {one.model} and {base}: a win rate of {rate}."
+
+
+def markdown_report(evaluation: Evaluation) -> str:
+    """Return the findings as Markdown, such as for a model card."""
+    base = evaluation.models[0]
+    lines = ["# Evaluation", ""]
+    lines += [f"- {verdict_sentence(one, base)}" for one in evaluation.comparisons]
+    lines += ["", "| Model | Scorer | Win rate | 95 % interval | Mean change | p (Holm) | Ties | Verdict |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in _rows(evaluation)]
+    lines += ["", "| Model | " + " | ".join(evaluation.scores) + " | Saturation | Diversity within a prompt |"]
+    lines += ["|---" * (len(evaluation.scores) + 3) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in _mean_rows(evaluation)]
+    lines += ["", *evaluation.notes, *([""] if evaluation.notes else []), LIMITS, ""]
+    return "\n".join(lines)
+
+
+def _rows(evaluation: Evaluation) -> Iterator[list[str]]:
+    for one in evaluation.comparisons:
+        result = one.result
+        yield [
+            one.model,
+            one.scorer,
+            f"{result.rate:.1%}",
+            f"{result.low:.1%} to {result.high:.1%}",
+            f"{result.mean_change:+.4g} ({result.change_low:+.4g} to {result.change_high:+.4g})",
+            f"{one.adjusted:.2g}",
+            str(result.ties),
+            one.verdict,
+        ]
+
+
+def _mean_rows(evaluation: Evaluation) -> Iterator[list[str]]:
+    for model in evaluation.models:
+        means = [f"{np.nanmean(by_model[model]):.4g}" for by_model in evaluation.scores.values()]
+        looks = evaluation.looks[model]
+        yield [model, *means, f"{looks['saturation']:.3f}", _number(looks["diversity"])]
+
+
+def _number(value: float) -> str:
+    return "needs two seeds" if np.isnan(value) else f"{value:.3f}"
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+def html_report(folder: Path, evaluation: Evaluation) -> str:
+    """Return the page. It contains its pictures, and uses neither network nor other files."""
+    base = evaluation.models[0]
+    verdicts = "".join(
+        f'<li class="{one.verdict.split()[0]}">{_text(verdict_sentence(one, base))}</li>'
+        for one in evaluation.comparisons
+    )
+    notes = "".join(f"<li>{_text(note)}</li>" for note in evaluation.notes)
+    head = ["Model", "Scorer", "Win rate", "95 % interval", "Mean change", "p (Holm)", "Ties", "Verdict"]
+    means = ["Model", *evaluation.scores, "Saturation", "Diversity within a prompt"]
+    agreements = "".join(
+        f"<li>{_text(pair)} prefer the same of {_text(model)} and {_text(base)} on {share:.0%} of the prompts.</li>"
+        for model, pairs in evaluation.agreement.items()
+        for pair, share in pairs.items()
+        if not np.isnan(share)
+    )
+    parts = [
+        f"<h1>{_text(', '.join(evaluation.models[1:]) or base)} against {_text(base)}</h1>",
+        f"<p>{len(evaluation.prompts.prompts)} prompts, {len(evaluation.seeds)} images each, from equal noise.</p>",
+        f'<ul class="verdicts">{verdicts}</ul>',
+        "<h2>Win rates</h2>",
+        "<p>Share of prompts on which the model's image scores higher. A tie counts one half. The line in the middle "
+        "is one half: no difference.</p>",
+        _plot(evaluation),
+        _table(head, _rows(evaluation)),
+        "<h2>Means</h2>",
+        _table(means, _mean_rows(evaluation)),
+        "<p>Scorers tend to reward saturated images. Training often makes the images of a prompt more alike.</p>",
+        f"<ul>{agreements}</ul>" if agreements else "",
+        *(_examples(folder, evaluation, model) for model in evaluation.models[1:]),
+        "<h2>What the numbers do not show</h2>",
+        f"<p>{LIMITS}</p>",
+        f"<ul>{notes}</ul>" if notes else "",
+        "<h2>Settings</h2>",
+        *(_settings(folder, model) for model in evaluation.models),
+    ]
+    title = _text(f"Evaluation against {base}")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main>"
+        f'<dialog id="large"><img alt=""></dialog><script>{_SCRIPT}</script></body></html>\n'
+    )
+
+
+def _settings(folder: Path, model: str) -> str:
+    settings = settings_path(folder, model).read_text(encoding="utf-8")
+    return f"<details><summary>{_text(model)}</summary><pre>{_text(settings)}</pre></details>"
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> str:
+    cells = "".join(f"<th>{_text(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _plot(evaluation: Evaluation) -> str:
+    """Return the win rates with their intervals as an SVG."""
+    left, width, step = 210, 640, 34
+    right = width - 20
+
+    def x(rate: float) -> float:
+        return left + rate * (right - left)
+
+    height = step * len(evaluation.comparisons) + 40
+    marks = []
+    for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
+        kind = "middle" if rate == 0.5 else "grid"
+        marks.append(f'<line class="{kind}" x1="{x(rate)}" x2="{x(rate)}" y1="8" y2="{height - 28}"/>')
+        marks.append(f'<text x="{x(rate)}" y="{height - 8}" text-anchor="middle">{rate:.0%}</text>')
+    for position, one in enumerate(evaluation.comparisons):
+        y = 25 + step * position
+        label = _text(f"{one.model}, {one.scorer}"[:32])
+        result = one.result
+        marks.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{label}</text>')
+        kind = one.verdict.split()[0]
+        marks.append(f'<line class="bar {kind}" x1="{x(result.low)}" x2="{x(result.high)}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<circle class="{kind}" cx="{x(result.rate)}" cy="{y}" r="6"/>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Win rates">{"".join(marks)}</svg>'
+
+
+def _examples(folder: Path, evaluation: Evaluation, model: str) -> str:
+    """Return the best and the worst prompts of a model, by its first scorer, with a slider over both images."""
+    base = evaluation.models[0]
+    scorer, by_model = next(iter(evaluation.scores.items()))
+    difference = by_model[model] - by_model[base]
+    present = [index for index in range(len(difference)) if np.isfinite(difference[index]).any()]
+    change = {index: float(np.nanmean(difference[index])) for index in present}
+    gains = sorted((index for index in present if change[index] > 0), key=lambda index: -change[index])
+    losses = sorted((index for index in present if change[index] < 0), key=lambda index: change[index])
+    sections = []
+    for title, indices in (("gains most", gains[:SHOWN_PROMPTS]), ("loses most", losses[:SHOWN_PROMPTS])):
+        if not indices:
+            continue
+        figures = "".join(_figure(folder, evaluation, model, index, difference[index]) for index in indices)
+        sections.append(
+            f"<h2>Where {_text(model)} {title}, by {_text(scorer)}</h2>"
+            f"<p>Left of the slider {_text(base)}, right of it {_text(model)}, from equal noise. The number is the mean "
+            "change over seeds. Click an image to enlarge it.</p>"
+            f'<div class="figures">{figures}</div>'
+        )
+    return "".join(sections)
+
+
+def _figure(folder: Path, evaluation: Evaluation, model: str, index: int, difference: np.ndarray) -> str:
+    seed = evaluation.seeds[int(np.isfinite(difference).argmax())]
+    before, after = (_data_url(image_path(folder, name, index, seed)) for name in (evaluation.models[0], model))
+    caption = _text(evaluation.prompts.prompts[index])
+    change = f"{np.nanmean(difference):+.4g}"
+    return (
+        f'<figure><div class="pair"><img src="{before}" alt="{_text(evaluation.models[0])}"><img class="over" '
+        f'src="{after}" alt="{_text(model)}"></div><input type="range" value="50" aria-label="Compare">'
+        f"<figcaption>{caption} <b>{change}</b></figcaption></figure>"
+    )
+
+
+def _data_url(path: Path) -> str:
+    with Image.open(path) as image:
+        shown = image.convert("RGB")
+    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    buffer = io.BytesIO()
+    shown.save(buffer, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+_STYLE = """
+:root{color-scheme:light dark;--line:#8886;--good:#1a7f37;--bad:#c62828;--none:#777}
+body{font:16px/1.5 system-ui,sans-serif;margin:0}
+main{max-width:960px;margin:auto;padding:16px}
+h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.2rem;margin-top:2em;overflow-wrap:anywhere}
+.verdicts{padding:0;list-style:none}.verdicts li{border-left:5px solid var(--none);padding:4px 12px;margin:8px 0}
+.verdicts .better{border-color:var(--good)}.verdicts .worse{border-color:var(--bad)}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:4px 10px;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
+svg{width:100%;max-width:640px;font-size:13px;fill:currentColor}
+.grid{stroke:var(--line)}.middle{stroke:currentColor;stroke-dasharray:4 3}
+.bar{stroke-width:4;stroke:var(--none)}.bar.better{stroke:var(--good)}.bar.worse{stroke:var(--bad)}
+circle{fill:var(--none)}circle.better{fill:var(--good)}circle.worse{fill:var(--bad)}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:16px}
+figure{margin:0}.pair{position:relative;cursor:zoom-in}
+.pair img{width:100%;display:block;image-rendering:auto}
+.pair .over{position:absolute;inset:0;height:100%;clip-path:inset(0 0 0 50%)}
+pre{overflow-x:auto;font-size:.8rem}input{width:100%;margin:4px 0}figcaption{font-size:.85rem;overflow-wrap:anywhere}
+dialog{padding:0;border:0;background:none}dialog img{max-width:94vw;max-height:94vh;min-width:min(512px,94vw)}
+dialog::backdrop{background:#000c}
+"""
+_SCRIPT = """
+for(const figure of document.querySelectorAll("figure")){
+  const over=figure.querySelector(".over"),slider=figure.querySelector("input"),pair=figure.querySelector(".pair");
+  slider.oninput=()=>over.style.clipPath=`inset(0 0 0 ${slider.value}%)`;
+  pair.onclick=event=>{const share=(event.clientX-pair.getBoundingClientRect().left)/pair.clientWidth*100;
+    const large=document.getElementById("large");
+    large.firstChild.src=(share<slider.value?pair.firstChild:over).src;large.showModal()};
+}
+document.getElementById("large").onclick=event=>event.currentTarget.close();
+"""
