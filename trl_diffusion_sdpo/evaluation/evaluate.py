@@ -253,8 +253,8 @@ def _notes(
                 "have no scores."
             )
     for scorer, by_model in scores.items():
-        for model, values in by_model.items():
-            present = values[np.isfinite(values)]
+        for model, scored in by_model.items():
+            present = scored[np.isfinite(scored)]
             if present.size > 1 and np.ptp(present) == 0:
                 notes.append(f"{scorer} gives all images of {model} the same score, so it says nothing about them.")
     return notes

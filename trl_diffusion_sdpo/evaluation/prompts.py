@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def _read_json(text: str) -> list[Any]:
     return content
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str], list[Any]]] = {
     ".txt": str.splitlines,
     ".json": _read_json,
     ".jsonl": lambda text: [json.loads(line) for line in text.splitlines() if line.strip()],

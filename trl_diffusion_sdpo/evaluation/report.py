@@ -191,8 +191,8 @@ def _examples(folder: Path, evaluation: Evaluation, model: str) -> str:
         figures = "".join(_figure(folder, evaluation, model, index, difference[index]) for index in indices)
         sections.append(
             f"<h2>Where {_text(model)} {title}, by {_text(scorer)}</h2>"
-            f"<p>Left of the slider {_text(base)}, right of it {_text(model)}, from equal noise. The number is the mean "
-            "change over seeds. Click an image to enlarge it.</p>"
+            f"<p>Left of the slider {_text(base)}, right of it {_text(model)}, from equal noise. The number is the "
+            "mean change over seeds. Click an image to enlarge it.</p>"
             f'<div class="figures">{figures}</div>'
         )
     return "".join(sections)
