@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from packaging.version import Version
 from test_docs import DOCS, _anchors, options_of_train
 from transformers import TrainingArguments
 
 from docs_build import generated
 from docs_build.generated import part
-from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo import DiffusionSDPOConfig, __version__
 from trl_diffusion_sdpo.cli.main import COMMANDS
 from trl_diffusion_sdpo.data import FORMATS, detect_format
 from trl_diffusion_sdpo.families import FAMILIES
@@ -91,3 +92,8 @@ def test_links_of_a_file_of_the_repository_lead_to_pages_or_become_code(tmp_path
     (tmp_path / "FILE.md").write_text("[a](docs/faq.md#b), [`c`](src/c.py), [d](https://example.org)\n")
     monkeypatch.setattr(generated, "ROOT", Path(tmp_path))
     assert part("file", "FILE") == "[a](faq.md#b), `c`, [d](https://example.org)\n"
+
+
+def test_the_site_names_the_version_of_the_package():
+    site = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"copyright: trl-diffusion-sdpo {Version(__version__).base_version} " in site
