@@ -80,7 +80,7 @@ def test_every_command_explains_itself(command, capsys):
         (["--model_name_or_path", "m", "--dataset_name", "d", "--safeguard_mu", "2"], "must be in [0, 1], got 2.0"),
         (["--betta", "5"], "Did you mean `--beta`?"),
         (["--lr", "5"], "`--learning_rate`"),
-        (["--lora_type", "lokr"], "LoRA (`use_peft`)"),
+        (["--lora_type", "lokr"], "lora_type"),
         (["--safeguard_m", "0.5"], "`--safeguard_m` is no option"),
         (["--safeguard", "paramter"], "got 'paramter'. Did you mean `parameter`?"),
         (["--loss_type", "exo_pair"], "`dmpo`, and its `label_smoothing` is `dmpo_alpha`"),

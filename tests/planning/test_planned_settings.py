@@ -72,8 +72,8 @@ def test_an_engine_has_the_name_of_a_packaged_configuration_and_a_number_of_proc
     for processes in (None, 0, "auto"):
         with pytest.raises(ValueError, match="`--num_processes`"):
             engine_of("zero3", processes)
-    with pytest.raises(ValueError, match="Did you mean `zero3`"):
-        engine_of("zero_3.yaml", 4)
+    with pytest.raises(ValueError, match="`zero3`"):
+        engine_of("zero_3", 4)
 
 
 def test_the_table_of_what_fits_has_every_tuning_with_and_without_checkpointing(folder, capsys, tmp_path):

@@ -211,22 +211,13 @@ def test_what_is_computed_before_training_changes_no_bit(bucketed, tmp_path):
     assert all(torch.equal(live[key], stored[key]) for key in live)
 
 
-def test_a_size_of_damaged_pairs_alone_is_replaced_by_pairs_of_one_other(bucketed, tmp_path):
-    """The two wide pairs are damaged behind their headers. In the order of the rows, a high and a square one follow
-    them, which do not fit into one batch."""
-    pairs = pairs_of(SQUARE, WIDE, HIGH, WIDE, SQUARE)
-    pairs = pairs.map(
-        lambda row: {"chosen": row["chosen"][: 200 if row["prompt"] in ("prompt 1", "prompt 3") else None]}
-    )
-    settings = {"per_device_train_batch_size": 2, "verify_images": "none", "max_steps": 3}
-    trainer = bucketed(train=pairs, **settings, precompute_latents=True, precompute_dir=str(tmp_path))
-    trainer.train()
-    items = [trainer.train_dataset[pair] for pair in range(5)]
-    assert (
-        items[1]["moments"].shape == items[3]["moments"].shape == items[4]["moments"].shape
-    )  # for which they were computed
-    taken = {pair: item["row"] for pair, item in enumerate(items)}
-    assert taken == {0: 0, 1: 4, 2: 2, 3: 4, 4: 4} and trainer.train_dataset.report.undecodable == 2
+def test_a_size_whose_pairs_are_all_damaged_is_an_error_that_names_it(bucketed):
+    """The wide pair's header is whole, so its size is known; its pixels are not."""
+    pairs = pairs_of(SQUARE, WIDE)
+    pairs = pairs.map(lambda row: {"chosen": row["chosen"][: 200 if row["prompt"] == "prompt 1" else None]})
+    trainer = bucketed(train=pairs, verify_images="none")
+    with pytest.raises(ValueError, match="12 x 20"):
+        trainer.train_dataset[1]
 
 
 def test_an_image_of_pairs_of_several_sizes_is_encoded_at_each(bucketed, tmp_path):
