@@ -17,9 +17,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import case
 
 from trl_diffusion_sdpo import preference_guidance
-from trl_diffusion_sdpo.cli.errors import is_own
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.cli.sweep_scale import checked_scores
 from trl_diffusion_sdpo.saving.interpolation import ScaledWeights, read_run, scaled_factor
 
 LORA = {"peft_config": LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"])}
@@ -400,14 +398,6 @@ def test_too_few_prompts_for_a_scorer_are_told_before_anything_is_made(generate,
     assert generate(lora_run[0], "--scorer", "builtins:print", *named) == 2
     assert "Name 8 or more with `--prompts`" in capsys.readouterr().err
     assert not (tmp_path / "sweep" / "sweep.json").exists()
-
-
-@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")]])
-def test_a_scorer_with_wrong_values_is_refused(values):
-    with pytest.raises(ValueError, match="mine:score") as caught:
-        checked_scores("mine:score", values, 2)
-    assert is_own(caught.value)
-    assert checked_scores("mine:score", torch.tensor([1.0, 2.0]), 2) == [1.0, 2.0]
 
 
 def test_folders_that_are_no_run_are_errors(sweep, tmp_path, train_run, capsys):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import EXIT_OK
 from .options import OneLineParser
+from .scorers import scorer_named
 
 if TYPE_CHECKING:
     from ..evaluation import Candidate
@@ -86,7 +87,6 @@ def run(arguments: list[str], prog: str) -> int:
     from ..evaluation import evaluate_models
     from ..evaluation.prompts import PromptList, read_prompts
     from ..evaluation.report import REPORT_FILE, verdict_sentence
-    from ..rewards import load_scorer
 
     state = PartialState(cpu=options.device == "cpu")
     device = options.device or str(state.device)
@@ -94,7 +94,7 @@ def run(arguments: list[str], prog: str) -> int:
     listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
     if options.max_prompts is not None:
         listed = PromptList(listed.prompts[: options.max_prompts], listed.empty, listed.duplicates)
-    scorers = [load_scorer(name, **_scorer_settings(name, options, device)) for name in options.scorers]
+    scorers = [scorer_named(name, **_scorer_settings(name, options, device)) for name in options.scorers]
     evaluation = evaluate_models(candidates, listed, scorers, options.output_dir, _image_settings(options, device))
     if state.is_main_process:
         for comparison in evaluation.comparisons:

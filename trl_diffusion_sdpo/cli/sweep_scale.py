@@ -7,12 +7,9 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib
 import json
 import logging
 import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +18,7 @@ from ..utils.files import SWEEP_FOLDER, write_atomically
 from . import EXIT_OK
 from .errors import reading_data
 from .options import OneLineParser
+from .scorers import scorer_named
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -71,9 +69,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--sample_inference_steps", type=int, metavar="N", help="Denoising steps; the run's if unset.")
     add(
         "--scorer",
-        metavar="MODULE:FUNCTION",
-        help="Your function that scores images: it takes a list of PIL images and a list of prompts, and returns a "
-        "number for each, larger for better.",
+        metavar="NAME",
+        help="Scorer of the images, such as `hpsv2.1`, or your own `module:function`. It takes a list of PIL images "
+        "and a list of prompts, and returns a number for each, larger for better.",
     )
     return parser
 
@@ -101,7 +99,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     run = read_run(options.run, average=options.average)
     if options.baked_dir is not None:
         check_free_folder(Path(options.baked_dir), run)
-    scorer = None if options.scorer is None else load_scorer(options.scorer)
+    scorer = None if options.scorer is None else scorer_named(options.scorer)
     trainer = _make_trainer(options, run)
     sampler = None if options.no_images else Sampler(options, run, trainer)
     folder, weights = Path(trainer.args.output_dir), ScaledWeights(trainer.weight_files, run)
@@ -113,8 +111,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
         for form in () if sampler is None else FORMS:
             images = sampler.generate(weights, form, scale, folder / IMAGES_FOLDER)
             if scorer is not None:
-                scored = checked_scores(options.scorer, scorer(images, sampler.prompts), len(images))
-                scores.setdefault(form, {})[scale] = scored
+                scores.setdefault(form, {})[scale] = scorer(images, sampler.prompts).tolist()
     recommended = recommend(
         rows,
         scores,
@@ -288,29 +285,3 @@ def _first_prompts(trainer: DiffusionSDPOTrainer) -> list[str]:
     if not prompts:
         raise ValueError("Images need prompts, and those of the first pairs are empty. Name some with `--prompts`.")
     return prompts[:PROMPTS]
-
-
-def load_scorer(name: str) -> Any:
-    """Return a function by its name, `module:function`; modules of the working directory are found. `ValueError` if
-    there is none of this name."""
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        scorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"The scorer {name} cannot be imported as module:function: {error}.") from error
-    if not callable(scorer):
-        raise ValueError(f"The scorer {name} must be a function, got a {type(scorer).__name__}.")
-    return scorer
-
-
-def checked_scores(name: str, values: Any, count: int) -> list[float]:
-    """Return a scorer's values as floats; `ValueError` if they are not one finite number for each image."""
-    try:
-        scores = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The scorer {name} must return a number for each image: {error}.") from error
-    if len(scores) != count or not all(map(math.isfinite, scores)):
-        raise ValueError(f"The scorer {name} must return one finite number for each of {count} images, got {scores}.")
-    return scores

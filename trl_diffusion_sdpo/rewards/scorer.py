@@ -191,7 +191,9 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from error
+        raise ValueError(f"The scorer {name!r} cannot be imported as `module:function`: {error}.") from error
+    if not callable(function):
+        raise ValueError(f"The scorer {name!r} must be a function, got a {type(function).__name__}.")
     return FunctionScorer(name, function)
 
 
