@@ -15,13 +15,13 @@ PACKAGE = ROOT / "trl_diffusion_sdpo"
 
 # From the roof to the ground. A room may import the rooms after it.
 ROOMS = (
-    *("cli", "demo", "planning", "trainer", "evaluation", "pairing", "reporting", "saving", "cache", "step"),
+    *("cli", "demo", "planning", "trainer", "evaluation", "reporting", "saving", "cache", "step"),
     *("guidance", "models", "engines", "data", "families", "losses", "rewards", "utils"),
 )
 ENGINE_MODULES = ("deepspeed", "transformers.integrations", "torch.distributed")
 LAUNCHER = "torch.distributed.elastic"  # how a launched process has ended, whatever engine it ran
 LOSS_FUNCTIONS = set("logsigmoid softplus mse_loss l1_loss smooth_l1_loss huber_loss expm1 log1p dot vdot".split())
-WITHOUT_FORMULAS = ("cli", "guidance", "models", "pairing", "reporting", "saving", "step", "trainer")
+WITHOUT_FORMULAS = ("cli", "guidance", "models", "reporting", "saving", "step", "trainer")
 
 Sources = dict[str, str]
 

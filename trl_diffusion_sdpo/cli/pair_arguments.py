@@ -216,7 +216,7 @@ def _load_set(entry: PairSet, script_args: PairArguments, on_bad_row: str) -> An
 
 
 def load_split(script_args: ScriptArguments, split: str, on_bad_row: str = "drop") -> Any:
-    """Load one split of `dataset_name`. A file is one split under any name.
+    """Load one split of `dataset_name`. A single file has one split, so any name of a split loads it.
 
     Raises:
         ValueError: If there is no such data set or split, or a folder has images and no pairs.
@@ -249,7 +249,7 @@ def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
 
 
 def _split_of(name: str, split: str) -> str:
-    """Return a split of a data set. If the data set has one split only, the split goes by any name."""
+    """Return a split of a data set. If it has only one, every name means that one."""
     return rename_split(split, ONLY_SPLIT) if is_one_split(Path(name).expanduser()) else split
 
 

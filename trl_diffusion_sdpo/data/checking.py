@@ -149,7 +149,7 @@ def check_pairs(
 
 
 class IdenticalPairs:
-    """Counts pairs whose two images are identical. `name` is that of the data in messages."""
+    """Counts pairs whose two images are identical. `name` is what messages call the data set."""
 
     def __init__(self, name: str) -> None:
         self.name = name

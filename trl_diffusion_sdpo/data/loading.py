@@ -137,8 +137,9 @@ def _load_folder(path: Path, split: str, streaming: bool) -> Any:
         if "_file_name`" not in str(error):
             raise
         raise ValueError(
-            f"{error}, such as `chosen_file_name` and `rejected_file_name`. If another column has the names of the "
-            f"images, pass the file in place of its folder {path}."
+            f"The folder {path} needs columns with the names of its images, such as `chosen_file_name` and "
+            f"`rejected_file_name`. If other columns have them, pass the metadata file in place of "
+            f"its folder. ({error})"
         ) from error
     return with_found_images(loaded, [*_folders_of_files(builder, split), path])
 

@@ -202,8 +202,8 @@ def _numbers(dataset: PreferenceDataset, column: str) -> torch.Tensor:
     source, index = dataset.origins()
     if (index[:, 0] != index[:, 2]).any():
         raise ValueError(
-            f"`pair_weights` reads the column {column!r}, one value for a pair, and the pairs of the "
-            f"{dataset.report.name} data are of two rows each. Use a format with a pair in a row."
+            f"`pair_weights={column!r}` needs one value for each pair. In the {dataset.report.name} data each pair "
+            "comes from two rows. Use a format that has a pair in one row."
         )
     return torch.from_numpy(numbers_of_rows(source.values(column), column)[0][index[:, 0]])
 

@@ -1,5 +1,5 @@
-"""Training pairs of any preference set: an index over the label columns, and a torch data set that reads, checks and
-transforms the images."""
+"""Training pairs of any preference set: which rows form a pair, by the label columns, and a torch data set that reads,
+checks and transforms their images."""
 
 from __future__ import annotations
 

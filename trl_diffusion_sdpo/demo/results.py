@@ -29,7 +29,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Generated:
-    """Images of the reported prompts, prompt by prompt: `(36 * n, 32, 32, 3)`, uint8."""
+    """Generated images, `(36 * n, 32, 32, 3)`, uint8: n images of each of the 36 reported prompts, prompt by prompt."""
 
     guidance_scale: float  # of classifier-free guidance; 1 is none
     images: np.ndarray

@@ -1,4 +1,7 @@
-"""What the scores of images give to their pairs: gaps, factors of the pairs' losses, and calibrated scores."""
+"""Formulas on the scores of a pair's images: gaps, factors of the pair's loss, and calibrated scores.
+
+`data/pair_scores.py` reads the columns with the scores.
+"""
 
 from __future__ import annotations
 

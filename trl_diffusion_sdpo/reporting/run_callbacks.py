@@ -17,7 +17,7 @@ from ..saving.model_card import CARD_FILE, forget_recommended_scales
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .console import say
 from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
-from .sample_images import SAMPLES_FOLDER, SampleImagesCallback, final_step
+from .sample_images import GRIDS, SAMPLES_FOLDER, SampleImagesCallback, final_step
 from .tracked_images import TrackedImages
 from .training_curves import CURVES_FILE, has_curves, plot_curves
 from .verdict import RunFacts, is_evaluation, rise_in_training, rise_of, verdict_of, words_of_rise
@@ -184,7 +184,7 @@ def plots_of(state: TrainerState) -> list[tuple[str, str]]:
 def run_lines(folder: Path, state: TrainerState, loading_code: str | None, *, samples: bool, card: bool) -> list[str]:
     """Return a line for each file of a training in its folder, and how to load the weights. Without `loading_code`,
     weights were not saved there."""
-    steps = sorted((folder / SAMPLES_FOLDER).glob("step-??????.png")) if samples else []
+    steps = sorted((folder / SAMPLES_FOLDER).glob(GRIDS)) if samples else []
     curves: str | Path | None = folder / CURVES_FILE
     if not has_curves(state.log_history):
         curves = None

@@ -270,12 +270,15 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], gap: int
     return grid
 
 
+GRIDS = "step-??????.png"  # pattern of the grids' file names
+
+
 def _stem(step: int) -> str:
     return f"step-{step:06d}"
 
 
 def _states(file: Path, prompt: str, seed: int) -> bool:
-    """Return whether an image file states this prompt and seed."""
+    """Return whether the text fields of a PNG have this prompt and seed."""
     try:
         with Image.open(file) as image:
             return (image.info.get("prompt"), image.info.get("seed")) == (prompt, str(seed))

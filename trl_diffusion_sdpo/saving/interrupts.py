@@ -108,7 +108,7 @@ def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """Return an exchange by which all processes learn whether a [`CheckpointOnInterrupt`] in any of them has received a
+    """Return a [`StepExchange`]. It tells every process when a [`CheckpointOnInterrupt`] in any process has received a
     signal."""
     interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
     exchange = StepExchange(lambda: any(callback.interrupted is not None for callback in interrupts))
