@@ -16,6 +16,7 @@ from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import images
 from trl_diffusion_sdpo.data.images import ImageReader
+from trl_diffusion_sdpo.data.transforms import PairDraws
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model
@@ -108,7 +109,9 @@ def test_two_epochs_are_those_without_a_cache_and_the_next_run_reads_no_image_an
     """Losses, metrics, evaluations and weights, with flips and dropped prompts, to the bit."""
     logs, weights, _ = walk(make_trainer)
     first_logs, first_weights, first = walk(make_cached)
-    assert first.encoding.report.encoded_images == 2 * 2 * 12 + 2 * 6  # of training pairs also mirrored
+    draws = [[PairDraws.from_key(42, epoch, pair).flip < 0.5 for epoch in range(2)] for pair in range(12)]
+    flips = sum(len(set(of_pair)) for of_pair in draws)  # one of a pair whose epochs draw the same flip
+    assert first.encoding.report.encoded_images == 2 * flips + 2 * 6 < 2 * 2 * 12 + 2 * 6
     assert first.encoding.report.encoded_prompts == 13 + 7  # with the empty one
     monkeypatch.setattr(ImageReader, "decode", no_image)
     monkeypatch.setattr(LoadedModel, "load_encoders", no_weights)
@@ -362,6 +365,25 @@ def test_a_damaged_shard_is_named_and_encoded_again_alone(make_cached, caplog):
     assert 0 < again.encoding.report.encoded_images <= 8 and again.encoding.report.encoded_prompts == 0
 
 
+def test_only_the_flips_that_training_draws_are_encoded_and_others_are_added_later(make_trainer, make_cached):
+    """One epoch draws one flip of a pair; an evaluation of the same pairs reads images without flips."""
+    one = make_cached(max_steps=-1, num_train_epochs=1)
+    assert one.encoding.report.encoded_images == 2 * 16
+    one.train_dataset.set_epoch(1)
+    with pytest.raises(ValueError, match="`num_train_epochs`"):
+        [one.train_dataset[pair] for pair in range(16)]
+    one.train_dataset.set_epoch(0)
+    one.evaluate(one.train_dataset)
+    plain = one.encoding.report.encoded_images
+    assert 2 * 16 < plain < 4 * 16
+    two = make_cached(max_steps=8, per_device_train_batch_size=4, winner_budget=None)  # 2 epochs
+    added = two.encoding.report.encoded_images
+    assert_equal_batches(make_trainer(), two, [0, 1])
+    many = make_cached(max_steps=-1, num_train_epochs=9)
+    assert many.encoding.report.encoded_images == 4 * 16 - plain - added > 0  # the others are in the cache
+    assert_equal_batches(make_trainer(), many, [0, 8])
+
+
 def test_a_folder_that_cannot_be_written_is_named(make_cached, make_trainer, tmp_path):
     (tmp_path / "cache").touch()  # in whose place no folder can be made, by no user
     for settings in ({}, {"precompute_latents": False, "precompute_ref_errors": True}):
@@ -435,15 +457,15 @@ def test_the_command_writes_the_cache_of_a_trainer_without_reading_a_denoiser(
     """Encode with a copy of the pipeline that has no weights of a denoiser."""
     said = encode("cache")
     assert not [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)]
-    assert f"24 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said  # of 3 epochs
-    assert "Encoded now: 24 images and 7 prompts." in said
+    assert f"22 images, with their variants, and 7 prompts are encoded in {tmp_path}/cache: " in said  # of 3 epochs
+    assert "Encoded now: 22 images and 7 prompts." in said
     given = {"train": datasets.load_from_disk(str(tmp_path / "pairs")), "precompute_latents": True}
     make_trainer(**given, precompute_dir=str(tmp_path / "of a trainer"), max_steps=-1, num_train_epochs=3)
     assert files_in(tmp_path / "cache") == files_in(tmp_path / "of a trainer")
     shutil.copytree(sd_folder, tmp_path / "model")
     for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
         path.unlink()
-    assert "Encoded now: 24 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
+    assert "Encoded now: 22 images and 7 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
     assert "Encoded now: 0 images and 0 prompts." in encode("copy", "--model_name_or_path", str(tmp_path / "model"))
 
 

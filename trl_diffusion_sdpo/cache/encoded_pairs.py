@@ -16,6 +16,7 @@ from ..data.transforms import PairDraws
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns
+FEW_EPOCHS = 4  # with more, nearly every image is needed with and without its flip
 PLAIN, MIRRORED = PairDraws(0.0, 0.0, 1.0, 1.0, 0), PairDraws(0.0, 0.0, 0.0, 1.0, 0)  # for crops at the center
 
 
@@ -34,6 +35,7 @@ class ImageRows:
             loser (1).
         flips (`bool`): Whether images may be mirrored.
         crops (`int`, *optional*): Number of random crops; `None` for crops at the center.
+        permuted (`bool`): Whether losers are images of other pairs, which differ between epochs.
     """
 
     seed: int
@@ -41,6 +43,7 @@ class ImageRows:
     sources: np.ndarray
     flips: bool
     crops: int | None
+    permuted: bool = False
 
     @classmethod
     def of(cls, dataset: PreferenceDataset, crops: int) -> ImageRows:
@@ -51,17 +54,30 @@ class ImageRows:
             return cls(dataset.seed, np.arange(2 * len(dataset)).reshape(-1, 2), sources, flips, crops)
         _, first, numbers = np.unique(dataset.image_numbers().ravel(), return_index=True, return_inverse=True)
         sources = np.stack(np.divmod(first, 2), axis=1)
-        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None)
+        return cls(dataset.seed, numbers.reshape(-1, 2), sources, flips, None, dataset.is_permuted)
 
     def __len__(self) -> int:
         """Return the number of all rows, needed or not."""
         return len(self.sources) * (2 if self.crops is None else self.crops)
 
-    @property
-    def needed(self) -> np.ndarray:
-        """The rows that the data set can read."""
-        plain_alone = self.crops is None and not self.flips
-        return np.arange(len(self.sources) if plain_alone else len(self))
+    def needed(self, epochs: int | None) -> np.ndarray:
+        """Return the sorted rows that training reads in its first epochs.
+
+        Args:
+            epochs (`int`, *optional*): Number of epochs; 0 for an evaluation, `None` if it is not known.
+        """
+        if self.crops is not None:
+            return np.arange(len(self))
+        count = len(self.sources)
+        if not self.flips or epochs == 0:
+            return np.arange(count)
+        if self.permuted or epochs is None or epochs > FEW_EPOCHS:
+            return np.arange(2 * count)
+        is_needed = np.zeros(len(self), dtype=bool)
+        for epoch in range(epochs):
+            for pair in range(len(self.images)):
+                is_needed[self.of_pair(pair, PairDraws.from_key(self.seed, epoch, pair), epoch)] = True
+        return np.flatnonzero(is_needed)
 
     def draws_of(self, row: int) -> PairDraws:
         """Return the draws by which an image is flipped and cropped in a row."""
@@ -153,8 +169,15 @@ class EncodedPairs:
 
         Raises:
             UndecodableImageError: If an image could not be decoded when the cache was made.
+            ValueError: If the epoch is not one of those that the run was started for.
         """
-        read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
+        try:
+            read = [self.images.read(row) for row in self.rows.of_pair(pair, draws, epoch, loser)]
+        except KeyError as error:
+            raise ValueError(
+                "The cache has the flips that are drawn in the epochs of `num_train_epochs` or `max_steps`, and epoch "
+                f"{epoch} draws another flip of pair {pair}. Make a new trainer: it encodes the missing images."
+            ) from error
         if not all(image[MOMENTS].numel() for image in read):
             raise UndecodableImageError("an image could not be decoded when the cache was made")
         original, corner, target = zip(*(image[SIZES].tolist() for image in read), strict=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -106,13 +107,14 @@ class _Cache:
     prompts: ShardStore
     statistics: ShardStore  # of the VAE's weights
 
-    def missing(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the missing rows of each store, as this process sees the folders."""
+    def missing(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the missing rows of each store, as this process sees the folders. Of the images, only the rows
+        `needed` count."""
         for store in (self.images, self.prompts, self.statistics):
             store.refresh()
         every = np.arange(len(self.texts))
         return (
-            self.images.missing(self.rows.needed),
+            self.images.missing(needed),
             self.prompts.missing(every),
             self.statistics.missing(np.arange(len(self.statistics))),
         )
@@ -130,17 +132,20 @@ class PairEncoding:
     def __init__(self, frozen: FrozenComponents, key: EncoderKey, settings: EncodingSettings) -> None:
         self._frozen, self._key, self._settings, self._peers = frozen, key, settings, settings.peers
         self.report = EncodingReport()
+        self._caches: WeakKeyDictionary[PreferenceDataset, _Cache] = WeakKeyDictionary()
 
     @property
     def folder(self) -> Path:
         """The folder of all caches."""
         return self._settings.folder
 
-    def add_to(self, dataset: Any, name: str, *, compare: bool = True) -> None:
+    def add_to(self, dataset: Any, name: str, *, epochs: int | None, compare: bool = True) -> None:
         """Make a data set read encoded pairs. All processes must call it together.
 
         Args:
             name (`str`): Name of the data set in messages.
+            epochs (`int`, *optional*): Number of epochs of training. Only the flips that they draw are encoded. 0 for
+                an evaluation, `None` if the number is not known.
             compare (`bool`): Whether to refuse data whose checked pairs have identical images.
 
         Raises:
@@ -154,14 +159,18 @@ class PairEncoding:
                 "Load them without `streaming=True`, or leave it off."
             )
         check_prompt_padding("precompute_latents", self._frozen.family, self._settings.largest_batch)
-        if dataset.is_encoded:
+        is_new = dataset not in self._caches
+        cache = self._cache_of(dataset, name) if is_new else self._caches[dataset]
+        needed = cache.rows.needed(epochs)
+        if not is_new and not len(cache.images.missing(needed)):
             return
-        cache = self._cache_of(dataset, name)
-        missing = self._peers.gather_results(cache.missing)
+        missing = self._peers.gather_results(partial(cache.missing, needed))
         if any(len(rows) for of_process in missing for rows in of_process):  # a complete cache may be read-only
             with writing_into(self.folder):
-                self._complete(dataset, name, cache, compare)
-        self._use(dataset, cache)
+                self._complete(dataset, name, cache, needed, compare)
+        if is_new:
+            self._use(dataset, cache)
+        self.report.images += len(needed)
 
     # ---- Which cache ----------------------------------------------------------------------------------------------
 
@@ -207,13 +216,15 @@ class PairEncoding:
                 family.keep_statistics({name: value.to(self._settings.device) for name, value in stored.items()})
         prompts = EncodedPrompts(cache.prompts, cache.digests, family.host_conditioning)
         dataset.use_encoded(EncodedPairs(cache.images, cache.rows, prompts))
-        self.report.images += len(cache.rows.needed)
+        self._caches[dataset] = cache
         self.report.prompts += len(cache.texts)
         self.report.bytes += cache.images.nbytes + cache.prompts.nbytes
 
     # ---- Encoding -------------------------------------------------------------------------------------------------
 
-    def _complete(self, dataset: PreferenceDataset, name: str, cache: _Cache, compare: bool) -> None:
+    def _complete(
+        self, dataset: PreferenceDataset, name: str, cache: _Cache, needed: np.ndarray, compare: bool
+    ) -> None:
         """Encode the missing rows. The first process holds the locks of the stores."""
         peers = self._peers
         with contextlib.ExitStack() as stack:
@@ -223,7 +234,7 @@ class PairEncoding:
                     stack.enter_context(store.locked())
 
             peers.gather_results(lock)
-            missing = peers.gather_results(cache.missing)[0]  # another run may have written it
+            missing = peers.gather_results(partial(cache.missing, needed))[0]  # another run may have written it
             if any(len(rows) for rows in missing):
                 if self._settings.check_sample:
                     dataset.check_sample(peers, compare=compare)
@@ -232,7 +243,7 @@ class PairEncoding:
                 peers.gather_results(lambda: self._check_disk(name, cache, missing, family))
                 encoded = peers.gather_results(lambda: self._encode(dataset, cache, missing, family))
                 self._count(name, encoded)
-            peers.gather_results(lambda: self._check_complete(cache))
+            peers.gather_results(lambda: self._check_complete(cache, needed))
 
     def _encode(
         self, dataset: PreferenceDataset, cache: _Cache, missing: Sequence[np.ndarray], family: Family
@@ -316,8 +327,8 @@ class PairEncoding:
         if needed > free:
             raise DiskFullError(f"The {name} data would take {room}. Free some, or choose another `precompute_dir`.")
 
-    def _check_complete(self, cache: _Cache) -> None:
-        if any(len(rows) for rows in cache.missing()):
+    def _check_complete(self, cache: _Cache, needed: np.ndarray) -> None:
+        if any(len(rows) for rows in cache.missing(needed)):
             raise ValueError(
                 f"All processes must see the cache that they write together, and process {self._peers.index} does not "
                 f"see all of {cache.images.path}. Choose a `precompute_dir` on storage that all of them share."

@@ -585,11 +585,6 @@ class PreferenceDataset(Dataset):
 
     # ---- Encoded pairs and errors of a reference ------------------------------------------------------------------
 
-    @property
-    def is_encoded(self) -> bool:
-        """Whether items are read from encoded pairs."""
-        return self._encoded is not None
-
     def use_encoded(self, encoded: Encoded) -> None:
         """Read moments and conditioning in place of images from now on. All pairs are tried again."""
         self._encoded = encoded
