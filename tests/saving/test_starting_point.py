@@ -274,7 +274,7 @@ def test_a_second_lora_or_reference_is_refused_and_its_configuration_is_not_used
     assert trainer.denoiser.peft_config["default"].r == 4 and "`peft_config` has no effect" in caplog.text
     with pytest.raises(ValueError, match="`adapter_name_or_path`"):
         train(lora_run, adapter_name_or_path=str(lora_run), trains=False)
-    with pytest.raises(ValueError, match="both name the reference"):
+    with pytest.raises(ValueError, match="`ref_model_name_or_path`"):
         train(lora_run, "twice", "a/b", ref_model_name_or_path="a/b", trains=False)
 
 

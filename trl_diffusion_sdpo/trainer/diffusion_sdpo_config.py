@@ -21,7 +21,7 @@ from .config.all_arguments import (
 from .config.checks import check_settings
 from .config.declaring import EVALUATION, RESUME
 
-# Settings of transformers, by the lists of settings that they belong to.
+# Settings of transformers in each list of settings.
 INHERITED = {
     RESUME: ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed"),
     EVALUATION: ("seed", "data_seed"),
@@ -31,23 +31,25 @@ INHERITED = {
 @dataclass
 class DiffusionSDPOConfig(AllArguments):
     r"""
-    Configuration of [`DiffusionSDPOTrainer`]: everything of [`~transformers.TrainingArguments`], of
-    [`PipelineArguments`], [`MemoryArguments`], [`NoiseArguments`], [`LossArguments`], [`DataArguments`],
-    [`WinnerArguments`], [`SampleArguments`] and [`RunArguments`]. Fields left `None` take the value published for the
-    model's family and the loss; the trainer logs what it chose.
+    Configuration of [`DiffusionSDPOTrainer`].
 
-    Using [`~transformers.HfArgumentParser`] this class turns into command line arguments.
+    It has the settings of [`~transformers.TrainingArguments`], [`PipelineArguments`], [`MemoryArguments`],
+    [`NoiseArguments`], [`LossArguments`], [`DataArguments`], [`WinnerArguments`], [`SampleArguments`] and
+    [`RunArguments`]. If a setting is `None`, the trainer uses the default of the model's family and the loss, and logs
+    its choice.
+
+    [`~transformers.HfArgumentParser`] can turn this class into command line arguments.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `learning_rate`: chosen by the model's family for LoRA or full tuning if unset.
+    > - `learning_rate`: if unset, the default of the model's family for LoRA or full tuning.
     > - `weight_decay`: `0.01`, as in diffusers' scripts.
     > - `lr_scheduler_type`: `"constant_with_warmup"`, as published.
     > - `logging_steps`: `10`.
-    > - `dataloader_num_workers`: chosen by data and cores if unset.
-    > - `bf16`: `True` on an accelerator that has it, unless `fp16` is set.
-    > - `remove_unused_columns`: `False`; the format of the data set knows its columns.
-    > - `logging_nan_inf_filter`: `False`; a loss that is not finite stops the run before the weights change.
+    > - `dataloader_num_workers`: if unset, the trainer chooses it by data and cores.
+    > - `bf16`: `True` on an accelerator that supports it, unless `fp16` is set.
+    > - `remove_unused_columns`: `False`, because the format of the data set selects its columns.
+    > - `logging_nan_inf_filter`: `False`, because a loss that is not finite stops the run before the weights change.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
@@ -67,29 +69,41 @@ class DiffusionSDPOConfig(AllArguments):
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "The initial learning rate; the family's own for LoRA or full tuning if unset."},
+        metadata={
+            "help": "Initial learning rate. If unset, it is the default of the model's family for LoRA or full tuning."
+        },
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, as in diffusers' scripts."})
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay. The default is that of diffusers' scripts."}
+    )
     lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "The scheduler type to use, constant as published."}
+        default="constant_with_warmup",
+        metadata={"help": "Schedule of the learning rate. The default is constant after warm-up, as published."},
     )
     logging_steps: float = field(
         default=10,
         metadata={
-            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
-            "will be interpreted as ratio of total training steps."
+            "help": "Optimizer steps between two logs, as an integer. A number below 1 is a share of all training "
+            "steps."
         },
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Whether to use bf16 autocast. On where the accelerator has it, if unset and not fp16."},
+        metadata={
+            "help": "Whether to use bf16 autocast. If unset, it is used if the accelerator supports it and `fp16` is "
+            "not set."
+        },
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept for compatibility; the data set's format knows its columns."}
+        default=False,
+        metadata={"help": "Setting of transformers without effect. The format of the data set selects its columns."},
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Kept for compatibility; a loss that is not finite stops the run before a step is taken."},
+        metadata={
+            "help": "Setting of transformers without effect. A loss that is not finite stops the run before the "
+            "weights change."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -97,17 +111,17 @@ class DiffusionSDPOConfig(AllArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         workers = self.dataloader_num_workers
-        if workers is None:  # the trainer chooses, when it knows the data; the checks of transformers need a number
+        if workers is None:  # the trainer chooses later, from the data, but the checks of transformers need a number
             self.dataloader_num_workers = 0 if self.dataloader_prefetch_factor is None else 1
         super().__post_init__()
         if workers is None:
             self.dataloader_num_workers = None
         accelerator_config = cast(Any, self.accelerator_config)  # an AcceleratorConfig by now
         if accelerator_config.dispatch_batches is None:
-            # Batches carry host values (prompts, seeds), which accelerate cannot send between processes.
+            # accelerate cannot send the prompts and seeds of a batch between processes.
             accelerator_config.dispatch_batches = False
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every trainable weight takes part in each forward pass
+            self.ddp_find_unused_parameters = False  # each forward pass uses every trainable weight
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
         self.loss_type = settled_loss_type(self.loss_type)
@@ -117,11 +131,11 @@ class DiffusionSDPOConfig(AllArguments):
         self.winner_budget_kwargs: dict[str, Any] = settled_mapping("winner_budget_kwargs", self.winner_budget_kwargs)
         self.bucket_kwargs: dict[str, Any] = settled_mapping("bucket_kwargs", self.bucket_kwargs)
         self.sample_kwargs: dict[str, Any] = settled_mapping("sample_kwargs", self.sample_kwargs)
-        self.resolution = cast(Any, settled_resolution(self.resolution))  # parsers know no type for one number or two
+        self.resolution = cast(Any, settled_resolution(self.resolution))  # no parser reads one number or two
         check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`~transformers.TrainingArguments.to_dict`], without secrets: this is what is saved and tracked."""
+        """Return all settings without secrets. Saved files and trackers get this dictionary."""
         return masked(super().to_dict())
 
     def __str__(self) -> str:
@@ -132,9 +146,9 @@ class DiffusionSDPOConfig(AllArguments):
 
 
 def settings_with(key: str) -> tuple[str, ...]:
-    """Names of the settings in a list: [`RESUME`] or [`EVALUATION`]."""
-    own = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if key in setting.facts)
-    return (*own, *INHERITED[key])
+    """Return the names of the settings in a list: [`RESUME`] or [`EVALUATION`]."""
+    names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if key in setting.facts)
+    return (*names, *INHERITED[key])
 
 
 def _accelerator_has_bf16() -> bool:

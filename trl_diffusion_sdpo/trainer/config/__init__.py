@@ -1,1 +1,1 @@
-"""The settings: declared in groups, checked alone and together. The trainer's configuration completes them."""
+"""Settings of the trainer: their declarations and checks."""

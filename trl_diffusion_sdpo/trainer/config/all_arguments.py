@@ -1,4 +1,4 @@
-"""All settings together, and how words become their values."""
+"""All settings in one class, and the parsing of text into their values."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class AllArguments(
     RunArguments,
     TrainingArguments,
 ):
-    """All settings, which [`DiffusionSDPOConfig`] completes and checks."""
+    """All settings. [`DiffusionSDPOConfig`] completes and checks them."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The annotation of a setting."""
+    """Annotation of a setting."""
 
-    types: frozenset[Any]  # besides `None`
-    is_optional: bool  # whether it may be `None`
-    choices: tuple[str, ...]  # of its `Literal`
-    facts: tuple[Any, ...]  # the metadata of its `Annotated`
+    types: frozenset[Any]  # without `None`
+    is_optional: bool  # whether the setting may be `None`
+    choices: tuple[str, ...]  # words of the `Literal`
+    facts: tuple[Any, ...]  # metadata of the `Annotated`
 
 
 @functools.cache
 def settings_of(config: type[AllArguments]) -> dict[str, Setting]:
-    """All settings of a configuration, by name."""
+    """Return the annotations of all settings of a configuration, by name."""
     hints = get_type_hints(config, include_extras=True)
     return {field.name: _setting(hints[field.name]) for field in fields(config)}
 
@@ -65,17 +65,21 @@ def _setting(hint: Any) -> Setting:
 
 
 def read_words(args: AllArguments) -> None:
-    """Convert switches and numbers given as text, and a switch for a setting with choices to its choice: `"yes"` to
-    `True`, `"2e3"` to 2000.0, `False` to `"none"`. `ValueError` where the text is no switch or no number."""
+    """Convert text to switches and numbers, and a switch to a choice if the setting has choices: `"yes"` to `True`,
+    `"2e3"` to 2000.0, `False` to `"none"`.
+
+    Raises:
+        `ValueError`: If the text is not a switch or not a number.
+    """
     for name, setting in settings_of(cast(Any, type(args))).items():
         value = getattr(args, name)
         choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
-        meant = choice_of_switch(value, choices) if isinstance(value, bool) else None
-        if meant is not None:
-            setattr(args, name, meant)
+        choice = choice_of_switch(value, choices) if isinstance(value, bool) else None
+        if choice is not None:
+            setattr(args, name, choice)
         elif isinstance(value, str) and setting.types == {bool}:
             if value.lower() not in SWITCH_WORDS:
-                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+                raise ValueError(f"`{name}` must be True or False, got {value!r}. Write `true` or `false`.")
             setattr(args, name, SWITCH_WORDS[value.lower()])
         elif isinstance(value, str) and setting.types == {float}:
             setattr(args, name, float(value))
@@ -89,47 +93,48 @@ def _number_or_name(value: str) -> float | str:
 
 
 def settled_loss_type(value: Any) -> Any:
-    """Return `loss_type` in one form: a name, or a list of several. A command line and YAML give one name as a list of
-    one. `"dpo"` is `"sigmoid"`, the loss of Diffusion-DPO."""
+    """Return `loss_type` as one name, or as a list of several names. A command line and YAML pass a single name as a
+    list. `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
     names = [CHOICE_ALIASES.get(name, name) for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
 
 
 def settled_mapping(name: str, value: Any) -> dict[str, Any]:
-    """Return a setting that maps names to values, with numbers given as text as numbers (YAML reads `1e-3` as text).
+    """Return a mapping of names to values, with text that is a number converted to a number. (YAML reads `1e-3` as
+    text.)
 
     Raises:
-        `ValueError`: If it is not a mapping.
+        `ValueError`: If `value` is not a mapping.
     """
     if value is not None and not isinstance(value, dict):
         raise ValueError(f'`{name}` must map names to values, got {value!r}. Write `{{"name": 1}}` on a command line.')
-    return {key: _number_or_name(given) if isinstance(given, str) else given for key, given in (value or {}).items()}
+    return {key: _number_or_name(item) if isinstance(item, str) else item for key, item in (value or {}).items()}
 
 
 def settled_loss_kwargs(value: Any) -> dict[str, float]:
     """Return the constants of losses as numbers.
 
     Raises:
-        `ValueError`: If they are no mapping, or a value is no number.
+        `ValueError`: If `value` is not a mapping, or one of its values is not a number.
     """
     numbers = settled_mapping("loss_kwargs", value)
     if isinstance(numbers.get("smpo_score_scale"), str):
         numbers["smpo_score_scale"] = score_scale(numbers["smpo_score_scale"])
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ValueError(f"`{name}` of `loss_kwargs` must be a number, got {number!r}.")
+            raise ValueError(f"`{name}` of `loss_kwargs` must be a number, got {number!r}. Leave it out or set one.")
     return numbers
 
 
 def settled_resolution(value: Any) -> int | list[int] | None:
-    """The size of training images in one form: the side of a square, or `[height, width]`.
+    """Return the size of training images as the side of a square or as `[height, width]`.
 
     Args:
-        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): From Python, a command line (where one number
-            comes as a list of one) or YAML.
+        value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size from Python, YAML or a command line. A
+            command line passes a single number as a list.
 
     Raises:
-        `ValueError`: If it is not a size, or smaller than 8 pixels.
+        `ValueError`: If `value` is not a size, or a side is shorter than 8 pixels.
     """
     if value is None:
         return None
@@ -145,7 +150,7 @@ def settled_resolution(value: Any) -> int | list[int] | None:
 
 @contextlib.contextmanager
 def temporarily(args: TrainingArguments, **settings: Any) -> Iterator[None]:
-    """Change settings within the context, where transformers would act on them."""
+    """Change settings within the context, because transformers would act on the user's values."""
     before = {name: getattr(args, name) for name in settings}
     for name, value in settings.items():
         setattr(args, name, value)

@@ -1,4 +1,4 @@
-"""Settings completed by family and loss, and checked against the model; and what several settings say together."""
+"""Completion of the settings by the defaults of family and loss, and values that follow from several settings."""
 
 from __future__ import annotations
 
@@ -38,40 +38,40 @@ logger = logging.getLogger(__name__)
 
 
 def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | None) -> DiffusionSDPOConfig:
-    """Check the settings as far as that needs no model, and return the trainer's own copy of them.
+    """Check the settings as far as possible without a model, and return a copy of them for the trainer.
 
     Raises:
-        `ValueError`: If `args` are of another kind, the process sees several GPUs, model and reference are one object,
-            or nothing could be written.
+        `ValueError`: If `args` has another class, the process sees several GPUs, model and reference are one object,
+            or the output folder is not writable.
     """
     if args is None:
         args = DiffusionSDPOConfig(default_output_dir(model))
     if not isinstance(args, DiffusionSDPOConfig):
-        raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}.")
+        raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass one.")
     check_one_device(args)
     check_deepspeed_precision(args)
     if ref_model is not None and model is ref_model and not isinstance(model, (str, Path)):
         raise ValueError(
-            "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
-            "Leave `ref_model` out, or pass a copy."
+            "`model` and `ref_model` must be two objects, because a reference that trains too keeps every margin at "
+            f"0; got the same {type(model).__name__} twice. Leave `ref_model` out, or pass a copy."
         )
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError(
-            f"`ref_model` and `ref_model_name_or_path` both name the reference; got a {type(ref_model).__name__} and "
-            f"{args.ref_model_name_or_path!r}. Leave one out."
+            "Only one of `ref_model` and `ref_model_name_or_path` may name the reference. Got a "
+            f"{type(ref_model).__name__} and {args.ref_model_name_or_path!r}. Leave one out."
         )
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
     refuse_own_start(args.output_dir, (model, args.adapter_name_or_path, ref_model))
     if args.ref_model_init_kwargs is not None and not isinstance(ref_model, (str, Path)):
         raise ValueError(
-            "`ref_model_init_kwargs` are for a `ref_model` given as Hub id or folder, got "
+            "`ref_model_init_kwargs` need a `ref_model` that is a Hub id or a folder, got "
             f"{'none' if ref_model is None else f'a {type(ref_model).__name__}'}. Leave them out."
         )
     if args.should_save:
         check_output_dir(args.output_dir)
     args = copy.copy(args)
     if args.ddp_broadcast_buffers is None:
-        args.ddp_broadcast_buffers = False  # no denoiser's buffers change; DDP would send them in every step
+        args.ddp_broadcast_buffers = False  # DDP would send buffers in every step, but denoisers never change theirs
     return args
 
 
@@ -84,8 +84,8 @@ def default_output_dir(model: Any) -> str:
 def check_and_complete(
     args: DiffusionSDPOConfig, loaded: LoadedModel, loss: LossSpec, *, adapter: str | None
 ) -> NoiseSettings:
-    """Check the settings against the model, fill in the defaults of family and loss, and return how noise and timesteps
-    are drawn."""
+    """Check the settings against the model, set unset settings to the defaults of family and loss, and return the
+    settings of noise and timesteps."""
     family = loaded.family
     check_guidance(args, family)
     complete_args(args, family, loss, full=adapter is None)
@@ -120,12 +120,12 @@ def complete_args(args: DiffusionSDPOConfig, family: Family, loss: LossSpec, *, 
         logged.pop("safeguard_mu", None)
     if logged:
         listed = ", ".join(f"{name}={value}" for name, value in logged.items())
-        logger.warning("Chosen for %s and the loss %r: %s.", family.name, args.loss_type, listed)
+        logger.warning("Defaults for %s and the loss %r: %s.", family.name, args.loss_type, listed)
 
 
 def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
-    """Raise `ValueError` if the VAE would crop the images, the denoiser has no positions for them, or the pipeline
-    would not generate them."""
+    """Raise `ValueError` if the VAE would crop the images, the denoiser has no position embeddings for their size, or
+    the pipeline cannot generate images of this size."""
     size = image_size(args)
     unit = family.vae_scale_factor * family.patch_size
     step = args.bucket_kwargs.get("step", AspectRatioBuckets.step)
@@ -144,13 +144,13 @@ def check_resolution(args: DiffusionSDPOConfig, family: Family) -> None:
             refused[f"{height}x{width}"] = error
     if refused:
         raise ValueError(
-            f"Every size of `aspect_ratio_buckets` must fit the model, and these do not: {', '.join(refused)}. Lower "
-            f"`max_aspect_ratio` of `bucket_kwargs` or `resolution`. {next(iter(refused.values()))}"
+            f"Every size of `aspect_ratio_buckets` must fit the model. These sizes do not fit: {', '.join(refused)}. "
+            f"Lower `max_aspect_ratio` of `bucket_kwargs` or `resolution`. {next(iter(refused.values()))}"
         )
 
 
 def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict[str, Any]) -> None:
-    """Log the timesteps within `loser_noise_range`; `ValueError` if no drawn timestep is in it."""
+    """Log the timesteps within `loser_noise_range`. Raises `ValueError` if the range contains no drawn timestep."""
     if args.loser_noise_range is None:
         return
     low, high = args.loser_noise_range
@@ -164,8 +164,8 @@ def check_noise_range(args: DiffusionSDPOConfig, family: Family, timesteps: dict
         ends = torch.tensor(every).to(process.timestep_dtype)
         first, last = process.noise_level(ends, tokens).tolist()
         raise ValueError(
-            f"`loser_noise_range` must meet the noise levels that are drawn, {first:.3f} to {last:.3f}; got "
-            f"{list(args.loser_noise_range)}. To train winners only, use `loss_type='sft'`."
+            f"`loser_noise_range` must overlap the noise levels that training draws, {first:.3f} to {last:.3f}. Got "
+            f"{list(args.loser_noise_range)}. Change the range, or use `loss_type='sft'` to train winners only."
         )
     logger.warning(
         "Losers train at the noise levels %g to %g: timesteps %g to %g of %d.",
@@ -185,19 +185,20 @@ def loss_settings(args: DiffusionSDPOConfig) -> LossSettings:
 
 
 def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
-    """Return the sizes `(height, width)` of training images; `args.resolution` is set."""
+    """Return the sizes `(height, width)` of training images. `args.resolution` must be set."""
     buckets = aspect_ratio_buckets(args)
     return (image_size(args),) if buckets is None else buckets.sizes
 
 
 def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
-    """Return `resolution`, which is set, as height and width."""
+    """Return `resolution` as height and width. `args.resolution` must be set."""
     sides = cast(Any, [args.resolution] if isinstance(args.resolution, int) else args.resolution)
     return sides[0], sides[-1]
 
 
 def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
-    """Return the sizes at which pairs train; `None` if all train at `args.resolution`, which is set."""
+    """Return the sizes at which pairs train, or `None` if all pairs train at `args.resolution`. `args.resolution` must
+    be set."""
     if not args.aspect_ratio_buckets:
         return None
     return AspectRatioBuckets(image_size(args), **args.bucket_kwargs)
@@ -209,17 +210,17 @@ def largest_batch(args: DiffusionSDPOConfig) -> int:
 
 
 def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
-    """Return the number of pairs in the batches that all processes have at the same time."""
-    shared = bool(cast(Any, args.accelerator_config).split_batches)
-    return batch_size * (1 if shared else args.world_size)
+    """Return the number of pairs in one batch of all processes together."""
+    is_split = bool(cast(Any, args.accelerator_config).split_batches)
+    return batch_size * (1 if is_split else args.world_size)
 
 
 def precompute_folder(args: DiffusionSDPOConfig) -> Path:
-    """Return the folder of everything that is computed before training."""
+    """Return the folder of latents, prompt embeddings and errors that are computed before training."""
     return default_folder() if args.precompute_dir is None else Path(args.precompute_dir).expanduser()
 
 
 def stored_crops(args: DiffusionSDPOConfig) -> int | None:
-    """Return the number of random crops of each image that are encoded; `None` if crops are drawn live, or are those
-    at the center."""
+    """Return the number of stored random crops per image, or `None` if crops are not random or are drawn while
+    training."""
     return args.precompute_epochs if args.precompute_latents and args.random_crop else None

@@ -1,8 +1,10 @@
-"""How a setting is declared.
+"""Declaration of a setting.
 
-Its field holds the default; its annotation the choices as a `Literal`, the allowed numbers as a [`Range`], and the
-lists of settings that it belongs to; its paragraph of the class's docstring is its help. (The parser of transformers
-hands all metadata of a field to `argparse`: nothing but its arguments can be there.)
+- The field holds the default.
+- The annotation holds the choices as a `Literal`, the allowed numbers as a [`Range`], and the lists of settings that
+  the setting belongs to. (They cannot be in the field's metadata, because the parser of transformers passes all
+  metadata to `argparse`.)
+- The setting's paragraph in the docstring of the class is its help text.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
-RESUME = "resume"  # The setting changes the trajectory: resuming compares it, and the model card shows it.
-EVALUATION = "evaluation"  # An evaluation of saved weights depends on the setting.
+RESUME = "resume"  # settings that change the trajectory: resuming compares them, and the model card shows them
+EVALUATION = "evaluation"  # settings that an evaluation of saved weights depends on
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be.
+    """Interval of the numbers that a setting accepts.
 
     Args:
-        interval (`str`): Such as `"(0, 1]"`; `"[1, inf)"` has no upper end.
-        advice (`str`): Ends the error message.
+        interval (`str`): Interval such as `"(0, 1]"`. `"[1, inf)"` has no upper end.
+        advice (`str`): Last sentence of the error message.
     """
 
     interval: str
@@ -45,10 +47,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Choices:
-    """The words that a list may hold. A command line may also pass one of them alone.
+    """Words that a list may contain. A command line may also pass a single word.
 
     Args:
-        words (`tuple[str, ...]`): All of them.
+        words (`tuple[str, ...]`): All allowed words.
     """
 
     words: tuple[str, ...]
@@ -56,11 +58,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that a mapping may have: fields of the dataclass that it becomes the arguments of.
+    """Keys that a mapping may have. The mapping becomes the keyword arguments of a dataclass.
 
     Args:
-        of (`type`): A dataclass, which has the defaults and checks the values.
-        names (`tuple[str, ...]`): Those of its fields that are keys.
+        of (`type`): Dataclass that declares the defaults and checks the values.
+        names (`tuple[str, ...]`): Fields of the dataclass that the mapping may set.
     """
 
     of: type
@@ -71,8 +73,10 @@ Group = TypeVar("Group", bound=type)
 
 
 def documented(group: Group) -> Group:
-    """Make the paragraphs of a dataclass's docstring the help of its fields, with the words of [`Choices`] and, as that
-    parser takes no default of a list but from a factory, their default.
+    """Use the paragraphs of a dataclass's docstring as the help texts of its fields.
+
+    A field with [`Choices`] also passes its words and its default to the parser, because the parser of transformers
+    reads the default of a list only from a factory.
 
     Raises:
         `ValueError`: If a field has no paragraph.
@@ -88,6 +92,6 @@ def documented(group: Group) -> Group:
         paragraph = " ".join(paragraphs[setting.name].split())
         facts = get_args(hints[setting.name]) if get_origin(hints[setting.name]) is Annotated else ()
         words = [fact.words for fact in facts if isinstance(fact, Choices)]
-        more = {"choices": words[0], "default": setting.default} if words else {}
-        setting.metadata = MappingProxyType({"help": paragraph.replace("%", "%%"), **more})
+        parser_arguments = {"choices": words[0], "default": setting.default} if words else {}
+        setting.metadata = MappingProxyType({"help": paragraph.replace("%", "%%"), **parser_arguments})
     return group

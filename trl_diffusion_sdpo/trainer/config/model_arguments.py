@@ -14,46 +14,48 @@ VaeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 @dataclass
 class PipelineArguments:
     r"""
-    The part of [`DiffusionSDPOConfig`] that controls the model and the reference.
+    Settings of [`DiffusionSDPOConfig`] for the model and the reference.
 
     Parameters:
         adapter_name_or_path (`str`, *optional*):
-            A LoRA that training goes on from, on top of the model: a folder in PEFT's or diffusers' format, such as
-            that of a run, a `.safetensors` file or a Hub id. The reference then is this LoRA as it is before training.
+            LoRA that training continues, on top of the model: a folder in the format of PEFT or diffusers (such as a
+            run's), a `.safetensors` file or a Hub id. The reference is then this LoRA before training.
         ref_model_name_or_path (`str`, *optional*):
-            The reference in place of the model before training, as `ref_model`: a Hub id, a folder of a pipeline, or
-            that of a run.
+            Reference, if it is not the model before training: a Hub id, a pipeline's folder or a run's folder. It has
+            the same effect as `ref_model`.
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for `DiffusionPipeline.from_pretrained`, used when `model` is a string.
+            Keyword arguments of `DiffusionPipeline.from_pretrained`. They are used if `model` is a string.
         ref_model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for the `from_pretrained` of the reference's denoiser, used when `ref_model` is a string;
-            nothing else of its pipeline is loaded. Of `model_init_kwargs`, `dtype`, `variant` and what is about access
-            to the Hub hold for it too unless given here; the policy's `revision` never does.
+            Keyword arguments of `from_pretrained` of the reference's denoiser, used if `ref_model` is a string. Nothing
+            else of the reference's pipeline is loaded. From `model_init_kwargs`, the reference also takes `dtype`,
+            `variant` and the settings for access to the Hub unless they are set here; it never takes the policy's
+            `revision`.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the model and the reference. With dropout, policy and reference differ from
             the first step.
         sync_ref_model (`bool`, *optional*, defaults to `False`):
-            Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as
-            [TR-DPO](https://huggingface.co/papers/2404.09656) does. Works with adapters as well.
+            Whether to move the reference towards the policy every `ref_model_sync_steps` optimizer steps, as in
+            [TR-DPO](https://huggingface.co/papers/2404.09656). It also works with adapters.
         ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
-            Share of the policy in the new reference, `ref = alpha * policy + (1 - alpha) * ref`, in `(0, 1]`.
+            Share of the policy in the new reference, in `(0, 1]`: `ref = alpha * policy + (1 - alpha) * ref`. It is
+            used with `sync_ref_model`.
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
-            Optimizer steps between two such moves.
+            Optimizer steps between two moves of the reference. It is used with `sync_ref_model`.
         precompute_ref_errors (`bool`, *optional*, defaults to `False`):
-            Whether to compute the reference's errors of all pairs before training, so that a step has no forward pass
-            of a reference, and no reference is in memory. They are stored, and read by other runs with the same
-            reference, data and noise. Not for losses that read the reference's prediction (`dspo`, `dspo_sdxl`), with
-            `sync_ref_model`, with dropout that acts or with streams.
+            Whether to compute the reference's errors on all pairs before training. A step then needs no forward pass of
+            the reference, and the reference is freed from memory. The errors are stored and reused by runs with the
+            same reference, data and noise. It cannot be used with losses that read the reference's prediction (`dspo`,
+            `dspo_sdxl`), `sync_ref_model`, active dropout or streams.
         save_full_pipeline (`bool`, *optional*, defaults to `False`):
-            Whether [`~DiffusionSDPOTrainer.save_model`] writes the whole pipeline beside the tuned weights (not in
-            intermediate checkpoints).
+            Whether [`~DiffusionSDPOTrainer.save_model`] also writes the whole pipeline beside the tuned weights.
+            Intermediate checkpoints never hold it.
         vae_dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision in which the VAE encodes images: `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` is that of
-            autocast, but float32 under fp16 where the VAE's configuration says that it overflows there
-            (`force_upcast`); without autocast, as the VAE was loaded.
+            Precision in which the VAE encodes images: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`. `"auto"` uses
+            the precision of autocast, or the VAE's own dtype without autocast. Under fp16, `"auto"` uses float32 if the
+            VAE's configuration says that it overflows (`force_upcast`).
         vae_encode_batch_size (`int`, *optional*):
-            Images that the VAE encodes at once. If unset, 8 images of 512 x 512 pixels, 2 of 1024 x 1024, and as many
-            pixels of other sizes. A smaller number needs less memory and gives the same latents, to rounding.
+            Number of images that the VAE encodes at once. Lower it to save memory; the latents are equal up to
+            rounding. If unset, it is 8 images of 512 x 512 pixels, 2 of 1024 x 1024, and as many pixels of other sizes.
     """
 
     adapter_name_or_path: str | None = None
@@ -76,17 +78,18 @@ class PipelineArguments:
 @dataclass
 class MemoryArguments:
     r"""
-    The part of [`DiffusionSDPOConfig`] that controls what is on the device.
+    Settings of [`DiffusionSDPOConfig`] for memory and speed on the device.
 
     Parameters:
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
-            Whether VAE and text encoders are in pinned memory of the CPU and on the device only while a micro-batch is
-            encoded. The results are the same.
+            Whether VAE and text encoders stay in pinned CPU memory and move to the device only to encode a micro-batch.
+            Set it to save device memory; the results are equal.
         torch_compile_regional (`bool`, *optional*, defaults to `False`):
-            Whether `torch_compile` compiles the denoiser's repeated blocks, each kind once, in place of the whole.
+            Whether `torch_compile` compiles the denoiser's repeated blocks instead of the whole denoiser. Each kind of
+            block is compiled once.
         attention_backend (`str`, *optional*):
-            Name of the attention back end of diffusers, such as `"flash"`, `"flash_hub"` or `"xformers"`; that of
-            PyTorch if unset.
+            Name of an attention backend of diffusers, such as `"flash"`, `"flash_hub"` or `"xformers"`. It is PyTorch's
+            attention if unset.
     """
 
     offload_frozen_components: bool = False
@@ -98,17 +101,18 @@ class MemoryArguments:
 @dataclass
 class SampleArguments:
     r"""
-    The part of [`DiffusionSDPOConfig`] that controls sample images.
+    Settings of [`DiffusionSDPOConfig`] for sample images.
 
     Parameters:
         sample_prompts (`list[str]`, *optional*):
-            Prompts of images that are generated with fixed seeds before, during and after training, into `samples/` of
-            the output folder and the gallery of the model card.
+            Prompts of sample images, which are generated with fixed seeds before, during and after training. They are
+            saved in `samples/` of the output folder and shown in the model card.
         sample_steps (`int`, *optional*):
-            Optimizer steps between two generations of them; before and after training only, if unset.
+            Optimizer steps between two generations of sample images. If unset, they are generated only before and after
+            training.
         sample_kwargs (`dict` or `str`, *optional*):
-            Further arguments of the pipeline's call for these images, in YAML or as JSON, such as
-            `num_inference_steps` (30 if unset) and `guidance_scale` (the pipeline's default if unset).
+            Further arguments of the pipeline's call for sample images, in YAML or as JSON, such as
+            `num_inference_steps` (default 30) and `guidance_scale` (default: the pipeline's).
     """
 
     sample_prompts: list[str] | None = None

@@ -1,4 +1,4 @@
-"""Settings of a step: the noise, the loss and its safeguard, and what is measured of the winners."""
+"""Settings of a training step: noise, loss, safeguard, and limits on the winners' errors."""
 
 from __future__ import annotations
 
@@ -20,42 +20,51 @@ OnWinnerRise = Literal["ignore", "warn", "stop"]
 @dataclass
 class NoiseArguments:
     r"""
-    The part of [`DiffusionSDPOConfig`] that controls the noise.
+    Settings of [`DiffusionSDPOConfig`] for noise and timesteps.
 
     Parameters:
         timestep_range (`list[int]`, *optional*):
-            Two whole numbers, lowest timestep and the first above the highest, such as `0 1000`; all if unset.
+            Two whole numbers: the lowest timestep and the one above the highest, such as `0 1000`. Set it to train at
+            some timesteps only; all are drawn if unset.
         timesteps (`list[float]`, *optional*):
-            The only timesteps to train at, each as often: those that a distilled model's few steps visit, such as
-            `999 749 499 249`. A density over all if unset.
+            The only timesteps to train at, drawn equally often, such as `999 749 499 249`. Set it for a distilled
+            model, to the timesteps that its few steps visit. If unset, timesteps are drawn from a density over all.
         weighting_scheme (`str`, *optional*):
-            Density of the timesteps: `"none"` (uniform), `"logit_normal"` or `"mode"`, before the shift that the
-            pipeline's scheduler states; the family's own if unset.
+            Density of the timesteps before the shift of the pipeline's scheduler: `"none"` (uniform), `"logit_normal"`
+            or `"mode"`. If unset, it is the default of the model's family.
         weighting_kwargs (`dict` or `str`, *optional*):
-            Constants of `weighting_scheme` by name, in YAML or as JSON: `logit_mean` (0.0; above 0 samples more noise)
-            and `logit_std` (1.0) of `"logit_normal"`, `mode_scale` (1.29; 0 is uniform) of `"mode"`.
+            Constants of `weighting_scheme` by name, in YAML or as JSON. `"logit_normal"` takes `logit_mean` (default
+            0.0; above 0 samples more noise) and `logit_std` (default 1.0); `"mode"` takes `mode_scale` (default 1.29; 0
+            is uniform).
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
-            `"one_minus_t_squared"` weighs errors of a flow model by `(1 - t)^2`, `t` the share of noise.
+            Weights of a flow model's errors by timestep. `"one_minus_t_squared"` multiplies an error by `(1 - t)^2`,
+            and `t` is the share of noise; `"none"` weighs all timesteps equally.
         snr_gamma (`float`, *optional*):
-            Gamma of [min-SNR](https://huggingface.co/papers/2303.09556), which weighs the errors by timestep; 5.0 is
-            usual. No weighting if unset.
+            Gamma of [min-SNR](https://huggingface.co/papers/2303.09556) weights, which weigh errors by timestep. A
+            usual value is 5.0; errors are not weighed if unset.
         noise_offset (`float`, *optional*, defaults to `0.0`):
-            Scale of a noise that is constant over the image, per channel, added to the noise.
+            Scale of an extra noise that is constant over the image in each channel. It is added to the noise; 0 adds
+            none.
         input_perturbation (`float`, *optional*, defaults to `0.0`):
-            Scale of extra noise that the model's input carries and its target does not; 0.1 is usual.
+            Scale of extra noise that is added to the model's input and not to its target. A usual value is 0.1; 0 adds
+            none.
         n_timesteps_per_pair (`int`, *optional*, defaults to `1`):
-            Draws of timestep and noise of each pair in training, in one batch: a pair is encoded once, and its loss is
-            the mean over them. Activations take so many times the memory. Evaluation has one.
+            Number of draws of timestep and noise for each training pair, all in one batch. The pair is encoded once,
+            and its loss is the mean over the draws. Raise it for less noisy gradients; activations take this many times
+            the memory. Evaluation is not affected.
         noise_source (`str`, *optional*, defaults to `"shared"`):
-            `"shared"` draws one noise for both images of a pair; `"inversion"` gives each image the noise that its own
-            inversion by the current policy finds, at the pair's timestep. Evaluations always draw theirs.
+            Source of the noise in training. `"shared"` draws one noise for both images of a pair. `"inversion"` inverts
+            each image with the current policy up to the pair's timestep and uses the noise that this gives. Evaluation
+            always draws shared noise.
         inversion_kwargs (`dict` or `str`, *optional*):
-            Constants of the inversion by name, in YAML or as JSON: `kind` (`"ddim"`, one prediction a step, as
-            DDIM-InPO, or `"renoise"`, the mean of two, as SmPO-Diffusion), `steps` (10, over the whole schedule), `end`
-            (`"exact"` takes a last, shorter step to the timestep itself; `"grid"` stops at the last step below it, as
-            published) and `eta` (0; factor of noise that is added after each step, for DDPM; DDIM-InPO has 0.1).
+            Constants of the inversion by name, in YAML or as JSON. `kind` is `"ddim"` (one prediction a step, as in
+            DDIM-InPO) or `"renoise"` (the mean of two predictions, as in SmPO-Diffusion). `steps` (default 10) counts
+            the steps over the whole schedule. `end` is `"exact"` (a last, shorter step reaches the timestep itself) or
+            `"grid"` (stop at the last step below the timestep, as published). `eta` (default 0) scales the noise that
+            is added after each step, for DDPM; DDIM-InPO uses 0.1.
         guidance_scale (`float`, *optional*):
-            Guidance that a distilled denoiser, such as FLUX.1-dev's, takes as an input; the family's own if unset.
+            Guidance that a distilled denoiser takes as an input, such as that of FLUX.1-dev. If unset, it is the
+            default of the model's family.
     """
 
     timestep_range: Annotated[list[int] | None, RESUME, EVALUATION] = None
@@ -83,57 +92,61 @@ class NoiseArguments:
 @dataclass
 class LossArguments:
     r"""
-    The part of [`DiffusionSDPOConfig`] that controls the loss and the safeguard.
+    Settings of [`DiffusionSDPOConfig`] for the loss and the safeguard.
 
     Parameters:
         loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`):
-            `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`, `"dmpo"`, `"sft"`, `"mapo"`,
-            `"simpo"`, `"dpop"`, `"linear"`, `"smpo"` or `"capo"`; or several, whose losses are summed: on the command
-            line `sigmoid sft`, in YAML `[sigmoid, sft]`.
+            Loss of a pair: `"sigmoid"`, `"hinge"`, `"ipo"`, `"robust"`, `"dspo"`, `"dspo_sdxl"`, `"dmpo"`, `"sft"`,
+            `"mapo"`, `"simpo"`, `"dpop"`, `"linear"`, `"smpo"` or `"capo"`. Several losses are summed: write `sigmoid
+            sft` on the command line and `[sigmoid, sft]` in YAML.
         loss_weights (`list[float]`, *optional*):
-            Weights of the losses of `loss_type`, in their order; 1 each if unset.
+            Weights of the losses in `loss_type`, in the same order. All weights are 1 if unset.
         margin_clamp (`float`, *optional*):
-            Largest logit of a pair: above it the pair is won and has no gradient. For `sigmoid`, `hinge`, `ipo`,
-            `robust`, `dmpo`, `smpo` and `capo`. No cap if unset.
+            Largest logit of a pair. A pair above it counts as won and has no gradient. It applies to `sigmoid`,
+            `hinge`, `ipo`, `robust`, `dmpo`, `smpo` and `capo`; there is no limit if unset.
         beta (`float`, *optional*):
-            Strength of the tie to the reference, in the half form: the logit is `-(beta / 2)` times the margin of the
-            mean squared errors.
+            Strength of the tie to the reference; raise it to stay closer to the reference. The logit is `-(beta / 2)`
+            times the margin of the mean squared errors. If unset, it is the default of the loss and the model's family.
         auto_beta (`bool`, *optional*, defaults to `False`):
-            Whether `beta` follows the margins in training: a pair that is won by a margin of average size gets the
-            factor 0.2 in the gradient of `sigmoid`. It starts at the given `beta` and stays within a tenth and ten
-            times of it; evaluation uses the given one. For `sigmoid`, `hinge`, `robust`, `dspo_sdxl`, `dmpo`,
-            `simpo`, `dpop` and `smpo`.
+            Whether `beta` adapts to the margins during training. A pair that is won by a margin of average size then
+            gets the factor 0.2 in the gradient of `sigmoid`. Adaptation starts at `beta` and stays between a tenth and
+            ten times of it. Evaluation uses `beta` itself. It applies to `sigmoid`, `hinge`, `robust`, `dspo_sdxl`,
+            `dmpo`, `simpo`, `dpop` and `smpo`.
         safeguard (`str`, *optional*, defaults to `"output"`):
-            Scales the loser's gradient so that the winner's error does not rise to first order. `"output"` measures
-            at the model's output, from the residuals, which costs nothing; `"parameter"` from the true gradients, one
-            backward pass per branch and one lambda per optimizer step; `"none"` is the plain loss.
+            How the loser's gradient is scaled so that the winner's error does not rise, to first order. `"output"`
+            computes the scale from the residuals at the model's output, at no cost. `"parameter"` computes it from the
+            true gradients, with one backward pass per branch and one lambda per optimizer step. `"none"` is the plain
+            loss.
         safeguard_mu (`float`, *optional*):
-            Share of the winner's descent that must remain, in `[0, 1]`.
+            Share of the winner's descent that the safeguard preserves, in `[0, 1]`. Raise it for a stricter safeguard.
+            If unset, it is the default of the loss and the model's family.
         safeguard_granularity (`str`, *optional*, defaults to `"batch"`):
-            `"batch"`, one lambda a micro-batch and process, as published; `"pair"`, one a pair, which does not depend
-            on how pairs are batched; `"weighted"`, one a micro-batch under the pairs' true weights; `"noise_bin"`, one
-            a noise bin of the micro-batch.
+            What shares one lambda of the safeguard at the output. `"batch"` has one per micro-batch and process, as
+            published. `"pair"` has one per pair, so it does not depend on how pairs are batched. `"weighted"` has one
+            per micro-batch, computed under the true weights of the pairs. `"noise_bin"` has one per noise bin of the
+            micro-batch.
         safeguard_eps (`float`, *optional*, defaults to `0.0`):
-            Added to the dot product; 1e-9 reproduces the authors' code.
+            Number added to the dot product of the safeguard. Use 1e-9 to reproduce the authors' code.
         safeguard_anchor (`str`, *optional*):
-            What the parameter-space safeguard protects: `"branch"`, the winners' errors as the loss weighs them, or
-            `"error"`, their plain mean, at the price of one more backward pass of the winners. The loss's own if
-            unset: `"error"` for `ipo`, `dspo`, `dspo_sdxl`, `dmpo` and `capo`, whose winner branch can raise the
-            winner's error, and sums with them, `"branch"` for the others.
+            What the parameter-space safeguard protects. `"branch"` protects the winners' errors as the loss weighs
+            them. `"error"` protects the plain mean of the winners' errors and costs one more backward pass of the
+            winners. If unset, `"error"` is used for `ipo`, `dspo`, `dspo_sdxl`, `dmpo`, `capo` and sums with them,
+            because their winner branch can raise the winner's error; `"branch"` is used for all other losses.
         safeguard_low_memory (`bool`, *optional*, defaults to `False`):
-            Whether the parameter-space safeguard holds one branch's activations at a time, at the price of one more
-            forward pass of the losers. Not with dropout.
+            Whether the parameter-space safeguard holds the activations of one branch at a time. Set it to save memory
+            at the cost of one more forward pass of the losers. It cannot be used with dropout.
         safeguard_diagnostics_steps (`int`, *optional*):
-            Optimizer steps between two measurements of the parameter-space safeguard: lambda of output space beside
-            its own, and the change of the winners' error on the same batch, noise and timesteps, predicted from its
-            gradient and realised by the optimizer. None if unset.
+            Optimizer steps between two measurements of the parameter-space safeguard. A measurement logs lambda of the
+            output space beside its own. It also logs the change of the winners' error on the same batch, noise and
+            timesteps, both predicted from the gradient and realised by the optimizer. Nothing is measured if unset.
         loss_kwargs (`dict` or `str`, *optional*):
             Constants of single losses by name, in YAML or as JSON: `label_smoothing` (share of flipped labels that
-            `robust` assumes, 0.1 if unset), `dspo_threshold` (squared shift from which `dspo_sdxl` weighs it, 0.1),
-            `dmpo_alpha` (distance of `dmpo`'s target preference from 1, 0.01), `mapo_temperature` (1000), `mapo_scale`
-            (0.5), `simpo_gamma` (target margin, 0.5), `dpop_lambda` (charge on a rise of the winner's error, 5),
-            `linear_eta` (lowest weight, 1e-3), `smpo_coefficient` (10) and `smpo_score_scale` (divisor of score
-            differences, 1; `"pickscore"` is the published 0.166581, for cosines of PickScore).
+            `robust` assumes; default 0.1), `dspo_threshold` (squared shift above which `dspo_sdxl` weighs it; default
+            0.1), `dmpo_alpha` (distance of the target preference of `dmpo` from 1; default 0.01), `mapo_temperature`
+            (default 1000), `mapo_scale` (default 0.5), `simpo_gamma` (target margin; default 0.5), `dpop_lambda`
+            (penalty on a rise of the winner's error; default 5), `linear_eta` (lowest weight; default 1e-3),
+            `smpo_coefficient` (default 10) and `smpo_score_scale` (divisor of score differences; default 1;
+            `"pickscore"` is the published 0.166581 for cosines of PickScore).
     """
 
     loss_type: Annotated[list[str], Choices(get_args(LossType)), RESUME] = cast(Any, "sigmoid")
@@ -152,7 +165,7 @@ class LossArguments:
 
     @property
     def loss_spec(self) -> LossSpec:
-        """What is known of the loss; `ValueError` where `loss_type` and its settings name none."""
+        """Facts of the loss. Raises `ValueError` if `loss_type` and its settings name no loss."""
         return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.margin_clamp)
 
 
@@ -160,36 +173,37 @@ class LossArguments:
 @dataclass
 class WinnerArguments:
     r"""
-    The part of [`DiffusionSDPOConfig`] that watches and steers what training does to the preferred images. A noise
-    level is the share of noise in a noisy latent, from 0 (clean) to 1: sigma of flow matching, and under DDPM the sigma
-    with the same ratio of signal to noise. It means the same for every model.
+    Settings of [`DiffusionSDPOConfig`] that measure and limit what training does to the preferred images. A noise level
+    is the share of noise in a noisy latent, from 0 (clean) to 1. For flow matching it is sigma; for DDPM it is the
+    sigma with the same signal-to-noise ratio. It means the same for every model.
 
     Parameters:
         num_noise_bins (`int`, *optional*, defaults to `8`):
-            Equal parts of the noise levels from 0 to 1: evaluation reports the change of errors in each,
-            `safeguard_granularity="noise_bin"` has a lambda for each, `winner_budget` steers each.
+            Number of equal bins that divide the noise levels from 0 to 1. Evaluation reports the change of errors in
+            each bin, `safeguard_granularity="noise_bin"` has a lambda for each bin, and `winner_budget` controls each
+            bin.
         loser_noise_range (`list[float]`, *optional*):
-            Two noise levels, lowest and highest, within which losers train, such as `0.6 1`; outside, a pair trains its
-            winner only. All levels if unset.
+            Two noise levels, lowest and highest, such as `0.6 1`. Losers train only between them; outside, a pair
+            trains its winner only. Losers train at all levels if unset.
         winner_budget (`float`, *optional*):
-            Target for the winners' error in every noise bin: its largest rise, as a share of the error before training;
-            0.05 is five per cent. Measured on a probe; the losers' gradients are scaled down in noise bins above it,
-            back up below it, and down in all bins while one is above it although its losers are scaled to 0. With
-            `ema_decay`, the averaged weights are measured and held to it; the last weights may lie above. Not measured
-            if unset.
+            Largest rise of the winners' error that is allowed in each noise bin, as a share of the error before
+            training; 0.05 is five per cent. The error is measured on a probe. In a noise bin above the budget, the
+            losers' gradients are scaled down; below it, they are scaled up again. If a bin stays above the budget with
+            its losers at 0, losers are scaled down in all bins. With `ema_decay`, the averaged weights are measured, so
+            the last weights may exceed the budget. Nothing is measured if unset.
         winner_budget_kwargs (`dict` or `str`, *optional*):
-            Size of the probe and how often it is measured, in YAML or as JSON: `pairs` (32; spread over the evaluation
-            data, or over the training data if there are none) and `steps` (10; optimizer steps between two
-            measurements).
+            Size and interval of the probe of `winner_budget`, in YAML or as JSON. `pairs` (default 32) is the number of
+            pairs, spread over the evaluation data or, without these, over the training data. `steps` (default 10) is
+            the number of optimizer steps between two measurements.
         ema_decay (`float`, *optional*):
-            Keeps an average of the trained weights, `average = decay * average + (1 - decay) * weights` after every
-            step, in `(0, 1)`; early steps use `(1 + step) / (10 + step)` where that is smaller. It is evaluated, saved
-            and pushed beside the weights, in the folder `ema`. None if unset.
+            Decay of an average of the trained weights, in `(0, 1)`: `average = decay * average + (1 - decay) * weights`
+            after every step. Early steps use `(1 + step) / (10 + step)` if that is smaller. The average is evaluated,
+            saved and pushed beside the weights, in the folder `ema`. No average is computed if unset.
         on_winner_rise (`str`, *optional*, defaults to `"warn"`):
-            When an evaluation shows the winners' error above that before training, by more than the uncertainty:
-            `"warn"` logs it, once a rise, with the noise level and what to change; `"stop"` also writes a checkpoint
-            and ends the training; `"ignore"` does neither. Without evaluation, `"warn"` looks at the logs of training
-            for an error that has doubled.
+            What to do if an evaluation shows that the winners' error has risen above its value before training by more
+            than the uncertainty. `"warn"` logs each rise once, with the noise level and what to change. `"stop"` also
+            writes a checkpoint and ends training. `"ignore"` does nothing. Without evaluation data, `"warn"` checks the
+            training logs for an error that has doubled.
     """
 
     num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME, EVALUATION] = 8
