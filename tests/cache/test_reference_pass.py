@@ -259,10 +259,10 @@ def test_an_error_that_is_not_finite_is_told_with_its_pair(make_trainer, make_sd
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"loss_type": "dspo"}, "reads the reference's prediction itself"),
-        ({"loss_type": "sft"}, "has no reference"),
-        ({"sync_ref_model": True}, "moves the reference"),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, "compiles the policy after the errors"),
+        ({"loss_type": "dspo"}, "'dspo'"),
+        ({"loss_type": "sft"}, "'sft'"),
+        ({"sync_ref_model": True}, "`sync_ref_model`"),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, "`torch_compile`"),
     ],
 )
 def test_settings_under_which_errors_are_not_enough_are_refused(make_args, settings, reason):
@@ -271,7 +271,7 @@ def test_settings_under_which_errors_are_not_enough_are_refused(make_args, setti
 
 
 def test_dropout_streams_and_other_data_are_refused(make_trainer, make_pairs, sd_pipeline):
-    with pytest.raises(ValueError, match="dropout makes the two differ"):
+    with pytest.raises(ValueError, match="`disable_dropout=True`"):
         make_trainer(precompute_ref_errors=True, disable_dropout=False, peft_config=LoraConfig(r=4, lora_dropout=0.1))
     with pytest.raises(ValueError, match="the train data are a stream"):
         make_trainer(precompute_ref_errors=True, train=make_pairs().to_iterable_dataset())

@@ -42,4 +42,4 @@ def test_evaluation_without_an_engine_is_refused(found):
 
 
 def test_an_engine_trains_once(found):
-    assert "a trainer trains once" in found["again"]
+    assert "trains only once" in found["again"]

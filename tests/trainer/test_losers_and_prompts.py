@@ -151,17 +151,17 @@ def test_a_resumed_run_has_the_losers_of_an_undisturbed_one(make_trainer, make_p
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"swap_labels": True}, "`swap_labels` would make the image of another prompt the winner"),
-        ({"loss_type": "smpo"}, "reads scores of each pair's own loser"),
+        ({"swap_labels": True}, "`swap_labels`"),
+        ({"loss_type": "smpo"}, "'smpo'"),
         ({"pair_weights": "gap"}, "`pair_weights='gap'`"),
-        ({"pair_weights": "agreement"}, "a column of weights can be named"),
-        ({"calibrated_scores": True, "loss_type": "sigmoid"}, "`calibrated_scores` are scores of each pair's own"),
-        ({"aspect_ratio_buckets": True}, "`aspect_ratio_buckets` train a pair at the winner's size"),
-        ({"precompute_latents": True, "random_crop": True}, "stores each image as its own pair crops it"),
+        ({"pair_weights": "agreement"}, "`pair_weights='agreement'`"),
+        ({"calibrated_scores": True, "loss_type": "sigmoid"}, "`calibrated_scores`"),
+        ({"aspect_ratio_buckets": True}, "`aspect_ratio_buckets`"),
+        ({"precompute_latents": True, "random_crop": True}, "`precompute_latents`"),
     ],
 )
 def test_settings_that_permuted_losers_cannot_act_with_are_refused(make_args, settings, said):
-    with pytest.raises(ValueError, match=f"`losers='permute'` cannot act: .*{said}"):
+    with pytest.raises(ValueError, match=f"`losers='permute'`.*{said}"):
         make_args(losers="permute", **settings)
 
 

@@ -1,4 +1,4 @@
-"""The trainer: transformers' Trainer with its overrides, in the order of a run."""
+"""Trainer of Diffusion-SDPO. It overrides methods of transformers' Trainer, in the order of a run."""
 
 from __future__ import annotations
 
@@ -74,14 +74,15 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 
 logger = logging.getLogger(__name__)
 
-# Settings beside those that change the trajectory: processes train, evaluate and save together.
+# Settings that must be equal in all processes, besides those that change the trajectory. Otherwise, one process would
+# wait for the others while it evaluates or saves.
 SAME_IN_ALL_PROCESSES = (
     *("max_steps", "num_train_epochs", "learning_rate", "optim", "per_device_eval_batch_size"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_strategy", "logging_steps"),
     *("precompute_latents", "push_to_hub", "sample_prompts"),
 )
 REPORTS = (SAMPLES_FOLDER, "noise_bins*.png", CURVES_FILE, VERDICT_FILE, VERDICT_PLOT, TRAINER_STATE_NAME)
-# The state names local folders.
+# Files that stay local. The state contains paths of local folders.
 NOT_PUBLISHED = (f"{PREFIX_CHECKPOINT_DIR}-*", f"{PREVIOUS_RUN}-*", TRAINER_STATE_NAME)
 
 
@@ -106,28 +107,30 @@ class DiffusionSDPOTrainer(Trainer):
     ```
 
     Args:
-        model (`str`, `DiffusionPipeline` or `nn.Module`): A Hub id, folder or file of a pipeline, a run's folder, a
-            pipeline, or a denoiser (UNet, transformer, or a [`~peft.PeftModel`] around one) with `processing_class`.
-        ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference, of the same kinds. `None`
-            takes the policy as it is before training: switched-off adapter, second adapter or frozen copy.
-        args ([`DiffusionSDPOConfig`], *optional*): Settings; left as they are, a copy is completed.
+        model (`str`, `DiffusionPipeline` or `nn.Module`): Policy: the Hub id, folder or file of a pipeline, the folder
+            of a run, a pipeline, or a denoiser. A denoiser is a UNet, a transformer, or a [`~peft.PeftModel`] around
+            one, and needs `processing_class`.
+        ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): Reference, in one of the forms of `model`. If
+            `None`, it is the policy before training: a switched-off adapter, a second adapter or a frozen copy.
+        args ([`DiffusionSDPOConfig`], *optional*): Settings. The trainer completes a copy of them.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset`, a torch `Dataset` or `list`, *optional*):
-            Preference pairs in a known format.
-        eval_dataset (the same, or a `dict` of them, *optional*): Pairs for evaluation, at fixed noise and timesteps.
-        processing_class (`DiffusionPipeline`, *optional*): The pipeline that owns a bare denoiser's VAE, text encoders
-            and scheduler.
+            Preference pairs in a supported format.
+        eval_dataset (a type of `train_dataset`, or a `dict` of data sets, *optional*): Pairs for evaluation, at fixed
+            noise and timesteps.
+        processing_class (`DiffusionPipeline`, *optional*): Pipeline with the VAE, text encoders and scheduler of a
+            `model` that is a bare denoiser.
         data_collator (`Callable`, *optional*): [`~trl_diffusion_sdpo.data.transforms.PreferenceCollator`] if unset.
-        compute_metrics (`Callable`, *optional*): Receives an `EvalPrediction` with `predictions` of shape
-            `(pairs, 2)`, the rewards of chosen and rejected, and `label_ids` of zeros; returns a dictionary of metrics.
-        callbacks (`list[TrainerCallback]`, *optional*): Beside the trainer's own.
-        optimizers (`tuple`, *optional*): Optimizer and scheduler, in place of those that `args` describe.
-        peft_config ([`~peft.LoraConfig`], *optional*): Tunes a LoRA instead of all weights. Without `target_modules`,
-            those of the family's own scripts.
-        quantization_config (*optional*): How a frozen base's weights are held, such as
-            `diffusers.BitsAndBytesConfig(load_in_4bit=True)`; with `peft_config` only.
+        compute_metrics (`Callable`, *optional*): Function of an `EvalPrediction` that returns a dictionary of metrics.
+            `predictions` has shape `(pairs, 2)` and holds the rewards of chosen and rejected; `label_ids` are zeros.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the trainer's.
+        optimizers (`tuple`, *optional*): Optimizer and scheduler. They replace those that `args` describe.
+        peft_config ([`~peft.LoraConfig`], *optional*): LoRA to tune instead of all weights. Without `target_modules`,
+            it tunes the modules of diffusers' training script for the family.
+        quantization_config (*optional*): Quantization of the frozen base's weights, such as
+            `diffusers.BitsAndBytesConfig(load_in_4bit=True)`. It needs `peft_config`.
 
     Raises:
-        `ValueError`: On models, data and settings that cannot act together; each message says what can.
+        `ValueError`: If models, data and settings do not fit together. The message says what to change.
     """
 
     args: DiffusionSDPOConfig
@@ -136,8 +139,8 @@ class DiffusionSDPOTrainer(Trainer):
     optimizer: torch.optim.Optimizer
     hub_model_id: Any
     gather_function: Any
-    dataset_name: str | None = None  # of the training data on the Hub, for the model card
-    _counted: torch.Tensor  # which pairs of an evaluation's batch count
+    dataset_name: str | None = None  # Hub id of the training data, for the model card
+    _counted: torch.Tensor  # mask of the real pairs in an evaluation's batch; the others only fill it up
     _tag_names = ["trl-diffusion-sdpo", "diffusion-sdpo"]
     _name = "Diffusion-SDPO"
     _paper = {
@@ -145,7 +148,7 @@ class DiffusionSDPOTrainer(Trainer):
         "id": "2511.03317",
     }
 
-    # For subclasses that change the forward passes of a pair, or the step under the parameter-space safeguard.
+    # Subclasses set these to change the forward passes of a pair, or the step under the parameter-space safeguard.
     pair_forward_class = PairForward
     parameter_safeguard_class = ParameterSafeguard
 
@@ -165,15 +168,15 @@ class DiffusionSDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
     ):
-        # The settings: a copy of the user's, the same in all processes.
+        # Copy the user's settings, and check that all processes have the same.
         args = copy_and_check_args(model, ref_model, args)
         check_agreement({name: getattr(args, name) for name in (*settings_with(RESUME), *SAME_IN_ALL_PROCESSES)})
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         workers_are_chosen = args.dataloader_num_workers is None
 
-        # The model, and all components that need no accelerator.
+        # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
-        # transformers' constructor makes the accelerator.
+        # transformers' constructor makes the accelerator later.
         self.engine = Engine(lambda: self.accelerator)
         components = build_components(
             loaded,
@@ -202,25 +205,25 @@ class DiffusionSDPOTrainer(Trainer):
         self._weight_copies = components.weight_copies
         self._controllers = components.controllers
 
-        # State that training and evaluation change.
-        self.parameter_safeguard: ParameterSafeguard | None = None  # made once the engine has wrapped the policy
+        # Initialize the state that training and evaluation change.
+        self.parameter_safeguard: ParameterSafeguard | None = None  # set once the engine has wrapped the policy
         self._finite = FiniteCheck()
         self._engine_ready = False
-        self._evaluated_weights: EMAWeights | None = None  # predict in place of the policy
-        self._first_step = 0  # at which `train` began or resumed
-        self._saved_step = -1  # of the last checkpoint of this training
-        self._began = 0.0  # when training began, on a clock that is never set
-        self._partial_dir: str | None = None  # in which a checkpoint is being written
+        self._evaluated_weights: EMAWeights | None = None  # weights that predict instead of the policy's
+        self._first_step = 0  # step at which `train` began or resumed
+        self._saved_step = -1  # step of the last checkpoint of this training
+        self._began = 0.0  # monotonic time at which training began
+        self._partial_dir: str | None = None  # temporary folder of the checkpoint that is being written
 
-        # The data as pairs, encoded if the settings say so. Encoding needs the device's memory, so that the second
-        # copies of the weights move there afterwards. Engines move them once they are sharded or rounded.
+        # Turn the data into pairs, and encode them if the settings say so. Encoding needs the device's memory, so the
+        # second copies of the weights move to the device afterwards. Engines move copies that they shard or round.
         self._preparation = PairPreparation(args, self.loss_spec, self.family, self.encoding)
         train_dataset, eval_dataset = self._prepare_data(train_dataset, eval_dataset, args)
         if not by_engine(args):
             for weights in self._weight_copies:
                 weights.to(args.device)
 
-        # transformers' constructor: the accelerator, the device, the callbacks, the repository.
+        # Call transformers' constructor. It sets up accelerator, device, callbacks and repository.
         self.publisher = Publisher(args, NOT_PUBLISHED)
         super().__init__(
             model=DenoiserWrapper(loaded.denoiser),
@@ -233,12 +236,12 @@ class DiffusionSDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = False  # a mean over pairs, to be divided by the accumulation steps
+        self.loss_is_scaled_for_ga = False  # transformers divides our mean over pairs by the accumulation steps
 
-        # What needs the accelerator.
+        # Set up the components that need the accelerator.
         self.engine.check()
         for weights in self._weight_copies:
-            if shards_weights(args) and not self.engine.shards_weights:  # FSDP was ignored, with one process
+            if shards_weights(args) and not self.engine.shards_weights:  # accelerate ignores FSDP with one process
                 weights.stop_sharing()
         self._loaders = BatchLoaders(args, self.accelerator, workers_are_chosen=workers_are_chosen)
         self._reference_errors = make_reference_errors(
@@ -249,7 +252,7 @@ class DiffusionSDPOTrainer(Trainer):
             to_inputs=lambda items: self._prepare_inputs(self.data_collator(items)),
         )
 
-        # The run's files, and the callbacks, which write some of them.
+        # Set up the run's files, and the callbacks that write some of them.
         self.run_folder = RunFolder(args, list(self.family.pipeline.components), REPORTS)
         self.run_files = RunFiles(
             args,
@@ -297,37 +300,40 @@ class DiffusionSDPOTrainer(Trainer):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The UNet or transformer that trains, adapters included."""
+        """UNet or transformer that trains, including its adapters."""
         return self.family.denoiser
 
     # ---- Data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
-            raise ValueError("Training needs a `train_dataset`, got none.")
+            raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
         sampler = self._get_train_sampler(self.train_dataset)
         return self._loaders.training(self.train_dataset, self._train_batch_size, sampler, self.data_collator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Return the micro-batches of an optimizer step, each of which is loaded in its turn. transformers would load
-        all of them first. Those of a stream are loaded first, because a stream does not say when it ends. The number of
-        items is `None`, because losses are means over pairs."""
+        """Return the micro-batches of an optimizer step, and `None` for the number of items.
+
+        Micro-batches of a map-style data set are loaded one at a time; transformers would load all of them first.
+        Those of a stream are loaded first, because the end of a stream is not known in advance. The number of items is
+        `None`, because losses are means over pairs.
+        """
         if isinstance(self.train_dataset, PreferenceDataset):
             return LazyBatches(epoch_iterator, num_batches), None
         return list(islice(epoch_iterator, num_batches)), None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the loader of an evaluation's data. For a data set of the trainer, passed by name or as an object, it
-        is the same one at every call."""
-        own = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        """Return the loader of an evaluation's data. A data set of the trainer, passed by name or as an object, has one
+        loader for all calls."""
+        trainer_sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
-            raise ValueError("Evaluation needs an `eval_dataset`, got none.")
+            raise ValueError("Evaluation needs an `eval_dataset`, got None. Pass one to the trainer or to `evaluate`.")
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         prepared = self._preparation.prepare(eval_dataset, name="eval", training=False)
         prepared = self._with_reference_errors(prepared)
-        keep = any(prepared is dataset for dataset in own)
+        keep = any(prepared is dataset for dataset in trainer_sets)
         return self._loaders.evaluation(prepared, self._get_eval_sampler(prepared), self.data_collator, keep=keep)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -355,12 +361,12 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_data(self, train_dataset: Any, eval_dataset: Any, args: DiffusionSDPOConfig) -> tuple[Any, Any]:
         """Return both data sets as pairs. Sets `args.dataloader_num_workers` if it is `None`."""
-        # Processes prepare data together, and one that prepared other data would wait for what nobody sends.
+        # Processes prepare data together. A process with different data would wait forever for the others.
         check_agreement({"train_dataset": outline(train_dataset), "eval_dataset": outline(eval_dataset)})
         prepare = self._preparation.prepare
         train_dataset = prepare(train_dataset, name="train", training=True)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: prepare(part, name=name, training=False) for name, part in eval_dataset.items()}
+            eval_dataset = {name: prepare(data, name=name, training=False) for name, data in eval_dataset.items()}
         else:
             eval_dataset = prepare(eval_dataset, name="eval", training=False)
         check_batches(train_dataset, args)
@@ -368,14 +374,17 @@ class DiffusionSDPOTrainer(Trainer):
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
-        assert args.resolution is not None, "Completed by `build_components`."
+        assert args.resolution is not None, "`build_components` sets `resolution`."
         if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
-            logger.warning("Chosen: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
+            logger.warning("Default: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         return train_dataset, eval_dataset
 
     def precompute_reference_errors(self) -> None:
-        """Compute the reference's errors on the training and evaluation data, those that are not stored yet, and free
-        the reference, with `precompute_ref_errors=True`. `train` calls it; all processes must call it together."""
+        """Compute the reference's errors on the training and evaluation data unless they are stored already, and free
+        the reference.
+
+        It does nothing without `precompute_ref_errors=True`. `train` calls it. All processes must call it together.
+        """
         if self._reference_errors is None:
             return
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -385,7 +394,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._reference_errors.release()
 
     def _with_reference_errors(self, dataset: Any) -> Any:
-        """Let the items of a data set carry the reference's errors if these are computed before training."""
+        """Add the reference's errors to the items of a data set if they are computed before training."""
         if self._reference_errors is not None and not dataset.has_reference_errors:
             check_prompt_padding("precompute_ref_errors", self.family, largest_batch(self.args))
             self._reference_errors.add_to(dataset)
@@ -394,17 +403,17 @@ class DiffusionSDPOTrainer(Trainer):
     def _load_probe(self) -> list[ProbeInputs]:
         """Collate this process's pairs of the winner budget's probe."""
         if self.eval_dataset is None:
-            logger.warning("`winner_budget` is measured on training pairs, as there is no `eval_dataset`.")
+            logger.warning("`winner_budget` is measured on training pairs, because there is no `eval_dataset`.")
         if self.loss_spec.anchor == "error":
             logger.warning(
-                "Under the loss %r a winner's own branch can raise its error: noise bins over the budget may stay over "
-                "it although their losers' gradients are scaled to 0.",
+                "The loss %r can raise a winner's error through the winner's gradient. Noise bins over the budget may "
+                "stay over it although their losers' gradients are scaled to 0.",
                 self.args.loss_type,
             )
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         batch_size = 2 * (self._train_batch_size or self.args.per_device_train_batch_size)
         if self.encoding is not None and self.family.prompt_padding == "start":
-            batch_size = 1  # prompts were encoded alone, and padding would change them
+            batch_size = 1  # prompts were encoded one at a time, and padding would change their embeddings
         return probe_inputs(
             probe_items(data, ProbeSettings(**self.args.winner_budget_kwargs).pairs),
             batch_size,
@@ -419,12 +428,12 @@ class DiffusionSDPOTrainer(Trainer):
         """Train; see [`~transformers.Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, `True` for the newest one in
-                `output_dir`, or `"latest"` for the same, and a new start if there is none.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A `checkpoint-*` folder, or `True` for the newest
+                checkpoint in `output_dir`. `"latest"` also takes the newest one, but starts anew if there is none.
 
         Raises:
-            `ValueError`: If there is nothing to train on, or the checkpoint is damaged, of another set-up or could run
-                code.
+            `ValueError`: If there are no training data, or the checkpoint is damaged, belongs to other settings, or
+                could run code.
             `FloatingPointError`: If a loss or, at a save or the end, a weight is not finite.
             `KeyboardInterrupt`: After Ctrl-C or SIGTERM, once the checkpoint is written (`checkpoint_on_interrupt`).
             `DiskFullError`: If a checkpoint or an image does not fit on the disk.
@@ -433,12 +442,13 @@ class DiffusionSDPOTrainer(Trainer):
             raise ValueError("Training needs a `train_dataset`, got None. Pass preference pairs to the trainer.")
         if self._engine_ready and self.engine.holds_shards:
             raise ValueError(
-                "Under DeepSpeed and FSDP a trainer trains once: the engine keeps the weights in its own form. Make a "
-                "new trainer and pass `resume_from_checkpoint` to go on."
+                "Under DeepSpeed and FSDP a trainer trains only once, because the engine keeps the weights in its own "
+                "form. `train` was called a second time. Make a new trainer and pass `resume_from_checkpoint` to "
+                "continue."
             )
         check_agreement(self._facts_of_all_processes())
         if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers leaves it to scripts
+            resume_from_checkpoint = self.args.resume_from_checkpoint  # transformers ignores this setting
         disk = naming_the_disk(self.args.output_dir, self.weight_files.bytes_needed)
         with disk, self.run_folder.locked(all_processes=True):
             point = self.run_files.resume_point(resume_from_checkpoint, self._setup)
@@ -451,15 +461,16 @@ class DiffusionSDPOTrainer(Trainer):
                 return super().train(point, *args, **kwargs)
 
     def _facts_of_all_processes(self) -> dict[str, Any]:
-        """Return what must be the same in all processes besides settings. A stream may be another part in each."""
+        """Return the facts besides settings that must be equal in all processes. Training streams are left out, because
+        each process may read another part of a stream."""
         facts: dict[str, Any] = {"model": self.origin.fingerprint, "eval_dataset": self._eval_fingerprint}
         if not isinstance(self.train_dataset, PreferenceIterableDataset):
             facts["train_dataset"] = self._data_fingerprint
         return facts
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        """Prepare as transformers does, then set up what needs the model as the engine wrapped it."""
-        self.parameter_safeguard = None  # of an earlier training
+        """Prepare as transformers does, then set up the components that need the model as the engine wrapped it."""
+        self.parameter_safeguard = None  # drop the one of an earlier training
         self._finite = FiniteCheck(
             step_exchange(self.callback_handler.callbacks), lambda: networks(self.family, self.reference.module)
         )
@@ -468,7 +479,7 @@ class DiffusionSDPOTrainer(Trainer):
         for weights in self._weight_copies:
             weights.keep_unrounded()
         self.engine.shard_before_preparing(self.denoiser, unrounded)
-        # An engine that shards reads a checkpoint below, once second copies of the weights are sharded as well.
+        # An engine that shards reads a checkpoint later, when the second copies of the weights are sharded as well.
         read_later = self.engine.holds_shards and resume_from_checkpoint is not None
         checkpoint = None if read_later else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
@@ -486,12 +497,13 @@ class DiffusionSDPOTrainer(Trainer):
         return prepared
 
     def set_up_safeguard(self) -> None:
-        """Make what `args.safeguard` needs, once the engine has wrapped policy and optimizer."""
+        """Build the parameter-space safeguard if `args.safeguard` is `"parameter"`. The engine must have wrapped policy
+        and optimizer."""
         args = self.args
         self.parameter_safeguard = None
         if args.safeguard != "parameter":
             return
-        assert args.safeguard_mu is not None, "Completed by the constructor."
+        assert args.safeguard_mu is not None, "The constructor sets `safeguard_mu`."
         backend = self.engine.gradient_backend(self.model_wrapped)
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
@@ -522,7 +534,7 @@ class DiffusionSDPOTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        """Take logging, saving and evaluation steps from this run, not from the checkpoint."""
+        """Use the logging, saving and evaluation steps of this run instead of the checkpoint's."""
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -533,7 +545,7 @@ class DiffusionSDPOTrainer(Trainer):
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch, unless the run has ended: transformers checks for that only after a step."""
+        """Train an epoch unless the run has ended. transformers checks for the end only after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -543,7 +555,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._finite.verify_gradient()
         if self.state.global_step not in (self._first_step, self._saved_step):
             self.run_files.verify_weights(self.model_wrapped)
-        began = time.time() - (time.monotonic() - self._began)  # the clock may have been set since
+        began = time.time() - (time.monotonic() - self._began)  # correct even if the system clock changed
         settings: dict[str, Any] = {"save_total_limit": None}  # with 1, transformers would delete all but the best
         if was_interrupted(self.callback_handler.callbacks):
             settings["load_best_model_at_end"] = False
@@ -556,9 +568,9 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- A step -----------------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move a batch to the device. The loaders leave it on the host, so that only the current micro-batch of a step
-        takes memory on the device. Under DeepSpeed, transformers would also round scores, errors and moments to the
-        dtype of the weights."""
+        """Move a batch to the device. Loaders leave batches on the host, so only the current micro-batch takes memory
+        on the device. transformers' method is not used, because under DeepSpeed it would round scores, errors and
+        moments to the dtype of the weights."""
         return on_device(inputs, self.args.device)
 
     def compute_loss(
@@ -568,10 +580,11 @@ class DiffusionSDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, PreferenceLossOutput]:
-        """Return the loss of a batch of B pairs, a scalar; with `return_outputs` also its [`PreferenceLossOutput`].
+        """Return the scalar loss of a batch of B pairs. With `return_outputs`, also return its
+        [`PreferenceLossOutput`].
 
         A subclass may change the loss under every safeguard. With `safeguard="parameter"` the graph ends at the
-        predictions: what it adds must depend on the model through them.
+        predictions, so terms that the subclass adds must depend on the model through the predictions only.
         """
         safeguard = self.parameter_safeguard if model.training else None
         predictions = (self.pair_forward if safeguard is None else safeguard).predict_pairs(model, inputs)
@@ -598,7 +611,7 @@ class DiffusionSDPOTrainer(Trainer):
     def _training_step_by_branch(
         self, safeguard: ParameterSafeguard, model: nn.Module, inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """Train on one micro-batch. After the last one of an optimizer step, the branches are combined."""
+        """Train on one micro-batch. After the last one of an optimizer step, the safeguard combines the branches."""
         model.train()
         cast(Any, self.optimizer).train()
         inputs = self._prepare_inputs(inputs)
@@ -617,7 +630,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         norm = full_tensor(super()._get_grad_norm(model, grad_norm))
-        # With fp16 an overflow is usual, and the scaler skips that step by itself.
+        # Overflows are normal with fp16, and the scaler skips these steps.
         if norm is not None and not self.args.fp16:
             self._finite.watch_gradient(torch.as_tensor(norm), self.state.global_step + 1)
         return norm
@@ -660,8 +673,9 @@ class DiffusionSDPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         if self.engine.holds_shards and not self._engine_ready:
             raise ValueError(
-                "Under DeepSpeed and FSDP, evaluation runs in the engine that training sets up. Set "
-                "`eval_on_start=True`, call it after `train()`, or evaluate in a trainer without them."
+                "Under DeepSpeed and FSDP, evaluation needs the engine that training sets up. `evaluate` was called "
+                "before `train`. Set `eval_on_start=True`, call it after `train()`, or evaluate in a trainer without "
+                "them."
             )
         settings = (description, prediction_loss_only, ignore_keys)
         output = self._measured_loop(dataloader, *settings, metric_key_prefix)
@@ -682,7 +696,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._evaluation.begin(
             dataloader.dataset, settings[-1], before_training=self.state.global_step == 0, draws=draws
         )
-        if _tells_what_counts(dataloader.dataset):
+        if _marks_real_pairs(dataloader.dataset):
             self.gather_function = self._gather_counted  # transformers resets it after the pass
         output = super().evaluation_loop(dataloader, *settings)
         measured = self._evaluation.drain(self.accelerator)
@@ -691,14 +705,14 @@ class DiffusionSDPOTrainer(Trainer):
         return output
 
     def _gather_counted(self, values: torch.Tensor) -> torch.Tensor:
-        """Gather values of the pairs of all processes' batches, without those that fill up the last batch of a size or
-        of a stream, which accelerate takes for further pairs of the data."""
+        """Gather the values of the pairs from all processes, without pairs that only fill up a batch. accelerate does
+        not recognize them in the last batch of an image size or of a stream."""
         gathered, counted = self.accelerator.gather(values), self.accelerator.gather(self._counted.float())
         return gathered[counted > 0] if len(gathered) == len(counted) else gathered
 
     def verdict(self) -> Verdict | None:
-        """Return how the error on preferred images has changed, by the last evaluation, or by the last logs of training
-        without one; `None` if nothing was measured."""
+        """Return how the error on preferred images has changed, or `None` if nothing was measured. The verdict reads
+        the last evaluation or, if there was none, the last training logs."""
         return verdict_of(self.state.log_history, self.run_facts, final_step(self.args, self.state))
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
@@ -709,7 +723,7 @@ class DiffusionSDPOTrainer(Trainer):
             if self.winner_budget is not None:
                 self.winner_budget.warn_if_unmet(logs.get("budget/unmet", 0.0))
         if "train_loss" in logs and self.state.global_step == self._first_step:
-            del logs["train_loss"]  # transformers' mean over no steps, 0
+            del logs["train_loss"]  # transformers reports a mean of 0 for a run without steps
         super().log(logs, start_time)
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
@@ -723,7 +737,7 @@ class DiffusionSDPOTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_engine_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint into weights and optimizer that an engine has sharded."""
+        """Load a checkpoint into weights and an optimizer that an engine has sharded."""
         self.engine.check_resumable(self.optimizer)
         with self.run_files.loading_optimizer(self.optimizer, self.lr_scheduler):
             self.run_files.load(Path(checkpoint), self.model_wrapped)
@@ -745,15 +759,15 @@ class DiffusionSDPOTrainer(Trainer):
     # ---- Saving -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the tuned weights in the formats of diffusers and PEFT; under every engine, all processes must call it.
+        """Write the tuned weights in the formats of diffusers and PEFT. All processes must call it.
 
         Args:
-            output_dir (`str`, *optional*): `args.output_dir` if unset.
+            output_dir (`str`, *optional*): Folder of the files; `args.output_dir` if unset.
         """
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         is_output_dir = folder.resolve() == self.run_folder.path.resolve()
         pushes = self.args.push_to_hub and not _internal_call
-        if not (is_output_dir and pushes):  # `push_to_hub` saves there itself, after uploads in progress
+        if not (is_output_dir and pushes):  # `push_to_hub` also saves there, after uploads in progress
             lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if is_output_dir:
                 lock = self.run_folder.locked(all_processes=self.engine.holds_shards)
@@ -777,7 +791,7 @@ class DiffusionSDPOTrainer(Trainer):
                     super()._save_checkpoint(model, trial)
             finally:
                 self._partial_dir = None
-            if self.state.best_model_checkpoint == str(partial):  # transformers takes the folder that it has written
+            if self.state.best_model_checkpoint == str(partial):  # transformers stores the temporary path
                 self.state.best_model_checkpoint = str(run_dir / name)
                 if self.args.should_save:
                     self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
@@ -787,7 +801,7 @@ class DiffusionSDPOTrainer(Trainer):
         self.run_files.checkpoints.rotate(run_dir, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the folder of checkpoints; while one is being written, a temporary folder on the same disk."""
+        """Return the folder of checkpoints. While one is being written, this is a temporary folder on the same disk."""
         return self._partial_dir or super()._get_output_dir(trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -830,28 +844,31 @@ class DiffusionSDPOTrainer(Trainer):
         tags: str | list[str] | None = None,
         license: str | None = None,
     ) -> None:
-        """Write a model card, `README.md` in the output folder.
+        """Write the model card, `README.md` in the output folder.
 
         Args:
-            model_name (`str`, *optional*): Name of the model; the output folder's if unset.
+            model_name (`str`, *optional*): Name of the model; the name of the output folder if unset.
             dataset_name (`str`, *optional*): Hub id of the training data; the attribute `dataset_name` if unset.
-            tags (`str` or `list[str]`, *optional*): Beside the trainer's own.
-            license (`str`, *optional*): Identifier of the licence; that of the base model applies if unset.
+            tags (`str` or `list[str]`, *optional*): Tags in addition to the trainer's.
+            license (`str`, *optional*): Identifier of the licence. If unset, the base model's licence applies.
         """
         if self.is_world_process_zero():
             with naming_the_disk(self.args.output_dir):
                 self._write_card(model_name=model_name, dataset_name=dataset_name, tags=tags, license=license)
 
     def _end_report(self) -> None:
-        """Write the card, and tell what the run has left and how to load it; the first process only."""
-        written = self._write_card(keep_edited=True)
-        tell, folder = logger.info if self.args.disable_tqdm else say, Path(self.args.output_dir)
+        """Write the model card, and print which files the run has written and how to load them. Only the first process
+        calls it."""
+        has_card = self._write_card(keep_edited=True)
         samples = find_sample_images(self.callback_handler.callbacks)
-        found = {"samples": samples is not None and samples.last_step is not None, "card": written}
+        has_samples = samples is not None and samples.last_step is not None
         interrupted = was_interrupted(self.callback_handler.callbacks)
         loading_code = None if interrupted else self.model_card.loading_code()
-        for line in run_lines(folder, self.state, loading_code, **found):
-            tell(line)
+        report = logger.info if self.args.disable_tqdm else say
+        for line in run_lines(
+            Path(self.args.output_dir), self.state, loading_code, samples=has_samples, card=has_card
+        ):
+            report(line)
 
     def _write_card(self, *, keep_edited: bool = False, tags: Any = None, **facts: Any) -> bool:
         verdict = self.verdict()
@@ -876,15 +893,21 @@ class DiffusionSDPOTrainer(Trainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository `args.hub_model_id` unless it exists; all processes must call it. `token` and `private`
-        are `args.hub_token` and `args.hub_private_repo` if unset. `PublishingError` in all processes, if the Hub
-        refuses, or does not answer."""
+        """Create the repository `args.hub_model_id` unless it exists. All processes must call it.
+
+        Args:
+            token (`str`, *optional*): `args.hub_token` if unset.
+            private (`bool`, *optional*): `args.hub_private_repo` if unset.
+
+        Raises:
+            `PublishingError`: In all processes, if the Hub refuses or does not answer.
+        """
         try:
             self.hub_model_id = self.publisher.create_repository(token, private)
         except PublishingError as error:
             raise PublishingError(
-                f"{error} Nothing was trained. Without `push_to_hub=True` a run needs no Hub, and can be published "
-                "afterwards by `push_to_hub()`."
+                f"{error} Nothing was trained. To train without the Hub, leave out `push_to_hub=True` and call "
+                "`push_to_hub()` afterwards."
             ) from error
 
     def push_to_hub(  # type: ignore[override]
@@ -892,26 +915,26 @@ class DiffusionSDPOTrainer(Trainer):
     ) -> Any:
         """Upload the tuned weights and the model card to `args.hub_model_id`, without checkpoints, pickles and logs.
 
-        They are saved in `args.output_dir` first. If the upload fails, the files stay, and a second call continues:
-        large files that arrived are not sent again.
+        The trainer saves the files in `args.output_dir` first. If the upload fails, the files stay there, and a second
+        call continues the upload. It does not send large files again that have arrived.
 
         Args:
-            commit_message (`str`, *optional*): Of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. A failure is logged
-                otherwise.
+            commit_message (`str`, *optional*): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload. If `False`, a failure is
+                only logged.
             kwargs: `token`, `revision`, `private`, and arguments of [`~DiffusionSDPOTrainer.create_model_card`].
 
         Returns:
-            What [`~huggingface_hub.HfApi.upload_folder`] returns, or its `Future`; `None` in all processes but the
-            first.
+            Result of [`~huggingface_hub.HfApi.upload_folder`] in the first process, or its `Future` if `blocking` is
+            `False`; `None` in all other processes.
 
         Raises:
-            `PublishingError`: In all processes, if the Hub refuses, or answers no attempt.
+            `PublishingError`: In all processes, if the Hub refuses or does not answer.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token, revision, private = (kwargs.pop(name, None) for name in ("token", "revision", "private"))
         model_name = kwargs.pop("model_name", None)
-        self._finish_current_push()  # it reads the files that are written next
+        self._finish_current_push()  # an upload in progress reads the files that are overwritten next
         uploaded = None
         with self.run_folder.locked(all_processes=True):
             with failing_together(PublishingError, during_upload=True):
@@ -927,7 +950,7 @@ class DiffusionSDPOTrainer(Trainer):
         return uploaded
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish during training. transformers would look for its own files, and upload pickles."""
+        """Publish during training. transformers' method would look for its own file names and upload pickles."""
         if not self.publisher.is_ready_for_progress():
             return
         with failing_together(PublishingError, during_upload=True):
@@ -940,6 +963,6 @@ class DiffusionSDPOTrainer(Trainer):
         self.publisher.wait()
 
 
-def _tells_what_counts(dataset: Any) -> bool:
-    """Whether batches themselves say which of their pairs fill them up, because accelerate cannot know it."""
+def _marks_real_pairs(dataset: Any) -> bool:
+    """Whether batches mark the pairs that only fill them up, because accelerate cannot recognize these pairs."""
     return isinstance(dataset, PreferenceIterableDataset) or getattr(dataset, "sizes", None) is not None

@@ -45,12 +45,9 @@ def test_numbers_may_be_text_as_yaml_reads_some(make_args):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"noise_offset": 0.1},
-            "`noise_offset=0.1` changes noise that is drawn, and `noise_source='inversion'` draws",
-        ),
-        ({"input_perturbation": 0.1}, "`input_perturbation=0.1` changes noise that is drawn"),
-        ({"precompute_ref_errors": True}, "has noise that moves with the policy"),
+        ({"noise_offset": 0.1}, "`noise_offset=0.1`"),
+        ({"input_perturbation": 0.1}, "`input_perturbation=0.1`"),
+        ({"precompute_ref_errors": True}, "`noise_source='inversion'`"),
     ],
 )
 def test_what_cannot_act_with_inversion_is_refused(make_args, given, message):
@@ -59,12 +56,12 @@ def test_what_cannot_act_with_inversion_is_refused(make_args, given, message):
 
 
 def test_training_without_a_measurement_at_drawn_noise_warns(make_args, recwarn):
-    with pytest.warns(UserWarning, match="errors of training are at noise that the policy finds itself"):
+    with pytest.warns(UserWarning, match="`eval_strategy`"):
         make_args(**INVERSION)
     recwarn.clear()
     make_args(**INVERSION, eval_strategy="steps", eval_steps=1)
     make_args(**INVERSION, winner_budget=0.1)
-    assert not [each for each in recwarn if "policy finds itself" in str(each.message)]
+    assert not [each for each in recwarn if "`eval_strategy`" in str(each.message)]
 
 
 def test_more_steps_than_timesteps_are_refused(make_trainer):
@@ -76,7 +73,7 @@ def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_t
     """The grid of 5 steps: 1, 201, 401, 601, 801."""
     low = {"timestep_range": [0, 2]}
     exact, grid = {"steps": 5}, {"steps": 5, "end": "grid"}
-    with pytest.raises(ValueError, match=r"below some that are drawn, 0 to 1; got \[1, 201, 401, 601, 801\]"):
+    with pytest.raises(ValueError, match=r"`end: grid`.*0 to 1.*\[1, 201, 401, 601, 801\]"):
         make_trainer(**INVERSION, **low, inversion_kwargs=grid)
     assert (
         make_trainer(**INVERSION, **low, inversion_kwargs=exact).pair_forward.noise_settings.inversion.end == "exact"
@@ -91,7 +88,7 @@ def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folde
     """Of 5 steps the first level is shifted to 3/7, below which uniform draws are a fifth."""
     folder = family_folder("stable_diffusion_3")
     make_trainer(folder, **INVERSION, inversion_kwargs={"steps": 5, "end": "grid"}, weighting_scheme="none")
-    assert "20% of the timesteps that are drawn are not above the grid's first, 428.571" in caplog.text
+    assert "20%" in caplog.text and "428.571" in caplog.text
     with pytest.raises(ValueError, match="`eta` of `inversion_kwargs`"):
         make_trainer(folder, **INVERSION, inversion_kwargs={"eta": 0.1})
 

@@ -101,9 +101,9 @@ def test_an_optimizer_whose_package_is_missing_is_told(name, monkeypatch):
 
 
 def test_optimizers_and_schedules_are_checked_with_the_settings(make_args, monkeypatch):
-    with pytest.raises(ValueError, match=r"those of `lr_scheduler_type=cosine_with_min_lr`, got .*min_lr"):
+    with pytest.raises(ValueError, match=r"`lr_scheduler_type=cosine_with_min_lr`, got .*min_lr"):
         make_args(lr_scheduler_type="cosine_with_min_lr")
-    with pytest.raises(ValueError, match=r"those of `lr_scheduler_type=polynomial`, got .*nonsense"):
+    with pytest.raises(ValueError, match=r"`lr_scheduler_type=polynomial`, got .*nonsense"):
         make_args(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"nonsense": 1})
     make_args(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6})
     DiffusionSDPOConfig("out", report_to="none", lr_scheduler_type="polynomial")  # its rate is that of the loss

@@ -51,8 +51,8 @@ def test_the_row_of_the_settings_is_that_of_the_sum(make_args):
             {"loss_type": ["sigmoid", "sft"], "loss_kwargs": {"mapo_scale": 1.0}},
             "`mapo_scale` is no setting of the loss",
         ),
-        ({"loss_type": ["sft", "mapo"], "loss_weights": [1, 0], "winner_budget": 0.1}, "has no loser"),
-        ({"loss_type": ["dspo", "sigmoid"], "precompute_ref_errors": True}, "reads the reference's prediction"),
+        ({"loss_type": ["sft", "mapo"], "loss_weights": [1, 0], "winner_budget": 0.1}, "`winner_budget`"),
+        ({"loss_type": ["dspo", "sigmoid"], "precompute_ref_errors": True}, "'dspo'"),
     ],
 )
 def test_what_cannot_act_is_refused(make_args, settings, message):
@@ -61,7 +61,7 @@ def test_what_cannot_act_is_refused(make_args, settings, message):
 
 
 def test_a_part_of_weight_zero_warns(make_args):
-    with pytest.warns(UserWarning, match="The loss 'sft' has no effect: its weight in `loss_weights` is 0"):
+    with pytest.warns(UserWarning, match="'sft'.*`loss_weights`"):
         make_args(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.0])
 
 

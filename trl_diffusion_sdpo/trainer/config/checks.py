@@ -1,4 +1,4 @@
-"""Checks of the settings, as far as no model is needed."""
+"""Checks of the settings that need no model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .declaring import Choices, Keys, Range
 if TYPE_CHECKING:
     from ..diffusion_sdpo_config import DiffusionSDPOConfig
 
-# Optimizers that step within the backward pass, before the other branch's gradient is there.
+# Optimizers that step within the backward pass, before the other branch's gradient is computed.
 FUSED_OPTIMIZERS = ("lomo", "adalomo")
 LAYERWISE = "layerwise"
-MEASUREMENTS_OF_LAG = 10  # of a budget, over which an average may reach back
+MEASUREMENTS_OF_LAG = 10  # largest lag of the averaged weights, in measurements of the winner budget
 
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
-    """Raise `ValueError` on a value out of its range, and on settings that cannot act, alone or together."""
+    """Raise `ValueError` if a value is out of its range, or if settings cannot be used, alone or together."""
     for name, setting in settings_of(cast(Any, type(args))).items():
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
@@ -75,8 +75,8 @@ def _check_value(name: str, setting: Setting, value: Any) -> None:
         if isinstance(allowed, Range) and value not in allowed:
             raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {allowed.advice}".rstrip())
         if isinstance(allowed, Choices):
-            known = tuple(LOSSES) if name == "loss_type" else allowed.words  # with those that were registered
-            _check_words(name, known, value if isinstance(value, list) else [value])
+            choices = tuple(LOSSES) if name == "loss_type" else allowed.words  # `LOSSES` has the user's losses, too
+            _check_words(name, choices, value if isinstance(value, list) else [value])
         if isinstance(allowed, Keys):
             _check_mapping(name, allowed, value)
 
@@ -95,57 +95,62 @@ def _check_mapping(name: str, keys: Keys, values: dict[str, Any]) -> None:
             raise ValueError(f"`{key}` of `{name}` must be {expected}, got {value!r}.")
 
 
-def _check_words(name: str, known: tuple[str, ...], words: list[Any]) -> None:
+def _check_words(name: str, choices: tuple[str, ...], words: list[Any]) -> None:
     for word in words:
-        if word not in known:
-            near = did_you_mean(str(word), known)
-            raise ValueError(f"`{name}` must be one of {', '.join(known)}; got {word!r}.{near}")
+        if word not in choices:
+            near = did_you_mean(str(word), choices)
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {word!r}.{near}")
 
 
 def _warn(message: str) -> None:
-    """Warn the caller of the configuration: above this are a check, `check_settings`, `__post_init__`, `__init__`."""
+    """Warn at the line that makes the configuration."""
+    # Frames below that line: `__init__`, `__post_init__`, `check_settings`, a check, and this function.
     warnings.warn(message, stacklevel=6)
 
 
 def _check_inherited(args: DiffusionSDPOConfig) -> None:
     """Refuse settings of language models and classifiers that cannot act on a diffusion model."""
     if args.remove_unused_columns:
-        _warn("`remove_unused_columns=True` has no effect: formats know their columns.")
+        _warn("`remove_unused_columns=True` has no effect, because the format of the data set selects its columns.")
         args.remove_unused_columns = False
     _, checkpointing = activation_checkpointing(args)
     in_order = args.train_sampling_strategy in ("random", "sequential")
     counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
     refused = {
-        "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "there are no embeddings to disturb"),
-        "use_liger_kernel": (args.use_liger_kernel, "its kernels are those of language models"),
-        "label_smoothing_factor": (bool(args.label_smoothing_factor), "use `loss_type='robust'`"),
-        "train_sampling_strategy": (not in_order, "images have one size; use 'random'"),
-        "include_for_metrics": (bool(args.include_for_metrics), "`compute_metrics` receives rewards alone"),
-        "include_num_input_tokens_seen": (counts_tokens, "images have no tokens"),
-        "bf16_full_eval": (args.bf16_full_eval, "it would round the policy and not the reference; use `bf16`"),
-        "fp16_full_eval": (args.fp16_full_eval, "it would round the policy and not the reference; use `fp16`"),
-        "fp16": (args.fp16 and args.device.type == "cpu", "a CPU has no fp16 autocast; use `bf16`"),
+        "neftune_noise_alpha": (args.neftune_noise_alpha is not None, "It perturbs token embeddings. Leave it unset"),
+        "use_liger_kernel": (args.use_liger_kernel, "Its kernels are for language models. Leave it off"),
+        "label_smoothing_factor": (bool(args.label_smoothing_factor), "Use `loss_type='robust'`"),
+        "train_sampling_strategy": (not in_order, "Images have no length to group by. Use 'random'"),
+        "include_for_metrics": (
+            bool(args.include_for_metrics),
+            "`compute_metrics` receives only rewards. Leave it empty",
+        ),
+        "include_num_input_tokens_seen": (counts_tokens, "Images have no tokens. Leave it off"),
+        "bf16_full_eval": (args.bf16_full_eval, "It would round the policy and not the reference. Use `bf16`"),
+        "fp16_full_eval": (args.fp16_full_eval, "It would round the policy and not the reference. Use `fp16`"),
+        "fp16": (args.fp16 and args.device.type == "cpu", "A CPU has no fp16 autocast. Use `bf16`"),
         "accelerator_config": (
             bool(cast(Any, args.accelerator_config).dispatch_batches),
-            "`dispatch_batches` cannot send prompts and seeds between processes; leave it off",
+            "`dispatch_batches` cannot send prompts and seeds between processes. Leave it off",
         ),
         f"{CHECKPOINTING}_kwargs": (
             bool(checkpointing.get("use_reentrant")),
-            "`use_reentrant=True` loses the gradients of a LoRA; leave it out",
+            "`use_reentrant=True` loses the gradients of a LoRA. Leave it out",
         ),
     }
     for name, (is_refused, advice) in refused.items():
         if is_refused:
-            raise ValueError(f"`{name}={getattr(args, name)}` cannot act on a diffusion model: {advice}.")
+            raise ValueError(f"`{name}={getattr(args, name)}` cannot be used with a diffusion model. {advice}.")
 
 
 def _check_length(args: DiffusionSDPOConfig) -> None:
-    """Refuse a run without steps; with `max_steps=0` transformers' Trainer takes one nevertheless."""
+    """Refuse a run without steps. transformers' Trainer would take one step with `max_steps=0`."""
     if args.max_steps == 0:
-        raise ValueError("A run has at least one step, got `max_steps=0`. Use -1 to go by `num_train_epochs`.")
+        raise ValueError("A run needs at least one step, got `max_steps=0`. Use -1 to train for `num_train_epochs`.")
     if args.max_steps < 0 and not args.num_train_epochs > 0:
         raise ValueError(
-            f"A run has at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set one."
+            f"A run needs at least one step, got `num_train_epochs={args.num_train_epochs}` and no `max_steps`. Set "
+            "one of the two."
         )
 
 
@@ -154,20 +159,22 @@ def _check_numbers(args: DiffusionSDPOConfig) -> None:
     for name in ("learning_rate", "weight_decay", "adam_epsilon"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
+            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}. Set one, or leave it out.")
 
 
 def _check_schedule(args: DiffusionSDPOConfig) -> None:
-    """Make the schedule over one weight: transformers would refuse its arguments once data and model are loaded."""
-    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # unset, it follows the loss
+    """Check the arguments of the schedule on a single weight. transformers would check them only after data and model
+    are loaded."""
+    rate = 1.0 if args.learning_rate is None else max(0.0, args.learning_rate)  # unset: the family sets it later
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
     kwargs: Any = args.lr_scheduler_kwargs
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=kwargs)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"`lr_scheduler_kwargs` must be those of `lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')}`"
-            f", got {kwargs}: {' '.join(str(error).split())}"
+            "`lr_scheduler_kwargs` must be arguments of "
+            f"`lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')}`, got {kwargs}. The scheduler said: "
+            f"{' '.join(str(error).split())}"
         ) from error
 
 
@@ -176,52 +183,52 @@ def _check_loss(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
     check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
     if not loss.uses_beta and args.beta is not None:
-        _warn(f"`beta={args.beta}` has no effect: the loss {args.loss_type!r} has none.")
+        _warn(f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta.")
     if args.auto_beta:
         check_auto_beta(cast(Any, args.loss_type), args.loss_weights)
     weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
     for name in (name for name, weight in weights.items() if not weight):
-        _warn(f"The loss {name!r} has no effect: its weight in `loss_weights` is 0.")
+        _warn(f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0.")
     if "dspo" in weights and args.beta is not None and args.beta > 1:
         _warn(
-            f"`beta={args.beta}` with the loss 'dspo' multiplies the distance to the reference; the published value is "
-            "0.001. The form with a beta in the thousands is 'dspo_sdxl'."
+            f"`beta={args.beta}` is large for the loss 'dspo'. It multiplies the distance to the reference, and the "
+            "published value is 0.001. Use 'dspo_sdxl' for a beta in the thousands."
         )
     unsafe = args.safeguard == "none" or not loss.uses_loser
     if unsafe and (args.safeguard_mu is not None or args.safeguard_eps or args.safeguard_granularity != "batch"):
-        reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r} has no loser"
-        _warn(f"The `safeguard_*` settings have no effect: {reason}.")
+        reason = "`safeguard='none'`" if loss.uses_loser else f"the loss {args.loss_type!r}, which has no loser"
+        _warn(f"The `safeguard_*` settings have no effect, because of {reason}.")
 
 
 def _check_parameter_safeguard(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
-    """Refuse settings under which lambda or the gradients could not be right."""
+    """Refuse settings that would make lambda or the gradients wrong."""
     if args.safeguard != "parameter":
         names = ("safeguard_anchor", "safeguard_low_memory", "safeguard_diagnostics_steps")
         idle = [name for name in names if getattr(args, name)]
         if idle:
             listed = ", ".join(f"`{name}`" for name in idle)
-            _warn(f"{listed} has no effect: it belongs to `safeguard='parameter'`.")
+            _warn(f"{listed} has no effect without `safeguard='parameter'`.")
         return
     if not loss.uses_loser:
         raise ValueError(
-            f"`safeguard='parameter'` scales the loser's gradient, and the loss {args.loss_type!r} has no loser. Use "
-            "`safeguard='none'`, which is the same here and costs less."
+            f"`safeguard='parameter'` needs a loss with a loser, got {args.loss_type!r}. Use `safeguard='none'`, which "
+            "gives the same result here and costs less."
         )
     if args.safeguard_granularity != "batch" or args.safeguard_eps:
         _warn(
-            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`: it has one "
-            "lambda an optimizer step, and no division that needs an epsilon."
+            "`safeguard_granularity` and `safeguard_eps` have no effect with `safeguard='parameter'`. It has one "
+            "lambda per optimizer step, and no division that needs an epsilon."
         )
     optimizer = str(args.optim).rsplit(".", 1)[-1].lower()
     if optimizer in FUSED_OPTIMIZERS or LAYERWISE in optimizer:
         raise ValueError(
-            f"`safeguard='parameter'` needs both branches' gradients before the optimizer steps, and {optimizer!r} "
-            "steps within the backward pass. Use another optimizer, or `safeguard='output'`."
+            "`safeguard='parameter'` needs an optimizer that steps after both branches' backward passes. Got "
+            f"{optimizer!r}, which steps within a backward pass. Use another optimizer, or `safeguard='output'`."
         )
     if args.ddp_static_graph:
         raise ValueError(
-            "`ddp_static_graph=True` cannot act with `safeguard='parameter'`, which runs one backward pass per branch. "
-            "Leave it off."
+            "`safeguard='parameter'` needs one backward pass per branch, so `ddp_static_graph` must be off. Got "
+            "`ddp_static_graph=True`. Leave it out."
         )
 
 
@@ -229,7 +236,7 @@ def _check_data(args: DiffusionSDPOConfig) -> None:
     crops = args.precompute_latents and args.random_crop
     if args.precompute_epochs != 1 and not (crops or args.precompute_ref_errors):
         _warn(
-            "`precompute_epochs` has no effect without `precompute_ref_errors`, or `precompute_latents` with "
+            "`precompute_epochs` has no effect without `precompute_ref_errors`, or both `precompute_latents` and "
             "`random_crop`."
         )
     if args.precompute_dir is not None and not (args.precompute_latents or args.precompute_ref_errors):
@@ -248,29 +255,26 @@ def _check_scores(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     reads_gaps = weights is not None and not weights.several_scorers
     if args.calibrated_scores and not (loss.needs_scores or reads_gaps):
         _warn(
-            "`calibrated_scores` has no effect: neither the loss nor `pair_weights` reads `chosen_score` and "
+            "`calibrated_scores` has no effect, because neither the loss nor `pair_weights` reads `chosen_score` and "
             "`rejected_score`."
         )
 
 
 def _check_losers(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
-    own = "scores of each pair's own loser"
     reasons = {
-        f"the loss {args.loss_type!r} reads {own}": loss.needs_scores,
-        f"`pair_weights={args.pair_weights!r}` reads {own} (a column of weights can be named)": (
-            args.pair_weights in WEIGHT_FUNCTIONS
-        ),
-        f"`calibrated_scores` are {own}": args.calibrated_scores,
+        f"The loss {args.loss_type!r} reads the scores of the data set's losers": loss.needs_scores,
+        f"`pair_weights={args.pair_weights!r}` reads the scores of the data set's losers (a column of weights is "
+        "possible)": args.pair_weights in WEIGHT_FUNCTIONS,
+        "`calibrated_scores` reads the scores of the data set's losers": args.calibrated_scores,
         "`swap_labels` would make the image of another prompt the winner": args.swap_labels,
-        "`aspect_ratio_buckets` train a pair at the winner's size, to which a loser of another aspect ratio would be "
-        "cropped more than winners ever are": args.aspect_ratio_buckets,
-        "`precompute_latents` with `random_crop` stores each image as its own pair crops it, and a pair has one crop": (
-            args.precompute_latents and args.random_crop
-        ),
+        "`aspect_ratio_buckets` trains a pair at the winner's size. Losers of another aspect ratio would be cropped "
+        "more than any winner": args.aspect_ratio_buckets,
+        "`precompute_latents` with `random_crop` stores each image with the crop of its own pair, but both images of a "
+        "pair need one crop": args.precompute_latents and args.random_crop,
     }
-    for reason, holds in reasons.items():
-        if args.losers == "permute" and holds:
-            raise ValueError(f"`losers='permute'` cannot act: {reason}. Leave one of the two out.")
+    for reason, applies in reasons.items():
+        if args.losers == "permute" and applies:
+            raise ValueError(f"`losers='permute'` cannot be used here. {reason}. Leave one of the two out.")
 
 
 def _check_noise(args: DiffusionSDPOConfig) -> None:
@@ -278,19 +282,20 @@ def _check_noise(args: DiffusionSDPOConfig) -> None:
         span = list(args.timestep_range)
         if len(span) != 2 or not all(isinstance(end, int) for end in span) or not 0 <= span[0] < span[1]:
             raise ValueError(
-                "`timestep_range` must be two whole numbers, the lowest timestep and the first above the highest, "
-                f"got {span}. For the noisier half of 1000 use 500 1000."
+                "`timestep_range` must be two whole numbers, the lowest timestep and the one above the highest, got "
+                f"{span}. For example, 500 1000 is the noisier half of 1000 timesteps."
             )
     if args.timesteps is not None and (args.timestep_range is not None or args.weighting_scheme is not None):
         raise ValueError(
-            f"`timesteps` takes the place of `timestep_range` and `weighting_scheme`; got {list(args.timesteps)} "
-            f"beside {args.timestep_range} and {args.weighting_scheme!r}. Set the one or the others."
+            "`timesteps` cannot be combined with `timestep_range` or `weighting_scheme`. Got "
+            f"{list(args.timesteps)}, {args.timestep_range} and {args.weighting_scheme!r}. Leave out `timesteps`, or "
+            "leave out the other two."
         )
     TimestepSampling(args.weighting_scheme or "none", **args.weighting_kwargs)
     if args.snr_gamma is not None and args.timestep_weighting != "none":
         raise ValueError(
-            "`snr_gamma` and `timestep_weighting` both weigh the timesteps, one for DDPM and one for flow matching; "
-            f"got {args.snr_gamma} and {args.timestep_weighting!r}. Set one."
+            "Only one of `snr_gamma` (for DDPM) and `timestep_weighting` (for flow matching) may weigh the timesteps. "
+            f"Got {args.snr_gamma} and {args.timestep_weighting!r}. Set one."
         )
 
 
@@ -303,22 +308,22 @@ def _check_inversion(args: DiffusionSDPOConfig) -> None:
     for name in ("noise_offset", "input_perturbation"):
         if getattr(args, name):
             raise ValueError(
-                f"`{name}={getattr(args, name)}` changes noise that is drawn, and `noise_source='inversion'` draws "
-                "none. Leave one of the two out."
+                f"`{name}` needs noise that is drawn, but `noise_source='inversion'` draws none. Got "
+                f"`{name}={getattr(args, name)}`. Leave one of the two out."
             )
     if args.eval_strategy == "no" and args.winner_budget is None:
         _warn(
-            "With `noise_source='inversion'` the errors of training are at noise that the policy finds itself: they "
-            "fall as it comes to agree with itself, even while those at drawn noise rise. `eval_strategy` with an "
-            "`eval_dataset` measures at drawn noise."
+            "With `noise_source='inversion'`, training errors are measured at noise from the policy's own inversion. "
+            "They can fall while errors at drawn noise rise. Set `eval_strategy` and pass an `eval_dataset` to measure "
+            "errors at drawn noise."
         )
 
 
 def _check_reference(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     if args.sync_ref_model and not loss.needs_reference:
         raise ValueError(
-            f"`sync_ref_model=True` cannot act: the loss {args.loss_type!r} has no reference. Leave it off, or "
-            "choose a loss with a reference."
+            f"`sync_ref_model=True` needs a loss with a reference, got {args.loss_type!r}. Leave it off, or choose a "
+            "loss with a reference."
         )
 
 
@@ -326,25 +331,25 @@ def _check_precomputed_reference(args: DiffusionSDPOConfig, loss: LossSpec) -> N
     if not args.precompute_ref_errors:
         return
     reasons = {
-        f"the loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
-        f"the loss {args.loss_type!r} has no reference": not loss.needs_reference,
-        "`sync_ref_model` moves the reference, and its errors with it": args.sync_ref_model,
-        "`noise_source='inversion'` has noise that moves with the policy": args.noise_source == "inversion",
-        "`torch_compile` compiles the policy after the errors are computed, which are then rounded differently (the "
-        "blocks of `torch_compile_regional` are compiled before)": args.torch_compile
+        f"The loss {args.loss_type!r} reads the reference's prediction itself": loss.reads_reference_prediction,
+        f"The loss {args.loss_type!r} has no reference": not loss.needs_reference,
+        "`sync_ref_model` changes the reference and its errors": args.sync_ref_model,
+        "The noise of `noise_source='inversion'` changes with the policy": args.noise_source == "inversion",
+        "`torch_compile` compiles the policy after the reference's errors are computed, so the two would be rounded "
+        "differently (`torch_compile_regional` compiles before)": args.torch_compile
         and not args.torch_compile_regional,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"`precompute_ref_errors=True` cannot act: {reason}. Leave one of the two out.")
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"`precompute_ref_errors=True` cannot be used here. {reason}. Leave one of the two out.")
 
 
 def _check_loser_noise_range(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
     levels = args.loser_noise_range
     if levels is not None and (len(levels) != 2 or not 0 <= levels[0] < levels[1] <= 1):
         raise ValueError(
-            f"`loser_noise_range` must be two noise levels, the lower one first, in [0, 1]; got {list(levels)}. For "
-            "the noisier part use 0.6 1."
+            f"`loser_noise_range` must be two noise levels in [0, 1], the lower one first, got {list(levels)}. For "
+            "example, use 0.6 1 for the noisier levels."
         )
     if levels is not None and not loss.uses_loser:
         raise ValueError(_without_loser("loser_noise_range", args))
@@ -359,7 +364,7 @@ def _check_winner_budget(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
 
 
 def _without_loser(name: str, args: DiffusionSDPOConfig) -> str:
-    return f"`{name}` cannot act: the loss {args.loss_type!r} has no loser. Leave it unset."
+    return f"`{name}` needs a loss with a loser, got {args.loss_type!r}. Leave it unset."
 
 
 def _check_average(args: DiffusionSDPOConfig) -> None:
@@ -367,24 +372,25 @@ def _check_average(args: DiffusionSDPOConfig) -> None:
         return
     if args.sync_ref_model:
         raise ValueError(
-            "`ema_decay` averages the policy against a reference that stays as it is, and `sync_ref_model` moves it; "
-            "got both. Leave one out."
+            "`ema_decay` needs a reference that does not change. Got `sync_ref_model=True`, which changes the "
+            "reference. Leave one of the two out."
         )
-    lag = 1 / (1 - args.ema_decay)  # steps over which the average reaches back
+    lag = 1 / (1 - args.ema_decay)  # number of steps that the average covers
     probe = ProbeSettings(**args.winner_budget_kwargs)
     if args.winner_budget is not None and lag > MEASUREMENTS_OF_LAG * probe.steps:
         _warn(
-            f"`winner_budget` is measured on averaged weights, which with `ema_decay={args.ema_decay}` follow over "
-            f"about {lag:.0f} steps, and acts every {probe.steps}: it will answer late and too much. Set `steps` of "
-            f"`winner_budget_kwargs` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller `ema_decay`."
+            f"`winner_budget` measures the averaged weights every {probe.steps} steps. With "
+            f"`ema_decay={args.ema_decay}` they lag by about {lag:.0f} steps, so the budget will react late and too "
+            f"strongly. Set `steps` of `winner_budget_kwargs` to {lag / MEASUREMENTS_OF_LAG:.0f} or more, or a smaller "
+            "`ema_decay`."
         )
 
 
 def _check_winner_rise(args: DiffusionSDPOConfig) -> None:
     if args.on_winner_rise == "stop" and args.eval_strategy == "no":
         raise ValueError(
-            "`on_winner_rise='stop'` stops by what evaluations of held-out pairs show, got `eval_strategy='no'`. Give "
-            "an `eval_dataset` and set `eval_strategy='steps'`."
+            "`on_winner_rise='stop'` needs evaluations of held-out pairs, got `eval_strategy='no'`. Pass an "
+            "`eval_dataset` and set `eval_strategy='steps'`."
         )
 
 
