@@ -50,7 +50,7 @@ def test_resuming_with_other_weights_is_refused(make_trainer, scored, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path), "pair_weights": "quality"}
     make_trainer(train=scored, max_steps=1, **settings).train()
     other = scored.remove_columns("quality").add_column("quality", [1.0] * 7 + [3.0])
-    with pytest.raises(ValueError, match="goes on at its place in the training data.*pair_weights was"):
+    with pytest.raises(ValueError, match="pair_weights was"):
         make_trainer(train=other, max_steps=2, **settings).train(resume_from_checkpoint=True)
 
 
