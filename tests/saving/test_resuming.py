@@ -7,6 +7,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
+from trl_diffusion_sdpo.data.images import ImageReader
 
 
 @pytest.fixture
@@ -266,7 +267,19 @@ def consumed(build, make_pairs, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.matrix)])
-def test_a_resumed_stream_repeats_no_pair_and_skips_none(consumed, tmp_path, workers):
+def test_a_resumed_stream_repeats_no_pair_and_decodes_nothing_twice(consumed, tmp_path, monkeypatch, caplog, workers):
+    """Ten pairs, one of them damaged: the second pass begins in the third step."""
+    decoded, decode_at = [], ImageReader.decode_at
+    monkeypatch.setattr(ImageReader, "decode_at", lambda self, *args: decoded.append(1) or decode_at(self, *args))
     undisturbed = consumed(5, dataloader_num_workers=workers, output_dir=str(tmp_path / "undisturbed"))
-    assert consumed(2, dataloader_num_workers=workers) == undisturbed[:4]
-    assert consumed(5, "latest", dataloader_num_workers=workers) == undisturbed[4:]
+    in_one_run = len(decoded)
+    assert consumed(3, dataloader_num_workers=workers) == undisturbed[:6]
+    decoded.clear()
+    assert consumed(5, "latest", dataloader_num_workers=workers) == undisturbed[6:]
+    assert "decoded again" not in caplog.text
+    if not workers:  # which decode elsewhere
+        assert 2 * 2 * 4 <= len(decoded) < in_one_run / 2
+        for file in (tmp_path / "s").rglob("stream_position_0.json"):
+            file.unlink()
+        consumed(6, "latest", dataloader_num_workers=0)
+        assert "decoded again" in caplog.text

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -42,6 +43,40 @@ class Share:
 
     index: int = 0
     count: int = 1
+
+
+class StreamPosition:
+    """Position of a process in a repeating stream, followed by the rows of the batches that it trains on.
+
+    Args:
+        batch (`int`): Pairs in a batch.
+        workers (`int`): DataLoader workers that make batches in turn.
+        numbers (`int`): Distance of the numbers of two consecutive pairs of a worker.
+        seed (`int`): Seed of the stream's draws.
+        readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, its current pass,
+            and the pairs of that pass up to the end of its last batch. The beginning of the stream by default.
+    """
+
+    def __init__(
+        self, batch: int, workers: int, numbers: int, seed: int, readers: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self.batch, self._numbers, self._seed = batch, numbers, seed
+        self.readers = [list(reader) for reader in readers or [(0, 0, 0)] * max(1, workers)]
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that were trained on."""
+        return sum(batches for batches, _, _ in self.readers)
+
+    def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+        """Follow a batch with the numbers and seeds of its pairs. The seed of a pair tells whether its pass is the
+        current or the next one."""
+        reader = self.readers[rows[0] % len(self.readers)]
+        reader[0] += 1
+        for row, seed in zip(rows, seeds, strict=True):
+            if seed != PairDraws.from_key(self._seed, reader[1], row).seed:
+                reader[1] += 1
+        reader[2] = rows[-1] // self._numbers + 1
 
 
 class Stream:
@@ -124,6 +159,7 @@ class PreferenceIterableDataset(IterableDataset):
         self.has_loser_prompts = any(stream.format.prompt_of_each_image for stream in streams)
         self.is_swapped = options.swap_labels  # whether the published losers are the winners
         self._repeat, self._compare, self._share = options.repeat, options.compare, Share()
+        self._start: StreamPosition | None = None
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._counts = torch.zeros(READERS, len(COUNTS), dtype=torch.long).share_memory_()
 
@@ -162,6 +198,19 @@ class PreferenceIterableDataset(IterableDataset):
         view._share = share
         return view
 
+    def position(
+        self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
+    ) -> StreamPosition:
+        """Return a position of a process in this stream; the arguments are those of [`StreamPosition`]."""
+        sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
+        return StreamPosition(batch, workers, max(1, workers) * sharing, self._maker.seed, readers)
+
+    def start_at(self, position: StreamPosition) -> None:
+        """Let iterations begin at a position. Each pair of the batches before it is `None`. Earlier passes are not
+        read. In the current pass, earlier rows are read, so that a shuffled stream has the same order, and no image of
+        them is decoded."""
+        self._start = position
+
     @property
     def _divides_shards(self) -> bool:
         """Whether this process reads its own shards alone, by a split that this class makes."""
@@ -177,13 +226,18 @@ class PreferenceIterableDataset(IterableDataset):
 
     # ---- Reading --------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         epoch = int(self._maker.epoch) if self._maker.training else 0
         if self._deals_pairs and not self._repeat:
             yield from self._equal_share(epoch)
             return
-        while (yield from self._one_pass(epoch)) and self._repeat:
-            epoch += 1
+        worker, passed = get_worker_info(), 0
+        if self._start is not None and self._repeat:
+            batches, passes, passed = self._start.readers[0 if worker is None else worker.id]
+            epoch += passes
+            yield from repeat(None, batches * self._start.batch)
+        while (yield from self._one_pass(epoch, passed)) and self._repeat:
+            epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
         """Yield this process's pairs of one pass, and repeat one of them until all processes have equally many."""
@@ -201,8 +255,9 @@ class PreferenceIterableDataset(IterableDataset):
             filling = filling or next(self.for_process(Share())._one_pass(epoch))  # of another process
             yield {**filling, "repeated": True}
 
-    def _one_pass(self, epoch: int) -> Generator[dict[str, Any], None, int]:
-        """Yield this process's items of one pass. Return the number of labelled pairs, 0 if none could be decoded."""
+    def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
+        """Yield this process's items of one pass after the first `passed` labelled pairs. Return the number of labelled
+        pairs, 0 if none could be decoded."""
         worker, share = get_worker_info(), self._share
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # Number of this stream among all that are read at a time: their pairs must not have the same random numbers.
@@ -214,7 +269,7 @@ class PreferenceIterableDataset(IterableDataset):
         if worker is None:
             self._counts.zero_()  # of an earlier loader's workers
         position = -1
-        for position, item in enumerate(self._items(report, epoch)):
+        for position, item in enumerate(self._items(report, epoch, passed)):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             if item is None:
                 continue
@@ -230,9 +285,9 @@ class PreferenceIterableDataset(IterableDataset):
         winner, loser = images
         return self._maker.transform(winner, loser, draws)._asdict()
 
-    def _items(self, report: DataReport, epoch: int) -> Iterator[tuple | None]:
-        """Yield images, prompts and scores of each labelled pair; `None` if the pair is undecodable or belongs to
-        another process."""
+    def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
+        """Yield images, prompts and scores of each labelled pair; `None` if the pair is undecodable, belongs to another
+        process, or is one of the first `passed`."""
         share, deals_pairs = self._share, self._deals_pairs
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
@@ -245,6 +300,10 @@ class PreferenceIterableDataset(IterableDataset):
             for pair in pairs_in_group(row_format, group, count):
                 position += 1
                 if deals_pairs and position % share.count != share.index:
+                    yield None
+                    continue
+                if position < passed:
+                    report.pairs += 1
                     yield None
                     continue
                 images = self._images(row_format, rows, pair, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ PREFETCH_FACTOR = 2  # torch's default
 SHARED_MEMORY = Path("/dev/shm")
 
 Pairs = PreferenceDataset | PreferenceIterableDataset
+
+
+@dataclass
+class CollateAfterResuming:
+    """Collator of a stream that starts at a position. Batches before the position are empty. accelerate skips them."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, items: list[Any]) -> Any:
+        return {} if items[0] is None else self.collate(items)
 
 
 class LazyBatches:
@@ -63,6 +74,8 @@ class BatchLoaders:
         """Return a loader of this process's batches, in the order of `sampler`."""
         workers = self._workers(dataset)
         seed = partial(seed_worker, num_workers=workers, rank=self._args.process_index)
+        if isinstance(dataset, PreferenceIterableDataset):
+            collate = CollateAfterResuming(collate)
         return self._make(dataset, batch_size, sampler, collate, WorkerStart(seed))
 
     def evaluation(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,16 +18,19 @@ from ..data.buckets import BucketSampler
 from ..data.pair_scores import ScoreSettings
 from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
 from ..data.sources import PairMixture
+from ..data.streaming import StreamPosition
 from ..data.transforms import PairTransform
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_limits, note_on_long_prompts
+from ..utils._compat import keeps_order
 from .config.complete import aspect_ratio_buckets, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
+POSITION_FILE = "stream_position_{}.json"  # of each process, in a checkpoint
 CHECKED_PROMPTS = 10_000  # pairs whose prompts are counted by their lengths
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
@@ -97,6 +102,39 @@ def outline(dataset: Any) -> Any:
         return {name: outline(part) for name, part in dataset.items()}
     rows = len(dataset) if isinstance(dataset, Sized) else None
     return [type(dataset).__name__, rows, getattr(dataset, "column_names", None)]
+
+
+def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
+    """Return what a position in a stream depends on besides the stream: pairs in a batch, workers, processes."""
+    return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
+
+
+def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
+    """Write where this process is in a stream into a checkpoint."""
+    content = {"reading": _reading(args), "readers": position.readers}
+    (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
+
+
+def load_position(
+    stream: PreferenceIterableDataset, args: DiffusionSDPOConfig, batches: int, checkpoint: str | None
+) -> StreamPosition:
+    """Return the position after so many batches from a checkpoint. It is the beginning of the stream if the number of
+    processes, workers or pairs in a batch has changed: the earlier batches are then decoded and discarded."""
+    beginning = stream.position(*_reading(args))
+    if checkpoint is None or not batches:
+        return beginning
+    file = Path(checkpoint) / POSITION_FILE.format(args.process_index)
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    if content.get("reading") == list(_reading(args)) and keeps_order(args):
+        position = stream.position(*_reading(args), content["readers"])
+        if position.batches == batches:
+            return position
+    logger.warning(
+        "The checkpoint has no position in the stream for %d batches of %d pairs, %d workers and %d processes. The "
+        "earlier batches are decoded again and discarded.",
+        *(batches, *_reading(args)),
+    )
+    return beginning
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

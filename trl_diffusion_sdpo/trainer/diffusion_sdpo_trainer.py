@@ -26,6 +26,7 @@ from ..cache.encoding import check_prompt_padding
 from ..cache.reference_errors import warn_of_repeated_draws
 from ..data.buckets import BucketSampler
 from ..data.pairs import PreferenceDataset, PreferenceIterableDataset
+from ..data.streaming import StreamPosition
 from ..data.transforms import PreferenceCollator
 from ..engines.batch_loaders import BatchLoaders, LazyBatches, choose_workers
 from ..engines.engine import Engine
@@ -55,6 +56,7 @@ from ..step.pair_forward import PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items
+from ..utils._compat import keeps_order
 from ..utils.disk import naming_the_disk
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .callbacks import add_callbacks
@@ -67,8 +69,10 @@ from .data_preparation import (
     PREPARED,
     PairPreparation,
     check_batches,
+    load_position,
     on_device,
     outline,
+    save_position,
 )
 from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
 
@@ -212,6 +216,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._evaluated_weights: EMAWeights | None = None  # weights that predict instead of the policy's
         self._first_step = 0  # step at which `train` began or resumed
         self._saved_step = -1  # step of the last checkpoint of this training
+        self._position: StreamPosition | None = None  # position of this process in a stream
         self._began = 0.0  # monotonic time at which training began
         self._partial_dir: str | None = None  # temporary folder of the checkpoint that is being written
 
@@ -320,7 +325,11 @@ class DiffusionSDPOTrainer(Trainer):
         """
         if isinstance(self.train_dataset, PreferenceDataset):
             return LazyBatches(epoch_iterator, num_batches), None
-        return list(islice(epoch_iterator, num_batches)), None
+        batches = list(islice(epoch_iterator, num_batches))
+        if self._position is not None:
+            for batch in batches:
+                self._position.add(batch["rows"].tolist(), batch["seeds"])
+        return batches, None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the loader of an evaluation's data. A data set of the trainer, passed by name or as an object, has one
@@ -549,6 +558,11 @@ class DiffusionSDPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if isinstance(self.train_dataset, PreferenceIterableDataset):
+            batches, checkpoint = kwargs["steps_trained_in_current_epoch"], kwargs["resume_from_checkpoint"]
+            position = load_position(self.train_dataset, self.args, batches, checkpoint)
+            kwargs["train_dataloader"].dataset.start_at(position)
+            self._position = position
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -809,6 +823,11 @@ class DiffusionSDPOTrainer(Trainer):
             self.run_files.save_sharded_optimizer(output_dir, self.model_wrapped, self.optimizer, self.lr_scheduler)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._position is not None and keeps_order(self.args):
+            save_position(self._position, self.args, Path(output_dir))
 
     def _setup(self) -> dict[str, Any]:
         """Return the content of the set-up file."""
