@@ -311,7 +311,7 @@ def test_an_overridden_loss_is_the_loss_that_trains_under_every_safeguard(sd_fol
 
 @pytest.mark.parametrize(
     ("trainer_class", "reason"),
-    [(PenalizedWeights, "also depends on other tensors that train"), (OtherLoss, "does not depend on them")],
+    [(PenalizedWeights, "also depends on"), (OtherLoss, "does not depend on")],
 )
 def test_a_loss_whose_gradient_would_be_lost_is_refused(sd_folder, make_args, make_pairs, trainer_class, reason):
     trainer = trainer_class(sd_folder, None, make_args(**PARAMETER, max_steps=1), make_pairs())

@@ -1,2 +1,1 @@
-"""What one optimizer step does: forward passes of policy and reference, the parameter-space safeguard, the winner
-budget, the meters."""
+"""One optimizer step: forward passes of policy and reference, parameter-space safeguard, winner budget and meters."""

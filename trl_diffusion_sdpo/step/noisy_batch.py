@@ -1,5 +1,4 @@
-"""A batch of noisy latents, the inputs of a denoiser and its target, what is predicted of it, and how its noise and
-timesteps are drawn."""
+"""Batches of noisy latents, the predictions for them, and the settings of their noise and timesteps."""
 
 from __future__ import annotations
 
@@ -15,15 +14,15 @@ from ..families.inversion import InversionSettings
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """How noise and timesteps are drawn.
+    """Settings of noise and timesteps.
 
     Args:
         timesteps (`dict[str, Any]`): Keyword arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.timesteps`].
         noise_offset (`float`): Scale of the per-channel constant noise.
         input_perturbation (`float`): Scale of extra noise in the input, but not in the target.
-        timesteps_per_pair (`int`): Draws of timestep and noise of each encoded pair, in training.
-        inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Each image gets the noise
-            that its own inversion finds, in place of drawn noise.
+        timesteps_per_pair (`int`): Draws of timestep and noise for each encoded pair in training.
+        inversion ([`~trl_diffusion_sdpo.families.inversion.InversionSettings`], *optional*): Settings of the inversion
+            that gives each image its noise. If `None`, noise is drawn.
     """
 
     timesteps: dict[str, Any] = field(default_factory=dict)
@@ -39,10 +38,10 @@ class NoisyBatch:
 
     Args:
         noisy (`torch.Tensor` of shape `(2B, ...)`): Noisy latents.
-        target (`torch.Tensor` of shape `(2B, ...)`): What is to be predicted.
-        timesteps (`torch.Tensor` of shape `(2B,)`): Equal for the two images of a pair.
-        conditioning (`dict[str, torch.Tensor]`): Each of shape `(2B, ...)`; some may be on the CPU.
-        noise_levels (`torch.Tensor` of shape `(2B,)`): Of the timesteps, in `[0, 1]`.
+        target (`torch.Tensor` of shape `(2B, ...)`): Target of the prediction.
+        timesteps (`torch.Tensor` of shape `(2B,)`): Timesteps, equal for the two images of a pair.
+        conditioning (`dict[str, torch.Tensor]`): Tensors of shape `(2B, ...)`. Some may be on the CPU.
+        noise_levels (`torch.Tensor` of shape `(2B,)`): Noise levels of the timesteps, in `[0, 1]`.
     """
 
     noisy: torch.Tensor
@@ -52,29 +51,30 @@ class NoisyBatch:
     noise_levels: torch.Tensor
 
     def take(self, index: torch.Tensor | slice) -> NoisyBatch:
-        """The rows of `index`, in its order."""
+        """Return the rows of `index` in its order."""
         noisy, target, timesteps = self.noisy[index], self.target[index], self.timesteps[index]
         return NoisyBatch(noisy, target, timesteps, take_rows(self.conditioning, index), self.noise_levels[index])
 
     def halves(self) -> tuple[NoisyBatch, NoisyBatch]:
-        """Winners and losers."""
+        """Return the winners and the losers."""
         pairs = len(self.noisy) // 2
         return self.take(slice(None, pairs)), self.take(slice(pairs, None))
 
 
 @dataclass(frozen=True)
 class PairPredictions:
-    """What policy and reference predict of B pairs, winners first.
+    """Predictions of policy and reference for B pairs, winners first.
 
     Args:
-        batch ([`NoisyBatch`]): Their inputs.
-        policy (`torch.Tensor` of shape `(2B, ...)`): float32.
-        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): float32, without a graph.
+        batch ([`NoisyBatch`]): Inputs and targets.
+        policy (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy in float32.
+        reference (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference in float32, without a
+            graph.
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores.
-        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Of a reference whose errors were computed
-            beforehand, in place of its predictions.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses.
-        beta (`torch.Tensor` of shape `()`, *optional*): In place of that of the settings.
+        reference_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Errors of the reference that were computed
+            before training. They replace its predictions.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Weights of the pairs' losses.
+        beta (`torch.Tensor` of shape `()`, *optional*): Beta that replaces the one of the settings.
     """
 
     batch: NoisyBatch
@@ -87,11 +87,11 @@ class PairPredictions:
 
     @property
     def has_reference(self) -> bool:
-        """Whether anything is known of a reference."""
+        """Whether there are predictions or errors of a reference."""
         return self.reference is not None or self.reference_errors is not None
 
     def take(self, rows: torch.Tensor) -> PairPredictions:
-        """Some of the rows, in the order of `rows`, winners first."""
+        """Return the given rows in the order of `rows`, winners first."""
         optional = (self.reference, self.scores, self.reference_errors)
         reference, scores, errors = (None if tensor is None else tensor[rows] for tensor in optional)
         pairs = rows.chunk(2)[0] % (len(self.policy) // 2)
@@ -101,28 +101,31 @@ class PairPredictions:
 
 
 def of_both_halves(conditioning: torch.Tensor, rows: int) -> torch.Tensor:
-    """The conditioning of each of `rows` images: of half as many prompts `(B, ...)` that of each for both images of its
-    pair, and of as many as it is.
+    """Return the conditioning of each of `rows` images, winners first. If `conditioning` has one row per pair, both
+    images of the pair get this row. If it has one row per image, it is returned as it is.
 
     Raises:
-        ValueError: On any other number of prompts.
+        `ValueError`: If it has another number of rows.
     """
     prompts = len(conditioning)
     if prompts not in (rows // 2, rows):
         raise ValueError(
-            f"A batch has a prompt for each pair or for each image, {rows // 2} or {rows}; got {prompts}."
+            f"A batch must have one prompt per pair or per image, which is {rows // 2} or {rows}. Got {prompts}. "
+            "Change the `data_collator`."
         )
     return torch.cat([conditioning] * (rows // prompts))
 
 
 def repeat_pairs(tensor: torch.Tensor, times: int) -> torch.Tensor:
-    """Rows `(2B, ...)`, winners first, with all pairs repeated in their order: `(2 times B, ...)`, winners first."""
+    """Repeat all pairs of `(2B, ...)`, winners first, in their order. The result is `(2 * times * B, ...)`, winners
+    first."""
     winners, losers = tensor.chunk(2)
     return torch.cat([*[winners] * times, *[losers] * times])
 
 
 def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
-    """Seeds of the first draw of each pair, which are the pairs' own, then of the second draws, and so on."""
+    """Return the seeds of the first draws of all pairs, then of their second draws, and so on. The seed of a first draw
+    is the pair's seed."""
     later = [
         int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
         for draw in range(1, draws)
@@ -132,7 +135,7 @@ def seeds_of_draws(seeds: Sequence[int], draws: int) -> list[int]:
 
 
 def take_rows(conditioning: dict[str, torch.Tensor], index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
-    """Rows of a conditioning; some of its tensors are on the CPU, others on the device of the index."""
+    """Return rows of a conditioning. Some of its tensors may be on the CPU, others on the device of the index."""
     if isinstance(index, slice):
         return {name: value[index] for name, value in conditioning.items()}
     return {name: value[index.to(value.device)] for name, value in conditioning.items()}

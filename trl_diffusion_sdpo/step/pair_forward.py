@@ -1,6 +1,6 @@
-"""The forward passes of a batch of pairs: encode, draw noise, predict with policy and reference, take the loss.
+"""Forward passes of a batch of pairs: encode, draw noise, predict with policy and reference, compute the loss.
 
-Training under both safeguards, evaluation and the winner budget's probe all go through [`PairForward`].
+Training under both safeguards, evaluation and the winner budget's probe all use [`PairForward`].
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from .noisy_batch import (
     seeds_of_draws,
 )
 
-VAE_SEED_MASK = 0x5DEECE66D  # a pair's encoding and its noise are drawn from different seeds
+VAE_SEED_MASK = 0x5DEECE66D  # gives a pair's encoding another seed than its noise
 
-# Of the safeguard in output space; with the parameter-space safeguard these names are those of its own lambda.
+# Metrics of the output-space safeguard. The parameter-space safeguard logs its own lambda under these names.
 OUTPUT_SPACE_METRICS = ("safeguard/scale", "safeguard/active", "safeguard/cosine")
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Arguments of [`~trl_diffusion_sdpo.diffusion_preference_loss`], and what weighs pairs and losers.
+    """Arguments of [`~trl_diffusion_sdpo.diffusion_preference_loss`], and settings that weigh timesteps and losers.
 
     Args:
-        loss_kwargs (`dict[str, float]`): The loss's own settings that were given.
-        snr_gamma, timestep_weighting: As [`~trl_diffusion_sdpo.families.NoiseProcess.weights`] has them.
-        num_noise_bins (`int`): Equal bins of the noise levels in `[0, 1]`.
+        loss_kwargs (`dict[str, float]`): Constants of the loss that the user set.
+        snr_gamma, timestep_weighting: Arguments of [`~trl_diffusion_sdpo.families.NoiseProcess.weights`].
+        num_noise_bins (`int`): Number of equal bins of the noise levels in `[0, 1]`.
         loser_noise_range (`tuple[float, float]`, *optional*): Noise levels within which losers train.
     """
 
@@ -76,19 +76,20 @@ class LossSettings:
 
     @property
     def spec(self) -> LossSpec:
-        """What is known of the loss."""
+        """Facts of the loss."""
         return loss_spec(self.loss_type, self.loss_weights, self.margin_clamp)
 
 
 class PairForward:
-    """The forward passes of a batch of pairs.
+    """Forward passes of a batch of pairs.
 
     Args:
-        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, and the
-            family that they belong to.
-        autocast (`Callable`): Returns the context under which denoisers predict.
-        budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales the losers' gradients by noise bin.
-        auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Has the beta of training.
+        frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, with their
+            family.
+        autocast (`Callable`): Function that returns the context in which denoisers predict.
+        budget ([`~trl_diffusion_sdpo.losses.BudgetController`], *optional*): Scales of the losers' gradients by noise
+            bin.
+        auto_beta ([`~trl_diffusion_sdpo.losses.BetaController`], *optional*): Controller of beta in training.
     """
 
     def __init__(
@@ -102,9 +103,12 @@ class PairForward:
         budget: BudgetController | None = None,
         auto_beta: BetaController | None = None,
     ):
-        self.family, self.reference, self.budget = frozen.family, reference, budget
+        self.family = frozen.family
+        self.reference = reference
+        self.budget = budget
         self.auto_beta = auto_beta
-        self.noise_settings, self.loss_settings = noise, loss
+        self.noise_settings = noise
+        self.loss_settings = loss
         self._inversion = None if noise.inversion is None else inversion_of(self.family.noise_process)
         self._frozen = frozen
         self._autocast = autocast
@@ -112,11 +116,11 @@ class PairForward:
     def predict_pairs(
         self, model: nn.Module, inputs: dict[str, Any], weights: EMAWeights | None = None
     ) -> PairPredictions:
-        """Noisy latents of a collated batch on the device, and what policy and reference predict of them.
+        """Return the noisy latents of a collated batch on the device, and the predictions of policy and reference.
 
         Args:
-            model (`nn.Module`): The policy as the engine wrapped it.
-            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Predict with these instead of the
+            model (`nn.Module`): Policy as the engine wrapped it.
+            weights ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Weights that predict instead of the
                 policy's.
         """
         draws = self.draws_of_a_pair(model)
@@ -124,7 +128,7 @@ class PairForward:
         scores = self.scores(inputs, draws)
         pair_weights = self.pair_weights(inputs, draws)
         beta = self.beta_of(model)
-        # The reference first: its activations are freed before the policy's are stored for the backward pass.
+        # The reference predicts first, so its activations are freed before the policy's are stored.
         references = self.predict_reference(model, [batch])
         reference = None if references is None else references[0]
         with contextlib.nullcontext(model) if weights is None else weights.active(model) as policy:
@@ -136,7 +140,8 @@ class PairForward:
     def loss(
         self, predictions: PairPredictions, safeguard: Literal["none", "output"] | None = None
     ) -> PreferenceLossOutput:
-        """The loss of predictions, with the safeguard of the settings if that is in output space, or another one."""
+        """Return the loss of predictions. If `safeguard` is `None`, it is the safeguard of the settings, or `"none"` if
+        the settings have the parameter-space safeguard."""
         settings = self.loss_settings
         if safeguard is None:
             safeguard = "none" if settings.safeguard == "parameter" else settings.safeguard
@@ -164,23 +169,23 @@ class PairForward:
         )
 
     def logged_metrics(self, outputs: PreferenceLossOutput) -> dict[str, torch.Tensor]:
-        """A batch's metrics without those that the parameter-space safeguard logs itself, by the same names."""
+        """Return a batch's metrics without the ones that the parameter-space safeguard logs under the same names."""
         if self.loss_settings.safeguard != "parameter":
             return outputs.metrics
         return {name: value for name, value in outputs.metrics.items() if name not in OUTPUT_SPACE_METRICS}
 
-    # ---- Its parts ------------------------------------------------------------------------------------------------
+    # ---- Steps of a forward pass ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def noisy_batch(self, inputs: dict[str, Any], draws: int = 1, policy: nn.Module | None = None) -> NoisyBatch:
-        """Encoded images and prompts of a collated batch, with the noise of their pair at its timestep.
+        """Encode the images and prompts of a collated batch, and add each pair's noise at its timestep.
 
         Args:
-            draws (`int`, *optional*, defaults to 1): Draws of timestep and noise of each pair, which is encoded once.
-                The first draw of all pairs comes first, then the second, and so on: `(2 * draws * B)` rows.
-            policy (`nn.Module`, *optional*): Inverts the images, where the settings have an inversion and it is in
-                training. Evaluation draws its noise: errors at noise that the policy finds itself fall as it comes to
-                agree with itself, whatever becomes of the images that it generates.
+            draws (`int`, *optional*, defaults to 1): Draws of timestep and noise for each pair. Pairs are encoded once.
+                The first draws of all pairs come first, then the second draws, and so on: `(2 * draws * B)` rows.
+            policy (`nn.Module`, *optional*): Policy that inverts the images if the settings have an inversion and the
+                policy is in training mode. Evaluation draws noise instead, because errors at inverted noise can fall
+                while the generated images get worse.
         """
         latents, conditioning = self.encode(inputs)
         if draws > 1:
@@ -192,7 +197,7 @@ class PairForward:
         return self.add_noise(latents, noise, timesteps, conditioning, perturbation)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents `(2B, ...)` and the conditioning of both halves, winners first."""
+        """Return the latents `(2B, ...)` and the conditioning of a batch, winners first."""
         generators = generators_of([seed ^ VAE_SEED_MASK for seed in inputs["seeds"]])
         if "moments" in inputs:
             latents = self.family.latents_of(inputs["moments"], [*generators, *generators])
@@ -202,21 +207,21 @@ class PairForward:
             pixels = pixels_as_floats(inputs["pixel_values"])
             with self._frozen.in_use() as family:
                 latents = family.encode_images(pixels, [*generators, *generators])
-                conditioning = family.encode_prompts(inputs["prompts"])  # one for a pair's two images, or for each
+                conditioning = family.encode_prompts(inputs["prompts"])  # one row per pair or per image
             size = (pixels.shape[-2], pixels.shape[-1])
         conditioning = {name: of_both_halves(value, len(latents)) for name, value in conditioning.items()}
         sizes = self.family.size_conditioning(inputs["original_sizes"], inputs["crop_top_lefts"], size)
-        # A VAE may return channels-last latents. Convolutions keep that layout without gradients and drop it with them,
-        # so that policy and reference would round differently.
+        # A VAE may return channels-last latents. Convolutions keep that layout in a forward pass without gradients and
+        # change it in one with gradients, so policy and reference would round differently.
         return latents.contiguous(), conditioning | sizes
 
     def draw_noise(
         self, seeds: Sequence[int], latents: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One timestep, noise and input perturbation a pair, from the pair's own seed, for both halves.
+        """Draw one timestep, noise and input perturbation per pair from the pair's seed, for both halves.
 
         Returns:
-            Timesteps `(2B,)`, noise `(2B, ...)`, and the perturbation `(2B, ...)` where there is one.
+            Timesteps `(2B,)`, noise `(2B, ...)`, and the perturbation `(2B, ...)` or `None`.
         """
         settings = self.noise_settings
         generators = generators_of(seeds)
@@ -234,7 +239,7 @@ class PairForward:
         return timesteps, torch.cat([noise, noise]), perturbation
 
     def draw_timesteps(self, generators: Sequence[torch.Generator], latents: torch.Tensor) -> torch.Tensor:
-        """A timestep for each pair from its generator, for both halves: `(2B,)`."""
+        """Draw a timestep for each pair from its generator, and return it for both halves: `(2B,)`."""
         process, length = self.family.noise_process, self.family.image_seq_len(latents)
         timesteps = process.timesteps(uniform(generators), image_seq_len=length, **self.noise_settings.timesteps)
         return sent(torch.cat([timesteps, timesteps]), latents.device)
@@ -246,8 +251,11 @@ class PairForward:
         seeds: Sequence[int],
         latents: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """As `draw_noise`, with the same timesteps; each image has the noise of its own inversion by the policy, in
-        the mode that it is in and without guidance. Each image has its own added noise."""
+        """Invert each image with the policy. The result has the shapes of `draw_noise` and the same timesteps.
+
+        The policy predicts in its current mode and without guidance. Noise that the inversion adds differs between
+        the two images of a pair.
+        """
         assert policy is not None and self._inversion is not None and self.noise_settings.inversion is not None
         generators = generators_of(seeds)
         timesteps = self.draw_timesteps(generators, latents)
@@ -269,7 +277,7 @@ class PairForward:
         conditioning: dict[str, torch.Tensor],
         perturbation: torch.Tensor | None = None,
     ) -> NoisyBatch:
-        """Clean latents `(N, ...)` with noise at their timesteps `(N,)`; a perturbation is not in the target."""
+        """Add noise to clean latents `(N, ...)` at their timesteps `(N,)`. The target excludes the perturbation."""
         process = self.family.noise_process
         return NoisyBatch(
             process.add_noise(latents, noise if perturbation is None else noise + perturbation, timesteps),
@@ -280,7 +288,7 @@ class PairForward:
         )
 
     def predict(self, denoiser: nn.Module, batch: NoisyBatch) -> torch.Tensor:
-        """A denoiser's prediction `(N, ...)` in float32, under the autocast of training."""
+        """Return a denoiser's prediction `(N, ...)` in float32, computed under the autocast of training."""
         return self.predict_at(denoiser, batch.noisy, batch.timesteps, batch.conditioning)
 
     def predict_at(
@@ -290,57 +298,60 @@ class PairForward:
         timesteps: torch.Tensor,
         conditioning: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """As `predict`, of noisy latents that have no target."""
+        """Predict as `predict` does, for noisy latents without a target."""
         with self._autocast():
             return self.family.predict(denoiser, noisy, timesteps, conditioning).float()
 
     def predict_reference(self, model: nn.Module, batches: Sequence[NoisyBatch]) -> list[torch.Tensor] | None:
-        """Return the reference's prediction of each batch, without a graph; `None` without a reference."""
+        """Return the reference's prediction of each batch, without a graph, or `None` if there is no reference."""
         with torch.no_grad(), self.reference.active(model) as reference:
             return None if reference is None else [self.predict(reference, batch) for batch in batches]
 
     @torch.no_grad()
     def reference_errors(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> torch.Tensor:
-        """Mean squared errors of the reference on a collated batch, `(2 * draws * B,)` in float32, by the forward
-        passes of training or of evaluation: training under the parameter-space safeguard has one for winners and one
-        for losers."""
+        """Return the reference's mean squared errors on a collated batch, `(2 * draws * B,)` in float32.
+
+        The forward passes are those of training or of evaluation, so that they round equally. Training under the
+        parameter-space safeguard has one forward pass for winners and one for losers.
+        """
         batch = self.noisy_batch(inputs, self.noise_settings.timesteps_per_pair if training else 1)
         by_branch = training and self.loss_settings.safeguard == "parameter"
         batches = batch.halves() if by_branch else (batch,)
         predicted = self.predict_reference(model, batches)
-        assert predicted is not None, "A reference predicts before training."
+        assert predicted is not None, "There must be a reference before training."
         return mean_error(torch.cat(predicted) - batch.target.float())
 
     def stored_errors(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """The errors of a reference that were computed beforehand, from a collated batch; `None` for others."""
+        """Return the stored reference errors of a collated batch, or `None` if they are not computed before
+        training."""
         if not self.reference.is_precomputed:
             return None
         if "ref_errors" not in inputs:
             raise ValueError(
-                "`precompute_ref_errors=True` needs the batch's `ref_errors`, and the batch has "
-                f"{', '.join(inputs)}. A `data_collator` must keep them, as `PreferenceCollator` does."
+                "`precompute_ref_errors=True` needs batches with `ref_errors`. Got a batch with "
+                f"{', '.join(inputs)}. Change the `data_collator` to keep `ref_errors`, as `PreferenceCollator` does."
             )
         return inputs["ref_errors"]
 
     def draws_of_a_pair(self, model: nn.Module) -> int:
-        """Draws of timestep and noise of each pair: those of the settings in training, one in evaluation."""
+        """Return the number of draws of timestep and noise for each pair. In evaluation it is 1."""
         return self.noise_settings.timesteps_per_pair if model.training else 1
 
     def scores(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
-        """The scores of a collated batch, for each of its draws; `None` without scores."""
+        """Return the scores of a collated batch, repeated for each draw, or `None` if it has no scores."""
         return repeat_pairs(inputs["scores"], draws) if "scores" in inputs else None
 
     def pair_weights(self, inputs: dict[str, Any], draws: int) -> torch.Tensor | None:
-        """Factors of the pairs' losses in a collated batch, `(draws * B,)`; `None` without such a column."""
+        """Return the weights of the pairs' losses in a collated batch, `(draws * B,)`, or `None` if it has none."""
         return inputs["pair_weights"].repeat(draws) if "pair_weights" in inputs else None
 
     def beta_of(self, model: nn.Module) -> torch.Tensor | None:
-        """The beta of training; `None` for that of the settings, which evaluation has."""
+        """Return the adapted beta in training with `auto_beta`, or `None` if the loss uses the beta of the settings."""
         return self.auto_beta.beta if model.training and self.auto_beta is not None else None
 
     def loser_weights(self, noise_levels: torch.Tensor) -> torch.Tensor | None:
-        """Factors of the losers' gradients besides lambda, `(B,)`, from the pairs' noise levels `(B,)`; `None` without
-        a range and a budget."""
+        """Return the factors of the losers' gradients besides lambda, `(B,)`, from the pairs' noise levels `(B,)`. It
+        is `None` without `loser_noise_range` and `winner_budget`."""
         weights: torch.Tensor | None = None
         if self.loss_settings.loser_noise_range is not None:
             weights = noise_range_weights(noise_levels, *self.loss_settings.loser_noise_range)
@@ -350,15 +361,16 @@ class PairForward:
         return weights
 
     def timestep_weights(self, batch: NoisyBatch) -> torch.Tensor | None:
-        """Factors of the pairs' errors, `(B,)`; `None` without weighting."""
-        settings, length = self.loss_settings, self.family.image_seq_len(batch.noisy)
+        """Return the weights of the pairs' errors by timestep, `(B,)`, or `None` without weighting."""
+        settings = self.loss_settings
+        length = self.family.image_seq_len(batch.noisy)
         weighting: dict[str, Any] = {"snr_gamma": settings.snr_gamma, "weighting": settings.timestep_weighting}
         return self.family.noise_process.weights(batch.timesteps.chunk(2)[0], image_seq_len=length, **weighting)
 
 
 @contextlib.contextmanager
 def eval_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Networks in evaluation mode within the context, then each of their modules in the mode of before."""
+    """Put networks into evaluation mode within the context. Afterwards, each module returns to its previous mode."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()

@@ -1,5 +1,4 @@
-"""A micro-batch and an optimizer step under the parameter-space safeguard: winners and losers have a forward and a
-backward pass each."""
+"""Training under the parameter-space safeguard. Winners and losers have separate forward and backward passes."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from .step_diagnostics import StepDiagnostics
 
 @dataclass(frozen=True)
 class _Branches:
-    """What the backward passes of a micro-batch need: the two graphs, and the leaf where the graph of the loss ends."""
+    """Inputs of a micro-batch's backward passes: the graphs of both branches, and the leaf where the graph of the loss
+    ends."""
 
     model: nn.Module
     winners: NoisyBatch
@@ -31,16 +31,17 @@ class _Branches:
 
 
 class ParameterSafeguard:
-    """One backward pass for winners and one for losers, and one lambda from their gradients for each optimizer step.
+    """Safeguard in parameter space: one backward pass per branch, and one lambda per optimizer step from the gradients.
 
-    A micro-batch takes [`~ParameterSafeguard.predict_pairs`], the loss of these predictions, and
-    [`~ParameterSafeguard.backward_branches`]; the last one of an optimizer step is followed by
+    For each micro-batch, call [`~ParameterSafeguard.predict_pairs`], compute the loss of the predictions, and call
+    [`~ParameterSafeguard.backward_branches`]. After the last micro-batch of an optimizer step, call
     [`~ParameterSafeguard.step`].
 
     Args:
-        meter ([`MetricMeter`]): Of training.
+        meter ([`MetricMeter`]): Meter of training.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        low_memory (`bool`): Whether one branch's activations are held at a time, for one more forward pass.
+        low_memory (`bool`): Whether to hold the activations of one branch at a time, at the cost of one more forward
+            pass.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class ParameterSafeguard:
         self._branches: _Branches | None = None
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        """To be entered around the forward and backward passes of a micro-batch."""
+        """Return the context for the forward and backward passes of a micro-batch."""
         return self.gradients.backend.accumulating()
 
     def predict_pairs(self, model: nn.Module, inputs: dict) -> PairPredictions:
-        """As [`PairForward.predict_pairs`]; `policy` is a leaf, so that the graph of the loss ends there."""
+        """Predict a batch as [`PairForward.predict_pairs`] does. The returned `policy` is a leaf, so the graph of the
+        loss ends there."""
         draws = self._forward.draws_of_a_pair(model)
         batch = self._forward.noisy_batch(inputs, draws, model)
         scores = self._forward.scores(inputs, draws)
@@ -85,25 +87,25 @@ class ParameterSafeguard:
         return predictions
 
     def backward_branches(self, loss: torch.Tensor, *, step: int, share: float) -> None:
-        """A backward pass for each branch, from the gradient of the loss at the predictions.
+        """Run one backward pass per branch, from the gradient of the loss at the predictions.
 
         Args:
-            loss (`torch.Tensor` of shape `()`): Of the latest predictions.
-            step (`int`): The optimizer step that this micro-batch is part of, counted from 1.
+            loss (`torch.Tensor` of shape `()`): Loss of the latest predictions.
+            step (`int`): Optimizer step of this micro-batch, counted from 1.
             share (`float`): Weight of the micro-batch in the optimizer step.
 
         Raises:
-            `ValueError`: If the loss depends on anything trained but these predictions, or not on them.
+            `ValueError`: If the loss does not depend on the predictions, or also depends on other trained tensors.
         """
         branches, self._branches = self._branches, None
         _check_depends_on_predictions_only(loss, None if branches is None else branches.predictions.policy)
-        assert branches is not None  # by the check
+        assert branches is not None  # the check above would have raised
         grad_winner, grad_loser = torch.autograd.grad(loss, branches.predictions.policy)[0].chunk(2)
         measures = False
         if self.diagnostics is not None and self.diagnostics.is_due(step):
             measures = True
             self.diagnostics.record(branches.winners, branches.predictions)
-        # The winners' graph is freed before the losers' is walked or, with `low_memory`, made.
+        # To save memory, free the winners' graph before the losers' backward pass or, with `low_memory`, forward pass.
         winners, winner_pred, anchored = branches.winners, branches.winner_pred, self.gradients.anchor == "error"
         retains = (anchored or measures) and self.gradients.backend.retains_graph
         self.gradients.backward(WINNER, share * (winner_pred * grad_winner).sum(), retain_graph=retains)
@@ -118,7 +120,8 @@ class ParameterSafeguard:
         self.gradients.backward(LOSER, -share * (loser_pred * grad_loser).sum())
 
     def step(self) -> None:
-        """After an optimizer step's last micro-batch: combine the branches, and step where the engine does that."""
+        """Combine the branches after the last micro-batch of an optimizer step. If the engine steps by itself, it steps
+        now."""
         metrics, finite, anchor = self.gradients.combine()
         self._meter.add(metrics, finite)
         self._meter.add({"safeguard/skipped": 1 - finite.float()}, 1)
@@ -128,26 +131,29 @@ class ParameterSafeguard:
 
 
 def _check_depends_on_predictions_only(loss: torch.Tensor, leaf: torch.Tensor | None) -> None:
-    """The branches' backward passes start at the predictions: other tensors would get no gradient."""
+    """Raise `ValueError` unless the predictions are the only leaf of the loss. Other tensors would get no gradient,
+    because the branches' backward passes start at the predictions."""
     leaves = {id(variable) for variable in _leaves_of(loss)}
     if leaf is None or leaves != {id(leaf)}:
         raise ValueError(
-            "With `safeguard='parameter'`, the loss must depend on the model through the predictions that "
-            "`super().compute_loss(..., return_outputs=True)` makes, and through nothing else; got one that "
-            + ("also depends on other tensors that train." if len(leaves) > 1 else "does not depend on them.")
+            "With `safeguard='parameter'`, the loss must depend on the model only through the predictions that "
+            "`super().compute_loss(..., return_outputs=True)` makes. Got a loss that "
+            + ("also depends on other trained tensors." if len(leaves) > 1 else "does not depend on the predictions.")
             + " Change `compute_loss`, or use `safeguard='output'`."
         )
 
 
 def _leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
-    """The leaves of a loss's graph, which ends at the predictions and so has few nodes."""
-    found, seen, open_nodes = [], set(), [loss.grad_fn]
+    """Return the leaves of a loss's graph. The graph has few nodes, because it ends at the predictions."""
+    leaves = []
+    seen = set()
+    open_nodes = [loss.grad_fn]
     while open_nodes:
         node = open_nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node.name().endswith("AccumulateGrad"):
-            found.append(cast(Any, node).variable)
+            leaves.append(cast(Any, node).variable)
         open_nodes += [following for following, _ in node.next_functions]
-    return found
+    return leaves

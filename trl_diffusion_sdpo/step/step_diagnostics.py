@@ -1,5 +1,8 @@
-"""Measurements of single optimizer steps under the parameter-space safeguard: the lambda of output space, to compare,
-and the change of the winners' error, predicted from its gradient and realised by the optimizer."""
+"""Measurements of single optimizer steps under the parameter-space safeguard.
+
+A measurement logs lambda of the output space for comparison. It also logs the change of the winners' error, both
+predicted from the gradient and realised by the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +22,33 @@ from .pair_forward import PairForward
 
 @dataclass
 class _Measured:
-    """The state of a measured step before its weights change."""
+    """State of a measured step before its weights change."""
 
-    winners: list[NoisyBatch] = field(default_factory=list)  # of each micro-batch
-    errors: list[torch.Tensor] = field(default_factory=list)  # their mean errors, `()` each
-    weights: list[torch.Tensor] = field(default_factory=list)  # the trained weights, or this process's shards
-    gradient: Gradient = field(default_factory=list)  # of the mean winner error over the batch of the step
-    finite: torch.Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))  # a skipped step: weight 0
-    loss_scale: float = 1.0  # a factor of `gradient`
+    winners: list[NoisyBatch] = field(default_factory=list)  # one batch per micro-batch
+    errors: list[torch.Tensor] = field(default_factory=list)  # mean error of each micro-batch's winners, `()`
+    weights: list[torch.Tensor] = field(default_factory=list)  # trained weights, or this process's shards of them
+    gradient: Gradient = field(default_factory=list)  # gradient of the mean winner error over the step's batch
+    finite: torch.Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.bool))  # False if the step skips
+    loss_scale: float = 1.0  # factor that `gradient` contains
 
 
 class StepDiagnostics:
-    """Measures one of `every` optimizer steps of `model`, the policy as the engine wrapped it, into the meter of
-    training."""
+    """Measures every `every`-th optimizer step and adds the result to the meter of training. `model` is the policy as
+    the engine wrapped it."""
 
     def __init__(
         self, model: nn.Module, backend: GradientBackend, forward: PairForward, meter: MetricMeter, every: int
     ):
         self._model, self._backend, self._forward = model, backend, forward
         self._meter, self._every = meter, every
-        self._measured: _Measured | None = None  # of the step that is being measured
+        self._measured: _Measured | None = None  # set while a step is being measured
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 1, is measured."""
         return step % self._every == 0
 
     def record(self, winners: NoisyBatch, predictions: PairPredictions) -> None:
-        """A micro-batch's winners and their error, and the lambda of output space."""
+        """Record a micro-batch's winners and their error, and log lambda of the output space."""
         self._measured = self._measured or _Measured()
         self._measured.winners.append(winners)
         winner_pred = predictions.policy.detach().chunk(2)[0]
@@ -55,10 +58,10 @@ class StepDiagnostics:
         self._meter.add(logged, len(winners.noisy))
 
     def before_step(self, gradient: Gradient | None, finite: torch.Tensor) -> None:
-        """Copy the weights, and hold the gradient of the mean winner error, if the step is measured."""
+        """Copy the weights and store the gradient of the mean winner error if the step is measured."""
         if self._measured is None:
             return
-        assert gradient is not None, "A measured step has the anchor's gradient."
+        assert gradient is not None, "A measured step computes the anchor's gradient."
         self._measured.gradient, self._measured.finite = gradient, finite
         self._measured.loss_scale = self._backend.loss_scale  # the scaler's next step may change it
         self._measured.weights = [weight.clone() for weight in self._backend.weights()]
@@ -74,15 +77,15 @@ class StepDiagnostics:
             change = mean_error(residual, over_batch=True) - before
             self._meter.add({"safeguard/realised_winner_change": change}, len(winners.noisy) * measured.finite)
         moves = [now - before for now, before in zip(self._backend.weights(), measured.weights, strict=True)]
-        gradient = [None if part is None else local_tensor(part) for part in measured.gradient]
+        gradient = [None if tensor is None else local_tensor(tensor) for tensor in measured.gradient]
         products = self._backend.sum_over_shards(inner_products([_shaped_like(gradient, moves), [*moves]]))
         predicted = torch.where(measured.finite, products[0, 1] / measured.loss_scale, 0)
         self._meter.add({"safeguard/predicted_winner_change": predicted}, measured.finite)
 
 
 def _shaped_like(gradient: Gradient, moves: list[torch.Tensor]) -> Gradient:
-    """A gradient in float32 and in the shapes of the weights; zeros for weights that took no part."""
+    """Return a gradient in float32 and in the shapes of the weights. Weights without a gradient get zeros."""
     return [
-        torch.zeros_like(move) if part is None else part.float().reshape(move.shape)
-        for part, move in zip(gradient, moves, strict=True)
+        torch.zeros_like(move) if tensor is None else tensor.float().reshape(move.shape)
+        for tensor, move in zip(gradient, moves, strict=True)
     ]

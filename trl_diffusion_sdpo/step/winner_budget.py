@@ -1,5 +1,5 @@
-"""The winner budget during training: a probe measures the winners' error at each noise bin every few steps, and a
-controller adjusts the scales of the losers' gradients by it."""
+"""Winner budget during training. Every few steps, a probe measures the winners' error in each noise bin, and a
+controller adjusts the scales of the losers' gradients."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ BUDGET_FILE = "winner_budget.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The size of the probe, and how often it is measured.
+    """Size of the probe, and interval of its measurements.
 
     Args:
-        pairs (`int`): Number of its pairs.
+        pairs (`int`): Number of pairs.
         steps (`int`): Optimizer steps between two measurements.
 
     Raises:
-        ValueError: If one of them is below 1.
+        `ValueError`: If `pairs` or `steps` is below 1.
     """
 
     pairs: int = 32
@@ -49,7 +49,7 @@ class ProbeSettings:
         if min(self.pairs, self.steps) < 1:
             raise ValueError(
                 "`winner_budget_kwargs` must have `pairs` and `steps` of at least 1, got "
-                f"{self.pairs} and {self.steps}."
+                f"{self.pairs} and {self.steps}. Leave them out for the defaults."
             )
 
 
@@ -58,23 +58,23 @@ class ProbeInputs:
     """Pairs of the probe, without noise."""
 
     inputs: dict[str, Any]  # a batch of the collator, on the device
-    counts: list[bool]  # whether each pair counts: processes with fewer pairs than others repeat one
+    counts: list[bool]  # whether each pair counts; a process with fewer pairs than others repeats one
 
 
 @dataclass
 class BudgetProbe:
-    """This process's winners at fixed noise, a few at every noise bin, and the policy that predicts them."""
+    """Winners of this process at fixed noise in every noise bin, and the policy that predicts them."""
 
     model: nn.Module  # as the engine wrapped it
     num_noise_bins: int
     batches: list[NoisyBatch] = field(default_factory=list)
-    noise_bins: list[torch.Tensor] = field(default_factory=list)  # for each batch, of each row, int64 `(N,)`
-    counts: list[torch.Tensor] = field(default_factory=list)  # for each batch, 1 or, for a repeated row, 0, `(N,)`
+    noise_bins: list[torch.Tensor] = field(default_factory=list)  # per batch, noise bins of the rows, int64 `(N,)`
+    counts: list[torch.Tensor] = field(default_factory=list)  # per batch, 1 for rows that count, else 0, `(N,)`
 
     @torch.no_grad()
     def errors(self, predict: Callable[[NoisyBatch], torch.Tensor]) -> torch.Tensor:
-        """Mean error at each noise bin over all processes, `(num_noise_bins,)`; NaN at bins that the schedule does not
-        visit."""
+        """Return the mean error in each noise bin over all processes, `(num_noise_bins,)`. Bins without a timestep of
+        training are NaN."""
         sums = torch.zeros(2, self.num_noise_bins, device=PartialState().device)
         for batch, noise_bins, count in zip(self.batches, self.noise_bins, self.counts, strict=True):
             error = mean_error(predict(batch) - batch.target.float())  # (N,)
@@ -84,14 +84,14 @@ class BudgetProbe:
 
 
 class WinnerBudget:
-    """Holds the winners' error within a budget over a training.
+    """Limits the rise of the winners' error during training.
 
     Args:
-        controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): The scales of the losers' gradients.
-        meter ([`MetricMeter`]): Of training.
+        controller ([`~trl_diffusion_sdpo.losses.BudgetController`]): Controller of the losers' gradient scales.
+        meter ([`MetricMeter`]): Meter of training.
         sorts_by_scores (`bool`): Whether the scores decide which image of a pair is the winner.
-        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Measured instead of the policy: they are
-            the result of the run, and do not vary between single steps as the policy does at low noise.
+        average ([`~trl_diffusion_sdpo.models.ema.EMAWeights`], *optional*): Averaged weights to measure instead of the
+            policy. They are the result of the run, and vary less between steps at low noise.
     """
 
     def __init__(
@@ -104,16 +104,17 @@ class WinnerBudget:
         average: EMAWeights | None,
     ):
         self.controller = controller
-        self.probe: BudgetProbe | None = None  # while training
+        self.probe: BudgetProbe | None = None  # set while training
         self._forward, self._meter, self._average = forward, meter, average
         self._sorts_by_scores = sorts_by_scores
         self._unmet: torch.Tensor | None = None
         self._has_warned = False
 
     def begin(self, model: nn.Module, pairs: Sequence[ProbeInputs]) -> None:
-        """Make the probe of `model`, the policy as the engine wrapped it, and measure it before the first step. A
-        resumed run reads that measurement from its checkpoint."""
-        self._has_warned, self._unmet = False, None
+        """Build the probe and measure it before the first step. `model` is the policy as the engine wrapped it. A
+        resumed run reads this measurement from its checkpoint instead."""
+        self._has_warned = False
+        self._unmet = None
         self.probe = self.make_probe(model, pairs)
         if self.controller.initial_errors is None:
             self.controller.initial_errors = self.measure()
@@ -125,14 +126,14 @@ class WinnerBudget:
         self._meter.add(metrics, 1)
 
     def end(self) -> None:
-        """Warn of what was measured after the last log, and free the probe."""
+        """Warn if the last measurement, which may not have been logged, exceeds the budget, and free the probe."""
         if self._unmet is not None:
             self.warn_if_unmet(float(self._unmet))
         self.probe = None
 
     def measure(self) -> torch.Tensor:
-        """The probe's mean error at each noise bin, over all processes."""
-        assert self.probe is not None, "The probe exists while training only."
+        """Return the probe's mean error in each noise bin over all processes."""
+        assert self.probe is not None, "The probe exists only while training."
         policy = self.probe.model
         weights = contextlib.nullcontext(policy) if self._average is None else self._average.active(policy)
         with eval_mode([policy]), weights as model:
@@ -140,26 +141,27 @@ class WinnerBudget:
             return self.probe.errors(lambda batch: self._forward.predict(model, batch))
 
     def warn_if_unmet(self, unmet: float) -> None:
-        """Warn once of noise bins that exceed the budget though their losers' scale is 0; `unmet` is their share."""
+        """Warn once if noise bins exceed the budget although their losers' scale is 0. `unmet` is the share of these
+        bins."""
         if unmet and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "`winner_budget=%s` is exceeded in a noise bin whose losers' gradients are scaled to 0: that bin "
-                "trains its winners only, and while this does not help, so do all others. A larger budget, a lower or "
-                "decaying learning rate or more pairs may meet it.",
+                "`winner_budget=%s` is exceeded in a noise bin although its losers no longer train. If the winners' "
+                "error there does not recover, losers stop training in all bins. Set a larger budget or a lower or "
+                "decaying learning rate, or train on more pairs.",
                 self.controller.budget,
             )
 
     @torch.no_grad()
     def make_probe(self, model: nn.Module, pairs: Sequence[ProbeInputs]) -> BudgetProbe:
-        """Return the winners of some pairs, each at a timestep within every noise bin."""
+        """Return the winners of the pairs, each at one timestep in every noise bin."""
         probe = BudgetProbe(model, self._forward.loss_settings.num_noise_bins)
         for batch_of_pairs in pairs:
             latents, conditioning = self._forward.encode(batch_of_pairs.inputs)
             if self._sorts_by_scores:
                 order = order_by_scores(batch_of_pairs.inputs["scores"])
                 latents, conditioning = latents[order], take_rows(conditioning, order)
-            # Copies: a view would keep the losers in memory.
+            # Clone, because a view would keep the losers in memory.
             winners = latents.chunk(2)[0], {name: value.chunk(2)[0].clone() for name, value in conditioning.items()}
             counts = torch.tensor(batch_of_pairs.counts, device=latents.device).float()
             for noise_bin in range(probe.num_noise_bins):
@@ -173,7 +175,8 @@ class WinnerBudget:
     def _at_noise_bin(
         self, noise_bin: int, clean: torch.Tensor, conditioning: dict[str, torch.Tensor], seeds: list[int]
     ) -> NoisyBatch | None:
-        """Latents with noise and timesteps from the pairs' seeds; `None` if no timestep of training is in the bin."""
+        """Return latents with noise and timesteps from the pairs' seeds, or `None` if training draws no timestep in the
+        bin."""
         forward = self._forward
         process, length = forward.family.noise_process, forward.family.image_seq_len(clean)
         every = process.candidate_timesteps(torch.device("cpu"), **forward.noise_settings.timesteps)
@@ -194,16 +197,20 @@ class WinnerBudget:
         (folder / BUDGET_FILE).write_text(json.dumps(self.controller.state()) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read what [`WinnerBudget.save`] wrote; `ValueError` where it is missing or has other noise bins."""
+        """Read the file that [`WinnerBudget.save`] wrote. Raises `ValueError` if it is missing or has another number of
+        noise bins."""
         file = folder / BUDGET_FILE
         if not file.is_file():
-            raise ValueError(f"A checkpoint with a `winner_budget` must hold {BUDGET_FILE}; {folder} does not.")
+            raise ValueError(
+                f"A checkpoint with a `winner_budget` must contain {BUDGET_FILE}. {folder} does not. Resume from a "
+                "complete checkpoint of such a run, or leave `winner_budget` out."
+            )
         self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
 def probe_items(dataset: Any, wanted: int) -> list[Any]:
-    """Pairs of the winner budget's probe, as the collator takes them: spread over a data set, the first of a stream;
-    `ValueError` where there are none."""
+    """Return the pairs of the winner budget's probe as inputs of the collator. They are spread over a data set, or are
+    the first pairs of a stream. Raises `ValueError` if there are no pairs."""
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     view = dataset.for_evaluation()
     if isinstance(view, PreferenceDataset):
@@ -219,7 +226,7 @@ def probe_items(dataset: Any, wanted: int) -> list[Any]:
 def probe_inputs(
     items: Sequence[Any], batch_size: int, to_inputs: Callable[[list[Any]], dict[str, Any]], *, rank: int, world: int
 ) -> list[ProbeInputs]:
-    """This process's share of the pairs of all processes, in batches; `to_inputs` collates pairs and moves them to the
+    """Return this process's share of the probe's pairs in batches. `to_inputs` collates pairs and moves them to the
     device."""
     by_size: dict[Any, list[Any]] = {}
     for item in items:
@@ -228,7 +235,7 @@ def probe_inputs(
     for same in by_size.values():
         rows = same[rank::world]
         share = len(rows)
-        # Under engines a forward pass takes all processes: each has as many rows as the one with most.
+        # Under engines, all processes must run each forward pass. So all get as many rows as the one with most rows.
         rows += same[:1] * (-(-len(same) // world) - share)
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
         probe += [ProbeInputs(to_inputs([rows[i] for i in batch]), [i < share for i in batch]) for batch in batches]

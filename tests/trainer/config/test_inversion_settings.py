@@ -81,7 +81,7 @@ def test_the_published_end_needs_a_level_of_the_grid_below_some_timesteps(make_t
     make_trainer(**INVERSION, inversion_kwargs=grid)
     assert "are not above the grid's first" not in caplog.text  # two of a thousand
     make_trainer(**INVERSION, timestep_range=[0, 4], inversion_kwargs={"end": "grid"})
-    assert "50% of the timesteps" in caplog.text
+    assert "50%" in caplog.text
 
 
 def test_a_flow_has_levels_of_its_own_and_no_variance(make_trainer, family_folder, caplog):
