@@ -248,13 +248,13 @@ def test_a_modular_pipeline_with_a_guider_of_diffusers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": float("nan")}, "finite number of at least 0, got nan"),
+        ({"scale": float("nan")}, "`scale`.*nan"),
         ({"form": "mixture"}, "`form`"),
-        ({"form": "npo", "scale": 2.0}, "no scale of its own"),
+        ({"form": "npo", "scale": 2.0}, "`scale`"),
         ({"interval": (0.5, 0.5)}, "0 <= low < high <= 1"),
-        ({"reference": "missing"}, "'missing'; loaded: negative, tuned"),
-        ({"reference": "tuned"}, "another adapter than the active one"),
-        ({"reference": 3}, "a denoiser, got a int"),
+        ({"reference": "missing"}, "negative, tuned.*'missing'"),
+        ({"reference": "tuned"}, "`reference`.*'tuned'"),
+        ({"reference": 3}, "`reference`.*int"),
     ],
     ids=str,
 )
@@ -266,10 +266,10 @@ def test_bad_arguments_are_refused(pipeline, options, message):
 
 
 def test_without_an_active_lora_a_reference_is_needed(own, built):
-    with pytest.raises(ValueError, match="no LoRA is active; loaded: none"), preference_guidance(copy.copy(built)):
+    with pytest.raises(ValueError, match="No LoRA is active.*none"), preference_guidance(copy.copy(built)):
         pass
     own.disable_lora()
-    with pytest.raises(ValueError, match="loaded: negative, tuned"), preference_guidance(own):
+    with pytest.raises(ValueError, match="negative, tuned"), preference_guidance(own):
         pass
     own.enable_lora()
     own.fuse_lora(adapter_names=["tuned"])
@@ -281,7 +281,7 @@ def test_models_that_are_distilled_to_few_steps_are_guided_only_where_that_is_as
     own.scheduler = LCMScheduler.from_config(own.scheduler.config)
     schnell = quiet(case("flux_schnell").build())
     add_lora(schnell.transformer, "tuned")
-    for pipeline, said in ((own, "(LCMScheduler)"), (schnell, "FLUX.1 model generates in few (it is distilled)")):
+    for pipeline, said in ((own, "(LCMScheduler)"), (schnell, "FLUX.1")):
         for options in ({}, {"scale": 1.5}, {"form": "npo"}):
             refused = pytest.raises(ValueError, match=re.escape(said))
             with refused as caught, preference_guidance(pipeline, **options):

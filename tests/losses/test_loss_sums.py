@@ -53,7 +53,7 @@ def test_a_part_of_weight_zero_is_no_part():
     assert out.loss.item() == 2.0
     check_loss_kwargs(["dmpo", "sft"], 1.0, {"dmpo_alpha": 0.1})
     check_auto_beta(["ipo", "sigmoid"], [0.0, 1.0])
-    with pytest.raises(ValueError, match="`auto_beta`.*got sft"):
+    with pytest.raises(ValueError, match="`auto_beta`.*sft"):
         check_auto_beta(["sigmoid", "sft"], [0.0, 1.0])
 
 
@@ -242,13 +242,13 @@ def test_the_gradient_is_that_of_a_loop(case, granularity, weighted, seeded_pair
     ("loss_type", "weights", "message"),
     [
         (["sigmoid", "dpo"], None, "`loss_type`.*'dpo'"),
-        ([], None, "must name a loss"),
+        ([], None, "`loss_type`"),
         (["sigmoid", "sft", "sigmoid"], None, "several different ones"),
-        (["dspo", "dspo_sdxl"], None, "`dspo` and `dspo_sdxl` count as one"),
-        (["sigmoid", "sft"], [1.0], "`loss_weights` must be a finite number"),
+        (["dspo", "dspo_sdxl"], None, "`dspo` and `dspo_sdxl`"),
+        (["sigmoid", "sft"], [1.0], "`loss_weights`"),
         (["sigmoid", "sft"], [1.0, -0.1], "at least 0"),
         (["sigmoid", "sft"], [1.0, math.nan], "finite number"),
-        (["sigmoid", "sft"], [0.0, 0.0], "one of them above 0"),
+        (["sigmoid", "sft"], [0.0, 0.0], "`loss_weights`"),
     ],
 )
 def test_a_wrong_list_is_refused(loss_type, weights, message):

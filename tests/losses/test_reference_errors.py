@@ -46,7 +46,7 @@ def test_losses_that_read_the_prediction_are_those_that_read_the_winners_shift(s
 
 def test_errors_of_another_shape_or_beside_predictions_are_refused(seeded_pairs):
     model, target, reference = seeded_pairs()
-    with pytest.raises(ValueError, match=r"`ref_errors` must have shape \(6,\), the winners first.*got \(3,\)"):
+    with pytest.raises(ValueError, match=r"`ref_errors`.*\(6,\).*\(3,\)"):
         diffusion_preference_loss(model, target, ref_errors=torch.zeros(3))
-    with pytest.raises(ValueError, match="got both"):
+    with pytest.raises(ValueError, match="`ref_pred`.*`ref_errors`"):
         diffusion_preference_loss(model, target, reference, ref_errors=torch.zeros(6))

@@ -1,4 +1,4 @@
-"""Generating images with a reference beside the tuned model."""
+"""Image generation that is guided by the difference between the tuned model and a reference."""
 
 from .preference_guidance import preference_guidance
 

@@ -1,4 +1,4 @@
-"""One call of a denoiser by a pipeline: its inputs by name, rows of them, and its output."""
+"""One call of a denoiser by a pipeline: inputs by name, selection of rows, and the output."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 
 import torch
 
-LORA_SCALE = "scale"  # in the pipeline's `cross_attention_kwargs`, `joint_attention_kwargs` or `attention_kwargs`
+LORA_SCALE = "scale"  # key in the pipeline's `cross_attention_kwargs`, `joint_attention_kwargs` or `attention_kwargs`
 
 
 class DenoiserCall:
-    """The arguments of a call.
+    """Arguments of one call of a denoiser.
 
     Args:
-        signature (`inspect.Signature`): Of the denoiser's `forward`, with `self`. Its first input are the latents.
-        args, kwargs: As the pipeline gave them.
+        signature (`inspect.Signature`): Signature of the denoiser's `forward`, with `self`. Its first input is the
+            latents.
+        args, kwargs: Arguments that the pipeline passed.
         shared (`tuple[str, ...]`): Names of the inputs that all rows share.
     """
 
     def __init__(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], shared: tuple[str, ...]
     ):
-        self.args, self.kwargs, self._shared = args, kwargs, shared
+        self.args = args
+        self.kwargs = kwargs
+        self._shared = shared
         bound = list(signature.bind(None, *args, **kwargs).arguments.items())
         self.inputs: dict[str, Any] = dict(bound[1:])
-        self.latents: Any = bound[1][1]  # a tensor, or a list with a tensor for each row
+        self.latents: Any = bound[1][1]  # one tensor, or a list with a tensor for each row
         self.rows = len(self.latents)
         self.everything = slice(0, self.rows)
 
@@ -40,28 +43,28 @@ class DenoiserCall:
             return all(map(torch.equal, self.latents[:half], self.latents[half:]))
         return torch.equal(self.latents[:half], self.latents[half:])
 
-    def take(self, *parts: slice) -> dict[str, Any]:
-        """The inputs of some rows, one part after the other."""
+    def take(self, *slices: slice) -> dict[str, Any]:
+        """Return the inputs of some rows, the rows of one slice after those of the other."""
         return {
-            name: value if name in self._shared else self._taken(value, parts, is_input=True)
+            name: value if name in self._shared else self._select(value, slices, is_input=True)
             for name, value in self.inputs.items()
         }
 
-    def _taken(self, value: Any, parts: tuple[slice, ...], *, is_input: bool = False) -> Any:
+    def _select(self, value: Any, slices: tuple[slice, ...], *, is_input: bool = False) -> Any:
         if isinstance(value, torch.Tensor):
             has_rows = value.ndim > 0 and len(value) == self.rows
-            return torch.cat([value[part] for part in parts]) if has_rows else value
+            return torch.cat([value[rows] for rows in slices]) if has_rows else value
         if isinstance(value, dict):
-            return {name: self._taken(entry, parts) for name, entry in value.items()}
+            return {name: self._select(entry, slices) for name, entry in value.items()}
         if isinstance(value, list) and is_input:  # an entry for each row
-            return [entry for part in parts for entry in value[part]] if len(value) == self.rows else value
+            return [entry for rows in slices for entry in value[rows]] if len(value) == self.rows else value
         if isinstance(value, (list, tuple)):
-            return type(value)(self._taken(entry, parts) for entry in value)
+            return type(value)(self._select(entry, slices) for entry in value)
         return value
 
 
 def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs without the scale that a pipeline's call gives to the LoRA that is active."""
+    """Return the inputs without the scale that a pipeline's call passes to the active LoRA."""
     return {
         name: {key: entry for key, entry in value.items() if key != LORA_SCALE}
         if name.endswith("attention_kwargs") and isinstance(value, dict)
@@ -71,13 +74,13 @@ def without_lora_scale(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_in(output: Any) -> torch.Tensor:
-    """The prediction `(N, ...)` in a denoiser's output; some denoisers give a list of rows."""
+    """Return the prediction `(N, ...)` in a denoiser's output. Some denoisers return a list of rows."""
     prediction = output[0]
     return torch.stack(prediction) if isinstance(prediction, list) else prediction
 
 
 def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """The output with another prediction in it, in the same form."""
+    """Return a copy of a denoiser's output with another prediction, in the same form."""
     new = list(prediction.unbind()) if isinstance(output[0], list) else prediction
     if isinstance(output, tuple):
         return (new, *output[1:])

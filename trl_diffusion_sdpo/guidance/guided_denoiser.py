@@ -1,5 +1,4 @@
-"""A denoiser whose calls by a pipeline are guided: which rows of a call are conditional, and what is made of the
-predictions of policy and reference."""
+"""Guided denoiser: it finds the conditional rows of a call and combines the predictions of policy and reference."""
 
 from __future__ import annotations
 
@@ -25,33 +24,39 @@ _ATTRIBUTE = "_preference_guidance"
 
 @dataclass(frozen=True)
 class Branches:
-    """Rows of a call: those with the prompts, and those of the unconditional branch of classifier-free guidance.
-    Neither in passes that serve something else."""
+    """Conditional and unconditional rows of a call.
+
+    Conditional rows have the prompts. Unconditional rows are a branch of classifier-free guidance. A call for another
+    purpose has neither.
+    """
 
     conditional: slice | None
     unconditional: slice | None
 
 
 class Guide:
-    """What happens in place of a denoiser's call.
+    """Replacement of a denoiser's call under guidance.
 
     Args:
-        family ([`Family`]): Of the pipeline.
-        predictor ([`Predictor`]): Of policy and reference.
-        form, scale, interval: As [`preference_guidance`] takes them; `scale` is 1 in the form `"npo"`.
+        family ([`Family`]): Family of the pipeline.
+        predictor ([`Predictor`]): Predictor of policy and reference.
+        form, scale, interval: See [`preference_guidance`]. `scale` is 1 in the form `"npo"`.
     """
 
     def __init__(
         self, family: Family, predictor: Predictor, form: Form, scale: float, interval: tuple[float, float] | None
     ):
         self.calls = self.calls_within = self.guided_calls = 0
-        self._family, self._predictor, self._scale, self._interval = family, predictor, scale, interval
+        self._family = family
+        self._predictor = predictor
+        self._scale = scale
+        self._interval = interval
         self._mix = {"conditional": self._conditional, "both": self._both, "npo": self._npo}[form]
         self._is_plain = form != "npo" and scale == 1
         plain = unwrap_peft_model(unwrap_module(family.denoiser))
         self._signature = inspect.signature(type(plain).forward)
-        self._latents: Any = None  # of the last call, and the schedule that it belonged to
-        self._schedule: Any = None
+        self._latents: Any = None  # of the last call
+        self._schedule: Any = None  # timesteps of the scheduler at the last call
         self._shift: torch.Tensor | None = None  # of the last conditional prediction
 
     def __call__(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,11 +77,11 @@ class Guide:
         return low <= float(self._family.noise_level_of(call.inputs).flatten()[0]) <= high
 
     def _branches(self, call: DenoiserCall) -> Branches:
-        if call.inputs.get("skip_layers") is not None:  # of Stable Diffusion 3, in a pass of its own
+        if call.inputs.get("skip_layers") is not None:  # a separate pass of Stable Diffusion 3 for skip-layer guidance
             return Branches(None, None)
         if self._family.conditional_rows == "all":
             return self._branches_of_calls(call)
-        # Two families' calls keep to themselves whether they guide; their batch says it.
+        # Some pipelines do not have `do_classifier_free_guidance`. Their batch is doubled if they guide.
         pipeline: Any = self._family.pipeline
         if not (getattr(pipeline, "do_classifier_free_guidance", True) and call.is_doubled):
             return Branches(call.everything, None)
@@ -84,7 +89,7 @@ class Guide:
         return Branches(last, first) if self._family.conditional_rows == "last" else Branches(first, last)
 
     def _branches_of_calls(self, call: DenoiserCall) -> Branches:
-        """The second of two calls for the same latents is the unconditional one."""
+        """Return the rows of a call. A second call with the same latents is unconditional, others are conditional."""
         schedule = self._family.pipeline.scheduler.timesteps  # a new tensor in every call of the pipeline
         follows = call.latents is self._latents and schedule is self._schedule
         self._latents, self._schedule = call.latents, schedule
@@ -126,15 +131,16 @@ class Guide:
 
 
 def is_guided(denoiser: nn.Module) -> bool:
-    """Whether a denoiser's calls are guided."""
+    """Return whether a denoiser's calls are guided."""
     return _ATTRIBUTE in vars(denoiser)
 
 
 def guide(denoiser: nn.Module, guide: Guide) -> None:
     """Guide the calls of a denoiser.
 
-    Its class becomes a subclass with another `__call__`: accelerate removes and adds its hooks, which are in `forward`,
-    in every call of an offloaded pipeline, and compiled modules have no `forward` of their own to replace.
+    The denoiser's class becomes a subclass with another `__call__`. Replacing `forward` does not work, because
+    accelerate's hooks replace `forward` in every call of an offloaded pipeline, and compiled modules have no `forward`
+    to replace.
     """
     vars(denoiser)[_ATTRIBUTE] = guide
     _set_class(denoiser, _guided_class(cast(Any, type(denoiser))))
@@ -147,10 +153,10 @@ def leave(denoiser: nn.Module) -> None:
 
 
 def _set_class(denoiser: nn.Module, new: Any) -> None:
-    object.__setattr__(denoiser, "__class__", new)  # a compiled module hands what is set on to the module within
+    object.__setattr__(denoiser, "__class__", new)  # `setattr` on a compiled module would change the inner module
 
 
-@functools.cache  # so that a compiled denoiser is compiled anew once, not in every context
+@functools.cache  # one class for all contexts, so that torch.compile recompiles a denoiser only once
 def _guided_class(original: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         guide: Guide = vars(self)[_ATTRIBUTE]

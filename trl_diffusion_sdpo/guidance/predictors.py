@@ -1,5 +1,7 @@
-"""The predictions of policy and reference for rows of a call: the LoRA switched off, another adapter, or another
-denoiser; in two passes or in one."""
+"""Predictors of policy and reference, in two passes or in one.
+
+The reference is the denoiser with its LoRA switched off, another adapter, or another denoiser.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,33 @@ from ..models.reference import architecture_difference
 from ..utils._compat import activate_adapter, adapters_as_they_were, switch_adapters
 from .denoiser_call import DenoiserCall, prediction_in, without_lora_scale
 
-BASE = "__base__"  # PEFT's name, in a mixed batch, of the model without adapters
+BASE = "__base__"  # PEFT's name for the model without adapters in a mixed batch
 
 Predictions = tuple[torch.Tensor | None, torch.Tensor | None, Any]
 
 
 class Predictor(ABC):
-    """Predicts some rows of a call with the policy, and some with the reference."""
+    """Predictor of some rows of a call with the policy and of some with the reference."""
 
     @abstractmethod
     def predict(
         self, denoiser: Callable[..., Any], call: DenoiserCall, policy: slice | None, reference: slice | None
     ) -> Predictions:
-        """The predictions of both for their rows, `None` for none, and an output of the denoiser."""
+        """Return the policy's and the reference's predictions of their rows, and an output of the denoiser.
+
+        A prediction is `None` if its rows are `None`.
+        """
 
     def close(self) -> None:
-        """Remove what it added to the denoiser."""
+        """Remove the hooks from the denoiser."""
         return None
 
 
 class TwoPasses(Predictor):
-    """A pass of the policy, as the pipeline asked for it if it has all rows, then one of the reference."""
+    """Predictor with one pass of the reference and one of the policy.
+
+    If the policy predicts all rows, it gets the pipeline's arguments unchanged.
+    """
 
     def predict(
         self, denoiser: Callable[..., Any], call: DenoiserCall, policy: slice | None, reference: slice | None
@@ -48,7 +56,7 @@ class TwoPasses(Predictor):
         if reference is not None:
             inputs = call.inputs if reference == call.everything else call.take(reference)
             output = self.refer(denoiser, without_lora_scale(inputs))
-            # Compiled with CUDA graphs, the next pass writes to the same memory.
+            # Clone, because with CUDA graphs the next pass writes to the same memory.
             referred = prediction_in(output).clone()
         if policy is not None:
             full = policy == call.everything
@@ -58,14 +66,15 @@ class TwoPasses(Predictor):
 
     @abstractmethod
     def refer(self, denoiser: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """The reference's output."""
+        """Return the reference's output."""
 
 
 class AdapterReference(TwoPasses):
-    """The same denoiser with its adapters switched off, or with another one active."""
+    """Reference that is the same denoiser with its adapters switched off, or with another adapter active."""
 
     def __init__(self, layers: list[Any], name: str | None):
-        self._layers, self._name = layers, name
+        self._layers = layers
+        self._name = name
 
     def refer(self, denoiser: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         with self._active():
@@ -81,7 +90,7 @@ class AdapterReference(TwoPasses):
 
 
 class DenoiserReference(TwoPasses):
-    """A denoiser of its own."""
+    """Reference that is a separate denoiser."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -91,33 +100,36 @@ class DenoiserReference(TwoPasses):
 
 
 class OnePass(Predictor):
-    """Both in one batch, in which every row has its own adapter: PEFT's inference with mixed batches."""
+    """Predictor of both in one batch. PEFT's inference with mixed batches selects the adapter of each row."""
 
     def __init__(self, layers: list[Any], policy: str, reference: str | None):
-        self._policy, self._reference = policy, BASE if reference is None else reference
+        self._policy = policy
+        self._reference = BASE if reference is None else reference
         self._names: list[str] | None = None
-        found = [layer for layer in layers if isinstance(layer, LoraLayer)]
-        self._handles = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in found]
+        lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
+        self._handles = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in lora_layers]
 
     def predict(
         self, denoiser: Callable[..., Any], call: DenoiserCall, policy: slice | None, reference: slice | None
     ) -> Predictions:
-        parts = [(part, name) for part, name in ((policy, self._policy), (reference, self._reference)) if part]
-        counts = [part.stop - part.start for part, _ in parts]
-        self._names = [name for (_, name), count in zip(parts, counts, strict=True) for _ in range(count)]
+        branches = [(rows, name) for rows, name in ((policy, self._policy), (reference, self._reference)) if rows]
+        counts = [rows.stop - rows.start for rows, _ in branches]
+        self._names = [name for (_, name), count in zip(branches, counts, strict=True) for _ in range(count)]
         try:
-            output = denoiser(**call.take(*(part for part, _ in parts)))
+            output = denoiser(**call.take(*(rows for rows, _ in branches)))
         except ValueError as error:
             if "adapter_names" not in str(error):
                 raise
             raise ValueError(
-                "In one batch every layer with a LoRA must have a row for each image, and one of this denoiser has "
-                f"others, such as an embedding of sizes. Leave `batched` out. ({error})"
+                "`batched` needs one row for each image in every layer with a LoRA. A layer of this denoiser has "
+                f"another number of rows, as embeddings of sizes have. Leave `batched` out. ({error})"
             ) from error
         finally:
             self._names = None
-        found = iter(prediction_in(output).split(counts))
-        return (None if policy is None else next(found)), (None if reference is None else next(found)), output
+        predictions = iter(prediction_in(output).split(counts))
+        predicted = None if policy is None else next(predictions)
+        referred = None if reference is None else next(predictions)
+        return predicted, referred, output
 
     def close(self) -> None:
         for handle in self._handles:
@@ -128,22 +140,23 @@ class OnePass(Predictor):
 
 
 def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batched: bool) -> Predictor:
-    """What predicts with a denoiser and a reference as [`preference_guidance`] takes it.
+    """Return the predictor for a denoiser and a reference of [`preference_guidance`].
 
     Raises:
-        `ValueError`: If the reference cannot be used, or not in one batch.
+        `ValueError`: If the reference cannot be used, or `batched` is set and it cannot be used in one batch.
     """
     if isinstance(reference, nn.Module):
         _check_denoiser(denoiser, reference)
         if batched:
             raise ValueError(
-                "One batch holds adapters of one denoiser, and `reference` is another denoiser. Leave `batched` out."
+                "`batched` needs a reference that is an adapter of the same denoiser. Got another denoiser as "
+                "`reference`. Leave `batched` out."
             )
         return DenoiserReference(reference)
     if reference is not None and not isinstance(reference, str):
         raise ValueError(
-            "`reference` must be None (the LoRA switched off), the name of an adapter or a denoiser, got a "
-            f"{type(reference).__name__}. Of a pipeline, pass its `unet` or `transformer`."
+            "`reference` must be None (the LoRA switched off), the name of an adapter, or a denoiser. Got a "
+            f"{type(reference).__name__}. If it is a pipeline, pass its `unet` or `transformer`."
         )
     layers: list[Any] = adapter_layers(denoiser)
     acting = _acting(layers)
@@ -155,12 +168,12 @@ def predictor_of(denoiser: nn.Module, reference: nn.Module | str | None, *, batc
 
 
 def _plain(denoiser: nn.Module) -> nn.Module:
-    """The denoiser within the wrappers of torch.compile and PEFT."""
+    """Return the denoiser without the wrappers of torch.compile and PEFT."""
     return unwrap_peft_model(unwrap_module(denoiser))
 
 
 def _acting(layers: list[Any]) -> list[str]:
-    """Names of the adapters that change the denoiser's prediction."""
+    """Return the names of the adapters that change the denoiser's prediction."""
     return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
 
 
@@ -168,21 +181,25 @@ def _check_adapters(denoiser: nn.Module, layers: list[Any], acting: list[str], n
     loaded = sorted(lora_configs(_plain(denoiser))) if layers else []
     if name is not None and name not in loaded:
         raise ValueError(
-            f"`reference` must name an adapter of the denoiser, got {name!r}; loaded: {', '.join(loaded) or 'none'}. "
-            f"Load it first: `pipeline.load_lora_weights(..., adapter_name={name!r})`."
+            f"`reference` must name a loaded adapter of the denoiser ({', '.join(loaded) or 'none is loaded'}). Got "
+            f"{name!r}. Load it first: `pipeline.load_lora_weights(..., adapter_name={name!r})`."
         )
     if name is None and not acting:
         raise ValueError(
-            "Without `reference`, the reference is the denoiser with its LoRA switched off, and no LoRA is active"
-            f"; loaded: {', '.join(loaded) or 'none'}. Load one with `load_lora_weights`, activate it with "
-            "`set_adapters` or `enable_lora`, or pass the base's denoiser as `reference`: after a merge, or after "
-            "tuning all weights."
+            "Without `reference`, the reference is the denoiser with its LoRA switched off, so a LoRA must be active. "
+            f"No LoRA is active (loaded: {', '.join(loaded) or 'none'}). Load or "
+            "activate one with `load_lora_weights`, `set_adapters` or `enable_lora`. "
+            "If the LoRA is merged or all weights were tuned, pass the base "
+            "model's denoiser as `reference`."
         )
     if any(layer.merged for layer in layers):
-        raise ValueError("The LoRA is merged into the weights and cannot be switched off. Call `unfuse_lora()` first.")
+        raise ValueError(
+            "The LoRA must not be merged into the weights, because it must be switched off for the reference. This "
+            "LoRA is merged. Call `unfuse_lora()` first."
+        )
     if acting == [name]:
         raise ValueError(
-            f"`reference` must be another adapter than the active one, got {name!r}. Activate the tuned one with "
+            f"`reference` must differ from the active adapter. Got {name!r} for both. Activate the tuned adapter with "
             "`set_adapters`."
         )
 
@@ -193,8 +210,8 @@ def _check_one_batch(configs: Mapping[str, PeftConfig], acting: list[str], refer
     if len(acting) != 1 or not all(plain):
         kinds = [f"{name} ({type(config).__name__})" for name, config in used.items()]
         raise ValueError(
-            "In one batch, PEFT needs exactly one active LoRA for the policy, and neither DoRA nor adapters of another "
-            f"kind; got {', '.join(kinds) or 'none'}. Leave `batched` out."
+            "`batched` needs exactly one active LoRA for the policy, and no DoRA or other kinds of adapters. Got "
+            f"{', '.join(kinds) or 'none'}. Leave `batched` out."
         )
 
 
@@ -202,17 +219,18 @@ def _check_denoiser(denoiser: nn.Module, reference: nn.Module) -> None:
     policy, other = _plain(denoiser), _plain(reference)
     if policy is other:
         raise ValueError(
-            "`reference` must be another denoiser than the pipeline's. Leave it out to switch the LoRA off."
+            "`reference` must not be the pipeline's denoiser itself. Got the same module. Leave `reference` out to "
+            "compare with the LoRA switched off."
         )
     difference = architecture_difference(policy, other)
     if difference is not None:
         raise ValueError(
-            f"`reference` must have the architecture of the pipeline's denoiser, {difference}. Use the denoiser that "
-            "training began with."
+            f"`reference` must have the architecture of the pipeline's denoiser. They differ: {difference}. Use the "
+            "denoiser from which training started."
         )
     ours, theirs = (next(iter(module.parameters())).dtype for module in (policy, other))
     if ours != theirs:
         raise ValueError(
-            f"`reference` must have the dtype of the pipeline's denoiser, {ours}, got {theirs}. Load it with that "
-            "`dtype`."
+            f"`reference` must have the dtype of the pipeline's denoiser, {ours}. Got {theirs}. Load it with "
+            f"`dtype={ours}`."
         )

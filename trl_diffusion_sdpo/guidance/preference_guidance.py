@@ -1,4 +1,4 @@
-"""Images beyond the tuned model: predictions extrapolated from a reference, in any pipeline of a known family."""
+"""Preference guidance: extrapolate the tuned model's predictions from a reference, in pipelines of any family."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .predictors import predictor_of
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCALE = 3.0
-TRIED_SCALES = 6.0  # the largest that was measured
+TRIED_SCALES = 6.0  # largest scale that was measured
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
 
@@ -36,41 +36,44 @@ def preference_guidance(
     batched: bool = False,
     allow_distilled: bool = False,
 ) -> Iterator[DiffusionPipeline]:
-    """Guide all calls of a pipeline within the context by the difference of the tuned model from a reference.
+    """Guide all calls of a pipeline within the context by the difference between the tuned model and a reference.
 
     In every denoising step the denoiser's prediction becomes `reference + scale (policy - reference)`. The pipeline's
-    own code is untouched: its scheduler, classifier-free guidance, rescaling and callbacks work as they do.
+    scheduler, classifier-free guidance, rescaling and callbacks do not change.
 
     Args:
-        pipeline (`DiffusionPipeline`): With the tuned model, such as after `load_lora_weights`. Its class must have a
-            [`Family`]; or a modular pipeline of the same model.
-        scale (`float`, *optional*, defaults to 3): From 0 over 1, which is the tuned model and costs no second
-            pass, to larger ones. 0 is the reference without classifier-free guidance, or with the form `"both"`. Not
-            for the form `"npo"`.
+        pipeline (`DiffusionPipeline`): Pipeline with the tuned model, for example after `load_lora_weights`. Its class
+            must have a [`Family`]. Modular pipelines of the same models work too.
+        scale (`float`, *optional*, defaults to 3): Strength of the guidance, at least 0. 1 is the tuned model and needs
+            no second pass. 0 is the reference, without classifier-free guidance or in the form `"both"`. The form
+            `"npo"` takes no scale.
         reference (`nn.Module` or `str`, *optional*): A denoiser of the same architecture, dtype and device, or the name
-            of an adapter, such as one that was tuned on swapped labels. By default the denoiser with its LoRA
+            of an adapter, for example one that was tuned on swapped labels. The default is the denoiser with its LoRA
             switched off.
-        form (`str`, *optional*, defaults to `"conditional"`): What the branches of classifier-free guidance at scale g
-            become, with the predictions c and u of the policy for the prompt and for the negative prompt, and c_r and
-            u_r of the reference:
+        form (`str`, *optional*, defaults to `"conditional"`): Combination of the predictions under classifier-free
+            guidance of scale g. The policy predicts c for the prompt and u for the negative prompt. The reference
+            predicts c_r and u_r.
 
-            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`; a third prediction, whatever g.
-            - `"both"`: `u_s + g (c_s - u_s)` with both branches extrapolated, `c_s = c_r + scale (c - c_r)`; four.
-            - `"npo"`: `u_r + g (c - u_r)`; two, as without guidance by a reference. From Diffusion-NPO.
+            - `"conditional"`: `u + g (c - u) + (scale - 1) (c - c_r)`. It needs three predictions at any g.
+            - `"both"`: `u_s + g (c_s - u_s)`. Both branches are extrapolated, `c_s = c_r + scale (c - c_r)`. It needs
+              four predictions.
+            - `"npo"`: `u_r + g (c - u_r)`, from Diffusion-NPO. It needs two predictions, like the pipeline itself.
 
-            Without classifier-free guidance, the first two are the same, and the third changes nothing.
-        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, in `[0, 1]`: the
-            sigma of flow matching, and for DDPM that of the flow with the same signal-to-noise ratio.
-        batched (`bool`, *optional*, defaults to `False`): Predict with policy and reference in one batch, which needs
-            more memory. Both must be LoRA or no LoRA of the same denoiser.
-        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to guide beyond a tuned model that is
-            distilled to few steps, for which nothing was measured; refused otherwise.
+            Without classifier-free guidance, the first two forms are equal and the third has no effect.
+        interval (`tuple[float, float]`, *optional*): Lowest and highest noise level at which to guide, in `[0, 1]`. The
+            noise level is the sigma of flow matching. For DDPM it is the sigma of the flow with the same
+            signal-to-noise ratio.
+        batched (`bool`, *optional*, defaults to `False`): Predict with policy and reference in one batch. This needs
+            more memory. The policy must be one LoRA, and the reference another LoRA of the same denoiser or the
+            denoiser without LoRA.
+        allow_distilled (`bool`, *optional*, defaults to `False`): Whether to allow scales above 1 and the form `"npo"`
+            for a model that is distilled to few steps. Such models were not measured.
 
     Returns:
-        A context manager that gives the pipeline. It restores everything at its end.
+        A context manager that yields the pipeline. It restores the pipeline when it exits.
 
     Raises:
-        `ValueError`: If an argument is invalid, the reference does not fit, or the pipeline is guided already.
+        `ValueError`: If an argument is invalid, the reference does not fit, or the pipeline is already guided.
 
     Example:
 
@@ -101,12 +104,12 @@ def preference_guidance(
 
 
 def _family_of(pipeline: Any) -> Family:
-    """The family around a pipeline, or around a modular one of the same model."""
+    """Return the family of a pipeline, or of a modular pipeline of the same model."""
     name = type(pipeline).__name__
     if not isinstance(pipeline, ModularPipeline):
         return family_for_class_name(name).for_generation(pipeline)
     family = family_for_class_name(name.replace("ModularPipeline", "Pipeline")).for_generation(pipeline)
-    family.conditional_rows = "all"  # diffusers' guiders have a call for each branch, that of the prompts first
+    family.conditional_rows = "all"  # diffusers' guiders make a call for each branch, the conditional one first
     return family
 
 
@@ -116,22 +119,22 @@ def _checked_scale(scale: float | None, form: Form) -> float:
     if form == "npo":
         if scale is not None:
             raise ValueError(
-                f"The form 'npo' has no scale of its own, got {scale}: the pipeline's `guidance_scale` extrapolates "
-                "from the reference. Leave `scale` out."
+                f"The form 'npo' takes no `scale`. Got {scale}. Leave `scale` out, and set the pipeline's "
+                "`guidance_scale`, which extrapolates from the reference."
             )
         return 1.0
     if scale is None:
         return DEFAULT_SCALE
     if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
         raise ValueError(
-            f"`scale` must be a finite number of at least 0, got {scale!r}. 1 is the tuned model; 0 is the reference "
-            "without classifier-free guidance, or with the form 'both'."
+            f"`scale` must be a finite number of at least 0. Got {scale!r}. Use 1 for the tuned model, and larger "
+            "values for stronger guidance."
         )
     if scale > TRIED_SCALES:
         logger.warning(
-            "Scales up to %g were tried, got %g: images lose diversity and realism with the scale.",
-            TRIED_SCALES,
+            "`scale` is %g, and scales above %g were never measured. Larger scales cost diversity and realism.",
             scale,
+            TRIED_SCALES,
         )
     return float(scale)
 
@@ -142,26 +145,27 @@ def _check_interval(interval: tuple[float, float] | None) -> None:
     are_two = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(x, Real) for x in interval)
     if not are_two or not 0.0 <= interval[0] < interval[1] <= 1.0:
         raise ValueError(
-            f"`interval` must be two noise levels, `0 <= low < high <= 1`, got {interval!r}. 0 is the image, 1 noise."
+            f"`interval` must be two noise levels with `0 <= low < high <= 1`. Got {interval!r}. Level 0 is the clean "
+            "image, level 1 is pure noise."
         )
 
 
 def _check_denoiser(denoiser: nn.Module) -> None:
     if is_guided(denoiser):
         raise ValueError(
-            "The pipeline's denoiser is guided already, by an outer `preference_guidance` or by that of a pipeline "
-            "that shares it. Use one context at a time."
+            "A denoiser can be guided by one `preference_guidance` at a time. This denoiser is already guided, by an "
+            "outer context or through another pipeline that shares it. Use one context at a time."
         )
     plain: Any = unwrap_module(denoiser)
     if isinstance(plain, CacheMixin) and plain.is_cache_enabled:
         raise ValueError(
-            "The denoiser caches results between steps (`enable_cache`), and would reuse those of the policy for the "
-            "reference. Call `disable_cache()` first."
+            "The denoiser must not cache results between steps, because it would reuse the policy's results for the "
+            "reference. This denoiser has a cache (`enable_cache`). Call `disable_cache()` first."
         )
 
 
 def is_distilled(family: Family) -> bool:
-    """Whether a pipeline is known to generate in few steps, by its denoiser or its scheduler."""
+    """Return whether a pipeline's denoiser or scheduler says that it generates in few steps."""
     return family.has_few_steps or type(family.pipeline.scheduler).__name__ in FEW_STEP_SCHEDULERS
 
 
@@ -169,19 +173,20 @@ def _check_steps(family: Family) -> None:
     if is_distilled(family):
         scheduler = type(family.pipeline.scheduler).__name__
         raise ValueError(
-            "Preference guidance beyond the tuned model is for models of many steps, as few leave no room to correct "
-            f"one that went too far; this {family.name} model generates in few ("
-            f"{scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use scale 1 at most, or pass "
-            "`allow_distilled=True` and compare images."
+            "Scales above 1 and the form 'npo' are for models of many steps, because few steps leave no room to "
+            f"correct a step that went too far. This {family.name} model generates in few steps ("
+            f"{scheduler if scheduler in FEW_STEP_SCHEDULERS else 'it is distilled'}). Use a scale of at most 1, or "
+            "pass `allow_distilled=True` and compare images."
         )
 
 
 def _warn_of_no_effect(missed: tuple[float, float] | None) -> None:
-    """Warn that nothing was guided, because all steps were outside of the interval `missed` or by the form `"npo"`."""
+    """Warn that guidance had no effect, because of the interval `missed` or because of the form `"npo"`."""
     if missed is not None:
-        logger.warning("No step had a noise level in the interval %s: nothing was guided.", missed)
+        logger.warning("Guidance had no effect: no step had a noise level in the `interval` %s.", missed)
     else:
         logger.warning(
-            "The form 'npo' changed nothing: it replaces the unconditional branch of classifier-free guidance, and the "
-            "pipeline predicted none. Raise its guidance scale, or use the form 'conditional'."
+            "Guidance had no effect: the form 'npo' replaces the unconditional branch of classifier-free guidance, and "
+            "the pipeline did not predict that branch. Raise the pipeline's guidance scale, or use the form "
+            "'conditional'."
         )

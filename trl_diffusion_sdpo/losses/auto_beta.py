@@ -1,4 +1,4 @@
-"""A beta that follows the size of the margins."""
+"""Automatic beta: a controller that adapts beta to the size of the margins."""
 
 from __future__ import annotations
 
@@ -7,51 +7,63 @@ from typing import Any
 
 import torch
 
-DECAY = 0.99  # of the average of the margins' sizes
-TYPICAL_FACTOR = 0.2  # of the logistic loss's gradient, for a pair that is won by a margin of average size
-BETA_RANGE = 10.0  # beta stays within the given one divided by and times this
+DECAY = 0.99  # decay of the moving average of the margins' sizes
+TYPICAL_FACTOR = 0.2  # factor of the logistic loss's gradient for a pair that is won by a margin of average size
+BETA_RANGE = 10.0  # beta stays between `initial_beta / BETA_RANGE` and `initial_beta * BETA_RANGE`
 
 
 class BetaController:
-    r"""Chooses beta so that a margin of average size has a fixed logit.
+    r"""Controller that chooses beta so that a margin of average size has a fixed logit.
 
     With `m = d_l - d_w` the logit is `u = (beta / 2) m`, and the gradient of the logistic loss has the factor
     `sigma(-u)`. It is `TYPICAL_FACTOR` for a pair won by the average size `M` of margins if
     `(beta / 2) M = log((1 - f) / f) = log 4`, so `beta = 2 log 4 / M = 2.77 / M`. `M` is an exponential average over
-    optimizer steps. It starts at the size that the given beta belongs to, so that beta starts at the given value and
-    moves by at most one per cent a step while all margins are 0; and beta stays within bounds.
+    optimizer steps. `M` starts at the size for which the rule gives the initial beta. Beta therefore starts at its
+    initial value, and moves by at most one per cent a step while all margins are 0. Beta stays within a factor of
+    `BETA_RANGE` of its initial value.
 
-    Source: the rule, its 0.99 and its 2.77 are those of SimpleTuner's documentation of DPO for flow models. How the
-    average starts, and the bounds, are this package's choice.
+    Source: the rule, its 0.99 and its 2.77 come from SimpleTuner's documentation of DPO for flow models. The start of
+    the average and the bounds are this package's choice.
 
     Args:
-        beta (`float`): The given beta, greater than 0.
-        device (`torch.device`): Of beta; no method copies from it to the host, except `state`.
+        beta (`float`): Initial beta, greater than 0.
+        device (`torch.device`): Device of beta. Only `state` copies from it to the host.
+
+    Example:
+
+    ```python
+    controller = BetaController(2000.0, torch.device("cpu"))
+    controller.steer(torch.tensor(0.01))  # mean size of the margins in this step
+    controller.beta
+    ```
     """
 
     def __init__(self, beta: float, device: torch.device):
-        self._given = beta
+        self._initial_beta = beta
         self.beta = torch.full((), beta, device=device, dtype=torch.float32)
         self.margin = torch.full((), self._logit() / beta, device=device, dtype=torch.float32)
 
     def margins(self, pair_rewards: torch.Tensor) -> torch.Tensor:
-        """Sizes of the margins of pairs, `(B,)`, from their rewards `(B, 2)` under the present beta."""
+        """Return the sizes of the pairs' margins, `(B,)`, from their rewards `(B, 2)` under the current beta."""
         return 2 / self.beta * (pair_rewards[:, 0] - pair_rewards[:, 1]).abs()
 
     def steer(self, margin: torch.Tensor) -> None:
-        """Move beta by the mean size of an optimizer step's margins, `()`, over all processes."""
+        """Update beta from the mean size of the margins, `()`, in one optimizer step over all processes."""
         self.margin = DECAY * self.margin + (1 - DECAY) * margin
-        self.beta = (self._logit() / self.margin).clamp(self._given / BETA_RANGE, self._given * BETA_RANGE)
+        lowest = self._initial_beta / BETA_RANGE
+        highest = self._initial_beta * BETA_RANGE
+        self.beta = (self._logit() / self.margin).clamp(lowest, highest)
 
     def state(self) -> dict[str, Any]:
-        """Numbers from which [`BetaController.load_state`] continues to the bit."""
+        """Return the numbers from which [`BetaController.load_state`] continues bit-exactly."""
         return {"beta": self.beta.tolist(), "margin": self.margin.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what [`BetaController.state`] returned."""
-        self.beta, self.margin = (self.beta.new_tensor(state[name]) for name in ("beta", "margin"))
+        """Restore the numbers that [`BetaController.state`] returned."""
+        self.beta = self.beta.new_tensor(state["beta"])
+        self.margin = self.margin.new_tensor(state["margin"])
 
     @staticmethod
     def _logit() -> float:
-        """Twice the logit of a margin of average size."""
+        """Return twice the logit of a margin of average size."""
         return 2 * math.log((1 - TYPICAL_FACTOR) / TYPICAL_FACTOR)

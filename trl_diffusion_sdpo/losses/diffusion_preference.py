@@ -1,4 +1,4 @@
-"""The safeguarded loss of a batch as one function of predictions, for the trainer and for training loops of others."""
+"""Safeguarded loss of a batch as one function of predictions, for the trainer and for custom training loops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PreferenceLossOutput:
         pair_losses (`torch.Tensor` of shape `(B,)`): Detached loss of each pair, before weights.
         pair_rewards (`torch.Tensor` of shape `(B, 2)`): Detached rewards of winner and loser.
         pair_errors (`torch.Tensor` of shape `(B, 2)` or `(B, 4)`): Detached mean squared errors of winner and loser,
-            without timestep weights; with a reference, followed by the errors of its predictions.
+            without timestep weights. With a reference, the last two columns are the errors of its predictions.
     """
 
     loss: torch.Tensor
@@ -62,7 +62,7 @@ def diffusion_preference_loss(
     scores: torch.Tensor | None = None,
     **loss_kwargs: float,
 ) -> PreferenceLossOutput:
-    r"""Preference loss of a batch of pairs, with the safeguard in output space.
+    r"""Return the preference loss of a batch of pairs, with the safeguard in output space.
 
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first, then their B
@@ -70,15 +70,15 @@ def diffusion_preference_loss(
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions: noise, velocity or sample.
         ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the frozen reference. Needed by all
             losses but `sft`, `mapo` and `simpo`.
-        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): In place of `ref_pred`: the mean squared errors of its
-            predictions in float32, without timestep weights. Refused by `dspo` and `dspo_sdxl`, which read the
-            prediction itself.
-        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): A name of `LOSSES`, or several, whose
-            losses are summed.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): Mean squared errors of the reference's predictions in
+            float32, without timestep weights. They replace `ref_pred`. `dspo` and `dspo_sdxl` refuse them because
+            these losses read the prediction itself.
+        loss_type (`str` or `list[str]`, *optional*, defaults to `"sigmoid"`): One name of `LOSSES`, or several. The
+            losses of several names are summed.
         loss_weights (`list[float]`, *optional*): Weights of the summed losses, 1 each if unset.
-        margin_clamp (`float`, *optional*): Largest logit, greater than 0: a pair above it has no gradient.
+        margin_clamp (`float`, *optional*): Largest logit, greater than 0. A pair above it has no gradient.
         beta (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 5000): Factor of the margin in the logit
-            `u = -(beta / 2) margin`, greater than 0, which is not checked of a tensor. Ignored by `sft`.
+            `u = -(beta / 2) margin`, greater than 0. The range is not checked if beta is a tensor. `sft` ignores beta.
         safeguard (`str`, *optional*, defaults to `"output"`): `"output"` scales the loser's gradient by a lambda
             computed at the predictions; `"none"` does not.
         safeguard_mu (`float`, *optional*, defaults to 0.9): Margin in `[0, 1]`; larger is stricter.
@@ -86,29 +86,33 @@ def diffusion_preference_loss(
             `"weighted"` or `"noise_bin"`.
         safeguard_eps (`float`, *optional*, defaults to 0): Added to the inner product of the gradients of the mean
             errors at the predictions, which contain the factor `2 / N`. The authors' code adds 1e-9.
-        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' losses before the mean over all
-            pairs; at least 0, and 0 drops a pair from the loss and from lambda.
-        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Multiply the pairs' errors, as min-SNR does.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`: multiply the losers' gradients in
-            addition to lambda; the loss's value does not change. A pair of weight 0 trains its winner only.
+        pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses before the mean over all
+            pairs, at least 0. A weight of 0 drops a pair from the loss and from lambda.
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' errors, such as min-SNR
+            weights.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the losers' gradients in addition to
+            lambda, in `[0, 1]`. The value of the loss does not change. A pair of weight 0 trains its winner only.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Noise bin of each pair, in
             `[0, num_noise_bins)`, for `"noise_bin"`.
         num_noise_bins (`int`, *optional*, defaults to 1): Number of noise bins.
-        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first; read by `smpo` and `capo`.
-        loss_kwargs (`float`): The loss's own settings, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first. `smpo` and `capo` read them.
+        loss_kwargs (`float`): Settings of the loss, such as `dmpo_alpha`, `label_smoothing` or `mapo_scale`.
 
     Returns:
         [`PreferenceLossOutput`]
 
     Raises:
         `ValueError`: If the loss is unknown, a setting is out of range or belongs to another loss, shapes do not
-            match, the loss needs a reference or scores and there are none, or the reference is given twice.
+            match, the loss needs a reference or scores and got none, or both `ref_pred` and `ref_errors` were passed.
 
     Source: https://huggingface.co/papers/2511.03317.
 
     Example:
 
     ```python
+    noise = torch.randn(4, 4, 8, 8)  # two pairs: two winners, then two losers
+    ref_pred = noise + 0.1 * torch.randn_like(noise)
+    model_pred = ref_pred.clone().requires_grad_()
     out = diffusion_preference_loss(model_pred, noise, ref_pred, beta=5000.0, safeguard_mu=0.9)
     out.loss.backward()
     ```
@@ -139,8 +143,8 @@ def diffusion_preference_loss(
         losses = spec.pair_losses(terms, beta=beta, **loss_kwargs)
         return losses, (losses if pair_weights is None else losses * pair_weights.to(losses)).mean()
 
-    # Measure lambda at the predictions: from the residuals where they are proportional to the branches' gradients, else
-    # from the gradients of the loss, in a graph that starts at the predictions.
+    # Measure lambda at the predictions. If the residuals are proportional to the branches' gradients, they are enough.
+    # Otherwise compute the gradients of the loss in a graph that starts at the predictions.
     residuals = (model_pred.detach().float() - target.float()).chunk(2)  # (2B, ...) -> two of (B, ...)
     scale = torch.ones((), device=model_pred.device)
     if safeguard == "output" and spec.uses_loser:
@@ -170,7 +174,7 @@ def diffusion_preference_loss(
     terms = terms_of(model_pred)
     losses, loss = losses_of(terms)
 
-    # What is logged; the safeguard's metrics only if the loss reads the loser.
+    # Compute metrics. The safeguard has metrics only if the loss reads the loser.
     used_beta = beta if spec.uses_beta else None
     metrics = pair_metrics(terms, beta=used_beta)
     if spec.uses_loser:
@@ -213,16 +217,20 @@ def _check_predictions(
 ) -> None:
     if model_pred.shape != target.shape or model_pred.dim() < 2 or len(model_pred) % 2 or not len(model_pred):
         raise ValueError(
-            "`model_pred` and `target` must share a shape (2B, ...) with the B winners first, got "
+            "`model_pred` and `target` must have the same shape (2B, ...), with the B winners first. Got "
             f"{tuple(model_pred.shape)} and {tuple(target.shape)}. Stack them with torch.cat([winners, losers])."
         )
     if ref_pred is not None and ref_errors is not None:
-        raise ValueError("The reference is `ref_pred` or `ref_errors`, got both. Leave one out.")
+        raise ValueError("The reference must be either `ref_pred` or `ref_errors`. Got both. Remove one of them.")
     if ref_pred is not None and ref_pred.shape != model_pred.shape:
-        raise ValueError(f"`ref_pred` must have shape {tuple(model_pred.shape)}, got {tuple(ref_pred.shape)}.")
+        raise ValueError(
+            f"`ref_pred` must have the shape of `model_pred`, {tuple(model_pred.shape)}. Got {tuple(ref_pred.shape)}. "
+            "Pass the reference's predictions of the same rows."
+        )
     if ref_errors is not None and ref_errors.shape != model_pred.shape[:1]:
         raise ValueError(
-            f"`ref_errors` must have shape ({len(model_pred)},), the winners first; got {tuple(ref_errors.shape)}."
+            f"`ref_errors` must have shape ({len(model_pred)},). Got {tuple(ref_errors.shape)}. Pass one mean squared "
+            "error for each row, winners first."
         )
 
 
@@ -237,33 +245,43 @@ def _check_needs(
     rows: int,
 ) -> None:
     if spec.needs_reference and ref_pred is None and ref_errors is None:
-        raise ValueError(f"The loss {name} needs `ref_pred`, got None. Reference-free: sft, mapo, simpo.")
-    if spec.reads_reference_prediction and ref_errors is not None:
         raise ValueError(
-            f"The loss {name} reads the reference's prediction, which `ref_errors` does not have. Pass `ref_pred`."
+            f"The loss {name} needs `ref_pred`. Got None. Pass the reference's predictions, or choose a loss without "
+            "reference: sft, mapo or simpo."
         )
+    if spec.reads_reference_prediction and ref_errors is not None:
+        raise ValueError(f"The loss {name} reads the reference's prediction. Got `ref_errors`. Pass `ref_pred`.")
     if spec.uses_beta and beta is None:
-        raise ValueError(f"The loss {name} needs `beta`, got None. Its default is {spec.default_beta}.")
+        raise ValueError(f"The loss {name} needs `beta`. Got None. Its usual value is {spec.default_beta}.")
     if spec.needs_scores and (scores is None or scores.shape != (rows,)):
         got = "None" if scores is None else f"shape {tuple(scores.shape)}"
-        raise ValueError(f"The loss {name} needs `scores` of shape ({rows},), got {got}.")
+        raise ValueError(
+            f"The loss {name} needs `scores` of shape ({rows},). Got {got}. Pass a score for each row, winners first."
+        )
 
 
 def _check_weights(pairs: int, *weights: torch.Tensor | None) -> None:
     names = ("pair_weights", "timestep_weights", "loser_weights", "noise_bins")
     for name, values in zip(names, weights, strict=True):
         if values is not None and values.shape != (pairs,):
-            raise ValueError(f"`{name}` must have shape ({pairs},), one value per pair, got {tuple(values.shape)}.")
+            raise ValueError(
+                f"`{name}` must have shape ({pairs},). Got {tuple(values.shape)}. Pass one value for each pair."
+            )
 
 
 def _scale_loser(model_pred: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Predictions of equal values in float32, with the gradient of the loser half times `scale`, `()` or `(B,)`."""
+    """Return the predictions in float32. The backward pass multiplies the losers' gradients by `scale`.
+
+    Args:
+        model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions, winners first.
+        scale (`torch.Tensor` of shape `()` or `(B,)`): Factor of the losers' gradients.
+    """
     winner, loser = model_pred.float().chunk(2)  # (2B, ...) -> two of (B, ...)
     return torch.cat([winner, scale_gradient(loser, per_sample(scale, loser))])
 
 
 def order_by_scores(scores: torch.Tensor) -> torch.Tensor:
-    """Row indices `(2B,)` that swap winner and loser of the pairs whose loser has the higher score.
+    """Return the row indices `(2B,)` that swap winner and loser of each pair whose loser has the higher score.
 
     Args:
         scores (`torch.Tensor` of shape `(2B,)`): Scores of the winners, then of their losers. Equal scores do not swap.

@@ -6,14 +6,14 @@ import torch
 
 
 def guidance_shift(reference: torch.Tensor, policy: torch.Tensor, scale: float) -> torch.Tensor:
-    """What guidance adds to the policy's prediction: `(scale - 1) (policy - reference)`, float32.
+    """Return the tensor that guidance adds to the policy's prediction: `(scale - 1) (policy - reference)`, float32.
 
-    Added to the conditional and to the unconditional prediction alike, it is added once to what classifier-free
-    guidance makes of them at any scale, since its weights of the two sum to 1.
+    Add it to both the conditional and the unconditional prediction. The result of classifier-free guidance then
+    contains it exactly once at any guidance scale, because the weights of the two predictions sum to 1.
     """
     return (scale - 1.0) * (policy.float() - reference.float())
 
 
 def shifted(prediction: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`prediction + shift`, added in float32 and in the dtype of the prediction."""
+    """Return `prediction + shift`. The sum is computed in float32 and cast to the dtype of the prediction."""
     return (prediction.float() + shift).to(prediction.dtype)

@@ -1,4 +1,4 @@
-"""Metrics of a batch as detached scalars: rewards under TRL's names, errors and the safeguard under the paper's."""
+"""Metrics of a batch as detached scalars. Rewards have TRL's names, errors and the safeguard have the paper's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .pair_terms import PairTerms
 
 
 def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Means over a batch of pairs, detached scalars on the device.
+    """Return the metrics of a batch of pairs: detached means, scalars on the device.
 
     Args:
         terms ([`PairTerms`]): The batch.
-        beta (`float`, *optional*): Scale of the rewards; `None` for losses without one, which get no rewards.
+        beta (`float`, *optional*): Scale of the rewards. Without it there are no rewards.
 
     Returns:
         `dict[str, torch.Tensor]`: `rewards/chosen`, `rewards/rejected` (`-(beta / 2)(err - ref_err)`, timestep weights
@@ -35,7 +35,10 @@ def pair_metrics(terms: PairTerms, *, beta: float | torch.Tensor | None) -> dict
 
 
 def pair_rewards(terms: PairTerms, *, beta: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Implicit rewards of winner and loser, `-(beta / 2)` times the change of their errors; detached, each `(B,)`."""
+    """Return the implicit rewards of winner and loser, each `(B,)` and detached.
+
+    A reward is `-(beta / 2)` times the change of the image's error.
+    """
     return -0.5 * beta * terms.winner_change.detach(), -0.5 * beta * terms.loser_change.detach()
 
 
@@ -45,7 +48,7 @@ def safeguard_metrics(
     past: torch.Tensor | None = None,
     loser_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Detached scalars of the safeguard.
+    """Return the metrics of the safeguard: detached scalars.
 
     Args:
         scale (`torch.Tensor` of shape `()` or `(B,)`): Lambda.
@@ -69,14 +72,16 @@ def safeguard_metrics(
 
 
 def plain_errors(terms: PairTerms) -> list[torch.Tensor]:
-    """Detached errors of winner and loser, and under the reference if there is one; each `(B,)`, without timestep
-    weights."""
+    """Return the detached errors of winner and loser, each `(B,)`, without timestep weights.
+
+    With a reference, the list continues with the errors of winner and loser under the reference.
+    """
     errors = [terms.winner_error, terms.loser_error, terms.ref_winner_error, terms.ref_loser_error]
     return [_plain(error, terms).detach() for error in errors if error is not None]
 
 
 def _plain(errors: torch.Tensor, terms: PairTerms) -> torch.Tensor:
-    """Errors divided by their timestep weights; 0 where the weight is 0."""
+    """Divide errors by their timestep weights. The result is 0 if the weight is 0."""
     weights = terms.timestep_weights
     if weights is None:
         return errors

@@ -1,4 +1,4 @@
-"""Noise levels in equal bins: which bin a level lies in, weights by level, and the changes of errors by bin."""
+"""Bins of noise levels: the bin of a level, weights by level, and the changes of errors in each bin."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ import torch
 
 
 def noise_bin_of(noise_levels: torch.Tensor, num_noise_bins: int) -> torch.Tensor:
-    """Bin of each noise level in `[0, 1]`, of `num_noise_bins` equally wide ones; int64, of the same shape."""
+    """Return the bin of each noise level in `[0, 1]`, int64, of the same shape. All bins are equally wide."""
     return (noise_levels * num_noise_bins).long().clamp(0, num_noise_bins - 1)
 
 
 def noise_range_weights(noise_levels: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """1 for noise levels in `[low, high]` and 0 for others; float32, of the same shape."""
+    """Return 1 for noise levels in `[low, high]` and 0 for others, float32, of the same shape."""
     return ((noise_levels >= low) & (noise_levels <= high)).float()
 
 
 def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[str, float]:
-    """Metrics of how much the errors of policy and reference differ, at each noise bin and over all.
+    """Return metrics of how much the errors of policy and reference differ, in each noise bin and over all pairs.
 
     Args:
         noise_bins (`torch.Tensor` of shape `(P,)` or `(P, D)`, int64): Noise bin of each pair at each of D draws of
-            noise; on the host, as the errors.
-        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, then the same before
-            training or under the reference.
+            noise. Both tensors are on the host.
+        errors (`torch.Tensor` of shape `(P, 4)` or `(P, D, 4)`): Errors of winner and loser, followed by their errors
+            before training or under the reference.
 
     Returns:
-        `dict[str, float]`: For each bin with a pair, `errors/winner_change@0` and `errors/loser_change@0` (means of
-        policy minus reference), as shares of the reference's error `errors/winner_change_relative@0` and so on (0
-        where that error is 0), and where two pairs have an error, `errors/winner_change_relative_stderr@0`, the
-        standard error of the winner's share ([`share_stderr`]). Over all pairs, `errors/winner_change_relative` and
-        `errors/winner_change_relative_stderr`, `errors/pairs`, their number, and the metrics of
-        [`preference_learned`].
+        `dict[str, float]`: Metrics of each bin that has a pair (here of bin 0) and of all pairs.
+
+        - `errors/winner_change@0` and `errors/loser_change@0`: means of policy minus reference.
+        - `errors/winner_change_relative@0` and `errors/loser_change_relative@0`: changes as shares of the reference's
+          error, 0 if that error is 0.
+        - `errors/winner_change_relative_stderr@0`: standard error of the winner's share ([`share_stderr`]), if at
+          least two pairs have an error.
+        - `errors/winner_change_relative` and `errors/winner_change_relative_stderr`: the shares over all pairs.
+        - `errors/pairs`: number of pairs.
+        - the metrics of [`preference_learned`].
     """
     if errors.ndim == 2:
         noise_bins, errors = noise_bins.unsqueeze(1), errors.unsqueeze(1)
     metrics = {}
     for noise_bin in noise_bins.unique().tolist():
-        here = noise_bins == noise_bin
-        own = torch.where(here.unsqueeze(2), errors, 0.0).sum(1)[here.any(1)]  # draws of one pair are not independent
-        sums = own.sum(0).tolist()
+        in_bin = noise_bins == noise_bin
+        # Sum the draws of each pair, because draws of one pair are not independent.
+        pair_sums = torch.where(in_bin.unsqueeze(2), errors, 0.0).sum(1)[in_bin.any(1)]
+        sums = pair_sums.sum(0).tolist()
         for name, error, before in zip(("winner_change", "loser_change"), sums[:2], sums[2:], strict=True):
             change = error - before
-            metrics[f"errors/{name}@{noise_bin}"] = change / int(here.sum())
+            metrics[f"errors/{name}@{noise_bin}"] = change / int(in_bin.sum())
             metrics[f"errors/{name}_relative@{noise_bin}"] = change / before if before else 0.0
-        stderr = share_stderr(own[:, 0] - own[:, 2], own[:, 2])
+        stderr = share_stderr(pair_sums[:, 0] - pair_sums[:, 2], pair_sums[:, 2])
         if stderr is not None:
             metrics[f"errors/winner_change_relative_stderr@{noise_bin}"] = stderr
     of_pairs = errors.sum(1)
@@ -59,17 +64,22 @@ def noise_bin_changes(noise_bins: torch.Tensor, errors: torch.Tensor) -> dict[st
 
 
 def preference_learned(errors: torch.Tensor) -> dict[str, float]:
-    """Metrics of whether the loser's error rose against the winner's, with their standard errors over the pairs.
+    """Return metrics of whether the loser's error rose against the winner's, with standard errors over the pairs.
 
     Args:
-        errors (`torch.Tensor` of shape `(P, D, 4)`): As in [`noise_bin_changes`], of two pairs at least.
+        errors (`torch.Tensor` of shape `(P, D, 4)`): Errors of at least two pairs, as in [`noise_bin_changes`].
 
     Returns:
-        `dict[str, float]`: `errors/accuracy`, the share of pairs whose loser's error rose more than the winner's (ties
-        count half), and `errors/margin_relative`, how much more it rose on average, as a share of the winners' earlier
-        error; each also with `_stderr`. The accuracy's standard error is that of Agresti and Coull (Approximate is
-        better than "exact" for interval estimation of binomial proportions, 1998), which two right and two wrong pairs
-        are added for: a few pairs that are all right are not certain.
+        `dict[str, float]`: Two metrics and their standard errors (suffix `_stderr`).
+
+        - `errors/accuracy`: share of pairs whose loser's error rose more than the winner's. Ties count half.
+        - `errors/margin_relative`: mean difference of the two rises, as a share of the winners' earlier error.
+
+    The standard error of the accuracy adds two right and two wrong pairs to the data. Without them it would be 0 for a
+    few pairs that are all right.
+
+    Source of that standard error: Agresti and Coull, Approximate is better than "exact" for interval estimation of
+    binomial proportions, 1998.
     """
     margins = (errors[..., 1] - errors[..., 3]) - (errors[..., 0] - errors[..., 2])
     right = ((margins > 0).double() + (margins == 0).double() / 2).mean(1)
@@ -85,13 +95,19 @@ def preference_learned(errors: torch.Tensor) -> dict[str, float]:
 
 
 def share_stderr(changes: torch.Tensor, before: torch.Tensor) -> float | None:
-    """Standard error over the pairs of `changes.sum() / before.sum()`, for changes and earlier errors of shape `(P,)`;
-    `None` where fewer than two pairs have an earlier error.
+    """Return the standard error over the pairs of the share `changes.sum() / before.sum()`.
 
-    The jackknife's, from the shares without each pair in turn: the share lies closest to the pairs with the largest
-    errors, whose distance from it says too little. It is widened by the quantile of Student's distribution at one
-    standard deviation, since a scatter of few pairs, or of few that are large, is itself uncertain. The degrees of
-    freedom are those of changes that scatter in proportion to the error.
+    The jackknife computes it from the shares without each pair in turn. The distances of the pairs from the share would
+    be too small, because the share lies closest to the pairs with the largest errors. The result is widened by the
+    quantile of Student's distribution at one standard deviation, because the scatter of few pairs, or of few large
+    ones, is itself uncertain. The degrees of freedom assume that changes scatter in proportion to the error.
+
+    Args:
+        changes (`torch.Tensor` of shape `(P,)`): Change of each pair's error.
+        before (`torch.Tensor` of shape `(P,)`): Earlier error of each pair.
+
+    Returns:
+        `float`, or `None` if fewer than two pairs have an earlier error.
 
     Sources: Miller, The jackknife - a review, 1974. Satterthwaite, An approximate distribution of estimates of variance
     components, 1946. Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, equation 26.7.5.

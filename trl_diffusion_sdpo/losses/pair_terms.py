@@ -1,4 +1,4 @@
-"""Quantities that pairwise losses are functions of: errors of winner and loser under policy and reference."""
+"""Inputs of pairwise losses: errors of winner and loser under policy and reference."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ class PairTerms:
         ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
         winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): `prediction - reference prediction` of the
-            winner, for DSPO; `None` where only the errors of the reference are known.
+            winner, for DSPO. `None` if only the errors of the reference were passed.
         scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores of winner and loser.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that are factors of the errors.
             Residual and shift are multiplied by their square roots, so that their mean squares are weighted alike.
-        margin_clamp (`float`, *optional*): Largest value of the logit; a pair above it has no gradient through it.
+        margin_clamp (`float`, *optional*): Largest value of the logit. A pair above it has no gradient through it.
+
+    Example:
+
+    ```python
+    noise = torch.randn(4, 4, 8, 8)  # two pairs: two winners, then two losers
+    terms = pair_terms(model_pred=0.9 * noise, target=noise, ref_pred=0.8 * noise)
+    terms.logit(beta=5000.0)  # (2,)
+    ```
     """
 
     winner_error: torch.Tensor
@@ -49,8 +57,9 @@ class PairTerms:
         return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
 
     def logit(self, beta: float | torch.Tensor) -> torch.Tensor:
-        """`u = -(beta / 2) (winner_change - loser_change)`, `(B,)`: log-odds that the policy ranks the pair rightly; at
-        most `margin_clamp`.
+        """Return `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, at most `margin_clamp`.
+
+        It is the log-odds that the policy ranks the pair correctly.
 
         Source: https://huggingface.co/papers/2311.12908, equation 14, with beta in the half form.
         """
@@ -59,10 +68,10 @@ class PairTerms:
 
 
 def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
-    """Mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
+    """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
 
-    With `over_batch`, it is taken over all dimensions at once, `(N, ...) -> ()`, which rounds differently from the mean
-    of the `N` errors.
+    With `over_batch`, the mean is over all dimensions: `(N, ...) -> ()`. It rounds differently from the mean of the `N`
+    errors.
     """
     squares = residual.float().square()
     return squares.mean() if over_batch else squares.flatten(1).mean(1)
@@ -82,9 +91,9 @@ def pair_terms(
     Args:
         model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
         target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions.
-        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference; detached here.
+        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference. They are detached.
         ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
-            timestep weights, in their place; there is no `winner_shift` then.
+            timestep weights. They replace `ref_pred`, and `winner_shift` is then `None`.
         timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
             weights (the omega of Diffusion-DPO's equation 14).
         scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
@@ -116,16 +125,16 @@ def pair_terms(
 
 
 def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors `(2B,)` into winner and loser `(B,)`, each times its pair's weight."""
+    """Split errors `(2B,)` into those of winner and loser, each `(B,)`, and multiply them by the pairs' weights."""
     winner, loser = errors.chunk(2)
     return (winner, loser) if weights is None else (winner * weights, loser * weights)
 
 
 def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """A `(B, ...)` tensor times the square roots of the pairs' weights."""
+    """Multiply a `(B, ...)` tensor by the square roots of the pairs' weights."""
     return tensor if weights is None else tensor * per_sample(weights.sqrt(), tensor)
 
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Values `(B,)` or `()` shaped to multiply a `(B, ...)` tensor."""
+    """Reshape values `(B,)` or `()` so that they multiply a `(B, ...)` tensor."""
     return values.view(-1, *[1] * (like.dim() - 1))

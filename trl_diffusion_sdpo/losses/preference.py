@@ -1,4 +1,4 @@
-"""The table of losses: each one a pure function from [`PairTerms`] and settings to the loss of each pair."""
+"""Table of losses. Each loss is a pure function from [`PairTerms`] and settings to the loss of each pair."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def robust_loss(terms: PairTerms, *, beta: float, label_smoothing: float = 0.1) 
 def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """DSPO as published for SD1.5, `mean((r_w - beta (1 - sigmoid(u)) D_w)^2)`, `(B,)`.
 
-    Only the reference is detached: the gradient also passes through `sigmoid(u)`. At the published beta of 0.001 the
-    loser's gradient has a factor of order `beta^2`, so that lambda has next to no effect. Where
-    `beta (1 - sigmoid(u))` exceeds 1, the winner's own branch raises its error, whatever lambda is.
+    Only the reference is detached, so the gradient also passes through `sigmoid(u)`. At the published beta of 0.001 the
+    loser's gradient has a factor of order `beta^2`, so lambda has almost no effect. If `beta (1 - sigmoid(u))` exceeds
+    1, the winner's branch itself raises the winner's error, at any lambda.
 
     Source: Direct Score Preference Optimization (ICLR 2025) and its code.
     """
@@ -59,9 +59,11 @@ def dspo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 
 def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1) -> torch.Tensor:
-    """DSPO as published for SDXL, `(B,)`: `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least
-    `dspo_threshold`, else `(1 - sigmoid(u))^2`. The comparison stays on the device. The first form pulls the winner
-    towards the reference, which may raise its error; the safeguard bounds the loser's part only.
+    """DSPO as published for SDXL, `(B,)`.
+
+    The loss is `mean(((1 - sigmoid(u)) D_w)^2)` if the batch's mean `D_w^2` is at least `dspo_threshold`, else
+    `(1 - sigmoid(u))^2`. The comparison stays on the device. The first form pulls the winner towards the reference and
+    may raise the winner's error. The safeguard bounds only the loser's gradient.
 
     Source: the SDXL training code of Direct Score Preference Optimization (ICLR 2025).
     """
@@ -74,7 +76,7 @@ def dspo_sdxl_loss(terms: PairTerms, *, beta: float, dspo_threshold: float = 0.1
 def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> torch.Tensor:
     """DMPO, the reverse KL divergence of the policy's preference from a target of `1 - dmpo_alpha`, `(B,)`.
 
-    Its minimum is at a finite logit, `log((1 - alpha) / alpha)`. Equals TRL's `exo_pair` with
+    Its minimum is at the finite logit `log((1 - alpha) / alpha)`. The loss equals TRL's `exo_pair` with
     `label_smoothing = dmpo_alpha`.
 
     Source: https://huggingface.co/papers/2507.07510.
@@ -86,16 +88,17 @@ def dmpo_loss(terms: PairTerms, *, beta: float, dmpo_alpha: float = 0.01) -> tor
 
 
 def sft_loss(terms: PairTerms) -> torch.Tensor:
-    """Supervised fine-tuning on the winners: their error, `(B,)`. No loser, no reference."""
+    """Supervised fine-tuning on the winners: their errors, `(B,)`. It needs neither loser nor reference."""
     return terms.winner_error
 
 
 def mapo_loss(
     terms: PairTerms, *, beta: float, mapo_temperature: float = 1000.0, mapo_scale: float = 0.5
 ) -> torch.Tensor:
-    """MaPO, `err_w - beta logsigmoid(T (f(err_w) - f(err_l)))` with `f(x) = s x / expm1(s x)`, `(B,)`. No reference.
+    """MaPO, `err_w - beta logsigmoid(T (f(err_w) - f(err_l)))` with `f(x) = s x / expm1(s x)`, `(B,)`.
 
-    `f` falls from exactly 1 at `x = 0`, so the margin grows when the loser's error exceeds the winner's.
+    `f` is 1 at `x = 0` and falls, so the margin is positive if the loser's error exceeds the winner's. The loss needs
+    no reference.
 
     Source: https://huggingface.co/papers/2406.06424 and its code.
     """
@@ -104,7 +107,7 @@ def mapo_loss(
 
 
 def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> torch.Tensor:
-    """SimPO, `-logsigmoid(-(beta / 2)(err_w - err_l) - gamma)`, `(B,)`. No reference.
+    """SimPO, `-logsigmoid(-(beta / 2)(err_w - err_l) - gamma)`, `(B,)`. It needs no reference.
 
     Source: https://huggingface.co/papers/2405.14734, equation 6, on the mean errors.
     """
@@ -112,8 +115,9 @@ def simpo_loss(terms: PairTerms, *, beta: float, simpo_gamma: float = 0.5) -> to
 
 
 def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> torch.Tensor:
-    """DPO-Positive, `-logsigmoid(u - lambda (beta / 2) relu(err_w - ref_err_w))`, `(B,)`: a rise of the winner's error
-    lowers the logit.
+    """DPO-Positive, `-logsigmoid(u - lambda (beta / 2) relu(err_w - ref_err_w))`, `(B,)`.
+
+    A rise of the winner's error lowers the logit.
 
     Source: https://huggingface.co/papers/2402.13228, equation 3.
     """
@@ -121,8 +125,10 @@ def dpop_loss(terms: PairTerms, *, beta: float, dpop_lambda: float = 5.0) -> tor
 
 
 def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> torch.Tensor:
-    """Linear-DPO, `w (err_w - err_l)` with the detached weight `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)` of the
-    margin `m = winner_change - loser_change`, `(B,)`. Pairs well with a synchronised reference.
+    """Linear-DPO, `w (err_w - err_l)` with the detached weight `w = clamp(0.2 beta m + 0.5, eta, 1 - eta)`, `(B,)`.
+
+    The margin is `m = winner_change - loser_change`. The loss works well with a reference that is synchronised with the
+    policy.
     """
     margin = (terms.winner_change - terms.loser_change).detach()
     weight = (0.2 * beta * margin + 0.5).clamp(linear_eta, 1 - linear_eta)
@@ -132,12 +138,13 @@ def linear_loss(terms: PairTerms, *, beta: float, linear_eta: float = 1e-3) -> t
 def smpo_loss(
     terms: PairTerms, *, beta: float, smpo_coefficient: float = 10.0, smpo_score_scale: float = 1.0
 ) -> torch.Tensor:
-    """Smoothed preference optimization's coefficient, `-logsigmoid(c (2p - 1) u)`, `(B,)`.
+    """Smoothed preference optimization (SmPO), `-logsigmoid(c (2p - 1) u)`, `(B,)`.
 
-    `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the softmax of the pair's normalised scores. Pairs that
-    the scores rank the other way are swapped beforehand, so `p >= 0.5`.
+    `p = sigmoid((score_w - score_l) / smpo_score_scale)` is the softmax of the pair's normalised scores. The caller
+    swaps pairs whose loser has the higher score, so `p >= 0.5`.
 
-    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling; its noise is `families.inversion`.
+    Source: https://huggingface.co/papers/2506.02698, smoothed preference modeling. `families.inversion` implements the
+    noise of the same paper.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -148,11 +155,11 @@ def smpo_loss(
 def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     """CaPO, `(u - (c_w - c_l))^2` with the calibrated scores `c` of the pair, `(B,)`: IPO with a target for each pair.
 
-    A calibrated score is the expected share of the images of a prompt that an image wins against, in `[0, 1]`. Pairs
-    that the scores rank the other way are swapped beforehand, so the target is in `[0, 1]`. The source's factor of the
-    margin is `beta / 2` here.
+    A calibrated score is the expected share of a prompt's images that an image wins against, in `[0, 1]`. The caller
+    swaps pairs whose loser has the higher score, so the target is in `[0, 1]`. The paper's factor of the margin is
+    `beta / 2` here.
 
-    Source: https://huggingface.co/papers/2502.02588, by its abstract and this formula alone.
+    Source: https://huggingface.co/papers/2502.02588. Only its abstract and this formula were used.
     """
     assert terms.scores is not None
     winner_score, loser_score = terms.scores
@@ -161,31 +168,39 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A row of [`LOSSES`]: a loss function, and what its callers must know of it.
+    """Row of [`LOSSES`]: a loss function and its properties.
 
     Args:
-        function (`Callable`): From [`PairTerms`] and settings, as keyword arguments, to the loss of each pair, `(B,)`.
-        needs_reference (`bool`): Whether it reads the reference's errors.
-        reads_reference_prediction (`bool`): Whether it reads the reference's prediction as well, so that its errors
-            alone are not enough.
-        uses_loser (`bool`): Whether it reads the loser's error; if not, no safeguard applies.
-        needs_scores (`bool`): Whether it reads reward scores.
-        reads_shares (`bool`): Whether it takes these for expected shares of wins, in `[0, 1]`.
+        function (`Callable`): Function that takes [`PairTerms`], and settings as keyword arguments, and returns the
+            loss of each pair, `(B,)`.
+        needs_reference (`bool`): Whether the loss reads the reference's errors.
+        reads_reference_prediction (`bool`): Whether the loss also reads the reference's prediction. If so, the
+            reference's errors are not enough.
+        uses_loser (`bool`): Whether the loss reads the loser's error. If not, no safeguard applies.
+        needs_scores (`bool`): Whether the loss reads reward scores.
+        reads_shares (`bool`): Whether these scores are expected shares of wins, in `[0, 1]`.
         equal_weights (`bool`): Whether the gradients of each pair's loss by its two errors have equal sizes, or the
-            authors of the safeguard treat them so. Lambdas of a batch or a noise bin then follow from residuals.
-        positive_weights (`bool`): Whether the gradient by the winner's error is also positive for every pair. The
-            lambda of a pair then follows from residuals.
-        target_logit (`Callable`, *optional*): From [`PairTerms`] and `loss_kwargs` to the finite logit of the smallest
-            loss, a number or `(B,)`. At larger logits the loss's gradient raises the winner's error, whatever lambda
-            is.
+            authors of the safeguard treat them so. If so, residuals determine the lambda of a batch or a noise bin.
+        positive_weights (`bool`): Whether the gradient by the winner's error is also positive for every pair. If so,
+            residuals determine the lambda of a pair.
+        target_logit (`Callable`, *optional*): Function that takes [`PairTerms`] and `loss_kwargs` and returns the
+            finite logit of the smallest loss, a number or `(B,)`. At larger logits the loss raises the winner's error,
+            at any lambda.
         anchor (`str`): Default of `safeguard_anchor`: `"branch"` if the gradient of the winner's branch is a
             non-negative multiple of the gradient of each winner's error, else `"error"`.
-        default_beta (`float`): Value of `beta` if neither the user nor the model family has one.
-        reads_logit_only (`bool`): Whether a pair's loss is a function of its logit, and of its scores, alone: a capped
-            logit then leaves the pair no gradient.
-        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else, so that its size can
-            follow the size of the margins.
+        default_beta (`float`): Value of `beta` if neither the user nor the model family sets one.
+        reads_logit_only (`bool`): Whether a pair's loss is a function of its logit and its scores alone. If so, a pair
+            whose logit is capped has no gradient.
+        beta_scales_logit (`bool`): Whether `beta` is a factor of a logit and of nothing else. If so, `auto_beta` can
+            adapt it to the size of the margins.
         margin_clamp (`float`, *optional*): Cap of the logit.
+
+    Example:
+
+    ```python
+    LOSSES["sigmoid"].needs_reference  # True
+    LOSSES["dmpo"].loss_kwargs  # {"dmpo_alpha": 0.01}
+    ```
     """
 
     function: Callable[..., torch.Tensor]
@@ -211,13 +226,16 @@ class LossSpec:
     def pair_losses(
         self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
     ) -> torch.Tensor:
-        """The loss of each pair, `(B,)`."""
+        """Return the loss of each pair, `(B,)`."""
         return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
 
     def past_target(
         self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
     ) -> torch.Tensor | None:
-        """Whether each pair's logit exceeds `target_logit` and is not capped, bool `(B,)`; `None` without a target."""
+        """Return whether each pair's logit exceeds `target_logit` and is not capped, bool `(B,)`.
+
+        Without a target, the result is `None`.
+        """
         if self.target_logit is None:
             return None
         assert beta is not None
@@ -227,14 +245,14 @@ class LossSpec:
 
     @cached_property
     def loss_kwargs(self) -> dict[str, float]:
-        """The function's settings besides `beta`, with their defaults."""
+        """Settings of the function besides `beta`, with their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
         return {
             each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "beta"
         }
 
     def uses_residuals(self, granularity: Granularity) -> bool:
-        """Whether lambda in output space follows from residuals, without gradients of the loss."""
+        """Return whether residuals determine lambda in output space, without gradients of the loss."""
         if granularity == "weighted":
             return False
         return self.positive_weights if granularity == "pair" else self.equal_weights
@@ -286,7 +304,7 @@ LOSSES: dict[LossType, LossSpec] = {
     ),
 }
 
-_Range = tuple[str, Callable[[float], bool]]  # in words, and as a check of a finite number
+_Range = tuple[str, Callable[[float], bool]]  # a range in words, and a check that a finite number lies in it
 _BELOW_HALF: _Range = ("in [0, 0.5)", lambda value: 0 <= value < 0.5)
 _AT_LEAST_0: _Range = ("at least 0", lambda value: value >= 0)
 _ABOVE_0: _Range = ("greater than 0", lambda value: value > 0)
@@ -309,7 +327,7 @@ def _dmpo_target(alpha: float) -> float:
 
 
 def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
-    """`s x / expm1(s x)`, exactly 1 at 0, with a finite gradient there (-s/2)."""
+    """Return `s x / expm1(s x)`. At 0 it is exactly 1, and its gradient is finite (-s/2)."""
     x = scale * error
     small = x < 1e-4
     series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding here

@@ -1,5 +1,4 @@
-"""The safeguard: the largest factor of the loser's gradient under which the winner's error does not rise, to first
-order."""
+"""Safeguard: largest factor of the loser's gradient under which the winner's error does not rise, to first order."""
 
 from __future__ import annotations
 
@@ -18,19 +17,26 @@ def loser_scale(
 ) -> torch.Tensor:
     r"""Largest loser scale under which the winner's error cannot rise, to first order.
 
-    A step along `-(W - lambda L)` changes the winner's error by `-(<a, W> - lambda <a, L>)`, where `a` is the gradient
-    of the winner's error. Asking for at least `mu <a, W>` of descent bounds lambda by `(1 - mu) <a, W> / <a, L>`
-    where the product with the loser is positive; elsewhere the loser's gradient lowers the error, and lambda is 1.
+    Let `a` be the gradient of the winner's error. A step along `-(W - lambda L)` changes the winner's error by
+    `-(<a, W> - lambda <a, L>)`. The error falls by at least `mu <a, W>` if lambda is at most
+    `(1 - mu) <a, W> / <a, L>`. This bound applies if `<a, L>` is positive. Otherwise the loser's gradient lowers the
+    winner's error too, and lambda is 1.
 
     Args:
-        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): `<a, W>`; the squared norm of `W` if `a = W`.
+        winner_gain (`torch.Tensor` of shape `()` or `(B,)`): `<a, W>`. If `a = W`, it is the squared norm of `W`.
         dot (`torch.Tensor` of the same shape): `<a, L>`, inner product with the loser's gradient.
         mu (`float`): Margin in `[0, 1]`; larger is stricter. At 1 every aligned loser gradient is dropped.
-        eps (`float`, *optional*, defaults to 0): Added to `dot`, as in the authors' code. It changes lambda where
-            residuals are small and latents large; use it to reproduce their numbers only.
+        eps (`float`, *optional*, defaults to 0): Added to `dot`, as in the authors' code. It changes lambda if
+            residuals are small and latents large. Use it only to reproduce the authors' numbers.
 
     Returns:
-        `torch.Tensor`: Scale in `[0, 1]`, detached. 0 where both branches raise the winner's error.
+        `torch.Tensor`: Scale in `[0, 1]`, detached. It is 0 if both branches raise the winner's error.
+
+    Example:
+
+    ```python
+    loser_scale(torch.tensor(1.0), torch.tensor(2.0), mu=0.5)  # (1 - 0.5) * 1 / 2 = 0.25
+    ```
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
@@ -43,20 +49,21 @@ def loser_scale(
 def parameter_scale(
     products: torch.Tensor, mu: float, *, anchor: Anchor = "branch"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    r"""Lambda from the gradients of the weights in one optimizer step.
+    r"""Return lambda from the gradients of the weights in one optimizer step.
 
     Args:
-        products (`torch.Tensor` of shape `(2, 2)` or `(3, 3)`): Inner products of the gradients `W` of the winner's
-            branch, `L` (which points up the loser's branch: the loss's gradient is `W - L`) and, third, `a` of the
-            mean winner error; over all trained weights, the whole batch and all processes.
+        products (`torch.Tensor` of shape `(2, 2)` or `(3, 3)`): Inner products of two or three gradients, over all
+            trained weights, the whole batch and all processes. The first gradient, `W`, is that of the winner's branch.
+            The second, `L`, is the negative gradient of the loser's branch, so the gradient of the loss is `W - L`. The
+            third, `a`, is that of the mean winner error.
         mu (`float`): Margin in `[0, 1]`.
-        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` bounds the change of the winner's branch,
-            `a = W`; `"error"` that of the mean winner error, and needs the third gradient.
+        anchor (`str`, *optional*, defaults to `"branch"`): `"branch"` bounds the change of the winner's branch, with
+            `a = W`. `"error"` bounds the change of the mean winner error and needs the third gradient.
 
     Returns:
         Detached lambda in `[0, 1]`, of shape `()`, and the detached metrics `safeguard/scale`, `safeguard/active`,
-        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`: 1 if `<a, W> <= 0`, when the winner's own branch
-        does not lower the anchored error; lambda is then 0.
+        `safeguard/cosine` (of `W` and `L`) and `safeguard/opposed`. The last one is 1 if `<a, W> <= 0`: the winner's
+        branch does not lower the anchored error, and lambda is 0.
 
     Source: https://huggingface.co/papers/2511.03317, closed form.
     """
@@ -76,14 +83,14 @@ def parameter_scale(
 
 
 def winner_error_gradient(winner_residual: torch.Tensor) -> torch.Tensor:
-    """Gradient of a batch's mean winner error at the model's output, `2 r / N` with `N` elements; detached."""
+    """Return the detached gradient of a batch's mean winner error at the model's output: `2 r / N` for `N` elements."""
     return 2 / winner_residual.numel() * winner_residual.detach().float()
 
 
 def scale_gradient(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Equal values to the bit, with the gradient times `scale` (broadcastable, detached)."""
+    """Return the same values bit-exactly. The backward pass multiplies the gradient by the detached `scale`."""
     constant = tensor.detach()
-    return constant + scale.detach() * (tensor - constant)  # x + scale * 0
+    return constant + scale.detach() * (tensor - constant)  # the difference is 0, so the values do not change
 
 
 def output_products(
@@ -91,18 +98,18 @@ def output_products(
     loser_residual: torch.Tensor,
     branch_gradients: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two inner products of [`loser_scale`] for each pair, from gradients at the model's output.
+    """Return the two inner products of [`loser_scale`] for each pair, from gradients at the model's output.
 
     Args:
         winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
-        loser_residual (`torch.Tensor` of shape `(B, ...)`): The same of the loser.
+        loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the loser.
         branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): `dL/d prediction` of winner
-            and loser. Without them, the gradients of the mean errors, which is exact where a pair's loss gives both
-            errors weights of equal size.
+            and loser. Without them, the gradients of the mean errors are used. They are exact if a pair's loss gives
+            both errors weights of equal size.
 
     Returns:
-        `<a, W>` and `<a, L>`, each `(B,)`, where `a = 2 r_w / N` is the gradient of the batch's mean winner error, with
-        `N` elements in all winners, and `L` points up the loser's branch.
+        `<a, W>` and `<a, L>`, each `(B,)`. `a = 2 r_w / N` is the gradient of the batch's mean winner error; `N` is the
+        number of elements of all winners. `L` is the negative gradient of the loser's branch.
     """
     anchor = winner_error_gradient(winner_residual).flatten(1)  # (B, N)
     if branch_gradients is None:
@@ -113,8 +120,9 @@ def output_products(
 
 
 def output_cosine(winner_residual: torch.Tensor, loser_residual: torch.Tensor) -> torch.Tensor:
-    """Cosine between the residuals of all winners and of all losers, a detached scalar in `[-1, 1]`."""
-    winner, loser = winner_residual.detach().float().flatten(), loser_residual.detach().float().flatten()
+    """Return the cosine between the residuals of all winners and of all losers, a detached scalar in `[-1, 1]`."""
+    winner = winner_residual.detach().float().flatten()
+    loser = loser_residual.detach().float().flatten()
     return torch.nn.functional.cosine_similarity(winner, loser, dim=0)
 
 
@@ -131,20 +139,20 @@ def output_scale(
     noise_bins: torch.Tensor | None = None,
     num_noise_bins: int = 1,
 ) -> torch.Tensor:
-    """Lambda from gradients at the model's output.
+    """Return lambda from gradients at the model's output.
 
     Args:
         winner_residual, loser_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target`.
-        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): As in [`output_products`].
+        branch_gradients (`tuple` of two `torch.Tensor` of shape `(B, ...)`, *optional*): See [`output_products`].
         mu (`float`): Margin in `[0, 1]`.
-        granularity (`str`): `"batch"`, one lambda from sums over all pairs; `"pair"`, one lambda per pair;
-            `"weighted"`, as `"batch"`, from branch gradients for every loss; `"noise_bin"`, one lambda per noise bin,
-            from sums over its pairs.
+        granularity (`str`): `"batch"` computes one lambda from sums over all pairs. `"pair"` computes one lambda per
+            pair. `"weighted"` equals `"batch"`, but callers pass branch gradients for every loss. `"noise_bin"`
+            computes one lambda per noise bin, from sums over its pairs.
         eps (`float`): Added to the inner product.
-        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): In `[0, 1]`, further factors of the losers'
-            gradients. Branch gradients must contain them. Pairs of weight 0 are left out of the sums.
+        loser_weights (`torch.Tensor` of shape `(B,)`, *optional*): Further factors of the losers' gradients, in
+            `[0, 1]`. Branch gradients must contain them. Pairs of weight 0 are left out of the sums.
         pair_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factors of the pairs' losses. Branch gradients must
-            contain them; pairs of weight 0 are left out of the sums, and the sums of residuals have no other weights.
+            contain them. Pairs of weight 0 are left out of the sums. Other weights do not change sums of residuals.
         noise_bins (`torch.Tensor` of shape `(B,)`, int64, *optional*): Bin of each pair, in `[0, num_noise_bins)`.
         num_noise_bins (`int`): Number of noise bins.
 
@@ -156,18 +164,19 @@ def output_scale(
     if pair_weights is not None:
         winner_gain, dot = winner_gain * (pair_weights > 0), dot * (pair_weights > 0)
     if loser_weights is not None:
-        shift = eps if not eps else eps * (loser_weights > 0).any()  # without any loser, lambda is 1
+        shift = eps if not eps else eps * (loser_weights > 0).any()  # without losers the product is 0, so lambda is 1
         winner_gain = winner_gain * (loser_weights > 0)
         if branch_gradients is None:
             dot = dot * loser_weights
     if granularity == "pair":
-        # Scaled to the gradients of each pair's own mean error, so that `eps` does not depend on the batch size.
+        # Scale to the gradients of each pair's mean error, so that the effect of `eps` does not depend on batch size.
         winner_gain, dot = winner_gain * len(winner_gain) ** 2, dot * len(dot) ** 2
     elif granularity == "noise_bin":
         assert noise_bins is not None
         rows = torch.stack([winner_gain, dot, torch.ones_like(dot)])
         sums = torch.zeros(3, num_noise_bins, device=dot.device, dtype=dot.dtype).index_add(1, noise_bins, rows)
-        sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2  # to the gradients of each bin's mean error, for `eps`
+        # Scale to the gradients of each bin's mean error, so that the effect of `eps` does not depend on batch size.
+        sums = sums * (len(dot) / sums[2].clamp(min=1)) ** 2
         return loser_scale(sums[0], sums[1], mu, shift)[noise_bins]  # (num_noise_bins,) -> (B,)
     else:
         winner_gain, dot = winner_gain.sum(), dot.sum()

@@ -1,4 +1,4 @@
-"""Scores of images: their statistics, and the scales of scorers."""
+"""Statistics of images' scores, and the scales of scorers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# Ranges of a scorer's scores by name, to divide differences by. PickScore's is that of the raw cosine, as the training
-# code of https://huggingface.co/papers/2506.02698 normalises it: (cosine - 0.115435) / (0.282016 - 0.115435).
+# Range of each scorer's scores, by which differences are divided. The range of PickScore comes from the training code
+# of https://huggingface.co/papers/2506.02698. It normalises the cosine: (cosine - 0.115435) / (0.282016 - 0.115435).
 SCORE_SCALES = {"pickscore": 0.282016 - 0.115435}
 
 
 def score_scale(value: float | str) -> float:
-    """A scale of scores given as a number, or by its name in [`SCORE_SCALES`]; `ValueError` for other names."""
+    """Return a scale of scores, from a number or a name in [`SCORE_SCALES`].
+
+    Raises:
+        `ValueError`: If the name is unknown.
+    """
     if not isinstance(value, str):
         return value
     if value not in SCORE_SCALES:
         raise ValueError(
-            f"`smpo_score_scale` must be a number or one of {', '.join(SCORE_SCALES)}; got {value!r}. For another "
-            "scorer give the range of its scores."
+            f"`smpo_score_scale` must be a number or one of {', '.join(SCORE_SCALES)}. Got {value!r}. For another "
+            "scorer, pass the range of its scores as a number."
         )
     return SCORE_SCALES[value]
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of two or more independent values: their standard deviation, with one degree of
-    freedom less than values, divided by the square root of their number."""
+    """Return the standard error of the mean of at least two independent values.
+
+    It is the sample standard deviation (n - 1 degrees of freedom) divided by the square root of n.
+    """
     return statistics.stdev(values) / math.sqrt(len(values))

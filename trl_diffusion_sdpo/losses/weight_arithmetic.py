@@ -1,4 +1,4 @@
-"""Arithmetic on weights: the decay of a moving average, interpolation, the scale of a LoRA."""
+"""Arithmetic on weights: decay of a moving average, interpolation, scale of a LoRA."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import torch
 
 
 def ema_decay(step: int, max_decay: float) -> float:
-    """Weight of the old average in the update after optimizer step `step`, counted from 1.
+    """Return the weight of the old average in the update after optimizer step `step`. Steps count from 1.
 
-    `min(max_decay, (1 + step) / (10 + step))`, the ramp of diffusers' `EMAModel`: with a constant decay near 1, the
-    average of a short run would consist mostly of the initial weights.
+    The weight is `min(max_decay, (1 + step) / (10 + step))`, the ramp of diffusers' `EMAModel`. With a constant decay
+    near 1, the average of a short run would consist mostly of the initial weights.
     """
     return min(max_decay, (1 + step) / (10 + step))
 
 
 def interpolate(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
-    """`base + scale (tuned - base)`, computed in float32 and exactly `base` at 0 and `tuned` at 1. Of integer tensors,
-    the nearer one.
+    """Return `base + scale (tuned - base)` in the dtype of `base`.
 
-    Returns:
-        `torch.Tensor`: In the dtype of `base`.
+    The sum is computed in float32. It is exactly `base` at scale 0 and `tuned` at scale 1. For integer tensors, the
+    result is the tensor that is nearer to the scale.
     """
     if not base.is_floating_point():
         return base if scale < 0.5 else tuned
@@ -29,5 +28,5 @@ def interpolate(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
-    """Factor of a LoRA's product in PEFT: alpha divided by the rank, or by its square root (rsLoRA)."""
+    """Return PEFT's factor of a LoRA's product: alpha divided by the rank, or by the rank's square root (rsLoRA)."""
     return alpha / (math.sqrt(rank) if rank_stabilized else rank)

@@ -1,4 +1,4 @@
-"""The controller of the winner budget: it turns measured winner errors into weights of the losers' gradients."""
+"""Controller of the winner budget. It turns measured winner errors into weights of the losers' gradients."""
 
 from __future__ import annotations
 
@@ -11,21 +11,31 @@ from .noise_bins import noise_bin_of
 
 GAIN = 0.5  # a measurement adds GAIN (1 - change / budget) to the logarithm of a scale
 MAX_MOVE = 1.5  # bound of that addition
-MIN_SCALE = 1e-2  # smaller scales act as 0; the logarithm does not fall below that of half of it
+MIN_SCALE = 1e-2  # smaller scales act as 0; log scales are at least log(MIN_SCALE / 2), so that they can recover
 
 
 class BudgetController:
-    """Scales of the losers' gradients, one per noise bin, under proportional control of the winners' errors.
+    """Proportional controller of the winners' errors. It scales the losers' gradients in each noise bin.
 
-    With `c` the relative change of the winners' error in a bin since before training, and `b` the budget, a measurement
-    multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts as 0: pairs in
-    that bin train their winners only, until the change is within the budget again. Bins share the model's weights, so
-    while a bin whose scale is 0 exceeds the budget, the scales of all other bins fall at least as fast as its own.
+    Let `c` be the relative change of the winners' error in a bin since the start of training, and `b` the budget. A
+    measurement multiplies the bin's scale by `exp(GAIN (b - c) / b)`, within bounds. A scale below `MIN_SCALE` acts
+    as 0: pairs in that bin train only their winners until the change is within the budget again. All bins share the
+    model's weights. If a bin with scale 0 still exceeds the budget, the scales of all other bins therefore fall at
+    least as fast as the scale of that bin.
 
     Args:
         budget (`float`): Largest relative change, greater than 0.
         num_noise_bins (`int`): Number of noise bins.
-        device (`torch.device`): Of the scales; no method copies from it to the host, except `state`.
+        device (`torch.device`): Device of the scales. Only `state` copies from it to the host.
+
+    Example:
+
+    ```python
+    controller = BudgetController(budget=0.05, num_noise_bins=2, device=torch.device("cpu"))
+    controller.steer(torch.tensor([1.0, 1.0]))  # errors before training
+    controller.steer(torch.tensor([1.2, 1.0]))  # the first bin exceeds the budget
+    controller.scale  # the first scale is below 1
+    ```
     """
 
     def __init__(self, budget: float, num_noise_bins: int, device: torch.device):
@@ -41,15 +51,15 @@ class BudgetController:
         return torch.where(scale < MIN_SCALE, 0, scale)
 
     def weights(self, noise_levels: torch.Tensor) -> torch.Tensor:
-        """The scale of each pair, `(B,)`, from the pairs' noise levels `(B,)`."""
+        """Return the scale of each pair, `(B,)`, from the pairs' noise levels `(B,)`."""
         return self.scale[noise_bin_of(noise_levels, self.num_noise_bins)]
 
     def steer(self, errors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Move the scales by a measurement; without `initial_errors`, these errors become them.
+        """Update the scales from a measurement. The first measurement sets `initial_errors`.
 
         Args:
-            errors (`torch.Tensor` of shape `(num_noise_bins,)`): The winners' mean error in each bin; NaN in bins that
-                no timestep lies in.
+            errors (`torch.Tensor` of shape `(num_noise_bins,)`): Mean error of the winners in each bin. It is NaN in
+                bins without timesteps.
 
         Returns:
             `dict[str, torch.Tensor]`: Scalars: the largest relative change (`budget/winner_change`), the mean scale
@@ -74,22 +84,22 @@ class BudgetController:
         }
 
     def state(self) -> dict[str, Any]:
-        """Numbers from which [`BudgetController.load_state`] continues to the bit, with `None` for NaN."""
+        """Return the numbers from which [`BudgetController.load_state`] continues bit-exactly, with `None` for NaN."""
         initial = None if self.initial_errors is None else self.initial_errors.tolist()
         if initial is not None:
             initial = [None if math.isnan(error) else error for error in initial]
         return {"log_scale": self.log_scale.tolist(), "before": initial}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what [`BudgetController.state`] returned.
+        """Restore the numbers that [`BudgetController.state`] returned.
 
         Raises:
-            `ValueError`: If it has another number of noise bins.
+            `ValueError`: If the state has another number of noise bins.
         """
         if len(state["log_scale"]) != self.num_noise_bins:
             raise ValueError(
-                f"The saved winner budget holds {len(state['log_scale'])} noise bins, and `num_noise_bins` is "
-                f"{self.num_noise_bins}. Resume with the settings that wrote it."
+                f"`num_noise_bins` must be that of the saved run, {len(state['log_scale'])}. Got "
+                f"{self.num_noise_bins}. Resume with the settings of the saved run."
             )
         self.log_scale = self.log_scale.new_tensor(state["log_scale"])
         self.initial_errors = None
