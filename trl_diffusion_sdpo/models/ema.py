@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights."""
+"""Exponential moving average of the trained weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ EMA_ADAPTER = "ema"
 
 
 class EMAWeights(WeightCopy):
-    """The average of the policy's trained weights, in a second adapter where an `adapter` trains, else in a second
-    denoiser; `decay` in `(0, 1)` is the share of the average that a step retains. `engine` trains the policy. For
-    `shared` see [`second_copy`]."""
+    """Average of the policy's trained weights. It is a second adapter if an `adapter` trains, and else a second
+    denoiser.
+
+    Args:
+        decay (`float`): Share of the average that a step retains, in `(0, 1)`.
+        engine ([`~trl_diffusion_sdpo.engines.engine.Engine`]): Engine that trains the policy.
+        shared (`bool`): See [`second_copy`].
+    """
 
     def __init__(
         self, denoiser: nn.Module, adapter: str | None, decay: float, engine: Engine, *, shared: bool = False
@@ -29,5 +34,5 @@ class EMAWeights(WeightCopy):
         super().__init__(second, EMA_FILE, stored=True)
 
     def after_step(self, step: int) -> None:
-        """Update after optimizer step `step`, counted from 1; all processes must call it."""
+        """Update the average after optimizer step `step`, counted from 1. All processes must call it."""
         self.update(1 - ema_decay(step, self.decay))

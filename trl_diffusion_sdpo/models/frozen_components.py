@@ -1,5 +1,4 @@
-"""The components of a pipeline that do not train, VAE and text encoders: on the device, in the precision in which they
-run, always or only while they are used."""
+"""VAE and text encoders of a pipeline. They do not train, and are on the device always or only while they are used."""
 
 from __future__ import annotations
 
@@ -93,8 +92,8 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Family]:
-        """The family with real VAE and text encoders on the device, in the precision in which they run. May be nested.
-        The device's cache is not emptied after offloaded components were used: that would wait."""
+        """Yield the family with VAE and text encoders on the device, in the precision in which they run. Contexts may
+        be nested. The device's cache is not emptied afterwards, because that would wait for the device."""
         with contextlib.ExitStack() as stack:
             if self._users == 0:
                 stack.enter_context({"absent": self._read, "offloaded": self._copied}.get(self.state, nullcontext)())
@@ -263,7 +262,7 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """The VAE in the wanted precision. Only float16 overflows, at 65504; bfloat16 has float32's range."""
+    """Return the VAE in the wanted precision. Only float16 overflows, at 65504; bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":

@@ -31,13 +31,13 @@ SHARED_OPTIONS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline whose denoiser is to be trained, within its family."""
+    """Pipeline with the denoiser that trains, in its family."""
 
     family: Family
-    name_or_path: str | None  # the Hub id or folder, if known
-    options: dict[str, Any] = field(default_factory=dict)  # with which it was loaded from there
-    denoiser_folder: str | None = None  # of a denoiser that is not the pipeline's own
-    adapter_source: str | None = None  # of a LoRA on it that goes on training
+    name_or_path: str | None  # Hub id or folder of the pipeline; `None` for a pipeline object without one
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of `from_pretrained`
+    denoiser_folder: str | None = None  # folder of the denoiser if it is not the pipeline's
+    adapter_source: str | None = None  # folder, file or Hub id of a LoRA that continues training
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -48,14 +48,14 @@ class LoadedModel:
         return self.family.denoiser
 
     def load_encoders(self) -> DiffusionPipeline:
-        """The pipeline with VAE and text encoders from disk; only for a Hub id or folder."""
+        """Return the pipeline with VAE and text encoders from disk. `name_or_path` must be set."""
         assert self.name_or_path is not None
         return load_encoders(self.family, self.name_or_path, **self.options)
 
     def whole_pipeline(self) -> DiffusionPipeline:
-        """The pipeline, with VAE and text encoders from disk if it was loaded without them."""
-        parts = (getattr(self.pipeline, name) for name in self.family.frozen_components)
-        return self.load_encoders() if any(is_absent(part) for part in parts) else self.pipeline
+        """Return the pipeline, and load VAE and text encoders from disk if they are missing."""
+        components = (getattr(self.pipeline, name) for name in self.family.frozen_components)
+        return self.load_encoders() if any(is_absent(component) for component in components) else self.pipeline
 
 
 def load_model(

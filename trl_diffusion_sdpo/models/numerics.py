@@ -15,7 +15,8 @@ CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
-    """A dtype from its name; float32 if unset. `ValueError` where it is not float32, bfloat16 or float16."""
+    """Return a dtype by its name, or float32 if unset. Raises `ValueError` for other names than float32, bfloat16 and
+    float16."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
         return torch.float32
@@ -26,7 +27,7 @@ def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
 
 
 def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
-    """The dtype of autocast for `"bf16"`, `"fp16"` or `"no"`; `None` without autocast."""
+    """Return the dtype of autocast for `"bf16"` and `"fp16"`, or `None` for `"no"`."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
 

@@ -25,15 +25,15 @@ class Reference(WeightCopy):
     """The policy before training, with arithmetic identical to the policy's."""
 
     kind: str  # written into checkpoints
-    module: nn.Module | None = None  # a denoiser of its own
-    is_precomputed = False  # whether batches carry its errors, and there is nothing that predicts
+    module: nn.Module | None = None  # separate denoiser of the reference, if it has one
+    is_precomputed = False  # whether batches contain the reference's errors instead of a reference that predicts
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
         super().__init__(second, REFERENCE_FILE, stored=stored)
 
 
 class NoReference(Reference):
-    """For losses without a reference: `active` gives `None`."""
+    """Placeholder for losses without a reference. `active` yields `None`."""
 
     kind = "none"
 
@@ -45,7 +45,7 @@ class AdapterOffReference(Reference):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self._layers = adapter_layers(denoiser)  # found once: a step would take milliseconds to walk all modules
+        self._layers = adapter_layers(denoiser)  # searched once, because walking all modules takes milliseconds
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -54,9 +54,9 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """A second adapter with the LoRA as it was when training began, or as it was last synchronised.
+    """Second adapter with the LoRA from the beginning of training or from the last synchronisation.
 
-    Checkpoints hold it even if it does not move: the LoRA that training began with may be stored nowhere else.
+    Checkpoints contain it even if it never changes, because the initial LoRA may be stored nowhere else.
     """
 
     kind = "ref_adapter"
@@ -66,8 +66,8 @@ class AdapterReference(Reference):
 
 
 class FrozenReference(Reference):
-    """A [`SecondDenoiser`], in half precision only if it is not synchronised with the policy (`follows`); `ValueError`
-    where its architecture is not the policy's."""
+    """Reference in a [`SecondDenoiser`]. It is in half precision only if it is not synchronised with the policy
+    (`follows`). Raises `ValueError` if its architecture is not the policy's."""
 
     kind = "frozen"
 
@@ -93,7 +93,7 @@ class PolicyReference(Reference):
 
     def __init__(self, denoiser: nn.Module, adapter: str | None):
         super().__init__()
-        # Where weights train, linear layers round by their inputs' layout; see `read_contiguous`.
+        # Linear layers with trained weights round by the layout of their inputs; see `read_contiguous`.
         read_contiguous(denoiser.modules() if adapter is None else adapter_parts(denoiser, (adapter,)))
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
@@ -101,12 +101,12 @@ class PolicyReference(Reference):
 
 
 class PrecomputedReference(Reference):
-    """A reference that predicts before training only, within [`PrecomputedReference.predicting`]; batches then carry
-    its errors.
+    """Reference that predicts only before training, within [`PrecomputedReference.predicting`]. In training, batches
+    contain its errors.
 
     Args:
-        source ([`Reference`]): What predicts: a given model, the base under a new LoRA, or the policy itself.
-        tensors (`Callable`): Returns all weights that its predictions depend on, by name.
+        source ([`Reference`]): Reference that predicts: the user's model, the base under a new LoRA, or the policy.
+        tensors (`Callable`): Function that returns all weights that the predictions depend on, by name.
     """
 
     kind = "errors"
@@ -131,7 +131,7 @@ class PrecomputedReference(Reference):
         return self._source is not None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All weights that its predictions depend on, by name; before it is released."""
+        """Return all weights that the predictions depend on, by name. The reference must not be released yet."""
         assert self._tensors is not None, "A released reference has no weights."
         return self._tensors()
 
@@ -140,7 +140,8 @@ class PrecomputedReference(Reference):
 
     @contextlib.contextmanager
     def predicting(self, denoiser: nn.Module, engine: Engine) -> Iterator[None]:
-        """On the device, rounded as `engine` will round the policy `denoiser`, which it has not prepared yet."""
+        """Let the reference predict on the device within the context, rounded as `engine` will round the policy
+        `denoiser`. The engine must not have prepared the policy yet."""
         assert self._source is not None, "A released reference cannot predict."
         with self._source.active(denoiser) as module:
             assert module is not None, "A source predicts."
@@ -151,7 +152,7 @@ class PrecomputedReference(Reference):
                 self._module = None
 
     def release(self) -> None:
-        """Free the model: the policy will train, and batches carry the errors."""
+        """Free the model. In training, batches contain its errors."""
         self._source = self._tensors = self.module = None
 
 
@@ -223,7 +224,7 @@ def _with_scalings(given: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter: str | None) -> PrecomputedReference:
-    """The policy before training as a reference whose errors are computed then."""
+    """Return the policy before training as a reference with precomputed errors."""
 
     def tensors() -> dict[str, torch.Tensor]:
         if started_adapter is None:
@@ -240,7 +241,7 @@ def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter
 
 
 def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
-    """Raise `ValueError` where a reference is the policy itself or of another architecture."""
+    """Raise `ValueError` if a reference is the policy itself or has another architecture."""
     if reference is policy:
         raise ValueError(
             "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
@@ -255,7 +256,8 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
-    """How a reference differs from the policy in class or tensors, adapters aside; `None` where it does not."""
+    """Describe how a reference differs from the policy in class or tensors, without adapters. Return `None` if they are
+    equal."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )
@@ -269,7 +271,7 @@ def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | No
 
 
 def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:
-    """What a loss is computed with, by name: the denoiser, what is frozen, and a reference of its own."""
+    """Return the networks that a loss is computed with, by name: denoiser, frozen components and separate reference."""
     names = (family.denoiser_name, *family.frozen_components)
     modules = {name: getattr(family.pipeline, name) for name in names}
     return modules if reference is None else {**modules, "reference": reference}

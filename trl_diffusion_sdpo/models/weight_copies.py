@@ -32,8 +32,8 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
 
 
 class SecondAdapter:
-    """A second, frozen LoRA on the policy's denoiser, with the weights that the trained one has now; `ValueError` where
-    the denoiser has an adapter of its name. `engine` trains the policy."""
+    """Second, frozen LoRA on the policy's denoiser. It starts with the current weights of the trained LoRA. Raises
+    `ValueError` if the denoiser already has an adapter called `name`. `engine` trains the policy."""
 
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
@@ -44,22 +44,22 @@ class SecondAdapter:
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
         copy_adapter(denoiser, policy_adapter, name)
-        self._layers = adapter_layers(denoiser)  # found once, as in `AdapterOffReference`
+        self._layers = adapter_layers(denoiser)  # searched once, as in `AdapterOffReference`
         read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """`model`, the policy as the engine wrapped it, with the second adapter active."""
+        """Yield `model` with the second adapter active. `model` is the policy as the engine wrapped it."""
         with adapter_on(self._layers, self._name, back=self._policy):
             yield model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Its parameters, not copied."""
+        """Return the parameters of the second adapter without copying them."""
         return adapter_state(self._denoiser, self._name)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """The policy's parameters under the same names. Updates mix the two LoRAs factor by factor, since their
-        product cannot be mixed at the same rank."""
+        """Return the policy's parameters under the same names. Updates mix the two LoRAs factor by factor, because a
+        mixture of their products would have a higher rank."""
         return adapter_state(self._denoiser, self._policy)
 
 
@@ -196,7 +196,7 @@ class WeightCopy:
                 self.float32_shards.set(name, stored[name])
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds, not copied."""
+        """Return the weights that a checkpoint contains, without copying them."""
         return self.second.weights() if self.second is not None and self.stored else {}
 
     def _reshard(self) -> None:

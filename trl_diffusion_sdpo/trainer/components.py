@@ -1,5 +1,4 @@
-"""The components of a run, built in one place: the model, what trains of it, what it is compared with, what is frozen,
-and what a step is made of."""
+"""Construction of a run's components: policy, adapter, reference, frozen components, and the parts of a step."""
 
 from __future__ import annotations
 
@@ -104,12 +103,12 @@ class Components:
 
     @property
     def weight_copies(self) -> list[WeightCopy]:
-        """The second copies of the policy's weights."""
+        """Second copies of the policy's weights: the reference and, if there is one, the average."""
         return [self.reference] if self.average is None else [self.reference, self.average]
 
     @property
     def controllers(self) -> list[WinnerBudget | AutoBeta]:
-        """What steers the loss while training, and has a state in checkpoints."""
+        """Controllers that adjust the loss while training. Their state is part of checkpoints."""
         return [each for each in (self.winner_budget, self.auto_beta) if each is not None]
 
 
