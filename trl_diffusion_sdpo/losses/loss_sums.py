@@ -36,8 +36,8 @@ def loss_weights_by_name(
             raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {name!r}.")
     if not names or len(set(names)) < len(names) or {"dspo", "dspo_sdxl"} <= set(names):
         raise ValueError(
-            f"`loss_type` must name one loss or several different ones. Got {names}. Remove repeated names, and set "
-            "`loss_weights` to weight a loss; `dspo` and `dspo_sdxl` cannot be summed."
+            f"`loss_type` must name one loss or several different ones, and only one of `dspo` and `dspo_sdxl`. Got "
+            f"{names}. Set `loss_weights` to weight a loss."
         )
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     valid = all(weight >= 0 and math.isfinite(weight) for weight in weights)
@@ -61,8 +61,8 @@ def loss_spec(
         margin_clamp (`float`, *optional*): Cap of the logit, greater than 0.
 
     Raises:
-        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or if `margin_clamp` is set for a loss
-            that is not a function of the logit alone.
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or if `margin_clamp` is set and no
+            loss reads the loser, or one that does is not a function of the logit alone.
     """
     weights = loss_weights_by_name(loss_type, loss_weights)
     spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
