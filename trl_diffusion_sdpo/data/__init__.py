@@ -1,4 +1,4 @@
-"""Preference data: from the columns of published sets to batches of pairs."""
+"""Preference data. This package turns the columns of published data sets into batches of pairs."""
 
 from .buckets import AspectRatioBuckets
 from .formats import FORMATS, PreferenceFormat, detect_format

@@ -13,14 +13,14 @@ from .images import ImageReader, UndecodableImageError
 from .pairs import PreferenceDataset
 from .sources import PairSource
 
-COMPARED_AT_ONCE = 1 << 22  # comparisons that are held in memory
+COMPARED_AT_ONCE = 1 << 22  # comparisons in memory at a time
 
 
 def calibrate(dataset: PreferenceDataset) -> np.ndarray:
     """Return the calibrated scores of winners and losers, `(P, 2)` in float64.
 
-    An image is compared with all distinct images of its prompt. Two images of a prompt are one if they have equal
-    scores and equal content. Content is read only of images that share prompt and score with another.
+    An image is compared with all distinct images of its prompt. Two images of a prompt count as one image if they have
+    equal scores and equal content. An image is read only if another image of its prompt has the same score.
     """
     assert dataset.scores is not None
     source, index = dataset.origins()
@@ -49,7 +49,7 @@ def _prompt_numbers(source: PairSource, rows: np.ndarray) -> np.ndarray:
 def _different_images(
     source: PairSource, reader: ImageReader, places: np.ndarray, prompts: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number of each image among the distinct ones, and prompts and scores of the distinct ones.
+    """Find the distinct images. Return the number of the distinct image for each image, and their prompts and scores.
 
     Args:
         places (`np.ndarray` of shape `(N, 2)`): Row of each image, and its number within the row.

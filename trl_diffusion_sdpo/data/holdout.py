@@ -20,8 +20,8 @@ def hold_out(dataset: datasets.Dataset, size: float, *, seed: int, dataset_forma
 
     Args:
         dataset (`datasets.Dataset`): In one of `FORMATS`.
-        size (`float`): Share of the rows in `(0, 1)`, or a whole number of rows, to hold out. An upper bound: all rows
-            of a prompt go to one side. At least one row is held out.
+        size (`float`): Share of the rows in `(0, 1)`, or a whole number of rows, to hold out. It is an upper bound,
+            because all rows of a prompt go to the same side. At least one row is held out.
         seed (`int`): Seed of the choice.
         dataset_format (`str`, *optional*): A key of `FORMATS`; detected from the columns by default.
 
@@ -37,14 +37,16 @@ def hold_out(dataset: datasets.Dataset, size: float, *, seed: int, dataset_forma
 def hold_out_of_several(
     parts: Sequence[datasets.Dataset], size: float, *, seed: int, formats: Sequence[str | None]
 ) -> list[Split]:
-    """Split data sets that are trained on together as if they were one: `size` is of all their rows, and a prompt that
-    several of them have is on one side in all. The rest is as for [`hold_out`].
+    """Split data sets that are trained on together, as if they were one data set.
+
+    `size` counts the rows of all data sets together. If several data sets have the same prompt, all its rows go to the
+    same side. All other rules are those of [`hold_out`].
 
     Raises:
         ValueError: If no rows of one of the data sets would be left to train on.
     """
     prompts = [_prompts(part, name) for part, name in zip(parts, formats, strict=True)]
-    rows = Counter(chain(*prompts))  # of each prompt, in the order of their first rows
+    rows = Counter(chain(*prompts))  # prompt to its number of rows, ordered by the first row
     total = rows.total()
     wanted = max(1, round(size * total)) if size < 1 else int(size)
     if wanted >= total:
@@ -79,7 +81,7 @@ def hold_out_of_several(
 
 
 def _prompts(dataset: datasets.Dataset, dataset_format: str | None) -> list[str | None]:
-    """Return each row's prompt, `None` if it is bad."""
+    """Return the prompt of each row. A bad prompt becomes `None`."""
     row_format = resolve_format(dataset_format, dataset.column_names)
     column = row_format.prompt_column(dataset.column_names)
     prompts: list[str | None] = []

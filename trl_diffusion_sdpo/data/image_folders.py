@@ -1,5 +1,5 @@
-"""Folders of images without a table: equal names in the folders `chosen` and `rejected`, or ranks at the end of names.
-Prompts are in text files beside the images."""
+"""Pairs from folders of images without a table. Two images form a pair if they have equal names in the folders `chosen`
+and `rejected`, or ranks at the end of their names. Prompts are in text files beside the images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
 DATA_FILES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".tar", ".zip")
-MAX_RANKED = 8  # images of one prompt; a longer row of numbers counts photos
+MAX_RANKED = 8  # images of one prompt; more numbered images are a photo series, so the numbers are no ranks
 MAX_CAPTION_BYTES = 2**20
 LAYOUTS = (
     "Pairs are equal names in its folders chosen and rejected, or ranks of one or two digits at the end of the names "
@@ -28,23 +28,23 @@ LAYOUTS = (
     "(a.txt); or a table names them (pairs.csv with the columns prompt, chosen, rejected)."
 )
 _RANKED = re.compile(r"(.+)_(\d\d?)")
-_CLUTTER = ("thumbs.db", "desktop.ini")  # of file managers; those of others begin with a dot
+_CLUTTER = ("thumbs.db", "desktop.ini")  # written by file managers; clutter of other programs begins with a dot
 NOTES = ("captions without images", "files of other kinds")  # these are not bad rows
 
 
 @dataclass
 class Part:
-    """The pairs of one split, and the names of files that were left out, by reason."""
+    """Pairs of one split, and the names of files that were left out, by reason."""
 
     folder: Path
     rows: dict[str, list[Any]]  # columns
     left_out: dict[str, list[str]]
 
     def report(self, *, strict: bool) -> None:
-        """Log how ranks were read and which files were left out.
+        """Log the order of ranked names and the files that were left out.
 
         Raises:
-            ValueError: If no pair is left or, if `strict`, an image is in no pair.
+            ValueError: If no pair is left. If `strict`, also if an image is in no pair.
         """
         lines = []
         for reason, names in self.left_out.items():
@@ -80,10 +80,10 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
         stems = [_stem(file, path) for file in _files(path) if _is_image(file)]
         ranked = [match[1] for stem in stems if (match := _RANKED.fullmatch(stem))]
         if len(ranked) == len(set(ranked)):
-            return None  # no two images of one name
+            return None  # no two images have the same name
         splits = _folders(path) if (path / "train").is_dir() else [path]
     if _has_table(path, *splits):
-        return None  # it may name the images
+        return None  # a table may name the images
     if splits == [path]:
         return {"train": _read(path, has_sides)}
     if others := sorted(entry.name for entry in path.iterdir() if entry not in splits and not _is_clutter(entry)):
@@ -92,7 +92,7 @@ def read_image_folder(path: Path) -> dict[str, Part] | None:
 
 
 def make_datasets(parts: dict[str, Part]) -> dict[str, datasets.Dataset]:
-    """Return a data set of each part. Each knows the lengths of all."""
+    """Return one data set per split. The info of each data set contains the lengths of all splits."""
     made = {name: datasets.Dataset.from_dict(part.rows) for name, part in parts.items()}
     splits = {name: datasets.SplitInfo(name, num_examples=len(dataset)) for name, dataset in made.items()}
     for dataset in made.values():
@@ -101,7 +101,7 @@ def make_datasets(parts: dict[str, Part]) -> dict[str, datasets.Dataset]:
 
 
 def _read(folder: Path, has_sides: bool) -> Part:
-    """Read one split: sort the files by the name of their group, then make a row of each group."""
+    """Read one split. Sort the files by the name of their group, then turn each group into a row."""
     groups: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # ranks and images; a lower rank is better
     captions: dict[str, list[Path]] = defaultdict(list)
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -153,7 +153,7 @@ def _read(folder: Path, has_sides: bool) -> Part:
 
 
 def _prompt(captions: list[Path]) -> tuple[str, str]:
-    """Return the reason why the captions of a group cannot be used, if there is one, and their one text."""
+    """Return the reason why the captions of a group cannot be used, or `""`, and the text of the captions."""
     if not all(file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES for file in captions):
         return "with a caption that is a broken link, no regular file or larger than 1 MiB", ""
     try:
@@ -166,7 +166,7 @@ def _prompt(captions: list[Path]) -> tuple[str, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder. Links to folders are followed if they are directly in it."""
+    """Return all files below a folder. A link to another folder is followed only at the top level."""
     entries = [entry for entry in folder.iterdir() if not _is_clutter(entry)]
     files = [file for entry in entries for file in (entry.rglob("*") if entry.is_dir() else [entry])]
     return [file for file in files if not file.is_dir() and not _is_clutter(file)]
@@ -187,7 +187,7 @@ def _has_table(*folders: Path) -> bool:
 
 
 def _stem(file: Path, folder: Path) -> str:
-    """Return the name of a file in a folder without its suffix."""
+    """Return the path of a file relative to a folder, without its suffix."""
     return file.relative_to(folder).with_suffix("").as_posix()
 
 

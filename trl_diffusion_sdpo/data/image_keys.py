@@ -11,14 +11,14 @@ from PIL import Image
 
 
 def image_key(image: Any) -> str:
-    """Return a text that changes when an image does. Nothing is decoded.
+    """Return a string that changes when the image changes. The image is not decoded.
 
-    A local file has its absolute path, size, modification time and change time as its key, so the file is not read.
-    Every tool that replaces a file changes one of these, and the change time cannot be set back.
+    The key of a local file consists of its absolute path, size, modification time and change time. The file itself is
+    not read. Every tool that replaces a file changes one of these values. No tool can set the change time back.
 
     Args:
         image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `dict` or `None`): A value of an image column. A
-            `dict` has `"bytes"` and `"path"`; bytes take precedence.
+            `dict` has the keys `"bytes"` and `"path"`; bytes take precedence.
 
     Returns:
         `str`: One line, starting with `file`, `missing`, `url`, `bytes` or `pixels`.

@@ -1,4 +1,4 @@
-"""Sizes of all images, read from their headers before training, and the pairs that they exclude."""
+"""Reading of image sizes from the headers before training, and removal of pairs with small images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .formats import images_of_row
 from .images import ImageReader, UndecodableImageError
 from .transforms import Size
 
-STRONG_CROP = 0.25  # share of an image's area; pairs that lose more are counted
-FEW_HEADERS = 20_000  # below this, starting processes takes longer than reading in one
+STRONG_CROP = 0.25  # share of an image's area; pairs that lose more to cropping are counted
+FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
 ENLARGED = "enlarged"
 SIZES_READ = "Reading image sizes"
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Pairs that remain after the sizes of their images were read, and the sizes that they are trained at.
+    """Pairs that remain after the sizes of their images were read, and their training sizes.
 
     Args:
         kept (`np.ndarray` of shape `(P,)`, bool): Whether each pair remains.
@@ -51,14 +51,14 @@ def settle_sizes(
     num_proc: int | None,
     peers: Peers,
 ) -> Settled:
-    """Read the sizes of all images, and leave out pairs whose images are unreadable or small.
+    """Read the sizes of all images, and leave out pairs that have an unreadable or small image.
 
     Args:
         source: The data set with the images.
         index (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
         targets ([`AspectRatioBuckets`] or `Size`): Sizes that pairs are trained at.
         min_side (`int`, *optional*): Least pixels along the shorter side of an image.
-        num_proc (`int`, *optional*): Processes of each peer; by default one for each core if there are many images.
+        num_proc (`int`, *optional*): Processes per peer. If there are many images, the default is one per core.
         peers (`Peers`): The processes that divide the images.
     """
     sizes = _read_sizes(source, index, reader, num_proc, peers)  # (P, 2, 2)
@@ -103,7 +103,7 @@ def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
 
 
 def _drops(kind: str, mask: np.ndarray, reason_of: Callable[[int], str]) -> list[tuple[str, int, str, int]]:
-    """Return the first pairs of a mask with their reasons. The last one counts for all others."""
+    """Return the first pairs of a mask with their reasons. The last entry also counts all further pairs."""
     pairs = np.flatnonzero(mask).tolist()
     drops = [(kind, pair, reason_of(pair), 1) for pair in pairs[:MAX_EXAMPLES]]
     if drops:
@@ -112,7 +112,7 @@ def _drops(kind: str, mask: np.ndarray, reason_of: Callable[[int], str]) -> list
 
 
 def _problem(source: Any, pair: np.ndarray, reader: ImageReader) -> str:
-    """Return why the size of an image of a pair cannot be read."""
+    """Return the reason why an image size of a pair cannot be read."""
     for row, image in pair.reshape(2, 2).tolist():
         try:
             reader.size_at(source.images(row), image)
@@ -140,7 +140,7 @@ def _read_sizes(source: Any, index: np.ndarray, reader: ImageReader, num_proc: i
     sides = pa.chunked_array(list(chain(*peers.gather_results(read_share))), pa.list_(pa.int32()))
     counts = compute.list_value_length(sides).to_numpy() // 2  # images of each row
     sizes = compute.list_flatten(sides).to_numpy().reshape(-1, 2).astype(np.int64)
-    sizes = np.concatenate([sizes, [[0, 0]]])  # the last one is of images that are missing
+    sizes = np.concatenate([sizes, [[0, 0]]])  # the last entry stands for missing images
     starts = np.cumsum(counts) - counts
     images = []
     for row, image in ((0, 1), (2, 3)):
@@ -164,7 +164,7 @@ def _size(reader: ImageReader, image: Any) -> tuple[int, int]:
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """Return an Arrow value as Python's. Bytes are a view of its memory: `as_py` would read all of a mapped file."""
+    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would read a whole mapped file."""
     if not scalar.is_valid:
         return None
     if pa.types.is_struct(scalar.type):

@@ -1,8 +1,11 @@
-"""Decodes the values of image columns.
+"""Decoding of images from the values of image columns.
 
-Paths and URLs in rows are not trusted: they may name a device, a pipe or another host, and a small file may decompress
-to any size. A bad image raises `UndecodableImageError`, and its row is left out. A storage that fails repeatedly raises
-`UnreadableImageError`, and the run ends: the image may be good, and training without it would be another training.
+Paths and URLs in rows are not trusted. They may name a device, a pipe or another host. A small file may decompress to
+any size.
+
+A bad image raises `UndecodableImageError`, and its row is left out. A storage that fails repeatedly raises
+`UnreadableImageError`, and the run ends. The run does not continue without the image, because the image may be good and
+leaving it out would change the training.
 """
 
 import errno
@@ -30,15 +33,15 @@ from ..utils.files import check_regular_file
 from ..utils.hints import did_you_mean
 from ..utils.secrets import without_secrets
 
-MIN_SIDE = 8  # a VAE encodes 8 x 8 pixels to one latent
-MAX_ASPECT_RATIO = 64  # an image is resized by its shorter side: the longer one would exceed any memory
+MIN_SIDE = 8  # because a VAE encodes 8 x 8 pixels to one latent
+MAX_ASPECT_RATIO = 64  # images are resized by the shorter side, so the longer side of a strip would not fit in memory
 MAX_FILE_BYTES = 256 * 2**20
-MAX_PIXELS = 178_956_970  # Pillow's default limit; half a gigabyte as RGB
+MAX_PIXELS = 178_956_970  # default limit of Pillow; half a gigabyte as RGB
 
-# Without the formats that Pillow decodes by running other programs, such as EPS.
+# Formats such as EPS are missing, because Pillow decodes them by running other programs.
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Schemes that rows may use by default: local files, members of archives, and files of the Hub, because `datasets` names
-# the images of a set that it streams from there in this way.
+# Schemes that rows may use by default: local files, members of archives, and files of the Hub. The scheme `hf` is
+# needed because `datasets` names the images of a set that it streams from the Hub by such URLs.
 SCHEMES = ("file", "hf", "zip", "tar")
 
 READ_AGAIN = (1.0, 5.0)  # seconds before an image is read again after an error that may pass
@@ -46,16 +49,16 @@ HOW_TO_GO_ON = (
     "The image may be good, so it is not left out. When the storage answers again, start the run again, with "
     "`resume_from_checkpoint` if it has saved a checkpoint. If it never does, remove the row from the data set."
 )
-# Errors of the path itself or of the permission to read it. Other numbered errors of the system may pass.
+# Errors caused by the path or by missing permission. Other errors with a number may be temporary.
 PERMANENT_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
     *(errno.EACCES, errno.EPERM),
 )
-PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410, 414, 451)  # of HTTP
+PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410, 414, 451)  # HTTP status codes
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError)
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
-FULL_SIZE: Any = object()  # key of `Image.info` that no file can set
+FULL_SIZE: Any = object()  # key in `Image.info`; an object, because files can set string keys
 
 Covering = Callable[
     [int, int], tuple[int, int]
@@ -64,21 +67,23 @@ Result = TypeVar("Result")
 
 
 class UndecodableImageError(ValueError):
-    """An image that cannot be used, with the reason. Passwords of URLs do not appear in it."""
+    """Error for an image that cannot be used. Passwords in URLs are removed from the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
 class UnreadableImageError(ValueError):
-    """A storage that failed repeatedly. The image may be good."""
+    """Error for a storage that failed repeatedly. The image may be good."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
 
 
 def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return fsspec's names of the schemes of `image_schemes`, such as `"s3"`, `"S3"` or `"s3://"`, without repeats.
+    """Parse `image_schemes` and return the names that fsspec uses, without repeats.
+
+    `"s3"`, `"S3"` and `"s3://"` all become `"s3"`.
 
     Raises:
         ValueError: If fsspec knows no such scheme, or a package that it needs is not installed.
@@ -104,7 +109,7 @@ def parse_schemes(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Opens and decodes the images of rows. After an error that may pass, an image is read again.
+    """Reader that opens and decodes the images of rows. After a temporary error, it reads the image again.
 
     Args:
         schemes (`tuple[str, ...]`): URL schemes that rows may use, also in chains such as `zip://a.png::hf://...`.
@@ -113,44 +118,46 @@ class ImageReader:
     schemes: tuple[str, ...] = SCHEMES
 
     def decode(self, value: Any, covering: Covering | None = None) -> Image.Image:
-        """Return the value of an image column as an upright RGB image.
+        """Decode the value of an image column into an upright RGB image.
 
-        Transparent images are composited on white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
+        Transparent images are composited on white. 16-bit grey is scaled to 8 bits. EXIF rotation is applied.
 
         Args:
             value (`PIL.Image.Image`, `bytes`, `str`, `os.PathLike` or `dict`): A `str` is a local path or a URL of one
-                of `schemes`; a `dict` has `"bytes"` and `"path"` (bytes take precedence), as an undecoded
-                `datasets.Image` has.
-            covering (`Callable`, *optional*): Returns the size that the image will be resized to. A JPEG that is at
-                least twice as large is then decoded at a half, a quarter or an eighth of its size, which is faster.
-                [`full_size`] is the size of the file.
+                of `schemes`. A `dict` has the keys `"bytes"` and `"path"`, like an undecoded `datasets.Image`; bytes
+                take precedence.
+            covering (`Callable`, *optional*): Function that returns the size that the image will be resized to. To
+                save time, a JPEG at least twice as large is then decoded at a half, a quarter or an eighth of its
+                size. [`full_size`] returns its size in the file.
 
         Raises:
-            UndecodableImageError: With the reason: damaged, missing, too small, too long, too large, of an unknown
-                type, or at a URL whose scheme is not allowed.
+            UndecodableImageError: If the image is damaged, missing, too small, too long, too large, or of an unknown
+                type, or if the scheme of its URL is not allowed.
             UnreadableImageError: If the storage failed repeatedly.
         """
         return _read_patiently(partial(self._decode, covering=covering), value)
 
     def size(self, value: Any) -> tuple[int, int]:
-        """Return `(height, width)` of the image that `decode` would give. Only the header is read, so the pixels may
-        still be damaged, and a rotation that a PNG names after its pixels is not seen.
+        """Return `(height, width)` of the image that `decode` would return, by reading the header only.
+
+        Damaged pixels are not detected. If a PNG stores its rotation after the pixels, the rotation is not seen.
 
         Raises:
-            As `decode`, for what a header shows.
+            UndecodableImageError: Like `decode`, if the header shows the problem.
+            UnreadableImageError: If the storage failed repeatedly.
         """
         return _read_patiently(self._size, value)
 
     def decode_at(self, images: Sequence[Any], index: int, covering: Covering | None = None) -> Image.Image:
-        """Decode one of a row's images; the error names its index."""
+        """Decode one of the images of a row. Errors name the index of the image."""
         return _at(partial(self.decode, covering=covering), images, index)
 
     def size_at(self, images: Sequence[Any], index: int) -> tuple[int, int]:
-        """Return the `size` of one of a row's images; the error names its index."""
+        """Return the `size` of one of the images of a row. Errors name the index of the image."""
         return _at(self.size, images, index)
 
     def problem(self, image: Any) -> str:
-        """Return why an image cannot be used; empty if it can.
+        """Return the reason why an image cannot be used, or an empty string if it can be used.
 
         Raises:
             UnreadableImageError: If the storage failed repeatedly.
@@ -172,7 +179,7 @@ class ImageReader:
 
     def _size(self, value: Any) -> tuple[int, int]:
         with self._opened(value) as image:
-            if image.format == "TIFF":  # Pillow turns it when it is decoded
+            if image.format == "TIFF":  # Pillow itself rotates a TIFF while decoding
                 image.load()
                 width, height = _upright(image).size
             else:
@@ -182,7 +189,7 @@ class ImageReader:
 
     @contextmanager
     def _opened(self, value: Any) -> Iterator[Image.Image]:
-        """Open an image and check its number of pixels, before any is decoded."""
+        """Open an image, and check its number of pixels before they are decoded."""
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, Image.Image):
@@ -205,7 +212,7 @@ class ImageReader:
             yield image
 
     def _download(self, url: str) -> io.BytesIO:
-        """Return the bytes at a URL, or of a member of an archive. The URL is checked before anything is opened."""
+        """Read the bytes at a URL, or of a member of an archive. The URL is checked before it is opened."""
         hops = url.split("::")
         for depth, hop in enumerate(hops):
             scheme = _scheme(hop)
@@ -225,23 +232,25 @@ class ImageReader:
             with fsspec.open(url, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         except Exception as error:
-            raise _storage_error(error) from None  # its traceback may show the URL's password
+            raise _storage_error(error) from None  # the traceback of `error` may show the password in the URL
         if len(content) > MAX_FILE_BYTES:
             raise UndecodableImageError(f"is too large a file: more than {MAX_FILE_BYTES} bytes")
         return io.BytesIO(content)
 
 
-decode_image = ImageReader().decode  # with the default schemes
+decode_image = ImageReader().decode  # uses the default schemes
 
 
 def as_undecodable(error: Exception, what: str) -> UndecodableImageError | UnreadableImageError:
-    """Return the error of an image for any that was raised while it was read. `what` says what cannot be done."""
+    """Convert an error raised while an image was read to an image error. `what` begins the message."""
     if isinstance(error, UndecodableImageError | UnreadableImageError):
         return error
     if isinstance(error, UnidentifiedImageError):
         return UndecodableImageError("is not an image format that Pillow can read")
     may_pass = isinstance(error, MemoryError | TimeoutError | ConnectionError)
-    if isinstance(error, OSError) and error.errno is not None:  # decoders raise it without a number for damaged images
+    if (
+        isinstance(error, OSError) and error.errno is not None
+    ):  # for damaged images, decoders raise OSError without a number
         may_pass = error.errno not in PERMANENT_ERRORS
     if may_pass:
         return UnreadableImageError(f"cannot be read ({type(error).__name__}: {error})")
@@ -249,11 +258,13 @@ def as_undecodable(error: Exception, what: str) -> UndecodableImageError | Unrea
 
 
 def _read_patiently(read: Callable[[Any], Result], value: Any) -> Result:
-    """Return `read(value)`. Any failure becomes one of the two errors of this module, and names the image's file."""
+    """Return `read(value)`. Convert any failure to one of the two errors of this module, and name the file in it."""
     for pause in (*READ_AGAIN, None):
         try:
             return read(value)
-        except Exception as error:  # decoders and file systems raise any type; a bad row must not stop the run
+        except (
+            Exception
+        ) as error:  # decoders and file systems raise errors of any type, and a bad row must not stop the run
             failure = as_undecodable(error, "cannot be decoded")
             reason = str(failure)
             name = value.get("path") if isinstance(value, Mapping) else value
@@ -277,13 +288,13 @@ def _at(read: Callable[[Any], Result], images: Sequence[Any], index: int) -> Res
 
 
 def _scheme(hop: str) -> str:
-    """Return the scheme of one part of a chained URL, empty for a plain path. fsspec takes a bare word as a scheme."""
+    """Return the scheme of one part of a chained URL; empty for a plain path. A single word is a scheme for fsspec."""
     scheme, separator, _ = hop.partition("://")
     return "" if not separator and re.search("[^a-z]", hop) else scheme
 
 
 def _check_file(path: str, max_bytes: int | None) -> str:
-    """Return the path of a regular file, after it was checked and before it is opened."""
+    """Return a path after checking that it is a regular file. The file is not opened."""
     try:
         check_regular_file(path, max_bytes)
     except ValueError as error:
@@ -292,9 +303,11 @@ def _check_file(path: str, max_bytes: int | None) -> str:
 
 
 def _storage_error(error: Exception) -> UndecodableImageError | UnreadableImageError:
-    """Return the error of an image for what a storage's library raised, which may be of any type. It may pass, unless
-    it says that nothing is there, that it may not be read, or that it is damaged."""
-    # fsspec's HTTP file system says of every request that fails, whatever the reason, that there is no file.
+    """Convert an error of a storage library to an image error.
+
+    The error counts as permanent if the file is missing, forbidden or damaged. All other errors count as temporary.
+    """
+    # The HTTP file system of fsspec raises FileNotFoundError for every failed request. The cause has the real reason.
     cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
     status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
     if status is None:
@@ -321,12 +334,12 @@ def _check_sides(width: int, height: int) -> None:
 
 
 def full_size(image: Image.Image) -> tuple[int, int]:
-    """Return `(height, width)` of the file that an image was decoded from, which may be at a fraction of its size."""
+    """Return `(height, width)` of an image in its file. With `covering`, the decoded image may be smaller."""
     return image.info.get(FULL_SIZE, (image.height, image.width))
 
 
 def _draft(image: Image.Image, covering: Covering) -> Image.Image:
-    """Decode a JPEG at the smallest of the sizes 1, 1/2, 1/4 and 1/8 that is not below what `covering` returns."""
+    """Decode a JPEG at the smallest scale of 1, 1/2, 1/4 and 1/8 that is at least as large as `covering` returns."""
     height, width = _upright_size(image)
     _check_sides(width, height)
     wanted = covering(height, width)
@@ -338,18 +351,18 @@ def _draft(image: Image.Image, covering: Covering) -> Image.Image:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF rotation in the header exchanges height and width."""
-    # `PngImageFile.getexif` would decode the pixels, to see what comes after them.
+    """Return whether the EXIF rotation in the header swaps height and width."""
+    # `PngImageFile.getexif` would decode the pixels, to find EXIF data after them.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in TURNED
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return `(height, width)` after the EXIF rotation, from the header."""
+    """Return `(height, width)` after EXIF rotation, from the header alone."""
     return image.size if _is_turned(image) else (image.height, image.width)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation. An image without one is returned itself; Pillow would copy it."""
+    """Apply the EXIF rotation. An image without rotation is returned itself, because Pillow would copy it."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 
@@ -362,14 +375,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             "is of mode F: floating-point images have no agreed range, save it in 8 or 16 bits"
         )
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+        return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image.convert("RGBA"))
     return canvas.convert("RGB")
 
 
 def _wide_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; Pillow's conversion clips everything above 255 to white."""
+    """Scale 16-bit grey to 8 bits. The conversion of Pillow would clip all values above 255 to white."""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")
