@@ -1,2 +1,4 @@
-"""How training is distributed: gradient back ends, sharded weights, processes and data loaders. The only room that asks
-which engine runs."""
+"""Distribution of training: gradient back ends, sharded weights, processes and data loaders.
+
+Only this package asks which engine runs.
+"""

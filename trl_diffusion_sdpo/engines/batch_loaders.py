@@ -22,9 +22,9 @@ from ..utils._compat import keeps_order, start_method
 from ..utils.processes import forks_by_default, usable_cores
 from .worker_processes import CollateIntoSharedMemory, WorkerStart, worker_context
 
-MAX_WORKERS = 4  # decode some hundred pairs a second, more than a denoiser trains on
-MAX_READERS = 8  # before training, where nothing but a VAE waits for them
-FEW_PAIRS = 512  # decoded in seconds
+MAX_WORKERS = 4  # four workers decode some hundred pairs a second, more than a denoiser trains on
+MAX_READERS = 8  # workers of passes before training, when items are only encoded
+FEW_PAIRS = 512  # the main process decodes fewer pairs than this in seconds
 PREFETCH_FACTOR = 2  # torch's default
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -51,7 +51,9 @@ class LazyBatches:
     """
 
     def __init__(self, batches: Iterator[Any], count: int):
-        self._batches, self._count, self._first = batches, count, [next(batches)]
+        self._batches = batches
+        self._count = count
+        self._first = [next(batches)]
 
     def __len__(self) -> int:
         return self._count
@@ -67,7 +69,9 @@ class BatchLoaders:
     loaders of other data may have fewer workers."""
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, *, workers_are_chosen: bool = False):
-        self._args, self._accelerator, self._workers_are_chosen = args, accelerator, workers_are_chosen
+        self._args = args
+        self._accelerator = accelerator
+        self._workers_are_chosen = workers_are_chosen
         self._evaluation: dict[tuple[int, int], tuple[Pairs, DataLoader]] = {}
 
     def training(self, dataset: Pairs, batch_size: int, sampler: Sampler | None, collate: Callable) -> DataLoader:
@@ -213,8 +217,8 @@ def _workers_and_reason(
         return 0, ""
     if start_method(args) is None and not forks_by_default():
         return 0, (
-            "on this platform workers import the main script again; put the training call under `if __name__ == "
-            "'__main__':` and set `dataloader_num_workers` to have some"
+            "on this platform, workers re-import the main script; to use workers, put the training call under `if "
+            "__name__ == '__main__':` and set `dataloader_num_workers`"
         )
     most = _max_workers(dataset, most)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))  # on this machine

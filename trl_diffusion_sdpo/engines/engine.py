@@ -1,4 +1,4 @@
-"""How the process group trains, behind one interface: one process or DDP, FSDP2, DeepSpeed ZeRO."""
+"""One interface for all ways to train: one process, DDP, FSDP2 and DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sharding import Float32Shards
 
 
 class Engine:
-    """How the process group trains: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO.
+    """Training engine of the process group: one process or DDP ("plain"), FSDP2, or DeepSpeed ZeRO.
 
     Args:
         accelerator (`Callable`): Returns the accelerator. It is called at each use, because transformers makes the
@@ -39,15 +39,17 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """What a checkpoint must be resumed with: `"plain"`, `"fsdp"`, or `"zero1, 8 processes"` and so on."""
+        """Name of the engine that must resume a checkpoint: `"plain"`, `"fsdp"`, `"zero1, 8 processes"`, ..."""
         if self._is_deepspeed:
             return f"zero{self._zero_stage}, {self.accelerator.num_processes} processes"
         return "fsdp" if self._is_fsdp else "plain"
 
     @property
     def holds_shards(self) -> bool:
-        """Whether weights, or their float32 form, are sharded. Such an engine trains a model once, and evaluates it
-        only after training has set it up."""
+        """Whether weights, or their float32 copies, are sharded.
+
+        Such an engine trains a model only once. It evaluates the model only after training has prepared it.
+        """
         return self._is_deepspeed or self._is_fsdp
 
     @property
@@ -62,8 +64,7 @@ class Engine:
 
     @property
     def loads_weights_with_optimizer(self) -> bool:
-        """Whether a checkpoint's weights and optimizer state are read together, by [`Engine.load_state`], after the
-        engine has wrapped the model."""
+        """Whether [`Engine.load_state`] reads weights and optimizer state together, after the model is prepared."""
         return self._is_deepspeed
 
     @property
@@ -73,18 +74,20 @@ class Engine:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether the module's weights themselves are rounded to half precision, not copies of them."""
+        """Whether the engine rounds the module's weights themselves to half precision, and not copies of them."""
         return self._is_deepspeed and self._half_dtype is not None
 
     @property
     def rounding(self) -> torch.dtype | None:
-        """The half precision to which the engine rounds all weights, or copies of them at each use; `None` where
-        autocast decides."""
+        """Half precision to which the engine rounds all weights, or copies of them at each use.
+
+        `None` if autocast decides.
+        """
         return self._half_dtype
 
     @property
     def pickled_types(self) -> list[type]:
-        """The engine's classes within its checkpoints; reading them runs no code."""
+        """Classes of the engine that its checkpoints contain. Reading them runs no code."""
         if not self._is_deepspeed:
             return []
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -108,7 +111,7 @@ class Engine:
 
     @property
     def _half_dtype(self) -> torch.dtype | None:
-        """The half precision in which the engine computes with all weights; `None` where autocast decides."""
+        """Half precision in which the engine computes with all weights. `None` if autocast decides."""
         if self.accelerator.is_fsdp2:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
             return None if policy is None else policy.param_dtype
@@ -123,7 +126,7 @@ class Engine:
     # ---- Set-up ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `ValueError` where one image would be split over processes, or gradients be rounded on the way."""
+        """Raise `ValueError` if the engine would split an image over processes, or round gradients on the way."""
         parallel = self.accelerator.parallelism_config
         split = parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled)
         if self._is_deepspeed:
@@ -137,29 +140,33 @@ class Engine:
             )
         if self._is_fsdp and parallel is not None and parallel.dp_replicate_enabled:
             raise ValueError(
-                "FSDP must shard over all processes, got `parallelism_config` with `dp_replicate_size="
-                f"{parallel.dp_replicate_size}` (HSDP): inner products of gradients would be summed over the copies of "
-                "each shard. Leave `dp_replicate_size` out."
+                "FSDP must shard over all processes, because inner products of gradients would be summed over the "
+                "copies of each shard. Got `parallelism_config` with `dp_replicate_size="
+                f"{parallel.dp_replicate_size}` (HSDP). Leave `dp_replicate_size` out."
             )
         if self._is_fsdp and not self.accelerator.is_fsdp2:
             raise ValueError("FSDP must be version 2, got 1. Set `fsdp_version: 2` (`fsdp_config={'version': 2}`).")
 
     def complete_settings(self, *, exact_gradients: bool) -> None:
-        """Complete the settings of accelerate's plugins, before the model is prepared. With `exact_gradients`,
-        gradients are averaged in float32: the difference of two branches loses digits that their sum would not."""
+        """Complete the settings of accelerate's plugins, before the model is prepared.
+
+        With `exact_gradients`, gradients are averaged in float32. The difference of two branches loses digits that
+        their sum would not lose.
+        """
         compiling = self.accelerator.state.dynamo_plugin
         if compiling.dynamic is False:
-            # `accelerate launch` says so by default. Each size of a bucket would be compiled, until torch gives up.
+            # This is the default of `accelerate launch`. torch would compile every image size, until it gives up.
             compiling.dynamic = None
         if self.accelerator.is_fsdp2:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.cpu_ram_efficient_loading = False  # all processes have loaded the weights; it fails on buffers
+            plugin.cpu_ram_efficient_loading = False  # not needed, as all processes load weights; fails on buffers
             policy = plugin.mixed_precision_policy
             if policy is not None and policy.param_dtype is not None:
-                # FSDP would round every input, timesteps too; autocast rounds what weights are multiplied with.
+                # FSDP would round every input, including timesteps. Autocast rounds only inputs of matrix products
+                # and convolutions.
                 settings = {"reduce_dtype": torch.float32} if exact_gradients else {}
                 plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, **settings)
-            # Otherwise FSDP keeps whole gradients of all micro-batches but the last: two models in each process.
+            # Otherwise every process holds full-size gradients until the last micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         elif self._zero_stage >= 2 and exact_gradients:  # with these settings, ZeRO-1 uses another optimizer class
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -167,44 +174,61 @@ class Engine:
             config.setdefault("communication_data_type", "fp32")
 
     def unrounded(self, module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        """The trained weights before the model is prepared, for [`Engine.restore_unrounded`]; empty where the engine
-        does not round them."""
+        """Return the trained weights before the model is prepared, for [`Engine.restore_unrounded`].
+
+        The dictionary is empty if the engine does not round weights.
+        """
         if not self.rounds_weights:
             return {}
         return {weight: weight.data for weight in module.parameters() if weight.requires_grad}
 
     def shard_before_preparing(self, module: nn.Module, unrounded: dict[nn.Parameter, torch.Tensor]) -> None:
-        """Shard a module from the CPU, one weight at a time, where `accelerator.prepare` would first move all of it to
-        the device: under ZeRO-3. The values of [`Engine.unrounded`] become shards."""
+        """Shard a module from the CPU under ZeRO-3, one weight at a time. Other engines do nothing here.
+
+        `accelerator.prepare` would first move the whole module to the device. The values of [`Engine.unrounded`] become
+        shards.
+        """
         if self._zero_stage == 3:
             sharding.zero3_partition(module, self.accelerator, self._half_dtype, unrounded)
 
     def restore_unrounded(self, weights: dict[nn.Parameter, torch.Tensor]) -> None:
-        """After the model is prepared: copy these weights into the optimizer's float32 weights, and empty the
-        dictionary. DeepSpeed makes the latter from rounded weights; the rounding exceeds many steps of training."""
+        """Copy these weights into the optimizer's float32 weights after the model is prepared. Empties the dictionary.
+
+        DeepSpeed initializes the optimizer's weights from rounded ones. The rounding error exceeds many steps of
+        training.
+        """
         sharding.restore_unrounded(weights)
 
     def gradient_backend(self, model: nn.Module) -> GradientBackend:
-        """How gradients of two branches are accumulated apart, for a model as `accelerator.prepare` returns it;
-        `ValueError` where the engine's settings do not allow that."""
+        """Return the back end that accumulates the gradients of two branches separately.
+
+        Args:
+            model (`nn.Module`): Model that `accelerator.prepare` returned.
+
+        Raises:
+            `ValueError`: If the engine's settings do not allow separate gradients.
+        """
         return gradient_backend(model, self.accelerator)
 
     # ---- Weights --------------------------------------------------------------------------------------------------
 
     def reshard(self, model: nn.Module) -> None:
-        """Free what FSDP2 leaves gathered after a forward pass without gradients, so that parameters are shards again;
-        call it before weights are read or written."""
+        """Free the weights that FSDP2 leaves gathered after a forward pass without gradients.
+
+        Call this before weights are read or written, so that parameters are shards again.
+        """
         sharding.reshard(model)
 
     def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather named weights on the CPU, one at a time; all processes must call it.
+        """Gather named weights on the CPU, one at a time. All processes must call this.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`): A module's parameters and buffers, not detached.
-            keep (`bool`): Whether this process gets them; others only send their shards and get an empty dictionary.
+            tensors (`dict[str, torch.Tensor]`): Parameters and buffers of a module, not detached.
+            keep (`bool`): Whether this process gets the weights. Other processes only send their shards and get an
+                empty dictionary.
 
         Returns:
-            `dict[str, torch.Tensor]`: Copies; trained weights in float32, as the optimizer holds them.
+            `dict[str, torch.Tensor]`: Copies. Trained weights are the optimizer's float32 weights.
         """
         gathered = {}
         for name, tensor in tensors.items():
@@ -215,25 +239,33 @@ class Engine:
 
     @torch.no_grad()
     def scatter(self, values: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
-        """Copy full tensors into named weights, which may be sharded; all processes must call it."""
+        """Copy full tensors into named weights, sharded or not. All processes must call this."""
         for name, tensor in into.items():
             sharding.scatter(values[name], tensor, self._zero_stage)
 
     @torch.no_grad()
     def mix(self, references: Iterable[torch.Tensor], policies: Iterable[torch.Tensor], alpha: float) -> None:
-        """`ref = alpha * policy + (1 - alpha) * ref` in place, weight by weight; all processes must call it."""
+        """Set `ref = alpha * policy + (1 - alpha) * ref` in place, weight by weight. All processes must call this."""
         for reference, policy in zip(references, policies, strict=True):
             with sharding.gathered([reference, policy] if self._zero_stage == 3 else [], write=True):
                 reference.lerp_(policy.to(reference.dtype), alpha)
 
     def float32_shards(self, weights: dict[str, torch.Tensor]) -> Float32Shards:
-        """Sharded float32 copies of weights that the engine will round; before the model is prepared."""
+        """Return sharded float32 copies of weights that the engine will round. Call this before preparing the model."""
         return Float32Shards(weights, self.accelerator, self._zero_stage)
 
     def shard_like_policy(self, module: nn.Module, *, moves: bool) -> nn.Module:
-        """Move a frozen module from the CPU to the device, in place, sharded as the engine has sharded the policy and
-        in the policy's precision; if it `moves`, its weights are updated by steps too small for half precision.
-        Returns the module to call instead. Weights are cast before they are moved, and sharded one after the other."""
+        """Move a frozen module from the CPU to the device, in place, with the sharding and precision of the policy.
+
+        Each weight is cast before it is moved, and weights are sharded one after the other.
+
+        Args:
+            moves (`bool`): Whether the module's weights are updated during training. FSDP2 then shards them without
+                casting, because the updates are too small for half precision.
+
+        Returns:
+            `nn.Module`: The module to call instead.
+        """
         dtype = self._half_dtype
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
@@ -248,8 +280,11 @@ class Engine:
 
     @contextlib.contextmanager
     def computing(self, module: nn.Module, *, is_policy: bool) -> Iterator[nn.Module]:
-        """A whole module that is not prepared, on the device, rounded as the engine will round the policy: itself, or a
-        copy where the engine rounds. Without an engine that shards, the policy is where it computes already."""
+        """Yield an unsharded module on the device, rounded like the policy under this engine.
+
+        If the engine rounds, the module is a copy. A policy without a sharding engine is already on its device, so it
+        is not moved.
+        """
         dtype, before = self._half_dtype, next(module.parameters()).device
         moves = before != self.accelerator.device and (self.holds_shards or not is_policy)
         working = module if dtype is None else copy.deepcopy(module)
@@ -269,7 +304,7 @@ class Engine:
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def check_resumable(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise `ValueError` where the state of a prepared optimizer could not be read from a checkpoint."""
+        """Raise `ValueError` if the state of a prepared optimizer could not be read from a checkpoint."""
         plain = unwrapped(optimizer)
         stateless = isinstance(plain, torch.optim.SGD) and not any(group["momentum"] for group in plain.param_groups)
         if self._is_fsdp and stateless:  # torch takes the device of a sharded state from one of its tensors
@@ -279,25 +314,27 @@ class Engine:
             )
 
     def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: str) -> None:
-        """Write the sharded optimizer state, where the engine holds shards; all processes must call it. Model and
-        optimizer are as `accelerator.prepare` returned them."""
+        """Write the sharded optimizer state of an engine that holds shards. All processes must call this.
+
+        Model and optimizer must be those that `accelerator.prepare` returned.
+        """
         if self._is_deepspeed:
             cast(Any, model).save_checkpoint(folder, exclude_frozen_parameters=True)
         else:
             save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, optimizer, model, folder)
 
     def load_state(self, model: nn.Module, folder: str) -> None:
-        """Read weights and optimizer state that DeepSpeed wrote by [`Engine.save_state`]."""
+        """Read the weights and optimizer state that DeepSpeed wrote in [`Engine.save_state`]."""
         # Not strict: the checkpoint lacks the frozen weights.
         deepspeed_load_checkpoint(model, folder, load_module_strict=False)
 
 
 def _refuse_zero_plus_plus(config: dict[str, Any]) -> None:
-    """ZeRO++ rounds gradients and keeps second shards of the weights."""
-    changed = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
-    given = {name: config[name] for name, off in changed.items() if config.get(name, off) != off}
-    if given:
+    """Raise `ValueError` for settings of ZeRO++. It rounds gradients and keeps second shards of the weights."""
+    defaults = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
+    active = {name: config[name] for name, off in defaults.items() if config.get(name, off) != off}
+    if active:
         raise ValueError(
-            f"DeepSpeed's ZeRO++ cannot act here, got {given}: policy and reference would be rounded apart, and "
+            f"DeepSpeed's ZeRO++ cannot act here, got {active}: policy and reference would be rounded apart, and "
             "gradients are rounded before they are compared. Leave these settings out."
         )

@@ -1,4 +1,4 @@
-"""What the training arguments say about DeepSpeed and FSDP before there is an accelerator."""
+"""Settings of DeepSpeed and FSDP in the training arguments, read before there is an accelerator."""
 
 from __future__ import annotations
 
@@ -14,38 +14,37 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 
 def runs_deepspeed(args: TrainingArguments) -> bool:
-    """Whether DeepSpeed will train, by the arguments or by the launcher."""
+    """Return whether the arguments or the launcher select DeepSpeed."""
     return args.deepspeed_plugin is not None
 
 
 def by_engine(args: TrainingArguments) -> bool:
-    """Whether DeepSpeed or FSDP will train, which shard or round the weights."""
+    """Return whether DeepSpeed or FSDP will train. Both shard or round the weights."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return runs_deepspeed(args) or args.fsdp_plugin_args is not None or launched
 
 
 def shards_weights(args: TrainingArguments) -> bool:
-    """Whether the engine that these settings ask for shards weights: ZeRO-3 or FSDP."""
+    """Return whether the settings select an engine that shards weights: ZeRO-3 or FSDP."""
     return by_engine(args) and (args.deepspeed_plugin is None or args.deepspeed_plugin.zero_stage == 3)
 
 
 def check_deepspeed_precision(args: TrainingArguments) -> None:
-    """Raise `ValueError` where DeepSpeed's configuration, or the launcher's, has a half precision that the training
-    arguments do not have."""
+    """Raise `ValueError` if DeepSpeed or the launcher has a half precision that the training arguments lack."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
     for name in ("bf16", "fp16"):
         if plugin.hf_ds_config.get_value(f"{name}.enabled") is True and not getattr(args, name):
             raise ValueError(
-                f"DeepSpeed and the training arguments must name one precision; DeepSpeed's configuration has {name} "
-                f"(`mixed_precision: {name}` of the launcher) and the arguments have `{name}=False`. Set "
-                f"`--{name} true`, or take it out of the configuration."
+                "DeepSpeed and the training arguments must have the same precision. DeepSpeed's configuration has "
+                f"{name} (`mixed_precision: {name}` of the launcher), and the arguments have `{name}=False`. Set "
+                f"`--{name} true`, or remove {name} from the configuration."
             )
 
 
 def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
-    """Fill in the learning rate of DeepSpeed's configuration where `"auto"` was resolved before the rate was known."""
+    """Set the learning rate in DeepSpeed's configuration if transformers resolved `"auto"` to `None`."""
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
@@ -58,8 +57,11 @@ def set_deepspeed_learning_rate(args: TrainingArguments) -> None:
 
 @contextlib.contextmanager
 def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
-    """Load complete weights in every process. Under ZeRO-3, transformers would create text encoders as shards, which
-    only the engine that owns them can run; under FSDP, it would read them in the first process only."""
+    """Load complete weights in every process within the context.
+
+    Under ZeRO-3, transformers would create text encoders as shards, and only the engine that owns the shards can run
+    them. Under FSDP, transformers would read weights in the first process only.
+    """
     first_process_only = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
     if first_process_only:
         disable_fsdp_ram_efficient_loading()
@@ -76,16 +78,16 @@ def loading_unsharded(args: TrainingArguments) -> Iterator[None]:
 
 
 def check_unsharded(module: nn.Module, name: str) -> None:
-    """Raise `ValueError` where a module was loaded as shards of ZeRO-3."""
+    """Raise `ValueError` if a module was loaded as shards of ZeRO-3."""
     if any(weight.numel() == 0 for weight in module.parameters()):
         raise ValueError(
-            f"The pipeline's {name} must be whole, but it was loaded as shards of ZeRO-3. Pass the Hub id or folder, "
-            "or load the pipeline before making the configuration with `deepspeed`."
+            f"The pipeline's {name} must be unsharded. It was loaded as shards of ZeRO-3. Pass the Hub id or folder, "
+            "or load the pipeline before you create the configuration with `deepspeed`."
         )
 
 
 def training_autocast(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    """The autocast of training. DeepSpeed rounds the weights instead."""
+    """Return the autocast context of training. Under DeepSpeed it does nothing, because DeepSpeed rounds weights."""
     if runs_deepspeed(args) or not (args.bf16 or args.fp16):
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)

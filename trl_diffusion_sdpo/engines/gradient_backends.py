@@ -1,5 +1,7 @@
-"""How each engine accumulates the gradients of several backward passes separately, averages them, and steps with one.
-Where the engine shards gradients, accumulators are shards."""
+"""Gradient back ends: each engine's way to accumulate gradients of several backward passes separately.
+
+A back end also averages gradients and steps with one of them. If the engine shards gradients, accumulators are shards.
+"""
 
 from __future__ import annotations
 
@@ -21,55 +23,60 @@ from .gradients import Gradient, add
 from .sharding import local_tensor
 
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
-REDUCE_BUCKET = 1 << 25  # elements that one all-reduce takes
+REDUCE_BUCKET = 1 << 25  # elements per all-reduce
 
 
 class GradientBackend(ABC):
-    """How one engine computes, averages and steps with gradients.
+    """Interface to compute, average and step with gradients under one engine.
 
-    A gradient is a list with a tensor for each trained weight (or shard), in an order that stays the same; `None` for a
-    weight that the graph does not contain.
+    A gradient is a list with a tensor for each trained weight (or shard), always in the same order. Weights that are
+    not in the graph have `None`.
     """
 
     retains_graph = True  # whether two backward passes may follow one forward pass
 
     @abstractmethod
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        """Backpropagate a scalar, already divided by the accumulation steps, and return the gradient added to `into`,
-        that of earlier micro-batches, which may be changed in place."""
+        """Backpropagate a scalar and return its gradient added to `into`.
+
+        Args:
+            objective (`torch.Tensor` of shape `()`): Scalar, already divided by the accumulation steps.
+            into (`list`, *optional*): Gradient of earlier micro-batches. It may be changed in place.
+            retain_graph (`bool`): Whether another backward pass follows.
+        """
 
     @abstractmethod
     def set_gradient(self, gradient: Gradient) -> None:
-        """Make this the gradient that is clipped and that the optimizer steps with."""
+        """Set the gradient that is clipped and used by the optimizer's step."""
 
     def all_reduced(self, gradient: Gradient) -> Gradient:
-        """The gradient averaged over the processes, where `backward` has not done so."""
+        """Return the gradient averaged over the processes. If `backward` averages, return it unchanged."""
         return gradient
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
-        """Inner products over all shards, from those over this process's shards; may change them in place."""
+        """Return inner products over all shards, from those over this process's shards. May change them in place."""
         return products
 
     def step(self) -> None:
-        """Take the optimizer's step, where the engine itself does it."""
+        """Take the optimizer's step if the engine owns it."""
         return None
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        """Entered around the forward and backward passes of each micro-batch."""
+        """Return the context of the forward and backward passes of each micro-batch."""
         return contextlib.nullcontext()
 
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
-        """The float32 weights, or shards, in a gradient's order."""
+        """Return the float32 weights, or shards, in a gradient's order."""
 
     @property
     def loss_scale(self) -> float:
-        """What fp16 training multiplies gradients by against underflow."""
+        """Factor of gradients that prevents underflow in fp16 training."""
         return 1.0
 
 
 class ReplicatedBackend(GradientBackend):
-    """One process, or DDP: every process holds full gradients, and averages them once an optimizer step."""
+    """Back end for one process or DDP. Every process holds full gradients and averages them once per optimizer step."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self._model: Any = model
@@ -93,7 +100,7 @@ class ReplicatedBackend(GradientBackend):
     def all_reduced(self, gradient: Gradient) -> Gradient:
         if self._accelerator.num_processes == 1:
             return gradient
-        # A weight may have a gradient in some processes only, and the all-reduce must have the same size in all.
+        # A weight may have a gradient in some processes only, but the all-reduce must have the same size in all.
         pairs = zip(gradient, self._weights, strict=True)
         full = [torch.zeros_like(weight) if part is None else part for part, weight in pairs]
         all_reduce_mean(full)
@@ -116,11 +123,10 @@ class ReplicatedBackend(GradientBackend):
 
 
 class Fsdp2Backend(ReplicatedBackend):
-    """FSDP2: the backward pass reduce-scatters gradients."""
+    """Back end for FSDP2. The backward pass reduce-scatters gradients."""
 
     def accumulating(self) -> contextlib.AbstractContextManager:
-        # Otherwise FSDP2 keeps the gradients of all but the last micro-batch unsharded, outside of `.grad`, the
-        # branches added up.
+        # Otherwise FSDP2 adds up the branches' gradients outside of `.grad`, unsharded, until the last micro-batch.
         cast(Any, self._model).set_requires_gradient_sync(True)
         return contextlib.nullcontext()
 
@@ -135,14 +141,14 @@ class Fsdp2Backend(ReplicatedBackend):
 
 
 class ZeroBackend(GradientBackend):
-    """DeepSpeed: the backward pass reduce-scatters gradients into the engine's optimizer."""
+    """Back end for DeepSpeed. The backward pass reduce-scatters gradients into the engine's optimizer."""
 
     def __init__(self, engine: Any):
         self._engine = engine
 
     def backward(self, objective: torch.Tensor, into: Gradient | None, *, retain_graph: bool) -> Gradient:
-        # Otherwise the engine keeps unsharded gradients until the last micro-batch, the branches added up, and counts
-        # backward passes as micro-batches.
+        # Otherwise the engine adds up the branches' unsharded gradients until the last micro-batch, and it counts each
+        # backward pass as a micro-batch.
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(objective, retain_graph=retain_graph, scale_wrt_gas=False)
         gradient = self.take(into)
@@ -150,12 +156,12 @@ class ZeroBackend(GradientBackend):
         return gradient
 
     def clear(self) -> None:
-        """Drop the engine's gradients: the next branch starts from zero."""
+        """Drop the engine's gradients, so that the next branch starts from zero."""
         self._engine.optimizer.zero_grad()
 
     @abstractmethod
     def take(self, into: Gradient | None) -> Gradient:
-        """Take the shards of the latest backward pass from the engine; added to `into` if there is one."""
+        """Take the gradient shards of the latest backward pass from the engine, added to `into` if it is set."""
 
     def sum_over_shards(self, products: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(products)
@@ -170,7 +176,7 @@ class ZeroBackend(GradientBackend):
 
 
 class Zero12Backend(ZeroBackend):
-    """ZeRO-1 and ZeRO-2: a flat shard for each group of parameters, in `averaged_gradients`."""
+    """Back end for ZeRO-1 and ZeRO-2. Gradients are flat shards of parameter groups in `averaged_gradients`."""
 
     def __init__(self, engine: Any):
         super().__init__(engine)
@@ -188,8 +194,8 @@ class Zero12Backend(ZeroBackend):
         return [*taken] if into is None else add(into, taken)
 
     def set_gradient(self, gradient: Gradient) -> None:
-        # The tensors may be views of a flat one that DeepSpeed holds, so they are filled and not replaced. They hold
-        # the gradient of the latest pass, the loser's, which is not needed any more.
+        # Fill DeepSpeed's tensors and do not replace them, because they may be views of a flat tensor. They contain the
+        # gradient of the latest pass, the loser's. It is no longer needed.
         parts: Iterator[Any] = iter(gradient)
         for group, shards in self._groups.items():
             for shard in shards:
@@ -206,9 +212,9 @@ class Zero12Backend(ZeroBackend):
 
 
 class Zero3Backend(ZeroBackend):
-    """ZeRO-3: a shard of each parameter."""
+    """Back end for ZeRO-3. Gradients are a shard of each parameter."""
 
-    retains_graph = False  # weights are gathered for one backward pass per forward pass
+    retains_graph = False  # ZeRO-3 gathers weights for only one backward pass per forward pass
 
     def __init__(self, engine: Any):
         super().__init__(engine)
@@ -234,7 +240,7 @@ class Zero3Backend(ZeroBackend):
 
 
 def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBackend:
-    """The back end of the engine that trains; see [`Engine.gradient_backend`]."""
+    """Return the back end of the engine that trains. See [`Engine.gradient_backend`]."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_backend(model)
     if accelerator.is_fsdp2:
@@ -246,7 +252,7 @@ def gradient_backend(model: nn.Module, accelerator: Accelerator) -> GradientBack
         return Fsdp2Backend(model, accelerator)
     if accelerator.distributed_type.value not in REPLICATED:
         raise ValueError(
-            "`safeguard='parameter'` trains on one device, or with DDP, FSDP2 or DeepSpeed ZeRO-1, 2 and 3; got "
+            "`safeguard='parameter'` needs one device, DDP, FSDP2 or DeepSpeed ZeRO-1, 2 or 3. Got "
             f"{accelerator.distributed_type.value}. Use one of these, or `safeguard='output'`."
         )
     return ReplicatedBackend(model, accelerator)
@@ -256,8 +262,8 @@ def _deepspeed_backend(engine: Any) -> GradientBackend:
     stage = engine.zero_optimization_stage()
     if stage not in (1, 2, 3):
         raise ValueError(
-            f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3, got {stage}. Set `zero_stage` to 1, or "
-            "train without DeepSpeed, which costs the same memory."
+            f"`safeguard='parameter'` needs DeepSpeed's ZeRO stage 1, 2 or 3. Got {stage}. Set `zero_stage` to 1, or "
+            "train without DeepSpeed in the same memory."
         )
     if engine.zero_use_cpu_optimizer():
         raise ValueError(
@@ -298,13 +304,13 @@ def all_reduce_mean(tensors: list[torch.Tensor]) -> None:
 
 
 def sum_over_processes(products: torch.Tensor) -> torch.Tensor:
-    """The sum of a small tensor over all processes."""
+    """Return the sum of a small tensor over all processes, in place."""
     dist.all_reduce(products)
     return products
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer within the wrappers of accelerate and DeepSpeed, which all call it `optimizer`."""
+    """Return the optimizer without the wrappers of accelerate and DeepSpeed. All wrappers call it `optimizer`."""
     while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer

@@ -8,20 +8,20 @@ import torch
 
 from .sharding import local_tensor
 
-CHUNK = 1 << 22  # elements converted to float64 at once, for each gradient: few kernels on an accelerator,
-CPU_CHUNK = 1 << 16  # and on a CPU what fits into its cache
+CHUNK = 1 << 22  # elements of each gradient converted to float64 at once; large, so that few kernels run
+CPU_CHUNK = 1 << 16  # the same number on a CPU; small, so that the elements fit into its cache
 
 Gradient = list[torch.Tensor | None]
 
 
 def inner_products(gradients: list[Gradient]) -> torch.Tensor:
-    """All inner products of `n` gradients, `(n, n)`, in float64, over this process's shards."""
+    """Return all inner products of `n` gradients over this process's shards, `(n, n)`, in float64."""
     first = next(part for part in gradients[0] if part is not None)
     dtype = exact_dtype(first.device)
     products = torch.zeros(len(gradients), len(gradients), dtype=dtype, device=first.device)
     for pieces in _chunks(gradients, CPU_CHUNK if first.device.type == "cpu" else CHUNK):
         rows = [(row[0] if len(row) == 1 else torch.cat(row)).to(dtype) for row in pieces]
-        # A product of two such long and thin matrices would be slower, and need them stacked.
+        # Row by row, because a matrix product of so long and thin matrices is slower and needs them stacked.
         for i, row in enumerate(rows):
             for j in range(i, len(rows)):
                 products[i, j] += row @ rows[j]
@@ -29,7 +29,7 @@ def inner_products(gradients: list[Gradient]) -> torch.Tensor:
 
 
 def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.Tensor]]]:
-    """Corresponding pieces of the gradients, at most `limit` elements at a time; `None` counts as zeros."""
+    """Yield corresponding pieces of the gradients, at most `limit` elements at a time. `None` counts as zeros."""
     pieces: list[list[torch.Tensor]] = [[] for _ in gradients]
     size = 0
     for parts in zip(*gradients, strict=True):
@@ -50,7 +50,7 @@ def _chunks(gradients: list[Gradient], limit: int) -> Iterator[list[list[torch.T
 
 
 def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> None:
-    """`W - lambda L` in place of `W`."""
+    """Set `W = W - lambda L` in place."""
     for i, (w, part) in enumerate(zip(winner, loser, strict=True)):
         if part is None:
             continue
@@ -60,7 +60,7 @@ def subtract_scaled(winner: Gradient, loser: Gradient, scale: torch.Tensor) -> N
 
 
 def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
-    """The sum of two gradients, in place of the first."""
+    """Add a gradient to `into`, in place."""
     for total, part in zip(into, gradient, strict=True):
         assert total is not None  # under ZeRO every weight has a gradient
         total.add_(part)
@@ -68,5 +68,5 @@ def add(into: Gradient, gradient: Iterable[torch.Tensor]) -> Gradient:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, except on Apple's GPUs, which have none."""
+    """Return float64, or float32 on Apple's GPUs because they have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -19,12 +19,15 @@ UPLOAD_TIMEOUT = timedelta(days=1)  # one process may upload for hours while the
 
 
 def several_processes() -> bool:
-    """Whether this process trains together with others."""
+    """Return whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def in_any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process. All must call it; blocks the host, so not for every step."""
+    """Return whether the flag is set in any process. All processes must call this.
+
+    The call blocks the host, so do not call it in every step.
+    """
     if not several_processes():
         return flag
     votes = torch.tensor(int(flag), device=device)
@@ -33,12 +36,12 @@ def in_any_process(flag: bool, device: torch.device) -> bool:
 
 
 def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
-    """Gather a small picklable object of every process, by rank; all must call it.
+    """Gather a small picklable object from every process, in order of rank. All processes must call this.
 
-    Processes wait for each other as long as in any collective: `ddp_timeout`, half an hour by default.
+    Processes wait for each other up to `ddp_timeout`, half an hour by default.
 
     Args:
-        during_upload (`bool`): Whether a process may be uploading meanwhile. The others then wait for up to a day.
+        during_upload (`bool`): Whether a process may be uploading. The other processes then wait for up to a day.
 
     Raises:
         `RuntimeError`: If another process has ended, or does not answer in time.
@@ -58,27 +61,32 @@ def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _upload_group(world: Any) -> Any:
-    """A group of all processes of `world` that waits for uploads; made once. Collectives on a device could not wait so
-    long."""
+    """Create the group of all processes of `world` that waits for uploads, once.
+
+    The group uses gloo because collectives on a device cannot wait so long.
+    """
     return dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT)
 
 
 def peers(args: TrainingArguments) -> Peers:
-    """The processes of this training."""
+    """Return the processes of this training."""
     return ALONE if args.world_size == 1 else Peers(args.process_index, args.world_size, gather_objects)
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise `ValueError` in all processes if a fact, such as a setting, is not the same in all of them. All must call
-    it. Processes that disagree would wait for each other, or average gradients of different runs."""
+    """Raise `ValueError` in all processes if a fact, such as a setting, differs between them.
+
+    All processes must call this. Processes that disagree would wait for each other forever, or average gradients of
+    different runs.
+    """
     everyone = gather_objects({name: repr(value) for name, value in facts.items()})
     for name, ours in everyone[0].items():
         for rank, theirs in enumerate(everyone):
             if theirs.get(name) != ours:
                 raise ValueError(
-                    f"All processes must train on the same data with the same settings, and `{name}` is "
+                    f"All processes must train on the same data with the same settings. `{name}` is "
                     f"{without_secrets(_short(ours))} in process 0 and {without_secrets(_short(theirs.get(name)))} in "
-                    f"process {rank}. Start them by one command, from the same files."
+                    f"process {rank}. Start all processes with one command, from the same files."
                 )
 
 
@@ -89,17 +97,20 @@ def _short(text: str | None) -> str:
 
 @contextlib.contextmanager
 def failing_together(error_type: type[Exception], *, during_upload: bool = False) -> Iterator[None]:
-    """Raise in all processes where one of them raises within; all must enter. A process without an error of its own
-    raises `error_type` with the message of the other's. `during_upload` is that of [`gather_objects`]."""
-    own: Exception | None = None
+    """Raise in all processes if one of them raises within the context. All processes must enter it.
+
+    A process without an error raises `error_type` with the message of the failed process. See [`gather_objects`] for
+    `during_upload`.
+    """
+    local_error: Exception | None = None
     try:
         yield
     except Exception as error:
-        own = error
-    message = None if own is None else without_secrets(f"{type(own).__name__}: {own}")
+        local_error = error
+    message = None if local_error is None else without_secrets(f"{type(local_error).__name__}: {local_error}")
     messages = gather_objects(message, during_upload=during_upload)
-    if own is not None:
-        raise own
+    if local_error is not None:
+        raise local_error
     failed = [rank for rank, message in enumerate(messages) if message is not None]
     if failed:
-        raise error_type(f"Process {failed[0]} has failed, and all end with it: {messages[failed[0]]}")
+        raise error_type(f"Process {failed[0]} failed, so all processes stop. Its error was: {messages[failed[0]]}")

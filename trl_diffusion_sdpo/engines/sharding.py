@@ -1,4 +1,4 @@
-"""Weights that are sharded over processes, and their float32 form where DeepSpeed rounds them."""
+"""Weights that are sharded over processes, and float32 copies of weights that DeepSpeed rounds."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def full_tensor(value: Any) -> Any:
-    """A DTensor as a plain tensor, gathered on all processes, which must all call it; anything else unchanged."""
+    """Gather a DTensor as a plain tensor, and return anything else unchanged. All processes must call this."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a DTensor; any other tensor unchanged."""
+    """Return this process's shard of a DTensor, and any other tensor unchanged."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
-    """This process's `size` elements of a tensor, flattened and padded with zeros so that it divides evenly."""
+    """Return this process's `size` elements of a tensor.
+
+    The tensor is flattened, and padded with zeros so that it divides evenly.
+    """
     flat = full.flatten()
     padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
     return padded.narrow(0, size * dist.get_rank(), size)
@@ -39,7 +42,7 @@ def shard_of(full: torch.Tensor, size: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def gathered(tensors: list[torch.Tensor], *, write: bool = False) -> Iterator[None]:
-    """Gather ZeRO-3 weights within the context; with `write`, the first process's changes are broadcast."""
+    """Gather ZeRO-3 weights within the context. With `write`, the first process's changes are broadcast."""
     if not tensors:
         yield
         return
@@ -57,7 +60,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
-    """Gather a weight; in float32 if DeepSpeed trains it. Not a copy where nothing is sharded."""
+    """Gather a weight, in float32 if DeepSpeed trains it. A weight that is not sharded is not copied."""
     if zero_stage == 0:
         return full_tensor(tensor)
     from deepspeed.utils import safe_get_full_fp32_param
@@ -70,7 +73,7 @@ def gather_float32(tensor: Any, zero_stage: int) -> torch.Tensor:
 
 
 def scatter(value: torch.Tensor, into: torch.Tensor, zero_stage: int) -> None:
-    """Copy a full tensor into a weight that may be sharded."""
+    """Copy a full tensor into a weight, sharded or not."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(into, DTensor):
@@ -86,18 +89,20 @@ def zero3_partition(
     dtype: torch.dtype | None,
     unrounded: dict[nn.Parameter, torch.Tensor],
 ) -> None:
-    """Shard a module's weights under ZeRO-3, in place: one after the other is cast, moved to the device and replaced by
-    this process's shard. DeepSpeed's engine would move the whole module first. Buffers are moved whole.
+    """Shard a module's weights under ZeRO-3, in place and one after the other.
+
+    Each weight is cast, moved to the device and replaced by this process's shard. DeepSpeed's engine would move the
+    whole module first. Buffers are moved without sharding.
 
     Args:
-        dtype (`torch.dtype`, *optional*): To which weights are cast.
-        unrounded (`dict[nn.Parameter, torch.Tensor]`): Weights before they are cast; replaced by this process's shards
-            of them.
+        dtype (`torch.dtype`, *optional*): Data type of the cast weights.
+        unrounded (`dict[nn.Parameter, torch.Tensor]`): Weights before they are cast. This process's shards replace
+            them.
     """
     import deepspeed  # takes seconds
 
     class OneByOne(nn.Module):
-        """The weights as `zero.Init` asks for them: each is sharded before the next one is taken."""
+        """Module whose weights `zero.Init` takes one by one. It shards each weight before it takes the next one."""
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for weight in module.parameters():
@@ -111,14 +116,14 @@ def zero3_partition(
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
         config.pop(name, None)
-    config["train_micro_batch_size_per_gpu"] = 1  # "auto" until the model is prepared, and without effect here
+    config["train_micro_batch_size_per_gpu"] = 1  # no effect here, but it may be "auto" until the model is prepared
     deepspeed.zero.Init(module=OneByOne(), config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(accelerator.device)
 
 
 def zero3_engine(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A frozen module in a ZeRO-3 engine without optimizer, configured as the policy's."""
+    """Return a frozen module in a ZeRO-3 engine without optimizer, with the configuration of the policy's engine."""
     import deepspeed  # takes seconds
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -147,8 +152,12 @@ def restore_unrounded(weights: dict[nn.Parameter, torch.Tensor]) -> None:
 
 
 class Float32Shards:
-    """Float32 copies, sharded over processes, of weights that DeepSpeed rounds and no optimizer holds: small updates
-    of a reference that follows the policy would be lost in half precision. `weights` are full tensors, not yet rounded.
+    """Float32 copies of weights that DeepSpeed rounds and no optimizer holds. The copies are sharded over processes.
+
+    A reference that follows the policy needs them, because half precision would lose its small updates.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Full tensors before they are rounded.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], accelerator: Accelerator, zero_stage: int):
@@ -166,8 +175,9 @@ class Float32Shards:
         return list(self._shards)
 
     def full(self, name: str) -> torch.Tensor:
-        """One weight, gathered; all processes take part."""
-        shard, shape = self._shards[name], self._shapes[name]
+        """Gather one weight. All processes must call this."""
+        shard = self._shards[name]
+        shape = self._shapes[name]
         flat = shard.new_empty(len(shard) * dist.get_world_size())
         dist.all_gather_into_tensor(flat, shard)
         return flat[: shape.numel()].view(shape)
@@ -179,8 +189,7 @@ class Float32Shards:
 
     @torch.no_grad()
     def mix(self, references: dict[str, torch.Tensor], policies: dict[str, torch.Tensor], alpha: float) -> None:
-        """Move the shards towards the optimizer's float32 weights by `alpha`, and round the result into
-        `references`."""
+        """Move the shards towards the optimizer's float32 weights by `alpha`. Round the result into `references`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, shard in self._shards.items():
@@ -190,8 +199,10 @@ class Float32Shards:
 
 
 class DenoiserView(nn.Module):
-    """The denoiser for a pipeline that generates during training: calls go through the engine's module, which gathers
-    shards; every other attribute is the denoiser's."""
+    """Denoiser for a pipeline that generates during training.
+
+    Calls go through the engine's module, because that module gathers shards. All other attributes are the denoiser's.
+    """
 
     def __init__(self, denoiser: nn.Module, engine_model: nn.Module):
         super().__init__()
@@ -206,8 +217,10 @@ class DenoiserView(nn.Module):
 
 @contextlib.contextmanager
 def unwrapping_refused_pickles() -> Iterator[None]:
-    """Raise the `pickle.UnpicklingError` for which a process could not read a sharded checkpoint within. torch wraps it
-    into a `CheckpointException`, which is no `Exception`."""
+    """Raise the `pickle.UnpicklingError` of a process that could not read a sharded checkpoint within the context.
+
+    torch wraps this error in a `CheckpointException`, and that class is no `Exception`.
+    """
     try:
         yield
     except CheckpointException as error:

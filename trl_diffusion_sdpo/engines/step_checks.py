@@ -1,5 +1,8 @@
-"""Checks that every loss and gradient is finite, and agreement to stop, without making the accelerator wait: one small
-all-reduce in every optimizer step, queued before the last backward pass and read before the weights change."""
+"""Checks that every loss and gradient is finite, and agreement of all processes to stop.
+
+The accelerator does not wait for them. Every optimizer step has one small all-reduce. It is queued before the last
+backward pass and read before the weights change.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,18 @@ from .sharding import local_tensor
 
 
 class FiniteCheck:
-    """Stops a run whose loss or gradient is not finite.
+    """Check that stops a run whose loss or gradient is not finite.
 
-    A loss is found before the optimizer's step: once a step, one flag for all micro-batches and processes (gradients
-    are averaged over them) is copied to the host while the last backward pass is being queued and read after it, so
-    that the host waits for the forward pass only. A gradient that is not finite although the loss is, which is rare,
-    is found one step later, before anything is saved.
+    The check detects a loss that is not finite before the optimizer's step. One flag per step covers all micro-batches
+    and processes, because gradients are averaged over them. The flag is copied to the host while the last backward
+    pass is being queued, and read afterwards. So the host waits for the forward pass only.
+
+    A gradient may be infinite or NaN although the loss is finite. This is rare. The check detects it one step later,
+    before anything is saved.
 
     Args:
-        networks (`Callable`, *optional*): Returns what the losses were computed with, by name: where a loss is not
-            finite, and only then, their weights are looked at.
+        networks (`Callable`, *optional*): Returns the networks that computed the losses, by name. Their weights are
+            checked only if a loss is not finite.
     """
 
     def __init__(
@@ -34,15 +39,22 @@ class FiniteCheck:
         self._networks = dict if networks is None else networks
         self._gradient: HostCopy | None = None
         self._gradient_step = 0
-        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the step: losses and rows
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows of this step
         self._bad: torch.Tensor | None = None
         self._sent = False
 
     def watch(self, pair_losses: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
-        """Note a micro-batch's losses `(B,)`; `rows` `(B,)` are its pairs' numbers in the data set. The `last` one
-        before an optimizer step sends the flag."""
+        """Record the losses of a micro-batch.
+
+        Args:
+            pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair.
+            rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
+            last (`bool`): Whether this is the last micro-batch before an optimizer step. It sends the flag.
+        """
         if self._sent:
-            self._watched, self._bad, self._sent = [], None, False
+            self._watched = []
+            self._bad = None
+            self._sent = False
         self._watched.append((pair_losses.detach(), rows))
         bad = ~torch.isfinite(pair_losses.detach()).all()
         self._bad = bad if self._bad is None else self._bad | bad
@@ -51,23 +63,30 @@ class FiniteCheck:
             self._sent = True
 
     def watch_gradient(self, norm: torch.Tensor, step: int) -> None:
-        """Note the gradient's norm, a plain tensor that is the same on all processes, before the optimizer takes
-        `step`."""
-        self._gradient, self._gradient_step = HostCopy(torch.isfinite(norm)), step
+        """Record the gradient's norm before the optimizer takes `step`.
+
+        `norm` must be a plain tensor that is equal on all processes.
+        """
+        self._gradient = HostCopy(torch.isfinite(norm))
+        self._gradient_step = step
 
     def verify(self, step: int) -> None:
-        """Raise if the losses of the step, once all were watched, or the gradient of the step before were not finite.
+        """Raise if a loss of this step, or the gradient of the previous step, is not finite.
+
+        Call this after all micro-batches of the step were watched.
 
         Raises:
-            `FloatingPointError`: With the optimizer step and, for a loss, the rows; the weights then are as they were.
+            `FloatingPointError`: The message names the optimizer step. For a loss it also names the rows, and the
+                step has not changed the weights.
         """
         self.verify_gradient()
         if self._exchange.receive():
             self._report(step)
 
     def verify_gradient(self) -> None:
-        """Raise if the gradient of the last step was not finite; called before anything is saved."""
-        gradient, self._gradient = self._gradient, None
+        """Raise if the gradient of the last step was not finite. The trainer calls this before it saves anything."""
+        gradient = self._gradient
+        self._gradient = None
         if gradient is not None and not gradient.read():
             raise FloatingPointError(
                 f"Every gradient must be finite; at step {self._gradient_step} its norm was not, while the loss was. "
@@ -96,7 +115,7 @@ class FiniteCheck:
 
 
 def spoiled_weights(networks: Mapping[str, nn.Module]) -> list[str]:
-    """Names of weights with a number that is not finite, of this process's shards. Waits for the device."""
+    """Return the names of weights that are not finite in this process's shards. Waits for the device."""
     return [
         f"`{name}` {weight}"
         for name, network in networks.items()
@@ -112,11 +131,13 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 
 class StepExchange:
-    """Whether any process has a loss that is not finite, and whether any was asked to stop: all processes know the same
-    at the same step, and the host waits for the step's forward passes only.
+    """Exchange of two flags between all processes in every step: a loss is not finite, and training shall stop.
 
-    `stop_requested` tells whether this process was asked to stop. A request after [`StepExchange.send`] is sent in the
-    next step.
+    All processes read equal flags at the same step. The host waits for the step's forward passes only.
+
+    Args:
+        stop_requested (`Callable`, *optional*): Returns whether this process was asked to stop. A request after
+            [`StepExchange.send`] is sent in the next step.
     """
 
     def __init__(self, stop_requested: Callable[[], bool] | None = None):
@@ -125,8 +146,11 @@ class StepExchange:
         self._stops = False
 
     def send(self, bad_loss: torch.Tensor) -> None:
-        """Queue this step's all-reduce; all processes must call it. `bad_loss`, a boolean scalar on the device, says
-        whether a loss of this process was not finite."""
+        """Queue this step's all-reduce. All processes must call this.
+
+        Args:
+            bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
+        """
         stop = self._stop_requested is not None and self._stop_requested()
         message = torch.stack([bad_loss, torch.full_like(bad_loss, stop)]).to(torch.int32)
         if several_processes():
@@ -134,7 +158,7 @@ class StepExchange:
         self._message = HostCopy(message)
 
     def receive(self) -> bool:
-        """Whether a loss of any process was not finite; `False` where nothing was sent since the last call."""
+        """Return whether a loss of any process was not finite. `False` if nothing was sent since the last call."""
         if self._message is None:
             return False
         (bad_loss, stops), self._message = self._message.read(), None
@@ -142,18 +166,22 @@ class StepExchange:
         return bool(bad_loss)
 
     def stops(self, requested: bool) -> bool:
-        """Whether training stops after this step: with one process as `requested` says, else as all have agreed."""
+        """Return whether training stops after this step.
+
+        One process stops if `requested`. Several processes stop if any of them sent a request.
+        """
         return self._stops if several_processes() else requested
 
 
 class HostCopy:
-    """An asynchronous device-to-host copy of a small tensor (no DTensor) into pinned memory; on the CPU, none.
+    """Asynchronous copy of a small tensor (no DTensor) from a device to pinned memory. On the CPU, it does nothing.
 
-    `read` waits for the work that makes the values, not for what was queued after it.
+    `read` waits for the work that computes the values, and not for work that was queued after the copy.
     """
 
     def __init__(self, values: torch.Tensor):
-        self._values, self._arrived = values.detach(), None
+        self._values = values.detach()
+        self._arrived: torch.Event | None = None
         if not is_on_host(values):
             self._values = pinned_like(values)
             self._values.copy_(values.detach(), non_blocking=True)
@@ -161,7 +189,7 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> Any:
-        """The values as a number or nested lists, once they have arrived."""
+        """Wait for the values and return them as a number or nested lists."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
@@ -171,15 +199,15 @@ class HostCopy:
 
 
 def is_on_host(values: torch.Tensor) -> bool:
-    """Whether the values can be read without waiting."""
+    """Return whether the values can be read without waiting."""
     return values.device.type == "cpu"
 
 
 def pinned_like(values: torch.Tensor) -> torch.Tensor:
-    """Host memory of the same shape and dtype; pinned, except on Apple's GPUs, which share the host's memory."""
+    """Return host memory of the same shape and dtype. It is pinned, except on Apple's GPUs: they share host memory."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
 
 
 def event_on(device: torch.device) -> torch.Event:
-    """An event to be recorded on the device's current stream."""
+    """Return an event for the device's current stream."""
     return torch.Event(device=device)

@@ -1,5 +1,8 @@
-"""DataLoader workers that ignore SIGINT and SIGTERM. All processes of a job get these signals. The training process
-answers with a checkpoint after the current step, and may need another batch for it."""
+"""DataLoader workers that ignore SIGINT and SIGTERM.
+
+All processes of a job get these signals. The training process then saves a checkpoint after the current step, and it
+may need another batch to finish this step.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ INHERITS_SIGNAL_MASK = sys.platform != "win32"
 
 
 def share(batch: Any) -> Any:
-    """Move a batch's tensors into shared memory, in place. Raise `RuntimeError` if it is full."""
+    """Move a batch's tensors into shared memory, in place. Raise `RuntimeError` if shared memory is full."""
     if isinstance(batch, torch.Tensor):
         try:
             return batch.share_memory_()
@@ -43,8 +46,10 @@ def share(batch: Any) -> Any:
 
 @dataclass
 class CollateIntoSharedMemory:
-    """Collator whose batches are in shared memory if a worker makes them. torch would move them in a thread of the
-    worker, and nobody would see its errors."""
+    """Collator that puts batches into shared memory if it runs in a worker.
+
+    torch would move them in a thread of the worker, and errors of this thread would stay hidden.
+    """
 
     collate: Callable[[Any], Any]
 
@@ -55,8 +60,11 @@ class CollateIntoSharedMemory:
 
 @lru_cache(maxsize=1)
 def _exit_flag() -> torch.Tensor:
-    """Return a flag in shared memory that is set when this process exits. After an exception, multiprocessing sends
-    workers SIGTERM, which they ignore, and waits for them."""
+    """Return a flag in shared memory that is set when this process exits.
+
+    Workers need it, because multiprocessing ends them with SIGTERM after an exception and waits for them. They ignore
+    SIGTERM.
+    """
     flag = share(torch.zeros(1, dtype=torch.uint8))
     atexit.register(flag.fill_, 1)
     return flag
@@ -71,7 +79,7 @@ class WorkerStart:
 
     def __call__(self, worker_id: int) -> None:
         for number in INTERRUPTS:
-            signal.signal(number, signal.SIG_IGN)  # also drops those that are pending
+            signal.signal(number, signal.SIG_IGN)  # also drops pending signals
         if INHERITS_SIGNAL_MASK:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         threading.Thread(target=_exit_with_parent, args=(self.parent_exits,), daemon=True).start()
@@ -80,7 +88,7 @@ class WorkerStart:
 
 
 def _exit_with_parent(parent_exits: torch.Tensor) -> None:
-    """Exit this process when its parent exits or has died."""
+    """Exit this process when its parent exits or dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     while not parent_exits[0]:
@@ -90,8 +98,11 @@ def _exit_with_parent(parent_exits: torch.Tensor) -> None:
 
 
 def worker_context(method: str | None) -> BaseContext | str | None:
-    """Return the `multiprocessing_context` of a DataLoader whose workers start with blocked signals, for `"fork"` and
-    `"spawn"`. `"forkserver"` is returned unchanged. The default is the method of this process."""
+    """Return the `multiprocessing_context` of a DataLoader whose workers start with blocked signals.
+
+    `"forkserver"` is returned unchanged, and so is every method on Windows. The default is the start method of this
+    process.
+    """
     if not INHERITS_SIGNAL_MASK:
         return method
     method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -105,7 +116,7 @@ if INHERITS_SIGNAL_MASK:
         """Process that starts with blocked signals. [`WorkerStart`] unblocks them."""
 
         def start(self) -> None:
-            resource_tracker.ensure_running()  # starting it below would unblock them
+            resource_tracker.ensure_running()  # if `super().start()` started it, that would unblock the signals
             before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
             try:
                 super().start()
