@@ -1,1 +1,1 @@
-"""Networks and their weights: loaded, wrapped, frozen, and kept in second copies as reference or average."""
+"""Loads, wraps and freezes networks, and manages second copies of the weights: the reference and the average."""

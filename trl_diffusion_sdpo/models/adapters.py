@@ -1,4 +1,4 @@
-"""LoRA on a denoiser: added, found, copied and switched."""
+"""Adds, finds, copies and switches the LoRA of a denoiser."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ ZERO_STARTS = (True, "gaussian")  # values of `init_lora_weights` with which a n
 
 
 def unwrap_peft_model(model: nn.Module) -> nn.Module:
-    """The denoiser within a [`~peft.PeftModel`], with its adapters; any other module unchanged."""
+    """Return the denoiser within a [`~peft.PeftModel`], with its adapters. Return any other module unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
-    """The layers that carry adapters."""
+    """Return the layers that have adapters."""
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def lora_configs(denoiser: nn.Module) -> dict[str, LoraConfig]:
-    """The configuration of each adapter, by name."""
+    """Return the configuration of each adapter, by name."""
     configs: Any = denoiser.peft_config
     return configs
 
 
 def adapter_parts(denoiser: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """The modules of adapters of these names, such as the two linear layers of a LoRA."""
+    """Return the modules of the named adapters, such as the two linear layers of a LoRA."""
     parts = [getattr(layer, kind) for layer in adapter_layers(denoiser) for kind in layer.adapter_layer_names]
     return [part[name] for part in parts if isinstance(part, nn.ModuleDict) for name in names if name in part]
 
 
 def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A denoiser's tensors without those of adapters, under the names that they have without adapters."""
+    """Return a denoiser's tensors without those of its adapters. Names are those of a denoiser without adapters."""
     adapted = {name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     tensors = {}
     for name, tensor in module.state_dict().items():
@@ -72,8 +72,11 @@ def base_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def active_adapter(denoiser: Any) -> str | None:
-    """Name of the active adapter; `None` if the denoiser has none. `ValueError` where several are active, or one that
-    is no LoRA."""
+    """Return the name of the active adapter, or `None` if the denoiser has none.
+
+    Raises:
+        `ValueError`: If several adapters are active, or the active adapter is not a LoRA.
+    """
     layers = adapter_layers(denoiser)
     names = sorted({name for layer in layers for name in layer.active_adapters})
     if len(names) > 1:
@@ -85,7 +88,7 @@ def active_adapter(denoiser: Any) -> str | None:
 
 
 def check_adapter_weight(denoiser: Any, name: str) -> None:
-    """Raise `ValueError` where an adapter is scaled or switched off, which a saved LoRA cannot hold."""
+    """Raise `ValueError` if an adapter is scaled or switched off, because a saved LoRA cannot store that."""
     rank_stabilized = lora_configs(denoiser)[name].use_rslora
     for layer in adapter_layers(denoiser):
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
@@ -101,20 +104,20 @@ def check_adapter_weight(denoiser: Any, name: str) -> None:
 
 
 def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tuple[str, ...], seed: int) -> str:
-    """Add a LoRA in float32, whatever the dtype of the base, and freeze the base.
+    """Add a LoRA in float32 and freeze the base. The base may have any dtype.
 
     Args:
-        denoiser (`nn.Module`): Without adapters.
-        peft_config ([`~peft.LoraConfig`]): Not changed. Its `target_modules` may be `None`.
-        default_targets (`tuple[str, ...]`): `target_modules` where the configuration has none.
-        seed (`int`): Of the random initialization; the same in all processes.
+        denoiser (`nn.Module`): Denoiser without adapters.
+        peft_config ([`~peft.LoraConfig`]): Configuration of the LoRA. It is copied. Its `target_modules` may be `None`.
+        default_targets (`tuple[str, ...]`): `target_modules` to use if the configuration has none.
+        seed (`int`): Seed of the random initialization. It must be equal in all processes.
 
     Returns:
         `str`: The adapter's name.
 
     Raises:
-        `ValueError`: If the denoiser has an adapter already, the configuration is no LoRA, or its targets match
-            nothing.
+        `ValueError`: If the denoiser already has an adapter, if the configuration is not a supported LoRA, or if its
+            targets match no layer.
     """
     if active_adapter(denoiser) is not None:
         raise ValueError(
@@ -143,25 +146,25 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
 
 
 def train_only_adapter(denoiser: nn.Module, name: str) -> None:
-    """Freeze everything except one adapter, which is cast to float32."""
+    """Freeze everything except one adapter, and cast this adapter to float32."""
     denoiser.requires_grad_(False)
     set_adapter(denoiser, name)
     cast_training_params(denoiser, dtype=torch.float32)
 
 
 def copy_adapter(denoiser: Any, source: str, target: str) -> None:
-    """Add a frozen adapter with the same weights under another name; `source` stays active."""
+    """Add a frozen copy of the adapter `source` under the name `target`. `source` stays active."""
     config = copy.deepcopy(lora_configs(denoiser)[source])
     inject_adapter_in_model(config, denoiser, target)
     state = adapter_state(denoiser, source)
-    if not any(weight.is_meta for weight in state.values()):  # a plan has no weights
+    if not any(weight.is_meta for weight in state.values()):  # weights on the meta device have no values
         set_peft_model_state_dict(denoiser, state, adapter_name=target)
     train_only_adapter(denoiser, source)
     cast_adapter_like(denoiser, source, target)
 
 
 def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
-    """Cast `target` to the dtypes of `source`, so that both round alike."""
+    """Cast the adapter `target` to the dtypes of the adapter `source`, so that both round equally."""
     for layer in adapter_layers(denoiser):
         for layer_name in layer.adapter_layer_names:
             modules = getattr(layer, layer_name)
@@ -171,7 +174,7 @@ def cast_adapter_like(denoiser: nn.Module, source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
-    """Switch all adapters of some layers off within the context."""
+    """Switch off all adapters of `layers` within the context."""
     layers = list(layers)
     switch_adapters(layers, on=False)
     try:
@@ -182,7 +185,8 @@ def adapters_off(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapter_on(layers: Iterable[BaseTunerLayer], name: str, back: str) -> Iterator[None]:
-    """Activate the frozen adapter `name` of some layers within the context, then `back` again, which trains."""
+    """Activate the frozen adapter `name` of `layers` within the context. Afterwards, activate the trained adapter
+    `back` again."""
     layers = list(layers)
     activate_adapter(layers, name)
     try:
@@ -192,13 +196,13 @@ def adapter_on(layers: Iterable[BaseTunerLayer], name: str, back: str) -> Iterat
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """An adapter's parameters under their PEFT names, which lack the adapter's name."""
+    """Return an adapter's parameters under their PEFT names. PEFT names do not contain the adapter's name."""
     state = denoiser.state_dict(keep_vars=True)  # parameters, not copies: an engine may have sharded them
     return get_peft_model_state_dict(denoiser, state_dict=state, adapter_name=name)
 
 
 def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """By what each layer multiplies the product of an adapter's weights."""
+    """Return the factor by which each layer multiplies the product of an adapter's weights."""
     layers = {path: layer for path, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)}
     return {
         f"{path}.scaling": torch.tensor(layer.scaling[name]) for path, layer in layers.items() if name in layer.scaling
@@ -223,7 +227,10 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
 
 
 def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
-    """Raises `ValueError` on targets of a LoRA that are no layer of a denoiser; warns if only some are none."""
+    """Check that a LoRA's targets are layers of the denoiser.
+
+    Raise `ValueError` if no target is, or if a missing target is in a text encoder. Warn about other missing targets.
+    """
     if targets == "all-linear":
         return
     names, missing = [name for name, _ in denoiser.named_modules()], []
@@ -243,7 +250,7 @@ def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
 
 
 def freeze(name: str, component: nn.Module) -> None:
-    """Freezes a component of a pipeline; `ValueError` if it has an adapter that asks for gradients."""
+    """Freeze a component of a pipeline. Raise `ValueError` if the component has an adapter with trainable weights."""
     parts = [getattr(layer, kind) for layer in adapter_layers(component) for kind in layer.adapter_layer_names]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         raise ValueError(

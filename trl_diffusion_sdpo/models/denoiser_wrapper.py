@@ -1,4 +1,4 @@
-"""A wrapper that gives a diffusers denoiser the interface that transformers' Trainer expects of a model."""
+"""Wraps a diffusers denoiser so that transformers' Trainer can train it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..utils._compat import block_names, modules_of
 class DenoiserWrapper(nn.Module):
     """A diffusers denoiser that [`~transformers.Trainer`] can train.
 
-    Calls pass through unchanged. The wrapper hides the diffusers model's `config`, a frozen dictionary (trackers call
-    `config.to_json_string()`), and translates activation checkpointing, which diffusers calls
-    `enable_gradient_checkpointing`.
+    Calls pass through unchanged. The wrapper hides the diffusers model's `config`, because trackers call
+    `config.to_json_string()` and a diffusers `config` is a dictionary without this method. The wrapper also translates
+    the Trainer's calls for activation checkpointing to `enable_gradient_checkpointing` of diffusers.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over pairs: the Trainer divides by the accumulation steps
@@ -30,16 +30,19 @@ class DenoiserWrapper(nn.Module):
         return self.denoiser(*args, **inputs)
 
     def train(self, mode: bool = True) -> DenoiserWrapper:
-        """Put every module into training or evaluation mode. The Trainer calls this before every forward pass, and
-        assigning to a thousand modules what they have takes as long as hundreds of layers need in Python."""
+        """Put every module into training or evaluation mode.
+
+        The Trainer calls this method before every forward pass. If all modules already have the mode, the method
+        returns at once, because assigning the mode to a thousand modules is slow.
+        """
         if all(module.training is mode for module in modules_of(self)):
             return self
         return super().train(mode)
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Class names of the blocks that FSDP shards as units, under the name that accelerate reads; it accepts only
-        classes that occur in the model."""
+        """Class names of the blocks that FSDP shards as units. accelerate reads this attribute. It accepts only classes
+        that occur in the model."""
         present = {type(module).__name__ for module in self.denoiser.modules()}
         return [name for name in block_names(self.denoiser) if name in present]
 
@@ -49,8 +52,15 @@ class DenoiserWrapper(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Turn on activation checkpointing, with arguments for `torch.utils.checkpoint.checkpoint` or diffusers'
-        defaults; `ValueError` on the other two, which a diffusers model does not support."""
+        """Turn on activation checkpointing.
+
+        Args:
+            activation_checkpointing_kwargs (`dict`, *optional*): Arguments of `torch.utils.checkpoint.checkpoint`. If
+                unset, diffusers' defaults apply.
+
+        Raises:
+            `ValueError`: If `every_n_layers` or `offload` is set, because diffusers models support neither.
+        """
         if every_n_layers != 1 or offload:
             raise ValueError(
                 "`activation_checkpointing_kwargs` of a diffusers model must leave `every_n_layers` at 1 and "
@@ -62,7 +72,7 @@ class DenoiserWrapper(nn.Module):
         cast(Any, self.denoiser).enable_gradient_checkpointing(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """[`~DenoiserWrapper.activation_checkpointing_enable`] for transformers before 5.23."""
+        """Call [`~DenoiserWrapper.activation_checkpointing_enable`]. transformers before 5.23 uses this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 

@@ -14,8 +14,9 @@ EMA_ADAPTER = "ema"
 
 
 class EMAWeights(WeightCopy):
-    """Average of the policy's trained weights. It is a second adapter if an `adapter` trains, and else a second
-    denoiser.
+    """Average of the policy's trained weights.
+
+    The average is a second adapter if an `adapter` trains. Otherwise it is a second denoiser.
 
     Args:
         decay (`float`): Share of the average that a step retains, in `(0, 1)`.

@@ -1,4 +1,4 @@
-"""VAE and text encoders of a pipeline. They do not train, and are on the device always or only while they are used."""
+"""VAE and text encoders of a pipeline. They do not train. They stay on the device, or are there only while in use."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ VAE = "vae"
 UNPINNED = ("cpu", "mps")  # devices that share the CPU's memory
 PINNED_BUFFER = 1 << 28  # bytes
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-OVERFLOWS = "force_upcast"  # in a VAE's configuration: it overflows in float16
+OVERFLOWS = "force_upcast"  # entry of a VAE's configuration. If true, the VAE overflows in float16
 
 
 class FrozenComponents:
-    """A family around a copy of its pipeline, as training uses it, and the owner of its VAE and text encoders.
+    """VAE and text encoders of a copy of the pipeline, and the family of this copy.
 
-    They are in one of three states. In all of them, `family` has real components on the device within [`in_use`]:
+    The components are in one of three states. Within [`in_use`], they always have weights and are on the device:
 
     | state | outside `in_use` | entering `in_use` | leaving it |
     |---|---|---|---|
@@ -42,21 +42,23 @@ class FrozenComponents:
     | `"offloaded"` | on the CPU, in pinned memory | copies them to the device, without waiting | drops the copies |
     | `"absent"` | on the meta device, without weights | loads them from disk | frees them |
 
-    The given pipeline shares components that keep their precision and device. Its others are not changed, except that
-    components to be offloaded are moved to the CPU.
+    A component that does not change precision is shared with the user's pipeline. Moving it to `device`, or offloading
+    it to the CPU, moves it in the user's pipeline too. All other components are copied.
 
     Args:
-        family ([`~trl_diffusion_sdpo.families.Family`]): Its VAE and text encoders may be on the meta device.
-        device (`torch.device`): Where they run.
+        family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on
+            the meta device.
+        device (`torch.device`): Device on which the components run.
         half_dtype (`torch.dtype`, *optional*): The dtype of autocast; `None` without autocast.
-        vae_dtype (`str`): A dtype, or `"auto"` for that of autocast unless the VAE overflows there.
+        vae_dtype (`str`): Dtype of the VAE. `"auto"` is the dtype of autocast, unless the VAE overflows in it.
         vae_encode_batch_size (`int`, *optional*): Images per call of the VAE.
-        guidance_scale (`float`, *optional*): Input of a denoiser that takes one.
-        offload (`bool`): Whether they are offloaded, if they are not absent.
-        load (`Callable`, *optional*): Returns the pipeline with the components that are on the meta device.
+        guidance_scale (`float`, *optional*): Guidance scale that the denoiser receives, if it has such an input.
+        offload (`bool`): Whether to offload the components if they are not absent.
+        load (`Callable`, *optional*): Returns a pipeline whose VAE and text encoders have weights.
 
     Raises:
-        `ValueError`: If different prompts are encoded alike, or quantized components are to be offloaded.
+        `ValueError`: If two different prompts are encoded to equal tensors, or if quantized components are to be
+            offloaded.
     """
 
     state: Literal["on device", "offloaded", "absent"]
@@ -93,7 +95,7 @@ class FrozenComponents:
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Family]:
         """Yield the family with VAE and text encoders on the device, in the precision in which they run. Contexts may
-        be nested. The device's cache is not emptied afterwards, because that would wait for the device."""
+        be nested."""
         with contextlib.ExitStack() as stack:
             if self._users == 0:
                 stack.enter_context({"absent": self._read, "offloaded": self._copied}.get(self.state, nullcontext)())
@@ -110,7 +112,7 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _copied(self) -> Iterator[None]:
-        """Offloaded components on the device."""
+        """Copy offloaded components to the device within the context."""
         copies: dict[int, torch.Tensor] = {}  # a tensor may be in several modules
         for module, name, tensor in self._on_host:
             if id(tensor) not in copies:
@@ -125,7 +127,7 @@ class FrozenComponents:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[None]:
-        """Absent components from disk; the random states stay as they are."""
+        """Load absent components from disk within the context. The CPU's random state is restored after loading."""
         if self._load is None:
             raise ValueError(
                 "The pipeline's VAE or text encoders are on the meta device, without weights. Pass the Hub id or "
@@ -159,7 +161,8 @@ class FrozenComponents:
         return working_pipeline(family, device=device, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
 
     def _pinned_tensors(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """Every module, name and tensor of the components, in pinned memory if copies to the device need that."""
+        """Return every tensor of the components with its module and name. Tensors are in pinned memory, unless the
+        device shares the CPU's memory."""
         modules = [m for name in self.family.frozen_components for m in getattr(self.family.pipeline, name).modules()]
         owned = [(module, name, tensor) for module in modules for name, tensor in _own(module)]
         if self._device.type in UNPINNED:
@@ -172,12 +175,12 @@ class FrozenComponents:
 def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy tensors into pinned memory.
 
-    PyTorch rounds each piece of pinned memory up to a power of two: up to twice what the tensors need. They are packed
-    into large buffers, whose sizes are powers of two.
+    PyTorch rounds each allocation of pinned memory up to a power of two, so single tensors could take twice their size.
+    Therefore the tensors are packed into a few large buffers.
     """
     sizes = [-(-tensor.nbytes // CPU_ALIGNMENT) * CPU_ALIGNMENT for tensor in tensors]
     capacity = max([PINNED_BUFFER, *(1 << (size - 1).bit_length() for size in sizes if size)])
-    buffers: list[list[int]] = []  # the tensors in each
+    buffers: list[list[int]] = []  # indices of the tensors in each buffer
     free: list[int] = []
     for index in sorted(range(len(tensors)), key=lambda index: -sizes[index]):
         fitting = next((number for number, left in enumerate(free) if left >= sizes[index]), None)
@@ -198,16 +201,19 @@ def pin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def pinned_bytes(size: int) -> torch.Tensor:
-    """A piece of pinned memory. A function, so that a test can replace it."""
+    """Allocate pinned memory. Tests replace this function."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def working_pipeline(
     family: Family, *, device: torch.device, half_dtype: torch.dtype | None, vae_dtype: str
 ) -> DiffusionPipeline:
-    """The pipeline of [`FrozenComponents`]. The denoiser and components that keep their precision are shared with the
-    given pipeline; others are copied, so that what is saved, or generated after training, is not rounded. Components on
-    the meta device stay there. The VAE's convolutions have channels last, also those of a shared one."""
+    """Return the pipeline of [`FrozenComponents`].
+
+    The denoiser and components that do not change precision are shared with the family's pipeline. Other components are
+    copied, so that the user's pipeline is not rounded. Components on the meta device stay there. The VAE's convolutions
+    are stored with channels last, even if the VAE is shared.
+    """
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
         part = getattr(family.pipeline, name)
@@ -217,14 +223,13 @@ def working_pipeline(
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
             part = part if _text_overflows(part, half_dtype) else cast_copy(part, half_dtype)
         there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}
-        # What is there is not moved: networks in 8 bits refuse to be.
+        # Only move components that are elsewhere: `to` raises for networks in 8 bits.
         working.register_modules(**{name: part if there or is_absent(part) else part.to(device)})
     return working
 
 
 def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Copy a module in another dtype, tensor by tensor: memory is needed for the copy only, not for one in the dtype of
-    the original."""
+    """Copy a module in another dtype. Tensors are cast one by one, so memory is needed for the cast copy only."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
@@ -235,7 +240,7 @@ def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
-    """Whether a network's weights are numbers of another meaning; both libraries note it in its configuration."""
+    """Return whether a network is quantized, by its configuration or by weights that are not floating point."""
     stated = getattr(part.config, "quantization_config", None) is not None
     return stated or not all(weight.is_floating_point() for weight in part.parameters())
 
@@ -250,19 +255,19 @@ def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
 
 
 def _own(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A module's tensors without those of its submodules."""
+    """Return a module's tensors without those of its submodules."""
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor into the place of a module's parameter or buffer."""
+    """Replace a module's parameter or buffer by a tensor."""
     if isinstance(getattr(module, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=False)
     setattr(module, name, tensor)
 
 
 def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> ModelMixin:
-    """Return the VAE in the wanted precision. Only float16 overflows, at 65504; bfloat16 has the range of float32."""
+    """Return the VAE in the wanted precision. Only float16 can overflow, because bfloat16 has the range of float32."""
     overflows = vae.config.get(OVERFLOWS, False)
     dtype = vae.dtype
     if wanted != "auto":
@@ -286,5 +291,5 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
 
 
 def _text_overflows(text_encoder: nn.Module, half: torch.dtype) -> bool:
-    """Whether a text encoder may overflow: CLIP's do not in float16, T5 and language models do."""
+    """Return whether a text encoder may overflow. CLIP's do not overflow in float16. T5 and language models do."""
     return half == torch.float16 and not type(text_encoder).__name__.startswith("CLIP")

@@ -1,4 +1,4 @@
-"""Which kernels a denoiser runs: compiled blocks, and diffusers' attention back ends."""
+"""Chooses a denoiser's kernels: compiled blocks and diffusers' attention back ends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..utils._compat import attention_backends, has_attention_backends, repeated
 from ..utils.hints import did_you_mean
 
 WITHOUT_CUDA_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}  # modes of torch.compile
-NO_BACKWARD = "sage"  # quantized attention, in the names of back ends
+NO_BACKWARD = "sage"  # back ends with this word in their name have no backward pass
 
 
 def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) -> None:
-    """Compile the blocks that a denoiser repeats, in place; each kind of block is compiled once.
+    """Compile the repeated blocks of a denoiser in place. Each kind of block is compiled once.
 
     Raises:
-        `ValueError`: If diffusers names no repeated blocks of it.
+        `ValueError`: If diffusers lists no repeated blocks for this denoiser.
     """
     if not repeated_blocks(denoiser):
         raise ValueError(
@@ -28,18 +28,19 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
 def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | None) -> None:
     """Compile the encoder of a VAE in place, if the pipeline has a VAE.
 
-    CUDA graphs are left out, because they overwrite the latents of one part of a micro-batch with those of the next.
+    The encoder is compiled without CUDA graphs. With them, each call of the encoder would overwrite the latents of the
+    call before it.
     """
     if vae is not None:
         vae.encoder.compile(backend=backend, mode=None if mode is None else WITHOUT_CUDA_GRAPHS.get(mode, mode))
 
 
 def set_attention(denoiser: ModelMixin, backend: str) -> None:
-    """Choose the attention back end of a denoiser, by diffusers' name for it; for other models of the process, too.
+    """Set the attention back end of a denoiser by its name in diffusers. This also affects other models of the process.
 
     Raises:
-        `ValueError`: If diffusers has no such back end, its package is missing, it has no backward pass, or it would
-            not be used.
+        `ValueError`: If diffusers has no such back end, if the back end's package is missing, if the back end has no
+            backward pass, or if the denoiser does not call diffusers' back ends.
     """
     name = backend.lower()
     if name not in attention_backends():

@@ -21,8 +21,8 @@ from ..utils.import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
 
-# Of `model_init_kwargs`: options about the machine, its access to the Hub and the kind of files, which also apply to a
-# reference given by name.
+# Entries of `model_init_kwargs` that also apply when the reference is loaded. They concern the machine, access to the
+# Hub and the kind of files.
 SHARED_OPTIONS = (
     *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
     *("low_cpu_mem_usage", "disable_mmap"),
@@ -72,19 +72,22 @@ def load_model(
     """Resolve `model` to a pipeline and its family.
 
     Args:
-        model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser, also
-            within a [`~peft.PeftModel`].
-        processing_class (`DiffusionPipeline`, *optional*): Owner of a bare denoiser's VAE, text encoders and
-            scheduler. It is copied, not changed.
-        model_init_kwargs (`dict`, *optional*): For loading; `dtype` may be a string.
-        quantization_config (*optional*): Of the denoiser's frozen weights, for a Hub id or folder.
-        device (`torch.device`, *optional*): Where the denoiser will run; on a CPU its weights are aligned.
-        encoders, denoiser (`bool`): Whether to load the weights of VAE and text encoders, and of the denoiser, of a Hub
-            id or folder; see [`~trl_diffusion_sdpo.families.load_pipeline`]. A pipeline object keeps its own.
-        denoiser_folder (`str`, *optional*): Where another denoiser is, in place of that of a Hub id or folder.
+        model (`str`, `Path`, `DiffusionPipeline` or `nn.Module`): A Hub id or folder, a pipeline, or a denoiser. The
+            denoiser may be within a [`~peft.PeftModel`].
+        processing_class (`DiffusionPipeline`, *optional*): Pipeline that supplies VAE, text encoders and scheduler if
+            `model` is a denoiser. It is copied, not changed.
+        model_init_kwargs (`dict`, *optional*): Arguments of `from_pretrained` for a Hub id or folder. `dtype` may be a
+            string.
+        quantization_config (*optional*): Quantization of the denoiser's frozen weights, for a Hub id or folder.
+        device (`torch.device`, *optional*): Device on which the denoiser will run. If it is a CPU, the weights are
+            aligned.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders of a Hub id or folder. See
+            [`~trl_diffusion_sdpo.families.load_pipeline`].
+        denoiser (`bool`): Whether to load the weights of the denoiser of a Hub id or folder.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the one of the Hub id or folder.
 
     Raises:
-        `ValueError`: If it is none of these, or arguments are given that it cannot use.
+        `ValueError`: If `model` is none of these, or if an argument does not apply to this kind of `model`.
     """
     parts: dict[str, Any] = {"encoders": encoders, "denoiser": denoiser, "denoiser_folder": denoiser_folder}
     loaded = _resolve(model, processing_class, model_init_kwargs, quantization_config, "model", **parts)
@@ -101,18 +104,19 @@ def load_reference(
     denoiser_folder: str | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """The denoiser of `ref_model`; of a Hub id or folder, nothing else is loaded.
+    """Return the denoiser of `ref_model`. From a Hub id or folder, only the denoiser is loaded.
 
     Args:
-        policy ([`LoadedModel`]): Has the dtype, and owns the other components.
-        model_init_kwargs (`dict`, *optional*): The policy's options. [`SHARED_OPTIONS`] apply to a Hub id or folder as
-            well, and `config` where both are one file; `revision` does not, which names a state of the policy's
-            repository.
-        ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder.
-        denoiser_folder (`str`, *optional*): Where another denoiser is, in place of that of a Hub id or folder.
+        policy ([`LoadedModel`]): The policy. It supplies the default dtype and a bare denoiser's other components.
+        model_init_kwargs (`dict`, *optional*): Options of the policy. If `ref_model` is a Hub id or folder,
+            [`SHARED_OPTIONS`] apply to it too. `config` applies if both models are single files. `revision` does not
+            apply, because it is a revision of the policy's repository.
+        ref_model_init_kwargs (`dict`, *optional*): Options for a Hub id or folder. They override those of the policy.
+        denoiser_folder (`str`, *optional*): Folder of a denoiser that replaces the one of the Hub id or folder.
 
     Raises:
-        `ValueError`: If it is none of these, or options are given that belong to other components of a pipeline.
+        `ValueError`: If `ref_model` is none of the types above, or if an option belongs to another component of the
+            pipeline.
     """
     if isinstance(ref_model, (str, Path)):
         shared = {key: value for key, value in (model_init_kwargs or {}).items() if key in SHARED_OPTIONS}
@@ -168,7 +172,8 @@ def _resolve(
 
 
 def diffusers_quantization(config: Any) -> Any:
-    """A quantization configuration of transformers (as TRL's `get_quantization_config` returns) as diffusers'."""
+    """Convert a quantization configuration of transformers to the one of diffusers. TRL's `get_quantization_config`
+    returns one of transformers. Other values are returned unchanged."""
     counterpart = {"BitsAndBytesConfig": diffusers.BitsAndBytesConfig}.get(type(config).__name__)
     if counterpart is None or isinstance(config, counterpart):
         return config
@@ -176,7 +181,7 @@ def diffusers_quantization(config: Any) -> Any:
 
 
 def is_absent(part: nn.Module) -> bool:
-    """Whether a component was loaded without its weights."""
+    """Return whether a component was loaded without its weights."""
     return any(weight.is_meta for weight in part.parameters())
 
 
@@ -194,11 +199,11 @@ def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> 
 
 
 def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
-    """Align weights that stay on the CPU; copying to an accelerator aligns the others."""
+    """Align the weights if the denoiser runs on a CPU. Copying to an accelerator aligns weights anyway."""
     if device is not None and device.type == "cpu":
         align_weights(denoiser)
 
 
 def _origin(pipeline: DiffusionPipeline) -> str | None:
     path = pipeline.config.get("_name_or_path")
-    return os.fspath(path) if path else None  # a `Path` that `from_pretrained` was given stays one
+    return os.fspath(path) if path else None  # `from_pretrained` stores a `Path` unchanged

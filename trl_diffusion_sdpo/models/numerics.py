@@ -10,12 +10,17 @@ from torch import nn
 
 from ..utils._compat import forward_pre_hooks
 
-AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights autocast casts at every use
-CPU_ALIGNMENT = 64  # bytes, of PyTorch's CPU allocator
+AUTOCAST_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+)  # autocast casts their weights at every use
+CPU_ALIGNMENT = 64  # bytes; alignment of PyTorch's CPU allocator
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype:
-    """Return a dtype by its name, or float32 if unset. Raises `ValueError` for other names than float32, bfloat16 and
+    """Return a dtype by its name. `None` is float32. Raise `ValueError` for dtypes other than float32, bfloat16 and
     float16."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
@@ -32,8 +37,11 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 
 
 def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of linear and convolution layers, which autocast casts at every use, to its dtype. It does not
-    cast norms and embeddings: casting these would change results."""
+    """Cast the weights of linear and convolution layers to autocast's dtype.
+
+    Autocast would cast these weights at every use, so results are equal. Norms and embeddings are not cast, because
+    autocast does not cast them either.
+    """
     for layer in module.modules():
         if isinstance(layer, AUTOCAST_LAYERS):
             layer.to(dtype)
@@ -43,8 +51,9 @@ def halve_autocast_weights(module: nn.Module, dtype: torch.dtype) -> None:
 def align_weights(module: nn.Module) -> None:
     """Align a module's CPU tensors as PyTorch allocates them.
 
-    Weights mapped from a safetensors file start at any offset, and matrix products on a CPU round by alignment: a
-    policy mapped from a file and a copy of it would differ in the last bit.
+    Weights that are mapped from a safetensors file start at any offset. On a CPU, the rounding of matrix products
+    depends on the alignment. Without this function, a policy mapped from a file and a copy of it would differ in the
+    last bit.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % CPU_ALIGNMENT:
@@ -60,15 +69,15 @@ def store_channels_last(module: nn.Module) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            cast(Any, layer).to(memory_format=torch.channels_last)  # which its type leaves out
+            cast(Any, layer).to(memory_format=torch.channels_last)  # the stubs of `to` lack `memory_format`
 
 
 def read_contiguous(modules: Iterable[nn.Module]) -> None:
     """Make the linear layers among `modules` copy inputs that are not contiguous.
 
-    With a weight that trains, PyTorch computes one large matrix product whatever the input's layout; with a frozen
-    weight, or without gradients, a batch of products where the input's rows are not adjacent, which saves the copy. The
-    two round differently, so a policy and its frozen reference would differ before the first step.
+    If a layer's weight trains, PyTorch always computes one large matrix product. If the weight is frozen or gradients
+    are off, and the rows of the input are not adjacent, PyTorch computes a batch of smaller products to avoid a copy.
+    The two round differently, so a policy and its frozen reference would differ before the first step.
     """
     for layer in modules:
         if isinstance(layer, nn.Linear) and _contiguous not in forward_pre_hooks(layer):

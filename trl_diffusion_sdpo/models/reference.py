@@ -1,4 +1,4 @@
-"""The policy before training: a frozen copy, the adapter switched off, a second adapter, or none."""
+"""References of a loss: a frozen copy, the policy with its adapter off, a second adapter, or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFERENCE_ADAPTER = "ref"
 class Reference(WeightCopy):
     """The policy before training, with arithmetic identical to the policy's."""
 
-    kind: str  # written into checkpoints
+    kind: str  # stored in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
     is_precomputed = False  # whether batches contain the reference's errors instead of a reference that predicts
 
@@ -45,7 +45,7 @@ class AdapterOffReference(Reference):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self._layers = adapter_layers(denoiser)  # searched once, because walking all modules takes milliseconds
+        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -66,8 +66,15 @@ class AdapterReference(Reference):
 
 
 class FrozenReference(Reference):
-    """Reference in a [`SecondDenoiser`]. It is in half precision only if it is not synchronised with the policy
-    (`follows`). Raises `ValueError` if its architecture is not the policy's."""
+    """Reference in a [`SecondDenoiser`].
+
+    Args:
+        half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`]. Ignored if `follows` is set.
+        follows (`bool`): Whether the reference is synchronised with the policy.
+
+    Raises:
+        `ValueError`: If the reference is the policy itself or has another architecture.
+    """
 
     kind = "frozen"
 
@@ -93,7 +100,7 @@ class PolicyReference(Reference):
 
     def __init__(self, denoiser: nn.Module, adapter: str | None):
         super().__init__()
-        # Linear layers with trained weights round by the layout of their inputs; see `read_contiguous`.
+        # Trained and frozen linear layers round differently unless inputs are contiguous; see `read_contiguous`.
         read_contiguous(denoiser.modules() if adapter is None else adapter_parts(denoiser, (adapter,)))
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
@@ -120,7 +127,7 @@ class PrecomputedReference(Reference):
         self._tensors: Callable[[], dict[str, torch.Tensor]] | None = tensors
 
     def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
-        """Compile the blocks of a given model; other sources are compiled with the policy."""
+        """Compile the blocks of a separate reference. Other sources are compiled with the policy."""
         assert regional, "the policy is compiled after its errors are computed"
         if self.module is not None:
             compile_blocks(cast(Any, self.module), backend, mode)
@@ -140,8 +147,11 @@ class PrecomputedReference(Reference):
 
     @contextlib.contextmanager
     def predicting(self, denoiser: nn.Module, engine: Engine) -> Iterator[None]:
-        """Let the reference predict on the device within the context, rounded as `engine` will round the policy
-        `denoiser`. The engine must not have prepared the policy yet."""
+        """Let the reference predict on the device within the context.
+
+        The engine must not have prepared the policy `denoiser` yet. Weights are rounded in the way in which the engine
+        will round the policy.
+        """
         assert self._source is not None, "A released reference cannot predict."
         with self._source.active(denoiser) as module:
             assert module is not None, "A source predicts."
@@ -175,19 +185,21 @@ def build_reference(
 
     Args:
         engine ([`Engine`]): Trains the policy.
-        needed (`bool`): Whether the loss reads a reference. One that is given anyway serves the metrics.
+        needed (`bool`): Whether the loss reads a reference. If not, a reference of the user serves metrics only.
         given (`nn.Module`, *optional*): The user's reference.
-        may_modify_given (`bool`): Whether it was loaded by the trainer, so that it need not be copied to be changed.
-        changed_by_engine (`bool`): Whether an engine will round or shard it in place.
+        may_modify_given (`bool`): Whether the trainer loaded `given` itself. If so, `given` is not copied before it is
+            changed.
+        changed_by_engine (`bool`): Whether an engine will round or shard `given` in place.
         shared (`bool`): See [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, initialized to zero.
         started_adapter (`str`, *optional*): Name of a LoRA that the policy came with.
         follows (`bool`): Whether the reference will be synchronised with the policy.
         half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`].
-        precomputed (`bool`): Whether its errors are computed before training, which then needs no copy of the policy.
+        precomputed (`bool`): Whether the reference's errors are computed before training. Training then needs no copy
+            of the policy.
 
     Raises:
-        `ValueError`: If a reference that was given cannot be used.
+        `ValueError`: If the user's reference cannot be used.
     """
     if given is not None:
         if follows and adapter_layers(denoiser):
@@ -213,7 +225,7 @@ def build_reference(
 
 
 def _with_scalings(given: nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a reference, and by what it multiplies each LoRA that is switched on."""
+    """Return all tensors of a reference, and the scaling of each active LoRA."""
     scalings = {
         f"{number}.{name}.scaling": torch.tensor(layer.scaling[name])
         for number, layer in enumerate(adapter_layers(given))
@@ -256,8 +268,8 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | None:
-    """Describe how a reference differs from the policy in class or tensors, without adapters. Return `None` if they are
-    equal."""
+    """Describe how a reference differs from the policy in its class or in tensor names and shapes. Return `None` if
+    there is no difference. Adapters are ignored."""
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()} for module in (policy, reference)
     )
@@ -271,7 +283,7 @@ def architecture_difference(policy: nn.Module, reference: nn.Module) -> str | No
 
 
 def networks(family: Family, reference: nn.Module | None) -> dict[str, nn.Module]:
-    """Return the networks that a loss is computed with, by name: denoiser, frozen components and separate reference."""
+    """Return the networks of a training step by name: denoiser, frozen components and, if any, a separate reference."""
     names = (family.denoiser_name, *family.frozen_components)
     modules = {name: getattr(family.pipeline, name) for name in names}
     return modules if reference is None else {**modules, "reference": reference}

@@ -1,5 +1,7 @@
-"""Checks that prompts reach the model: a tokenizer without its vocabulary turns all of them into the same tokens, and
-training would go on without an error."""
+"""Checks that prompts reach the model.
+
+A tokenizer without its vocabulary encodes all prompts as equal tokens. Training would continue without an error.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..families import Family
 
-# Tokens per embedding. Published models have between 99% and 100%, as embeddings are padded to round numbers; a missing
-# vocabulary leaves a few special tokens, and another model's tokenizer differs by more than this.
+# Allowed ratios of tokens to embeddings. Published models have 0.99 to 1: embeddings are padded to round numbers.
+# Without its vocabulary, a tokenizer has only a few special tokens. Another model's tokenizer exceeds these bounds.
 SIZE_RATIOS = (0.75, 1.25)
-LONGEST = 1_000_000  # a tokenizer without a limit names a larger number
-PROMPTS = ("a red circle", "a big square")  # words of equal lengths: otherwise unknown tokens would differ in number
+LONGEST = 1_000_000  # tokenizers without a limit report a larger number
+PROMPTS = ("a red circle", "a big square")  # words of equal lengths, so that unknown tokens are equal in number
 
 
 @torch.no_grad()
 def check_text_encoding(family: Family) -> None:
-    """Raise `ValueError` where a tokenizer does not fit its text encoder, or two prompts are encoded alike, with the
-    text encoders on the device and in the dtype of training."""
+    """Raise `ValueError` if a tokenizer does not fit its text encoder, or if two prompts are encoded to equal tensors.
+
+    The text encoders must be on the device and in the dtype of training.
+    """
     for name in family.frozen_components:
         text_encoder = getattr(family.pipeline, name)
         tokenizer = _tokenizer_of(family, name)
@@ -35,7 +39,7 @@ def check_text_encoding(family: Family) -> None:
 
 
 def _tokenizer_of(family: Family, text_encoder: str) -> PreTrainedTokenizerBase | None:
-    """`tokenizer_2` of `text_encoder_2`, also within a processor."""
+    """Return the tokenizer of a text encoder, such as `tokenizer_2` for `text_encoder_2`. It may be in a processor."""
     tokenizer = family.pipeline.components.get(text_encoder.replace("text_encoder", "tokenizer"))
     tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
@@ -89,12 +93,12 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
     """Count the prompts that are longer than a tokenizer's limit.
 
     Returns:
-        `str`: A sentence for the report of the data; empty if all prompts are short enough.
+        `str`: A sentence for the data report. It is empty if all prompts are short enough.
     """
     notes = []
     for name, tokenizer in _limited(family).items():
         limit = tokenizer.model_max_length
-        # A token has a byte at least, so that shorter prompts need not be tokenized.
+        # A token has at least one byte, and tokenizers add two special tokens. Shorter prompts need not be tokenized.
         candidates = (prompt for prompt in prompts if len(prompt.encode(errors="replace")) + 2 > limit)
         long = sum(len(tokenizer(prompt, verbose=False)["input_ids"]) > limit for prompt in candidates)
         if long:
@@ -103,20 +107,21 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
 
 
 def note_on_limits(family: Family) -> str:
-    """Say how many tokens of a prompt are read, where prompts cannot be counted; empty if there is no limit."""
+    """Return a sentence on the tokenizers' limits, for data whose prompts cannot be counted. It is empty if there is no
+    limit."""
     limits = [f"`{name}` reads {tokenizer.model_max_length} tokens" for name, tokenizer in _limited(family).items()]
     return f"{', '.join(limits)} of a prompt, and the rest of it is ignored." if limits else ""
 
 
 def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizers with a limit, by the names of their text encoders."""
+    """Return the tokenizers that have a limit, by the names of their text encoders."""
     found = {name: _tokenizer_of(family, name) for name in family.frozen_components}
     return {name: each for name, each in found.items() if each is not None and each.model_max_length <= LONGEST}
 
 
 @contextlib.contextmanager
 def without_truncation_warnings(family: Family) -> Iterator[None]:
-    """Silence the pipeline's warning of each long prompt within the context: the report of the data counts them."""
+    """Silence the pipeline's warning about each long prompt, because the data report already counts long prompts."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "input was truncated" not in record.getMessage()

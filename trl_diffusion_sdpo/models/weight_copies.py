@@ -1,5 +1,7 @@
-"""Second copies of the policy's weights, for a reference or an average: a second adapter or a second denoiser, sharded
-and rounded as the engine does it with the policy."""
+"""Second copies of the policy's weights, for a reference or an average.
+
+A copy is a second adapter or a second denoiser. The engine shards and rounds it like the policy.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from .numerics import halve_autocast_weights, read_contiguous
 
 
 def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
-    """Copy a module. If `shared`, the copy's weights use the memory of the original's: an engine that shards both gives
-    each its own. Buffers are always copied."""
+    """Copy a module. If `shared`, the copy's weights use the memory of the original weights, because an engine that
+    shards both modules gives each its own memory later. Buffers are always copied."""
     memo: dict[int, Any] = {}
     for weight in module.parameters() if shared else ():
         if type(weight) is nn.Parameter:
@@ -32,8 +34,16 @@ def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
 
 
 class SecondAdapter:
-    """Second, frozen LoRA on the policy's denoiser. It starts with the current weights of the trained LoRA. Raises
-    `ValueError` if the denoiser already has an adapter called `name`. `engine` trains the policy."""
+    """Second, frozen LoRA on the policy's denoiser. It starts with the current weights of the trained LoRA.
+
+    Args:
+        policy_adapter (`str`): Name of the trained LoRA.
+        name (`str`): Name of the second LoRA.
+        engine ([`Engine`]): Engine that trains the policy.
+
+    Raises:
+        `ValueError`: If the denoiser already has an adapter called `name`.
+    """
 
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
@@ -44,7 +54,7 @@ class SecondAdapter:
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
         copy_adapter(denoiser, policy_adapter, name)
-        self._layers = adapter_layers(denoiser)  # searched once, as in `AdapterOffReference`
+        self._layers = adapter_layers(denoiser)  # searched once, because a search takes milliseconds
         read_contiguous(adapter_parts(denoiser, (policy_adapter, name)))
 
     @contextlib.contextmanager
@@ -58,8 +68,8 @@ class SecondAdapter:
         return adapter_state(self._denoiser, self._name)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """Return the policy's parameters under the same names. Updates mix the two LoRAs factor by factor, because a
-        mixture of their products would have a higher rank."""
+        """Return the parameters of the trained LoRA under equal names. Updates mix the two LoRAs factor by factor,
+        because a mixture of their products would have a higher rank."""
         return adapter_state(self._denoiser, self._policy)
 
 
@@ -67,14 +77,14 @@ class SecondDenoiser:
     """A second denoiser that is never trained.
 
     Args:
-        module (`nn.Module`): Frozen and put into evaluation mode here.
-        engine ([`Engine`]): Trains the policy.
-        half_dtype (`torch.dtype`, *optional*): The dtype of autocast, to which the weights that autocast would cast at
-            every use are then cast once: less memory, equal results.
+        module (`nn.Module`): The second denoiser. The constructor freezes it and puts it into evaluation mode.
+        engine ([`Engine`]): Engine that trains the policy.
+        half_dtype (`torch.dtype`, *optional*): The dtype of autocast. Weights that autocast would cast at every use are
+            cast once to this dtype. This saves memory, and results are equal.
     """
 
     def __init__(self, module: nn.Module, policy: nn.Module, engine: Engine, *, half_dtype: torch.dtype | None = None):
-        if not adapter_layers(policy):  # under a LoRA the base is as frozen as the second denoiser
+        if not adapter_layers(policy):  # under a LoRA, the policy's base is frozen too, so both round equally
             read_contiguous((*policy.modules(), *module.modules()))
         self.module = module.requires_grad_(False).eval()
         self.engine = engine
@@ -85,46 +95,48 @@ class SecondDenoiser:
 
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The second denoiser as the engine wrapped it, in place of `model`."""
+        """Yield the second denoiser as the engine wrapped it, instead of `model`."""
         yield self._engine_model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Its parameters and buffers, not copied."""
+        """Return the second denoiser's parameters and buffers without copying them."""
         return self.module.state_dict(keep_vars=True)
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
-        """The policy's parameters and buffers under the same names."""
+        """Return the policy's parameters and buffers under equal names."""
         return self._policy.state_dict(keep_vars=True)
 
     def shard(self, *, moves: bool) -> nn.Module:
-        """Shard it as the engine has sharded the policy; the module that the engine wrapped."""
+        """Shard the second denoiser like the policy, and return it as the engine wrapped it."""
         if self._engine_model is self.module:
             self._engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
         return self._engine_model
 
 
 class WeightCopy:
-    """A second copy of the policy's weights: prepared, updated, gathered, written and read under every engine.
+    """Second copy of the policy's weights. It can be prepared, updated, gathered, saved and loaded under every engine.
 
     Args:
-        second (`SecondAdapter` or `SecondDenoiser`, *optional*): Holds the weights; `None` where the policy's are used.
-        file (`str`): Name of their file in checkpoints.
-        stored (`bool`): Whether checkpoints hold them, since they are updated or cannot be made again.
+        second (`SecondAdapter` or `SecondDenoiser`, *optional*): Owner of the weights. It is `None` if the policy's own
+            weights are used, or none.
+        file (`str`): Name of the weights' file in checkpoints.
+        stored (`bool`): Whether checkpoints contain the weights. They must if the weights are updated or cannot be
+            computed again.
     """
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
-        self.engine_models: tuple[nn.Module, ...] = ()  # what the engine wrapped: the policy, and a second denoiser
-        self.float32_shards: Float32Shards | None = None  # of stored weights that the engine rounds
-        self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None  # these, the policy's
+        self.engine_models: tuple[nn.Module, ...] = ()  # policy and second denoiser, as the engine wrapped them
+        self.float32_shards: Float32Shards | None = None  # float32 copies of stored weights that the engine rounds
+        self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None  # this copy's, the policy's
 
     def to(self, device: torch.device) -> None:
-        """Move a second denoiser; an adapter moves with the policy."""
+        """Move a second denoiser to the device. An adapter moves with the policy."""
         if isinstance(self.second, SecondDenoiser):
             self.second.module.to(device)
 
     def compile(self, backend: str | None, mode: str | None, *, regional: bool) -> None:
-        """Compile a second denoiser or, if `regional`, its blocks; an adapter is compiled with the policy."""
+        """Compile a second denoiser or, if `regional`, its blocks. An adapter is compiled with the policy."""
         if isinstance(self.second, SecondDenoiser):
             if regional:
                 compile_blocks(cast(Any, self.second.module), backend, mode)
@@ -132,12 +144,12 @@ class WeightCopy:
                 self.second.module.compile(backend=backend, mode=mode)
 
     def stop_sharing(self) -> None:
-        """Give the weights of a [`second_copy`] memory of their own, if the engine will not do so."""
+        """Copy the weights of a shared [`second_copy`] into their own memory, if the engine does not shard them."""
         for weight in self.second.module.parameters() if isinstance(self.second, SecondDenoiser) else ():
             weight.data = weight.data.clone()
 
     def keep_unrounded(self) -> None:
-        """Before the engine prepares the policy: copy what it will round."""
+        """Copy the weights that the engine will round, in float32. Call this before the engine prepares the policy."""
         weights = self._weights()
         if self.second is not None and weights and self.float32_shards is None and self.second.engine.rounds_weights:
             self.float32_shards = self.second.engine.float32_shards(_parameters(weights))
@@ -149,12 +161,13 @@ class WeightCopy:
             self.engine_models += (self.second.shard(moves=self.stored),)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
-        """The module that predicts with these weights, given the policy as the engine wrapped it."""
+        """Return a context that yields the module that predicts with these weights. `model` is the policy as the engine
+        wrapped it."""
         return contextlib.nullcontext() if self.second is None else self.second.active(model)
 
     @torch.no_grad()
     def update(self, alpha: float) -> None:
-        """Move towards the policy, `w = alpha * policy + (1 - alpha) * w`; all processes must call it."""
+        """Move the weights towards the policy: `w = alpha * policy + (1 - alpha) * w`. All processes must call it."""
         assert self.second is not None and self.stored, "These weights do not move."
         self._reshard()
         if self._mixed is None:  # listing all weights takes longer than mixing those of a LoRA
@@ -167,7 +180,7 @@ class WeightCopy:
             self.float32_shards.mix(weights, policy, alpha)
 
     def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """Gather the weights that a checkpoint holds, under the policy's names; see [`Engine.gather`]."""
+        """Gather the weights for a checkpoint, under the policy's names. For `keep` see [`Engine.gather`]."""
         if self.second is None:
             return {}
         self._reshard()
@@ -178,13 +191,14 @@ class WeightCopy:
         return {**self.second.engine.gather(buffers, keep=keep), **exact}
 
     def save(self, folder: Path, *, write: bool) -> None:
-        """Write what a resumed run needs. All processes must call it; those with `write` write."""
+        """Save the weights for a resumed run. All processes must call it; processes with `write` write the file."""
         weights = self.gather(keep=write)
         if write and weights:
             save_file(weights, folder / self.file)
 
     def load(self, folder: Path) -> None:
-        """Read what [`WeightCopy.save`] wrote; `ValueError` where the file is missing or holds other weights."""
+        """Load the weights that [`WeightCopy.save`] wrote. Raise `ValueError` if the file is missing or contains other
+        weights."""
         weights = self._weights()
         if self.second is None or not weights:
             return
@@ -206,7 +220,7 @@ class WeightCopy:
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without buffers."""
+    """Return the parameters among the weights, without buffers."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
 
 
