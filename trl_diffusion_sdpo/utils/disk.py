@@ -1,4 +1,4 @@
-"""One error for a full disk, whatever library was writing, that names the folder and its free space."""
+"""A single error class for a full disk, for all libraries that write files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LITTLE = 64 * 2**20  # bytes; with more than this free, another disk may be the full one
+LITTLE = 64 * 2**20  # bytes; if more is free, the full disk may be another one
 
 
 class DiskFullError(OSError):
-    """A file could not be written completely; the message names the folder and its free space."""
+    """Error of a file that could not be written completely. The message names the folder and its free space."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -27,8 +27,13 @@ class DiskFullError(OSError):
 def naming_the_disk(
     folder: str | os.PathLike, needed: int | None = None, *, setting: str = "output_dir"
 ) -> Iterator[None]:
-    """Turn errors of a full disk within the context into a `DiskFullError`. Files are written into `folder`, which need
-    not exist yet and is chosen by `setting`; `needed` is a lower bound of their bytes."""
+    """Turn errors of a full disk within the context into a `DiskFullError`.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of the files. It need not exist yet.
+        needed (`int`, *optional*): Lower bound of the files' bytes.
+        setting (`str`): Name of the setting that chooses the folder.
+    """
     try:
         yield
     except DiskFullError:
@@ -37,14 +42,14 @@ def naming_the_disk(
         try:
             free = free_bytes(Path(folder))
         except OSError:
-            free = None  # unreachable storage: the first error is the one to raise
+            free = None  # the storage is unreachable: raise the first error
         if free is None or not _is_of_a_full_disk(error, free):
             raise
         raise DiskFullError(_message(error, Path(folder), free, needed, setting)) from error
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise a `DiskFullError` where a disk has less room than files in a folder will need, before any is written."""
+    """Raise a `DiskFullError` before writing if the disk of a folder has fewer than `needed` bytes free."""
     free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
@@ -55,7 +60,8 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space on the disk of a folder, or of its nearest parent that exists."""
+    """Return the free bytes on the disk of a folder. If the folder does not exist, its nearest existing parent
+    counts."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -63,9 +69,9 @@ def free_bytes(folder: Path) -> int:
 def _is_of_a_full_disk(error: Exception, free: int) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    if isinstance(error, SafetensorError):  # written by Rust, whose errors arrive as text
+    if isinstance(error, SafetensorError):  # its Rust code reports the errno only in the text
         return any(f"(os error {number})" in str(error) for number in FULL)
-    return "inline_container" in str(error) and free < LITTLE  # of `torch.save`, which names no cause
+    return "inline_container" in str(error) and free < LITTLE  # `torch.save` names no cause
 
 
 def _message(error: Exception, folder: Path, free: int, needed: int | None, setting: str) -> str:
@@ -82,7 +88,7 @@ def _message(error: Exception, folder: Path, free: int, needed: int | None, sett
 
 
 def readable_size(size: float) -> str:
-    """Bytes in words, such as "1.2 GB"."""
+    """Return a size in words, such as "1.2 GB"."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,5 +1,4 @@
-"""Safe writing and reading of files: a kill, a full disk or a loss of power leaves a written file either as it was or
-whole, and a name that strangers chose is checked before it is opened."""
+"""Atomic writing of files, and checks of files before they are opened."""
 
 from __future__ import annotations
 
@@ -10,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # of a run, in its folder
-SWEEP_FOLDER = "scale_sweep"  # of sweeps over its scales, in its folder; that of averaged weights has a longer name
+VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # in the folder of a run
+SWEEP_FOLDER = "scale_sweep"  # in the folder of a run; averaged weights add a suffix
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:
-    """Write a file under a temporary name, and then rename it.
+    """Write a file under a temporary name, and then rename it. After a crash, the file is either unchanged or complete.
 
     Args:
-        content (`bytes` or `Callable`): Its bytes, or what writes them into an open file.
-        ending (`str`): Of the temporary name; where several processes may write the file, each needs its own.
+        content (`bytes` or `Callable`): The bytes, or a function that writes them into an open file.
+        ending (`str`): Ending of the temporary name. Processes that write the same file at the same time need different
+            endings.
     """
     temporary = path.with_name(path.name + ending)
     try:
@@ -38,8 +38,8 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *,
 
 
 def sync_folder(folder: Path) -> None:
-    """Store the names of a folder's files durably."""
-    with contextlib.suppress(OSError):  # some systems sync files only
+    """Sync a folder to the disk, so that renamed files survive a loss of power."""
+    with contextlib.suppress(OSError):  # some systems cannot sync folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -48,11 +48,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
-    """Check a file before it is opened: reading a pipe blocks, and a device such as `/dev/zero` has no end.
+    """Check a file before it is opened. Reading a pipe would block, and a device such as `/dev/zero` has no end.
 
     Raises:
         ValueError: If the path is not a regular file, or the file has more than `max_bytes`.
-        OSError: If there is none.
+        OSError: If the file does not exist.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""The package's extras by name, lazy import of public names, and which notes of libraries are not shown."""
+"""Checks of optional dependencies, lazy import of public names, and filters for notes of libraries."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ OPTIMIZERS = {
     r"(paged_)?(ademamix|lion|adamw)(_bnb)?(_8bit|_32bit)|ademamix|rmsprop_bnb.*": ("bitsandbytes", "bitsandbytes"),
 }
 
-# Logger -> the beginning of notes that name nothing a user of this package could change: image processors that no
-# pipeline calls here, the accelerator that an unused DeepSpeed finds, an empty list of modules.
+# Logger -> the beginning of notes about which a user of this package can do nothing.
 _IDLE_NOTES = {
     "transformers.utils.import_utils": r"`\w+ImageProcessor` requires torchvision \(not installed\); falling back",
     "DeepSpeed": r"Setting (ds_)?accelerator to ",
@@ -47,8 +46,8 @@ _IDLE_NOTES = {
 }
 
 
-# Beginning of warnings of libraries that are of no use here: a second stage adds the reference's adapter to the policy
-# on purpose, and on a CPU no memory is pinned.
+# Beginnings of warnings that need no action: a second stage adds the reference's adapter to the policy on purpose, and
+# memory is not pinned on a CPU.
 _IDLE_WARNINGS = (
     r"Already found a `peft_config` attribute in the model",
     r"'pin_memory' argument is set as true but no accelerator is found",
@@ -56,7 +55,7 @@ _IDLE_WARNINGS = (
 
 
 class MissingExtraError(ImportError):
-    """An extra of this package is needed and not installed; the message names it."""
+    """Error of a missing optional dependency. The message names the extra or package to install."""
 
 
 def require(extra: str, purpose: str) -> None:
@@ -67,7 +66,7 @@ def require(extra: str, purpose: str) -> None:
         purpose (`str`): The subject of the message's sentence, such as "A quantized base".
 
     Raises:
-        MissingExtraError: If it is not; with the command that installs it.
+        MissingExtraError: If it is not installed. The message has the command that installs it.
     """
     if not _is_installed(extra):
         raise MissingExtraError(
@@ -76,7 +75,7 @@ def require(extra: str, purpose: str) -> None:
 
 
 def require_trackers(names: Iterable[str]) -> None:
-    """Raise a `MissingExtraError` unless the trackers of `report_to` are installed; names unknown here pass."""
+    """Raise a `MissingExtraError` unless the trackers of `report_to` are installed. Unknown names pass."""
     for name in names:
         modules, package = TRACKERS.get(name, ((), ""))
         if modules and not any(find_spec(module) for module in modules):
@@ -87,7 +86,7 @@ def require_trackers(names: Iterable[str]) -> None:
 
 
 def require_optimizer(name: str) -> None:
-    """Raise a `MissingExtraError` unless the package of an optimizer of `optim` is installed; unknown names pass."""
+    """Raise a `MissingExtraError` unless the package of an optimizer of `optim` is installed. Unknown names pass."""
     for pattern, (module, package) in OPTIMIZERS.items():
         if re.fullmatch(pattern, name) and not find_spec(module):
             raise MissingExtraError(
@@ -99,7 +98,7 @@ def require_optimizer(name: str) -> None:
 def lazy_attributes(
     package: str, homes: Mapping[str, str], others: Iterable[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`, which import its public names at their first use.
+    """Return a package's `__getattr__` and `__dir__`. They import public names at their first use.
 
     Args:
         package (`str`): Name of the package.
@@ -111,14 +110,14 @@ def lazy_attributes(
     def get_attribute(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        hide_idle_notes()  # what is imported now imports the libraries
+        hide_idle_notes()  # the next line imports libraries that log
         return getattr(import_module(homes[name], package), name)
 
     return get_attribute, lambda: public
 
 
 def hide_idle_notes() -> None:
-    """Let libraries leave out the notes and warnings that import, loading and training cause in every run."""
+    """Hide the notes and warnings that libraries print in every run and that need no action."""
     import logging  # a third of this package's import time
     import warnings
 
@@ -126,7 +125,7 @@ def hide_idle_notes() -> None:
         warnings.filterwarnings("ignore", message=beginning)
 
     for name in _IDLE_NOTES:
-        logging.getLogger(name).addFilter(_says_something)  # once, however often it is called
+        logging.getLogger(name).addFilter(_says_something)  # a second call has no effect
 
 
 def _says_something(record: LogRecord) -> bool:

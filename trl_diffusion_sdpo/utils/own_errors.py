@@ -1,4 +1,4 @@
-"""Telling this package's own errors, whose messages are for users, from those of libraries."""
+"""Test whether this package raised an error. Messages of such errors are written for users."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ _PACKAGE = __package__.partition(".")[0]
 
 
 def is_own(error: Exception) -> bool:
-    """Return whether this package raised an error: the error has a class of this package, or a `raise` statement of
-    this package was its origin. An error that a library or Python raised within a call of this package is not own."""
+    """Return whether this package raised an error.
+
+    The answer is yes if the error's class is defined in this package, or if a `raise` statement of this package raised
+    it. An error that a library or Python raised in a call from this package does not count.
+    """
     if type(error).__module__.partition(".")[0] == _PACKAGE:
         return True
     frame = error.__traceback__

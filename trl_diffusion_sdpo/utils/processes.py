@@ -1,4 +1,4 @@
-"""Processes that work together, and how many of them a machine has room for."""
+"""Collective work of several processes, and the number of CPU cores for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes that prepare the same data at the same time; one by default.
+    """Processes that prepare the same data together. The default is a single process.
 
     Args:
         index (`int`): Rank of this process, from 0.
@@ -29,7 +29,7 @@ class Peers:
         """Run this process's share of the work and return the results of all processes by rank. Collective.
 
         Raises:
-            Exception: In all processes if `work` raises in one: its error there, `RuntimeError` in the others.
+            Exception: If `work` raises in any process. That process raises its error, the others `RuntimeError`.
         """
         failure: Exception | None = None
         result = None
@@ -46,7 +46,7 @@ class Peers:
         return [value for value, _ in gathered]
 
     def first(self, compute: Callable[[], Result]) -> Result:
-        """Return the result of `compute`, which only the first process runs. Collective; raises as `gather_results`."""
+        """Return the result of `compute`, which only the first process runs. Collective."""
         return self.gather_results(lambda: compute() if self.index == 0 else None)[0]
 
 
@@ -54,9 +54,9 @@ ALONE = Peers()
 
 
 def usable_cores(processes: int = 1) -> int:
-    """Return the CPU cores for each of `processes` processes. A launcher's `LOCAL_WORLD_SIZE` says how many of them
-    are on this machine."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    """Return the CPU cores for each of `processes` processes. If a launcher sets `LOCAL_WORLD_SIZE`, only that
+    many processes share this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows do not have it
     cores = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
     return max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
 

@@ -1,4 +1,4 @@
-"""Removes secrets from settings and messages, for files, trackers, logs and the model card."""
+"""Removal of secrets from settings and messages, before they go to files, trackers, logs and the model card."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import re
 from typing import Any
 
-# Of names of secrets, in lower case and without separators: ends and substrings.
+# Ends and substrings of names that hold secrets. Names are compared in lower case and without separators.
 _SECRET_ENDS = ("token", "passwd", "passphrase", "passphrases", "auth", "authorization", "cookie", "cookies")
 _SECRET_PARTS = (
     *("secret", "password", "apikey", "accesskey", "accountkey", "privatekey", "credential", "connectionstring"),
 )
-_TOKENS = re.compile(r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$")  # of access, not of a text
+_TOKENS = re.compile(
+    r"(?<!max)(?<!min)(?<!num)(?<!new)(?<!special)tokens$"
+)  # access tokens, not counts of text tokens
 # Query parameters of signed URLs.
 _SIGNED = r"[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key|access[_-]?key|key[_-]?id)[\w.-]*|sig|key"
-# Names before an equals sign, anywhere; only their end counts, as `token_length=77` is no secret.
+# Names before an equals sign. Only the end of a name counts, because `token_length=77` is no secret.
 _GIVEN = r"[\w.-]*(?:token|secret|password|passwd|signature|credential|(?:api|access|account|private)[_-]?key)"
 _IN_TEXT = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_..."),
@@ -27,11 +29,11 @@ _IN_TEXT = (
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """A copy of settings, also nested ones, in which secrets are replaced by their name, and by dots within texts.
+    """Return a copy of nested settings without secrets. A secret setting becomes its name, a secret in a text dots.
 
     Args:
-        value: Searched if it is a dictionary, list, tuple, set, text or path, and returned unchanged otherwise.
-        name (`str`): Of the setting; the value of one such as `hub_token` is replaced by `<HUB_TOKEN>`.
+        value: Dictionaries, lists, tuples, sets, strings and paths are searched. Other values are returned unchanged.
+        name (`str`): Name of the setting. The value of `hub_token` becomes `<HUB_TOKEN>`.
     """
     if names_secret(name) and not (value is None or isinstance(value, bool)):
         return f"<{name.upper()}>"
@@ -45,14 +47,14 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def names_secret(name: str) -> bool:
-    """Whether a setting of this name holds a secret: `hub_token` does, `token_length` does not."""
+    """Return whether a setting of this name holds a secret: `hub_token` does, `token_length` does not."""
     plain = re.sub(r"[\W_]", "", name.lower())
     ends = plain.endswith(_SECRET_ENDS) or _TOKENS.search(plain) is not None
     return ends or any(part in plain for part in _SECRET_PARTS)
 
 
 def without_secrets(text: str) -> str:
-    """The text with dots for tokens, passwords and the signatures of URLs."""
+    """Return a text with dots instead of tokens, passwords and the signatures of URLs."""
     for pattern, replacement in _IN_TEXT:
         text = pattern.sub(replacement, text)
     return text

@@ -1,4 +1,4 @@
-"""The words for true and false, on a command line, in YAML and in scripts."""
+"""Words for true and false on a command line, in YAML and in scripts."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,8 @@ SWITCH_WORDS = {
 
 
 def choice_of_switch(value: bool, choices: Iterable[str]) -> str | None:
-    """Return the choice that means the same as a boolean, such as `"none"` or `"no"` for false; `None` if no choice
-    does."""
+    """Return the choice that means the same as a boolean, such as `"none"` or `"no"` for false. Return `None` if no
+    choice does."""
     words = [word for word, meant in SWITCH_WORDS.items() if meant is value]
     known = set(choices)
     return next((word for word in (words if value else ["none", *words]) if word in known), None)
