@@ -16,8 +16,10 @@ _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use
 
 
 class QwenImageFamily(Family):
-    """`QwenImagePipeline`, and folders of its image-to-image and inpainting classes, which hold the same transformer.
-    Qwen-Image-Edit and Qwen-Image-Layered, which take further images, are other pipelines.
+    """Serves `QwenImagePipeline`.
+
+    A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
+    Qwen-Image-Edit and Qwen-Image-Layered are other pipelines, because they take further images.
 
     The VAE takes videos, here of one frame; latents have no axis of frames, `(N, C, H, W)`.
     """

@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 1024  # of a group that are compared with the whole group
 
 
 def score_gaps(scores: torch.Tensor, *, sorts_by_scores: bool) -> torch.Tensor:
-    """By how much the winner's score exceeds the loser's, never below 0.
+    """Return by how much the winner's score exceeds the loser's, never below 0.
 
     Args:
         scores (`torch.Tensor` of shape `(P, 2, ...)`): Of winner and loser.
@@ -90,7 +90,7 @@ WEIGHT_FUNCTIONS: dict[str, WeightFunction] = {
 
 
 def with_mean_one(weights: torch.Tensor) -> torch.Tensor:
-    """Weights `(P,)` divided by their mean, which must be above 0. Weights of 1 stay 1 to the bit."""
+    """Divide weights `(P,)` by their mean. The mean must be above 0. Weights of 1 stay 1 to the bit."""
     return weights / _mean(weights)
 
 
@@ -117,5 +117,5 @@ def calibrated_scores(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean of values `(P,)`, exact up to its last rounding: equal on every machine."""
+    """Return the mean of values `(P,)`. It is exact up to its last rounding, so it is equal on every machine."""
     return values.new_tensor(math.fsum(values.tolist()) / len(values))
