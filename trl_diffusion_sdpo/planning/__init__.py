@@ -1,1 +1,1 @@
-"""What a training set-up needs before anything is loaded: memory by component and moment, disk, and model FLOPs."""
+"""Estimates of a run's memory, disk and FLOPs, computed without loading weights."""

@@ -27,8 +27,8 @@ def _attention_backward_flops(
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# torch's formulas, by operation, and those of the CPU's fused attention, which torch leaves out. torch's own counting
-# mode would keep what activation checkpointing recomputes from being freed.
+# FLOP formulas by operation. torch has none for the CPU's fused attention. torch's own counting mode is not used,
+# because it holds tensors that activation checkpointing would free.
 FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     CPU_ATTENTION: _attention_flops,
@@ -37,10 +37,10 @@ FLOP_FORMULAS: dict[Any, Any] = {
 
 
 class Allocations(TorchDispatchMode):
-    """Counts live storages, with a peak for each moment of a step.
+    """Counter of the bytes of live storages, with a peak for each moment of a step.
 
-    Entered within a `FakeTensorMode`. A storage counts once, however many views it has, from the operation that
-    allocates it until autograd, modules and Python have all dropped it: weak references see that.
+    Enter it within a `FakeTensorMode`. A storage counts once, even if it has several views. It counts until autograd,
+    modules and Python have all released it. Weak references report the release.
 
     Args:
         block (`int`): Bytes to which an allocation is rounded up.
@@ -73,7 +73,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def moment(self, name: str) -> Iterator[None]:
-        """Peaks within the context are of this moment."""
+        """Record peaks under this name within the context."""
         before, self._moment = self._moment, name
         self._note(self.live)
         try:
@@ -82,7 +82,7 @@ class Allocations(TorchDispatchMode):
             self._moment = before
 
     def ignore(self, tensors: Any) -> None:
-        """Tensors that stay and are counted elsewhere: neither they nor views of them are allocations from now on."""
+        """Leave tensors and their views out of the count from now on. The caller counts them elsewhere."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self._storages:
@@ -107,7 +107,7 @@ class Allocations(TorchDispatchMode):
 
 
 def rounded(size: int, block: int) -> int:
-    """The bytes that an allocator takes for `size`."""
+    """Return the bytes that an allocator reserves for `size` bytes."""
     return -(-size // block) * block
 
 

@@ -1,4 +1,4 @@
-"""How a device differs from the CPU, on which fake tensors live, in what its operations allocate."""
+"""Differences between the planned device and the CPU in what operations allocate. Fake tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .allocations import CUDA_BLOCK
 
 CUDA_FUSED_ATTENTION_GRADIENT = 4  # bytes an element: FlashAttention 2 sums the gradient of the queries in float32
 
-# Operations that CUDA's autocast runs in float32 and the CPU's does not, of those that denoisers use.
+# Operations of denoisers that run in float32 under CUDA's autocast, but not under the CPU's.
 # Source: https://docs.pytorch.org/docs/stable/amp.html
 _FLOAT32 = (
     *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "linalg_vector_norm"),
@@ -26,12 +26,12 @@ _FLOAT32_RESULT = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "
 
 @dataclass(frozen=True)
 class FakeDevice:
-    """What a plan assumes of a device.
+    """Properties of a device that a plan needs.
 
     Attributes:
         type (`str`): `"cuda"` or `"cpu"`.
         block (`int`): Bytes to which an allocation is rounded up.
-        hidden (`dict[Any, int]`): As [`~trl_diffusion_sdpo.planning.allocations.Allocations`] has it.
+        hidden (`dict[Any, int]`): See [`~trl_diffusion_sdpo.planning.allocations.Allocations`].
     """
 
     type: str
@@ -40,16 +40,16 @@ class FakeDevice:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Autocast rounds as on this device."""
+        """Make autocast round as on this device within the context."""
         with autocast_rules(_CUDA_RULES) if self.type == "cuda" else contextlib.nullcontext():
             yield
 
 
 def fake_device(kind: str) -> FakeDevice:
-    """`"cuda"` or `"cpu"`."""
+    """Return the properties of a device, `"cuda"` or `"cpu"`."""
     if kind == "cpu":
         return FakeDevice("cpu", 1)
-    # Attention: the CPU's fused kernel stands for the GPU's. Both keep the result and a float32 number for each query.
+    # The CPU's fused attention stands for the GPU's. Both save the result and one float32 number for each query.
     return FakeDevice("cuda", CUDA_BLOCK, {CPU_ATTENTION_BACKWARD: CUDA_FUSED_ATTENTION_GRADIENT})
 
 

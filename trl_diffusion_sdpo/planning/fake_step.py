@@ -1,5 +1,4 @@
-"""One optimizer step of the trainer under fake tensors: the real forward and backward passes of a pair, clipping and
-the optimizer, without data."""
+"""Simulation of the trainer's forward and backward passes on fake tensors, without data."""
 
 from __future__ import annotations
 
@@ -34,17 +33,18 @@ ENCODE, REFERENCE, FORWARD, BACKWARD, OPTIMIZER = "encode", "reference", "forwar
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step does, besides its networks.
+    """Settings of a simulated step.
 
     Attributes:
         resolution (`tuple[int, int]`): (height, width) of the images in pixels.
-        pairs (`int`): Of a micro-batch.
+        pairs (`int`): Pairs of a micro-batch.
         autocast (`torch.dtype`, *optional*): The dtype of autocast.
         checkpointing (`dict`, *optional*): Arguments of activation checkpointing; `None` without.
-        anchor (`str`, *optional*): Of the safeguard in parameter space; `None` in output space or without.
-        low_memory (`bool`): Whether that holds one branch's activations at a time.
+        anchor (`str`, *optional*): Anchor of the safeguard in parameter space. `None` in output space, or without
+            a safeguard.
+        low_memory (`bool`): Whether this safeguard holds the activations of one branch at a time.
         accumulates (`bool`): Whether gradients of earlier micro-batches are in memory.
-        divides_gradients (`bool`): Whether the engine divides a gradient over processes once it is computed.
+        divides_gradients (`bool`): Whether the engine shards each gradient over processes when it is computed.
         rounds_weights (`bool`): Whether the engine computes with weights in the dtype of autocast.
         two_prompts (`bool`): Whether each image of a pair has its own prompt.
     """
@@ -65,8 +65,8 @@ class StepSettings:
 
 @dataclass
 class Networks:
-    """The networks of a step, under fake tensors, as the trainer makes them: the family's denoiser has its trained
-    weights chosen, and its VAE and text encoders are in the precision in which they run."""
+    """Networks of a step, made as the trainer makes them. The denoiser's trained weights require gradients. VAE and
+    text encoders have the precision in which they run."""
 
     family: Family
     reference: Reference
@@ -79,13 +79,13 @@ class Networks:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step needs, in bytes, beside the weights that stay.
+    """Memory of a step besides the weights that stay, in bytes.
 
     Attributes:
-        peaks (`dict[str, int]`): By moment: activations, gradients, temporaries and the batch.
-        gradient_bytes (`int`): What is left when the optimizer steps.
+        peaks (`dict[str, int]`): Peak of each moment: activations, gradients, temporaries and the batch.
+        gradient_bytes (`int`): Memory in use when the optimizer steps.
         flops (`int`): Floating point operations of matrix products, convolutions and attention.
-        moments_bytes, prompt_bytes (`int`): What a cache of encoded pairs holds of the micro-batch.
+        moments_bytes, prompt_bytes (`int`): Size of the micro-batch in a cache of encoded pairs.
     """
 
     peaks: dict[str, int]
@@ -96,7 +96,7 @@ class StepMemory:
 
 
 class OneProcess:
-    """What a step reads of accelerate's `Accelerator`, of one process without a gradient scaler."""
+    """Stand-in for accelerate's `Accelerator`, with one process and no gradient scaler."""
 
     scaler = None
     num_processes = 1
@@ -112,8 +112,8 @@ class OneProcess:
 
 
 class HeldComponents:
-    """What a step reads of [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`], with all of them on the
-    device: where they are otherwise is the plan's."""
+    """Stand-in for [`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]. All components are on the device.
+    The plan subtracts components that are offloaded."""
 
     def __init__(self, family: Family):
         self.family = family
@@ -124,10 +124,10 @@ class HeldComponents:
 
 
 class MeasuredForward(PairForward):
-    """The forward passes of a pair, each as a moment of its own."""
+    """Forward passes of a pair. Encoding and the reference's pass are separate moments."""
 
     allocations: Allocations
-    moments_bytes, prompt_bytes = 0, 0  # of the images and prompts that were encoded
+    moments_bytes, prompt_bytes = 0, 0  # bytes of the encoded images and prompts
 
     def encode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Simulate precomputed latents by encoding here, so that their memory is counted apart."""
@@ -159,7 +159,7 @@ def measure_step(networks: Networks, settings: StepSettings, device: FakeDevice,
         with mode, device.active():
             return _measure(model, networks, settings, device)
     finally:
-        for cached in (constant, white):  # fake tensors must not be left to a later step
+        for cached in (constant, white):  # a later step must not get fake tensors
             cached.cache_clear()
         if settings.checkpointing is not None:
             denoiser.disable_gradient_checkpointing()
@@ -199,7 +199,7 @@ def _measure(model: nn.Module, networks: Networks, settings: StepSettings, devic
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:
-    """Leave a gradient out of this process's count: its shard is counted with what stays."""
+    """Drop a gradient. The plan counts its shard with the tensors that stay."""
     weight.grad = None
 
 
@@ -219,7 +219,7 @@ def _by_branch(
     settings: StepSettings,
     backend: ReplicatedBackend,
 ) -> None:
-    """The step in parameter space; `settings.accumulates` adds a micro-batch before it."""
+    """Run the step with the safeguard in parameter space. If gradients accumulate, run two micro-batches."""
     assert settings.anchor is not None
     allocations = forward.allocations
     gradients = BranchGradients(backend, mu=settings.loss.safeguard_mu, anchor=settings.anchor)
@@ -232,7 +232,7 @@ def _by_branch(
         diagnostics=None,
     )
     for _ in range(2 if settings.accumulates else 1):
-        allocations.flops = 0  # those of one micro-batch are asked for
+        allocations.flops = 0  # report one micro-batch only
         with allocations.moment(FORWARD):
             loss = forward.loss(safeguard.predict_pairs(model, inputs)).loss
         with allocations.moment(BACKWARD):
@@ -243,12 +243,12 @@ def _by_branch(
 
 
 def _existing(networks: Networks) -> list[torch.Tensor]:
-    """Tensors that stay between steps."""
+    """Return the tensors that stay between steps."""
     return [tensor for module in all_modules(networks) for tensor in (*module.parameters(), *module.buffers())]
 
 
 def all_modules(networks: Networks) -> list[nn.Module]:
-    """The policy, VAE and text encoders, and second denoisers."""
+    """Return the policy, VAE and text encoders, and second denoisers."""
     family = networks.family
     frozen = [getattr(family.pipeline, name) for name in family.frozen_components]
     return [family.denoiser, *frozen, *_second_denoisers(networks)]
@@ -260,7 +260,7 @@ def _second_denoisers(networks: Networks) -> list[nn.Module]:
 
 
 def _batch(settings: StepSettings, *, with_errors: bool) -> dict[str, Any]:
-    """A collated batch on the device, in the form of `PreferenceCollator`."""
+    """Return a collated batch on the device, in the form of `PreferenceCollator`."""
     images, (height, width) = 2 * settings.pairs, settings.resolution
     sizes = torch.ones(images, 2, dtype=torch.long)
     batch = {

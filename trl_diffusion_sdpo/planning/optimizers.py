@@ -1,4 +1,4 @@
-"""Memory of an optimizer: its states, and what its step allocates for a moment."""
+"""Memory of an optimizer: its states, and the temporary tensors of its step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .allocations import Allocations, rounded
 from .fake_device import FakeDevice
 
 _QUANTIZED = 1 + 4 / 256  # bytes a state: one, and a float32 scale for each block of 256
-# Those of bitsandbytes, by the bytes of their states a weight.
+# Optimizers of bitsandbytes -> bytes of the states for each weight.
 _STATES: dict[str, float] = {
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit"), 2 * _QUANTIZED),
     **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), _QUANTIZED),
     **dict.fromkeys(("lion_32bit", "rmsprop_bnb"), 4.0),
-    # Paged: on the CPU where the device has no room.
+    # Paged states move to the CPU if the device has no room.
     **dict.fromkeys(("paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "paged_lion_32bit"), 0.0),
 }
 _TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
@@ -34,7 +34,7 @@ OPTIMIZERS = (*_TORCH, *_STATES, "adafactor")
 def optimizer_memory(
     name: str, trained: list[nn.Parameter], max_norm: float | None, device: FakeDevice, mode: FakeTensorMode
 ) -> tuple[int, int]:
-    """Bytes of an optimizer's states, and the peak above states and gradients when it clips and steps.
+    """Return the bytes of an optimizer's states, and the peak above states and gradients when it clips and steps.
 
     Raises:
         `ValueError`: If plans do not know the optimizer.
@@ -48,7 +48,7 @@ def optimizer_memory(
             f"A plan knows the optimizers {', '.join(OPTIMIZERS)}; got `optim={name}`. Plan with one of them."
         )
     optimizer_class, settings = _TORCH[name]
-    with mode:  # in float32, whatever an engine rounds the module's weights to
+    with mode:  # in float32, even if an engine rounds the module's weights
         trained = [nn.Parameter(torch.empty(weight.shape, device="cpu")) for weight in trained]
     if device.type != "cpu" and "fused" not in settings:
         settings = {**settings, "foreach": True}  # torch's choice on an accelerator
@@ -69,7 +69,8 @@ def optimizer_memory(
 
 
 def _factored(weight: torch.Tensor) -> int:
-    """Adafactor: a row and a column of each matrix, vectors in full; without momentum."""
+    """Return the bytes of Adafactor's states: a row and a column of each matrix, and full vectors. There is no
+    momentum."""
     if weight.dim() < 2:
         return 4 * weight.numel()
     rows, columns = weight.shape[-2:]

@@ -1,4 +1,4 @@
-"""The memory of a set-up: what stays on the device, what each moment of a step adds, and the disk that a run takes."""
+"""Memory and disk that a run needs: tensors that stay on the device, the peak of each moment, and files."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ STORED: dict[str, float] = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """A set-up, on the meta device, as the trainer makes it.
+    """Networks and settings of a run, on the meta device.
 
     Attributes:
         networks ([`Networks`]): Policy with its trained weights, reference, average, VAE and text encoders.
         optimizer (`str`): A value of `optim`.
-        max_norm (`float`, *optional*): Gradients are clipped to it.
+        max_norm (`float`, *optional*): Norm to which gradients are clipped.
         frozen (`str`): Where VAE and text encoders are.
-        stored (`str`, *optional*): How a quantized base is held, a key of [`STORED`].
-        checkpoints (`int`): Checkpoints on disk at once, the newest and those that are kept.
+        stored (`str`, *optional*): Format of a quantized base, a key of [`STORED`].
+        checkpoints (`int`): Largest number of checkpoints on disk at once.
         variants (`int`): Crops and flips of each image in a cache.
         draws (`int`): Draws of the noise of each pair, for which a cache has the reference's errors.
     """
@@ -72,12 +72,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a set-up on one device, computed.
+    """Computed memory and disk of a run on one device.
 
     Attributes:
-        components (`dict[str, int]`): What stays between steps, by name.
-        moments (`dict[str, int]`): The peak of each moment, with what stays.
-        parameters, trained (`int`): Weights of the denoiser, and those that train.
+        components (`dict[str, int]`): Tensors that stay between steps, by name.
+        moments (`dict[str, int]`): Peak of each moment, including the tensors that stay.
+        parameters, trained (`int`): Number of the denoiser's weights, and of its trained weights.
         flops (`int`): Floating point operations of a micro-batch on one device.
         pairs (`int`): Pairs of a micro-batch.
         disk (`dict[str, int]`): Bytes on disk, by name.
@@ -103,12 +103,12 @@ class Plan:
         return max(self.moments, key=lambda name: self.moments[name])
 
     def fits(self, gigabytes: float) -> bool:
-        """Return whether it fits on a card, with a margin for what PyTorch does not count."""
+        """Return whether the run fits on a card, with a margin for memory that PyTorch does not count."""
         return self.peak <= USABLE * gigabytes * 1e9
 
 
 def make_plan(prepared: Prepared, device: str) -> Plan:
-    """Run one step of a set-up on fake tensors, and add up what stays and what each moment allocates.
+    """Simulate one step on fake tensors. Add the tensors that stay to the peak of each moment.
 
     Args:
         device (`str`): `"cuda"` or `"cpu"`.
@@ -146,7 +146,7 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
     step = left + engine.share("optimizer", temporary)
     moments[OPTIMIZER] = max(measured.peaks.get(OPTIMIZER, 0), step)
     if engine.divides_gradients and prepared.step.anchor is not None:
-        # The gradients of two branches were counted whole. One of them at a time is.
+        # The simulation held whole gradients of both branches. The engine holds one of them whole at a time.
         spared = (measured.gradient_bytes - left) // 2
         moments[BACKWARD] -= spared
         moments[OPTIMIZER] -= spared
@@ -169,7 +169,7 @@ def make_plan(prepared: Prepared, device: str) -> Plan:
 
 
 def _weights(prepared: Prepared, block: int) -> dict[str, int]:
-    """Bytes of the weights that stay, by name; VAE and text encoders by their names in the pipeline."""
+    """Return the bytes of the weights that stay, by name. VAE and text encoders have their names in the pipeline."""
     networks, engine = prepared.networks, prepared.engine
     family = networks.family
     half = prepared.step.autocast is not None and engine.is_zero
@@ -206,14 +206,17 @@ def _weights(prepared: Prepared, block: int) -> dict[str, int]:
 
 
 def _setup(prepared: Prepared, weights: dict[str, int]) -> int:
-    """Bytes at the end of set-up: the weights, and if they are divided, the block that is being divided."""
+    """Return the peak bytes of set-up: the weights, and a whole block if the engine shards weights."""
     block, _ = largest_block(prepared.networks.family.denoiser, None)
     return sum(weights.values()) + (block if prepared.engine.divides_weights else 0)
 
 
 def _in_passes(prepared: Prepared) -> int:
-    """Bytes of whole weights that a pass needs besides what stays: a quantized layer in half precision, and the blocks
-    that an engine has gathered, which are the one that runs, the next one, and what is in no block."""
+    """Return the bytes of whole weights that a pass needs besides the weights that stay.
+
+    A quantized base needs one layer in half precision. An engine that shards weights gathers the running block, the
+    next block, and all weights outside of blocks.
+    """
     denoiser, engine = prepared.networks.family.denoiser, prepared.engine
     extra = 0
     if prepared.stored is not None:
@@ -244,5 +247,5 @@ def _adapter(weights: WeightCopy | None) -> list[torch.Tensor]:
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Return parameters and buffers; shared ones once."""
+    """Return parameters and buffers. Shared tensors appear once."""
     return [*module.parameters(), *module.buffers()]

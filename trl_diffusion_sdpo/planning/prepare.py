@@ -1,4 +1,4 @@
-"""A set-up on the meta device, made by the trainer's own functions from its settings."""
+"""Networks of a planned run on the meta device, made by the trainer's functions from the run's settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class PlannedSettings:
-    """The settings of a run, of which single ones can be changed.
+    """Settings of a run. A plan can change some of them.
 
     Args:
         training (`DiffusionSDPOConfig`): The trainer's settings.
@@ -50,7 +50,7 @@ class PlannedSettings:
             model.use_peft = True  # the LoRA continues training
 
     def plan(self, **changes: Any) -> Plan:
-        """Plan with some settings changed; `ValueError` if they cannot act together."""
+        """Return the plan with some settings changed. Raise `ValueError` if the settings contradict each other."""
         training = copy.copy(self._training)
         model = copy.copy(self._model)
         for name, value in changes.items():
@@ -74,7 +74,7 @@ class PlannedSettings:
 
 
 def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) -> Prepared:
-    """Make the networks of a run and say what its step does."""
+    """Make the networks of a run and the settings of its simulated step."""
     from trl import get_peft_config
 
     stored = _stored(model_args)
@@ -93,7 +93,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     step = StepSettings(
         noise=noise,
         loss=loss_settings(args),
-        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # of buckets, the largest
+        resolution=max(image_sizes(args), key=lambda size: size[0] * size[1]),  # the largest bucket needs most
         pairs=args.per_device_train_batch_size,
         autocast=half,
         checkpointing=arguments if checkpoints else None,
@@ -124,7 +124,7 @@ def _no_accelerator() -> Accelerator:
 
 
 def _stored(model_args: ModelConfig) -> str | None:
-    """Return how a quantized base is held; `ValueError` without a LoRA."""
+    """Return the format of a quantized base, or `None`. Raise `ValueError` for a quantized base without a LoRA."""
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return None
     if not model_args.use_peft:
@@ -135,7 +135,7 @@ def _stored(model_args: ModelConfig) -> str | None:
 
 
 def _loaded(model_args: ModelConfig, args: DiffusionSDPOConfig) -> LoadedModel:
-    """Return the model, with the LoRA that it goes on from unless all weights are planned to train."""
+    """Return the model. If a LoRA trains, attach the LoRA from which the run continues."""
     start = starting_point(str(model_args.model_name_or_path), args.adapter_name_or_path)
     family = _family(model_args, args, start)
     if start.adapter is None or not model_args.use_peft:

@@ -1,4 +1,4 @@
-"""A plan in words, and as data."""
+"""Tables of a plan in Markdown, and its numbers for JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 from .plan import CARDS, USABLE, Plan
 
 GIB = 2**30
-# TFLOP/s that published trainings reach at most: Diffusion-DPO's launchers on an A100 26 (SD 1.5) and 15 (SDXL),
-# SimpleTuner's LoRAs on an H100 9 (SD 1.5) and 22 (SDXL). Cards that could do 312 and 989 wait for memory
-# and for kernels to start.
+# TFLOP/s of the fastest published trainings. Diffusion-DPO's launchers on an A100: 26 (SD 1.5) and 15 (SDXL).
+# SimpleTuner's LoRAs on an H100: 9 (SD 1.5) and 22 (SDXL). The cards' peaks are 312 and 989.
 PUBLISHED_TFLOPS = 25.0
 
 

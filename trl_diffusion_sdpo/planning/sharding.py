@@ -1,4 +1,4 @@
-"""What an engine divides over its processes."""
+"""Tensors that each engine shards over its processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..utils._compat import block_names
 from ..utils.hints import did_you_mean
 
-# What each engine divides: weights, gradients, and the optimizer's states.
+# Engine -> what it shards: weights, gradients, and the optimizer's states.
 DIVIDED: dict[str, tuple[str, ...]] = {
     "single": (),
     "ddp": (),

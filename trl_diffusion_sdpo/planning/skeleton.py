@@ -1,5 +1,5 @@
-"""Pipelines without weights: networks made from their configurations on the meta device, then as fake tensors, which
-have a shape, a dtype and a device, and no data."""
+"""Pipelines without weights. Networks are made from their configurations on the meta device, and then get fake tensors.
+Fake tensors have a shape, a dtype and a device, but no data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..families.pipelines import CLASS, networks_without_weights, read_index
 from ..families.registry import family_for_class_name
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PROMPT_TOKENS = 77  # of CLIP, where a tokenizer's configuration does not say
+PROMPT_TOKENS = 77  # CLIP's length, if a tokenizer's configuration has none
 
 
 def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> Family:
-    """The family of a pipeline from its JSON files in a folder or on the Hub; weights and tokenizers are not read.
+    """Return the family of a pipeline, from JSON files in a folder or on the Hub. Weights and tokenizers are not read.
 
     Args:
-        access: `revision`, `token`, `cache_dir` and so on, as diffusers takes them.
+        access: Arguments of diffusers for the Hub, such as `revision`, `token` and `cache_dir`.
 
     Raises:
         `ValueError`: If there is no pipeline that a family can train, or a component has no configuration.
@@ -52,8 +52,8 @@ def pipeline_of_folder(name_or_path: str, dtype: torch.dtype, **access: Any) -> 
 
 
 def _check_reachable(name_or_path: str, access: dict[str, Any]) -> None:
-    """Raise `ValueError` at once if a model is on the Hub and the Hub does not answer: diffusers would retry for more
-    than a minute, and then name a file."""
+    """Raise `ValueError` if a model is on the Hub and the Hub does not answer. diffusers would retry for more than a
+    minute, and its error would name only a file."""
     revision, cache = access.get("revision"), access.get("cache_dir")
     if not HUB_ID.fullmatch(name_or_path) or Path(name_or_path).exists():
         return
@@ -63,7 +63,7 @@ def _check_reachable(name_or_path: str, access: dict[str, Any]) -> None:
         HfApi(token=access.get("token")).model_info(name_or_path, revision=revision, timeout=10)
     except HfHubHTTPError:
         return  # the Hub answered, and reading the index says what is wrong
-    except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
+    except Exception as error:  # an error of httpx or httpx2, depending on the version of huggingface_hub
         raise ValueError(
             f"A plan reads the configuration of {name_or_path} from the Hub, and the Hub cannot be reached: "
             f"{' '.join(str(error).split())} Name a folder, or a model that is in the cache."
@@ -71,7 +71,7 @@ def _check_reachable(name_or_path: str, access: dict[str, Any]) -> None:
 
 
 def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
-    """Replace the modules' tensors, on the meta device, by fake ones on the CPU; what is shared stays shared."""
+    """Replace the modules' meta tensors by fake tensors on the CPU. Shared tensors stay shared."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for part in (part for module in modules for part in module.modules()):
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
@@ -87,10 +87,10 @@ def fake_weights(modules: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
 
 class TokensOnly:
-    """In place of a tokenizer: as many tokens as a prompt may have, all the same.
+    """Stand-in for a tokenizer. Every prompt has the largest number of tokens, and all tokens are equal.
 
     Args:
-        model_max_length (`int`): Where the pipeline names no length.
+        model_max_length (`int`): Length of a prompt if the pipeline does not pass one.
     """
 
     padding_side = "right"
@@ -103,7 +103,7 @@ class TokensOnly:
 
     def __call__(self, text: Any, padding: Any = False, max_length: int | None = None, **settings: Any) -> Any:
         rows = 1 if isinstance(text, str) else len(text)
-        # Where a prompt is neither padded to a length nor cut, a pipeline only asks whether it was.
+        # If a call neither pads nor truncates, the pipeline only tests whether the prompt was truncated.
         bounded = padding == "max_length" or settings.get("truncation")
         length = (max_length or self.model_max_length) if bounded else 2
         ids = torch.ones(rows, length, dtype=torch.long)
@@ -131,7 +131,7 @@ def _scheduler(entry: Any, name_or_path: str, access: dict[str, Any]) -> Any:
 
 
 def _tokens(name_or_path: str, name: str) -> int:
-    """Tokens of a prompt, from the tokenizer's configuration in a folder."""
+    """Return the number of a prompt's tokens, from the tokenizer's configuration in a folder."""
     file = Path(name_or_path) / name / "tokenizer_config.json"
     if not file.is_file():
         return PROMPT_TOKENS
