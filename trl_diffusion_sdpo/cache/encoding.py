@@ -121,7 +121,7 @@ class _Cache:
 
 
 class PairEncoding:
-    """Lets data sets read encoded pairs, after encoding what is not in the cache.
+    """Encoder of missing rows, and reader of encoded pairs for data sets.
 
     Args:
         frozen ([`~trl_diffusion_sdpo.models.frozen_components.FrozenComponents`]): VAE and text encoders, loaded only
@@ -136,7 +136,7 @@ class PairEncoding:
 
     @property
     def folder(self) -> Path:
-        """The folder of all caches."""
+        """Return the folder of all caches."""
         return self._settings.folder
 
     def add_to(self, dataset: Any, name: str, *, epochs: int | None, compare: bool = True) -> None:

@@ -22,7 +22,7 @@ from ..models.frozen_components import VAE, FrozenComponents
 from ..models.loading import LoadedModel
 from ..utils.processes import ALONE, Peers, usable_cores
 
-VERSION = 3  # raise it if the same settings give other moments, embeddings or errors
+VERSION = 3  # increase it if the same settings give other moments, embeddings or errors
 WHERE = ("cache_dir", "revision", "token")  # options that say where files are, not how they are loaded
 MAX_THREADS = 8  # that hash tensors, each of them a copy on the host of one on the device
 

@@ -1,4 +1,4 @@
-"""The command line, one file per command."""
+"""The command line. Each command has a file."""
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2  # as in argparse

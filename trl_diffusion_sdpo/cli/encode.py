@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo encode`: encodes images and prompts as a run with the same options would, computes the errors of
-its reference if they ask for it, and stops."""
+"""`trl-diffusion-sdpo encode`: encodes images and prompts for a run with the same options, without training. With
+`precompute_ref_errors`, the command also computes the errors of the reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str], prog: str) -> int:
-    # Before the settings are checked, which depend on it.
+    # Set it first, because the checks of other settings depend on it.
     arguments = [*arguments, "--precompute_latents", "true"]
     return training.run(arguments, prog, command="encode", act=encode)
 
 
 def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> int:
-    """Encode what is not encoded yet, and say where it is.
+    """Encode the rows that the cache lacks, and print the folder of the cache.
 
     Returns:
         `int`: The exit code.
@@ -47,7 +47,7 @@ def encode(script_args: PairArguments, training_args: DiffusionSDPOConfig, model
 def _encode_alone(
     script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig
 ) -> PairEncoding:
-    """Encode as a trainer would when it is made, without the weights of a denoiser."""
+    """Encode as a trainer's constructor does, without loading the denoiser's weights."""
     from trl import get_peft_config, get_quantization_config
 
     from ..cache.key import EncoderKey

@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo env`: the versions for a bug report."""
+"""`trl-diffusion-sdpo env`: prints the versions for a bug report."""
 
 import argparse
 import platform
@@ -27,7 +27,7 @@ def run(arguments: list[str], prog: str) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Versions, platform and accelerators, by name."""
+    """Return versions, platform and accelerators, by name."""
     return {
         "trl-diffusion-sdpo": __version__,
         "Platform": platform.platform(),

@@ -1,5 +1,4 @@
-"""Which errors are shown as one sentence: those that this package raised, and those of libraries that read what a user
-named, turned into sentences where it is read."""
+"""Short messages for users: errors of this package, and errors of libraries that read a user's arguments or data."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from pathlib import Path
 from ..utils.own_errors import is_own
 
 _IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process ")
-_NO_ROWS = "corresponds to no data"  # what datasets says of files without rows
+_NO_ROWS = "corresponds to no data"  # message of `datasets` for files without rows
 
 
 def sentence(error: Exception) -> str:
-    """What is shown of an own error; of one that torch raised again for a DataLoader worker, without the worker's
-    traceback, which torch puts before it."""
+    """Return the message of an error of this package. torch prepends a traceback to errors of DataLoader workers, and
+    this traceback is removed."""
     text, kind = str(error), type(error)
     if _IN_WORKER.match(text) is None:
         return text
@@ -26,7 +25,7 @@ def sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reading_arguments() -> Iterator[None]:
-    """Within, a `ValueError` of a library that checks its arguments is a user's."""
+    """Raise a library's `ValueError` within the context as an error of this package, for the user."""
     try:
         yield
     except ValueError as error:
@@ -37,13 +36,13 @@ def reading_arguments() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_data(name: str | None) -> Iterator[None]:
-    """Within, errors of libraries that read a user's data name the data.
+    """Turn errors of libraries within the context into a `ValueError` that names the user's data.
 
     Args:
         name (`str`, *optional*): Folder, file or Hub id of the data.
 
     Raises:
-        ValueError: If a library could not read them.
+        ValueError: If a library cannot read the data.
     """
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException

@@ -28,8 +28,7 @@ COMMANDS = {
 }
 
 
-# Errors whose message is shown without a traceback, if this package raised them; others are shown whole, as only their
-# origin says what happened.
+# If this package raised one of these errors, only its message is shown. Other errors need their traceback.
 _EXPLAINED = (ValueError, OSError, FloatingPointError, MissingExtraError)
 
 
@@ -43,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit code: 0 on success and for help, 2 for a user error, 130 after an interruption.
 
     Raises:
-        Exception: Of any kind, if this package did not raise it itself; Python then prints the traceback, and exits
-            with 1.
+        Exception: If this package did not raise the error itself. Python then prints the traceback and exits with 1.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -65,7 +63,7 @@ def _run(name: str, arguments: list[str]) -> int:
     prog = f"{PROGRAM} {name}"
     hide_idle_notes()
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars would be drawn again and again into a file
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file would get a line for each update of a bar
     try:
         module = import_module(f".{name.replace('-', '_')}", __package__)
         return module.run(arguments, prog)

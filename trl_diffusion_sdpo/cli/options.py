@@ -1,4 +1,4 @@
-"""Parsers whose errors are sentences: one for commands with a few options, and TRL's for those of `train`."""
+"""Parser of the small commands, and helpers for the parser of `train`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 from ..utils.hints import CHOICE_ALIASES, did_you_mean, other_tools_option
 from ..utils.switch_words import SWITCH_WORDS, choice_of_switch
 
-# What the name of a converter asks for. `string_to_bool` is transformers' reader of booleans.
+# Name of a converter -> the rule in its error message. `string_to_bool` is transformers' reader of booleans.
 _RULES = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
-# YAML 1.1 reads off, no, on and yes without quotes as booleans. These options of type str mean a word by them.
+# YAML 1.1 reads off, no, on and yes without quotes as booleans. These options of type str need the words.
 _WORDS_OF_BOOLEANS = {
     "report_to": {False: "none"},
     "verify_images": {True: "all", False: "none"},
     "resume_from_checkpoint": {True: "true", False: "false"},
 }
-# Options that older versions of transformers know by another name.
+# Option -> its name in older versions of transformers.
 _FORMER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
@@ -30,7 +30,7 @@ _FORMER_NAMES = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser without abbreviations. It raises its errors as `ValueError`, with the nearest known option."""
+    """Parser without abbreviations. It raises `ValueError` with the nearest known option."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **settings})
@@ -195,7 +195,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings.
 
     Raises:
-        ValueError: If it cannot be read or is no mapping.
+        ValueError: If the file cannot be read or is no mapping.
     """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -210,7 +210,7 @@ def set_environment(variables: Any) -> None:
     """Set the environment variables that a file of settings has under `env`.
 
     Raises:
-        ValueError: If they are no mapping.
+        ValueError: If `env` is no mapping.
     """
     if not isinstance(variables, dict):
         raise ValueError(f"`env` of the file must map names to values, got {variables!r}.")

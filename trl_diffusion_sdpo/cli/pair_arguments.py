@@ -1,4 +1,4 @@
-"""The arguments that name the training and evaluation pairs, and the data sets that they load."""
+"""Arguments for the training and evaluation pairs, and the functions that load them."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _NO_SPLIT = re.compile("Unknown split|Bad split|must have the split")
 
 @dataclass
 class PairSet(DatasetConfig):
-    """An entry of `datasets`: TRL's arguments of a data set, with the weight and the format of its pairs.
+    """Entry of `datasets`: TRL's arguments of a data set, and the weight and format of its pairs.
 
     Parameters:
-        path (`str`): Given like `dataset_name`.
-        weight (`float`, *optional*): How often a pair is of this data set, as a share of the sum of all; for all or for
-            none.
-        dataset_format (`str`, *optional*): As `dataset_format`, which it overrides.
+        path (`str`): Hub id, folder or file, like `dataset_name`.
+        weight (`float`, *optional*): Share of pairs from this data set, relative to the sum of all weights. Set it for
+            all data sets or for none.
+        dataset_format (`str`, *optional*): Format of this data set. It overrides the setting `dataset_format`.
     """
 
     weight: float | None = None
@@ -57,7 +57,7 @@ class PairSet(DatasetConfig):
         """Read an entry of `datasets`.
 
         Raises:
-            ValueError: If it is no mapping, has unknown keys or no path.
+            ValueError: If the entry is no mapping, has unknown keys or no path.
         """
         keys = [field.name for field in fields(cls)]
         if not isinstance(given, dict) or not isinstance(given.get("path"), str):

@@ -1,4 +1,4 @@
-"""`trl-diffusion-sdpo plan`: what a run needs, before anything is loaded."""
+"""`trl-diffusion-sdpo plan`: computes the memory, disk and FLOPs of a run without loading weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str | None = None) -> OneLineParser:
-    """Return the parser of the command's own options; all others are those of `train`."""
+    """Return the parser of the options that only `plan` has. The other options are those of `train`."""
     parser = OneLineParser(
         prog=prog,
         usage="%(prog)s --model_name_or_path ID [--config FILE.yaml] [--OPTION VALUE ...]",
@@ -37,7 +37,7 @@ def make_parser(prog: str | None = None) -> OneLineParser:
 
 def run(arguments: list[str], prog: str) -> int:
     own, words = make_parser(prog).parse_known_args(arguments)
-    with _without_warnings():  # what `train` says of its choices, once for every set-up that is planned
+    with _without_warnings():  # the trainer would repeat them for each plan
         planned = planned_settings(words, prog, own.plan_device)
         plan = planned.plan()
         from ..planning import report
@@ -56,7 +56,7 @@ def planned_settings(words: list[str], prog: str | None, device: str) -> Planned
     """Read the words of `train` into settings to plan.
 
     Args:
-        device (`str`): Device to plan for; it decides on bf16 if neither `bf16` nor `fp16` is given.
+        device (`str`): Device to plan for. Plans for accelerators use bf16 if neither `bf16` nor `fp16` is set.
 
     Raises:
         ValueError: If a word is unknown, or the engine cannot be planned.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 PRECISIONS = ("no", "bf16", "fp16")
 PROMPTS = 8  # if none are named
-FORMS = ("weights", "prediction")  # scaled in the weights; by guidance in the prediction
+FORMS = ("weights", "prediction")  # scale the weights, or scale the prediction by guidance
 SWEEP_FILE, IMAGES_FOLDER = "sweep.json", "images"
 
 
@@ -128,7 +128,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise `ValueError` on options that are wrong whatever the run is."""
+    """Raise `ValueError` on options that are wrong for every run."""
     scales = [*options.scales, *([] if options.bake is None else [options.bake])]
     wrong = [scale for scale in scales if not (math.isfinite(scale) and scale >= 0)]
     if wrong:
@@ -148,7 +148,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _make_trainer(options: argparse.Namespace, run: SavedRun) -> DiffusionSDPOTrainer:
-    """A trainer of the base, which is also the reference, with the run's evaluation settings."""
+    """Return a trainer with the run's evaluation settings. The base is its policy and its reference."""
     from transformers import PrinterCallback
     from trl import ScriptArguments
 
@@ -207,7 +207,7 @@ def _write(
 
 
 class Sampler:
-    """Generates the images of a sweep, by the run's sampling settings or those of the options.
+    """Generator of a sweep's images. Options override the run's sampling settings.
 
     Args:
         trainer ([`~trl_diffusion_sdpo.DiffusionSDPOTrainer`]): Its denoiser is the base.
@@ -254,7 +254,7 @@ class Sampler:
 
         autocast, within, reference = training_autocast(self._trainer.args), None, None
         if form == "prediction":
-            # The base has to be beside the tuned weights; of a LoRA, it is the LoRA switched off.
+            # Guidance needs the base beside the tuned weights. For a LoRA, the base is the model with the LoRA off.
             reference = copy.deepcopy(self._trainer.denoiser).eval() if self._is_full else None
             within = functools.partial(_guided, scale, reference, autocast)
         with weights.active(1.0 if form == "prediction" else scale):
@@ -268,7 +268,7 @@ class Sampler:
 def _guided(
     scale: float, reference: nn.Module | None, autocast: contextlib.AbstractContextManager, pipeline: DiffusionPipeline
 ) -> Iterator[None]:
-    """Preference guidance of a pipeline; a reference of its own computes in the precision of the tuned model."""
+    """Return preference guidance of a pipeline. A separate reference computes in the tuned model's precision."""
     from ..guidance import preference_guidance
     from ..reporting.sample_images import in_training_precision
 
@@ -279,7 +279,7 @@ def _guided(
 
 
 def _first_prompts(trainer: DiffusionSDPOTrainer) -> list[str]:
-    """The first prompts of the evaluated pairs that are not empty."""
+    """Return the first prompts of the evaluated pairs that are not empty."""
     pairs = cast(Any, trainer.eval_dataset)
     prompts = [prompt for prompt in sorted(pairs.first(10 * PROMPTS).prompts(of_losers=False)) if prompt.strip()]
     if not prompts:

@@ -1,5 +1,5 @@
-"""`trl-diffusion-sdpo train`: a run from TRL's and the trainer's arguments, in a YAML file and on the command line, in
-this process or under accelerate."""
+"""`trl-diffusion-sdpo train`: trains with the arguments of a YAML file and of the command line, in this process or
+under accelerate."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def _dataclasses(parser: Any, words: list[str]) -> tuple[PairArguments, Diffusio
 
 
 def _refuse_others(words: list[str], keys: dict[str, Any], known: list[str]) -> None:
-    """Refuse what is no option of the command, with the nearest name or the way to the launcher's options."""
+    """Raise `ValueError` on unknown options. The message names the nearest option, or how to set the launcher's
+    options."""
     if not words and not keys:
         return
     launchers = {*launch.launch_options()} & {*(option_name(word) for word in words), *keys}
@@ -93,7 +94,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
     """Load, train, save, and publish with `push_to_hub`.
 
     Returns:
-        `int`: The exit code: 0, or 130 if it was interrupted and has written a checkpoint.
+        `int`: The exit code: 0, or 130 if the run was interrupted and has written a checkpoint.
     """
     from ..saving.interrupts import CheckpointOnInterrupt
 
@@ -116,7 +117,7 @@ def train(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_
 def build_trainer(
     script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig, *callbacks: Any
 ) -> DiffusionSDPOTrainer:
-    """The trainer of these arguments, with the data loaded."""
+    """Load the data and return the trainer of these arguments."""
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer import DiffusionSDPOTrainer  # takes seconds: after the arguments are checked
@@ -141,7 +142,7 @@ def build_trainer(
 
 
 def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> tuple:
-    """The pairs for training and for evaluation; completes `training_args.model_init_kwargs`."""
+    """Return the pairs for training and for evaluation. Also complete `training_args.model_init_kwargs`."""
     from .pair_arguments import load_datasets  # takes seconds
 
     _show_progress(training_args)
@@ -152,8 +153,8 @@ def load_data(script_args: PairArguments, training_args: DiffusionSDPOConfig, mo
 
 
 def resume_point(value: str | bool | None) -> str | bool | None:
-    """`resume_from_checkpoint` for `Trainer.train`: a folder, `True` for the newest checkpoint, `"latest"` for the
-    newest if there is one, `None` for a new start.
+    """Return `resume_from_checkpoint` for `Trainer.train`. The setting is a folder, `True` for the newest checkpoint,
+    `"latest"` for the newest checkpoint if there is one, or `None` for a new start.
 
     Raises:
         ValueError: If the folder does not exist.
@@ -177,7 +178,7 @@ def _warn_of_ignored(script_args: PairArguments, model_args: ModelConfig) -> Non
 
 
 def _init_kwargs(training_args: DiffusionSDPOConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """Arguments for loading the pipeline; `model_init_kwargs` override TRL's model arguments."""
+    """Return the arguments for loading the pipeline. `model_init_kwargs` override TRL's model arguments."""
     given = training_args.model_init_kwargs or {}
     if not isinstance(given, dict):
         raise ValueError(f"`model_init_kwargs` must be a JSON object, got {given!r}.")

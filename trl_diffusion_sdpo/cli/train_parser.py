@@ -1,4 +1,4 @@
-"""TRL's parser with the options of `train`, and the checks of options that act together."""
+"""Parser of the options of `train`, and checks of options that depend on each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .options import OneLineParser, read_yaml, set_environment, take_options, wi
 
 logger = logging.getLogger(__name__)
 
-# The example configurations: in an installed package, and in a clone.
+# Folders of the example configurations, in an installed package and in a clone.
 EXAMPLES = (Path(__file__).parent / "example_configs", Path(__file__).parents[2] / "examples" / "configs")
 
 # Options of transformers and TRL that are read, or refused with the reason, and that the help does not list.
@@ -56,7 +56,7 @@ def make_parser(prog: str | None = None) -> Any:
     own = {field.name for field in fields(DiffusionSDPOConfig)} - inherited
 
     class TrainParser(OneLineParser, TrlParser):
-        """TRL's parser. Its help has this package's options before those of transformers."""
+        """TRL's parser with another help. The help has this package's options before those of transformers."""
 
         def __init__(self, *arguments: Any, **settings: Any):
             self._titled: dict[str, argparse._ArgumentGroup] = {}
@@ -129,10 +129,11 @@ def config_file(name: str) -> Path:
 
 
 def check_together(values: dict[str, Any], given: Iterable[str]) -> None:
-    """Check that a model and data are named, and that the options that were given act together.
+    """Check that a model and data are set, and that the options fit together.
 
     Raises:
-        ValueError: If they do not. Options of an evaluation without one are a warning.
+        ValueError: If an option is missing or options contradict each other. Options of an evaluation that is off only
+            warn.
     """
     for name, what in _REQUIRED.items():
         if not values[name] and not (name == "dataset_name" and values["datasets"]):
@@ -155,5 +156,5 @@ def check_adapter_options(values: dict[str, Any], given: Iterable[str]) -> None:
 
 
 def is_first_process() -> bool:
-    """Return whether this process speaks for all."""
+    """Return whether this is the process that prints."""
     return os.environ.get("RANK", "0") == "0"
