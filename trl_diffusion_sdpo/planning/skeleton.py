@@ -66,7 +66,7 @@ def _check_reachable(name_or_path: str, access: dict[str, Any]) -> None:
     except Exception as error:  # an error of httpx or httpx2, depending on the version of huggingface_hub
         raise ValueError(
             f"A plan reads the configuration of {name_or_path} from the Hub, and the Hub cannot be reached: "
-            f"{' '.join(str(error).split())} Name a folder, or a model that is in the cache."
+            f"{' '.join(str(error).split())}. Name a folder, or a model that is in the cache."
         ) from error
 
 
