@@ -28,7 +28,7 @@ from .world import IMAGE_SIZE
 
 STEPS = 240
 LOGS = 30  # points of the curve of lambda
-THREADS = 4  # at most; networks this small do not get faster with more
+THREADS = 4  # upper limit. Networks this small do not get faster with more
 SETTINGS_FILE, RUNS_FOLDER = "settings.json", "runs"
 # Offsets of the seed, so that held-out pairs and scored latents differ from those of training.
 _HELD_OUT_SEED, _SCORE_SEED = 10_000, 20_000

@@ -10,8 +10,8 @@ from .world import IMAGE_SIZE
 
 FEATURE_SIZE = 8  # pixels, the side to which images are averaged
 COMPONENTS = 24
-DRAWINGS_SEED = 60_000  # of no training, held-out pair or probe
-DRAWINGS_PER_PROMPT = 14  # pairs, before near ties are dropped; the preferred drawing of each
+DRAWINGS_SEED = 60_000  # differs from the seeds of training, held-out pairs and probes
+DRAWINGS_PER_PROMPT = 14  # pairs before near ties are dropped. The preferred drawing of each counts
 
 
 @dataclass(frozen=True)

@@ -33,4 +33,4 @@ GENTLE_METHODS = (
 )
 # The recipe's images with preference guidance from the base model. `settings` are those of `preference_guidance`.
 GUIDED_METHOD = Method("sdpo_recipe_guided", "Diffusion-SDPO, recipe, guided", {"scale": 4.0, "interval": [0.0, 0.62]})
-GUIDED_FROM = "sdpo_recipe"  # the trained model that it guides
+GUIDED_FROM = "sdpo_recipe"  # the trained model of this method

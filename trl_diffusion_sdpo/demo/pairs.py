@@ -24,7 +24,7 @@ FEATURES = Features(
     | {name: Value("float32") for name in ("chosen_score", "rejected_score")}
 )
 _SIDES = ("chosen", "rejected")
-_TRAIN_KEY, _EVAL_KEY = 1, 2  # of the generators: training and held-out pairs differ for every seed
+_TRAIN_KEY, _EVAL_KEY = 1, 2  # keys of the generators, so that training and held-out pairs differ for every seed
 
 
 def off_policy_pairs(seed: int = 0, per_prompt: int = 14, margin: float = 0.05) -> Dataset:

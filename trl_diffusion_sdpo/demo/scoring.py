@@ -29,7 +29,7 @@ class ImageScorer:
     def __call__(
         self, pipeline: StableDiffusionPipeline, only: np.ndarray | slice = slice(None), **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet keeps its training mode.
+        """Return images `(N, 32, 32, 3)` and their scores `(N,)`. The UNet's training mode does not change.
 
         Args:
             only (`np.ndarray` or `slice`): Indices of the images; all by default.
@@ -66,8 +66,8 @@ class GuidedScorer:
     def __call__(
         self, pipeline: StableDiffusionPipeline, plain: tuple[np.ndarray, np.ndarray] | None = None, **options: Any
     ) -> Guided:
-        """Generate with the options of [`generate_images`]. `plain` are all images without guidance and their scores,
-        if they were generated before."""
+        """Generate with the options of [`generate_images`]. `plain` may be all images without guidance and their
+        scores, if they were already generated."""
         started = time.monotonic()
         images, scores = self._scorer(pipeline, **options) if plain is None else plain
         chosen_from = {1.0: float(scores[self._choosing].mean())}

@@ -54,7 +54,7 @@ def captions() -> list[Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """Parse a prompt of this world, such as `"a red circle on white"`; `ValueError` on any other text."""
+    """Parse a prompt of this world, such as `"a red circle on white"`. Raise `ValueError` for any other text."""
     words = text.split()
     if len(words) == 5:
         caption = Caption(words[1], words[2], words[4])

@@ -28,8 +28,11 @@ _EVALUATED = re.compile(r"(?P<prefix>eval.*_)errors/winner$")
 
 
 class ShortLogCallback(ProgressCallback):
-    """Progress bar with the main metrics: a line for each log, and those of training on the bar itself. It replaces
-    transformers' own callback, which prints every metric. State and trackers have all metrics."""
+    """Progress bar that prints a line with the main metrics for each log, and shows training metrics on the bar.
+
+    It replaces transformers' own callback, because that callback prints every metric. State and trackers have all
+    metrics.
+    """
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -1,4 +1,4 @@
-"""The rows of a sweep over scales, and which scale it recommends."""
+"""Builds the rows of a sweep over scales, and recommends a scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..losses import standard_error
 from .verdict import RunFacts, verdict_of
 
-FEWEST_IMAGES = 8  # for each scale; with fewer, the standard error of their scores is too small too often
+FEWEST_IMAGES = 8  # for each scale. With fewer, their standard error is often too small
 KEPT = ("better", "unchanged")
 LOST = ("worse", "ruined")
 

@@ -89,7 +89,7 @@ class VerdictCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._on_rise == "ignore" or not self._training or state.global_step >= state.max_steps:
-            return  # the verdict at the end says it
+            return  # the verdict at the end reports it
         rise = rise_of(state.log_history, self._run)
         stops = self._on_rise == "stop" and in_any_process(rise is not None, args.device)
         if stops:  # every process
@@ -138,8 +138,8 @@ class VerdictCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def warning_of_unwritten_files() -> Iterator[None]:
-    """Turn an error within the context into a warning: a report that cannot be written must not end a run. No process
-    may wait for another one within the context."""
+    """Turn an error within the context into a warning, because a report that cannot be written must not end a run. No
+    process may wait for another one within the context."""
     try:
         yield
     except Exception as error:

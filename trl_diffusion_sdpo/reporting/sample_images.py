@@ -28,7 +28,7 @@ from ..utils.hints import did_you_mean
 from .tracked_images import TrackedImages
 
 SAMPLES_FOLDER = "samples"
-INFERENCE_STEPS = 30  # if none are set
+INFERENCE_STEPS = 30  # default number of steps
 
 
 def call_options(family: Family, sample_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +66,8 @@ class SampleImagesCallback(TrainerCallback):
     """Generates an image of every prompt with fixed seeds before, during and after training.
 
     It writes `samples/step-000050.png`, a labelled grid with a row for each prompt, and for each prompt a file such as
-    `samples/step-000050-0.png` with its prompt and seed as PNG text. Training is not affected: modes and random states
-    are restored, and the pipeline's scheduler is copied. Only the first process generates.
+    `samples/step-000050-0.png` with its prompt and seed as PNG text. Training is not affected, because modes and random
+    states are restored, and the pipeline's scheduler is copied. Only the first process generates.
 
     Args:
         pipeline (`DiffusionPipeline`): Pipeline with the trained denoiser; every component is on one device.
@@ -140,7 +140,7 @@ class SampleImagesCallback(TrainerCallback):
 
     def comparison(self, folder: Path, step: int | None = None) -> list[SamplePair]:
         """Return the images of before training beside those of a step, by default the newest ones, if both are in the
-        output folder and state the same prompt and seed."""
+        output folder and have the same prompt and seed."""
         step = step or self.last_step
         if not step:
             return []

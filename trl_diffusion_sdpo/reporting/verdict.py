@@ -1,4 +1,4 @@
-"""Judges a training: were the preferred images kept, was the preference learned, and what to do."""
+"""Judges a training: whether preferred images got worse, whether the preference was learned, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..step.pair_evaluation import FEWEST_PAIRS
 
-STANDARD_ERRORS = 2.0  # by which another set of pairs may differ
+STANDARD_ERRORS = 2.0  # expected difference of another set of pairs
 SMALLEST = 0.01  # smaller changes of the winners' error do not count, however many pairs show them
 UNMEASURED = 0.05  # uncertainty of a change, or of an accuracy, whose standard error is unknown
 COARSE = 0.2  # if the uncertainty is larger than this, a change within it is unknown
@@ -20,8 +20,8 @@ BIN_WORSE = 1.0  # a noise bin whose error has more than doubled is worse, whate
 BIN_STANDARD_ERRORS = 3.0  # more than for the mean, because the largest of several bins is judged
 CHANCE = 0.5  # accuracy of a model that has learned nothing
 SMALL_LAMBDA = 0.5  # below this mean lambda, the safeguard takes most of the losers' gradient
-AVERAGED_LOGS = 10  # of training, if there is no evaluation
-LOGS_TO_WARN = 3  # at least, during training
+AVERAGED_LOGS = 10  # logs of training that count if there is no evaluation
+LOGS_TO_WARN = 3  # fewest logs for a warning during training
 
 BEFORE_TRAINING = "before training"
 # Words of a verdict with their labels, from good to bad. The worst word of several evaluation sets counts.
@@ -46,8 +46,8 @@ class RunFacts:
     """Facts of a run that a verdict needs besides the log history."""
 
     has_reference: bool  # whether the loss has a reference
-    reference_moves: bool  # whether it follows the policy, so that errors relative to it do not count
-    reference_was_given: bool  # by the user; otherwise it is the policy before training
+    reference_moves: bool  # whether the reference follows the policy. Errors relative to it do not count then
+    reference_was_given: bool  # whether the user passed it. Otherwise it is the policy before training
     uses_loser: bool  # whether the loss has a loser's branch
     safeguard: str  # the setting `safeguard`
     decays: bool  # whether the learning rate decays
@@ -128,7 +128,7 @@ class Measurement:
 
     @property
     def is_sure(self) -> bool:
-        """Whether there are enough pairs for a verdict without "probably"."""
+        """Whether there are enough pairs to leave out the word "probably"."""
         return self.pairs is None or self.pairs >= FEWEST_PAIRS or self.word in ("ruined", "unknown")
 
     def __str__(self) -> str:

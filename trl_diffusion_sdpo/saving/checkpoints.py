@@ -70,10 +70,10 @@ class Checkpoints:
 
         Args:
             folder (`Path`): The checkpoint. An earlier one of the same step is replaced.
-            needed (`int`): Bytes that it will need at least.
+            needed (`int`): Bytes that the checkpoint needs at least.
 
         Raises:
-            `DiskFullError`: In all processes, if the disk has too little room; nothing was written then.
+            `DiskFullError`: In all processes, if the disk has too little room. Nothing is written then.
         """
         partial = folder.parent / PARTIAL / folder.name
         with failing_together(DiskFullError):
@@ -100,7 +100,7 @@ class Checkpoints:
             )
 
     def is_being_written(self, folder: Path) -> bool:
-        """Whether a folder is the temporary one of [`Checkpoints.writing`]."""
+        """Return whether a folder is the temporary one of [`Checkpoints.writing`]."""
         return folder == self._partial
 
     def rotate(self, output_dir: str | os.PathLike, best: str | None) -> None:
@@ -115,7 +115,7 @@ class Checkpoints:
         """Return the checkpoint to resume from; `None` for a new start.
 
         Args:
-            value: As in [`meaning`].
+            value: Value of `resume_from_checkpoint`, see [`meaning`].
 
         Raises:
             `ValueError`: If `output_dir` has no checkpoint, or files are missing in the one that was found or named.
@@ -150,8 +150,10 @@ class Checkpoints:
         return gather_objects(newest)[0]
 
     def _missing(self, folder: Path) -> str | None:
-        """Say which file of a checkpoint is missing for this process. transformers would resume without schedule and
-        random state."""
+        """Describe a file of a checkpoint that this process needs and that is missing. Return `None` if there is none.
+
+        transformers would resume without schedule and random state.
+        """
         if not folder.is_dir():
             return "nothing was found: there is no such folder"
         try:
@@ -168,7 +170,7 @@ class Checkpoints:
 
 
 def holds_optimizer(folder: Path) -> bool:
-    """Whether a checkpoint has the optimizer's state."""
+    """Return whether a checkpoint has the optimizer's state."""
     return any(True for pattern in OPTIMIZER_STATES for _ in folder.glob(pattern))
 
 

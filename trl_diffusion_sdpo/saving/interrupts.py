@@ -38,7 +38,7 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def __init__(self):
         self.interrupted: signal.Signals | None = None
-        self.exchange: StepExchange | None = None  # from `step_exchange`; without it, each step waits
+        self.exchange: StepExchange | None = None  # set by `step_exchange`. Without it, each step waits for the device
         self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
@@ -77,7 +77,7 @@ class CheckpointOnInterrupt(TrainerCallback):
             self.interrupted = None
 
     def restore_handlers(self) -> None:
-        """Restore the previous signal handlers; may be called again."""
+        """Restore the previous signal handlers. Further calls have no effect."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
@@ -103,13 +103,16 @@ class CheckpointOnInterrupt(TrainerCallback):
 
 
 def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Return whether a [`CheckpointOnInterrupt`] among the callbacks ends the training; equal in all processes."""
+    """Return whether a [`CheckpointOnInterrupt`] among the callbacks ends the training. All processes get the same
+    answer."""
     return any(isinstance(callback, CheckpointOnInterrupt) and callback.stops for callback in callbacks)
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """Return a [`StepExchange`]. It tells every process when a [`CheckpointOnInterrupt`] in any process has received a
-    signal."""
+    """Return the object by which processes share whether a [`CheckpointOnInterrupt`] in any of them received a signal.
+
+    The callbacks use the returned [`StepExchange`] to stop all processes after the same step.
+    """
     interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
     exchange = StepExchange(lambda: any(callback.interrupted is not None for callback in interrupts))
     for callback in interrupts:
@@ -145,7 +148,7 @@ def stopping_on_interrupt(
 
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
-    """Say where an interrupted run's checkpoint is and, if it holds more than weights, how to resume."""
+    """Return a sentence on where an interrupted run's checkpoint is, and how to resume from it if that is possible."""
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.save_only_model:
         return (

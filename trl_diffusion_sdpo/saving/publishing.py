@@ -79,11 +79,11 @@ class Publisher:
         blocking: bool = True,
         training: bool = False,
     ) -> Any:
-        """Upload the output folder; in the first process only.
+        """Upload the output folder. Call this in the first process only.
 
         Args:
             message (`str`, *optional*): Message of the commit.
-            token, revision (`str`, *optional*): Those of the arguments if unset.
+            token, revision (`str`, *optional*): Token and revision on the Hub. By default, those of the arguments.
             blocking (`bool`): Whether to wait and return the result of [`~huggingface_hub.HfApi.upload_folder`].
                 Otherwise its `Future` is returned, and a failure is logged.
             training (`bool`): Whether training continues during the upload.
@@ -98,8 +98,11 @@ class Publisher:
         return self._upload(**arguments) if blocking else self._upload_later(training=training, **arguments)
 
     def is_ready_for_progress(self) -> bool:
-        """Return whether to upload now, during training; all processes must call it. Uploads in progress are waited for
-        because their files are about to change, unless this upload may be skipped."""
+        """Return whether to upload now, during training. All processes must call it.
+
+        If an upload follows or old checkpoints will be deleted, wait for uploads in progress, because their files are
+        about to change.
+        """
         if self._args.hub_strategy == HubStrategy.END:
             return False
         skips = not self._args.hub_always_push and in_any_process(not self.is_done(), self._args.device)
@@ -109,8 +112,8 @@ class Publisher:
         return not skips
 
     def upload_progress(self, checkpoint: Path, state: TrainerState) -> None:
-        """Upload the output folder while training continues, and the checkpoint if `hub_strategy` says so; in the first
-        process only."""
+        """Upload the output folder while training continues. Upload the checkpoint too if `hub_strategy` says so. Call
+        this in the first process only."""
         by_step = self._args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {f'step {state.global_step}' if by_step else f'epoch {int(state.epoch)}'}"
         self.upload(message, blocking=False, training=True)
@@ -131,7 +134,7 @@ class Publisher:
         return all(job.done() for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait for uploads in progress; all processes must call it. Failures were logged already and are not raised."""
+        """Wait for uploads in progress. All processes must call it. Failures were already logged and are not raised."""
         if self.repository is None:
             return
         if not self.is_done():

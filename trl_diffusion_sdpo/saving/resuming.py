@@ -35,7 +35,7 @@ NOT_COMPARED = (
 REFERENCE = "ref_model_name_or_path"  # compared by its absolute path
 # Optimizers that can load each other's state.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
-# Schedules that are no function of the step alone.
+# Schedules whose rate does not depend on the step alone.
 SCHEDULES_WITH_STATE = ("reduce_lr_on_plateau", "greedy")
 # Settings in an optimizer's parameter groups, where some optimizers keep state as well.
 GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha")
@@ -139,13 +139,12 @@ def _compare_data(before: dict[str, Any] | None, now: dict[str, Any] | None, *, 
 
 
 class OptimizerSettings:
-    """Learning rate, weight decay, betas and so on from the arguments. Loading a checkpoint's optimizer and schedule
-    overwrites them.
+    """Optimizer settings from the arguments, such as learning rate and betas. Loading a checkpoint overwrites them.
 
     Args:
-        optimizer, scheduler: Both as the engine has wrapped them, before anything is loaded.
+        optimizer, scheduler: Optimizer and schedule as the engine wrapped them, before a checkpoint is loaded.
         rate (`float`): The run's learning rate.
-        rate_before (`float`, *optional*): The checkpoint's learning rate; this run's if unknown.
+        rate_before (`float`, *optional*): Learning rate of the checkpoint's run; `None` if unknown.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, rate: float, rate_before: float | None):

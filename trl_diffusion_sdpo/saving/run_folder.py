@@ -21,7 +21,7 @@ from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_run.lock"  # files with an underscore are not published
-LOCK_SECONDS = 10.0  # waited for the workers of a killed run, which hold its lock until they notice
+LOCK_SECONDS = 10.0  # workers of a killed run hold its lock until they notice
 PREVIOUS_RUN = "previous-run"
 # Files of `save_model`, besides folders of the pipeline's components. No wider patterns: users have files there too.
 WEIGHTS = ("pytorch_lora_weights*.safetensors", PEFT_FILE, PEFT_CONFIG_FILE, "model_index.json", EMA_FOLDER)
@@ -40,7 +40,7 @@ class RunFolder:
         self._args, self._components, self._reports = args, components, reports
         self._processes = PartialState()
         self._lock = FileLock(self.path / LOCK_FILE, timeout=LOCK_SECONDS)
-        self._has_begun = False  # weights in the folder are this trainer's
+        self._has_begun = False  # whether this trainer wrote the weights in the folder
 
     @property
     def path(self) -> Path:
@@ -49,7 +49,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:
-        """Lock the folder against other runs; may be nested. The first process holds the lock.
+        """Lock the folder against other runs. Contexts may be nested. The first process owns the lock.
 
         Args:
             all_processes (`bool`): Whether all processes enter. They all raise if the folder is in use.
@@ -102,7 +102,7 @@ class RunFolder:
         self._lock.release()
 
     def _move_other_run(self, overwrite: bool) -> None:
-        """Move another run's files away; `ValueError` if there are some and `overwrite` is not set."""
+        """Move another run's files away. Raise `ValueError` if there are some and `overwrite` is not set."""
         restore_replaced(self.path)
         checkpoints = list(checkpoints_in(self.path))
         has_weights = not self._has_begun and (self.path / SETUP_FILE).is_file()
@@ -147,8 +147,9 @@ class RunFolder:
 
 
 def refuse_own_start(output_dir: str, names: Iterable[Any]) -> None:
-    """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in it: saving
-    would overwrite them, or `overwrite_output_dir` would move them.
+    """Raise `ValueError` if a run starts from its own output folder, or from a checkpoint or weights in it.
+
+    Saving would overwrite these files, or `overwrite_output_dir` would move them.
 
     Args:
         names (`Iterable`): Folders, files or Hub ids of model, LoRA and reference. Objects and `None` are ignored.

@@ -106,7 +106,7 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
 
 
 def base_of_run(run: str | os.PathLike) -> StartingPoint:
-    """Return what a run started from, without a LoRA; `ValueError` if that is unknown or no longer there."""
+    """Return the start of a run, without a LoRA. Raise `ValueError` if it is unknown or no longer exists."""
     base = _read_base(Path(run), needs_denoiser=True, advice="load its denoiser from this folder in Python")
     return StartingPoint(base["pipeline"], base["options"], base["denoiser"])
 
@@ -172,7 +172,7 @@ def attach_adapter(pipeline: DiffusionPipeline, denoiser_name: str, source: str,
 
 
 def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
-    """Return the recorded base of a run; `ValueError` if it is unknown, or if a folder in it no longer exists."""
+    """Return the recorded base of a run. Raise `ValueError` if it is unknown, or if a folder in it no longer exists."""
     base = stored_settings(run).get(BASE) or read_setup(run).get(BASE)
     if not isinstance(base, Mapping):
         raise ValueError(

@@ -40,10 +40,10 @@ _METADATA_CLASSES = {
 
 @contextlib.contextmanager
 def tensors_only(known: Sequence[type]) -> Iterator[None]:
-    """Make every `torch.load` within refuse pickles that could run code, also in libraries that allow them.
+    """Make every `torch.load` within the context refuse pickles that could run code, even calls by other libraries.
 
     Args:
-        known (`Sequence[type]`): The engine's classes, which are allowed.
+        known (`Sequence[type]`): Classes of the engine that pickles may contain.
 
     Raises:
         `ValueError`: If a pickle was refused, or a file is damaged.
@@ -53,7 +53,7 @@ def tensors_only(known: Sequence[type]) -> Iterator[None]:
             with unwrapping_refused_pickles():
                 yield
         except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to read the file without a check
+            asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's message advises to load without a check
             raise ValueError(_REFUSED.format(f"it asks for {asked[1]}" if asked else "no plain pickle")) from error
         except (SafetensorError, EOFError, FileNotFoundError) as error:
             raise ValueError(_DAMAGED.format(error)) from error
@@ -75,7 +75,7 @@ def _forced_weights_only() -> Iterator[None]:
 
 
 def refuse_code_in_metadata(folder: Path) -> None:
-    """Raise `ValueError` if the metadata of FSDP2's shards could run code: torch unpickles them without a check."""
+    """Raise `ValueError` if the metadata of FSDP2's shards could run code. torch unpickles them without a check."""
     for file in sorted(folder.glob(DISTRIBUTED_METADATA)):
         try:
             with open(file, "rb") as stream:
@@ -85,7 +85,7 @@ def refuse_code_in_metadata(folder: Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the metadata's classes, and nothing else."""
+    """Unpickles only the classes that FSDP2's metadata contain."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)

@@ -1,4 +1,4 @@
-"""Writing tuned weights in the formats of diffusers and PEFT, and reading them back exactly."""
+"""Writes tuned weights in the formats of diffusers and PEFT, and reads them without loss."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LORA_A, LORA_B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 class WeightFiles:
     """Reads and writes the weights that a run tunes: a LoRA, or all weights of the denoiser.
 
-    Make it before an engine shards the weights: it records their shapes.
+    Construct it before an engine shards the weights, because the constructor records their shapes.
 
     Args:
-        pipeline (`DiffusionPipeline`): Its denoiser is tuned.
+        pipeline (`DiffusionPipeline`): Pipeline whose denoiser is tuned.
         denoiser_name (`str`): The pipeline's attribute, `"unet"` or `"transformer"`.
         adapter (`str`, *optional*): Name of the LoRA; all weights are tuned if unset.
-        whole_pipeline (`Callable`, *optional*): Returns a pipeline that was loaded without its encoders with them.
+        whole_pipeline (`Callable`, *optional*): Returns the pipeline with its encoders, if it was loaded without.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WeightFiles:
         tensors = self.tensors()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         copies = 1 if adapter is None else 2  # a LoRA is written in two formats
-        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # on the disk
+        self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # on disk
 
     @property
     def _denoiser(self) -> nn.Module:
@@ -81,13 +81,13 @@ class WeightFiles:
     def save(
         self, folder: Path, weights: dict[str, torch.Tensor] | None = None, *, full_pipeline: bool = False
     ) -> None:
-        """Write the LoRA as `pytorch_lora_weights.safetensors` and for PEFT, or the denoiser as a folder of its name.
+        """Write the LoRA in the formats of diffusers and PEFT, or the whole denoiser into a folder of its name.
 
         Args:
             folder (`Path`): Folder to write into; created if it is missing.
             weights (`dict[str, torch.Tensor]`, *optional*): Unsharded tensors to write in place of
                 [`WeightFiles.tensors`], under the same names.
-            full_pipeline (`bool`): Whether to write the pipeline's other components as well; not with a LoRA.
+            full_pipeline (`bool`): Whether to write the pipeline's other components too. Has no effect for a LoRA.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapter is not None:
@@ -110,7 +110,7 @@ class WeightFiles:
         _remove_local_paths([folder / "model_index.json", *configs])
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Read the weights that [`WeightFiles.save`] wrote; `ValueError` if the folder holds none, or others."""
+        """Read the weights that [`WeightFiles.save`] wrote. Raise `ValueError` if the folder does not contain them."""
         if self._adapter is not None:
             return read_adapter(self.shapes, folder)
         source = folder / self._denoiser_name
@@ -162,7 +162,7 @@ def save_adapter(
 
 
 def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights that [`save_adapter`] wrote; `ValueError` if they do not have these shapes."""
+    """Read the weights that [`save_adapter`] wrote. Raise `ValueError` if they do not have these shapes."""
     file = folder / PEFT_FILE
     if not file.is_file():
         raise ValueError(
@@ -180,7 +180,7 @@ def read_adapter(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, 
 
 
 def _remove_local_paths(configs: Iterable[Path]) -> None:
-    """Remove the local folders that components were loaded from from saved configurations."""
+    """Delete `_name_or_path` from saved configurations if it is a local path."""
     for file in configs:
         if not file.is_file():
             continue

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer, and which of them the settings need."""
+"""Adds the callbacks that the settings need, and defines those that update a run's components."""
 
 from __future__ import annotations
 
@@ -45,15 +45,17 @@ def add_callbacks(
     evaluate: Callable[[], Any],
     end: Callable[[], None],
 ) -> None:
-    """Add the callbacks that the settings need, in the order of their calls. They come before those of trackers, which
-    end at `on_train_end` and take no image afterwards. The progress bar shows fewer metrics.
+    """Add the callbacks that the settings need, in the order of their calls.
+
+    They come before the callbacks of trackers, because trackers take no image after their `on_train_end`. A shorter
+    progress bar replaces the one of transformers.
 
     Args:
         load_probe (`Callable`): Returns this process's pairs of the winner budget's probe.
         policy (`Callable`): Returns the policy as the engine wrapped it.
         measure_step (`Callable`): Completes the measurement of an optimizer step.
         evaluate (`Callable`): Evaluates the current weights.
-        end (`Callable`): Reports what a run has left, in the first process.
+        end (`Callable`): Reports the files that a run wrote, in the first process.
     """
     images = TrackedImages(handler.callbacks)
     own: list[TrainerCallback] = [NothingToTrainCallback()]
@@ -101,8 +103,11 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: 
 
 
 class EpochCallback(TrainerCallback):
-    """Calls `set_epoch` of a data set with the epoch that begins, counted from 0; a resumed run continues with the
-    checkpoint's. Epochs are counted here, because the Trainer's number is too low for data without a length."""
+    """Calls `set_epoch` of a data set at the beginning of each epoch, counted from 0.
+
+    A resumed run continues at the checkpoint's epoch. This callback counts epochs itself, because the Trainer's number
+    is too low for data without a length.
+    """
 
     def __init__(self, dataset: PreferenceDataset):
         self.dataset = dataset
@@ -142,7 +147,7 @@ class EMACallback(TrainerCallback):
 
 
 class AutoBetaCallback(TrainerCallback):
-    """Moves beta after every optimizer step."""
+    """Adjusts beta after every optimizer step."""
 
     def __init__(self, auto_beta: AutoBeta):
         self._auto_beta = auto_beta
@@ -155,7 +160,7 @@ class AutoBetaCallback(TrainerCallback):
 
 
 class AfterStepCallback(TrainerCallback):
-    """Calls a function after the optimizer's step, which an engine may have taken."""
+    """Calls a function after every optimizer step."""
 
     def __init__(self, function: Callable[[], None]):
         self._function = function

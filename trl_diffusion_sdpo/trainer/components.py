@@ -1,4 +1,4 @@
-"""Construction of a run's components: policy, adapter, reference, frozen components, and the parts of a step."""
+"""Builds a run's components: policy, adapter, reference, frozen components, and the parts of a step."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Everything that a trainer is made of before there is an accelerator.
+    """Components of a trainer that need no accelerator.
 
     Attributes:
         loaded ([`LoadedModel`]): The pipeline as the user passed it, with the denoiser that trains.
@@ -76,14 +76,14 @@ class Components:
         average ([`EMAWeights`], *optional*): The average of the trained weights.
         origin ([`Origin`]): What the run started from.
         weight_files ([`WeightFiles`]): Formats of the tuned weights.
-        frozen ([`FrozenComponents`]): VAE and text encoders, and the family around them, as training uses it.
-        encoder_key ([`EncoderKey`]): Their cache key.
+        frozen ([`FrozenComponents`]): VAE and text encoders, and the family with which training calls them.
+        encoder_key ([`EncoderKey`]): Cache key of VAE and text encoders.
         encoding ([`PairEncoding`], *optional*): Encodes pairs before training.
         meter ([`MetricMeter`]): The metrics of training.
         pair_forward ([`PairForward`]): The forward passes of a batch of pairs.
         evaluation ([`PairEvaluation`]): The metrics of an evaluation.
         winner_budget ([`WinnerBudget`], *optional*): Holds the winners' error within a budget.
-        auto_beta ([`AutoBeta`], *optional*): Moves beta.
+        auto_beta ([`AutoBeta`], *optional*): Adjusts beta.
     """
 
     loaded: LoadedModel
@@ -128,11 +128,11 @@ def build_components(
         loaded ([`LoadedModel`]): The policy, from [`load_policy`].
         ref_model (`str`, `DiffusionPipeline` or `nn.Module`, *optional*): The reference.
         args ([`DiffusionSDPOConfig`]): The trainer's own copy of the settings.
-        engine ([`Engine`]): Trains the policy; without an accelerator yet.
+        engine ([`Engine`]): Engine that trains the policy. It has no accelerator yet.
         autocast (`Callable`): Returns the context under which denoisers predict.
 
     Raises:
-        `ValueError`: If model, reference and settings cannot act together.
+        `ValueError`: If model, reference and settings cannot be combined.
     """
     loss = args.loss_spec
     denoiser = loaded.denoiser
@@ -149,7 +149,7 @@ def build_components(
     if args.ema_decay is not None:
         average = EMAWeights(denoiser, adapter, args.ema_decay, engine, shared=shards_weights(args))
 
-    # What the run's files say of its start, and the formats in which it saves.
+    # The start of the run for its files, and the formats in which it saves.
     origin = Origin(
         loaded.name_or_path,
         recorded_base(loaded.name_or_path, loaded.options, loaded.denoiser_folder),
@@ -226,7 +226,7 @@ def load_policy(
 ) -> LoadedModel:
     """Load the pipeline whose denoiser trains, unsharded under every engine. For `denoiser` see [`load_model`]."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
-    options = cast(Any, args.model_init_kwargs)  # a dict by now
+    options = cast(Any, args.model_init_kwargs)  # a dict after `__post_init__`
     if isinstance(model, (str, Path)):
         start = starting_point(model, args.adapter_name_or_path)
         model, options = start.pipeline, start.with_recorded(options)
@@ -255,7 +255,7 @@ def load_policy(
 def choose_trained_weights(
     loaded: LoadedModel, peft_config: PeftConfig | None, args: DiffusionSDPOConfig
 ) -> tuple[str | None, bool]:
-    """Add a LoRA if one is asked for, and freeze what does not train.
+    """Add a LoRA if `peft_config` is set, and freeze all weights that do not train.
 
     Returns:
         The trained adapter's name (`None` in full tuning), and whether it was added here.
@@ -330,7 +330,7 @@ def make_reference(
     adapter: str | None,
     added: bool,
 ) -> Reference:
-    """Choose how the old policy is recovered. `adapter` is the trained one, and `added` whether it starts at zero."""
+    """Build the reference. `adapter` is the trained one, and `added` says whether it starts at zero."""
     given = None
     if ref_model is not None:
         given = given_reference(ref_model, loaded, args)
@@ -359,9 +359,9 @@ def make_reference(
 
 
 def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
-    """Load the reference's denoiser; if `ref_model` names a run, with that run's LoRA."""
+    """Load the reference's denoiser. If `ref_model` names a run with a LoRA, attach that LoRA."""
     start = StartingPoint("")
-    options = cast(Any, args.ref_model_init_kwargs)  # a dict by now
+    options = cast(Any, args.ref_model_init_kwargs)  # a dict after `__post_init__`
     if isinstance(ref_model, (str, Path)):
         start = starting_point(ref_model)
         ref_model, options = start.pipeline, start.with_recorded(options)
@@ -395,7 +395,7 @@ def make_weight_files(loaded: LoadedModel, adapter: str | None, args: DiffusionS
 
 
 def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> FrozenComponents:
-    """Place VAE and text encoders where they run; `args.vae_dtype` becomes the precision of the VAE."""
+    """Place VAE and text encoders on their device, and set `args.vae_dtype` to the precision of the VAE."""
 
     def load() -> DiffusionPipeline:
         with loading_unsharded(args):
@@ -416,7 +416,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
 
 
 def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPOConfig) -> PairEncoding:
-    """Make what encodes images and prompts before training."""
+    """Make the [`PairEncoding`] that encodes images and prompts before training."""
     settings = EncodingSettings(
         folder=precompute_folder(args),
         device=args.device,
@@ -434,8 +434,8 @@ def pair_encoding(frozen: FrozenComponents, key: EncoderKey, args: DiffusionSDPO
 def make_reference_errors(
     components: Components, engine: Engine, args: DiffusionSDPOConfig, loaders: BatchLoaders, to_inputs: Callable
 ) -> ReferenceErrors | None:
-    """Make what computes the reference's errors before training, if the settings ask for that. All processes must call
-    it together, before an engine shards the weights.
+    """Make the object that computes the reference's errors before training, or return `None` if they are not needed.
+    All processes must call it together, before an engine shards the weights.
 
     Args:
         loaders ([`BatchLoaders`]): Loaders of this process.
@@ -494,9 +494,11 @@ def choose_attention(denoiser: Any, reference: Reference, args: DiffusionSDPOCon
 def compile_models(
     denoiser: Any, weight_copies: Sequence[WeightCopy], frozen: FrozenComponents, args: DiffusionSDPOConfig
 ) -> None:
-    """Compile what `torch_compile` is for and transformers' Trainer does not compile: the VAE's encoder, and second
-    denoisers or the blocks of all denoisers. After the blocks, `args` no longer ask transformers to compile the
-    model."""
+    """Compile models that transformers' Trainer does not compile: the VAE's encoder and second denoisers.
+
+    With `torch_compile_regional`, compile the blocks of all denoisers. Then reset the settings in `args`, so that
+    transformers does not compile the model again.
+    """
     if not args.torch_compile:
         return
     compile_with_eager_rounding()
@@ -513,4 +515,4 @@ def compile_models(
                 "compiles. Leave it off: `torch_compile` then compiles the whole model."
             )
         compile_blocks(denoiser, args.torch_compile_backend, args.torch_compile_mode)
-        args.torch_compile_backend = args.torch_compile_mode = None  # what accelerate would compile with
+        args.torch_compile_backend = args.torch_compile_mode = None  # accelerate would compile with these

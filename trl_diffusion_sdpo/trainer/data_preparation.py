@@ -1,4 +1,4 @@
-"""Preparation of a user's data as pairs, and checks against the batch size."""
+"""Prepares a user's data as pairs, and checks their number against the batch size."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
 
-POSITION_FILE = "stream_position_{}.json"  # of each process, in a checkpoint
+POSITION_FILE = "stream_position_{}.json"  # one file a process, in a checkpoint
 CHECKED_PROMPTS = 10_000  # pairs whose prompts are counted by their lengths
 PREPARED = (PreferenceDataset, PreferenceIterableDataset)
 
 
 class PairPreparation:
-    """Prepares the data of one trainer: a user's rows become pairs, with what is computed before training.
+    """Prepares the data of one trainer. Rows become pairs, and moments and reference errors are computed if required.
 
     Args:
         args ([`DiffusionSDPOConfig`]): The trainer's own settings, completed.
@@ -55,8 +55,8 @@ class PairPreparation:
         self._copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def prepare(self, dataset: Any, *, name: str, training: bool) -> Any:
-        """Return a user's data as pairs, encoded if the settings say so; `None` unchanged. All processes must call it
-        together.
+        """Return a user's data as pairs, encoded if the settings say so. `None` is returned unchanged. All processes
+        must call it together.
 
         Args:
             name (`str`): Name of the data in messages.
@@ -73,7 +73,7 @@ class PairPreparation:
         elif prepared is not dataset and (limits := note_on_limits(self._family)):
             logger.info("%s data: a stream's long prompts are not counted. %s", name, limits)
         if was_prepared:
-            prepared = prepared.from_source()  # what it reads was computed for another trainer, or nothing was
+            prepared = prepared.from_source()  # drop results that were computed for another trainer
         if self._args.precompute_ref_errors:
             prepared = repeating_pairs(prepared, self._args.precompute_epochs, name=name, training=training)
         if self._encoding is not None:
@@ -94,8 +94,7 @@ class PairPreparation:
 
 
 def outline(dataset: Any) -> Any:
-    """Return what data say of themselves before they are read: kind, number of rows and columns, of each of several
-    sets."""
+    """Return type, number of rows and column names of data without reading rows. Several sets are described by name."""
     if isinstance(dataset, PairMixture):
         dataset = dataset.parts
     if isinstance(dataset, Mapping):
@@ -105,12 +104,12 @@ def outline(dataset: Any) -> Any:
 
 
 def _reading(args: DiffusionSDPOConfig) -> tuple[int, int, int]:
-    """Return what a position in a stream depends on besides the stream: pairs in a batch, workers, processes."""
+    """Return the settings on which a position in a stream depends: pairs in a batch, workers, processes."""
     return args.train_batch_size, args.dataloader_num_workers or 0, args.world_size
 
 
 def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: Path) -> None:
-    """Write where this process is in a stream into a checkpoint."""
+    """Write this process's position in a stream into a checkpoint."""
     content = {"reading": _reading(args), "readers": position.readers}
     (folder / POSITION_FILE.format(args.process_index)).write_text(json.dumps(content))
 
@@ -118,8 +117,11 @@ def save_position(position: StreamPosition, args: DiffusionSDPOConfig, folder: P
 def load_position(
     stream: PreferenceIterableDataset, args: DiffusionSDPOConfig, batches: int, checkpoint: str | None
 ) -> StreamPosition:
-    """Return the position after so many batches from a checkpoint. It is the beginning of the stream if the number of
-    processes, workers or pairs in a batch has changed: the earlier batches are then decoded and discarded."""
+    """Return the position in the stream after `batches` batches, from a checkpoint.
+
+    Return the beginning of the stream if the number of processes, workers or pairs in a batch has changed. The earlier
+    batches are then decoded and discarded.
+    """
     beginning = stream.position(*_reading(args))
     if checkpoint is None or not batches:
         return beginning
@@ -138,8 +140,8 @@ def load_position(
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch to the device; from pinned memory, by asynchronous copies."""
-    waits = device.type == "mps"  # which has no pinned memory
+    """Move the tensors of a batch to the device. Copies from pinned memory are asynchronous."""
+    waits = device.type == "mps"  # MPS has no pinned memory
     return {
         name: value.to(device, non_blocking=not waits)
         if isinstance(value, torch.Tensor)
@@ -219,7 +221,7 @@ def _check_scores(dataset: Any, scores: ScoreSettings, args: DiffusionSDPOConfig
 
 
 def score_settings(args: DiffusionSDPOConfig, loss: LossSpec, *, training: bool) -> ScoreSettings:
-    """Return how scores are used; weights of pairs are of training alone."""
+    """Return how scores are used. Pairs are weighted in training only."""
     return ScoreSettings(
         pair_weights=args.pair_weights if training else None,
         calibrated=args.calibrated_scores,
@@ -244,8 +246,8 @@ def _check_prepared(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, nam
 
 
 def _refuse_parts(dataset: Any, args: DiffusionSDPOConfig, name: str) -> None:
-    """Raise `ValueError` where processes would evaluate on parts of a stream: a process with fewer batches than another
-    misses its collectives, which would never end."""
+    """Raise `ValueError` if processes would evaluate on parts of a stream, because a process with more batches than
+    another would wait forever in a collective."""
     if isinstance(dataset, PreferenceIterableDataset) and dataset.is_split and args.world_size > 1:
         raise ValueError(
             f"The {name} data are a stream that `split_dataset_by_node` has given {args.world_size} processes parts "
