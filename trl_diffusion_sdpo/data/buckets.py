@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets: image sizes of about one area, the bucket of each pair, and an order of pairs in which every
-batch has one size."""
+"""Aspect-ratio buckets. This module lists image sizes of about equal area, assigns each pair to a size, and orders
+pairs so that all images of a batch have the same size."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils.data import Sampler
 
 from .transforms import Size
 
-MIN_AREA = 0.9  # share of the target's area; gives SDXL's list at 1024 pixels in steps of 64
-MANY_REPEATS = 0.05  # share of the pairs; more are a warning
-ORDER = 1  # ends the key of an order's random numbers; those of pairs have no fourth part
+MIN_AREA = 0.9  # share of the target's area; yields SDXL's list at 1024 pixels in steps of 64
+MANY_REPEATS = 0.05  # share of the pairs; the trainer warns above it
+ORDER = 1  # last part of the random key of an order; keys of pairs have three parts
 
 
 @dataclass(frozen=True)
 class AspectRatioBuckets:
-    """Sizes of about the area of `resolution`, never above it, at aspect ratios up to `max_aspect_ratio`.
+    """Sizes with about the area of `resolution`, never more, and with aspect ratios up to `max_aspect_ratio`.
 
     For every shorter side that is a multiple of `step`, the longer side is the largest multiple of `step` that keeps
-    the area and the aspect ratio within their bounds. Sizes of less than nine tenths of the area are left out. Every
-    size exists upright and lying. `resolution` is always one of the sizes.
+    the area and the aspect ratio within their bounds. Sizes with less than nine tenths of the area are left out. Every
+    size exists in portrait and in landscape format. `resolution` is always one of the sizes.
 
     At 1024 pixels in steps of 64, all sizes are in the list of SDXL (https://huggingface.co/papers/2307.01952,
     appendix I).
@@ -67,7 +67,7 @@ class AspectRatioBuckets:
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """All sizes as `(height, width)`, the widest first."""
+        """All sizes as `(height, width)`, from the widest to the tallest."""
         height, width = self.resolution
         area = height * width
         by_ratio: dict[Fraction, Size] = {}
@@ -79,10 +79,10 @@ class AspectRatioBuckets:
         return tuple(size for _, size in sorted(by_ratio.items()))
 
     def assign(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the bucket of each pair: the one whose log aspect ratio is nearest to the mean of the two images'.
+        """Return the bucket of each pair. Its log aspect ratio is nearest to the mean of the two images.
 
-        It minimises the sum of the two distances, and so the cropping. Halfway between two buckets, the squarer one is
-        taken. The computation is in integers, so that every machine agrees.
+        This choice minimises the sum of the two distances, and therefore the cropping. If two buckets are equally near,
+        the squarer bucket is taken. The computation uses integers, so that all machines agree.
 
         Args:
             sizes (`np.ndarray` of shape `(P, 4)`, int64): Height and width of the winner and of the loser, in pixels.
@@ -93,7 +93,7 @@ class AspectRatioBuckets:
         heights, widths = sizes[:, 0] * sizes[:, 2], sizes[:, 1] * sizes[:, 3]
         numbers = np.zeros(len(sizes), dtype=np.uint16)
         for (height, width), (next_height, next_width) in pairwise(self.sizes):
-            # The product of two aspect ratios is twice their mean, as a logarithm.
+            # The logarithm of the product of two aspect ratios is twice the mean of their logarithms.
             beyond, within = heights * (width * next_width), widths * (height * next_height)
             upright = height * next_height >= width * next_width
             numbers += beyond > within if upright else beyond >= within
@@ -102,7 +102,7 @@ class AspectRatioBuckets:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """The size at which each pair is trained.
+    """Training size of each pair.
 
     Args:
         sizes (`tuple[Size, ...]`): `(height, width)` of each bucket.
@@ -127,11 +127,11 @@ class PairSizes:
         return digest.hexdigest()[:16]
 
     def repeats(self, group: int) -> int:
-        """Return the number of pairs that an epoch takes a second time, to fill the last `group` of each bucket."""
+        """Return the number of pairs that an epoch repeats to fill the last `group` of each bucket."""
         return int((-self._counts() % group).sum())
 
     def describe_epoch(self, group: int, *, drop_last: bool, shuffled: bool) -> tuple[str, bool]:
-        """Return a sentence about pairs that an epoch takes twice or leaves out, and whether it is a warning."""
+        """Describe pairs that an epoch repeats or leaves out. Also return whether the sentence is a warning."""
         pairs = len(self.numbers)
         if not drop_last:
             repeats = self.repeats(group)
@@ -157,7 +157,7 @@ class PairSizes:
 
 
 def candidates(pair: int, pairs: int, sizes: PairSizes | None) -> Iterator[int]:
-    """Yield a pair, and then the pairs that replace it if it cannot be decoded: the next ones of its size."""
+    """Yield a pair, then the next pairs of the same size. They replace the pair if it cannot be decoded."""
     following = chain(range(pair, pairs), range(pair))
     if sizes is None:
         yield from following
@@ -172,12 +172,12 @@ class Repeated(int):
 class BucketSampler(Sampler[int]):
     """Order of pairs in which every `group` consecutive pairs have one size.
 
-    Pairs are shuffled and dealt to their buckets in that order. A group comes where its first pair came. The last group
-    of a bucket is filled with the bucket's first pairs.
+    Pairs are shuffled and sorted into their buckets in this order. The position of a group is that of its first pair.
+    The last group of a bucket is filled with the bucket's first pairs.
 
     Args:
         pairs ([`PairSizes`]): Sizes of the pairs.
-        group (`int`): Pairs in the batches of all processes of a step.
+        group (`int`): Number of pairs in one step, over the batches of all processes.
         seed (`int`): Seed of the order.
         epoch (`Callable[[], int]`, *optional*): Returns the epoch. Without it, pairs are not shuffled.
         drop_last (`bool`): Whether to leave out an incomplete last group of a bucket instead of filling it.
@@ -214,7 +214,7 @@ class BucketSampler(Sampler[int]):
             yield from map(Repeated, rows[real:].tolist())
 
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs of each group `(groups, group)`, and whether they fill it up."""
+        """Return the pairs of each group, `(groups, group)`, and a mask of the repeated pairs that fill up a group."""
         order = np.arange(len(self._pairs.numbers))
         if self._epoch is not None:
             order = np.random.default_rng([self._seed, self._epoch(), 0, ORDER]).permutation(order)
@@ -223,7 +223,7 @@ class BucketSampler(Sampler[int]):
         positions, repeated = [], []
         for members in np.split(by_bucket, np.cumsum(np.bincount(numbers))[:-1]):
             count = len(members) // self._group if self._drop_last else -(-len(members) // self._group)
-            filled = np.resize(members, count * self._group)  # from its beginning again
+            filled = np.resize(members, count * self._group)  # starts again with the first pairs
             positions.append(filled)
             repeated.append(np.arange(len(filled)) >= len(members))
         groups = np.concatenate(positions).reshape(-1, self._group)

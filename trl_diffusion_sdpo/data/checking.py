@@ -19,7 +19,7 @@ SourceImage = tuple[int, int]  # (row of the source, index of the image within t
 
 VERIFY_IMAGES = ("sample", "all", "none")
 SAMPLED_PAIRS = 128  # a second or two
-FEW_ROWS = 1000  # below this, starting processes takes longer than checking in one
+FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
@@ -29,7 +29,7 @@ HOW_TO_DROP = 'Fix the row, or pass on_bad_row="drop" to leave such rows out.'
 
 
 class BadDataError(ValueError):
-    """Data that stop a run."""
+    """Error for data that stop a run."""
 
 
 @dataclass
@@ -40,12 +40,12 @@ class DataReport:
     format: str  # key in `FORMATS`
     rows: int = 0  # of the source
     pairs: int = 0  # to train on
-    ties: int = 0  # pairs of images that were judged equal
+    ties: int = 0  # pairs whose images were judged equal
     undecodable: int = 0  # pairs with an image that cannot be decoded
     bad_prompts: int = 0  # rows whose prompt is no string
     bad_labels: int = 0  # rows whose label or score is missing or unreadable
     too_small: int = 0  # pairs with an image whose shorter side is below `min_side`
-    notes: tuple[str, ...] = ()  # on the sizes of the images
+    notes: tuple[str, ...] = ()  # notes on the sizes of the images
     is_swapped: bool = False  # whether the published losers are the winners of the pairs
     is_permuted: bool = False  # whether losers are the winners of other pairs
     examples: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # first row numbers and reasons, by kind
@@ -89,7 +89,7 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
 
 
 def pairs_of_images(places: np.ndarray, images: Mapping[SourceImage, str]) -> Iterator[tuple[int, SourceImage]]:
-    """Yield the pairs that contain any of the images, each with the first such image, the winner before the loser."""
+    """Yield the pairs that contain any of the images, each with the first of these images. The winner comes first."""
     rows = [row for row, _ in images]
     for pair in np.flatnonzero(np.isin(places[:, [0, 2]], rows).any(axis=1)).tolist():
         winner_row, winner_image, loser_row, loser_image = places[pair].tolist()
@@ -102,11 +102,11 @@ def pairs_of_images(places: np.ndarray, images: Mapping[SourceImage, str]) -> It
 def problems_of_images(
     source: Any, places: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers
 ) -> dict[SourceImage, str]:
-    """Decode all images of pairs, and return those that cannot be decoded with the reason. Collective.
+    """Decode all images of pairs. Return the images that cannot be decoded, with their reasons. Collective.
 
     Args:
         places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-        num_proc (`int`, *optional*): Worker processes of each peer. By default one for each core, if they are forked.
+        num_proc (`int`, *optional*): Worker processes of each peer. Default: one per core, if processes are forked.
     """
     images = np.zeros(len(source), dtype=np.int64)  # number of labelled images of each row
     for row, image in ((0, 1), (2, 3)):
@@ -149,7 +149,7 @@ def check_pairs(
 
 
 class IdenticalPairs:
-    """Counts pairs whose two images are identical. `name` is what messages call the data set."""
+    """Counter of pairs whose two images are identical. `name` is the name of the data set in messages."""
 
     def __init__(self, name: str) -> None:
         self.name = name

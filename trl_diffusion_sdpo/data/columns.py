@@ -13,14 +13,14 @@ LARGEST = 1e9  # a larger score or weight would outweigh all other pairs togethe
 
 
 class LabelError(ValueError):
-    """A row whose label or score is missing or unreadable."""
+    """Error for a row whose label or score is missing or unreadable."""
 
 
 class ImageScores(NamedTuple):
-    """Scores that a row's label gives the row's images."""
+    """Scores of the images of a row, from its label."""
 
     values: tuple[float, ...]  # one number per image; larger is better
-    ranked: bool = True  # whether equal numbers are a tie; images that nobody picked were never compared
+    ranked: bool = True  # whether equal numbers are a tie; false if nobody compared the images that were not picked
 
 
 def member_text(value: Any) -> Any:
@@ -29,8 +29,8 @@ def member_text(value: Any) -> Any:
 
 
 def is_valid(value: Any, what: str) -> bool:
-    """Return a boolean, true if the value is missing. CSV and JSON files may hold it as text."""
-    if value is None or value != value:  # NaN: pandas' value of an empty cell
+    """Convert a value to a boolean. A missing value is true. CSV and JSON files may contain booleans as text."""
+    if value is None or value != value:  # NaN, as pandas reads an empty cell
         return True
     word = str(member_text(value)).lower()
     if word in ("true", "1", "1.0", "yes"):
@@ -41,7 +41,7 @@ def is_valid(value: Any, what: str) -> bool:
 
 
 def finite_number(value: Any, what: str = "label") -> float:
-    """Return a float from a number, or from its text or bytes, such as a member of an archive has them.
+    """Convert a number to a float. The number may be text, or bytes from a member of an archive.
 
     Raises:
         LabelError: If the value is no number, not finite or larger than `LARGEST`.

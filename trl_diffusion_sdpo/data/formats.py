@@ -1,4 +1,4 @@
-"""Formats of published preference sets, each an entry of the table `FORMATS`, and the pairs that their labels describe.
+"""Formats of published preference sets, and the pairs that their labels describe. `FORMATS` has one entry per format.
 
 A format reads one score per image from a row; larger is better. One function turns scores into winners, losers and
 ties. No image is read.
@@ -33,7 +33,7 @@ ALONE_IN_GROUP, JUDGED_EQUAL = "one image alone: nothing to compare it with", "i
 
 
 class PairReference(NamedTuple):
-    """Images of a pair, each by its row in the source and its index within the row."""
+    """Images of a pair. Each is given by its row in the source and its index within the row."""
 
     winner_row: int
     winner_image: int
@@ -42,7 +42,7 @@ class PairReference(NamedTuple):
     scores: tuple[float, float] | None
 
     def swapped(self) -> "PairReference":
-        """Return the pair with winner and loser exchanged. Scores change their sign, so that larger stays better."""
+        """Return the pair with winner and loser swapped. Scores change sign, so that larger scores are still better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
 
@@ -62,7 +62,7 @@ class PreferenceFormat:
         group_column (`str`, *optional*): Rows of one image each are compared within equal values of this column.
         validity_column (`str`, *optional*): If present and false, the row has no label.
         score_columns (`tuple[str, str]`, *optional*): Reward scores of winner and loser, read if present.
-        text_members (`bool`): Prompts are members of an archive: possibly bytes, possibly with a trailing newline.
+        text_members (`bool`): Prompts are members of an archive. They may be bytes, or end in a newline.
         prompt_of_each_image (`bool`): `prompt_columns` are the prompts of the two images, in place of one prompt.
         has_losers (`bool`): Whether rows have a loser. Otherwise a pair's loser is the winner of another.
         is_swapped (`bool`): Whether the published loser is the winner of a pair.
@@ -144,7 +144,7 @@ class PreferenceFormat:
         return value
 
     def prompts(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the row's prompt, or the prompts of its images. Raises like `prompt`."""
+        """Return the row's prompt, or the prompts of its images. Raises the errors of `prompt`."""
         return [self.prompt(row, image) for image in range(2 if self.prompt_of_each_image else 1)]
 
     def image_scores(self, row: Mapping[str, Any]) -> ImageScores:
@@ -294,7 +294,7 @@ def _check_scores(chosen: PreferenceFormat, columns: list[str]) -> None:
 
 
 def _check_prompts(detected: PreferenceFormat, columns: list[str]) -> None:
-    """Refuse the prompts of one image alone. Warn if a set also has a prompt of both images."""
+    """Refuse data with a prompt column for only one image. Warn if there is also a prompt for both images."""
     present = [column for column in BRANCH_PROMPTS if column in columns]
     if detected.prompt_of_each_image:
         plain = [column for column in _PROMPTS if column in columns]
@@ -382,7 +382,7 @@ FORMATS: dict[str, PreferenceFormat] = {
             prompt_columns=_PROMPTS,
             image_columns=("image",),
             other_image_columns=("jpg", "png"),
-            label_readers={(): first_is_preferred},  # losers are images of other rows
+            label_readers={(): first_is_preferred},  # losers come from other rows
             has_losers=False,
         ),
     )

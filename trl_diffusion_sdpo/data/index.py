@@ -27,14 +27,14 @@ COLUMNS = datasets.Features(
     {
         **{name: datasets.Value("int64") for name in PLACES},
         **{name: datasets.Value("float64") for name in SCORES},
-        # These are filled if a row of the index is a drop. Then `winner_row` is the row of the source.
+        # These columns are filled if a row of the index is a drop. `winner_row` is then the row of the source.
         "dropped": datasets.Value("string"),
         "reason": datasets.Value("string"),
         "amount": datasets.Value("int64"),
     }
 )
 ROWS_AT_ONCE = 1000
-CODE = (__file__, formats.__file__)  # a change of this code makes indexes anew
+CODE = (__file__, formats.__file__)  # if this code changes, cached indexes are rebuilt
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class PairTable:
     Attributes:
         places (`np.ndarray` of shape `(P, 4)`): Winner row, winner image, loser row, loser image.
         columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
-            and loser, `calibrated` replaces them, `weight` is the factor of a pair's loss, `size` the number of its
-            bucket, `ref_errors` the errors of a reference.
-        weighed_by (`str`, *optional*): Setting that the weights were computed by.
+            and loser. `calibrated` replaces `scores`. `weight` is the factor of a pair's loss. `size` is the number of
+            its bucket. `ref_errors` are the errors of a reference.
+        weighed_by (`str`, *optional*): Setting that the weights were computed from.
     """
 
     places: np.ndarray
@@ -57,7 +57,7 @@ class PairTable:
         return len(self.places)
 
     def take(self, pairs: slice | np.ndarray) -> PairTable:
-        """Return some of the pairs, chosen by a slice, a mask or numbers."""
+        """Return some of the pairs, selected by a slice, a mask or indices."""
         columns = {name: values[pairs] for name, values in self.columns.items()}
         return replace(self, places=self.places[pairs], columns=columns)
 
@@ -72,7 +72,7 @@ class PairTable:
 
 
 def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], row_format: PreferenceFormat) -> dict[str, list]:
-    """Return the pairs and the drops of numbered rows, as `COLUMNS`. Rows of one group must be consecutive."""
+    """Return the pairs and the drops of numbered rows, as `COLUMNS`. Rows of a group must be consecutive."""
     entries: list[tuple] = []
 
     def reject(kind: str, row: int, reason: str, amount: int) -> None:
@@ -86,18 +86,18 @@ def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], row_format: Prefe
 
 
 def find_pairs(labels: datasets.Dataset, row_format: PreferenceFormat) -> tuple[PairTable, list[Drop]]:
-    """Return the pairs and the drops of a data set. `datasets` caches the result beside data on a disk.
+    """Return the pairs and the drops of a data set. If the data are on a disk, `datasets` caches the result there.
 
     Args:
         labels (`datasets.Dataset`): The columns of labels and prompts, without the images.
-        row_format (`PreferenceFormat`): Their format.
+        row_format (`PreferenceFormat`): Format of the rows.
     """
     code = [Path(file).read_bytes() for file in CODE]
     facts = [dataset_fingerprint(labels), row_format.name, row_format.score_columns, row_format.is_swapped, code]
     options: dict[str, Any] = {
         "with_indices": True,
         "batched": True,
-        # Rows of a group may be anywhere, so they are brought together in one batch.
+        # Rows of a group may be far apart. One batch of all rows brings them together.
         "batch_size": ROWS_AT_ONCE if row_format.group_column is None else None,
         "remove_columns": labels.column_names,
         "features": COLUMNS,
@@ -128,7 +128,7 @@ def _index_batch(batch: Mapping[str, list], numbers: list[int], row_format: Pref
         for number, values in zip(numbers, zip(*(batch[name] for name in names), strict=True), strict=True)
     ]
     if row_format.group_column is not None:
-        first: dict[Any, int] = {}  # of each group, its place among the groups
+        first: dict[Any, int] = {}  # group to its position among the groups
         order = [first.setdefault(row[row_format.group_column], len(first)) for _, row in rows]
         rows = [rows[place] for place in np.argsort(order, kind="stable").tolist()]
     return index_pairs(rows, row_format)

@@ -1,4 +1,4 @@
-"""Loading pairs by the name of a data set on the Hub, a file or a folder, and split expressions of `datasets`, such as
+"""Loading of pairs from a data set on the Hub, a file or a folder. Splits are expressions of `datasets`, such as
 `train[:90%]` or `train+test`."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .image_folders import LAYOUTS, make_datasets, read_image_folder
 logger = logging.getLogger(__name__)
 
 ALL_SPLITS = "all"  # the Datasets library's name for the concatenation of all splits
-ONLY_SPLIT = "train"  # and for the rows of data without splits
+ONLY_SPLIT = "train"  # the library's name for the split of data without splits
 
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 _SAVED_DATASET, _SAVED_DATASET_DICT = "state.json", "dataset_dict.json"
@@ -95,7 +95,7 @@ def is_saved(path: Path) -> bool:
 
 
 def is_one_split(path: Path) -> bool:
-    """Return whether data have one split only, which has any name."""
+    """Return whether data have only one split, under any name."""
     return path.is_file() or ((path / _SAVED_DATASET).is_file() and not (path / _SAVED_DATASET_DICT).is_file())
 
 
@@ -153,10 +153,10 @@ def _loaded(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> An
 
 
 def _builder_of(path: Path) -> datasets.DatasetBuilder:
-    """Return the builder that `datasets` chooses by the kind of most files, or one of the data files beside images."""
+    """Return the builder that `datasets` chooses by the most common file type, or a builder of the data files."""
     try:
         builder = datasets.load_dataset_builder(str(path))
-    except ValueError:  # splits of several kinds
+    except ValueError:  # the splits have files of different kinds
         pass
     else:
         names = [name for part in (builder.config.data_files or {}).values() for name in part]
@@ -167,14 +167,14 @@ def _builder_of(path: Path) -> datasets.DatasetBuilder:
 
 def _is_metadata(name: str) -> bool:
     stem, suffix = os.path.splitext(os.path.basename(name))
-    return stem == "metadata" or suffix.lower() in (".tar", ".zip")  # archives may hold one
+    return stem == "metadata" or suffix.lower() in (".tar", ".zip")  # archives may contain a metadata file
 
 
 def _data_files(path: Path) -> dict[str, list[str]]:
     """Return the data files beside images in a folder, by split.
 
     Raises:
-        ValueError: If there is none, or there are several kinds.
+        ValueError: If there are no data files, or if there are several kinds of them.
     """
     files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in FILE_BUILDERS)
     if len({file.suffix.lower() for file in files}) != 1:
@@ -185,7 +185,7 @@ def _data_files(path: Path) -> dict[str, list[str]]:
 
 
 def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path]:
-    """Return the local folder of the data files of a split, if they are in a single one."""
+    """Return the local folder of the data files of a split, if all are in one folder."""
     of_splits = builder.config.data_files or {}
     wanted = {part.partition("[")[0] for part in _split_parts(split)}
     names = [name for part in of_splits if wanted & {part, ALL_SPLITS} for name in of_splits[part]]
@@ -197,8 +197,10 @@ def _folders_of_files(builder: datasets.DatasetBuilder, split: str) -> list[Path
 
 
 def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any:
-    """Return a data set whose relative names of images are resolved: the folders are searched in their order, then the
-    working directory. A file that is nowhere counts as one in the first folder."""
+    """Resolve relative names of images. The folders are searched in their order, then the working directory.
+
+    A file that is not found is assumed to be in the first folder.
+    """
     features = refuse_mixed_types(dataset).features or {}
     names = dataset.column_names or list(next(iter(dataset), {}))
     columns = [name for name in _IMAGE_COLUMNS if name in names and not _is_image_feature(features.get(name))]
@@ -220,7 +222,7 @@ def with_found_images(dataset: Any, folders: Sequence[str | os.PathLike]) -> Any
 def refuse_mixed_types(dataset: Any) -> Any:
     """Return the data set, unless a prompt or an image is text in one row of a JSON file and something else in another.
     `datasets` stores such a column as JSON, so that text would be read with its quotation marks."""
-    json_feature = getattr(datasets, "Json", ())  # not in older versions
+    json_feature = getattr(datasets, "Json", ())  # older versions do not have it
     mixed = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, json_feature)]
     if wrong := [name for name in mixed if name in _IMAGE_COLUMNS or name in _PROMPT_COLUMNS]:
         raise ValueError(
@@ -243,7 +245,7 @@ def _find(value: Any, roots: Sequence[str]) -> Any:
         return [_find(part, roots) for part in value]
     if not isinstance(value, str) or not value or "://" in value or os.path.isabs(value) or ntpath.isabs(value):
         return value
-    names = [value, value.replace("\\", "/")]  # Windows separators, read elsewhere
+    names = [value, value.replace("\\", "/")]  # names with Windows separators, read on other systems
     tried = [os.path.join(folder, name) for folder in roots for name in names]
     return next(filter(os.path.exists, tried), tried[0])
 
@@ -284,7 +286,7 @@ def share_rows(first: str, second: str, lengths: dict[str, int]) -> bool:
 
 
 def surely_share_rows(first: str, second: str) -> bool:
-    """Return whether two splits share a row whatever their lengths, which are unknown before the data are loaded."""
+    """Return whether two splits share a row for any lengths. Lengths are unknown before the data are loaded."""
     if ALL_SPLITS in (first, second):
         return True
     return any(

@@ -18,8 +18,8 @@ from .pairs import PreferenceDataset
 
 logger = logging.getLogger(__name__)
 
-MOST_OF_ALL = 0.5  # share of all weight that no single pair should have
-SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists, a number by each scorer
+MOST_OF_ALL = 0.5  # the trainer warns if one pair has a larger share of all weight
+SCORER_COLUMNS = ("chosen_scores", "rejected_scores")  # lists with one number per scorer
 NOT_FOR_STREAMS = (
     "`{name}` needs the scores or weights of all pairs before the first batch, and the {data} data are a stream: the "
     "mean of the weights, the largest gaps and the images of a prompt are unknown before it ends. Load them without "
@@ -29,7 +29,7 @@ NOT_FOR_STREAMS = (
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Uses of the scores of a data set.
+    """Settings for the use of scores.
 
     Args:
         pair_weights (`str`, *optional*): A key of [`~trl_diffusion_sdpo.losses.WEIGHT_FUNCTIONS`], or a column.
@@ -45,7 +45,7 @@ class ScoreSettings:
 
     @property
     def number_columns(self) -> tuple[str, ...]:
-        """Columns that are read beside those of the format."""
+        """Columns that are read in addition to those of the format."""
         if self.pair_weights is None:
             return ()
         weighting = WEIGHT_FUNCTIONS.get(self.pair_weights)
@@ -80,7 +80,7 @@ class ScoreSettings:
 
     @property
     def needs_all_pairs(self) -> str:
-        """The first setting that needs the scores of all pairs; empty where none does."""
+        """The first setting that needs the scores of all pairs; empty if no setting does."""
         if self.pair_weights:
             return "pair_weights"
         return "calibrated_scores" if self.calibrates else ""
@@ -119,7 +119,7 @@ class ScoreSettings:
                 f"`calibrated_scores` is {self.calibrated}, `pair_weights` {self.weighed_by}. Pass the data set that "
                 "they were prepared from."
             )
-        if training:  # evaluation data come by at every evaluation
+        if training:  # evaluation data would repeat the warning at every evaluation
             self._warn_of_range(dataset)
         if self.sorts_by_scores and not dataset.has_scores:
             raise ValueError(
@@ -133,7 +133,7 @@ class ScoreSettings:
             return
         if dataset.scores is None or not len(dataset):
             return
-        scores = -dataset.scores if dataset.is_swapped else dataset.scores  # which changed their signs
+        scores = -dataset.scores if dataset.is_swapped else dataset.scores  # the swap changed their signs
         low, high = float(scores.min()), float(scores.max())
         if low < 0 or high > 1:
             logger.warning(
@@ -144,7 +144,7 @@ class ScoreSettings:
             )
 
     def gaps(self, dataset: PreferenceDataset) -> torch.Tensor:
-        """Return the gap of each pair's scores, `(P,)`, never below 0."""
+        """Return the difference of each pair's scores, `(P,)`, at least 0."""
         assert dataset.scores is not None
         return score_gaps(torch.tensor(dataset.scores), sorts_by_scores=self.sorts_by_scores)
 

@@ -13,11 +13,11 @@ from .columns import digest_of
 from .sources import PairSource
 
 ROUNDS = 6  # rounds of exchanges
-LOSERS = 3  # last part of the random key of permutations; keys of pairs have three parts
+LOSERS = 3  # fourth and last part of the random key of permutations; keys of pairs have three parts
 
 
 class PermutedLosers:
-    """Permutation of all pairs in each epoch: the pair whose winner is the loser of each pair.
+    """Random permutation of all pairs in each epoch. It maps a pair to the pair whose winner becomes its loser.
 
     No pair gets an image of its own prompt. The permutation depends on the seed and the epoch alone.
 
@@ -54,12 +54,12 @@ class PermutedLosers:
         return cls(prompts, index[:, :2], seed)
 
     def afresh(self) -> PermutedLosers:
-        """Return these losers, all of which are tried again."""
+        """Return these losers without the marks of bad images, so that all images are tried again."""
         return PermutedLosers(self._prompts, self.images, self._seed)
 
     def candidates(self, pair: int, epoch: int) -> Iterator[int]:
-        """Yield the pair whose winner a pair gets, and then its replacements if it cannot be read: the next pairs of
-        other prompts."""
+        """Yield the pair whose winner becomes the loser of `pair`, then the next pairs of other prompts. They replace
+        it if it cannot be read."""
         latest_epoch, losers = self._latest
         if latest_epoch != epoch:
             losers = derangement(self._prompts, [self._seed, epoch, 0, LOSERS])

@@ -1,4 +1,4 @@
-"""Streamed pairs, checked and transformed as they are read. Each training process reads its own part of the stream."""
+"""Streams of pairs. Pairs are checked and transformed while they are read. Each process trains on its share of them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIXING = 2  # ends the key of random numbers that choose among streams; those of pairs have no fourth part
-READERS = 256  # DataLoader workers with counters of their own; more than this share them
+MIXING = 2  # last part of the random key that chooses among streams; keys of pairs have three parts
+READERS = 256  # DataLoader workers with separate counters; further workers share counters
 
 
 @dataclass(frozen=True)
 class Share:
-    """Share of one of several processes in a stream.
+    """Share of a stream that one of several processes reads.
 
     Args:
         index (`int`): Rank of the process, from 0.
@@ -46,12 +46,12 @@ class Share:
 
 
 class StreamPosition:
-    """Position of a process in a repeating stream, followed by the rows of the batches that it trains on.
+    """Position of a process in a repeating stream. It advances with the rows of each batch that the process trains on.
 
     Args:
         batch (`int`): Pairs in a batch.
         workers (`int`): DataLoader workers that make batches in turn.
-        numbers (`int`): Distance of the numbers of two consecutive pairs of a worker.
+        numbers (`int`): Difference between the numbers of two consecutive pairs of a worker.
         seed (`int`): Seed of the stream's draws.
         readers (`Sequence[Sequence[int]]`, *optional*): For each worker, the number of its batches, its current pass,
             and the pairs of that pass up to the end of its last batch. The beginning of the stream by default.
@@ -69,8 +69,8 @@ class StreamPosition:
         return sum(batches for batches, _, _ in self.readers)
 
     def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Follow a batch with the numbers and seeds of its pairs. The seed of a pair tells whether its pass is the
-        current or the next one."""
+        """Advance by a batch, given the numbers and seeds of its pairs. The seed of a pair shows whether the pair
+        belongs to the current pass or to the next one."""
         reader = self.readers[rows[0] % len(self.readers)]
         reader[0] += 1
         for row, seed in zip(rows, seeds, strict=True):
@@ -108,14 +108,14 @@ class Stream:
             self.source = self.source.decode(False).select_columns(read)
 
     def groups(self, epoch: int, report: DataReport) -> Iterator[list[tuple[int, Mapping[str, Any]]]]:
-        """Yield groups of rows that are compared with one another, in one pass, and count the rows."""
-        # A copy, because `datasets` shares a stream's epoch among workers, and these are not in the same pass.
+        """Yield the groups of rows that are compared with one another in one pass. Count the rows in the report."""
+        # Copy the stream, because `datasets` shares its epoch among workers. Workers may be in different passes.
         rows = self.source.with_format(None)
         rows.set_epoch(epoch)
         yield from groups(self.format, _count_rows(rows, report))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Identify the stream by its metadata. No row is read: a shuffled stream would fill its buffer for the first.
+        """Identify the stream by its metadata. No row is read, because a shuffled stream would first fill its buffer.
 
         Returns:
             `dict[str, Any]`: `format`, `columns`, `split` and `shards`.
@@ -129,23 +129,24 @@ class Stream:
 
 
 class PreferenceIterableDataset(IterableDataset):
-    """Streamed pairs, made by [`prepare_dataset`]; items as in [`PreferenceDataset`].
+    """Streamed pairs, made by [`prepare_dataset`]. Items are those of [`PreferenceDataset`].
 
-    Training processes divide the shards of a stream by `datasets`' `split_dataset_by_node`, and DataLoader workers
-    divide those of a process. In an evaluation, and if the number of shards is no multiple of the processes, each
-    process reads all labels and decodes its own pairs. An evaluation needs equally many pairs in all processes, and
-    rows that are compared with one another must stay together. `row` is a running number that differs among workers,
-    so that no two pairs of an epoch have the same random numbers. Bad pairs are skipped and counted. Formats that
-    compare rows expect the rows of a group to be consecutive.
+    Training processes divide the shards of a stream by `split_dataset_by_node` of `datasets`. The DataLoader workers of
+    a process divide the shards of this process. If the number of shards is no multiple of the number of processes,
+    each process reads all labels and decodes its share of the pairs. Evaluations always read in this way, because all
+    processes need the same number of pairs and rows that are compared with one another must stay together.
+
+    `row` is a running number that differs among workers, so no two pairs of an epoch have the same random numbers. Bad
+    pairs are skipped and counted. Formats that compare rows expect the rows of a group to be consecutive.
 
     Args:
-        streams (`Sequence[Stream]`): One or several, which are mixed.
-        options ([`PairOptions`]): Settings by which rows become pairs.
+        streams (`Sequence[Stream]`): One stream, or several streams to mix.
+        options ([`PairOptions`]): Settings that decide how rows become pairs.
         weights (`Sequence[float]`, *optional*): Shares of the streams in the groups of rows; equal by default.
         name (`str`): Name of the data in messages.
     """
 
-    is_permuted = False  # losers are those of the data
+    is_permuted = False  # losers always come from the data
 
     def __init__(
         self, streams: Sequence[Stream], options: PairOptions, *, weights: Sequence[float] | None = None, name: str
@@ -165,12 +166,12 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def is_split(self) -> bool:
-        """Whether `split_dataset_by_node` has given this process parts of the streams."""
+        """Whether `split_dataset_by_node` has already split the streams."""
         return is_split_by_node(self._streams[0].source)
 
     @property
     def report(self) -> DataReport:
-        """Counts of the current epoch so far in all workers. Examples come from this process alone. Pairs are counted
+        """Counts of the current epoch in all workers so far. Examples come from this process alone. Pairs are counted
         in its share only."""
         counts = dict(zip(COUNTS, self._counts.sum(dim=0).tolist(), strict=True))
         return DataReport(self._name, self._format_name, **counts, examples=self._examples, is_swapped=self.is_swapped)
@@ -183,11 +184,11 @@ class PreferenceIterableDataset(IterableDataset):
         return {"format": self._format_name, "streams": facts, "weights": self._weights}
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that random numbers and a shuffled stream's order depend on, also in running workers."""
+        """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on it."""
         self._maker.set_epoch(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
-        """Return one pass over this stream, center-cropped, with all prompts and seeds that ignore the epoch."""
+        """Return one pass over this stream without random crops and empty prompts. Its seeds ignore the epoch."""
         view = copy.copy(self)
         view._maker, view._repeat = self._maker.for_evaluation(), False
         return view
@@ -201,19 +202,21 @@ class PreferenceIterableDataset(IterableDataset):
     def position(
         self, batch: int, workers: int, processes: int, readers: Sequence[Sequence[int]] | None = None
     ) -> StreamPosition:
-        """Return a position of a process in this stream; the arguments are those of [`StreamPosition`]."""
+        """Return the position of a process in this stream. The arguments are those of [`StreamPosition`]."""
         sharing = 1 if self.for_process(Share(0, processes))._deals_pairs else processes
         return StreamPosition(batch, workers, max(1, workers) * sharing, self._maker.seed, readers)
 
     def start_at(self, position: StreamPosition) -> None:
-        """Let iterations begin at a position. Each pair of the batches before it is `None`. Earlier passes are not
-        read. In the current pass, earlier rows are read, so that a shuffled stream has the same order, and no image of
-        them is decoded."""
+        """Let iterations begin at a position. Each pair before the position is yielded as `None`.
+
+        Earlier passes are not read. Earlier rows of the current pass are read, so that a shuffled stream has the same
+        order, but their images are not decoded.
+        """
         self._start = position
 
     @property
     def _divides_shards(self) -> bool:
-        """Whether this process reads its own shards alone, by a split that this class makes."""
+        """Whether this class splits the shards, so that this process reads only its share of them."""
         count = self._share.count
         if count == 1 or not self._repeat or self.is_split:
             return False
@@ -221,7 +224,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     @property
     def _deals_pairs(self) -> bool:
-        """Whether processes read the same rows and take pairs in turn."""
+        """Whether all processes read the same rows and take turns in decoding the pairs."""
         return self._share.count > 1 and not self.is_split and not self._divides_shards
 
     # ---- Reading --------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ class PreferenceIterableDataset(IterableDataset):
             epoch, passed = epoch + 1, 0
 
     def _equal_share(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield this process's pairs of one pass, and repeat one of them until all processes have equally many."""
+        """Yield the pairs of this process in one pass. Repeat one pair until all processes have equally many."""
         items, filling, yielded = self._one_pass(epoch), None, 0
         while True:
             try:
@@ -252,22 +255,24 @@ class PreferenceIterableDataset(IterableDataset):
             yielded += 1
             yield {**item, "repeated": False}
         for _ in range(wanted - yielded):
-            filling = filling or next(self.for_process(Share())._one_pass(epoch))  # of another process
+            filling = filling or next(self.for_process(Share())._one_pass(epoch))  # a pair of another process
             yield {**filling, "repeated": True}
 
     def _one_pass(self, epoch: int, passed: int = 0) -> Generator[dict[str, Any], None, int]:
-        """Yield this process's items of one pass after the first `passed` labelled pairs. Return the number of labelled
-        pairs, 0 if none could be decoded."""
+        """Yield the items of this process in one pass, after the first `passed` labelled pairs.
+
+        Return the number of labelled pairs, or 0 if no pair could be decoded.
+        """
         worker, share = get_worker_info(), self._share
         reader, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Number of this stream among all that are read at a time: their pairs must not have the same random numbers.
+        # Number of this reader among all concurrent readers. Their pairs must not have the same random numbers.
         number, numbers = reader, workers
         if not self._deals_pairs:
             number, numbers = reader + workers * share.index, workers * share.count
         report = DataReport(self._name, self._format_name, examples={}, is_swapped=self.is_swapped)
         self._examples, counts = report.examples, self._counts[reader % READERS]
         if worker is None:
-            self._counts.zero_()  # of an earlier loader's workers
+            self._counts.zero_()  # removes the counts of an earlier loader's workers
         position = -1
         for position, item in enumerate(self._items(report, epoch, passed)):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
@@ -286,8 +291,10 @@ class PreferenceIterableDataset(IterableDataset):
         return self._maker.transform(winner, loser, draws)._asdict()
 
     def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
-        """Yield images, prompts and scores of each labelled pair; `None` if the pair is undecodable, belongs to another
-        process, or is one of the first `passed`."""
+        """Yield images, prompts and scores of each labelled pair.
+
+        Yield `None` if the pair cannot be decoded, belongs to another process, or is one of the first `passed` pairs.
+        """
         share, deals_pairs = self._share, self._deals_pairs
 
         def count(kind: str, row: int, reason: str, amount: int) -> None:
@@ -322,9 +329,11 @@ class PreferenceIterableDataset(IterableDataset):
             self._verify_different(identical, at_end=True)
 
     def _groups(self, report: DataReport, epoch: int) -> Iterator[tuple[PreferenceFormat, list[tuple[int, Mapping]]]]:
-        """Yield groups of rows that are compared with one another. Several streams are drawn by weight. In training, a
-        stream that ends restarts until all have ended once."""
-        # Not `interleave_datasets`, which deals single rows: it would cut the groups of formats that compare rows.
+        """Yield groups of rows that are compared with one another. Several streams are drawn by weight.
+
+        In training, a stream that ends restarts, until all streams have ended once.
+        """
+        # `interleave_datasets` draws single rows. It would split the groups of formats that compare rows.
         streams, share = list(self._streams), self._share
         if self._divides_shards:
             streams = [copy.copy(stream) for stream in streams]
@@ -346,7 +355,7 @@ class PreferenceIterableDataset(IterableDataset):
                     open_ones[number] = streams[number].groups(epoch, report)
                     group = next(open_ones[number], None)
             if group is None:
-                weights[number] = 0.0  # of an evaluation, or empty: a worker has no shard of it
+                weights[number] = 0.0  # ended in an evaluation, or empty because this worker has no shard of it
                 continue
             yield streams[number].format, group
 
@@ -364,8 +373,8 @@ class PreferenceIterableDataset(IterableDataset):
         return images
 
     def _verify_different(self, identical: IdenticalPairs, *, at_end: bool) -> None:
-        """Verify once that pairs are not identical, after enough pairs. At the end of a short stream, one worker among
-        several has seen too few."""
+        """Verify once, after enough pairs, that the two images of pairs differ. At the end of a short stream, one of
+        several workers has seen too few pairs to decide."""
         worker = get_worker_info()
         alone = self._share.count == 1 and (worker is None or worker.num_workers == 1)
         if identical.checked >= SAMPLED_PAIRS or (at_end and alone):

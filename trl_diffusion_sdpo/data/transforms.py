@@ -1,5 +1,5 @@
-"""Turns the two images of a pair into one tensor of pixels by the same resize, flip and crop, and stacks B pairs into a
-batch. Every random number comes from `PairDraws`, which depends on seed, epoch and row alone."""
+"""Transforms from images to batches. Both images of a pair are resized, flipped and cropped in the same way, and B
+pairs are stacked into a batch. All random numbers come from `PairDraws`. They depend only on seed, epoch and row."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class PairDraws:
-    """All random numbers of one pair in one epoch, sampled together: disabling one use does not change the others.
+    """All random numbers of one pair in one epoch. They are drawn together: disabling one changes no other.
 
     Attributes:
-        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space, so that images of different sizes
-            are cropped at the same relative position.
-        flip (`float` in `[0, 1)`): Mirrored below 0.5.
-        dropout (`float` in `[0, 1)`): The prompt is emptied below the dropout probability.
+        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space. Images of different sizes are
+            therefore cropped at the same relative position.
+        flip (`float` in `[0, 1)`): The pair is mirrored if this is below 0.5.
+        dropout (`float` in `[0, 1)`): The prompt is emptied if this is below the dropout probability.
         seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
     """
 
@@ -44,14 +44,14 @@ class PairDraws:
 
     @classmethod
     def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
-        """Return the numbers of a pair, equal on every machine and in every process for the same non-negative key."""
+        """Draw the numbers of a pair from a non-negative key. They are equal on every machine and in every process."""
         generator = np.random.default_rng([seed, epoch, row])
         top, left, flip, dropout = generator.random(4).tolist()
         return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
 
 
 class PairPixels(NamedTuple):
-    """A transformed pair, winner first."""
+    """Transformed pair, winner first."""
 
     pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
     original_sizes: tuple[Size, Size]  # (height, width) before resizing
@@ -59,7 +59,7 @@ class PairPixels(NamedTuple):
 
 
 def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
-    """Return pixels as the VAE takes them, `(x / 255 - 0.5) / 0.5` in float32, equal to the bit on every device.
+    """Convert pixels to the floats that the VAE takes, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
 
     Args:
         pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
@@ -75,23 +75,23 @@ def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def white(device: torch.device) -> torch.Tensor:
-    """Return 255 as a tensor. CUDA would divide by a Python scalar with a rounded reciprocal."""
+    """Return 255 as a tensor, because CUDA divides by a Python scalar with a rounded reciprocal."""
     return torch.full((), 255.0, device=device)
 
 
 class PairTransform:
-    """Resizes, flips and crops both images of a pair with the same random numbers.
+    """Transform that resizes, flips and crops both images of a pair with the same random numbers.
 
-    The resize keeps the aspect ratio and covers the target: for a square target the shorter side becomes `resolution`
-    and the longer one is rounded down, as torchvision's `Resize(int)` does on PIL images.
+    The resized image keeps its aspect ratio and covers the target. For a square target, the shorter side becomes
+    `resolution` and the longer side is rounded down, like torchvision's `Resize(int)` on PIL images.
 
     Args:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
         center_crop (`bool`): Crop at the center instead of at random.
         random_flip (`bool`): Mirror half of the pairs.
-        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"`, or `"fast"`: bilinear, but JPEG files are decoded
-            at a fraction of their size if that covers the target (see [`PairTransform.covering`]), and only the part
-            that is not cropped is resized.
+        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. The last is bilinear, but resizes only
+            the cropped part. It also decodes JPEG files at a fraction of their size if that covers the target (see
+            [`PairTransform.covering`]).
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class PairTransform:
     def __call__(
         self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> PairPixels:
-        """Two RGB images of any sizes as pixels; without `draws` center-cropped and not flipped. `target` takes the
-        place of `resolution`, as `(height, width)`."""
+        """Transform two RGB images of any sizes into pixels. Without `draws`, crop at the center and do not flip.
+        `target`, as `(height, width)`, replaces `resolution`."""
         pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
         return PairPixels(torch.stack(pixels), (full_size(winner), full_size(loser)), corners)
 
     def covering(self, target: Size | None = None) -> Covering | None:
-        """Return the argument `covering` of [`ImageReader.decode`]: `None` if images are decoded in full."""
+        """Return the argument `covering` of [`ImageReader.decode`], or `None` if images are decoded at full size."""
         return partial(self.resized_size, target=target) if self.interpolation == FAST else None
 
     def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
-        """Return the smallest `(height, width)` of the image's aspect ratio that covers the target."""
+        """Return the smallest `(height, width)` that covers the target and has the aspect ratio of the image."""
         target_height, target_width = (self.height, self.width) if target is None else target
         if width * target_height <= height * target_width:  # the width determines the scale
             return target_width * height // width, target_width
@@ -134,13 +134,13 @@ class PairTransform:
     def image(
         self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
     ) -> tuple[torch.Tensor, Size]:
-        """Return the pixels `(3, H, W)` of an image, and the corner of the crop."""
+        """Return the pixels `(3, H, W)` of an image, and the top left corner of the crop."""
         height, width = self.resized_size(*full_size(image), target)
         mirrors = draws is not None and self.random_flip and draws.flip < 0.5
         target_height, target_width = (self.height, self.width) if target is None else target
         top, left = self._corner(height - target_height, width - target_width, draws)
         if self.interpolation == FAST:
-            # The crop as a part of the decoded image, before it is mirrored.
+            # Find the crop in the decoded image, before it is mirrored.
             first = width - target_width - left if mirrors else left
             down, across = image.height / height, image.width / width
             box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
@@ -160,7 +160,7 @@ class PairTransform:
 
 
 class Encoded(Protocol):
-    """Pairs and prompts that were encoded before."""
+    """Pairs and prompts that were encoded before training."""
 
     def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
         """Return the entries that replace pixels in an item. `loser` is another pair whose loser the item has."""
@@ -170,8 +170,8 @@ class Encoded(Protocol):
 
 
 class ItemMaker:
-    """Maker of items. It holds the epoch that random numbers depend on. With `noise_draws`, random numbers repeat after
-    so many epochs."""
+    """Maker of items. It stores the epoch that random numbers depend on. With `noise_draws`, random numbers repeat
+    after that many epochs."""
 
     def __init__(
         self,
@@ -189,27 +189,27 @@ class ItemMaker:
         self.noise_draws = noise_draws
         self.epoch: torch.Tensor | int = torch.zeros(1, dtype=torch.long)
         if training:
-            self.epoch.share_memory_()  # for persistent workers; it holds a file open
+            self.epoch.share_memory_()  # so that persistent workers see changes; it keeps a file open
 
     @property
     def draw(self) -> int:
-        """Number of the current draw: the epoch, or the epoch modulo `noise_draws`."""
+        """Number of the current draw. It is the epoch, or the epoch modulo `noise_draws`."""
         if not self.training:
             return 0
         return int(self.epoch) if self.noise_draws is None else int(self.epoch) % self.noise_draws
 
     def repeating(self, noise_draws: int) -> "ItemMaker":
-        """Return a maker whose random numbers repeat after so many epochs."""
+        """Return a maker whose random numbers repeat after `noise_draws` epochs."""
         return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
 
     def in_epoch(self, epoch: int) -> "ItemMaker":
-        """Return a maker with a fixed epoch, which no other process changes."""
+        """Return a maker with a fixed epoch. Other processes cannot change this epoch."""
         maker = copy.copy(self)
         maker.epoch = epoch
         return maker
 
     def for_evaluation(self) -> "ItemMaker":
-        """Return a maker without augmentation, whose seeds do not depend on the epoch."""
+        """Return a maker without augmentation. Its seeds do not depend on the epoch."""
         return ItemMaker(self.transform, 0.0, self.seed, training=False)
 
     def set_epoch(self, epoch: int) -> None:
@@ -228,9 +228,9 @@ class ItemMaker:
 
         Args:
             row (`int`): Number of the pair.
-            prompts (`Sequence[str]`): The prompt, or the winner's and the loser's. Either both are emptied or none.
-            read (`Callable`): Returns the entries of the images for draws (`None` in an evaluation) and an epoch.
-            epoch (`int`, *optional*): Replaces the epoch that was set, for repeating streams.
+            prompts (`Sequence[str]`): The prompt, or those of winner and loser. Both are emptied or neither.
+            read (`Callable`): Function of draws (`None` in an evaluation) and an epoch. It returns the image entries.
+            epoch (`int`, *optional*): Epoch that replaces the current epoch. Repeating streams pass it.
         """
         epoch = 0 if not self.training else self.draw if epoch is None else epoch
         draws = PairDraws.from_key(self.seed, epoch, row)
@@ -247,18 +247,18 @@ class PreferenceCollator:
 
     Returns a `dict` with
 
-    - `rows` (`torch.LongTensor` of shape `(B,)`): the first entry, by which accelerate and transformers find the batch
-      size, here the number of pairs;
+    - `rows` (`torch.LongTensor` of shape `(B,)`): the first entry, because accelerate and transformers read the batch
+      size from it; here this is the number of pairs;
     - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
       to floats in `[-1, 1]` on the device, one micro-batch at a time; another collator may return such floats;
     - `prompts` (`list[str]` of length B; of length 2B, winners first, if losers have their own prompts);
     - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
     - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
-    - `counted` (`int`), if pairs may fill up the batch: the number of pairs before them;
+    - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
-    - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if the pairs of training have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if errors of a reference were computed before: winners at
-      the first of T draws of timestep and noise, at the second and so on, then losers.
+    - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if the errors of the reference were computed before training.
+      First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
 
     Encoded pairs have `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size` (`(height, width)` of the
     pixels) in place of `pixel_values`, `conditioning` (tensors of shape `(B, ...)`, padded at the end by zeros) and
@@ -296,7 +296,7 @@ class PreferenceCollator:
 
 
 def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return pixels, or moments and conditioning, of a batch. All its images have one size."""
+    """Stack the pixels, or moments and conditioning, of a batch. All images of a batch have the same size."""
     name = "moments" if "moments" in items[0] else "pixel_values"
     batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
     if name == "moments":
@@ -309,7 +309,7 @@ def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return all items if losers have their own prompts, and none if they have the winners'."""
+    """Return all items if losers have their own prompts, and an empty list if they share the winners' prompts."""
     with_two = [item for item in items if "loser_prompt" in item]
     if len(with_two) not in (0, len(items)):
         raise ValueError(
@@ -328,7 +328,7 @@ def check_reference_errors(errors: np.ndarray, draws: int, pairs: int) -> None:
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors `(T, ...)` of any lengths as one `(B, longest T, ...)`, padded with zeros."""
+    """Stack tensors `(T, ...)` of different lengths into one tensor `(B, longest T, ...)`, padded with zeros."""
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))
     joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
