@@ -89,8 +89,8 @@ class PairTransform:
         resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
         center_crop (`bool`): Crop at the center instead of at random.
         random_flip (`bool`): Mirror half of the pairs.
-        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. The last is bilinear, but resizes only
-            the cropped part. It also decodes JPEG files at a fraction of their size if that covers the target (see
+        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `fast` is bilinear, but resizes
+            the cropped part only. It also decodes JPEG files at a fraction of their size if that covers the target (see
             [`PairTransform.covering`]).
     """
 
@@ -257,7 +257,7 @@ class PreferenceCollator:
     - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
     - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
     - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
-    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if the errors of the reference were computed before training.
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
       First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
 
     Encoded pairs have `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size` (`(height, width)` of the
