@@ -250,7 +250,7 @@ class Family(ABC):
         return self.latents_of(self.image_moments(pixel_values), generator)
 
     def image_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """All that the VAE knows of images `(N, 3, H, W)` in `[-1, 1]`: the first half of `encode_images`.
+        """Return the VAE's output for images `(N, 3, H, W)` in `[-1, 1]`: the first half of `encode_images`.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, in the dtype in which the VAE ran, on its device.
@@ -271,13 +271,19 @@ class Family(ABC):
         return self.scale_latents(latents)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the VAE says of images in its dtype and on its device: means and log-variances of a Gaussian posterior,
-        `(N, 2C, ...)`; of a deterministic VAE its latents."""
+        """Return the VAE's output for images that have its dtype and device.
+
+        It holds means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. For a deterministic VAE it holds the
+        latents.
+        """
         return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """Latents `(N, ...)`, unscaled: samples of the posteriors by `vae_moments`, or their modes without generators.
-        Equal to those of the VAE's own posterior to the bit."""
+        """Return unscaled latents `(N, ...)` from the output of `vae_moments`.
+
+        They are samples of the posteriors, or their modes if there are no generators. They equal those of the VAE's own
+        posterior to the bit.
+        """
         posterior = DiagonalGaussianDistribution(moments)
         if generator is None:
             return posterior.mode()

@@ -272,7 +272,7 @@ def inversion_of(process: NoiseProcess) -> Inversion:
 def _steps(
     timesteps: torch.Tensor, grid: torch.Tensor, end: InversionEnd
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each step the timesteps at which it ends, and which rows take it, both `(N,)`."""
+    """Yield the timesteps at which each step ends and which rows take the step, both `(N,)`."""
     if end == "grid":
         for timestep in grid:
             yield timestep.expand_as(timesteps), timesteps > timestep

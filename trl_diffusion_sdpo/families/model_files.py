@@ -1,4 +1,4 @@
-"""What is wrong with the files of a pipeline that could not be loaded."""
+"""Finds out why a pipeline could not be loaded from its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the families of Stable Diffusion and SDXL refuse."""
+"""Checks of the pipelines that the families of Stable Diffusion and SDXL refuse."""
 
 from typing import Any
 

@@ -72,8 +72,9 @@ class WanFamily(Family):
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zero after the prompt's end
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Of images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`; with the VAE of Wan 2.1 of shape
-        `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
+        """Return the VAE's output for images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
+
+        With the VAE of Wan 2.1 its shape is `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
 
         Raises:
             ValueError: If the frames do not fill the latents: the VAE would ignore the last ones.
