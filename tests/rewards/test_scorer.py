@@ -39,7 +39,9 @@ def test_a_registered_scorer_is_found_by_its_name():
         )
 
     assert "redness of a test" in scorer_names()
-    assert load_scorer("redness of a test", factor=2)(IMAGES, PROMPTS).tolist() == [20.0, 40.0, 60.0]
+    scorer = load_scorer("redness of a test", factor=2)
+    assert scorer(IMAGES, PROMPTS).tolist() == [20.0, 40.0, 60.0]
+    assert scorer.name == "redness(factor=2)"  # other scores than those of factor 1
     with pytest.raises(ValueError, match="redness of a test"):
         register_scorer("redness of a test")
 

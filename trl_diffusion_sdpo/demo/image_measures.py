@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..evaluation.images import diversity as diversity_of_prompt
+from ..evaluation.images import saturation
 from .pairs import eval_pairs
 from .world import IMAGE_SIZE
 
@@ -72,24 +74,12 @@ def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
     """
     if len(images) != len(prompts):
         raise ValueError(f"Each image needs its prompt, got {len(images)} images and {len(prompts)} prompts.")
-    pixels, named = images.reshape(len(images), -1) / 255, np.array(prompts)
-    means = []
-    for prompt in dict.fromkeys(prompts):
-        mine = pixels[named == prompt]
-        if len(mine) < 2:
-            raise ValueError(f"Diversity needs two images or more of each prompt, got one of {prompt!r}.")
-        first, second = np.triu_indices(len(mine), 1)
-        means.append(np.linalg.norm(mine[first] - mine[second], axis=1).mean() / pixels.shape[1] ** 0.5)
-    return float(np.mean(means))
-
-
-def saturation(images: np.ndarray) -> float:
-    """Return the mean over pixels of the largest minus the smallest channel, in `[0, 1]`; 0 for grey images.
-
-    HSV calls this chroma. HSV's saturation divides it by the largest channel, and is only rounding for black pixels,
-    such as a third of the world's backgrounds.
-    """
-    return float(np.ptp(images / 255, axis=-1).mean())
+    named = np.array(prompts)
+    means = {prompt: diversity_of_prompt(images[named == prompt]) for prompt in dict.fromkeys(prompts)}
+    alone = [prompt for prompt, mean in means.items() if np.isnan(mean)]
+    if alone:
+        raise ValueError(f"Diversity needs two images or more of each prompt, got one of {alone[0]!r}.")
+    return float(np.mean(list(means.values())))
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:

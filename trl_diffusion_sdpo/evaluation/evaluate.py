@@ -143,9 +143,9 @@ def _looks(folder: Path, name: str, prompts: PromptList, settings: ImageSettings
         for index in range(len(prompts.prompts))[peers.index :: peers.count]:
             images = [_read(image_path(folder, name, index, seed)) for seed in settings.seeds]
             seen = [image for image in images if not is_black(image)]
-            saturations = [saturation(image) for image in seen]
-            mean = float(np.mean(saturations)) if seen else math.nan
-            measured.append((mean, diversity(seen), len(images) - len(seen)))
+            small = np.array([np.asarray(image.resize((64, 64))) for image in seen])
+            mean = saturation(small) if seen else math.nan
+            measured.append((mean, diversity(small), len(images) - len(seen)))
         return measured
 
     rows = _in_order(peers.gather_results(measure))

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
+from ..cache.key import file_facts
 from ..families import Family
 from ..guidance import preference_guidance
 from ..models.loading import load_model
+from ..saving.setup import fingerprint
 from ..saving.starting_point import attach_adapter, starting_point
 from ..utils.files import write_atomically
 from ..utils.processes import ALONE, Peers
@@ -39,12 +41,12 @@ class Candidate:
     Args:
         name (`str`): Its name in tables and file names: letters, digits, dots, dashes and underscores.
         model (`str` or `DiffusionPipeline`): A Hub id, a folder of a pipeline, a run's output folder, or a pipeline.
-        lora (`str`, *optional*): A LoRA on it: a folder, a file or a Hub id.
+        lora (`str`, *optional*): A LoRA on it: a folder, a file or a Hub id. A pipeline loads its LoRA itself.
         preference_scale (`float`, *optional*): Scale of preference guidance; needs a LoRA.
         call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model, over those of all.
 
     Raises:
-        `ValueError`: If the name is no file name.
+        `ValueError`: If the name is no file name, or a pipeline comes with a LoRA.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Candidate:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"The name of a model is part of file names, got {self.name!r}. Use letters and digits.")
+        if self.lora is not None and not isinstance(self.model, str):
+            raise ValueError(f"Load the LoRA {self.lora} into the pipeline of {self.name}, and leave `lora` out.")
 
 
 @dataclass(frozen=True)
@@ -154,18 +158,12 @@ def _generate(
 def _load(candidate: Candidate, settings: ImageSettings) -> Family:
     if isinstance(candidate.model, DiffusionPipeline):
         family = load_model(candidate.model).family
-        adapter = candidate.lora
     else:
         start = starting_point(candidate.model, candidate.lora)
         options = start.with_recorded({"dtype": settings.dtype})
         family = load_model(start.pipeline, model_init_kwargs=options, denoiser_folder=start.denoiser).family
-        adapter = start.adapter
-    if adapter is not None:
-        attach_adapter(family.pipeline, family.denoiser_name, adapter)
-    if candidate.preference_scale is not None and adapter is None:
-        raise ValueError(
-            f"Preference guidance compares a LoRA with its base, and {candidate.name} has no LoRA. Leave its scale out."
-        )
+        if start.adapter is not None:
+            attach_adapter(family.pipeline, family.denoiser_name, start.adapter)
     family.pipeline.to(settings.device)
     return family
 
@@ -181,6 +179,7 @@ def _facts(candidate: Candidate, prompts: Sequence[str], settings: ImageSettings
     return {
         **asdict(_without_pipeline(candidate)),
         "model": model,
+        "weights": _weights(candidate),
         "noise": settings.noise,
         "seeds": list(settings.seeds),
         "shared_call_kwargs": settings.call_kwargs or {},
@@ -189,6 +188,18 @@ def _facts(candidate: Candidate, prompts: Sequence[str], settings: ImageSettings
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "diffusers": diffusers.__version__,
     }
+
+
+def _weights(candidate: Candidate) -> Any:
+    """Return a hash of a pipeline's weights, or facts about the local weight files of a model and its LoRA."""
+    if isinstance(candidate.model, DiffusionPipeline):
+        return fingerprint(load_model(candidate.model).family.denoiser.state_dict())
+    facts = []
+    for path in [Path(source) for source in (candidate.model, candidate.lora) if source is not None]:
+        files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+        # The checkpoints of a run are other models than the run.
+        facts += [file_facts(file) for file in files if "checkpoint-" not in str(file.relative_to(path))]
+    return facts
 
 
 def _without_pipeline(candidate: Candidate) -> Candidate:
@@ -228,19 +239,28 @@ def is_black(image: Image.Image) -> bool:
     return image.convert("L").getextrema() == (0, 0)
 
 
-def saturation(image: Image.Image) -> float:
-    """Return the mean saturation of an image's pixels in HSV, in `[0, 1]`."""
-    return float(np.asarray(image.convert("HSV"))[..., 1].mean() / 255)
+def saturation(images: np.ndarray) -> float:
+    """Return the mean over pixels of the largest minus the smallest channel, in `[0, 1]`; 0 for grey images.
+
+    HSV calls this chroma. HSV's saturation divides it by the largest channel, and is only rounding for black pixels.
+
+    Args:
+        images (`np.ndarray` of shape `(..., 3)`, uint8): The images.
+    """
+    return float(np.ptp(images / 255, axis=-1).mean())
 
 
-def diversity(images: Sequence[Image.Image]) -> float:
-    """Return the mean distance of two images of one prompt: the root mean square of pixels in `[0, 1]` at 64 x 64."""
-    pixels = np.stack([np.asarray(image.convert("RGB").resize((64, 64)), dtype=np.float64) / 255 for image in images])
-    distances = list(_distances(pixels))
-    return float(np.mean(distances)) if distances else float("nan")
+def diversity(images: np.ndarray) -> float:
+    """Return the mean distance of two images of one prompt: the root mean squared difference of pixels in `[0, 1]`.
 
+    Args:
+        images (`np.ndarray` of shape `(N, H, W, 3)`, uint8): Images of one prompt.
 
-def _distances(pixels: np.ndarray) -> Iterator[float]:
-    for first in range(len(pixels)):
-        for second in range(first):
-            yield float(np.sqrt(((pixels[first] - pixels[second]) ** 2).mean()))
+    Returns:
+        `float`: In `[0, 1]`; NaN if there are fewer than two images.
+    """
+    if len(images) < 2:
+        return float("nan")
+    pixels = images.reshape(len(images), -1) / 255
+    first, second = np.triu_indices(len(pixels), 1)
+    return float(np.linalg.norm(pixels[first] - pixels[second], axis=1).mean() / pixels.shape[1] ** 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -104,6 +105,9 @@ def checked_scores(scores: Any, prompts: Sequence[str], name: str) -> torch.Tens
     return scores
 
 
+_SPEED = ("device", "batch_size", "timeout", "max_unreadable", "api_key_variable")  # settings that change no score
+_LONGEST_WORD = 40  # of a setting in a scorer's name
+
 # Name of a scorer -> the function or class that builds it, imported at its first use.
 _BUILDERS: dict[str, str | Callable[..., Scorer]] = {
     "pickscore": "clip:pickscore",
@@ -179,7 +183,9 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
         module, _, attribute = builder.partition(":")
         builder = getattr(import_module(f".{module}", __package__), attribute)
     if builder is not None:
-        return builder(**settings)
+        scorer = builder(**settings)
+        scorer.name += _variant(scorer.name, settings)
+        return scorer
     if ":" not in name:
         raise ValueError(
             f"There is no scorer {name!r}. Use one of {', '.join(f'`{known}`' for known in scorer_names())}, or "
@@ -195,6 +201,18 @@ def load_scorer(name: str, **settings: Any) -> Scorer:
     if not callable(function):
         raise ValueError(f"The scorer {name!r} must be a function, got a {type(function).__name__}.")
     return FunctionScorer(name, function)
+
+
+def _variant(name: str, settings: dict[str, Any]) -> str:
+    """Return the settings that change scores, such as `(preprocess=pad)`, so that scores that differ have two names."""
+    words = []
+    for key, value in settings.items():
+        word = str(value).rstrip("/").split("/")[-1]
+        if len(word) > _LONGEST_WORD:
+            word = hashlib.sha256(word.encode()).hexdigest()[:8]
+        if key not in _SPEED and word not in name:
+            words.append(f"{key}={word}")
+    return f"({', '.join(words)})" if words else ""
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> Path:
