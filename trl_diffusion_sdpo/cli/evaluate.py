@@ -102,6 +102,8 @@ def run(arguments: list[str], prog: str) -> int:
         for note in evaluation.notes:
             print(note)
         print(f"The report is {options.output_dir}/{REPORT_FILE}.")
+    state.wait_for_everyone()  # a launcher ends the other processes when the first has exited
+    state.destroy_process_group()  # otherwise its threads can abort the process while Python exits
     return EXIT_OK
 
 
