@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.step.noisy_batch import NoisyBatch
+from trl_diffusion_sdpo.step.pair_forward import NoisyBatch
 from trl_diffusion_sdpo.utils._compat import repeated_blocks
 from trl_diffusion_sdpo.utils.processes import usable_cores
 

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from trl_diffusion_sdpo.engines import step_checks as finite
+from trl_diffusion_sdpo.step import meters as finite
 
 
 @contextlib.contextmanager

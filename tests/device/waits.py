@@ -78,6 +78,7 @@ A_LOG = {
 }
 AN_EVALUATION = {
     "transformers/trainer_pt_utils.py::nested_numpify": 1,  # the losses
-    "trl_diffusion_sdpo/step/meters.py::drain": 2,  # of metrics, and of noise bins
+    "trl_diffusion_sdpo/step/meters.py::drain": 1,
+    "trl_diffusion_sdpo/step/pair_evaluation.py::drain": 1,  # of noise bins
     "accelerate/utils/operations.py::_pad_across_processes": 2,  # the numbers of pairs, before these are exchanged
 }

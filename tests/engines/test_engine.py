@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, HfDeepSpeedConfig
 
 from trl_diffusion_sdpo.engines.engine import Engine
 from trl_diffusion_sdpo.engines.engine_settings import check_deepspeed_precision
-from trl_diffusion_sdpo.engines.step_checks import spoiled_weights
+from trl_diffusion_sdpo.engines.sharding import spoiled_weights
 from trl_diffusion_sdpo.trainer.config.complete import copy_and_check_args
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss, pair_terms
-from trl_diffusion_sdpo.losses.metrics import pair_metrics, safeguard_metrics
+from trl_diffusion_sdpo.losses.diffusion_preference import pair_metrics, safeguard_metrics
 
 # Two pairs of one-element predictions, target 0. Errors are squares:
 #   err_w = 1, 9    ref 4, 4    d_w = -3, 5

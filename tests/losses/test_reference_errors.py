@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss, loss_spec, pair_terms
-from trl_diffusion_sdpo.losses.pair_terms import mean_error
+from trl_diffusion_sdpo.losses import LOSSES, diffusion_preference_loss, loss_spec, mean_error, pair_terms
 
 FROM_ERRORS = [name for name, spec in LOSSES.items() if spec.needs_reference and not spec.reads_reference_prediction]
 SCORES = torch.tensor([2.0, 0.5, 1.5, 1.0, 0.0, -3.0])  # of the third pair the loser's is higher after a swap

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from trl_diffusion_sdpo.step.noisy_batch import repeat_pairs, seeds_of_draws
+from trl_diffusion_sdpo.step.pair_forward import repeat_pairs, seeds_of_draws
 
 LEVELS, BETA = 3, 50.0
 

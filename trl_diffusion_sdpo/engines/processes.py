@@ -23,16 +23,19 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def max_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Replace values in place by their largest over all processes, and return them. All processes must call this."""
+    if several_processes():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def in_any_process(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set in any process. All processes must call this.
 
     The call blocks the host, so do not call it in every step.
     """
-    if not several_processes():
-        return flag
-    votes = torch.tensor(int(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes)
+    return bool(max_over_processes(torch.tensor(int(flag), device=device))) if several_processes() else flag
 
 
 def gather_objects(value: Any, *, during_upload: bool = False) -> list[Any]:

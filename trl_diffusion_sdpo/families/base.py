@@ -11,9 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .draws import standard_normal
 from .loss_defaults import FALLBACK, LossDefaults
-from .noise import NoiseProcess, constant
+from .noise import NoiseProcess, constant, standard_normal
 from .timestep_sampling import WeightingScheme
 
 PIXELS_AT_ONCE = 8 * 512 * 512  # of the VAE: its activations on a whole micro-batch would be the peak of memory

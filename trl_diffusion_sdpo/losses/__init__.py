@@ -10,11 +10,22 @@ from .diffusion_preference import (
     order_by_scores,
 )
 from .guidance import guidance_shift, shifted
-from .loss_sums import check_auto_beta, check_loss_kwargs, loss_spec, loss_weights_by_name, register_loss
 from .noise_bins import noise_bin_changes, noise_bin_of, noise_range_weights
-from .pair_terms import PairTerms, mean_error, pair_terms
 from .pair_weights import WEIGHT_FUNCTIONS, calibrated_scores, score_gaps, with_mean_one
-from .preference import LOSS_KWARG_RANGES, LOSSES, LossSpec, LossType
+from .preference import (
+    LOSS_KWARG_RANGES,
+    LOSSES,
+    LossSpec,
+    LossType,
+    PairTerms,
+    check_auto_beta,
+    check_loss_kwargs,
+    loss_spec,
+    loss_weights_by_name,
+    mean_error,
+    pair_terms,
+    register_loss,
+)
 from .safeguard import (
     ANCHORS,
     GRANULARITIES,

@@ -1,19 +1,159 @@
-"""Table of losses. Each loss is a pure function from [`PairTerms`] and settings to the loss of each pair."""
+"""Losses of preference pairs. Each loss is a pure function from [`PairTerms`] and settings to the loss of each pair.
+
+The file has four parts: the terms of a pair, the loss functions, their table [`LOSSES`], and sums of losses.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
-from .pair_terms import PairTerms, mean_error, per_sample
 from .safeguard import Anchor, Granularity
+
+# ---- Terms of a pair ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    r"""Errors of `B` preference pairs, in float32.
+
+    An error is the mean squared residual of one sample over its non-batch dimensions, times the pair's timestep weight
+    if there is one.
+
+    Args:
+        winner_error (`torch.Tensor` of shape `(B,)`): Error of the preferred image under the policy.
+        loser_error (`torch.Tensor` of shape `(B,)`): Error of the rejected image under the policy.
+        ref_winner_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the preferred image under the reference.
+        ref_loser_error (`torch.Tensor` of shape `(B,)`, *optional*): Error of the rejected image under the reference.
+        winner_residual (`torch.Tensor` of shape `(B, ...)`): `prediction - target` of the winner.
+        winner_shift (`torch.Tensor` of shape `(B, ...)`, *optional*): `prediction - reference prediction` of the
+            winner, for DSPO. `None` if only the errors of the reference were passed.
+        scores (`torch.Tensor` of shape `(2, B)`, *optional*): Reward scores of winner and loser.
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): The weights that are factors of the errors.
+            Residual and shift are multiplied by their square roots, so that their mean squares are weighted alike.
+        margin_clamp (`float`, *optional*): Largest value of the logit. A pair above it has no gradient through it.
+
+    Example:
+
+    ```python
+    noise = torch.randn(4, 4, 8, 8)  # two pairs: two winners, then two losers
+    terms = pair_terms(model_pred=0.9 * noise, target=noise, ref_pred=0.8 * noise)
+    terms.logit(beta=5000.0)  # (2,)
+    ```
+    """
+
+    winner_error: torch.Tensor
+    loser_error: torch.Tensor
+    ref_winner_error: torch.Tensor | None
+    ref_loser_error: torch.Tensor | None
+    winner_residual: torch.Tensor
+    winner_shift: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    timestep_weights: torch.Tensor | None = None
+    margin_clamp: float | None = None
+
+    @property
+    def winner_change(self) -> torch.Tensor:
+        """Error of the winner minus its error under the reference, `(B,)`; without a reference, the error."""
+        return self.winner_error if self.ref_winner_error is None else self.winner_error - self.ref_winner_error
+
+    @property
+    def loser_change(self) -> torch.Tensor:
+        """Error of the loser minus its error under the reference, `(B,)`; without a reference, the error."""
+        return self.loser_error if self.ref_loser_error is None else self.loser_error - self.ref_loser_error
+
+    def logit(self, beta: float | torch.Tensor) -> torch.Tensor:
+        """Return `u = -(beta / 2) (winner_change - loser_change)`, `(B,)`, at most `margin_clamp`.
+
+        It is the log-odds that the policy ranks the pair correctly.
+
+        Source: https://huggingface.co/papers/2311.12908, equation 14, with beta in the half form.
+        """
+        logit = -0.5 * beta * (self.winner_change - self.loser_change)
+        return logit if self.margin_clamp is None else logit.clamp(max=self.margin_clamp)
+
+
+def mean_error(residual: torch.Tensor, *, over_batch: bool = False) -> torch.Tensor:
+    """Return the mean square over all non-batch dimensions, in float32: `(N, ...) -> (N,)`.
+
+    With `over_batch`, the mean is over all dimensions: `(N, ...) -> ()`. It rounds differently from the mean of the `N`
+    errors.
+    """
+    squares = residual.float().square()
+    return squares.mean() if over_batch else squares.flatten(1).mean(1)
+
+
+def pair_terms(
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    ref_pred: torch.Tensor | None = None,
+    *,
+    ref_errors: torch.Tensor | None = None,
+    timestep_weights: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> PairTerms:
+    """Split stacked predictions into the terms of their pairs.
+
+    Args:
+        model_pred (`torch.Tensor` of shape `(2B, ...)`): Predictions of the policy, the B winners first.
+        target (`torch.Tensor` of shape `(2B, ...)`): Target of the predictions.
+        ref_pred (`torch.Tensor` of shape `(2B, ...)`, *optional*): Predictions of the reference. They are detached.
+        ref_errors (`torch.Tensor` of shape `(2B,)`, *optional*): [`mean_error`] of the reference's predictions, without
+            timestep weights. They replace `ref_pred`, and `winner_shift` is then `None`.
+        timestep_weights (`torch.Tensor` of shape `(B,)`, *optional*): Factor of each pair's errors, such as min-SNR
+            weights (the omega of Diffusion-DPO's equation 14).
+        scores (`torch.Tensor` of shape `(2B,)`, *optional*): Reward scores, winners first.
+
+    Returns:
+        [`PairTerms`]: Everything in float32.
+    """
+    target = target.float().detach()
+    residual = model_pred.float() - target
+    reference = None if ref_pred is None else ref_pred.float().detach()
+    weights = None if timestep_weights is None else timestep_weights.to(residual)
+    winner_error, loser_error = _weighted(mean_error(residual), weights)
+    ref_winner_error = ref_loser_error = winner_shift = None
+    if reference is not None:
+        ref_errors = mean_error(reference - target)
+        winner_shift = _root_weighted((model_pred.float() - reference).chunk(2)[0], weights)
+    if ref_errors is not None:
+        ref_winner_error, ref_loser_error = _weighted(ref_errors.to(residual).detach(), weights)
+    return PairTerms(
+        winner_error=winner_error,
+        loser_error=loser_error,
+        ref_winner_error=ref_winner_error,
+        ref_loser_error=ref_loser_error,
+        winner_residual=_root_weighted(residual.chunk(2)[0], weights),  # (2B, ...) -> (B, ...)
+        winner_shift=winner_shift,
+        scores=None if scores is None else scores.float().view(2, -1),
+        timestep_weights=weights,
+    )
+
+
+def _weighted(errors: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split errors `(2B,)` into those of winner and loser, each `(B,)`, and multiply them by the pairs' weights."""
+    winner, loser = errors.chunk(2)
+    return (winner, loser) if weights is None else (winner * weights, loser * weights)
+
+
+def _root_weighted(tensor: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Multiply a `(B, ...)` tensor by the square roots of the pairs' weights."""
+    return tensor if weights is None else tensor * per_sample(weights.sqrt(), tensor)
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape values `(B,)` or `()` so that they multiply a `(B, ...)` tensor."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+# ---- Loss functions -------------------------------------------------------------------------------------------------
 
 
 def sigmoid_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
@@ -166,6 +306,23 @@ def capo_loss(terms: PairTerms, *, beta: float) -> torch.Tensor:
     return (terms.logit(beta) - (winner_score - loser_score)).square()
 
 
+def _dmpo_target(alpha: float) -> float:
+    return min(max(1 - alpha, 1e-6), 1 - 1e-6)
+
+
+def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `s x / expm1(s x)`. At 0 it is exactly 1, and its gradient is finite (-s/2)."""
+    x = scale * error
+    small = x < 1e-4
+    series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding here
+    safe = torch.where(small, torch.ones_like(x), x)
+    # Equals x / expm1(x), in a form whose gradient does not overflow at large errors.
+    return torch.where(small, series, safe * torch.exp(-safe) / -torch.expm1(-safe))
+
+
+# ---- Table of losses ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """Row of [`LOSSES`]: a loss function and its properties.
@@ -226,7 +383,9 @@ class LossSpec:
     def pair_losses(
         self, terms: PairTerms, *, beta: float | torch.Tensor | None, **loss_kwargs: float
     ) -> torch.Tensor:
-        """Return the loss of each pair, `(B,)`."""
+        """Return the loss of each pair, `(B,)`, at logits of at most `margin_clamp`."""
+        if self.margin_clamp is not None:
+            terms = replace(terms, margin_clamp=self.margin_clamp)
         return self.function(terms, **({"beta": beta} if self.uses_beta else {}), **loss_kwargs)
 
     def past_target(
@@ -278,7 +437,7 @@ _LOGISTIC: dict[str, Any] = {"reads_logit_only": True, "beta_scales_logit": True
 _TARGETED: dict[str, Any] = {"reads_logit_only": True, "positive_weights": False, "anchor": "error"}
 _DSPO: dict[str, Any] = {"reads_reference_prediction": True, "positive_weights": False, "anchor": "error"}
 _UNEQUAL: dict[str, Any] = {"equal_weights": False, "positive_weights": False}
-LOSSES: dict[LossType, LossSpec] = {
+LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(sigmoid_loss, **_LOGISTIC),
     "hinge": LossSpec(hinge_loss, **_LOGISTIC),
     "ipo": LossSpec(ipo_loss, target_logit=lambda terms: 0.5, **_TARGETED),
@@ -322,15 +481,202 @@ LOSS_KWARG_RANGES: dict[str, _Range] = {
 }
 
 
-def _dmpo_target(alpha: float) -> float:
-    return min(max(1 - alpha, 1e-6), 1 - 1e-6)
+# ---- Sums of losses, and losses of users ----------------------------------------------------------------------------
 
 
-def _exponential_decay(error: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `s x / expm1(s x)`. At 0 it is exactly 1, and its gradient is finite (-s/2)."""
-    x = scale * error
-    small = x < 1e-4
-    series = 1 - x / 2 + x.square() / 12  # Taylor expansion, exact to float32 rounding here
-    safe = torch.where(small, torch.ones_like(x), x)
-    # Equals x / expm1(x), in a form whose gradient does not overflow at large errors.
-    return torch.where(small, series, safe * torch.exp(-safe) / -torch.expm1(-safe))
+def loss_weights_by_name(
+    loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Return the weight of each loss in a sum, in order. A single loss has the weight 1.
+
+    Args:
+        loss_type (`str` or `list[str]`): One name of [`LOSSES`], or several.
+        loss_weights (`list[float]`, *optional*): A weight for each name, 1 each if unset.
+
+    Raises:
+        `ValueError`: If a name is unknown or repeated, if there is no name, or if the weights are not one finite number
+            of at least 0 for each name. At least one weight must be above 0.
+    """
+    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    for name in names:
+        if name not in LOSSES:
+            raise ValueError(f"`loss_type` must be one of {', '.join(LOSSES)}; got {name!r}.")
+    if not names or len(set(names)) < len(names) or {"dspo", "dspo_sdxl"} <= set(names):
+        raise ValueError(
+            f"`loss_type` must name one loss or several different ones, and only one of `dspo` and `dspo_sdxl`. Got "
+            f"{names}. Set `loss_weights` to weight a loss."
+        )
+    weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
+    valid = all(weight >= 0 and math.isfinite(weight) for weight in weights)
+    if len(weights) != len(names) or not valid or not any(weights):
+        raise ValueError(
+            "`loss_weights` must have one finite number of at least 0 for each loss of `loss_type`, and one of them "
+            f"must be above 0. Got {weights} for {', '.join(names)}. Leave it unset for equal weights."
+        )
+    return dict(zip(names, weights, strict=True))
+
+
+def loss_spec(
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None = None,
+    margin_clamp: float | None = None,
+) -> LossSpec:
+    """Return the [`LossSpec`] of a loss or of a weighted sum of losses.
+
+    Args:
+        loss_type, loss_weights: See [`loss_weights_by_name`].
+        margin_clamp (`float`, *optional*): Cap of the logit, greater than 0.
+
+    Raises:
+        `ValueError`: If [`loss_weights_by_name`] refuses the names or weights, or if `margin_clamp` is set and no
+            loss reads the loser, or one that does is not a function of the logit alone.
+    """
+    weights = loss_weights_by_name(loss_type, loss_weights)
+    spec = LOSSES[next(iter(weights))] if list(weights.values()) == [1.0] else _sum_spec(weights)
+    if margin_clamp is None:
+        return spec
+    if not (margin_clamp > 0 and math.isfinite(margin_clamp)):
+        raise ValueError(
+            f"`margin_clamp` must be finite and greater than 0. Got {margin_clamp}. Leave it unset for no cap."
+        )
+    _refuse_losses(
+        [name for name in weights if LOSSES[name].uses_loser and not LOSSES[name].reads_logit_only]
+        or [name for name in weights if not spec.uses_loser],
+        "`margin_clamp` applies only to losses that are functions of the logit alone",
+        {name for name, row in LOSSES.items() if row.reads_logit_only},
+    )
+    return replace(spec, margin_clamp=margin_clamp)
+
+
+def check_auto_beta(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None) -> None:
+    """Raise `ValueError` if `auto_beta` cannot steer the beta of a loss, or if no loss has a beta.
+
+    A loss qualifies if its beta is a factor of a logit and of nothing else. Losses of weight 0 are ignored.
+    """
+    rows = {name: LOSSES[name] for name, weight in loss_weights_by_name(loss_type, loss_weights).items() if weight}
+    _refuse_losses(
+        [name for name, row in rows.items() if row.uses_beta and not row.beta_scales_logit]
+        or [name for name in rows if not any(row.uses_beta for row in rows.values())],
+        "`auto_beta` applies only to losses whose `beta` is a factor of a logit",
+        {name for name, row in LOSSES.items() if row.beta_scales_logit},
+    )
+
+
+def _refuse_losses(refused: Sequence[str], rule: str, accepted: Collection[str]) -> None:
+    """Raise `ValueError` if `refused` is not empty. The message lists the `accepted` losses."""
+    if refused:
+        listed = ", ".join(name for name in LOSSES if name in accepted)
+        raise ValueError(f"{rule}: {listed}. Got {', '.join(refused)}. Leave it unset, or choose another loss.")
+
+
+def check_loss_kwargs(
+    loss_type: str | Sequence[str], beta: float | torch.Tensor | None, loss_kwargs: dict[str, float]
+) -> None:
+    """Raise `ValueError` if a setting of a loss is out of range or belongs to another loss.
+
+    The value of a tensor `beta` is not checked because reading it would wait for its device.
+    """
+    spec = loss_spec(loss_type)
+    if spec.uses_beta and beta is not None and not isinstance(beta, torch.Tensor):
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"`beta` must be a finite number greater than 0. Got {beta}. Diffusion-DPO uses 5000.")
+    for name, value in loss_kwargs.items():
+        if name not in spec.loss_kwargs:
+            accepted = f"it takes {', '.join(spec.loss_kwargs)}" if spec.loss_kwargs else "it takes none"
+            raise ValueError(f"`{name}` is not a setting of the loss {loss_type!r}: {accepted}. Leave it unset.")
+        if name not in LOSS_KWARG_RANGES:
+            continue  # a setting of a registered loss
+        rule, holds = LOSS_KWARG_RANGES[name]
+        if not (math.isfinite(value) and holds(value)):
+            raise ValueError(f"`{name}` must be {rule}, got {value}.")
+
+
+def _sum_spec(weights: dict[str, float]) -> LossSpec:
+    """Return the [`LossSpec`] of a weighted sum.
+
+    Let `a_i` and `b_i` be the gradients of loss `i` by the winner's and by the loser's error, and `k_i > 0` its weight.
+    The sum has the gradients `a = sum k_i a_i` and `b = sum k_i b_i`. They have equal sizes if those of every loss do.
+    A loss without a loser does not qualify. DSPO does not qualify either, because its two gradients count as equal only
+    if it is the only loss. The gradients are positive if those of every loss are. The gradient of the winner's branch
+    is a non-negative multiple of the gradient of the winner's error if this holds for every loss.
+
+    Losses of weight 0 are dropped, so they need neither beta nor a reference.
+    """
+    summands = [(weight, LOSSES[name]) for name, weight in weights.items() if weight]
+    rows = [row for _, row in summands]
+    with_beta = [row for row in rows if row.uses_beta]
+    targets = [(row, row.target_logit) for row in rows if row.target_logit is not None]
+    equal = all(row.equal_weights and row.uses_loser and not row.reads_reference_prediction for row in rows)
+
+    def settings_of(row: LossSpec, settings: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in settings.items() if name in row.loss_kwargs}
+
+    def weighted_sum(terms: PairTerms, *, beta: float | torch.Tensor | None = None, **settings: float) -> torch.Tensor:
+        losses = [weight * row.pair_losses(terms, beta=beta, **settings_of(row, settings)) for weight, row in summands]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+
+    def target_logit(terms: PairTerms, **settings: float) -> torch.Tensor:
+        """Return the smallest target logit of all losses. Past it, at least one loss raises the winner's error."""
+        logits = [target(terms, **settings_of(row, settings)) for row, target in targets]
+        zeros = torch.zeros_like(terms.winner_error)  # broadcasts numbers to tensors without a copy from the host
+        return torch.stack([zeros + logit for logit in logits]).amin(0)
+
+    # `LossSpec` reads the settings of a loss from its function's signature.
+    merged = {name: setting for row in rows for name, setting in inspect.signature(row.function).parameters.items()}
+    signature = inspect.Signature(sorted(merged.values(), key=lambda parameter: parameter.kind))
+    weighted_sum.__signature__ = signature  # type: ignore[attr-defined]
+    return LossSpec(
+        weighted_sum,
+        needs_reference=any(row.needs_reference for row in rows),
+        reads_reference_prediction=any(row.reads_reference_prediction for row in rows),
+        uses_loser=any(row.uses_loser for row in rows),
+        needs_scores=any(row.needs_scores for row in rows),
+        reads_shares=any(row.reads_shares for row in rows),
+        equal_weights=equal,
+        positive_weights=equal and all(row.positive_weights for row in rows),
+        target_logit=target_logit if targets else None,
+        anchor="branch" if all(row.anchor == "branch" for row in rows) else "error",
+        default_beta=with_beta[0].default_beta if with_beta else LossSpec.default_beta,
+        reads_logit_only=all(row.reads_logit_only for row in rows),
+        beta_scales_logit=all(row.beta_scales_logit for row in with_beta),
+    )
+
+
+def register_loss(name: str, function: Callable[..., torch.Tensor], **facts: Any) -> None:
+    """Add a custom loss to [`LOSSES`], for `loss_type` and [`diffusion_preference_loss`].
+
+    Args:
+        name (`str`): Name of the loss. It must differ from the names of this package's losses.
+        function (`Callable`): Function that takes [`PairTerms`], and `beta` as a keyword argument if it uses one, and
+            returns the loss of each pair, `(B,)`. Other keyword arguments keep their defaults in training.
+        facts (`Any`): Fields of [`LossSpec`] that differ from the safe defaults. By default, the loss reads the loser
+            and the reference's errors, and lambda is computed from the gradients of the loss.
+
+    Raises:
+        `ValueError`: If this package has a loss of this name, if the name is not an identifier, or if the function has
+            an argument that is neither `terms` nor keyword-only.
+
+    Example:
+
+    ```python
+    def squared_hinge(terms, *, beta):
+        return torch.relu(1 - terms.logit(beta)).square()
+
+
+    register_loss("squared_hinge", squared_hinge)
+    args = DiffusionSDPOConfig("run", loss_type="squared_hinge", beta=1000.0)
+    ```
+    """
+    if name in get_args(LossType) or not name.isidentifier():
+        raise ValueError(
+            "The name of a registered loss must be an identifier that differs from this package's losses "
+            f"({', '.join(get_args(LossType))}). Got {name!r}. Choose another name."
+        )
+    terms, *settings = inspect.signature(function).parameters.values()
+    if terms.kind is terms.KEYWORD_ONLY or any(each.kind is not each.KEYWORD_ONLY for each in settings):
+        raise ValueError(
+            f"The loss {name!r} must take the terms of the pairs first, and its settings as keyword-only arguments. "
+            f"Got the arguments {inspect.signature(function)}. Define it as `def {name}(terms, *, beta)`."
+        )
+    safe = {"equal_weights": False, "positive_weights": False, "anchor": "error"}
+    LOSSES[name] = LossSpec(function, **{**safe, **facts})

@@ -22,8 +22,7 @@ from ..models.reference import Reference
 from ..models.weight_copies import SecondDenoiser
 from ..step.branch_gradients import BranchGradients
 from ..step.meters import MetricMeter
-from ..step.noisy_batch import NoiseSettings, NoisyBatch
-from ..step.pair_forward import LossSettings, PairForward
+from ..step.pair_forward import LossSettings, NoiseSettings, NoisyBatch, PairForward
 from ..step.parameter_safeguard import ParameterSafeguard
 from .allocations import Allocations
 from .fake_device import FakeDevice

@@ -18,8 +18,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..engines.processes import in_any_process
-from ..engines.step_checks import StepExchange
 from ..engines.worker_processes import INTERRUPTS
+from ..step.meters import StepExchange
 
 logger = logging.getLogger(__name__)
 

@@ -1,50 +1,26 @@
-"""Meters of training and evaluation. They sum values on the device until the values are logged or adjust beta."""
+"""Values that a step leaves on the device until they are read: metrics, sizes of margins, and flags of bad losses.
+
+Metrics are read at each log. The flags of a step are read before the weights change. For them, every optimizer step has
+one small all-reduce, which is queued before the last backward pass, so the accelerator does not wait.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
+from torch import nn
 
-from ..engines.gradients import exact_dtype
-from ..losses import BetaController, PreferenceLossOutput, noise_bin_changes, noise_bin_of
+from ..engines.processes import max_over_processes, several_processes
+from ..engines.sharding import spoiled_weights
+from ..losses import BetaController, PreferenceLossOutput
 
 BETA_FILE = "auto_beta.json"
-
-
-class NoiseBinMeter:
-    """Collects the errors and noise bins of an evaluation's pairs. Processes exchange them once, in `drain`."""
-
-    def __init__(self, num_noise_bins: int):
-        self._bins = num_noise_bins
-        self._rows: list[torch.Tensor] = []
-
-    def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
-        """Add B pairs at D draws of noise.
-
-        Args:
-            noise_levels (`torch.Tensor` of shape `(B, D)`): Noise levels.
-            errors (`torch.Tensor` of shape `(B, D, 4)`): Errors of winner and loser, first the policy's, then the
-                reference's.
-            counts (`bool`): Whether the pairs count. If not, no row is added, but the process must still call `add`.
-        """
-        exact = errors.to(exact_dtype(errors.device))
-        bins = noise_bin_of(noise_levels, self._bins).unsqueeze(2).to(exact.dtype)
-        rows = torch.cat([bins, exact], 2)
-        self._rows.append(rows if counts else rows[:0])
-
-    def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`], and clear the meter. All processes
-        must call it together."""
-        if not self._rows:
-            return {}
-        rows, self._rows = torch.cat(self._rows), []
-        rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
-        rows = rows[rows[:, 0, 0] >= 0]  # padding has bin -1
-        return noise_bin_changes(rows[..., 0].long(), rows[..., 1:])
 
 
 class MetricMeter:
@@ -73,6 +49,13 @@ class MetricMeter:
         self._sums, self._weights = {}, {}
         means, weighed = torch.stack([totals[0] / totals[1], totals[1]]).tolist()  # the only wait for the device
         return {name: mean for name, mean, weight in zip(names, means, weighed, strict=True) if weight > 0}
+
+
+def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a weight as a float32 scalar. A number is filled in on the device, because a copy would wait."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(device).float()
+    return torch.full((), float(weight), dtype=torch.float32, device=device)
 
 
 class AutoBeta:
@@ -119,8 +102,179 @@ class AutoBeta:
         self.controller.load_state(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _on_device(weight: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a weight as a float32 scalar. A number is filled in on the device, because a copy would wait."""
-    if isinstance(weight, torch.Tensor):
-        return weight.to(device).float()
-    return torch.full((), float(weight), dtype=torch.float32, device=device)
+class FiniteCheck:
+    """Check that stops a run whose loss or gradient is not finite.
+
+    The check detects a loss that is not finite before the optimizer's step. One flag per step covers all micro-batches
+    and processes, because gradients are averaged over them. The flag is copied to the host while the last backward
+    pass is being queued, and read afterwards. So the host waits for the forward pass only.
+
+    A gradient may be infinite or NaN although the loss is finite. This is rare. The check detects it one step later,
+    before anything is saved.
+
+    Args:
+        networks (`Callable`, *optional*): Returns the networks that computed the losses, by name. Their weights are
+            checked only if a loss is not finite.
+    """
+
+    def __init__(
+        self, exchange: StepExchange | None = None, networks: Callable[[], Mapping[str, nn.Module]] | None = None
+    ):
+        self._exchange = StepExchange() if exchange is None else exchange
+        self._networks = dict if networks is None else networks
+        self._gradient: HostCopy | None = None
+        self._gradient_step = 0
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows of this step
+        self._bad: torch.Tensor | None = None
+        self._sent = False
+
+    def watch(self, pair_losses: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+        """Record the losses of a micro-batch.
+
+        Args:
+            pair_losses (`torch.Tensor` of shape `(B,)`): Loss of each pair.
+            rows (`torch.Tensor` of shape `(B,)`): Row of each pair in the data set.
+            last (`bool`): Whether this is the last micro-batch before an optimizer step. It sends the flag.
+        """
+        if self._sent:
+            self._watched = []
+            self._bad = None
+            self._sent = False
+        self._watched.append((pair_losses.detach(), rows))
+        bad = ~torch.isfinite(pair_losses.detach()).all()
+        self._bad = bad if self._bad is None else self._bad | bad
+        if last:
+            self._exchange.send(self._bad)
+            self._sent = True
+
+    def watch_gradient(self, norm: torch.Tensor, step: int) -> None:
+        """Record the gradient's norm before the optimizer takes `step`.
+
+        `norm` must be a plain tensor that is equal on all processes.
+        """
+        self._gradient = HostCopy(torch.isfinite(norm))
+        self._gradient_step = step
+
+    def verify(self, step: int) -> None:
+        """Raise if a loss of this step, or the gradient of the previous step, is not finite.
+
+        Call this after all micro-batches of the step were watched.
+
+        Raises:
+            `FloatingPointError`: The message names the optimizer step. For a loss it also names the rows, and the
+                step has not changed the weights.
+        """
+        self.verify_gradient()
+        if self._exchange.receive():
+            self._report(step)
+
+    def verify_gradient(self) -> None:
+        """Raise if the gradient of the last step was not finite. The trainer calls this before it saves anything."""
+        gradient = self._gradient
+        self._gradient = None
+        if gradient is not None and not gradient.read():
+            raise FloatingPointError(
+                f"Every gradient must be finite; at step {self._gradient_step} its norm was not, while the loss was. "
+                "Unless DeepSpeed has left that step out, it has spoiled the weights; nothing was saved since. Resume "
+                "from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+            )
+
+    def _report(self, step: int) -> None:
+        losses, rows = (torch.cat(parts) for parts in zip(*self._watched, strict=True))
+        values = zip(rows.tolist(), losses.float().tolist(), strict=True)
+        bad = [(row, value) for row, value in values if not abs(value) < float("inf")]
+        listed = ", ".join(f"row {row}: {value}" for row, value in bad[:8]) or "those of another process"
+        spoiled = spoiled_weights(self._networks())
+        if spoiled:
+            way = "Download the model again, or another revision or precision of it."
+            if step > 1:
+                way = "Resume from the last checkpoint with a lower learning rate, or use bf16 instead of fp16."
+            raise FloatingPointError(
+                f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not, as weights "
+                f"were not finite before it: {', '.join(spoiled[:3])}, of {len(spoiled)}. {way}"
+            )
+        raise FloatingPointError(
+            f"Every pair's loss must be finite; at step {step}, {len(bad)} of {len(losses)} were not ({listed}). "
+            "The weights were not changed. Look at these rows, lower the learning rate, or use bf16 instead of fp16."
+        )
+
+
+class StepExchange:
+    """Exchange of two flags between all processes in every step: a loss is not finite, and training shall stop.
+
+    All processes read equal flags at the same step. The host waits for the step's forward passes only.
+
+    Args:
+        stop_requested (`Callable`, *optional*): Returns whether this process was asked to stop. A request after
+            [`StepExchange.send`] is sent in the next step.
+    """
+
+    def __init__(self, stop_requested: Callable[[], bool] | None = None):
+        self._stop_requested = stop_requested
+        self._message: HostCopy | None = None
+        self._stops = False
+
+    def send(self, bad_loss: torch.Tensor) -> None:
+        """Queue this step's all-reduce. All processes must call this.
+
+        Args:
+            bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
+        """
+        stop = self._stop_requested is not None and self._stop_requested()
+        message = torch.stack([bad_loss, torch.full_like(bad_loss, stop)]).to(torch.int32)
+        self._message = HostCopy(max_over_processes(message))
+
+    def receive(self) -> bool:
+        """Return whether a loss of any process was not finite. `False` if nothing was sent since the last call."""
+        if self._message is None:
+            return False
+        (bad_loss, stops), self._message = self._message.read(), None
+        self._stops = bool(stops)
+        return bool(bad_loss)
+
+    def stops(self, requested: bool) -> bool:
+        """Return whether training stops after this step.
+
+        One process stops if `requested`. Several processes stop if any of them sent a request.
+        """
+        return self._stops if several_processes() else requested
+
+
+class HostCopy:
+    """Asynchronous copy of a small tensor (no DTensor) from a device to pinned memory. On the CPU, it does nothing.
+
+    `read` waits for the work that computes the values, and not for work that was queued after the copy.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self._values = values.detach()
+        self._arrived: torch.Event | None = None
+        if not is_on_host(values):
+            self._values = pinned_like(values)
+            self._values.copy_(values.detach(), non_blocking=True)
+            self._arrived = event_on(values.device)
+            self._arrived.record()
+
+    def read(self) -> Any:
+        """Wait for the values and return them as a number or nested lists."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+# Functions, so that a test can replace them and take the branch of accelerators on a CPU.
+
+
+def is_on_host(values: torch.Tensor) -> bool:
+    """Return whether the values can be read without waiting."""
+    return values.device.type == "cpu"
+
+
+def pinned_like(values: torch.Tensor) -> torch.Tensor:
+    """Return host memory of the same shape and dtype. It is pinned, except on Apple's GPUs: they share host memory."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type != "mps")
+
+
+def event_on(device: torch.device) -> torch.Event:
+    """Return an event for the device's current stream."""
+    return torch.Event(device=device)

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 
-from ..losses import PreferenceLossOutput
-from .meters import MetricMeter, NoiseBinMeter
-from .noisy_batch import PairPredictions
-from .pair_forward import PairForward
+from ..engines.gradients import exact_dtype
+from ..losses import PreferenceLossOutput, noise_bin_changes, noise_bin_of
+from .meters import MetricMeter
+from .pair_forward import PairForward, PairPredictions
 
 FEWEST_PAIRS = 30  # smaller evaluations use several draws of noise for each pair
 MOST_DRAWS = 8
@@ -95,6 +95,38 @@ class PairEvaluation:
         earlier = self._start_errors[self._batch] if self._batch < len(self._start_errors) else None
         self._batch += 1
         return earlier if earlier is not None and earlier.shape == errors.shape else None
+
+
+class NoiseBinMeter:
+    """Collects the errors and noise bins of an evaluation's pairs. Processes exchange them once, in `drain`."""
+
+    def __init__(self, num_noise_bins: int):
+        self._bins = num_noise_bins
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, noise_levels: torch.Tensor, errors: torch.Tensor, counts: bool) -> None:
+        """Add B pairs at D draws of noise.
+
+        Args:
+            noise_levels (`torch.Tensor` of shape `(B, D)`): Noise levels.
+            errors (`torch.Tensor` of shape `(B, D, 4)`): Errors of winner and loser, first the policy's, then the
+                reference's.
+            counts (`bool`): Whether the pairs count. If not, no row is added, but the process must still call `add`.
+        """
+        exact = errors.to(exact_dtype(errors.device))
+        bins = noise_bin_of(noise_levels, self._bins).unsqueeze(2).to(exact.dtype)
+        rows = torch.cat([bins, exact], 2)
+        self._rows.append(rows if counts else rows[:0])
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the metrics of [`~trl_diffusion_sdpo.losses.noise_bin_changes`], and clear the meter. All processes
+        must call it together."""
+        if not self._rows:
+            return {}
+        rows, self._rows = torch.cat(self._rows), []
+        rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
+        rows = rows[rows[:, 0, 0] >= 0]  # padding has bin -1
+        return noise_bin_changes(rows[..., 0].long(), rows[..., 1:])
 
 
 def draws_of_noise(dataset: Any) -> int:

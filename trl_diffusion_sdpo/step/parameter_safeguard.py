@@ -12,8 +12,7 @@ from torch import nn
 from ..losses import order_by_scores, winner_error_gradient
 from .branch_gradients import ANCHOR, LOSER, WINNER, BranchGradients
 from .meters import MetricMeter
-from .noisy_batch import NoisyBatch, PairPredictions
-from .pair_forward import PairForward
+from .pair_forward import NoisyBatch, PairForward, PairPredictions
 from .step_diagnostics import StepDiagnostics
 
 

@@ -16,8 +16,7 @@ from ..engines.gradients import Gradient, inner_products
 from ..engines.sharding import local_tensor
 from ..losses import mean_error
 from .meters import MetricMeter
-from .noisy_batch import NoisyBatch, PairPredictions
-from .pair_forward import PairForward
+from .pair_forward import NoisyBatch, PairForward, PairPredictions
 
 
 @dataclass

@@ -18,12 +18,11 @@ from accelerate.utils import reduce
 from torch import nn
 
 from ..data.pairs import PreferenceDataset
-from ..families.draws import generators_of, sent, standard_normal, uniform
+from ..families.noise import generators_of, sent, standard_normal, uniform
 from ..losses import BudgetController, mean_error, noise_bin_of, order_by_scores
 from ..models.ema import EMAWeights
 from .meters import MetricMeter
-from .noisy_batch import NoisyBatch, take_rows
-from .pair_forward import PairForward, eval_mode
+from .pair_forward import NoisyBatch, PairForward, eval_mode, take_rows
 
 logger = logging.getLogger(__name__)
 

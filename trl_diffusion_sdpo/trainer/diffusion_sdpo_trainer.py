@@ -33,7 +33,6 @@ from ..engines.engine import Engine
 from ..engines.engine_settings import by_engine, shards_weights
 from ..engines.processes import check_agreement, failing_together
 from ..engines.sharding import full_tensor
-from ..engines.step_checks import FiniteCheck
 from ..losses import PreferenceLossOutput
 from ..models.denoiser_wrapper import DenoiserWrapper
 from ..models.ema import EMA_FOLDER, EMAWeights
@@ -50,9 +49,9 @@ from ..saving.run_files import RunFiles
 from ..saving.run_folder import PREVIOUS_RUN, RunFolder
 from ..saving.starting_point import BASE, public_base
 from ..step.branch_gradients import BranchGradients
-from ..step.noisy_batch import seeds_of_draws
+from ..step.meters import FiniteCheck
 from ..step.pair_evaluation import draws_of_noise, real_pairs
-from ..step.pair_forward import PairForward
+from ..step.pair_forward import PairForward, seeds_of_draws
 from ..step.parameter_safeguard import ParameterSafeguard
 from ..step.step_diagnostics import StepDiagnostics
 from ..step.winner_budget import ProbeInputs, ProbeSettings, probe_inputs, probe_items

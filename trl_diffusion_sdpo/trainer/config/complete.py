@@ -18,8 +18,7 @@ from ...families import Family
 from ...losses import LossSpec
 from ...models.loading import LoadedModel
 from ...saving.run_folder import refuse_own_start
-from ...step.noisy_batch import NoiseSettings
-from ...step.pair_forward import LossSettings
+from ...step.pair_forward import LossSettings, NoiseSettings
 from ..diffusion_sdpo_config import DiffusionSDPOConfig
 from .all_arguments import settled_resolution
 from .model_checks import (

@@ -13,9 +13,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.engines import step_checks
-from trl_diffusion_sdpo.engines.step_checks import FiniteCheck
 from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt, step_exchange
+from trl_diffusion_sdpo.step import meters
+from trl_diffusion_sdpo.step.meters import FiniteCheck
 
 PROCESSES = 2
 MICRO_BATCHES = 3
@@ -41,9 +41,9 @@ class LateEvent:
 def like_an_accelerator(monkeypatch):
     """The branch of accelerators, on the CPU."""
     monkeypatch.setattr(LateEvent, "waited", 0)
-    monkeypatch.setattr(step_checks, "is_on_host", lambda values: False)
-    monkeypatch.setattr(step_checks, "pinned_like", lambda values: torch.empty(values.shape, dtype=values.dtype))
-    monkeypatch.setattr(step_checks, "event_on", LateEvent)
+    monkeypatch.setattr(meters, "is_on_host", lambda values: False)
+    monkeypatch.setattr(meters, "pinned_like", lambda values: torch.empty(values.shape, dtype=values.dtype))
+    monkeypatch.setattr(meters, "event_on", LateEvent)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def sharded_norm(mesh, *values):
 
 
 def test_on_an_accelerator_the_host_waits_only_when_it_reads(like_an_accelerator):
-    copy = step_checks.HostCopy(torch.tensor([1, 2]))
+    copy = meters.HostCopy(torch.tensor([1, 2]))
     assert LateEvent.waited == 0
     assert copy.read() == [1, 2]
     assert LateEvent.waited == 1
