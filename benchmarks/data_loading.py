@@ -257,13 +257,13 @@ def load(folder: Path, files: list[str], workers: int, options: argparse.Namespa
     """Pairs a second of the wall, after the first batch has arrived."""
     from torch.utils.data import DataLoader
 
-    from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+    from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 
     file = folder / "loaded.arrow"
     if not file.is_file():
         write_rows(file, 2 * options.pairs + 200, files)
     table = datasets.Dataset.from_file(str(file))
-    prepared = prepare_dataset(table, transform=PairTransform(options.resolution), verify_images="none")
+    prepared = prepare_dataset(table, PairOptions(PairTransform(options.resolution), verify_images="none"))
     batches = iter(DataLoader(prepared, 8, num_workers=workers, collate_fn=PreferenceCollator()))
     next(batches)
     start, pairs = time.perf_counter(), 0

@@ -6,7 +6,8 @@ import datasets
 import torch
 from PIL import Image
 
-from trl_diffusion_sdpo.data import PairTransform, PreferenceIterableDataset, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceIterableDataset, prepare_dataset
+from trl_diffusion_sdpo.utils.processes import ALONE
 
 JUNK = b"this is no image"
 STYLES = ["arrow", "stream", "list"]
@@ -29,9 +30,9 @@ def in_style(rows, style, features=None):
     return dataset.to_iterable_dataset() if style == "stream" else dataset
 
 
-def prepare(dataset, resolution=16, center_crop=True, random_flip=False, **options):
+def prepare(dataset, resolution=16, center_crop=True, random_flip=False, peers=ALONE, **options):
     transform = PairTransform(resolution, center_crop=center_crop, random_flip=random_flip)
-    return prepare_dataset(dataset, transform=transform, **options)
+    return prepare_dataset(dataset, PairOptions(transform, **options), peers=peers)
 
 
 def items_of(prepared):

@@ -15,8 +15,7 @@ from trl_diffusion_sdpo.cache import encoding, key
 from trl_diffusion_sdpo.cache.key import EncoderKey
 from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.data import images
-from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.data.transforms import PairDraws
+from trl_diffusion_sdpo.data.images import ImageReader, PairDraws
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import loss_spec
 from trl_diffusion_sdpo.models.loading import LoadedModel, load_model

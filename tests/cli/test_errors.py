@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from trl_diffusion_sdpo import DiffusionSDPOConfig
 from trl_diffusion_sdpo.cli.errors import sentence as shown
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.families import load_pipeline
 from trl_diffusion_sdpo.losses import interpolate
 from trl_diffusion_sdpo.utils.import_utils import MissingExtraError
@@ -84,7 +84,7 @@ def test_a_bad_row_that_a_worker_finds_is_one_line(tmp_path, streaming):
     Path(row["chosen"]).write_bytes(b"no image")
     rows = Dataset.from_list([row])
     reading = {"transform": PairTransform(16), "verify_images": "none", "on_bad_row": "raise"}
-    pairs = prepare_dataset(rows.to_iterable_dataset() if streaming else rows, **reading)
+    pairs = prepare_dataset(rows.to_iterable_dataset() if streaming else rows, PairOptions(**reading))
     with pytest.raises(ValueError) as alone:
         next(iter(pairs))
     with pytest.raises(ValueError, match="Caught .* in DataLoader worker") as caught:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairMixture, PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.transforms import PreferenceCollator
+from trl_diffusion_sdpo.data import PairMixture, PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.pairs import PreferenceCollator
 
 
 def two_prompts(pairs):
@@ -16,7 +16,7 @@ def two_prompts(pairs):
 
 
 def prepare(data, **options):
-    return prepare_dataset(data, transform=PairTransform(16), **options)
+    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_pairs import JUNK, png
 
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.checking import evenly_spaced, parse_verify_images
 from trl_diffusion_sdpo.data.images import ImageReader
-from trl_diffusion_sdpo.utils.processes import Peers, usable_cores
+from trl_diffusion_sdpo.utils.processes import ALONE, Peers, usable_cores
 
 
 def rows(count, bad=(), identical=()):
@@ -26,8 +26,8 @@ def rows(count, bad=(), identical=()):
     ]
 
 
-def prepare(data, **options):
-    return prepare_dataset(data, transform=PairTransform(16), **options)
+def prepare(data, peers=ALONE, **options):
+    return prepare_dataset(data, PairOptions(PairTransform(16), **options), peers=peers)
 
 
 @pytest.fixture

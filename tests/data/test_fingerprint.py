@@ -7,12 +7,11 @@ import datasets
 import pytest
 from PIL import Image
 
-from trl_diffusion_sdpo.data.pairs import prepare_dataset
-from trl_diffusion_sdpo.data.transforms import PairTransform
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 
 def fingerprint(data, **settings) -> dict:
-    return prepare_dataset(data, transform=PairTransform(16), **settings).fingerprint()
+    return prepare_dataset(data, PairOptions(PairTransform(16), **settings)).fingerprint()
 
 
 def changed(one, other) -> set[str]:
@@ -65,7 +64,7 @@ def test_a_cache_is_found_again_by_a_new_start_and_not_after_a_file_was_replaced
     datasets.Dataset.from_list([row] * 3).save_to_disk(tmp_path / "set")
 
     def key():
-        made = prepare_dataset(datasets.load_from_disk(tmp_path / "set"), transform=PairTransform(16))
+        made = prepare_dataset(datasets.load_from_disk(tmp_path / "set"), PairOptions(PairTransform(16)))
         return made.fingerprint(thorough=True)
 
     before, times = key(), path.stat()

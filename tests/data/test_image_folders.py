@@ -11,7 +11,7 @@ from PIL import Image
 
 from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.cli.main import main
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_images_of_one_name_are_ranked_by_their_numbers(write):
         {"prompt": "a cat", "image_path": ["cat_0.jpg", "cat_2.png", "cat_10.png"], "rank": [0, 2, 10]},
         {"prompt": "a dog", "image_path": ["sub/dog_01.jpg", "sub/dog_1.png", "sub/dog_2.png"], "rank": [1, 1, 2]},
     ]  # fmt: skip
-    pairs = prepare_dataset(load_pairs(folder), transform=PairTransform(16))
+    pairs = prepare_dataset(load_pairs(folder), PairOptions(PairTransform(16)))
     assert Counter(pairs[row]["prompt"] for row in range(len(pairs))) == {"of a_1": 1, "a cat": 3, "a dog": 2}
     assert pairs.report.ties == 1, "the two images of rank 1"
 
@@ -186,7 +186,7 @@ def test_metadata_files_take_precedence_and_may_call_the_prompt_text(write, colu
         path.write_text("\n".join(json.dumps(row) for row in named))
     for streaming in (False, True):
         loaded = load_pairs(folder, streaming=streaming)
-        prepared = prepare_dataset(loaded, transform=PairTransform(16))
+        prepared = prepare_dataset(loaded, PairOptions(PairTransform(16)))
         assert [item["prompt"] for item in prepared] == ["p 0", "p 1"]
 
 

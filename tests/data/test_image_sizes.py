@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion_sdpo.data import AspectRatioBuckets, PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import AspectRatioBuckets, PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import Repeated
 from trl_diffusion_sdpo.data.images import ImageReader
 
@@ -52,7 +52,7 @@ def row(winner, loser, **columns):
 
 
 def prepare(data, **options):
-    return prepare_dataset(data, transform=PairTransform(16), **options)
+    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 ROWS = [row((16, 16), (32, 32)), row((20, 60), (40, 80)), row((80, 40), (40, 20)), row((30, 10), (12, 12))]

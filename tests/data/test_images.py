@@ -18,7 +18,14 @@ from PIL import Image
 from tiny_pairs import png
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, UndecodableImageError, decode_image, images, prepare_dataset
+from trl_diffusion_sdpo.data import (
+    PairOptions,
+    PairTransform,
+    UndecodableImageError,
+    decode_image,
+    images,
+    prepare_dataset,
+)
 from trl_diffusion_sdpo.data.images import ImageReader, UnreadableImageError
 
 
@@ -89,16 +96,16 @@ def test_allowed_schemes_are_opened():
     with fsspec.open("memory://a.png", "wb") as file:
         file.write(png(7))
     rows = [{"prompt": "a", "chosen": "memory://a.png", "rejected": png(9)}]
-    prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=("memory",))
+    prepared = prepare_dataset(rows, PairOptions(PairTransform(16), image_schemes=("memory",)))
     assert prepared[0]["pixel_values"][:, 0, 0, 0].tolist() == [7, 9]
     with pytest.raises(ValueError, match="No pair is left"):
-        prepare_dataset(rows, transform=PairTransform(16))
+        prepare_dataset(rows, PairOptions(PairTransform(16)))
 
 
 def test_an_unknown_scheme_is_refused():
     assert images.parse_schemes(None) == images.parse_schemes([]) == ()
     with pytest.raises(ValueError, match="`image_schemes`.*'memroy'"):
-        prepare_dataset([], transform=PairTransform(16), image_schemes=["memroy"])
+        prepare_dataset([], PairOptions(PairTransform(16), image_schemes=["memroy"]))
 
 
 PASSWORD = "hunter2secret"
@@ -111,7 +118,7 @@ def test_passwords_of_urls_are_in_no_message(caplog, monkeypatch):
     for error, schemes in ((FileNotFoundError(url), ("flaky",)), (FileNotFoundError(url), ())):
         monkeypatch.setattr(Flaky, "error", error, raising=False)
         monkeypatch.setattr(images.fsspec, "available_protocols", lambda: ["flaky"])
-        prepared = prepare_dataset(rows, transform=PairTransform(16), image_schemes=schemes)
+        prepared = prepare_dataset(rows, PairOptions(PairTransform(16), image_schemes=schemes))
         assert prepared.report.undecodable == 1 and "flaky://" in str(prepared.report)
         assert PASSWORD not in str(prepared.report) + caplog.text
     monkeypatch.setattr(Flaky, "error", TimeoutError(url), raising=False)
@@ -215,9 +222,9 @@ def files(tmp_path):
 def test_no_pair_leaves_the_index_by_an_error_that_may_pass(options, kind, files, fails):
     fails(3)
     with pytest.raises(UnreadableImageError, match="stale handle.*2.png"):
-        prepare_dataset(kind(files), transform=PairTransform(16), **options)
+        prepare_dataset(kind(files), PairOptions(PairTransform(16), **options))
     fails(2)
-    prepared = prepare_dataset(kind(files), transform=PairTransform(16), **options)
+    prepared = prepare_dataset(kind(files), PairOptions(PairTransform(16), **options))
     assert (len(prepared), prepared.report.undecodable) == (4, 0)
 
 
@@ -225,7 +232,7 @@ def test_no_pair_leaves_the_index_by_an_error_that_may_pass(options, kind, files
 def test_training_ends_rather_than_goes_on_without_a_pair_that_may_be_good(workers, streaming, files, fails):
     table = datasets.Dataset.from_list(files)
     source = table.to_iterable_dataset() if streaming else table
-    prepared = prepare_dataset(source, transform=PairTransform(16), verify_images="none")
+    prepared = prepare_dataset(source, PairOptions(PairTransform(16), verify_images="none"))
     loader = DataLoader(prepared, batch_size=None, num_workers=workers)
     fails(3)
     with pytest.raises(UnreadableImageError, match="2.png"):

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from trl_diffusion_sdpo.data import index
+from trl_diffusion_sdpo.data import sources
 from trl_diffusion_sdpo.data.formats import FORMATS
 
 ROWS = [
@@ -19,18 +19,18 @@ PLACES = [[0, 0, 0, 1], [3, 1, 3, 0]]
 @pytest.fixture
 def indexed(monkeypatch):
     """Numbers of rows that were read, a list for each batch."""
-    batches, read = [], index.index_pairs
+    batches, read = [], sources.index_pairs
 
     def spy(rows, known):
         batches.append([number for number, _ in rows])
         return read(rows, known)
 
-    monkeypatch.setattr(index, "index_pairs", spy)
+    monkeypatch.setattr(sources, "index_pairs", spy)
     return batches
 
 
 def test_pairs_and_drops_are_found_in_the_labels():
-    pairs, drops = index.find_pairs(datasets.Dataset.from_list(ROWS), FORMATS["pickapic"])
+    pairs, drops = sources.find_pairs(datasets.Dataset.from_list(ROWS), FORMATS["pickapic"])
     assert pairs.places.tolist() == PLACES and not pairs.columns
     assert [(kind, row, amount) for kind, row, _, amount in drops] == [
         ("ties", 1, 1),
@@ -40,22 +40,22 @@ def test_pairs_and_drops_are_found_in_the_labels():
 
 
 def test_rows_of_a_group_are_compared_wherever_they_are(monkeypatch):
-    monkeypatch.setattr(index, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 2)
     rows = [
         {"prompt": "p", "prompt_id": name, "rank": rank} for name, rank in zip("xyxyx", (2, 1, 1, 2, 3), strict=True)
     ]
-    pairs, drops = index.find_pairs(datasets.Dataset.from_list(rows), FORMATS["imagerewarddb"])
+    pairs, drops = sources.find_pairs(datasets.Dataset.from_list(rows), FORMATS["imagerewarddb"])
     assert pairs.places[:, [0, 2]].tolist() == [[2, 0], [0, 4], [2, 4], [1, 3]] and not drops
 
 
 def test_the_index_of_data_on_a_disk_is_found_again(tmp_path, indexed):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
     for _ in range(2):
-        pairs, drops = index.find_pairs(datasets.load_from_disk(tmp_path), FORMATS["pickapic"])
+        pairs, drops = sources.find_pairs(datasets.load_from_disk(tmp_path), FORMATS["pickapic"])
         assert pairs.places.tolist() == PLACES and len(drops) == 3
     assert indexed == [[0, 1, 2, 3, 4]]
     swapped = datasets.load_from_disk(tmp_path).select([3, 0])
-    assert index.find_pairs(swapped, FORMATS["pickapic"])[0].places.tolist() == [[0, 1, 0, 0], [1, 0, 1, 1]]
+    assert sources.find_pairs(swapped, FORMATS["pickapic"])[0].places.tolist() == [[0, 1, 0, 0], [1, 0, 1, 1]]
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_does_without(tmp_path, monkeypatch, caplog):
@@ -68,5 +68,5 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_without(tmp_path, monke
         return write(self, *args, keep_in_memory=True, **options)
 
     monkeypatch.setattr(datasets.Dataset, "map", refuse)
-    pairs, _ = index.find_pairs(datasets.load_from_disk(tmp_path), FORMATS["pickapic"])
+    pairs, _ = sources.find_pairs(datasets.load_from_disk(tmp_path), FORMATS["pickapic"])
     assert pairs.places.tolist() == PLACES and "built at every start" in caplog.text

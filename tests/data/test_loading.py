@@ -9,7 +9,7 @@ from PIL import Image
 
 from trl_diffusion_sdpo import load_pairs
 from trl_diffusion_sdpo.cli.pair_arguments import PairArguments, load_datasets
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 ROW = {"prompt": "x", "chosen": "images/w.png", "rejected": "images\\l.png"}
 
@@ -25,7 +25,7 @@ def place(tmp_path, monkeypatch):
 
 
 def levels(loaded) -> list[tuple[int, int]]:
-    pairs = prepare_dataset(loaded, transform=PairTransform(16, random_flip=False))
+    pairs = prepare_dataset(loaded, PairOptions(PairTransform(16, random_flip=False)))
     return [tuple(item["pixel_values"][:, 0, 0, 0].tolist()) for item in pairs]
 
 

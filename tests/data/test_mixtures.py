@@ -8,8 +8,8 @@ import datasets
 import pytest
 from tiny_pairs import png
 
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
-from trl_diffusion_sdpo.data.pairs import PairMixture
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data.sources import PairMixture
 
 
 def picks(count=6, **changed):
@@ -36,7 +36,7 @@ def canonical(count=2, **changed):
 
 
 def prepare(data, **options):
-    return prepare_dataset(data, transform=PairTransform(16), **options)
+    return prepare_dataset(data, PairOptions(PairTransform(16), **options))
 
 
 def kinds(items):

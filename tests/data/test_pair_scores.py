@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_pairs import png
 
-from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.pair_scores import ScoreSettings
 
 
@@ -26,13 +26,13 @@ def rows(gaps, **columns):
 def prepared(data, settings, style="list", **options):
     if style == "arrow":
         data = datasets.Dataset.from_list(data)
-    made = prepare_dataset(
-        data,
-        transform=PairTransform(16),
+    options = PairOptions(
+        PairTransform(16),
         use_scores=settings.needs_scores,
         number_columns=settings.number_columns,
         **options,
     )
+    made = prepare_dataset(data, options)
     settings.apply_to(made)
     return made
 

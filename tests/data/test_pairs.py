@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_pairs import JUNK, STYLES, bad_rows, canonical, in_style, items_of, picture, png, prepare, same
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 
 
 def levels(prepared):
@@ -263,7 +263,7 @@ def test_a_repeating_stream_continues_with_the_same_pairs_and_new_draws():
     images = [Image.fromarray(np.full((16, 16, 3), value, dtype=np.uint8)) for value in range(6)]
     rows = [{"prompt": f"p{i}", "chosen": images[2 * i], "rejected": images[2 * i + 1]} for i in range(3)]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    prepared = prepare_dataset(stream, transform=PairTransform(16), repeat=True)
+    prepared = prepare_dataset(stream, PairOptions(PairTransform(16), repeat=True))
 
     first, second = (list(itertools.islice(iter(prepared), 7)) for _ in range(2))
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, prepare_dataset
 from trl_diffusion_sdpo.data.buckets import AspectRatioBuckets
 from trl_diffusion_sdpo.data.checking import PERMUTED
 
@@ -23,7 +23,7 @@ def captions(prompts=PROMPTS, bad=(), **columns):
 def prepare(rows, losers="permute", random_flip=False, center_crop=True, **options):
     transform = PairTransform(16, center_crop=center_crop, random_flip=random_flip)
     rows = datasets.Dataset.from_list(rows) if isinstance(rows, list) and isinstance(rows[0], dict) else rows
-    return prepare_dataset(rows, transform=transform, losers=losers, **options)
+    return prepare_dataset(rows, PairOptions(transform, losers=losers, **options))
 
 
 def levels(prepared):

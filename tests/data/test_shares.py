@@ -7,7 +7,7 @@ import pytest
 from tiny_pairs import JUNK, png
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.streaming import PreferenceIterableDataset, Share
 
@@ -18,7 +18,7 @@ def stream(count, *, bad=(), shards=1, training=True):
         for i in range(count)
     ]
     source = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
-    return prepare_dataset(source, transform=PairTransform(16), training=training, repeat=training)
+    return prepare_dataset(source, PairOptions(PairTransform(16), training=training, repeat=training))
 
 
 def told(items):

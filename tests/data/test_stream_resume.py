@@ -7,7 +7,7 @@ import pytest
 from tiny_pairs import png
 from torch.utils.data import DataLoader
 
-from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.data.images import ImageReader
 from trl_diffusion_sdpo.data.streaming import Share
 from trl_diffusion_sdpo.engines.batch_loaders import CollateAfterResuming
@@ -23,7 +23,7 @@ def stream(shards):
         for i in range(13)
     ]
     source = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards).shuffle(seed=3, buffer_size=5)
-    return prepare_dataset(source, transform=PairTransform(16, random_flip=True), repeat=True)
+    return prepare_dataset(source, PairOptions(PairTransform(16, random_flip=True), repeat=True))
 
 
 def batches(data, workers, share):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import Trainer
 
-from trl_diffusion_sdpo.data import PairTransform, PreferenceCollator, prepare_dataset
+from trl_diffusion_sdpo.data import PairOptions, PairTransform, PreferenceCollator, prepare_dataset
 from trl_diffusion_sdpo.engines import batch_loaders as loaders
 from trl_diffusion_sdpo.engines.batch_loaders import choose_workers
 from trl_diffusion_sdpo.trainer.data_preparation import check_batches
@@ -143,7 +143,7 @@ def chosen(data, *, evaluates=False, **changes):
 
 def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):
     arrow, few, stream = (
-        prepare_dataset(data, transform=PairTransform(16), verify_images="none")
+        prepare_dataset(data, PairOptions(PairTransform(16), verify_images="none"))
         for data in (many, many.select(range(500)), many.to_iterable_dataset())
     )
     cores, room = 16, 10**12
@@ -184,7 +184,7 @@ def batch_args(**changes):
 
 
 def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(many, caplog):
-    three = prepare_dataset(many.select(range(3)), transform=PairTransform(16))
+    three = prepare_dataset(many.select(range(3)), PairOptions(PairTransform(16)))
     caplog.clear()
     check_batches(three, batch_args())
     assert "4 pairs a device are 4, and there are 3 pairs" in caplog.text
@@ -195,7 +195,7 @@ def test_a_batch_larger_than_the_data_is_said_or_refused_with_the_numbers(many, 
     assert "4 pairs a device on 2 processes are 8, and there are 3 pairs" in caplog.text
     assert "some pairs twice" in caplog.text
     caplog.clear()
-    eight = prepare_dataset(many.select(range(8)), transform=PairTransform(16))
+    eight = prepare_dataset(many.select(range(8)), PairOptions(PairTransform(16)))
     check_batches(eight, batch_args(gradient_accumulation_steps=8))
     assert "over 8 accumulation steps are 32, and there are 8 pairs" in caplog.text
     assert "one epoch of 2 micro-batches" in caplog.text

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.columns import digest_of
-from ..data.images import UndecodableImageError
+from ..data.images import PairDraws, UndecodableImageError
 from ..data.pairs import PreferenceDataset
-from ..data.transforms import PairDraws
+from ..data.sources import digest_of
 from .shards import ShardStore
 
 MOMENTS, SIZES = "moments", "sizes"  # columns

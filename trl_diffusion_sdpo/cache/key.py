@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.frozen_components import VAE, FrozenComponents
 from ..models.loading import LoadedModel
+from ..utils.files import file_facts
 from ..utils.processes import ALONE, Peers, usable_cores
 
 VERSION = 3  # increase it if the same settings give other moments, embeddings or errors
@@ -100,12 +101,6 @@ class EncoderKey:
                 "vae": hash_of_tensors(family.pipeline.vae.state_dict()),
                 "text": hash_of_tensors(texts, json.dumps(words, sort_keys=True)),
             }
-
-
-def file_facts(file: Path) -> list[Any]:
-    """Return path, size, modification time and change time of a file. The change time cannot be set back."""
-    status = file.stat()
-    return [str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor], more: str = "") -> str:

@@ -25,7 +25,7 @@ from ..data.loading import (
     share_rows,
     surely_share_rows,
 )
-from ..data.pairs import PairMixture
+from ..data.sources import PairMixture
 from ..utils.hints import did_you_mean
 
 if TYPE_CHECKING:

@@ -1,11 +1,14 @@
 """Preference data. This package turns the columns of published data sets into batches of pairs."""
 
 from .buckets import AspectRatioBuckets
+from .checking import DataReport
 from .formats import FORMATS, PreferenceFormat, detect_format
-from .images import UndecodableImageError, decode_image
+from .images import PairDraws, PairTransform, UndecodableImageError, decode_image, pixels_as_floats
 from .loading import load_pairs
-from .pairs import DataReport, PairMixture, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
-from .transforms import PairDraws, PairTransform, PreferenceCollator, pixels_as_floats
+from .pairs import PairOptions, PreferenceCollator, PreferenceDataset
+from .preparing import prepare_dataset
+from .sources import PairMixture
+from .streaming import PreferenceIterableDataset
 
 __all__ = [
     "FORMATS",
@@ -13,6 +16,7 @@ __all__ = [
     "DataReport",
     "PairDraws",
     "PairMixture",
+    "PairOptions",
     "PairTransform",
     "PreferenceCollator",
     "PreferenceDataset",

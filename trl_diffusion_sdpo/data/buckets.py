@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from .transforms import Size
+from .images import Size
 
 MIN_AREA = 0.9  # share of the target's area; yields SDXL's list at 1024 pixels in steps of 64
 MANY_REPEATS = 0.05  # share of the pairs; the trainer warns above it

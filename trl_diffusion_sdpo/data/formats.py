@@ -4,28 +4,18 @@ A format reads one score per image from a row; larger is better. One function tu
 ties. No image is read.
 """
 
+from __future__ import annotations
+
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
-from .columns import (
-    ImageScores,
-    LabelError,
-    finite_number,
-    first_is_preferred,
-    is_valid,
-    larger_is_better,
-    member_text,
-    picked_from_list,
-    probability_of_first,
-    rank_list,
-    rank_of_row,
-)
-
 logger = logging.getLogger(__name__)
 
+LARGEST = 1e9  # a larger score or weight would outweigh all other pairs together
 # (kind of drop, row, reason, amount): counts the drop, or raises
 Reject = Callable[[str, int, str, int], object]
 
@@ -41,7 +31,7 @@ class PairReference(NamedTuple):
     loser_image: int
     scores: tuple[float, float] | None
 
-    def swapped(self) -> "PairReference":
+    def swapped(self) -> PairReference:
         """Return the pair with winner and loser swapped. Scores change sign, so that larger scores are still better."""
         scores = None if self.scores is None else (-self.scores[1], -self.scores[0])
         return PairReference(self.loser_row, self.loser_image, self.winner_row, self.winner_image, scores)
@@ -173,6 +163,88 @@ class PreferenceFormat:
             return None
         winner, loser = (finite_number(row.get(column), column) for column in self.score_columns)
         return winner, loser
+
+
+# ---- Reading of label columns
+
+
+class LabelError(ValueError):
+    """Error for a row whose label or score is missing or unreadable."""
+
+
+class ImageScores(NamedTuple):
+    """Scores of the images of a row, from its label."""
+
+    values: tuple[float, ...]  # one number per image; larger is better
+    ranked: bool = True  # whether equal numbers are a tie; false if nobody compared the images that were not picked
+
+
+def member_text(value: Any) -> Any:
+    text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+    return text.strip() if isinstance(text, str) else text
+
+
+def is_valid(value: Any, what: str) -> bool:
+    """Convert a value to a boolean. A missing value is true. CSV and JSON files may contain booleans as text."""
+    if value is None or value != value:  # NaN, as pandas reads an empty cell
+        return True
+    word = str(member_text(value)).lower()
+    if word in ("true", "1", "1.0", "yes"):
+        return True
+    if word in ("false", "0", "0.0", "no"):
+        return False
+    raise LabelError(f"`{what}` must be true or false, got {value!r}")
+
+
+def finite_number(value: Any, what: str = "label") -> float:
+    """Convert a number to a float. The number may be text, or bytes from a member of an archive.
+
+    Raises:
+        LabelError: If the value is no number, not finite or larger than `LARGEST`.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise LabelError(f"`{what}` must be a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise LabelError(f"`{what}` must be finite, got {number}")
+    if abs(number) > LARGEST:
+        raise LabelError(f"`{what}` must be between -{LARGEST:g} and {LARGEST:g}, got {number:g}")
+    return number
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise LabelError(f"the label must be a list with one number per image, got {values!r}")
+    numbers = tuple(finite_number(value) for value in values)
+    if not numbers:
+        raise LabelError("the label is an empty list")
+    return numbers
+
+
+def first_is_preferred(_: Sequence[Any]) -> ImageScores:
+    return ImageScores((1.0, 0.0))
+
+
+def larger_is_better(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(_numbers(values))
+
+
+def probability_of_first(values: Sequence[Any]) -> ImageScores:
+    first = finite_number(values[0])
+    return ImageScores((first, 1.0 - first))
+
+
+def picked_from_list(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(_numbers(values[0]), ranked=False)
+
+
+def rank_list(values: Sequence[Any]) -> ImageScores:
+    return ImageScores(tuple(-rank for rank in _numbers(values[0])))
+
+
+def rank_of_row(values: Sequence[Any]) -> ImageScores:
+    return ImageScores((-finite_number(values[0], "rank"),))
 
 
 def detect_format(column_names: Iterable[str]) -> PreferenceFormat:

@@ -19,12 +19,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow
+import torch
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -58,11 +59,18 @@ PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410, 414, 451)  # HTTP status cod
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError)
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
+FAST = "fast"
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    FAST: Image.Resampling.BILINEAR,
+}
+
 FULL_SIZE: Any = object()  # key in `Image.info`; an object, because files can set string keys
 
-Covering = Callable[
-    [int, int], tuple[int, int]
-]  # from `(height, width)` of an image to the size that it is resized to
+Size = tuple[int, int]
+Covering = Callable[[int, int], Size]  # from `(height, width)` of an image to the size that it is resized to
 Result = TypeVar("Result")
 
 
@@ -387,3 +395,141 @@ def _wide_grey(image: Image.Image) -> Image.Image:
     if levels.min() < 0 or levels.max() > 65535:
         raise UndecodableImageError("is of mode I with values outside 16 bits: save it in 8 or 16 bits")
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+# ---- From decoded images to pixels
+
+
+@dataclass(frozen=True)
+class PairDraws:
+    """All random numbers of one pair in one epoch. They are drawn together: disabling one changes no other.
+
+    Attributes:
+        top, left (`float` in `[0, 1)`): Crop offset as a fraction of the free space. Images of different sizes are
+            therefore cropped at the same relative position.
+        flip (`float` in `[0, 1)`): The pair is mirrored if this is below 0.5.
+        dropout (`float` in `[0, 1)`): The prompt is emptied if this is below the dropout probability.
+        seed (`int` in `[0, 2**63)`): Seed of the pair's noise and timestep.
+    """
+
+    top: float
+    left: float
+    flip: float
+    dropout: float
+    seed: int
+
+    @classmethod
+    def from_key(cls, seed: int, epoch: int, row: int) -> "PairDraws":
+        """Draw the numbers of a pair from a non-negative key. They are equal on every machine and in every process."""
+        generator = np.random.default_rng([seed, epoch, row])
+        top, left, flip, dropout = generator.random(4).tolist()
+        return cls(top, left, flip, dropout, int(generator.integers(0, 2**63 - 1, endpoint=True)))
+
+
+class PairPixels(NamedTuple):
+    """Transformed pair, winner first."""
+
+    pixel_values: torch.Tensor  # (2, 3, H, W), uint8 RGB
+    original_sizes: tuple[Size, Size]  # (height, width) before resizing
+    crop_top_lefts: tuple[Size, Size]  # (top, left) in the resized, possibly mirrored, image
+
+
+def pixels_as_floats(pixels: torch.Tensor) -> torch.Tensor:
+    """Convert pixels to the floats that the VAE takes, `(x / 255 - 0.5) / 0.5`. The result is bit-equal on all devices.
+
+    Args:
+        pixels (`torch.Tensor` of any shape, uint8): On any device. Tensors of another dtype are assumed to be in
+            `[-1, 1]` and returned unchanged.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32 in `[-1, 1]`, on the same device.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.float().div_(white(pixels.device)).sub_(0.5).div_(0.5)
+
+
+@lru_cache(maxsize=16)
+def white(device: torch.device) -> torch.Tensor:
+    """Return 255 as a tensor, because CUDA divides by a Python scalar with a rounded reciprocal."""
+    return torch.full((), 255.0, device=device)
+
+
+class PairTransform:
+    """Transform that resizes, flips and crops both images of a pair with the same random numbers.
+
+    The resized image keeps its aspect ratio and covers the target. For a square target, the shorter side becomes
+    `resolution` and the longer side is rounded down, like torchvision's `Resize(int)` on PIL images.
+
+    Args:
+        resolution (`int` or `tuple[int, int]`): Side of the square target, or `(height, width)`.
+        center_crop (`bool`): Crop at the center instead of at random.
+        random_flip (`bool`): Mirror half of the pairs.
+        interpolation (`str`): `"bilinear"`, `"bicubic"`, `"lanczos"` or `"fast"`. `fast` is bilinear, but resizes
+            the cropped part only. It also decodes JPEG files at a fraction of their size if that covers the target (see
+            [`PairTransform.covering`]).
+    """
+
+    def __init__(
+        self,
+        resolution: int | tuple[int, int],
+        *,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        interpolation: str = "bilinear",
+    ) -> None:
+        size = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
+        if len(size) != 2 or any(not isinstance(side, int) or side < MIN_SIDE for side in size):
+            raise ValueError(
+                f"`resolution` must be one or two (height, width) integers of at least {MIN_SIDE}, got {resolution!r}."
+            )
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"`interpolation` must be one of {sorted(INTERPOLATIONS)}, got {interpolation!r}.")
+        self.height, self.width = size
+        self.center_crop, self.random_flip, self.interpolation = center_crop, random_flip, interpolation
+
+    def __call__(
+        self, winner: Image.Image, loser: Image.Image, draws: PairDraws | None = None, target: Size | None = None
+    ) -> PairPixels:
+        """Transform two RGB images of any sizes into pixels. Without `draws`, crop at the center and do not flip.
+        `target`, as `(height, width)`, replaces `resolution`."""
+        pixels, corners = zip(*(self.image(image, draws, target) for image in (winner, loser)), strict=True)
+        return PairPixels(torch.stack(pixels), (full_size(winner), full_size(loser)), corners)
+
+    def covering(self, target: Size | None = None) -> Covering | None:
+        """Return the argument `covering` of [`ImageReader.decode`], or `None` if images are decoded at full size."""
+        return partial(self.resized_size, target=target) if self.interpolation == FAST else None
+
+    def resized_size(self, height: int, width: int, target: Size | None = None) -> Size:
+        """Return the smallest `(height, width)` that covers the target and has the aspect ratio of the image."""
+        target_height, target_width = (self.height, self.width) if target is None else target
+        if width * target_height <= height * target_width:  # the width determines the scale
+            return target_width * height // width, target_width
+        return target_height, target_height * width // height
+
+    def image(
+        self, image: Image.Image, draws: PairDraws | None = None, target: Size | None = None
+    ) -> tuple[torch.Tensor, Size]:
+        """Return the pixels `(3, H, W)` of an image, and the top left corner of the crop."""
+        height, width = self.resized_size(*full_size(image), target)
+        mirrors = draws is not None and self.random_flip and draws.flip < 0.5
+        target_height, target_width = (self.height, self.width) if target is None else target
+        top, left = self._corner(height - target_height, width - target_width, draws)
+        if self.interpolation == FAST:
+            # Find the crop in the decoded image, before it is mirrored.
+            first = width - target_width - left if mirrors else left
+            down, across = image.height / height, image.width / width
+            box = (first * across, top * down, (first + target_width) * across, (top + target_height) * down)
+            image = image.resize((target_width, target_height), INTERPOLATIONS[FAST], box)
+            image = ImageOps.mirror(image) if mirrors else image
+        else:
+            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+            image = ImageOps.mirror(image) if mirrors else image
+            image = image.crop((left, top, left + target_width, top + target_height))
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        return pixels.contiguous(), (top, left)
+
+    def _corner(self, free_height: int, free_width: int, draws: PairDraws | None) -> Size:
+        if draws is None or self.center_crop:
+            return round(free_height / 2), round(free_width / 2)
+        return int(draws.top * (free_height + 1)), int(draws.left * (free_width + 1))

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, cast
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -18,26 +17,21 @@ from torch.utils.data import Dataset
 from ..utils.processes import ALONE, Peers
 from . import checking
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
-from .checking import COUNTS, HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
-from .columns import numbers_of_rows
-from .formats import FORMATS
-from .image_sizes import ENLARGED, settle_sizes
-from .images import SCHEMES, ImageReader, UndecodableImageError, full_size, parse_schemes
-from .index import PairTable
+from .checking import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced, settle_sizes
+from .images import (
+    SCHEMES,
+    ImageReader,
+    PairDraws,
+    PairTransform,
+    Size,
+    UndecodableImageError,
+    full_size,
+    parse_schemes,
+)
 from .permuted_losers import PermutedLosers
-from .sources import PairMixture, PairSource, make_source, pairs_fingerprint
-from .streaming import PreferenceIterableDataset, Stream
-from .transforms import Encoded, ItemMaker, PairDraws, PairTransform, Size, check_reference_errors
-
-__all__ = ["COUNTS", "DataReport", "PairMixture", "PairOptions", "PreferenceDataset", "PreferenceIterableDataset"]
-__all__ += ["prepare_dataset"]
+from .sources import PairSource, PairTable, pairs_fingerprint
 
 logger = logging.getLogger(__name__)
-
-WITHOUT_MEAN = (
-    "`pair_weights` reads the columns {columns} of all pairs before the first batch, because weights are divided by "
-    "their mean, and the {name} data are a stream. Load them without `streaming=True`, or leave it out."
-)
 
 
 @dataclass(frozen=True)
@@ -129,97 +123,86 @@ class PairOptions:
         return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training)
 
 
-def prepare_dataset(
-    dataset: Any, options: PairOptions | None = None, *, name: str = "train", peers: Peers = ALONE, **settings: Any
-) -> PreferenceDataset | PreferenceIterableDataset:
-    """Return a torch data set of pairs from any preference set.
+class Encoded(Protocol):
+    """Pairs and prompts that were encoded before training."""
 
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`; or several
-            data sets as a list or a [`PairMixture`].
-        options ([`PairOptions`], *optional*): Settings. By default they are made from the keywords `settings`.
-        name (`str`): Name of the set in messages.
-        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
+    def pair(self, pair: int, draws: PairDraws | None, epoch: int, loser: int | None = None) -> dict[str, Any]:
+        """Return the entries that replace pixels in an item. `loser` is another pair whose loser the item has."""
 
-    Returns:
-        [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
-
-    Raises:
-        ValueError: If an argument, the kind of data set or its columns are not accepted, or if no pair remains.
-    """
-    options = PairOptions(**settings) if options is None else options
-    if isinstance(dataset, list | tuple) and dataset:
-        if isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset):
-            dataset = PairMixture(dataset)
-    is_mixture = isinstance(dataset, PairMixture)
-    is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
-    if options.num_proc is not None and (is_stream or not (options.verify_images == "all" or options.reads_sizes)):
-        logger.warning(
-            "`num_proc=%s` has no effect: only checks of all images of a map-style set, or of their sizes, use it.",
-            options.num_proc,
-        )
-    if is_stream:
-        return _prepare_stream(dataset, options, name)
-
-    source = make_source(
-        dataset,
-        options.dataset_format,
-        name,
-        use_scores=options.use_scores,
-        is_swapped=options.swap_labels,
-        number_columns=options.number_columns,
-    )
-    if not options.permutes and not source.has_losers:
-        raise ValueError(_without_losers(name))
-    prepared = PreferenceDataset.of(source, options, name)
-    for column in options.number_columns:
-        prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
-    if options.verify_images == "all":
-        prepared.check_all(options.num_proc, peers)
-    if options.reads_sizes:
-        prepared.settle_sizes(options.buckets, options.min_side, options.num_proc, peers)
-    if options.permutes:
-        prepared.permute_losers()
-    if options.verify_images != "none" and len(prepared):
-        prepared.check_sample(peers, compare=options.compare)
-    report = prepared.report
-    if not report.pairs:
-        raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
-    noteworthy = report.dropped or any(note.startswith(ENLARGED) for note in report.notes)
-    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s", report)
-    return prepared
+    def conditioning(self, prompt: str) -> dict[str, Any]:
+        """Return the entries of an item that depend on its prompt."""
 
 
-def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
-    if options.permutes:
-        raise ValueError(
-            "`losers='permute'` needs all rows at once, and the data are a stream. Load them without `streaming=True`."
-        )
-    if options.reads_sizes:
-        raise ValueError(
-            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
-            f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
-        )
-    if options.number_columns:
-        raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
-    listed, weights = [(name, dataset, options.dataset_format)], None
-    if isinstance(dataset, PairMixture):
-        listed, weights = list(dataset.named_parts(options.dataset_format, name)), dataset.weights
-    streams = [
-        Stream(part, part_format, part_name, use_scores=options.use_scores, is_swapped=options.swap_labels)
-        for part_name, part, part_format in listed
-    ]
-    if not all(stream.format.has_losers for stream in streams):
-        raise ValueError(_without_losers(name))
-    return PreferenceIterableDataset(streams, options, weights=weights, name=name)
+class ItemMaker:
+    """Maker of items. It stores the epoch that random numbers depend on. With `noise_draws`, random numbers repeat
+    after that many epochs."""
 
+    def __init__(
+        self,
+        transform: PairTransform,
+        prompt_dropout: float,
+        seed: int,
+        training: bool,
+        noise_draws: int | None = None,
+    ) -> None:
+        if not 0.0 <= prompt_dropout <= 1.0:
+            raise ValueError(f"`prompt_dropout` must be in [0, 1], got {prompt_dropout}. It is a probability.")
+        if seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {seed}.")
+        self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
+        self.noise_draws = noise_draws
+        self.epoch: torch.Tensor | int = torch.zeros(1, dtype=torch.long)
+        if training:
+            self.epoch.share_memory_()  # so that persistent workers see changes; it keeps a file open
 
-def _without_losers(name: str) -> str:
-    others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
-    return (
-        f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, which takes "
-        "images of other captions as losers, or rename columns so that they match one of:\n" + others
-    )
+    @property
+    def draw(self) -> int:
+        """Number of the current draw. It is the epoch, or the epoch modulo `noise_draws`."""
+        if not self.training:
+            return 0
+        return int(self.epoch) if self.noise_draws is None else int(self.epoch) % self.noise_draws
+
+    def repeating(self, noise_draws: int) -> ItemMaker:
+        """Return a maker whose random numbers repeat after `noise_draws` epochs."""
+        return ItemMaker(self.transform, self.prompt_dropout, self.seed, self.training, noise_draws)
+
+    def in_epoch(self, epoch: int) -> ItemMaker:
+        """Return a maker with a fixed epoch. Other processes cannot change this epoch."""
+        maker = copy.copy(self)
+        maker.epoch = epoch
+        return maker
+
+    def for_evaluation(self) -> ItemMaker:
+        """Return a maker without augmentation. Its seeds do not depend on the epoch."""
+        return ItemMaker(self.transform, 0.0, self.seed, training=False)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch < 0:
+            raise ValueError(f"`epoch` must not be negative, got {epoch}.")
+        cast(torch.Tensor, self.epoch).fill_(int(epoch))
+
+    def item_of(
+        self,
+        row: int,
+        prompts: Sequence[str],
+        read: Callable[[PairDraws | None, int], dict[str, Any]],
+        epoch: int | None = None,
+    ) -> dict[str, Any]:
+        """Return an item.
+
+        Args:
+            row (`int`): Number of the pair.
+            prompts (`Sequence[str]`): The prompt, or those of winner and loser. Both are emptied or neither.
+            read (`Callable`): Function of draws (`None` in an evaluation) and an epoch. It returns the image entries.
+            epoch (`int`, *optional*): Epoch that replaces the current epoch. Repeating streams pass it.
+        """
+        epoch = 0 if not self.training else self.draw if epoch is None else epoch
+        draws = PairDraws.from_key(self.seed, epoch, row)
+        item = read(draws if self.training else None, epoch)
+        is_emptied = self.training and draws.dropout < self.prompt_dropout
+        for name, prompt in zip(("prompt", "loser_prompt"), prompts, strict=False):
+            item[name] = "" if is_emptied else prompt
+        return item | {"seed": draws.seed, "row": row}
 
 
 class PreferenceDataset(Dataset):
@@ -642,3 +625,103 @@ class PreferenceDataset(Dataset):
         decoded = self._reader.decode_at(self._source.images(row), image, transform.covering(target))
         made = (transform.image(decoded, draw, target) for draw in draws)
         return [(pixels, full_size(decoded), corner) for pixels, corner in made]
+
+
+@dataclass
+class PreferenceCollator:
+    """Collator of items of `PreferenceDataset` and `PreferenceIterableDataset`.
+
+    Returns a `dict` with
+
+    - `rows` (`torch.LongTensor` of shape `(B,)`): the first entry, because accelerate and transformers read the batch
+      size from it; here this is the number of pairs;
+    - `pixel_values` (`torch.Tensor` of shape `(2B, 3, H, W)`, uint8): winners, then losers. The trainer converts them
+      to floats in `[-1, 1]` on the device, one micro-batch at a time; another collator may return such floats;
+    - `prompts` (`list[str]` of length B; of length 2B, winners first, if losers have their own prompts);
+    - `original_sizes`, `crop_top_lefts` (`torch.LongTensor` of shape `(2B, 2)`): `(height, width)` and `(top, left)`;
+    - `seeds` (`list[int]` of length B): on the host, where generators are seeded;
+    - `counted` (`int`), if repeated pairs may fill up the batch: the number of pairs before the repeated ones;
+    - `scores` (`torch.FloatTensor` of shape `(2B,)`), if the data set has score columns;
+    - `pair_weights` (`torch.FloatTensor` of shape `(B,)`), if training pairs have weights;
+    - `ref_errors` (`torch.FloatTensor` of shape `(2TB,)`), if reference errors were computed before training.
+      First come the winners at the first of T draws of timestep and noise, then at the second and so on, then losers.
+
+    Encoded pairs have `moments` (`torch.Tensor` of shape `(2B, ...)`) and `target_size` (`(height, width)` of the
+    pixels) in place of `pixel_values`, `conditioning` (tensors of shape `(B, ...)`, padded at the end by zeros) and
+    `host_conditioning` (lists of length B). For 2B prompts, the last two have length 2B.
+
+    Raises:
+        ValueError: If there are no items, or only some of them have scores.
+    """
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        if not items:
+            raise ValueError("A batch needs at least one pair, got none.")
+        batch = {
+            "rows": torch.tensor([item["row"] for item in items], dtype=torch.long),
+            **_images(items),
+            "prompts": [item["prompt"] for item in items]
+            + [item["loser_prompt"] for item in _with_two_prompts(items)],
+            "original_sizes": torch.tensor(_winners_first(items, "original_sizes"), dtype=torch.long),
+            "crop_top_lefts": torch.tensor(_winners_first(items, "crop_top_lefts"), dtype=torch.long),
+            "seeds": [item["seed"] for item in items],
+        }
+        if "repeated" in items[0]:
+            batch["counted"] = sum(not item["repeated"] for item in items)
+        scored = sum("scores" in item for item in items)
+        if scored not in (0, len(items)):
+            raise ValueError(f"Either all pairs of a batch have scores or none has, got {scored} of {len(items)}.")
+        if scored:
+            batch["scores"] = torch.tensor(_winners_first(items, "scores"), dtype=torch.float32)
+        if "pair_weight" in items[0]:
+            batch["pair_weights"] = torch.tensor([item["pair_weight"] for item in items], dtype=torch.float32)
+        if "ref_errors" in items[0]:
+            errors = torch.stack([item["ref_errors"] for item in items])  # (B, T, 2)
+            batch["ref_errors"] = errors.permute(2, 1, 0).flatten()
+        return batch
+
+
+def _images(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the pixels, or moments and conditioning, of a batch. All images of a batch have the same size."""
+    name = "moments" if "moments" in items[0] else "pixel_values"
+    batch: dict[str, Any] = {name: torch.cat(torch.stack([item[name] for item in items], dim=1).unbind())}
+    if name == "moments":
+        batch["target_size"] = items[0]["target_size"]
+        prompts = [*items, *(item["loser_conditioning"] for item in _with_two_prompts(items))]
+        for kind, join in (("conditioning", padded), ("host_conditioning", list)):
+            if kind in items[0]:
+                batch[kind] = {key: join([prompt[kind][key] for prompt in prompts]) for key in items[0][kind]}
+    return batch
+
+
+def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all items if losers have their own prompts, and an empty list if they share the winners' prompts."""
+    with_two = [item for item in items if "loser_prompt" in item]
+    if len(with_two) not in (0, len(items)):
+        raise ValueError(
+            f"All losers of a batch have their own prompt or none has, got {len(with_two)} of {len(items)}."
+        )
+    return with_two
+
+
+def check_reference_errors(errors: np.ndarray, draws: int, pairs: int) -> None:
+    """Raise `ValueError` if errors do not have the shape `(draws, pairs, T, 2)`."""
+    if errors.shape[:2] != (draws, pairs) or errors.shape[3:] != (2,):
+        raise ValueError(
+            f"Errors of a reference must have the shape ({draws}, {pairs}, T, 2) of {draws} draws and {pairs} pairs; "
+            f"got {errors.shape}."
+        )
+
+
+def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack tensors `(T, ...)` of different lengths into one tensor `(B, longest T, ...)`, padded with zeros."""
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(list(rows))
+    joined = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
+    for padded_row, row in zip(joined, rows, strict=True):
+        padded_row[: len(row)] = row
+    return joined
+
+
+def _winners_first(items: list[dict[str, Any]], key: str) -> list[Any]:
+    return [item[key][side] for side in (0, 1) for item in items]

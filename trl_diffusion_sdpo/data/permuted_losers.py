@@ -9,8 +9,7 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from .columns import digest_of
-from .sources import PairSource
+from .sources import PairSource, digest_of
 
 ROUNDS = 6  # rounds of exchanges
 LOSERS = 3  # fourth and last part of the random key of permutations; keys of pairs have three parts

@@ -10,30 +10,90 @@ import logging
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..utils._compat import dataset_fingerprint
+from ..utils.files import file_facts
+from . import formats
 from .checking import DataReport, evenly_spaced
-from .columns import check_number_columns
-from .formats import PreferenceFormat, Reject, images_of_row, resolve_format
-from .image_keys import image_key
+from .formats import (
+    LabelError,
+    PreferenceFormat,
+    Reject,
+    finite_number,
+    groups,
+    images_of_row,
+    pairs_in_group,
+    resolve_format,
+)
 from .images import ImageReader, UndecodableImageError, decode_image
-from .index import PairTable, find_pairs
 
 logger = logging.getLogger(__name__)
 
 CHECKED = "Checking images"
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
+Drop = tuple[str, int, str, int]  # arguments of `Reject`
+
+PLACES = ("winner_row", "winner_image", "loser_row", "loser_image")
+SCORES = ("winner_score", "loser_score")
+COLUMNS = datasets.Features(
+    {
+        **{name: datasets.Value("int64") for name in PLACES},
+        **{name: datasets.Value("float64") for name in SCORES},
+        # These columns are filled if a row of the index is a drop. `winner_row` is then the row of the source.
+        "dropped": datasets.Value("string"),
+        "reason": datasets.Value("string"),
+        "amount": datasets.Value("int64"),
+    }
+)
+ROWS_AT_ONCE = 1000
+CODE = (__file__, formats.__file__)  # if this code changes, cached indexes are rebuilt
 MAX_GROWTH = 100  # limit of the pairs of a weighted epoch, as a multiple of the pairs of all data sets
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Index and columns of P pairs.
+
+    Attributes:
+        places (`np.ndarray` of shape `(P, 4)`): Winner row, winner image, loser row, loser image.
+        columns (`dict[str, np.ndarray]`): Further columns of P entries by name. `scores` are reward scores of winner
+            and loser. `calibrated` replaces `scores`. `weight` is the factor of a pair's loss. `size` is the number of
+            its bucket. `ref_errors` are the errors of a reference.
+        weighed_by (`str`, *optional*): Setting that the weights were computed from.
+    """
+
+    places: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    weighed_by: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, pairs: slice | np.ndarray) -> PairTable:
+        """Return some of the pairs, selected by a slice, a mask or indices."""
+        columns = {name: values[pairs] for name, values in self.columns.items()}
+        return replace(self, places=self.places[pairs], columns=columns)
+
+    def hash_of(self, name: str) -> str:
+        """Return a hash of a column."""
+        return hashlib.sha256(self.columns[name].tobytes()).hexdigest()[:16]
+
+    def with_columns(self, **columns: np.ndarray | None) -> PairTable:
+        """Return the pairs with columns added or replaced. `None` removes a column."""
+        joined = {**self.columns, **columns}
+        return replace(self, columns={name: values for name, values in joined.items() if values is not None})
 
 
 @dataclass(frozen=True)
@@ -169,7 +229,7 @@ class TableSource:
         for batch in self._images.iter(batch_size=1000):
             for column in batch.columns:
                 for name in local_names(column):
-                    digest.update(image_key(name).encode("utf-8", "surrogatepass") + b"\n")
+                    digest.update(f"{_file_key(name)}\n".encode("utf-8", "surrogatepass"))
         return {"prompts": dataset_fingerprint(self.labels), "images": _short(digest)}
 
 
@@ -268,6 +328,69 @@ class PairSource:
     def _find(self, row: int) -> tuple[TableSource, int]:
         number = bisect_right(self._starts, row) - 1
         return self.parts[number], row - self._starts[number]
+
+
+def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], row_format: PreferenceFormat) -> dict[str, list]:
+    """Return the pairs and the drops of numbered rows, as `COLUMNS`. Rows of a group must be consecutive."""
+    entries: list[tuple] = []
+
+    def reject(kind: str, row: int, reason: str, amount: int) -> None:
+        entries.append((row, None, None, None, None, None, kind, reason, amount))
+
+    for group in groups(row_format, rows):
+        for *places, scores in pairs_in_group(row_format, group, reject):
+            entries.append((*places, *(scores or (None, None)), None, None, None))
+    columns = zip(*entries, strict=True) if entries else [()] * len(COLUMNS)
+    return {name: list(values) for name, values in zip(COLUMNS, columns, strict=True)}
+
+
+def find_pairs(labels: datasets.Dataset, row_format: PreferenceFormat) -> tuple[PairTable, list[Drop]]:
+    """Return the pairs and the drops of a data set. If the data are on a disk, `datasets` caches the result there.
+
+    Args:
+        labels (`datasets.Dataset`): The columns of labels and prompts, without the images.
+        row_format (`PreferenceFormat`): Format of the rows.
+    """
+    code = [Path(file).read_bytes() for file in CODE]
+    facts = [dataset_fingerprint(labels), row_format.name, row_format.score_columns, row_format.is_swapped, code]
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "batched": True,
+        # Rows of a group may be far apart. One batch of all rows brings them together.
+        "batch_size": ROWS_AT_ONCE if row_format.group_column is None else None,
+        "remove_columns": labels.column_names,
+        "features": COLUMNS,
+        "fn_kwargs": {"row_format": row_format},
+        "new_fingerprint": Hasher.hash(facts),
+        "desc": "Finding pairs",
+    }
+    try:
+        index = labels.map(_index_batch, keep_in_memory=not labels.cache_files, **options)
+    except OSError as error:
+        logger.warning("The index of the pairs cannot be cached: %s. It is built at every start.", error)
+        index = labels.map(_index_batch, keep_in_memory=True, load_from_cache_file=False, **options)
+    table = index.with_format("arrow")[:]
+    is_pair = table.column("dropped").is_null().to_numpy(zero_copy_only=False)
+    pairs, drops = table.filter(is_pair), table.filter(~is_pair)
+    kind = np.int32 if len(labels) <= np.iinfo(np.int32).max else np.int64
+    places = np.stack([pairs.column(name).to_numpy().astype(kind) for name in PLACES], axis=1)
+    scores = np.stack([pairs.column(name).to_numpy() for name in SCORES], axis=1)
+    has_scores = len(pairs) > 0 and pairs.column(SCORES[0]).null_count == 0
+    listed = [drops.column(name).to_pylist() for name in ("dropped", "winner_row", "reason", "amount")]
+    return PairTable(places, {"scores": scores} if has_scores else {}), list(zip(*listed, strict=True))
+
+
+def _index_batch(batch: Mapping[str, list], numbers: list[int], row_format: PreferenceFormat) -> dict[str, list]:
+    names = list(batch)
+    rows = [
+        (number, dict(zip(names, values, strict=True)))
+        for number, values in zip(numbers, zip(*(batch[name] for name in names), strict=True), strict=True)
+    ]
+    if row_format.group_column is not None:
+        first: dict[Any, int] = {}  # group to its position among the groups
+        order = [first.setdefault(row[row_format.group_column], len(first)) for _, row in rows]
+        rows = [rows[place] for place in np.argsort(order, kind="stable").tolist()]
+    return index_pairs(rows, row_format)
 
 
 def make_source(
@@ -390,6 +513,14 @@ def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
     return [name for name in column.to_pylist() if name and "://" not in name]
 
 
+def _file_key(name: str) -> str:
+    """Return a text that changes when a local file does. The file is not read."""
+    try:
+        return repr(file_facts(name))
+    except (OSError, ValueError):
+        return f"missing {name}"
+
+
 def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = False) -> dict[str, Any]:
     """Identify pairs.
 
@@ -434,3 +565,45 @@ def _short(digest: Any) -> str:
 def _check_table(table: Any, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list[list[str]]]:
     rows = (images_of_row(row, columns, in_list) for row in table.to_pylist())
     return {"results": [[reader.problem(image) for image in images] for images in rows]}
+
+
+def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
+    """Raise `ValueError` if data lack columns that weights of pairs read."""
+    if lacking := [column for column in wanted if column not in columns]:
+        raise ValueError(
+            f"`pair_weights` reads the columns {lacking}, and the {name} data have {list(columns)}. Add them, or name "
+            "another column or function."
+        )
+
+
+def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the finite numbers of a column, one or a list of them for each row.
+
+    Args:
+        values (`Iterable`): Values of the column, in the order of the rows. All lists must have as many numbers as the
+            first good one. Numbers may be text, as in CSV files.
+        column (`str`): Name of the column in reasons.
+
+    Returns:
+        `tuple`: Numbers as float64 of shape `(rows, K)`, NaN in bad rows, and the reason of each bad row by its number.
+    """
+    rows: list[list[float]] = []
+    reasons: dict[int, str] = {}
+    width = 0
+    for row, value in enumerate(values):
+        try:
+            listed = value if isinstance(value, list | tuple | np.ndarray) else [value]
+            numbers = [finite_number(each, column) for each in listed]
+            width = width or len(numbers)
+            if not numbers or len(numbers) != width:
+                raise LabelError(f"`{column}` must have {width or 'some'} numbers, as other rows have; got {value!r}")
+            rows.append(numbers)
+        except LabelError as error:
+            reasons[row] = str(error)
+            rows.append([])
+    return np.array([numbers or [np.nan] * width for numbers in rows], dtype=np.float64), reasons
+
+
+def digest_of(text: str) -> int:
+    """Return 64 bits of a text's hash, equal on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,11 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..utils._compat import is_split_by_node
 from .checking import COUNTS, SAMPLED_PAIRS, BadDataError, DataReport, IdenticalPairs, reject, same_image
 from .formats import PairReference, PreferenceFormat, Reject, groups, images_of_row, pairs_in_group, resolve_format
-from .images import UndecodableImageError
-from .transforms import PairDraws
-
-if TYPE_CHECKING:
-    from .pairs import PairOptions
+from .images import PairDraws, UndecodableImageError
+from .pairs import PairOptions
 
 logger = logging.getLogger(__name__)
 

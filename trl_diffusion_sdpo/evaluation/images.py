@@ -20,13 +20,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from ..cache.key import file_facts
 from ..families import Family
 from ..guidance import preference_guidance
 from ..models.loading import load_model
 from ..saving.setup import fingerprint
 from ..saving.starting_point import attach_adapter, starting_point
-from ..utils.files import write_atomically
+from ..utils.files import file_facts, write_atomically
 from ..utils.processes import ALONE, Peers
 
 Noise = Literal["prompt", "shared"]

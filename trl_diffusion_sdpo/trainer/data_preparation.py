@@ -15,11 +15,12 @@ import torch
 from ..cache.encoding import PairEncoding
 from ..cache.reference_errors import repeating_pairs
 from ..data.buckets import BucketSampler
+from ..data.images import PairTransform
 from ..data.pair_scores import ScoreSettings
-from ..data.pairs import PairOptions, PreferenceDataset, PreferenceIterableDataset, prepare_dataset
+from ..data.pairs import PairOptions, PreferenceDataset
+from ..data.preparing import prepare_dataset
 from ..data.sources import PairMixture
-from ..data.streaming import StreamPosition
-from ..data.transforms import PairTransform
+from ..data.streaming import PreferenceIterableDataset, StreamPosition
 from ..engines.processes import peers
 from ..families import Family
 from ..losses import LossSpec

@@ -47,6 +47,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def file_facts(path: str | os.PathLike) -> list[str | int]:
+    """Return absolute path, size, modification time and change time of a file. The change time cannot be set back, so
+    the facts change whenever the file is replaced.
+
+    Raises:
+        OSError: If the file does not exist.
+    """
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def check_regular_file(path: str | os.PathLike, max_bytes: int | None) -> None:
     """Check a file before it is opened. Reading a pipe would block, and a device such as `/dev/zero` has no end.
 

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
-from trl_diffusion_sdpo.data.transforms import INTERPOLATIONS
+from trl_diffusion_sdpo.data.images import INTERPOLATIONS
 from trl_diffusion_sdpo.families.noise import WEIGHTINGS
 from trl_diffusion_sdpo.families.timestep_sampling import DENSITIES
 from trl_diffusion_sdpo.losses import ANCHORS, GRANULARITIES, LOSSES, SAFEGUARDS

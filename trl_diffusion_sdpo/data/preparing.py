@@ -1,0 +1,114 @@
+"""Preparation of pairs for training from any preference set: rows become pairs, and bad rows and images are dropped."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import datasets
+
+from ..utils.processes import ALONE, Peers
+from .checking import ENLARGED
+from .formats import FORMATS
+from .pairs import PairOptions, PreferenceDataset
+from .sources import PairMixture, make_source, numbers_of_rows
+from .streaming import PreferenceIterableDataset, Stream
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_MEAN = (
+    "`pair_weights` reads the columns {columns} of all pairs before the first batch, because weights are divided by "
+    "their mean, and the {name} data are a stream. Load them without `streaming=True`, or leave it out."
+)
+
+
+def prepare_dataset(
+    dataset: Any, options: PairOptions, *, name: str = "train", peers: Peers = ALONE
+) -> PreferenceDataset | PreferenceIterableDataset:
+    """Return a torch data set of pairs from any preference set.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of dicts): Rows in one of `FORMATS`; or several
+            data sets as a list or a [`PairMixture`].
+        options ([`PairOptions`]): Settings by which the data set becomes pairs.
+        name (`str`): Name of the set in messages.
+        peers (`Peers`): The processes that prepare the same data at the same time, and divide the checks.
+
+    Returns:
+        [`PreferenceDataset`] or, for a `datasets.IterableDataset`, [`PreferenceIterableDataset`].
+
+    Raises:
+        ValueError: If an argument, the kind of data set or its columns are not accepted, or if no pair remains.
+    """
+    if isinstance(dataset, list | tuple) and dataset:
+        if isinstance(dataset[0], datasets.Dataset | datasets.IterableDataset):
+            dataset = PairMixture(dataset)
+    is_mixture = isinstance(dataset, PairMixture)
+    is_stream = dataset.is_stream if is_mixture else isinstance(dataset, datasets.IterableDataset)
+    if options.num_proc is not None and (is_stream or not (options.verify_images == "all" or options.reads_sizes)):
+        logger.warning(
+            "`num_proc=%s` has no effect: only checks of all images of a map-style set, or of their sizes, use it.",
+            options.num_proc,
+        )
+    if is_stream:
+        return _prepare_stream(dataset, options, name)
+
+    source = make_source(
+        dataset,
+        options.dataset_format,
+        name,
+        use_scores=options.use_scores,
+        is_swapped=options.swap_labels,
+        number_columns=options.number_columns,
+    )
+    if not options.permutes and not source.has_losers:
+        raise ValueError(_without_losers(name))
+    prepared = PreferenceDataset.of(source, options, name)
+    for column in options.number_columns:
+        prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
+    if options.verify_images == "all":
+        prepared.check_all(options.num_proc, peers)
+    if options.reads_sizes:
+        prepared.settle_sizes(options.buckets, options.min_side, options.num_proc, peers)
+    if options.permutes:
+        prepared.permute_losers()
+    if options.verify_images != "none" and len(prepared):
+        prepared.check_sample(peers, compare=options.compare)
+    report = prepared.report
+    if not report.pairs:
+        raise ValueError(f"No pair is left to train on. Check the labels and images of the data set.\n{report}")
+    noteworthy = report.dropped or any(note.startswith(ENLARGED) for note in report.notes)
+    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s", report)
+    return prepared
+
+
+def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> PreferenceIterableDataset:
+    if options.permutes:
+        raise ValueError(
+            "`losers='permute'` needs all rows at once, and the data are a stream. Load them without `streaming=True`."
+        )
+    if options.reads_sizes:
+        raise ValueError(
+            "`aspect_ratio_buckets` and `min_side` need the sizes of all images before the first batch, and the "
+            f"{name} data are a stream. Load them without `streaming=True`, or leave both out."
+        )
+    if options.number_columns:
+        raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
+    listed, weights = [(name, dataset, options.dataset_format)], None
+    if isinstance(dataset, PairMixture):
+        listed, weights = list(dataset.named_parts(options.dataset_format, name)), dataset.weights
+    streams = [
+        Stream(part, part_format, part_name, use_scores=options.use_scores, is_swapped=options.swap_labels)
+        for part_name, part, part_format in listed
+    ]
+    if not all(stream.format.has_losers for stream in streams):
+        raise ValueError(_without_losers(name))
+    return PreferenceIterableDataset(streams, options, weights=weights, name=name)
+
+
+def _without_losers(name: str) -> str:
+    others = "\n".join(f"  {each.describe()}" for each in FORMATS.values() if each.has_losers)
+    return (
+        f"The {name} data have captions and no losers (format `captioned`). Train with `losers='permute'`, which takes "
+        "images of other captions as losers, or rename columns so that they match one of:\n" + others
+    )
