@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from ..engines.processes import gather_objects
 from ..rewards import Scorer
+from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..utils.files import write_atomically
 from ..utils.processes import Peers
 from .images import Candidate, ImageSettings, diversity, generate_images, image_path, is_black, saturation
 from .prompts import PromptList, distinct
 from .report import write_report
-from .statistics import WinRate, agreement, holm, win_rate
 
 logger = logging.getLogger(__name__)
 

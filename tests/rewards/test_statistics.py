@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trl_diffusion_sdpo.evaluation.statistics import (
+from trl_diffusion_sdpo.rewards.statistics import (
     NO_DIFFERENCE,
     agreement,
     bootstrap_interval,
