@@ -74,9 +74,9 @@ class ThreadGroup:
 def test_by_default_128_pairs_are_checked_and_the_others_when_they_are_read(decoded, caplog):
     data = rows(1000, bad={0, 3})  # the sample is 0, 7, 15, ...
     prepared = prepare(data)
-    assert len(decoded) == 2 * 128
+    assert len(decoded) == 2 * 128 - 1  # the loser of a bad winner is not decoded
     assert len(prepared) == 1000 and (prepared.report.pairs, prepared.report.undecodable) == (999, 1)
-    assert "1 cannot be decoded" in caplog.text
+    assert "1 of 128 checked pairs" in caplog.text
     assert prepared[0]["prompt"] == "p1" and prepared[3]["prompt"] == "p4"  # replaced by the next good pairs
     assert (prepared.report.pairs, prepared.report.undecodable) == (998, 2)
 
@@ -101,9 +101,9 @@ def test_an_error_in_the_check_of_one_process_ends_all(verify):
     def check(peers):
         prepared = prepare(rows(12), verify_images="none")
         if peers.index == 0:
-            prepared._source.images = prepared._source.check_images = full
+            prepared._source.images = prepared._source.examine_images = full
         with pytest.raises((OSError, RuntimeError)) as caught:
-            prepared.check_sample(peers) if verify == "sample" else prepared.check_all(peers=peers)
+            prepared.check_sample(peers) if verify == "sample" else prepared.check_images(peers=peers)
         return f"{caught.type.__name__}: {caught.value}"
 
     first, second = ThreadGroup(2).run(check)

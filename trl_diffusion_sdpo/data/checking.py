@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as compute
 from PIL import Image
 
 from ..utils.hints import did_you_mean
 from ..utils.processes import Peers, forks_by_default, usable_cores
 from ..utils.switch_words import SWITCH_WORDS
-from .buckets import AspectRatioBuckets, PairSizes
-from .formats import images_of_row
-from .images import ImageReader, Size, UndecodableImageError
+from .images import ImageReader, UndecodableImageError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +25,7 @@ FEW_ROWS = 1000  # with fewer rows, one process is faster than starting several
 STRONG_CROP = 0.25  # share of an image's area; pairs that lose more to cropping are counted
 FEW_HEADERS = 20_000  # with fewer headers, one process is faster than starting several
 ENLARGED = "enlarged"
-SIZES_READ = "Reading image sizes"
+MISSING = "is missing: the row has fewer images than labels"
 
 COUNTS = ("rows", "pairs", "ties", "undecodable", "bad_prompts", "bad_labels", "too_small")
 MAX_EXAMPLES = 5
@@ -101,64 +94,69 @@ def reject(report: DataReport, strict: bool, kind: str, row: int, reason: str, a
     return report.add(kind, row, reason, amount)
 
 
-def pairs_of_images(places: np.ndarray, images: Mapping[SourceImage, str]) -> Iterator[tuple[int, SourceImage]]:
-    """Yield the pairs that contain any of the images, each with the first of these images. The winner comes first."""
-    rows = [row for row, _ in images]
-    for pair in np.flatnonzero(np.isin(places[:, [0, 2]], rows).any(axis=1)).tolist():
-        winner_row, winner_image, loser_row, loser_image = places[pair].tolist()
-        for image in ((winner_row, winner_image), (loser_row, loser_image)):
-            if image in images:
-                yield pair, image
-                break
-
-
-def problems_of_images(
-    source: Any, places: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers
-) -> dict[SourceImage, str]:
-    """Decode all images of pairs. Return the images that cannot be decoded, with their reasons. Collective.
+def examine_images(
+    source: Any, places: np.ndarray, reader: ImageReader, *, decode: bool, num_proc: int | None, peers: Peers
+) -> tuple[np.ndarray, dict[SourceImage, str]]:
+    """Decode all images of pairs, or read only their headers. Collective: the peers divide the rows.
 
     Args:
+        source ([`PairSource`]): The rows with the images.
         places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
-        num_proc (`int`, *optional*): Worker processes of each peer. Default: one per core, if processes are forked.
+        num_proc (`int`, *optional*): Worker processes of each peer. If there are many images, the default is one
+            worker for each core.
+
+    Returns:
+        `tuple`: Height and width of winners and losers, `(P, 2, 2)`, zeros for bad and missing images; and the
+        reason of each bad image.
     """
-    images = np.zeros(len(source), dtype=np.int64)  # number of labelled images of each row
-    for row, image in ((0, 1), (2, 3)):
-        np.maximum.at(images, places[:, row], places[:, image] + 1)
-    rows = np.flatnonzero(images)
-    if num_proc is None and forks_by_default() and len(rows) >= FEW_ROWS:
-        num_proc = usable_cores(peers.count)
+    rows = np.unique(places[:, [0, 2]])
+    images = 1 + int(places[:, [1, 3]].max())  # of the row with the most images
     share = np.array_split(rows, peers.count)[peers.index]
+    if num_proc is None and forks_by_default() and len(share) >= (FEW_ROWS if decode else FEW_HEADERS):
+        num_proc = usable_cores(peers.count)
 
-    def check_share() -> dict[SourceImage, str]:
-        reasons: dict[SourceImage, str] = {}
-        for row, problems in source.check_images(share, reader, num_proc):
-            problems += ["is missing: the row has fewer images than labels"] * (images[row] - len(problems))
-            reasons |= {(row, image): problem for image, problem in enumerate(problems) if problem}
-        return reasons
+    def examine_share() -> tuple[np.ndarray, dict[SourceImage, str]]:
+        sizes = np.zeros((len(share), images, 2), dtype=np.int32)
+        reasons = {}
+        for number, examined in enumerate(source.examine_images(share, reader, decode, num_proc)):
+            for image, (height, width, problem) in enumerate(examined[:images]):
+                sizes[number, image] = height, width
+                if problem:
+                    reasons[int(share[number]), image] = problem
+        return sizes, reasons
 
-    return {image: reason for reasons in peers.gather_results(check_share) for image, reason in reasons.items()}
+    results = peers.gather_results(examine_share)
+    sizes = np.concatenate([of_process for of_process, _ in results])
+    reasons = {image: reason for _, of_process in results for image, reason in of_process.items()}
+    return sizes[np.searchsorted(rows, places[:, [0, 2]]), places[:, [1, 3]]], reasons
 
 
 def check_pairs(
-    source: Any, reader: ImageReader, places: Sequence[np.ndarray], peers: Peers
-) -> list[tuple[dict[SourceImage, str], bool | None]]:
-    """Return the problems of each pair's images, and whether the two are identical. Collective.
+    source: Any, reader: ImageReader, places: np.ndarray, peers: Peers
+) -> list[tuple[int, int, str] | bool]:
+    """Decode the images of pairs. Collective: the peers divide the pairs.
 
     Args:
-        places (`Sequence` of `np.ndarray` of shape `(2, 2)`): Row and image of winner and loser in the source.
+        places (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser in the source.
+
+    Returns:
+        `list`: For each pair, row, image and problem of its first bad image, or whether its two images are identical.
     """
 
-    def check(pair: np.ndarray) -> tuple[dict[SourceImage, str], bool | None]:
-        reasons, images = {}, []
-        for row, image in pair.tolist():
+    def check(pair: np.ndarray) -> tuple[int, int, str] | bool:
+        images = []
+        for row, image in pair.reshape(2, 2).tolist():
             try:
                 images.append(reader.decode_at(source.images(row), image))
             except UndecodableImageError as error:
-                reasons[row, image] = str(error).removeprefix(f"image {image} ")
-        return reasons, None if reasons else same_image(*images)
+                return row, image, str(error)
+        return same_image(*images)
 
-    gathered = peers.gather_results(lambda: [check(pair) for pair in places[peers.index :: peers.count]])
-    return [result for results in gathered for result in results]
+    results = peers.gather_results(lambda: [check(pair) for pair in places[peers.index :: peers.count]])
+    checked: list[Any] = [None] * len(places)
+    for index, of_process in enumerate(results):
+        checked[index :: peers.count] = of_process
+    return checked
 
 
 class IdenticalPairs:
@@ -216,62 +214,6 @@ def same_image(first: Image.Image, second: Image.Image) -> bool:
     return first.size == second.size and first.tobytes() == second.tobytes()
 
 
-# ---- Sizes of images
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Pairs that remain after the sizes of their images were read, and their training sizes.
-
-    Args:
-        kept (`np.ndarray` of shape `(P,)`, bool): Whether each pair remains.
-        sizes ([`PairSizes`], *optional*): Buckets of the pairs that remain.
-        drops (`list[tuple]`): Kind, pair, reason and number of pairs that are left out.
-        notes (`tuple[str, ...]`): Lines for the report.
-    """
-
-    kept: np.ndarray
-    sizes: PairSizes | None
-    drops: list[tuple[str, int, str, int]]
-    notes: tuple[str, ...]
-
-
-def settle_sizes(
-    source: Any,
-    index: np.ndarray,
-    reader: ImageReader,
-    targets: AspectRatioBuckets | Size,
-    min_side: int | None,
-    num_proc: int | None,
-    peers: Peers,
-) -> Settled:
-    """Read the sizes of all images, and leave out pairs that have an unreadable or small image.
-
-    Args:
-        source: The data set with the images.
-        index (`np.ndarray` of shape `(P, 4)`): Row and image of each pair's winner and loser.
-        targets ([`AspectRatioBuckets`] or `Size`): Sizes that pairs are trained at.
-        min_side (`int`, *optional*): Least pixels along the shorter side of an image.
-        num_proc (`int`, *optional*): Processes per peer. If there are many images, the default is one per core.
-        peers (`Peers`): The processes that divide the images.
-    """
-    sizes = _read_sizes(source, index, reader, num_proc, peers)  # (P, 2, 2)
-    is_readable = np.asarray((sizes > 0).all((1, 2)))
-    is_large = np.asarray((sizes >= (min_side or 0)).all((1, 2)))
-    drops = _drops("undecodable", ~is_readable, lambda pair: _problem(source, index[pair], reader))
-    drops += _drops(
-        "too_small",
-        is_readable & ~is_large,
-        lambda pair: f"{sizes[pair].min()} pixels along the shorter side, and `min_side={min_side}`",
-    )
-    kept = np.asarray(is_readable & is_large)
-    sizes = sizes[kept]
-    if not isinstance(targets, AspectRatioBuckets):
-        return Settled(kept, None, drops, describe_sizes(sizes, np.array([targets])))
-    buckets = PairSizes(targets.sizes, targets.assign(sizes.reshape(-1, 4)))
-    return Settled(kept, buckets, drops, describe_sizes(sizes, np.array(buckets.sizes)[buckets.numbers]))
-
-
 def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
     """Return sentences about how images are resized and cropped.
 
@@ -294,77 +236,3 @@ def describe_sizes(sizes: np.ndarray, targets: np.ndarray) -> tuple[str, ...]:
     if enlarged:
         notes.append(f"{ENLARGED}: {enlarged} pairs have an image that is enlarged, at most {scales.max():.2f} times")
     return tuple(notes)
-
-
-def _drops(kind: str, mask: np.ndarray, reason_of: Callable[[int], str]) -> list[tuple[str, int, str, int]]:
-    """Return the first pairs of a mask with their reasons. The last entry also counts all further pairs."""
-    pairs = np.flatnonzero(mask).tolist()
-    drops = [(kind, pair, reason_of(pair), 1) for pair in pairs[:MAX_EXAMPLES]]
-    if drops:
-        drops[-1] = (*drops[-1][:3], 1 + len(pairs) - len(drops))
-    return drops
-
-
-def _problem(source: Any, pair: np.ndarray, reader: ImageReader) -> str:
-    """Return the reason why an image size of a pair cannot be read."""
-    for row, image in pair.reshape(2, 2).tolist():
-        try:
-            reader.size_at(source.images(row), image)
-        except UndecodableImageError as error:
-            return str(error)
-    return "the size of an image could not be read"
-
-
-def _read_sizes(source: Any, index: np.ndarray, reader: ImageReader, num_proc: int | None, peers: Peers) -> np.ndarray:
-    """Return height and width of each pair's winner and loser, int64 of shape `(P, 2, 2)`; zeros if unreadable."""
-    rows = np.unique(index[:, [0, 2]])
-    share = np.array_split(rows, peers.count)[peers.index]
-    if num_proc is None and forks_by_default() and len(share) >= FEW_HEADERS:
-        num_proc = usable_cores(peers.count)
-    options: dict[str, Any] = {"num_proc": num_proc, "batch_size": 1000, "desc": SIZES_READ}
-
-    def read_share() -> list[pa.Array]:
-        tables = [
-            part.map_images(_size_table, own, reader, datasets.Value("int32"), **options)
-            for part, own in source.split(share)
-            if len(own)
-        ]
-        return [chunk for table in tables for chunk in table.with_format("arrow")[:]["results"].chunks]
-
-    sides = pa.chunked_array(list(chain(*peers.gather_results(read_share))), pa.list_(pa.int32()))
-    counts = compute.list_value_length(sides).to_numpy() // 2  # images of each row
-    sizes = compute.list_flatten(sides).to_numpy().reshape(-1, 2).astype(np.int64)
-    sizes = np.concatenate([sizes, [[0, 0]]])  # the last entry stands for missing images
-    starts = np.cumsum(counts) - counts
-    images = []
-    for row, image in ((0, 1), (2, 3)):
-        number = np.searchsorted(rows, index[:, row])
-        is_there = index[:, image] < counts[number]
-        images.append(sizes[np.where(is_there, starts[number] + index[:, image], -1)])
-    return np.stack(images, axis=1)
-
-
-def _size_table(table: pa.Table, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list]:
-    rows = zip(*(map(_value, table.column(name)) for name in columns), strict=True)
-    images_of_rows = (images_of_row(dict(zip(columns, row, strict=True)), columns, in_list) for row in rows)
-    return {"results": [[side for image in images for side in _size(reader, image)] for images in images_of_rows]}
-
-
-def _size(reader: ImageReader, image: Any) -> tuple[int, int]:
-    try:
-        return reader.size(image)
-    except UndecodableImageError:
-        return 0, 0
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would read a whole mapped file."""
-    if not scalar.is_valid:
-        return None
-    if pa.types.is_struct(scalar.type):
-        return {name: _value(field) for name, field in scalar.items()}
-    if pa.types.is_list(scalar.type) or pa.types.is_large_list(scalar.type):
-        return [_value(entry) for entry in scalar.values]
-    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-        return memoryview(scalar.as_buffer())
-    return scalar.as_py()

@@ -160,22 +160,6 @@ class ImageReader:
         """Decode one of the images of a row. Errors name the index of the image."""
         return _at(partial(self.decode, covering=covering), images, index)
 
-    def size_at(self, images: Sequence[Any], index: int) -> tuple[int, int]:
-        """Return the `size` of one of the images of a row. Errors name the index of the image."""
-        return _at(self.size, images, index)
-
-    def problem(self, image: Any) -> str:
-        """Return the reason why an image cannot be used, or an empty string if it can be used.
-
-        Raises:
-            UnreadableImageError: If the storage failed repeatedly.
-        """
-        try:
-            self.decode(image)
-        except UndecodableImageError as error:
-            return str(error)
-        return ""
-
     def _decode(self, value: Any, covering: Covering | None = None) -> Image.Image:
         with self._opened(value) as image:
             if covering is not None and image is not value and image.format == "JPEG":

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..utils.processes import ALONE, Peers
 from . import checking
 from .buckets import AspectRatioBuckets, PairSizes, Repeated, candidates
-from .checking import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced, settle_sizes
+from .checking import HOW_TO_DROP, BadDataError, DataReport, evenly_spaced
 from .images import (
     SCHEMES,
     ImageReader,
@@ -438,19 +438,34 @@ class PreferenceDataset(Dataset):
             self._reject("bad_labels", row, reasons[row], 1)
         self._keep(~bad)
 
-    def settle_sizes(
-        self, buckets: AspectRatioBuckets | None, min_side: int | None, num_proc: int | None, peers: Peers
-    ) -> None:
-        """Read the size of every image from its header, and give pairs the sizes of their buckets. Pairs of images that
-        are unreadable or smaller than `min_side` are dropped."""
-        places, targets = self._pairs.places, buckets or self.target_size(0)
-        settled = settle_sizes(self._source, places, self._reader, targets, min_side, num_proc, peers)
-        for kind, pair, reason, amount in settled.drops:
-            self._reject(kind, int(places[pair, 0]), reason, amount)
-        self._keep(settled.kept)
-        self._report.notes = settled.notes
-        if settled.sizes is not None:
-            self._pairs = self._pairs.with_columns(size=settled.sizes.numbers)
+    def check_images(self, num_proc: int | None = None, peers: Peers = ALONE, *, decode: bool = True) -> None:
+        """Decode every image, or read only its header. Drop the pairs of bad and of small images, and assign the other
+        pairs to their buckets. The arguments are those of [`examine_images`](checking.py)."""
+        if not len(self):
+            return
+        places, buckets, min_side = self._pairs.places, self._options.buckets, self._options.min_side
+        sizes, reasons = checking.examine_images(
+            self._source, places, self._reader, decode=decode, num_proc=num_proc, peers=peers
+        )
+        is_readable = np.asarray((sizes > 0).all((1, 2)))
+        is_large = np.asarray((sizes >= (min_side or 0)).all((1, 2)))
+        for pair in np.flatnonzero(~is_readable).tolist():
+            side = 0 if not sizes[pair, 0].all() else 1  # of the first bad image
+            row, image = places[pair, 2 * side : 2 * side + 2].tolist()
+            self._reject("undecodable", row, f"image {image} {reasons.get((row, image), checking.MISSING)}", 1)
+        for pair in np.flatnonzero(is_readable & ~is_large).tolist():
+            reason = f"{sizes[pair].min()} pixels along the shorter side, and `min_side={min_side}`"
+            self._reject("too_small", int(places[pair, 0]), reason, 1)
+        self._keep(is_readable & is_large)
+        if not self._options.reads_sizes:
+            return
+        sizes = sizes[is_readable & is_large]
+        targets = np.array([self.target_size(0)])
+        if buckets is not None:
+            numbers = buckets.assign(sizes.reshape(-1, 4).astype(np.int64))
+            self._pairs = self._pairs.with_columns(size=numbers)
+            targets = np.array(buckets.sizes)[numbers]
+        self._report.notes = checking.describe_sizes(sizes, targets)
 
     def permute_losers(self) -> None:
         """Draw losers by [`PermutedLosers`] from now on, anew in every epoch. Evaluations have those of epoch 0."""
@@ -465,43 +480,28 @@ class PreferenceDataset(Dataset):
         Raises:
             ValueError: If no pair can be decoded or, with `compare`, all pairs have identical images.
         """
-        sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS).tolist()
-        losers = [None if self._losers is None else self._losers.of_pair(pair, self._maker.draw) for pair in sample]
-        places = [self._places(*pair) for pair in zip(sample, losers, strict=True)]
-        checked = checking.check_pairs(self._source, self._reader, places, peers)
-        reasons = {image: reason for problems, _ in checked for image, reason in problems.items()}
-        for pair, image in checking.pairs_of_images(self._pairs.places, reasons):
-            reason = f"image {image[1]} {reasons[image]}"
-            if self.strict:
-                self._reject("undecodable", image[0], reason, 1)
+        sample = evenly_spaced(len(self), checking.SAMPLED_PAIRS)
+        checked = checking.check_pairs(self._source, self._reader, self._pairs.places[sample], peers)
+        identical_pairs = checking.IdenticalPairs(self._report.name)
+        bad = 0
+        for pair, result in zip(sample.tolist(), checked, strict=True):
+            if isinstance(result, bool):
+                identical_pairs.add(result)
+                continue
+            bad += 1
             self._undecodable[pair] = 1  # the report counts these
-            self._report.add("undecodable", image[0], reason, amount=0)
-        bad = sum(bool(problems) for problems, _ in checked)
+            row, _, reason = result
+            self._reject("undecodable", row, reason, 0)
         if bad and len(sample) < len(self):
             logger.warning(
-                "%s data: of %d pairs that were checked among %d, %d cannot be decoded. verify_images='all' checks "
-                "all pairs before training; otherwise bad ones are found when they are read.",
-                *(self._report.name, len(sample), len(self), bad),
+                "%s data: %d of %d checked pairs cannot be decoded. The data have %d pairs. `verify_images='all'` "
+                "checks all of them before training. Otherwise, bad pairs are replaced when they are read.",
+                *(self._report.name, bad, len(sample), len(self)),
             )
             if bad == len(sample):
                 raise ValueError(f"None of the {bad} pairs that were checked can be decoded.\n{self._report}")
-        if compare:
-            identical_pairs = checking.IdenticalPairs(self._report.name)
-            for _, is_identical in checked:
-                if is_identical is not None:
-                    identical_pairs.add(is_identical)
+        if compare and not self.is_permuted:
             identical_pairs.verify()
-
-    def check_all(self, num_proc: int | None = None, peers: Peers = ALONE) -> None:
-        """Decode every image and drop the pairs of bad ones. The arguments are those of [`problems_of_images`]."""
-        if not len(self):
-            return
-        reasons = checking.problems_of_images(self._source, self._pairs.places, self._reader, num_proc, peers)
-        keep = np.ones(len(self), dtype=bool)
-        for pair, image in checking.pairs_of_images(self._pairs.places, reasons):
-            keep[pair] = False
-            self._reject("undecodable", image[0], f"image {image[1]} {reasons[image]}", 1)
-        self._keep(keep)
 
     def _keep(self, mask: np.ndarray) -> None:
         self._pairs = self._pairs.take(mask)

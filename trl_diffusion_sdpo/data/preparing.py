@@ -66,10 +66,8 @@ def prepare_dataset(
     prepared = PreferenceDataset.of(source, options, name)
     for column in options.number_columns:
         prepared.drop_bad_rows(numbers_of_rows(source.values(column), column)[1])
-    if options.verify_images == "all":
-        prepared.check_all(options.num_proc, peers)
-    if options.reads_sizes:
-        prepared.settle_sizes(options.buckets, options.min_side, options.num_proc, peers)
+    if options.verify_images == "all" or options.reads_sizes:
+        prepared.check_images(options.num_proc, peers, decode=options.verify_images == "all")
     if options.permutes:
         prepared.permute_losers()
     if options.verify_images != "none" and len(prepared):

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,13 @@ from .images import ImageReader, UndecodableImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
-CHECKED = "Checking images"
+EXAMINED = datasets.Features(
+    {
+        "heights": datasets.List(datasets.Value("int32")),
+        "widths": datasets.List(datasets.Value("int32")),
+        "problems": datasets.List(datasets.Value("string")),
+    }
+)
 FINGERPRINTED_PROMPTS = 16  # pairs whose prompts are hashed
 FINGERPRINTED_IMAGES = 4  # pairs whose images are hashed, undecoded
 Drop = tuple[str, int, str, int]  # arguments of `Reject`
@@ -191,36 +197,28 @@ class TableSource:
     def images(self, row: int) -> list[Any]:
         return images_of_row(self._images[row].to_pylist()[0], self.format.image_columns, self.format.images_in_list)
 
-    def check_images(
-        self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
-    ) -> Iterator[tuple[int, list[str]]]:
-        """Yield each row with the problems of its images; an empty string if there is none. Cached by `datasets`."""
-        text = datasets.Value("string")
-        checked = self.map_images(_check_table, rows, reader, text, num_proc=num_proc, batch_size=16, desc=CHECKED)
-        numbers = iter(rows.tolist())
-        for batch in checked.with_format(None).iter(batch_size=1000):
-            for problems in batch["results"]:
-                yield next(numbers), problems
-
-    def map_images(
-        self, function: Callable, rows: np.ndarray, reader: ImageReader, kind: datasets.Value, **options: Any
-    ) -> datasets.Dataset:
-        """Apply a function to the images of rows, and return its column `results` of lists. Cached by `datasets`.
-
-        Args:
-            function (`Callable`): Gets an Arrow table of rows, the names of the image columns, whether they have lists
-                of images, and the reader.
-            kind (`datasets.Value`): Type of the lists' entries.
-        """
+    def examine_images(
+        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
+    ) -> Iterator[list[tuple[int, int, str]]]:
+        """Yield height, width and problem of the images of each row. Cached by `datasets`."""
         images = self._images if len(rows) == len(self) else self._images.select(rows)
-        columns = self.format.image_columns
-        arguments = {"columns": columns, "in_list": self.format.images_in_list, "reader": reader}
-        features = datasets.Features({"results": datasets.List(kind)})
-        first = images[0] if len(images) else None
-        if first is not None and any(local_names(first.column(name)) for name in columns):
-            options["load_from_cache_file"] = False  # `datasets` would not see that a file has changed
-        options |= {"features": features, "remove_columns": images.column_names}
-        return images.map(function, batched=True, fn_kwargs=arguments, **options)
+        options: dict[str, Any] = {}
+        if any(local_names(images[0].column(name)) for name in self.format.image_columns):
+            options["load_from_cache_file"] = False  # `datasets` would not notice that a file has changed
+        examined = images.map(
+            _examine_table,
+            batched=True,
+            batch_size=16 if decode else 1000,
+            fn_kwargs={"row_format": self.format, "reader": reader, "decode": decode},
+            remove_columns=images.column_names,
+            features=EXAMINED,
+            num_proc=num_proc,
+            desc="Checking images" if decode else "Reading image sizes",
+            **options,
+        )
+        for batch in examined.with_format(None).iter(batch_size=1000):
+            for facts in zip(*(batch[name] for name in EXAMINED), strict=True):
+                yield list(zip(*facts, strict=True))
 
     @functools.cached_property
     def content_key(self) -> dict[str, str]:
@@ -277,12 +275,13 @@ class PairSource:
         for part, own, start in zip(self.parts, shares, self._starts[:-1], strict=True):
             yield part, own - start
 
-    def check_images(
-        self, rows: np.ndarray, reader: ImageReader, num_proc: int | None
-    ) -> Iterator[tuple[int, list[str]]]:
-        for start, (part, own) in zip(self._starts[:-1], self.split(rows), strict=True):
+    def examine_images(
+        self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
+    ) -> Iterator[list[tuple[int, int, str]]]:
+        """Yield height, width and problem of the images of each of the sorted rows."""
+        for part, own in self.split(rows):
             if len(own):
-                yield from ((row + start, problems) for row, problems in part.check_images(own, reader, num_proc))
+                yield from part.examine_images(own, reader, decode, num_proc)
 
     def pairs(self, reject: Reject) -> PairTable:
         """Return the pairs of all parts, repeated by weight. Drops go to `reject`, which may raise."""
@@ -444,54 +443,41 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
 
 
 def _table_of_rows(rows: Sequence[Any], dataset_format: str | None, name: str) -> datasets.Dataset:
-    """Return a list of dicts as a table. Images in memory become lossless PNG files in it."""
+    """Return a list of dicts as a table."""
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(
                 f"Rows must be dicts of columns, got {type(row).__name__} at row {number} of the {name} data."
             )
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    row_format = resolve_format(dataset_format, columns)
     values = {column: [row.get(column) for row in rows] for column in columns}
-    for column in row_format.image_columns:
-        convert = _stored_images if row_format.images_in_list else _stored_image
-        values[column] = [convert(value) for value in values[column]]
-    for column in row_format.read_prompt_columns(columns):
-        values[column] = [_storable_prompt(value) for value in values[column]]
+    for column in resolve_format(dataset_format, columns).image_columns:
+        values[column] = [_stored_image(value) for value in values[column]]
     try:
         return datasets.Dataset.from_dict(values)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(
-            f"Each column of the {name} data must have one kind of values in all rows, and a list of dicts does not: "
+            f"Each column of the {name} data must have one kind of values in all rows. A list of dicts has several: "
             f"{error}"
         ) from error
 
 
-def _stored_image(value: Any) -> dict[str, Any]:
+def _stored_image(value: Any) -> Any:
+    """Return an image, or a list of images, as Arrow stores them. Images in memory become lossless PNG files."""
+    if isinstance(value, list | tuple):
+        return [_stored_image(image) for image in value]
     if isinstance(value, Image.Image):
         try:
             content = io.BytesIO()
             decode_image(value).save(content, "PNG", compress_level=1)
-            return {"bytes": content.getvalue(), "path": None}
+            value = content.getvalue()
         except UndecodableImageError as error:
-            return {"bytes": str(error).encode(), "path": None}  # decoding it fails as well
+            value = str(error).encode()  # decoding it fails as well
     if isinstance(value, Mapping):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
-    if isinstance(value, bytes | bytearray | memoryview):
-        return {"bytes": bytes(value), "path": None}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
     return {"bytes": None, "path": os.fspath(value) if isinstance(value, str | os.PathLike) else None}
-
-
-def _stored_images(values: Any) -> list[dict[str, Any]] | None:
-    return [_stored_image(value) for value in values] if isinstance(values, list | tuple) else None
-
-
-def _storable_prompt(value: Any) -> str | bytes | None:
-    """Return a prompt that Arrow can store; `None`, which is a bad prompt, for anything else."""
-    try:
-        return value if isinstance(value, bytes) else value.encode() and value
-    except (AttributeError, UnicodeEncodeError):
-        return None
 
 
 def local_names(column: pa.ChunkedArray | pa.Array) -> list[str]:
@@ -562,9 +548,40 @@ def _short(digest: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_table(table: Any, columns: Sequence[str], in_list: bool, reader: ImageReader) -> dict[str, list[list[str]]]:
-    rows = (images_of_row(row, columns, in_list) for row in table.to_pylist())
-    return {"results": [[reader.problem(image) for image in images] for images in rows]}
+def _examine_table(
+    table: pa.Table, row_format: PreferenceFormat, reader: ImageReader, decode: bool
+) -> dict[str, list[list[Any]]]:
+    def examine(image: Any) -> tuple[int, int, str]:
+        try:
+            if decode:
+                width, height = reader.decode(image).size
+            else:
+                height, width = reader.size(image)
+        except UndecodableImageError as error:
+            return 0, 0, str(error)
+        return height, width, ""
+
+    columns = row_format.image_columns
+    examined: dict[str, list[list[Any]]] = {name: [] for name in EXAMINED}
+    for values in zip(*(map(_value, table.column(name)) for name in columns), strict=True):
+        images = images_of_row(dict(zip(columns, values, strict=True)), columns, row_format.images_in_list)
+        facts = [examine(image) for image in images]
+        for number, name in enumerate(EXAMINED):
+            examined[name].append([fact[number] for fact in facts])
+    return examined
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """Convert an Arrow value to Python. Bytes become a view, because `as_py` would read a whole mapped file."""
+    if not scalar.is_valid:
+        return None
+    if pa.types.is_struct(scalar.type):
+        return {name: _value(field) for name, field in scalar.items()}
+    if pa.types.is_list(scalar.type) or pa.types.is_large_list(scalar.type):
+        return [_value(entry) for entry in scalar.values]
+    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
+        return memoryview(scalar.as_buffer())
+    return scalar.as_py()
 
 
 def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
