@@ -125,7 +125,7 @@ def test_published_settings_are_the_defaults(class_name, loss_type, beta, mu):
 
 
 def test_a_unet_with_more_inputs_than_latents_is_refused(make_sd_pipeline):
-    with pytest.raises(ValueError, match="takes 9"):
+    with pytest.raises(ValueError, match="has 9"):
         find_family(make_sd_pipeline(in_channels=9))
 
 

@@ -77,14 +77,14 @@ def test_a_folder_with_lumina_2s_older_class_name_loads(tmp_path):
     [
         ("aura_flow", {"in_channels": 8}, "this one takes 8"),
         ("cogview4", {"in_channels": 32}, "this one takes 32"),
-        ("cogview4", {"patch_size": 4}, "4 by 4"),
-        ("flux", {"in_channels": 96}, "this one takes 96: it was made for inpainting"),
+        ("cogview4", {"patch_size": 4}, "`patch_size`"),
+        ("flux", {"in_channels": 96}, "this one takes 96"),
         ("hunyuan_dit", {"learn_sigma": False}, "`learn_sigma`"),
-        ("hunyuan_dit", {"in_channels": 8}, "this one takes 8"),
+        ("hunyuan_dit", {"in_channels": 8}, "8 input channels"),
         ("pixart_sigma", {"use_additional_conditions": True}, "PixArtAlpha"),
         ("qwen_image", {"guidance_embeds": True}, "guidance_embeds"),
         ("sana", {"guidance_embeds": True}, "Sana-Sprint"),
-        ("wan", {"image_dim": 32}, "`image_dim` is 32"),
+        ("wan", {"image_dim": 32}, "`image_dim` None, got 32"),
         ("z_image", {"siglip_feat_dim": 16}, "Omni"),
     ],
 )

@@ -150,7 +150,7 @@ def test_files_that_are_not_read_are_told(sd_file, tmp_path):
     with pytest.raises(ValueError, match="pickles"):
         (tmp_path / "model.ckpt").write_bytes(b"pickle")
         load_pipeline(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="`config` is for a model in one file"):
+    with pytest.raises(ValueError, match="`config` is only for a model in one file"):
         load_pipeline(config, config=config)
     with pytest.raises(ValueError, match="stable-diffusion-v1-5/.*`model_init"):
         load_pipeline(file)  # taken for Stable Diffusion 1.5, whose configuration is not in the cache

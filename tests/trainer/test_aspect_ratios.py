@@ -120,7 +120,7 @@ def test_flux_shifts_its_timesteps_by_the_tokens_of_the_bucket(bucketed, monkeyp
 
 
 def test_a_size_without_positions_is_refused_at_the_start(bucketed):
-    with pytest.raises(ValueError, match=r"24x40, 28x36, 36x28, 40x24\. Lower .* knows 8 positions"):
+    with pytest.raises(ValueError, match=r"24x40, 28x36, 36x28, 40x24\. Lower .* positions for 32 pixels"):
         bucketed("aura_flow", resolution=32)
     with pytest.raises(ValueError, match="`step` of `bucket_kwargs`"):
         bucketed("flux", bucket_kwargs={"step": 6})

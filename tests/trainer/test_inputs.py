@@ -89,7 +89,7 @@ def test_an_unsupported_pipeline_class_is_refused(make_trainer, sd_folder, tmp_p
 def test_a_module_that_is_no_denoiser_is_refused(make_trainer, sd_pipeline):
     with pytest.raises(ValueError, match="must be a Hub id, a folder, a diffusers pipeline or its denoiser"):
         make_trainer(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="needs `processing_class="):
+    with pytest.raises(ValueError, match="`processing_class` must be the pipeline"):
         make_trainer(sd_pipeline.unet)
     with pytest.raises(ValueError, match="must be the unet of `processing_class`"):
         make_trainer(AutoencoderKL(), processing_class=sd_pipeline)
@@ -157,7 +157,7 @@ def test_a_quantization_of_transformers_becomes_one_of_diffusers():
 def test_an_adapter_that_acts_with_another_weight_or_not_at_all_is_refused(make_trainer, sd_pipeline):
     sd_pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False), "mine")
     sd_pipeline.unet.set_adapters(["mine"], [0.5])
-    with pytest.raises(ValueError, match="must act with weight 1, got 0.5"):
+    with pytest.raises(ValueError, match="must have weight 1, got 0.5"):
         make_trainer(sd_pipeline)
     sd_pipeline.unet.set_adapters(["mine"], [1.0])
     sd_pipeline.unet.disable_adapters()

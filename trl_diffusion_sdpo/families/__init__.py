@@ -1,4 +1,4 @@
-"""Model families: what is specific to one diffusers pipeline, found by the name of the pipeline's class."""
+"""Model families: how to train each kind of diffusers pipeline. The name of a pipeline's class selects its family."""
 
 from .base import Family, check_in_channels, no_autocast
 from .loss_defaults import DDPM_DEFAULTS, FALLBACK, FLOW_DEFAULTS, LossDefaults

@@ -1,5 +1,4 @@
-"""AuraFlow: a transformer with learned positions, conditioned on one T5 encoder, over flow matching with a fixed
-shift."""
+"""AuraFlow: a transformer with learned positions and a T5 text encoder, trained by flow matching with a fixed shift."""
 
 import math
 from collections.abc import Mapping
@@ -11,22 +10,22 @@ from .base import Family, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
-CALL_RESOLUTION = 1024  # default of the pipeline's call; the published configurations' `sample_size` gives 512
+CALL_RESOLUTION = 1024  # default of the pipeline's call; `sample_size` in the published configurations would give 512
 
 
 class AuraFlowFamily(Family):
-    """`AuraFlowPipeline`, all versions.
+    """Trains `AuraFlowPipeline`, all versions.
 
-    Padding is not masked: the pipeline sets the embeddings of padding to zero and pads every prompt to 256 tokens, and
-    the transformer attends to them.
+    The pipeline pads every prompt to 256 tokens and sets the embeddings of padding to zero. There is no mask: the
+    transformer attends to the padding.
     """
 
     name = "AuraFlow"
     pipeline_classes = ("AuraFlowPipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Our choice, as diffusers has no script for it: those of its script for Stable Diffusion 3, which has similar joint
-    # blocks. Projections of the text exist in the four joint blocks only.
+    # Our choice, because diffusers has no AuraFlow script: the targets of its script for Stable Diffusion 3, which has
+    # similar joint blocks. Only the four joint blocks have text projections.
     lora_target_modules = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6.8B)
     learning_rate_lora = 1e-4  # our choice: usual in diffusers' LoRA scripts
@@ -40,7 +39,7 @@ class AuraFlowFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call, or the largest image for which there are positions."""
+        """The default of the pipeline's call, or less if the transformer has fewer positions."""
         return min(CALL_RESOLUTION, self._positions_per_side * self.patch_size * self.vae_scale_factor)
 
     @property
@@ -48,12 +47,13 @@ class AuraFlowFamily(Family):
         return math.isqrt(self.denoiser.config.pos_embed_max_size)
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Refuse images with more tokens along a side than positions, which the transformer would silently reuse."""
+        """Raise an error for images with more tokens along a side than positions, which the transformer would silently
+        reuse."""
         known = self._positions_per_side * self.patch_size * self.vae_scale_factor
         if max(height, width) > known:
             raise ValueError(
-                f"This AuraFlow transformer knows {self._positions_per_side} positions along a side, {known} pixels; "
-                f"got images of {height} by {width}. Train at a smaller `resolution`."
+                f"This AuraFlow transformer has positions for {known} pixels along a side, got images of {height} by "
+                f"{width}. Train at a smaller `resolution`."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ class AuraFlowFamily(Family):
         return {
             "hidden_states": latents,
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
-            "timestep": timesteps / 1000,  # the transformer's embedding multiplies by the same number
+            "timestep": timesteps / 1000,  # the transformer multiplies by 1000 again
         }
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:

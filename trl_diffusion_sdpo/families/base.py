@@ -1,5 +1,8 @@
-"""The base class of model families: default settings as data, and hooks around one diffusers pipeline for encoding and
-prediction. Families know nothing about preferences or references."""
+"""The base class of model families.
+
+A family wraps one diffusers pipeline and knows how to encode its prompts and images and how to call its denoiser. It
+knows nothing about preference pairs or the reference model.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,10 +18,11 @@ from .loss_defaults import FALLBACK, LossDefaults
 from .noise import NoiseProcess, constant, standard_normal
 from .timestep_sampling import WeightingScheme
 
-PIXELS_AT_ONCE = 8 * 512 * 512  # of the VAE: its activations on a whole micro-batch would be the peak of memory
+# The VAE encodes at most this many pixels at once. On a whole micro-batch, its activations would set peak memory.
+PIXELS_AT_ONCE = 8 * 512 * 512
 
-# Joint attention of image and text, projections of both: targets of diffusers' LoRA script for SD3, and among those of
-# the script for FLUX.1.
+# Query, key, value and output projections of joint attention, for image and text. Diffusers' LoRA script for SD3
+# trains exactly these; its script for FLUX.1 trains these and more.
 JOINT_ATTENTION_TARGETS = (
     "attn.to_k",
     "attn.to_q",
@@ -32,42 +36,52 @@ JOINT_ATTENTION_TARGETS = (
 
 
 class Family(ABC):
-    """One kind of pipeline, as data and hooks. `N` below is the size of any batch; latents may have any rank.
+    """How to train one kind of pipeline: default settings as class attributes, and methods that call the pipeline.
+
+    `N` below is the batch size. Latents may have any number of dimensions.
 
     Args:
         pipeline (`DiffusionPipeline`): A loaded pipeline of one of `pipeline_classes`. It is not modified.
 
     Attributes:
         name (`str`): Name in messages.
-        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes served. The first is the text-to-image
-            pipeline, as which folders of all of them are loaded.
-        pipeline_class (`type[DiffusionPipeline]`, *optional*): The first of `pipeline_classes`, if diffusers does not
-            export it.
-        denoiser_name (`str`): Attribute of the pipeline that is trained.
-        frozen_components (`tuple[str, ...]`): Attributes of the pipeline that are used but not trained.
-        lora_target_modules (`tuple[str, ...]`): Name endings of the modules that get LoRA by default.
-        learning_rate_full, learning_rate_lora (`float`): For AdamW at small batches.
-        defaults (`Mapping[str, LossDefaults]`): Rows by loss name, and the row `FALLBACK` for all others.
-        noise_process_class (`type[NoiseProcess]`): Built from the configuration of the pipeline's scheduler.
-        weighting_scheme (`str`): Density of the timesteps, as in [`TimestepSampling`].
-        patch_size (`int`): Latents per token along one side, of transformers.
-        guidance_scale (`float`, *optional*): Guidance scale in training, for distilled denoisers that take it as an
-            input; else `None`. May be set on an instance.
-        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE in `encode_images`; `None` for as many as
-            `PIXELS_AT_ONCE` are, at least two. May be set on an instance.
-        prompt_padding (`str`): How `encode_prompts` makes prompts of one batch equally long. `"fixed"`: all have one
-            length, in every batch. `"end"`: to the longest of the batch, by zeros at the end that are masked.
-            `"start"`: to the longest by tokens at the start that are attended to, so that a prompt's conditioning
-            depends on the others in its batch.
-        host_conditioning (`tuple[str, ...]`): Results of `encode_prompts` that `denoiser_inputs` reads on the host.
-        generated_image (`str`): The first generated image in the output of the pipeline's call, as code.
-        conditional_rows (`str`): Where the pipeline's call has the rows of the prompts under classifier-free guidance:
-            in the `"last"` or the `"first"` half of a doubled batch, or in `"all"` rows of a call of the denoiser that
-            comes before another one without the prompts.
-        shared_inputs (`tuple[str, ...]`): Inputs of the denoiser that all rows share, such as positions.
+        pipeline_classes (`tuple[str, ...]`): Names of the pipeline classes that this family can train. A saved
+            pipeline of any of them is loaded as the first one, the text-to-image pipeline.
+        pipeline_class (`type[DiffusionPipeline]`, *optional*): The class that `pipeline_classes[0]` names. Needed only
+            if diffusers does not export it.
+        denoiser_name (`str`): Name of the pipeline's component that is trained, `"unet"` or `"transformer"`.
+        frozen_components (`tuple[str, ...]`): Names of the components that training uses but does not train, such as
+            `"vae"` and `"text_encoder"`.
+        lora_target_modules (`tuple[str, ...]`): Default `target_modules` of a LoRA: modules whose name ends with one
+            of these.
+        learning_rate_full, learning_rate_lora (`float`): Default learning rates of full and LoRA training, for AdamW
+            and small batches.
+        defaults (`Mapping[str, LossDefaults]`): Default settings by loss name. The entry `FALLBACK` serves all other
+            losses.
+        noise_process_class (`type[NoiseProcess]`): Class of `noise_process`, which is built from the configuration of
+            the pipeline's scheduler.
+        weighting_scheme (`str`): Default distribution of sampled timesteps, a `scheme` of [`TimestepSampling`].
+        patch_size (`int`): Side of a transformer's patch in latents. A token covers `patch_size` by `patch_size`
+            latents.
+        guidance_scale (`float`, *optional*): Guidance scale that a guidance-distilled denoiser gets as an input in
+            training. `None` for all other denoisers. May be set on an instance.
+        vae_encode_batch_size (`int`, *optional*): Images per call of the VAE. If `None`, as many as fit into
+            `PIXELS_AT_ONCE` pixels, and at least two. May be set on an instance.
+        prompt_padding (`str`): How `encode_prompts` pads prompts to one length. `"fixed"`: always to the same length.
+            `"end"`: to the longest prompt of the batch, with masked zeros at the end. `"start"`: to the longest prompt
+            of the batch, with unmasked tokens at the start; a prompt's embedding then depends on the other prompts of
+            its batch.
+        host_conditioning (`tuple[str, ...]`): Names of the tensors from `encode_prompts` that stay on the CPU, because
+            `denoiser_inputs` reads their values there.
+        generated_image (`str`): Python expression that selects the first image from the output of the pipeline's call,
+            for the code on model cards.
+        conditional_rows (`str`): How the pipeline calls its denoiser under classifier-free guidance. `"last"` or
+            `"first"`: once, with a doubled batch whose last or first half has the prompts. `"all"`: twice, first with
+            the prompts and then with the negative prompts.
+        shared_inputs (`tuple[str, ...]`): Names of denoiser inputs without a batch dimension, such as position ids.
 
     Raises:
-        ValueError: If the pipeline cannot be trained with this family (`check_pipeline`, `noise_process_class`).
+        ValueError: If `check_pipeline` refuses the pipeline, or `noise_process_class` refuses its scheduler.
     """
 
     name: ClassVar[str]
@@ -99,41 +113,43 @@ class Family(ABC):
 
     @classmethod
     def for_generation(cls, pipeline: DiffusionPipeline) -> "Family":
-        """The family around a pipeline that only generates images and may lack its VAE and text encoders."""
+        """Return a family for a pipeline that only generates images and may lack its VAE and text encoders."""
         family = cls.__new__(cls)
         family.frozen_components = tuple(name for name in cls.frozen_components if getattr(pipeline, name, None))
         if "vae" in family.frozen_components:
             Family.__init__(family, pipeline)
-        else:  # whose configuration the checks read
+        else:  # `check_pipeline` reads the VAE's configuration
             family.pipeline = pipeline
             family.noise_process = cls.noise_process_class(pipeline.scheduler.config)
         return family
 
     @classmethod
     def loss_defaults(cls, loss_type: str) -> LossDefaults:
-        """Settings for a loss: its row of `defaults`, or the fallback row."""
+        """Return the default settings of a loss."""
         return cls.defaults.get(loss_type, cls.defaults[FALLBACK])
 
     @property
     def denoiser(self) -> Any:
-        """The pipeline's denoiser, without the wrappers of training."""
+        """The pipeline's denoiser (UNet or transformer), without the wrappers that training adds."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """Names of the denoiser's modules whose output is not used. They get no gradient and are not trained."""
+        """Names of denoiser modules whose output does not reach the prediction. They get no gradient, so training
+        freezes them."""
         return ()
 
     @property
     def has_few_steps(self) -> bool:
-        """Whether the denoiser was distilled to few steps, as far as its configuration says."""
+        """Whether the configuration says that the model was distilled to generate in few steps."""
         return False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the denoiser's inputs: that of its weights, or the one that `settle_dtype` stored.
+        """Dtype of the denoiser's inputs: the dtype that `settle_dtype` stored, or else that of the denoiser's
+        weights.
 
-        The weights of adapters are ignored, since they may differ from those of a quantized base model.
+        LoRA weights are ignored, because their dtype may differ from that of a quantized base model.
         """
         if self._settled_dtype is not None:
             return self._settled_dtype
@@ -141,19 +157,22 @@ class Family(ABC):
         return next((weight.dtype for weight in weights if weight.is_floating_point()), self.denoiser.dtype)
 
     def settle_dtype(self, dtype: torch.dtype | None = None) -> None:
-        """Store the present `dtype`: under engines that shard, the dtype of the weights changes between passes. Another
-        one can be given, for a rounded copy of the denoiser."""
+        """Fix `dtype` from now on, to its current value or to another one.
+
+        Sharding engines change the dtype of the weights between passes. A rounded copy of the denoiser needs another
+        dtype.
+        """
         self._settled_dtype = dtype
         self._settled_dtype = self.dtype
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent along one side."""
+        """Image pixels per latent along one side."""
         return self.pipeline.vae_scale_factor
 
     @property
     def default_resolution(self) -> int | tuple[int, int]:
-        """Image size that the denoiser was configured for: one number if square, else `(height, width)`."""
+        """Image size that the denoiser was configured for, in pixels: one number if square, else `(height, width)`."""
         sample_size = self.denoiser.config.sample_size
         if isinstance(sample_size, int):
             return sample_size * self.vae_scale_factor
@@ -161,34 +180,36 @@ class Family(ABC):
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
-        """Number of the denoiser's tokens for one of these latents, `(N, C, ..., H, W)`."""
+        """Return how many tokens the denoiser makes of one image with latents of this shape, `(N, C, ..., H, W)`."""
         return math.prod(latents.shape[2:]) // self.patch_size**2
 
     def tokens_of_image(self, height: int, width: int) -> int:
-        """Number of the denoiser's tokens for an image of a size in pixels."""
+        """Return how many tokens the denoiser makes of an image of this size in pixels."""
         return height * width // (self.vae_scale_factor * self.patch_size) ** 2
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """Arguments of the pipeline's call for generating sample images during training.
+        """Return the arguments with which the trainer calls the pipeline to generate sample images.
 
         Args:
-            scale (`float`, *optional*): Guidance scale; the pipeline's default if `None`.
+            scale (`float`, *optional*): Guidance scale. If `None`, the pipeline uses its default.
         """
         return {} if scale is None else {"guidance_scale": scale}
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Refuse training images of a size, in pixels, for which the denoiser has no positions.
+        """Raise an error if the denoiser cannot train on images of this size in pixels.
+
+        The default allows every size.
 
         Raises:
-            ValueError: From families whose denoisers have a limited number of positions.
+            ValueError: If the denoiser has too few position embeddings for this size.
         """
         return None
 
     def check_pipeline(self) -> None:
-        """Refuse a pipeline of the right class that this family cannot train.
+        """Raise an error if this family cannot train the pipeline, although its class is right.
 
         Raises:
-            ValueError: If a network is missing; families add further conditions.
+            ValueError: If the denoiser or a frozen component is missing. Families add further conditions.
         """
         for component in (self.denoiser_name, *self.frozen_components):
             if getattr(self.pipeline, component) is None:
@@ -199,24 +220,24 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Conditioning of the prompts by the pipeline's `encode_prompt`, without guidance.
+        """Encode prompts with the pipeline's `encode_prompt`, without classifier-free guidance.
 
         Args:
-            prompts (`list[str]` of length N): May contain empty strings, which are encoded like any other.
+            prompts (`list[str]` of length N): Empty strings are allowed and encoded like any other prompt.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device;
-            those of `host_conditioning` are on the CPU.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, in the text encoder's dtype and on its device.
+            Tensors named in `host_conditioning` are on the CPU.
         """
 
     def call_encode_prompt(
         self, prompts: list[str], *, text_encoder: str = "text_encoder", **arguments: Any
     ) -> tuple[Any, ...]:
-        """The pipeline's `encode_prompt` outside autocast and on the device of one of its text encoders.
+        """Call the pipeline's `encode_prompt` on the device of a text encoder, with autocast off.
 
         Args:
             prompts (`list[str]`): As in `encode_prompts`.
-            text_encoder (`str`): Name of the component whose device is used.
+            text_encoder (`str`): Name of the text encoder whose device is used.
             arguments: Further arguments of `encode_prompt`.
         """
         device = getattr(self.pipeline, text_encoder).device
@@ -226,20 +247,20 @@ class Family(ABC):
     def encode_images(
         self, pixel_values: torch.Tensor, generator: list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """Latents of the images, scaled for the denoiser.
+        """Encode images to latents and scale them for the denoiser.
 
-        The VAE runs in its own dtype and outside autocast, so that latents do not depend on the training's precision.
+        The VAE runs in its own dtype with autocast off, so that latents do not depend on the training precision.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, 3, H, W)`): Images in `[-1, 1]`.
-            generator (`list[torch.Generator]` of length N, *optional*): Generators of the CPU, from which the images'
-                latents are sampled. `None` takes the modes of the posteriors.
+            generator (`list[torch.Generator]` of length N, *optional*): One CPU generator per image, which samples its
+                latents from the VAE's posterior. If `None`, latents are the modes of the posteriors.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32, on the VAE's device.
 
         Raises:
-            ValueError: If the numbers of generators and images differ.
+            ValueError: If the number of generators differs from the number of images.
         """
         if generator is not None and len(generator) != len(pixel_values):
             raise ValueError(
@@ -249,39 +270,43 @@ class Family(ABC):
         return self.latents_of(self.image_moments(pixel_values), generator)
 
     def image_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the VAE's output for images `(N, 3, H, W)` in `[-1, 1]`: the first half of `encode_images`.
+        """Run the VAE's encoder on images `(N, 3, H, W)` in `[-1, 1]`, the first half of `encode_images`.
+
+        `latents_of` samples latents from the result.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, in the dtype in which the VAE ran, on its device.
         """
         vae = self.pipeline.vae
         at_once = self.vae_encode_batch_size or max(2, PIXELS_AT_ONCE // pixel_values[0, 0].numel())
-        device = vae.device  # read once: diffusers visits every module to find it
+        device = vae.device  # read once, because diffusers visits every module to find it
         with no_autocast(device), _without_overflow(vae):
             pixel_values = pixel_values.to(device, vae.dtype)
             parts = pixel_values.split(at_once)
             return torch.cat([self.vae_moments(part) for part in parts])
 
     def latents_of(self, moments: torch.Tensor, generator: list[torch.Generator] | None = None) -> torch.Tensor:
-        """Latents `(N, ...)` as of `encode_images`, from the results of `image_moments` and with the same generators.
-        The VAE itself is not used."""
+        """Sample latents from the output of `image_moments` and scale them, the second half of `encode_images`.
+
+        This gives the latents of `encode_images` with the same generators, `(N, ...)`. The VAE's weights are not used.
+        """
         with no_autocast(moments.device):
             latents = self.sample_moments(moments, generator).float()
         return self.scale_latents(latents)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the VAE's output for images that have its dtype and device.
+        """Return the output of the VAE's encoder for images that already have the VAE's dtype and device.
 
-        It holds means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. For a deterministic VAE it holds the
+        It holds means and log-variances of a Gaussian posterior, `(N, 2C, ...)`. A deterministic VAE returns the
         latents.
         """
         return self.pipeline.vae.encode(pixel_values).latent_dist.parameters
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
-        """Return unscaled latents `(N, ...)` from the output of `vae_moments`.
+        """Sample unscaled latents `(N, ...)` from the output of `vae_moments`, or return the modes if there are no
+        generators.
 
-        They are samples of the posteriors, or their modes if there are no generators. They equal those of the VAE's own
-        posterior to the bit.
+        The result is bit-equal to that of the VAE's own posterior.
         """
         posterior = DiagonalGaussianDistribution(moments)
         if generator is None:
@@ -290,33 +315,33 @@ class Family(ABC):
         return posterior.mean + posterior.std * noise
 
     def latent_statistics(self) -> dict[str, torch.Tensor]:
-        """Tensors of the VAE's weights that `scale_latents` reads, by name; none in most families.
+        """Return the VAE weights that `scale_latents` needs, by name. Most families need none.
 
-        Without the VAE's weights, `keep_statistics` provides them.
+        If the VAE is not loaded, `keep_statistics` supplies them.
         """
         return {}
 
     def keep_statistics(self, statistics: Mapping[str, torch.Tensor]) -> None:
-        """Use these, which `latent_statistics` once returned, in place of the VAE's."""
+        """Use stored results of `latent_statistics` in place of the VAE's weights."""
         self._kept_statistics = dict(statistics)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents `(N, ...)`, scaled for the denoiser: the inverse of what the pipeline does to decode."""
+        """Scale latents `(N, ...)` of the VAE for the denoiser. The pipeline does the inverse before it decodes."""
         config = self.pipeline.vae.config
         return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Conditioning on image sizes; empty for families without it.
+        """Return conditioning on image sizes, as SDXL has it. The default is empty.
 
         Args:
-            original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) before any resizing.
+            original_sizes (`torch.Tensor` of shape `(N, 2)`, int64): (height, width) of the images before resizing.
             crop_top_lefts (`torch.Tensor` of shape `(N, 2)`, int64): (top, left) of the crop in the resized image.
             target_size (`tuple[int, int]`): (height, width) of the training images.
 
         Returns:
-            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, added to those of `encode_prompts`.
+            `dict[str, torch.Tensor]`: Tensors of shape `(N, ...)`, which join those of `encode_prompts`.
         """
         return {}
 
@@ -327,13 +352,15 @@ class Family(ABC):
         timesteps: torch.Tensor,
         conditioning: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The denoiser's prediction, as the pipeline would hand it to its scheduler without guidance.
+        """Return the denoiser's prediction without guidance, in the form that the pipeline passes to its scheduler.
 
         Args:
-            denoiser (`torch.nn.Module`): The pipeline's denoiser, another of equal configuration, or a wrapper.
+            denoiser (`torch.nn.Module`): The pipeline's denoiser, a wrapper around it, or another denoiser of the same
+                configuration.
             noisy_latents (`torch.Tensor` of shape `(N, ...)`): Cast to the dtype of the pipeline's denoiser.
             timesteps (`torch.Tensor` of shape `(N,)`): One for each row.
-            conditioning (`Mapping[str, torch.Tensor]`): Results of `encode_prompts` and `size_conditioning`, N rows.
+            conditioning (`Mapping[str, torch.Tensor]`): Tensors from `encode_prompts` and `size_conditioning`, N rows
+                each.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, in the dtype of the denoiser's output.
@@ -346,7 +373,7 @@ class Family(ABC):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Keyword arguments of the denoiser's `forward`, without `return_dict`.
+        """Return the keyword arguments of the denoiser's `forward`, without `return_dict`.
 
         Args:
             latents (`torch.Tensor` of shape `(N, ...)`): Noisy latents in the denoiser's dtype.
@@ -354,27 +381,28 @@ class Family(ABC):
         """
 
     def prediction_of(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
-        """The prediction `(N, ...)` in the denoiser's output for these latents: by default the output itself."""
+        """Extract the prediction `(N, ...)` from the denoiser's output for these latents. The default returns the
+        output."""
         return output
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The noise process's timesteps in the denoiser's inputs, one or more: the inverse of `denoiser_inputs`."""
+        """Read the timesteps back from the denoiser's inputs: the inverse of what `denoiser_inputs` does to them."""
         return inputs["timestep"]
 
     def noise_level_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The noise levels of [`Family.timesteps_of`], float32 in `[0, 1]`."""
+        """Return the noise levels of the timesteps in the denoiser's inputs, float32 in `[0, 1]`."""
         return self.noise_process.noise_level(self.noise_process.nearest(self.timesteps_of(inputs)))
 
 
 def check_in_channels(family: Family, expected: int) -> None:
-    """Refuse transformers with other input channels than those of noisy latents.
+    """Raise an error if a transformer does not take exactly the channels of noisy latents.
 
     Args:
-        family (`Family`): Its denoiser's configuration has `in_channels`.
-        expected (`int`): Channels of the latents, of a token if latents are packed.
+        family (`Family`): A family whose denoiser has `in_channels` in its configuration.
+        expected (`int`): Channels of the latents, or channels per token if the family packs latents.
 
     Raises:
-        ValueError: For transformers made for inpainting, control images or editing, or for another VAE.
+        ValueError: If the transformer was made for inpainting, control images or editing, or for another VAE.
     """
     taken = family.denoiser.config.in_channels
     if taken != expected:
@@ -386,20 +414,21 @@ def check_in_channels(family: Family, expected: int) -> None:
 
 
 def channel_statistics(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and standard deviations of a VAE's latent channels by its configuration, in a shape that broadcasts."""
+    """Return mean and standard deviation of each latent channel from a VAE's configuration, in a shape that
+    broadcasts."""
     shape, stated = (1, -1, *[1] * (latents.ndim - 2)), (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (constant(tuple(values), latents.dtype, latents.device).view(shape) for values in stated)
     return mean, std
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """A context without autocast, so that frozen components run in their stored precision."""
+    """Return a context that turns autocast off, so that frozen components run in the precision of their weights."""
     return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """A context in which a float16 VAE with `force_upcast` has float32 weights; both casts are exact."""
+    """Cast a float16 VAE with `force_upcast` to float32 within this context. Both casts are exact."""
     overflows = vae.config.get("force_upcast", False) and vae.dtype == torch.float16
     if overflows:
         vae.to(torch.float32)

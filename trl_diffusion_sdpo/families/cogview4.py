@@ -1,5 +1,7 @@
-"""CogView4: a transformer conditioned on a GLM language model and on image sizes, over flow matching with a shift that
-grows with the image. The transformer's timesteps are those before the shift."""
+"""CogView4: a transformer conditioned on a GLM language model and on image sizes, trained by flow matching.
+
+The noise shift grows with the image. The transformer gets timesteps from before the shift.
+"""
 
 import math
 from collections.abc import Mapping
@@ -17,17 +19,17 @@ PATCH_SIZE = 2
 
 
 class CogView4Process(FlowMatchingProcess):
-    """Flow matching with timesteps *before* the shift, and noise levels after it.
+    """Flow matching in which timesteps are taken before the shift and noise levels after it.
 
-    The pipeline gives its transformer evenly spaced timesteps, and its scheduler the same levels shifted by the size of
-    the image; so does the published training. Timesteps here are those of the transformer. Their noise levels depend on
-    an image's number of tokens.
+    The CogView4 pipeline gives its transformer evenly spaced timesteps. It gives its scheduler the same noise levels,
+    shifted by the image size. The published training does the same. Timesteps in this class are those of the
+    transformer, and their noise levels depend on the number of image tokens.
 
     Source: `CogView4Pipeline` and diffusers' `train_control_cogview4.py`.
     """
 
     def shift_of(self, image_seq_len: int) -> float:
-        """`base_shift`, and `max_shift` times the side of the image in units of `base_image_seq_len`'s side."""
+        """Return the shift: `base_shift + max_shift * sqrt(image_seq_len / base_image_seq_len)`."""
         return self.shifts[0] + self.shifts[1] * math.sqrt(image_seq_len / self.lengths[0])
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -36,10 +38,11 @@ class CogView4Process(FlowMatchingProcess):
         return (1.0 - sigmas) * latents.float() + sigmas * noise.float()
 
     def sigmas(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> torch.Tensor:
-        """Share of noise at the timesteps, `(N,)`, float32 in `[0, 1]`, for images with this number of tokens.
+        """Return the noise levels at the timesteps, `(N,)`, float32 in `[0, 1]`, for images with this number of
+        tokens.
 
         Raises:
-            ValueError: If `image_seq_len` is needed and `None`.
+            ValueError: If the shift depends on `image_seq_len` and it is `None`.
         """
         levels, factor = timesteps.float() / self.num_train_timesteps, self._shift_factor(image_seq_len)
         return factor * levels / (1.0 + (factor - 1.0) * levels)
@@ -53,21 +56,21 @@ class CogView4Process(FlowMatchingProcess):
 
 
 class CogView4Family(Family):
-    """`CogView4Pipeline`; transformers of the control pipeline, which take a control image, are refused.
+    """Trains `CogView4Pipeline`. Transformers of the control pipeline are refused, because they take a control image.
 
-    The prompts of a call are padded on the left to the length of the longest, rounded up to 16, without a mask. As in
-    the pipeline, a prompt's embedding depends on the longest prompt of its batch; only prompts of one length can be
-    joined row by row.
+    A batch of prompts is padded on the left, without a mask, to the longest prompt, rounded up to 16 tokens. As in the
+    pipeline, a prompt's embedding therefore depends on the longest prompt of its batch. Only embeddings of equal
+    length can be joined in one batch.
     """
 
     name = "CogView4"
     pipeline_classes = ("CogView4Pipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Our choice, as diffusers' script for CogView4 trains all weights: the attention targets of its LoRA scripts.
+    # Our choice: the attention targets of diffusers' LoRA scripts. Its script for CogView4 trains all weights.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     learning_rate_full = 1e-6  # our choice: no number is published, and the model is large (6B)
-    learning_rate_lora = 1e-4  # as diffusers' script for control, over all weights
+    learning_rate_lora = 1e-4  # as diffusers' control script, which trains all weights
     defaults = FLOW_DEFAULTS
     noise_process_class = CogView4Process
     patch_size = PATCH_SIZE
@@ -81,8 +84,8 @@ class CogView4Family(Family):
         patch_size = self.denoiser.config.patch_size
         if patch_size != PATCH_SIZE:
             raise ValueError(
-                f"A CogView4 transformer makes a token of {PATCH_SIZE} by {PATCH_SIZE} latents, and this one of "
-                f"{patch_size} by {patch_size}. Use a checkpoint of CogView4."
+                f"A CogView4 transformer has `patch_size` {PATCH_SIZE}, got {patch_size}. Use a checkpoint of "
+                "CogView4."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -92,7 +95,8 @@ class CogView4Family(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """Three tensors of shape `(N, 2)`, float32. Half precision would round sizes."""
+        """Return original size, target size and crop as three tensors `(N, 2)`, float32. Half precision would round
+        them."""
         target = constant(tuple(target_size), torch.float32, original_sizes.device)
         return {
             "original_size": original_sizes.float(),
@@ -118,8 +122,11 @@ class CogView4Family(Family):
         return self.noise_process.noise_level(self.timesteps_of(inputs), tokens)
 
     def _rotary(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Cached rotary positions for a size of latents. The denoiser would compute them on the CPU in every prediction
-        and copy them to the accelerator in every layer."""
+        """Return cached rotary position embeddings for this size of latents.
+
+        Without the cache, the denoiser would compute them on the CPU in every prediction and copy them to the
+        accelerator in every layer.
+        """
         rope: Any = self.denoiser.rope
         kind = (type(rope), rope.dim, rope.patch_size, tuple(rope.rope_axes_dim), rope.theta)
         return _made_rotary(kind, height, width, device)
@@ -127,6 +134,9 @@ class CogView4Family(Family):
 
 @lru_cache(maxsize=64)
 def _made_rotary(kind: tuple[Any, ...], height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Computed by a new module: that of the denoiser may have an engine's hooks, and the cache would keep it alive."""
+    """Compute rotary position embeddings with a new module.
+
+    The denoiser's own module may have an engine's hooks, and the cache would keep it alive.
+    """
     rope_class, *settings = kind
     return tuple(part.to(device) for part in rope_class(*settings)(torch.empty(1, 1, height, width)))

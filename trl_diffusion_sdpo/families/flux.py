@@ -1,5 +1,7 @@
-"""FLUX.1: a transformer over packed latents, conditioned on T5 tokens, pooled CLIP text and, if distilled for it, a
-guidance scale; over flow matching."""
+"""FLUX.1: a transformer over packed latents, trained by flow matching.
+
+It is conditioned on T5 tokens, the pooled CLIP text embedding and, in guidance-distilled models, a guidance scale.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +16,14 @@ from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_p
 
 
 class FluxFamily(Family):
-    """`FluxPipeline` with the transformer of FLUX.1 dev or schnell, and folders of its image-to-image and inpainting
-    classes, which hold the same transformer. Fill, Canny and Depth, which take further images, are refused.
+    """Trains `FluxPipeline` with the transformer of FLUX.1 dev or schnell.
 
-    dev was distilled to take the guidance scale as an input. Training fixes it at `guidance_scale`; images can be
-    generated at any scale afterwards, as with models from diffusers' script. schnell has no such input. It was
-    distilled to few steps, which training on flow matching unlearns: prefer dev if there is a choice.
+    Pipelines saved as the image-to-image or inpainting class can be trained too, because their transformer is the
+    same. Fill, Canny and Depth are refused, because they take additional images.
+
+    FLUX.1 dev takes the guidance scale as an input. Training sets it to `guidance_scale`. Afterwards, images can be
+    generated at any scale, as with models from diffusers' training script. FLUX.1 schnell has no such input. It was
+    distilled to generate in few steps, and training gradually undoes that: prefer dev if you can.
     """
 
     name = "FLUX.1"
@@ -27,7 +31,7 @@ class FluxFamily(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = TWO_STREAM_TARGETS  # as diffusers' LoRA script for FLUX
-    # Our choice: half of Stable Diffusion's, because larger and distilled models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, because large and distilled models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
@@ -35,8 +39,8 @@ class FluxFamily(Family):
     patch_size = 2
     conditional_rows = "all"
     shared_inputs = ("txt_ids", "img_ids")
-    # As in the README of diffusers' scripts: at 1 the distilled model predicts as without guidance, and the targets are
-    # made without guidance.
+    # As in the README of diffusers' scripts. At 1 the distilled model predicts as if without guidance, and training
+    # targets contain no guidance.
     guidance_scale: float | None = 1.0
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -54,11 +58,12 @@ class FluxFamily(Family):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens that a prompt is padded to, without a mask: 512 for dev, 256 for schnell, as in their model cards."""
+        """Number of tokens that every prompt is padded to, without a mask: 512 for dev, 256 for schnell, as in their
+        model cards."""
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and the length of prompts in training: the default of the pipeline's call is that of dev."""
+        """Add the prompt length of training, because the pipeline's call always defaults to that of dev."""
         return {**super().generation_kwargs(scale), "max_sequence_length": self.max_sequence_length}
 
     def check_pipeline(self) -> None:

@@ -1,5 +1,8 @@
-"""FLUX.2: a transformer over text and image tokens. Its latents are squares of two by two of the VAE's, normalised by
-the statistics of a batch norm in the VAE. The dev model takes guidance as an input, klein does not."""
+"""FLUX.2: a transformer over text and image tokens, trained by flow matching.
+
+Each token is a square of two by two VAE latents, normalised by statistics that the VAE stores in a batch norm. The dev
+model takes the guidance scale as an input, klein does not.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +14,8 @@ from .base import Family, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
-# As diffusers' LoRA script for klein; that for dev omits the single-stream blocks, 48 of its 56. Their `to_out` is a
-# layer, and in the other blocks a list of layers, so that it must be named block by block.
+# The targets of diffusers' LoRA script for klein. The script for dev leaves out the single-stream blocks, 48 of dev's
+# 56 blocks. In these blocks `to_out` is a layer, in all others a list of layers, so each block is named.
 LORA_TARGETS = (
     *("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(48)),
@@ -20,15 +23,18 @@ LORA_TARGETS = (
 
 
 class Flux2Process(FlowMatchingProcess):
-    """Flow matching under FLUX.2's shift, which depends on the image's tokens and on the number of sampling steps: 50,
-    the default of both pipelines. At 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for 50 and 1.7 for 100."""
+    """Flow matching with the shift of FLUX.2, which depends on the number of image tokens and of sampling steps.
+
+    Training assumes 50 sampling steps, the default of both pipelines. At 1024 pixels `mu` is 2.3 for 10 steps, 2.0 for
+    50 and 1.7 for 100.
+    """
 
     def shift_of(self, image_seq_len: int) -> float:
         return compute_empirical_mu(image_seq_len, num_steps=50)
 
 
 class Flux2Hooks(Family):
-    """Settings and hooks that the families of dev and klein share."""
+    """Base class of the families for FLUX.2 dev and klein."""
 
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
@@ -52,19 +58,20 @@ class Flux2Hooks(Family):
         check_in_channels(self, 4 * self.pipeline.vae.config.latent_channels)  # two by two latents per token
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """States of three layers of the text encoder, concatenated; prompts are padded to one length."""
+        """Encode prompts as the states of three layers of the text encoder, concatenated and padded to one length."""
         prompt_embeds, _ = self.call_encode_prompt(prompts, num_images_per_prompt=1)
         return {"prompt_embeds": prompt_embeds}  # (N, tokens, width of three layers)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """`(N, C, H, W)` to `(N, 4C, H/2, W/2)`, normalised by the running statistics of the VAE's batch norm."""
+        """Reshape latents `(N, C, H, W)` to `(N, 4C, H/2, W/2)` and normalise them by the statistics of the VAE's
+        batch norm."""
         statistics = self.latent_statistics()
         mean, variance = (statistics[name].to(latents.device).view(1, -1, 1, 1) for name in ("mean", "variance"))
         squares = torch.nn.functional.pixel_unshuffle(latents, 2)
         return (squares - mean) / (variance + self.pipeline.vae.config.batch_norm_eps).sqrt()
 
     def latent_statistics(self) -> dict[str, torch.Tensor]:
-        """The running statistics, `(4C,)` each in float32."""
+        """Return mean and variance of the VAE's batch norm, `(4C,)` each in float32."""
         norm = self.pipeline.vae.bn
         found = {"mean": norm.running_mean.float(), "variance": norm.running_var.float()}
         return self._kept_statistics or found
@@ -85,21 +92,25 @@ class Flux2Hooks(Family):
 
 
 class Flux2Family(Flux2Hooks):
-    """`Flux2Pipeline`: FLUX.2 [dev], prompted through Mistral Small and distilled to take the guidance scale as an
-    input. Training fixes it at `guidance_scale`; images can be generated at any scale afterwards."""
+    """Trains `Flux2Pipeline`, FLUX.2 [dev], whose prompts are encoded by Mistral Small.
+
+    The model takes the guidance scale as an input. Training sets it to `guidance_scale`. Afterwards, images can be
+    generated at any scale.
+    """
 
     name = "FLUX.2"
     pipeline_classes = ("Flux2Pipeline",)
-    # As in the README of diffusers' script: at 1 the distilled model predicts as without guidance, and the targets are
-    # made without guidance.
+    # As in the README of diffusers' script. At 1 the distilled model predicts as if without guidance, and training
+    # targets contain no guidance.
     guidance_scale = 1.0
 
 
 class Flux2KleinFamily(Flux2Hooks):
-    """`Flux2KleinPipeline` and folders of its inpainting class: FLUX.2 [klein], prompted through Qwen3.
+    """Trains `Flux2KleinPipeline`, FLUX.2 [klein], whose prompts are encoded by Qwen3.
 
-    Training on flow matching unlearns the few steps of a distilled checkpoint (`is_distilled`): tune the base model of
-    the same size, whose LoRA fits both, or restrict the timesteps to those of the few steps.
+    Pipelines saved as the inpainting class can be trained too. A distilled checkpoint (`is_distilled`) generates in
+    few steps, and training gradually undoes that. Tune the base model of the same size instead, whose LoRA fits both,
+    or set `timesteps` to those of the few steps.
     """
 
     name = "FLUX.2 klein"
@@ -111,7 +122,11 @@ class Flux2KleinFamily(Flux2Hooks):
 
 
 def token_inputs(noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor) -> dict[str, Any]:
-    """Inputs of the transformer: latents `(N, 4C, H, W)` as tokens, and every token's image, row, column and word."""
+    """Return the transformer's inputs for latents `(N, 4C, H, W)`: the latents as tokens, and the position ids of all
+    tokens.
+
+    A position id has four numbers: image, row, column and word.
+    """
     ranges = [torch.arange(length, device=timesteps.device) for length in (1, *noisy_latents.shape[2:])]
     words = torch.arange(prompt_embeds.shape[1], device=timesteps.device)
     return {

@@ -1,5 +1,7 @@
-"""HunyuanDiT: a transformer conditioned on a bilingual BERT and an mT5 encoder, and in its first versions on image
-sizes and a style, over a DDPM noise process that predicts v."""
+"""HunyuanDiT: a transformer conditioned on a bilingual BERT and an mT5 text encoder, trained by DDPM to predict v.
+
+Versions before 1.2 are also conditioned on image sizes and a style.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,24 +14,25 @@ from .base import Family
 from .loss_defaults import DDPM_DEFAULTS
 from .noise import DDPMProcess, constant
 
-BASE_LATENTS = 512 // 8  # side, in latents, of the image whose grid the rotary positions of all sizes are scaled to
+BASE_LATENTS = 512 // 8  # side in latents; rotary positions of every image size are scaled to this grid
 BERT, MT5 = 0, 1  # the pipeline's indices of its text encoders
 
 
 class HunyuanDiTFamily(Family):
-    """`HunyuanDiTPipeline`, versions 1.0 to 1.2. Since 1.2 the transformer takes sizes and style and ignores them.
+    """Trains `HunyuanDiTPipeline`, versions 1.0 to 1.2. Since 1.2, the transformer accepts sizes and style and ignores
+    them.
 
-    The pipeline's call generates the sizes of a list only, unless `use_resolution_binning=False`, and its default of
-    `original_size` is 1024 by 1024.
+    To generate images of any size, call the pipeline with `use_resolution_binning=False`; it otherwise rounds to a
+    fixed list of sizes.
     """
 
     name = "HunyuanDiT"
     pipeline_classes = ("HunyuanDiTPipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
-    # Our choice, as diffusers has no script for it: all attention projections, of the image and to the text.
+    # Our choice, because diffusers has no HunyuanDiT script: all projections of self-attention and cross-attention.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    learning_rate_full = 1e-6  # our choice: no number is published for preferences on this model (1.5B)
+    learning_rate_full = 1e-6  # our choice: no rate is published for preference tuning of this model (1.5B)
     learning_rate_lora = 1e-4  # as HunyuanDiT's LoRA script
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
@@ -37,7 +40,7 @@ class HunyuanDiTFamily(Family):
     shared_inputs = ("image_rotary_emb",)
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
+        """Turn off the rounding of image sizes to the pipeline's fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
@@ -45,9 +48,9 @@ class HunyuanDiTFamily(Family):
         transformer, channels = self.denoiser.config, self.pipeline.vae.config.latent_channels
         if transformer.in_channels != channels or not transformer.learn_sigma:
             raise ValueError(
-                f"A HunyuanDiT transformer takes the VAE's {channels} latent channels and answers with twice as many "
-                f"(`learn_sigma`); this one takes {transformer.in_channels} and has `learn_sigma` "
-                f"{transformer.learn_sigma}. Use a text-to-image checkpoint."
+                f"A HunyuanDiT transformer has {channels} input channels, the latent channels of its VAE, and "
+                f"`learn_sigma=True`. This one has {transformer.in_channels} input channels and "
+                f"`learn_sigma={transformer.learn_sigma}`. Use a text-to-image checkpoint."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -74,8 +77,10 @@ class HunyuanDiTFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """`image_meta_size` of shape `(N, 6)`, float32, in the pipeline's order: original size, target size, crop.
-        Half precision would round sizes."""
+        """Return `image_meta_size`, `(N, 6)`, float32: original size, target size, crop, in the pipeline's order.
+
+        Half precision would round sizes.
+        """
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
         image_meta_size = torch.cat([original_sizes, target_sizes, crop_top_lefts.to(original_sizes)], dim=1)
@@ -90,7 +95,7 @@ class HunyuanDiTFamily(Family):
             "timestep": timesteps.to(dtype),  # the transformer computes its conditioning in the timesteps' dtype
             "encoder_hidden_states": conditioning["prompt_embeds"].to(dtype),
             "text_embedding_mask": conditioning["prompt_attention_mask"],
-            # The transformer flattens these two by `view`.
+            # The transformer calls `view` on this tensor and on `image_meta_size`, so both must be contiguous.
             "encoder_hidden_states_t5": conditioning["prompt_embeds_2"].to(dtype).contiguous(),
             "image_meta_size": conditioning["image_meta_size"].contiguous(),
             "text_embedding_mask_t5": conditioning["prompt_attention_mask_2"],
@@ -99,10 +104,10 @@ class HunyuanDiTFamily(Family):
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return output.chunk(2, dim=1)[0]  # (N, 2C, H, W): without the learned variance
+        return output.chunk(2, dim=1)[0]  # (N, 2C, H, W) -> (N, C, H, W): drop the learned variance
 
     def _rotary_embedding(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of shape `(tokens, width of a head)`."""
+        """Return the cosines and sines of the rotary positions, each `(tokens, width of a head)`."""
         grid = tuple(side // self.patch_size for side in latents.shape[-2:])
         region = get_resize_crop_region_for_grid(grid, BASE_LATENTS // self.patch_size)
         width = self.denoiser.config.attention_head_dim

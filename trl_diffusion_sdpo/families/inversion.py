@@ -1,4 +1,8 @@
-"""Noise by inversion: the noise of an image that the model's own sampling path leads back to, in place of drawn noise.
+"""Noise inversion: find the noise from which the model's own sampler would generate a given image.
+
+Losses can use this noise in place of random noise. Sources for DDPM: https://huggingface.co/papers/2506.02698
+(SmPO-Diffusion, with ReNoise) and DDIM-InPO, both following their training code. The version for flow matching is this
+package's own; none is published.
 
 Sources: https://huggingface.co/papers/2506.02698 (SmPO-Diffusion, with ReNoise) and DDIM-InPO, both as their training
 code has them for DDPM. The form for flow matching is this package's: none is published.
@@ -19,26 +23,26 @@ InversionKind = Literal["ddim", "renoise"]
 InversionEnd = Literal["exact", "grid"]
 KINDS: tuple[str, ...] = get_args(InversionKind)
 ENDS: tuple[str, ...] = get_args(InversionEnd)
-CALLS: dict[InversionKind, int] = {"ddim": 1, "renoise": 2}  # of the denoiser, in a step
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # from noisy latents and timesteps to the prediction
-_TINY = 1e-20  # in place of a divisor that is 0, where the dividend is
+CALLS: dict[InversionKind, int] = {"ddim": 1, "renoise": 2}  # calls of the denoiser per step
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy latents, timesteps) -> prediction
+_TINY = 1e-20  # replaces a divisor of 0; the dividend is then 0 too
 
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """How images are inverted.
+    """Settings of noise inversion.
 
     Args:
-        kind (`str`): `"ddim"`, one call of the denoiser a step, or `"renoise"`, two, whose steps are averaged.
-        steps (`int`): Of the grid of timesteps over the whole schedule.
-        end (`str`): `"exact"` takes a last, shorter step to the image's own timestep. `"grid"` stops at the last
-            timestep of the grid below it, as published: what is found is then noise of another level, and where the
-            grid has no timestep below, the clean latents.
-        eta (`float`): Factor of noise that is added after each step, with the standard deviation of DDIM's variance of
-            the next step of the grid, as DDIM-InPO's code has it.
+        kind (`str`): `"ddim"` calls the denoiser once per step. `"renoise"` calls it twice and averages the two steps.
+        steps (`int`): Number of steps over the whole schedule. An image at a lower timestep takes fewer of them.
+        end (`str`): `"exact"` ends with a shorter step to the image's own timestep. `"grid"` stops at the last grid
+            timestep below it, as published; the noise then belongs to a lower noise level. An image below the whole
+            grid takes no step, and its noisy latents are its clean latents.
+        eta (`float`): Amount of random noise added after each step, in units of the standard deviation of DDIM's next
+            step, as in the code of DDIM-InPO. 0 adds none.
 
     Raises:
-        ValueError: If there is no step, or `eta` is negative.
+        ValueError: If `steps` is below 1 or `eta` is negative.
     """
 
     kind: InversionKind = "ddim"
@@ -54,34 +58,37 @@ class InversionSettings:
 
 
 class Level(NamedTuple):
-    """The factors of clean latents and noise in noisy latents, each `(N, 1, ...)`."""
+    """A noise level, given by the factors of clean latents and noise in `x = signal * clean + noise * n`.
+
+    Both factors have shape `(N, 1, ...)`.
+    """
 
     signal: torch.Tensor
     noise: torch.Tensor
 
     def mix(self, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noisy latents."""
+        """Return noisy latents of this level."""
         return self.signal * clean + self.noise * noise
 
     def where(self, rows: torch.Tensor, other: Level) -> Level:
-        """This level in some rows, another one in the rest."""
+        """Return this level for the rows selected by a mask, and another level for all other rows."""
         return Level(torch.where(rows, self.signal, other.signal), torch.where(rows, self.noise, other.noise))
 
 
 class Inversion(ABC):
-    """The path of images from clean latents up to their timesteps along a model's own predictions.
+    """Follow images from their clean latents up to their timesteps, along the model's own predictions.
 
-    A step goes from the level `s` to the noisier `t`, with the prediction at the latents of `s` and the timestep `t`;
-    the sampling step from `t` down to `s` has that at the latents of `t`. The path is written for the noise `n` of an
-    image, whose latents are `x = a clean + b n`: a step is `n_t = e + r (n_s - e)`, with the noise `e` that the
-    prediction stands for and the part `r` of the old noise that remains. So no difference is divided by a share of
-    noise that is nearly 0.
+    One step goes from level `s` to a noisier level `t`. It calls the denoiser with the latents of `s` and the timestep
+    `t`; sampling from `t` down to `s` would call it with the latents of `t`. Instead of latents `x = a clean + b n`,
+    the code follows the noise `n`: a step is `n_t = e + r (n_s - e)`. Here `e` is the noise that the prediction
+    implies, and `r` is the fraction of the previous difference that remains. This form never divides by a noise factor
+    close to 0.
 
     Args:
-        process ([`NoiseProcess`]): Of the model.
+        process ([`NoiseProcess`]): The model's noise process.
 
     Attributes:
-        has_variance (`bool`): Whether `eta` has a meaning.
+        has_variance (`bool`): Whether `eta` may be above 0.
     """
 
     has_variance: ClassVar[bool]
@@ -91,29 +98,36 @@ class Inversion(ABC):
 
     @abstractmethod
     def grid(self, steps: int, device: torch.device, image_seq_len: int | None = None) -> torch.Tensor:
-        """The timesteps at which steps end, increasing, without one that no other exceeds: `(K,)`, K <= `steps`."""
+        """Return the timesteps at which steps end, in increasing order: `(K,)` with K <= `steps`.
+
+        The schedule's last timestep is left out, because no image is noisier.
+        """
 
     @abstractmethod
     def level(self, timesteps: torch.Tensor, image_seq_len: int | None = None) -> Level:
-        """The level of timesteps `(N,)`, its factors `(N,)`."""
+        """Return the noise level of timesteps `(N,)`; both factors have shape `(N,)`."""
 
     @abstractmethod
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """The level that the published code takes clean latents for; factors of the shape of `timesteps`."""
+        """Return the level that the published code assigns to clean latents. Both factors have the shape of
+        `timesteps`."""
 
     @abstractmethod
     def noise_of(
         self, prediction: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, level: Level
     ) -> torch.Tensor:
-        """The noise `e` that a prediction of noisy latents at the timestep of `level` stands for, `(N, ...)`."""
+        """Return the noise `e`, `(N, ...)`, that a prediction for noisy latents of this level implies."""
 
     @abstractmethod
     def remaining(self, start: Level, end: Level) -> torch.Tensor:
-        """The part `r` of an image's noise that a step leaves."""
+        """Return the fraction `r` of the previous difference from the implied noise that a step keeps."""
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """The standard deviation `(N,)` of the noise that `eta` scales, added at the timesteps at which a step ends, in
-        units of the noise there; with `has_variance` only."""
+        """Return the standard deviation `(N,)` of the noise that `eta` scales, relative to the noise at these
+        timesteps.
+
+        A step ends at each of the timesteps. Only inversions with `has_variance` implement this.
+        """
         raise ValueError("This inversion has no variance. Use `eta=0`.")
 
     @torch.no_grad()
@@ -127,16 +141,17 @@ class Inversion(ABC):
         image_seq_len: int | None = None,
         draw: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The noise under which each image is, at its timestep, where its path arrives.
+        """Return the noise of each image at its timestep.
 
-        All rows take part in every call of `predict`, whose number depends on the settings alone; a row that has
-        arrived stays as it is. No row depends on another one.
+        Every call of `predict` gets all rows, and the settings alone decide the number of calls. A row that has
+        reached its timestep no longer changes. Rows do not affect each other.
 
         Args:
-            predict (`Callable`): The denoiser's prediction in float32, as of the process's target.
+            predict (`Callable`): Returns the denoiser's prediction in float32, comparable to the target of the noise
+                process.
             latents (`torch.Tensor` of shape `(N, ...)`): Clean latents.
-            timesteps (`torch.Tensor` of shape `(N,)`): Where each row's path ends.
-            draw (`Callable`, *optional*): Standard normal noise `(N, ...)` for `eta`, called once a step.
+            timesteps (`torch.Tensor` of shape `(N,)`): Timestep that each row is inverted to.
+            draw (`Callable`, *optional*): Returns standard normal noise `(N, ...)` for `eta`. Called once per step.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`, float32.
@@ -155,7 +170,8 @@ class Inversion(ABC):
             for _ in range(CALLS[settings.kind]):
                 implied = self.noise_of(predict(noisy, ends), noisy, clean, there)
                 stepped = torch.where(moves, implied + remaining * (noise - implied), noise)
-                # A step is affine in its prediction: the mean of the steps is the step by the predictions' mean.
+                # A step is affine in its prediction, so the mean of two steps equals one step with the mean
+                # prediction.
                 found, noisy = found + stepped / CALLS[settings.kind], there.mix(clean, stepped)
             if settings.eta and draw is not None:
                 added = settings.eta * self.deviation(ends, settings.steps).view(columns) * draw().float()
@@ -174,12 +190,12 @@ class Inversion(ABC):
 
 
 class DDIMInversion(Inversion):
-    """DDIM's step (https://huggingface.co/papers/2010.02502, equation 12, without its noise) backwards, between the
-    timesteps of DDIM's grid: `x_t = a_t (x_s - b_s e) / a_s + b_t e`.
+    """The deterministic DDIM step run backwards, between the timesteps of DDIM's grid.
 
-    `e` is epsilon. Other predictions are converted to it at the timestep that the denoiser was told, so that one
-    network gives one path whatever it predicts; diffusers' `DDIMInverseScheduler` converts them at the level below,
-    where that of clean latents has no epsilon.
+    In latents, a step is `x_t = a_t (x_s - b_s e) / a_s + b_t e`, where `e` is epsilon
+    (https://huggingface.co/papers/2010.02502, equation 12). A velocity or sample prediction is converted to epsilon at
+    the level of the timestep that the denoiser received, so the path does not depend on the prediction type.
+    Diffusers' `DDIMInverseScheduler` converts at the level below, but clean latents have no epsilon.
     """
 
     process: DDPMProcess
@@ -195,7 +211,7 @@ class DDIMInversion(Inversion):
         return Level(alphas.sqrt(), (1.0 - alphas).sqrt())
 
     def first_level(self, timesteps: torch.Tensor) -> Level:
-        """Clean latents, or those of timestep 0 where the scheduler says `set_alpha_to_one=False`."""
+        """Return the level of clean latents, or that of timestep 0 if the scheduler has `set_alpha_to_one=False`."""
         first = self.level(torch.zeros_like(timesteps))
         if not self.process.set_alpha_to_one:
             return first
@@ -210,8 +226,11 @@ class DDIMInversion(Inversion):
         return end.signal * start.noise / (start.signal * end.noise)
 
     def deviation(self, timesteps: torch.Tensor, steps: int) -> torch.Tensor:
-        """By equation 16 of DDIM at `eta = 1`, of the sampling step that comes down to these timesteps from one step of
-        the grid above them, or from the last timestep."""
+        """Return DDIM's standard deviation (equation 16 with `eta = 1`) of the sampling step that ends at each
+        timestep.
+
+        That sampling step starts one grid step above, or at the last timestep if the grid ends before.
+        """
         total = self.process.num_train_timesteps
         here = self.level(timesteps)
         above = self.level((timesteps + total // steps).clamp(max=total - 1))
@@ -220,8 +239,10 @@ class DDIMInversion(Inversion):
 
 
 class EulerInversion(Inversion):
-    """The Euler step of flow matching backwards, `x_t = x_s + (b_t - b_s) v`, between evenly spaced levels that are
-    shifted as the pipeline's are. The noise `e` is `v + clean`."""
+    """The Euler step of flow matching run backwards, `x_t = x_s + (b_t - b_s) v`.
+
+    Steps run between evenly spaced levels, shifted as in the pipeline. The implied noise `e` is `v + clean`.
+    """
 
     process: FlowMatchingProcess
     has_variance = False
@@ -254,10 +275,10 @@ INVERSIONS: dict[type[NoiseProcess], type[Inversion]] = {
 
 
 def inversion_of(process: NoiseProcess) -> Inversion:
-    """The inversion of a noise process: the row of [`INVERSIONS`] of its class, or of one that it inherits from.
+    """Return the inversion for a noise process, by its class or the nearest base class in [`INVERSIONS`].
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If no class in [`INVERSIONS`] fits.
     """
     for kind in type(process).__mro__:
         if kind in INVERSIONS:
@@ -296,14 +317,14 @@ def _linspace(total: int, steps: int, offset: int) -> list[int]:
     return [round(step * (total - 1) / max(steps - 1, 1)) for step in range(steps)]
 
 
-# Of diffusers' `timestep_spacing`: from the number of timesteps, the steps and the offset to the timesteps visited.
+# Diffusers' `timestep_spacing` -> function of (number of timesteps, steps, offset) that returns the timesteps.
 _GRIDS: dict[str, Callable[[int, int, int], list[int]]] = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,
 }
 
-# Epsilon in a prediction for noisy latents at a level: `x = a clean + b epsilon`, `v = a epsilon - b clean`.
+# Prediction type -> epsilon from a prediction, with `x = a clean + b epsilon` and `v = a epsilon - b clean`.
 _EPSILON: dict[str, Callable[[torch.Tensor, torch.Tensor, Level], torch.Tensor]] = {
     "epsilon": lambda prediction, noisy, level: prediction,
     "v_prediction": lambda prediction, noisy, level: level.signal * prediction + level.noise * noisy,

@@ -1,5 +1,10 @@
-"""Names of the modules of diffusers' denoisers in the models' original code, from which kohya's scripts, ComfyUI and
-related tools form the names of a LoRA's tensors.
+"""Translate module names of diffusers' denoisers into the names of the models' original code.
+
+Kohya's scripts, ComfyUI and related tools name a LoRA's tensors by the original modules: `lora_unet_`, followed by the
+name of the original weight. For UNets they use diffusers' names.
+
+Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts, and `model_lora_keys_unet` of
+ComfyUI's `comfy/lora.py` with the tables `*_to_diffusers` of `comfy/utils.py`.
 
 Sources: `networks/lora.py`, `lora_sd3.py` and `lora_flux.py` of kohya-ss/sd-scripts, and `model_lora_keys_unet` of
 ComfyUI's `comfy/lora.py` with the tables `*_to_diffusers` of `comfy/utils.py`. These read `lora_unet_` followed by the
@@ -10,18 +15,18 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Relative numbers of rows of the matrices that the original model concatenates into one; `None` where they differ
-# between checkpoints.
+# The original code concatenates several matrices into one. These tuples are the relative numbers of rows of the
+# concatenated matrices, `None` if they differ between checkpoints.
 EQUAL_2, EQUAL_3, QKV_MLP, UNKNOWN_3 = (1, 1), (1, 1, 1), (1, 1, 1, 4), (None, None, None)
 
 
 class OriginalModule(NamedTuple):
-    """A module of diffusers in the original model.
+    """Where a module of diffusers is found in the original model.
 
     Attributes:
-        module: Name of the original module, with `{}` for the block's number.
-        position: Index among the modules of diffusers whose matrices are concatenated in the original one.
-        rows: Relative numbers of rows of these modules.
+        module: Name of the original module, with `{}` for the block number.
+        position: Index of the diffusers module among those that are concatenated into the original module.
+        rows: Relative numbers of rows of the concatenated modules.
     """
 
     module: str
@@ -30,19 +35,25 @@ class OriginalModule(NamedTuple):
 
 
 def fused(module: str, rows: tuple[int | None, ...], prefix: str, *names: str) -> dict[str, OriginalModule]:
-    """Entries of modules that the original model concatenates, in the order of `names`."""
+    """Return entries for diffusers modules whose matrices the original model concatenates, in the order of `names`."""
     return {f"{prefix}.{name}": OriginalModule(module, position, rows) for position, name in enumerate(names)}
 
 
 def renamed(inside: str, prefix: str, names: Mapping[str, str]) -> dict[str, OriginalModule]:
-    """Entries of modules that the original model only renames: name below `prefix` -> name below `inside`."""
+    """Return entries for modules that the original model only renames.
+
+    Args:
+        inside (`str`): Name of the parent module in the original model.
+        prefix (`str`): Name of the parent module in diffusers.
+        names (`Mapping[str, str]`): Diffusers' name below `prefix` -> original name below `inside`.
+    """
     return {f"{prefix}.{ours}": OriginalModule(f"{inside}.{theirs}") for ours, theirs in names.items()}
 
 
 def per_block(
     blocks: tuple[str, ...], attention: str, rows: tuple[int | None, ...], names: Mapping[str, str]
 ) -> dict[str, OriginalModule]:
-    """Entries of several lists of equal blocks, with a fused attention and renamed modules."""
+    """Return entries for several lists of identical blocks, each with a fused attention and renamed modules."""
     return {
         name: original
         for block in blocks
@@ -83,7 +94,7 @@ STABLE_DIFFUSION_3 = {
     **fused("joint_blocks.{}.x_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_TO),
     **fused("joint_blocks.{}.context_block.attn.qkv", EQUAL_3, f"{_FLUX}.attn", *_ADD),
     **fused("joint_blocks.{}.x_block.attn2.qkv", EQUAL_3, f"{_FLUX}.attn2", *_TO),
-    # Without `norm1_context`, whose two halves are swapped in the last block.
+    # `norm1_context` is left out, because its two halves are swapped in the last block.
     **renamed(
         "joint_blocks.{}",
         _FLUX,
@@ -149,7 +160,7 @@ Z_IMAGE = per_block(_REFINED, "attention", EQUAL_3, _Z_IMAGE_NAMES)
 _LUMINA_FEED_FORWARD = {f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)}
 LUMINA_2 = per_block(_REFINED, "attn", UNKNOWN_3, {"attn.to_out.0": "attention.out", **_LUMINA_FEED_FORWARD})
 
-# Class of the denoiser -> its entries; `None` if the tools read the names in diffusers.
+# Denoiser class -> its entries, or `None` if the tools use diffusers' names.
 ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
     "UNet2DConditionModel": None,
     "QwenImageTransformer2DModel": None,
@@ -165,16 +176,16 @@ ORIGINAL_MODULES: dict[str, dict[str, OriginalModule] | None] = {
 
 
 def original_module(denoiser_class: str, module: str) -> OriginalModule:
-    """The original module of a module of a diffusers denoiser, with the block's number.
+    """Return the original module of a diffusers module, with the block number filled in.
 
     Raises:
-        ValueError: If the denoiser's class or the module is unknown.
+        ValueError: If the table has no entry for the denoiser's class or the module.
     """
     if denoiser_class not in ORIGINAL_MODULES:
         raise ValueError(
-            f"No names are known by which other tools read a LoRA of a {denoiser_class}; they are known for "
-            f"{', '.join(sorted(ORIGINAL_MODULES))}. Use `load_lora_weights` of diffusers, or merge the LoRA into the "
-            "model."
+            f"A LoRA can be exported for other tools if it was trained on one of "
+            f"{', '.join(sorted(ORIGINAL_MODULES))}; got {denoiser_class}. Load it with diffusers' "
+            "`load_lora_weights`, or merge it into the model."
         )
     entries = ORIGINAL_MODULES[denoiser_class]
     if entries is None:
@@ -184,6 +195,6 @@ def original_module(denoiser_class: str, module: str) -> OriginalModule:
         if found:
             return original._replace(module=original.module.format(*found.groups()))
     raise ValueError(
-        f"No name is known by which other tools read a LoRA of the module {module} of a {denoiser_class}. Train with "
-        "the default `target_modules`, or merge the LoRA into the model."
+        f"Other tools cannot read a LoRA on the module {module} of a {denoiser_class}. Train with the default "
+        "`target_modules`, or merge the LoRA into the model."
     )

@@ -1,5 +1,7 @@
-"""Lumina Image 2.0: a transformer with joint attention over a Gemma 2 prompt and the image, over flow matching with
-time from noise (0) to image (1)."""
+"""Lumina Image 2.0: a transformer with joint attention over image and prompt, trained by flow matching.
+
+Prompts are encoded by Gemma 2. The transformer's time runs from 0 (noise) to 1 (image).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +14,11 @@ from .noise import FlowMatchingProcess
 
 
 class Lumina2Family(Family):
-    """`Lumina2Pipeline`, and checkpoints saved under its older name.
+    """Trains `Lumina2Pipeline`, and checkpoints saved under the class's older name `Lumina2Text2ImgPipeline`.
 
-    The denoiser's time goes from noise to image, and it predicts image minus noise; both are reversed here. Prompts are
-    preceded by the pipeline's system prompt, as in its call.
+    The transformer's time runs from noise to image, and it predicts image minus noise. This class reverses both, so
+    the noise process is the usual one. The pipeline's system prompt is put before each prompt, as in the pipeline's
+    call.
 
     Sources: https://huggingface.co/papers/2503.21758 for the model; LoRA targets and rate as diffusers' script.
     """
@@ -25,7 +28,7 @@ class Lumina2Family(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Lumina 2
-    # Our choice, since none is published: between those of Stable Diffusion (2e-6) and of SDXL (2e-7).
+    # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS

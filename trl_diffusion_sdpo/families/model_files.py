@@ -1,4 +1,4 @@
-"""Finds out why a pipeline could not be loaded from its files."""
+"""Explain why diffusers could not load a pipeline's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _AGAIN = "Download it again."
 
 
 def check_parts(name_or_path: str, index: Mapping[str, Any], given: Container[str]) -> None:
-    """Raise `ValueError` where a folder lacks a part that its index names, such as a tokenizer.
+    """Raise `ValueError` if a folder lacks a component that its index names, such as a tokenizer.
+
+    Args:
+        name_or_path (`str`): The pipeline. A Hub id is not checked.
+        index (`Mapping`): The pipeline's `model_index.json`.
+        given: Names of components that do not come from the folder, so they may be missing.
 
     Args:
         index (`Mapping`): The pipeline's `model_index.json`.
@@ -28,13 +33,16 @@ def check_parts(name_or_path: str, index: Mapping[str, Any], given: Container[st
         folder = Path(name_or_path) / name
         if not folder.is_dir() or not any(folder.iterdir()):
             raise ValueError(
-                f"The model_index.json of {name_or_path} names a {name}, a {entry[1]}, and there is no folder {folder} "
-                "with files in it. Download the whole pipeline, or copy that folder from its base."
+                f"The model_index.json of {name_or_path} lists the component {name} ({entry[1]}), but the folder "
+                f"{folder} is missing or empty. Download the whole pipeline, or copy this folder from the base model."
             )
 
 
 def what_is_wrong(name_or_path: str) -> str:
-    """A sentence on the weights of a folder, or of a Hub id in the Hub's cache, with what to do."""
+    """Return a message that says what is wrong with a pipeline's weight files and what to do.
+
+    It looks at a folder, or at the Hub's cache for a Hub id.
+    """
     folder = _folder_of(name_or_path)
     files = sorted(folder.glob("*/*.safetensors")) if folder is not None else []
     for file in files:
@@ -44,18 +52,18 @@ def what_is_wrong(name_or_path: str) -> str:
     for listing in sorted(folder.glob("*/*.safetensors.index.json")) if folder is not None else []:
         missing = _missing_shards(listing)
         if missing:
-            return f"{listing.parent} lacks {len(missing)} of its files of weights, such as {missing[0]}. {_AGAIN}"
-    read = {file.parent for file in files}  # pickles beside safetensors are not looked at
+            return f"{listing.parent} lacks {len(missing)} of its weight files, such as {missing[0]}. {_AGAIN}"
+    read = {file.parent for file in files}  # pickles next to safetensors files do no harm
     pickled = [file for file in folder.glob("*/*") if file.suffix in _PICKLES] if folder is not None else []
     pickled = [file for file in pickled if file.parent not in read]
     if pickled:
         return (
-            f"Every component of a pipeline must have its weights in safetensors files, and {name_or_path} has pickled "
-            f"ones, such as {pickled[0]}, which are never read. Convert them by loading the pipeline in diffusers and "
-            "calling `save_pretrained`."
+            f"The weights of every component must be in safetensors files. {name_or_path} has pickled weights such as "
+            f"{pickled[0]}, which are never read. To convert them, load the pipeline in diffusers and call "
+            "`save_pretrained`."
         )
     return (
-        f"{name_or_path} could not be loaded: each component of a pipeline has its configuration, and its weights "
+        f"{name_or_path} could not be loaded. Every component of a pipeline needs its configuration and its weights "
         "in safetensors files."
     )
 
@@ -65,13 +73,13 @@ def _folder_of(name_or_path: str) -> Path | None:
         return Path(name_or_path)
     try:
         found = try_to_load_from_cache(name_or_path, "model_index.json")
-    except ValueError:  # no Hub id
+    except ValueError:  # not a valid Hub id
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def _damage(file: Path) -> str | None:
-    """Why a file is no safetensors file of its length."""
+    """Return why a file is not a complete safetensors file, or `None` if it is one."""
     try:
         with safe_open(file, "pt"):
             return None

@@ -1,5 +1,4 @@
-"""Ovis-Image: a transformer over packed latents, conditioned on the tokens of a Qwen3 language model, over flow
-matching."""
+"""Ovis-Image: a transformer over packed latents, conditioned on a Qwen3 language model and trained by flow matching."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +12,16 @@ from .packing import TWO_STREAM_TARGETS, pack_patches, patch_positions, unpack_p
 
 
 class OvisImageFamily(Family):
-    """`OvisImagePipeline`. Prompts are padded with zeros to one length, and the padding is not masked."""
+    """Trains `OvisImagePipeline`. Prompts are padded with zeros to one length, and the padding is not masked."""
 
     name = "Ovis-Image"
     pipeline_classes = ("OvisImagePipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Our choice, as diffusers has no script for it: targets of its LoRA script for FLUX.1, which has the same blocks.
+    # Our choice, because diffusers has no Ovis script: targets of its LoRA script for FLUX.1, which has the same
+    # blocks.
     lora_target_modules = TWO_STREAM_TARGETS
-    # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' scripts for similar transformers
     defaults = FLOW_DEFAULTS
@@ -63,6 +63,7 @@ class OvisImageFamily(Family):
 
 
 def _text_positions(length: int, device: torch.device) -> torch.Tensor:
-    """Position ids `(length, 3)` of text, float32: zero, and the token's number as row and as column."""
+    """Return position ids `(length, 3)` of the text, float32: zero, then the token's index twice, as row and as
+    column."""
     numbers = torch.arange(length, device=device, dtype=torch.float32)
     return torch.stack([torch.zeros_like(numbers), numbers, numbers], dim=1)

@@ -1,12 +1,11 @@
-"""Shared by transformers like FLUX.1's: latents packed into tokens of two by two, their positions, and LoRA targets of
-blocks with two streams."""
+"""Helpers for transformers built like FLUX.1: packing latents into tokens, position ids, and LoRA targets."""
 
 import torch
 
 from .base import JOINT_ATTENTION_TARGETS
 
-# Targets of diffusers' LoRA script for FLUX.1: attention and feed-forward layers of the blocks with two streams, and
-# attention of the others.
+# Targets of diffusers' LoRA script for FLUX.1: attention and feed-forward layers of the double-stream blocks, and
+# attention of the single-stream blocks.
 TWO_STREAM_TARGETS = (
     *JOINT_ATTENTION_TARGETS,
     "ff.net.0.proj",
@@ -17,10 +16,10 @@ TWO_STREAM_TARGETS = (
 
 
 def pack_patches(latents: torch.Tensor) -> torch.Tensor:
-    """Pack latents into tokens, row by row; the elements of a token are ordered by channel.
+    """Pack latents into tokens of two by two latents, row by row. The values of a token are ordered by channel.
 
     Args:
-        latents (`torch.Tensor` of shape `(N, C, H, W)`): Of even height and width.
+        latents (`torch.Tensor` of shape `(N, C, H, W)`): Latents with even height and width.
 
     Returns:
         `torch.Tensor` of shape `(N, H/2 * W/2, 4C)`.
@@ -34,8 +33,8 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
     """Undo `pack_patches`.
 
     Args:
-        tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): As from `pack_patches`.
-        height, width (`int`): H and W, in latents.
+        tokens (`torch.Tensor` of shape `(N, H/2 * W/2, 4C)`): Tokens from `pack_patches`.
+        height, width (`int`): H and W of the latents.
 
     Returns:
         `torch.Tensor` of shape `(N, C, H, W)`.
@@ -46,8 +45,7 @@ def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def patch_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Position ids `(H/2 * W/2, 3)` of packed latents: zero, row, column; float32, as FLUX's rotary embedding takes
-    them."""
+    """Return position ids `(H/2 * W/2, 3)` of packed latents: zero, row, column. They are float32, as FLUX expects."""
     ids = torch.zeros(height // 2, width // 2, 3, device=device)
     ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
     ids[..., 2] = torch.arange(width // 2, device=device)

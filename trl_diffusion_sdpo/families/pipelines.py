@@ -1,5 +1,7 @@
-"""Loading of pipelines, or of their denoisers only, from a folder or the Hub: from safetensors files, without code from
-a model repository."""
+"""Load pipelines, or only their denoisers, from a folder, a single file or the Hub.
+
+Weights are read from safetensors files only. Code from a model repository is never run.
+"""
 
 import inspect
 import os
@@ -21,16 +23,16 @@ from .model_files import check_parts, what_is_wrong
 from .registry import family_for_class_name, known_pipeline_classes
 from .single_file import CONFIG_OPTION, configuration_of, is_single_file, reading_single_file
 
-CLASS = "_class_name"  # of the pipeline, in its model_index.json
+CLASS = "_class_name"  # key of the pipeline's class name in model_index.json
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")  # of `load_config`
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies")  # options of diffusers' `load_config`
 _REFUSED_OPTIONS = {
     "trust_remote_code": "Code from a model repository is never run.",
     "custom_pipeline": "Code from a model repository is never run.",
     "use_safetensors": "Weights are always read from safetensors files.",
     "torch_dtype": "The argument is called `dtype`.",
 }
-# Options of a model's `from_pretrained` about where its files are and how they are read.
+# Options of a denoiser's `from_pretrained` that say where its files are and how to read them.
 DENOISER_OPTIONS = (
     *("revision", "variant", "token", *_HUB_OPTIONS),
     *("low_cpu_mem_usage", "disable_mmap", "use_flashpack", "offload_folder", "offload_state_dict"),
@@ -38,8 +40,9 @@ DENOISER_OPTIONS = (
 
 
 def as_text_to_image(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
-    """A pipeline's networks in its family's text-to-image class, which [`load_pipeline`] returns as well; a pipeline of
-    that class is returned unchanged.
+    """Return a pipeline with the same networks in the family's text-to-image class.
+
+    A pipeline of that class is returned unchanged.
 
     Raises:
         `ValueError`: If no family serves the pipeline's class.
@@ -65,31 +68,33 @@ def load_pipeline(
     denoiser_folder: str | os.PathLike | None = None,
     **from_pretrained: Any,
 ) -> diffusers.DiffusionPipeline:
-    """Load a pipeline that a family can train, from safetensors files and without any code from its repository.
+    """Load a pipeline that a model family can train.
 
-    The class is checked before any weights are read. A folder of another class of the same family, such as an
-    image-to-image pipeline, is loaded as the family's text-to-image class.
+    Weights come from safetensors files, and code from the model's repository is never run. The pipeline's class is
+    checked before any weights are read. A pipeline saved as another class of the same family, such as image-to-image,
+    is loaded as the family's text-to-image class.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): Folder saved by diffusers, or id of a model on the Hub.
-        dtype (`torch.dtype`): Of every component.
-        revision, variant, token (*optional*): As diffusers takes them.
-        denoiser_quantization (*optional*): A quantization configuration of diffusers. The denoiser's weights are
-            quantized as they are read, so that they are never in memory in full precision.
-        encoders (`bool`): Whether to load the weights of VAE and text encoders. If not, these components are on the
-            meta device, with their configuration: nothing else of them is read or downloaded. [`load_encoders`] loads
-            them later. Components in `from_pretrained` are used as they are.
-        denoiser (`bool`): The same for the denoiser.
-        denoiser_folder (`str` or `os.PathLike`, *optional*): Where another denoiser of the same class is, in a folder
-            of its name; it takes the place of the pipeline's, which is not read.
-        from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`: components, cache.
+        name_or_path (`str` or `os.PathLike`): Folder saved by diffusers, single safetensors file, or Hub id.
+        dtype (`torch.dtype`): Dtype of all components.
+        revision, variant, token (*optional*): Passed to diffusers.
+        denoiser_quantization (*optional*): A quantization configuration of diffusers for the denoiser. Weights are
+            quantized while they are read, so they are never in memory in full precision.
+        encoders (`bool`): Whether to load the weights of VAE and text encoders. If not, only their configurations are
+            read or downloaded, and the components are on the meta device until [`load_encoders`] loads them.
+            Components passed in `from_pretrained` are used unchanged.
+        denoiser (`bool`): Whether to load the denoiser's weights. If not, the denoiser is on the meta device.
+        denoiser_folder (`str` or `os.PathLike`, *optional*): Folder with a subfolder `unet` or `transformer`. That
+            denoiser is loaded in place of the pipeline's own. It must have the same class.
+        from_pretrained (*optional*): Further arguments of `DiffusionPipeline.from_pretrained`, such as components and
+            `cache_dir`.
 
     Returns:
-        `DiffusionPipeline`: Of the first of its family's `pipeline_classes`.
+        `DiffusionPipeline`: The pipeline, in its family's text-to-image class.
 
     Raises:
-        ValueError: If there is no diffusers pipeline there, no family can train it, it has no safetensors weights, an
-            option is not allowed, or there are two quantization configurations for the denoiser.
+        ValueError: If `name_or_path` is no diffusers pipeline, no family can train it, weights are not in safetensors
+            files, an option is not allowed, or the denoiser has two quantization configurations.
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
@@ -112,15 +117,19 @@ def load_pipeline(
     names = [name for name in absent if name not in from_pretrained]
     options |= networks_without_weights(family, index, base, names, **options)
     pipeline = _read_pipeline(_text_to_image_class(family), name_or_path, base, options)
-    family(pipeline)  # refuses what can't be trained
+    family(pipeline)  # raises if the family can't train it
     return pipeline
 
 
 def load_encoders(
     family: Family, name_or_path: str | os.PathLike, **from_pretrained: Any
 ) -> diffusers.DiffusionPipeline:
-    """A pipeline with the denoiser of `family` and everything else from disk, as a pipeline without its encoders was
-    loaded: `name_or_path` and `from_pretrained` are those of [`load_pipeline`]."""
+    """Load the VAE and text encoders of a pipeline that was loaded without them.
+
+    Args:
+        family (`Family`): Family whose denoiser the new pipeline uses. No denoiser is read from disk.
+        name_or_path, from_pretrained: As passed to [`load_pipeline`].
+    """
     options = {"dtype": torch.float32, **from_pretrained, family.denoiser_name: family.denoiser}
     base = configuration_of(os.fspath(name_or_path), options.pop("config", None))
     return _read_pipeline(type(family.pipeline), os.fspath(name_or_path), base, options)
@@ -129,7 +138,7 @@ def load_encoders(
 def _read_pipeline(
     pipeline_class: Any, name_or_path: str, base: str, options: dict[str, Any]
 ) -> diffusers.DiffusionPipeline:
-    """A pipeline from a folder, the Hub or, with the configuration of `base`, one file."""
+    """Read a pipeline from a folder, the Hub, or one file together with the configuration in `base`."""
     if not is_single_file(name_or_path):
         with _safetensors_only(name_or_path):
             return pipeline_class.from_pretrained(name_or_path, use_safetensors=True, **options)
@@ -137,7 +146,7 @@ def _read_pipeline(
         raise ValueError(
             f"diffusers does not read {pipeline_class.__name__} from one file, got {name_or_path}. Use a folder."
         )
-    options = {key: value for key, value in options.items() if key != "variant"}  # a file is one
+    options = {key: value for key, value in options.items() if key != "variant"}  # a single file has no variants
     with reading_single_file(name_or_path, base):
         return pipeline_class.from_single_file(name_or_path, config=base, **options)
 
@@ -150,21 +159,22 @@ def load_denoiser(
     quantization_config: Any = None,
     **from_pretrained: Any,
 ) -> diffusers.ModelMixin:
-    """Load the denoiser of a pipeline without its other components, from safetensors files.
+    """Load a pipeline's denoiser from safetensors files, without the other components.
 
     Args:
         name_or_path (`str` or `os.PathLike`): The pipeline's folder or Hub id.
-        dtype (`torch.dtype`): Of its weights.
-        folder (`str` or `os.PathLike`, *optional*): Where its weights are, if not in the pipeline.
-        quantization_config (*optional*): Of diffusers; its weights are quantized as they are read.
-        from_pretrained (*optional*): Options named in `DENOISER_OPTIONS`.
+        dtype (`torch.dtype`): Dtype of the weights.
+        folder (`str` or `os.PathLike`, *optional*): Folder to read the weights from, in place of the pipeline's.
+        quantization_config (*optional*): A quantization configuration of diffusers. Weights are quantized while they
+            are read.
+        from_pretrained (*optional*): Options listed in `DENOISER_OPTIONS`.
 
     Returns:
-        `ModelMixin`: Of the class that the pipeline's `model_index.json` names.
+        `ModelMixin`: The denoiser, in the class that the pipeline's `model_index.json` names.
 
     Raises:
-        ValueError: If there is no pipeline that a family can train, its denoiser has no safetensors weights or is
-            neither of diffusers nor of the family's package, or an option is not one of a denoiser.
+        ValueError: If no family can train the pipeline, the denoiser has no safetensors weights, its class belongs
+            neither to diffusers nor to the family's package, or an option is not allowed.
     """
     name_or_path = os.fspath(name_or_path)
     _refuse_options(from_pretrained)
@@ -172,14 +182,14 @@ def load_denoiser(
     unknown = sorted(from_pretrained.keys() - set(DENOISER_OPTIONS))
     if unknown:
         raise ValueError(
-            f"A denoiser alone is loaded with {', '.join(DENOISER_OPTIONS)} and `dtype`; got also {', '.join(unknown)}."
-            " Leave these out, or pass a loaded pipeline."
+            f"Only these options can load a denoiser: {', '.join(DENOISER_OPTIONS)}, dtype. Got also "
+            f"{', '.join(unknown)}. Leave these out, or pass a loaded pipeline."
         )
     index = _index_of(name_or_path, base, **from_pretrained)
     family = family_for_class_name(index[CLASS])
     denoiser_class = _component_class(family, index, family.denoiser_name, name_or_path, (diffusers.ModelMixin,))
     options = from_pretrained
-    if folder is not None:  # it has neither the pipeline's commits nor its variants
+    if folder is not None:  # `revision` and `variant` refer to the pipeline
         options = {key: value for key, value in options.items() if key not in ("revision", "variant")}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
@@ -195,25 +205,25 @@ def load_denoiser(
 
 
 def _quantizing(family: type[Family], quantization: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The option with which a pipeline's denoiser is quantized as it is read."""
+    """Return the option that makes diffusers quantize the denoiser while it reads a pipeline."""
     taken = options.keys() & {"quantization_config", family.denoiser_name}
     if taken:
         raise ValueError(
-            f"The denoiser's weights are quantized as they are read, by one configuration; got also `{min(taken)}`"
-            " to load the pipeline with. Pass one of them."
+            f"Only one quantization configuration can apply to the denoiser. The pipeline's options also have "
+            f"`{min(taken)}`. Pass only one of them."
         )
     mapping = {family.denoiser_name: quantization}
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
 def _text_to_image_class(family: type[Family]) -> type[diffusers.DiffusionPipeline]:
-    """The first of a family's `pipeline_classes`: of the family itself, or of diffusers."""
+    """Return the class that a family's `pipeline_classes[0]` names, from the family or from diffusers."""
     name = family.pipeline_classes[0]
     pipeline_class = family.pipeline_class or getattr(diffusers, name, None)
     if pipeline_class is None or pipeline_class.__name__ != name:
         raise ValueError(
-            f"A {family.name} pipeline is loaded as {name}, the first of its family's `pipeline_classes`. diffusers "
-            f"has no such class, and the family's `pipeline_class` is {family.pipeline_class}. Set it to the class."
+            f"Pipelines of the family {family.name} are loaded as {name}, its `pipeline_classes[0]`. Diffusers has no "
+            f"such class, and the family's `pipeline_class` is {family.pipeline_class}. Set it to the class {name}."
         )
     return pipeline_class
 
@@ -227,15 +237,16 @@ def networks_without_weights(
     dtype: torch.dtype,
     **access: Any,
 ) -> dict[str, nn.Module]:
-    """Networks of a pipeline on the meta device, made from their configurations; no weights are read.
+    """Build networks of a pipeline on the meta device from their configurations. No weights are read.
 
     Args:
         index (`dict`): The pipeline's `model_index.json`, as `read_index` returns it.
-        names (`Iterable[str]`): Of components; those that the pipeline does not have are left out.
-        access: Options as of `load_pipeline`; all but those of the Hub are ignored.
+        names (`Iterable[str]`): Names of components. Names that the pipeline does not have are ignored.
+        access: Options of `load_pipeline`. Only those that the Hub needs are used.
 
     Raises:
-        ValueError: If a class is not of diffusers, transformers or the family's package, or has no configuration.
+        ValueError: If a class is not from diffusers, transformers or the family's package, or its configuration cannot
+            be read.
     """
     options = {name: access[name] for name in ("revision", "token", *_HUB_OPTIONS) if name in access}
     found: dict[str, nn.Module] = {}
@@ -254,16 +265,18 @@ def networks_without_weights(
             raise ValueError(f"The configuration of `{name}` in {name_or_path} could not be read: {error}") from error
         with torch.device("meta"):
             part = part_class(config) if of_transformers else part_class.from_config(config)
-        found[name] = nn.Module.to(part, dtype).eval()  # diffusers' own would warn about rounding weights
+        found[name] = nn.Module.to(part, dtype).eval()  # diffusers' own `to` would warn about rounding
     return found
 
 
 def _component_class(
     family: type[Family], index: dict[str, Any], component: str, name_or_path: str, bases: tuple[type, ...]
 ) -> type[Any]:
-    """The class that a pipeline's index names for a component, if it belongs to the library of one of its `bases`,
-    diffusers or transformers, or to the package of the family. An index from the Hub must not cause any other
-    import."""
+    """Return the class that a pipeline's index names for a component.
+
+    It must come from the library of one of the `bases` (diffusers or transformers) or from the family's package. No
+    other import may happen, because the index may come from a stranger's repository.
+    """
     library, class_name = index.get(component) or (None, None)
     libraries = {base.__module__.partition(".")[0] for base in bases}
     component_class = None
@@ -276,9 +289,9 @@ def _component_class(
             ) from error
     if not isinstance(component_class, type) or not issubclass(component_class, bases):
         raise ValueError(
-            f"The {component} of a pipeline must be a model of {' or '.join(sorted(libraries))}, or a model in the "
-            f"package of its family; the model_index.json of {name_or_path} says {class_name!r} of {library!r}. Pass "
-            "a loaded pipeline."
+            f"The {component} of a pipeline must be a model class of {' or '.join(sorted(libraries))}, or of its "
+            f"family's package. The model_index.json of {name_or_path} names {class_name!r} of {library!r}. Load the "
+            "pipeline yourself and pass it as the model."
         )
     return component_class
 
@@ -292,28 +305,31 @@ def _refuse_options(options: dict[str, Any]) -> None:
 def _safetensors_only(name_or_path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:  # of a variant, or of JSON
+    # diffusers raises a ValueError for a wrong variant or JSON
+    except (OSError, SafetensorError, ValueError) as error:
         if is_own(error):
             raise
         raise ValueError(f"{what_is_wrong(name_or_path)} ({' '.join(str(error).split()).rstrip('.')})") from error
 
 
 def _index_of(name_or_path: str, base: str, **options: Any) -> dict[str, Any]:
-    """`model_index.json` of a model, for a file that of its configuration."""
+    """Return the `model_index.json` of a pipeline, or of the configuration that belongs to a single file."""
     try:
         return read_index(base, **options)
     except ValueError as error:
         if not is_single_file(name_or_path):
             raise
         raise ValueError(
-            f"{name_or_path} needs the configuration of a diffusers pipeline, and that of {base} could not be read. "
-            f"Name a folder or Hub id that has it by {CONFIG_OPTION}. {error}"
+            f"A model in one file needs the configuration of a diffusers pipeline. For {name_or_path} this is {base}, "
+            f"which could not be read. Name another folder or Hub id with {CONFIG_OPTION}. {error}"
         ) from error
 
 
 def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
-    """`model_index.json` of a pipeline, whose entry `CLASS` is a class name. Only the options `revision`, `token` and
-    those in `_HUB_OPTIONS` are used."""
+    """Return the `model_index.json` of a pipeline, after checking that it names a pipeline class.
+
+    Only the options `revision`, `token` and those in `_HUB_OPTIONS` are used.
+    """
     is_folder = os.path.isdir(name_or_path)
     if not is_folder and (os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") > 1):
         raise ValueError(
@@ -322,9 +338,9 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
         )
     if is_folder and not os.path.isfile(os.path.join(name_or_path, "model_index.json")):
         raise ValueError(
-            f"A folder saved by diffusers has a model_index.json, and {name_or_path} has none. Pass the whole "
-            "pipeline's folder; pass a bare UNet or transformer as a loaded model, with its pipeline as "
-            "`processing_class`."
+            f"A folder saved by diffusers has a model_index.json, and {name_or_path} has none. Pass the folder of the "
+            "whole pipeline. To train a UNet or transformer that you loaded, pass it as the model and its pipeline "
+            "as `processing_class`."
         )
     try:
         hub_options = {key: options[key] for key in ("revision", "token", *_HUB_OPTIONS) if key in options}
@@ -337,8 +353,8 @@ def read_index(name_or_path: str, **options: Any) -> dict[str, Any]:
     class_name = index.get(CLASS)
     if not isinstance(class_name, str):
         raise ValueError(
-            f"The model_index.json of a diffusers pipeline names one of diffusers' classes; that of {name_or_path} "
-            f"says {class_name!r}. Code from a model repository is never run; use a pipeline of one of the classes "
+            f"The model_index.json of a pipeline must name a class of diffusers, and that of {name_or_path} has "
+            f"{class_name!r}. Code from a model repository is never run. Use a pipeline of one of these classes: "
             f"{', '.join(known_pipeline_classes())}."
         )
     return index

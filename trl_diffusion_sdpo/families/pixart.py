@@ -1,5 +1,7 @@
-"""PixArt-alpha and PixArt-Sigma: transformers conditioned on a T5 text encoder, over a DDPM noise process. They differ
-in the length of prompts, in alpha's conditioning on image sizes and in the VAE."""
+"""PixArt-alpha and PixArt-Sigma: transformers with a T5 text encoder, trained by DDPM.
+
+They differ in prompt length and VAE. Only PixArt-alpha can be conditioned on image sizes.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,36 +15,39 @@ from .noise import DDPMProcess, constant
 
 
 class PixArtHooks(Family):
-    """Settings and hooks that both families share."""
+    """Base class of both PixArt families."""
 
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # As PixArt's LoRA script (diffusers has none): every linear layer of the blocks, and the embeddings of text,
-    # timestep, sizes and patches. `proj` is the projection of patches and of feed-forward layers.
+    # As in PixArt's LoRA script (diffusers has none): every linear layer of the blocks, and the embeddings of text,
+    # timestep, sizes and patches. `proj` matches the patch embedding and the feed-forward layers.
     lora_target_modules = (
         *("to_k", "to_q", "to_v", "to_out.0", "proj", "proj_out", "ff.net.2", "linear", "linear_1", "linear_2"),
     )
-    # Our choice: a tenth of the 2e-5 of the published training configurations, which begin from less trained weights.
+    # Our choice: a tenth of the 2e-5 in the published configurations, which start from less trained weights.
     learning_rate_full = 2e-6
-    learning_rate_lora = 1e-4  # our choice, as for other families; the default of PixArt's script is 1e-6
+    learning_rate_lora = 1e-4  # our choice, as in other families; PixArt's script has 1e-6
     defaults = DDPM_DEFAULTS
     noise_process_class = DDPMProcess
     patch_size = 2
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether the transformer is conditioned on sizes: by default if it is for 1024 pixels, as in diffusers."""
+        """Whether the transformer is conditioned on image sizes. If its configuration does not say, models for 1024
+        pixels are."""
         config = self.denoiser.config
         stated = config.use_additional_conditions
         return config.sample_size == 128 if stated is None else stated
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
+        """Turn off the rounding of image sizes to the pipeline's fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Embeddings `(N, tokens, width)` and their mask `(N, tokens)`, bool. Prompts are cleaned as by default in the
-        pipeline's call, if the packages for it are installed."""
+        """Return embeddings `(N, tokens, width)` and their mask `(N, tokens)`, bool.
+
+        Captions are cleaned as in the pipeline's call if `bs4` and `ftfy` are installed.
+        """
         clean = is_bs4_available() and is_ftfy_available()
         prompt_embeds, mask, _, _ = self.call_encode_prompt(
             prompts, do_classifier_free_guidance=False, num_images_per_prompt=1, clean_caption=clean
@@ -52,7 +57,7 @@ class PixArtHooks(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Sizes are `None` where the transformer takes none."""
+        """Return the denoiser's inputs. Sizes are `None` if the transformer is not conditioned on them."""
         return {
             "hidden_states": latents,
             "encoder_hidden_states": conditioning["prompt_embeds"].to(latents.dtype),
@@ -62,11 +67,11 @@ class PixArtHooks(Family):
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return output[:, : latents.shape[1]]  # without the learned variance, in the other half of the channels if any
+        return output[:, : latents.shape[1]]  # drop the learned variance, if there is one
 
 
 class PixArtAlphaFamily(PixArtHooks):
-    """`PixArtAlphaPipeline`, with and without conditioning on sizes; prompts are truncated at 120 tokens, as there.
+    """Trains `PixArtAlphaPipeline`, with or without conditioning on image sizes. Prompts are truncated to 120 tokens.
 
     Source of the conditioning on sizes: https://huggingface.co/papers/2310.00426.
     """
@@ -77,9 +82,11 @@ class PixArtAlphaFamily(PixArtHooks):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """The size of the training images `(N, 2)` and height divided by width `(N, 1)`, float32; empty if the
-        transformer takes no sizes. The pipeline conditions on the size that it generates, and PixArt's LoRA script
-        likewise."""
+        """Return the size of the training images `(N, 2)` and their height divided by width `(N, 1)`, float32.
+
+        The result is empty if the transformer is not conditioned on sizes. The pipeline and PixArt's LoRA script also
+        use the size of the image itself, not its original size.
+        """
         if not self.takes_sizes:
             return {}
         height, width = target_size
@@ -90,7 +97,7 @@ class PixArtAlphaFamily(PixArtHooks):
 
 
 class PixArtSigmaFamily(PixArtHooks):
-    """`PixArtSigmaPipeline`; prompts are truncated at 300 tokens, as there.
+    """Trains `PixArtSigmaPipeline`. Prompts are truncated to 300 tokens.
 
     Source: https://huggingface.co/papers/2403.04692.
     """
@@ -102,6 +109,6 @@ class PixArtSigmaFamily(PixArtHooks):
         super().check_pipeline()
         if self.takes_sizes:
             raise ValueError(
-                "A PixArt-Sigma transformer takes no image sizes (`use_additional_conditions=False`), and this one "
-                "does, as PixArt-alpha's for 1024 pixels: the pipeline gives it none. Load it as PixArtAlphaPipeline."
+                "A PixArt-Sigma transformer is not conditioned on image sizes (`use_additional_conditions=False`), "
+                "and this one is, like PixArt-alpha for 1024 pixels. Load it as PixArtAlphaPipeline."
             )

@@ -1,5 +1,7 @@
-"""Qwen-Image: a transformer over packed latents, conditioned on the tokens of a vision-language model, over flow
-matching; its VAE is one of videos."""
+"""Qwen-Image: a transformer over packed latents, conditioned on a vision-language model and trained by flow matching.
+
+Its VAE is a video VAE, used with one frame.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +13,17 @@ from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 from .packing import pack_patches, unpack_patches
 
-# Options of transformers for editing or layers, or that no pipeline of diffusers can call.
+# Options that only the editing and layered models set, or that no pipeline of diffusers supports.
 _OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 class QwenImageFamily(Family):
-    """Serves `QwenImagePipeline`.
+    """Trains `QwenImagePipeline`.
 
     A model folder saved as its image-to-image or inpainting class works too: the transformer is the same.
-    Qwen-Image-Edit and Qwen-Image-Layered are other pipelines, because they take further images.
+    Qwen-Image-Edit and Qwen-Image-Layered have other pipelines, because they take additional images.
 
-    The VAE takes videos, here of one frame; latents have no axis of frames, `(N, C, H, W)`.
+    The VAE encodes videos. Images are passed as one frame, and latents have no frame dimension, `(N, C, H, W)`.
     """
 
     name = "Qwen-Image"
@@ -29,7 +31,7 @@ class QwenImageFamily(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Qwen-Image
-    # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
@@ -37,7 +39,7 @@ class QwenImageFamily(Family):
     patch_size = 2
     conditional_rows = "all"
     prompt_padding = "end"
-    max_sequence_length = 512  # tokens of a prompt, the default of the pipeline's call; longer prompts are truncated
+    max_sequence_length = 512  # tokens per prompt, as the pipeline's call defaults to; longer prompts are truncated
 
     @property
     def default_resolution(self) -> int:
@@ -45,12 +47,15 @@ class QwenImageFamily(Family):
 
     @property
     def idle_modules(self) -> tuple[str, ...]:
-        """The last block's text side: only the image is read after it."""
+        """Modules of the text side in the last block, because only the image side is read after it."""
         last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}"
         return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and the space that the model card gives as negative prompt: without one there is no guidance."""
+        """Pass the guidance scale as `true_cfg_scale`, with the model card's negative prompt, a space.
+
+        Without a negative prompt, the pipeline does not apply guidance.
+        """
         guidance = {} if scale is None else {"true_cfg_scale": scale}
         return guidance if scale is not None and scale <= 1 else {**guidance, "negative_prompt": " "}
 
@@ -60,8 +65,8 @@ class QwenImageFamily(Family):
         others = [name for name in _OTHER_INPUTS if self.denoiser.config[name]]
         if others:
             raise ValueError(
-                f"A text-to-image Qwen-Image transformer takes a prompt and latents, and this one has "
-                f"{', '.join(others)}: it was made for editing or for layers. Use Qwen-Image."
+                f"A text-to-image Qwen-Image transformer takes only a prompt and latents. This one sets "
+                f"{', '.join(others)}, so it was made for editing or for layers. Use Qwen-Image."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,8 @@
-"""The family of each pipeline class: families of this package, those that users register, and those that installed
-packages declare as entry points. A family's module is imported when one of its pipelines is used."""
+"""Find the model family of a pipeline class.
+
+Families come from this package, from `register_family`, and from entry points of installed packages. A family's module
+is imported when one of its pipelines is first used.
+"""
 
 import re
 from importlib import import_module
@@ -12,7 +15,7 @@ from .base import Family
 ENTRY_POINT_GROUP = "trl_diffusion_sdpo.families"
 HOW_TO_ADD = "docs/extending.md"
 
-# Where a family is defined -> the pipeline classes that it serves.
+# "module:Class" of a family -> names of the pipeline classes that it can train.
 _SERVED = {
     "stable_diffusion:StableDiffusionFamily": (
         "StableDiffusionPipeline",
@@ -40,24 +43,22 @@ _SERVED = {
     "flux2:Flux2KleinFamily": ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     "wan:WanFamily": ("WanPipeline",),
 }
-# Pipeline class -> "module:Class" of its family, of those in this package.
+# Pipeline class -> "package.module:Class" of its family, for the families of this package.
 FAMILIES: dict[str, str] = {name: f"{__package__}.{family}" for family, names in _SERVED.items() for name in names}
-_registered: dict[str, str] = {}  # by `register_family`
+_registered: dict[str, str] = {}  # filled by `register_family`
 
 
 def register_family(pipeline_class: str, family: str, *, replace: bool = False) -> None:
-    """Train pipelines of a class with a family that this package does not contain.
-
-    The family's module is imported when such a pipeline is first used.
+    """Register a model family from outside this package for a pipeline class.
 
     Args:
         pipeline_class (`str`): Name of the pipeline's class, as in the `_class_name` of its `model_index.json`.
-        family (`str`): The [`Family`] as `"package.module:Class"`; its `pipeline_classes` must contain
-            `pipeline_class`.
-        replace (`bool`, *optional*, defaults to `False`): Whether to replace another family of this class.
+        family (`str`): The [`Family`] as `"package.module:Class"`. It is imported when such a pipeline is first used,
+            and its `pipeline_classes` must contain `pipeline_class`.
+        replace (`bool`, *optional*, defaults to `False`): Whether to replace the family that the class already has.
 
     Raises:
-        `ValueError`: If a name is malformed, or the class has another family and `replace` is not set.
+        `ValueError`: If a name is malformed, or the class has another family and `replace` is `False`.
 
     Example:
 
@@ -68,49 +69,51 @@ def register_family(pipeline_class: str, family: str, *, replace: bool = False) 
     """
     if not pipeline_class.isidentifier() or not re.fullmatch(r"\w+(\.\w+)*:\w+", family):
         raise ValueError(
-            "A family is registered as the name of a pipeline class and 'package.module:Class', got "
-            f"{pipeline_class!r} and {family!r}. An example: register_family('MyPipeline', 'my_package:MyFamily')."
+            "register_family takes the name of a pipeline class and a family as 'package.module:Class', got "
+            f"{pipeline_class!r} and {family!r}. Example: register_family('MyPipeline', 'my_package:MyFamily')."
         )
     others = {path for path, _ in _sources(pipeline_class)} - {family}
     if others and not replace:
         raise ValueError(
-            f"{pipeline_class} already has the family {', '.join(sorted(others))}; got {family}. Pass `replace=True` "
-            "to train it with the new one."
+            f"{pipeline_class} already has the family {', '.join(sorted(others))}, got {family}. Pass `replace=True` "
+            "to use the new family."
         )
     _registered[pipeline_class] = family
 
 
 def known_pipeline_classes() -> list[str]:
-    """Names of all pipeline classes that have a family."""
+    """Return the names of all pipeline classes that have a family."""
     return list(dict.fromkeys([*FAMILIES, *_registered, *(entry.name for entry in _entry_points())]))
 
 
 def family_for_class_name(name: str) -> type[Family]:
-    """The family of a pipeline class: the registered one, else the one of this package or of an entry point.
+    """Return the family of a pipeline class.
+
+    A registered family comes before the families of this package and of entry points.
 
     Raises:
-        `ValueError`: If there is none, if there are several and none is registered, if it cannot be imported, or if it
-            is not a [`Family`] that lists the class.
+        `ValueError`: If the class has no family, or several and none is registered, or if the family cannot be
+            imported, is not a [`Family`], or does not list the class.
     """
     sources = _sources(name)
     if not sources:
         raise ValueError(
             f"The pipeline class must be one of {', '.join(known_pipeline_classes())}; got {name}. Load a pipeline of "
-            "one of these classes, or write a family for it: the page 'Add a model family' of the documentation "
-            f"({HOW_TO_ADD}) explains how."
+            "one of these classes, or write a family for it. The documentation explains how, on the page 'Add a "
+            f"model family' ({HOW_TO_ADD})."
         )
     if name not in _registered and len({path for path, _ in sources}) > 1:
         listed = ", ".join(f"{path} ({source})" for path, source in sources)
         raise ValueError(
-            f"{name} has several families: {listed}. Choose one with register_family({name!r}, ..., replace=True), or "
-            "uninstall a package."
+            f"A pipeline class can have only one family, and {name} has several: {listed}. Choose one with "
+            f"register_family({name!r}, ..., replace=True), or uninstall a package."
         )
     path, source = sources[0]
     return _import_family(name, path, source)
 
 
 def find_family(pipeline: DiffusionPipeline) -> Family:
-    """The family of a loaded pipeline, around that pipeline.
+    """Return the family of a loaded pipeline, wrapped around this pipeline.
 
     Raises:
         `ValueError`: If no family serves the pipeline's class, or its family cannot train it.
@@ -123,7 +126,7 @@ def _entry_points() -> EntryPoints:
 
 
 def _sources(name: str) -> list[tuple[str, str]]:
-    """All families of a pipeline class as `("module:Class", where it is declared)`; a registered one comes first."""
+    """Return all families of a pipeline class as `("module:Class", source)`, with the registered family first."""
     sources = [(_registered[name], "register_family")] if name in _registered else []
     if name in FAMILIES:
         sources.append((FAMILIES[name], "built in"))

@@ -1,5 +1,7 @@
-"""Sana: a linear-attention transformer on the strongly compressed latents of a deep autoencoder, conditioned on a
-Gemma 2 encoder, over flow matching."""
+"""Sana: a linear-attention transformer over strongly compressed latents, trained by flow matching.
+
+Its autoencoder is deep and deterministic, and prompts are encoded by Gemma 2.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -13,10 +15,10 @@ from .noise import FlowMatchingProcess
 
 
 class SanaFamily(Family):
-    """`SanaPipeline`: Sana and Sana 1.5. Sana-Sprint, distilled to few steps with another objective, is refused.
+    """Trains `SanaPipeline`: Sana and Sana 1.5.
 
-    Prompts are preceded by the pipeline's instruction, the default of its call. The autoencoder's latent is
-    deterministic and does not depend on generators.
+    Sana-Sprint is refused, because it was distilled to few steps with another objective. The pipeline's default
+    instruction is put before each prompt. The autoencoder samples nothing, so its latents do not depend on generators.
 
     Sources: https://huggingface.co/papers/2410.10629 for the model; LoRA targets and rate as diffusers' script.
     """
@@ -26,24 +28,24 @@ class SanaFamily(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v")  # as diffusers' LoRA script for Sana
-    # Our choice, since none is published: between those of Stable Diffusion (2e-6) and of SDXL (2e-7).
+    # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
     noise_process_class = FlowMatchingProcess
-    patch_size = 1  # the autoencoder alone compresses
+    patch_size = 1  # one token per latent: the autoencoder already compresses strongly
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and images of the requested size instead of the nearest in the pipeline's list."""
+        """Turn off the rounding of image sizes to the pipeline's fixed list."""
         return {**super().generation_kwargs(scale), "use_resolution_binning": False}
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.denoiser.config.guidance_embeds:
             raise ValueError(
-                "A Sana transformer takes noisy latents, a time and a prompt, and this one also takes the guidance "
-                "scale (`guidance_embeds`): it is Sana-Sprint's, distilled with another objective. Use the Sana "
-                "checkpoint it was distilled from."
+                "A Sana transformer must have `guidance_embeds=False`, and this one has True. It belongs to "
+                "Sana-Sprint, which was distilled with another objective. Use the Sana checkpoint that it was "
+                "distilled from."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -53,7 +55,7 @@ class SanaFamily(Family):
         return {"prompt_embeds": prompt_embeds, "prompt_mask": mask.bool()}  # (N, tokens, width) and (N, tokens)
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The latents: this VAE is deterministic."""
+        """Return the latents themselves, because this VAE is deterministic."""
         return self.pipeline.vae.encode(pixel_values).latent
 
     def sample_moments(self, moments: torch.Tensor, generator: list[torch.Generator] | None) -> torch.Tensor:
@@ -70,11 +72,12 @@ class SanaFamily(Family):
         }
 
     def prediction_of(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        return output[:, : self.denoiser.config.in_channels]  # without a learned variance, if there is one
+        return output[:, : self.denoiser.config.in_channels]  # drop the learned variance, if there is one
 
     def timesteps_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return inputs["timestep"] / self.denoiser.config.timestep_scale
 
     def _instruction(self) -> list[str]:
-        """The instruction that the pipeline's call adds to prompts by default; `encode_prompt` does not."""
+        """Return the default instruction that the pipeline's call puts before prompts. `encode_prompt` alone adds
+        none."""
         return inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default

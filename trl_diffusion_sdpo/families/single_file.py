@@ -1,4 +1,4 @@
-"""Pipelines in one `.safetensors` file, in the format of the original models; diffusers converts them."""
+"""Models in a single `.safetensors` file, in the format of the original code. Diffusers converts them."""
 
 from __future__ import annotations
 
@@ -18,60 +18,65 @@ _PICKLES = (".bin", ".pt", ".ckpt")
 
 
 def is_single_file(name_or_path: str) -> bool:
-    """Whether a model is a file."""
+    """Whether a model name is the path of a file."""
     return os.path.isfile(name_or_path)
 
 
 def configuration_of(name_or_path: str, config: str | None = None) -> str:
-    """Folder or Hub id of the diffusers pipeline that has the configuration of a model: the model itself, or of a file
-    `config`, or else what diffusers takes its tensors for.
+    """Return the folder or Hub id of a diffusers pipeline that has the configuration of a model.
+
+    For a folder or Hub id, this is the model itself. For a single file, it is `config`, or else the model that
+    diffusers recognises by the file's tensors.
 
     Raises:
-        `ValueError`: If a file is no safetensors file, or `config` is given for another model or would be read from
-            pickles.
+        `ValueError`: If the file is not a safetensors file, `config` was passed for a model that is not a single file,
+            or the folder of `config` has pickled weights.
     """
     if not is_single_file(name_or_path):
         if config is not None:
             raise ValueError(
-                f"`config` is for a model in one file, got {config!r} for {name_or_path}, which has its own. Leave it "
-                "out."
+                f"`config` is only for a model in one file, got {config!r} for {name_or_path}, which is not a file. "
+                "Leave it out."
             )
         return name_or_path
     if Path(name_or_path).suffix != SUFFIX:
         raise ValueError(
-            f"A model in one file is a {SUFFIX} file, got {name_or_path}: other checkpoints are pickles, which can run "
-            "code when they are read. Get the model in safetensors, or convert it where you trust it."
+            f"A model in one file must be a {SUFFIX} file, got {name_or_path}. Other formats are pickles, which can "
+            "run code when they are read. Download the model as safetensors, or convert it if you trust its source."
         )
     if config is None:
         return _inferred(name_or_path)
     for folder in {file.parent for file in Path(config).glob("*/*") if file.suffix in _PICKLES}:
         if not any(folder.glob(f"*{SUFFIX}")):
             raise ValueError(
-                f"What the file lacks would be read from the folder of `config`, and {folder} has pickled weights. "
-                f"Remove them, or convert them to {SUFFIX}."
+                f"Components that the file lacks are read from the folder of `config`, and {folder} has pickled "
+                f"weights, which are never read. Convert them to {SUFFIX}, or remove them."
             )
     return config
 
 
 @contextmanager
 def reading_single_file(name_or_path: str, config: str) -> Iterator[None]:
-    """Within, what a file or its configuration lacks is a `ValueError`."""
+    """Raise `ValueError` for errors of diffusers within this context, such as missing components."""
     try:
         yield
     except SingleFileComponentError as error:
         raise ValueError(
-            f"{name_or_path} lacks a component of the pipeline: {' '.join(str(error).split())} Take the model as a "
+            f"{name_or_path} lacks a component of the pipeline: {' '.join(str(error).split())} Use the model as a "
             "folder saved by diffusers."
         ) from error
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
             f"{name_or_path} could not be read with the configuration of {config}: {' '.join(str(error).split())} To "
-            f"name another, or a folder where there is no network, use {CONFIG_OPTION}."
+            f"name another configuration, or a local folder if you are offline, use {CONFIG_OPTION}."
         ) from error
 
 
 def _inferred(file: str) -> str:
-    """The Hub id of the pipeline that diffusers takes a file for, by names and shapes of its tensors; none is read."""
+    """Return the Hub id of the model that diffusers recognises by the names and shapes of a file's tensors.
+
+    The tensors themselves are not read.
+    """
     try:
         with safe_open(file, "pt") as opened:
             shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}

@@ -1,5 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet conditioned on one CLIP text encoder, over a DDPM noise process that predicts
-epsilon or v."""
+"""Stable Diffusion 1.x and 2.x: a UNet with one CLIP text encoder, trained by DDPM to predict epsilon or v."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +12,18 @@ from .unet_checks import check_text_to_image_unet
 
 
 class StableDiffusionFamily(Family):
-    """`StableDiffusionPipeline`, and folders of its image-to-image and inpainting classes if their UNet is the
-    text-to-image one."""
+    """Trains `StableDiffusionPipeline`.
+
+    Pipelines saved as the image-to-image or inpainting class can be trained too if their UNet is the text-to-image
+    one.
+    """
 
     name = "Stable Diffusion"
     pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' DPO script
-    # Published: 2.05e-5 for AdamW at 2048 pairs. By the square root rule, this is the same at about 20 pairs.
+    # Published: 2.05e-5 for AdamW at 2048 pairs per step. The square root rule scales this to about 20 pairs.
     learning_rate_full = 2e-6
     learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5, over 10000 steps
     defaults = STABLE_DIFFUSION_DEFAULTS

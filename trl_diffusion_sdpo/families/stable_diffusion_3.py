@@ -1,5 +1,7 @@
-"""Stable Diffusion 3 and 3.5: a transformer that sees latents and text as one sequence, conditioned on two CLIP text
-encoders and optionally T5, over a flow matching process."""
+"""Stable Diffusion 3 and 3.5: a transformer over one sequence of image and text tokens, trained by flow matching.
+
+It is conditioned on two CLIP text encoders and optionally on T5.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +15,11 @@ from .noise import FlowMatchingProcess
 
 
 class StableDiffusion3Family(Family):
-    """`StableDiffusion3Pipeline`, and folders of its image-to-image and inpainting classes if their transformer is the
-    text-to-image one.
+    """Trains `StableDiffusion3Pipeline`.
 
-    T5 may be omitted (`text_encoder_3=None, tokenizer_3=None`): its embeddings are then zeros, as in the pipeline.
+    Pipelines saved as the image-to-image or inpainting class can be trained too if their transformer is the
+    text-to-image one. T5 may be left out (`text_encoder_3=None, tokenizer_3=None`). The pipeline then uses zeros as
+    its embeddings.
 
     Source of the architecture and the process: https://huggingface.co/papers/2403.03206.
     """
@@ -29,10 +32,10 @@ class StableDiffusion3Family(Family):
     )
     denoiser_name = "transformer"
     frozen_components: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    # As diffusers' script train_dreambooth_lora_sd3.py: the joint attention of every block, of image and text, without
-    # the second attention (`attn2`) of the image in some blocks of 3.5 Medium.
+    # As in diffusers' train_dreambooth_lora_sd3.py: the joint attention of every block, for image and text. The second
+    # attention (`attn2`) in some blocks of 3.5 Medium is left out.
     lora_target_modules = JOINT_ATTENTION_TARGETS
-    # Our choice, because nothing is published for full tuning: between those of Stable Diffusion and SDXL.
+    # Our choice, because no rate is published for full training: between those of Stable Diffusion and SDXL.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS

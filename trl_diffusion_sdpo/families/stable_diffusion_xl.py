@@ -1,5 +1,7 @@
-"""Stable Diffusion XL: a UNet conditioned on two CLIP text encoders, on the pooled text and on image sizes, over a
-DDPM noise process."""
+"""Stable Diffusion XL: a UNet with two CLIP text encoders, trained by DDPM.
+
+It is also conditioned on the pooled text embedding and on image sizes.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +17,11 @@ N_TIME_IDS = 6  # original height and width, crop top and left, target height an
 
 
 class StableDiffusionXLFamily(Family):
-    """`StableDiffusionXLPipeline` with a base UNet; the refiner's, which takes an aesthetic score, is refused.
+    """Trains `StableDiffusionXLPipeline` with a base UNet. Refiner UNets are refused, because they take an aesthetic
+    score.
 
-    An empty prompt is encoded as text, as in diffusers' training scripts, even if the pipeline's
-    `force_zeros_for_empty_prompt` replaces the negative prompt by zeros under guidance.
+    An empty prompt is encoded as text, as in diffusers' training scripts. The pipeline's
+    `force_zeros_for_empty_prompt` only affects negative prompts under guidance.
 
     Source of the size conditioning: https://huggingface.co/papers/2307.01952, section 2.2.
     """
@@ -28,7 +31,7 @@ class StableDiffusionXLFamily(Family):
     denoiser_name = "unet"
     frozen_components = ("vae", "text_encoder", "text_encoder_2")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' DPO script
-    # Published: 2.05e-6 for Adafactor at 2048 pairs. By the square root rule, this is the same at about 20 pairs.
+    # Published: 2.05e-6 for Adafactor at 2048 pairs per step. The square root rule scales this to about 20 pairs.
     learning_rate_full = 2e-7
     learning_rate_lora = 1e-4  # diffusers' DPO script takes 1e-5
     defaults = STABLE_DIFFUSION_XL_DEFAULTS
@@ -40,18 +43,18 @@ class StableDiffusionXLFamily(Family):
         unet = self.pipeline.unet.config
         if unet.addition_embed_type != "text_time" or unet.projection_class_embeddings_input_dim is None:
             raise ValueError(
-                "An SDXL UNet is conditioned on pooled text and sizes (`addition_embed_type='text_time'`), and this "
-                f"one has {unet.addition_embed_type!r}. Use a pipeline whose UNet is SDXL's."
+                f"An SDXL UNet has `addition_embed_type='text_time'`, got {unet.addition_embed_type!r}. Use a pipeline "
+                "with an SDXL UNet."
             )
-        if self.pipeline.text_encoder_2 is None:  # where images are generated from embeddings
+        if self.pipeline.text_encoder_2 is None:  # a pipeline that generates from embeddings
             return
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         expected = N_TIME_IDS * unet.addition_time_embed_dim + pooled
         if unet.projection_class_embeddings_input_dim != expected:
             raise ValueError(
-                f"An SDXL base UNet takes {N_TIME_IDS} sizes and {pooled} numbers of pooled text, {expected} inputs "
-                f"in all, and this one takes {unet.projection_class_embeddings_input_dim} (the refiner takes fewer "
-                "sizes and an aesthetic score). Use the base model."
+                f"An SDXL base UNet has `projection_class_embeddings_input_dim` {expected}, for {N_TIME_IDS} sizes "
+                f"and {pooled} numbers of pooled text; got {unet.projection_class_embeddings_input_dim}. The refiner "
+                "has fewer, because it takes an aesthetic score. Use the base model."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -62,7 +65,7 @@ class StableDiffusionXLFamily(Family):
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """By the scaling factor, and by the channels' means and deviations if the VAE's configuration has them."""
+        """Multiply by the scaling factor, and normalise each channel if the VAE's configuration has `latents_mean`."""
         config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
             return latents * config.scaling_factor
@@ -72,7 +75,7 @@ class StableDiffusionXLFamily(Family):
     def size_conditioning(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """`time_ids` of shape `(N, 6)`, float32, in the pipeline's order. Half precision would round sizes."""
+        """Return `time_ids` of shape `(N, 6)`, float32, in the pipeline's order. Half precision would round sizes."""
         target = constant(tuple(target_size), original_sizes.dtype, original_sizes.device)
         target_sizes = target.expand(len(original_sizes), 2)
         time_ids = torch.cat([original_sizes, crop_top_lefts.to(original_sizes), target_sizes], dim=1)

@@ -1,5 +1,8 @@
-"""Densities of sampled noise levels in `[0, 1]`, as quantile functions of uniform numbers. A noise level here is the
-share of `num_train_timesteps` under DDPM, and sigma before any shift under flow matching."""
+"""Distributions from which training samples noise levels in `[0, 1]`, as quantile functions of uniform numbers.
+
+Under DDPM, a noise level is here the timestep divided by `num_train_timesteps`. Under flow matching, it is sigma
+before any shift.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,24 +11,32 @@ from typing import Literal
 
 import torch
 
-_BISECTIONS = 50  # of [0, 1], to the rounding of float64
+_BISECTIONS = 50  # enough to reach the precision of float64
 WeightingScheme = Literal["none", "logit_normal", "mode"]
 
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """A density of noise levels.
+    """The distribution from which training samples noise levels.
+
+    Example:
+
+    ```python
+    sampling = TimestepSampling("logit_normal", logit_mean=0.5)
+    levels = sampling.quantile(torch.rand(4))  # four noise levels in [0, 1]
+    ```
 
     Args:
-        scheme (`str`): `"none"` (uniform), `"logit_normal"` or `"mode"` (more mass around the middle), the names of
-            `weighting_scheme` in diffusers' scripts.
-        logit_mean (`float`): Of `"logit_normal"`: above 0, noisier levels are more frequent. (diffusers' scripts index
-            descending timesteps, so that the sign there has the opposite effect.)
-        logit_std (`float`): Of `"logit_normal"`, above 0.
-        mode_scale (`float`): Of `"mode"`, in `[-1, 1.75]`: 0 is uniform, larger values have more mass in the middle.
+        scheme (`str`): `"none"` is uniform. `"logit_normal"` and `"mode"` sample middle levels more often. The names
+            are those of `weighting_scheme` in diffusers' scripts.
+        logit_mean (`float`): Mean of `"logit_normal"`. Above 0, noisier levels are sampled more often. The sign has
+            the opposite effect in diffusers' scripts, because they index descending timesteps.
+        logit_std (`float`): Standard deviation of `"logit_normal"`, above 0.
+        mode_scale (`float`): Scale of `"mode"`, in `[-1, 1.75]`. 0 is uniform. Larger values sample middle levels more
+            often.
 
     Raises:
-        ValueError: If the scheme is unknown or a number is out of range.
+        ValueError: If the scheme does not exist or a number is out of range.
 
     Source: https://huggingface.co/papers/2403.03206, section 3.1.
     """
@@ -44,20 +55,20 @@ class TimestepSampling:
             raise ValueError(f"`logit_std` must be above 0, got {self.logit_std}. Usual is 1.")
         if not -1 <= self.mode_scale <= 1.75:
             raise ValueError(
-                "`mode_scale` must be in [-1, 1.75], where the density is not negative; "
-                f"got {self.mode_scale}. Usual is 1.29."
+                "`mode_scale` must be in [-1, 1.75], because the density would be negative elsewhere. "
+                f"Got {self.mode_scale}. Usual is 1.29."
             )
 
     def quantile(self, share: torch.Tensor) -> torch.Tensor:
-        """Noise levels below which these shares of all levels lie: increasing, 0 at 0 and 1 at 1.
+        """Map uniform numbers to noise levels. The map is increasing, with 0 at 0 and 1 at 1.
 
         Args:
-            share (`torch.Tensor`): Of any shape, in `[0, 1]`, a float dtype.
+            share (`torch.Tensor`): Numbers in `[0, 1]`, of any shape and float dtype.
         """
         return DENSITIES[self.scheme](self, share)
 
     def share_below(self, level: float) -> float:
-        """The share of all levels below one in `[0, 1]`: the inverse of `quantile`."""
+        """Return the probability of sampling a noise level below `level`, the inverse of `quantile`."""
         return _share_below(self, level)
 
 
@@ -66,7 +77,7 @@ def _logit_normal(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tens
 
 
 def _mode(sampling: TimestepSampling, share: torch.Tensor) -> torch.Tensor:
-    # Equation 20 of the paper at 1 - share: its map is decreasing, a quantile function increases.
+    # Equation 20 of the paper, evaluated at 1 - share because the paper's map decreases.
     return share - sampling.mode_scale * (torch.sin(torch.pi / 2 * share).square() - share)
 
 

@@ -1,4 +1,4 @@
-"""Checks of the pipelines that the families of Stable Diffusion and SDXL refuse."""
+"""Checks of UNets, for Stable Diffusion and SDXL."""
 
 from typing import Any
 
@@ -6,22 +6,23 @@ from diffusers import DiffusionPipeline
 
 
 def check_text_to_image_unet(pipeline: DiffusionPipeline) -> None:
-    """Refuse UNets that take more than noisy latents and a prompt.
+    """Raise an error if a UNet takes more inputs than noisy latents and a prompt.
 
     Raises:
-        ValueError: For inpainting, depth or editing UNets (more input channels than latents have), and for UNets
-            distilled to take a guidance scale as an input.
+        ValueError: If the UNet has more input channels than latents have (inpainting, depth, editing), or takes a
+            guidance scale as an input (distilled).
     """
     unet: Any = pipeline.unet.config
     channels = pipeline.vae.config.latent_channels
     if unet.in_channels != channels:
         raise ValueError(
-            f"A text-to-image UNet takes the VAE's {channels} latent channels, and this one takes "
-            f"{unet.in_channels}: it was made for inpainting, depth or editing. Use the text-to-image checkpoint of "
-            "the same model."
+            f"A text-to-image UNet has {channels} input channels, the latent channels of its VAE. This UNet has "
+            f"{unet.in_channels}, so it was made for inpainting, depth or editing. Use the text-to-image checkpoint "
+            "of the same model."
         )
     if unet.time_cond_proj_dim is not None:
         raise ValueError(
-            f"This UNet takes the guidance scale as an input (`time_cond_proj_dim` is {unet.time_cond_proj_dim}): it "
-            "was distilled, and preference training would undo that. Use the checkpoint it was distilled from."
+            f"This UNet takes the guidance scale as an input (`time_cond_proj_dim` is {unet.time_cond_proj_dim}), so "
+            "it was distilled. Preference training would undo the distillation. Use the checkpoint that it was "
+            "distilled from."
         )

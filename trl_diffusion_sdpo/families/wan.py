@@ -1,5 +1,8 @@
-"""Wan 2.1 and 2.2, text to video: a transformer over latents of clips (five axes), conditioned on a UMT5 text encoder,
-over flow matching. A still image is a clip of one frame."""
+"""Wan 2.1 and 2.2, text to video: a transformer over latents of clips, with a UMT5 text encoder, trained by flow
+matching.
+
+Latents of clips have five dimensions. A still image is a clip of one frame.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,23 +13,23 @@ from .base import Family, channel_statistics, check_in_channels
 from .loss_defaults import FLOW_DEFAULTS
 from .noise import FlowMatchingProcess
 
-MAX_SEQUENCE_LENGTH = 512  # tokens that prompts are padded to, the default of the pipeline's call
+MAX_SEQUENCE_LENGTH = 512  # every prompt is padded to this many tokens, as the pipeline's call does by default
 
 
 class WanFamily(Family):
-    """`WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
+    """Trains `WanPipeline` with one text-to-video transformer: Wan 2.1 (1.3B and 14B) and Wan 2.2 TI2V-5B.
 
-    Wan 2.2 A14B has two transformers for two ranges of timesteps. They are refused together; each can be trained in a
-    pipeline with one transformer, over its range. Image-to-video transformers are refused.
+    Wan 2.2 A14B has two transformers, one for each of two timestep ranges. A pipeline with both is refused: train each
+    one separately, in a pipeline with one transformer and over its range. Image-to-video transformers are refused.
     """
 
     name = "Wan"
     pipeline_classes = ("WanPipeline",)
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
-    # Attention over the clip and over the text, as finetrainers' examples for Wan: diffusers has no script.
+    # Self-attention and cross-attention, as in finetrainers' examples for Wan. Diffusers has no script.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    # Our choice: half of Stable Diffusion's, because larger models need smaller steps.
+    # Our choice: half of Stable Diffusion's rate, because larger models need smaller steps.
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # our choice, as diffusers' scripts for other transformers
     defaults = FLOW_DEFAULTS
@@ -41,50 +44,52 @@ class WanFamily(Family):
 
     @property
     def default_resolution(self) -> tuple[int, int]:
-        """The default of the pipeline's call, which fits every checkpoint; the larger ones also support 720 lines."""
+        """The default of the pipeline's call, which every checkpoint supports. Larger checkpoints also support 720
+        lines."""
         return 480, 832
 
     def generation_kwargs(self, scale: float | None) -> dict[str, Any]:
-        """The scale, and one frame: an image."""
+        """Generate one frame, which is an image."""
         return {**super().generation_kwargs(scale), "num_frames": 1, "output_type": "pil"}
 
     def check_pipeline(self) -> None:
         if self.pipeline.transformer_2 is not None or self.pipeline.config.boundary_ratio is not None:
             raise ValueError(
-                "A Wan pipeline must have one transformer for all timesteps, and this one has two for two ranges "
-                f"(`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train them one by one: load the "
-                "pipeline with `transformer_2=None, boundary_ratio=None`, for the second one also with it as "
-                "`transformer`, and set `timestep_range` to its range: the first transformer has the timesteps above "
-                "`1000 * boundary_ratio`."
+                "A Wan pipeline can be trained if it has one transformer. This one has two, for two timestep ranges "
+                f"(`boundary_ratio` is {self.pipeline.config.boundary_ratio}). Train them one after the other. Load "
+                "the pipeline with `transformer_2=None, boundary_ratio=None`, and set `timestep_range` to the range "
+                "of the transformer. The first transformer has the timesteps above `1000 * boundary_ratio`. To train "
+                "the second one, pass it as `transformer`."
             )
         super().check_pipeline()
         check_in_channels(self, self.pipeline.vae.config.z_dim)
         if self.denoiser.config.image_dim is not None:
             raise ValueError(
-                "A text-to-video transformer takes no image, and this one does (`image_dim` is "
-                f"{self.denoiser.config.image_dim}): it was made to animate images. Use a text-to-video checkpoint."
+                "A text-to-video transformer has `image_dim` None, got "
+                f"{self.denoiser.config.image_dim}. This one was made to animate images. Use a text-to-video "
+                "checkpoint."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.call_encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
         )
-        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zero after the prompt's end
+        return {"prompt_embeds": prompt_embeds}  # (N, tokens, width), zeros after the end of the prompt
 
     def vae_moments(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the VAE's output for images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
+        """Run the VAE's encoder on images `(N, 3, H, W)` or clips `(N, 3, frames, H, W)`.
 
-        With the VAE of Wan 2.1 its shape is `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
+        With the VAE of Wan 2.1, the result has shape `(N, 2C, 1 + (frames - 1) / 4, H / 8, W / 8)`.
 
         Raises:
-            ValueError: If the frames do not fill the latents: the VAE would ignore the last ones.
+            ValueError: If the number of frames does not fit the VAE, which would ignore the last frames.
         """
         clips = pixel_values.unsqueeze(2) if pixel_values.ndim == 4 else pixel_values
         frames, factor = clips.shape[2], self.pipeline.vae_scale_factor_temporal
         if frames % factor != 1:
             raise ValueError(
-                f"A clip must have 1 frame more than a multiple of {factor}, got {frames}. Cut it to "
-                f"{1 + (frames - 1) // factor * factor}."
+                f"The number of frames in a clip must be 1 plus a multiple of {factor}, got {frames}. Cut the clip to "
+                f"{1 + (frames - 1) // factor * factor} frames."
             )
         return super().vae_moments(clips)
 
@@ -95,7 +100,10 @@ class WanFamily(Family):
     def denoiser_inputs(
         self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Timesteps are passed by row, also if the pipeline repeats them for every token (`expand_timesteps`): it needs
-        that for clips that begin with a given image, and equal timesteps give equal modulations."""
+        """Return the denoiser's inputs, with one timestep per row.
+
+        A pipeline with `expand_timesteps` repeats the timestep for every token. It needs that only for clips that
+        begin with a given image. Equal timesteps give the same result either way.
+        """
         text = conditioning["prompt_embeds"].to(latents.dtype)
         return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}

@@ -1,5 +1,7 @@
-"""Z-Image: one stream of image and prompt tokens, conditioned on Qwen 3 tokens without padding, over flow matching with
-time from noise (0) to image (1)."""
+"""Z-Image: a transformer over one sequence of image and prompt tokens, trained by flow matching.
+
+Prompts are encoded by Qwen 3 and not padded. The transformer's time runs from 0 (noise) to 1 (image).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +17,15 @@ PROMPT_TOKENS = 512  # the pipeline's `max_sequence_length`
 
 
 class ZImageFamily(Family):
-    """`ZImagePipeline`: Z-Image, and by the same class Z-Image-Turbo; Omni transformers are refused.
+    """Trains `ZImagePipeline`: Z-Image and Z-Image-Turbo, which share one class. Omni transformers are refused.
 
-    Turbo is distilled from Z-Image to generate in about eight steps without guidance, which its configuration does not
-    say. Its LoRA trains with the objective of the original model, so that a long training unlearns the few steps. Tune
-    Z-Image if that matters.
+    Turbo is distilled from Z-Image to generate in about eight steps without guidance, but its configuration does not
+    say so. Long training gradually undoes the distillation, because it uses the original objective. If that matters,
+    tune Z-Image.
 
-    The denoiser's time goes from noise to image, and it predicts image minus noise; both are reversed here. Guidance
-    is off at `guidance_scale=0`, not 1: the pipeline adds the scaled difference to the prompt's prediction.
+    The transformer's time runs from noise to image, and it predicts image minus noise. This class reverses both, so
+    the noise process is the usual one. In this pipeline guidance is off at `guidance_scale=0`, not at 1, because the
+    scaled difference is added to the prompt's prediction.
 
     Sources: https://huggingface.co/papers/2511.22699 for the model; LoRA targets and rate as diffusers' script.
     """
@@ -32,7 +35,7 @@ class ZImageFamily(Family):
     denoiser_name = "transformer"
     frozen_components = ("vae", "text_encoder")
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")  # as diffusers' LoRA script for Z-Image
-    # Our choice, since none is published: between those of Stable Diffusion (2e-6) and of SDXL (2e-7).
+    # Our choice, because no rate is published: between those of Stable Diffusion (2e-6) and SDXL (2e-7).
     learning_rate_full = 1e-6
     learning_rate_lora = 1e-4  # as diffusers' script
     defaults = FLOW_DEFAULTS
@@ -43,26 +46,26 @@ class ZImageFamily(Family):
 
     @property
     def default_resolution(self) -> int:
-        """The default of the pipeline's call; the denoiser's configuration has no size."""
+        """The default of the pipeline's call, because the denoiser's configuration has no image size."""
         return 1024
 
     def check_pipeline(self) -> None:
         super().check_pipeline()
         if self.denoiser.config.siglip_feat_dim is not None:
             raise ValueError(
-                "A Z-Image transformer for text-to-image takes no image features, and this one does "
-                f"(`siglip_feat_dim` is {self.denoiser.config.siglip_feat_dim}): it is Omni's. Use Z-Image or "
+                "A text-to-image Z-Image transformer has `siglip_feat_dim` None, got "
+                f"{self.denoiser.config.siglip_feat_dim}. This one belongs to Z-Image-Omni. Use Z-Image or "
                 "Z-Image-Turbo."
             )
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        # A copy of the list: the pipeline writes its chat template into its argument.
+        # The pipeline writes its chat template into the list, so it gets a copy.
         rows, _ = self.call_encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS
         )
-        # Padded to the maximum length, so that rows of several batches can be joined.
+        # Pad to the maximum length, so that rows of several batches can be joined.
         prompt_embeds = torch.stack([pad(row, (0, 0, 0, PROMPT_TOKENS - len(row))) for row in rows])
-        # The host reads the lengths in every prediction, to cut the sequences.
+        # Lengths stay on the CPU, because every prediction reads them there to remove the padding.
         lengths = torch.tensor([len(row) for row in rows])
         return {"prompt_embeds": prompt_embeds, "prompt_lengths": lengths}  # (N, PROMPT_TOKENS, width) and (N,)
 

@@ -1,1 +1,1 @@
-"""Loads, wraps and freezes networks, and manages second copies of the weights: the reference and the average."""
+"""Load, wrap and freeze networks, and manage second copies of the weights: the reference and the average."""

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 POLICY_ADAPTER = "default"
 TEXT_ENCODERS_ARE_FROZEN = "Only the denoiser is trained: prompts are encoded without gradients."
 _IN_TEXT_ENCODERS = re.compile(r"text_encoder|text_model|(lora_)?te[123]?_")
-ZERO_STARTS = (True, "gaussian")  # values of `init_lora_weights` with which a new LoRA changes nothing
+# values of `init_lora_weights` with which a new LoRA does not change the model's output
+ZERO_STARTS = (True, "gaussian")
 
 
 def unwrap_peft_model(model: nn.Module) -> nn.Module:
@@ -96,11 +97,11 @@ def check_adapter_weight(denoiser: Any, name: str) -> None:
         scaling = lora_scaling(layer.lora_alpha[name], layer.r[name], rank_stabilized=rank_stabilized)
         if not math.isclose(layer.scaling[name], scaling):
             raise ValueError(
-                f"The adapter {name!r} must act with weight 1, got {layer.scaling[name] / scaling:g}, which a saved "
-                f"LoRA cannot hold. Call `set_adapters([{name!r}], [1.0])` first."
+                f"The adapter {name!r} must have weight 1, got {layer.scaling[name] / scaling:g}. A saved LoRA cannot "
+                f"store another weight. Call `set_adapters([{name!r}], [1.0])` first."
             )
         if layer.disable_adapters:
-            raise ValueError(f"The adapter {name!r} must act, but adapters are off. Call `enable_adapters()` first.")
+            raise ValueError(f"The adapter {name!r} must be on, but adapters are off. Call `enable_adapters()` first.")
 
 
 def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tuple[str, ...], seed: int) -> str:
@@ -122,15 +123,15 @@ def add_lora(denoiser: nn.Module, peft_config: PeftConfig, default_targets: tupl
     if active_adapter(denoiser) is not None:
         raise ValueError(
             "`peft_config` adds a LoRA to a model without one, but the model already has the adapter "
-            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to go on training it, or fuse it first."
+            f"{active_adapter(denoiser)!r}. Leave `peft_config` out to continue training it, or fuse it first."
         )
     config = copy.deepcopy(_check_lora(peft_config))
     if config.init_lora_weights not in ZERO_STARTS:
         raise ValueError(
-            f"`init_lora_weights` must be True or 'gaussian', got {config.init_lora_weights!r}: with another "
-            "start the base without its LoRA is not the policy before training. Use True."
+            f"`init_lora_weights` must be True or 'gaussian', got {config.init_lora_weights!r}. The reference is the "
+            "model without its LoRA, so a new LoRA must not change the model's output. Use True."
         )
-    config.task_type = None  # for language models
+    config.task_type = None  # `task_type` is for language models
     if config.target_modules is None:
         config.target_modules = list(default_targets)
     _check_targets(denoiser, config.target_modules)
@@ -212,9 +213,9 @@ def adapter_scalings(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
 def _check_lora(config: PeftConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ValueError(
-            f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}: a file that `load_lora_weights` "
-            "reads holds a LoRA, and no LoHa, LoKr (LyCORIS) or other adapter. Use a `LoraConfig`, with a larger `r` "
-            "or `use_dora=True` where it is too small."
+            f"`peft_config` must be a `peft.LoraConfig`, got {type(config).__name__}. Diffusers' `load_lora_weights` "
+            "cannot read LoHa, LoKr (LyCORIS) or other adapters. Use a `LoraConfig`. If a LoRA is too small, increase "
+            "`r` or set `use_dora=True`."
         )
     if config.modules_to_save:
         raise ValueError(
@@ -222,7 +223,7 @@ def _check_lora(config: PeftConfig) -> LoraConfig:
             "Target these modules with LoRA, or tune in full."
         )
     if config.bias != "none":
-        raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}: a LoRA file holds no biases.")
+        raise ValueError(f"`bias` of the LoRA must be 'none', got {config.bias!r}. A LoRA file cannot store biases.")
     return config
 
 
@@ -241,12 +242,12 @@ def _check_targets(denoiser: nn.Module, targets: str | Iterable[str]) -> None:
     if not missing:
         return
     rule = (
-        f"`target_modules` of the LoRA must name layers of the denoiser, a {type(denoiser).__name__}; it has no "
+        f"`target_modules` of the LoRA must name layers of the denoiser. {type(denoiser).__name__} has no "
         f"{', '.join(missing)}. {TEXT_ENCODERS_ARE_FROZEN}"
     )
     if targets is missing[0] or len(missing) == len(set(targets)) or any(map(_IN_TEXT_ENCODERS.match, missing)):
-        raise ValueError(f"{rule} Leave `target_modules` out for those of the model family.")
-    logger.warning("%s The others are tuned.", rule)
+        raise ValueError(f"{rule} Leave `target_modules` out to use the model family's defaults.")
+    logger.warning("%s The other targets get a LoRA.", rule)
 
 
 def freeze(name: str, component: nn.Module) -> None:
@@ -254,7 +255,7 @@ def freeze(name: str, component: nn.Module) -> None:
     parts = [getattr(layer, kind) for layer in adapter_layers(component) for kind in layer.adapter_layer_names]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         raise ValueError(
-            f"`{name}` has an adapter to be trained. {TEXT_ENCODERS_ARE_FROZEN} Merge or remove it, or freeze it with "
-            "`requires_grad_(False)` to use it as it is."
+            f"`{name}` must not have an adapter with trainable weights. {TEXT_ENCODERS_ARE_FROZEN} Merge or remove "
+            "the adapter, or freeze it with `requires_grad_(False)`."
         )
     component.requires_grad_(False).eval()

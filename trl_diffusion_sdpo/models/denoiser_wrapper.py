@@ -20,7 +20,7 @@ class DenoiserWrapper(nn.Module):
     the Trainer's calls for activation checkpointing to `enable_gradient_checkpointing` of diffusers.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over pairs: the Trainer divides by the accumulation steps
+    accepts_loss_kwargs = False  # makes the Trainer divide the loss, a mean over pairs, by the accumulation steps
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()

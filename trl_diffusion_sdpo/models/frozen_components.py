@@ -1,4 +1,7 @@
-"""VAE and text encoders of a pipeline. They do not train. They stay on the device, or are there only while in use."""
+"""VAE and text encoders of a pipeline, which are never trained.
+
+They stay on the device, or are moved or loaded there only while in use.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,25 @@ from .text_checks import check_text_encoding, without_truncation_warnings
 logger = logging.getLogger(__name__)
 
 VAE = "vae"
-UNPINNED = ("cpu", "mps")  # devices that share the CPU's memory
+UNPINNED = ("cpu", "mps")  # device types that share the CPU's memory and need no pinned memory
 PINNED_BUFFER = 1 << 28  # bytes
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 OVERFLOWS = "force_upcast"  # entry of a VAE's configuration. If true, the VAE overflows in float16
 
 
 class FrozenComponents:
-    """VAE and text encoders of a copy of the pipeline, and the family of this copy.
+    """A working copy of the pipeline with frozen VAE and text encoders, and the family of this copy.
 
-    The components are in one of three states. Within [`in_use`], they always have weights and are on the device:
+    The components are in one of three states. Within `in_use`, they always have weights and are on the device:
 
-    | state | outside `in_use` | entering `in_use` | leaving it |
+    | state | outside `in_use` | on entering `in_use` | on leaving |
     |---|---|---|---|
     | `"on device"` | on the device | - | - |
-    | `"offloaded"` | on the CPU, in pinned memory | copies them to the device, without waiting | drops the copies |
-    | `"absent"` | on the meta device, without weights | loads them from disk | frees them |
+    | `"offloaded"` | on the CPU, in pinned memory | copied to the device, without waiting | the copies are dropped |
+    | `"absent"` | on the meta device, without weights | loaded from disk | freed |
 
     A component that does not change precision is shared with the user's pipeline. Moving it to `device`, or offloading
-    it to the CPU, moves it in the user's pipeline too. All other components are copied.
+    it to the CPU, therefore also moves it in the user's pipeline. All other components are copied.
 
     Args:
         family ([`~trl_diffusion_sdpo.families.Family`]): Family of the user's pipeline. VAE and text encoders may be on
@@ -90,7 +93,7 @@ class FrozenComponents:
         self._users, self._was_checked, self._was_read = 0, False, False
         if self.state != "absent":
             with self.in_use():
-                pass  # checks the text encoders
+                pass  # the first use checks the text encoders
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Family]:
@@ -130,8 +133,8 @@ class FrozenComponents:
         """Load absent components from disk within the context. The CPU's random state is restored after loading."""
         if self._load is None:
             raise ValueError(
-                "The pipeline's VAE or text encoders are on the meta device, without weights. Pass the Hub id or "
-                "folder that they are in, or load the whole pipeline."
+                "Training needs the pipeline's VAE and text encoders, and they are on the meta device, without "
+                "weights. Pass the Hub id or folder of the pipeline, or load the whole pipeline."
             )
         start, pipeline = time.monotonic(), self.family.pipeline
         without_weights = {name: getattr(pipeline, name) for name in self.family.frozen_components}
@@ -146,7 +149,7 @@ class FrozenComponents:
         if not self._was_read:
             self._was_read = True
             logger.warning(
-                "Loaded VAE and text encoders in %.1f s, as they are each time they are needed, and freed afterwards.",
+                "Loaded VAE and text encoders in %.1f s. They are freed after use and loaded again whenever needed.",
                 time.monotonic() - start,
             )
         try:
@@ -161,8 +164,10 @@ class FrozenComponents:
         return working_pipeline(family, device=device, half_dtype=self._half_dtype, vae_dtype=self._vae_dtype)
 
     def _pinned_tensors(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """Return every tensor of the components with its module and name. Tensors are in pinned memory, unless the
-        device shares the CPU's memory."""
+        """Return every tensor of the components, with its module and name, in pinned memory.
+
+        Tensors are not pinned if the device shares the CPU's memory.
+        """
         modules = [m for name in self.family.frozen_components for m in getattr(self.family.pipeline, name).modules()]
         owned = [(module, name, tensor) for module in modules for name, tensor in _own(module)]
         if self._device.type in UNPINNED:
@@ -208,11 +213,12 @@ def pinned_bytes(size: int) -> torch.Tensor:
 def working_pipeline(
     family: Family, *, device: torch.device, half_dtype: torch.dtype | None, vae_dtype: str
 ) -> DiffusionPipeline:
-    """Return the pipeline of [`FrozenComponents`].
+    """Return a copy of the family's pipeline with VAE and text encoders in the precision and on the device of
+    training.
 
-    The denoiser and components that do not change precision are shared with the family's pipeline. Other components are
-    copied, so that the user's pipeline is not rounded. Components on the meta device stay there. The VAE's convolutions
-    are stored with channels last, even if the VAE is shared.
+    The denoiser and components that do not change precision are shared with the family's pipeline. Other components
+    are copied, so that the user's pipeline is not rounded. Components on the meta device stay there. The VAE's
+    convolutions are stored in the channels-last layout, even if the VAE is shared.
     """
     working = copy.copy(family.pipeline)
     for name in family.frozen_components:
@@ -223,13 +229,16 @@ def working_pipeline(
         elif half_dtype is not None and part.dtype.itemsize > half_dtype.itemsize and not _is_quantized(part):
             part = part if _text_overflows(part, half_dtype) else cast_copy(part, half_dtype)
         there = {tensor.device for tensor in (*part.parameters(), *part.buffers())} <= {device}
-        # Only move components that are elsewhere: `to` raises for networks in 8 bits.
+        # Do not call `to` on components that are already on the device, because it raises for 8-bit networks.
         working.register_modules(**{name: part if there or is_absent(part) else part.to(device)})
     return working
 
 
 def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Copy a module in another dtype. Tensors are cast one by one, so memory is needed for the cast copy only."""
+    """Copy a module and cast the copy to another dtype.
+
+    Tensors are cast one by one, so the copy never takes more memory than it has in the new dtype.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
@@ -240,7 +249,7 @@ def cast_copy(module: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
-    """Return whether a network is quantized, by its configuration or by weights that are not floating point."""
+    """Return whether a network is quantized, judged by its configuration and by weights that are not floating point."""
     stated = getattr(part.config, "quantization_config", None) is not None
     return stated or not all(weight.is_floating_point() for weight in part.parameters())
 
@@ -248,9 +257,9 @@ def _is_quantized(part: ModelMixin | PreTrainedModel) -> bool:
 def _check_movable(name: str, part: ModelMixin | PreTrainedModel) -> None:
     if _is_quantized(part):
         raise ValueError(
-            "`offload_frozen_components` and `precompute_latents` move the tensors of VAE and text encoders one by "
-            f"one, and quantized weights belong together with their scales; those of `{name}` are quantized. Leave it "
-            "out, or use `precompute_latents` with a Hub id or folder, whose components are freed instead."
+            "`offload_frozen_components` and `precompute_latents` cannot move quantized components, because quantized "
+            f"weights must stay with their scales. `{name}` is quantized. Leave the option out, or use "
+            "`precompute_latents` with a Hub id or folder as the model: its components are freed instead of moved."
         )
 
 
@@ -282,8 +291,8 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
     vae = cast_copy(vae, dtype)
     if forced:
         logger.warning(
-            "`vae_dtype='float16'` though the VAE's configuration says that it overflows there (`%s`): latents that "
-            "are not finite will stop the run.",
+            "`vae_dtype='float16'` may overflow, because the VAE's configuration has `%s`. Training stops with an "
+            "error if latents are not finite.",
             OVERFLOWS,
         )
         vae.register_to_config(**{OVERFLOWS: False})  # otherwise diffusers would encode in float32
@@ -291,5 +300,5 @@ def _working_vae(vae: ModelMixin, half: torch.dtype | None, wanted: str) -> Mode
 
 
 def _text_overflows(text_encoder: nn.Module, half: torch.dtype) -> bool:
-    """Return whether a text encoder may overflow. CLIP's do not overflow in float16. T5 and language models do."""
+    """Return whether a text encoder may overflow in `half`. In float16, T5 and language models may; CLIP does not."""
     return half == torch.float16 and not type(text_encoder).__name__.startswith("CLIP")

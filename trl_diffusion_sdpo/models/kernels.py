@@ -19,8 +19,8 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
     """
     if not repeated_blocks(denoiser):
         raise ValueError(
-            f"`torch_compile_regional` compiles repeated blocks, and diffusers names none of {type(denoiser).__name__}."
-            " Leave it off: `torch_compile` then compiles the whole model."
+            f"`torch_compile_regional` needs a model whose repeated blocks diffusers lists. It lists none for "
+            f"{type(denoiser).__name__}. Leave it off, and `torch_compile` compiles the whole model."
         )
     denoiser.compile_repeated_blocks(backend=backend, mode=mode)
 
@@ -28,8 +28,8 @@ def compile_blocks(denoiser: ModelMixin, backend: str | None, mode: str | None) 
 def compile_encoder(vae: ModelMixin | None, backend: str | None, mode: str | None) -> None:
     """Compile the encoder of a VAE in place, if the pipeline has a VAE.
 
-    The encoder is compiled without CUDA graphs. With them, each call of the encoder would overwrite the latents of the
-    call before it.
+    The encoder is compiled without CUDA graphs. With CUDA graphs, each call of the encoder would overwrite the latents
+    of the previous call.
     """
     if vae is not None:
         vae.encoder.compile(backend=backend, mode=None if mode is None else WITHOUT_CUDA_GRAPHS.get(mode, mode))
@@ -50,12 +50,13 @@ def set_attention(denoiser: ModelMixin, backend: str) -> None:
         )
     if NO_BACKWARD in name:
         raise ValueError(
-            f"`attention_backend={backend!r}` quantizes queries and keys and has no backward pass. Use another one."
+            f"Training needs an attention back end with a backward pass, and {backend!r} has none because it "
+            "quantizes queries and keys. Choose another `attention_backend`."
         )
     if not has_attention_backends(denoiser):
         raise ValueError(
-            f"`attention_backend` cannot act: diffusers' {type(denoiser).__name__} calls PyTorch's own attention, "
-            "which chooses a kernel by itself (FlashAttention on most GPUs). Leave it unset."
+            f"`attention_backend` has no effect on {type(denoiser).__name__}. It calls PyTorch's own attention, which "
+            "chooses a kernel by itself (FlashAttention on most GPUs). Leave `attention_backend` unset."
         )
     try:
         denoiser.set_attention_backend(name)

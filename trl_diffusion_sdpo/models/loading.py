@@ -1,4 +1,4 @@
-"""Resolves `model` and `ref_model` to a pipeline, its family and denoisers."""
+"""Turn the user's `model` and `ref_model` into a pipeline, its family and denoisers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..utils.import_utils import require
 from .adapters import unwrap_peft_model
 from .numerics import align_weights, torch_dtype
 
-# Entries of `model_init_kwargs` that also apply when the reference is loaded. They concern the machine, access to the
-# Hub and the kind of files.
+# Entries of `model_init_kwargs` that also apply to the reference, because they concern the machine, access to the Hub
+# or the kind of files.
 SHARED_OPTIONS = (
     *("dtype", "variant", "token", "cache_dir", "force_download", "local_files_only", "proxies"),
     *("low_cpu_mem_usage", "disable_mmap"),
@@ -31,7 +31,7 @@ SHARED_OPTIONS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Pipeline with the denoiser that trains, in its family."""
+    """A pipeline, wrapped in its model family, and where it was loaded from. Its denoiser is the model to train."""
 
     family: Family
     name_or_path: str | None  # Hub id or folder of the pipeline; `None` for a pipeline object without one
@@ -143,8 +143,9 @@ def _resolve(
 ) -> LoadedModel:
     if processing_class is not None and role == "model" and isinstance(model, (str, Path, DiffusionPipeline)):
         raise ValueError(
-            f"`processing_class` belongs to a bare denoiser, and `model` is a whole pipeline; got a "
-            f"{type(processing_class).__name__} beside it. Leave it out, or put its parts into the pipeline."
+            "`processing_class` is only used if `model` is a UNet or transformer. Here `model` is a whole pipeline, "
+            f"and `processing_class` is a {type(processing_class).__name__}. Leave `processing_class` out, or put its "
+            "components into the pipeline."
         )
     if isinstance(model, (str, Path)):
         options = dict(model_init_kwargs or {})
@@ -156,7 +157,7 @@ def _resolve(
         return LoadedModel(find_family(pipeline), str(model), options, parts.get("denoiser_folder"))
     for name, value in (("model_init_kwargs", model_init_kwargs), ("quantization_config", quantization_config)):
         if value is not None and role == "model":
-            raise ValueError(f"`{name}` is for a `{role}` given as Hub id or folder, got a {type(model).__name__}.")
+            raise ValueError(f"`{name}` only applies if `{role}` is a Hub id or folder, got a {type(model).__name__}.")
     if isinstance(model, DiffusionPipeline):
         return LoadedModel(find_family(as_text_to_image(model)), _origin(model))
     if not isinstance(model, (ModelMixin, PeftModel)):
@@ -165,8 +166,8 @@ def _resolve(
         )
     if not isinstance(processing_class, DiffusionPipeline):
         raise ValueError(
-            f"A bare denoiser as `{role}` needs `processing_class=` the pipeline that owns its VAE, text encoders and "
-            f"scheduler, got {type(processing_class).__name__}."
+            f"If `{role}` is a UNet or transformer, `processing_class` must be the pipeline with its VAE, text "
+            f"encoders and scheduler, got {type(processing_class).__name__}."
         )
     return _from_denoiser(unwrap_peft_model(model), as_text_to_image(processing_class), role)
 
@@ -186,7 +187,7 @@ def is_absent(part: nn.Module) -> bool:
 
 
 def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> LoadedModel:
-    pipeline = copy.copy(owner)  # the user's pipeline keeps its own denoiser
+    pipeline = copy.copy(owner)  # do not replace the denoiser in the user's pipeline
     denoiser_name = find_family(owner).denoiser_name
     expected = type(getattr(owner, denoiser_name))
     if not isinstance(denoiser, expected):
@@ -199,7 +200,7 @@ def _from_denoiser(denoiser: nn.Module, owner: DiffusionPipeline, role: str) -> 
 
 
 def _align_for(denoiser: nn.Module, device: torch.device | None) -> None:
-    """Align the weights if the denoiser runs on a CPU. Copying to an accelerator aligns weights anyway."""
+    """Align the weights in memory if the denoiser runs on a CPU. On an accelerator, copying aligns them anyway."""
     if device is not None and device.type == "cpu":
         align_weights(denoiser)
 

@@ -1,4 +1,8 @@
-"""References of a loss: a frozen copy, the policy with its adapter off, a second adapter, or none."""
+"""Reference models of a loss.
+
+A reference is a frozen copy of the model, the policy with its LoRA off, a second LoRA, errors computed before
+training, or absent.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,12 @@ REFERENCE_ADAPTER = "ref"
 
 
 class Reference(WeightCopy):
-    """The policy before training, with arithmetic identical to the policy's."""
+    """The policy as it was before training, with arithmetic identical to the policy's."""
 
     kind: str  # stored in checkpoints
     module: nn.Module | None = None  # separate denoiser of the reference, if it has one
-    is_precomputed = False  # whether batches contain the reference's errors instead of a reference that predicts
+    # whether batches contain the reference's errors, so that no reference model runs in training
+    is_precomputed = False
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None = None, *, stored: bool = False):
         super().__init__(second, REFERENCE_FILE, stored=stored)
@@ -54,7 +59,7 @@ class AdapterOffReference(Reference):
 
 
 class AdapterReference(Reference):
-    """Second adapter with the LoRA from the beginning of training or from the last synchronisation.
+    """A second LoRA with the weights from the start of training or from the last synchronisation with the policy.
 
     Checkpoints contain it even if it never changes, because the initial LoRA may be stored nowhere else.
     """
@@ -66,7 +71,7 @@ class AdapterReference(Reference):
 
 
 class FrozenReference(Reference):
-    """Reference in a [`SecondDenoiser`].
+    """A separate frozen denoiser as the reference.
 
     Args:
         half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`]. Ignored if `follows` is set.
@@ -108,8 +113,8 @@ class PolicyReference(Reference):
 
 
 class PrecomputedReference(Reference):
-    """Reference that predicts only before training, within [`PrecomputedReference.predicting`]. In training, batches
-    contain its errors.
+    """A reference that predicts only before training, within `predicting`. During training, batches contain its
+    errors.
 
     Args:
         source ([`Reference`]): Reference that predicts: the user's model, the base under a new LoRA, or the policy.
@@ -185,14 +190,14 @@ def build_reference(
 
     Args:
         engine ([`Engine`]): Trains the policy.
-        needed (`bool`): Whether the loss reads a reference. If not, a reference of the user serves metrics only.
+        needed (`bool`): Whether the loss uses a reference. If not, a reference passed by the user only serves metrics.
         given (`nn.Module`, *optional*): The user's reference.
-        may_modify_given (`bool`): Whether the trainer loaded `given` itself. If so, `given` is not copied before it is
-            changed.
+        may_modify_given (`bool`): Whether the trainer loaded `given` itself and may change it in place. If not,
+            `given` is copied before a change.
         changed_by_engine (`bool`): Whether an engine will round or shard `given` in place.
         shared (`bool`): See [`second_copy`].
         fresh_adapter (`str`, *optional*): Name of a LoRA that was just added, initialized to zero.
-        started_adapter (`str`, *optional*): Name of a LoRA that the policy came with.
+        started_adapter (`str`, *optional*): Name of a LoRA that the policy already had, whose training continues.
         follows (`bool`): Whether the reference will be synchronised with the policy.
         half_dtype (`torch.dtype`, *optional*): See [`SecondDenoiser`].
         precomputed (`bool`): Whether the reference's errors are computed before training. Training then needs no copy
@@ -204,8 +209,8 @@ def build_reference(
     if given is not None:
         if follows and adapter_layers(denoiser):
             raise ValueError(
-                "`sync_ref_model` moves the reference towards an adapter, but a whole `ref_model` was given. Leave "
-                "`ref_model` out: the reference then is a second adapter."
+                "`sync_ref_model` with a LoRA needs a second LoRA as the reference, but `ref_model` was passed. Leave "
+                "`ref_model` out."
             )
         if (half_dtype is not None or follows or changed_by_engine) and not may_modify_given:
             given = second_copy(given, shared=shared)
@@ -256,8 +261,8 @@ def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
     """Raise `ValueError` if a reference is the policy itself or has another architecture."""
     if reference is policy:
         raise ValueError(
-            "`model` and `ref_model` must be two objects: a reference that trains along keeps every margin at 0. "
-            "Leave `ref_model` out, or pass a copy."
+            "`model` and `ref_model` must be two objects. The same object was passed twice, so the reference would "
+            "train too and every margin would stay 0. Leave `ref_model` out, or pass a copy."
         )
     difference = architecture_difference(policy, reference)
     if difference is not None:

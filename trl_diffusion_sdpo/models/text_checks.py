@@ -1,6 +1,6 @@
-"""Checks that prompts reach the model.
+"""Check that the text of prompts reaches the model.
 
-A tokenizer without its vocabulary encodes all prompts as equal tokens. Training would continue without an error.
+If a tokenizer's vocabulary is missing, all prompts become equal tokens. Training would then continue without an error.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..families import Family
 
-# Allowed ratios of tokens to embeddings. Published models have 0.99 to 1: embeddings are padded to round numbers.
-# Without its vocabulary, a tokenizer has only a few special tokens. Another model's tokenizer exceeds these bounds.
+# Allowed ratios of the tokenizer's tokens to the text encoder's embeddings. Published models have 0.99 to 1. A
+# tokenizer without its vocabulary has only a few special tokens. The tokenizer of another model is usually outside
+# these bounds.
 SIZE_RATIOS = (0.75, 1.25)
 LONGEST = 1_000_000  # tokenizers without a limit report a larger number
-PROMPTS = ("a red circle", "a big square")  # words of equal lengths, so that unknown tokens are equal in number
+PROMPTS = ("a red circle", "a big square")  # equal word lengths, so that both give equally many unknown tokens
 
 
 @torch.no_grad()
@@ -51,9 +52,9 @@ def _check_vocabulary(name: str, text_encoder: PreTrainedModel, tokenizer: PreTr
     low, high = SIZE_RATIOS
     if not low * embedded <= tokens <= high * embedded:
         raise ValueError(
-            f"A tokenizer must know about as many tokens as its text encoder has embeddings; that of `{name}` knows "
-            f"{tokens}, and there are {embedded} embeddings. Its vocabulary is missing or another model's: download "
-            "the tokenizer's folder again."
+            "A tokenizer must have about as many tokens as its text encoder has embeddings. The tokenizer of "
+            f"`{name}` has {tokens} tokens, and there are {embedded} embeddings. Its vocabulary is missing or belongs "
+            "to another model. Download the tokenizer's folder again."
         )
 
 
@@ -79,13 +80,13 @@ def _check_conditioning(family: Family) -> None:
     broken = [name for name, value in encoded.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(
-            f"Encoded prompts must be finite, and `{broken[0]}` of {PROMPTS[0]!r} is not: the text encoder overflows "
-            "in the precision it is held in, or its weights are damaged. Load it in float32, or download it again."
+            f"Encoded prompts must be finite, and `{broken[0]}` of {PROMPTS[0]!r} is not. The text encoder overflows "
+            "in its dtype, or its weights are damaged. Load it in float32, or download it again."
         )
     if encoded and all(torch.equal(*value) for value in encoded.values()):
         raise ValueError(
-            f"Two prompts must not be the same to the model, and {PROMPTS[0]!r} and {PROMPTS[1]!r} are encoded alike. "
-            "The tokenizer's vocabulary or the text encoder's weights are missing: download them again."
+            f"Different prompts must have different encodings, and {PROMPTS[0]!r} and {PROMPTS[1]!r} have the same. "
+            "The tokenizer's vocabulary or the text encoder's weights are missing. Download them again."
         )
 
 
@@ -107,10 +108,12 @@ def note_on_long_prompts(family: Family, prompts: Collection[str]) -> str:
 
 
 def note_on_limits(family: Family) -> str:
-    """Return a sentence on the tokenizers' limits, for data whose prompts cannot be counted. It is empty if there is no
-    limit."""
+    """Return a sentence with the tokenizers' length limits, for data whose prompts cannot be counted.
+
+    The sentence is empty if no tokenizer has a limit.
+    """
     limits = [f"`{name}` reads {tokenizer.model_max_length} tokens" for name, tokenizer in _limited(family).items()]
-    return f"{', '.join(limits)} of a prompt, and the rest of it is ignored." if limits else ""
+    return f"{', '.join(limits)} of a prompt and ignores the rest." if limits else ""
 
 
 def _limited(family: Family) -> dict[str, PreTrainedTokenizerBase]:

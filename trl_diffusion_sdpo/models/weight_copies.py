@@ -24,8 +24,11 @@ from .numerics import halve_autocast_weights, read_contiguous
 
 
 def second_copy(module: nn.Module, *, shared: bool) -> nn.Module:
-    """Copy a module. If `shared`, the copy's weights use the memory of the original weights, because an engine that
-    shards both modules gives each its own memory later. Buffers are always copied."""
+    """Copy a module. Buffers are always copied.
+
+    If `shared`, the copy's parameters use the memory of the original ones. This is for engines that shard both
+    modules, because sharding gives each its own memory.
+    """
     memo: dict[int, Any] = {}
     for weight in module.parameters() if shared else ():
         if type(weight) is nn.Parameter:
@@ -48,8 +51,8 @@ class SecondAdapter:
     def __init__(self, denoiser: nn.Module, policy_adapter: str, name: str, engine: Engine):
         if name in lora_configs(denoiser):
             raise ValueError(
-                f"The adapter name {name!r} is reserved for weights beside the policy's, but the model has one. Rename "
-                "or delete it."
+                f"The adapter name {name!r} is reserved for the trainer's reference or average, but the model already "
+                "has an adapter of this name. Rename or delete it."
             )
         self.engine = engine
         self._denoiser, self._policy, self._name = denoiser, policy_adapter, name
@@ -114,11 +117,12 @@ class SecondDenoiser:
 
 
 class WeightCopy:
-    """Second copy of the policy's weights. It can be prepared, updated, gathered, saved and loaded under every engine.
+    """A second copy of the policy's weights. It can be prepared, updated, gathered, saved and loaded under every
+    engine.
 
     Args:
-        second (`SecondAdapter` or `SecondDenoiser`, *optional*): Owner of the weights. It is `None` if the policy's own
-            weights are used, or none.
+        second (`SecondAdapter` or `SecondDenoiser`, *optional*): The second adapter or denoiser with the weights.
+            `None` if there are no second weights.
         file (`str`): Name of the weights' file in checkpoints.
         stored (`bool`): Whether checkpoints contain the weights. They must if the weights are updated or cannot be
             computed again.
@@ -128,7 +132,8 @@ class WeightCopy:
         self.second, self.file, self.stored = second, file, stored
         self.engine_models: tuple[nn.Module, ...] = ()  # policy and second denoiser, as the engine wrapped them
         self.float32_shards: Float32Shards | None = None  # float32 copies of stored weights that the engine rounds
-        self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None  # this copy's, the policy's
+        # (weights of this copy, weights of the policy)
+        self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     def to(self, device: torch.device) -> None:
         """Move a second denoiser to the device. An adapter moves with the policy."""
@@ -168,9 +173,9 @@ class WeightCopy:
     @torch.no_grad()
     def update(self, alpha: float) -> None:
         """Move the weights towards the policy: `w = alpha * policy + (1 - alpha) * w`. All processes must call it."""
-        assert self.second is not None and self.stored, "These weights do not move."
+        assert self.second is not None and self.stored, "These weights are never updated."
         self._reshard()
-        if self._mixed is None:  # listing all weights takes longer than mixing those of a LoRA
+        if self._mixed is None:  # cached, because listing all weights takes longer than mixing those of a LoRA
             weights, policy = _parameters(self._weights()), self.second.policy_weights()
             self._mixed = weights, {name: policy[name] for name in weights}
         weights, policy = self._mixed
@@ -227,10 +232,12 @@ def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _read(weights: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise ValueError(
-            f"A checkpoint with weights that move beside the policy's must hold {file.name}; {file.parent} does not. "
-            "Resume with the settings that wrote it."
+            f"A checkpoint of a run with an average or a synchronised reference must contain {file.name}, and "
+            f"{file.parent} does not. Resume with the settings that wrote the checkpoint."
         )
     stored = load_file(file)
     if stored.keys() != weights.keys():
-        raise ValueError(f"{file} holds the weights of another set-up. Resume with the settings that wrote it.")
+        raise ValueError(
+            f"{file} contains other weights than this run trains. Resume with the settings that wrote the checkpoint."
+        )
     return stored
