@@ -163,7 +163,7 @@ def test_a_reference_of_another_class_or_in_pickles_is_refused(make_trainer, sdx
     weights = Path(bare_folder) / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match="its weights in safetensors files"):
+    with pytest.raises(ValueError, match="in safetensors files"):
         make_trainer(ref_model=bare_folder)
 
 
@@ -209,7 +209,7 @@ def test_a_pipeline_loads_without_the_weights_of_its_encoders_and_gets_them_when
     frozen = FrozenComponents(
         family, device=torch.device("cpu"), half_dtype=None, vae_dtype="auto", load=loaded.load_encoders
     )
-    with pytest.raises(ValueError, match="its weights in safetensors files"), frozen.in_use():
+    with pytest.raises(ValueError, match="in safetensors files"), frozen.in_use():
         pass
     shutil.copytree(away, folder, dirs_exist_ok=True)
     state = torch.get_rng_state()
