@@ -185,7 +185,7 @@ def test_images_of_other_weights_under_the_same_name_are_refused(sd_pipeline, tm
 )
 def test_models_are_named_on_the_command_line(text, expected):
     one = candidate_of(text)
-    assert (one.name, one.model, one.lora, one.preference_scale) == expected
+    assert (one.name, one.model, one.lora, one.scale) == expected
 
 
 @pytest.mark.parametrize("text", ["org/model", "a=", "a=run@x"])

@@ -13,11 +13,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig, DiffusionSDPOTrainer
-from trl_diffusion_sdpo.cli.main import main
 from trl_diffusion_sdpo.models.adapters import adapter_state
-from trl_diffusion_sdpo.saving.interpolation import read_run
 from trl_diffusion_sdpo.saving.lora_export import export_kohya
-from trl_diffusion_sdpo.saving.starting_point import attach_adapter, base_of_run, starting_point
+from trl_diffusion_sdpo.saving.starting_point import attach_adapter, starting_point
 from trl_diffusion_sdpo.trainer.config.complete import copy_and_check_args
 from trl_diffusion_sdpo.utils.own_errors import is_own
 
@@ -184,17 +182,8 @@ def test_a_second_stage_resumes_bit_for_bit(train, lora_run, tmp_path):
 
 
 @pytest.mark.matrix
-def test_a_second_stage_is_scaled_and_exported_over_the_base(train, lora_run, sd_pipeline, make_pairs, tmp_path):
-    pairs = make_pairs(4)
+def test_a_second_stage_is_exported_over_the_base(train, lora_run, tmp_path):
     second = Path(train(lora_run, name="second").args.output_dir)
-    run = read_run(second)
-    run.check_base(sd_pipeline.unet)
-    assert run.setup["reference"] == "ref_adapter"
-    pairs.save_to_disk(tmp_path / "pairs")
-    sweep = ["sweep-scale", "--run", second, "--dataset_name", tmp_path / "pairs", "--dataset_test_split", "train"]
-    sweep += ["--scales", 0, 1, "--bake", 0.5, "--baked_dir", tmp_path / "half", "--use_cpu"]
-    assert main([str(word) for word in sweep]) == 0  # over the base that the run has recorded
-    assert starting_point(tmp_path / "half").pipeline == starting_point(second).pipeline
     export_kohya(second, tmp_path / "second.safetensors")
     plain = StableDiffusionPipeline.from_pretrained(starting_point(second).pipeline)
     plain.load_lora_weights(str(second))
@@ -224,8 +213,6 @@ def test_a_third_stage_of_all_weights_needs_no_folder_of_the_second(full_run, tm
     args["base_model"]["denoiser"] = "/gone/second-run"
     (tmp_path / "run" / "training_args.json").write_text(json.dumps(args))
     assert starting_point(tmp_path / "run").denoiser == str(tmp_path / "run")
-    with pytest.raises(ValueError, match="/gone/second-run"):
-        base_of_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("inner", ["", "checkpoint-2", "ema", "pytorch_lora_weights.safetensors"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import EXIT_OK
@@ -36,7 +37,29 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         required=True,
         metavar="NAME=MODEL",
         help="Models, the base first: a Hub id, a folder of a pipeline or a run's output folder. `NAME=MODEL+LORA` "
-        "puts a LoRA on it, and `NAME=MODEL@SCALE` samples it with preference guidance.",
+        "puts a LoRA on it, and `NAME=MODEL@SCALE` scales what training changed.",
+    )
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="SCALE",
+        help="Evaluate each model after the base at these scales: 1 is the tuned model, larger scales go further. The "
+        "report recommends one, and a run's model card gets it.",
+    )
+    add(
+        "--form",
+        choices=["guidance", "weights"],
+        default="guidance",
+        help="Scale the predictions by preference guidance, or the weights (default: guidance).",
+    )
+    add(
+        "--interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Noise levels at which guidance acts, such as 0 0.62; all if unset.",
     )
     add("--prompts", required=True, metavar="FILE", help="Prompts: a .txt, .json, .jsonl or .csv file, or a data set.")
     add("--prompt_column", metavar="NAME", help="Column of the prompts; `prompt`, `caption` or `text` if unset.")
@@ -86,11 +109,11 @@ def run(arguments: list[str], prog: str) -> int:
 
     from ..evaluation import evaluate_models
     from ..evaluation.prompts import PromptList, read_prompts
-    from ..evaluation.report import REPORT_FILE, verdict_sentence
+    from ..evaluation.report import REPORT_FILE, scale_sentence, verdict_sentence
 
     state = PartialState(cpu=options.device == "cpu")
     device = options.device or str(state.device)
-    candidates = [candidate_of(text) for text in options.models]
+    candidates = _candidates(options)
     listed = read_prompts(options.prompts, column=options.prompt_column, split=options.prompt_split)
     if options.max_prompts is not None:
         listed = PromptList(listed.prompts[: options.max_prompts], listed.empty, listed.duplicates)
@@ -99,12 +122,26 @@ def run(arguments: list[str], prog: str) -> int:
     if state.is_main_process:
         for comparison in evaluation.comparisons:
             print(verdict_sentence(comparison, evaluation.models[0]))
+        for sweep in evaluation.sweeps:
+            for scorer in evaluation.scores:
+                print(scale_sentence(sweep, scorer))
         for note in evaluation.notes:
             print(note)
         print(f"The report is {options.output_dir}/{REPORT_FILE}.")
     state.wait_for_everyone()  # a launcher ends the other processes when the first has exited
     state.destroy_process_group()  # otherwise its threads can abort the process while Python exits
     return EXIT_OK
+
+
+def _candidates(options: argparse.Namespace) -> list[Candidate]:
+    from ..evaluation.scales import at_scales
+
+    interval = options.interval and tuple(options.interval)
+    candidates = [replace(candidate_of(text), form=options.form, interval=interval) for text in options.models]
+    if not options.scales:
+        return candidates
+    base, *others = candidates
+    return [base, *(one for other in others for one in at_scales(other, options.scales))]
 
 
 def candidate_of(text: str) -> Candidate:
@@ -121,10 +158,10 @@ def candidate_of(text: str) -> Candidate:
     model, _, scale = model.partition("@")
     model, _, lora = model.partition("+")
     try:
-        preference_scale = float(scale) if scale else None
+        number = float(scale) if scale else None
     except ValueError as error:
         raise ValueError(f"The scale after @ must be a number, got {scale!r} in {text!r}.") from error
-    return Candidate(name, model, lora or None, preference_scale)
+    return Candidate(name, model, lora or None, number)
 
 
 def _scorer_settings(name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:

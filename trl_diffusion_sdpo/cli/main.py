@@ -21,7 +21,6 @@ COMMANDS = {
     "encode": "Encode images and prompts once, for later runs with the same options.",
     "plan": "Compute the memory, disk and time that a run needs, before it.",
     "evaluate": "Compare models by scorers: images, win rates and a report.",
-    "sweep-scale": "Evaluate a run at scales from its base to beyond its tuned weights, with images.",
     "export": "Write the LoRA of a run for ComfyUI, AUTOMATIC1111 and others.",
     "demo": "Train on the embedded world and plot the results.",
     "env": "Print the versions that a bug report needs.",

@@ -395,10 +395,9 @@ class PreferenceDataset(Dataset):
         transform = self._maker.transform
         return (transform.height, transform.width) if self.sizes is None else self.sizes.of(row)
 
-    def prompts(self, *, of_losers: bool = True) -> set[str]:
-        """Return the distinct prompts of all pairs. `of_losers` adds the losers' own prompts, if they have some."""
-        columns = [1, 3] if of_losers else [1]
-        images = np.unique(self._pairs.places[:, columns].clip(max=1)).tolist() if self.has_loser_prompts else [0]
+    def prompts(self) -> set[str]:
+        """Return the distinct prompts of all pairs, with the losers' own prompts, if they have some."""
+        images = np.unique(self._pairs.places[:, [1, 3]].clip(max=1)).tolist() if self.has_loser_prompts else [0]
         rows = np.unique(self._pairs.places[:, 0])
         return {prompt for image in images for prompt in self._source.prompts_of_rows(rows, image)}
 

@@ -1,6 +1,6 @@
 """Judging models by their images: prompts to images, scores, win rates and a report."""
 
+from .candidate import Candidate
 from .evaluate import evaluate_models
-from .images import Candidate
 
 __all__ = ["Candidate", "evaluate_models"]

@@ -20,9 +20,11 @@ from ..rewards import Scorer
 from ..rewards.statistics import WinRate, agreement, holm, win_rate
 from ..utils.files import write_atomically
 from ..utils.processes import Peers
-from .images import Candidate, ImageSettings, diversity, generate_images, image_path, is_black, saturation
+from .candidate import Candidate
+from .images import ImageSettings, diversity, generate_images, image_path, is_black, saturation
 from .prompts import PromptList, distinct
 from .report import write_report
+from .scales import Sweep, recommend_in_cards, sweeps_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Evaluation:
             prefer the same model.
         looks (`dict[str, dict[str, float]]`): Model -> `saturation`, `diversity` and the number of `black` images.
         notes (`tuple[str, ...]`): Sentences on what was left out.
+        sweeps (`tuple[Sweep, ...]`): The models that were evaluated at several scales.
     """
 
     prompts: PromptList
@@ -70,6 +73,7 @@ class Evaluation:
     agreement: dict[str, dict[str, float]]
     looks: dict[str, dict[str, float]]
     notes: tuple[str, ...]
+    sweeps: tuple[Sweep, ...]
 
 
 def evaluate_models(
@@ -119,14 +123,16 @@ def evaluate_models(
     state = PartialState()
     peers = Peers(state.process_index, state.num_processes, gather_objects)
     for candidate in candidates:
-        generate_images(candidate, listed.prompts, settings, folder, peers)
+        generate_images(candidate, listed.prompts, settings, folder, peers, base=candidates[0])
     looks = {name: _looks(folder, name, listed, settings, peers) for name in (one.name for one in candidates)}
     scores = {
         scorer.name: {one.name: _scores(scorer, folder, one.name, listed, settings, peers) for one in candidates}
         for scorer in scorers
     }
-    evaluation = _compare(listed, settings, [candidate.name for candidate in candidates], scores, looks)
+    sweeps = tuple(sweeps_of(candidates, scores))
+    evaluation = _compare(listed, settings, [candidate.name for candidate in candidates], scores, looks, sweeps)
     peers.first(lambda: _write(folder, evaluation))
+    peers.first(lambda: recommend_in_cards(sweeps, candidates, settings.call_kwargs))
     return evaluation
 
 
@@ -208,6 +214,7 @@ def _compare(
     models: Sequence[str],
     scores: Mapping[str, Mapping[str, np.ndarray]],
     looks: dict[str, dict[str, float]],
+    sweeps: tuple[Sweep, ...],
 ) -> Evaluation:
     base, *others = models
     results = [(model, name, win_rate(scores[name][model], scores[name][base])) for model in others for name in scores]
@@ -235,6 +242,7 @@ def _compare(
         agreement=agreements,
         looks=looks,
         notes=tuple(_notes(prompts, scores, looks)),
+        sweeps=sweeps,
     )
 
 
@@ -292,6 +300,7 @@ def _write(folder: Path, evaluation: Evaluation) -> None:
             "agreement": {model: _without_nan(pairs) for model, pairs in evaluation.agreement.items()},
             "looks": {model: _without_nan(values) for model, values in evaluation.looks.items()},
             "notes": evaluation.notes,
+            "sweeps": [asdict(sweep) for sweep in evaluation.sweeps],
         },
     )
     write_report(folder, evaluation)

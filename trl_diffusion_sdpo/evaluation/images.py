@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,44 +19,17 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..families import Family
-from ..guidance import preference_guidance
+from ..models.adapters import active_adapter
 from ..models.loading import load_model
 from ..saving.setup import fingerprint
 from ..saving.starting_point import attach_adapter, starting_point
 from ..utils.files import file_facts, write_atomically
 from ..utils.processes import ALONE, Peers
+from .candidate import Candidate
+from .scales import scaled
 
 Noise = Literal["prompt", "shared"]
 SETTINGS_FILE = "settings.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model of an evaluation.
-
-    Args:
-        name (`str`): Its name in tables and file names: letters, digits, dots, dashes and underscores.
-        model (`str` or `DiffusionPipeline`): A Hub id, a folder of a pipeline, a run's output folder, or a pipeline.
-        lora (`str`, *optional*): A LoRA on it: a folder, a file or a Hub id. A pipeline loads its LoRA itself.
-        preference_scale (`float`, *optional*): Scale of preference guidance; needs a LoRA.
-        call_kwargs (`dict`, *optional*): Arguments of the pipeline's call for this model, over those of all.
-
-    Raises:
-        `ValueError`: If the name is no file name, or a pipeline comes with a LoRA.
-    """
-
-    name: str
-    model: str | DiffusionPipeline
-    lora: str | None = None
-    preference_scale: float | None = None
-    call_kwargs: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"The name of a model is part of file names, got {self.name!r}. Use letters and digits.")
-        if self.lora is not None and not isinstance(self.model, str):
-            raise ValueError(f"Load the LoRA {self.lora} into the pipeline of {self.name}, and leave `lora` out.")
 
 
 @dataclass(frozen=True)
@@ -110,18 +81,26 @@ def settings_path(folder: Path, candidate: str) -> Path:
 
 
 def generate_images(
-    candidate: Candidate, prompts: Sequence[str], settings: ImageSettings, folder: Path, peers: Peers = ALONE
+    candidate: Candidate,
+    prompts: Sequence[str],
+    settings: ImageSettings,
+    folder: Path,
+    peers: Peers = ALONE,
+    base: Candidate | None = None,
 ) -> None:
     """Generate the images of a model that are not there yet. Collective: all processes call it.
 
     Images are generated in fixed batches, so that a resumed call writes the same bytes.
+
+    Args:
+        base (`Candidate`, *optional*): The model that a `scale` starts from. A LoRA does not need it.
 
     Raises:
         `ValueError`: If the folder has images of this name with other settings or prompts, or the model cannot be
             loaded.
     """
     target = folder / "images" / candidate.name
-    peers.first(lambda: _check_settings(target, _facts(candidate, prompts, settings)))
+    peers.first(lambda: _check_settings(target, _facts(candidate, base, prompts, settings)))
     rows = [(index, seed) for index in range(len(prompts)) for seed in settings.seeds]
     batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
     missing = [
@@ -129,11 +108,12 @@ def generate_images(
         for batch in batches[peers.index :: peers.count]
         if not all(image_path(folder, candidate.name, *row).is_file() for row in batch)
     ]
-    peers.gather_results(lambda: _generate(candidate, prompts, settings, folder, missing) if missing else None)
+    peers.gather_results(lambda: _generate(candidate, base, prompts, settings, folder, missing) if missing else None)
 
 
 def _generate(
     candidate: Candidate,
+    base: Candidate | None,
     prompts: Sequence[str],
     settings: ImageSettings,
     folder: Path,
@@ -142,9 +122,14 @@ def _generate(
     family = _load(candidate, settings)
     pipeline = family.pipeline
     pipeline.set_progress_bar_config(disable=True)
+    needs_base = candidate.scale is not None and active_adapter(family.denoiser) is None
+    if needs_base and (base is None or base is candidate):
+        raise ValueError(f"The scale of {candidate.name} starts from the first model, so name its base before it.")
+    reference = _load(base, settings).denoiser if needs_base and base is not None else None
     options = {**(settings.call_kwargs or {}), **(candidate.call_kwargs or {})}
     options.update(family.generation_kwargs(options.pop("guidance_scale", None)))
-    with _guided(candidate, pipeline), tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image") as bar:
+    bar = tqdm(total=sum(map(len, batches)), desc=candidate.name, unit="image")
+    with bar, scaled(candidate, pipeline, family.denoiser, reference):
         for batch in batches:
             texts = [prompts[index] for index, _ in batch]
             generators = [settings.generator(text, seed) for text, (_, seed) in zip(texts, batch, strict=True)]
@@ -167,18 +152,15 @@ def _load(candidate: Candidate, settings: ImageSettings) -> Family:
     return family
 
 
-def _guided(candidate: Candidate, pipeline: DiffusionPipeline) -> contextlib.AbstractContextManager[Any]:
-    if candidate.preference_scale is None:
-        return contextlib.nullcontext()
-    return preference_guidance(pipeline, candidate.preference_scale)
-
-
-def _facts(candidate: Candidate, prompts: Sequence[str], settings: ImageSettings) -> dict[str, Any]:
+def _facts(
+    candidate: Candidate, base: Candidate | None, prompts: Sequence[str], settings: ImageSettings
+) -> dict[str, Any]:
     model = candidate.model if isinstance(candidate.model, str) else type(candidate.model).__name__
     return {
-        **asdict(_without_pipeline(candidate)),
+        **asdict(replace(candidate, model="")),
         "model": model,
         "weights": _weights(candidate),
+        "base_weights": None if base is None or candidate.scale is None else _weights(base),
         "noise": settings.noise,
         "seeds": list(settings.seeds),
         "shared_call_kwargs": settings.call_kwargs or {},
@@ -199,10 +181,6 @@ def _weights(candidate: Candidate) -> Any:
         # The checkpoints of a run are other models than the run.
         facts += [file_facts(file) for file in files if "checkpoint-" not in str(file.relative_to(path))]
     return facts
-
-
-def _without_pipeline(candidate: Candidate) -> Candidate:
-    return Candidate(candidate.name, "", candidate.lora, candidate.preference_scale, candidate.call_kwargs)
 
 
 def _check_settings(target: Path, facts: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from .images import image_path, settings_path
 
 if TYPE_CHECKING:
     from .evaluate import Comparison, Evaluation
+    from .scales import Sweep
 
 REPORT_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -46,11 +47,22 @@ def verdict_sentence(one: Comparison, base: str) -> str:
     return f"{one.scorer} shows no difference between {one.model} and {base}: a win rate of {rate}."
 
 
+def scale_sentence(sweep: Sweep, scorer: str) -> str:
+    """Return the recommended scale in words."""
+    scale = sweep.recommended[scorer]
+    kind = "of the weights" if sweep.form == "weights" else "of preference guidance"
+    if scale is None:
+        return f"{sweep.name}: {scorer} recommends no scale {kind}, because there are too few prompts."
+    as_good = ", so the base is as good" if scale == 0 else ""
+    return f"{sweep.name}: the recommended scale {kind} by {scorer} is {scale:g}{as_good}."
+
+
 def markdown_report(evaluation: Evaluation) -> str:
     """Return the findings as Markdown, such as for a model card."""
     base = evaluation.models[0]
     lines = ["# Evaluation", ""]
     lines += [f"- {verdict_sentence(one, base)}" for one in evaluation.comparisons]
+    lines += [f"- {scale_sentence(sweep, scorer)}" for sweep in evaluation.sweeps for scorer in evaluation.scores]
     lines += ["", "| Model | Scorer | Win rate | 95 % interval | Mean change | p (Holm) | Ties | Verdict |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in _rows(evaluation)]
@@ -106,6 +118,7 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         for pair, share in pairs.items()
         if not np.isnan(share)
     )
+    swept = {model for sweep in evaluation.sweeps for model in sweep.names.values()}
     parts = [
         f"<h1>{_text(', '.join(evaluation.models[1:]) or base)} against {_text(base)}</h1>",
         f"<p>{len(evaluation.prompts.prompts)} prompts, {len(evaluation.seeds)} images each, from equal noise.</p>",
@@ -119,7 +132,8 @@ def html_report(folder: Path, evaluation: Evaluation) -> str:
         _table(means, _mean_rows(evaluation)),
         "<p>Scorers tend to reward saturated images. Training often makes the images of a prompt more alike.</p>",
         f"<ul>{agreements}</ul>" if agreements else "",
-        *(_examples(folder, evaluation, model) for model in evaluation.models[1:]),
+        *(_scales(folder, evaluation, sweep) for sweep in evaluation.sweeps),
+        *(_examples(folder, evaluation, model) for model in evaluation.models[1:] if model not in swept),
         "<h2>What the numbers do not show</h2>",
         f"<p>{LIMITS}</p>",
         f"<ul>{notes}</ul>" if notes else "",
@@ -173,6 +187,82 @@ def _plot(evaluation: Evaluation) -> str:
         marks.append(f'<line class="bar {kind}" x1="{x(result.low)}" x2="{x(result.high)}" y1="{y}" y2="{y}"/>')
         marks.append(f'<circle class="{kind}" cx="{x(result.rate)}" cy="{y}" r="6"/>')
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Win rates">{"".join(marks)}</svg>'
+
+
+# ---- Scales ---------------------------------------------------------------------------------------------------------
+
+
+def _scales(folder: Path, evaluation: Evaluation, sweep: Sweep) -> str:
+    """Return plots of win rate and mean by scale, and a row of images by scale for some prompts."""
+    recommendations = "".join(f"<li>{_text(scale_sentence(sweep, scorer))}</li>" for scorer in evaluation.scores)
+    plots = "".join(_scale_plots(evaluation, sweep, scorer) for scorer in evaluation.scores)
+    count = len(evaluation.prompts.prompts)
+    shown = sorted({index * count // SHOWN_PROMPTS for index in range(SHOWN_PROMPTS)})
+    scorer, by_model = next(iter(evaluation.scores.items()))
+    rows = []
+    for index in shown:
+        figures = []
+        for scale, name in sweep.names.items():
+            image = _data_url(image_path(folder, name, index, evaluation.seeds[0]))
+            caption = f"{scale:g}: <b>{by_model[name][index, 0]:.4g}</b>"
+            figures.append(
+                f'<figure><img src="{image}" alt="{_text(name)}"><figcaption>{caption}</figcaption></figure>'
+            )
+        rows.append(f'<h3>{_text(evaluation.prompts.prompts[index])}</h3><div class="row">{"".join(figures)}</div>')
+    form = "the weights" if sweep.form == "weights" else "preference guidance"
+    return (
+        f"<h2>{_text(sweep.name)} by scale of {form}</h2><ul>{recommendations}</ul>"
+        f'<div class="plots">{plots}</div>'
+        f"<p>Scale 0 is {_text(evaluation.models[0])}. The bars are 95 % intervals. Below each image are its scale and "
+        f"its score by {_text(scorer)}. The prompts are spread evenly over the list.</p>{''.join(rows)}"
+    )
+
+
+def _scale_plots(evaluation: Evaluation, sweep: Sweep, scorer: str) -> str:
+    base = float(np.nanmean(evaluation.scores[scorer][evaluation.models[0]]))
+    results = {one.model: one.result for one in evaluation.comparisons if one.scorer == scorer}
+    rates = {0.0: (0.5, 0.5, 0.5)}
+    means = {0.0: (base, base, base)}
+    for scale, name in sweep.names.items():
+        if scale:
+            one = results[name]
+            rates[scale] = (one.rate, one.low, one.high)
+            means[scale] = (base + one.mean_change, base + one.change_low, base + one.change_high)
+    return _curve(f"Win rate by {scorer}", rates, "{:.0%}") + _curve(f"Mean {scorer}", means, "{:.3g}")
+
+
+def _curve(title: str, points: dict[float, tuple[float, float, float]], number: str) -> str:
+    """Return values with intervals against scales as an SVG. The dashed line is the base."""
+    left, right, top, bottom = 56, 348, 34, 180
+    low = min(ends[1] for ends in points.values())
+    high = max(ends[2] for ends in points.values())
+    margin = (high - low) * 0.05 or 0.05
+    low, high = low - margin, high + margin
+    widest = max(points)
+
+    def x(scale: float) -> float:
+        return left + 10 + scale / widest * (right - left - 20)
+
+    def y(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - top)
+
+    marks = [f'<text x="4" y="16">{_text(title)}</text>']
+    for value in np.linspace(low + margin, high - margin, 3):
+        marks.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        marks.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{number.format(value)}</text>')
+    base = y(points[0.0][0])
+    marks.append(f'<line class="middle" x1="{left}" x2="{right}" y1="{base:.1f}" y2="{base:.1f}"/>')
+    line = " ".join(f"{x(scale):.1f},{y(values[0]):.1f}" for scale, values in points.items())
+    marks.append(f'<polyline class="curve" points="{line}"/>')
+    for scale, (value, start, end) in points.items():
+        at = f"{x(scale):.1f}"
+        marks.append(f'<line class="bar" x1="{at}" x2="{at}" y1="{y(start):.1f}" y2="{y(end):.1f}"/>')
+        marks.append(f'<circle cx="{at}" cy="{y(value):.1f}" r="5"/>')
+        marks.append(f'<text x="{at}" y="{bottom + 18}" text-anchor="middle">{scale:g}</text>')
+    return f'<svg class="curve" viewBox="0 0 360 206" role="img" aria-label="{_text(title)}">{"".join(marks)}</svg>'
+
+
+# ---- Examples -------------------------------------------------------------------------------------------------------
 
 
 def _examples(folder: Path, evaluation: Evaluation, model: str) -> str:
@@ -233,6 +323,10 @@ svg{width:100%;max-width:640px;font-size:13px;fill:currentColor}
 .bar{stroke-width:4;stroke:var(--none)}.bar.better{stroke:var(--good)}.bar.worse{stroke:var(--bad)}
 circle{fill:var(--none)}circle.better{fill:var(--good)}circle.worse{fill:var(--bad)}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:16px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:16px}
+polyline{fill:none;stroke:currentColor;stroke-width:1.5}
+.row{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(96px,160px);gap:8px;overflow-x:auto}
+.row img{width:100%;display:block;cursor:zoom-in}h3{font-size:.95rem;margin:1.2em 0 .4em}
 figure{margin:0}.pair{position:relative;cursor:zoom-in}
 .pair img{width:100%;display:block;image-rendering:auto}
 .pair .over{position:absolute;inset:0;height:100%;clip-path:inset(0 0 0 50%)}
@@ -241,12 +335,13 @@ dialog{padding:0;border:0;background:none}dialog img{max-width:94vw;max-height:9
 dialog::backdrop{background:#000c}
 """
 _SCRIPT = """
-for(const figure of document.querySelectorAll("figure")){
-  const over=figure.querySelector(".over"),slider=figure.querySelector("input"),pair=figure.querySelector(".pair");
+const large=document.getElementById("large"),enlarge=image=>{large.firstChild.src=image.src;large.showModal()};
+for(const pair of document.querySelectorAll(".pair")){
+  const over=pair.querySelector(".over"),slider=pair.parentElement.querySelector("input");
   slider.oninput=()=>over.style.clipPath=`inset(0 0 0 ${slider.value}%)`;
   pair.onclick=event=>{const share=(event.clientX-pair.getBoundingClientRect().left)/pair.clientWidth*100;
-    const large=document.getElementById("large");
-    large.firstChild.src=(share<slider.value?pair.firstChild:over).src;large.showModal()};
+    enlarge(share<slider.value?pair.firstChild:over)};
 }
-document.getElementById("large").onclick=event=>event.currentTarget.close();
+for(const image of document.querySelectorAll(".row img"))image.onclick=()=>enlarge(image);
+large.onclick=()=>large.close();
 """

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,20 +194,17 @@ class SampleImagesCallback(TrainerCallback):
         self,
         autocast: contextlib.AbstractContextManager | None = None,
         through: nn.Module | None = None,
-        within: Callable[[DiffusionPipeline], contextlib.AbstractContextManager] | None = None,
     ) -> list[Image.Image]:
         """Generate one image for each prompt, in their order, with the current weights.
 
         Args:
             autocast (context manager, *optional*): Entered around each call of the denoiser; must be reusable.
             through (`nn.Module`, *optional*): The denoiser as the engine wrapped it, to be called in its place.
-            within (`Callable`, *optional*): Returns a context for calling the pipeline that it receives.
         """
         none = contextlib.nullcontext()
         with (
             none if self._frozen is None else self._frozen.in_use(),
             self._prepared(autocast or none, through) as pipeline,
-            none if within is None else within(pipeline),
         ):
             return [self._generate_one(pipeline, i) for i in range(len(self.prompts))]
 
@@ -226,8 +223,7 @@ class SampleImagesCallback(TrainerCallback):
         if through is not None:
             pipeline.register_modules(**{self.denoiser_name: DenoiserView(denoiser, through)})
         with torch.no_grad(), eval_mode(networks), _restored_random_state(pipeline.device):
-            precision = in_training_precision(denoiser, autocast)
-            with precision, _in_own_precision(pipeline.vae):
+            with _in_training_precision(denoiser, autocast), _in_own_precision(pipeline.vae):
                 yield pipeline
 
     def _generate_one(self, pipeline: DiffusionPipeline, index: int) -> Image.Image:
@@ -303,7 +299,7 @@ def _in_own_precision(vae: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
+def _in_training_precision(denoiser: nn.Module, autocast: contextlib.AbstractContextManager) -> Iterator[None]:
     """Run the denoiser under autocast within the context. Inputs are cast to its dtype and outputs are cast back, so
     that frozen components may have another precision."""
     calls: list[tuple[contextlib.ExitStack, torch.dtype]] = []

@@ -68,7 +68,7 @@ def to_kohya(weights: dict[str, torch.Tensor], config: LoraConfig, denoiser_clas
 
 
 def _usage_hint(run: Path, average: bool) -> dict[str, str]:
-    """Return the scale that a sweep recommends for these weights, under the key that tools show to users."""
+    """Return the recommended scale of these weights, under the key that tools show to users."""
     scale = recommended_scales(run).get(RECOMMENDED[average], {}).get("weights")
     return {} if scale in (None, 1.0) else {"modelspec.usage_hint": f"Recommended weight: {scale:g}"}
 

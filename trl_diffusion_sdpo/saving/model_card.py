@@ -287,16 +287,17 @@ class RunCard:
 
 
 def recommended_scales(folder: Path) -> dict[str, dict[str, float]]:
-    """Return the scales that sweeps recommend for the weights in a folder, by the keys in [`RECOMMENDED`]."""
+    """Return the recommended scales of the weights in a folder, by the keys in [`RECOMMENDED`]."""
     card = _read_card(folder)
     found = {} if card is None else {key: card.data.get(key) for key in RECOMMENDED.values()}
     return {key: scales for key, scales in found.items() if isinstance(scales, dict)}
 
 
 def recommend_scale(folder: Path, scales: Mapping[str, Any], *, average: bool) -> None:
-    """Write the scales that a sweep recommends into the metadata of the card in a folder, if there is a card."""
+    """Add recommended scales to the metadata of the card in a folder, if there is a card."""
+    key = RECOMMENDED[average]
     numbers = {name: scales[name] for name in _SCALES if scales.get(name) is not None}
-    _update_scales(folder, {RECOMMENDED[average]: numbers})
+    _update_scales(folder, {key: {**recommended_scales(folder).get(key, {}), **numbers}})
 
 
 def forget_recommended_scales(folder: Path) -> None:

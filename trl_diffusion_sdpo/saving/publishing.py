@@ -21,8 +21,8 @@ from .setup import ARGS_FILE
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-# Pickles, logs, the arguments (they name local folders) and the numbers of sweeps. The model card has the settings.
-NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE, "*sweep.json")
+# Pickles, logs, and the arguments, which name local folders. The model card has the settings.
+NOT_UPLOADED = ("_*", "*.pt", "*.pth", "*.bin", "runs/*", ARGS_FILE)
 
 
 class PublishingError(OSError):

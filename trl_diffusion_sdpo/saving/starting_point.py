@@ -88,7 +88,7 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
         `ValueError`: If the run's pipeline is unknown or no longer there, or there would be two LoRAs.
     """
     folder = Path(name_or_path)
-    run = _run_of(folder)
+    run = run_of(folder)
     setup = read_setup(run)
     chosen = None if adapter is None else os.fspath(adapter)
     if "tuning" not in setup or (folder / INDEX_FILE).is_file():
@@ -103,12 +103,6 @@ def starting_point(name_or_path: str | os.PathLike, adapter: str | os.PathLike |
         )
     base = _read_base(run, needs_denoiser=True, advice=f"pass `adapter_name_or_path` {run}")
     return StartingPoint(base["pipeline"], base["options"], denoiser=base["denoiser"], adapter=str(folder))
-
-
-def base_of_run(run: str | os.PathLike) -> StartingPoint:
-    """Return the start of a run, without a LoRA. Raise `ValueError` if it is unknown or no longer exists."""
-    base = _read_base(Path(run), needs_denoiser=True, advice="load its denoiser from this folder in Python")
-    return StartingPoint(base["pipeline"], base["options"], base["denoiser"])
 
 
 def recorded_base(
@@ -188,13 +182,13 @@ def _read_base(run: Path, *, needs_denoiser: bool, advice: str) -> Any:
     return base
 
 
-def _run_of(folder: Path) -> Path:
+def run_of(folder: Path) -> Path:
     """Return the folder with the set-up file of weights. Averaged weights are in a subfolder of it."""
     return folder.parent if folder.name == EMA_FOLDER and not (folder / SETUP_FILE).is_file() else folder
 
 
 def _warn_of_another_base(denoiser: nn.Module, path: Path) -> None:
-    setup = read_setup(_run_of(path.parent if path.name == LORA_FILE else path))
+    setup = read_setup(run_of(path.parent if path.name == LORA_FILE else path))
     trained_on = setup.get("weights_before_training") if setup.get("tuning") == "lora" else None
     tensors = base_tensors(denoiser)
     if trained_on is None or any(tensor.is_meta for tensor in tensors.values()):  # a plan has no weights

@@ -19,13 +19,10 @@ from .config.all_arguments import (
     settled_resolution,
 )
 from .config.checks import check_settings
-from .config.declaring import EVALUATION, RESUME
+from .config.declaring import RESUME
 
-# Settings of transformers in each list of settings.
-INHERITED = {
-    RESUME: ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed"),
-    EVALUATION: ("seed", "data_seed"),
-}
+# Settings of transformers that change the trajectory.
+INHERITED = ("per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision", "seed", "data_seed")
 
 
 @dataclass
@@ -145,10 +142,10 @@ class DiffusionSDPOConfig(AllArguments):
     __repr__ = __str__
 
 
-def settings_with(key: str) -> tuple[str, ...]:
-    """Return the names of the settings in a list: [`RESUME`] or [`EVALUATION`]."""
-    names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if key in setting.facts)
-    return (*names, *INHERITED[key])
+def resume_settings() -> tuple[str, ...]:
+    """Return the names of the settings that change the trajectory."""
+    names = (name for name, setting in settings_of(DiffusionSDPOConfig).items() if RESUME in setting.facts)
+    return (*names, *INHERITED)
 
 
 def _accelerator_has_bf16() -> bool:

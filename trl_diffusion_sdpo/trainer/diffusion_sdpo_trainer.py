@@ -61,7 +61,6 @@ from .callbacks import add_callbacks
 from .components import build_components, load_policy, make_reference_errors
 from .config.all_arguments import temporarily
 from .config.complete import copy_and_check_args, largest_batch, pairs_of_a_step, stored_crops
-from .config.declaring import RESUME
 from .config.model_checks import refuse_dropout
 from .data_preparation import (
     PREPARED,
@@ -72,7 +71,7 @@ from .data_preparation import (
     outline,
     save_position,
 )
-from .diffusion_sdpo_config import DiffusionSDPOConfig, settings_with
+from .diffusion_sdpo_config import DiffusionSDPOConfig, resume_settings
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ class DiffusionSDPOTrainer(Trainer):
     ):
         # Copy the user's settings, and check that all processes have the same.
         args = copy_and_check_args(model, ref_model, args)
-        check_agreement({name: getattr(args, name) for name in (*settings_with(RESUME), *SAME_IN_ALL_PROCESSES)})
+        check_agreement({name: getattr(args, name) for name in (*resume_settings(), *SAME_IN_ALL_PROCESSES)})
         ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
         workers_are_chosen = args.dataloader_num_workers is None
 
@@ -274,7 +273,7 @@ class DiffusionSDPOTrainer(Trainer):
             full_pipeline=args.save_full_pipeline,
             base_model=self.origin.name_or_path,
             trainer_name=self._name,
-            settings=settings_with(RESUME),
+            settings=resume_settings(),
         )
         self.run_facts = RunFacts(
             has_reference=self.loss_spec.needs_reference,
@@ -839,7 +838,7 @@ class DiffusionSDPOTrainer(Trainer):
             BASE: public_base(self.origin.base),
             "train_data": self._data_fingerprint,
             "eval_data": self._eval_fingerprint,
-            **{name: getattr(self.args, name) for name in settings_with(RESUME)},
+            **{name: getattr(self.args, name) for name in resume_settings()},
             "stored_crops": stored_crops(self.args),
         }
 

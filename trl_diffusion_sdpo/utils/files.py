@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 VERDICT_FILE, VERDICT_PLOT = "verdict.json", "verdict.png"  # in the folder of a run
-SWEEP_FOLDER = "scale_sweep"  # in the folder of a run; averaged weights add a suffix
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], *, ending: str = ".partial") -> None:

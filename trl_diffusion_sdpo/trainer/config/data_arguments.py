@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ...data.buckets import AspectRatioBuckets
-from .declaring import EVALUATION, RESUME, Keys, Range, documented
+from .declaring import RESUME, Keys, Range, documented
 
 OnBadRow = Literal["drop", "raise"]
 Losers = Literal["data", "permute"]
@@ -99,22 +99,22 @@ class DataArguments:
     dataset_format: str | None = None
     dataset_num_proc: Annotated[int | None, Range("[1, inf)", "Leave it unset.")] = None
     dataloader_num_workers: int | None = None
-    swap_labels: Annotated[bool, RESUME, EVALUATION] = False
-    losers: Annotated[Losers, RESUME, EVALUATION] = "data"
+    swap_labels: Annotated[bool, RESUME] = False
+    losers: Annotated[Losers, RESUME] = "data"
     pair_weights: Annotated[str | None, RESUME] = None
-    calibrated_scores: Annotated[bool, RESUME, EVALUATION] = False
+    calibrated_scores: Annotated[bool, RESUME] = False
     on_bad_row: OnBadRow = "drop"
     verify_images: str = "sample"
     image_schemes: list[str] | None = None
-    resolution: Annotated[list[int] | None, RESUME, EVALUATION] = None
-    aspect_ratio_buckets: Annotated[bool, RESUME, EVALUATION] = False
+    resolution: Annotated[list[int] | None, RESUME] = None
+    aspect_ratio_buckets: Annotated[bool, RESUME] = False
     bucket_kwargs: Annotated[
-        dict[str, Any] | str | None, Keys(AspectRatioBuckets, ("step", "max_aspect_ratio")), RESUME, EVALUATION
+        dict[str, Any] | str | None, Keys(AspectRatioBuckets, ("step", "max_aspect_ratio")), RESUME
     ] = None
-    min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset."), RESUME, EVALUATION] = None
+    min_side: Annotated[int | None, Range("[1, inf)", "Leave it unset."), RESUME] = None
     random_crop: Annotated[bool, RESUME] = False
     random_flip: Annotated[bool, RESUME] = True
-    image_interpolation: Annotated[Interpolation, RESUME, EVALUATION] = "bilinear"
+    image_interpolation: Annotated[Interpolation, RESUME] = "bilinear"
     proportion_empty_prompts: Annotated[float, Range("[0, 1]", "Published: 0.2."), RESUME] = 0.0
     precompute_latents: bool = False
     precompute_dir: str | None = None

@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 RESUME = "resume"  # settings that change the trajectory: resuming compares them, and the model card shows them
-EVALUATION = "evaluation"  # settings that an evaluation of saved weights depends on
 
 
 @dataclass(frozen=True)

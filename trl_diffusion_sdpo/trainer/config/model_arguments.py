@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from .declaring import EVALUATION, RESUME, Range, documented
+from .declaring import RESUME, Range, documented
 
 VaeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -68,7 +68,7 @@ class PipelineArguments:
     ref_model_sync_steps: Annotated[int, Range("[1, inf)"), RESUME] = 512
     precompute_ref_errors: Annotated[bool, RESUME] = False
     save_full_pipeline: bool = False
-    vae_dtype: Annotated[VaeDtype, RESUME, EVALUATION] = "auto"
+    vae_dtype: Annotated[VaeDtype, RESUME] = "auto"
     vae_encode_batch_size: Annotated[
         int | None, Range("[1, inf)", "Leave it unset for about two million pixels at once.")
     ] = None

@@ -9,7 +9,7 @@ from ...families.inversion import InversionSettings
 from ...families.timestep_sampling import TimestepSampling, WeightingScheme
 from ...losses import Anchor, Granularity, LossSpec, LossType, Safeguard, loss_spec
 from ...step.winner_budget import ProbeSettings
-from .declaring import EVALUATION, RESUME, Choices, Keys, Range, documented
+from .declaring import RESUME, Choices, Keys, Range, documented
 
 TimestepWeighting = Literal["none", "one_minus_t_squared"]
 NoiseSource = Literal["shared", "inversion"]
@@ -67,25 +67,24 @@ class NoiseArguments:
             default of the model's family.
     """
 
-    timestep_range: Annotated[list[int] | None, RESUME, EVALUATION] = None
-    timesteps: Annotated[list[float] | None, RESUME, EVALUATION] = None
-    weighting_scheme: Annotated[WeightingScheme | None, RESUME, EVALUATION] = None
+    timestep_range: Annotated[list[int] | None, RESUME] = None
+    timesteps: Annotated[list[float] | None, RESUME] = None
+    weighting_scheme: Annotated[WeightingScheme | None, RESUME] = None
     weighting_kwargs: Annotated[
         dict[str, Any] | str | None,
         Keys(TimestepSampling, ("logit_mean", "logit_std", "mode_scale")),
         RESUME,
-        EVALUATION,
     ] = None
-    timestep_weighting: Annotated[TimestepWeighting, RESUME, EVALUATION] = "none"
-    snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME, EVALUATION] = None
-    noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
-    input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME, EVALUATION] = 0.0
+    timestep_weighting: Annotated[TimestepWeighting, RESUME] = "none"
+    snr_gamma: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
+    noise_offset: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
+    input_perturbation: Annotated[float, Range("[0, inf)", "Use 0 for none."), RESUME] = 0.0
     n_timesteps_per_pair: Annotated[int, Range("[1, inf)"), RESUME] = 1
     noise_source: Annotated[NoiseSource, RESUME] = "shared"
     inversion_kwargs: Annotated[
         dict[str, Any] | str | None, Keys(InversionSettings, ("kind", "steps", "end", "eta")), RESUME
     ] = None
-    guidance_scale: Annotated[float | None, RESUME, EVALUATION] = None
+    guidance_scale: Annotated[float | None, RESUME] = None
 
 
 @documented
@@ -206,7 +205,7 @@ class WinnerArguments:
             training logs for an error that has doubled.
     """
 
-    num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME, EVALUATION] = 8
+    num_noise_bins: Annotated[int, Range("[1, inf)"), RESUME] = 8
     loser_noise_range: Annotated[list[float] | None, RESUME] = None
     winner_budget: Annotated[float | None, Range("(0, inf)", "0.01 is one per cent."), RESUME] = None
     winner_budget_kwargs: Annotated[dict[str, Any] | str | None, Keys(ProbeSettings, ("pairs", "steps")), RESUME] = (

@@ -1,0 +1,172 @@
+"""A model at several scales: 0 is the base, 1 the tuned model, and larger scales go further in the same direction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.helpers import rescale_adapter_scale
+from torch import nn
+
+from ..guidance import preference_guidance
+from ..losses import interpolate, standard_error
+from ..models.adapters import active_adapter, base_tensors
+from ..models.reference import architecture_difference
+from ..saving.model_card import recommend_scale
+from ..saving.starting_point import run_of
+from .candidate import Candidate
+
+FEWEST_PROMPTS = 8  # with fewer, the standard error of a difference is often too small
+CARD_KEYS = {"weights": "weights", "guidance": "prediction"}  # names of the forms in a model card
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A tuned model at several scales.
+
+    Args:
+        name (`str`): Name of the tuned model.
+        form (`str`): `"weights"` or `"guidance"`.
+        names (`dict[float, str]`): Scale -> name of the candidate, in rising order. Scale 0 is the base.
+        recommended (`dict[str, float | None]`): Scorer -> recommended scale, `None` if there are too few prompts.
+    """
+
+    name: str
+    form: str
+    names: dict[float, str]
+    recommended: dict[str, float | None]
+
+
+def at_scales(candidate: Candidate, scales: Sequence[float]) -> list[Candidate]:
+    """Return a candidate at each scale, named such as `tuned-2` and `tuned-1.5`.
+
+    Raises:
+        `ValueError`: If the candidate has a scale already.
+    """
+    if candidate.scale is not None:
+        raise ValueError(f"{candidate.name} has the scale {candidate.scale:g} already. Leave it or `scales` out.")
+    return [replace(candidate, name=f"{candidate.name}-{scale:g}", scale=scale) for scale in sorted({*scales})]
+
+
+def sweeps_of(candidates: Sequence[Candidate], scores: Mapping[str, Mapping[str, np.ndarray]]) -> list[Sweep]:
+    """Return the candidates after the first that differ in their scale only, with the recommended scales."""
+    groups: dict[str, list[Candidate]] = defaultdict(list)
+    base, *others = candidates
+    for one in others:
+        if one.scale is not None:
+            model = one.model if isinstance(one.model, str) else id(one.model)
+            groups[str((model, one.lora, one.form, one.interval, one.call_kwargs))].append(one)
+    sweeps = []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        by_scale = sorted((one.scale or 0.0, one.name) for one in group)
+        names = {0.0: base.name, **dict(by_scale)}
+        recommended = {
+            scorer: recommended_scale({scale: by_model[name] for scale, name in names.items()})
+            for scorer, by_model in scores.items()
+        }
+        sweeps.append(Sweep(by_scale[0][1].removesuffix(f"-{by_scale[0][0]:g}"), group[0].form, names, recommended))
+    return sweeps
+
+
+def recommended_scale(scores: Mapping[float, np.ndarray]) -> float | None:
+    """Return the smallest scale whose images are as good as those of the best scale.
+
+    The best scale has the highest mean. A scale is as good if its mean is lower by at most the standard error of the
+    difference, over prompts with equal noise.
+
+    Args:
+        scores (`Mapping[float, np.ndarray]`): Scale -> scores, `(prompts, seeds)`; NaN where there is none.
+
+    Returns:
+        `float` or `None`: `None` if fewer than eight prompts have scores at every scale.
+    """
+    by_prompt = {}
+    for scale, values in scores.items():
+        present = np.isfinite(values)
+        count = present.sum(axis=1)
+        by_prompt[scale] = np.where(count > 0, np.where(present, values, 0.0).sum(axis=1) / count.clip(1), np.nan)
+    usable = np.all([np.isfinite(values) for values in by_prompt.values()], axis=0)
+    if usable.sum() < FEWEST_PROMPTS:
+        return None
+    means = {scale: float(values[usable].mean()) for scale, values in by_prompt.items()}
+    best = max(means, key=means.__getitem__)
+    as_good = [
+        scale
+        for scale in means
+        if means[best] - means[scale] <= standard_error((by_prompt[best] - by_prompt[scale])[usable].tolist())
+    ]
+    return min(as_good)
+
+
+def recommend_in_cards(
+    sweeps: Sequence[Sweep], candidates: Sequence[Candidate], call_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Write the scale that the first scorer recommends into the metadata of the model card of each run."""
+    by_name = {one.name: one for one in candidates}
+    for sweep in sweeps:
+        one = by_name[sweep.names[max(sweep.names)]]
+        scale = next(iter(sweep.recommended.values()))
+        source = one.lora or one.model
+        if scale is None or not isinstance(source, str):
+            continue
+        numbers = {CARD_KEYS[sweep.form]: scale}
+        guidance_scale = {**(call_kwargs or {}), **(one.call_kwargs or {})}.get("guidance_scale")
+        if guidance_scale is not None:
+            numbers["guidance_scale"] = guidance_scale
+        run = run_of(Path(source))
+        recommend_scale(run, numbers, average=run != Path(source))
+
+
+@contextlib.contextmanager
+def scaled(candidate: Candidate, pipeline: Any, denoiser: nn.Module, base: nn.Module | None) -> Iterator[None]:
+    """Scale a candidate's weights or predictions while the context lasts.
+
+    Args:
+        base (`nn.Module`, *optional*): The base's denoiser. A LoRA does not need it.
+
+    Raises:
+        `ValueError`: If all weights were tuned, and the base has another architecture.
+    """
+    is_lora = active_adapter(denoiser) is not None
+    if candidate.scale is None:
+        yield
+    elif candidate.form == "guidance":
+        reference = None if is_lora else base
+        options: dict[str, Any] = {"reference": reference, "interval": candidate.interval}
+        # Distilled models are allowed, because an evaluation is how a user finds out whether guidance helps them.
+        with preference_guidance(pipeline, candidate.scale, allow_distilled=True, **options):
+            yield
+    elif is_lora:
+        with rescale_adapter_scale(denoiser, candidate.scale):
+            yield
+    else:
+        assert base is not None
+        with _interpolated(denoiser, base, candidate):
+            yield
+
+
+@contextlib.contextmanager
+def _interpolated(denoiser: nn.Module, base: nn.Module, candidate: Candidate) -> Iterator[None]:
+    different = architecture_difference(denoiser, base)
+    if different is not None:
+        raise ValueError(f"{candidate.name} is scaled from the first model, which must be its base: {different}.")
+    tuned = {name: tensor.detach().clone() for name, tensor in base_tensors(denoiser).items()}
+    start = base_tensors(base)
+    assert candidate.scale is not None
+    try:
+        with torch.no_grad():
+            for name, tensor in base_tensors(denoiser).items():
+                tensor.copy_(interpolate(start[name], tuned[name], candidate.scale))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in base_tensors(denoiser).items():
+                tensor.copy_(tuned[name])
