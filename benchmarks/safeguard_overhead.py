@@ -101,8 +101,7 @@ class Meter(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for name, value in (UNSET | MODES[self.plan[state.global_step]]).items():
             setattr(self.trainer.args, name, value)
-        # What the trainer does by itself when training begins, for the one mode that it then has.
-        self.trainer.set_up_safeguard()
+        vars(self.trainer).pop("parameter_safeguard", None)  # built again for this step's mode
         if args.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

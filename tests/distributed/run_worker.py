@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from worker import RecordingTrainer, check_engine, engine_args, take_turns
 
 from trl_diffusion_sdpo import DiffusionSDPOConfig
+from trl_diffusion_sdpo.models.weight_copies import SecondDenoiser
 from trl_diffusion_sdpo.reporting import run_callbacks, verdict_report
 from trl_diffusion_sdpo.step import pair_evaluation
 
@@ -61,13 +62,19 @@ class Watch(TrainerCallback):
     def _weights(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
             "policy": whole(trained(self.trainer), self.trainer.model_wrapped),
-            "reference": whole(reference_weights(self.trainer), *self.trainer.reference.engine_models),
+            "reference": whole(reference_weights(self.trainer), *wrapped(self.trainer)),
         }
 
     def _share(self) -> float:
-        for model in self.trainer.reference.engine_models:
+        for model in wrapped(self.trainer):
             put_away(model)
         return held_share(reference_weights(self.trainer).values())
+
+
+def wrapped(trainer: RecordingTrainer) -> list[torch.nn.Module]:
+    """The policy and a second denoiser, as the engine has wrapped them."""
+    second = trainer.reference.second
+    return [trainer.model_wrapped, *([second.engine_model] if isinstance(second, SecondDenoiser) else [])]
 
 
 def trained(trainer: RecordingTrainer) -> dict[str, torch.Tensor]:

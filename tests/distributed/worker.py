@@ -59,10 +59,11 @@ class RecordingTrainer(DiffusionSDPOTrainer):
         self.pair_forward.reference_errors = counted
         super().precompute_reference_errors()
 
-    def set_up_safeguard(self) -> None:
-        super().set_up_safeguard()
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
         if self.fault is not None:
             FAULTS[self.fault](self.parameter_safeguard.gradients.backend)
+        return prepared
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.batches.append(inputs)

@@ -26,7 +26,7 @@ def engine(kind: str, **deepspeed_config) -> Engine:
         parallelism_config=None,
         state=SimpleNamespace(deepspeed_plugin=plugin),
     )
-    return Engine(lambda: accelerator)
+    return Engine(lambda: accelerator, lambda: torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

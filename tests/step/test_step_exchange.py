@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_diffusion_sdpo import DiffusionSDPOTrainer
-from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt, step_exchange
+from trl_diffusion_sdpo.saving.interrupts import CheckpointOnInterrupt
 from trl_diffusion_sdpo.step import meters
 from trl_diffusion_sdpo.step.meters import FiniteCheck
 
@@ -112,16 +112,16 @@ def steps_of_a_process(rank, folder, asked_at, ruined_at, answers):
     messages, plain = [], dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (messages.append(1), plain(*args, **kwargs))[1]
     interrupt, control = CheckpointOnInterrupt(), TrainerControl()
-    check, ended = FiniteCheck(step_exchange([interrupt])), "regularly"
+    check, ended = FiniteCheck(interrupt.exchange, dict), "regularly"
     for step in range(1, 5):
         for index in range(MICRO_BATCHES):
             last = index == MICRO_BATCHES - 1
             if last and rank == 0 and asked_at == (step, "before"):
-                interrupt.interrupted = signal.SIGTERM
+                interrupt._on_signal(signal.SIGTERM, None)
             bad = rank == 1 and step == ruined_at and index == 1
             check.watch(torch.tensor([0.5, math.nan if bad else 0.5]), torch.tensor([4, 7]), last=last)
         if rank == 0 and asked_at == (step, "after"):
-            interrupt.interrupted = signal.SIGTERM
+            interrupt._on_signal(signal.SIGTERM, None)
         try:
             check.verify(step)
         except FloatingPointError as error:

@@ -25,10 +25,13 @@ class Engine:
     Args:
         accelerator (`Callable`): Returns the accelerator. It is called at each use, because transformers makes the
             accelerator after the model, and completes its plugins until training begins.
+        policy (`Callable`): Returns the policy as the engine wrapped it.
     """
 
-    def __init__(self, accelerator: Callable[[], Accelerator]):
+    def __init__(self, accelerator: Callable[[], Accelerator], policy: Callable[[], nn.Module]):
         self._accelerator = accelerator
+        self._policy = policy
+        self._second_models: list[nn.Module] = []  # frozen modules that are sharded like the policy
 
     @property
     def accelerator(self) -> Accelerator:
@@ -199,25 +202,25 @@ class Engine:
         """
         sharding.restore_unrounded(weights)
 
-    def gradient_backend(self, model: nn.Module) -> GradientBackend:
-        """Return the back end that accumulates the gradients of two branches separately.
-
-        Args:
-            model (`nn.Module`): Model that `accelerator.prepare` returned.
+    def gradient_backend(self) -> GradientBackend:
+        """Return the back end that accumulates the gradients of two branches separately. The engine must have wrapped
+        the policy.
 
         Raises:
             `ValueError`: If the engine's settings do not allow separate gradients.
         """
-        return gradient_backend(model, self.accelerator)
+        return gradient_backend(self._policy(), self.accelerator)
 
     # ---- Weights --------------------------------------------------------------------------------------------------
 
-    def reshard(self, model: nn.Module) -> None:
+    def reshard(self) -> None:
         """Free the weights that FSDP2 leaves gathered after a forward pass without gradients.
 
         Call this before weights are read or written, so that parameters are shards again.
         """
-        sharding.reshard(model)
+        if self._is_fsdp:
+            for model in (self._policy(), *self._second_models):
+                sharding.reshard(model)
 
     def gather(self, tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
         """Gather named weights on the CPU, one at a time. All processes must call this.
@@ -270,7 +273,8 @@ class Engine:
         if self.accelerator.is_fsdp2:
             for weight in module.parameters() if dtype is not None and not moves else ():
                 weight.data = weight.data.to(dtype)  # FSDP rounds them to it at every use
-            return fsdp2_prepare_model(self.accelerator, module).eval()
+            self._second_models.append(fsdp2_prepare_model(self.accelerator, module).eval())
+            return self._second_models[-1]
         if not self._is_deepspeed:
             return module.to(self.accelerator.device)
         if self._zero_stage < 3:

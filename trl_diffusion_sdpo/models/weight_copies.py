@@ -91,7 +91,7 @@ class SecondDenoiser:
             read_contiguous((*policy.modules(), *module.modules()))
         self.module = module.requires_grad_(False).eval()
         self.engine = engine
-        self._engine_model = self.module
+        self.engine_model = self.module
         self._policy = policy
         if half_dtype is not None:
             halve_autocast_weights(self.module, half_dtype)
@@ -99,7 +99,7 @@ class SecondDenoiser:
     @contextlib.contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield the second denoiser as the engine wrapped it, instead of `model`."""
-        yield self._engine_model
+        yield self.engine_model
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the second denoiser's parameters and buffers without copying them."""
@@ -109,11 +109,10 @@ class SecondDenoiser:
         """Return the policy's parameters and buffers under equal names."""
         return self._policy.state_dict(keep_vars=True)
 
-    def shard(self, *, moves: bool) -> nn.Module:
-        """Shard the second denoiser like the policy, and return it as the engine wrapped it."""
-        if self._engine_model is self.module:
-            self._engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
-        return self._engine_model
+    def shard(self, *, moves: bool) -> None:
+        """Shard the second denoiser like the policy."""
+        if self.engine_model is self.module:
+            self.engine_model = self.engine.shard_like_policy(DenoiserWrapper(self.module).eval(), moves=moves)
 
 
 class WeightCopy:
@@ -130,7 +129,6 @@ class WeightCopy:
 
     def __init__(self, second: SecondAdapter | SecondDenoiser | None, file: str, *, stored: bool):
         self.second, self.file, self.stored = second, file, stored
-        self.engine_models: tuple[nn.Module, ...] = ()  # policy and second denoiser, as the engine wrapped them
         self.float32_shards: Float32Shards | None = None  # float32 copies of stored weights that the engine rounds
         # (weights of this copy, weights of the policy)
         self._mixed: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
@@ -159,11 +157,11 @@ class WeightCopy:
         if self.second is not None and weights and self.float32_shards is None and self.second.engine.rounds_weights:
             self.float32_shards = self.second.engine.float32_shards(_parameters(weights))
 
-    def prepare(self, engine_model: nn.Module) -> None:
-        """Shard a second denoiser as the engine has sharded `engine_model`, the policy."""
-        self.engine_models, self._mixed = (engine_model,), None
+    def prepare(self) -> None:
+        """Shard a second denoiser as the engine has sharded the policy."""
+        self._mixed = None
         if isinstance(self.second, SecondDenoiser):
-            self.engine_models += (self.second.shard(moves=self.stored),)
+            self.second.shard(moves=self.stored)
 
     def active(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
         """Return a context that yields the module that predicts with these weights. `model` is the policy as the engine
@@ -220,8 +218,7 @@ class WeightCopy:
 
     def _reshard(self) -> None:
         if self.second is not None:
-            for model in self.engine_models:
-                self.second.engine.reshard(model)
+            self.second.engine.reshard()
 
 
 def _parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -83,7 +83,7 @@ def prepare(args: DiffusionSDPOConfig, model_args: ModelConfig, engine: Engine) 
     other = None if args.ref_model_name_or_path is None else copy.deepcopy(loaded.denoiser)
     lora = get_peft_config(model_args) if loaded.adapter_source is None else None
     adapter, added = choose_trained_weights(loaded, lora, args)
-    trains = TrainingEngine(_no_accelerator)
+    trains = TrainingEngine(_no_accelerator, lambda: loaded.denoiser)
     reference = make_reference(loaded, other, args, spec, trains, adapter=adapter, added=added)
     average = None if args.ema_decay is None else EMAWeights(loaded.denoiser, adapter, args.ema_decay, trains)
     noise = check_and_complete(args, loaded, spec, adapter=adapter)

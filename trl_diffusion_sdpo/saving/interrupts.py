@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..engines.processes import in_any_process
 from ..engines.worker_processes import INTERRUPTS
 from ..step.meters import StepExchange
 
@@ -38,21 +37,21 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def __init__(self):
         self.interrupted: signal.Signals | None = None
-        self.exchange: StepExchange | None = None  # set by `step_exchange`. Without it, each step waits for the device
+        self.exchange = StepExchange()
         self._agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self._agreed, self.interrupted = False, None
+        self.exchange.reset()
         self.restore_handlers()
         self._owner = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in INTERRUPTS}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        asked = self.interrupted is not None
-        if in_any_process(asked, args.device) if self.exchange is None else self.exchange.stops(asked):
+        if self.exchange.stops:
             self._agreed = True
             self.interrupted = self.interrupted or signal.SIGINT  # all processes end alike
             control.should_save = True
@@ -89,6 +88,7 @@ class CheckpointOnInterrupt(TrainerCallback):
             self.restore_handlers()
             raise KeyboardInterrupt(f"interrupted again by {signal.Signals(number).name}")
         self.interrupted = signal.Signals(number)
+        self.exchange.request_stop()
         logger.warning(
             "%s: training stops with a checkpoint after this step. A second signal stops it at once, without one.",
             self.interrupted.name,
@@ -109,15 +109,12 @@ def was_interrupted(callbacks: Iterable[TrainerCallback]) -> bool:
 
 
 def step_exchange(callbacks: Iterable[TrainerCallback]) -> StepExchange:
-    """Return the object by which processes share whether a [`CheckpointOnInterrupt`] in any of them received a signal.
+    """Return the [`StepExchange`] of the [`CheckpointOnInterrupt`] among the callbacks, or a new one if there is none.
 
-    The callbacks use the returned [`StepExchange`] to stop all processes after the same step.
+    The training step sends its flags, and the callback stops all processes after the same step.
     """
-    interrupts = [callback for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
-    exchange = StepExchange(lambda: any(callback.interrupted is not None for callback in interrupts))
-    for callback in interrupts:
-        callback.exchange = exchange
-    return exchange
+    exchanges = [callback.exchange for callback in callbacks if isinstance(callback, CheckpointOnInterrupt)]
+    return exchanges[-1] if exchanges else StepExchange()  # the last callback receives the signals
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ class RunFiles:
     def _gather(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
         if not self._engine.holds_shards:
             return None
-        self._engine.reshard(model)
+        self._engine.reshard()
         return self._engine.gather(self._weights.tensors(), keep=keep)
 
     def _write_args(self, folder: Path) -> None:
@@ -205,7 +205,7 @@ class RunFiles:
             self._engine.load_state(model, str(folder))
             return
         weights = self._weights.read(folder)
-        self._engine.reshard(model)
+        self._engine.reshard()
         self._engine.scatter(weights, self._weights.tensors())
 
     def reading(self) -> contextlib.AbstractContextManager[None]:

@@ -113,15 +113,14 @@ class FiniteCheck:
     before anything is saved.
 
     Args:
-        networks (`Callable`, *optional*): Returns the networks that computed the losses, by name. Their weights are
-            checked only if a loss is not finite.
+        exchange ([`StepExchange`]): Exchange of the flag between processes.
+        networks (`Callable`): Returns the networks that computed the losses, by name. Their weights are checked only if
+            a loss is not finite.
     """
 
-    def __init__(
-        self, exchange: StepExchange | None = None, networks: Callable[[], Mapping[str, nn.Module]] | None = None
-    ):
-        self._exchange = StepExchange() if exchange is None else exchange
-        self._networks = dict if networks is None else networks
+    def __init__(self, exchange: StepExchange, networks: Callable[[], Mapping[str, nn.Module]]):
+        self._exchange = exchange
+        self._networks = networks
         self._gradient: HostCopy | None = None
         self._gradient_step = 0
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows of this step
@@ -203,16 +202,20 @@ class StepExchange:
     """Exchange of two flags between all processes in every step: a loss is not finite, and training shall stop.
 
     All processes read equal flags at the same step. The host waits for the step's forward passes only.
-
-    Args:
-        stop_requested (`Callable`, *optional*): Returns whether this process was asked to stop. A request after
-            [`StepExchange.send`] is sent in the next step.
     """
 
-    def __init__(self, stop_requested: Callable[[], bool] | None = None):
-        self._stop_requested = stop_requested
-        self._message: HostCopy | None = None
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all flags. Training calls this method when it begins."""
+        self._requested = False
         self._stops = False
+        self._messages: list[HostCopy] = []
+
+    def request_stop(self) -> None:
+        """Ask all processes to stop. A request after [`StepExchange.send`] is sent in the next step."""
+        self._requested = True
 
     def send(self, bad_loss: torch.Tensor) -> None:
         """Queue this step's all-reduce. All processes must call this.
@@ -220,24 +223,24 @@ class StepExchange:
         Args:
             bad_loss (`torch.Tensor` of shape `()`): Whether a loss of this process was not finite, on the device.
         """
-        stop = self._stop_requested is not None and self._stop_requested()
-        message = torch.stack([bad_loss, torch.full_like(bad_loss, stop)]).to(torch.int32)
-        self._message = HostCopy(max_over_processes(message))
+        flags = torch.stack([bad_loss, torch.full_like(bad_loss, self._requested)]).to(torch.int32)
+        self._messages = [HostCopy(max_over_processes(flags))]
 
     def receive(self) -> bool:
         """Return whether a loss of any process was not finite. `False` if nothing was sent since the last call."""
-        if self._message is None:
+        if not self._messages:
             return False
-        (bad_loss, stops), self._message = self._message.read(), None
+        bad_loss, stops = self._messages.pop().read()
         self._stops = bool(stops)
         return bool(bad_loss)
 
-    def stops(self, requested: bool) -> bool:
-        """Return whether training stops after this step.
+    @property
+    def stops(self) -> bool:
+        """Whether training stops after this step.
 
-        One process stops if `requested`. Several processes stop if any of them sent a request.
+        One process stops if a stop was requested. Several processes stop if any of them has sent a request.
         """
-        return self._stops if several_processes() else requested
+        return self._stops if several_processes() else self._requested
 
 
 class HostCopy:

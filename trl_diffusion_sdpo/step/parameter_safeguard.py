@@ -56,7 +56,7 @@ class ParameterSafeguard:
         self.gradients, self.diagnostics = gradients, diagnostics
         self._forward, self._meter = forward, meter
         self._sorts_by_scores, self._low_memory = sorts_by_scores, low_memory
-        self._branches: _Branches | None = None
+        self._predicted: list[_Branches] = []  # the micro-batch that was predicted, until its backward pass
 
     def accumulating(self) -> contextlib.AbstractContextManager:
         """Return the context for the forward and backward passes of a micro-batch."""
@@ -82,7 +82,7 @@ class ParameterSafeguard:
         reference = None if references is None else torch.cat(references)
         weights, beta = self._forward.pair_weights(inputs, draws), self._forward.beta_of(model)
         predictions = PairPredictions(batch, leaf, reference, scores, errors, weights, beta)
-        self._branches = _Branches(model, winners, losers, winner_pred, loser_pred, predictions)
+        self._predicted = [_Branches(model, winners, losers, winner_pred, loser_pred, predictions)]
         return predictions
 
     def backward_branches(self, loss: torch.Tensor, *, step: int, share: float) -> None:
@@ -96,9 +96,8 @@ class ParameterSafeguard:
         Raises:
             `ValueError`: If the loss does not depend on the predictions, or also depends on other trained tensors.
         """
-        branches, self._branches = self._branches, None
-        _check_depends_on_predictions_only(loss, None if branches is None else branches.predictions.policy)
-        assert branches is not None  # the check above would have raised
+        _check_depends_on_predictions_only(loss, [branches.predictions.policy for branches in self._predicted])
+        branches = self._predicted.pop()
         grad_winner, grad_loser = torch.autograd.grad(loss, branches.predictions.policy)[0].chunk(2)
         measures = False
         if self.diagnostics is not None and self.diagnostics.is_due(step):
@@ -129,11 +128,11 @@ class ParameterSafeguard:
         self.gradients.backend.step()
 
 
-def _check_depends_on_predictions_only(loss: torch.Tensor, leaf: torch.Tensor | None) -> None:
+def _check_depends_on_predictions_only(loss: torch.Tensor, predictions: list[torch.Tensor]) -> None:
     """Raise `ValueError` unless the predictions are the only leaf of the loss. Other tensors would get no gradient,
     because the branches' backward passes start at the predictions."""
     leaves = {id(variable) for variable in _leaves_of(loss)}
-    if leaf is None or leaves != {id(leaf)}:
+    if not predictions or leaves != {id(leaf) for leaf in predictions}:
         raise ValueError(
             "With `safeguard='parameter'`, the loss must depend on the model only through the predictions that "
             "`super().compute_loss(..., return_outputs=True)` makes. Got a loss that "

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -178,7 +178,7 @@ class DiffusionSDPOTrainer(Trainer):
         # Load the model, and build all components that need no accelerator.
         loaded = load_policy(model, args, processing_class, peft_config, quantization_config)
         # transformers' constructor makes the accelerator later.
-        self.engine = Engine(lambda: self.accelerator)
+        self.engine = Engine(lambda: self.accelerator, lambda: self.model_wrapped)
         components = build_components(
             loaded,
             ref_model,
@@ -207,8 +207,7 @@ class DiffusionSDPOTrainer(Trainer):
         self._controllers = components.controllers
 
         # Initialize the state that training and evaluation change.
-        self.parameter_safeguard: ParameterSafeguard | None = None  # set once the engine has wrapped the policy
-        self._finite = FiniteCheck()
+        self._finite = self._new_finite_check(callbacks or [])
         self._engine_ready = False
         self._evaluated_weights: EMAWeights | None = None  # weights that predict instead of the policy's
         self._first_step = 0  # step at which `train` began or resumed
@@ -476,10 +475,7 @@ class DiffusionSDPOTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
         """Prepare as transformers does, then set up the components that need the model as the engine wrapped it."""
-        self.parameter_safeguard = None  # drop the one of an earlier training
-        self._finite = FiniteCheck(
-            step_exchange(self.callback_handler.callbacks), lambda: networks(self.family, self.reference.module)
-        )
+        self._finite = self._new_finite_check(self.callback_handler.callbacks)
         self.engine.complete_settings(exact_gradients=self.args.safeguard == "parameter")
         unrounded = self.engine.unrounded(self.denoiser)
         for weights in self._weight_copies:
@@ -493,24 +489,32 @@ class DiffusionSDPOTrainer(Trainer):
             self.engine.check_resumable(self.optimizer)
         self.engine.restore_unrounded(unrounded)
         for weights in self._weight_copies:
-            weights.prepare(self.model_wrapped)
+            weights.prepare()
         self._engine_ready = True
         if read_later:
             self._load_engine_checkpoint(resume_from_checkpoint)
         if self.engine.casts_weights:
             self.family.settle_dtype()
-        self.set_up_safeguard()
+        vars(self).pop(
+            "parameter_safeguard", None
+        )  # an earlier training has built it for another wrapper of the model
+        _ = (
+            self.parameter_safeguard
+        )  # build it, so that an engine that cannot have it is refused before the first step
         return prepared
 
-    def set_up_safeguard(self) -> None:
-        """Build the parameter-space safeguard if `args.safeguard` is `"parameter"`. The engine must have wrapped policy
-        and optimizer."""
+    def _new_finite_check(self, callbacks: Sequence[TrainerCallback]) -> FiniteCheck:
+        return FiniteCheck(step_exchange(callbacks), lambda: networks(self.family, self.reference.module))
+
+    @functools.cached_property
+    def parameter_safeguard(self) -> ParameterSafeguard | None:
+        """Safeguard in parameter space, or `None` if `args.safeguard` is another one. Every training builds it when the
+        engine has wrapped policy and optimizer."""
         args = self.args
-        self.parameter_safeguard = None
         if args.safeguard != "parameter":
-            return
+            return None
         assert args.safeguard_mu is not None, "The constructor sets `safeguard_mu`."
-        backend = self.engine.gradient_backend(self.model_wrapped)
+        backend = self.engine.gradient_backend()
         anchor = args.safeguard_anchor or self.loss_spec.anchor
         if anchor == "error" and not backend.retains_graph:
             refuse_dropout(self.denoiser, "The anchor 'error' under ZeRO-3")
@@ -518,7 +522,7 @@ class DiffusionSDPOTrainer(Trainer):
         if args.safeguard_diagnostics_steps is not None:
             every = args.safeguard_diagnostics_steps
             diagnostics = StepDiagnostics(self.model_wrapped, backend, self.pair_forward, self._meter, every)
-        self.parameter_safeguard = self.parameter_safeguard_class(
+        return self.parameter_safeguard_class(
             self.pair_forward,
             BranchGradients(backend, mu=args.safeguard_mu, anchor=anchor),
             self._meter,
