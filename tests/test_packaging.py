@@ -84,7 +84,7 @@ def test_a_configuration_has_the_published_values(name, tmp_path):
     assert (args.loss_kwargs.get("dmpo_alpha"), args.safeguard_mu) == (alpha, mu)
     assert (args.safeguard, args.safeguard_granularity, args.optim) == ("output", "batch", optim)
     assert (args.max_steps, args.warmup_steps, args.lr_scheduler_type) == (2000, 500, "constant_with_warmup")
-    assert (args.bf16, args.proportion_empty_prompts, args.resolution) == (True, 0.2, resolution)
+    assert (args.bf16, args.proportion_empty_prompts, args.resolution) == (True, 0.2, [resolution] * 2)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 2048
     assert (model_args.model_name_or_path, model_args.use_peft, model_args.dtype) == (model, False, "float32")
 
@@ -99,7 +99,8 @@ def test_a_configuration_with_inversion_has_the_published_values(name, tmp_path)
     assert (args.noise_source, args.inversion_kwargs) == ("inversion", inversion)
     smpo = {"smpo_coefficient": 10, "smpo_score_scale": pytest.approx(0.166581)}
     assert args.loss_kwargs == (smpo if args.loss_type == "smpo" else {})
-    assert (args.safeguard, args.bf16, args.resolution, args.learning_rate) == ("none", True, resolution, 1.024e-5)
+    assert (args.safeguard, args.bf16, args.learning_rate) == ("none", True, 1.024e-5)
+    assert args.resolution == [resolution] * 2
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 1024
     assert (model_args.model_name_or_path, model_args.use_peft, model_args.dtype) == (model, False, "float32")
 

@@ -138,7 +138,7 @@ def many():
 
 def chosen(data, *, evaluates=False, **changes):
     args = Args(**changes)
-    return choose_workers(args, data, resolution=512, evaluates=evaluates), args.dataloader_num_workers
+    return choose_workers(args, data, resolution=(512, 512), evaluates=evaluates), args.dataloader_num_workers
 
 
 def test_workers_are_chosen_by_data_cores_and_memory(many, monkeypatch):

@@ -136,7 +136,7 @@ def test_the_users_arguments_stay_as_they_were(sd_folder, make_args, make_pairs)
     args = make_args(learning_rate=None)
     trainer = DiffusionSDPOTrainer(sd_folder, None, args, make_pairs())
     assert args.beta is None and args.learning_rate is None and args.resolution is None
-    assert (trainer.args.beta, trainer.args.safeguard_mu, trainer.args.resolution) == (5000.0, 0.9, 16)
+    assert (trainer.args.beta, trainer.args.safeguard_mu, trainer.args.resolution) == (5000.0, 0.9, [16, 16])
     assert trainer.args.learning_rate == 2e-6
 
 

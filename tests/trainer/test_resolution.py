@@ -29,7 +29,7 @@ def given_by(make_args, tmp_path):
 @pytest.mark.parametrize("source", ["python", "command line", "yaml"])
 @pytest.mark.parametrize(
     ("value", "settled"),
-    [([1024], 1024), ((768, 1344), [768, 1344])],
+    [([1024], [1024, 1024]), ((768, 1344), [768, 1344])],
 )
 def test_a_size_is_the_same_wherever_it_is_given(given_by, source, value, settled):
     assert given_by(source, value) == settled

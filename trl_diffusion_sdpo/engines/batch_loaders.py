@@ -177,13 +177,13 @@ def choose_workers(
     args: TrainingArguments,
     dataset: Pairs | None,
     *,
-    resolution: int | tuple[int, int] | list[int],
+    resolution: tuple[int, int],
     evaluates: bool = False,
 ) -> str:
     """Set `args.dataloader_num_workers` by the training data if it is `None`.
 
     Args:
-        resolution (`int` or `tuple[int, int]`): Side, or height and width, of the images in a batch.
+        resolution (`tuple[int, int]`): Height and width of the images in a batch.
         evaluates (`bool`): Whether evaluations interrupt training, while its prefetched batches stay in memory.
 
     Returns:
@@ -191,9 +191,9 @@ def choose_workers(
     """
     if args.dataloader_num_workers is not None:
         return ""
-    sides = (resolution,) if isinstance(resolution, int) else resolution
     pairs = args.train_batch_size + (args.eval_batch_size if evaluates else 0)
-    args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, 2 * pairs * 3 * sides[0] * sides[-1])
+    batch_bytes = 2 * pairs * 3 * resolution[0] * resolution[1]
+    args.dataloader_num_workers, reason = _workers_and_reason(args, dataset, batch_bytes)
     if args.dataloader_num_workers < _min_workers(args):
         args.dataloader_num_workers, reason = _min_workers(args), "settings of workers are given"
     return reason

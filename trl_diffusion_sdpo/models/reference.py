@@ -78,7 +78,7 @@ class FrozenReference(Reference):
         follows (`bool`): Whether the reference is synchronised with the policy.
 
     Raises:
-        `ValueError`: If the reference is the policy itself or has another architecture.
+        `ValueError`: If the reference has another architecture.
     """
 
     kind = "frozen"
@@ -206,6 +206,11 @@ def build_reference(
     Raises:
         `ValueError`: If the user's reference cannot be used.
     """
+    if given is denoiser:
+        raise ValueError(
+            "`model` and `ref_model` must be two objects, because a reference that trains keeps every margin at 0. Got "
+            f"one {type(given).__name__} for both. Leave `ref_model` out, or pass a copy."
+        )
     if given is not None:
         if follows and adapter_layers(denoiser):
             raise ValueError(
@@ -258,12 +263,7 @@ def _precomputed(denoiser: nn.Module, fresh_adapter: str | None, started_adapter
 
 
 def check_same_architecture(policy: nn.Module, reference: nn.Module) -> None:
-    """Raise `ValueError` if a reference is the policy itself or has another architecture."""
-    if reference is policy:
-        raise ValueError(
-            "`model` and `ref_model` must be two objects. The same object was passed twice, so the reference would "
-            "train too and every margin would stay 0. Leave `ref_model` out, or pass a copy."
-        )
+    """Raise `ValueError` if a reference has another architecture than the policy."""
     difference = architecture_difference(policy, reference)
     if difference is not None:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from ..reporting.verdict import RunFacts
 from ..step.meters import AutoBeta
 from ..step.winner_budget import ProbeInputs, ProbeSettings, WinnerBudget
 from .components import Components
+from .config.complete import image_size
 from .data_preparation import PREPARED
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
@@ -95,7 +96,7 @@ def _sample_images(args: DiffusionSDPOConfig, frozen: FrozenComponents, images: 
         every_n_steps=args.sample_steps,
         call_options=call_options(family, args.sample_kwargs),
         seed=args.seed,
-        resolution=cast(Any, args.resolution),
+        resolution=image_size(args),
         denoiser_name=family.denoiser_name,
         every_process=by_engine(args),
         frozen=frozen,

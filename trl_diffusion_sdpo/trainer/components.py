@@ -9,8 +9,9 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
@@ -60,9 +61,16 @@ from .config.complete import (
     precompute_folder,
     stored_crops,
 )
+from .config.model_arguments import VaeDtype
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
+
+VAE_DTYPES: dict[torch.dtype, VaeDtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +234,7 @@ def load_policy(
 ) -> LoadedModel:
     """Load the pipeline whose denoiser trains, unsharded under every engine. For `denoiser` see [`load_model`]."""
     start = StartingPoint("", adapter=args.adapter_name_or_path)
-    options = cast(Any, args.model_init_kwargs)  # a dict after `__post_init__`
+    options = args.model_init_kwargs
     if isinstance(model, (str, Path)):
         start = starting_point(model, args.adapter_name_or_path)
         model, options = start.pipeline, start.with_recorded(options)
@@ -361,7 +369,7 @@ def make_reference(
 def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConfig) -> nn.Module:
     """Load the reference's denoiser. If `ref_model` names a run with a LoRA, attach that LoRA."""
     start = StartingPoint("")
-    options = cast(Any, args.ref_model_init_kwargs)  # a dict after `__post_init__`
+    options = args.ref_model_init_kwargs
     if isinstance(ref_model, (str, Path)):
         start = starting_point(ref_model)
         ref_model, options = start.pipeline, start.with_recorded(options)
@@ -369,7 +377,7 @@ def given_reference(ref_model: Any, loaded: LoadedModel, args: DiffusionSDPOConf
         given = load_reference(
             ref_model,
             loaded,
-            model_init_kwargs=cast(Any, args.model_init_kwargs),
+            model_init_kwargs=args.model_init_kwargs,
             ref_model_init_kwargs=options,
             denoiser_folder=start.denoiser,
             device=args.device,
@@ -411,7 +419,7 @@ def place_frozen_components(loaded: LoadedModel, args: DiffusionSDPOConfig) -> F
         offload=args.offload_frozen_components or args.precompute_latents,
         load=load,
     )
-    args.vae_dtype = cast(Any, str(frozen.family.pipeline.vae.dtype).removeprefix("torch."))
+    args.vae_dtype = VAE_DTYPES[frozen.family.pipeline.vae.dtype]
     return frozen
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -26,7 +26,7 @@ from ..families import Family
 from ..losses import LossSpec
 from ..models.text_checks import note_on_limits, note_on_long_prompts
 from ..utils._compat import keeps_order
-from .config.complete import aspect_ratio_buckets, pairs_of_a_step
+from .config.complete import aspect_ratio_buckets, image_size, pairs_of_a_step
 from .diffusion_sdpo_config import DiffusionSDPOConfig
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def prepare_pairs(dataset: Any, args: DiffusionSDPOConfig, loss: LossSpec, *, na
     scores = score_settings(args, loss, training=training)
     options = PairOptions(
         transform=PairTransform(
-            cast(Any, args.resolution),
+            image_size(args),
             center_crop=not (training and args.random_crop),
             random_flip=training and args.random_flip,
             interpolation=args.image_interpolation,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..utils.secrets import masked
 from .config.all_arguments import (
@@ -60,8 +61,10 @@ class DiffusionSDPOConfig(AllArguments):
         "sample_kwargs",
     ]
 
-    if TYPE_CHECKING:
-        output_dir: str  # set by transformers
+    if TYPE_CHECKING:  # types after `__post_init__`
+        output_dir: str
+        model_init_kwargs: dict[str, Any] | None = None
+        ref_model_init_kwargs: dict[str, Any] | None = None
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float | None = field(  # type: ignore[assignment]
@@ -113,10 +116,10 @@ class DiffusionSDPOConfig(AllArguments):
         super().__post_init__()
         if workers is None:
             self.dataloader_num_workers = None
-        accelerator_config = cast(Any, self.accelerator_config)  # an AcceleratorConfig by now
-        if accelerator_config.dispatch_batches is None:
+        assert isinstance(self.accelerator_config, AcceleratorConfig), "`super().__post_init__` parses it."
+        if self.accelerator_config.dispatch_batches is None:
             # accelerate cannot send the prompts and seeds of a batch between processes.
-            accelerator_config.dispatch_batches = False
+            self.accelerator_config.dispatch_batches = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # each forward pass uses every trainable weight
         if isinstance(self.sample_prompts, str):
@@ -128,7 +131,7 @@ class DiffusionSDPOConfig(AllArguments):
         self.winner_budget_kwargs: dict[str, Any] = settled_mapping("winner_budget_kwargs", self.winner_budget_kwargs)
         self.bucket_kwargs: dict[str, Any] = settled_mapping("bucket_kwargs", self.bucket_kwargs)
         self.sample_kwargs: dict[str, Any] = settled_mapping("sample_kwargs", self.sample_kwargs)
-        self.resolution = cast(Any, settled_resolution(self.resolution))  # no parser reads one number or two
+        self.resolution = settled_resolution(self.resolution)
         check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:

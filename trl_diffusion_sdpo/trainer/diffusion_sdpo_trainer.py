@@ -60,7 +60,7 @@ from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .callbacks import add_callbacks
 from .components import build_components, load_policy, make_reference_errors
 from .config.all_arguments import temporarily
-from .config.complete import copy_and_check_args, largest_batch, pairs_of_a_step, stored_crops
+from .config.complete import copy_and_check_args, image_size, largest_batch, pairs_of_a_step, stored_crops
 from .config.model_checks import refuse_dropout
 from .data_preparation import (
     PREPARED,
@@ -137,7 +137,7 @@ class DiffusionSDPOTrainer(Trainer):
     args: DiffusionSDPOConfig
     train_dataset: Any
     eval_dataset: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Any  # wrapped by accelerate or DeepSpeed
     hub_model_id: Any
     gather_function: Any
     dataset_name: str | None = None  # Hub id of the training data, for the model card
@@ -379,8 +379,7 @@ class DiffusionSDPOTrainer(Trainer):
             step = pairs_of_a_step(args, args.train_batch_size) * args.gradient_accumulation_steps
             warn_of_repeated_draws(args, args.precompute_epochs, -(-len(train_dataset) // step))
         evaluates = eval_dataset is not None
-        assert args.resolution is not None, "`build_components` sets `resolution`."
-        if reason := choose_workers(args, train_dataset, resolution=args.resolution, evaluates=evaluates):
+        if reason := choose_workers(args, train_dataset, resolution=image_size(args), evaluates=evaluates):
             logger.warning("Default: dataloader_num_workers=%d (%s).", args.dataloader_num_workers, reason)
         return train_dataset, eval_dataset
 
@@ -628,7 +627,7 @@ class DiffusionSDPOTrainer(Trainer):
     ) -> torch.Tensor:
         """Train on one micro-batch. After the last one of an optimizer step, the safeguard combines the branches."""
         model.train()
-        cast(Any, self.optimizer).train()
+        self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         step = self.state.global_step + 1
         share = 1 / self.current_gradient_accumulation_steps

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -23,7 +22,7 @@ _CHOICES_OF_TRANSFORMERS = dict.fromkeys(("eval_strategy", "logging_strategy", "
 
 
 @dataclass
-class AllArguments(
+class AllArguments(  # type: ignore[misc]  # the trainer chooses an unset `dataloader_num_workers`
     PipelineArguments,
     MemoryArguments,
     NoiseArguments,
@@ -47,8 +46,7 @@ class Setting:
     facts: tuple[Any, ...]  # metadata of the `Annotated`
 
 
-@functools.cache
-def settings_of(config: type[AllArguments]) -> dict[str, Setting]:
+def settings_of(config: type) -> dict[str, Setting]:
     """Return the annotations of all settings of a configuration, by name."""
     hints = get_type_hints(config, include_extras=True)
     return {field.name: _setting(hints[field.name]) for field in fields(config)}
@@ -71,7 +69,7 @@ def read_words(args: AllArguments) -> None:
     Raises:
         `ValueError`: If the text is not a switch or not a number.
     """
-    for name, setting in settings_of(cast(Any, type(args))).items():
+    for name, setting in settings_of(type(args)).items():
         value = getattr(args, name)
         choices = setting.choices or _CHOICES_OF_TRANSFORMERS.get(name, ())
         choice = choice_of_switch(value, choices) if isinstance(value, bool) else None
@@ -92,7 +90,7 @@ def _number_or_name(value: str) -> float | str:
         return value
 
 
-def settled_loss_type(value: Any) -> Any:
+def settled_loss_type(value: Any) -> str | list[str]:
     """Return `loss_type` as one name, or as a list of several names. A command line and YAML pass a single name as a
     list. `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
     names = [CHOICE_ALIASES.get(name, name) for name in (value if isinstance(value, (list, tuple)) else [value])]
@@ -126,8 +124,8 @@ def settled_loss_kwargs(value: Any) -> dict[str, float]:
     return numbers
 
 
-def settled_resolution(value: Any) -> int | list[int] | None:
-    """Return the size of training images as the side of a square or as `[height, width]`.
+def settled_resolution(value: Any) -> list[int] | None:
+    """Return the size of training images as `[height, width]`.
 
     Args:
         value (`int`, `list[int]` or `tuple[int, int]`, *optional*): Size from Python, YAML or a command line. A
@@ -145,7 +143,7 @@ def settled_resolution(value: Any) -> int | list[int] | None:
             f"`resolution` must be one number or a height and a width, at least {MIN_SIDE} pixels; got {value!r}. "
             "Write `1024` or `768 1344` on a command line, `1024` or `[768, 1344]` in YAML."
         )
-    return sides[0] if len(set(sides)) == 1 else sides
+    return [sides[0], sides[-1]]
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 from transformers import get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...data.checking import parse_verify_images
 from ...data.images import parse_schemes
@@ -40,9 +41,10 @@ MEASUREMENTS_OF_LAG = 10  # largest lag of the averaged weights, in measurements
 
 def check_settings(args: DiffusionSDPOConfig) -> None:
     """Raise `ValueError` if a value is out of its range, or if settings cannot be used, alone or together."""
-    for name, setting in settings_of(cast(Any, type(args))).items():
+    for name, setting in settings_of(type(args)).items():
         _check_value(name, setting, getattr(args, name))
     loss = args.loss_spec
+    assert isinstance(args.report_to, list), "transformers makes a list of one name."
     require_trackers(args.report_to)
     _check_numbers(args)
     _check_schedule(args)
@@ -113,6 +115,7 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
     if args.remove_unused_columns:
         _warn("`remove_unused_columns=True` has no effect, because the format of the data set selects its columns.")
         args.remove_unused_columns = False
+    assert isinstance(args.accelerator_config, AcceleratorConfig), "transformers parses it."
     _, checkpointing = activation_checkpointing(args)
     in_order = args.train_sampling_strategy in ("random", "sequential")
     counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
@@ -130,7 +133,7 @@ def _check_inherited(args: DiffusionSDPOConfig) -> None:
         "fp16_full_eval": (args.fp16_full_eval, "It would round the policy and not the reference. Use `fp16`"),
         "fp16": (args.fp16 and args.device.type == "cpu", "A CPU has no fp16 autocast. Use `bf16`"),
         "accelerator_config": (
-            bool(cast(Any, args.accelerator_config).dispatch_batches),
+            bool(args.accelerator_config.dispatch_batches),
             "`dispatch_batches` cannot send prompts and seeds between processes. Leave it off",
         ),
         f"{CHECKPOINTING}_kwargs": (
@@ -179,14 +182,14 @@ def _check_schedule(args: DiffusionSDPOConfig) -> None:
 
 
 def _check_loss(args: DiffusionSDPOConfig, loss: LossSpec) -> None:
-    check_loss_kwargs(cast(Any, args.loss_type), args.beta, args.loss_kwargs)
+    check_loss_kwargs(args.loss_type, args.beta, args.loss_kwargs)
     mu = 0.0 if args.safeguard_mu is None else args.safeguard_mu
     check_safeguard(args.safeguard, mu, args.safeguard_granularity, args.safeguard_eps)
     if not loss.uses_beta and args.beta is not None:
         _warn(f"`beta={args.beta}` has no effect, because the loss {args.loss_type!r} has no beta.")
     if args.auto_beta:
-        check_auto_beta(cast(Any, args.loss_type), args.loss_weights)
-    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
+        check_auto_beta(args.loss_type, args.loss_weights)
+    weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     for name in (name for name, weight in weights.items() if not weight):
         _warn(f"The loss {name!r} has no effect, because its weight in `loss_weights` is 0.")
     if "dspo" in weights and args.beta is not None and args.beta > 1:

@@ -7,9 +7,10 @@ import logging
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ...cache.encoding import default_folder
 from ...data.buckets import AspectRatioBuckets
@@ -40,8 +41,8 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
     """Check the settings as far as possible without a model, and return a copy of them for the trainer.
 
     Raises:
-        `ValueError`: If `args` has another class, the process sees several GPUs, model and reference are one object,
-            or the output folder is not writable.
+        `ValueError`: If `args` has another class, the process sees several GPUs, the reference is named twice, or the
+            output folder is not writable.
     """
     if args is None:
         args = DiffusionSDPOConfig(default_output_dir(model))
@@ -49,11 +50,6 @@ def copy_and_check_args(model: Any, ref_model: Any, args: DiffusionSDPOConfig | 
         raise ValueError(f"`args` must be a DiffusionSDPOConfig, got {type(args).__name__}. Pass one.")
     check_one_device(args)
     check_deepspeed_precision(args)
-    if ref_model is not None and model is ref_model and not isinstance(model, (str, Path)):
-        raise ValueError(
-            "`model` and `ref_model` must be two objects, because a reference that trains too keeps every margin at "
-            f"0; got the same {type(model).__name__} twice. Leave `ref_model` out, or pass a copy."
-        )
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError(
             "Only one of `ref_model` and `ref_model_name_or_path` may name the reference. Got a "
@@ -191,8 +187,9 @@ def image_sizes(args: DiffusionSDPOConfig) -> tuple[tuple[int, int], ...]:
 
 def image_size(args: DiffusionSDPOConfig) -> tuple[int, int]:
     """Return `resolution` as height and width. `args.resolution` must be set."""
-    sides = cast(Any, [args.resolution] if isinstance(args.resolution, int) else args.resolution)
-    return sides[0], sides[-1]
+    assert args.resolution is not None, "`complete_args` sets `resolution`."
+    height, width = args.resolution
+    return height, width
 
 
 def aspect_ratio_buckets(args: DiffusionSDPOConfig) -> AspectRatioBuckets | None:
@@ -210,8 +207,8 @@ def largest_batch(args: DiffusionSDPOConfig) -> int:
 
 def pairs_of_a_step(args: DiffusionSDPOConfig, batch_size: int) -> int:
     """Return the number of pairs in one batch of all processes together."""
-    is_split = bool(cast(Any, args.accelerator_config).split_batches)
-    return batch_size * (1 if is_split else args.world_size)
+    assert isinstance(args.accelerator_config, AcceleratorConfig), "`__post_init__` parses it."
+    return batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
 
 
 def precompute_folder(args: DiffusionSDPOConfig) -> Path:

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
     Raises:
         `ValueError`: If `beta` is not set and the losses of a sum have different defaults.
     """
-    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
+    weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     rows = {name: family.loss_defaults(name) for name, weight in weights.items() if weight}
     guarded = [row.safeguard_mu for name, row in rows.items() if LOSSES[name].uses_loser]
     mu = max(guarded or [row.safeguard_mu for row in rows.values()])
@@ -54,7 +54,7 @@ def loss_defaults(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> t
 
 def warn_of_far_settings(args: DiffusionSDPOConfig, family: Family, *, full: bool) -> None:
     """Warn if `beta` is far from the family's default, or if the learning rate is so high that it ruins the model."""
-    weights = loss_weights_by_name(cast(Any, args.loss_type), args.loss_weights)
+    weights = loss_weights_by_name(args.loss_type, args.loss_weights)
     betas = [family.loss_defaults(name).beta_for(full=full) for name in weights if LOSSES[name].uses_beta]
     if args.beta and betas and all(not 1 / FAR < args.beta / usual < FAR for usual in betas):
         logger.warning(
@@ -145,7 +145,7 @@ def checked_timesteps(args: DiffusionSDPOConfig, family: Family) -> dict[str, An
         only: dict[str, Any] = {"only": tuple(args.timesteps)}
         process.timesteps(torch.zeros(1), **only)  # raises its errors now
         return only
-    sampling = TimestepSampling(args.weighting_scheme, **weighting_kwargs)
+    sampling = TimestepSampling(args.weighting_scheme or "none", **weighting_kwargs)
     timestep_range = None if args.timestep_range is None else tuple(args.timestep_range)
     return {"timestep_range": timestep_range, "sampling": sampling}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from ...families.inversion import InversionSettings
 from ...families.timestep_sampling import TimestepSampling, WeightingScheme
@@ -148,7 +148,7 @@ class LossArguments:
             `"pickscore"` is the published 0.166581 for cosines of PickScore).
     """
 
-    loss_type: Annotated[list[str], Choices(get_args(LossType)), RESUME] = cast(Any, "sigmoid")
+    loss_type: Annotated[list[str] | str, Choices(get_args(LossType)), RESUME] = "sigmoid"
     loss_weights: Annotated[list[float] | None, RESUME] = None
     margin_clamp: Annotated[float | None, Range("(0, inf)", "Leave it unset for none."), RESUME] = None
     beta: Annotated[float | None, RESUME] = None
@@ -165,7 +165,7 @@ class LossArguments:
     @property
     def loss_spec(self) -> LossSpec:
         """Facts of the loss. Raises `ValueError` if `loss_type` and its settings name no loss."""
-        return loss_spec(cast(Any, self.loss_type), self.loss_weights, self.margin_clamp)
+        return loss_spec(self.loss_type, self.loss_weights, self.margin_clamp)
 
 
 @documented
