@@ -93,7 +93,7 @@ def _number_or_name(value: str) -> float | str:
 def settled_loss_type(value: Any) -> str | list[str]:
     """Return `loss_type` as one name, or as a list of several names. A command line and YAML pass a single name as a
     list. `"dpo"` becomes `"sigmoid"`, the loss of Diffusion-DPO."""
-    names = [CHOICE_ALIASES.get(name, name) for name in (value if isinstance(value, (list, tuple)) else [value])]
+    names = [CHOICE_ALIASES.get(name) or name for name in (value if isinstance(value, (list, tuple)) else [value])]
     return names[0] if len(names) == 1 else names
 
 
