@@ -198,7 +198,7 @@ def test_several_data_sets_are_loaded_with_weights_and_formats(make_args, sets):
     for given in (sets, json.dumps(sets)):
         mixture, nothing = load_sets(make_args, given)
         assert nothing is None and mixture.weights == [3, 1.0] and mixture.formats == [None, "pickapic"]
-        one, other = mixture.parts.values()
+        one, other = mixture.by_name.values()
         assert one["prompt"][:] == prompts(SPLITS["test"]) and one.column_names == ["prompt", "chosen", "rejected"]
         assert other["caption"][:] == ["a", "b", "c"]
     assert load_sets(make_args, sets, dataset_streaming=True)[0].is_stream
@@ -208,14 +208,14 @@ def test_pairs_are_held_out_of_all_rows_of_several_data_sets(make_args, sets):
     """Of seven rows; each data set keeps at least one, and what has nothing held out is not evaluated."""
     for size, count in ((1, 1), (4, 4), (0.3, 2)):
         train, evaluation = load_sets(make_args, sets, evaluates=True, test_size=size)
-        rows, held = ([len(part) for part in mixture.parts.values()] for mixture in (train, evaluation))
+        rows, held = ([len(part) for part in mixture.by_name.values()] for mixture in (train, evaluation))
         assert sum(rows) == 7 - count and sum(held) == count and min(rows) > 0 and min(held) > 0
         assert train.weights == [3, 1.0] and evaluation.weights is None
-        for name, part in evaluation.parts.items():
+        for name, part in evaluation.by_name.items():
             number = int(name.partition(":")[0])
-            assert evaluation.formats[list(evaluation.parts).index(name)] == [None, "pickapic"][number]
+            assert evaluation.formats[list(evaluation.by_name).index(name)] == [None, "pickapic"][number]
             column = ["prompt", "caption"][number]
-            assert not {*part[column]} & {*train.parts[name][column]}
+            assert not {*part[column]} & {*train.by_name[name][column]}
 
 
 def test_other_pairs_than_those_of_several_data_sets_are_evaluated(make_args, sets, places):

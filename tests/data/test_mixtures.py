@@ -112,7 +112,7 @@ def test_a_mixture_is_recognised_when_a_run_resumes():
         (([picks(2), picks(2)], (1, "a")), "above 0, got 'a'"),
         (([picks(2)], None, ["canonical", None]), "`formats` must be one for each"),
         (([picks(2), picks(2).to_iterable_dataset()],), "streams or of map-style data sets, got both"),
-        (([picks(2), picks(2, label_0=0.5)],), "No pair is left of a data set of the mixture"),
+        (([picks(2), picks(2, label_0=0.5)],), "set 1"),
         (([picks(2), picks(2).select([])],), r"The train \(set 1\) data set is empty"),
         (([picks(2), canonical()], None, [None, "hpdv3"]), "`dataset_format='hpdv3'` needs hpdv3"),
         (

@@ -1,14 +1,13 @@
-"""Training pairs of any preference set: which rows form a pair, by the label columns, and a torch data set that reads,
-checks and transforms their images."""
+"""Torch data set of pairs: it reads and transforms images, makes items, and collates items to batches."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -91,15 +90,19 @@ class PairOptions:
             raise ValueError(f'`losers` must be "data" or "permute", got {self.losers!r}.')
         object.__setattr__(self, "verify_images", checking.parse_verify_images(self.verify_images))
         object.__setattr__(self, "image_schemes", parse_schemes(self.image_schemes))
+        if not 0.0 <= self.prompt_dropout <= 1.0:
+            raise ValueError(f"`prompt_dropout` must be in [0, 1], got {self.prompt_dropout}. It is a probability.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         if self.permutes and self.buckets is not None:
             raise ValueError(
-                "`losers='permute'` cannot act: `aspect_ratio_buckets` train a pair at the winner's size, to which a "
-                "loser of another aspect ratio would be cropped more than winners ever are. Leave the buckets off."
+                "`losers='permute'` and `aspect_ratio_buckets` exclude each other: a permuted loser of another aspect "
+                "ratio would be cropped to the winner's size. Leave the buckets off."
             )
         if self.permutes and self.swap_labels:
             raise ValueError(
-                "`losers='permute'` cannot act: `swap_labels` would make the image of another prompt the winner. Leave "
-                "it off."
+                "`losers='permute'` and `swap_labels` exclude each other: the image of another prompt would be the "
+                "winner. Leave `swap_labels` off."
             )
 
     @property
@@ -133,27 +136,24 @@ class Encoded(Protocol):
         """Return the entries of an item that depend on its prompt."""
 
 
+@dataclass
 class ItemMaker:
-    """Maker of items. It stores the epoch that random numbers depend on. With `noise_draws`, random numbers repeat
-    after that many epochs."""
+    """Maker of items.
 
-    def __init__(
-        self,
-        transform: PairTransform,
-        prompt_dropout: float,
-        seed: int,
-        training: bool,
-        noise_draws: int | None = None,
-    ) -> None:
-        if not 0.0 <= prompt_dropout <= 1.0:
-            raise ValueError(f"`prompt_dropout` must be in [0, 1], got {prompt_dropout}. It is a probability.")
-        if seed < 0:
-            raise ValueError(f"`seed` must not be negative, got {seed}.")
-        self.transform, self.prompt_dropout, self.seed, self.training = transform, prompt_dropout, seed, training
-        self.noise_draws = noise_draws
-        self.epoch: torch.Tensor | int = torch.zeros(1, dtype=torch.long)
-        if training:
-            self.epoch.share_memory_()  # so that persistent workers see changes; it keeps a file open
+    Attributes:
+        training (`bool`): `False` never crops at random, never flips, keeps prompts and ignores the epoch.
+        noise_draws (`int`, *optional*): Number of epochs after which random numbers repeat.
+        epoch (`torch.Tensor` of shape `(1,)`): Epoch that random numbers depend on.
+    """
+
+    transform: PairTransform
+    prompt_dropout: float
+    seed: int
+    training: bool
+    noise_draws: int | None = None
+    epoch: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(1, dtype=torch.long).share_memory_()
+    )  # for workers
 
     @property
     def draw(self) -> int:
@@ -168,41 +168,35 @@ class ItemMaker:
 
     def in_epoch(self, epoch: int) -> ItemMaker:
         """Return a maker with a fixed epoch. Other processes cannot change this epoch."""
-        maker = copy.copy(self)
-        maker.epoch = epoch
-        return maker
+        return replace(self, epoch=torch.tensor([epoch]))
 
     def for_evaluation(self) -> ItemMaker:
         """Return a maker without augmentation. Its seeds do not depend on the epoch."""
-        return ItemMaker(self.transform, 0.0, self.seed, training=False)
+        # Evaluation loaders count epochs of their own, so the tensor must not be shared with training.
+        return replace(
+            self, prompt_dropout=0.0, training=False, noise_draws=None, epoch=torch.zeros(1, dtype=torch.long)
+        )
 
-    def set_epoch(self, epoch: int) -> None:
-        if epoch < 0:
-            raise ValueError(f"`epoch` must not be negative, got {epoch}.")
-        cast(torch.Tensor, self.epoch).fill_(int(epoch))
+    def draws_of(self, row: int, epoch: int | None = None) -> PairDraws:
+        """Return the random numbers of a pair in the current epoch, or in `epoch`."""
+        return PairDraws.from_key(self.seed, self.draw if epoch is None else epoch, row)
 
-    def item_of(
-        self,
-        row: int,
-        prompts: Sequence[str],
-        read: Callable[[PairDraws | None, int], dict[str, Any]],
-        epoch: int | None = None,
-    ) -> dict[str, Any]:
+    def augmentation(self, draws: PairDraws) -> PairDraws | None:
+        """Return the numbers that crop and flip images; `None` in an evaluation."""
+        return draws if self.training else None
+
+    def item(self, images: dict[str, Any], row: int, prompts: Sequence[str], draws: PairDraws) -> dict[str, Any]:
         """Return an item.
 
         Args:
+            images (`dict`): Entries that depend on the images.
             row (`int`): Number of the pair.
             prompts (`Sequence[str]`): The prompt, or those of winner and loser. Both are emptied or neither.
-            read (`Callable`): Function of draws (`None` in an evaluation) and an epoch. It returns the image entries.
-            epoch (`int`, *optional*): Epoch that replaces the current epoch. Repeating streams pass it.
         """
-        epoch = 0 if not self.training else self.draw if epoch is None else epoch
-        draws = PairDraws.from_key(self.seed, epoch, row)
-        item = read(draws if self.training else None, epoch)
         is_emptied = self.training and draws.dropout < self.prompt_dropout
-        for name, prompt in zip(("prompt", "loser_prompt"), prompts, strict=False):
-            item[name] = "" if is_emptied else prompt
-        return item | {"seed": draws.seed, "row": row}
+        named = zip(("prompt", "loser_prompt"), prompts, strict=False)
+        texts = {name: "" if is_emptied else prompt for name, prompt in named}
+        return {**images, **texts, "seed": draws.seed, "row": row}
 
 
 class PreferenceDataset(Dataset):
@@ -295,11 +289,11 @@ class PreferenceDataset(Dataset):
         prompts = [self._source.prompt(winner_row, winner_image)]
         if self.has_loser_prompts:
             prompts.append(self._source.prompt(loser_row, loser_image))
-        encoded = self._encoded
-
-        def read(draws: PairDraws | None, epoch: int) -> dict[str, Any]:
-            if encoded is not None:
-                return encoded.pair(row, draws, epoch, loser=loser)
+        draws = self._maker.draws_of(row)
+        augmentation = self._maker.augmentation(draws)
+        if self._encoded is not None:
+            entries = self._encoded.pair(row, augmentation, self._maker.draw, loser=loser)
+        else:
             transform = self._maker.transform
             target = self.target_size(row)
             covering = transform.covering(target)
@@ -307,13 +301,12 @@ class PreferenceDataset(Dataset):
             winner_pixels = self._reader.decode_at(images, winner_image, covering)
             images = images if loser_row == winner_row else self._source.images(loser_row)
             loser_pixels = self._reader.decode_at(images, loser_image, covering)
-            return transform(winner_pixels, loser_pixels, draws, target)._asdict()
-
-        item = self._maker.item_of(row, prompts, read) | self._numbers(row)
-        if encoded is not None:
-            item |= encoded.conditioning(item["prompt"])
+            entries = transform(winner_pixels, loser_pixels, augmentation, target)._asdict()
+        item = self._maker.item(entries, row, prompts, draws) | self._numbers(row)
+        if self._encoded is not None:
+            item |= self._encoded.conditioning(item["prompt"])
             if self.has_loser_prompts:
-                item["loser_conditioning"] = encoded.conditioning(item["loser_prompt"])
+                item["loser_conditioning"] = self._encoded.conditioning(item["loser_prompt"])
         return item
 
     def _numbers(self, row: int) -> dict[str, Any]:
@@ -528,7 +521,7 @@ class PreferenceDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that random numbers depend on, also in running DataLoader workers."""
-        self._maker.set_epoch(epoch)
+        self._maker.epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceDataset:
         """Return these pairs center-cropped, with all prompts, without weights, and with seeds that do not depend on
@@ -582,7 +575,11 @@ class PreferenceDataset(Dataset):
         timestep and noise, of winner and loser. A pair with NaN is treated like one that cannot be decoded."""
         draws = self._maker.noise_draws if self._maker.training else 1
         assert draws is not None, "Draws repeat if errors of a reference are stored."
-        check_reference_errors(errors, draws, len(self))
+        if errors.shape[:2] != (draws, len(self)) or errors.shape[3:] != (2,):
+            raise ValueError(
+                f"Errors of a reference must have the shape ({draws}, {len(self)}, T, 2) of draws and pairs; got "
+                f"{errors.shape}."
+            )
         self._pairs = self._pairs.with_columns(ref_errors=errors.swapaxes(0, 1))
         if self._losers is not None:
             self._losers.bad |= torch.from_numpy(np.isnan(errors).any((0, 2, 3)))
@@ -701,15 +698,6 @@ def _with_two_prompts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             f"All losers of a batch have their own prompt or none has, got {len(with_two)} of {len(items)}."
         )
     return with_two
-
-
-def check_reference_errors(errors: np.ndarray, draws: int, pairs: int) -> None:
-    """Raise `ValueError` if errors do not have the shape `(draws, pairs, T, 2)`."""
-    if errors.shape[:2] != (draws, pairs) or errors.shape[3:] != (2,):
-        raise ValueError(
-            f"Errors of a reference must have the shape ({draws}, {pairs}, T, 2) of {draws} draws and {pairs} pairs; "
-            f"got {errors.shape}."
-        )
 
 
 def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:

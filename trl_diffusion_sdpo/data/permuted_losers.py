@@ -38,10 +38,10 @@ class PermutedLosers:
         Raises:
             ValueError: If a prompt has more than half of the pairs. Some would then have a loser of their own prompt.
         """
-        rows, place = np.unique(index[:, 0], return_inverse=True)
+        rows, number_of_row = np.unique(index[:, 0], return_inverse=True)
         texts = source.prompts_of_rows(rows)
         digests = {text: digest_of(text) for text in set(texts)}
-        prompts = np.array([digests[text] for text in texts], dtype=np.int64)[place.reshape(-1)]
+        prompts = np.array([digests[text] for text in texts], dtype=np.int64)[number_of_row.reshape(-1)]
         pair, count = most_common(prompts) if len(index) else (0, 0)
         if 2 * count > len(index):
             prompt = shorten(source.prompt(int(index[pair, 0])), 60, placeholder="…")

@@ -94,10 +94,10 @@ def _prepare_stream(dataset: Any, options: PairOptions, name: str) -> Preference
         raise ValueError(WITHOUT_MEAN.format(columns=list(options.number_columns), name=name))
     listed, weights = [(name, dataset, options.dataset_format)], None
     if isinstance(dataset, PairMixture):
-        listed, weights = list(dataset.named_parts(options.dataset_format, name)), dataset.weights
+        listed, weights = list(dataset.entries(options.dataset_format, name)), dataset.weights
     streams = [
-        Stream(part, part_format, part_name, use_scores=options.use_scores, is_swapped=options.swap_labels)
-        for part_name, part, part_format in listed
+        Stream(rows, row_format, label, use_scores=options.use_scores, is_swapped=options.swap_labels)
+        for label, rows, row_format in listed
     ]
     if not all(stream.format.has_losers for stream in streams):
         raise ValueError(_without_losers(name))

@@ -1,5 +1,4 @@
-"""Sources of pairs: one or several data sets whose rows follow one another, with prompts, undecoded images and other
-columns."""
+"""Rows of preference data, and the index of their pairs. Images stay undecoded."""
 
 from __future__ import annotations
 
@@ -110,8 +109,8 @@ class PairMixture:
         datasets (`Sequence` or `Mapping`): The data sets, all map-style or all streams. The keys of a mapping are their
             names in messages.
         weights (`Sequence` of `float`, positive, *optional*): Shares of the data sets in an epoch. Map-style sets are
-            repeated until an epoch has these shares and all pairs of every set. Repeated pairs have random numbers of
-            their own. A stream restarts when it ends, until all have ended once. By default every pair comes once, and
+            repeated until an epoch has these shares and all pairs of every set. Repeated pairs have other random
+            numbers. A stream restarts when it ends, until all have ended once. By default every pair comes once, and
             streams have equal weights.
         formats (`Sequence` of `str` or `None`, *optional*): A key of `FORMATS` for each; detected by default.
 
@@ -133,34 +132,34 @@ class PairMixture:
         for weight in self.weights or ():
             if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
                 raise ValueError(
-                    f"`weights` must be finite numbers above 0, got {weight!r}. Leave out what is not wanted."
+                    f"`weights` must be finite numbers above 0, got {weight!r}. Leave out data sets without weight."
                 )
-        kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.parts.values()}
+        kinds = {isinstance(dataset, datasets.IterableDataset) for dataset in self.by_name.values()}
         if len(kinds) > 1:
             raise ValueError(
-                "A mixture is of streams or of map-style data sets, got both. Load all with the same `streaming`."
+                "A mixture must be of streams or of map-style data sets, got both. Load all with the same `streaming`."
             )
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Any]:
         """The data sets by their names."""
         named = self.datasets
-        return dict(named) if isinstance(named, Mapping) else {f"set {i}": part for i, part in enumerate(named)}
+        return dict(named) if isinstance(named, Mapping) else {f"set {i}": dataset for i, dataset in enumerate(named)}
 
     @property
     def is_stream(self) -> bool:
         """Whether the data sets are streams."""
-        return isinstance(next(iter(self.parts.values())), datasets.IterableDataset)
+        return isinstance(next(iter(self.by_name.values())), datasets.IterableDataset)
 
-    def named_parts(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
+    def entries(self, dataset_format: str | None, name: str) -> Iterator[tuple[str, Any, str | None]]:
         """Yield the name in messages, the rows and the format of each data set."""
         formats = self.formats or [None] * len(self.datasets)
-        for (label, part), part_format in zip(self.parts.items(), formats, strict=True):
-            yield f"{name} ({label})", part, part_format or dataset_format
+        for (label, dataset), own_format in zip(self.by_name.items(), formats, strict=True):
+            yield f"{name} ({label})", dataset, own_format or dataset_format
 
 
 class TableSource:
-    """The rows of one `datasets.Dataset`. Images are read as Arrow values, without decoding.
+    """Rows of one `datasets.Dataset`. Images are read as Arrow values, without decoding.
 
     Attributes:
         labels (`datasets.Dataset`): The columns of labels and prompts.
@@ -235,14 +234,14 @@ class PairSource:
     """One or several data sets whose rows follow one another.
 
     Args:
-        parts (`Sequence[TableSource]`): The data sets.
-        weights (`Sequence[float]`, *optional*): Shares of the parts in an epoch, see [`PairMixture`].
+        sources (`Sequence[TableSource]`): The data sets.
+        weights (`Sequence[float]`, *optional*): Their shares in an epoch, see [`PairMixture`].
     """
 
-    def __init__(self, parts: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
-        self.parts, self._weights = list(parts), weights
-        self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
-        formats = [part.format for part in parts]
+    def __init__(self, sources: Sequence[TableSource], weights: Sequence[float] | None = None) -> None:
+        self.sources, self._weights = list(sources), weights
+        self._starts = [0, *np.cumsum([len(source) for source in sources]).tolist()]
+        formats = [source.format for source in sources]
         self.format_name = "+".join(row_format.name for row_format in formats)
         self.is_swapped = any(row_format.is_swapped for row_format in formats)
         self.prompt_of_each_image = any(row_format.prompt_of_each_image for row_format in formats)
@@ -252,56 +251,56 @@ class PairSource:
         return self._starts[-1]
 
     def prompt(self, row: int, image: int = 0) -> str:
-        part, number = self._find(row)
-        return part.prompt(number, image)
+        source, number = self._source_of(row)
+        return source.prompt(number, image)
 
     def images(self, row: int) -> list[Any]:
         """The undecoded images of a row."""
-        part, number = self._find(row)
-        return part.images(number)
+        source, number = self._source_of(row)
+        return source.images(number)
 
     def prompts_of_rows(self, rows: np.ndarray, image: int = 0) -> list[str]:
         """Return the prompts of rows, whose numbers are sorted. `image` chooses among two prompts of a row."""
-        return [prompt for part, own in self.split(rows) for prompt in part.prompts_of_rows(own, image)]
+        return [prompt for source, own in self._split(rows) for prompt in source.prompts_of_rows(own, image)]
 
     def values(self, column: str) -> Iterator[Any]:
         """Yield each row's value of a column."""
-        for part in self.parts:
-            yield from part.values(column)
+        for source in self.sources:
+            yield from source.values(column)
 
-    def split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
-        """Yield each part with its share of the sorted rows, as numbers within the part."""
+    def _split(self, rows: np.ndarray) -> Iterator[tuple[TableSource, np.ndarray]]:
+        """Yield each data set with its share of the sorted rows, as numbers within the data set."""
         shares = np.split(rows, np.searchsorted(rows, self._starts[1:-1]))
-        for part, own, start in zip(self.parts, shares, self._starts[:-1], strict=True):
-            yield part, own - start
+        for source, share, start in zip(self.sources, shares, self._starts[:-1], strict=True):
+            yield source, share - start
 
     def examine_images(
         self, rows: np.ndarray, reader: ImageReader, decode: bool, num_proc: int | None
     ) -> Iterator[list[tuple[int, int, str]]]:
         """Yield height, width and problem of the images of each of the sorted rows."""
-        for part, own in self.split(rows):
-            if len(own):
-                yield from part.examine_images(own, reader, decode, num_proc)
+        for source, share in self._split(rows):
+            if len(share):
+                yield from source.examine_images(share, reader, decode, num_proc)
 
     def pairs(self, reject: Reject) -> PairTable:
-        """Return the pairs of all parts, repeated by weight. Drops go to `reject`, which may raise."""
-        several = len(self.parts) > 1
+        """Return the pairs of all data sets, repeated by weight. Drops go to `reject`, which may raise."""
+        several = len(self.sources) > 1
         tables = []
-        for part, start in zip(self.parts, self._starts[:-1], strict=True):
-            table, drops = find_pairs(part.labels, part.format)
+        for source, start in zip(self.sources, self._starts[:-1], strict=True):
+            table, drops = find_pairs(source.labels, source.format)
             for kind, row, reason, amount in drops:
-                reject(kind, row + start, f"{reason} ({part.name}, row {row})" if several else reason, amount)
+                reject(kind, row + start, f"{reason} ({source.name}, row {row})" if several else reason, amount)
             if several and not len(table):
                 raise ValueError(
-                    f"No pair is left of a data set of the mixture, the {part.name} data with {len(part)} rows. Leave "
-                    "it out, or check its labels."
+                    f"Every data set of a mixture must have a pair. The {source.name} data have {len(source)} rows "
+                    "and no pair. Check their labels, or leave them out."
                 )
             places = table.places + np.array([start, 0, start, 0], dtype=table.places.dtype)
             tables.append(replace(table, places=places))
         return tables[0] if not several else self._mixed(tables)
 
     def _mixed(self, tables: Sequence[PairTable]) -> PairTable:
-        without = [part.name for part, table in zip(self.parts, tables, strict=True) if "scores" not in table.columns]
+        without = [s.name for s, table in zip(self.sources, tables, strict=True) if "scores" not in table.columns]
         if without and len(without) < len(tables):
             raise ValueError(f"All data sets of a mixture need score columns, or none; {without} do not have them.")
         counts = np.array([len(table) for table in tables])
@@ -317,16 +316,17 @@ class PairSource:
                 )
             wanted = exact.astype(np.int64)
         repeated = []
-        for part, table, taken in zip(self.parts, tables, wanted.tolist(), strict=True):
-            message = "Mixture: %s: %d pairs, %.4g times in an epoch: %.4g of its pairs."
-            logger.info(message, part.name, len(table), taken / len(table), taken / wanted.sum())
+        for source, table, taken in zip(self.sources, tables, wanted.tolist(), strict=True):
+            message = "Mixture: the %s data have %d pairs. Each comes %.4g times in an epoch. Their share is %.4g."
+            logger.info(message, source.name, len(table), taken / len(table), taken / wanted.sum())
             repeated.append(table.take(np.arange(taken) % len(table)))
         columns = {} if without else {"scores": np.concatenate([table.columns["scores"] for table in repeated])}
         return PairTable(np.concatenate([table.places for table in repeated]), columns)
 
-    def _find(self, row: int) -> tuple[TableSource, int]:
+    def _source_of(self, row: int) -> tuple[TableSource, int]:
+        """Return the data set of a row, and the number of the row within it."""
         number = bisect_right(self._starts, row) - 1
-        return self.parts[number], row - self._starts[number]
+        return self.sources[number], row - self._starts[number]
 
 
 def index_pairs(rows: Iterable[tuple[int, Mapping[str, Any]]], row_format: PreferenceFormat) -> dict[str, list]:
@@ -388,7 +388,7 @@ def _index_batch(batch: Mapping[str, list], numbers: list[int], row_format: Pref
     if row_format.group_column is not None:
         first: dict[Any, int] = {}  # group to its position among the groups
         order = [first.setdefault(row[row_format.group_column], len(first)) for _, row in rows]
-        rows = [rows[place] for place in np.argsort(order, kind="stable").tolist()]
+        rows = [rows[index] for index in np.argsort(order, kind="stable").tolist()]
     return index_pairs(rows, row_format)
 
 
@@ -408,21 +408,21 @@ def make_source(
     """
     listed = [(name, dataset, dataset_format)]
     if isinstance(dataset, PairMixture):
-        listed = list(dataset.named_parts(dataset_format, name))
-    parts = []
-    for part_name, rows, part_format in listed:
-        table = _as_table(rows, part_format, part_name)
-        check_number_columns(number_columns, table.column_names, part_name)
-        row_format = resolve_format(part_format, table.column_names, use_scores=use_scores)
-        parts.append(TableSource(table, replace(row_format, is_swapped=is_swapped), part_name, number_columns))
-    return PairSource(parts, dataset.weights if isinstance(dataset, PairMixture) else None)
+        listed = list(dataset.entries(dataset_format, name))
+    sources = []
+    for label, rows, own_format in listed:
+        table = _as_table(rows, own_format, label)
+        check_number_columns(number_columns, table.column_names, label)
+        row_format = resolve_format(own_format, table.column_names, use_scores=use_scores)
+        sources.append(TableSource(table, replace(row_format, is_swapped=is_swapped), label, number_columns))
+    return PairSource(sources, dataset.weights if isinstance(dataset, PairMixture) else None)
 
 
 def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Dataset:
     if isinstance(rows, dict):
         raise ValueError(
             f"The {name} data must be one split, got a {type(rows).__name__} of the splits {list(rows)}. "
-            "Pass one of its values."
+            "Pass one of these splits."
         )
     if not isinstance(rows, datasets.Dataset | list | tuple):
         raise ValueError(
@@ -436,8 +436,9 @@ def _as_table(rows: Any, dataset_format: str | None, name: str) -> datasets.Data
         return _table_of_rows(rows, dataset_format, name)
     if rows.format["type"] == "custom":
         raise ValueError(
-            f"The {name} data have a transform (`set_transform` or `with_transform`), which could change a row at "
-            "every read. Apply it once with `map`, or remove it with `with_format(None)`."
+            f"Rows must not change between reads. The {name} data have a transform (`set_transform` or "
+            "`with_transform`), which could change them. Apply it once with `map`, or remove it with "
+            "`with_format(None)`."
         )
     return rows
 
@@ -523,7 +524,7 @@ def pairs_fingerprint(source: PairSource, pairs: PairTable, *, thorough: bool = 
         digest.update(np.ascontiguousarray(pairs.columns["scores"], dtype="<f8").data)
     facts: dict[str, Any] = {"format": source.format_name, "pairs": len(pairs), "index": _short(digest)}
     if thorough:
-        keys = [part.content_key for part in source.parts]
+        keys = [table.content_key for table in source.sources]
         return {**facts, **{name: [key[name] for key in keys] for name in ("prompts", "images")}}
     prompts, images = hashlib.sha256(), hashlib.sha256()
     for row in pairs.places[evenly_spaced(len(pairs), FINGERPRINTED_PROMPTS), 0].tolist():
@@ -585,11 +586,11 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def check_number_columns(wanted: Sequence[str], columns: Sequence[str], name: str) -> None:
-    """Raise `ValueError` if data lack columns that weights of pairs read."""
+    """Raise `ValueError` if data lack columns that weights of pairs are read from."""
     if lacking := [column for column in wanted if column not in columns]:
         raise ValueError(
-            f"`pair_weights` reads the columns {lacking}, and the {name} data have {list(columns)}. Add them, or name "
-            "another column or function."
+            f"`pair_weights` reads the columns {lacking}. The {name} data have only {list(columns)}. Add the columns, "
+            "or name another column or function."
         )
 
 
@@ -613,7 +614,7 @@ def numbers_of_rows(values: Iterable[Any], column: str) -> tuple[np.ndarray, dic
             numbers = [finite_number(each, column) for each in listed]
             width = width or len(numbers)
             if not numbers or len(numbers) != width:
-                raise LabelError(f"`{column}` must have {width or 'some'} numbers, as other rows have; got {value!r}")
+                raise LabelError(f"`{column}` must have {width or 'some'} numbers in every row, got {value!r}")
             rows.append(numbers)
         except LabelError as error:
             reasons[row] = str(error)

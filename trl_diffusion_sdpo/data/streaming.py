@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -182,7 +181,7 @@ class PreferenceIterableDataset(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, also in running workers. Random numbers and the order of a shuffled stream depend on it."""
-        self._maker.set_epoch(epoch)
+        self._maker.epoch.fill_(epoch)
 
     def for_evaluation(self) -> PreferenceIterableDataset:
         """Return one pass over this stream without random crops and empty prompts. Its seeds ignore the epoch."""
@@ -275,17 +274,16 @@ class PreferenceIterableDataset(IterableDataset):
             counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
             if item is None:
                 continue
-            images, prompts, scores = item
-            made = self._maker.item_of(position * numbers + number, prompts, partial(self._pixels, images), epoch)
+            (winner, loser), prompts, scores = item
+            row = position * numbers + number
+            draws = self._maker.draws_of(row, epoch)
+            pixels = self._maker.transform(winner, loser, self._maker.augmentation(draws))._asdict()
+            made = self._maker.item(pixels, row, prompts, draws)
             yield made if scores is None else made | {"scores": scores}
         counts.copy_(torch.tensor([getattr(report, count) for count in COUNTS]))
         if not report.pairs and workers == 1 and (self._repeat or position < 0 or share.count == 1):
             raise BadDataError(f"The stream ended without a single pair. Check its labels and images.\n{report}")
         return position + 1 if report.pairs or not self._repeat else 0
-
-    def _pixels(self, images: Sequence[Image.Image], draws: PairDraws | None, _: int) -> dict[str, Any]:
-        winner, loser = images
-        return self._maker.transform(winner, loser, draws)._asdict()
 
     def _items(self, report: DataReport, epoch: int, passed: int) -> Iterator[tuple | None]:
         """Yield images, prompts and scores of each labelled pair.

@@ -97,7 +97,7 @@ class PairPreparation:
 def outline(dataset: Any) -> Any:
     """Return type, number of rows and column names of data without reading rows. Several sets are described by name."""
     if isinstance(dataset, PairMixture):
-        dataset = dataset.parts
+        dataset = dataset.by_name
     if isinstance(dataset, Mapping):
         return {name: outline(part) for name, part in dataset.items()}
     rows = len(dataset) if isinstance(dataset, Sized) else None
