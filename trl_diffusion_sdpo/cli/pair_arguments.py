@@ -53,24 +53,24 @@ class PairSet(DatasetConfig):
     dataset_format: str | None = None
 
     @classmethod
-    def read(cls, given: Any) -> PairSet:
+    def read(cls, entry: Any) -> PairSet:
         """Read an entry of `datasets`.
 
         Raises:
             ValueError: If the entry is no mapping, has unknown keys or no path.
         """
         keys = [field.name for field in fields(cls)]
-        if not isinstance(given, dict) or not isinstance(given.get("path"), str):
-            raise ValueError(f"Each of `datasets` must be a mapping with a `path`, got {given!r}.")
-        if given.get("fraction") is not None:
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise ValueError(f"Each of `datasets` must be a mapping with a `path`, got {entry!r}.")
+        if entry.get("fraction") is not None:
             raise ValueError(
                 "`fraction` of a data set is TRL's share of a mixture that drops the rest of larger sets. Use "
                 "`weight`, which keeps all pairs, and repeats those of smaller sets."
             )
-        for key in given:
+        for key in entry:
             if key not in keys:
                 raise ValueError(f"`{key}` is no key of a data set.{did_you_mean(str(key), keys)}")
-        return cls(**given)
+        return cls(**entry)
 
 
 @dataclass
@@ -80,15 +80,15 @@ class PairArguments(ScriptArguments):
 
     Parameters:
         datasets (`list` of `dict`, *optional*):
-            Several data sets to train on together, instead of `dataset_name`: of each a mapping with `path` and, as
-            needed, `name`, `split`, `data_dir`, `data_files`, `columns`, `weight` and `dataset_format`. In YAML, or as
-            JSON.
+            Several data sets to train on together, instead of `dataset_name`, in YAML or as JSON. Each entry is a
+            mapping with `path` and, as needed, `name`, `split`, `data_dir`, `data_files`, `columns`, `weight` and
+            `dataset_format`.
         eval_dataset_name (`str`, *optional*):
-            Pairs for evaluation, given like `dataset_name`; their split `dataset_test_split` is used. The data of
-            `dataset_name` if unset.
+            Pairs for evaluation, named like `dataset_name`. Their split `dataset_test_split` is used. Defaults to
+            `dataset_name`.
         test_size (`float`, *optional*):
             Holds pairs out of the training split for evaluation: a share in `(0, 1)`, or a whole number of rows. All
-            rows of a prompt go to one side; the run's `seed` decides which. Of several data sets, of all their rows.
+            rows of a prompt go to one side; the run's `seed` decides which. Several data sets are split together.
     """
 
     datasets: list[Any] | str | None = field(
@@ -125,17 +125,17 @@ class PairArguments(ScriptArguments):
             )
 
 
-def _read_sets(given: Any) -> list[PairSet]:
-    if given is None:
+def _read_sets(value: Any) -> list[PairSet]:
+    if value is None:
         return []
-    if isinstance(given, str):
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {given!r}.") from error
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"`datasets` must be a list of at least one mapping with a `path`, got {given!r}.")
-    sets = [PairSet.read(entry) for entry in given]
+            raise ValueError(f"`datasets` must be a list of mappings, in YAML or as JSON, got {value!r}.") from error
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`datasets` must be a list of at least one mapping with a `path`, got {value!r}.")
+    sets = [PairSet.read(entry) for entry in value]
     weighted = [entry.weight is not None for entry in sets]
     if any(weighted) and not all(weighted):
         raise ValueError(
@@ -156,7 +156,7 @@ def load_datasets(script_args: PairArguments, training_args: DiffusionSDPOConfig
     """
     if script_args.sets:
         return _load_mixture(script_args, training_args)
-    name = script_args.dataset_name
+    name = _name_of(script_args)
     split = script_args.dataset_train_split
     on_bad_row = training_args.on_bad_row
     if training_args.eval_strategy == "no":
@@ -187,7 +187,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
             _refuse_training_pairs(script_args, entry.path, ALL_SPLITS if is_whole else entry.split)
     parts = [_load_set(entry, script_args, training_args.on_bad_row) for entry in sets]
     names = [f"{number}: {entry.path}" for number, entry in enumerate(sets)]
-    weights = None if sets[0].weight is None else [entry.weight for entry in sets]
+    weights = [entry.weight for entry in sets if entry.weight is not None] or None  # all have one, or none has
     formats = [entry.dataset_format or training_args.dataset_format for entry in sets]
     evaluation: Any = None
     if names_others:
@@ -195,7 +195,7 @@ def _load_mixture(script_args: PairArguments, training_args: DiffusionSDPOConfig
         for entry, part in zip(sets, parts, strict=True):
             if not entry.data_dir and not entry.data_files:
                 _refuse_training_pairs(script_args, entry.path, entry.split, part)
-    elif evaluates:
+    elif evaluates and script_args.test_size is not None:
         _refuse_streaming(script_args)
         split = hold_out_of_several(parts, script_args.test_size, seed=training_args.seed, formats=formats)
         parts = [train for train, _ in split]
@@ -221,7 +221,7 @@ def load_split(script_args: ScriptArguments, split: str, on_bad_row: str = "drop
     Raises:
         ValueError: If there is no such data set or split, or a folder has images and no pairs.
     """
-    name, config = script_args.dataset_name, script_args.dataset_config
+    name, config = _name_of(script_args), script_args.dataset_config
     return load_pairs(name, split, config=config, streaming=script_args.dataset_streaming, on_bad_row=on_bad_row)
 
 
@@ -231,9 +231,15 @@ def public_name(script_args: ScriptArguments) -> str | None:
     return None if name is None or Path(name).expanduser().exists() else name
 
 
+def _name_of(script_args: ScriptArguments) -> str:
+    if script_args.dataset_name is None:
+        raise ValueError("`dataset_name` must be the Hub id, folder or file of a preference data set, got none.")
+    return script_args.dataset_name
+
+
 def _load_evaluation(script_args: PairArguments, on_bad_row: str) -> Any:
     """Load the split for evaluation, of `eval_dataset_name` or else of the training data set."""
-    name = script_args.eval_dataset_name or script_args.dataset_name
+    name = script_args.eval_dataset_name or _name_of(script_args)
     is_local_other = script_args.eval_dataset_name is not None and Path(name).expanduser().exists()
     named = ScriptArguments(
         dataset_name=name,

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..engines.processes import in_any_process
 from ..saving.interrupts import resume_hint, was_interrupted
 from ..saving.model_card import CARD_FILE, forget_recommended_scales
+from ..saving.setup import output_folder
 from ..utils.files import VERDICT_FILE, VERDICT_PLOT
 from .console import say
 from .noise_bin_plot import changes_by_noise_bin, noise_bin_file, plot_noise_bins
@@ -39,7 +40,7 @@ class NoiseBinPlotCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for prefix, records in changes_by_noise_bin(state.log_history).items():
-            file = Path(args.output_dir) / noise_bin_file(prefix)
+            file = output_folder(args) / noise_bin_file(prefix)
             file.parent.mkdir(parents=True, exist_ok=True)
             plot_noise_bins(records[-SHOWN_EVALUATIONS:], self._num_noise_bins, file)
             if f"{prefix}_errors/winner" in kwargs["metrics"]:
@@ -77,8 +78,8 @@ class VerdictCallback(TrainerCallback):
         self._training, self._stops = True, False
         if state.is_world_process_zero:  # later weights must not be published with an earlier verdict
             for name in (VERDICT_FILE, VERDICT_PLOT):
-                (Path(args.output_dir) / name).unlink(missing_ok=True)
-            forget_recommended_scales(Path(args.output_dir))
+                (output_folder(args) / name).unlink(missing_ok=True)
+            forget_recommended_scales(output_folder(args))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if args.eval_strategy != "no" or self._on_rise == "ignore" or not state.is_world_process_zero:
@@ -117,7 +118,7 @@ class VerdictCallback(TrainerCallback):
             return
         verdict = verdict_of(state.log_history, self._run, step)
         with warning_of_unwritten_files():
-            folder = Path(args.output_dir)
+            folder = output_folder(args)
             images = [] if self._samples is None else self._samples.comparison(folder, step or state.global_step)
             picture = write_verdict(folder, verdict, self._run, images)
             if picture is not None:
@@ -158,12 +159,12 @@ class RunReportCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.is_world_process_zero:
             with warning_of_unwritten_files():
-                self._write(Path(args.output_dir), state)
+                self._write(output_folder(args), state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.is_world_process_zero:
             with warning_of_unwritten_files():
-                self._write(Path(args.output_dir), state)
+                self._write(output_folder(args), state)
                 self._end()
 
     def _write(self, folder: Path, state: TrainerState) -> None:

@@ -23,6 +23,7 @@ from ..engines.processes import in_any_process
 from ..engines.sharding import DenoiserView
 from ..families import Family
 from ..models.frozen_components import FrozenComponents
+from ..saving.setup import output_folder
 from ..step.pair_forward import eval_mode
 from ..utils.hints import did_you_mean
 from .tracked_images import TrackedImages
@@ -113,7 +114,7 @@ class SampleImagesCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         resumed = state.global_step > 0
         self._last_step = self._untracked = None
-        exists = resumed and self._are_written(Path(args.output_dir), state.global_step)
+        exists = resumed and self._are_written(output_folder(args), state.global_step)
         if in_any_process(exists, args.device):
             self._last_step = state.global_step  # the run that wrote the checkpoint generated them
         self._generate_once(args, state, state.global_step, kwargs.get("model"))
@@ -173,7 +174,7 @@ class SampleImagesCallback(TrainerCallback):
         self._last_step = step
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir)
+        folder = output_folder(args)
         grid_path(folder, step).parent.mkdir(parents=True, exist_ok=True)
         for i, (image, (path, prompt)) in enumerate(zip(images, self.gallery(step), strict=True)):
             note = PngInfo()
@@ -187,7 +188,7 @@ class SampleImagesCallback(TrainerCallback):
         """Send the newest images to the trackers, unless they were sent before."""
         if self._untracked is not None:
             for i, (path, prompt) in enumerate(self.gallery(self._untracked)):
-                self._images.add(f"{SAMPLES_FOLDER}/{i}", Path(args.output_dir) / path, self._untracked, prompt)
+                self._images.add(f"{SAMPLES_FOLDER}/{i}", output_folder(args) / path, self._untracked, prompt)
             self._untracked = None
 
     def generate(

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..engines.worker_processes import INTERRUPTS
 from ..step.meters import StepExchange
+from .setup import output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def stopping_on_interrupt(
 
 def resume_hint(args: TrainingArguments, step: int, how: str) -> str:
     """Return a sentence on where an interrupted run's checkpoint is, and how to resume from it if that is possible."""
-    folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    folder = output_folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.save_only_model:
         return (
             f"its weights are in {folder}. It cannot be resumed, because `save_only_model=True` saves no state of the "

@@ -23,6 +23,7 @@ from ..families import Family
 from ..utils._compat import loads_lora
 from ..utils.files import write_atomically
 from ..utils.secrets import names_secret, without_secrets
+from .setup import output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ class RunCard:
         Returns:
             `bool`: Whether the card was written.
         """
-        folder = Path(self._args.output_dir)
+        folder = output_folder(self._args)
         file = folder / CARD_FILE
         if keep_edited and file.is_file() and GENERATED not in file.read_text("utf-8", "replace"):
             logger.warning("%s was edited, or is not the trainer's, and is left as it is.", file)
@@ -280,7 +281,7 @@ class RunCard:
 
     def loading_code(self) -> str:
         """Return a line of code that loads the tuned weights from the output folder."""
-        return self._model.loading_code(self._args.output_dir)
+        return self._model.loading_code(str(self._args.output_dir))
 
 
 # ---- Recommended scales, in the metadata of a card -------------------------------------------------------------------

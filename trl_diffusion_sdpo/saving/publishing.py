@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from ..engines.processes import failing_together, gather_objects, in_any_process
 from ..utils._compat import HubConnectionError
 from ..utils.secrets import without_secrets
-from .setup import ARGS_FILE
+from .setup import ARGS_FILE, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Publisher:
     def create_repository(self, token: str | None = None, private: bool | None = None) -> str:
         """Create the repository that the arguments name, unless it exists, and return its id, `owner/name`. All
         processes must call it, and all raise `PublishingError` if one does."""
-        name = self._args.hub_model_id or Path(self._args.output_dir).absolute().name
+        name = self._args.hub_model_id or output_folder(self._args).absolute().name
         with failing_together(PublishingError, during_upload=True):
             if self._args.process_index == 0:
                 with _explained(f"Making the repository {name}"):
@@ -145,6 +145,7 @@ class Publisher:
         gather_objects(None, during_upload=True)  # a barrier
 
     def _upload(self, **arguments: Any) -> Any:
+        assert self.repository is not None
         with _explained(f"Uploading to {self.repository}"):
             return self._api.upload_folder(repo_id=self.repository, **arguments)
 

@@ -20,7 +20,7 @@ from ..models.ema import EMA_FOLDER, EMAWeights
 from ..models.weight_copies import WeightCopy
 from .checkpoints import Checkpoints, holds_optimizer
 from .resuming import OptimizerSettings, check_resumable, stored_settings
-from .setup import ARGS_FILE, write_setup
+from .setup import ARGS_FILE, output_folder, write_setup
 from .unpickling import refuse_code_in_metadata, tensors_only
 from .weights import WeightFiles
 
@@ -157,7 +157,7 @@ class RunFiles:
             `ValueError`: If there is no such checkpoint, or it is incomplete, damaged, of another set-up, without an
                 optimizer state, or holds pickles that could run code.
         """
-        point = self.checkpoints.resume_point(value, self._args.output_dir)
+        point = self.checkpoints.resume_point(value, str(output_folder(self._args)))
         self._resumed_args = {}
         if point is not None:
             self.check_resumable(Path(point), setup())

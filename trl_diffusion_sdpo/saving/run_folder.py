@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from ..engines.processes import failing_together
 from ..models.ema import EMA_FOLDER
 from .checkpoints import checkpoints_in, restore_replaced, step_of
-from .setup import ARGS_FILE, SETUP_FILE
+from .setup import ARGS_FILE, SETUP_FILE, output_folder
 from .weights import PEFT_CONFIG_FILE, PEFT_FILE
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class RunFolder:
     @property
     def path(self) -> Path:
         """The output folder."""
-        return Path(self._args.output_dir)
+        return output_folder(self._args)
 
     @contextlib.contextmanager
     def locked(self, *, all_processes: bool = False) -> Iterator[None]:

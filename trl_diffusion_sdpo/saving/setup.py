@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ..utils.files import write_atomically
 
 SETUP_FILE = "diffusion_sdpo_setup.json"
 ARGS_FILE = "training_args.json"  # all arguments; never uploaded, because they name local folders
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """Return the output folder. transformers types `output_dir` as optional, but always sets it."""
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:

@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ..losses import lora_scaling
 from ..models.adapters import adapter_state
@@ -53,7 +52,7 @@ class WeightFiles:
         self.bytes_needed = sum(tensor.nbytes for tensor in tensors.values()) * copies  # on disk
 
     @property
-    def _denoiser(self) -> nn.Module:
+    def _denoiser(self) -> ModelMixin:
         return self._pipeline.components[self._denoiser_name]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -66,7 +65,7 @@ class WeightFiles:
         """Describe the tuned model for the set-up file: `pipeline_class`, `denoiser_class`, `tuning` and `lora`."""
         lora = None
         if self._adapter is not None:
-            config = cast(Any, self._denoiser).peft_config[self._adapter]
+            config = self._denoiser.peft_config[self._adapter]
             names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
             lora = {name: getattr(config, name) for name in names}
             if not isinstance(config.target_modules, str):
@@ -91,7 +90,7 @@ class WeightFiles:
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._adapter is not None:
-            config = cast(Any, self._denoiser).peft_config[self._adapter]
+            config = self._denoiser.peft_config[self._adapter]
             tensors = self.tensors() if weights is None else weights
             save_adapter(tensors, config, type(self._pipeline), self._denoiser_name, folder)
             return
@@ -119,13 +118,13 @@ class WeightFiles:
             raise ValueError(
                 f"A checkpoint of full tuning must hold the folder {self._denoiser_name}; {folder} does not.{hint}"
             )
-        return cast(Any, type(self._denoiser)).from_pretrained(source, use_safetensors=True).state_dict()
+        return type(self._denoiser).from_pretrained(source, use_safetensors=True).state_dict()
 
 
-def _with_weights(denoiser: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+def _with_weights(denoiser: ModelMixin, weights: dict[str, torch.Tensor]) -> ModelMixin:
     """Return a denoiser of the same architecture that holds these tensors, without copying them."""
     with init_empty_weights():
-        twin = cast(Any, type(denoiser)).from_config(denoiser.config)
+        twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(weights, strict=True, assign=True)
     return twin
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LITTLE = 64 * 2**20  # bytes; if more is free, the full disk may be another one
+LITTLE = 64 * 2**20  # bytes
 
 
 class DiskFullError(OSError):
@@ -39,13 +39,13 @@ def naming_the_disk(
     except DiskFullError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        try:
-            free = free_bytes(Path(folder))
-        except OSError:
-            free = None  # the storage is unreachable: raise the first error
-        if free is None or not _is_of_a_full_disk(error, free):
+        if not _is_of_a_full_disk(error, Path(folder)):
             raise
-        raise DiskFullError(_message(error, Path(folder), free, needed, setting)) from error
+        needs = "" if needed is None else f" The files need at least {readable_size(needed)}."
+        raise DiskFullError(
+            f"A disk is full or its quota is used up: {error}. The disk of {folder} has "
+            f"{readable_size(free_bytes(Path(folder)))} free.{needs} Free some space, or choose another `{setting}`."
+        ) from error
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -53,9 +53,8 @@ def check_room(folder: Path, needed: int) -> None:
     free = free_bytes(folder)
     if free < needed:
         raise DiskFullError(
-            f"The disk of {folder} is full: {readable_size(free)} are free, and at least {readable_size(needed)} are "
-            "needed. Nothing of it was written, and what was saved before is as it was. Free some, or choose another "
-            "`output_dir`."
+            f"The disk of {folder} has {readable_size(free)} free, and at least {readable_size(needed)} are needed. "
+            "Nothing was written. Free some space, or choose another `output_dir`."
         )
 
 
@@ -66,25 +65,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _is_of_a_full_disk(error: Exception, free: int) -> bool:
+def _is_of_a_full_disk(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
     if isinstance(error, SafetensorError):  # its Rust code reports the errno only in the text
         return any(f"(os error {number})" in str(error) for number in FULL)
-    return "inline_container" in str(error) and free < LITTLE  # `torch.save` names no cause
-
-
-def _message(error: Exception, folder: Path, free: int, needed: int | None, setting: str) -> str:
-    if isinstance(error, OSError) and error.errno == errno.EDQUOT:
-        return f"The quota of the disk of {folder} is used up. Free some of it, or choose another `{setting}`."
-    if free < max(LITTLE, needed or 0):
-        ask = "" if needed is None else f", and at least {readable_size(needed)} are needed"
-        full = f"The disk of {folder} is full: {readable_size(free)} are free{ask}."
-        return f"{full} Free some, or choose another `{setting}`."
-    return (
-        f"A disk is full ({error}), though {folder} has {readable_size(free)} free: see to the folders of caches and "
-        "of temporary files."
-    )
+    return "inline_container" in str(error) and free_bytes(folder) < LITTLE  # `torch.save` names no cause
 
 
 def readable_size(size: float) -> str:
